@@ -1,0 +1,53 @@
+# make demo    text from the embedded model on 8 emulated devices
+# make test    all tests; make test-all adds the slower sweeps; make check is format, lint, types and import floors
+# make oracle  the live comparison with torch and transformers; make test-oldest is make test on Python 3.11
+# Each makes the environment it needs. PYTHON=... picks the interpreter.
+
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell scripts/find_python.sh)
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+PYTEST_JOBS ?= -n 2 --dist worksteal
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-all check oracle test-oldest clean
+
+$(VENV)/core.stamp: pyproject.toml
+	$(if $(PYTHON),,$(error Python 3.11 to 3.13 is needed; name one with PYTHON=...))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/core.stamp
+	$(BIN)/python $(PIP_INSTALL) -e '.[test,check]'
+	touch $@
+
+$(VENV)/oracle.stamp: $(VENV)/dev.stamp
+	$(BIN)/python $(PIP_INSTALL) $(TORCH)
+	$(BIN)/python $(PIP_INSTALL) -e '.[oracle]'
+	touch $@
+
+demo: $(VENV)/core.stamp
+	$(BIN)/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2 --max-tokens 200 --temperature 0.7 --top-p 0.9 --dtype float32
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle"
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle"
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+oracle: $(VENV)/oracle.stamp
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m oracle
+
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST_VENV) PYTHON=$$(scripts/find_python.sh 3.11)
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) .cache build dist *.egg-info

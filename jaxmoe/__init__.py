@@ -1,0 +1,32 @@
+"""jaxmoe: one model over many devices, as if they were one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError
+
+if TYPE_CHECKING:
+    from jaxmoe.engine.llm import LLM
+    from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM", "CheckpointError", "Chunk", "ConfigError", "JaxmoeError", "MeshError", "RequestError", "RequestOutput",
+    "SamplingParams",
+]  # fmt: skip
+
+# Imported when first used: JAX must not start before the number of devices is known.
+_LAZY = {
+    "LLM": "jaxmoe.engine.llm",
+    "Chunk": "jaxmoe.engine.request",
+    "RequestOutput": "jaxmoe.engine.request",
+    "SamplingParams": "jaxmoe.engine.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,49 @@
+"""The command `jaxmoe`: every mistake of a person's is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import click
+
+from jaxmoe import __version__
+from jaxmoe.cli.bench import bench
+from jaxmoe.cli.generate import generate
+from jaxmoe.cli.score import score
+from jaxmoe.cli.verify import verify
+from jaxmoe.errors import JaxmoeError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="jaxmoe")
+def cli() -> None:
+    """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
+
+
+for command in (generate, score, verify, bench):
+    cli.add_command(command)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 where a check found a difference, 2 for a mistake in what was asked."""
+    for stream in (sys.stdout, sys.stderr):  # text a terminal cannot show is escaped, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = cli.main(args=arguments, prog_name="jaxmoe", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except JaxmoeError as error:
+        message = str(error)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        message = error.format_message()
+    except (click.Abort, KeyboardInterrupt):
+        print("jaxmoe: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror}"
+    print(f"jaxmoe: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,114 @@
+"""Options that several commands share, and what they set up before JAX starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    from jaxmoe.engine.llm import LLM
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+console = Console(stderr=True, highlight=False)
+
+
+def model_options(function: F) -> F:
+    """--mesh, --devices, --dtype, --revision and the choices of kernels."""
+    options = [
+        click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
+        click.option("--devices", type=int, help="emulate this many devices on the CPU"),
+        click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
+        click.option("--revision", help="branch, tag or commit of a hub model"),
+        click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over"),
+        click.option("--dispatch", default="all_to_all", show_default=True, help="all_to_all or all_gather"),
+        click.option("--grouped", default="blocks", show_default=True, help="blocks, ragged, native or dense"),
+        click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def start_jax(devices: int | None) -> None:
+    """Emulate devices if asked, and keep compiled programs between runs. Call before anything else touches JAX."""
+    import jax
+
+    from jaxmoe.mesh import emulate_devices
+
+    if jax.config.jax_compilation_cache_dir is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "jaxmoe" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if devices is not None:
+        emulate_devices(devices)
+
+
+@contextmanager
+def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error for bytes placed; nothing where not shown or not a terminal."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=console, disable=not show or not console.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def load_model(
+    model: str | None,
+    *,
+    mesh: str | None,
+    dtype: str | None,
+    revision: str | None,
+    ignore_config_keys: tuple[str, ...],
+    dispatch: str,
+    grouped: str,
+    max_batch: int,
+    quiet: bool = False,
+) -> LLM:
+    """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
+    from jaxmoe.engine.llm import LLM
+    from jaxmoe.model.moe import MoEKernels
+    from jaxmoe.weights.source import DEFAULT_MODEL
+
+    name = DEFAULT_MODEL if model is None else model
+    kernels = MoEKernels(dispatch=dispatch, grouped=grouped)  # type: ignore[arg-type]  # checked there
+    with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
+        return LLM.load(
+            name, mesh=mesh, dtype=dtype, revision=revision, kernels=kernels, ignore_config_keys=ignore_config_keys,
+            max_batch=max_batch, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def read_id_lines(path: str) -> list[list[int]]:
+    """One JSON list of token ids a line. Raises: RequestError naming the file and line."""
+    import json
+
+    from jaxmoe.errors import RequestError
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            ids = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path} line {number} is not JSON: one list of token ids a line is needed") from error
+        if not isinstance(ids, list):
+            raise RequestError(f"{path} line {number} holds {line.strip()[:40]!r}, a JSON list of token ids is needed")
+        rows.append(ids)
+    if not rows:
+        raise RequestError(f"{path} holds no lines: one JSON list of token ids a line is needed")
+    return rows

@@ -1,0 +1,35 @@
+"""jaxmoe score: the log-probability of every token of given sequences."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import click
+
+from jaxmoe.cli.options import load_model, model_options, read_id_lines, start_jax
+
+
+@click.command()
+@click.argument("model")
+@click.option("--ids", required=True, metavar="FILE.jsonl", help="one JSON list of token ids a line")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="one JSON object a sequence on standard output, nothing else")
+def score(
+    model: str, ids: str, mesh: str | None, devices: int | None, dtype: str | None, revision: str | None,
+    ignore_config_keys: tuple[str, ...], dispatch: str, grouped: str, max_batch: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Log-probability (natural) of each token given those before it, under MODEL."""
+    rows = read_id_lines(ids)
+    start_jax(devices)
+    llm = load_model(
+        model, mesh=mesh, dtype=dtype, revision=revision, ignore_config_keys=ignore_config_keys, dispatch=dispatch,
+        grouped=grouped, max_batch=max_batch, quiet=as_json,
+    )  # fmt: skip
+    for index, logprobs in enumerate(llm.score(rows)):
+        total = float(logprobs.sum())
+        if as_json:
+            print(json.dumps({"index": index, "logprobs": logprobs.tolist(), "total": total}), flush=True)
+        else:
+            mean = total / max(1, len(logprobs))
+            print(f"[{index}] {len(rows[index])} tokens, total {total:.4f}, perplexity {math.exp(-mean):.4f}")

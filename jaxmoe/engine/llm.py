@@ -1,0 +1,227 @@
+"""The Python API: load a checkpoint on a mesh, generate, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.engine.generate import pad_prompts, run_batch, start
+from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
+from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.tokenizer import Message, Tokenizer
+from jaxmoe.errors import ConfigError, MeshError, RequestError
+from jaxmoe.families import read_config
+from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
+from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.ops import native
+from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.weights.checkpoint import open_tensors, read_json
+from jaxmoe.weights.load import load_params
+from jaxmoe.weights.params import parameter_table, state_of
+from jaxmoe.weights.source import DEFAULT_MODEL, find_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+Prompt = str | Sequence[int]
+_MAX_PREFILL_TOKENS = 65536
+
+
+class LLM:
+    """A model on a mesh. Make one with LLM.load."""
+
+    def __init__(
+        self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_batch: int = 64
+    ) -> None:
+        self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        mesh: str | Mapping[str, int] | Mesh | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        kernels: MoEKernels = MoEKernels(),
+        ignore_config_keys: Iterable[str] = (),
+        max_batch: int = 64,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> LLM:
+        """Read a Hugging Face checkpoint onto a device mesh.
+
+        model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
+        None puts all devices on expert (MoE) or tensor (dense). dtype: of weights, activations, cache; None keeps the
+        checkpoint's. max_batch: requests run together. on_progress is told (bytes placed, bytes in all).
+        Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
+        """
+        directory = find_model(model, revision=revision)
+        config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
+        dtype = config.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        if type(max_batch) is not int or max_batch < 1:
+            raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
+        placement = Placement(mesh=_as_mesh(mesh, config))
+        if kernels.grouped == "native":
+            native.prepare(dtype)
+        settings = read_json(directory / "tokenizer_config.json", required=False)
+        tokenizer = Tokenizer.load(directory, settings)
+        eos = _eos_ids(directory, config)
+        tensors = open_tensors(directory)
+
+        graph, abstract = nnx.split(abstract_model(config, placement, dtype=dtype, kernels=kernels))
+        table = parameter_table(abstract, placement)
+        total, done = sum(info.num_bytes for info in table), 0
+
+        def on_param(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            on_progress(done, total)
+
+        on_progress(0, total)
+        arrays = load_params(directory, tensors, table, config, array_sizes(config, placement), on_param=on_param)
+        runner = Runner(nnx.merge(graph, state_of(abstract, arrays)), dtype=dtype)
+        return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.runner.config
+
+    @property
+    def mesh(self) -> Mesh:
+        """The device mesh the weights lie on."""
+        return self.runner.placement.mesh
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> list[RequestOutput]:
+        """Complete each prompt (text, or token ids); results in the order of the prompts.
+
+        Raises: RequestError before anything runs if any prompt or value is out of range.
+        """
+        results: dict[int, RequestOutput] = {}
+        prompts = _listed(prompts)
+        for batch in self._batches(prompts, params):
+            for _ in run_batch(self.runner, batch, eos=self.eos):
+                pass
+            results |= {seq.index: seq.output() for seq in batch}
+        return [results[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> Iterator[Chunk]:
+        """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
+        batches = self._batches(_listed(prompts), params)
+        return (chunk for batch in batches for chunk in run_batch(self.runner, batch, eos=self.eos))
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams = SamplingParams()) -> RequestOutput:
+        """The assistant's answer to a conversation, by the model's chat template. Raises: RequestError without one."""
+        return self.generate([self.chat_prompt(messages)], params)[0]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation by the model's chat template. Raises: RequestError without one."""
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer.json: give token ids")
+        return self.tokenizer.encode(self.tokenizer.chat(messages), special=False)
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probability of each token given those before it: float32 [T - 1] for each list of T ids.
+
+        Raises: RequestError for an empty list, one longer than the context, or an id out of range.
+        """
+        return [logprobs for logprobs, _ in self._scored(prompts)]
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits [P, vocab_size] of the token after each of P lists of ids, float32. Raises: as score."""
+        return np.stack([logits for _, logits in self._scored(prompts)])
+
+    def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        checked = self._checked(_listed(prompts), room=0)
+        size = self._batch_size(checked)
+        for first in range(0, len(checked), size):
+            group = checked[first : first + size]
+            tokens, lengths = pad_prompts(group, self.runner.padded_rows(len(group)))
+            logprobs, logits = (np.asarray(part) for part in self.runner.score(tokens, lengths))
+            for row, ids in enumerate(group):
+                yield logprobs[row, : len(ids) - 1], logits[row]
+
+    def _checked(self, prompts: Sequence[Sequence[int]], *, room: int) -> list[list[int]]:
+        context = self.config.max_position_embeddings - room
+        if not prompts:
+            raise RequestError("no prompts were given: give at least one")
+        return [
+            check_prompt(ids, index=index, vocab_size=self.config.vocab_size, context=context)
+            for index, ids in enumerate(prompts)
+        ]
+
+    def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many prompts run together: no more than max_batch, nor than a prefill's tokens allow."""
+        longest = max(len(ids) for ids in prompts)
+        return max(1, min(self.max_batch, _MAX_PREFILL_TOKENS // longest))
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer.json: give token ids")
+        return self.tokenizer.encode(prompt)
+
+    def _batches(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[list[Any]]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
+            raise RequestError(
+                f"params must be SamplingParams, one or a list with one for each prompt, not {params!r:.60}"
+            )
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one for each")
+        if self.tokenizer is None and any(p.stop for p in each):
+            raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
+        checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
+        sequences = start(
+            [(index, ids, p) for index, (ids, p) in enumerate(zip(checked, each, strict=True))],
+            tokenizer=self.tokenizer,
+            context=self.config.max_position_embeddings,
+        )
+        size = self._batch_size(checked)
+        return [sequences[first : first + size] for first in range(0, len(sequences), size)]
+
+
+def _listed(prompts: Iterable[Any]) -> list[Any]:
+    """The prompts as a list. Raises: RequestError for one text, or what is no list at all."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be a list of texts or of lists of token ids, not {prompts!r:.60}")
+    return list(prompts)
+
+
+def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -> Mesh:
+    if isinstance(mesh, Mesh):
+        return build_mesh(check_axes(dict(mesh.shape)), list(mesh.devices.flat))
+    if mesh is None:
+        axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
+    else:
+        if not isinstance(mesh, str | Mapping):
+            raise MeshError(
+                f"mesh={mesh!r} must be text such as data=2,tensor=4, a mapping of axis sizes, or a jax Mesh"
+            )
+        axes = parse_mesh(mesh) if isinstance(mesh, str) else check_axes(mesh)
+    return build_mesh(axes)
+
+
+def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:
+    """End tokens: those of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory / name, required=False).get("eos_token_id")
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(i) is int for i in ids):
+                raise ConfigError(f"{name} has eos_token_id {value!r}; it must be a whole number or a list of them")
+            return frozenset(ids)
+    return frozenset()

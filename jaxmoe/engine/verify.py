@@ -1,0 +1,93 @@
+"""Is a model the same on every mesh? Each mesh against one device, by logits and greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxmoe.engine.llm import LLM
+from jaxmoe.engine.request import SamplingParams
+from jaxmoe.mesh import build_mesh
+
+_TEXTS = (
+    "def fibonacci(n):\n    ",
+    "import os\n\n",
+    'class Queue:\n    """A first-in first-out queue."""\n\n    def __init__',
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshCheck:
+    """One mesh against one device: largest difference of a logit, greedy tokens compared and equal."""
+
+    mesh: dict[str, int]
+    max_logit_error: float
+    num_tokens: int
+    num_equal: int
+    logit_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Every greedy token equal, and every logit within tolerance."""
+        return self.num_equal == self.num_tokens and self.max_logit_error <= self.logit_tolerance
+
+
+def all_meshes(num_devices: int) -> list[dict[str, int]]:
+    """Every way to write num_devices as data x tensor x expert."""
+    divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+    return [
+        {"data": data, "tensor": tensor, "expert": num_devices // data // tensor}
+        for data in divisors
+        for tensor in divisors
+        if num_devices % (data * tensor) == 0
+    ]
+
+
+def sample_prompts(llm: LLM) -> list[list[int]]:
+    """A few short prompts: text where the model has a tokenizer, else ids drawn from seed 0."""
+    if llm.tokenizer is not None:
+        return [llm.tokenizer.encode(text) for text in _TEXTS]
+    rng = np.random.default_rng(0)
+    lengths = (4, 9, 17)
+    return [
+        rng.integers(0, llm.config.vocab_size, min(n, llm.config.max_position_embeddings // 2)).tolist()
+        for n in lengths
+    ]
+
+
+def verify_meshes(
+    model: str | Path,
+    *,
+    meshes: Sequence[dict[str, int]],
+    max_tokens: int = 32,
+    logit_tolerance: float = 2e-4,
+    ignore_config_keys: Sequence[str] = (),
+) -> Iterator[MeshCheck]:
+    """Load the model in float32 on one device, then on each mesh, and compare. Raises: as LLM.load."""
+    devices = jax.devices()
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+    def outcome(axes: dict[str, int], prompts: list[list[int]] | None):
+        count = int(np.prod(list(axes.values())))
+        llm = LLM.load(
+            model, mesh=build_mesh(axes, devices[:count]), dtype="float32", ignore_config_keys=ignore_config_keys
+        )
+        prompts = prompts or sample_prompts(llm)
+        tokens = [out.token_ids for out in llm.generate(prompts, params)]
+        return prompts, llm.last_logits(prompts), tokens
+
+    prompts, logits, tokens = outcome({}, None)
+    for axes in meshes:
+        _, mesh_logits, mesh_tokens = outcome(axes, prompts)
+        pairs = [pair for a, b in zip(tokens, mesh_tokens, strict=True) for pair in zip(a, b, strict=True)]
+        yield MeshCheck(
+            mesh=axes,
+            max_logit_error=float(np.abs(mesh_logits - logits).max()),
+            num_tokens=len(pairs),
+            num_equal=sum(a == b for a, b in pairs),
+            logit_tolerance=logit_tolerance,
+        )

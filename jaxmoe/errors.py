@@ -1,0 +1,23 @@
+"""The package's exceptions. Each is also a ValueError, so callers may catch either."""
+
+from __future__ import annotations
+
+
+class JaxmoeError(ValueError):
+    """Base of every error a person can cause and mend: one line with the name, value, limit and remedy."""
+
+
+class ConfigError(JaxmoeError):
+    """A model config is unknown, contradictory, or holds a key that changes the maths and is not supported."""
+
+
+class MeshError(JaxmoeError):
+    """A mesh names an unknown axis, or its axes do not multiply to the number of devices."""
+
+
+class CheckpointError(JaxmoeError):
+    """A checkpoint is missing, truncated, corrupt, or its keys and shapes differ from what the model needs."""
+
+
+class RequestError(JaxmoeError):
+    """A prompt or a sampling value lies outside what the model or the engine accepts."""

@@ -1,0 +1,19 @@
+"""What one file of a model family provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.reader import ConfigReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys."""
+
+    name: str
+    read: Callable[[ConfigReader], ModelConfig]
+    names: KeyNames = KeyNames()

@@ -1,0 +1,20 @@
+"""Mistral: Llama with a sliding window in every layer. Source: Hugging Face's MistralConfig."""
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.families.family import Family
+from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    """sliding_window null means full attention; an absent key means 4096, as in the published default."""
+    shared = read_decoder(reader)
+    layers = shared["num_hidden_layers"]
+    return ModelConfig(
+        family="mistral",
+        **shared,
+        moe_layers=(False,) * layers,
+        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=False, absent=4096),
+    )
+
+
+FAMILY = Family(name="mistral", read=read)

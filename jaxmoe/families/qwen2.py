@@ -1,0 +1,21 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v, none on o. Source: Hugging Face's Qwen2Config and modeling_qwen2."""
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.families.family import Family
+from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    """Dense layers; use_sliding_window gives the layers from max_window_layers on a window."""
+    shared = read_decoder(reader)
+    layers = shared["num_hidden_layers"]
+    return ModelConfig(
+        family="qwen2",
+        **shared,
+        moe_layers=(False,) * layers,
+        sliding_windows=read_windows(reader, num_layers=layers, rule="from max_window_layers", switched=True),
+        qkv_bias=True,
+    )
+
+
+FAMILY = Family(name="qwen2", read=read)

@@ -1,0 +1,24 @@
+"""Qwen3: an RMS norm over each query and key head. Source: Hugging Face's Qwen3Config and modeling_qwen3."""
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.families.family import Family
+from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    """Dense layers; head_dim is 128 where the config does not say."""
+    shared = read_decoder(reader, default_head_dim=128)
+    layers = shared["num_hidden_layers"]
+    bias = reader.flag("attention_bias")
+    return ModelConfig(
+        family="qwen3",
+        **shared,
+        moe_layers=(False,) * layers,
+        sliding_windows=read_windows(reader, num_layers=layers, rule="from max_window_layers", switched=True),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+    )
+
+
+FAMILY = Family(name="qwen3", read=read)

@@ -1,0 +1,31 @@
+"""Qwen3-MoE: Qwen3's attention, an MoE without shared expert. Source: Hugging Face's Qwen3MoeConfig."""
+
+from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.family import Family
+from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_sparse_layers, read_windows
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    """Layers may be dense by decoder_sparse_step and mlp_only_layers."""
+    shared = read_decoder(reader)
+    layers = shared["num_hidden_layers"]
+    bias = reader.flag("attention_bias")
+    moe = MoEConfig(
+        num_experts=read_num_experts(reader, "num_experts", "num_local_experts"),  # either name is published
+        num_experts_per_tok=reader.whole("num_experts_per_tok"),
+        intermediate_size=reader.whole("moe_intermediate_size"),
+        norm_topk_prob=reader.flag("norm_topk_prob", False),
+    )
+    return ModelConfig(
+        family="qwen3_moe",
+        **shared,
+        moe=moe,
+        moe_layers=read_sparse_layers(reader, num_layers=layers),
+        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=True),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+    )
+
+
+FAMILY = Family(name="qwen3_moe", read=read)

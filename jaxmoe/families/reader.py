@@ -1,0 +1,243 @@
+"""Reading a config.json strictly: every key is used, known to be harmless, or an error that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from jaxmoe.config import RopeConfig
+from jaxmoe.errors import ConfigError
+
+# Keys that do not change the maths of inference: training settings, token ids (the tokenizer's and generation_config's
+# business), bookkeeping of the library that wrote the file.
+HARMLESS = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "experts_implementation", "hidden_dropout",
+    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "language", "license",
+    "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+    "sep_token_id", "task_specific_params", "torch_dtype", "torchscript", "transformers_version", "unk_token_id",
+    "use_bfloat16", "use_cache", "use_return_dict",
+})  # fmt: skip
+
+_REQUIRED = object()
+_MAX_WHOLE = 2**31 - 1
+_MAX_LAYERS = _MAX_HEADS = _MAX_EXPERTS = 10_000
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a key nobody knows says nothing: null, false, an empty list or object. A zero may mean something."""
+    return value is None or value is False or value == [] or value == {}
+
+
+class ConfigReader:
+    """Hands out the values of one config.json and remembers which were asked for."""
+
+    def __init__(self, raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> None:
+        self._raw = dict(raw)
+        self._used = set(ignore)
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value of key; null counts as absent. Raises ConfigError where it is required and absent."""
+        self._used.add(key)
+        value = self._raw.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise ConfigError(f"config.json has no {key!r}, which this family needs: add it")
+            return default
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the file names key at all, be it with null."""
+        return key in self._raw
+
+    def whole(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A whole number (or the default)."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"config key {key!r} = {value!r} must be a whole number")
+        if abs(value) > _MAX_WHOLE:
+            raise ConfigError(f"config key {key!r} = {str(value)[:20]}... must lie within +-{_MAX_WHOLE}")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A finite number (or the default)."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if not _is_finite(value):
+            raise ConfigError(f"config key {key!r} = {str(value)[:60]} must be a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false (or the default)."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config key {key!r} = {value!r} must be true or false")
+        return value
+
+    def expect(self, key: str, *allowed: Any, default: Any = None) -> None:
+        """Insist on one of the values the family implements. Raises ConfigError naming key, value and choices."""
+        value = self.get(key, default)
+        if value is not None and value not in allowed:
+            choices = " or ".join(repr(a) for a in allowed)
+            raise ConfigError(f"config key {key!r} = {value!r} changes the maths and only {choices} is supported")
+
+    def finish(self, family: str) -> None:
+        """Raise ConfigError for any key nobody asked for that could change the maths."""
+        unknown = sorted(
+            key
+            for key, value in self._raw.items()
+            if key not in self._used and key not in HARMLESS and not _is_off(value)
+        )
+        if unknown:
+            shown = ", ".join(f"{key!r} = {str(self._raw[key])[:60]}" for key in unknown)
+            raise ConfigError(
+                f"config.json of family {family!r} has keys that may change the maths and are not supported: {shown}; "
+                f"if harmless, pass them as ignore_config_keys (--ignore-config-key)"
+            )
+
+
+def read_dtype(reader: ConfigReader) -> str:
+    """The dtype the checkpoint was published in ("bfloat16" when it does not say)."""
+    dtype = str(reader.get("torch_dtype", None) or reader.get("dtype", "bfloat16")).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"config key 'torch_dtype' = {dtype!r} must be bfloat16, float16 or float32")
+    return dtype
+
+
+_ROPE_SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def read_rope(reader: ConfigReader, *, default_theta: float = 10000.0) -> RopeConfig:
+    """Rotary settings in the published form (rope_theta, rope_scaling) or the newer one (rope_parameters).
+
+    Raises: ConfigError for a scaling other than linear and llama3, or a key of it that is unknown.
+    """
+    top_theta = reader.number("rope_theta", None)
+    reader.expect("partial_rotary_factor", 1, 1.0)
+    newer, published = reader.get("rope_parameters", None), reader.get("rope_scaling", None)
+    if published is not None and newer is not None:
+        raise ConfigError("config keys 'rope_scaling' and 'rope_parameters' are both given: keep one")
+    scaling = published if published is not None else newer if newer is not None else {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"config key 'rope_scaling' = {scaling!r} must be an object or null")
+    inner = ConfigReader(scaling)
+    inner.expect("partial_rotary_factor", 1, 1.0)
+    inner_theta = inner.number("rope_theta", None)
+    theta = inner_theta if inner_theta is not None else top_theta if top_theta is not None else default_theta
+    kind = inner.get("rope_type", None) or inner.get("type", "default")
+    kind = "none" if kind == "default" else kind
+    wanted: dict[str, tuple[str, ...]] = {
+        "none": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if not isinstance(kind, str) or kind not in wanted:
+        raise ConfigError(f"config key 'rope_scaling' has rope_type {kind!r}; supported are default, linear and llama3")
+    scaling = {key: value for key, value in scaling.items() if key not in _ROPE_SETTINGS}
+    if extra := sorted(set(scaling) - set(wanted[kind])):
+        raise ConfigError(f"config key 'rope_scaling' has unsupported keys {extra} for rope_type {kind!r}")
+    if missing := [key for key in wanted[kind] if not _is_finite(scaling.get(key))]:
+        raise ConfigError(f"config key 'rope_scaling' of rope_type {kind!r} lacks the numbers {missing}")
+    return RopeConfig(theta=theta, scaling=kind, **scaling)
+
+
+WindowRule = Literal["every layer", "from max_window_layers", "even below max_window_layers"]
+
+
+def read_windows(
+    reader: ConfigReader, *, num_layers: int, rule: WindowRule, switched: bool, absent: int | None = None
+) -> tuple[int | None, ...]:
+    """The sliding window of each layer: those the rule names, or layer by layer what layer_types says.
+
+    switched: a window counts only with use_sliding_window true. max_window_layers is 28 where absent. absent: the
+    window where the key does not stand at all; null and 0 mean none.
+    """
+    window = (reader.whole("sliding_window", None) if reader.has("sliding_window") else absent) or None
+    enabled = reader.flag("use_sliding_window") if switched else True
+    limit = reader.whole("max_window_layers", 28) if rule != "every layer" or switched else 0
+    types = reader.get("layer_types", None)
+    if types is None:
+        windowed = {
+            "every layer": lambda layer: True,
+            "from max_window_layers": lambda layer: layer >= limit,
+            "even below max_window_layers": lambda layer: layer % 2 == 0 and layer < limit,
+        }[rule]
+        return tuple(window if enabled and windowed(layer) else None for layer in range(num_layers))
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types):
+        raise ConfigError(
+            f"config key 'layer_types' = {types} must hold one of {known} for each of {num_layers} layers"
+        )
+    if "sliding_attention" in types and (window is None or not enabled):
+        raise ConfigError("config key 'layer_types' names sliding_attention but no sliding_window is switched on")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def read_decoder(
+    reader: ConfigReader,
+    *,
+    default_head_dim: int | None = None,
+    default_eps: float = 1e-6,
+    default_theta: float = 10000.0,
+) -> dict[str, Any]:
+    """What every Llama-like decoder shares, as keyword arguments of ModelConfig."""
+    reader.expect("hidden_act", "silu", default="silu")
+    layers = reader.whole("num_hidden_layers")
+    if not 1 <= layers <= _MAX_LAYERS:
+        raise ConfigError(f"config key 'num_hidden_layers' = {layers} must lie in [1, {_MAX_LAYERS}]")
+    heads = reader.whole("num_attention_heads")
+    if heads > _MAX_HEADS:
+        raise ConfigError(f"config key 'num_attention_heads' = {heads} must lie in [1, {_MAX_HEADS}]")
+    hidden = reader.whole("hidden_size")
+    head_dim = reader.whole("head_dim", default_head_dim)
+    if head_dim is None:
+        if heads < 1 or hidden % heads:
+            raise ConfigError(
+                f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}, or give head_dim"
+            )
+        head_dim = hidden // heads
+    return dict(
+        vocab_size=reader.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=reader.whole("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=reader.whole("num_key_value_heads", heads),
+        head_dim=head_dim,
+        max_position_embeddings=reader.whole("max_position_embeddings"),
+        rms_norm_eps=reader.number("rms_norm_eps", default_eps),
+        rope=read_rope(reader, default_theta=default_theta),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        dtype=read_dtype(reader),
+    )
+
+
+def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:
+    """Qwen's rule: layer i is MoE unless it stands in mlp_only_layers, and (i + 1) % decoder_sparse_step == 0."""
+    step = reader.whole("decoder_sparse_step", 1)
+    dense = reader.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ConfigError(f"config key 'mlp_only_layers' = {dense} must be a list of whole numbers")
+    if step < 1:
+        raise ConfigError(f"config key 'decoder_sparse_step' = {step} must be at least 1")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+
+
+def read_num_experts(reader: ConfigReader, *keys: str) -> int:
+    """How many experts there are, under whichever of the keys the file uses; those it uses must agree."""
+    used = [key for key in keys if reader.whole(key, None) is not None] or keys[:1]
+    counts = {key: reader.whole(key) for key in used}
+    if len(set(counts.values())) != 1:
+        raise ConfigError(f"config.json gives different numbers of experts: {counts}")
+    count = counts[used[0]]
+    if count > _MAX_EXPERTS:
+        raise ConfigError(f"config key {used[0]!r} = {count} must lie in [1, {_MAX_EXPERTS}]")
+    return count

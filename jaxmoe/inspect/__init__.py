@@ -1,0 +1,1 @@
+"""Reading compiled programs: collectives, products, memory."""

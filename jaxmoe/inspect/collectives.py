@@ -1,0 +1,87 @@
+"""Collectives of a compiled program, read from its text: op, mesh axes, bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import get_args
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmoe.planner.traffic import Collective, Op
+
+_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
+_ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
+_LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join(get_args(Op))})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>[^)]*(?:\([^)]*\))?)\))? \{(?P<over>[^}]*)\}"
+)
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
+_LIST_GROUPS = re.compile(r"replica_groups=\{(?P<groups>\{[\d,{}]*\})\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
+
+
+def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
+    """Every collective instruction in the text of a compiled program, with how many there are.
+
+    An instruction inside a loop counts once. Raises: ValueError for replica groups in a form not known here.
+    """
+    found: Counter[Collective] = Counter()
+    for line in compiled_text.splitlines():
+        match = _LINE.search(line)
+        if match is None:
+            continue
+        op = match["op"]
+        groups = _groups(line)
+        axes = _axes(groups, mesh)
+        if not axes:
+            continue
+        sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(match["result"])]
+        if match["start"] and op in ("all-gather", "collective-permute"):
+            sizes = sizes[1:2]  # (operand, result, ...)
+        found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += 1  # type: ignore[arg-type]
+    return found
+
+
+def _array_bytes(kind: str, shape: str) -> int:
+    return math.prod(int(n) for n in shape.split(",") if n) * _ITEM_BITS[kind] // 8
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _groups(line: str) -> np.ndarray:
+    """Device groups [groups, members] of one instruction, in any of the forms XLA prints."""
+    if match := _MESH_GROUPS.search(line):
+        names = re.findall(r"'([^']+)'=(\d+)", match["axes"])
+        shape = [int(size) for _, size in names]
+        ids = np.arange(math.prod(shape))
+        if match["ids"]:
+            dims, _, order = match["ids"].partition("T")
+            ids = ids.reshape(_ints(dims))
+            ids = ids.transpose(_ints(order)) if order else ids
+        over = set(re.findall(r"'([^']+)'", match["over"]))
+        last = [at for at, (name, _) in enumerate(names) if name in over]
+        first = [at for at in range(len(names)) if at not in last]
+        ids = ids.reshape(shape).transpose(first + last)
+        return ids.reshape(-1, math.prod(shape[at] for at in last))
+    if match := _IOTA_GROUPS.search(line):
+        source = _ints(match["source"])
+        ids = np.arange(math.prod(source)).reshape(source)
+        ids = ids.transpose(_ints(match["order"])) if match["order"] else ids
+        return ids.reshape(_ints(match["shape"]))
+    if match := _LIST_GROUPS.search(line) or _PAIRS.search(line):
+        return np.array([_ints(group) for group in match[1].split("},{")])
+    raise ValueError(f"replica groups not understood: {line.strip()[:300]}")
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ, in the order placements name them."""
+    shape = tuple(mesh.shape.values())
+    coordinates = np.stack(np.unravel_index(groups, shape), axis=-1)
+    differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
+    return tuple(axis for axis, moved in zip(mesh.axis_names, differs, strict=True) if moved)

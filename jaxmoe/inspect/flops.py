@@ -1,0 +1,54 @@
+"""Matrix products of a compiled program, read from its text: what each costs every time it runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = [a-z]\w*\[(?P<shape>[\d,]*)\]")
+_HEADER_PARAM = re.compile(r"([\w.-]+): [a-z]\w*\[([\d,]*)\]")
+_DOT = re.compile(r" dot\((?P<operands>.*?)\), ")
+_NAME = re.compile(r"%([\w.-]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One dot instruction: the shape of its result, and how many numbers each of its entries sums."""
+
+    result_shape: tuple[int, ...]
+    depth: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one run."""
+        return 2 * self.depth * math.prod(self.result_shape)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def products(compiled_text: str) -> list[Product]:
+    """Every dot in the text of a compiled program, loops' bodies included once.
+
+    Raises: ValueError for a dot whose operands' shapes are not in the text.
+    """
+    found, shapes = [], {}
+    for line in compiled_text.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):  # names are local to a computation
+            shapes = {name: _shape(shape) for name, shape in _HEADER_PARAM.findall(line)}
+        definition = _DEFINITION.match(line)
+        if definition is None:
+            continue
+        shapes[definition["name"]] = _shape(definition["shape"])
+        dot = _DOT.search(line)
+        if dot is None:
+            continue
+        left = _NAME.findall(dot["operands"])[0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+        if left not in shapes or contracted is None:
+            raise ValueError(f"dot not understood: {line.strip()[:200]}")
+        depth = math.prod(shapes[left][dim] for dim in _shape(contracted[1]))
+        found.append(Product(result_shape=shapes[definition["name"]], depth=depth))
+    return found

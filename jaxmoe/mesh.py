@@ -1,0 +1,121 @@
+"""The named device mesh: axes data, pipeline, expert, tensor (outermost to innermost), from text or a preset.
+
+Tensor is innermost because its all-reduces are the most frequent: neighbours share the fastest links.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxmoe.assets import asset_dir
+from jaxmoe.errors import MeshError
+
+AXES = ("data", "pipeline", "expert", "tensor")
+
+_HOST_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+
+
+def preset_names() -> list[str]:
+    """Names of the mesh presets in meshes/, sorted."""
+    return sorted(path.stem for path in asset_dir("meshes").glob("*.toml"))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Axis sizes from "data=2,tensor=4" or the name of a preset; axes left out are 1.
+
+    Raises: MeshError for an unknown axis or preset, an axis named twice, or a size that is not a whole number >= 1.
+    """
+    if "=" not in text:
+        return _read_preset(text.strip())
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, value = (piece.strip() for piece in part.partition("="))
+        if axis in sizes:
+            raise MeshError(f"mesh {text!r} names axis {axis!r} twice: name each once")
+        if not value.isascii() or not value.isdigit():
+            raise MeshError(f"mesh {text!r}: {part.strip()!r} must read axis=size, as in data=2,tensor=4")
+        sizes[axis] = int(value)
+    return check_axes(sizes)
+
+
+def check_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """All four axes in mesh order, those left out as 1. Raises: MeshError naming the axis, its size and the limit."""
+    for axis, size in sizes.items():
+        if axis not in AXES:
+            raise MeshError(f"unknown mesh axis {axis!r}; the axes are data, tensor, pipeline, expert")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise MeshError(f"mesh axis {axis}={size!r} must be a whole number of at least 1")
+    if sizes.get("pipeline", 1) != 1:
+        raise MeshError(
+            f"mesh axis pipeline={sizes['pipeline']}: this version runs pipeline=1 only; use data, tensor, expert"
+        )
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def _read_preset(name: str) -> dict[str, int]:
+    path = asset_dir("meshes") / f"{name}.toml"
+    if name not in preset_names():
+        raise MeshError(
+            f"mesh {name!r} is neither axes (data=2,tensor=4) nor a preset; presets: {', '.join(preset_names())}"
+        )
+    return check_axes(tomllib.loads(path.read_text(encoding="utf-8"))["axes"])
+
+
+def default_axes(num_devices: int, *, num_experts: int) -> dict[str, int]:
+    """The axes used where the user names none: whole experts on devices for an MoE, else split layers."""
+    axis = "expert" if num_experts >= num_devices else "tensor"
+    return check_axes({axis: num_devices})
+
+
+def emulate_devices(num_devices: int) -> None:
+    """Make the CPU appear as num_devices devices. Call before JAX starts a backend.
+
+    Raises: MeshError if the count is out of range, XLA_FLAGS already asks for another, or a backend has started.
+    """
+    if not 1 <= num_devices <= 512:
+        raise MeshError(f"devices={num_devices} must lie in [1, 512]")
+    if (flag := _HOST_COUNT_FLAG.search(os.environ.get("XLA_FLAGS", ""))) and int(flag[1]) != num_devices:
+        raise MeshError(
+            f"devices={num_devices} but XLA_FLAGS already asks for {flag[1]} host devices: make them equal or drop one"
+        )
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        if not flag:
+            jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError as error:
+        raise MeshError(f"devices={num_devices} must be set before JAX starts its devices: {error}") from error
+    if jax.device_count() != num_devices:
+        raise MeshError(
+            f"devices={num_devices} asked for after JAX had started with {jax.device_count()}: set it first"
+        )
+
+
+def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A Mesh with all four axes, devices in the order of the machine's topology.
+
+    Raises: MeshError if the axes do not multiply to the number of devices.
+    """
+    axes = check_axes(axes)
+    devices = jax.devices() if devices is None else devices
+    wanted = math.prod(axes.values())
+    if wanted != len(devices):
+        shown = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+        remedy = f"; on CPU emulate them with --devices {wanted}" if devices[0].platform == "cpu" else ""
+        raise MeshError(f"mesh {shown} needs {wanted} devices and there are {len(devices)}{remedy}")
+    shape = tuple(axes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh in a few words, as in "data=2 x tensor=2 x expert=2 on 8 cpu devices"."""
+    named = [f"{axis}={mesh.shape[axis]}" for axis in ("data", "tensor", "pipeline", "expert") if mesh.shape[axis] > 1]
+    platform = mesh.devices.flat[0].platform
+    plural = "s" if mesh.size > 1 else ""
+    return f"{' x '.join(named) or 'one device'} on {mesh.size} {platform} device{plural}"

@@ -1,0 +1,1 @@
+"""The model in Flax NNX: names of dims inside, placement outside."""

@@ -1,0 +1,84 @@
+"""Grouped-query attention with optional biases, norms over query and key, clipping, rotary embedding."""
+
+# Dims: B batch, S length, D width, K key/value head slots, G query heads a slot, H head dim.
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.model.params import Init, Maker, ones, zeros
+from jaxmoe.ops.norm import rms_norm, scale_by_rms
+from jaxmoe.ops.rope import rotate
+from jaxmoe.sharding import Placement
+
+
+class Attend(Protocol):
+    """How queries meet keys and values: within a prompt, or against a cache that grows."""
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+        """q [B,S,K,G,H], k and v [B,S,K,H] of the new tokens -> [B,S,K,G,H]."""
+        ...
+
+
+class Attention(nnx.Module):
+    """One attention block. Query, key and value of a head slot lie side by side in one matrix."""
+
+    def __init__(
+        self, config: ModelConfig, sizes: ArraySizes, placement: Placement, layer: int, *, make: Maker, init: Init
+    ) -> None:
+        self.config, self.placement, self.layer = config, placement, layer
+        self.group = sizes.group_slots
+        heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
+        query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
+        self.qkv = make(init, width=config.hidden_size, **heads)
+        self.out = make(init, **query, width=config.hidden_size)
+        if config.qkv_bias:
+            self.qkv_bias = make(zeros, **heads)
+        if config.out_bias:
+            self.out_bias = make(zeros, width=config.hidden_size)
+        if config.qk_norm == "head":
+            self.q_norm = make(ones, head_dim=config.head_dim)
+            self.k_norm = make(ones, head_dim=config.head_dim)
+        if config.qk_norm == "full":
+            self.q_norm = make(ones, **query)
+            self.k_norm = make(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
+            self.kv_copies = sizes.kv_copies
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
+        """x [B,S,D] -> [B,S,D]."""
+        config, place = self.config, self.placement
+        qkv = jnp.einsum("bsd,dkjh->bskjh", x, self.qkv[...])
+        if config.qkv_bias:
+            qkv = qkv + self.qkv_bias[...]
+        qkv = place.constrain(qkv, "batch", "length", "kv_head", "head_slot", "head_dim")
+        q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
+        q, k = self._normed(q, k)
+        if config.clip_qkv is not None:
+            q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = attend(self.layer, q, k, v, window=config.sliding_windows[self.layer])
+        y = jnp.einsum("bskgh,kghd->bsd", mixed, self.out[...])
+        y = place.constrain(y, "batch", "length", "width")
+        return y + self.out_bias[...] if config.out_bias else y
+
+    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
+        config = self.config
+        if config.qk_norm == "head":
+            return (
+                rms_norm(q, self.q_norm[...], eps=config.rms_norm_eps),
+                rms_norm(k, self.k_norm[...], eps=config.rms_norm_eps),
+            )
+        if config.qk_norm == "full":
+            columns = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+            q_square = jnp.sum(jnp.square(q.astype(jnp.float32)), axis=(-2, -1)) / columns[0]
+            k_square = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=-1) / (columns[1] * self.kv_copies)
+            mean = jnp.sum(jnp.stack([q_square, k_square], axis=-1), axis=2)
+            mean = self.placement.constrain(mean, "batch", "length", "one")
+            q = scale_by_rms(q, self.q_norm[...], mean[..., 0], eps=config.rms_norm_eps)
+            k = scale_by_rms(k, self.k_norm[...], mean[..., 1], eps=config.rms_norm_eps)
+        return q, k

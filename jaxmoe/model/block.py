@@ -1,0 +1,49 @@
+"""One decoder layer: norm, attention, norm, MLP or MoE, with residuals."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.model.attention import Attend, Attention
+from jaxmoe.model.mlp import MLP
+from jaxmoe.model.moe import MoE, MoEKernels
+from jaxmoe.model.params import Maker, normal, ones
+from jaxmoe.ops.norm import rms_norm
+from jaxmoe.sharding import Placement
+
+
+class Block(nnx.Module):
+    """Layer `layer` of the model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sizes: ArraySizes,
+        placement: Placement,
+        kernels: MoEKernels,
+        layer: int,
+        *,
+        make: Maker,
+    ) -> None:
+        init = normal(0.02)
+        self.eps, self.sparse = config.rms_norm_eps, config.moe_layers[layer]
+        self.input_layernorm = make(ones, width=config.hidden_size)
+        self.post_attention_layernorm = make(ones, width=config.hidden_size)
+        self.attention = Attention(config, sizes, placement, layer, make=make, init=init)
+        if self.sparse:
+            self.moe = MoE(config, sizes, placement, kernels, make=make, init=init)
+        else:
+            self.mlp = MLP(config, sizes.ffn, placement, make=make, init=init)
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, active: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [B,S,D] -> [B,S,D], and the router's probabilities [B,S,E] of an MoE layer."""
+        x = x + self.attention(rms_norm(x, self.input_layernorm[...], eps=self.eps), cos, sin, attend)
+        h = rms_norm(x, self.post_attention_layernorm[...], eps=self.eps)
+        if self.sparse:
+            y, probabilities = self.moe(h, active)
+            return x + y, probabilities
+        return x + self.mlp(h), None

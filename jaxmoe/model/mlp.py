@@ -1,0 +1,34 @@
+"""The dense SwiGLU block."""
+
+# Dims: B batch, S length, D width, F ffn.
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.model.params import Init, Maker, zeros
+from jaxmoe.sharding import Placement
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)); gate and up lie side by side in one matrix."""
+
+    def __init__(self, config: ModelConfig, ffn: int, placement: Placement, *, make: Maker, init: Init) -> None:
+        self.placement, self.bias = placement, config.mlp_bias
+        self.gate_up = make(init, width=config.hidden_size, gate_or_up=2, ffn=ffn)
+        self.down = make(init, ffn=ffn, width=config.hidden_size)
+        if self.bias:
+            self.gate_up_bias = make(zeros, gate_or_up=2, ffn=ffn)
+            self.down_bias = make(zeros, width=config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,S,D] -> [B,S,D]."""
+        both = jnp.einsum("bsd,dcf->bscf", x, self.gate_up[...])
+        if self.bias:
+            both = both + self.gate_up_bias[...]
+        both = self.placement.constrain(both, "batch", "length", "gate_or_up", "ffn")
+        y = jnp.einsum("bsf,fd->bsd", jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down[...])
+        y = self.placement.constrain(y, "batch", "length", "width")
+        return y + self.down_bias[...] if self.bias else y

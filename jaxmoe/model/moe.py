@@ -1,0 +1,118 @@
+"""The Mixture-of-Experts block: one shard_map doing route -> dispatch -> grouped experts -> combine."""
+
+# Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
+from jaxmoe.errors import ConfigError
+from jaxmoe.model.params import Init, Maker
+from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind, combine, dispatch
+from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind, grouped_swiglu
+from jaxmoe.ops.route import route
+from jaxmoe.sharding import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEKernels:
+    """Which implementation runs; every choice means the same. See ops/dispatch.py and ops/grouped.py.
+
+    Raises: ConfigError for a name that is neither.
+    """
+
+    dispatch: DispatchKind = "all_to_all"
+    grouped: GroupedKind = "blocks"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("dispatch", DISPATCH_KINDS), ("grouped", GROUPED_KINDS)):
+            value = getattr(self, name)
+            if value not in kinds:
+                raise ConfigError(f"{name}={value!r} must be one of {', '.join(kinds)}")
+
+
+class Experts(nnx.Module):
+    """Stacked SwiGLU weights of all experts of one layer (or of the one shared expert, without the leading dim)."""
+
+    def __init__(self, width: int, ffn: int, num_experts: int, *, make: Maker, init: Init) -> None:
+        stack = {"moe_expert": num_experts} if num_experts else {}
+        self.gate_up = make(init, **stack, width=width, gate_or_up=2, moe_ffn=ffn)
+        self.down = make(init, **stack, moe_ffn=ffn, width=width)
+
+
+class MoE(nnx.Module):
+    """Routed experts, and a shared expert where the config has one."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sizes: ArraySizes,
+        placement: Placement,
+        kernels: MoEKernels,
+        *,
+        make: Maker,
+        init: Init,
+    ) -> None:
+        assert config.moe is not None
+        self.moe, self.placement, self.kernels = config.moe, placement, kernels
+        width = config.hidden_size
+        self.router = make(init, width=width, router_expert=config.moe.num_experts)
+        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, make=make, init=init)
+        if config.moe.shared_intermediate_size:
+            self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
+            self.shared_gate = make(init, width=width, one=1)
+
+    def __call__(self, x: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B,S,D], active [B,S] -> y [B,S,D] and router probabilities [B,S,E]; inactive tokens visit no expert."""
+        place = self.placement
+        params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
+        if self.moe.shared_intermediate_size:
+            params |= {
+                "shared_gate": self.shared_gate,
+                "shared_in": self.shared.gate_up,
+                "shared_out": self.shared.down,
+            }
+        arrays = {name: param[...] for name, param in params.items()}
+        specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
+        tokens, mask = place.spec("batch", "length", "width"), place.spec("batch", "length")
+        layer = jax.shard_map(
+            lambda x, active, arrays: _on_device(x, active, arrays, moe=self.moe, kernels=self.kernels, place=place),
+            mesh=place.mesh,
+            in_specs=(tokens, mask, specs),
+            out_specs=(tokens, place.spec("batch", "length", "router_expert")),
+            check_vma=False,
+        )
+        return layer(x, active, arrays)
+
+
+def _on_device(x, active, arrays, *, moe: MoEConfig, kernels: MoEKernels, place: Placement):
+    """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
+    (axis,) = place.axes("moe_expert")
+    ranks = place.parts("moe_expert")
+    x_tD = x.reshape(-1, x.shape[-1])
+    weights_tE, probabilities = route(
+        x_tD, arrays["router"], active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob
+    )
+    padding = arrays["gate_up"].shape[0] * ranks - moe.num_experts
+    weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
+    x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
+    y_TD = grouped_swiglu(
+        x_TD, weights_Te, arrays["gate_up"], arrays["down"], top_k=moe.num_experts_per_tok, kind=kernels.grouped
+    )
+    y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
+    if moe.shared_intermediate_size:
+        y_tD = y_tD + _shared_expert(x_tD, arrays)
+    if place.parts("moe_ffn") > 1:
+        y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
+    return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
+
+
+def _shared_expert(x, arrays):
+    """This device's columns of the expert every token visits, times its sigmoid gate."""
+    both = jnp.einsum("td,dcf->tcf", x, arrays["shared_in"])
+    y = (jax.nn.silu(both[:, 0]) * both[:, 1]) @ arrays["shared_out"]
+    return jax.nn.sigmoid(x @ arrays["shared_gate"]) * y

@@ -1,0 +1,266 @@
+"""SwiGLU of many experts on the tokens routed to each: cost follows what is routed, never the number of experts.
+
+- blocks: tokens sorted by expert, cut in blocks that hold rows of one expert; loops whose trip counts follow the
+  routing visit the blocks, large ones first, then each expert's rest in a block just large enough. Weights are read
+  where they lie, an expert nobody chose is never touched. Any backend.
+- ragged: `jax.lax.ragged_dot`, native on TPU; on CPU and stock GPU lowering it costs num_experts times as much.
+- native: on the CPU, for few tokens, a C++ kernel that reads weights at memory's speed (ops/native; it needs a
+  compiler); blocks for many tokens and for gradients.
+- dense: every expert on every token; the oracle.
+"""
+
+# Dims: T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a block.
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.ops import native
+
+GroupedKind = Literal["blocks", "ragged", "native", "dense"]
+GROUPED_KINDS: tuple[GroupedKind, ...] = ("blocks", "ragged", "native", "dense")
+
+
+class Assignments(NamedTuple):
+    """Routed (token, expert) pairs sorted by expert. Rows past ends[-1] name token T and weigh 0."""
+
+    tokens: Int[Array, "A"]
+    weights: Float[Array, "A"]
+    ends: Int[Array, "E"]
+
+
+def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments:
+    """Every nonzero weight as a row, by expert and then by token; no token has more than top_k."""
+    num_tokens, num_experts = weights.shape
+    routed = weights != 0
+    ends = jnp.cumsum(jnp.sum(routed, axis=0, dtype=jnp.int32))
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    bound = num_tokens * min(top_k, num_experts)
+    row = starts + jnp.cumsum(routed, axis=0, dtype=jnp.int32) - 1
+    row = jnp.where(routed, row, bound)
+    token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
+    tokens = jnp.full((bound,), num_tokens, jnp.int32).at[row].set(token, mode="drop")
+    sorted_weights = jnp.zeros((bound,), weights.dtype).at[row].set(weights, mode="drop")
+    return Assignments(tokens, sorted_weights, ends)
+
+
+_DROPPED = 1 << 30  # token indices from here on fall outside any array
+# Up to so many tokens: rows a block may have. A block of few rows costs one reading of the weights whatever its rows,
+# so decode wants the exact size; many rows cost their products, so prefill wants large blocks. See docs/benchmarks.md.
+_SIZES = {64: (1, 2, 3, 4, 6, 8), 512: (1, 2, 4, 8, 16, 32), 1 << 62: (4, 8, 16, 32, 64, 128, 256)}
+
+
+def block_sizes(num_tokens: int, itemsize: int) -> tuple[int, ...]:
+    """Rows a block may have, smallest first; few, since every size is compiled. itemsize: bytes of one number.
+
+    Numbers of 16 bits go in blocks of at least 2 rows: XLA's CPU products of one row first widen the weights to float32
+    and take three times as long; accelerators pad a single row to a tile in any case.
+    """
+    sizes = next(sizes for tokens, sizes in _SIZES.items() if num_tokens <= tokens)
+    least = 1 if itemsize >= 4 else 2
+    return tuple(rows for rows in sizes if least <= rows <= max(least, num_tokens))
+
+
+_NATIVE_MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
+
+
+class Blocks(NamedTuple):
+    """Which blocks there are: full ones of the largest size, and for every expert one of the size that holds its rest.
+
+    full_ends [E]: full blocks of experts up to each. by_size [E]: experts in the order of their rest's size.
+    rest_ends [sizes]: how many experts in that order have a rest of up to each size; those without come first.
+    """
+
+    full_ends: Int[Array, "E"]
+    by_size: Int[Array, "E"]
+    rest_starts: Int[Array, "sizes"]
+    rest_ends: Int[Array, "sizes"]
+
+
+def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
+    """The blocks for experts whose rows end at ends; a rest is rounded up to the next size."""
+    counts = jnp.diff(ends, prepend=0)
+    full, rest = counts // sizes[-1], counts % sizes[-1]
+    size_index = jnp.sum(rest[:, None] > jnp.array(sizes), axis=1)
+    size_index = jnp.where(rest == 0, -1, size_index)
+    rest_ends = jnp.sum(size_index[:, None] <= jnp.arange(len(sizes)), axis=0, dtype=jnp.int32)
+    empty = jnp.sum(size_index < 0, dtype=jnp.int32)
+    rest_starts = jnp.concatenate([empty[None], rest_ends[:-1]])
+    return Blocks(jnp.cumsum(full, dtype=jnp.int32), jnp.argsort(size_index, stable=True), rest_starts, rest_ends)
+
+
+def planned_rows(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Int[Array, ""]:
+    """Rows of all blocks together, those of padding included: the cost, to be held against ends[-1]."""
+    blocks = plan_blocks(ends, sizes)
+    rests = jnp.sum((blocks.rest_ends - blocks.rest_starts) * jnp.array(sizes))
+    return blocks.full_ends[-1] * sizes[-1] + rests
+
+
+def _for_each_block(plan: Assignments, sizes: tuple[int, ...], visit, carry):
+    """carry after visit(carry, expert, tokens, weights) of every block, where tokens and weights are its rows [R].
+
+    Rows of padding name tokens from T up, each another one, and weigh 0.
+    """
+    blocks, largest = plan_blocks(plan.ends, sizes), sizes[-1]
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), plan.ends[:-1]])
+    tokens = jnp.pad(plan.tokens, (0, largest))
+    weights = jnp.pad(plan.weights, (0, largest))
+
+    def rows_of(expert, first, rows):
+        at = first + jnp.arange(rows, dtype=jnp.int32)
+        real = at < plan.ends[expert]
+        block_tokens = jnp.where(real, _take(tokens, first, rows), _DROPPED + jnp.arange(rows, dtype=jnp.int32))
+        return block_tokens, jnp.where(real, _take(weights, first, rows), 0)
+
+    def full_block(i, carry):
+        expert = jnp.sum(blocks.full_ends <= i, dtype=jnp.int32)
+        before = jnp.where(expert > 0, blocks.full_ends[expert - 1], 0)
+        return visit(carry, expert, *rows_of(expert, starts[expert] + (i - before) * largest, largest))
+
+    carry = jax.lax.fori_loop(0, blocks.full_ends[-1], full_block, carry)
+    for index, rows in enumerate(sizes):
+
+        def rest_block(i, carry, rows=rows):
+            expert = blocks.by_size[i]
+            count = plan.ends[expert] - starts[expert]
+            return visit(carry, expert, *rows_of(expert, plan.ends[expert] - count % largest, rows))
+
+        carry = jax.lax.fori_loop(blocks.rest_starts[index], blocks.rest_ends[index], rest_block, carry)
+    return carry
+
+
+def _take(values, start, rows):
+    return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
+
+
+def _expert(stacked, index):
+    return jax.lax.dynamic_index_in_dim(stacked, index, axis=0, keepdims=False)
+
+
+def _hidden(x, gate_up):
+    """Gate and up activations of rows x [R, D] through one expert [D, 2, F], as float32 [R, F] each."""
+    both = jax.lax.dot_general(x, gate_up, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return both[:, 0], both[:, 1]
+
+
+def _swiglu(x, gate_up, down):
+    gate, up = _hidden(x, gate_up)
+    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+    return jnp.dot(hidden, down, preferred_element_type=jnp.float32)
+
+
+def _blocks_forward(top_k, x, weights, gate_up, down):
+    plan = sort_assignments(weights, top_k=top_k)
+
+    def visit(out, expert, tokens, weights):
+        rows = x.at[tokens].get(mode="clip")
+        y = _swiglu(rows, _expert(gate_up, expert), _expert(down, expert))
+        return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
+
+    out = _for_each_block(plan, block_sizes(x.shape[0], x.dtype.itemsize), visit, jnp.zeros(x.shape, jnp.float32))
+    return out.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(top_k, x, weights, gate_up, down):
+    return _blocks_forward(top_k, x, weights, gate_up, down)
+
+
+def _blocks_fwd(top_k, x, weights, gate_up, down):
+    return _blocks_forward(top_k, x, weights, gate_up, down), (x, weights, gate_up, down)
+
+
+def _blocks_bwd(top_k, saved, dy):
+    """Gradients block by block, activations computed again; sums are kept in float32."""
+    x, weights, gate_up, down = saved
+    plan = sort_assignments(weights, top_k=top_k)
+    dy = dy.astype(x.dtype)
+
+    def visit(carry, expert, tokens, weights):
+        dx, dweights, dgate_up, ddown = carry
+        scale = weights[:, None].astype(jnp.float32)
+        x_rows, dy_rows = x.at[tokens].get(mode="clip"), dy.at[tokens].get(mode="fill", fill_value=0)
+        w_in, w_out = _expert(gate_up, expert), _expert(down, expert)
+        gate, up = _hidden(x_rows, w_in)
+        sigmoid = jax.nn.sigmoid(gate)
+        act = gate * sigmoid
+        hidden = act * up
+        back = jnp.dot(dy_rows, w_out.T, preferred_element_type=jnp.float32)
+        dscale = jnp.sum(back * hidden, axis=-1)
+        dhidden = back * scale
+        dgate = dhidden * up * (sigmoid + act * (1 - sigmoid))
+        both = jnp.stack([dgate, dhidden * act], axis=1).astype(x.dtype)
+        dx_rows = jax.lax.dot_general(both, w_in, (((1, 2), (1, 2)), ((), ())), preferred_element_type=jnp.float32)
+        dw_in = jax.lax.dot_general(x_rows, both, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        scaled = (hidden * scale).astype(x.dtype)
+        dw_out = jnp.dot(scaled.T, dy_rows, preferred_element_type=jnp.float32)
+        dx = dx.at[tokens].add(dx_rows, mode="drop", unique_indices=True)
+        dweights = dweights.at[tokens, expert].add(dscale, mode="drop", unique_indices=True)
+        return dx, dweights, dgate_up.at[expert].add(dw_in), ddown.at[expert].add(dw_out)
+
+    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in saved)
+    grads = _for_each_block(plan, block_sizes(x.shape[0], x.dtype.itemsize), visit, zeros)
+    return tuple(g.astype(a.dtype) for g, a in zip(grads, saved, strict=True))
+
+
+_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+def _ragged(top_k, x, weights, gate_up, down):
+    plan = sort_assignments(weights, top_k=top_k)
+    counts = jnp.diff(plan.ends, prepend=0)
+    num_experts, width, _, ffn = gate_up.shape
+    rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
+    both = jax.lax.ragged_dot(rows, gate_up.reshape(num_experts, width, 2 * ffn), counts)
+    hidden = jax.nn.silu(both[:, :ffn].astype(jnp.float32)) * both[:, ffn:].astype(jnp.float32)
+    y = jax.lax.ragged_dot(hidden.astype(x.dtype), down, counts).astype(jnp.float32)
+    y = y * plan.weights[:, None].astype(jnp.float32)
+    return jnp.zeros(x.shape, jnp.float32).at[plan.tokens].add(y, mode="drop").astype(x.dtype)
+
+
+def _native(top_k, x, weights, gate_up, down):
+    if x.shape[0] > _NATIVE_MOST_TOKENS:
+        return _blocks(top_k, x, weights, gate_up, down)
+    native.prepare(x.dtype.name)
+    return _native_few(top_k, x, weights, gate_up, down)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _native_few(top_k, x, weights, gate_up, down):
+    plan = sort_assignments(weights, top_k=top_k)
+    return native.native_experts(x, plan.tokens, plan.weights, plan.ends, gate_up, down)
+
+
+_native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _blocks_bwd)
+
+
+def _dense(top_k, x, weights, gate_up, down):
+    del top_k
+    both = jnp.einsum("td,edcf->tecf", x, gate_up, preferred_element_type=jnp.float32)
+    hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype).astype(jnp.float32)
+    y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
+    return jnp.sum(y * weights[:, :, None].astype(jnp.float32), axis=1).astype(x.dtype)
+
+
+_KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _ragged, "native": _native, "dense": _dense}
+
+
+def grouped_swiglu(
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T E"],
+    gate_up: Float[Array, "E D 2 F"],
+    down: Float[Array, "E F D"],
+    *,
+    top_k: int,
+    kind: GroupedKind = "blocks",
+) -> Float[Array, "T D"]:
+    """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
+
+    weights is zero where a token does not visit an expert; no token visits more than top_k.
+    """
+    return _KINDS[kind](top_k, jnp.asarray(x), weights, gate_up, down)

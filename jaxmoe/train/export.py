@@ -1,0 +1,134 @@
+"""From trained parameters to a checkpoint as Hugging Face publishes it: the loader's key table, read backwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.errors import CheckpointError
+from jaxmoe.families import FAMILIES, pieces
+from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.train.tokenizer import END_OF_TEXT
+from jaxmoe.weights.checkpoint import SINGLE
+
+_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+def published_tensors(
+    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement
+) -> dict[str, np.ndarray]:
+    """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
+    arrays = {path: np.asarray(array) for path, array in params.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for piece in pieces(config, array_sizes(config, placement), FAMILIES[config.family].names):
+        tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
+        block = arrays[piece.path][piece.dst]
+        tensor[tuple(slice(*bounds) for bounds in piece.src)] = block.T if piece.transpose else block
+    return tensors
+
+
+def hf_config(config: ModelConfig, *, eos_token_id: int) -> dict[str, Any]:
+    """config.json of a Qwen3-MoE model, in the published form. Raises: CheckpointError for another family."""
+    moe = config.moe
+    plain = config.rope.scaling == "none" and not config.qkv_bias and set(config.sliding_windows) == {None}
+    if config.family != "qwen3_moe" or moe is None or not plain:
+        raise CheckpointError(
+            f"only plain qwen3_moe models can be exported, this is a {config.family} model: train one of those"
+        )
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": eos_token_id,
+        "decoder_sparse_step": 1,
+        "eos_token_id": eos_token_id,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "mlp_only_layers": [layer for layer, sparse in enumerate(config.moe_layers) if not sparse],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "num_attention_heads": config.num_attention_heads,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "output_router_logits": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": config.rope.theta,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def write_checkpoint(
+    directory: Path,
+    params: Mapping[str, jax.Array],
+    config: ModelConfig,
+    placement: Placement,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Weights, configs and the tokenizer (where given) into an existing directory, as LLM.load reads it."""
+    end = (tokenizer.token_to_id(END_OF_TEXT) if tokenizer is not None else None) or 0
+    write_json(directory / "config.json", hf_config(config, eos_token_id=end))
+    save_file(published_tensors(params, config, placement), directory / SINGLE, metadata={"format": "pt"})
+    (directory / SINGLE).chmod(0o644)  # the library makes it private
+    write_json(directory / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    if tokenizer is None:
+        return
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    settings = {
+        "add_prefix_space": False,
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": config.max_position_embeddings,
+        "pad_token": END_OF_TEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
+    write_json(directory / "tokenizer_config.json", settings)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """value as indented JSON with a last newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and bytes of every file of a directory, by name."""
+    return {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
+        for path in sorted(directory.iterdir())
+    }
+
+
+def replace_directory(new: Path, destination: Path) -> None:
+    """Put `new` in the place of destination by renaming; both must lie on one file system."""
+    aside = new.with_name(new.name + ".old")
+    if destination.exists():
+        os.rename(destination, aside)
+    os.rename(new, destination)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,81 @@
+"""Recipe: every number a training run depends on, beside the corpus. The defaults make checkpoints/demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
+from jaxmoe.errors import ConfigError
+
+DEMO_LAYERS = 5
+DEMO_MODEL = ModelConfig(
+    family="qwen3_moe",
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=DEMO_LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    moe_layers=(True,) * DEMO_LAYERS,
+    sliding_windows=(None,) * DEMO_LAYERS,
+    moe=MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=128, norm_topk_prob=True),
+    qk_norm="head",
+    tie_word_embeddings=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """AdamW with linear warm-up and cosine decay to learning_rate * final_fraction, gradients clipped by global norm.
+
+    batch_rows windows of window_tokens a step; balance_weight times the load-balancing loss joins the cross entropy.
+    Weights and optimizer are float32. Raises: ConfigError naming the value and its limit.
+    """
+
+    model: ModelConfig = DEMO_MODEL
+    seed: int = 0
+    num_steps: int = 1800
+    batch_rows: int = 4
+    window_tokens: int = 512
+    learning_rate: float = 2.5e-3
+    final_fraction: float = 0.02
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    balance_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_steps": self.num_steps > self.warmup_steps,
+            "warmup_steps": self.warmup_steps >= 1,
+            "batch_rows": self.batch_rows >= 1,
+            "window_tokens": 1 <= self.window_tokens <= self.model.max_position_embeddings,
+            "learning_rate": self.learning_rate > 0,
+            "final_fraction": 0 <= self.final_fraction <= 1,
+            "clip_norm": self.clip_norm > 0,
+            "balance_weight": self.balance_weight >= 0,
+            "weight_decay": self.weight_decay >= 0,
+            "seed": 0 <= self.seed < 2**32,
+        }
+        wanted = {
+            "num_steps": f"above warmup_steps={self.warmup_steps}",
+            "warmup_steps": "at least 1",
+            "batch_rows": "at least 1",
+            "window_tokens": f"in [1, max_position_embeddings={self.model.max_position_embeddings}]",
+            "learning_rate": "above 0",
+            "final_fraction": "in [0, 1]",
+            "clip_norm": "above 0",
+            "balance_weight": "at least 0",
+            "weight_decay": "at least 0",
+            "seed": "in [0, 2^32)",
+        }
+        for name, within in limits.items():
+            if not within:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {wanted[name]}")

@@ -1,0 +1,168 @@
+"""The training step: loss, gradients, AdamW, as one jitted call whose state lies by the same tables as the weights."""
+
+# Dims: B batch rows, S window tokens.
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.errors import MeshError
+from jaxmoe.model.attend import CausalAttend
+from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.transformer import Transformer, abstract_model
+from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.train.loss import balance_loss, cross_entropy
+from jaxmoe.train.recipe import Recipe
+from jaxmoe.weights.params import parameter_table
+
+DTYPE = "float32"
+
+
+class TrainState(NamedTuple):
+    """What one step hands to the next: parameters in the order of the parameter table, and the optimizer's state."""
+
+    params: tuple[jax.Array, ...]
+    optimizer: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Of one step: cross entropy in nats a token, balance loss, global norm of the gradient before clipping."""
+
+    loss: jax.Array
+    balance: jax.Array
+    grad_norm: jax.Array
+
+
+def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTransformation:
+    """The recipe's AdamW; decayed says of each parameter whether weight decay applies."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        decay_steps=recipe.num_steps,
+        end_value=recipe.learning_rate * recipe.final_fraction,
+    )
+    adamw = optax.adamw(
+        schedule, b1=recipe.beta1, b2=recipe.beta2, eps=recipe.epsilon, weight_decay=recipe.weight_decay, mask=decayed
+    )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adamw)
+
+
+class Trainer:
+    """The jitted functions of one recipe on one placement. State goes in and comes out; nothing is kept here."""
+
+    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: MoEKernels = MoEKernels()) -> None:
+        _check_mesh(recipe, placement)
+        self.recipe, self.placement = recipe, placement
+        self._graph, abstract = nnx.split(abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels))
+        self._structure = jax.tree.structure(abstract)
+        self.table = parameter_table(abstract, placement)
+        self._optimizer = optimizer_of(recipe, tuple(len(info.shape) > 1 for info in self.table))
+        self._init_fn = jax.jit(self._init, out_shardings=self._state_sharding())
+        self._step_fn = jax.jit(self._step, donate_argnums=0, out_shardings=(self._state_sharding(), None))
+        self._nats_fn = jax.jit(self._nats)
+
+    def init(self) -> TrainState:
+        """Fresh parameters from the recipe's seed: the same values on every mesh."""
+        return self._init_fn()
+
+    def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, Metrics]:
+        """One update from windows [B, S + 1] of token ids; state is donated."""
+        return self._step_fn(state, self._put(tokens, "batch", "length"))
+
+    def nats(self, params: tuple[jax.Array, ...], tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        """Nats [B] of the first lengths[B] targets of windows [B, S + 1]; the rest is padding."""
+        return self._nats_fn(params, self._put(tokens, "batch", "length"), self._put(lengths, "batch"))
+
+    def named(self, params: tuple[jax.Array, ...]) -> Mapping[str, jax.Array]:
+        """Parameters by their path in the model."""
+        return {info.path: array for info, array in zip(self.table, params, strict=True)}
+
+    def _put(self, values: np.ndarray, *dims: str) -> jax.Array:
+        return jax.device_put(values, self.placement.sharding(*dims))
+
+    def _state_sharding(self) -> Any:
+        """A TrainState of shardings."""
+        params = tuple(info.sharding for info in self.table)
+        shapes = tuple(jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.table)
+        everywhere = self.placement.sharding()
+        optimizer = optax.tree_map_params(
+            self._optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self._optimizer.init, shapes),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        return TrainState(cast(Any, params), optimizer)
+
+    # --- traced ---
+
+    def _model(self, params: tuple[jax.Array, ...]) -> Transformer:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, params))
+
+    def _init(self) -> TrainState:
+        model = Transformer(self.recipe.model, self.placement, dtype=DTYPE, rngs=nnx.Rngs(self.recipe.seed))
+        params = tuple(jax.tree.leaves(nnx.split(model)[1]))
+        return TrainState(params, self._optimizer.init(params))
+
+    def _forward(self, params, tokens, active) -> tuple[jax.Array, list[jax.Array]]:
+        """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
+        model = self._model(params)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+        hidden, routed = model(inputs, positions, active, CausalAttend(self.placement))
+        return cross_entropy(model.logits(hidden), targets), routed
+
+    def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        moe = self.recipe.model.moe
+
+        def total_loss(params):
+            nats, routed = self._forward(params, tokens, jnp.ones(tokens[:, 1:].shape, bool))
+            loss = jnp.mean(nats)
+            balance = balance_loss(routed, top_k=moe.num_experts_per_tok) if moe and routed else jnp.float32(0)
+            return loss + self.recipe.balance_weight * balance, (loss, balance)
+
+        grads, (loss, balance) = jax.grad(total_loss, has_aux=True)(state.params)
+        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads))
+        updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer), Metrics(loss, balance, grad_norm)
+
+    def _nats(self, params, tokens, lengths) -> jax.Array:
+        active = jnp.arange(tokens.shape[1] - 1) < lengths[:, None]
+        nats, _ = self._forward(params, tokens, active)
+        return jnp.sum(jnp.where(active, nats, 0.0), axis=1)
+
+
+def _check_mesh(recipe: Recipe, placement: Placement) -> None:
+    """Training starts from random values, so padding could not stay zero, nor copies of a head stay equal."""
+    wanted, got = _own_sizes(recipe.model), array_sizes(recipe.model, placement)
+    if wanted != got:
+        raise MeshError(
+            f"training needs every split to come out even: the mesh would make {got} of {wanted}; use smaller axes"
+        )
+    if recipe.batch_rows % placement.parts("batch"):
+        raise MeshError(
+            f"batch_rows={recipe.batch_rows} must be a multiple of data x expert = {placement.parts('batch')}"
+        )
+
+
+def _own_sizes(config: ModelConfig) -> ArraySizes:
+    moe = config.moe
+    return ArraySizes(
+        vocab=config.vocab_size,
+        kv_slots=config.num_key_value_heads,
+        kv_copies=1,
+        group_slots=config.num_query_groups,
+        ffn=config.intermediate_size,
+        moe_experts=moe.num_experts if moe else 0,
+        moe_ffn=moe.intermediate_size if moe else 0,
+        shared_ffn=moe.shared_intermediate_size if moe else 0,
+    )

@@ -1,0 +1,218 @@
+"""From .safetensors to sharded arrays: each device's part is cut from rows read once; the host holds a block of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.errors import CheckpointError
+from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
+from jaxmoe.weights.params import ParamInfo
+from jaxmoe.weights.safetensors_file import TensorInfo
+
+Window = tuple[tuple[int, int], ...]
+_STAGING_BYTES = 128 << 20
+
+
+def check_keys(
+    tensors: Mapping[str, TensorInfo], wanted: Iterable[Piece], config: ModelConfig, directory: Path
+) -> None:
+    """Raise one CheckpointError listing every missing, unused and misshapen tensor; silent if there is none."""
+    shapes = {piece.key: piece.key_shape for piece in wanted}
+    missing = sorted(set(shapes) - set(tensors))
+    unused = sorted(key for key in set(tensors) - set(shapes) if not may_stand_unused(key, config))
+    misshapen = [
+        f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
+        for key, shape in sorted(shapes.items())
+        if key in tensors and tensors[key].shape != shape
+    ]
+    problems = []
+    for name, keys in (("missing", missing), ("unused", unused), ("misshapen", misshapen)):
+        if keys:
+            more = f", and {len(keys) - 20} more" if len(keys) > 20 else ""
+            problems.append(f"{len(keys)} {name}: {', '.join(keys[:20])}{more}")
+    if problems:
+        raise CheckpointError(
+            f"{directory} does not match its config.json (family {config.family}): {'; '.join(problems)}; "
+            f"check that config.json and the weight files belong together"
+        )
+    for key in shapes:
+        _ = tensors[key].dtype
+
+
+class _Reader:
+    """Rows of tensors, the last ones kept, so that several pieces and devices cost one read."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors, self._key, self._rows, self._first = tensors, "", np.empty(0), 0
+
+    def rows(self, key: str, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """An array that holds rows start..stop of the tensor, and the row it begins with."""
+        if key != self._key or start < self._first or stop > self._first + len(self._rows):
+            self.drop()  # the old rows go before the new ones come
+            self._rows, self._first, self._key = self._tensors[key].read_rows(start, stop), start, key
+        return self._rows, self._first
+
+    def drop(self) -> None:
+        """Forget the rows held."""
+        self._key, self._rows = "", np.empty(0)
+
+
+def _overlap(piece: Piece, window: Window) -> tuple[Window, tuple[int | slice, ...]] | None:
+    """The part of a piece inside a window of its parameter: ranges in the tensor, and a place within the window."""
+    place: list[int | slice] = []
+    ranges: list[tuple[int, int]] = []
+    for at, (low, high) in zip(piece.dst, window, strict=True):
+        if isinstance(at, int):
+            if not low <= at < high:
+                return None
+            place.append(at - low)
+            continue
+        start, stop = max(at.start, low), min(at.stop, high)
+        if start >= stop:
+            return None
+        place.append(slice(start - low, stop - low))
+        ranges.append((start - at.start, stop - at.start))
+    ordered = reversed(ranges) if piece.transpose else ranges
+    src = tuple((low + base, high + base) for (low, high), (base, _) in zip(ordered, piece.src, strict=True))
+    return src, tuple(place)
+
+
+def _intersect(a: Window, b: Window) -> Window | None:
+    both = tuple((max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(a, b, strict=True))
+    return both if all(low < high for low, high in both) else None
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
+    assert index is not None  # every device of the sharding is addressable here
+    return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
+
+
+def _fill(windows: Iterable[Window], parts: list[Piece], reader: _Reader, dtype: np.dtype) -> dict[Window, np.ndarray]:
+    """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
+    out = {window: np.zeros([high - low for low, high in window], dtype) for window in windows}
+    found = [(piece, window, hit) for piece in parts for window in out if (hit := _overlap(piece, window)) is not None]
+    rows_of: dict[str, tuple[int, int]] = {}
+    for piece, _, (src, _) in found:
+        low, high = rows_of.get(piece.key, src[0])
+        rows_of[piece.key] = (min(low, src[0][0]), max(high, src[0][1]))
+    for piece, window, (src, place) in found:
+        block, first = reader.rows(piece.key, *rows_of[piece.key])
+        cut = block[(slice(src[0][0] - first, src[0][1] - first), *(slice(*r) for r in src[1:]))]
+        out[window][place] = cut.T if piece.transpose else cut
+    return out
+
+
+def _cutting_order(parts: list[Piece]) -> list[int]:
+    """Dims along which a parameter is cut into blocks that share no row of a tensor, so that each is read once.
+
+    First the indices that deal out whole tensors (experts, gate and up) or runs of rows (heads), then the dim that is
+    the tensors' rows.
+    """
+    first = parts[0]
+    slices = [dim for dim, at in enumerate(first.dst) if isinstance(at, slice)]
+    num_runs = len({(piece.key, piece.src[0]) for piece in parts})
+    dealt = [
+        dim
+        for dim in range(len(first.dst))
+        if dim not in slices and len({piece.dst[dim] for piece in parts}) <= num_runs
+    ]
+    return [*dealt, slices[-1 if first.transpose else 0]]
+
+
+def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, ...]) -> Iterator[Window]:
+    """The window cut along the dims of `order` until each block is within the staging limit, or cannot be cut further.
+
+    shares: one device's extent along each dim; cuts fall on its bounds, so that few different shapes arise.
+    """
+    num_bytes = math.prod(high - low for low, high in window) * itemsize
+    if num_bytes <= _STAGING_BYTES or not order:
+        yield window
+        return
+    dim, *rest = order
+    low, high = window[dim]
+    share = shares[dim]
+    step = max(1, _STAGING_BYTES * (high - low) // num_bytes)
+    # whole shares, or one share in even parts
+    step = step // share * share if step >= share else -(-share // -(-share // step))
+    run = max(step, share)
+    for start in range(low, high, run):
+        for at in range(start, min(start + run, high), step):
+            cut = (at, min(at + step, start + run, high))
+            yield from _blocks((*window[:dim], cut, *window[dim + 1 :]), itemsize, rest, shares)
+
+
+def load_param(info: ParamInfo, parts: list[Piece], reader: _Reader) -> jax.Array:
+    """One parameter, sharded. Host memory: twice the staging limit, whatever the size of parameter and tensors."""
+    windows = {
+        device: _bounds(index, info.shape)
+        for device, index in info.sharding.addressable_devices_indices_map(info.shape).items()
+    }
+    shards: dict[jax.Device, jax.Array] = {}
+    shares = info.sharding.shard_shape(info.shape)
+    whole: Window = tuple((0, n) for n in info.shape)
+    for block in _blocks(whole, info.dtype.itemsize, _cutting_order(parts), shares):
+        by_window: dict[Window, list[jax.Device]] = defaultdict(list)
+        for device, window in windows.items():
+            if (clipped := _intersect(window, block)) is not None:
+                by_window[clipped].append(device)
+        inside = [piece for piece in parts if _overlap(piece, block) is not None]
+        for window, staged in _fill(by_window, inside, reader, info.dtype).items():
+            for device in by_window[window]:
+                part = jax.device_put(staged, device)
+                if window == windows[device]:
+                    shards[device] = part
+                    continue
+                if device not in shards:
+                    shards[device] = _zeros(shares, info.dtype, device)
+                start = [low - first for (low, _), (first, _) in zip(window, windows[device], strict=True)]
+                shards[device] = _write_block(shards[device], part, start)
+        jax.block_until_ready(list(shards.values()))  # staged blocks are freed before the next come
+        if block != whole:
+            reader.drop()
+    reader.drop()
+    return jax.make_array_from_single_device_arrays(info.shape, info.sharding, [shards[device] for device in windows])
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+    with jax.default_device(device):
+        return jnp.zeros(shape, dtype)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_block(shard: jax.Array, block: jax.Array, start: list[int]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(shard, block, start)
+
+
+def load_params(
+    directory: Path,
+    tensors: Mapping[str, TensorInfo],
+    table: list[ParamInfo],
+    config: ModelConfig,
+    sizes: ArraySizes,
+    *,
+    on_param: Callable[[int], None] = lambda num_bytes: None,
+) -> list[jax.Array]:
+    """Every parameter of the table, sharded, in its order. on_param is told each parameter's bytes as it lands.
+
+    Raises: CheckpointError before anything is read if any key is missing, unused or misshapen.
+    """
+    parts: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces(config, sizes, FAMILIES[config.family].names):
+        parts[piece.path].append(piece)
+    check_keys(tensors, (piece for group in parts.values() for piece in group), config, directory)
+    assert set(parts) == {info.path for info in table}, set(parts) ^ {info.path for info in table}
+    reader = _Reader(tensors)
+    arrays = []
+    for info in table:
+        arrays.append(load_param(info, parts[info.path], reader))
+        on_param(info.num_bytes)
+    return arrays

@@ -1,0 +1,50 @@
+"""The parameter table: path, shape, dtype and sharding of every parameter, read off the abstract model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxmoe.sharding import Dims, Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamInfo:
+    """One parameter: where it stands in the model, what it is, where it lies."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    dims: Dims
+    sharding: NamedSharding
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parameter_table(state: nnx.State, placement: Placement) -> list[ParamInfo]:
+    """Every parameter, in the order of the state's leaves."""
+    table = []
+    for path, param in nnx.to_flat_state(state):
+        leaf = param.get_value() if hasattr(param, "get_value") else param.value
+        dims = tuple(param.get_metadata()["dims"])
+        table.append(
+            ParamInfo(
+                path="/".join(str(part) for part in path), shape=tuple(leaf.shape), dtype=jnp.dtype(leaf.dtype),
+                dims=dims, sharding=placement.sharding(*dims),
+            )
+        )  # fmt: skip
+    return table
+
+
+def state_of(abstract: nnx.State, arrays: Iterable[jax.Array]) -> nnx.State:
+    """The abstract state with arrays in place of its shapes, in the order of its leaves."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays))

@@ -1,0 +1,128 @@
+"""Reading tensors of one .safetensors file by rows, without mapping the file into memory.
+
+The safetensors library maps whole files, which counts every page read as this process's memory; here each read is a
+pread into a buffer of its own, so that memory stays bounded by what is asked for. The header is checked in full first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.errors import CheckpointError
+
+_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class TensorInfo:
+    """Name, dtype, shape and place in the file of one tensor."""
+
+    def __init__(self, path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> None:
+        def bad(why: str) -> CheckpointError:
+            return CheckpointError(f"{path.name}: tensor {name!r} {why}; the file is corrupt: fetch it again")
+
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise bad("has no dtype, shape or data_offsets")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+            raise bad(f"has shape {shape} and data_offsets {offsets}, which are not lists of whole numbers")
+        if offsets[0] > offsets[1] or offsets[1] > data_bytes:
+            raise bad(f"lies at bytes {offsets[0]}..{offsets[1]} of {data_bytes}")
+        self.path, self.name, self.shape, self.dtype_name = path, name, tuple(shape), str(entry["dtype"])
+        self.start = data_start + offsets[0]
+        self.num_bytes = offsets[1] - offsets[0]
+        if dtype := _DTYPES.get(self.dtype_name):
+            expected = math.prod(shape) * dtype.itemsize
+            if expected != self.num_bytes:
+                raise bad(f"of shape {shape} and dtype {self.dtype_name} needs {expected} bytes, has {self.num_bytes}")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """numpy dtype. Raises: CheckpointError for one that is not plain floating point."""
+        if self.dtype_name not in _DTYPES:
+            raise CheckpointError(
+                f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[self.dtype_name]
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""
+        row_items = math.prod(self.shape[1:])
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        offset = self.start + start * row_items * self.dtype.itemsize
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                done = 0
+                while done < len(view):
+                    count = os.preadv(file.fileno(), [view[done : done + (1 << 28)]], offset + done)
+                    if count == 0:
+                        raise CheckpointError(f"{self.path.name} ended inside tensor {self.name!r}: fetch it again")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path.name} cannot be read: {error.strerror}") from error
+        return out
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the file, by name. Raises: CheckpointError if the file is truncated, corrupt or hostile."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path.name} has {size} bytes and a header length of {length}: truncated or not safetensors; "
+                    f"fetch it again"
+                )
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path.name} has a header that is not JSON: truncated or corrupt; fetch it again ({error})"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name} has a header that is not a JSON object: corrupt; fetch it again")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = {name: TensorInfo(path, name, entry, data_start, size - data_start) for name, entry in header.items()}
+    _check_layout(path, tensors.values(), data_start, size)
+    return tensors
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return values
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    """The format has tensors lie end to end over the whole file. Raises: CheckpointError for a gap or an overlap."""
+    end, before = data_start, "the header"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.num_bytes)):
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{path.name}: tensor {tensor.name!r} begins at byte {tensor.start} and {before} ends at {end}: "
+                f"corrupt; fetch it again"
+            )
+        end, before = tensor.start + tensor.num_bytes, f"tensor {tensor.name!r}"
+    if end != size:
+        raise CheckpointError(f"{path.name}: {before} ends at byte {end} of {size}: corrupt; fetch it again")

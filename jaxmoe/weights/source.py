@@ -1,0 +1,73 @@
+"""From what the user calls a model to a directory: a path, the name of an embedded preset, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jaxmoe.assets import asset_dir
+from jaxmoe.errors import CheckpointError
+
+DEFAULT_MODEL = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "chat_template*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
+
+
+def preset_models() -> list[str]:
+    """Names of the checkpoints that travel with the package."""
+    return sorted(path.parent.name for path in asset_dir("checkpoints").glob("*/config.json"))
+
+
+def find_model(model: str | Path, *, revision: str | None = None) -> Path:
+    """The local directory of a model; a hub id is fetched first (resumed where a fetch was cut off).
+
+    Raises: CheckpointError naming the value and what would be accepted.
+    """
+    text = str(model)
+    path = Path(model).expanduser()
+    is_preset = text in preset_models()
+    if text and (path.is_dir() or is_preset):
+        if revision is not None:
+            raise CheckpointError(
+                f"revision {revision!r} was given and model {text!r} is local: only hub models have revisions; "
+                f"leave it out"
+            )
+        return path if path.is_dir() else asset_dir("checkpoints") / text
+    if text and path.exists():
+        raise CheckpointError(f"{text} is a file; give the directory that holds config.json and the weights")
+    if isinstance(model, str) and _HUB_ID.fullmatch(text):
+        return _fetch(text, revision)
+    raise CheckpointError(
+        f"model {text!r} is not an existing directory, a preset ({', '.join(preset_models())}) or a hub id (org/name)"
+    )
+
+
+def _fetch(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES))
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"hub model {repo_id!r} has no revision {revision!r}: name a branch, tag or commit"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"model {repo_id!r} is no local directory and the hub has no such model{at}: check the name, "
+            f"or log in for a private one"
+        ) from error
+    except Exception as error:  # the HTTP client's errors share no base with the library's
+        reason = next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
+        raise CheckpointError(
+            f"model {repo_id!r} is no local directory and could not be fetched{at}: {reason}; check the name and the "
+            f"connection and run again (what has been fetched is kept), or give a local directory"
+        ) from error

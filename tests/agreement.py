@@ -1,0 +1,22 @@
+"""The one comparison of a loaded model with reference results: scores, logits, greedy tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxmoe import LLM, SamplingParams
+
+from .tiny.cases import NUM_GREEDY_TOKENS, Case
+from .tiny.golden import Reference
+
+LOGIT_TOLERANCE = 2e-4
+
+
+def assert_agrees(llm: LLM, case: Case, reference: Reference) -> None:
+    """Logits within LOGIT_TOLERANCE and every greedy token equal."""
+    prompts = [list(prompt) for prompt in case.prompts]
+    np.testing.assert_allclose(llm.last_logits(prompts), reference.last_logits, rtol=0, atol=LOGIT_TOLERANCE)
+    for scored, expected in zip(llm.score(prompts), reference.prompt_logprobs, strict=True):
+        np.testing.assert_allclose(scored, expected, rtol=0, atol=LOGIT_TOLERANCE)
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_GREEDY_TOKENS, ignore_eos=True))
+    assert [out.token_ids for out in outputs] == reference.greedy.tolist()

@@ -1,0 +1,235 @@
+"""Every mistake of a person's: one line that names it, exit code 2, nothing on standard output, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from .commands import jaxmoe
+
+ROOT = Path(__file__).parent.parent.parent
+ALL = "data=2,tensor=2,expert=2"
+
+
+@pytest.fixture
+def work(tmp_path, tiny_dir, monkeypatch) -> Path:
+    """The working directory: a good checkpoint (of 128 tokens' context and 97 ids), files of prompts."""
+    directory = tmp_path / "work"
+    shutil.copytree(tiny_dir("llama_mha"), directory / "good")
+    for name, text in {
+        "ids": "[1, 2, 3]\n",
+        "long": json.dumps([1] * 129),
+        "full": json.dumps([1] * 128),
+        "empty_prompt": "[]\n",
+        "range": "[1, 2]\n[1, 97]\n",
+        "negative": "[-1]\n",
+        "float": "[1, 2.0]\n",
+        "text": '["a"]\n',
+        "bool": "[true]\n",
+        "object": '{"ids": [1]}\n',
+        "broken": "[1, 2]\n[1, 2\n",
+        "digits": f"[{'9' * 5000}]\n",
+        "nothing": "\n\n",
+    }.items():
+        (directory / f"{name}.jsonl").write_text(text)
+    (directory / "latin.jsonl").write_bytes(b"[1] \xff")
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+
+def _files(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def _assert_refused(capsys, work: Path, arguments: list[str], words: list[str]) -> None:
+    before = _files(work)
+    outcome = jaxmoe(capsys, *arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("jaxmoe: error: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+    assert _files(work) == before
+
+
+GENERATE = ["generate", "good", "--prompt-ids", "ids.jsonl"]
+
+COMMAND_LINES: list[tuple[list[str], list[str]]] = [
+    # the command itself
+    (["frobnicate"], ["No such command", "frobnicate"]),
+    (["generate", "good", "--frobnicate"], ["No such option", "--frobnicate"]),
+    (["generate", "good", "more", "--prompt", "x"], ["more"]),
+    (["score", "good"], ["Missing option", "--ids"]),
+    (["score"], ["Missing argument", "MODEL"]),
+    ([*GENERATE, "--max-tokens", "many"], ["--max-tokens", "many"]),
+    ([*GENERATE, "--devices", "eight"], ["--devices", "eight"]),
+    # prompts
+    (["generate", "good"], ["no prompt", "--prompt-ids"]),
+    ([*GENERATE, "--prompt", "x"], ["--prompt and --prompt-ids were both given"]),
+    ([*GENERATE, "--chat"], ["--chat needs --prompt"]),
+    (["generate", "good", "--prompt", ""], ["the prompt is empty", "at least one character"]),
+    (["generate", "good", "--prompt", "x"], ["no tokenizer.json", "give token ids"]),
+    (["generate", "good", "--prompt", "x", "--chat"], ["no tokenizer.json"]),
+    ([*GENERATE, "--stop", "x"], ["stop strings need a tokenizer.json"]),
+    (["generate", "good", "--prompt-ids", "none.jsonl"], ["none.jsonl cannot be read", "No such file"]),
+    (["generate", "good", "--prompt-ids", "good"], ["good cannot be read", "Is a directory"]),
+    (["generate", "good", "--prompt-ids", "latin.jsonl"], ["latin.jsonl cannot be read"]),
+    (["generate", "good", "--prompt-ids", "nothing.jsonl"], ["nothing.jsonl holds no lines"]),
+    (["generate", "good", "--prompt-ids", "broken.jsonl"], ["broken.jsonl line 2 is not JSON"]),
+    (["generate", "good", "--prompt-ids", "digits.jsonl"], ["digits.jsonl line 1 is not JSON"]),
+    (["generate", "good", "--prompt-ids", "object.jsonl"], ["object.jsonl line 1 holds", "a JSON list of token ids"]),
+    (["generate", "good", "--prompt-ids", "empty_prompt.jsonl"], ["prompt 0 is empty", "at least one token"]),
+    (["generate", "good", "--prompt-ids", "long.jsonl"], ["prompt 0 has 129 tokens", "127", "shorten it"]),
+    (["generate", "good", "--prompt-ids", "full.jsonl"], ["prompt 0 has 128 tokens", "127", "shorten it"]),
+    (["score", "good", "--ids", "long.jsonl"], ["prompt 0 has 129 tokens", "128", "shorten it"]),
+    (["generate", "good", "--prompt-ids", "range.jsonl"], ["prompt 1 has token id 97 at place 1", "[0, 97)"]),
+    (["score", "good", "--ids", "range.jsonl"], ["prompt 1 has token id 97 at place 1", "[0, 97)"]),
+    (["score", "good", "--ids", "negative.jsonl"], ["token id -1", "[0, 97)"]),
+    (["score", "good", "--ids", "float.jsonl"], ["token id 2.0 at place 1", "whole numbers"]),
+    (["score", "good", "--ids", "text.jsonl"], ["token id 'a'", "whole numbers"]),
+    (["score", "good", "--ids", "bool.jsonl"], ["token id True", "whole numbers"]),
+    # sampling
+    ([*GENERATE, "--max-tokens", "0"], ["max_tokens=0 must be at least 1"]),
+    ([*GENERATE, "--max-tokens", "-3"], ["max_tokens=-3 must be at least 1"]),
+    ([*GENERATE, "--temperature", "nan"], ["temperature=nan must be a finite number"]),
+    ([*GENERATE, "--temperature", "inf"], ["temperature=inf must be a finite number"]),
+    ([*GENERATE, "--temperature", "-1"], ["temperature=-1.0 must lie in [0, 100]"]),
+    ([*GENERATE, "--top-p", "0"], ["top_p=0.0 must lie in (0, 1]"]),
+    ([*GENERATE, "--top-p", "1.5"], ["top_p=1.5 must lie in (0, 1]"]),
+    ([*GENERATE, "--min-p", "2"], ["min_p=2.0 must lie in [0, 1]"]),
+    ([*GENERATE, "--top-k", "-1"], ["top_k=-1 must lie in"]),
+    ([*GENERATE, "--seed", "-1"], ["seed=-1 must lie in"]),
+    ([*GENERATE, "--seed", str(2**32)], [f"seed={2**32} must lie in"]),
+    ([*GENERATE, "--stop", ""], ["stop=('',) must be non-empty strings"]),
+    # devices, mesh, numbers, kernels
+    ([*GENERATE, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
+    ([*GENERATE, "--devices", "-8"], ["devices=-8 must lie in [1, 512]"]),
+    ([*GENERATE, "--devices", "100000"], ["devices=100000 must lie in [1, 512]"]),
+    (["verify", "good", "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
+    ([*GENERATE, "--mesh", "data=3"], ["data=3", "needs 3 devices and there are 8", "--devices 3"]),
+    ([*GENERATE, "--mesh", "data=2,tensor=2"], ["needs 4 devices and there are 8"]),
+    ([*GENERATE, "--mesh", "model=8"], ["unknown mesh axis 'model'", "data, tensor, pipeline, expert"]),
+    ([*GENERATE, "--mesh", "data=0,tensor=8"], ["mesh axis data=0", "at least 1"]),
+    ([*GENERATE, "--mesh", "data=2,data=4"], ["names axis 'data' twice"]),
+    ([*GENERATE, "--mesh", "data=-8"], ["'data=-8' must read axis=size"]),
+    ([*GENERATE, "--mesh", "data=two"], ["'data=two' must read axis=size"]),
+    ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
+    ([*GENERATE, "--mesh", "pipeline=2,data=4"], ["pipeline=2", "pipeline=1 only"]),
+    ([*GENERATE, "--mesh", "cpu-9"], ["'cpu-9' is neither axes", "presets: ", "cpu-8"]),
+    ([*GENERATE, "--mesh", ""], ["mesh '' is neither axes"]),
+    ([*GENERATE, "--mesh", "v5p-64"], ["needs 64 devices and there are 8"]),
+    ([*GENERATE, "--dtype", "float8"], ["dtype='float8' must be one of float32, bfloat16, float16"]),
+    ([*GENERATE, "--dispatch", "teleport"], ["teleport", "all_to_all", "all_gather"]),
+    ([*GENERATE, "--grouped", "magic"], ["magic", "blocks", "ragged", "dense"]),
+    ([*GENERATE, "--max-batch", "0"], ["max_batch=0", "at least 1"]),
+    # what is asked of verify and bench
+    (["verify", "good", "--max-tokens", "0"], ["--max-tokens", "0 is not in the range"]),
+    (["bench", "good", "--cases", "1x4"], ["case '1x4' must read REQUESTSxPROMPTxNEW"]),
+    (["bench", "good", "--cases", "0x4x2"], ["case '0x4x2' must read"]),
+    (["bench", "good", "--cases", ""], ["case '' must read"]),
+    (["bench", "good", "--cases", "1x120x20"], ["case 1x120x20 needs 140 tokens of context, the model has 128"]),
+    (["bench", "good", "--repeats", "0"], ["--repeats", "0 is not in the range"]),
+    # which model
+    (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),
+    (["verify", ""], ["model '' is not an existing directory"]),
+    (["generate", "/no/such/place", "--prompt", "x"], ["'/no/such/place' is not an existing directory", "hub id"]),
+    (["generate", "ids.jsonl", "--prompt", "x"], ["ids.jsonl is a file", "give the directory"]),
+    (["score", "good", "--ids", "ids.jsonl", "--revision", "v1"], ["revision 'v1'", "local", "leave it out"]),
+    (["generate", ".", "--prompt", "x"], ["has no config.json", "Hugging Face checkpoint directory"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), COMMAND_LINES, ids=lambda value: " ".join(value)[:60])
+def test_a_command_line_that_cannot_be(capsys, work, arguments, words):
+    _assert_refused(capsys, work, arguments, words)
+
+
+def _cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), ["lacks 1 of 1 weight files: model.safetensors"]),
+    "truncated": (lambda d: _cut_in_half(d / "model.safetensors"), ["model.safetensors", "fetch it again"]),
+    "no safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b"x" * 100),
+        ["model.safetensors has 100 bytes"],
+    ),
+    "empty file": (lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors has 0 bytes"]),
+    "no config": (lambda d: (d / "config.json").unlink(), ["has no config.json"]),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json is not readable JSON"]),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), ["holds a JSON list, an object is needed"]),
+    "unknown family": (lambda d: _edit(d / "config.json", model_type="gpt2"), ["'gpt2'", "supported: llama, mistral"]),
+    "other maths": (lambda d: _edit(d / "config.json", hidden_act="gelu"), ["'hidden_act' = 'gelu'", "'silu'"]),
+    "unknown key": (lambda d: _edit(d / "config.json", softcap=30.0), ["'softcap' = 30.0", "--ignore-config-key"]),
+    "other geometry": (
+        lambda d: _edit(d / "config.json", num_hidden_layers=3, intermediate_size=80),
+        ["missing: model.layers.2.", "misshapen: ", "[84, 48] instead of [80, 48]", "config.json"],
+    ),
+    "odd eos": (
+        lambda d: _edit(d / "generation_config.json", eos_token_id="2"),
+        ["generation_config.json has eos_token_id '2'", "whole number"],
+    ),
+    "odd eos list": (lambda d: _edit(d / "generation_config.json", eos_token_id=[2, None]), ["[2, None]"]),
+    "generation_config": (lambda d: (d / "generation_config.json").write_text("{,"), ["generation_config.json is not"]),
+    "tokenizer": (lambda d: (d / "tokenizer.json").write_text('{"a"'), ["tokenizer.json is not a readable tokenizer"]),
+    "tokenizer_config": (lambda d: (d / "tokenizer_config.json").write_text("x"), ["tokenizer_config.json is not"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(capsys, work, damage):
+    harm, words = DAMAGES[damage]
+    harm(work / "good")
+    _assert_refused(capsys, work, ["score", "good", "--ids", "ids.jsonl", "--devices", "8"], words)
+
+
+def test_a_number_of_devices_that_xla_flags_contradict(capsys, work, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    _assert_refused(capsys, work, [*GENERATE, "--devices", "8"], ["devices=8", "XLA_FLAGS already asks for 4"])
+
+
+def test_devices_asked_for_too_late(capsys, work):
+    assert jax.device_count() == 8
+    _assert_refused(capsys, work, [*GENERATE, "--devices", "4"], ["devices=4"])
+
+
+def test_help_and_version_are_no_mistakes(capsys):
+    assert jaxmoe(capsys, "--help").code == 0
+    assert jaxmoe(capsys, "generate", "--help").out.count("--mesh") >= 1
+    assert jaxmoe(capsys, "--version").out.startswith("jaxmoe, version ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*GENERATE, "--devices", "2", "--mesh", "tensor=8"], ["tensor=8", "needs 8 devices and there are 2"]),
+        ([*GENERATE, "--temperature", "nan"], ["temperature=nan"]),
+        (["score", "truncated", "--ids", "ids.jsonl", "--devices", "1"], ["model.safetensors", "fetch it again"]),
+    ],
+)
+def test_in_a_process_of_its_own(work, arguments, words):
+    shutil.copytree(work / "good", work / "truncated")
+    _cut_in_half(work / "truncated" / "model.safetensors")
+    before = _files(work)
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(work / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "jaxmoe", *arguments]
+    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("jaxmoe: error: ")
+    assert done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
+    assert _files(work) == before

@@ -1,0 +1,128 @@
+"""The four commands on tiny models: what stands on standard output, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.engine import verify
+from jaxmoe.weights import load
+
+from ..conftest import ONE_DEVICE
+from .commands import Outcome, jaxmoe
+
+CASE = "mixtral_window"
+MESH = "data=2,tensor=2,expert=2"
+TWO_MESHES = [{"data": 2, "tensor": 2, "expert": 2}, {"data": 1, "tensor": 4, "expert": 2}]
+
+
+@pytest.fixture
+def ids(tmp_path) -> Path:
+    """Two prompts, with an empty line between."""
+    (tmp_path / "ids.jsonl").write_text("[1, 2, 3, 4]\n\n[5, 6]\n")
+    return tmp_path / "ids.jsonl"
+
+
+def _objects(outcome: Outcome) -> list[dict]:
+    """Standard output as JSON objects, one a line and nothing else."""
+    return [json.loads(line) for line in outcome.out.splitlines()]
+
+
+def test_generate_prints_one_object_a_request(capsys, tiny_dir, ids):
+    options = ["--mesh", MESH, "--dtype", "float32", "--max-tokens", 3, "--ignore-eos", "--json"]
+    outcome = jaxmoe(capsys, "generate", tiny_dir(CASE), "--prompt-ids", ids, *options)
+    assert outcome.code == 0
+    first, second = _objects(outcome)
+    for index, (found, num_prompt_tokens) in enumerate(((first, 4), (second, 2))):
+        assert found["index"] == index
+        assert found["num_prompt_tokens"] == num_prompt_tokens
+        assert len(found["token_ids"]) == len(found["logprobs"]) == 3
+        assert max(found["logprobs"]) <= 0
+        assert (found["text"], found["finish_reason"]) == ("", "length")
+
+
+def test_generate_for_people_prints_each_request(capsys, tiny_dir, ids):
+    options = ["--mesh", MESH, "--dtype", "float32", "--max-tokens", 3, "--ignore-eos"]
+    outcome = jaxmoe(capsys, "generate", tiny_dir(CASE), "--prompt-ids", ids, *options)
+    assert outcome.code == 0
+    assert [line[:4] for line in outcome.out.splitlines()] == ["[0] ", "[1] "]
+    assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in outcome.err
+    assert "6 tokens" in outcome.err
+
+
+def test_score_prints_one_object_a_sequence_and_its_total(capsys, tiny_dir, tiny_llm, ids):
+    command = ["score", tiny_dir(CASE), "--ids", ids, "--mesh", MESH, "--dtype", "float32"]
+    outcome = jaxmoe(capsys, *command, "--json")
+    assert outcome.code == 0
+    expected = tiny_llm(CASE, ONE_DEVICE).score([[1, 2, 3, 4], [5, 6]])
+    for index, (found, logprobs) in enumerate(zip(_objects(outcome), expected, strict=True)):
+        assert found["index"] == index
+        np.testing.assert_allclose(found["logprobs"], logprobs, atol=2e-4)
+        assert found["total"] == pytest.approx(sum(found["logprobs"]), abs=1e-5)
+    assert jaxmoe(capsys, *command).out.startswith("[0] 4 tokens, total -")
+
+
+def test_verify_passes_a_good_model(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES)
+    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4, "--json")
+    assert outcome.code == 0
+    found = _objects(outcome)
+    assert [check["mesh"] for check in found] == TWO_MESHES
+    assert all(check["passed"] for check in found)
+    assert all(check["num_equal"] == check["num_tokens"] == 12 for check in found)
+    assert all(0 <= check["max_logit_error"] <= 2e-4 for check in found)
+
+
+def _break_one_weight(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """On meshes of several devices with a tensor axis of 4, the final norm is off by a factor."""
+    load_param = load.load_param
+
+    def off(info, parts, reader) -> jax.Array:
+        array = load_param(info, parts, reader)
+        wrong = info.path == "final_norm" and info.sharding.mesh.shape["tensor"] == 4
+        return jax.device_put(array * factor, info.sharding) if wrong else array
+
+    monkeypatch.setattr(load, "load_param", off)
+
+
+def test_verify_exits_1_where_one_mesh_differs(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES)
+    _break_one_weight(monkeypatch, 1.001)  # no greedy token changes: the logits alone tell
+    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4, "--json")
+    assert outcome.code == 1
+    good, bad = _objects(outcome)
+    assert (good["passed"], bad["passed"]) == (True, False)
+    assert bad["max_logit_error"] > 2e-4
+
+
+def test_verify_counts_tokens_that_differ(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES[1:])
+    _break_one_weight(monkeypatch, -1.0)
+    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4)
+    assert outcome.code == 1
+    assert "DIFFERENT" in outcome.out
+    assert "of 12" in outcome.out
+    assert "12 of 12" not in outcome.out
+    assert "0 of 1 meshes give what one device gives" in outcome.out
+
+
+def test_all_meshes_are_every_factorisation():
+    meshes = verify.all_meshes(8)
+    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == 10
+    assert all(mesh["data"] * mesh["tensor"] * mesh["expert"] == 8 for mesh in meshes)
+    assert verify.all_meshes(1) == [{"data": 1, "tensor": 1, "expert": 1}]
+
+
+def test_bench_prints_one_object_a_case(capsys, tiny_dir):
+    options = ["--mesh", MESH, "--dtype", "float32", "--cases", "1x4x2,2x4x2", "--repeats", 1, "--json"]
+    outcome = jaxmoe(capsys, "bench", tiny_dir(CASE), *options)
+    assert outcome.code == 0
+    first, second = _objects(outcome)
+    assert (first["case"], second["case"]) == ("1x4x2", "2x4x2")
+    assert first["mesh"] == {"data": 2, "pipeline": 1, "expert": 2, "tensor": 2}
+    assert first["seconds"] > 0
+    assert first["new_tok_s"] == pytest.approx(2 / first["seconds"], rel=0.2)

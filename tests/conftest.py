@@ -1,0 +1,72 @@
+"""Eight emulated devices, set before any backend starts; checkpoints and loaded models shared by the whole run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+
+import jax
+import pytest
+
+# LLVM's optimisations take half of the time to compile and change no test's meaning: shapes here are tiny.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(__file__).parent.parent / ".cache" / "tests"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+from jaxmoe import LLM  # noqa: E402
+from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
+from jaxmoe.model.moe import MoEKernels  # noqa: E402
+
+from .tiny.cases import CASES_BY_NAME  # noqa: E402
+from .tiny.checkpoint import write_checkpoint  # noqa: E402
+
+ONE_DEVICE = "data=1"
+MESHES_OF_8 = tuple(
+    f"data={data},tensor={tensor},expert={8 // data // tensor}"
+    for data in (1, 2, 4, 8)
+    for tensor in (1, 2, 4, 8)
+    if 8 % (data * tensor) == 0
+)
+
+
+def mesh_of(text: str) -> jax.sharding.Mesh:
+    """A mesh over the first devices, as many as it needs."""
+    axes = parse_mesh(text)
+    count = 1
+    for size in axes.values():
+        count *= size
+    return build_mesh(axes, jax.devices()[:count])
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Callable[[str], Path]:
+    """name of a case -> its checkpoint directory, written once."""
+    root = Path(tempfile.mkdtemp(prefix="jaxmoe-tiny-"))
+
+    @cache
+    def directory(name: str) -> Path:
+        return write_checkpoint(CASES_BY_NAME[name], root / name)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
+    """(name of a case, mesh, kernels) -> the model loaded in float32, shared between tests that follow each other."""
+
+    @lru_cache(maxsize=4)
+    def load(name: str, mesh: str = ONE_DEVICE, kernels: MoEKernels = MoEKernels()) -> LLM:
+        return LLM.load(tiny_dir(name), mesh=mesh_of(mesh), dtype="float32", kernels=kernels)
+
+    return load

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxmoe import LLM, RequestError, SamplingParams
+from jaxmoe.engine.runner import bucket
+
+from ..conftest import ONE_DEVICE, mesh_of
+
+CASE = "qwen3_moe_norm"
+MESH = "data=2,tensor=2,expert=2"
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5, 8], [9, 7, 9, 3, 2], [3, 8, 4, 6, 2]]
+
+
+def drawn(seed: int, tokens: int = 12) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=1.0, top_p=0.9, seed=seed, ignore_eos=True)
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
+def test_no_neighbour_changes_an_output(mesh, tiny_llm):
+    llm = tiny_llm(CASE, mesh)
+    params = [drawn(seed) if seed % 2 else SamplingParams(max_tokens=12, ignore_eos=True) for seed in range(5)]
+    together = [out.token_ids for out in llm.generate(PROMPTS, params)]
+    alone = [llm.generate([p], s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
+    assert together == alone
+
+
+def test_the_same_seed_gives_the_same_tokens_on_any_mesh(tiny_llm):
+    outputs = [
+        [out.token_ids for out in tiny_llm(CASE, mesh).generate(PROMPTS, drawn(11))] for mesh in (ONE_DEVICE, MESH)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_logprobs_are_those_of_score(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    for out in llm.generate(PROMPTS, drawn(5)):
+        (scored,) = llm.score([out.prompt_token_ids + out.token_ids])
+        np.testing.assert_allclose(scored[-len(out.token_ids) :], out.logprobs, atol=2e-4)
+
+
+def test_more_requests_than_a_batch_come_back_in_order(tiny_dir):
+    llm = LLM.load(tiny_dir(CASE), mesh=mesh_of(ONE_DEVICE), dtype="float32", max_batch=2)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params)
+    assert [out.index for out in outputs] == [0, 1, 2, 3, 4]
+    assert [out.prompt_token_ids for out in outputs] == PROMPTS
+    assert [out.token_ids for out in outputs] == [llm.generate([p], params)[0].token_ids for p in PROMPTS]
+
+
+def test_stream_gives_the_tokens_of_generate(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 5, 3, 5, 2)]
+    chunks = list(llm.stream(PROMPTS, params))
+    for out in llm.generate(PROMPTS, params):
+        mine = [chunk for chunk in chunks if chunk.index == out.index]
+        assert [chunk.token_id for chunk in mine] == out.token_ids
+        assert [chunk.finish_reason for chunk in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_any_eos_of_generation_config_ends_a_request(tiny_dir, tiny_llm, tmp_path):
+    params = SamplingParams(max_tokens=10)
+    free = tiny_llm(CASE, ONE_DEVICE).generate([PROMPTS[1]], SamplingParams(max_tokens=10, ignore_eos=True))[0]
+    ends = [max(free.token_ids, key=lambda t: free.token_ids.index(t)), 10**6]  # the id that first comes last
+    first = free.token_ids.index(ends[0])
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_dir(CASE), directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    out = LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32").generate([PROMPTS[1]], params)[0]
+    assert out.token_ids == free.token_ids[: first + 1]
+    assert out.finish_reason == "stop"
+
+
+def test_a_request_ends_where_the_context_is_full(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    context = llm.config.max_position_embeddings
+    out = llm.generate([[1] * (context - 3)], SamplingParams(max_tokens=50, ignore_eos=True))[0]
+    assert len(out.token_ids) == 3
+    assert out.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "no prompts"), ([[]], "prompt 0 is empty"),
+        ([[1], [2, 10**6]], "prompt 1 has token id 1000000 at place 1"),
+        ([[-1]], "token id -1"), ([[1.5]], "token id 1.5"), ([[True]], "token id True"), (["text"], "no tokenizer"),
+        ([[1] * 4096], "has 4096 tokens"), ("text", "list of texts"),
+        (None, "not None"), (7, "not 7"),
+    ],
+)  # fmt: skip
+def test_bad_prompts_are_request_errors(prompts, said, tiny_llm):
+    with pytest.raises(RequestError, match=said):
+        tiny_llm(CASE, ONE_DEVICE).generate(prompts)
+
+
+@pytest.mark.parametrize("params", [None, {"max_tokens": 2}, [3], [SamplingParams(), SamplingParams()]])
+def test_bad_params_are_request_errors(params, tiny_llm):
+    with pytest.raises(RequestError, match="SamplingParams"):
+        tiny_llm(CASE, ONE_DEVICE).generate([[1, 2]], params)
+
+
+def test_prompts_may_come_from_any_iterable(tiny_llm):
+    llm, params = tiny_llm(CASE, ONE_DEVICE), SamplingParams(max_tokens=2, ignore_eos=True)
+    assert llm.generate(iter([[1, 2]]), params) == llm.generate(np.array([[1, 2]]), params)
+    assert len(llm.score(np.array([[1, 2, 3]]))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(max_tokens=0), dict(max_tokens=1.5), dict(temperature=float("nan")), dict(temperature=-1),
+        dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.01), dict(min_p=-0.1), dict(top_k=-1),
+        dict(seed=-1), dict(seed=2**32), dict(stop=("",)), dict(stop=(1,)), dict(temperature="hot"), dict(top_k=True),
+    ],
+)  # fmt: skip
+def test_bad_sampling_values_name_themselves(values):
+    (name,) = values
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**values)
+
+
+def test_buckets_are_few_and_close():
+    sizes = {bucket(n) for n in range(1, 4097)}
+    assert len(sizes) <= 20
+    assert all(n <= bucket(n) <= max(16, 2 * n) for n in range(1, 4097))

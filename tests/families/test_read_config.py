@@ -1,0 +1,233 @@
+"""config.json to ModelConfig: published files are read, and any key that changes the maths unsupported is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmoe import ConfigError
+from jaxmoe.config import ModelConfig
+from jaxmoe.families import FAMILIES, read_config
+
+from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
+
+CONFIGS = Path(__file__).parent / "configs"
+QUICK = {case.family: case.config for case in QUICK_CASES}
+
+
+def _published(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _changed(family: str, **changes: Any) -> dict[str, Any]:
+    return {**QUICK[family], **changes}
+
+
+def test_llama_405b():
+    config = read_config(_published("meta-llama--Meta-Llama-3.1-405B"))
+    assert (config.family, config.num_hidden_layers, config.hidden_size) == ("llama", 126, 16384)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (128, 8, 128)
+    assert (config.rope.scaling, config.rope.theta, config.rope.factor) == ("llama3", 500000.0, 8.0)
+    assert not any(config.moe_layers)
+    assert config.dtype == "bfloat16"
+
+
+def test_mixtral_8x22b():
+    config = read_config(_published("mistralai--Mixtral-8x22B-v0.1"))
+    assert (config.moe.num_experts, config.moe.num_experts_per_tok, config.moe.norm_topk_prob) == (8, 2, True)
+    assert config.moe.intermediate_size == 16384
+    assert all(config.moe_layers)
+    assert set(config.sliding_windows) == {None}
+
+
+def test_qwen3_235b():
+    config = read_config(_published("Qwen--Qwen3-235B-A22B"))
+    assert (config.moe.num_experts, config.moe.num_experts_per_tok) == (128, 8)
+    assert (config.head_dim, config.qk_norm) == (128, "head")
+    assert config.num_attention_heads * config.head_dim != config.hidden_size
+    assert all(config.moe_layers)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
+def test_every_published_config_is_read_or_refused_by_its_family(name):
+    raw = _published(name)
+    if raw["model_type"] in FAMILIES:
+        assert read_config(raw).family == raw["model_type"]
+        return
+    with pytest.raises(ConfigError, match=f"model_type {raw['model_type']!r}, which is not a supported.*mixtral"):
+        read_config(raw)
+
+
+def test_both_kinds_of_published_config_are_here():
+    types = {_published(path.stem)["model_type"] for path in CONFIGS.glob("*.json")}
+    assert types & set(FAMILIES) == {"llama", "mixtral", "qwen3_moe"}
+    assert types - set(FAMILIES) == {"deepseek_v3", "gpt_oss", "llama4"}
+
+
+@pytest.mark.parametrize("model_type", [None, "", "LLAMA", "gpt2", 5, [], ["llama"], {"llama": 1}, True])
+def test_a_model_type_that_is_no_family(model_type):
+    with pytest.raises(ConfigError, match="which is not a supported family; supported: llama, mistral"):
+        read_config(_changed("llama", model_type=model_type))
+
+
+# --- what changes the maths and is not supported ---
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SUPPORTED_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("family", sorted(QUICK))
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rope_scaling", YARN, "'rope_scaling' has rope_type 'yarn'; supported are default, linear and llama3"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "'rope_scaling' has rope_type 'dynamic'"),
+        ("rope_scaling", {**SUPPORTED_LLAMA3, "mscale": 1.0}, r"'rope_scaling' has unsupported keys \['mscale'\]"),
+        ("rope_scaling", {"type": "linear"}, r"'rope_scaling' of rope_type 'linear' lacks the numbers \['factor'\]"),
+        ("rope_scaling", {"type": "linear", "factor": 0.5}, r"factor=0.5 must be at least 1"),
+        ("rope_scaling", "yarn", "'rope_scaling' = 'yarn' must be an object or null"),
+        ("rope_theta", 0, "rope_theta=0.0 must be above 0"),
+        ("partial_rotary_factor", 0.5, "'partial_rotary_factor' = 0.5 changes the maths and only 1"),
+        ("hidden_act", "gelu", "'hidden_act' = 'gelu' changes the maths and only 'silu' is supported"),
+        ("quantization_config", {"quant_method": "fp8"}, "'quantization_config' has quant_method 'fp8'"),
+        ("quantization_config", "fp8", "'quantization_config' has quant_method 'fp8'"),
+        ("attn_logit_softcapping", 30.0, "'attn_logit_softcapping' = 30.0"),
+        ("final_logit_softcapping", 30.0, "'final_logit_softcapping' = 30.0"),
+        ("embedding_multiplier", 12, "'embedding_multiplier' = 12"),
+        ("unheard_of", "x", "'unheard_of' = x"),
+    ],
+)
+def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
+    raw = _changed(family, **{key: value})
+    if key == "rope_scaling":
+        raw.pop("rope_parameters", None)
+    with pytest.raises(ConfigError, match=words):
+        read_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mistral", {"sliding_window": -1}, "sliding_window=-1 must be at least 1"),
+        ("mistral", {"sliding_window": "9"}, "'sliding_window' = '9' must be a whole number"),
+        ("mistral", {"sliding_window": 9.0}, "'sliding_window' = 9.0 must be a whole number"),
+        ("llama", {"sliding_window": 9}, "not supported: 'sliding_window' = 9"),
+        ("llama", {"layer_types": ["full_attention"] * 3}, "not supported: 'layer_types'"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, "'layer_types' = .* must hold one of"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "'layer_types' = .* must hold one of"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "'layer_types' names sliding_attention but no sliding"),
+        ("qwen2", {"layer_types": "full_attention"}, "'layer_types' = .* must hold one of"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "'mlp_only_layers' = 1 must be a list"),
+        ("qwen3_moe", {"mlp_only_layers": [[0]]}, "'mlp_only_layers' = .* must be a list"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' = 0 must be at least 1"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "'shared_expert_intermediate_size' = 64"),
+        ("mixtral", {"num_experts_per_tok": 7}, r"num_experts_per_tok=7 must lie in \[1, num_experts=6\]"),
+        ("mixtral", {"num_local_experts": 0}, "num_experts=0 must be at least 1"),
+        ("mixtral", {"num_local_experts": None}, "no 'num_local_experts', which this family needs"),
+        ("olmoe", {"clip_qkv": 0}, "clip_qkv=0.0 must be above 0"),
+        ("llama", {"vocab_size": 10**30}, "'vocab_size' = 1000.* must lie within"),
+        ("llama", {"num_hidden_layers": 10**9}, r"'num_hidden_layers' = 1000000000 must lie in \[1, 10000\]"),
+        ("llama", {"num_hidden_layers": 0}, r"'num_hidden_layers' = 0 must lie in \[1, 10000\]"),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 2}, "must be a multiple of"),
+        ("llama", {"head_dim": 15}, "head_dim=15 must be even"),
+        ("llama", {"hidden_size": True}, "'hidden_size' = True must be a whole number"),
+        ("llama", {"rms_norm_eps": float("nan")}, "'rms_norm_eps' = nan must be a finite number"),
+        ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' = 1000.* must be a finite number"),
+        ("llama", {"torch_dtype": "float8_e4m3fn"}, "'torch_dtype' = 'float8_e4m3fn' must be"),
+        ("llama", {"attention_bias": 1}, "'attention_bias' = 1 must be true or false"),
+        ("llama", {"rope_parameters": SUPPORTED_LLAMA3}, "'rope_scaling' and 'rope_parameters' are both given"),
+    ],
+)
+def test_a_value_that_cannot_be(family, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        read_config(_changed(family, **changes))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
+def test_a_key_that_is_needed_and_absent(key):
+    raw = {k: v for k, v in QUICK["llama"].items() if k != key}
+    with pytest.raises(ConfigError, match=f"config.json has no {key!r}, which this family needs: add it"):
+        read_config(raw)
+
+
+# --- what does not ---
+
+
+@pytest.mark.parametrize("family", sorted(QUICK))
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_an_unknown_key_that_says_nothing_is_fine(family, value):
+    assert read_config(_changed(family, unheard_of=value)) == read_config(QUICK[family])
+
+
+def test_ignored_keys_are_passed_over_and_no_others():
+    raw = _changed("llama", unheard_of=1, other=2)
+    assert read_config(raw, ignore=["unheard_of", "other"]) == read_config(QUICK["llama"])
+    with pytest.raises(ConfigError, match="not supported: 'other' = 2; if harmless") as caught:
+        read_config(raw, ignore=["unheard_of"])
+    assert "unheard_of" not in str(caught.value)
+
+
+def test_ignoring_does_not_hide_a_key_that_is_read():
+    with pytest.raises(ConfigError, match="rope_type 'yarn'"):
+        read_config(_changed("llama", rope_scaling=YARN), ignore=["rope_scaling"])
+
+
+def test_all_unknown_keys_stand_in_one_error():
+    with pytest.raises(ConfigError, match="'first' = 1, 'second' = 2"):
+        read_config(_changed("qwen3_moe", second=2, first=1))
+
+
+def test_the_two_forms_of_rope_mean_the_same():
+    old = {k: v for k, v in QUICK["llama"].items() if k not in ("rope_scaling", "rope_theta")}
+    newer = read_config({**old, "rope_parameters": {**SUPPORTED_LLAMA3, "rope_theta": 500000.0}})
+    published = read_config({**old, "rope_scaling": SUPPORTED_LLAMA3, "rope_theta": 500000})
+    assert newer == published
+    assert published.rope.original_max_position_embeddings == 64
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_every_tiny_config_is_read(name):
+    config = read_config(CASES_BY_NAME[name].config)
+    assert config.family == CASES_BY_NAME[name].family
+    assert len(config.moe_layers) == len(config.sliding_windows) == config.num_hidden_layers
+
+
+# --- any JSON at all ---
+
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(-2, 300)
+    | st.floats()
+    | st.sampled_from([10**400, "", "yarn", "silu", "linear", "llama3", "full_attention", math.inf])
+    | st.text(max_size=3)
+)
+_KEYS = st.sampled_from(["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "quant_method", "x"])
+_JSON = st.recursive(_SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3))
+_NAMED = ("rope_scaling", "rope_parameters", "quantization_config", "layer_types", "mlp_only_layers", "torch_dtype")
+
+
+@settings(max_examples=600, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_any_value_in_a_config_gives_a_config_or_a_config_error(data):
+    raw = dict(QUICK[data.draw(st.sampled_from(sorted(QUICK)))])
+    for key in data.draw(st.lists(st.sampled_from([*sorted(raw), *_NAMED, "unheard_of"]), min_size=1, max_size=2)):
+        raw[key] = data.draw(_JSON)
+    try:
+        config = read_config(raw)
+    except ConfigError:
+        return
+    assert isinstance(config, ModelConfig)

@@ -1,0 +1,85 @@
+"""Communication is a contract: what a compiled step holds is what was planned, no more and no less."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.engine.runner import DecodeState
+from jaxmoe.inspect.collectives import collectives
+from jaxmoe.model.moe import MoEKernels
+from jaxmoe.planner.traffic import Collective, planned_collectives
+
+from ..conftest import MESHES_OF_8, mesh_of
+
+FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "olmoe_full_norm", "mixtral_six_experts"]
+
+
+def decode_program(llm, num_rows: int):
+    runner = llm.runner
+    rows = runner.padded_rows(num_rows)
+    zeros = runner.put(np.zeros(rows, np.int32), "batch")
+    state = DecodeState(zeros, zeros, runner.empty_cache(rows, 32))
+    active, sampling = runner.put(np.ones(rows, bool), "batch"), runner.rows_of([], rows)
+    with jax.default_matmul_precision("highest"):
+        lowered = runner.decode_fn.lower(runner.leaves, state, active, sampling, np.bool_(False))
+    return lowered.compile(), rows
+
+
+def plan(llm, rows: int, dispatch: str = "all_to_all"):
+    return planned_collectives(llm.config, llm.runner.placement, rows=rows, length=1, itemsize=4, dispatch=dispatch)
+
+
+@pytest.mark.parametrize("mesh", MESHES_OF_8)
+def test_decode_of_an_moe_holds_exactly_the_planned_collectives(mesh, tiny_llm):
+    llm = tiny_llm("qwen3_moe_norm", mesh)
+    program, rows = decode_program(llm, 8)
+    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_decode_of_every_kind_of_layer_holds_exactly_the_planned_collectives(name, tiny_llm):
+    llm = tiny_llm(name, "data=2,tensor=2,expert=2")
+    program, rows = decode_program(llm, 8)
+    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
+
+
+def test_the_plan_reads_as_the_papers_say(tiny_llm):
+    """Two all-reduces a layer over tensor, one dispatch and one combine an MoE layer over expert, nothing else."""
+    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
+    rows, config, layers = 8, llm.config, llm.config.num_hidden_layers
+    tokens, width, share = rows // 4, config.hidden_size, config.moe.num_experts // 2
+    inside = plan(llm, rows)
+    inside -= {Collective(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
+    assert inside == {
+        Collective(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
+        Collective(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * (width + share) * 4): layers,
+        Collective(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * width * 4): layers,
+    }
+
+
+def test_all_gather_dispatch_has_its_own_contract(tiny_llm):
+    llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", MoEKernels(dispatch="all_gather"))
+    program, rows = decode_program(llm, 8)
+    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows, "all_gather")
+
+
+def test_no_weight_is_copied_and_the_cache_is_donated(tiny_llm):
+    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
+    program, rows = decode_program(llm, 8)
+    memory = program.memory_analysis()
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
+    cache = sum(part.addressable_shards[0].data.nbytes for kv in llm.runner.empty_cache(rows, 32) for part in kv)
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < weights / 2
+
+
+def test_an_unplanned_collective_is_seen():
+    """A weight gathered by mistake shows up, so the comparison above can fail."""
+    mesh = mesh_of("tensor=8")
+    spec = jax.sharding.PartitionSpec
+    split, whole = (jax.sharding.NamedSharding(mesh, s) for s in (spec("tensor"), spec()))
+    gathered = jax.jit(lambda w: w * 2, in_shardings=split, out_shardings=whole).lower(np.ones((16, 4), np.float32))
+    expected = Collective(op="all-gather", axes=("tensor",), result_bytes=16 * 4 * 4)
+    assert collectives(gathered.compile().as_text(), mesh) == {expected: 1}

@@ -1,0 +1,88 @@
+"""Every command of the README does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxmoe.cli.main import run
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.strip()]
+
+
+def make_dry_run(target: str) -> str:
+    """What `make target` would run once its environment is there."""
+    stamps = [arg for name in ("core", "dev") for arg in ("-o", f".venv/{name}.stamp")]
+    command = ["make", "--dry-run", "--no-print-directory", *stamps, target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_readme_names_its_commands():
+    assert "make demo" in COMMANDS
+    assert "make test" in COMMANDS
+    assert {command.split()[0] for command in COMMANDS} == {"make", "jaxmoe"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ")])
+def test_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(shlex.split(command)[1:])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    if "--json" in command:
+        assert len(json.loads(out)["token_ids"]) > 0
+    elif " verify" in command:
+        assert "10 of 10 meshes give what one device gives" in out
+    elif " generate" in command:
+        prompt = shlex.split(command)[shlex.split(command).index("--prompt") + 1]
+        assert out.startswith(prompt)
+        assert len(out) > len(prompt) + 10
+    else:
+        assert "2x16x4" in out
+
+
+def test_make_demo(tmp_path):
+    """The recipe of `make demo`, run as a newcomer's shell would run it."""
+    recipe = make_dry_run("demo")
+    assert recipe.startswith(".venv/bin/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2")
+    arguments = shlex.split(recipe)[1:]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmoe", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in done.stderr
+    assert done.stdout.startswith("def ")
+    assert done.stdout.count("\n") > 3
+
+
+def test_make_test_and_check_run_what_they_say():
+    assert make_dry_run("test").endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle"')
+    assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
+        "ruff", "ruff", "mypy", "lint-imports",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_python_example(code, tmp_path):
+    """In a process of its own, with the one device a user's has."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 40
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()

@@ -1,0 +1,100 @@
+"""The compiled CPU kernel gives what blocks give; without a compiler the error says so."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.ops import native
+from jaxmoe.ops.grouped import grouped_swiglu
+
+
+def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
+    rng = np.random.default_rng(0)
+    width, top_k = 40, 2
+    weights = np.zeros((num_tokens, num_experts), np.float32)
+    for token in range(num_tokens):
+        if routing == "none":
+            continue
+        chosen = [1] if routing == "one" else rng.choice(num_experts, top_k, replace=False)
+        weights[token, chosen] = rng.uniform(0.2, 1, len(chosen))
+    x, gate_up, down = (
+        rng.normal(0, 0.5, shape)
+        for shape in ((num_tokens, width), (num_experts, width, 2, ffn), (num_experts, ffn, width))
+    )
+    return [jnp.asarray(a, dtype) for a in (x, weights, gate_up, down)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("routing", ["spread", "one", "none"])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "ffn"), [(1, 8, 24), (7, 3, 130), (40, 8, 64), (65, 4, 16)])
+def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
+    arrays = arguments(num_tokens, num_experts, ffn, routing, dtype)
+    if native.find_compiler() is None:  # what a user without one sees
+        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+            native.prepare(dtype)
+        return
+    run = jax.jit(grouped_swiglu, static_argnames=("top_k", "kind"))
+    wanted = np.asarray(run(*arrays, top_k=2, kind="dense"), np.float32)
+    found = np.asarray(run(*arrays, top_k=2, kind="native"), np.float32)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(found, wanted, atol=tolerance * max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gates_far_from_zero_stay_finite(dtype):
+    """silu(-1000) is 0 and silu(1000) is 1000, whatever exp overflows to."""
+    if native.find_compiler() is None:
+        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+            native.prepare(dtype)
+        return
+    native.prepare(dtype)
+    x, weights = jnp.ones((2, 16), dtype), jnp.array([[1, 0], [0, 1]], dtype)
+    gate_up = jnp.stack([jnp.full((16, 2, 32), value, dtype) for value in (-60, 60)])
+    gate_up = gate_up.at[:, :, 1].set(1)
+    found = jax.jit(lambda *a: grouped_swiglu(*a, top_k=1, kind="native"))(
+        x, weights, gate_up, jnp.ones((2, 32, 16), dtype)
+    )
+    np.testing.assert_allclose(np.asarray(found, np.float32)[:, 0], [0, 960 * 16 * 32], rtol=0.01)
+
+
+def test_gradients_are_those_of_blocks():
+    arrays = arguments(7, 3, 12, "spread", "float32")
+    if native.find_compiler() is None:
+        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+            native.prepare("float32")
+        return
+
+    def gradients(kind):
+        value = lambda *a: jnp.sum(jnp.sin(grouped_swiglu(*a, top_k=2, kind=kind)))  # noqa: E731
+        return jax.jit(jax.grad(value, argnums=(0, 1, 2, 3)))(*arrays)
+
+    for found, wanted in zip(gradients("native"), gradients("blocks"), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * max(1, float(jnp.abs(wanted).max())))
+
+
+def test_loading_it_leaves_small_numbers_alone():
+    if native.find_compiler() is not None:
+        native.prepare("float32")
+    assert np.float32(1e-40) * np.float32(1.0) > 0
+
+
+def test_mistakes_are_config_errors(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="not float16"):
+        native.prepare("float16")
+    native._register.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        native.prepare("float32")
+    failing = tmp_path / "failing-compiler"
+    failing.write_text("#!/bin/sh\necho 'error: no headers' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="error: no headers"):
+        native.prepare("float32")
+    assert not list((tmp_path / "jaxmoe" / "native").glob("*"))
+    native._register.cache_clear()

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jaxmoe.errors import MeshError
+from jaxmoe.mesh import AXES, build_mesh, default_axes, emulate_devices, parse_mesh, preset_names
+
+
+def test_axes_left_out_are_one_and_tensor_is_innermost():
+    assert parse_mesh("tensor=2,expert=4") == {"data": 1, "pipeline": 1, "expert": 4, "tensor": 2}
+    assert AXES[-1] == "tensor"
+    mesh = build_mesh(parse_mesh("data=2,tensor=2,expert=2"))
+    ids = [device.id for device in mesh.devices[0, 0, 0]]
+    assert ids[1] == ids[0] + 1
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tensor=0", "tensor=0"), ("tensor=-1", "tensor=-1"), ("tensor=two", "tensor=two"), ("model=2", "'model'"),
+        ("tensor=2,tensor=2", "twice"), ("pipeline=2", "pipeline=2"), ("no-such-preset", "presets: b200-2x8, cpu-8"),
+        ("tensor=²", "tensor=²"), ("tensor=2,", "axis=size"),
+    ],
+)  # fmt: skip
+def test_bad_meshes_name_what_is_wrong(text, said):
+    with pytest.raises(MeshError, match=said.replace("(", r"\(")):
+        parse_mesh(text)
+
+
+def test_every_preset_reads_and_is_named_for_hardware():
+    assert {"cpu-8", "h200-8", "b200-2x8", "v5p-64"} <= set(preset_names())
+    assert all(set(parse_mesh(name)) == set(AXES) for name in preset_names())
+
+
+def test_a_mesh_must_multiply_to_the_devices():
+    with pytest.raises(MeshError, match=r"needs 6 devices and there are 8.*--devices 6"):
+        build_mesh(parse_mesh("data=2,tensor=3"))
+
+
+def test_defaults_put_whole_experts_on_devices():
+    assert default_axes(8, num_experts=64)["expert"] == 8
+    assert default_axes(8, num_experts=4)["tensor"] == 8
+    assert default_axes(8, num_experts=0)["tensor"] == 8
+
+
+def test_devices_cannot_change_once_started(monkeypatch):
+    emulate_devices(8)
+    with pytest.raises(MeshError, match="devices=4"):
+        emulate_devices(4)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    with pytest.raises(MeshError, match="XLA_FLAGS already asks for 4"):
+        emulate_devices(8)
+    with pytest.raises(MeshError, match="devices=0"):
+        emulate_devices(0)

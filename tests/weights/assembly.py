@@ -1,0 +1,112 @@
+"""What every parameter must hold, put together from whole tensors with reshape, pad and concatenate.
+
+Written apart from jaxmoe.families.keys and jaxmoe.weights.load, so that neither can hide a mistake of the other.
+Dims: D width, H query heads, K key/value heads, G query heads of one K, C head_dim, S key/value slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxmoe.config import ArraySizes, ModelConfig
+
+_EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+_DEFAULT_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def _pad(x: np.ndarray, axis: int, length: int) -> np.ndarray:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return np.pad(x, widths)
+
+
+class Assembly:
+    """Parameters by path, from all tensors of a checkpoint in memory."""
+
+    def __init__(self, config: ModelConfig, sizes: ArraySizes, tensors: Mapping[str, np.ndarray]) -> None:
+        self.config, self.sizes, self.tensors = config, sizes, tensors
+
+    def _query(self, x: np.ndarray) -> np.ndarray:
+        """[H*C, ...] -> [S, group_slots, C, ...]: the heads of one K dealt out to its copies, in order."""
+        c, s = self.config, self.sizes
+        x = x.reshape(c.num_key_value_heads, c.num_query_groups, c.head_dim, *x.shape[1:])
+        x = _pad(x, 1, s.kv_copies * s.group_slots)
+        x = x.reshape(c.num_key_value_heads * s.kv_copies, s.group_slots, *x.shape[2:])
+        return _pad(x, 0, s.kv_slots)
+
+    def _key_value(self, x: np.ndarray) -> np.ndarray:
+        """[K*C, ...] -> [S, C, ...]: each head as often as it is copied."""
+        x = x.reshape(self.config.num_key_value_heads, self.config.head_dim, *x.shape[1:])
+        return _pad(np.repeat(x, self.sizes.kv_copies, axis=0), 0, self.sizes.kv_slots)
+
+    def _qkv(self, prefix: str, kind: str) -> np.ndarray:
+        q, k, v = (self.tensors[f"{prefix}.{letter}_proj.{kind}"] for letter in "qkv")
+        return np.concatenate([self._query(q), self._key_value(k)[:, None], self._key_value(v)[:, None]], axis=1)
+
+    def _attention(self, prefix: str) -> dict[str, np.ndarray]:
+        config, tensors = self.config, self.tensors
+        found = {
+            "qkv": np.moveaxis(self._qkv(prefix, "weight"), -1, 0),
+            "out": self._query(tensors[f"{prefix}.o_proj.weight"].T),
+        }
+        if config.qkv_bias:
+            found["qkv_bias"] = self._qkv(prefix, "bias")
+        if config.out_bias:
+            found["out_bias"] = tensors[f"{prefix}.o_proj.bias"]
+        if config.qk_norm != "none":
+            q, k = tensors[f"{prefix}.q_norm.weight"], tensors[f"{prefix}.k_norm.weight"]
+            full = config.qk_norm == "full"
+            found |= {"q_norm": self._query(q) if full else q, "k_norm": self._key_value(k) if full else k}
+        return found
+
+    def _gated(self, names: tuple[str, str, str], ffn: int) -> dict[str, np.ndarray]:
+        gate, up, down = (self.tensors[f"{name}.weight"].T for name in names)
+        return {"gate_up": _pad(np.stack([gate, up], axis=1), 2, ffn), "down": _pad(down, 0, ffn)}
+
+    def _mlp(self, prefix: str) -> dict[str, np.ndarray]:
+        names = tuple(f"{prefix}.{name}_proj" for name in ("gate", "up", "down"))
+        found = self._gated(names, self.sizes.ffn)
+        if self.config.mlp_bias:
+            gate, up, down = (self.tensors[f"{name}.bias"] for name in names)
+            found |= {"gate_up_bias": _pad(np.stack([gate, up]), 1, self.sizes.ffn), "down_bias": down}
+        return found
+
+    def _moe(self, layer: str) -> dict[str, np.ndarray]:
+        moe = self.config.moe
+        block, *names = _EXPERT_NAMES.get(self.config.family, _DEFAULT_NAMES)
+        prefix = f"{layer}.{block}"
+        experts = [
+            self._gated(tuple(f"{prefix}.experts.{e}.{name}" for name in names), self.sizes.moe_ffn)
+            for e in range(moe.num_experts)
+        ]
+        found = {"router": self.tensors[f"{prefix}.gate.weight"].T}
+        for part in ("gate_up", "down"):
+            found[f"experts/{part}"] = _pad(np.stack([e[part] for e in experts]), 0, self.sizes.moe_experts)
+        if moe.shared_intermediate_size:
+            shared = f"{prefix}.shared_expert"
+            parts = self._gated(tuple(f"{shared}.{name}" for name in names), self.sizes.shared_ffn)
+            found |= {f"shared/{part}": value for part, value in parts.items()}
+            found["shared_gate"] = self.tensors[f"{shared}_gate.weight"].T
+        return found
+
+    def params(self) -> dict[str, np.ndarray]:
+        """Every parameter of the model by its path."""
+        config, tensors = self.config, self.tensors
+        found = {
+            "embed": _pad(tensors["model.embed_tokens.weight"], 0, self.sizes.vocab),
+            "final_norm": tensors["model.norm.weight"],
+        }
+        if not config.tie_word_embeddings:
+            found["head"] = _pad(tensors["lm_head.weight"].T, 1, self.sizes.vocab)
+        for layer in range(config.num_hidden_layers):
+            prefix, path = f"model.layers.{layer}", f"blocks/{layer}"
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                found[f"{path}/{norm}"] = tensors[f"{prefix}.{norm}.weight"]
+            for name, value in self._attention(f"{prefix}.self_attn").items():
+                found[f"{path}/attention/{name}"] = value
+            sparse = config.moe_layers[layer]
+            for name, value in (self._moe(prefix) if sparse else self._mlp(f"{prefix}.mlp")).items():
+                found[f"{path}/{'moe' if sparse else 'mlp'}/{name}"] = value
+        return found

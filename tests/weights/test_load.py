@@ -1,0 +1,233 @@
+"""Loading: every parameter on a mesh as assembled from whole tensors, every byte read once, all keys accounted for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxmoe import LLM, CheckpointError
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families import read_config
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.weights import load
+from jaxmoe.weights.checkpoint import open_tensors, read_json
+from jaxmoe.weights.params import ParamInfo, parameter_table
+from jaxmoe.weights.safetensors_file import TensorInfo
+
+from ..conftest import ONE_DEVICE, mesh_of
+from ..tiny.cases import CASES
+from .assembly import Assembly
+
+NAMES = [case.name for case in CASES]
+MESHES = ("data=2,tensor=2,expert=2", "tensor=8", "tensor=2,expert=4")
+
+
+class Prepared(NamedTuple):
+    """All that load_params takes."""
+
+    directory: Path
+    tensors: dict[str, TensorInfo]
+    table: list[ParamInfo]
+    config: ModelConfig
+    sizes: ArraySizes
+
+
+def _prepare(directory: Path, mesh: str, dtype: str = "float32") -> Prepared:
+    config = read_config(read_json(directory / "config.json"))
+    placement = Placement(mesh=mesh_of(mesh))
+    _, abstract = nnx.split(abstract_model(config, placement, dtype=dtype))
+    table = parameter_table(abstract, placement)
+    return Prepared(directory, open_tensors(directory), table, config, array_sizes(config, placement))
+
+
+def _assert_loads_as_assembled(prepared: Prepared) -> None:
+    tensors = {key: info.read_rows(0, info.shape[0]) for key, info in prepared.tensors.items()}
+    expected = Assembly(prepared.config, prepared.sizes, tensors).params()
+    arrays = load.load_params(*prepared)
+    assert {info.path for info in prepared.table} == expected.keys()
+    for info, array in zip(prepared.table, arrays, strict=True):
+        assert array.sharding == info.sharding
+        assert array.dtype == info.dtype
+        np.testing.assert_array_equal(np.asarray(array), expected[info.path].astype(info.dtype), err_msg=info.path)
+
+
+@pytest.fixture
+def bytes_read(monkeypatch) -> list[int]:
+    """The bytes of each read of rows."""
+    read_rows, counts = TensorInfo.read_rows, []
+
+    def spy(self: TensorInfo, start: int, stop: int) -> np.ndarray:
+        rows = read_rows(self, start, stop)
+        counts.append(rows.nbytes)
+        return rows
+
+    monkeypatch.setattr(TensorInfo, "read_rows", spy)
+    return counts
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_what_whole_tensors_give(name, mesh, tiny_dir):
+    _assert_loads_as_assembled(_prepare(tiny_dir(name), mesh))
+
+
+def test_the_meshes_pad_and_copy(tiny_dir):
+    """The cases above do hold key/value heads fewer than tensor, and experts and vocabularies that do not divide."""
+    heads = _prepare(tiny_dir("qwen2_tied"), "tensor=8")
+    assert heads.sizes.kv_slots > heads.config.num_key_value_heads
+    assert heads.sizes.kv_copies > 1
+    assert heads.sizes.vocab > heads.config.vocab_size
+    experts = _prepare(tiny_dir("mixtral_six_experts"), "tensor=2,expert=4")
+    assert experts.sizes.moe_experts == 8 > experts.config.moe.num_experts
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_any_dtype_is_cast_from_the_files(dtype, tiny_dir):
+    _assert_loads_as_assembled(_prepare(tiny_dir("qwen3_moe_norm"), "data=2,tensor=2,expert=2", dtype))
+    _assert_loads_as_assembled(_prepare(tiny_dir("olmoe_clip_qkv"), "data=2,tensor=2,expert=2", dtype))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_is_read_once(name, mesh, tiny_dir, bytes_read):
+    prepared = _prepare(tiny_dir(name), mesh)
+    load.load_params(*prepared)
+    assert sum(bytes_read) == sum(info.num_bytes for info in prepared.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("qwen2_moe_sparse_step", "tensor=2"), ("mixtral_window", "expert=2"), ("llama_mha", "data=2")]
+)
+def test_parameters_above_the_staging_limit_come_in_blocks(name, mesh, tiny_dir, bytes_read, monkeypatch):
+    monkeypatch.setattr(load, "_STAGING_BYTES", 4000)
+    writes = []
+    write_block = load._write_block
+    monkeypatch.setattr(load, "_write_block", lambda *args: writes.append(args[1].nbytes) or write_block(*args))
+    prepared = _prepare(tiny_dir(name), mesh)
+    _assert_loads_as_assembled(prepared)
+    assert len(writes) > len(prepared.table)
+    assert max(writes) <= 4000
+    num_bytes = sum(info.num_bytes for info in prepared.tensors.values())
+    assert sum(bytes_read) - num_bytes <= 1.05 * num_bytes  # the comparison itself reads each tensor once
+
+
+def test_blocks_tile_a_parameter_and_keep_the_limit(monkeypatch):
+    monkeypatch.setattr(load, "_STAGING_BYTES", 512)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        parts = [int(n) for n in rng.integers(1, 5, 3)]
+        shares = tuple(int(n) for n in rng.integers(1, 12, 3))
+        shape = tuple(share * part for share, part in zip(shares, parts, strict=True))
+        order = [int(dim) for dim in rng.permutation(3)]
+        covered = np.zeros(shape, int)
+        for block in load._blocks(tuple((0, n) for n in shape), 4, order, shares):
+            covered[tuple(slice(*bounds) for bounds in block)] += 1
+            assert math.prod(high - low for low, high in block) * 4 <= 512
+        assert (covered == 1).all()
+
+
+def test_a_row_beyond_the_limit_is_still_one_block(monkeypatch):
+    monkeypatch.setattr(load, "_STAGING_BYTES", 16)
+    assert list(load._blocks(((0, 2), (0, 100)), 4, [0], (1, 100))) == [((0, 1), (0, 100)), ((1, 2), (0, 100))]
+
+
+def test_progress_counts_every_parameter(tiny_dir):
+    seen: list[tuple[int, int]] = []
+    llm = LLM.load(
+        tiny_dir("llama_mha"),
+        mesh=mesh_of(ONE_DEVICE),
+        dtype="bfloat16",
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    total = sum(leaf.nbytes for leaf in llm.runner.leaves)
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) == 1 + len(llm.runner.leaves)
+
+
+# --- keys and shapes ---
+
+
+def _changed(tiny_dir, tmp_path: Path, name: str, *, drop=(), add=(), replace=()) -> Path:
+    """A copy of a single-file case with tensors left out, added or replaced."""
+    tensors = load_file(tiny_dir(name) / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if key not in drop} | dict(add) | dict(replace)
+    (tmp_path / "config.json").write_bytes((tiny_dir(name) / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def _load(directory: Path) -> LLM:
+    return LLM.load(directory, mesh=mesh_of(ONE_DEVICE))
+
+
+def test_missing_unused_and_misshapen_keys_stand_in_one_error(tiny_dir, tmp_path, bytes_read):
+    directory = _changed(
+        tiny_dir,
+        tmp_path,
+        "mixtral_window",
+        drop=["model.layers.1.block_sparse_moe.experts.4.w2.weight", "model.norm.weight"],
+        add={"model.layers.2.input_layernorm.weight": np.ones(36, np.float32)},
+        replace={"model.layers.0.self_attn.k_proj.weight": np.ones((24, 36), np.float32)},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        _load(directory)
+    message = str(caught.value)
+    assert "2 missing: model.layers.1.block_sparse_moe.experts.4.w2.weight, model.norm.weight" in message
+    assert "1 unused: model.layers.2.input_layernorm.weight" in message
+    assert "1 misshapen: model.layers.0.self_attn.k_proj.weight [24, 36] instead of [36, 36]" in message
+    assert str(directory) in message
+    assert "\n" not in message
+    assert bytes_read == []  # nothing is read before
+
+
+def test_a_long_list_of_keys_is_counted_and_cut(tiny_dir, tmp_path):
+    extra = {f"extra.{number:03}": np.ones(1, np.float32) for number in range(50)}
+    with pytest.raises(CheckpointError, match=r"50 unused: extra.000, .*extra.019, and 30 more"):
+        _load(_changed(tiny_dir, tmp_path, "llama_mha", add=extra))
+
+
+def test_a_transposed_tensor_is_misshapen_even_if_its_size_fits(tiny_dir, tmp_path):
+    key = "model.layers.0.mlp.gate_proj.weight"
+    wrong = {key: np.ones((48, 84), np.float32)}
+    with pytest.raises(CheckpointError, match=rf"1 misshapen: {key} \[48, 84\] instead of \[84, 48\]"):
+        _load(_changed(tiny_dir, tmp_path, "llama_mha", replace=wrong))
+
+
+def test_rotary_tables_and_a_tied_heads_copy_may_stand_unused(tiny_dir, tmp_path):
+    tied = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "lm_head.weight": np.ones((97, 36), np.float32),
+    }
+    assert _load(_changed(tiny_dir, tmp_path, "mixtral_window", add=tied)).config.tie_word_embeddings
+
+
+def test_an_untied_head_is_needed(tiny_dir, tmp_path):
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight"):
+        _load(_changed(tiny_dir, tmp_path, "llama_mha", drop=["lm_head.weight"]))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.float64])
+def test_weights_that_are_no_plain_floats_are_named(tiny_dir, tmp_path, dtype, bytes_read):
+    wrong = {"model.norm.weight": np.ones(48, dtype)}
+    with pytest.raises(CheckpointError, match=r"tensor 'model.norm.weight' has dtype [IF]\d+; use F32, F16, BF16"):
+        _load(_changed(tiny_dir, tmp_path, "llama_mha", replace=wrong))
+    assert bytes_read == []
+
+
+def test_a_truncated_file_is_an_error_before_anything_lands(tiny_dir, tmp_path):
+    path = _changed(tiny_dir, tmp_path, "llama_mha") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = len(jax.live_arrays())
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*fetch it again"):
+        _load(tmp_path)
+    assert len(jax.live_arrays()) <= before
