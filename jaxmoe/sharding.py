@@ -63,7 +63,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
 
     def locally(self, function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Dims], out: Dims) -> jax.Array:
-        """function of each device's parts, for work that needs nothing of other devices: no collective inside."""
+        """function of each device's parts, for work that XLA is not to split or cannot see into."""
         return jax.shard_map(
             function,
             mesh=self.mesh,

@@ -26,7 +26,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from jaxmoe import LLM  # noqa: E402
 from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
-from jaxmoe.model.moe import MoEKernels  # noqa: E402
+from jaxmoe.model.kernels import Kernels  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402
@@ -66,7 +66,7 @@ def tiny_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
     """(name of a case, mesh, kernels) -> the model loaded in float32, shared between tests that follow each other."""
 
     @lru_cache(maxsize=4)
-    def load(name: str, mesh: str = ONE_DEVICE, kernels: MoEKernels = MoEKernels()) -> LLM:
+    def load(name: str, mesh: str = ONE_DEVICE, kernels: Kernels = Kernels()) -> LLM:
         return LLM.load(tiny_dir(name), mesh=mesh_of(mesh), dtype="float32", kernels=kernels)
 
     return load

@@ -30,6 +30,7 @@ def model_options(function: F) -> F:
         click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over"),
         click.option("--dispatch", default="all_to_all", show_default=True, help="all_to_all or all_gather"),
         click.option("--grouped", default="blocks", show_default=True, help="blocks, ragged, native or dense"),
+        click.option("--linear", default="xla", show_default=True, help="xla or native"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
     for option in reversed(options):
@@ -76,11 +77,11 @@ def load_model(
 ) -> LLM:
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
     from jaxmoe.engine.llm import LLM
-    from jaxmoe.model.moe import MoEKernels
+    from jaxmoe.model.kernels import Kernels
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    kernels = MoEKernels(dispatch=dispatch, grouped=grouped)  # type: ignore[arg-type]  # checked there
+    kernels = Kernels(dispatch=dispatch, grouped=grouped)  # type: ignore[arg-type]  # checked there
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
             name, mesh=mesh, dtype=dtype, revision=revision, kernels=kernels, ignore_config_keys=ignore_config_keys,

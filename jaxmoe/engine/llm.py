@@ -19,9 +19,8 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.errors import ConfigError, MeshError, RequestError
 from jaxmoe.families import read_config
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.ops import native
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import load_params
@@ -49,7 +48,7 @@ class LLM:
         mesh: str | Mapping[str, int] | Mesh | None = None,
         dtype: str | None = None,
         revision: str | None = None,
-        kernels: MoEKernels = MoEKernels(),
+        kernels: Kernels = Kernels(),
         ignore_config_keys: Iterable[str] = (),
         max_batch: int = 64,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -69,8 +68,7 @@ class LLM:
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
         placement = Placement(mesh=_as_mesh(mesh, config))
-        if kernels.grouped == "native":
-            native.prepare(dtype)
+        kernels.prepare(dtype)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)

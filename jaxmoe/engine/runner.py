@@ -54,6 +54,7 @@ class Runner:
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
+        self.kernels = model.kernels
         self.sizes = array_sizes(model.config, model.placement)
         self.dtype = dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
@@ -73,7 +74,7 @@ class Runner:
 
     def padded_rows(self, num_rows: int) -> int:
         """Rows of the batch for num_rows requests: doubled from the least that every rank of the batch can have."""
-        rows = self.placement.parts("batch") * _LEAST_ROWS
+        rows = self.placement.parts("batch") * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
         while rows < num_rows:
             rows *= 2
         return rows

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, ones, zeros
+from jaxmoe.model.project import project
 from jaxmoe.ops.norm import rms_norm, scale_by_rms
 from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Placement
@@ -28,9 +30,17 @@ class Attention(nnx.Module):
     """One attention block. Query, key and value of a head slot lie side by side in one matrix."""
 
     def __init__(
-        self, config: ModelConfig, sizes: ArraySizes, placement: Placement, layer: int, *, make: Maker, init: Init
+        self,
+        config: ModelConfig,
+        sizes: ArraySizes,
+        placement: Placement,
+        kernels: Kernels,
+        layer: int,
+        *,
+        make: Maker,
+        init: Init,
     ) -> None:
-        self.config, self.placement, self.layer = config, placement, layer
+        self.config, self.placement, self.kernels, self.layer = config, placement, kernels, layer
         self.group = sizes.group_slots
         heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
         query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
@@ -51,18 +61,16 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
         """x [B,S,D] -> [B,S,D]."""
         config, place = self.config, self.placement
-        qkv = jnp.einsum("bsd,dkjh->bskjh", x, self.qkv[...])
+        qkv = project(x, self.qkv, place, self.kernels.linear)
         if config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
-        qkv = place.constrain(qkv, "batch", "length", "kv_head", "head_slot", "head_dim")
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
         q, k = self._normed(q, k)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = attend(self.layer, q, k, v, window=config.sliding_windows[self.layer])
-        y = jnp.einsum("bskgh,kghd->bsd", mixed, self.out[...])
-        y = place.constrain(y, "batch", "length", "width")
+        y = project(mixed, self.out, place, self.kernels.linear, over=3)
         return y + self.out_bias[...] if config.out_bias else y
 
     def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,8 +7,9 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import Attend, Attention
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
-from jaxmoe.model.moe import MoE, MoEKernels
+from jaxmoe.model.moe import MoE
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.sharding import Placement
@@ -22,7 +23,7 @@ class Block(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: MoEKernels,
+        kernels: Kernels,
         layer: int,
         *,
         make: Maker,
@@ -31,11 +32,11 @@ class Block(nnx.Module):
         self.eps, self.sparse = config.rms_norm_eps, config.moe_layers[layer]
         self.input_layernorm = make(ones, width=config.hidden_size)
         self.post_attention_layernorm = make(ones, width=config.hidden_size)
-        self.attention = Attention(config, sizes, placement, layer, make=make, init=init)
+        self.attention = Attention(config, sizes, placement, kernels, layer, make=make, init=init)
         if self.sparse:
             self.moe = MoE(config, sizes, placement, kernels, make=make, init=init)
         else:
-            self.mlp = MLP(config, sizes.ffn, placement, make=make, init=init)
+            self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, active: jax.Array, attend: Attend

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, zeros
+from jaxmoe.model.project import project
 from jaxmoe.sharding import Placement
 
 
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)); gate and up lie side by side in one matrix."""
 
-    def __init__(self, config: ModelConfig, ffn: int, placement: Placement, *, make: Maker, init: Init) -> None:
-        self.placement, self.bias = placement, config.mlp_bias
+    def __init__(
+        self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, make: Maker, init: Init
+    ) -> None:
+        self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
         self.gate_up = make(init, width=config.hidden_size, gate_or_up=2, ffn=ffn)
         self.down = make(init, ffn=ffn, width=config.hidden_size)
         if self.bias:
@@ -25,10 +28,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B,S,D] -> [B,S,D]."""
-        both = jnp.einsum("bsd,dcf->bscf", x, self.gate_up[...])
+        place, kind = self.placement, self.kernels.linear
+        both = project(x, self.gate_up, place, kind)
         if self.bias:
             both = both + self.gate_up_bias[...]
-        both = self.placement.constrain(both, "batch", "length", "gate_or_up", "ffn")
-        y = jnp.einsum("bsf,fd->bsd", jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down[...])
-        y = self.placement.constrain(y, "batch", "length", "width")
+        y = project(jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down, place, kind)
         return y + self.down_bias[...] if self.bias else y

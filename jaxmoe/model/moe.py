@@ -3,36 +3,18 @@
 # Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
-from jaxmoe.errors import ConfigError
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker
-from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind, combine, dispatch
-from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind, grouped_swiglu
+from jaxmoe.ops.dispatch import combine, dispatch
+from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.linear import LinearKind, linear
 from jaxmoe.ops.route import route
 from jaxmoe.sharding import Placement
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEKernels:
-    """Which implementation runs; every choice means the same. See ops/dispatch.py and ops/grouped.py.
-
-    Raises: ConfigError for a name that is neither.
-    """
-
-    dispatch: DispatchKind = "all_to_all"
-    grouped: GroupedKind = "blocks"
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("dispatch", DISPATCH_KINDS), ("grouped", GROUPED_KINDS)):
-            value = getattr(self, name)
-            if value not in kinds:
-                raise ConfigError(f"{name}={value!r} must be one of {', '.join(kinds)}")
 
 
 class Experts(nnx.Module):
@@ -52,7 +34,7 @@ class MoE(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: MoEKernels,
+        kernels: Kernels,
         *,
         make: Maker,
         init: Init,
@@ -89,14 +71,15 @@ class MoE(nnx.Module):
         return layer(x, active, arrays)
 
 
-def _on_device(x, active, arrays, *, moe: MoEConfig, kernels: MoEKernels, place: Placement):
+def _on_device(x, active, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     (axis,) = place.axes("moe_expert")
     ranks = place.parts("moe_expert")
     x_tD = x.reshape(-1, x.shape[-1])
     weights_tE, probabilities = route(
-        x_tD, arrays["router"], active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob
-    )
+        linear(x_tD, arrays["router"], kind=kernels.linear, dtype="float32"),
+        active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob,
+    )  # fmt: skip
     padding = arrays["gate_up"].shape[0] * ranks - moe.num_experts
     weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
     x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
@@ -105,14 +88,15 @@ def _on_device(x, active, arrays, *, moe: MoEConfig, kernels: MoEKernels, place:
     )
     y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
     if moe.shared_intermediate_size:
-        y_tD = y_tD + _shared_expert(x_tD, arrays)
+        y_tD = y_tD + _shared_expert(x_tD, arrays, kernels.linear)
     if place.parts("moe_ffn") > 1:
         y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
     return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
 
 
-def _shared_expert(x, arrays):
+def _shared_expert(x, arrays, kind: LinearKind):
     """This device's columns of the expert every token visits, times its sigmoid gate."""
-    both = jnp.einsum("td,dcf->tcf", x, arrays["shared_in"])
-    y = (jax.nn.silu(both[:, 0]) * both[:, 1]) @ arrays["shared_out"]
-    return jax.nn.sigmoid(x @ arrays["shared_gate"]) * y
+    width, _, ffn = arrays["shared_in"].shape
+    both = linear(x, arrays["shared_in"].reshape(width, 2 * ffn), kind=kind)
+    y = linear(jax.nn.silu(both[:, :ffn]) * both[:, ffn:], arrays["shared_out"], kind=kind)
+    return jax.nn.sigmoid(linear(x, arrays["shared_gate"], kind=kind)) * y

@@ -10,8 +10,9 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.model.attention import Attend
 from jaxmoe.model.block import Block
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Maker, normal, ones
+from jaxmoe.model.project import project
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
@@ -27,11 +28,11 @@ class Transformer(nnx.Module):
         *,
         dtype: str,
         rngs: nnx.Rngs,
-        kernels: MoEKernels = MoEKernels(),
+        kernels: Kernels = Kernels(),
     ) -> None:
         sizes = array_sizes(config, placement)
         make = Maker(rngs, jnp.dtype(dtype))
-        self.config, self.placement = config, placement
+        self.config, self.placement, self.kernels = config, placement, kernels
         self.embed = make(normal(0.02), vocab=sizes.vocab, width=config.hidden_size)
         self.blocks = nnx.List(
             [Block(config, sizes, placement, kernels, layer, make=make) for layer in range(config.num_hidden_layers)]
@@ -60,16 +61,15 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
         if self.config.tie_word_embeddings:
-            logits = jnp.einsum("bsd,vd->bsv", hidden, self.embed[...], preferred_element_type=jnp.float32)
+            logits = project(hidden, self.embed, self.placement, self.kernels.linear, transposed=True, dtype="float32")
         else:
-            logits = jnp.einsum("bsd,dv->bsv", hidden, self.head[...], preferred_element_type=jnp.float32)
-        logits = self.placement.constrain(logits, "batch", "length", "vocab")
+            logits = project(hidden, self.head, self.placement, self.kernels.linear, dtype="float32")
         real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(real, logits, -jnp.inf)
 
 
 def abstract_model(
-    config: ModelConfig, placement: Placement, *, dtype: str, kernels: MoEKernels = MoEKernels()
+    config: ModelConfig, placement: Placement, *, dtype: str, kernels: Kernels = Kernels()
 ) -> Transformer:
     """The model without arrays: shape, dtype and logical dims of every parameter, which everything else reads."""
     return nnx.eval_shape(lambda: Transformer(config, placement, dtype=dtype, rngs=nnx.Rngs(0), kernels=kernels))

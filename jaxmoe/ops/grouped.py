@@ -66,9 +66,6 @@ def block_sizes(num_tokens: int, itemsize: int) -> tuple[int, ...]:
     return tuple(rows for rows in sizes if least <= rows <= max(least, num_tokens))
 
 
-_NATIVE_MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
-
-
 class Blocks(NamedTuple):
     """Which blocks there are: full ones of the largest size, and for every expert one of the size that holds its rest.
 
@@ -224,16 +221,15 @@ def _ragged(top_k, x, weights, gate_up, down):
 
 
 def _native(top_k, x, weights, gate_up, down):
-    if x.shape[0] > _NATIVE_MOST_TOKENS:
+    if x.shape[0] > native.MOST_TOKENS:
         return _blocks(top_k, x, weights, gate_up, down)
     native.prepare(x.dtype.name)
     return _native_few(top_k, x, weights, gate_up, down)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native_few(top_k, x, weights, gate_up, down):
-    plan = sort_assignments(weights, top_k=top_k)
-    return native.native_experts(x, plan.tokens, plan.weights, plan.ends, gate_up, down)
+def _native_few(_top_k, x, weights, gate_up, down):
+    return native.native_experts(x, weights, gate_up, down)
 
 
 _native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _blocks_bwd)

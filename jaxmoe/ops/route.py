@@ -9,17 +9,16 @@ from jaxtyping import Array, Bool, Float
 
 
 def route(
-    x: Float[Array, "T D"], router: Float[Array, "D E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool
+    logits: Float[Array, "T E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """Combine weights (zero for experts not chosen, and for tokens not active) and the probabilities, float32.
 
     normalise makes the chosen weights sum to 1 (norm_topk_prob). Ties go to the lower expert index.
     """
-    logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32))
     probabilities = jax.nn.softmax(logits, axis=-1)
     chosen, experts = jax.lax.top_k(probabilities, top_k)
     if normalise:
         chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
     chosen = jnp.where(active[:, None], chosen, 0.0)
-    one_hot = experts[:, :, None] == jnp.arange(router.shape[1])
+    one_hot = experts[:, :, None] == jnp.arange(logits.shape[1])
     return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), probabilities

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import MeshError
 from jaxmoe.model.attend import CausalAttend
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import Transformer, abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.train.loss import balance_loss, cross_entropy
@@ -58,7 +58,7 @@ def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTra
 class Trainer:
     """The jitted functions of one recipe on one placement. State goes in and comes out; nothing is kept here."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: MoEKernels = MoEKernels()) -> None:
+    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: Kernels = Kernels()) -> None:
         _check_mesh(recipe, placement)
         self.recipe, self.placement = recipe, placement
         self._graph, abstract = nnx.split(abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels))

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from jaxmoe.engine.runner import DecodeState
+from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.collectives import collectives
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective, planned_collectives
 
 from ..conftest import MESHES_OF_8, mesh_of
@@ -60,9 +62,21 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
 
 
 def test_all_gather_dispatch_has_its_own_contract(tiny_llm):
-    llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", MoEKernels(dispatch="all_gather"))
+    llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", Kernels(dispatch="all_gather"))
     program, rows = decode_program(llm, 8)
     assert collectives(program.as_text(), llm.mesh) == plan(llm, rows, "all_gather")
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])
+def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
+    kernels = Kernels(grouped="native", linear="native")
+    if find_compiler() is None:  # what a user without a compiler sees
+        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+            tiny_llm("qwen2_moe_shared", mesh, kernels)
+        return
+    llm = tiny_llm("qwen2_moe_shared", mesh, kernels)
+    program, rows = decode_program(llm, 8)
+    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
 
 
 def test_no_weight_is_copied_and_the_cache_is_donated(tiny_llm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
 
 from ..agreement import assert_agrees
@@ -49,9 +49,10 @@ def test_every_case_on_every_mesh(name, mesh, tiny_llm):
 
 
 @pytest.mark.parametrize(
-    "kernels", [MoEKernels(dispatch="all_gather"), MoEKernels(grouped="ragged"), MoEKernels(grouped="native")]
+    "kernels",
+    [Kernels(dispatch="all_gather"), Kernels(grouped="ragged"), Kernels(grouped="native", linear="native")],
 )
-@pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared"])
+@pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared", "olmoe_full_norm", "llama_llama3"])
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):
     if kernels.grouped == "native" and find_compiler() is None:  # what a user without a compiler sees
         with pytest.raises(ConfigError, match=r"C\+\+ compiler"):

@@ -40,7 +40,7 @@ def test_route(normalise):
     rng = np.random.default_rng(1)
     x, router = rng.normal(0, 1, (6, WIDTH)).astype(np.float32), rng.normal(0, 1, (WIDTH, EXPERTS)).astype(np.float32)
     active = jnp.array([True, True, False, True, True, True])
-    weights, probabilities = route(x, router, active, top_k=3, normalise=normalise)
+    weights, probabilities = route(x @ router, active, top_k=3, normalise=normalise)
     softmax = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, softmax, rtol=1e-4)
     for token in range(6):

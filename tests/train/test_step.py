@@ -11,7 +11,7 @@ import pytest
 from jaxmoe import LLM
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
-from jaxmoe.model.moe import MoEKernels
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.train.export import replace_directory, write_checkpoint
 from jaxmoe.train.loop import as_written, evaluate, train
@@ -44,7 +44,7 @@ RECIPE = Recipe(
 ONE, EIGHT = "data=1", "data=2,tensor=2,expert=2"
 
 
-def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: MoEKernels = MoEKernels()) -> Trainer:
+def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: Kernels = Kernels()) -> Trainer:
     return Trainer(recipe, Placement(mesh=mesh_of(mesh)), kernels=kernels)
 
 
@@ -77,7 +77,7 @@ def test_a_mesh_does_not_change_the_steps(mesh):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", [MoEKernels(grouped="dense"), MoEKernels(dispatch="all_gather")])
+@pytest.mark.parametrize("kernels", [Kernels(grouped="dense"), Kernels(dispatch="all_gather")])
 def test_kernels_do_not_change_the_steps(kernels):
     _, wanted = run(trainer(EIGHT), 3)
     _, metrics = run(trainer(EIGHT, kernels=kernels), 3)

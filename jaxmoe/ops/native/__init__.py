@@ -1,4 +1,4 @@
-"""The CPU kernel for few tokens, compiled on the user's machine by the C++ compiler it finds there, and kept."""
+"""The CPU kernels for few tokens, compiled on the user's machine by the C++ compiler it finds there, and kept."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxmoe.errors import ConfigError
 
-_SOURCE = Path(__file__).parent / "experts.cc"
+MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
+
+_HERE = Path(__file__).parent
+_SOURCES = (_HERE / "experts.cc", _HERE / "linear.cc")
+_HEADERS = (_HERE / "rows.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-_TARGET = "jaxmoe_experts"
+_REMEDY = "use grouped='blocks' and linear='xla'"
+_TARGETS = {"jaxmoe_experts": "JaxmoeExperts", "jaxmoe_linear": "JaxmoeLinear"}
 
 
 def find_compiler() -> str | None:
@@ -30,16 +35,17 @@ def find_compiler() -> str | None:
 
 
 def _cache_path(compiler: str) -> Path:
-    """Where the library for this source, compiler and processor is kept."""
+    """Where the library for these sources, compiler and processor is kept."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     cpu = Path("/proc/cpuinfo")
     flags = (
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
-    facts = (_SOURCE.read_text(), version, platform.machine(), flags, jax.__version__, *_FLAGS)
+    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    facts = (*texts, version, platform.machine(), flags, jax.__version__, *_FLAGS)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "jaxmoe" / "native" / f"experts-{digest}.so"
+    return base / "jaxmoe" / "native" / f"kernels-{digest}.so"
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -49,40 +55,36 @@ def _build(compiler: str, path: Path) -> None:
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
     except OSError as error:
         raise ConfigError(
-            f"grouped='native' keeps its library in {path.parent}: {error}; set XDG_CACHE_HOME"
+            f"native kernels are kept in {path.parent}: {error}; set XDG_CACHE_HOME to a folder that can be written"
         ) from error
     os.close(handle)
-    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", partial]
+    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES), "-o", partial]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         os.unlink(partial)
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise ConfigError(
-            f"grouped='native' could not be compiled by {compiler}: {lines[0][:200]}; use grouped='blocks'"
-        )
+        raise ConfigError(f"native kernels could not be compiled by {compiler}: {lines[0][:200]}; {_REMEDY}")
     os.replace(partial, path)
 
 
-def prepare(dtype: str) -> None:
-    """Compile (once a machine) and register the kernel, for arrays of dtype.
+def prepare(dtype: str, *, option: str = "grouped") -> None:
+    """Compile (once a machine) and register the kernels, for arrays of dtype.
 
-    Raises: ConfigError for another dtype than bfloat16 and float32, where JAX does not run on the CPU, or where no C++
-    compiler is found or it fails.
+    Raises: ConfigError naming the option that asked, for another dtype than bfloat16 and float32, where JAX does not
+    run on the CPU, or where no C++ compiler is found or it fails.
     """
     if dtype not in ("bfloat16", "float32"):
-        raise ConfigError(f"grouped='native' computes in bfloat16 or float32, not {dtype}; use grouped='blocks'")
+        raise ConfigError(f"{option}='native' computes in bfloat16 or float32, not {dtype}; {_REMEDY}")
     _register()
 
 
 @cache
 def _register() -> None:
     if jax.default_backend() != "cpu":
-        raise ConfigError(
-            f"grouped='native' runs on the CPU and JAX is on {jax.default_backend()}; use grouped='blocks'"
-        )
+        raise ConfigError(f"native kernels run on the CPU and JAX is on {jax.default_backend()}; {_REMEDY}")
     compiler = find_compiler()
     if compiler is None:
-        raise ConfigError("grouped='native' needs a C++ compiler (g++ or clang++, or CXX) and none was found")
+        raise ConfigError(f"native kernels need a C++ compiler (g++ or clang++, or CXX) and none was found; {_REMEDY}")
     path = _cache_path(compiler)
     if not path.exists():
         _build(compiler, path)
@@ -91,17 +93,25 @@ def _register() -> None:
     except OSError:  # not a library (any more): once more from the source
         _build(compiler, path)
         library = ctypes.CDLL(str(path))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.JaxmoeExperts), platform="cpu")
+    for target, symbol in _TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
 def native_experts(
     x: Float[Array, "T D"],
-    tokens: Int[Array, "A"],
-    weights: Float[Array, "A"],
-    ends: Int[Array, "E"],
+    weights: Float[Array, "T E"],
     gate_up: Float[Array, "E D 2 F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "T D"]:
-    """As ops.grouped's blocks, for assignments sorted by expert. bfloat16 or float32; call prepare() first."""
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return call(x, tokens, weights.astype(jnp.float32), ends, gate_up, down)
+    """As ops.grouped's blocks. bfloat16 or float32; call prepare() first."""
+    call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, weights.astype(jnp.float32), gate_up, down)
+
+
+def native_linear(
+    x: Float[Array, "T K"], w: Float[Array, "K N"] | Float[Array, "N K"], *, transposed: bool, dtype: str
+) -> Float[Array, "T N"]:
+    """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
+    columns = w.shape[0 if transposed else 1]
+    call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
+    return call(x, w, transposed=transposed)

@@ -1,0 +1,35 @@
+"""Which implementation of each step of the model runs; every choice means the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.ops import native
+from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
+from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
+from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """One choice a step: see ops/dispatch.py, ops/grouped.py and ops/linear.py.
+
+    Raises: ConfigError for a name that is none of a step's.
+    """
+
+    dispatch: DispatchKind = "all_to_all"
+    grouped: GroupedKind = "blocks"
+    linear: LinearKind = "xla"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("dispatch", DISPATCH_KINDS), ("grouped", GROUPED_KINDS), ("linear", LINEAR_KINDS)):
+            value = getattr(self, name)
+            if value not in kinds:
+                raise ConfigError(f"{name}={value!r} must be one of {', '.join(kinds)}")
+
+    def prepare(self, dtype: str) -> None:
+        """Make ready what runs outside XLA, for arrays of dtype. Raises: ConfigError where it cannot run here."""
+        for name in ("grouped", "linear"):
+            if getattr(self, name) == "native":
+                native.prepare(dtype, option=name)

@@ -1,0 +1,48 @@
+"""Multiplying activations by a parameter, wherever its parts lie."""
+
+# Dims: B batch, S length.
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.ops.linear import LinearKind, linear
+from jaxmoe.sharding import Placement
+
+
+def project(
+    x: jax.Array,
+    param: nnx.Param,
+    place: Placement,
+    kind: LinearKind,
+    *,
+    over: int = 1,
+    transposed: bool = False,
+    dtype: str | None = None,
+) -> jax.Array:
+    """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
+
+    transposed: param is [out,in].
+
+    One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside.
+    """
+    weights, dims = param[...], param.get_metadata()["dims"]
+    summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
+    lead = ("batch", "length")
+    if kind == "xla":
+        contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
+        y = jax.lax.dot_general(x, weights, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
+        return place.constrain(y, *lead, *kept)
+    axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
+
+    def part(x: jax.Array, w: jax.Array) -> jax.Array:
+        depth = math.prod(x.shape[2:])
+        matrix = w if transposed else w.reshape(depth, -1)
+        y = linear(x.reshape(-1, depth), matrix, kind=kind, transposed=transposed, dtype=dtype)
+        y = jax.lax.psum(y, axes) if axes else y
+        return y.reshape(*x.shape[:2], *(w.shape[:1] if transposed else w.shape[over:]))
+
+    return place.locally(part, (x, (*lead, *summed)), (weights, dims), out=(*lead, *kept))

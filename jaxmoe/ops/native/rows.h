@@ -1,0 +1,224 @@
+// Products of few rows with a matrix that streams from memory once, and the sharing of such work among threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxmoe {
+
+constexpr int64_t kDepth = 8;  // rows of a matrix read side by side
+
+inline float Widen(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline float Widen(float value) { return value; }
+
+inline void Narrow(float value, float* out) { *out = value; }
+inline void Narrow(float value, uint16_t* out) {  // round to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *out = value == value ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+template <typename T>
+T Rounded(float value) {
+  T narrow;
+  Narrow(value, &narrow);
+  return narrow;
+}
+
+// A strip of kLanes numbers in one register.
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+inline Floats Load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+inline Floats Load(const uint16_t* from) {
+#if defined(__AVX512F__)  // one instruction where the general form below becomes several
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+#elif defined(__AVX2__)
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+#else
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+#endif
+}
+inline void Store(Floats values, float* to) { std::memcpy(to, &values, sizeof(values)); }
+
+inline float Sum(Floats values) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < kLanes; ++i) total += values[i];
+  return total;
+}
+
+// Sums of R rows in S strips side by side fill the registers: each number of x is fetched once for S strips.
+template <int R>
+constexpr int StripsOf() {
+#ifdef __AVX512F__
+  return R <= 4 ? 4 : 2;
+#else
+  return R == 1 ? 4 : R <= 6 ? 2 : 1;
+#endif
+}
+
+// out[r, 0:columns] += x[r, 0:deep] * w[0:deep, 0:columns] for R rows and deep <= kDepth; w's rows lie `stride` apart.
+template <int R, typename T>
+void AddBlock(const float* __restrict__ x, int64_t x_stride, const T* __restrict__ w, int64_t stride, int64_t deep,
+              int64_t columns, float* __restrict__ out, int64_t out_stride) {
+  constexpr int S = StripsOf<R>();
+  int64_t j = 0;
+  if (deep == kDepth) {
+    for (; j + S * kLanes <= columns; j += S * kLanes) {
+      Floats sums[R][S];
+      for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s) sums[r][s] = Load(out + r * out_stride + j + s * kLanes);
+#pragma GCC unroll 8
+      for (int d = 0; d < kDepth; ++d) {
+        Floats strips[S];
+        for (int s = 0; s < S; ++s) strips[s] = Load(w + d * stride + j + s * kLanes);
+        for (int r = 0; r < R; ++r)
+          for (int s = 0; s < S; ++s) sums[r][s] += x[r * x_stride + d] * strips[s];
+      }
+      for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s) Store(sums[r][s], out + r * out_stride + j + s * kLanes);
+    }
+  }
+  for (; j < columns; ++j)
+    for (int64_t d = 0; d < deep; ++d) {
+      const float wide = Widen(w[d * stride + j]);
+      for (int r = 0; r < R; ++r) out[r * out_stride + j] += x[r * x_stride + d] * wide;
+    }
+}
+
+// out[r] = x[r, 0:depth] . w[0:depth] for R rows.
+template <int R, typename T>
+void DotColumn(const float* __restrict__ x, int64_t x_stride, const T* __restrict__ w, int64_t depth,
+               float* __restrict__ out, int64_t out_stride) {
+  constexpr int S = StripsOf<R>();
+  Floats sums[R][S] = {};
+  int64_t k = 0;
+  for (; k + S * kLanes <= depth; k += S * kLanes)
+    for (int s = 0; s < S; ++s) {
+      const Floats strip = Load(w + k + s * kLanes);
+      for (int r = 0; r < R; ++r) sums[r][s] += Load(x + r * x_stride + k + s * kLanes) * strip;
+    }
+  for (int r = 0; r < R; ++r) {
+    Floats sum = sums[r][0];
+    for (int s = 1; s < S; ++s) sum += sums[r][s];
+    float total = Sum(sum);
+    for (int64_t rest = k; rest < depth; ++rest) total += x[r * x_stride + rest] * Widen(w[rest]);
+    out[r * out_stride] = total;
+  }
+}
+
+#define JAXMOE_BY_ROWS(rows, CALL) \
+  switch (rows) {                  \
+    case 1: CALL(1); break;        \
+    case 2: CALL(2); break;        \
+    case 3: CALL(3); break;        \
+    case 4: CALL(4); break;        \
+    case 5: CALL(5); break;        \
+    default: CALL(6);              \
+  }
+constexpr int64_t kMostRows = 6;  // that share one fetch of a strip; more rows find it in the first cache
+
+// out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows; w passes once.
+template <typename T>
+void AddProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t stride, int64_t depth,
+                int64_t columns, float* out, int64_t out_stride) {
+  for (int64_t k = 0; k < depth; k += kDepth)
+    for (int64_t first = 0; first < rows; first += kMostRows) {
+#define CALL(R)                                                                                         \
+  AddBlock<R>(x + first * x_stride + k, x_stride, w + k * stride, stride, std::min(kDepth, depth - k), columns, \
+              out + first * out_stride, out_stride)
+      JAXMOE_BY_ROWS(rows - first, CALL)
+#undef CALL
+    }
+}
+
+// out[r, c] = x[r, 0:depth] . w[c, 0:depth] for any number of rows; w's rows lie one after another.
+template <typename T>
+void DotProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t depth, int64_t columns, float* out,
+                int64_t out_stride) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t first = 0; first < rows; first += kMostRows) {
+#define CALL(R) DotColumn<R>(x + first * x_stride, x_stride, w + c * depth, depth, out + first * out_stride + c, out_stride)
+      JAXMOE_BY_ROWS(rows - first, CALL)
+#undef CALL
+    }
+}
+
+inline int64_t NumThreads(xla::ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
+// work(item, worker) for every item in [0, items) by up to `workers` threads, this one among them; returns when all are
+// done. A helper may start late, after the last item: what it touches is kept alive until it has looked.
+inline void ForEach(xla::ffi::ThreadPool& pool, int64_t items, int64_t workers,
+                    const std::function<void(int64_t, int64_t)>& work) {
+  workers = std::min(workers, items);
+  if (workers <= 1) {
+    for (int64_t item = 0; item < items; ++item) work(item, 0);
+    return;
+  }
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable ended;
+    const std::function<void(int64_t, int64_t)>* work;  // alive while an item is left
+    int64_t items;
+
+    void Run(int64_t worker) {
+      for (int64_t item; (item = next.fetch_add(1)) < items;) {
+        (*work)(item, worker);
+        if (done.fetch_add(1) + 1 == items) {
+          std::lock_guard<std::mutex> lock(mutex);
+          ended.notify_one();
+        }
+      }
+    }
+  };
+  auto shared = std::make_shared<Shared>();
+  shared->work = &work;
+  shared->items = items;
+  for (int64_t worker = 1; worker < workers; ++worker) pool.Schedule([shared, worker] { shared->Run(worker); });
+  shared->Run(0);
+  for (int64_t spin = 0; spin < 2000 && shared->done.load() < items; ++spin) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_pause();
+#endif
+  }
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->ended.wait(lock, [&] { return shared->done.load() == items; });
+}
+
+}  // namespace jaxmoe

@@ -1,0 +1,80 @@
+"""The compiled CPU kernel multiplies as XLA does, whatever the shapes; its gradients are XLA's."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.ops import native
+from jaxmoe.ops.linear import linear
+
+
+def arrays(rows: int, depth: int, columns: int, dtype: str, *, transposed: bool):
+    rng = np.random.default_rng(0)
+    shape = (columns, depth) if transposed else (depth, columns)
+    return tuple(jnp.asarray(rng.normal(0, 1, s), dtype) for s in ((rows, depth), shape))
+
+
+def compiler_found(dtype: str = "float32") -> bool:
+    """Whether there is a C++ compiler; without one, checks what a user is told."""
+    if native.find_compiler() is not None:
+        native.prepare(dtype)
+        return True
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        native.prepare(dtype)
+    return False
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "result"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 64, 65])
+@pytest.mark.parametrize(("depth", "columns"), [(3, 1), (72, 70), (200, 5000)])
+def test_native_multiplies_as_the_numbers_say(rows, depth, columns, dtype, result, transposed):
+    if not compiler_found(dtype):
+        return
+    x, w = arrays(rows, depth, columns, dtype, transposed=transposed)
+    found = linear(x, w, kind="native", transposed=transposed, dtype=result)
+    assert found.dtype == result
+    exact = [np.asarray(a, np.float64) for a in (x, w)]
+    wanted = exact[0] @ (exact[1].T if transposed else exact[1])
+    tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[result]
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=tolerance * depth**0.5)
+
+
+def test_numbers_that_are_none_stay_so():
+    if not compiler_found("bfloat16"):
+        return
+    x = jnp.array([[np.nan, 1.0], [1.0, np.inf]], "bfloat16")
+    found = np.asarray(linear(x, jnp.ones((2, 16), "bfloat16"), kind="native"), np.float32)
+    assert np.isnan(found[0]).all()
+    assert np.isposinf(found[1]).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_those_of_xla(transposed):
+    if not compiler_found():
+        return
+    x, w = arrays(5, 24, 40, "float32", transposed=transposed)
+
+    def gradients(kind):
+        value = lambda x, w: jnp.sum(jnp.sin(linear(x, w, kind=kind, transposed=transposed)))  # noqa: E731
+        return jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
+
+    for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_many_rows_are_left_to_xla():
+    if not compiler_found():
+        return
+    for rows, kernel in ((native.MOST_TOKENS, True), (native.MOST_TOKENS + 1, False)):
+        x, w = arrays(rows, 8, 8, "float32", transposed=False)
+        text = jax.jit(partial(linear, kind="native")).lower(x, w).as_text()
+        assert ("jaxmoe_linear" in text) == kernel
