@@ -33,6 +33,7 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle"
+	JAXMOE_TESTS_OPTIMISED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimised
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle"

@@ -6,8 +6,9 @@ model=$1
 shift
 cases=${CASES:-1x128x64,8x128x64,32x128x64,32x512x1}
 "$@" "$model" --cases "$cases" 2>/dev/null
-for kind in native blocks; do
-    echo "# jaxmoe --grouped $kind"
-    jaxmoe bench "$model" --cases "$cases" --json --grouped "$kind"
+for kinds in "--grouped native --linear native" "--grouped blocks --linear xla"; do
+    echo "# jaxmoe $kinds"
+    # shellcheck disable=SC2086  # several options
+    jaxmoe bench "$model" --cases "$cases" --json $kinds
 done
 "$@" "$model" --cases "$cases" 2>/dev/null

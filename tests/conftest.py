@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import pytest
 
-# LLVM's optimisations take half of the time to compile and change no test's meaning: shapes here are tiny.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# LLVM's optimisations take half of the time to compile and change no test's meaning: shapes here are tiny. What they
+# could break is looked at by `make test` once more: tests marked `optimised`, as users run the program.
+if "JAXMOE_TESTS_OPTIMISED" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(

@@ -8,7 +8,7 @@ import time
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import load_model, model_options, start_jax
+from jaxmoe.cli.options import ModelOptions, load_model, model_options, start_jax
 
 _CASES = "1x128x64,8x128x64,32x128x64,32x512x1"
 
@@ -19,21 +19,14 @@ _CASES = "1x128x64,8x128x64,32x128x64,32x512x1"
 @click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="the median of this many")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a case on standard output, nothing else")
-def bench(
-    model: str | None, cases: str, repeats: int, mesh: str | None, devices: int | None, dtype: str | None,
-    revision: str | None, ignore_config_keys: tuple[str, ...], dispatch: str, grouped: str, max_batch: int,
-    as_json: bool,
-) -> None:  # fmt: skip
+def bench(model: str | None, cases: str, repeats: int, options: ModelOptions, as_json: bool) -> None:
     """Measure MODEL on random token ids, end tokens ignored. Compiling is reported apart."""
     from jaxmoe.engine.bench import parse_cases, run_case
 
     wanted = parse_cases(cases)
     started = time.perf_counter()
-    start_jax(devices)
-    llm = load_model(
-        model, mesh=mesh, dtype=dtype, revision=revision, ignore_config_keys=ignore_config_keys, dispatch=dispatch,
-        grouped=grouped, max_batch=max_batch, quiet=as_json,
-    )  # fmt: skip
+    start_jax(options.devices)
+    llm = load_model(model, options, quiet=as_json)
     startup_s = time.perf_counter() - started
     table = Table("case", "seconds", "new tokens/s", "all tokens/s", "compile s")
     for case in wanted:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from jaxmoe.cli.options import console, load_model, model_options, read_id_lines, start_jax
+from jaxmoe.cli.options import ModelOptions, console, load_model, model_options, read_id_lines, start_jax
 from jaxmoe.errors import RequestError
 
 _DEMO_PROMPT = "def read_lines(path):\n"
@@ -30,9 +30,8 @@ _DEMO_PROMPT = "def read_lines(path):\n"
 @click.option("--ignore-eos", is_flag=True, help="go on past the model's end token")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a request on standard output, nothing else")
 def generate(
-    model: str | None, prompt: str | None, prompt_ids: str | None, chat: bool, mesh: str | None, devices: int | None,
-    dtype: str | None, revision: str | None, ignore_config_keys: tuple[str, ...], dispatch: str, grouped: str,
-    max_batch: int, as_json: bool, **sampling: Any,
+    model: str | None, prompt: str | None, prompt_ids: str | None, chat: bool, options: ModelOptions, as_json: bool,
+    **sampling: Any,
 ) -> None:  # fmt: skip
     """Complete prompts with MODEL: a checkpoint directory, a hub id or a preset; without it the embedded default."""
     from jaxmoe.engine.request import SamplingParams
@@ -49,11 +48,8 @@ def generate(
     rows = read_id_lines(prompt_ids) if prompt_ids is not None else None
     if prompt == "":
         raise RequestError("the prompt is empty: give at least one character")
-    start_jax(devices)
-    llm = load_model(
-        model, mesh=mesh, dtype=dtype, revision=revision, ignore_config_keys=ignore_config_keys, dispatch=dispatch,
-        grouped=grouped, max_batch=max_batch, quiet=as_json,
-    )  # fmt: skip
+    start_jax(options.devices)
+    llm = load_model(model, options, quiet=as_json)
     if chat:
         rows = [llm.chat_prompt([{"role": "user", "content": prompt or ""}])]
     prompts: list[Any] = rows if rows is not None else [prompt]

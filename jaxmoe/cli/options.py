@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -15,14 +18,27 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 if TYPE_CHECKING:
     from jaxmoe.engine.llm import LLM
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 console = Console(stderr=True, highlight=False)
 
 
-def model_options(function: F) -> F:
-    """--mesh, --devices, --dtype, --revision and the choices of kernels."""
-    options = [
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What a command was told of the model it loads; load_model reads it."""
+
+    mesh: str | None
+    devices: int | None
+    dtype: str | None
+    revision: str | None
+    ignore_config_keys: tuple[str, ...]
+    dispatch: str
+    grouped: str
+    linear: str
+    max_batch: int
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of ModelOptions, which reach the command as its argument `options`."""
+    declared = [
         click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
         click.option("--devices", type=int, help="emulate this many devices on the CPU"),
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
@@ -33,9 +49,25 @@ def model_options(function: F) -> F:
         click.option("--linear", default="xla", show_default=True, help="xla or native"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    names = [field.name for field in fields(ModelOptions)]
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        options = ModelOptions(**{name: kwargs.pop(name) for name in names})
+        return function(*args, options=options, **kwargs)
+
+    for option in reversed(declared):
+        command = option(command)
+    return command
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def start_jax(devices: int | None) -> None:
@@ -46,8 +78,12 @@ def start_jax(devices: int | None) -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "jaxmoe" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        folder = base / "jaxmoe" / "compiled"
+        if _can_write(folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        else:
+            console.print(f"jaxmoe: compiled programs are not kept: {folder} cannot be written; set XDG_CACHE_HOME")
     if devices is not None:
         emulate_devices(devices)
 
@@ -63,29 +99,18 @@ def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def load_model(
-    model: str | None,
-    *,
-    mesh: str | None,
-    dtype: str | None,
-    revision: str | None,
-    ignore_config_keys: tuple[str, ...],
-    dispatch: str,
-    grouped: str,
-    max_batch: int,
-    quiet: bool = False,
-) -> LLM:
+def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False) -> LLM:
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
     from jaxmoe.engine.llm import LLM
     from jaxmoe.model.kernels import Kernels
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    kernels = Kernels(dispatch=dispatch, grouped=grouped)  # type: ignore[arg-type]  # checked there
+    kernels = Kernels(dispatch=options.dispatch, grouped=options.grouped, linear=options.linear)  # type: ignore[arg-type]  # checked there
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
-            name, mesh=mesh, dtype=dtype, revision=revision, kernels=kernels, ignore_config_keys=ignore_config_keys,
-            max_batch=max_batch, on_progress=on_progress,
+            name, mesh=options.mesh, dtype=options.dtype, revision=options.revision, kernels=kernels,
+            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import math
 
 import click
 
-from jaxmoe.cli.options import load_model, model_options, read_id_lines, start_jax
+from jaxmoe.cli.options import ModelOptions, load_model, model_options, read_id_lines, start_jax
 
 
 @click.command()
@@ -15,17 +15,11 @@ from jaxmoe.cli.options import load_model, model_options, read_id_lines, start_j
 @click.option("--ids", required=True, metavar="FILE.jsonl", help="one JSON list of token ids a line")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a sequence on standard output, nothing else")
-def score(
-    model: str, ids: str, mesh: str | None, devices: int | None, dtype: str | None, revision: str | None,
-    ignore_config_keys: tuple[str, ...], dispatch: str, grouped: str, max_batch: int, as_json: bool,
-) -> None:  # fmt: skip
+def score(model: str, ids: str, options: ModelOptions, as_json: bool) -> None:
     """Log-probability (natural) of each token given those before it, under MODEL."""
     rows = read_id_lines(ids)
-    start_jax(devices)
-    llm = load_model(
-        model, mesh=mesh, dtype=dtype, revision=revision, ignore_config_keys=ignore_config_keys, dispatch=dispatch,
-        grouped=grouped, max_batch=max_batch, quiet=as_json,
-    )  # fmt: skip
+    start_jax(options.devices)
+    llm = load_model(model, options, quiet=as_json)
     for index, logprobs in enumerate(llm.score(rows)):
         total = float(logprobs.sum())
         if as_json:

@@ -118,9 +118,14 @@ class TextStream:
         # Text of ids before _read is settled. Decoding starts at _context, the clean boundary before it: what an id
         # reads as may depend on its neighbour, and bytes of one character may be spread over several ids.
         self._context = self._read = 0
-        self._settled = ""
-        self.text = ""
+        self._pending = ""  # settled, but it may be the start of a stop string
+        self._shown: list[str] = []
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        return "".join(self._shown)
 
     def push(self, token: int) -> str:
         """The new final text after one more token; sets `stopped` once a stop string has come."""
@@ -135,14 +140,15 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         self._settle(last=last)
-        shown = self._settled
-        found = [at for at in (shown.find(s) for s in self._stop) if at >= 0]
+        pending = self._pending
+        found = [at for at in (pending.find(s) for s in self._stop) if at >= 0]
         if found:
             self.stopped = True
-            shown = shown[: min(found)]
-        elif not last:
-            shown = shown[: len(shown) - self._held_back(shown)]
-        delta, self.text = shown[len(self.text) :], shown if len(shown) > len(self.text) else self.text
+            delta = pending[: min(found)]
+        else:
+            delta = pending if last else pending[: len(pending) - self._held_back(pending)]
+        self._pending = pending[len(delta) :]
+        self._shown.append(delta)
         return delta
 
     def _settle(self, *, last: bool) -> None:
@@ -151,13 +157,13 @@ class TextStream:
         before = self._tokenizer.decode(self._ids[self._context : self._read])
         text = self._tokenizer.decode(self._ids[self._context :])
         if last or not text.endswith("\ufffd"):
-            self._settled += text[len(before) :]
+            self._pending += text[len(before) :]
             self._context, self._read = self._read, len(self._ids)
 
-    def _held_back(self, shown: str) -> int:
+    def _held_back(self, text: str) -> int:
         """How many last characters might be the start of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
-        for count in range(min(longest, len(shown)), 0, -1):
-            if any(s.startswith(shown[-count:]) for s in self._stop):
+        for count in range(min(longest, len(text)), 0, -1):
+            if any(s.startswith(text[-count:]) for s in self._stop):
                 return count
         return 0

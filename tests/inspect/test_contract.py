@@ -40,6 +40,7 @@ def test_decode_of_an_moe_holds_exactly_the_planned_collectives(mesh, tiny_llm):
     assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_decode_of_every_kind_of_layer_holds_exactly_the_planned_collectives(name, tiny_llm):
     llm = tiny_llm(name, "data=2,tensor=2,expert=2")
@@ -79,6 +80,7 @@ def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
     assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
 
 
+@pytest.mark.optimised
 def test_no_weight_is_copied_and_the_cache_is_donated(tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
     program, rows = decode_program(llm, 8)

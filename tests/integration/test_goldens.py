@@ -29,7 +29,9 @@ def test_one_device(name, tiny_llm):
     assert_agrees(tiny_llm(name, ONE_DEVICE), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
 
 
-@pytest.mark.parametrize("mesh", MESHES_OF_8)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[pytest.mark.optimised] if mesh == MIXED_MESHES[0] else []) for mesh in MESHES_OF_8]
+)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_case_of_every_family_on_every_mesh(name, mesh, tiny_llm):
     assert_agrees(tiny_llm(name, mesh), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))

@@ -72,7 +72,9 @@ def test_make_demo(tmp_path):
 
 
 def test_make_test_and_check_run_what_they_say():
-    assert make_dry_run("test").endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle"')
+    everything, optimised = make_dry_run("test").splitlines()
+    assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle"')
+    assert optimised.endswith("-m pytest -n 2 --dist worksteal -m optimised")
     assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
         "ruff", "ruff", "mypy", "lint-imports",
     ]  # fmt: skip

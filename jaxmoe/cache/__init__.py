@@ -1,0 +1,1 @@
+"""Bookkeeping of cached keys and values on the host: which page holds what. Never imports jax."""

@@ -1,0 +1,155 @@
+"""The pages of one pool: who holds each, which prompt's beginning it keeps, which goes first when room is needed.
+
+A page holds the keys and values of page_size consecutive tokens. A full page whose tokens, and all tokens before them,
+are known is *shared*: it hangs in a tree under the page before it, and a later prompt that begins with the same tokens
+takes it instead of computing it. Pages nobody holds stay in the tree until room is needed; then the one that was
+released longest ago, of those with no page after them, is taken first.
+
+Source of the idea: vLLM's block manager (Kwon et al., 2023) and SGLang's radix tree (Zheng et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A page in the tree of known beginnings."""
+
+    page: int
+    tokens: Tokens
+    parent: _Shared | None
+    children: dict[Tokens, _Shared] = field(default_factory=dict)
+
+
+class PagePool:
+    """num_pages pages of page_size tokens. Page numbers run from 0.
+
+    Raises: ValueError for sizes below 1.
+    """
+
+    def __init__(self, *, num_pages: int, page_size: int) -> None:
+        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.num_pages, self.page_size = num_pages, page_size
+        self._blank = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+        self._root = _Shared(-1, (), None)
+        self._shared: dict[int, _Shared] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # shared, held by nobody; longest idle first
+        self.num_evicted = 0
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be had: blank ones, and those kept only in case a prompt begins alike."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def num_held(self) -> int:
+        """Pages that requests hold."""
+        return self.num_pages - self.num_free
+
+    def match(self, tokens: Sequence[int], *, limit: int) -> list[int]:
+        """The shared pages whose tokens `tokens` begins with, at most `limit` tokens of them. Holds none."""
+        return [node.page for node in self._walk(tokens, limit)]
+
+    def _walk(self, tokens: Sequence[int], limit: int) -> list[_Shared]:
+        node, found = self._root, []
+        for end in range(self.page_size, min(limit, len(tokens)) + 1, self.page_size):
+            child = node.children.get(tuple(tokens[end - self.page_size : end]))
+            if child is None:
+                break
+            found.append(child)
+            node = child
+        return found
+
+    def num_idle_of(self, pages: Sequence[int]) -> int:
+        """How many of these pages nobody holds: holding them leaves so many fewer to be had."""
+        return sum(page in self._idle for page in pages)
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """One more holder for each of these shared pages."""
+        for page in pages:
+            assert page in self._shared, f"page {page} is not shared"
+            self._holders[page] += 1
+            self._idle.pop(page, None)
+
+    def take(self, count: int) -> list[int] | None:
+        """`count` pages of one's own, or None (and nothing changed) where there are not so many."""
+        if count > self.num_free:
+            return None
+        pages = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def _evict(self) -> int:
+        """The page that was idle longest of those with nothing hanging under them, out of the tree."""
+        page = next(page for page in self._idle if not self._shared[page].children)
+        self._forget(page)
+        self.num_evicted += 1
+        return page
+
+    def _forget(self, page: int) -> None:
+        node = self._shared.pop(page)
+        del self._idle[page]
+        assert node.parent is not None
+        del node.parent.children[node.tokens]
+
+    def share(self, pages: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Make known that `pages`, held by the caller, hold `tokens`: every page that is full.
+
+        Returns the caller's pages from now on: where the tree already has a page with the same tokens, that one is held
+        in place of the caller's own, which becomes blank.
+        """
+        node, now = self._root, list(pages)
+        for index in range(min(len(pages), len(tokens) // self.page_size)):
+            part = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+            child = node.children.get(part)
+            page = pages[index]
+            if child is None:
+                child = _Shared(page, part, node)
+                node.children[part] = child
+                self._shared[page] = child
+            elif child.page != page:
+                self.hold([child.page])
+                self._release_one(page)
+                now[index] = child.page
+            node = child
+        return now
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder fewer for each. Shared pages nobody holds stay known; the last of a prompt goes first."""
+        for page in reversed(pages):
+            self._release_one(page)
+
+    def _release_one(self, page: int) -> None:
+        assert self._holders[page] > 0, f"page {page} is held by nobody"
+        self._holders[page] -= 1
+        if self._holders[page]:
+            return
+        if page in self._shared:
+            self._idle[page] = None
+        else:
+            self._blank.append(page)
+
+    def check(self) -> None:
+        """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""
+        assert len(set(self._blank)) == len(self._blank)
+        for page in range(self.num_pages):
+            blank, idle = page in set(self._blank), page in self._idle
+            assert blank + idle + (self._holders[page] > 0) == 1, page
+            assert not (blank and page in self._shared), page
+            assert not idle or page in self._shared, page
+        for page, node in self._shared.items():
+            assert node.page == page
+            assert node.parent is not None
+            assert node.parent.children[node.tokens] is node
+            if self._holders[page] and node.parent is not self._root:  # who holds a page holds those before it
+                assert self._holders[node.parent.page] > 0

@@ -1,0 +1,296 @@
+"""Which tokens of which requests the next step computes. Pure policy: no arrays, no device, no clock of its own.
+
+Every rank of the batch has row slots, a page pool and a budget of prompt tokens a step. A running request decodes one
+token a step; what is left of the budget goes to prompts in chunks, so that a long prompt never holds up the others.
+Where pages run out the request that came last (of the least urgent ones) gives its pages back and is computed again
+later: the first always goes on, so all end.
+
+The host runs ahead: a step is planned before the tokens of the one before are known. `complete` brings them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence as Listed
+from dataclasses import dataclass, field
+
+from jaxmoe.cache.pages import PagePool
+from jaxmoe.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one rank of the batch can take, and how many ranks there are.
+
+    rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
+    num_pages pages of page_size tokens. context: tokens of a request at most. aging_steps: steps of waiting that make
+    up for one step of priority.
+    """
+
+    num_ranks: int
+    rows: int
+    chunk_tokens: int
+    block_tokens: int
+    num_pages: int
+    page_size: int
+    context: int
+    aging_steps: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.chunk_tokens % self.block_tokens:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}"
+            )
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the pages of one rank hold."""
+        return self.num_pages * self.page_size
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """One request's tokens, and where it stands. `tokens` holds the prompt and what is known of the answer."""
+
+    request_id: int
+    tokens: list[int]
+    max_total: int
+    priority: int = 0
+    deadline: float | None = None
+    arrival: int = 0
+    waiting_since: int = 0
+    rank: int = -1
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
+    num_pending: int = 0  # tokens that steps planned so far will bring
+    num_cached: int = 0  # prompt tokens that were found in shared pages
+    num_preempted: int = 0
+    decoding: bool = False  # its prompt is planned to the end: from now on one token a step
+    finished: bool = False
+
+    @property
+    def num_total(self) -> int:
+        """Tokens, those to come of steps already planned included."""
+        return len(self.tokens) + self.num_pending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence's prompt; `last` where its next token is drawn after them."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What one step computes: one token of each decoding sequence, and chunks of prompts."""
+
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    def sampled(self) -> Iterator[Sequence]:
+        """The sequences that a token comes of, in the order of `decodes` and then of `chunks`."""
+        yield from self.decodes
+        yield from (chunk.sequence for chunk in self.chunks if chunk.last)
+
+
+class Scheduler:
+    """Requests waiting and running, and the plan of the next step."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pools = [self._new_pool() for _ in range(limits.num_ranks)]
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
+        self._arrivals = 0
+        self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
+
+    def _new_pool(self) -> PagePool:
+        return PagePool(num_pages=self.limits.num_pages, page_size=self.limits.page_size)
+
+    # --- requests come and go ---
+
+    def check(self, num_prompt: int, max_total: int) -> None:
+        """Raises: RequestError with the numbers for a request that could never run to its end."""
+        limits = self.limits
+        if max_total > limits.context:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the context "
+                f"holds {limits.context}: shorten the prompt or lower max_tokens"
+            )
+        if max_total > limits.pool_tokens:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the pool "
+                f"holds {limits.pool_tokens} ({limits.num_pages} pages of {limits.page_size}): lower max_tokens or "
+                f"give the pool more memory"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request. Raises: RequestError if it can never fit."""
+        self.check(len(sequence.tokens), sequence.max_total)
+        sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.waiting_since = self.num_steps
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a request, whatever its state: its pages are free from now on, its results are ignored."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence in self.running:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free_slots[sequence.rank].append(sequence.slot)
+        self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few rows are computed
+        self.pools[sequence.rank].release(sequence.pages)
+        sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
+        sequence.decoding = False
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Requests whose deadline has passed; the caller finishes them."""
+        return [s for s in (*self.running, *self.waiting) if s.deadline is not None and s.deadline <= now]
+
+    # --- one step ---
+
+    def plan(self) -> StepPlan:
+        """What to compute next; empty where nothing can be (every token of every request is planned, or none waits)."""
+        self.num_steps += 1
+        self.running.sort(key=self._urgency)
+        decodes = [sequence for sequence in list(self.running) if self._plan_decode(sequence)]
+        decodes = [sequence for sequence in decodes if sequence.slot >= 0]  # without those preempted for another
+        chunks = self._plan_chunks()
+        for sequence in decodes:
+            sequence.num_written += 1
+            sequence.num_pending += 1
+        return StepPlan(decodes=decodes, chunks=chunks)
+
+    def _urgency(self, sequence: Sequence) -> tuple[int, int]:
+        """Sorts requests: the first is served first and gives way last. Waiting long makes up for low priority."""
+        waited = self.num_steps - sequence.waiting_since if sequence.slot < 0 else 0
+        return sequence.priority - waited // self.limits.aging_steps, sequence.arrival
+
+    def _plan_decode(self, sequence: Sequence) -> bool:
+        """Whether the sequence decodes now; makes room for its token, at the cost of later ones where need be."""
+        if sequence.slot < 0 or not sequence.decoding or sequence.num_total >= sequence.max_total:
+            return False
+        if sequence.num_written < len(sequence.pages) * self.limits.page_size:
+            return True
+        while (page := self.pools[sequence.rank].take(1)) is None:
+            victim = max((s for s in self.running if s.rank == sequence.rank), key=self._urgency)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += page
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.num_preempted += 1
+        self.num_preemptions += 1
+        self._queue(sequence)
+
+    def _plan_chunks(self) -> list[Chunk]:
+        blocks_left = [self.limits.chunk_tokens // self.limits.block_tokens] * self.limits.num_ranks
+        chunks = []
+        for sequence in list(self.running):
+            if not sequence.decoding:
+                chunks += self._plan_chunk(sequence, blocks_left)
+        for sequence in sorted(self.waiting, key=self._urgency):
+            if sequence.num_pending:  # preempted, and a token of it is still on its way
+                continue
+            if not any(blocks_left) or not self._admit(sequence, blocks_left):
+                break  # nobody overtakes: who needs much room gets it in the end
+            chunks += self._plan_chunk(sequence, blocks_left)
+        return chunks
+
+    def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
+        """Give a waiting sequence a slot on the rank that knows most of its beginning, with pages for all its tokens."""
+        tokens, size = sequence.tokens, self.limits.page_size
+        choices = []
+        for rank, pool in enumerate(self.pools):
+            matched = pool.match(tokens, limit=len(tokens) - 1)
+            missing = -(-len(tokens) // size) - len(matched)
+            spare = pool.num_free - pool.num_idle_of(matched) - missing
+            if self._free_slots[rank] and blocks_left[rank] and spare >= 0:
+                choices.append((len(matched), spare, -rank, matched, missing))
+        if not choices:
+            return False
+        _, _, minus_rank, matched, missing = max(choices)
+        rank = -minus_rank
+        self.pools[rank].hold(matched)
+        taken = self.pools[rank].take(missing)
+        assert taken is not None
+        sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), matched + taken
+        sequence.num_written = sequence.num_cached = len(matched) * size
+        self.num_prompt_tokens += len(tokens)
+        self.num_cached_tokens += sequence.num_cached
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[Chunk]:
+        size = self.limits.block_tokens
+        start, total = sequence.num_written, len(sequence.tokens)
+        count = min(total - start, blocks_left[sequence.rank] * size)
+        if count <= 0:
+            return []
+        blocks_left[sequence.rank] -= -(-count // size)
+        sequence.num_written += count
+        if sequence.num_written == total:
+            sequence.decoding, sequence.num_pending = True, 1
+        return [Chunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
+
+    # --- what steps bring ---
+
+    def complete(self, plan: StepPlan, tokens: Listed[int]) -> list[tuple[Sequence, int]]:
+        """Take the tokens of a step, one for each of plan.sampled(). Returns (sequence, token) of those still wanted.
+
+        Pages that are full of known tokens become known to later prompts.
+        """
+        wanted = []
+        for sequence, token in zip(plan.sampled(), tokens, strict=True):
+            if sequence.finished:
+                continue
+            sequence.num_pending -= 1
+            sequence.tokens.append(token)
+            wanted.append((sequence, token))
+        for sequence in {id(s): s for s in (*plan.decodes, *(c.sequence for c in plan.chunks))}.values():
+            self._share(sequence)
+        return wanted
+
+    def _share(self, sequence: Sequence) -> None:
+        """Tell the pool what the pages hold: tokens that are known, of steps that are done."""
+        if sequence.slot >= 0:
+            known = min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending)
+            if known >= self.limits.page_size:
+                pool = self.pools[sequence.rank]
+                sequence.pages = pool.share(sequence.pages, sequence.tokens[:known])
+
+    def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
+        """A step threw: its sequences end (fault is told each), all others are computed again, nothing stays cached."""
+        for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
+            if not sequence.finished:
+                self.finish(sequence)
+                fault(sequence)
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        for sequence in self.waiting:
+            sequence.num_pending = 0
+        self.pools = [self._new_pool() for _ in range(self.limits.num_ranks)]

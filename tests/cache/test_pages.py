@@ -1,0 +1,75 @@
+"""The page pool by cases; tests/engine/test_scheduler.py drives it through random schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxmoe.cache.pages import PagePool
+
+
+def test_pages_are_taken_all_or_none():
+    pool = PagePool(num_pages=3, page_size=2)
+    assert pool.take(4) is None
+    mine = pool.take(2)
+    assert mine is not None
+    assert (len(set(mine)), pool.num_free, pool.num_held) == (2, 1, 2)
+    pool.release(mine)
+    assert pool.num_free == 3
+    pool.check()
+
+
+def test_a_known_beginning_is_found_page_by_page():
+    pool = PagePool(num_pages=4, page_size=2)
+    mine = pool.take(3)
+    pages = pool.share(mine, [1, 2, 3, 4, 5])  # the third page is not full
+    assert pages == mine
+    assert pool.match([1, 2, 3, 4, 9], limit=5) == mine[:2]
+    assert pool.match([1, 2, 3, 4], limit=3) == mine[:1]
+    assert pool.match([1, 9, 3, 4], limit=4) == []
+    assert pool.match([3, 4], limit=2) == []  # the same tokens after another beginning are another page
+    pool.check()
+
+
+def test_the_same_tokens_are_kept_once():
+    pool = PagePool(num_pages=4, page_size=2)
+    first, second = pool.take(2), pool.take(2)
+    pool.share(first, [1, 2, 3, 4])
+    assert pool.share(second, [1, 2, 7, 8]) == [first[0], second[1]]
+    assert pool.num_free == 1
+    pool.check()
+    pool.release(first)
+    assert pool.match([1, 2, 7, 8], limit=4) == [first[0], second[1]]
+    pool.release([first[0], second[1]])
+    assert pool.num_free == 4
+    pool.check()
+
+
+def test_the_longest_idle_end_of_a_prompt_goes_first():
+    pool = PagePool(num_pages=4, page_size=1)
+    old, new = pool.take(2), pool.take(2)
+    pool.share(old, [1, 2])
+    pool.share(new, [3, 4])
+    pool.release(old)
+    pool.release(new)
+    assert pool.take(1) == [old[1]]
+    assert pool.match([1, 2], limit=2) == old[:1]
+    assert pool.match([3, 4], limit=2) == new
+    assert pool.num_evicted == 1
+    pool.check()
+
+
+def test_held_pages_are_never_evicted():
+    pool = PagePool(num_pages=2, page_size=1)
+    mine = pool.take(2)
+    pool.share(mine, [1, 2])
+    pool.release(mine)
+    pool.hold(pool.match([1], limit=1))
+    assert pool.take(2) is None
+    assert pool.take(1) == [mine[1]]
+    pool.check()
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
+def test_sizes_check_themselves(sizes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        PagePool(num_pages=sizes[0], page_size=sizes[1])

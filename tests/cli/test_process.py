@@ -1,0 +1,35 @@
+"""What only a process of its own shows: a reader that leaves, a cache that cannot be kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+GENERATE = [sys.executable, "-m", "jaxmoe", "generate", "--prompt", "import", "--max-tokens", "2", "--dtype", "float32"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    return kept | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*GENERATE, "--json"], stdout=writing, stderr=subprocess.PIPE, env=environment(tmp_path))
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == b""
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    done = subprocess.run(GENERATE, env=environment(tmp_path / "file"), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("import")
+    assert done.stderr.replace("\n", " ").count("compiled programs are not kept") == 1
+    assert "Warning" not in done.stderr

@@ -1,0 +1,221 @@
+"""Policy on random schedules: no page leaks or is held twice, nobody starves, every request ends with its own tokens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
+from jaxmoe.errors import RequestError
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the make-believe model says after these tokens."""
+    return (sum(tokens) * 31 + len(tokens)) % 97
+
+
+class Device:
+    """Pages as a real device has them: what is written where, so that a wrong page shows as a wrong token."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pages: dict[tuple[int, int], list[int | None]] = {}
+        self.last: dict[tuple[int, int], int] = {}
+
+    def _write(self, sequence: Sequence, rank: int, pages: list[int], at: int, token: int) -> None:
+        page, place = pages[at // self.limits.page_size], at % self.limits.page_size
+        self.pages.setdefault((rank, page), [None] * self.limits.page_size)[place] = token
+
+    def _read(self, rank: int, pages: list[int], count: int) -> list[int]:
+        size = self.limits.page_size
+        found = [self.pages[(rank, pages[at // size])][at % size] for at in range(count)]
+        assert None not in found
+        return found
+
+    def dispatch(self, plan: StepPlan):
+        """The step's result, from pages alone: arguments are frozen at dispatch as real ones are."""
+        written = set()
+        work = []
+        for sequence in plan.decodes:
+            at = sequence.num_written - 1
+            work.append((sequence, at, [self.last[(sequence.rank, sequence.slot)]], True))
+        for chunk in plan.chunks:
+            part = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+            work.append((chunk.sequence, chunk.start, part, chunk.last))
+        for sequence, start, part, _ in work:
+            for offset, token in enumerate(part):
+                place = (sequence.rank, sequence.pages[(start + offset) // self.limits.page_size], start + offset)
+                assert place not in written, "two requests write one place"
+                written.add(place)
+                self._write(sequence, sequence.rank, sequence.pages, start + offset, token)
+        drawn = []
+        for sequence, start, part, sampled in work:
+            if sampled:
+                token = next_token(self._read(sequence.rank, sequence.pages, start + len(part)))
+                self.last[(sequence.rank, sequence.slot)] = token
+                drawn.append(token)
+        return drawn
+
+
+def alone(prompt: list[int], max_total: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < max_total:
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+REQUEST = st.tuples(
+    st.integers(0, 3),  # which beginning it shares
+    st.integers(1, 30),  # prompt tokens
+    st.integers(1, 12),  # new tokens
+    st.integers(0, 2),  # priority
+    st.integers(0, 6),  # steps until the next arrives
+    st.integers(0, 9),  # cancelled after so many steps, if below 3
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=25),
+    ranks=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    num_pages=st.integers(11, 30),
+    blocks=st.integers(1, 3),
+    ahead=st.integers(0, 2),
+    failing=st.sets(st.integers(0, 60), max_size=2),
+)
+def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, failing):
+    limits = Limits(
+        num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
+        context=44, aging_steps=8,
+    )  # fmt: skip
+    scheduler, device = Scheduler(limits), Device(limits)
+    sequences, failed, cancelled = [], set(), set()
+    arrivals = []
+    at = 0
+    for index, (beginning, length, new, priority, gap, cancel) in enumerate(requests):
+        prompt = ([beginning] * 13 + [index % 5] * 20)[:length]
+        arrivals.append((at, prompt, length + new, priority, at + cancel if cancel < 3 else None))
+        at += gap
+    in_flight: list[tuple[StepPlan, list[int]]] = []
+    step, todo = 0, list(arrivals)
+    while todo or any(not s.finished for s in sequences):
+        while todo and todo[0][0] <= step:
+            _, prompt, max_total, priority, _ = todo[0]
+            sequence = Sequence(
+                request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority
+            )
+            scheduler.add(sequence)
+            sequences.append(sequence)
+            todo.pop(0)
+        for sequence in sequences:
+            if arrivals[sequence.request_id][4] == step and not sequence.finished:
+                scheduler.finish(sequence)
+                cancelled.add(sequence.request_id)
+        plan = scheduler.plan()
+        assert len(plan.decodes) <= rows * ranks
+        for rank in range(ranks):
+            chunks = [chunk for chunk in plan.chunks if chunk.sequence.rank == rank]
+            assert sum(-(-chunk.count // 4) for chunk in chunks) <= blocks
+            slots = [s.slot for s in scheduler.running if s.rank == rank]
+            assert len(set(slots)) == len(slots)
+            assert all(0 <= slot < rows for slot in slots)
+        if plan:
+            in_flight.append((plan, device.dispatch(plan)))
+        while in_flight and (len(in_flight) > ahead or not plan):
+            done, tokens = in_flight.pop(0)
+            if step in failing:
+                failing = failing - {step}
+                scheduler.fail(done, lambda s: failed.add(s.request_id))
+                in_flight.clear()
+                device = Device(limits)
+                break
+            for sequence, _ in scheduler.complete(done, tokens):
+                if len(sequence.tokens) >= sequence.max_total:
+                    scheduler.finish(sequence)
+        for pool in scheduler.pools:
+            pool.check()
+            assert pool.num_held <= len({p for s in scheduler.running for p in s.pages})
+        step += 1
+        assert step < 5000, "somebody starves"
+    for pool in scheduler.pools:
+        assert pool.num_held == 0
+        assert pool.num_free == num_pages
+    for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
+        if sequence.request_id not in failed | cancelled:
+            assert sequence.tokens == alone(prompt, max_total)
+
+
+def limits_of(**changes) -> Limits:
+    values = dict(num_ranks=1, rows=4, chunk_tokens=16, block_tokens=8, num_pages=16, page_size=4, context=64)
+    return Limits(**(values | changes))
+
+
+def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
+    plans = []
+    for _ in range(steps):
+        plan = scheduler.plan()
+        for sequence, _ in scheduler.complete(plan, [7] * len(list(plan.sampled()))):
+            if len(sequence.tokens) >= sequence.max_total:
+                scheduler.finish(sequence)
+        plans.append(plan)
+    return plans
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers():
+    scheduler = Scheduler(limits_of(num_pages=4))
+    with pytest.raises(RequestError, match=r"is 70 tokens, the context holds 64"):
+        scheduler.add(Sequence(request_id=0, tokens=[1] * 60, max_total=70))
+    with pytest.raises(RequestError, match=r"is 20 tokens, the pool holds 16 \(4 pages of 4\)"):
+        scheduler.add(Sequence(request_id=0, tokens=[1] * 10, max_total=20))
+    assert not scheduler.waiting
+
+
+def test_a_long_prompt_does_not_hold_up_those_who_decode():
+    scheduler = Scheduler(limits_of())
+    scheduler.add(Sequence(request_id=0, tokens=[1, 2], max_total=10))
+    run(scheduler, 1)
+    scheduler.add(Sequence(request_id=1, tokens=list(range(40)), max_total=42))
+    plans = run(scheduler, 3)
+    assert [len(plan.decodes) for plan in plans] == [1, 1, 1]
+    assert [[(c.start, c.count, c.last) for c in plan.chunks] for plan in plans] == [
+        [(0, 16, False)], [(16, 16, False)], [(32, 8, True)],
+    ]  # fmt: skip
+
+
+def test_a_shared_beginning_is_computed_once():
+    scheduler = Scheduler(limits_of())
+    for index in range(2):
+        scheduler.add(Sequence(request_id=index, tokens=[*range(12), 50 + index], max_total=14))
+        run(scheduler, 4)
+    assert (scheduler.num_prompt_tokens, scheduler.num_cached_tokens) == (26, 12)
+
+
+def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
+    scheduler = Scheduler(limits_of(rows=1, aging_steps=4))
+    patient = Sequence(request_id=0, tokens=[1], max_total=3, priority=3)
+    scheduler.add(patient)
+    order: list[int] = []
+    for index in range(1, 80):  # one more urgent request every step, twice as many as can be served
+        scheduler.add(Sequence(request_id=index, tokens=[2], max_total=3, priority=0))
+        order += [chunk.sequence.request_id for plan in run(scheduler, 1) for chunk in plan.chunks]
+    assert order[0] == 1
+    assert 2 < order.index(0) < 12
+
+
+def test_deadlines_are_named():
+    scheduler = Scheduler(limits_of(rows=1))
+    early = Sequence(request_id=0, tokens=[1], max_total=3, deadline=5.0)
+    scheduler.add(early)
+    scheduler.add(Sequence(request_id=1, tokens=[1], max_total=3))
+    assert scheduler.expired(4.9) == []
+    assert scheduler.expired(5.0) == [early]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": 0}, {"page_size": 0}, {"chunk_tokens": 12}, {"num_pages": -1}]
+)
+def test_limits_check_themselves(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        limits_of(**changes)
