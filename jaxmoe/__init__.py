@@ -5,21 +5,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError
+from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError, StepError
 
 if TYPE_CHECKING:
+    from jaxmoe.engine.engine import Engine
     from jaxmoe.engine.llm import LLM
     from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "CheckpointError", "Chunk", "ConfigError", "JaxmoeError", "MeshError", "RequestError", "RequestOutput",
-    "SamplingParams",
+    "LLM", "CheckpointError", "Chunk", "ConfigError", "Engine", "JaxmoeError", "MeshError", "RequestError",
+    "RequestOutput", "SamplingParams", "StepError",
 ]  # fmt: skip
 
 # Imported when first used: JAX must not start before the number of devices is known.
 _LAZY = {
     "LLM": "jaxmoe.engine.llm",
+    "Engine": "jaxmoe.engine.engine",
     "Chunk": "jaxmoe.engine.request",
     "RequestOutput": "jaxmoe.engine.request",
     "SamplingParams": "jaxmoe.engine.request",

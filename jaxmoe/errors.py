@@ -21,3 +21,7 @@ class CheckpointError(JaxmoeError):
 
 class RequestError(JaxmoeError):
     """A prompt or a sampling value lies outside what the model or the engine accepts."""
+
+
+class StepError(JaxmoeError):
+    """A step of the engine failed on the devices; the requests in it ended, the engine goes on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +23,9 @@ LAYOUTS: dict[str, Table] = {
         "length": (),
         "vocab": ("tensor",),
         "width": (),
+        "block": (),
+        "page": ("data", "expert"),
+        "page_token": (),
         "kv_head": ("tensor",),
         "head_slot": (),
         "head_dim": (),
@@ -62,13 +66,15 @@ class Placement:
         """x, asked of XLA to lie as its dims say."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
 
-    def locally(self, function: Callable[..., jax.Array], *arrays: tuple[jax.Array, Dims], out: Dims) -> jax.Array:
+    def locally(
+        self, function: Callable[..., Any], *arrays: tuple[jax.Array, Dims], out: Dims | tuple[Dims, ...]
+    ) -> Any:
         """function of each device's parts, for work that XLA is not to split or cannot see into."""
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=tuple(self.spec(*dims) for _, dims in arrays),
-            out_specs=self.spec(*out),
+            out_specs=self.spec(*out) if isinstance(out[0], str) else tuple(self.spec(*dims) for dims in out),
             check_vma=False,
         )(*(array for array, _ in arrays))
 

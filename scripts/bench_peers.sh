@@ -6,9 +6,8 @@ model=$1
 shift
 cases=${CASES:-1x128x64,8x128x64,32x128x64,32x512x1}
 "$@" "$model" --cases "$cases" 2>/dev/null
-for kinds in "--grouped native --linear native" "--grouped blocks --linear xla"; do
-    echo "# jaxmoe $kinds"
-    # shellcheck disable=SC2086  # several options
-    jaxmoe bench "$model" --cases "$cases" --json $kinds
+for kernels in --native --linear=xla; do
+    echo "# jaxmoe $kernels"
+    jaxmoe bench "$model" --cases "$cases" --json "$kernels"
 done
 "$@" "$model" --cases "$cases" 2>/dev/null

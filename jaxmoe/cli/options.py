@@ -33,6 +33,8 @@ class ModelOptions:
     dispatch: str
     grouped: str
     linear: str
+    attention: str
+    native: bool
     max_batch: int
 
 
@@ -47,6 +49,8 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dispatch", default="all_to_all", show_default=True, help="all_to_all or all_gather"),
         click.option("--grouped", default="blocks", show_default=True, help="blocks, ragged, native or dense"),
         click.option("--linear", default="xla", show_default=True, help="xla or native"),
+        click.option("--attention", default="loop", show_default=True, help="loop or native"),
+        click.option("--native", is_flag=True, help="the native CPU kernel wherever there is one"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
     names = [field.name for field in fields(ModelOptions)]
@@ -106,7 +110,10 @@ def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False)
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    kernels = Kernels(dispatch=options.dispatch, grouped=options.grouped, linear=options.linear)  # type: ignore[arg-type]  # checked there
+    chosen = {name: getattr(options, name) for name in ("dispatch", "grouped", "linear", "attention")}
+    if options.native:
+        chosen |= dict.fromkeys(("grouped", "linear", "attention"), "native")
+    kernels = Kernels(**chosen)
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, revision=options.revision, kernels=kernels,

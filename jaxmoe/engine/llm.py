@@ -12,11 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.generate import pad_prompts, run_batch, start
+from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import Runner, bucket
+from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.tokenizer import Message, Tokenizer
-from jaxmoe.errors import ConfigError, MeshError, RequestError
+from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
 from jaxmoe.model.kernels import Kernels
@@ -29,7 +30,9 @@ from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 Prompt = str | Sequence[int]
-_MAX_PREFILL_TOKENS = 65536
+_MAX_PREFILL_TOKENS = 65536  # scored at once
+_PAGE_SIZE, _BLOCK_TOKENS = 16, 32
+_CHUNK_TOKENS = (64, 128, 256, 512, 1024)  # prompt tokens of a step and rank
 
 
 class LLM:
@@ -39,6 +42,7 @@ class LLM:
         self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_batch: int = 64
     ) -> None:
         self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
+        self._core: Core | None = None
 
     @classmethod
     def load(
@@ -105,20 +109,16 @@ class LLM:
 
         Raises: RequestError before anything runs if any prompt or value is out of range.
         """
-        results: dict[int, RequestOutput] = {}
-        prompts = _listed(prompts)
-        for batch in self._batches(prompts, params):
-            for _ in run_batch(self.runner, batch, eos=self.eos):
-                pass
-            results |= {seq.index: seq.output() for seq in batch}
-        return [results[index] for index in range(len(prompts))]
+        core, requests = self._submit(_listed(prompts), params)
+        for _ in _events(core, requests):
+            pass
+        return [request.output() for request in requests]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> Iterator[Chunk]:
         """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
-        batches = self._batches(_listed(prompts), params)
-        return (chunk for batch in batches for chunk in run_batch(self.runner, batch, eos=self.eos))
+        return _events(*self._submit(_listed(prompts), params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams = SamplingParams()) -> RequestOutput:
         """The assistant's answer to a conversation, by the model's chat template. Raises: RequestError without one."""
@@ -172,7 +172,9 @@ class LLM:
             raise RequestError("this model has no tokenizer.json: give token ids")
         return self.tokenizer.encode(prompt)
 
-    def _batches(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[list[Any]]:
+    def _submit(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> tuple[Core, list[Request]]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
             raise RequestError(
@@ -183,13 +185,70 @@ class LLM:
         if self.tokenizer is None and any(p.stop for p in each):
             raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
         checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
-        sequences = start(
-            [(index, ids, p) for index, (ids, p) in enumerate(zip(checked, each, strict=True))],
-            tokenizer=self.tokenizer,
-            context=self.config.max_position_embeddings,
-        )
-        size = self._batch_size(checked)
-        return [sequences[first : first + size] for first in range(0, len(sequences), size)]
+        core = self._core_for(checked, [p.max_tokens for p in each])
+        return core, [core.submit(i, ids, p) for i, (ids, p) in enumerate(zip(checked, each, strict=True))]
+
+    def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
+        if self.tokenizer is None and params.stop:
+            raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
+        return self._checked([self._ids(prompt)], room=1)[0]
+
+    def _core_for(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> Core:
+        """An engine core with room for these requests: the one there is, or a larger one in its place."""
+        context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
+        longest = max(min(context, len(ids) + new) for ids, new in zip(prompts, max_tokens, strict=True))
+        rows = self.runner.least_rows
+        while rows * ranks < min(len(prompts), self.max_batch):
+            rows *= 2
+        length = bucket(longest)
+        share = -(-sum(map(len, prompts)) // ranks)
+        needed = Limits(
+            num_ranks=ranks, rows=rows, block_tokens=_BLOCK_TOKENS, context=length, page_size=_PAGE_SIZE,
+            chunk_tokens=next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1]),
+            num_pages=rows * -(-length // _PAGE_SIZE),
+        )  # fmt: skip
+        if self._core is None or not self._core.limits.cover(needed):
+            old, self._core = self._core, None  # its pages are given back before new ones are asked for
+            limits = needed if old is None else needed.joined(old.limits)
+            del old
+            self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
+        return self._core
+
+
+def _events(core: Core, requests: Sequence[Request]) -> Iterator[Chunk]:
+    """The chunks of these requests as they come, to the last. Raises: StepError if a step that held one of them failed.
+
+    Whoever stops listening ends the requests.
+    """
+    open_requests = {id(request): request for request in requests}
+    try:
+        while open_requests:
+            for request in [r for r in open_requests.values() if r.events]:
+                while request.events:
+                    event = request.events.popleft()
+                    if isinstance(event, Ended):
+                        raise event.error or StepError(f"request {event.index} was ended: {event.finish_reason}")
+                    if event.finish_reason is not None:
+                        del open_requests[id(request)]
+                    yield event
+            if open_requests:
+                core.advance()
+    finally:
+        for request in open_requests.values():
+            core.cancel(request)
+
+
+def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [rows, bucket] right-padded with 0, lengths [rows]."""
+    lengths = np.zeros(rows, np.int32)
+    lengths[: len(prompts)] = [len(ids) for ids in prompts]
+    tokens = np.zeros((rows, bucket(max(len(ids) for ids in prompts))), np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+    return tokens, lengths
 
 
 def _listed(prompts: Iterable[Any]) -> list[Any]:

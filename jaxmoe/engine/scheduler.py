@@ -10,7 +10,8 @@ The host runs ahead: a step is planned before the tokens of the one before are k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Listed
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 from jaxmoe.cache.pages import PagePool
@@ -40,9 +41,15 @@ class Limits:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.chunk_tokens % self.block_tokens:
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}"
-            )
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
+
+    def cover(self, other: Limits) -> bool:
+        """Whether all that fits into the others fits into these."""
+        return self == self.joined(other)
+
+    def joined(self, other: Limits) -> Limits:
+        """The larger of each."""
+        return Limits(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
     @property
     def pool_tokens(self) -> int:
@@ -221,7 +228,7 @@ class Scheduler:
         return chunks
 
     def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
-        """Give a waiting sequence a slot on the rank that knows most of its beginning, with pages for all its tokens."""
+        """Give a waiting sequence a slot on the rank that knows most of its beginning, and pages for all its tokens."""
         tokens, size = sequence.tokens, self.limits.page_size
         choices = []
         for rank, pool in enumerate(self.pools):

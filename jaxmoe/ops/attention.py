@@ -1,17 +1,16 @@
-"""Grouped-query attention: over the tokens of a prompt (causal), or of one new token over a cache."""
+"""Grouped-query attention of a prompt's tokens over those before them (causal)."""
 
-# Dims: B batch, S new tokens, C cached tokens, K key/value head slots, G query heads a slot, H head dim, Q query block.
-# A cache holds its heads before its tokens: one head's keys lie together, as a decode step reads them.
+# Dims: B batch, S new tokens, K key/value head slots, G query heads a slot, H head dim, R rows, C keys.
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-_MASKED = -1e30
+MASKED = -1e30
 
 
-def _visible(query_at: Array, key_at: Array, window: int | None) -> Array:
+def visible(query_at: Array, key_at: Array, window: int | None) -> Array:
     """Whether a query at one position may see a key at another: not later, and within the window."""
     distance = query_at - key_at
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
@@ -19,7 +18,7 @@ def _visible(query_at: Array, key_at: Array, window: int | None) -> Array:
 
 def _softmax_times(scores: Array, allowed: Array, v: Array) -> Array:
     """Softmax of scores [...,R,C] where allowed, over values [...,C,H]: [...,R,H] in v's dtype; float32 sums."""
-    scores = jnp.where(allowed, scores, _MASKED)
+    scores = jnp.where(allowed, scores, MASKED)
     shares = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(shares, axis=-1, keepdims=True)
     mixed = jnp.einsum("...rc,...ch->...rh", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -50,35 +49,9 @@ def _causal_row(q, k, v, *, window: int | None, query_block: int):
     for start in range(0, length, query_block):
         stop = min(start + query_block, length)
         first = 0 if window is None else max(0, start - window + 1)
-        allowed = _visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None], window)
+        allowed = visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None], window)
         rows = q[:, :, start:stop].reshape(slots, group * (stop - start), head_dim)
         scores = jnp.einsum("krh,kch->krc", rows, k[:, first:stop], preferred_element_type=jnp.float32)
         mixed = _softmax_times(scores, jnp.tile(allowed, (group, 1)), v[:, first:stop])
         blocks.append(mixed.reshape(slots, group, stop - start, head_dim))
     return jnp.concatenate(blocks, axis=2).transpose(2, 0, 1, 3)
-
-
-def cached_attention(
-    q: Float[Array, "B 1 K G H"],
-    k: Float[Array, "B K C H"],
-    v: Float[Array, "B K C H"],
-    positions: Int[Array, "B"],
-    *,
-    window: int | None = None,
-) -> Float[Array, "B 1 K G H"]:
-    """One new token a row, at positions, over cached tokens 0..positions (its own included)."""
-    allowed = _visible(positions[:, None], jnp.arange(k.shape[2])[None], window)
-    rows = q[:, 0] * q.shape[-1] ** -0.5  # without the dim of 1: XLA's CPU products are 20 times slower with it
-    scores = jnp.einsum("bkgh,bkch->bkgc", rows, k, preferred_element_type=jnp.float32)
-    return _softmax_times(scores, allowed[:, None, None], v)[:, None]
-
-
-def write_token(
-    cache: Float[Array, "B K C H"], new: Float[Array, "B 1 K H"], positions: Int[Array, "B"]
-) -> Float[Array, "B K C H"]:
-    """cache with each row's new entry at its position; in place where the cache is donated."""
-
-    def write_row(row, entry, at):
-        return jax.lax.dynamic_update_slice_in_dim(row, entry.swapaxes(0, 1), at, axis=1)
-
-    return jax.vmap(write_row)(cache, new, positions)

@@ -52,7 +52,12 @@ def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments
 _DROPPED = 1 << 30  # token indices from here on fall outside any array
 # Up to so many tokens: rows a block may have. A block of few rows costs one reading of the weights whatever its rows,
 # so decode wants the exact size; many rows cost their products, so prefill wants large blocks. See docs/benchmarks.md.
-_SIZES = {64: (1, 2, 3, 4, 6, 8), 512: (1, 2, 4, 8, 16, 32), 1 << 62: (4, 8, 16, 32, 64, 128, 256)}
+_SIZES = {
+    64: (1, 2, 3, 4, 6, 8),
+    512: (1, 2, 4, 8, 16, 32),
+    2048: (4, 8, 16, 32, 64, 128),
+    1 << 62: (4, 8, 16, 32, 64, 128, 256),
+}
 
 
 def block_sizes(num_tokens: int, itemsize: int) -> tuple[int, ...]:

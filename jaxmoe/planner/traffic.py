@@ -3,7 +3,7 @@
 Source: docs/architecture.md, "Communication is a contract"; byte counts of rings as in the Megatron-LM papers.
 """
 
-# Dims: b this device's batch rows, S length, t = b * S, D width, E experts (padded), N ranks of an axis.
+# Dims: t tokens of this device, D width, E experts (padded), N ranks of an axis.
 from __future__ import annotations
 
 from collections import Counter
@@ -38,15 +38,21 @@ class Collective:
 
 
 def planned_collectives(
-    config: ModelConfig, placement: Placement, *, rows: int, length: int, itemsize: int, dispatch: str = "all_to_all"
+    config: ModelConfig,
+    placement: Placement,
+    *,
+    num_tokens: int,
+    num_sampled: int,
+    itemsize: int,
+    dispatch: str = "all_to_all",
 ) -> Counter[Collective]:
-    """Every collective of one step over tokens [rows, length] and how often it runs, the logits of one token a row.
+    """Every collective of one step and how often it runs.
 
-    rows is a multiple of the ranks that share the batch; itemsize is that of activations in bytes.
+    num_tokens, num_sampled: tokens and rows of logits of one rank of the batch, padding included; itemsize: bytes of a
+    number of the activations.
     """
     sizes = array_sizes(config, placement)
-    batch = rows // placement.parts("batch")
-    tokens, width = batch * length, config.hidden_size
+    tokens, width = num_tokens, config.hidden_size
     found: Counter[Collective] = Counter()
 
     def add(op: Op, dim: str, result_bytes: int, count: int = 1) -> None:
@@ -69,5 +75,5 @@ def planned_collectives(
     else:
         add("all-to-all", "moe_expert", ranks * tokens * (width + sizes.moe_experts // ranks) * itemsize, sparse)
         add("all-to-all", "moe_expert", ranks * hidden, sparse)
-    add("all-gather", "vocab", batch * sizes.vocab * 4)  # logits, float32
+    add("all-gather", "vocab", num_sampled * sizes.vocab * 4)  # logits, float32
     return found

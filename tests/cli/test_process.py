@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(tmp_path):
     os.close(reading)
     done = subprocess.run([*GENERATE, "--json"], stdout=writing, stderr=subprocess.PIPE, env=environment(tmp_path))
     os.close(writing)
-    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.returncode == 1
     assert done.stderr == b""
 
 

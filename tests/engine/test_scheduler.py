@@ -1,4 +1,4 @@
-"""Policy on random schedules: no page leaks or is held twice, nobody starves, every request ends with its own tokens."""
+"""Policy on random schedules: no page leaks or is held twice, nobody starves, every request ends as it would alone."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, faili
     while todo or any(not s.finished for s in sequences):
         while todo and todo[0][0] <= step:
             _, prompt, max_total, priority, _ = todo[0]
-            sequence = Sequence(
-                request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority
-            )
+            sequence = Sequence(request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority)
             scheduler.add(sequence)
             sequences.append(sequence)
             todo.pop(0)
@@ -213,9 +211,7 @@ def test_deadlines_are_named():
     assert scheduler.expired(5.0) == [early]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"rows": 0}, {"page_size": 0}, {"chunk_tokens": 12}, {"num_pages": -1}]
-)
+@pytest.mark.parametrize("changes", [{"rows": 0}, {"page_size": 0}, {"chunk_tokens": 12}, {"num_pages": -1}])
 def test_limits_check_themselves(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         limits_of(**changes)

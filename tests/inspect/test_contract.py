@@ -6,54 +6,61 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.engine.runner import DecodeState
+from jaxmoe.engine.batch import Bucket
 from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective, planned_collectives
 
-from ..conftest import MESHES_OF_8, mesh_of
+from ..conftest import MESHES_OF_8, NATIVE, mesh_of
 
 FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "olmoe_full_norm", "mixtral_six_experts"]
 
 
-def decode_program(llm, num_rows: int):
+def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
+    return Bucket(rows=num_rows // llm.runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
+
+
+def step_program(llm, bucket: Bucket):
     runner = llm.runner
-    rows = runner.padded_rows(num_rows)
-    zeros = runner.put(np.zeros(rows, np.int32), "batch")
-    state = DecodeState(zeros, zeros, runner.empty_cache(rows, 32))
-    active, sampling = runner.put(np.ones(rows, bool), "batch"), runner.rows_of([], rows)
+    state = runner.empty_state(bucket.rows, 8, 16)
+    told = runner.put(np.zeros((runner.num_ranks, bucket.length), np.int32), "batch", "one")
     with jax.default_matmul_precision("highest"):
-        lowered = runner.decode_fn.lower(runner.leaves, state, active, sampling, np.bool_(False))
-    return lowered.compile(), rows
+        return runner.step_fn.lower(runner.leaves, state, told, np.bool_(False), bucket=bucket).compile()
 
 
-def plan(llm, rows: int, dispatch: str = "all_to_all"):
-    return planned_collectives(llm.config, llm.runner.placement, rows=rows, length=1, itemsize=4, dispatch=dispatch)
+def plan(llm, bucket: Bucket, dispatch: str = "all_to_all"):
+    return planned_collectives(
+        llm.config, llm.runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.num_sampled, itemsize=4,
+        dispatch=dispatch,
+    )  # fmt: skip
+
+
+def assert_as_planned(llm, bucket: Bucket, dispatch: str = "all_to_all"):
+    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == plan(llm, bucket, dispatch)
 
 
 @pytest.mark.parametrize("mesh", MESHES_OF_8)
 def test_decode_of_an_moe_holds_exactly_the_planned_collectives(mesh, tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", mesh)
-    program, rows = decode_program(llm, 8)
-    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
+    assert_as_planned(llm, bucket_for(llm, 8))
 
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_decode_of_every_kind_of_layer_holds_exactly_the_planned_collectives(name, tiny_llm):
     llm = tiny_llm(name, "data=2,tensor=2,expert=2")
-    program, rows = decode_program(llm, 8)
-    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
+    assert_as_planned(llm, bucket_for(llm, 8))
 
 
 def test_the_plan_reads_as_the_papers_say(tiny_llm):
     """Two all-reduces a layer over tensor, one dispatch and one combine an MoE layer over expert, nothing else."""
     llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
-    rows, config, layers = 8, llm.config, llm.config.num_hidden_layers
-    tokens, width, share = rows // 4, config.hidden_size, config.moe.num_experts // 2
-    inside = plan(llm, rows)
+    config, layers = llm.config, llm.config.num_hidden_layers
+    bucket = bucket_for(llm, 8)
+    tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
+    inside = plan(llm, bucket)
     inside -= {Collective(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
     assert inside == {
         Collective(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
@@ -64,30 +71,34 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
 
 def test_all_gather_dispatch_has_its_own_contract(tiny_llm):
     llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", Kernels(dispatch="all_gather"))
-    program, rows = decode_program(llm, 8)
-    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows, "all_gather")
+    assert_as_planned(llm, bucket_for(llm, 8), "all_gather")
 
 
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])
 def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
-    kernels = Kernels(grouped="native", linear="native")
     if find_compiler() is None:  # what a user without a compiler sees
         with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            tiny_llm("qwen2_moe_shared", mesh, kernels)
+            tiny_llm("qwen2_moe_shared", mesh, NATIVE)
         return
-    llm = tiny_llm("qwen2_moe_shared", mesh, kernels)
-    program, rows = decode_program(llm, 8)
-    assert collectives(program.as_text(), llm.mesh) == plan(llm, rows)
+    llm = tiny_llm("qwen2_moe_shared", mesh, NATIVE)
+    assert_as_planned(llm, bucket_for(llm, 8))
 
 
 @pytest.mark.optimised
-def test_no_weight_is_copied_and_the_cache_is_donated(tiny_llm):
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])
+def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_llm):
+    llm = tiny_llm("qwen3_moe_norm", mesh)
+    assert_as_planned(llm, bucket_for(llm, 8, blocks=2))
+
+
+def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
-    program, rows = decode_program(llm, 8)
-    memory = program.memory_analysis()
+    bucket = bucket_for(llm, 8)
+    memory = step_program(llm, bucket).memory_analysis()
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
-    cache = sum(part.addressable_shards[0].data.nbytes for kv in llm.runner.empty_cache(rows, 32) for part in kv)
-    assert memory.alias_size_in_bytes >= cache
+    state = llm.runner.empty_state(bucket.rows, 8, 16)
+    pages = sum(part.addressable_shards[0].data.nbytes for kv in state.pages for part in kv)
+    assert memory.alias_size_in_bytes >= pages
     assert memory.temp_size_in_bytes < weights / 2
 
 

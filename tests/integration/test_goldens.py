@@ -9,7 +9,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
 
 from ..agreement import assert_agrees
-from ..conftest import MESHES_OF_8, ONE_DEVICE
+from ..conftest import MESHES_OF_8, NATIVE, ONE_DEVICE
 from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
 from ..tiny.checkpoint import checkpoint_sha256
 from ..tiny.golden import load_golden
@@ -30,7 +30,8 @@ def test_one_device(name, tiny_llm):
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(mesh, marks=[pytest.mark.optimised] if mesh == MIXED_MESHES[0] else []) for mesh in MESHES_OF_8]
+    "mesh",
+    [pytest.param(mesh, marks=[pytest.mark.optimised] if mesh == MIXED_MESHES[0] else []) for mesh in MESHES_OF_8],
 )
 @pytest.mark.parametrize("name", QUICK)
 def test_a_case_of_every_family_on_every_mesh(name, mesh, tiny_llm):
@@ -52,7 +53,7 @@ def test_every_case_on_every_mesh(name, mesh, tiny_llm):
 
 @pytest.mark.parametrize(
     "kernels",
-    [Kernels(dispatch="all_gather"), Kernels(grouped="ragged"), Kernels(grouped="native", linear="native")],
+    [Kernels(dispatch="all_gather"), Kernels(grouped="ragged"), NATIVE],
 )
 @pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared", "olmoe_full_norm", "llama_llama3"])
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import ConfigError
 
 MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "experts.cc", _HERE / "linear.cc")
+_SOURCES = (_HERE / "experts.cc", _HERE / "linear.cc", _HERE / "paged.cc")
 _HEADERS = (_HERE / "rows.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-_REMEDY = "use grouped='blocks' and linear='xla'"
-_TARGETS = {"jaxmoe_experts": "JaxmoeExperts", "jaxmoe_linear": "JaxmoeLinear"}
+_REMEDY = "use grouped='blocks', linear='xla' and attention='loop'"
+_TARGETS = {"jaxmoe_experts": "JaxmoeExperts", "jaxmoe_linear": "JaxmoeLinear", "jaxmoe_paged": "JaxmoePaged"}
 
 
 def find_compiler() -> str | None:
@@ -115,3 +116,18 @@ def native_linear(
     columns = w.shape[0 if transposed else 1]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
     return call(x, w, transposed=transposed)
+
+
+def native_paged(
+    q: Float[Array, "N Q K G H"],
+    k_pages: Float[Array, "M K S H"],
+    v_pages: Float[Array, "M K S H"],
+    table: Int[Array, "N P"],
+    positions: Int[Array, "N"],
+    counts: Int[Array, "N"],
+    *,
+    window: int | None,
+) -> Float[Array, "N Q K G H"]:
+    """As ops.paged's loop. bfloat16 or float32; call prepare() first."""
+    call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(q, k_pages, v_pages, table, positions, counts, window=np.int64(window or 0))

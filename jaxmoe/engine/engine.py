@@ -1,0 +1,226 @@
+"""Many requests at once, from asynchronous code: the loop of the engine runs in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.llm import LLM, Prompt
+from jaxmoe.engine.request import Chunk, SamplingParams
+from jaxmoe.engine.scheduler import Limits
+from jaxmoe.errors import ConfigError, RequestError, StepError
+from jaxmoe.weights.source import DEFAULT_MODEL
+
+_DEFAULT_CPU_GIB = 1.0
+_DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
+
+
+class Engine:
+    """A model that serves requests as they come. Start-up compiles every program it will run.
+
+    model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch.
+    context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on each device; by
+    default 1 on a CPU, 90% of what is left on an accelerator. page_size: tokens. chunk_tokens: of prompts, a step and
+    rank.
+    Raises: as LLM.load, and ConfigError for sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LLM = DEFAULT_MODEL,
+        *,
+        mesh: str | Mapping[str, int] | Mesh | None = None,
+        dtype: str | None = None,
+        max_requests: int = 32,
+        context: int | None = None,
+        memory_gib: float | None = None,
+        page_size: int = 16,
+        chunk_tokens: int = 512,
+        on_compile: Callable[[int, int], None] = lambda done, total: None,
+        **load: Any,
+    ) -> None:
+        self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
+        self._limits = _limits(
+            self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
+            chunk_tokens=chunk_tokens,
+        )  # fmt: skip
+        self._core = Core(self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos)
+        self._core.warm_up(on_compile)
+        self._ids = itertools.count()
+        self._streams: dict[str, Stream] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
+        self._thread.start()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """The tokens of one request as they come: `async for chunk in engine.stream(...)`.
+
+        priority: lower is served first. timeout_s: seconds from now after which the request ends.
+        Raises: RequestError at the call for a prompt or value out of range, an id that is in use, or a request that can
+        never fit; StepError while listening if a step failed with it or the engine ended it.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed: make a new one")
+        ids = self.llm.checked_prompt(prompt, params)
+        room = self._limits.context - len(ids)
+        self._core.scheduler.check(len(ids), len(ids) + max(1, min(params.max_tokens, room)))
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        if request_id in self._streams:
+            raise RequestError(f"request_id={request_id!r} is in use: choose another")
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        made = Stream(self, request_id)
+        self._streams[request_id] = made
+        self._commands.put(lambda: self._submit(made, ids, params, priority, deadline))
+        return made
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its pages are free at once. An unknown or ended one is left alone."""
+        made = self._streams.get(request_id)
+        if made is not None:
+            self._commands.put(lambda: self._cancel(made))
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since start-up, and what is held now."""
+        scheduler, limits = self._core.scheduler, self._limits
+        prompt = scheduler.num_prompt_tokens
+        return {
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting), "steps": scheduler.num_steps,
+            "new_tokens": self._core.num_new_tokens, "prompt_tokens": prompt,
+            "cached_prompt_tokens": scheduler.num_cached_tokens,
+            "prefix_hit_rate": scheduler.num_cached_tokens / prompt if prompt else 0.0,
+            "preemptions": scheduler.num_preemptions,
+            "pages_held": sum(pool.num_held for pool in scheduler.pools),
+            "pages_evicted": sum(pool.num_evicted for pool in scheduler.pools),
+            "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
+            "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_a_token": self.llm.runner.bytes_a_token,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """End every request and the thread."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(None)
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- in the engine's thread ---
+
+    def _run(self) -> None:
+        while True:
+            while not self._core.busy or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    for made in list(self._streams.values()):
+                        self._cancel(made)
+                    return
+                command()
+            self._core.advance()
+            for made in list(self._streams.values()):
+                self._tell(made)
+
+    def _submit(
+        self, made: Stream, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
+    ) -> None:
+        made.request = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
+
+    def _cancel(self, made: Stream) -> None:
+        if made.request is not None:
+            self._core.cancel(made.request)
+            self._tell(made)
+
+    def _tell(self, made: Stream) -> None:
+        if made.request is None:
+            return
+        while made.request.events:
+            event = made.request.events.popleft()
+            if event.finish_reason is not None:
+                self._streams.pop(made.request_id, None)
+            made.hear(event)
+
+
+class Stream:
+    """The tokens of one request, for one listener. Ends after the chunk that has a finish_reason."""
+
+    def __init__(self, engine: Engine, request_id: str) -> None:
+        self.request_id = request_id
+        self.request: Request | None = None
+        self._engine = engine
+        self._events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def hear(self, event: Chunk | Ended) -> None:
+        """Called in the engine's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Ended):
+                    raise event.error or StepError(f"{self.request_id} was ended: {event.finish_reason}")
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._engine.cancel(self.request_id)
+
+
+def _limits(
+    llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int
+) -> Limits:
+    """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
+    runner, longest = llm.runner, llm.config.max_position_embeddings
+    context = longest if context is None else context
+    for name, value in (("max_requests", max_requests), ("page_size", page_size), ("chunk_tokens", chunk_tokens)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    if not 1 <= context <= longest:
+        raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
+    if memory_gib is None:
+        memory_gib = _spare_gib()
+    token_bytes = runner.bytes_a_token / runner.placement.parts("kv_head")
+    num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
+    if num_pages < 1:
+        raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
+    rows = runner.least_rows
+    while rows * runner.num_ranks < max_requests:
+        rows *= 2
+    block_tokens = min(32, chunk_tokens)
+    return Limits(
+        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=-(-chunk_tokens // block_tokens) * block_tokens,
+        block_tokens=block_tokens, num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size,
+        context=context,
+    )  # fmt: skip
+
+
+def _spare_gib() -> float:
+    """Memory for pages where the user named none."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return _DEFAULT_CPU_GIB
+    return _DEFAULT_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) / 2**30

@@ -1,0 +1,164 @@
+"""The engine under mixed loads: outputs as alone, faults that harm no neighbour, nothing compiled after start-up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import jax
+import pytest
+
+from jaxmoe import Engine, RequestError, SamplingParams, StepError
+from jaxmoe.errors import ConfigError
+
+CASE = "mixtral_window"
+MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 18 pages a rank
+
+
+@pytest.fixture(scope="module", params=sorted(MEMORY_GIB))
+def engine(request, tiny_llm):
+    llm = tiny_llm(CASE, request.param)
+    with Engine(
+        llm, max_requests=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
+    ) as made:
+        yield made
+
+
+async def collect(engine: Engine, prompt, params, after: float = 0.0, **options) -> list[int]:
+    await asyncio.sleep(after)
+    return [chunk.token_id async for chunk in engine.stream(prompt, params, **options)]
+
+
+def requests_of(count: int, vocab: int) -> list[tuple[list[int], SamplingParams]]:
+    rng = random.Random(0)
+    shared = [rng.randrange(vocab) for _ in range(12)]
+    made = []
+    for index in range(count):
+        own = [rng.randrange(vocab) for _ in range(rng.randrange(1, 20))]
+        drawn = {"temperature": 0.9, "top_p": 0.9, "seed": index} if index % 3 == 0 else {}
+        prompt = shared[: rng.randrange(13)] + own
+        made.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 14), ignore_eos=True, **drawn)))
+    return made
+
+
+def test_no_neighbour_changes_an_output(engine):
+    """Requests that come while others run give what each gives alone, drawn ones too."""
+    requests = requests_of(24, engine.llm.config.vocab_size)
+
+    async def together():
+        rng = random.Random(1)
+        return await asyncio.gather(*(collect(engine, *r, after=rng.random() / 5) for r in requests))
+
+    found = asyncio.run(together())
+    alone = [engine.llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
+    assert found == alone
+    stats = engine.stats()
+    assert (stats["running"], stats["waiting"], stats["pages_held"]) == (0, 0, 0)
+    assert stats["cached_prompt_tokens"] > 0
+
+
+def test_pages_run_out_and_everyone_still_ends(engine):
+    """More is asked for than the pool holds at once: some are computed again, none is lost."""
+    before = engine.stats()["preemptions"]
+    vocab = engine.llm.config.vocab_size
+    requests = [([i % vocab, 1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True)) for i in range(16)]
+
+    async def together():
+        return await asyncio.gather(*(collect(engine, *r) for r in requests))
+
+    found = asyncio.run(together())
+    assert [len(tokens) for tokens in found] == [40] * 16
+    assert engine.stats()["preemptions"] > before
+    assert found[3] == engine.llm.generate([requests[3][0]], requests[3][1])[0].token_ids
+
+
+def test_nothing_is_compiled_after_start_up(engine):
+    compiled = []
+    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+
+        async def together():
+            for_all = requests_of(60, engine.llm.config.vocab_size)
+            return await asyncio.gather(*(collect(engine, *r, after=i % 7 / 20) for i, r in enumerate(for_all)))
+
+        assert len(asyncio.run(together())) == 60
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+def test_who_is_cancelled_or_late_frees_its_pages(engine):
+    async def scene():
+        stream = engine.stream([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True), request_id="mine")
+        with pytest.raises(RequestError, match="request_id='mine' is in use"):
+            engine.stream([1], request_id="mine")
+        heard = 0
+        with pytest.raises(StepError, match="mine was ended: cancelled"):  # noqa: PT012  # it is raised while listening
+            async for _ in stream:
+                heard += 1
+                engine.cancel("mine")
+        assert 0 < heard < 40
+        with pytest.raises(StepError, match="deadline"):
+            await collect(engine, [1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True), timeout_s=0.0)
+        engine.cancel("nobody")
+        async for _ in engine.stream([4], SamplingParams(max_tokens=40, ignore_eos=True)):
+            break  # a listener that leaves ends its request
+        await collect(engine, [5], SamplingParams(max_tokens=2, ignore_eos=True))
+
+    asyncio.run(scene())
+    assert engine.stats()["pages_held"] == 0
+
+
+def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    real, calls = engine.llm.runner.step, []
+
+    def step(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("injected")
+        return real(*arguments)
+
+    async def scene():
+        with pytest.raises(StepError, match="injected"):
+            await collect(engine, [1, 2, 3], params)
+        return await collect(engine, [4, 5, 6], params)
+
+    monkeypatch.setattr(engine.llm.runner, "step", step)
+    found = asyncio.run(scene())
+    monkeypatch.undo()
+    assert found == engine.llm.generate([[4, 5, 6]], params)[0].token_ids
+    assert engine.stats()["pages_held"] == 0
+
+
+def test_what_can_never_run_is_refused_at_once(engine):
+    async def scene():
+        for prompt, params, words in (
+            ([], SamplingParams(), "is empty"),
+            ([1] * 40, SamplingParams(max_tokens=1), None),
+            ([1] * 49, SamplingParams(), "context holds 48"),
+            ([10**6], SamplingParams(), "token id 1000000"),
+            ([1], 3, "params must be SamplingParams"),
+        ):
+            if words is None:
+                assert len(await collect(engine, prompt, params)) == 1
+                continue
+            with pytest.raises(RequestError, match=words):
+                engine.stream(prompt, params)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"max_requests": 0}, "max_requests=0"),
+        ({"context": 10**9}, "context=1000000000 must lie in"),
+        ({"memory_gib": 0.0}, "memory_gib=0.0 does not hold one page"),
+        ({"page_size": -1}, "page_size=-1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(tiny_llm, sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        Engine(tiny_llm(CASE), **sizes)

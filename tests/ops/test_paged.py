@@ -1,0 +1,81 @@
+"""Attention over pages is attention over the tokens in them, whatever lies in the rest of the pool."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.ops import native
+from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.paged import PAGED_KINDS, paged_attention, write_pages
+
+SLOTS, GROUP, HEAD_DIM, NUM_PAGES = 2, 3, 8, 80
+
+
+def kind_runs(kind: str, dtype: str) -> bool:
+    """Whether an implementation can run here; without a C++ compiler, checks what a user of `native` is told."""
+    if kind != "native" or native.find_compiler() is not None:
+        if kind == "native":
+            native.prepare(dtype)
+        return True
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        native.prepare(dtype)
+    return False
+
+
+def pool_of(lengths: list[int], page_size: int, dtype: str):
+    """Prompts of these lengths, and a pool that holds them on scattered pages; NaN everywhere else."""
+    rng = np.random.default_rng(0)
+    shuffled = iter(rng.permutation(NUM_PAGES))
+    pages = np.full((2, NUM_PAGES, SLOTS, page_size, HEAD_DIM), np.nan, np.float32)
+    table = np.zeros((len(lengths), -(-max(lengths) // page_size) + 2), np.int32)
+    prompts = []
+    for row, length in enumerate(lengths):
+        q = rng.normal(0, 1, (length, SLOTS, GROUP, HEAD_DIM)).astype(np.float32)
+        kv = rng.normal(0, 1, (2, length, SLOTS, HEAD_DIM)).astype(np.float32)
+        for page in range(-(-length // page_size)):
+            table[row, page] = next(shuffled)
+            part = kv[:, page * page_size : (page + 1) * page_size].swapaxes(1, 2)
+            pages[:, table[row, page], :, : part.shape[2]] = part
+        prompts.append(tuple(jnp.asarray(a, dtype) for a in (q, *kv)))
+    return prompts, jnp.asarray(pages, dtype), jnp.asarray(table)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize(("page_size", "tokens"), [(4, 1), (4, 5), (16, 40), (3, 17)])
+@pytest.mark.parametrize("kind", PAGED_KINDS)
+def test_the_last_tokens_of_prompts(kind, page_size, tokens, window, dtype):
+    if not kind_runs(kind, dtype):
+        return
+    lengths = [tokens + 9, tokens, tokens + 70, tokens + 2]
+    counts = [tokens, max(1, tokens - 3), tokens, 0]
+    prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, dtype)
+    positions = jnp.array([length - tokens for length in lengths])
+    lengths = [int(at) + count for at, count in zip(positions, counts, strict=True)]
+    q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
+    found = jax.jit(paged_attention, static_argnames=("window", "kind"))(
+        q, k_pages, v_pages, table, positions, jnp.array(counts), window=window, kind=kind
+    )
+    for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
+        if count:
+            whole = causal_attention(q_row[None, :length], k[None, :length], v[None, :length], window=window)[
+                0, -count:
+            ]
+            tolerance = 1e-5 if dtype == "float32" else 0.03
+            np.testing.assert_allclose(
+                np.asarray(found[row, :count], np.float32), np.asarray(whole, np.float32), atol=tolerance
+            )
+
+
+def test_writing_changes_the_named_places_alone():
+    rng = np.random.default_rng(0)
+    pages = rng.normal(0, 1, (5, SLOTS, 4, HEAD_DIM)).astype(np.float32)
+    new = rng.normal(0, 1, (3, SLOTS, HEAD_DIM)).astype(np.float32)
+    expected = pages.copy()
+    expected[2, :, 3], expected[0, :, 1] = new[0], new[2]
+    found = jax.jit(write_pages)(pages, new, jnp.array([2, 5, 0]), jnp.array([3, 0, 1]))  # page 5 is past the last
+    np.testing.assert_array_equal(found, expected)
