@@ -130,6 +130,16 @@ class Engine:
     # --- in the engine's thread ---
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # nothing is left to serve with: say so to everyone rather than fall silent
+            self._closed = True
+            fault = StepError(f"the engine stopped: {error}")
+            fault.__cause__ = error
+            for made in list(self._streams.values()):
+                made.hear(Ended(index=0, finish_reason="error", error=fault))
+
+    def _serve(self) -> None:
         while True:
             while not self._core.busy or not self._commands.empty():
                 command = self._commands.get()
@@ -170,7 +180,10 @@ class Stream:
         self.request: Request | None = None
         self._engine = engine
         self._events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RequestError("engine.stream is for asynchronous code: call it inside a coroutine") from None
 
     def hear(self, event: Chunk | Ended) -> None:
         """Called in the engine's thread."""
