@@ -102,14 +102,14 @@ class PagePool:
         assert node.parent is not None
         del node.parent.children[node.tokens]
 
-    def share(self, pages: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Make known that `pages`, held by the caller, hold `tokens`: every page that is full.
+    def share(self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int) -> None:
+        """Make known that pages [start, stop) of the caller's hold the tokens there; those before start are known.
 
-        Returns the caller's pages from now on: where the tree already has a page with the same tokens, that one is held
-        in place of the caller's own, which becomes blank.
+        Where the tree already has a page with the same tokens, that one takes the place of the caller's own in `pages`,
+        which becomes blank.
         """
-        node, now = self._root, list(pages)
-        for index in range(min(len(pages), len(tokens) // self.page_size)):
+        node = self._shared[pages[start - 1]] if start else self._root
+        for index in range(start, stop):
             part = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
             child = node.children.get(part)
             page = pages[index]
@@ -120,9 +120,8 @@ class PagePool:
             elif child.page != page:
                 self.hold([child.page])
                 self._release_one(page)
-                now[index] = child.page
+                pages[index] = child.page
             node = child
-        return now
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder fewer for each. Shared pages nobody holds stay known; the last of a prompt goes first."""

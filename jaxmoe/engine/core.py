@@ -152,16 +152,28 @@ class Core:
 
     def advance(self) -> list[Request]:
         """Send the next step off and take what the one before brought: the requests that have new events."""
-        for sequence in self.scheduler.expired(self._clock()):
-            self._end(sequence, "deadline")
-        plan = self.scheduler.plan()
         told: list[Request] = []
-        if plan:
-            self._guarded(plan, lambda: self._dispatch(plan))
-        if self._in_flight and (len(self._in_flight) > 1 or not plan):
-            step = self._in_flight.popleft()
-            self._guarded(step.plan, lambda: told.extend(self._complete(step)))
+        try:
+            for sequence in self.scheduler.expired(self._clock()):
+                self._end(sequence, "deadline")
+            plan = self.scheduler.plan()
+            if plan:
+                self._guarded(plan, lambda: self._dispatch(plan))
+            if self._in_flight and (len(self._in_flight) > 1 or not plan):
+                step = self._in_flight.popleft()
+                self._guarded(step.plan, lambda: told.extend(self._complete(step)))
+        except BaseException:  # an interruption in the middle: what was planned may or may not have been sent
+            self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
+            raise
         return told
+
+    def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
+        """The plan's requests end, fault is told each; the others are computed again on fresh pages."""
+        self._in_flight.clear()
+        self.scheduler.fail(plan, fault)
+        for array in jax.tree.leaves(self._state):  # some may have been donated; there is no room for both
+            array.delete()
+        self._state = self._fresh_state()
 
     def _guarded(self, plan: StepPlan, action: Callable[[], None]) -> None:
         """action(); if it throws, the plan's requests fail and the rest start over with empty pages."""
@@ -170,9 +182,7 @@ class Core:
         except Exception as error:  # whatever a device or a compiler throws
             fault = StepError(f"a step failed and this request was in it: {error}")
             fault.__cause__ = error
-            self._in_flight.clear()
-            self.scheduler.fail(plan, lambda sequence: self._end(sequence, "error", fault))
-            self._state = self._fresh_state()
+            self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
 
     def _dispatch(self, plan: StepPlan) -> None:
         bucket = bucket_of(plan, self.limits, least_rows=self.runner.least_rows, pages=self._row_pages)

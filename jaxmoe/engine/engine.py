@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,10 @@ _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 class Engine:
     """A model that serves requests as they come. Start-up compiles every program it will run.
 
-    model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch.
-    context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on each device; by
-    default 1 on a CPU, 90% of what is left on an accelerator. page_size: tokens. chunk_tokens: of prompts, a step and
-    rank.
+    model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch;
+    rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
+    each device; by default 1 on a CPU, 90% of what is left on an accelerator. page_size: tokens. chunk_tokens: of
+    prompts, a step and rank.
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -49,16 +52,24 @@ class Engine:
         on_compile: Callable[[int, int], None] = lambda done, total: None,
         **load: Any,
     ) -> None:
+        if isinstance(model, LLM) and (mesh is not None or dtype is not None or load):
+            raise ConfigError(
+                "mesh, dtype and other options of loading were given with an LLM, which is loaded already"
+            )
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
             self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
             chunk_tokens=chunk_tokens,
         )  # fmt: skip
-        self._core = Core(self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos)
+        try:
+            self._core = Core(self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos)
+        except RequestError as error:
+            raise ConfigError(f"memory_gib={memory_gib} is more than the devices have: {error}") from error
         self._core.warm_up(on_compile)
         self._ids = itertools.count()
-        self._streams: dict[str, Stream] = {}
+        self._listeners: dict[str, _Listener] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # around _closed and the names in use
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
@@ -78,25 +89,32 @@ class Engine:
         Raises: RequestError at the call for a prompt or value out of range, an id that is in use, or a request that can
         never fit; StepError while listening if a step failed with it or the engine ended it.
         """
-        if self._closed:
-            raise RequestError("the engine is closed: make a new one")
         ids = self.llm.checked_prompt(prompt, params)
         room = self._limits.context - len(ids)
         self._core.scheduler.check(len(ids), len(ids) + max(1, min(params.max_tokens, room)))
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        if request_id in self._streams:
-            raise RequestError(f"request_id={request_id!r} is in use: choose another")
+        if type(priority) is not int:
+            raise RequestError(f"priority={priority!r} must be a whole number")
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 <= timeout_s < math.inf):
+            raise RequestError(f"timeout_s={timeout_s!r} must be a number of seconds of at least 0")
+        if request_id is not None and not isinstance(request_id, str):
+            raise RequestError(f"request_id={request_id!r} must be text")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        made = Stream(self, request_id)
-        self._streams[request_id] = made
-        self._commands.put(lambda: self._submit(made, ids, params, priority, deadline))
-        return made
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed: make a new one")
+            name = f"request-{next(self._ids)}" if request_id is None else request_id
+            if name in self._listeners:
+                raise RequestError(f"request_id={name!r} is in use: choose another")
+            listener = _Listener(name)
+            self._listeners[name] = listener
+            self._commands.put(lambda: self._submit(listener, ids, params, priority, deadline))
+        return Stream(listener, lambda: self._commands.put(lambda: self._cancel(listener)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are free at once. An unknown or ended one is left alone."""
-        made = self._streams.get(request_id)
-        if made is not None:
-            self._commands.put(lambda: self._cancel(made))
+        listener = self._listeners.get(request_id)
+        if listener is not None:
+            self._commands.put(lambda: self._cancel(listener))
 
     def stats(self) -> dict[str, Any]:
         """Counts since start-up, and what is held now."""
@@ -109,17 +127,18 @@ class Engine:
             "prefix_hit_rate": scheduler.num_cached_tokens / prompt if prompt else 0.0,
             "preemptions": scheduler.num_preemptions,
             "pages_held": sum(pool.num_held for pool in scheduler.pools),
-            "pages_evicted": sum(pool.num_evicted for pool in scheduler.pools),
+            "pages_evicted": scheduler.num_evicted,
             "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
             "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_a_token": self.llm.runner.bytes_a_token,
         }  # fmt: skip
 
     def close(self) -> None:
         """End every request and the thread."""
-        if not self._closed:
-            self._closed = True
-            self._commands.put(None)
-            self._thread.join()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        self._thread.join()
 
     def __enter__(self) -> Engine:
         return self
@@ -132,54 +151,56 @@ class Engine:
     def _run(self) -> None:
         try:
             self._serve()
+            reason, fault = "cancelled", None
         except Exception as error:  # nothing is left to serve with: say so to everyone rather than fall silent
-            self._closed = True
-            fault = StepError(f"the engine stopped: {error}")
+            reason, fault = "error", StepError(f"the engine stopped: {error}")
             fault.__cause__ = error
-            for made in list(self._streams.values()):
-                made.hear(Ended(index=0, finish_reason="error", error=fault))
+        with self._lock:
+            self._closed = True
+            left = list(self._listeners.values())
+        for listener in left:
+            listener.hear(Ended(index=0, finish_reason=reason, error=fault))
 
     def _serve(self) -> None:
         while True:
             while not self._core.busy or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
-                    for made in list(self._streams.values()):
-                        self._cancel(made)
+                    for listener in list(self._listeners.values()):
+                        self._cancel(listener)
                     return
                 command()
             self._core.advance()
-            for made in list(self._streams.values()):
-                self._tell(made)
+            for listener in list(self._listeners.values()):
+                self._tell(listener)
 
     def _submit(
-        self, made: Stream, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
+        self, listener: _Listener, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        made.request = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
+        listener.request = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
 
-    def _cancel(self, made: Stream) -> None:
-        if made.request is not None:
-            self._core.cancel(made.request)
-            self._tell(made)
+    def _cancel(self, listener: _Listener) -> None:
+        if listener.request is not None:
+            self._core.cancel(listener.request)
+            self._tell(listener)
 
-    def _tell(self, made: Stream) -> None:
-        if made.request is None:
+    def _tell(self, listener: _Listener) -> None:
+        if listener.request is None:
             return
-        while made.request.events:
-            event = made.request.events.popleft()
+        while listener.request.events:
+            event = listener.request.events.popleft()
             if event.finish_reason is not None:
-                self._streams.pop(made.request_id, None)
-            made.hear(event)
+                self._listeners.pop(listener.request_id, None)
+            listener.hear(event)
 
 
-class Stream:
-    """The tokens of one request, for one listener. Ends after the chunk that has a finish_reason."""
+class _Listener:
+    """The way from the engine's thread to whoever listens to one request."""
 
-    def __init__(self, engine: Engine, request_id: str) -> None:
+    def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.request: Request | None = None
-        self._engine = engine
-        self._events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
+        self.events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -187,20 +208,33 @@ class Stream:
 
     def hear(self, event: Chunk | Ended) -> None:
         """Called in the engine's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class Stream:
+    """The tokens of one request, for one listener. Ends after the chunk that has a finish_reason.
+
+    A request whose stream nobody listens to any more, or holds any more, ends.
+    """
+
+    def __init__(self, listener: _Listener, end: Callable[[], None]) -> None:
+        self.request_id = listener.request_id
+        self._events = listener.events
+        self._end = weakref.finalize(self, end)
+        self._end.atexit = False
+        self._heard_all = False
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         try:
-            while True:
+            while not self._heard_all:
                 event = await self._events.get()
+                self._heard_all = event.finish_reason is not None
                 if isinstance(event, Ended):
                     raise event.error or StepError(f"{self.request_id} was ended: {event.finish_reason}")
                 yield event
-                if event.finish_reason is not None:
-                    return
         finally:
-            self._engine.cancel(self.request_id)
+            self._end()
 
 
 def _limits(
@@ -209,13 +243,16 @@ def _limits(
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
-    for name, value in (("max_requests", max_requests), ("page_size", page_size), ("chunk_tokens", chunk_tokens)):
+    named = {"max_requests": max_requests, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens}
+    for name, value in named.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
-    if not 1 <= context <= longest:
+    if context > longest:
         raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
     if memory_gib is None:
         memory_gib = _spare_gib()
+    if not (isinstance(memory_gib, int | float) and 0 <= memory_gib < math.inf):
+        raise ConfigError(f"memory_gib={memory_gib!r} must be a number of at least 0")
     token_bytes = runner.bytes_a_token / runner.placement.parts("kv_head")
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class LLM:
     ) -> None:
         self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
         self._core: Core | None = None
+        self._lock = threading.RLock()  # one thread at a time plans and sends steps
 
     @classmethod
     def load(
@@ -61,7 +63,8 @@ class LLM:
 
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
         None puts all devices on expert (MoE) or tensor (dense). dtype: of weights, activations, cache; None keeps the
-        checkpoint's. max_batch: requests run together. on_progress is told (bytes placed, bytes in all).
+        checkpoint's. max_batch: requests run together, rounded up to a power of two a rank. on_progress is told (bytes
+        placed, bytes in all).
         Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
         """
         directory = find_model(model, revision=revision)
@@ -109,8 +112,8 @@ class LLM:
 
         Raises: RequestError before anything runs if any prompt or value is out of range.
         """
-        core, requests = self._submit(_listed(prompts), params)
-        for _ in _events(core, requests):
+        requests: list[Request] = []
+        for _ in self._events(self._asked(_listed(prompts), params), requests):
             pass
         return [request.output() for request in requests]
 
@@ -118,7 +121,7 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> Iterator[Chunk]:
         """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
-        return _events(*self._submit(_listed(prompts), params))
+        return self._events(self._asked(_listed(prompts), params), [])
 
     def chat(self, messages: Sequence[Message], params: SamplingParams = SamplingParams()) -> RequestOutput:
         """The assistant's answer to a conversation, by the model's chat template. Raises: RequestError without one."""
@@ -172,9 +175,10 @@ class LLM:
             raise RequestError("this model has no tokenizer.json: give token ids")
         return self.tokenizer.encode(prompt)
 
-    def _submit(
+    def _asked(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-    ) -> tuple[Core, list[Request]]:
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """Token ids and sampling values of each request, checked."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
             raise RequestError(
@@ -185,8 +189,34 @@ class LLM:
         if self.tokenizer is None and any(p.stop for p in each):
             raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
         checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
-        core = self._core_for(checked, [p.max_tokens for p in each])
-        return core, [core.submit(i, ids, p) for i, (ids, p) in enumerate(zip(checked, each, strict=True))]
+        return list(zip(checked, each, strict=True))
+
+    def _events(self, asked: list[tuple[list[int], SamplingParams]], requests: list[Request]) -> Iterator[Chunk]:
+        """The chunks of these requests as they come, to the last; `requests` receives them.
+
+        Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed.
+        """
+        with self._lock:
+            core = self._core_for([ids for ids, _ in asked], [p.max_tokens for _, p in asked])
+            requests += [core.submit(index, ids, p) for index, (ids, p) in enumerate(asked)]
+        listening = {id(request): request for request in requests}
+        try:
+            while listening:
+                for request in [r for r in listening.values() if r.events]:
+                    while request.events:
+                        event = request.events.popleft()
+                        if isinstance(event, Ended):
+                            raise event.error or StepError(f"request {event.index} was ended: {event.finish_reason}")
+                        if event.finish_reason is not None:
+                            del listening[id(request)]
+                        yield event
+                if listening:
+                    with self._lock:
+                        core.advance()
+        finally:
+            with self._lock:
+                for request in listening.values():
+                    core.cancel(request)
 
     def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
@@ -203,7 +233,7 @@ class LLM:
         rows = self.runner.least_rows
         while rows * ranks < min(len(prompts), self.max_batch):
             rows *= 2
-        length = bucket(longest)
+        length = min(bucket(longest), context)
         share = -(-sum(map(len, prompts)) // ranks)
         needed = Limits(
             num_ranks=ranks, rows=rows, block_tokens=_BLOCK_TOKENS, context=length, page_size=_PAGE_SIZE,
@@ -216,29 +246,6 @@ class LLM:
             del old
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
         return self._core
-
-
-def _events(core: Core, requests: Sequence[Request]) -> Iterator[Chunk]:
-    """The chunks of these requests as they come, to the last. Raises: StepError if a step that held one of them failed.
-
-    Whoever stops listening ends the requests.
-    """
-    open_requests = {id(request): request for request in requests}
-    try:
-        while open_requests:
-            for request in [r for r in open_requests.values() if r.events]:
-                while request.events:
-                    event = request.events.popleft()
-                    if isinstance(event, Ended):
-                        raise event.error or StepError(f"request {event.index} was ended: {event.finish_reason}")
-                    if event.finish_reason is not None:
-                        del open_requests[id(request)]
-                    yield event
-            if open_requests:
-                core.advance()
-    finally:
-        for request in open_requests.values():
-            core.cancel(request)
 
 
 def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:

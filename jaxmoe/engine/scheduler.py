@@ -75,6 +75,7 @@ class Sequence:
     num_pending: int = 0  # tokens that steps planned so far will bring
     num_cached: int = 0  # prompt tokens that were found in shared pages
     num_preempted: int = 0
+    num_shared: int = 0  # pages, from the first, that are in the pool's tree
     decoding: bool = False  # its prompt is planned to the end: from now on one token a step
     finished: bool = False
 
@@ -119,8 +120,13 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
-        self._arrivals = 0
+        self._arrivals = self._evicted_before = 0
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
+
+    @property
+    def num_evicted(self) -> int:
+        """Known pages given up for room, since the start."""
+        return self._evicted_before + sum(pool.num_evicted for pool in self.pools)
 
     def _new_pool(self) -> PagePool:
         return PagePool(num_pages=self.limits.num_pages, page_size=self.limits.page_size)
@@ -168,7 +174,7 @@ class Scheduler:
         self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few rows are computed
         self.pools[sequence.rank].release(sequence.pages)
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
-        sequence.decoding = False
+        sequence.decoding, sequence.num_shared = False, 0
 
     def expired(self, now: float) -> list[Sequence]:
         """Requests whose deadline has passed; the caller finishes them."""
@@ -246,6 +252,7 @@ class Scheduler:
         assert taken is not None
         sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), matched + taken
         sequence.num_written = sequence.num_cached = len(matched) * size
+        sequence.num_shared = len(matched)
         self.num_prompt_tokens += len(tokens)
         self.num_cached_tokens += sequence.num_cached
         self.waiting.remove(sequence)
@@ -283,12 +290,19 @@ class Scheduler:
         return wanted
 
     def _share(self, sequence: Sequence) -> None:
-        """Tell the pool what the pages hold: tokens that are known, of steps that are done."""
-        if sequence.slot >= 0:
-            known = min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending)
-            if known >= self.limits.page_size:
-                pool = self.pools[sequence.rank]
-                sequence.pages = pool.share(sequence.pages, sequence.tokens[:known])
+        """Tell the pool of pages that are full of known tokens.
+
+        A chunk still on its way counts as written: devices take steps in order, so whoever reads it comes later, and if
+        the chunk fails all pages are forgotten.
+        """
+        if sequence.slot < 0:
+            return
+        known = min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending)
+        full = known // self.limits.page_size
+        if full > sequence.num_shared:
+            pool = self.pools[sequence.rank]
+            pool.share(sequence.pages, sequence.tokens, start=sequence.num_shared, stop=full)
+            sequence.num_shared = full
 
     def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
         """A step threw: its sequences end (fault is told each), all others are computed again, nothing stays cached."""
@@ -300,4 +314,5 @@ class Scheduler:
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
+        self._evicted_before = self.num_evicted
         self.pools = [self._new_pool() for _ in range(self.limits.num_ranks)]

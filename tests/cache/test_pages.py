@@ -21,8 +21,10 @@ def test_pages_are_taken_all_or_none():
 def test_a_known_beginning_is_found_page_by_page():
     pool = PagePool(num_pages=4, page_size=2)
     mine = pool.take(3)
-    pages = pool.share(mine, [1, 2, 3, 4, 5])  # the third page is not full
-    assert pages == mine
+    before = list(mine)
+    pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=1)
+    pool.share(mine, [1, 2, 3, 4, 5], start=1, stop=2)  # the third page is not full
+    assert mine == before
     assert pool.match([1, 2, 3, 4, 9], limit=5) == mine[:2]
     assert pool.match([1, 2, 3, 4], limit=3) == mine[:1]
     assert pool.match([1, 9, 3, 4], limit=4) == []
@@ -33,8 +35,10 @@ def test_a_known_beginning_is_found_page_by_page():
 def test_the_same_tokens_are_kept_once():
     pool = PagePool(num_pages=4, page_size=2)
     first, second = pool.take(2), pool.take(2)
-    pool.share(first, [1, 2, 3, 4])
-    assert pool.share(second, [1, 2, 7, 8]) == [first[0], second[1]]
+    own = second[1]
+    pool.share(first, [1, 2, 3, 4], start=0, stop=2)
+    pool.share(second, [1, 2, 7, 8], start=0, stop=2)
+    assert second == [first[0], own]
     assert pool.num_free == 1
     pool.check()
     pool.release(first)
@@ -47,8 +51,8 @@ def test_the_same_tokens_are_kept_once():
 def test_the_longest_idle_end_of_a_prompt_goes_first():
     pool = PagePool(num_pages=4, page_size=1)
     old, new = pool.take(2), pool.take(2)
-    pool.share(old, [1, 2])
-    pool.share(new, [3, 4])
+    pool.share(old, [1, 2], start=0, stop=2)
+    pool.share(new, [3, 4], start=0, stop=2)
     pool.release(old)
     pool.release(new)
     assert pool.take(1) == [old[1]]
@@ -61,7 +65,7 @@ def test_the_longest_idle_end_of_a_prompt_goes_first():
 def test_held_pages_are_never_evicted():
     pool = PagePool(num_pages=2, page_size=1)
     mine = pool.take(2)
-    pool.share(mine, [1, 2])
+    pool.share(mine, [1, 2], start=0, stop=2)
     pool.release(mine)
     pool.hold(pool.match([1], limit=1))
     assert pool.take(2) is None

@@ -146,6 +146,63 @@ def test_what_can_never_run_is_refused_at_once(engine):
                 continue
             with pytest.raises(RequestError, match=words):
                 engine.stream(prompt, params)
+        for options in ({"priority": "high"}, {"priority": None}, {"timeout_s": "5"}, {"request_id": [1]}):
+            with pytest.raises(RequestError, match=next(iter(options))):
+                engine.stream([1], **options)
+
+    asyncio.run(scene())
+    with pytest.raises(RequestError, match="asynchronous"):
+        engine.stream([1])
+
+
+def test_a_name_may_be_used_again_at_once(engine):
+    async def scene():
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        for _ in range(3):
+            stream = engine.stream([1, 2], one, request_id="again")
+            async for chunk in stream:
+                if chunk.finish_reason:
+                    break
+            assert [chunk async for chunk in stream] == []  # heard to its end already
+
+    asyncio.run(scene())
+
+
+def test_a_stream_that_is_dropped_ends_its_request(engine):
+    async def scene():
+        for _ in range(12):
+            engine.stream([1, 2], SamplingParams(max_tokens=40, ignore_eos=True))
+        await collect(engine, [3], SamplingParams(max_tokens=1, ignore_eos=True))
+
+    before = engine.stats()["new_tokens"]
+    asyncio.run(scene())
+    assert engine.stats()["new_tokens"] - before < 12 * 40
+    assert engine.stats()["pages_held"] == 0
+
+
+def test_closing_ends_every_stream(tiny_llm):
+    engine = Engine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+
+    async def scene():
+        listening = asyncio.create_task(collect(engine, [1], SamplingParams(max_tokens=40, ignore_eos=True)))
+        await asyncio.sleep(0.01)
+        engine.close()
+        with pytest.raises(StepError, match="ended: cancelled"):
+            await listening
+        with pytest.raises(RequestError, match="closed"):
+            engine.stream([1])
+
+    asyncio.run(scene())
+    engine.close()
+
+
+def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
+    engine = Engine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    monkeypatch.setattr(engine._core.scheduler, "plan", lambda: 1 / 0)
+
+    async def scene():
+        with pytest.raises(StepError, match="the engine stopped: division by zero"):
+            await collect(engine, [1], SamplingParams())
 
     asyncio.run(scene())
 
@@ -157,6 +214,10 @@ def test_what_can_never_run_is_refused_at_once(engine):
         ({"context": 10**9}, "context=1000000000 must lie in"),
         ({"memory_gib": 0.0}, "memory_gib=0.0 does not hold one page"),
         ({"page_size": -1}, "page_size=-1"),
+        ({"context": "48"}, "context='48'"),
+        ({"memory_gib": float("nan")}, "=nan"),
+        ({"memory_gib": float("inf")}, "=inf"),
+        ({"dtype": "float32"}, "loaded already"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(tiny_llm, sizes, words):

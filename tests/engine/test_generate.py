@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -81,6 +82,55 @@ def test_a_request_ends_where_the_context_is_full(tiny_llm):
     out = llm.generate([[1] * (context - 3)], SamplingParams(max_tokens=50, ignore_eos=True))[0]
     assert len(out.token_ids) == 3
     assert out.finish_reason == "length"
+
+
+def test_a_context_that_is_no_round_number_is_kept(tiny_dir, tmp_path):
+    directory = shutil.copytree(tiny_dir(CASE), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 100}
+    (directory / "config.json").write_text(json.dumps(config))
+    llm = LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32")
+    (out,) = llm.generate([[1] * 90], SamplingParams(max_tokens=50, ignore_eos=True))
+    assert len(out.token_ids) == 10
+
+
+def test_a_stream_nobody_listens_to_costs_nothing(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    (wanted,) = llm.generate([PROMPTS[0]], drawn(1))
+    dropped = [llm.stream(PROMPTS, drawn(2)) for _ in range(5)]
+    begun = llm.stream(PROMPTS, drawn(3))
+    next(begun)
+    begun.close()
+    before = llm._core.scheduler.num_steps
+    assert llm.generate([PROMPTS[0]], drawn(1))[0].token_ids == wanted.token_ids
+    assert llm._core.scheduler.num_steps - before < 20
+    assert len(dropped) == 5
+
+
+def test_threads_may_share_a_model(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    wanted = [out.token_ids for out in llm.generate(PROMPTS, drawn(4))]
+    with ThreadPoolExecutor(5) as threads:
+        found = list(threads.map(lambda prompt: llm.generate([prompt], drawn(4))[0].token_ids, PROMPTS * 4))
+    assert found == wanted * 4
+
+
+def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    wanted = llm.generate([PROMPTS[0]], drawn(4))[0].token_ids
+    other = llm.stream([PROMPTS[0]], drawn(4))
+    heard = [next(other).token_id]
+    real = llm.runner.step
+
+    def interrupted(*arguments):
+        real(*arguments)  # the pages are donated, and nobody hears of the new ones
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.runner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPTS[1]], drawn(4))
+    monkeypatch.undo()
+    assert llm.generate([PROMPTS[0]], drawn(4))[0].token_ids == wanted
+    assert heard + [chunk.token_id for chunk in other] == wanted
 
 
 @pytest.mark.parametrize(

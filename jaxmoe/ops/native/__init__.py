@@ -93,7 +93,13 @@ def _register() -> None:
         library = ctypes.CDLL(str(path))
     except OSError:  # not a library (any more): once more from the source
         _build(compiler, path)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ConfigError(
+                f"native kernels cannot be loaded from {path}: {error}; set XDG_CACHE_HOME to a folder that programs "
+                f"may run from, or {_REMEDY}"
+            ) from error
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 

@@ -29,6 +29,7 @@ struct Product {
   }
 
   void RunAll(ffi::ThreadPool& pool) const {
+    if (rows == 0 || columns == 0) return;
     std::vector<float> wide(rows * depth);
     for (int64_t i = 0; i < rows * depth; ++i) wide[i] = Widen(x[i]);
     const int64_t bytes = depth * columns * static_cast<int64_t>(sizeof(T));
