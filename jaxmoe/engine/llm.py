@@ -222,9 +222,8 @@ class LLM:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
-        if self.tokenizer is None and params.stop:
-            raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
-        return self._checked([self._ids(prompt)], room=1)[0]
+        ((ids, _),) = self._asked([prompt], params)
+        return ids
 
     def _core_for(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> Core:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""

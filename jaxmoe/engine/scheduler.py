@@ -74,7 +74,6 @@ class Sequence:
     num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
     num_pending: int = 0  # tokens that steps planned so far will bring
     num_cached: int = 0  # prompt tokens that were found in shared pages
-    num_preempted: int = 0
     num_shared: int = 0  # pages, from the first, that are in the pool's tree
     decoding: bool = False  # its prompt is planned to the end: from now on one token a step
     finished: bool = False
@@ -215,7 +214,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        sequence.num_preempted += 1
         self.num_preemptions += 1
         self._queue(sequence)
 

@@ -66,19 +66,15 @@ class PagedAttend:
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
         """See Attend."""
-        tokens, new = (
-            ("batch", "length", "kv_head", "head_slot", "head_dim"),
-            ("batch", "length", "kv_head", "head_dim"),
-        )
         lengths = tuple(section.num_tokens for section in self._sections)
         blocks = [(section.table, section.positions, section.counts) for section in self._sections]
         per_block = (("batch", "block", "one"), ("batch", "block"), ("batch", "block"))
         mixed, keys, values = self._placement.locally(
             partial(_over_pages, lengths=lengths, window=window, kind=self._kind),
-            (q, tokens), (k, new), (v, new),
+            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS),
             *((pages, PAGE_DIMS) for pages in self.pages[layer]),
             *((array, dims) for section in blocks for array, dims in zip(section, per_block, strict=True)),
-            out=(tokens, PAGE_DIMS, PAGE_DIMS),
+            out=(_QUERY_DIMS, PAGE_DIMS, PAGE_DIMS),
         )  # fmt: skip
         self.pages[layer] = (keys, values)
         return mixed

@@ -7,23 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.errors import ConfigError
-from jaxmoe.ops import native
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PAGED_KINDS, paged_attention, write_pages
+
+from .test_linear import compiler_found
 
 SLOTS, GROUP, HEAD_DIM, NUM_PAGES = 2, 3, 8, 80
 
 
 def kind_runs(kind: str, dtype: str) -> bool:
     """Whether an implementation can run here; without a C++ compiler, checks what a user of `native` is told."""
-    if kind != "native" or native.find_compiler() is not None:
-        if kind == "native":
-            native.prepare(dtype)
-        return True
-    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-        native.prepare(dtype)
-    return False
+    return kind != "native" or compiler_found(dtype)
 
 
 def pool_of(lengths: list[int], page_size: int, dtype: str):
