@@ -11,6 +11,8 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.grouped import grouped_swiglu
 
+from .test_linear import compiler_found
+
 
 def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
     rng = np.random.default_rng(0)
@@ -33,9 +35,7 @@ def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
 @pytest.mark.parametrize(("num_tokens", "num_experts", "ffn"), [(1, 8, 24), (7, 3, 130), (40, 8, 64), (65, 4, 16)])
 def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
     arrays = arguments(num_tokens, num_experts, ffn, routing, dtype)
-    if native.find_compiler() is None:  # what a user without one sees
-        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            native.prepare(dtype)
+    if not compiler_found(dtype):
         return
     run = jax.jit(grouped_swiglu, static_argnames=("top_k", "kind"))
     wanted = np.asarray(run(*arrays, top_k=2, kind="dense"), np.float32)
@@ -47,11 +47,8 @@ def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gates_far_from_zero_stay_finite(dtype):
     """silu(-1000) is 0 and silu(1000) is 1000, whatever exp overflows to."""
-    if native.find_compiler() is None:
-        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            native.prepare(dtype)
+    if not compiler_found(dtype):
         return
-    native.prepare(dtype)
     x, weights = jnp.ones((2, 16), dtype), jnp.array([[1, 0], [0, 1]], dtype)
     gate_up = jnp.stack([jnp.full((16, 2, 32), value, dtype) for value in (-60, 60)])
     gate_up = gate_up.at[:, :, 1].set(1)
@@ -63,9 +60,7 @@ def test_gates_far_from_zero_stay_finite(dtype):
 
 def test_gradients_are_those_of_blocks():
     arrays = arguments(7, 3, 12, "spread", "float32")
-    if native.find_compiler() is None:
-        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            native.prepare("float32")
+    if not compiler_found("float32"):
         return
 
     def gradients(kind):
