@@ -102,11 +102,12 @@ class PagePool:
         assert node.parent is not None
         del node.parent.children[node.tokens]
 
-    def share(self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int) -> None:
+    def share(self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True) -> int:
         """Make known that pages [start, stop) of the caller's hold the tokens there; those before start are known.
 
         Where the tree already has a page with the same tokens, that one takes the place of the caller's own in `pages`,
-        which becomes blank.
+        which becomes blank; without replace (the caller's is still being written) sharing ends before it. Returns up to
+        where pages are shared now.
         """
         node = self._shared[pages[start - 1]] if start else self._root
         for index in range(start, stop):
@@ -118,10 +119,13 @@ class PagePool:
                 node.children[part] = child
                 self._shared[page] = child
             elif child.page != page:
+                if not replace:
+                    return index
                 self.hold([child.page])
                 self._release_one(page)
                 pages[index] = child.page
             node = child
+        return max(start, stop)
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder fewer for each. Shared pages nobody holds stay known; the last of a prompt goes first."""

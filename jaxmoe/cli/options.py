@@ -27,13 +27,14 @@ class ModelOptions:
     mesh: str | None
     devices: int | None
     dtype: str | None
+    kv_dtype: str | None
     revision: str | None
     ignore_config_keys: tuple[str, ...]
-    dispatch: str
-    grouped: str
-    linear: str
-    attention: str
-    native: bool
+    dispatch: str | None
+    grouped: str | None
+    linear: str | None
+    attention: str | None
+    native: bool | None
     max_batch: int
 
 
@@ -43,13 +44,18 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
         click.option("--devices", type=int, help="emulate this many devices on the CPU"),
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
+        click.option(
+            "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"
+        ),
         click.option("--revision", help="branch, tag or commit of a hub model"),
         click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over"),
-        click.option("--dispatch", default="all_to_all", show_default=True, help="all_to_all or all_gather"),
-        click.option("--grouped", default="blocks", show_default=True, help="blocks, ragged, native or dense"),
-        click.option("--linear", default="xla", show_default=True, help="xla or native"),
-        click.option("--attention", default="loop", show_default=True, help="loop or native"),
-        click.option("--native", is_flag=True, help="the native CPU kernel wherever there is one"),
+        click.option(
+            "--native/--no-native", default=None, help="C++ kernels for the CPU; by default where they compile"
+        ),
+        click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather"),
+        click.option("--grouped", help="experts: blocks, ragged, native or dense"),
+        click.option("--linear", help="other products: xla or native"),
+        click.option("--attention", help="over pages: loop or native"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
     names = [field.name for field in fields(ModelOptions)]
@@ -102,18 +108,19 @@ def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None
 def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False) -> LLM:
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
     from jaxmoe.engine.llm import LLM
-    from jaxmoe.model.kernels import Kernels
+    from jaxmoe.model.kernels import NATIVE_STEPS, STEPS, Kernels
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    chosen = {name: getattr(options, name) for name in ("dispatch", "grouped", "linear", "attention")}
-    if options.native:
-        chosen |= dict.fromkeys(("grouped", "linear", "attention"), "native")
-    kernels = Kernels(**chosen)
+    steps = {step: getattr(options, step) for step in STEPS if getattr(options, step) is not None}
+    if options.native is not None:
+        steps = vars(Kernels()) | (dict.fromkeys(NATIVE_STEPS, "native") if options.native else {}) | steps
+    Kernels(**steps)  # a kernel that does not exist is said before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
-            name, mesh=options.mesh, dtype=options.dtype, revision=options.revision, kernels=kernels,
-            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch, on_progress=on_progress,
+            name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
+            kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
+            on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -3,24 +3,29 @@
 A bucket fixes the shapes of a step, and so which compiled program runs it. There are few of them.
 """
 
-# Dims: r ranks of the batch, d decode rows, n blocks of prompt tokens, q tokens of a block, p pages of a row.
+# Dims: r ranks of the batch, d rows, n blocks of prompt tokens, q tokens of a block, p pages of a row, l listed tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.request import SamplingParams
+from jaxmoe.engine.request import MOST_LISTED, SamplingParams
 from jaxmoe.engine.scheduler import Chunk, Limits, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
+
+_NOWHERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Shapes of a step of one rank: rows that decode, blocks of prompt tokens, tokens of a block, pages of a row."""
+    """Shapes of a step of one rank: rows, blocks of prompt tokens, tokens of a block, pages of a row.
+
+    A row is the slot of one request: it decodes, or a token is drawn for it after the last block of its prompt.
+    """
 
     rows: int
     blocks: int
@@ -32,26 +37,31 @@ class Bucket:
         """Tokens a rank computes, padding included."""
         return self.rows + self.blocks * self.block_tokens
 
-    @property
-    def num_sampled(self) -> int:
-        """Rows of logits a rank computes."""
-        return self.rows + self.blocks
-
     def _parts(self) -> dict[str, tuple[int, ...]]:
-        rows, blocks, sampled = self.rows, self.blocks, self.num_sampled
+        rows, blocks = (self.rows,), (self.blocks,)
+        listed = (self.rows, MOST_LISTED)
         return {
-            "row_positions": (rows,),  # of the token each row reads, which the step before drew
-            "row_counts": (rows,),  # 1 where the row decodes
-            "block_tokens": (blocks, self.block_tokens),
-            "block_positions": (blocks,),
-            "block_counts": (blocks,),
-            "block_slots": (blocks,),  # the row that the block's next token is drawn for; past the last for none
-            "table": (sampled, self.pages),
-            "top_k": (sampled,),
-            "seed": (sampled,),
-            "temperature": (sampled,),
-            "top_p": (sampled,),
-            "min_p": (sampled,),
+            "positions": rows,  # of the token each row reads, which the step before drew
+            "counts": rows,  # tokens the row decodes, one a turn; 0 where it does not
+            "drawn_from": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
+            "table": (self.rows, self.pages),
+            "block_tokens": (self.blocks, self.block_tokens),
+            "block_rows": blocks,
+            "block_positions": blocks,
+            "block_counts": blocks,
+            "temperature": rows,
+            "top_k": rows,
+            "top_p": rows,
+            "min_p": rows,
+            "seed": rows,
+            "repetition": rows,
+            "presence": rows,
+            "frequency": rows,
+            "prompt_length": rows,
+            "num_banned": rows,
+            "banned_until": rows,
+            "listed": listed,
+            "bias": listed,
         }
 
     @property
@@ -69,7 +79,19 @@ class Bucket:
         return parts
 
 
-FLOAT_PARTS = ("temperature", "top_p", "min_p")  # their bits are those of float32 numbers
+# Parts whose bits are those of float32 numbers.
+FLOAT_PARTS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a step needs to know of one request beside its tokens. num_prompt: tokens of its prompt. ends: tokens that
+    end it, which may not come before its min_tokens."""
+
+    params: SamplingParams
+    num_prompt: int
+    ends: tuple[int, ...]
+    seed: int
 
 
 def row_buckets(*, least: int, most: int) -> list[int]:
@@ -82,9 +104,11 @@ def row_buckets(*, least: int, most: int) -> list[int]:
 
 
 def _block_buckets(limits: Limits) -> list[int]:
-    """The numbers of prompt blocks that are computed: all a step may have, or a quarter."""
-    most = limits.chunk_tokens // limits.block_tokens
-    return sorted({max(1, most // 4), most})
+    """The numbers of prompt blocks that are computed: all a step may have, a quarter of them, and so on down to 4."""
+    sizes = [limits.chunk_tokens // limits.block_tokens]
+    while sizes[-1] > 4:
+        sizes.append(max(4, sizes[-1] // 4))
+    return sizes[::-1]
 
 
 def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int) -> Bucket:
@@ -98,7 +122,7 @@ def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int) ->
         blocks = next(n for n in _block_buckets(limits) if n >= blocks)
         rows = limits.rows
     else:
-        used = max(sequence.slot + 1 for sequence in plan.decodes)
+        used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
     return Bucket(rows=rows, blocks=blocks, block_tokens=size, pages=pages)
 
@@ -113,49 +137,60 @@ def all_buckets(limits: Limits, *, least_rows: int, pages: int) -> list[Bucket]:
     ]
 
 
-def pack(plan: StepPlan, bucket: Bucket, limits: Limits, params_of: Any) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """packed [r, length] int32, and for each of plan.sampled() its (rank, row of logits). params_of: by request id."""
+def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], Told]) -> np.ndarray:
+    """What every rank is told of the plan, [r, length] int32. told: of a request, by its id."""
     packed = np.zeros((limits.num_ranks, bucket.length), np.int32)
     parts = bucket.split(packed)
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
-    parts["block_slots"][:] = limits.rows
-    floats["top_p"][:] = 1.0
+    floats["top_p"][:] = floats["repetition"][:] = 1.0
+    parts["drawn_from"][:] = _NOWHERE
+    parts["listed"][:] = np.iinfo(np.int32).max
 
-    def tell(rank: int, row: int, sequence: Running) -> None:
-        parts["table"][rank, row, : len(sequence.pages)] = sequence.pages
-        params: SamplingParams = params_of(sequence.request_id)
-        parts["top_k"][rank, row] = params.top_k
-        parts["seed"][rank, row] = np.uint32(params.seed).view(np.int32)
-        for name in FLOAT_PARTS:
-            floats[name][rank, row] = getattr(params, name)
+    def tell(sequence: Running) -> tuple[int, int]:
+        """Fill in a row, whether it decodes or has blocks."""
+        at = sequence.rank, sequence.slot
+        parts["table"][at][: len(sequence.pages)] = sequence.pages
+        request = told(sequence.request_id)
+        params = request.params
+        parts["seed"][at] = np.uint32(request.seed).view(np.int32)
+        parts["top_k"][at], parts["prompt_length"][at] = params.top_k, request.num_prompt
+        for name in ("temperature", "top_p", "min_p"):
+            floats[name][at] = getattr(params, name)
+        if params.adjusts_logits:
+            for name in ("repetition", "presence", "frequency"):
+                floats[name][at] = getattr(params, f"{name}_penalty")
+            banned = request.ends if params.min_tokens else ()
+            listed = [*banned, *params.logit_bias]
+            parts["listed"][at][: len(listed)] = listed
+            floats["bias"][at][len(banned) : len(listed)] = list(params.logit_bias.values())
+            parts["num_banned"][at] = len(banned)
+            parts["banned_until"][at] = request.num_prompt + params.min_tokens
+        return at
 
-    places = []
-    for sequence in plan.decodes:
-        rank, row = sequence.rank, sequence.slot
-        parts["row_positions"][rank, row] = sequence.num_written - 1
-        parts["row_counts"][rank, row] = 1
-        tell(rank, row, sequence)
-        places.append((rank, row))
+    for decode in plan.decodes:
+        at = tell(decode.sequence)
+        parts["positions"][at], parts["counts"][at], parts["drawn_from"][at] = decode.start, decode.count, at[1]
     next_block = [0] * limits.num_ranks
     for chunk in plan.chunks:
-        block = _pack_chunk(chunk, bucket, parts, next_block, tell)
+        at = tell(chunk.sequence)
+        last = _pack_chunk(chunk, bucket, parts, next_block)
         if chunk.last:
-            parts["block_slots"][chunk.sequence.rank, block] = chunk.sequence.slot
-            places.append((chunk.sequence.rank, bucket.rows + block))
-    return packed, places
+            parts["drawn_from"][at] = last
+    return packed
 
 
-def _pack_chunk(chunk: Chunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int], tell: Any) -> int:
-    """Fill in the blocks of one chunk; the last one's index."""
+def _pack_chunk(chunk: Chunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int]) -> int:
+    """Fill in the blocks of one chunk; where its last token is among those of its rank."""
     sequence, rank, size = chunk.sequence, chunk.sequence.rank, bucket.block_tokens
     ids: Sequence[int] = sequence.tokens[chunk.start : chunk.start + chunk.count]
-    block = -1
+    last = _NOWHERE
     for first in range(0, chunk.count, size):
         part = ids[first : first + size]
         block = next_block[rank]
         next_block[rank] += 1
         parts["block_tokens"][rank, block, : len(part)] = part
+        parts["block_rows"][rank, block] = sequence.slot
         parts["block_positions"][rank, block] = chunk.start + first
         parts["block_counts"][rank, block] = len(part)
-        tell(rank, bucket.rows + block, sequence)
-    return block
+        last = bucket.rows + block * size + len(part) - 1
+    return last

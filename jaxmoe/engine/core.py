@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxmoe.engine.batch import Bucket, all_buckets, bucket_of, pack
-from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams
-from jaxmoe.engine.runner import EngineState, Runner
+from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
+from jaxmoe.engine.request import Chunk, Sample, SamplingParams
+from jaxmoe.engine.runner import Drawn, EngineState, Runner
 from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.errors import StepError
@@ -23,20 +23,24 @@ class Ended:
     """A request that ended without another token: "cancelled", "deadline", or "error" with the StepError."""
 
     index: int
+    sample: int
     finish_reason: str
     error: StepError | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Request:
-    """One request from the moment it is queued: what it asked for, and what came so far."""
+    """One sample of a request from the moment it is queued: what it asked for, and what came so far."""
 
     index: int
+    sample: int
     params: SamplingParams
     sequence: Sequence
     stream: TextStream
     num_prompt: int
+    ends: tuple[int, ...]  # tokens that end it
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     events: deque[Chunk | Ended] = field(default_factory=deque)  # what came and nobody has looked at yet
 
@@ -45,10 +49,16 @@ class Request:
         """The answer so far."""
         return self.sequence.tokens[self.num_prompt :]
 
-    def push(self, token: int, logprob: float, eos: frozenset[int]) -> Chunk:
+    def told(self) -> Told:
+        """What a step needs to know of it."""
+        seed = (self.params.seed + self.sample) % 2**32
+        return Told(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=seed)
+
+    def push(self, token: int, logprob: float, top: dict[int, float]) -> Chunk:
         """Take the newest token; decides whether it was the last."""
         self.logprobs.append(logprob)
-        if token in eos and not self.params.ignore_eos:
+        self.top_logprobs.append(top)
+        if token in self.ends:
             self.finish_reason, text = "stop", self.stream.finish()
         else:
             text = self.stream.push(token)
@@ -56,23 +66,26 @@ class Request:
                 self.finish_reason = "stop"
             elif len(self.sequence.tokens) >= self.sequence.max_total:
                 self.finish_reason, text = "length", text + self.stream.finish()
-        return Chunk(index=self.index, token_id=token, logprob=logprob, text=text, finish_reason=self.finish_reason)
+        return Chunk(
+            index=self.index, sample=self.sample, token_id=token, logprob=logprob, top_logprobs=top, text=text,
+            finish_reason=self.finish_reason,
+        )  # fmt: skip
 
-    def output(self) -> RequestOutput:
-        """The finished request."""
+    def output(self) -> Sample:
+        """The finished sample."""
         assert self.finish_reason is not None
-        return RequestOutput(
-            index=self.index, prompt_token_ids=self.sequence.tokens[: self.num_prompt], token_ids=self.token_ids,
-            logprobs=self.logprobs, text=self.stream.text, finish_reason=self.finish_reason,
+        return Sample(
+            token_ids=self.token_ids, logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs if self.params.top_logprobs else [],
+            text=self.stream.text, finish_reason=self.finish_reason,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
     plan: StepPlan
-    places: list[tuple[int, int]]
-    tokens: jax.Array
-    logprobs: jax.Array
+    places: list[tuple[int, int]]  # rank and row of each of plan.sampled()
+    drawn: Drawn
 
 
 class Core:
@@ -107,9 +120,11 @@ class Core:
         buckets = all_buckets(self.limits, least_rows=self.runner.least_rows, pages=self._row_pages)
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
-            nothing, _ = pack(StepPlan(decodes=[], chunks=[]), bucket, self.limits, None)
-            self._state, tokens, _ = self.runner.step(self._state, nothing, False, bucket)
-            jax.block_until_ready(tokens)
+            nothing = pack(
+                StepPlan(decodes=[], chunks=[]), bucket, self.limits, lambda index: self.requests[index].told()
+            )
+            self._state, drawn = self._step(nothing, (False, False, False), bucket, 1)
+            jax.block_until_ready(drawn)
             self.buckets.add(bucket)
             on_progress(done, len(buckets))
         self.sealed = True
@@ -123,19 +138,28 @@ class Core:
 
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, priority: int = 0, deadline: float | None = None
-    ) -> Request:
-        """Queue a request. deadline: by the core's clock. Raises: RequestError if it can never fit."""
+    ) -> list[Request]:
+        """Queue a request, each of its samples by itself. deadline: by the core's clock.
+
+        Raises: RequestError if it can never fit.
+        """
         room = max(0, self.limits.context - len(ids))
         most = len(ids) + min(params.max_tokens, room)
-        sequence = Sequence(
-            request_id=self._next_id, tokens=list(ids), max_total=most, priority=priority, deadline=deadline
-        )
-        self.scheduler.add(sequence)
-        stream = TextStream(self.tokenizer, params.stop)
-        request = Request(index=index, params=params, sequence=sequence, stream=stream, num_prompt=len(ids))
-        self.requests[self._next_id] = request
-        self._next_id += 1
-        return request
+        ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos))
+        queued = []
+        for sample in range(params.n):
+            sequence = Sequence(
+                request_id=self._next_id, tokens=list(ids), max_total=most, priority=priority, deadline=deadline
+            )
+            self.scheduler.add(sequence)
+            request = Request(
+                index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
+                stream=TextStream(self.tokenizer, params.stop),
+            )  # fmt: skip
+            self.requests[self._next_id] = request
+            self._next_id += 1
+            queued.append(request)
+        return queued
 
     def cancel(self, request: Request) -> None:
         """End a request now; an ended one is left alone."""
@@ -146,7 +170,7 @@ class Core:
         request = self.requests.pop(sequence.request_id)
         self.scheduler.finish(sequence)
         request.finish_reason = reason
-        request.events.append(Ended(index=request.index, finish_reason=reason, error=error))
+        request.events.append(Ended(index=request.index, sample=request.sample, finish_reason=reason, error=error))
 
     # --- the loop ---
 
@@ -190,23 +214,47 @@ class Core:
             raise StepError(
                 f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
             )
-        packed, places = pack(plan, bucket, self.limits, lambda index: self.requests[index].params)
-        drawn = any(self.requests[s.request_id].params.temperature > 0 for s in plan.sampled())
-        self._state, tokens, logprobs = self.runner.step(self._state, packed, drawn, bucket)
+        params = [self.requests[sequence.request_id].params for sequence, _ in plan.sampled()]
+        wanted = (
+            any(p.temperature > 0 for p in params),
+            any(p.adjusts_logits for p in params),
+            any(p.top_logprobs for p in params),
+        )
+        packed = pack(plan, bucket, self.limits, self._told)
+        places = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
+        self._state, drawn = self._step(packed, wanted, bucket, plan.turns)
         self.buckets.add(bucket)
-        self._in_flight.append(_InFlight(plan=plan, places=places, tokens=tokens, logprobs=logprobs))
+        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn))
+
+    def _told(self, request_id: int) -> Told:
+        return self.requests[request_id].told()
+
+    def _step(self, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket, count: int):
+        turns = 1 if bucket.blocks else self.limits.turns
+        return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns)
 
     def _complete(self, step: _InFlight) -> list[Request]:
-        tokens, logprobs = np.asarray(step.tokens), np.asarray(step.logprobs)
-        drawn = [int(tokens[place]) for place in step.places]
-        of = {id(s): float(logprobs[p]) for s, p in zip(step.plan.sampled(), step.places, strict=True)}
+        tokens, logprobs = np.asarray(step.drawn.tokens), np.asarray(step.drawn.logprobs)
+        sampled = list(step.plan.sampled())
+        drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
+        turn = [0] * len(drawn)
         told = []
-        for sequence, token in self.scheduler.complete(step.plan, drawn):
-            request = self.requests[sequence.request_id]
-            request.events.append(request.push(token, of[id(sequence)], self.eos))
+        for sequence, which, token in self.scheduler.complete(step.plan, drawn):
+            request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
+            turn[which] += 1
+            chunk = request.push(token, float(logprobs[at]), self._top(step.drawn, at, request.params.top_logprobs))
+            request.events.append(chunk)
             told.append(request)
             self.num_new_tokens += 1
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 del self.requests[sequence.request_id]
         return told
+
+    @staticmethod
+    def _top(drawn: Drawn, at: tuple[int, ...], count: int) -> dict[int, float]:
+        """The likeliest `count` tokens at one place, with their logprobs."""
+        if not count:
+            return {}
+        tokens, logprobs = np.asarray(drawn.top_tokens)[at], np.asarray(drawn.top_logprobs)[at]
+        return dict(zip(tokens[:count].tolist(), logprobs[:count].tolist(), strict=True))

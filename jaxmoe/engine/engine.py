@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmoe.engine.core import Core, Ended, Request
-from jaxmoe.engine.llm import LLM, Prompt
+from jaxmoe.engine.llm import LLM, TURNS, Prompt
 from jaxmoe.engine.request import Chunk, SamplingParams
 from jaxmoe.engine.scheduler import Limits
 from jaxmoe.errors import ConfigError, RequestError, StepError
@@ -34,7 +34,7 @@ class Engine:
     model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch;
     rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
     each device; by default 1 on a CPU, 90% of what is left on an accelerator. page_size: tokens. chunk_tokens: of
-    prompts, a step and rank.
+    prompts, a step and rank. turns: tokens that a request decodes in one step where no prompt waits.
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -49,6 +49,7 @@ class Engine:
         memory_gib: float | None = None,
         page_size: int = 16,
         chunk_tokens: int = 512,
+        turns: int = TURNS,
         on_compile: Callable[[int, int], None] = lambda done, total: None,
         **load: Any,
     ) -> None:
@@ -59,7 +60,7 @@ class Engine:
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
             self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_tokens, turns=turns,
         )  # fmt: skip
         try:
             self._core = Core(self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos)
@@ -108,7 +109,7 @@ class Engine:
             listener = _Listener(name)
             self._listeners[name] = listener
             self._commands.put(lambda: self._submit(listener, ids, params, priority, deadline))
-        return Stream(listener, lambda: self._commands.put(lambda: self._cancel(listener)))
+        return Stream(listener, params.n, lambda: self._commands.put(lambda: self._cancel(listener)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are free at once. An unknown or ended one is left alone."""
@@ -159,7 +160,7 @@ class Engine:
             self._closed = True
             left = list(self._listeners.values())
         for listener in left:
-            listener.hear(Ended(index=0, finish_reason=reason, error=fault))
+            listener.hear(Ended(index=0, sample=0, finish_reason=reason, error=fault))
 
     def _serve(self) -> None:
         while True:
@@ -177,21 +178,22 @@ class Engine:
     def _submit(
         self, listener: _Listener, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        listener.request = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
+        listener.samples = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
 
     def _cancel(self, listener: _Listener) -> None:
-        if listener.request is not None:
-            self._core.cancel(listener.request)
-            self._tell(listener)
+        for sample in listener.samples:
+            self._core.cancel(sample)
+        self._tell(listener)
 
     def _tell(self, listener: _Listener) -> None:
-        if listener.request is None:
-            return
-        while listener.request.events:
-            event = listener.request.events.popleft()
-            if event.finish_reason is not None:
-                self._listeners.pop(listener.request_id, None)
-            listener.hear(event)
+        for sample in list(listener.samples):
+            while sample.events:
+                event = sample.events.popleft()
+                if event.finish_reason is not None:
+                    listener.samples.remove(sample)
+                    if not listener.samples:
+                        self._listeners.pop(listener.request_id, None)
+                listener.hear(event)
 
 
 class _Listener:
@@ -199,7 +201,7 @@ class _Listener:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.request: Request | None = None
+        self.samples: list[Request] = []  # that have not ended
         self.events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()
@@ -213,24 +215,25 @@ class _Listener:
 
 
 class Stream:
-    """The tokens of one request, for one listener. Ends after the chunk that has a finish_reason.
+    """The tokens of one request, for one listener. Ends after the chunk that ends its last sample.
 
     A request whose stream nobody listens to any more, or holds any more, ends.
     """
 
-    def __init__(self, listener: _Listener, end: Callable[[], None]) -> None:
+    def __init__(self, listener: _Listener, num_samples: int, end: Callable[[], None]) -> None:
         self.request_id = listener.request_id
         self._events = listener.events
         self._end = weakref.finalize(self, end)
         self._end.atexit = False
-        self._heard_all = False
+        self._num_left = num_samples
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         try:
-            while not self._heard_all:
+            while self._num_left:
                 event = await self._events.get()
-                self._heard_all = event.finish_reason is not None
+                self._num_left -= event.finish_reason is not None
                 if isinstance(event, Ended):
+                    self._num_left = 0
                     raise event.error or StepError(f"{self.request_id} was ended: {event.finish_reason}")
                 yield event
         finally:
@@ -238,12 +241,16 @@ class Stream:
 
 
 def _limits(
-    llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int
-) -> Limits:
+    llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
+    turns: int,
+) -> Limits:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
-    named = {"max_requests": max_requests, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens}
+    named = {
+        "max_requests": max_requests, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens,
+        "turns": turns,
+    }  # fmt: skip
     for name, value in named.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
@@ -264,7 +271,7 @@ def _limits(
     return Limits(
         num_ranks=runner.num_ranks, rows=rows, chunk_tokens=-(-chunk_tokens // block_tokens) * block_tokens,
         block_tokens=block_tokens, num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size,
-        context=context,
+        context=context, turns=turns,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import Kernels, fastest_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
@@ -30,10 +31,12 @@ from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 Prompt = str | Sequence[int]
 _MAX_PREFILL_TOKENS = 65536  # scored at once
 _PAGE_SIZE, _BLOCK_TOKENS = 16, 32
-_CHUNK_TOKENS = (64, 128, 256, 512, 1024)  # prompt tokens of a step and rank
+_CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens of a step and rank
+TURNS = 4  # tokens a request decodes in one step where no prompt waits
 
 
 class LLM:
@@ -53,8 +56,9 @@ class LLM:
         *,
         mesh: str | Mapping[str, int] | Mesh | None = None,
         dtype: str | None = None,
+        kv_dtype: str | None = None,
         revision: str | None = None,
-        kernels: Kernels = Kernels(),
+        kernels: Kernels | Mapping[str, str] = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
         max_batch: int = 64,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -62,9 +66,11 @@ class LLM:
         """Read a Hugging Face checkpoint onto a device mesh.
 
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
-        None puts all devices on expert (MoE) or tensor (dense). dtype: of weights, activations, cache; None keeps the
-        checkpoint's. max_batch: requests run together, rounded up to a power of two a rank. on_progress is told (bytes
-        placed, bytes in all).
+        None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
+        checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
+        kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
+        on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
+        power of two a rank. on_progress is told (bytes placed, bytes in all).
         Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
         """
         directory = find_model(model, revision=revision)
@@ -74,7 +80,10 @@ class LLM:
             raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
         placement = Placement(mesh=_as_mesh(mesh, config))
+        kernels = kernels if isinstance(kernels, Kernels) else fastest_kernels(dtype, kernels)
         kernels.prepare(dtype)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
@@ -92,7 +101,9 @@ class LLM:
 
         on_progress(0, total)
         arrays = load_params(directory, tensors, table, config, array_sizes(config, placement), on_param=on_param)
-        runner = Runner(nnx.merge(graph, state_of(abstract, arrays)), dtype=dtype)
+        runner = Runner(
+            nnx.merge(graph, state_of(abstract, arrays)), dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or "")
+        )
         return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
 
     @property
@@ -112,10 +123,14 @@ class LLM:
 
         Raises: RequestError before anything runs if any prompt or value is out of range.
         """
-        requests: list[Request] = []
-        for _ in self._events(self._asked(_listed(prompts), params), requests):
+        asked = self._asked(_listed(prompts), params)
+        requests: list[list[Request]] = []
+        for _ in self._events(asked, requests):
             pass
-        return [request.output() for request in requests]
+        return [
+            RequestOutput(index=index, prompt_token_ids=ids, samples=[sample.output() for sample in samples])
+            for index, ((ids, _), samples) in enumerate(zip(asked, requests, strict=True))
+        ]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
@@ -188,18 +203,20 @@ class LLM:
             raise RequestError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one for each")
         if self.tokenizer is None and any(p.stop for p in each):
             raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
+        for p in each:
+            p.check_token_ids(vocab_size=self.config.vocab_size, num_eos=len(self.eos))
         checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
         return list(zip(checked, each, strict=True))
 
-    def _events(self, asked: list[tuple[list[int], SamplingParams]], requests: list[Request]) -> Iterator[Chunk]:
+    def _events(self, asked: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]) -> Iterator[Chunk]:
         """The chunks of these requests as they come, to the last; `requests` receives them.
 
         Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed.
         """
         with self._lock:
-            core = self._core_for([ids for ids, _ in asked], [p.max_tokens for _, p in asked])
+            core = self._core_for(asked)
             requests += [core.submit(index, ids, p) for index, (ids, p) in enumerate(asked)]
-        listening = {id(request): request for request in requests}
+        listening = {id(request): request for samples in requests for request in samples}
         try:
             while listening:
                 for request in [r for r in listening.values() if r.events]:
@@ -225,17 +242,17 @@ class LLM:
         ((ids, _),) = self._asked([prompt], params)
         return ids
 
-    def _core_for(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> Core:
+    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
-        longest = max(min(context, len(ids) + new) for ids, new in zip(prompts, max_tokens, strict=True))
+        longest = max(min(context, len(ids) + p.max_tokens) for ids, p in asked)
         rows = self.runner.least_rows
-        while rows * ranks < min(len(prompts), self.max_batch):
+        while rows * ranks < min(sum(p.n for _, p in asked), self.max_batch):
             rows *= 2
         length = min(bucket(longest), context)
-        share = -(-sum(map(len, prompts)) // ranks)
+        share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         needed = Limits(
-            num_ranks=ranks, rows=rows, block_tokens=_BLOCK_TOKENS, context=length, page_size=_PAGE_SIZE,
+            num_ranks=ranks, rows=rows, block_tokens=_BLOCK_TOKENS, context=length, page_size=_PAGE_SIZE, turns=TURNS,
             chunk_tokens=next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1]),
             num_pages=rows * -(-length // _PAGE_SIZE),
         )  # fmt: skip

@@ -15,69 +15,175 @@ def _require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
+MOST_LISTED = 64  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
+MOST_TOP_LOGPROBS = 20
+_MOST_SAMPLES = 128
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    temperature 0 is greedy. top_k 0 (all), top_p 1 and min_p 0 are off. seed: same seed and prompt, same tokens,
-    whatever else runs beside. stop: strings that end the text (not part of it). ignore_eos goes on past the end token.
+    temperature 0 is greedy. top_k 0 (all), top_p 1 and min_p 0 are off. repetition_penalty divides (multiplies, below
+    zero) the logits of tokens seen in prompt or answer; presence_penalty is taken from those seen in the answer,
+    frequency_penalty as often as they were. logit_bias: added to the logits of these token ids. seed: same seed and
+    prompt, same tokens, whatever else runs beside; sample i of n draws by seed + i.
+    stop: strings that end the text (not part of it). stop_token_ids: tokens that end it. ignore_eos goes on past the
+    end token. min_tokens: neither an end token nor a stop token comes before so many. top_logprobs: how many of the
+    likeliest tokens are reported at each place.
     Raises: RequestError naming the value and its limits.
+
+    Source: repetition penalty as in CTRL (Keskar et al., 2019); the others as in OpenAI's API.
     """
 
     max_tokens: int = 128
+    min_tokens: int = 0
+    n: int = 1
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     stop: Sequence[str] = field(default=())
+    stop_token_ids: Sequence[int] = field(default=())
     ignore_eos: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("max_tokens", "top_k", "seed"):
+        for name in ("max_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs"):
             value = getattr(self, name)
             _require(type(value) is int, f"{name}={value!r} must be a whole number")
-        for name in ("temperature", "top_p", "min_p"):
+        for name in (
+            "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        ):  # fmt: skip
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-            _require(number, f"{name}={value!r} must be a finite number")
+            _require(_is_finite(value), f"{name}={value!r} must be a finite number")
         _require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]",
+        )
+        _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
         _require(0 <= self.temperature <= 100, f"temperature={self.temperature} must lie in [0, 100]; 0 is greedy")
         _require(0 <= self.top_k < 2**31, f"top_k={self.top_k} must lie in [0, 2^31); 0 keeps all tokens")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]; 0 keeps all tokens")
+        _require(
+            0 < self.repetition_penalty <= 100,
+            f"repetition_penalty={self.repetition_penalty} must lie in (0, 100]; 1 is off",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-100 <= value <= 100, f"{name}={value} must lie in [-100, 100]; 0 is off")
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        _require(
+            0 <= self.top_logprobs <= MOST_TOP_LOGPROBS,
+            f"top_logprobs={self.top_logprobs} must lie in [0, {MOST_TOP_LOGPROBS}]",
+        )
         strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, f"stop={self.stop!r} must be non-empty strings")
+        ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
+        _require(ids, f"stop_token_ids={self.stop_token_ids!r} must be token ids")
+        _require(
+            isinstance(self.logit_bias, Mapping), f"logit_bias={self.logit_bias!r:.60} must map token ids to numbers"
+        )
+        for token, bias in self.logit_bias.items():
+            _require(_is_id(token), f"logit_bias has {token!r}; its keys must be token ids")
+            _require(_is_finite(bias), f"logit_bias[{token}]={bias!r} must be a finite number")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether penalties, a bias or a least length change the logits."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+            or self.min_tokens
+        )  # fmt: skip
+
+    def check_token_ids(self, *, vocab_size: int, num_eos: int) -> None:
+        """Raises: RequestError if a token id of these is outside the vocabulary, or they are too many with the end
+        tokens of the model."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, name):
+                _require(token < vocab_size, f"{name} has token id {token}; ids must lie in [0, {vocab_size})")
+        listed = len(self.logit_bias) + len(self.stop_token_ids) + num_eos
+        _require(
+            listed <= MOST_LISTED,
+            f"logit_bias and stop_token_ids have {listed - num_eos} entries, a request of this model may have "
+            f"{MOST_LISTED - num_eos} in all",
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestOutput:
-    """One finished request. logprobs: natural log-probability of each new token under the model.
+class Sample:
+    """One answer. logprobs: natural log-probability of each new token under the model, before penalties and filters.
 
-    text is "" where the model has no tokenizer. finish_reason: "stop" (end token or stop string) or "length".
+    top_logprobs: for each new token the likeliest tokens and their logprobs, likeliest first; none if not asked for.
+    text is "" where the model has no tokenizer. finish_reason: "stop" (end token, stop token or stop string) or
+    "length".
     """
 
-    index: int
-    prompt_token_ids: list[int]
     token_ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[dict[int, float]]
     text: str
     finish_reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """One new token of one request, as it comes.
+class RequestOutput:
+    """One finished request: its n samples; token_ids, logprobs, text and finish_reason are those of the first."""
 
-    text is what it adds that is final; finish_reason is None until the last.
+    index: int
+    prompt_token_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first sample."""
+        return self.samples[0].token_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the first sample."""
+        return self.samples[0].logprobs
+
+    @property
+    def text(self) -> str:
+        """Of the first sample."""
+        return self.samples[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        """Of the first sample."""
+        return self.samples[0].finish_reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One new token of one sample of one request, as it comes.
+
+    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs: as in Sample.
     """
 
     index: int
+    sample: int
     token_id: int
     logprob: float
+    top_logprobs: dict[int, float]
     text: str
     finish_reason: str | None
 

@@ -1,11 +1,11 @@
 """The compiled programs: a step of the engine, and scoring. Arrays in, arrays out; pages are donated."""
 
-# Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d decode rows,
-# n blocks of q prompt tokens, t = d + n * q tokens in all.
+# Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows,
+# n blocks of q prompt tokens, t = d + n * q tokens in all; T turns, L likeliest tokens.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,20 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.batch import FLOAT_PARTS, Bucket
 from jaxmoe.errors import RequestError
-from jaxmoe.model.attend import PAGE_DIMS, Blocks, CausalAttend, KVPages, PagedAttend, empty_pages
+from jaxmoe.model.attend import (
+    PAGE_DIMS,
+    TOKEN_PAGE_DIMS,
+    CausalAttend,
+    KVPages,
+    PagedAttend,
+    Section,
+    empty_pages,
+)
 from jaxmoe.model.transformer import Transformer
-from jaxmoe.ops.sample import SamplingArrays, sample
+from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.ops.sample import SamplingArrays, Wanted, sample
 from jaxmoe.sharding import Placement, array_sizes
 
 _SCORE_POSITIONS = 256
@@ -39,16 +48,28 @@ def bucket(value: int, *, least: int = 16) -> int:
 
 
 class EngineState(NamedTuple):
-    """What one step hands to the next, on device: the last token of every row [r, rows], and the pages."""
+    """What one step hands to the next, on device: the last token of every row [r, rows], the pages of keys and values,
+    and the token ids in them [pages, page_size]."""
 
     tokens: jax.Array
     pages: KVPages
+    token_pages: jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a step brings, of each turn and row: tokens and logprobs [T,r,d], the likeliest and theirs [T,r,d,L]."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
 
 
 class Runner:
     """Holds the weights, split once into flat arrays, and the jitted steps over them."""
 
-    def __init__(self, model: Transformer, *, dtype: str) -> None:
+    def __init__(self, model: Transformer, *, dtype: str, kv_dtype: str | None = None) -> None:
+        """kv_dtype: of keys and values in pages; that of the activations by default."""
         graph, state = nnx.split(model)
         leaves, structure = jax.tree.flatten(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
@@ -56,11 +77,11 @@ class Runner:
         self.placement: Placement = model.placement
         self.kernels = model.kernels
         self.sizes = array_sizes(model.config, model.placement)
-        self.dtype = dtype
+        self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
         self._precision = "highest" if dtype == "float32" else None
-        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket",))
+        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket", "turns"))
         self.score_fn = jax.jit(self._score)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
@@ -76,20 +97,23 @@ class Runner:
 
     @property
     def bytes_a_token(self) -> int:
-        """Bytes of keys and values of one token, over all devices that share its rank."""
-        numbers = self.sizes.kv_slots * self.config.head_dim * 2 * self.config.num_hidden_layers
-        return numbers * jnp.dtype(self.dtype).itemsize
+        """Bytes of keys and values (and their scales) of one token, over all devices that share its rank."""
+        scale = 4 if self.kv_dtype in LARGEST else 0
+        head = self.config.head_dim * jnp.dtype(self.kv_dtype).itemsize + scale
+        return self.sizes.kv_slots * head * 2 * self.config.num_hidden_layers
 
     def _state_sharding(self) -> Any:
-        lies = self.placement.sharding(*PAGE_DIMS)
-        tokens: Any = self.placement.sharding("batch", "one")
-        pages: Any = [(lies, lies)] * self.config.num_hidden_layers
-        return EngineState(tokens, pages)
+        lie = self.placement.sharding
+        layer = tuple(lie(*PAGE_DIMS[:ndim]) for ndim in ((4, 4, 3, 3) if self.kv_dtype in LARGEST else (4, 4)))
+        pages: Any = [layer] * self.config.num_hidden_layers
+        tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
+        return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
     def _empty(self, rows: int, num_pages: int, page_size: int) -> EngineState:
         total = num_pages * self.num_ranks
-        pages = empty_pages(self.config, self.sizes, num_pages=total, page_size=page_size, dtype=self.dtype)
-        return EngineState(jnp.zeros((self.num_ranks, rows), jnp.int32), pages)
+        pages = empty_pages(self.config, self.sizes, num_pages=total, page_size=page_size, dtype=self.kv_dtype)
+        tokens, token_pages = jnp.zeros((self.num_ranks, rows), jnp.int32), jnp.zeros((total, page_size), jnp.int32)
+        return EngineState(tokens, pages, token_pages)
 
     def padded_rows(self, num_rows: int) -> int:
         """Rows of a batch to score for num_rows prompts: doubled from the least that every rank can have."""
@@ -104,60 +128,92 @@ class Runner:
 
     # --- the steps, traced once a shape ---
 
-    def _step(self, leaves, state: EngineState, packed: jax.Array, any_drawn: jax.Array, *, bucket: Bucket):
-        model, place = self._merge(leaves), self.placement
-        told = bucket.split(packed)
-        ranks, size = packed.shape[0], bucket.block_tokens
-        block_at = told["block_positions"][..., None] + jnp.arange(size)
-        block_real = jnp.arange(size) < told["block_counts"][..., None]
+    def _step(
+        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count, *, bucket: Bucket, turns: int
+    ):
+        """flags: of Wanted; count: turns to take, of `turns` there is room for."""
+        model, told = self._merge(leaves), bucket.split(packed)
+        if turns == 1:
+            state, drawn = self._turn(model, state, told, Wanted(*flags), 0, bucket)
+            return state, Drawn(*(part[None] for part in drawn))
+        shapes = jax.eval_shape(lambda: self._turn(model, state, told, Wanted(*flags), 0, bucket)[1])
+        room = Drawn(*(jnp.zeros((turns, *part.shape), part.dtype) for part in shapes))
 
-        def flat(rows, blocks):
-            """[r,d] and [r,n,q] -> [r*t,1], a rank's rows before its blocks."""
-            both = jnp.concatenate([rows, blocks.reshape(ranks, -1)], axis=1)
-            return place.constrain(both.reshape(-1, 1), "batch", "length")
+        def body(turn, carry):
+            state, room = carry
+            state, drawn = self._turn(model, state, told, Wanted(*flags), turn, bucket)
+            return state, Drawn(*(all_.at[turn].set(one) for all_, one in zip(room, drawn, strict=True)))
 
-        tokens = flat(state.tokens[:, : bucket.rows], told["block_tokens"])
-        positions = flat(told["row_positions"], block_at)
-        active = flat(told["row_counts"] > 0, block_real)
-        sections = [
-            Blocks(1, told["table"][:, : bucket.rows], told["row_positions"], told["row_counts"]),
-            Blocks(size, told["table"][:, bucket.rows :], told["block_positions"], told["block_counts"]),
-        ]
-        attend = PagedAttend(state.pages, sections[: 1 + (bucket.blocks > 0)], place, self.kernels.attention)
-        hidden, _ = model(tokens, positions, active, attend)
+        return jax.lax.fori_loop(0, count, body, (state, room))
 
-        hidden = hidden.reshape(ranks, bucket.num_tokens, -1)
-        ends = bucket.rows + jnp.arange(bucket.blocks) * size + jnp.maximum(told["block_counts"] - 1, 0)
-        drawn_from = place.locally(  # rows, and the last token of each block
-            lambda hidden, ends: jnp.concatenate(
-                [hidden[:, : bucket.rows], jnp.take_along_axis(hidden, ends[..., None], axis=1)], axis=1
-            ),
-            (hidden, ("batch", "block", "width")), (ends, ("batch", "block")), out=("batch", "block", "width"),
-        )  # fmt: skip
-        at = jnp.concatenate([told["row_positions"], told["block_positions"] + told["block_counts"] - 1], axis=1) + 1
-        token, logprobs = self._sampled(model, drawn_from.reshape(-1, 1, hidden.shape[-1]), told, at, any_drawn)
-        token, logprobs = (part.reshape(ranks, -1) for part in (token, logprobs))
-
-        slots = jnp.where(told["row_counts"] > 0, jnp.arange(bucket.rows), state.tokens.shape[1])
-        slots = jnp.concatenate([slots, told["block_slots"]], axis=1)
-        kept = place.locally(
-            jax.vmap(lambda kept, slots, token: kept.at[slots].set(token, mode="drop")),
-            *((part, ("batch", "one")) for part in (state.tokens, slots, token)), out=("batch", "one"),
-        )  # fmt: skip
-        return EngineState(kept, attend.pages), token, logprobs
-
-    def _sampled(self, model: Transformer, hidden, told, positions, any_drawn):
-        logits = model.logits(hidden)[:, 0, : self.config.vocab_size]
-        logits = self.placement.constrain(logits, "batch", "one")
-        as_float = lambda part: jax.lax.bitcast_convert_type(part, jnp.float32)  # noqa: E731
-        rows = SamplingArrays(
-            temperature=as_float(told["temperature"]).reshape(-1),
-            top_k=told["top_k"].reshape(-1),
-            top_p=as_float(told["top_p"]).reshape(-1),
-            min_p=as_float(told["min_p"]).reshape(-1),
-            seed=jax.lax.bitcast_convert_type(told["seed"], jnp.uint32).reshape(-1),
+    def _turn(self, model: Transformer, state: EngineState, told, wanted: Wanted, turn, bucket: Bucket):
+        """One pass through the model; each row that draws gets one token. Turns after the first only decode."""
+        place, ranks, size = self.placement, told["counts"].shape[0], bucket.block_tokens
+        decodes = (told["counts"] > turn).astype(jnp.int32)
+        row_at = told["positions"] + turn
+        sections = [Section(1, None, row_at, decodes)]
+        tokens, positions, active = state.tokens[:, : bucket.rows], row_at, decodes > 0
+        if bucket.blocks:
+            sections.append(Section(size, told["block_rows"], told["block_positions"], told["block_counts"]))
+            block_at = told["block_positions"][..., None] + jnp.arange(size)
+            block_real = jnp.arange(size) < told["block_counts"][..., None]
+            tokens, positions, active = (
+                jnp.concatenate([row, block.reshape(ranks, -1)], axis=1)
+                for row, block in ((tokens, told["block_tokens"]), (positions, block_at), (active, block_real))
+            )
+        tokens, positions, active = (
+            place.constrain(part.reshape(-1, 1), "batch", "length") for part in (tokens, positions, active)
         )
-        return sample(logits, rows, positions.reshape(-1), any_drawn)
+        attend = PagedAttend(state.pages, told["table"], sections, place, self.kernels.attention)
+        hidden, _ = model(tokens, positions, active, attend)
+        token_pages = attend.write_tokens(state.token_pages, tokens)
+
+        hidden, positions = hidden.reshape(ranks, bucket.num_tokens, -1), positions.reshape(ranks, -1)
+        draws = (told["drawn_from"] >= 0) & ((told["counts"] > turn) | (told["counts"] == 0))
+        if bucket.blocks:
+            hidden, positions = self._at_rows(hidden, positions, jnp.maximum(told["drawn_from"], 0))
+        logits = model.logits(hidden.reshape(-1, 1, hidden.shape[-1]))
+        logits = logits.reshape(ranks, bucket.rows, -1)[..., : self.config.vocab_size]
+        drawn = self._sampled(logits, told, token_pages, positions + 1, wanted)
+        kept = jnp.where(draws, drawn.tokens, state.tokens[:, : bucket.rows])
+        kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
+        return EngineState(place.constrain(kept, "batch", "one"), attend.pages, token_pages), drawn
+
+    def _at_rows(self, hidden: jax.Array, positions: jax.Array, index: jax.Array):
+        """hidden [r,t,D] and positions [r,t] at index [r,d] of each rank."""
+
+        def pick(hidden, positions, index):
+            taken = jnp.take_along_axis(hidden, index[..., None], axis=1)
+            return taken, jnp.take_along_axis(positions, index, axis=1)
+
+        return self.placement.locally(
+            pick, (hidden, ("batch", "block", "width")), (positions, ("batch", "block")), (index, ("batch", "block")),
+            out=(("batch", "block", "width"), ("batch", "block")),
+        )  # fmt: skip
+
+    def _sampled(self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted) -> Drawn:
+        """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
+        values = {name: told[name] for name in SamplingArrays._fields}
+        for name in FLOAT_PARTS:
+            values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
+        values["seed"] = jax.lax.bitcast_convert_type(values["seed"], jnp.uint32)
+        names = list(values)
+
+        def on_rank(logits, token_pages, table, positions, wanted, *arrays):
+            rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
+            history = lambda: token_pages[table[0]].reshape(table.shape[1], -1)  # noqa: E731
+            drawn = sample(logits[0], rows, history, positions[0], Wanted(*wanted))
+            return tuple(part[None] for part in drawn)
+
+        per_row = ("batch", "block")
+        drawn = self.placement.locally(
+            on_rank,
+            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (told["table"], (*per_row, "one")),
+            (positions, per_row), (jnp.stack(wanted), ("one",)),
+            *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
+            out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
+        )  # fmt: skip
+        return Drawn(*drawn)
 
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
@@ -191,12 +247,17 @@ class Runner:
             ) from error
 
     def step(
-        self, state: EngineState, packed: np.ndarray, any_drawn: bool, bucket: Bucket
-    ) -> tuple[EngineState, jax.Array, jax.Array]:
-        """One step: new state, tokens and their logprobs [r, rows + blocks]. state is donated."""
+        self, state: EngineState, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket,
+        *, count: int, turns: int,
+    ) -> tuple[EngineState, Drawn]:  # fmt: skip
+        """One step of `count` turns where there is room for `turns` (one where there are blocks). state is donated.
+
+        wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens.
+        """
         with self._precisely():
             told = self.put(packed, "batch", "one")
-            return self.step_fn(self.leaves, state, told, np.bool_(any_drawn), bucket=bucket)
+            flags = np.array(wanted, np.bool_)
+            return self.step_fn(self.leaves, state, told, flags, np.int32(count), bucket=bucket, turns=turns)
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """tokens [B,S] -> log-probability of the token that follows each place [B,S], logits after the last [B,V]."""

@@ -23,8 +23,8 @@ class Limits:
     """What one rank of the batch can take, and how many ranks there are.
 
     rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
-    num_pages pages of page_size tokens. context: tokens of a request at most. aging_steps: steps of waiting that make
-    up for one step of priority.
+    num_pages pages of page_size tokens. context: tokens of a request at most. turns: tokens that a request may decode
+    in one step, where no prompt waits. aging_steps: steps of waiting that make up for one step of priority.
     """
 
     num_ranks: int
@@ -34,6 +34,7 @@ class Limits:
     num_pages: int
     page_size: int
     context: int
+    turns: int = 1
     aging_steps: int = 256
 
     def __post_init__(self) -> None:
@@ -95,19 +96,38 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """What one step computes: one token of each decoding sequence, and chunks of prompts."""
+class Decode:
+    """`count` tokens one after another, the first of which reads the token at place `start`."""
 
-    decodes: list[Sequence]
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What one step computes: tokens of decoding sequences (one each where there are chunks), and chunks of prompts."""
+
+    decodes: list[Decode]
     chunks: list[Chunk]
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
-    def sampled(self) -> Iterator[Sequence]:
-        """The sequences that a token comes of, in the order of `decodes` and then of `chunks`."""
-        yield from self.decodes
-        yield from (chunk.sequence for chunk in self.chunks if chunk.last)
+    @property
+    def turns(self) -> int:
+        """How many tokens one after another the step computes for those who decode."""
+        return max((decode.count for decode in self.decodes), default=1)
+
+    def sampled(self) -> Iterator[tuple[Sequence, int]]:
+        """The sequences that tokens come of, and how many, in the order of `decodes` and then of `chunks`."""
+        yield from ((decode.sequence, decode.count) for decode in self.decodes)
+        yield from ((chunk.sequence, 1) for chunk in self.chunks if chunk.last)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence with a part in it, once."""
+        parts = [decode.sequence for decode in self.decodes] + [chunk.sequence for chunk in self.chunks]
+        yield from {id(sequence): sequence for sequence in parts}.values()
 
 
 class Scheduler:
@@ -185,21 +205,19 @@ class Scheduler:
         """What to compute next; empty where nothing can be (every token of every request is planned, or none waits)."""
         self.num_steps += 1
         self.running.sort(key=self._urgency)
-        decodes = [sequence for sequence in list(self.running) if self._plan_decode(sequence)]
-        decodes = [sequence for sequence in decodes if sequence.slot >= 0]  # without those preempted for another
+        ready = [sequence for sequence in list(self.running) if self._make_room(sequence)]
+        ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
         chunks = self._plan_chunks()
-        for sequence in decodes:
-            sequence.num_written += 1
-            sequence.num_pending += 1
-        return StepPlan(decodes=decodes, chunks=chunks)
+        turns = 1 if chunks or self.waiting else self.limits.turns
+        return StepPlan(decodes=[self._plan_decode(sequence, turns) for sequence in ready], chunks=chunks)
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int]:
         """Sorts requests: the first is served first and gives way last. Waiting long makes up for low priority."""
         waited = self.num_steps - sequence.waiting_since if sequence.slot < 0 else 0
         return sequence.priority - waited // self.limits.aging_steps, sequence.arrival
 
-    def _plan_decode(self, sequence: Sequence) -> bool:
-        """Whether the sequence decodes now; makes room for its token, at the cost of later ones where need be."""
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether the sequence decodes now; finds a page for its token, at the cost of later ones where need be."""
         if sequence.slot < 0 or not sequence.decoding or sequence.num_total >= sequence.max_total:
             return False
         if sequence.num_written < len(sequence.pages) * self.limits.page_size:
@@ -211,6 +229,18 @@ class Scheduler:
                 return False
         sequence.pages += page
         return True
+
+    def _plan_decode(self, sequence: Sequence, turns: int) -> Decode:
+        """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
+        pool, size = self.pools[sequence.rank], self.limits.page_size
+        wanted = min(turns, sequence.max_total - sequence.num_total)
+        while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_free > len(self.running):
+            sequence.pages += pool.take(1) or []
+        start = sequence.num_written
+        count = min(wanted, len(sequence.pages) * size - start)
+        sequence.num_written += count
+        sequence.num_pending += count
+        return Decode(sequence=sequence, start=start, count=count)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
@@ -267,44 +297,44 @@ class Scheduler:
         sequence.num_written += count
         if sequence.num_written == total:
             sequence.decoding, sequence.num_pending = True, 1
+        self._share(sequence, sequence.num_written, replace=False)
         return [Chunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
 
     # --- what steps bring ---
 
-    def complete(self, plan: StepPlan, tokens: Listed[int]) -> list[tuple[Sequence, int]]:
-        """Take the tokens of a step, one for each of plan.sampled(). Returns (sequence, token) of those still wanted.
+    def complete(self, plan: StepPlan, tokens: Listed[Listed[int]]) -> Iterator[tuple[Sequence, int, int]]:
+        """Take the tokens of a step, a list for each of plan.sampled(): (sequence, which of plan.sampled(), token) of
+        those still wanted, one by one. Whoever hears of a token may finish its sequence before asking for the next.
 
         Pages that are full of known tokens become known to later prompts.
         """
-        wanted = []
-        for sequence, token in zip(plan.sampled(), tokens, strict=True):
-            if sequence.finished:
-                continue
-            sequence.num_pending -= 1
-            sequence.tokens.append(token)
-            wanted.append((sequence, token))
-        for sequence in {id(s): s for s in (*plan.decodes, *(c.sequence for c in plan.chunks))}.values():
-            self._share(sequence)
-        return wanted
+        for index, ((sequence, _), drawn) in enumerate(zip(plan.sampled(), tokens, strict=True)):
+            for token in drawn:
+                if sequence.finished:
+                    break
+                sequence.num_pending -= 1
+                sequence.tokens.append(token)
+                self._share(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
+                yield sequence, index, token
+        for sequence in plan.sequences():
+            self._share(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
 
-    def _share(self, sequence: Sequence) -> None:
-        """Tell the pool of pages that are full of known tokens.
+    def _share(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
+        """Tell the pool of pages full of a sequence's first `known` tokens.
 
-        A chunk still on its way counts as written: devices take steps in order, so whoever reads it comes later, and if
-        the chunk fails all pages are forgotten.
+        A step still on its way counts as done: devices take steps in order, so whoever reads its pages comes later (or
+        in the same step, which writes before it reads), and if it fails all pages are forgotten.
         """
-        if sequence.slot < 0:
-            return
-        known = min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending)
         full = known // self.limits.page_size
-        if full > sequence.num_shared:
+        if sequence.slot >= 0 and full > sequence.num_shared:
             pool = self.pools[sequence.rank]
-            pool.share(sequence.pages, sequence.tokens, start=sequence.num_shared, stop=full)
-            sequence.num_shared = full
+            sequence.num_shared = pool.share(
+                sequence.pages, sequence.tokens, start=sequence.num_shared, stop=full, replace=replace
+            )
 
     def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
         """A step threw: its sequences end (fault is told each), all others are computed again, nothing stays cached."""
-        for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
+        for sequence in plan.sequences():
             if not sequence.finished:
                 self.finish(sequence)
                 fault(sequence)

@@ -1,7 +1,7 @@
 """The ways queries meet keys: within a prompt, or over pages into which the new keys are written first."""
 
 # Dims: B batch, S length, K key/value head slots, G query heads a slot, H head dim; r ranks of the batch, each with
-# t tokens, n blocks of them, p pages a row of the table.
+# t tokens, n blocks of them, d rows of the table with p pages each.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,16 +14,26 @@ import jax.numpy as jnp
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PagedKind, paged_attention, write_pages
+from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.sharding import Placement
 
-KVPages = list[tuple[jax.Array, jax.Array]]
+KVPages = list[tuple[jax.Array, ...]]  # a layer's keys and values, and their scales where kept in eight bits
 PAGE_DIMS = ("page", "kv_head", "page_token", "head_dim")
+TOKEN_PAGE_DIMS = ("page", "page_token")
 
 
 def empty_pages(config: ModelConfig, sizes: ArraySizes, *, num_pages: int, page_size: int, dtype: str) -> KVPages:
-    """Keys and values [num_pages,K,page_size,H] of every layer, all zero. num_pages: of all ranks together."""
+    """Keys and values [num_pages,K,page_size,H] of every layer, all zero. num_pages: of all ranks together.
+
+    In eight bits, scales [num_pages,K,page_size] of both follow.
+    """
     shape = (num_pages, sizes.kv_slots, page_size, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
+
+    def layer() -> tuple[jax.Array, ...]:
+        numbers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return (*numbers, jnp.zeros(shape[:3]), jnp.zeros(shape[:3])) if dtype in LARGEST else numbers
+
+    return [layer() for _ in range(config.num_hidden_layers)]
 
 
 _QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
@@ -43,61 +53,106 @@ class CausalAttend:
         return self._placement.locally(attend, (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), out=_QUERY_DIMS)
 
 
-class Blocks(NamedTuple):
-    """A rank's tokens as blocks of one request each, num_tokens long: where they stand and where their pages are.
+class Section(NamedTuple):
+    """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
 
-    table [r,n,p]: pages of the block's request. positions [r,n]: of its first token. counts [r,n]: tokens it has.
+    rows [r,n]: the row of the table a block belongs to; None where block i belongs to row i. positions [r,n]: of its
+    first token. counts [r,n]: tokens it has.
     """
 
     num_tokens: int
-    table: jax.Array
+    rows: jax.Array | None
     positions: jax.Array
     counts: jax.Array
 
 
-class PagedAttend:
-    """New tokens over pages. Tokens [r*t,1] are those of every rank's blocks, one section after the other.
+_TABLE_DIMS = ("batch", "block", "one")
 
-    `pages` holds the result.
+
+class PagedAttend:
+    """New tokens over pages. Tokens [r*t,1] are those of every rank's sections, one section after the other.
+
+    table [r,d,p]: the pages of every row. `pages` holds the result.
     """
 
-    def __init__(self, pages: KVPages, sections: Sequence[Blocks], placement: Placement, kind: PagedKind) -> None:
-        self.pages, self._sections, self._placement, self._kind = list(pages), tuple(sections), placement, kind
+    def __init__(
+        self,
+        pages: KVPages,
+        table: jax.Array,
+        sections: Sequence[Section],
+        placement: Placement,
+        kind: PagedKind,
+    ) -> None:
+        self.pages, self._table, self._sections = list(pages), table, tuple(sections)
+        self._placement, self._kind = placement, kind
+
+    def _told(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
+        """The arrays that say where things are, with their dims."""
+        arrays = [part for section in self._sections for part in section[1:] if part is not None]
+        return [(self._table, _TABLE_DIMS), *((array, ("batch", "block")) for array in arrays)]
+
+    def _layout(self) -> tuple[tuple[int, bool], ...]:
+        return tuple((section.num_tokens, section.rows is not None) for section in self._sections)
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
         """See Attend."""
-        lengths = tuple(section.num_tokens for section in self._sections)
-        blocks = [(section.table, section.positions, section.counts) for section in self._sections]
-        per_block = (("batch", "block", "one"), ("batch", "block"), ("batch", "block"))
-        mixed, keys, values = self._placement.locally(
-            partial(_over_pages, lengths=lengths, window=window, kind=self._kind),
-            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS),
-            *((pages, PAGE_DIMS) for pages in self.pages[layer]),
-            *((array, dims) for section in blocks for array, dims in zip(section, per_block, strict=True)),
-            out=(_QUERY_DIMS, PAGE_DIMS, PAGE_DIMS),
+        pages = self.pages[layer]
+        dims = tuple(PAGE_DIMS[: array.ndim] for array in pages)
+        mixed, *pages = self._placement.locally(
+            partial(_over_pages, layout=self._layout(), num_pages=len(pages), window=window, kind=self._kind),
+            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), *zip(pages, dims, strict=True), *self._told(),
+            out=(_QUERY_DIMS, *dims),
         )  # fmt: skip
-        self.pages[layer] = (keys, values)
+        self.pages[layer] = tuple(pages)
         return mixed
 
+    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array) -> jax.Array:
+        """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
-def _over_pages(q, k, v, keys, values, *blocks, lengths, window, kind):
-    """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], its pages, and table, positions, counts of each section."""
-    page_size, num_pages = keys.shape[2], keys.shape[0]
-    sections = [tuple(part[0] for part in blocks[at : at + 3]) for at in range(0, len(blocks), 3)]
+        def write(token_pages, tokens, *told):
+            table, sections = _sections(told, self._layout())
+            page, offset = _places(table, sections, page_size=token_pages.shape[1], num_pages=token_pages.shape[0])
+            return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
+
+        return self._placement.locally(
+            write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._told(), out=TOKEN_PAGE_DIMS
+        )
+
+
+def _sections(told, layout):
+    """One rank's table [d,p], and for each section its length, table, positions and counts."""
+    parts = iter(part[0] for part in told)
+    table = next(parts)
+    sections = []
+    for length, has_rows in layout:
+        own = table[next(parts)] if has_rows else table
+        sections.append((length, own, next(parts), next(parts)))
+    return table, sections
+
+
+def _places(table, sections, *, page_size, num_pages):
+    """Page and offset of every token of one rank; a page past the last for those that are not real."""
     page, offset = [], []
-    for length, (table, positions, counts) in zip(lengths, sections, strict=True):
+    for length, table, positions, counts in sections:
         at = positions[:, None] + jnp.arange(length)
         real = jnp.arange(length) < counts[:, None]
-        own = jnp.take_along_axis(table, jnp.minimum(at // page_size, table.shape[1] - 1), axis=1)
+        own = jnp.take_along_axis(table, jnp.clip(at // page_size, 0, table.shape[1] - 1), axis=1)
         page.append(jnp.where(real, own, num_pages).reshape(-1))
         offset.append((at % page_size).reshape(-1))
-    places = jnp.concatenate(page), jnp.concatenate(offset)
-    keys, values = write_pages(keys, k[:, 0], *places), write_pages(values, v[:, 0], *places)
+    return jnp.concatenate(page), jnp.concatenate(offset)
+
+
+def _over_pages(q, k, v, *arrays, layout, num_pages, window, kind):
+    """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], its pages of a layer, and what tells where things are."""
+    pages, told = arrays[:num_pages], arrays[num_pages:]
+    table, sections = _sections(told, layout)
+    places = _places(table, sections, page_size=pages[0].shape[2], num_pages=pages[0].shape[0])
+    pages = write_pages(pages, k[:, 0], v[:, 0], *places)
     mixed, start = [], 0
-    for length, (table, positions, counts) in zip(lengths, sections, strict=True):
+    for length, table, positions, counts in sections:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = paged_attention(part, keys, values, table, positions, counts, window=window, kind=kind)
+        part = paged_attention(part, pages, table, positions, counts, window=window, kind=kind)
         mixed.append(part.reshape(stop - start, 1, *q.shape[2:]))
         start = stop
-    return jnp.concatenate(mixed), keys, values
+    return jnp.concatenate(mixed), *pages

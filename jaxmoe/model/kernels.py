@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
@@ -10,6 +15,10 @@ from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
 from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
 from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
 from jaxmoe.ops.paged import PAGED_KINDS, PagedKind
+
+STEPS = ("dispatch", "grouped", "linear", "attention")
+NATIVE_STEPS = ("grouped", "linear", "attention")
+_log = logging.getLogger("jaxmoe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,28 @@ class Kernels:
 
     def prepare(self, dtype: str) -> None:
         """Make ready what runs outside XLA, for arrays of dtype. Raises: ConfigError where it cannot run here."""
-        for name in ("grouped", "linear", "attention"):
+        for name in NATIVE_STEPS:
             if getattr(self, name) == "native":
                 native.prepare(dtype, option=name)
+
+
+def fastest_kernels(dtype: str, named: Mapping[str, Any]) -> Kernels:
+    """The kernels named by step; for the others what is fastest here with arrays of dtype.
+
+    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
+    experts, and XLA's form otherwise. Raises: ConfigError for a step or a kernel that does not exist.
+    """
+    for name in named:
+        if name not in STEPS:
+            raise ConfigError(f"kernels has {name!r}; the steps are {', '.join(STEPS)}")
+    asked, unnamed = Kernels(**named), [name for name in NATIVE_STEPS if name not in named]
+    backend, fast = jax.default_backend(), {}
+    if backend == "tpu" and "grouped" in unnamed:
+        fast = {"grouped": "ragged"}
+    if backend == "cpu" and unnamed and dtype in native.DTYPES:
+        try:
+            native.prepare(dtype, option=unnamed[0])
+            fast = dict.fromkeys(unnamed, "native")
+        except ConfigError as error:
+            _log.warning("jaxmoe: generation runs slower than it could: %s", error)
+    return Kernels(**{**vars(asked), **fast})

@@ -60,15 +60,10 @@ _SIZES = {
 }
 
 
-def block_sizes(num_tokens: int, itemsize: int) -> tuple[int, ...]:
-    """Rows a block may have, smallest first; few, since every size is compiled. itemsize: bytes of one number.
-
-    Numbers of 16 bits go in blocks of at least 2 rows: XLA's CPU products of one row first widen the weights to float32
-    and take three times as long; accelerators pad a single row to a tile in any case.
-    """
+def block_sizes(num_tokens: int) -> tuple[int, ...]:
+    """Rows a block may have, smallest first; few, since every size is compiled."""
     sizes = next(sizes for tokens, sizes in _SIZES.items() if num_tokens <= tokens)
-    least = 1 if itemsize >= 4 else 2
-    return tuple(rows for rows in sizes if least <= rows <= max(least, num_tokens))
+    return tuple(rows for rows in sizes if rows <= num_tokens)
 
 
 class Blocks(NamedTuple):
@@ -151,9 +146,23 @@ def _hidden(x, gate_up):
 
 
 def _swiglu(x, gate_up, down):
+    if x.shape[0] == 1 and x.dtype.itemsize < 4:
+        return swiglu_one(x[0], gate_up, down)[None]
     gate, up = _hidden(x, gate_up)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
     return jnp.dot(hidden, down, preferred_element_type=jnp.float32)
+
+
+def swiglu_one(x: Float[Array, "D"], gate_up: Float[Array, "D 2 F"], down: Float[Array, "F D"]) -> Float[Array, "D"]:
+    """One row of 16 bits as sums of multiples of the weights' rows: XLA's CPU products of one such row first widen the
+    weights to float32, which takes three times as long."""
+
+    def times(x, w):
+        scale = x.astype(jnp.float32).reshape(-1, *(1,) * (w.ndim - 1))
+        return jnp.sum(scale * w.astype(jnp.float32), axis=0)
+
+    gate, up = times(x, gate_up)
+    return times((jax.nn.silu(gate) * up).astype(x.dtype), down)
 
 
 def _blocks_forward(top_k, x, weights, gate_up, down):
@@ -164,7 +173,7 @@ def _blocks_forward(top_k, x, weights, gate_up, down):
         y = _swiglu(rows, _expert(gate_up, expert), _expert(down, expert))
         return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
 
-    out = _for_each_block(plan, block_sizes(x.shape[0], x.dtype.itemsize), visit, jnp.zeros(x.shape, jnp.float32))
+    out = _for_each_block(plan, block_sizes(x.shape[0]), visit, jnp.zeros(x.shape, jnp.float32))
     return out.astype(x.dtype)
 
 
@@ -206,7 +215,7 @@ def _blocks_bwd(top_k, saved, dy):
         return dx, dweights, dgate_up.at[expert].add(dw_in), ddown.at[expert].add(dw_out)
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in saved)
-    grads = _for_each_block(plan, block_sizes(x.shape[0], x.dtype.itemsize), visit, zeros)
+    grads = _for_each_block(plan, block_sizes(x.shape[0]), visit, zeros)
     return tuple(g.astype(a.dtype) for g, a in zip(grads, saved, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 New tokens come in blocks of one request each: a block of one token for a decoding request, longer ones for a prompt's
 chunks. A block attends to the pages of its row of the table, of which its own tokens have been written already.
+Pages may hold numbers of eight bits: a scale of each token and head multiplies its score, and its share of the values.
 
 - loop: over groups of pages, as many as the longest row needs, with a running softmax. Any backend.
 - native: on the CPU, a C++ kernel that reads each row's own pages and no more (ops/native; it needs a compiler).
@@ -19,23 +20,33 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import MASKED, visible
+from jaxmoe.ops.quantize import LARGEST, quantize
 
 PagedKind = Literal["loop", "native"]
 PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one turn of the loop
 
 
+Pages = tuple[Array, ...]  # keys and values [M,K,S,H]; their scales [M,K,S] follow where those are of eight bits
+
+
 def write_pages(
-    pages: Float[Array, "M K S H"], new: Float[Array, "T K H"], page: Int[Array, "T"], offset: Int[Array, "T"]
-) -> Float[Array, "M K S H"]:
+    pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], page: Int[Array, "T"], offset: Int[Array, "T"]
+) -> Pages:
     """pages with each new entry at its place; a page past the last drops it. In place where pages are donated."""
-    return pages.at[page, :, offset].set(new.astype(pages.dtype), mode="drop")
+    dtype = pages[0].dtype.name
+    new: Pages = (k, v)
+    if dtype in LARGEST:
+        (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
+        new = (k, v, k_scales, v_scales)
+    return tuple(
+        old.at[page, :, offset].set(part.astype(old.dtype), mode="drop") for old, part in zip(pages, new, strict=True)
+    )
 
 
 def paged_attention(
     q: Float[Array, "N Q K G H"],
-    k_pages: Float[Array, "M K S H"],
-    v_pages: Float[Array, "M K S H"],
+    pages: Pages,
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
@@ -48,26 +59,30 @@ def paged_attention(
     window: the last so many of them, where given. What comes of a block's other tokens is not to be used.
     """
     if kind == "native":
-        return native.native_paged(q, k_pages, v_pages, table, positions, counts, window=window)
-    return _loop(q, k_pages, v_pages, table, positions, counts, window)
+        return native.native_paged(q, pages, table, positions, counts, window=window)
+    return _loop(q, pages, table, positions, counts, window)
 
 
-def _loop(q, k_pages, v_pages, table, positions, counts, window):
+def _loop(q, pages, table, positions, counts, window):
     num_blocks, tokens, slots, group, head_dim = q.shape
+    k_pages, v_pages, *scales = pages
     page_size = k_pages.shape[2]
-    pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
-    span = pages * page_size
+    group_pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
+    span = group_pages * page_size
     rows = (q * head_dim**-0.5).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
 
     def gathered(pool, turn):
-        part = pool[jax.lax.dynamic_slice_in_dim(table, turn * pages, pages, axis=1)]
-        return part.swapaxes(1, 2).reshape(num_blocks, slots, span, head_dim)
+        part = pool[jax.lax.dynamic_slice_in_dim(table, turn * group_pages, group_pages, axis=1)]
+        part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[3:])
+        return part.astype(q.dtype) if pool.ndim == 4 else part[:, :, None, :]
 
     def attend(turn, carry):
         best, total, mixed = carry
         scores = jnp.einsum("nkrh,nkch->nkrc", rows, gathered(k_pages, turn), preferred_element_type=jnp.float32)
+        if scales:
+            scores = scores * gathered(scales[0], turn)
         allowed = visible(query_at, turn * span + jnp.arange(span), window)
         scores = jnp.where(allowed, scores, MASKED)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
@@ -75,7 +90,8 @@ def _loop(q, k_pages, v_pages, table, positions, counts, window):
         shares = jnp.where(allowed, jnp.exp(scores - higher), 0.0)
         written = (turn * span + jnp.arange(span) < (positions + counts)[:, None])[:, None, :, None]
         values = jnp.where(written, gathered(v_pages, turn), 0)  # what lies beyond is anything, NaN too
-        more = jnp.einsum("nkrc,nkch->nkrh", shares.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        weights = shares * jnp.where(written[..., 0][:, :, None], gathered(scales[1], turn), 0) if scales else shares
+        more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
 
     shape = (num_blocks, slots, group * tokens)

@@ -1,23 +1,78 @@
-"""From logits to one token a row: greedy, or drawn by temperature, top-k, top-p and min-p from the row's own seed."""
+"""From logits to one token a row: penalties and biases, then greedy, or drawn by temperature, top-k, top-p and min-p
+from the row's own seed."""
 
-# Dims: B rows, V vocabulary.
+# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L listed tokens, T likeliest tokens.
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+MOST_TOP = 20
+
 
 class SamplingArrays(NamedTuple):
-    """Per-row sampling values. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """Per-row sampling values. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalties 1, 0, 0 are off.
+
+    prompt_length: tokens of the prompt. listed: token ids with a bias, past the vocabulary where unused; the first
+    num_banned of them cannot come while the new token stands before place banned_until.
+    """
 
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
     seed: UInt32[Array, "B"]
+    repetition: Float[Array, "B"]
+    presence: Float[Array, "B"]
+    frequency: Float[Array, "B"]
+    prompt_length: Int[Array, "B"]
+    listed: Int[Array, "B L"]
+    bias: Float[Array, "B L"]
+    num_banned: Int[Array, "B"]
+    banned_until: Int[Array, "B"]
+
+
+class Sampled(NamedTuple):
+    """The next token of every row, its log-probability under the model, and the likeliest tokens with theirs."""
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    top_tokens: Int[Array, "B T"]
+    top_logprobs: Float[Array, "B T"]
+
+
+class Wanted(NamedTuple):
+    """Whether any row draws, has penalties or biases, or asks for the likeliest tokens; else that work is left out."""
+
+    drawn: Bool[Array, ""]
+    adjusted: Bool[Array, ""]
+    top: Bool[Array, ""]
+
+
+def adjust_logits(
+    logits: Float[Array, "B V"], rows: SamplingArrays, history: Int[Array, "B C"], positions: Int[Array, "B"]
+) -> Float[Array, "B V"]:
+    """logits after penalties, then biases, then bans. history [B,C]: a row's first `positions` tokens are real."""
+    num_rows, vocab = logits.shape
+    place = jnp.arange(history.shape[1])
+    row = jnp.arange(num_rows)[:, None]
+
+    def counted(which: Array) -> Array:
+        return jnp.zeros((num_rows, vocab), jnp.int32).at[row, jnp.where(which, history, vocab)].add(1, mode="drop")
+
+    known = place < positions[:, None]
+    seen = counted(known) > 0
+    answered = counted(known & (place >= rows.prompt_length[:, None]))
+    factor = rows.repetition[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    logits = logits - rows.presence[:, None] * (answered > 0) - rows.frequency[:, None] * answered
+    banned = jnp.arange(rows.listed.shape[1]) < rows.num_banned[:, None]
+    banned &= positions[:, None] < rows.banned_until[:, None]
+    return logits.at[row, rows.listed].add(jnp.where(banned, -jnp.inf, rows.bias), mode="drop")
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Array, "B V"]:
@@ -41,24 +96,37 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
 
 
 def sample(
-    logits: Float[Array, "B V"], rows: SamplingArrays, positions: Int[Array, "B"], any_drawn: Bool[Array, ""]
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The next token of every row and its log-probability under the model (temperature and filters aside).
+    logits: Float[Array, "B V"],
+    rows: SamplingArrays,
+    history: Callable[[], Int[Array, "B C"]],
+    positions: Int[Array, "B"],
+    wanted: Wanted,
+) -> Sampled:
+    """The next token of every row. positions: where it stands; history: gives the tokens before it where asked.
 
-    Draws depend on the row's seed and position alone, never on its neighbours. any_drawn says whether any row has a
-    temperature above 0; without one nothing is sorted.
+    Draws depend on the row's seed and position alone, never on its neighbours.
     """
     logits = logits.astype(jnp.float32)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    adjusted = jax.lax.cond(wanted.adjusted, lambda: adjust_logits(logits, rows, history(), positions), lambda: logits)
+    best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
         def noise(seed, position):
             key = jax.random.fold_in(jax.random.key(seed), position)
             return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
 
-        drawn = jnp.argmax(filter_logits(logits, rows) + jax.vmap(noise)(rows.seed, positions), axis=-1)
+        drawn = jnp.argmax(filter_logits(adjusted, rows) + jax.vmap(noise)(rows.seed, positions), axis=-1)
         return jnp.where(rows.temperature > 0, drawn.astype(jnp.int32), best)
 
-    tokens = jax.lax.cond(any_drawn, draw, lambda: best)
-    picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+    tokens = jax.lax.cond(wanted.drawn, draw, lambda: best)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    num_top = min(MOST_TOP, logits.shape[-1])
+
+    def likeliest() -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(logits, num_top)
+        return indices, values - total
+
+    shape = (len(tokens), num_top)
+    top = jax.lax.cond(wanted.top, likeliest, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
+    return Sampled(tokens, picked[:, 0], *top)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import Bucket, all_buckets, bucket_of, pack, row_buckets
+from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, Told, all_buckets, bucket_of, pack, row_buckets
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence
 
@@ -27,24 +29,35 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
     for index in range(40):
         length = int(rng.integers(1, 30))
         scheduler.add(Sequence(request_id=index, tokens=[1] * length, max_total=length + int(rng.integers(1, 9))))
-    while plan := scheduler.plan():
+    while (plan := scheduler.plan()) or len(seen) < len(listed):
+        if not plan:  # all have ended: one more by itself
+            scheduler.add(Sequence(request_id=99, tokens=[1], max_total=3))
+            continue
         bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
         assert bucket in listed
         seen.add(bucket)
-        for sequence, _ in scheduler.complete(plan, [int(rng.integers(9)) for _ in plan.sampled()]):
+        drawn = [rng.integers(9, size=count).tolist() for _, count in plan.sampled()]
+        for sequence, _, _ in scheduler.complete(plan, drawn):
             if len(sequence.tokens) >= sequence.max_total:
                 scheduler.finish(sequence)
     assert seen == set(listed)
 
 
 def test_what_is_packed_reads_back():
-    scheduler = Scheduler(LIMITS)
-    params = {0: SamplingParams(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=2**32 - 1), 1: SamplingParams()}
+    scheduler = Scheduler(replace(LIMITS, turns=3))
+    drawing = SamplingParams(
+        temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-2.0,
+        frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
+    )  # fmt: skip
+    told = [
+        Told(params=drawing, num_prompt=6, ends=(0, 5), seed=2**32 - 1),
+        Told(params=SamplingParams(), num_prompt=3, ends=(0,), seed=0),
+    ]
     for index, length in enumerate((6, 3)):
         scheduler.add(Sequence(request_id=index, tokens=list(range(1, length + 1)), max_total=12))
     plan = scheduler.plan()
     bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
-    packed, places = pack(plan, bucket, LIMITS, params.__getitem__)
+    packed = pack(plan, bucket, LIMITS, told.__getitem__)
     assert packed.shape == (2, bucket.length)
     parts = bucket.split(packed)
     assert [chunk.sequence.rank for chunk in plan.chunks] == [0, 1]  # the second goes where most is free
@@ -52,19 +65,27 @@ def test_what_is_packed_reads_back():
     np.testing.assert_array_equal(parts["block_tokens"][0, :2], [[1, 2, 3, 4], [5, 6, 0, 0]])
     np.testing.assert_array_equal(parts["block_positions"][0, :2], [0, 4])
     np.testing.assert_array_equal(parts["block_counts"][:, :2], [[4, 2], [3, 0]])
-    np.testing.assert_array_equal(parts["block_slots"][:, :2], [[8, first.slot], [second.slot, 8]])
-    assert places == [(0, bucket.rows + 1), (1, bucket.rows)]
-    row = bucket.rows + 1
-    assert parts["table"][0, row, :2].tolist() == first.pages
-    assert parts["top_k"][0, row] == 7
-    assert parts["seed"][0, row].view(np.uint32) == 2**32 - 1
-    floats = [float(parts[name][0, row].view(np.float32)) for name in ("temperature", "top_p", "min_p")]
-    assert floats == [0.5, 0.25, 0.125]
+    assert parts["block_rows"][0, :2].tolist() == [first.slot] * 2
+    drawn_from = parts["drawn_from"]
+    assert drawn_from[0, first.slot] == bucket.rows + 4 + 1
+    assert drawn_from[1, second.slot] == bucket.rows + 2
+    assert (np.delete(drawn_from[0], first.slot) == -1).all()
+    at = (0, first.slot)
+    assert parts["table"][at][:2].tolist() == first.pages
+    assert parts["seed"][at].view(np.uint32) == 2**32 - 1
+    found = {name: parts[name][at].view(np.float32).tolist() for name in FLOAT_PARTS if name != "bias"}
+    assert found == dict(temperature=0.5, top_p=0.25, min_p=0.125, repetition=1.5, presence=-2.0, frequency=0.75)
+    assert parts["listed"][at][:5].tolist() == [0, 5, 3, 9, np.iinfo(np.int32).max]
+    assert parts["bias"][at][:4].view(np.float32).tolist() == [0, 0, -1.5, 4.0]
+    whole = {name: int(parts[name][at]) for name in ("top_k", "prompt_length", "num_banned", "banned_until")}
+    assert whole == dict(top_k=7, prompt_length=6, num_banned=2, banned_until=8)
 
-    scheduler.complete(plan, [50, 60])
+    list(scheduler.complete(plan, [[50], [60]]))
     plan = scheduler.plan()
     bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
     assert bucket == Bucket(rows=1, blocks=0, block_tokens=4, pages=10)
-    parts = bucket.split(pack(plan, bucket, LIMITS, params.__getitem__)[0])
-    np.testing.assert_array_equal(parts["row_positions"], [[6], [3]])
-    np.testing.assert_array_equal(parts["row_counts"], [[1], [1]])
+    assert plan.turns == 3
+    parts = bucket.split(pack(plan, bucket, LIMITS, told.__getitem__))
+    np.testing.assert_array_equal(parts["positions"], [[6], [3]])
+    np.testing.assert_array_equal(parts["counts"], [[3], [3]])
+    np.testing.assert_array_equal(parts["drawn_from"], [[0], [0]])

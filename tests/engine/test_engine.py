@@ -114,11 +114,11 @@ def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     real, calls = engine.llm.runner.step, []
 
-    def step(*arguments):
+    def step(*arguments, **named):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("injected")
-        return real(*arguments)
+        return real(*arguments, **named)
 
     async def scene():
         with pytest.raises(StepError, match="injected"):

@@ -121,8 +121,8 @@ def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
     heard = [next(other).token_id]
     real = llm.runner.step
 
-    def interrupted(*arguments):
-        real(*arguments)  # the pages are donated, and nobody hears of the new ones
+    def interrupted(*arguments, **named):
+        real(*arguments, **named)  # the pages are donated, and nobody hears of the new ones
         raise KeyboardInterrupt
 
     monkeypatch.setattr(llm.runner, "step", interrupted)

@@ -35,11 +35,18 @@ class Device:
 
     def dispatch(self, plan: StepPlan):
         """The step's result, from pages alone: arguments are frozen at dispatch as real ones are."""
+        drawn: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
+        for turn in range(plan.turns):
+            self._turn(plan, turn, drawn)
+        return list(drawn.values())
+
+    def _turn(self, plan: StepPlan, turn: int, drawn: dict[int, list[int]]) -> None:
         written = set()
         work = []
-        for sequence in plan.decodes:
-            at = sequence.num_written - 1
-            work.append((sequence, at, [self.last[(sequence.rank, sequence.slot)]], True))
+        for decode in plan.decodes:
+            if turn < decode.count:
+                last = self.last[(decode.sequence.rank, decode.sequence.slot)]
+                work.append((decode.sequence, decode.start + turn, [last], True))
         for chunk in plan.chunks:
             part = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
             work.append((chunk.sequence, chunk.start, part, chunk.last))
@@ -49,13 +56,11 @@ class Device:
                 assert place not in written, "two requests write one place"
                 written.add(place)
                 self._write(sequence, sequence.rank, sequence.pages, start + offset, token)
-        drawn = []
         for sequence, start, part, sampled in work:
             if sampled:
                 token = next_token(self._read(sequence.rank, sequence.pages, start + len(part)))
                 self.last[(sequence.rank, sequence.slot)] = token
-                drawn.append(token)
-        return drawn
+                drawn[id(sequence)].append(token)
 
 
 def alone(prompt: list[int], max_total: int) -> list[int]:
@@ -83,12 +88,13 @@ REQUEST = st.tuples(
     num_pages=st.integers(11, 30),
     blocks=st.integers(1, 3),
     ahead=st.integers(0, 2),
+    turns=st.integers(1, 3),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
-def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, failing):
+def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, turns, failing):
     limits = Limits(
         num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
-        context=44, aging_steps=8,
+        context=44, turns=turns, aging_steps=8,
     )  # fmt: skip
     scheduler, device = Scheduler(limits), Device(limits)
     sequences, failed, cancelled = [], set(), set()
@@ -98,7 +104,7 @@ def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, faili
         prompt = ([beginning] * 13 + [index % 5] * 20)[:length]
         arrivals.append((at, prompt, length + new, priority, at + cancel if cancel < 3 else None))
         at += gap
-    in_flight: list[tuple[StepPlan, list[int]]] = []
+    in_flight: list[tuple[StepPlan, list[list[int]]]] = []
     step, todo = 0, list(arrivals)
     while todo or any(not s.finished for s in sequences):
         while todo and todo[0][0] <= step:
@@ -129,7 +135,7 @@ def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, faili
                 in_flight.clear()
                 device = Device(limits)
                 break
-            for sequence, _ in scheduler.complete(done, tokens):
+            for sequence, _, _ in scheduler.complete(done, tokens):
                 if len(sequence.tokens) >= sequence.max_total:
                     scheduler.finish(sequence)
         for pool in scheduler.pools:
@@ -154,7 +160,7 @@ def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
     plans = []
     for _ in range(steps):
         plan = scheduler.plan()
-        for sequence, _ in scheduler.complete(plan, [7] * len(list(plan.sampled()))):
+        for sequence, _, _ in scheduler.complete(plan, [[7] * count for _, count in plan.sampled()]):
             if len(sequence.tokens) >= sequence.max_total:
                 scheduler.finish(sequence)
         plans.append(plan)

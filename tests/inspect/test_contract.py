@@ -27,12 +27,16 @@ def step_program(llm, bucket: Bucket):
     state = runner.empty_state(bucket.rows, 8, 16)
     told = runner.put(np.zeros((runner.num_ranks, bucket.length), np.int32), "batch", "one")
     with jax.default_matmul_precision("highest"):
-        return runner.step_fn.lower(runner.leaves, state, told, np.bool_(False), bucket=bucket).compile()
+        flags, turns = np.zeros(3, np.bool_), 1 if bucket.blocks else 2
+        lowered = runner.step_fn.lower(
+            runner.leaves, state, told, flags, np.int32(1), bucket=bucket, turns=turns
+        )  # fmt: skip
+        return lowered.compile()
 
 
 def plan(llm, bucket: Bucket, dispatch: str = "all_to_all"):
     return planned_collectives(
-        llm.config, llm.runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.num_sampled, itemsize=4,
+        llm.config, llm.runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=4,
         dispatch=dispatch,
     )  # fmt: skip
 

@@ -86,10 +86,9 @@ def test_assignments_are_every_routed_pair_once(name):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 31, 300, 5000])
 def test_block_sizes_rise_and_fit(num_tokens):
-    for itemsize, least in ((4, 1), (2, 2)):
-        sizes = block_sizes(num_tokens, itemsize)
-        assert list(sizes) == sorted(set(sizes))
-        assert least <= sizes[0] <= sizes[-1] <= max(least, num_tokens)
+    sizes = block_sizes(num_tokens)
+    assert list(sizes) == sorted(set(sizes))
+    assert 1 <= sizes[0] <= sizes[-1] <= num_tokens
 
 
 @settings(max_examples=200, deadline=None)
@@ -117,4 +116,4 @@ def test_planned_rows_stay_near_the_routed_ones(num_tokens):
     rng = np.random.default_rng(0)
     chosen = np.stack([rng.permutation(32)[:4] for _ in range(num_tokens)])
     ends = jnp.asarray(np.cumsum(np.bincount(chosen.ravel(), minlength=32)), jnp.int32)
-    assert num_tokens * 4 == ends[-1] <= planned_rows(ends, block_sizes(num_tokens, 4)) <= 1.3 * num_tokens * 4
+    assert num_tokens * 4 == ends[-1] <= planned_rows(ends, block_sizes(num_tokens)) <= 1.3 * num_tokens * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, window, dtype):
     lengths = [int(at) + count for at, count in zip(positions, counts, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
     found = jax.jit(paged_attention, static_argnames=("window", "kind"))(
-        q, k_pages, v_pages, table, positions, jnp.array(counts), window=window, kind=kind
+        q, (k_pages, v_pages), table, positions, jnp.array(counts), window=window, kind=kind
     )
     for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
         if count:
@@ -71,5 +73,43 @@ def test_writing_changes_the_named_places_alone():
     new = rng.normal(0, 1, (3, SLOTS, HEAD_DIM)).astype(np.float32)
     expected = pages.copy()
     expected[2, :, 3], expected[0, :, 1] = new[0], new[2]
-    found = jax.jit(write_pages)(pages, new, jnp.array([2, 5, 0]), jnp.array([3, 0, 1]))  # page 5 is past the last
-    np.testing.assert_array_equal(found, expected)
+    places = jnp.array([2, 5, 0]), jnp.array([3, 0, 1])  # page 5 is past the last
+    found = jax.jit(write_pages)((pages, -pages), new, -new, *places)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], -expected)
+
+
+@pytest.mark.parametrize("kept_in", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", PAGED_KINDS)
+def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, kept_in):
+    """Attention over them is attention over what they stand for, and that is near what was written."""
+    if not kind_runs(kind, dtype):
+        return
+    rng = np.random.default_rng(0)
+    lengths, page_size = [21, 3, 34], 8
+    pages = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), 1, kept_in) for _ in range(2)]
+    pages += [jnp.full((NUM_PAGES, SLOTS, page_size), jnp.nan) for _ in range(2)]
+    table = jnp.asarray(rng.permutation(NUM_PAGES)[:15].reshape(3, 5), jnp.int32)
+    wide = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), jnp.nan, "float32") for _ in range(2)]
+    for row, length in enumerate(lengths):
+        k, v = (jnp.asarray(rng.normal(0, 10.0**row, (length, SLOTS, HEAD_DIM)), dtype) for _ in range(2))
+        places = table[row, np.arange(length) // page_size], jnp.arange(length) % page_size
+        pages = write_pages(tuple(pages), k, v, *places)
+        for index, new in enumerate((k, v)):
+            kept = pages[index][places[0], :, places[1]].astype("float32")
+            kept = kept * pages[index + 2][places[0], :, places[1]][..., None]
+            largest = np.abs(np.asarray(new, np.float32)).max(-1, keepdims=True)
+            assert (
+                np.abs(kept - np.asarray(new, np.float32))
+                <= largest * (1 / 254 + 1e-6 if kept_in == "int8" else 1 / 16)
+            ).all()
+            wide[index] = wide[index].at[places[0], :, places[1]].set(kept)
+    q = jnp.asarray(rng.normal(0, 1, (3, 1, SLOTS, GROUP, HEAD_DIM)), dtype)
+    counts = jnp.ones(3, jnp.int32)
+    ask = partial(paged_attention, table=table, positions=jnp.array(lengths) - 1, counts=counts)
+    found = ask(q, tuple(pages), kind=kind)
+    expected = ask(q.astype("float32"), tuple(wide), kind="loop")
+    scale = 10.0 ** np.arange(3).reshape(3, 1, 1, 1, 1)
+    tolerance = 2e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(np.asarray(found, np.float32) / scale, np.asarray(expected) / scale, atol=tolerance)

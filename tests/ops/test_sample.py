@@ -6,15 +6,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.ops.sample import SamplingArrays, filter_logits, sample
+from jaxmoe.ops.sample import SamplingArrays, Wanted, adjust_logits, filter_logits, sample
 
 VOCAB = 12
 
 
-def rows(*values: tuple[float, int, float, float, int]) -> SamplingArrays:
-    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
+def rows(*values: tuple[float, int, float, float, int], **changes) -> SamplingArrays:
+    """Temperature, top-k, top-p, min-p and seed of each row; changes: the other parts, off otherwise."""
+    count = len(values)
+    temperature, top_k, top_p, min_p, seed = (np.array(column) for column in zip(*values, strict=True))
+    others = dict(
+        repetition=np.ones(count), presence=np.zeros(count), frequency=np.zeros(count), prompt_length=np.zeros(count),
+        listed=np.full((count, 3), 2**31 - 1), bias=np.zeros((count, 3)), num_banned=np.zeros(count),
+        banned_until=np.zeros(count),
+    )  # fmt: skip
+    parts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed) | others | changes
+    whole = ("top_k", "prompt_length", "listed", "num_banned", "banned_until")
+    dtypes = {"seed": jnp.uint32} | dict.fromkeys(whole, jnp.int32)
     return SamplingArrays(
-        *(jnp.array(column, dtype) for column, dtype in zip(zip(*values, strict=True), dtypes, strict=True))
+        **{name: jnp.array(part).astype(dtypes.get(name, jnp.float32)) for name, part in parts.items()}
     )
 
 
@@ -49,14 +59,22 @@ def test_the_tokens_kept_are_those_of_the_definitions(seed, temperature, top_k, 
     )
 
 
-def draw(logits, values, positions):
-    tokens, logprobs = sample(jnp.array(logits), rows(*values), jnp.array(positions, jnp.int32), jnp.bool_(True))
-    return np.asarray(tokens), np.asarray(logprobs)
+ALL = Wanted(*(jnp.bool_(True),) * 3)
+
+
+def draw(logits, values, positions, history=None, wanted=ALL, **changes):
+    """Tokens and logprobs, and the likeliest tokens with theirs."""
+    history = np.zeros((len(logits), 4)) if history is None else history
+    drawn = sample(
+        jnp.array(logits), rows(*values, **changes), lambda: jnp.array(history, jnp.int32),
+        jnp.array(positions, jnp.int32), wanted,
+    )  # fmt: skip
+    return tuple(np.asarray(part) for part in drawn)
 
 
 def test_greedy_and_logprobs():
     logits = np.random.default_rng(0).normal(0, 3, (4, VOCAB)).astype(np.float32)
-    tokens, logprobs = draw(logits, [(0.0, 0, 1.0, 0.0, 0)] * 4, [0] * 4)
+    tokens, logprobs, *_ = draw(logits, [(0.0, 0, 1.0, 0.0, 0)] * 4, [0] * 4)
     np.testing.assert_array_equal(tokens, logits.argmax(1))
     expected = logits.max(1) - np.log(np.exp(logits.astype(np.float64)).sum(1))
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
@@ -65,7 +83,7 @@ def test_greedy_and_logprobs():
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([[0.5, 0.25, 0.15, 0.1]], np.float32))
     count = 4000
-    tokens, _ = draw(np.repeat(logits, count, 0), [(1.0, 0, 1.0, 0.0, 7)] * count, list(range(count)))
+    tokens, *_ = draw(np.repeat(logits, count, 0), [(1.0, 0, 1.0, 0.0, 7)] * count, list(range(count)))
     shares = np.bincount(tokens, minlength=4) / count
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.15, 0.1], atol=0.03)
 
@@ -73,7 +91,7 @@ def test_draws_follow_the_distribution():
 def test_a_row_draws_the_same_whatever_its_neighbours():
     logits = np.random.default_rng(1).normal(0, 2, (3, VOCAB)).astype(np.float32)
     values = [(1.0, 0, 0.9, 0.0, seed) for seed in (5, 6, 7)]
-    together, _ = draw(logits, values, [3, 9, 27])
+    together, *_ = draw(logits, values, [3, 9, 27])
     alone = [draw(logits[i : i + 1], values[i : i + 1], [p])[0][0] for i, p in enumerate((3, 9, 27))]
     assert together.tolist() == alone
 
@@ -81,6 +99,73 @@ def test_a_row_draws_the_same_whatever_its_neighbours():
 @pytest.mark.parametrize("change", [dict(seed=8), dict(position=4)])
 def test_another_seed_or_position_draws_anew(change):
     flat = np.zeros((1, 4096), np.float32)
-    first, _ = draw(flat, [(1.0, 0, 1.0, 0.0, 7)], [3])
-    other, _ = draw(flat, [(1.0, 0, 1.0, 0.0, change.get("seed", 7))], [change.get("position", 3)])
+    first, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, 7)], [3])
+    other, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, change.get("seed", 7))], [change.get("position", 3)])
     assert first[0] != other[0]
+
+
+def oracle_adjusted(logits, prompt, answer, repetition, presence, frequency, bias, banned):
+    """The definitions, token by token."""
+    found = logits.astype(np.float64)
+    for token in range(len(found)):
+        if token in prompt + answer:
+            found[token] = found[token] / repetition if found[token] > 0 else found[token] * repetition
+        found[token] -= presence * (token in answer) + frequency * answer.count(token)
+        found[token] += bias.get(token, 0.0)
+        if token in banned:
+            found[token] = -np.inf
+    return found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    answer=st.lists(st.integers(0, VOCAB - 1), max_size=6),
+    repetition=st.sampled_from([0.5, 1.0, 1.3]),
+    presence=st.sampled_from([-0.7, 0.0, 1.1]),
+    frequency=st.sampled_from([0.0, 0.4]),
+    bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 1.5]), max_size=2),
+    min_tokens=st.integers(0, 6),
+)
+def test_penalties_biases_and_bans_are_those_of_the_definitions(
+    seed, prompt, answer, repetition, presence, frequency, bias, min_tokens
+):
+    logits = np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
+    end = 5
+    history = np.full((1, 14), 3)  # what lies beyond the known tokens counts for nothing
+    known = prompt + answer
+    history[0, : len(known)] = known
+    listed = [end, *bias, *[2**31 - 1] * (2 - len(bias))]
+    row = rows(
+        (0.0, 0, 1.0, 0.0, 0), repetition=[repetition], presence=[presence], frequency=[frequency],
+        prompt_length=[len(prompt)], listed=[listed], bias=[[0.0, *bias.values(), *[0.0] * (2 - len(bias))]],
+        num_banned=[1], banned_until=[len(prompt) + min_tokens],
+    )  # fmt: skip
+    found = adjust_logits(jnp.array(logits[None]), row, jnp.array(history), jnp.array([len(known)]))[0]
+    banned = [end] if len(answer) < min_tokens else []
+    expected = oracle_adjusted(logits, prompt, answer, repetition, presence, frequency, bias, banned)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_are_those_of_the_model_whatever_changes_the_choice():
+    logits = np.random.default_rng(4).normal(0, 3, (1, VOCAB)).astype(np.float32)
+    order = (-logits[0]).argsort()
+    tokens, logprobs, top, top_logprobs = draw(
+        logits, [(0.0, 0, 1.0, 0.0, 0)], [0], listed=[[order[0], 2**31 - 1, 2**31 - 1]], bias=[[-1000.0, 0, 0]]
+    )
+    exact = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    assert tokens[0] == order[1]
+    np.testing.assert_allclose(logprobs[0], exact[order[1]], atol=1e-5)
+    np.testing.assert_array_equal(top[0], order)
+    np.testing.assert_allclose(top_logprobs[0], exact[order], atol=1e-5)
+
+
+def test_what_nobody_wants_is_left_out():
+    logits = np.zeros((1, VOCAB), np.float32)
+    nothing = Wanted(*(jnp.bool_(False),) * 3)
+    row = [(1.0, 0, 1.0, 0.0, 7)]
+    tokens, _, top, top_logprobs = draw(logits, row, [3], wanted=nothing, listed=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]])
+    assert tokens[0] == 0  # greedy, and without the bias
+    assert not top.any()
+    assert not top_logprobs.any()

@@ -21,6 +21,8 @@ from jaxmoe.errors import ConfigError
 
 MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
 
+DTYPES = ("bfloat16", "float32")
+
 _HERE = Path(__file__).parent
 _SOURCES = (_HERE / "experts.cc", _HERE / "linear.cc", _HERE / "paged.cc")
 _HEADERS = (_HERE / "rows.h",)
@@ -74,7 +76,7 @@ def prepare(dtype: str, *, option: str = "grouped") -> None:
     Raises: ConfigError naming the option that asked, for another dtype than bfloat16 and float32, where JAX does not
     run on the CPU, or where no C++ compiler is found or it fails.
     """
-    if dtype not in ("bfloat16", "float32"):
+    if dtype not in DTYPES:
         raise ConfigError(f"{option}='native' computes in bfloat16 or float32, not {dtype}; {_REMEDY}")
     _register()
 
@@ -85,7 +87,9 @@ def _register() -> None:
         raise ConfigError(f"native kernels run on the CPU and JAX is on {jax.default_backend()}; {_REMEDY}")
     compiler = find_compiler()
     if compiler is None:
-        raise ConfigError(f"native kernels need a C++ compiler (g++ or clang++, or CXX) and none was found; {_REMEDY}")
+        raise ConfigError(
+            f"native kernels need a C++ compiler (g++ or clang++, or CXX) and none was found: install one, or {_REMEDY}"
+        )
     path = _cache_path(compiler)
     if not path.exists():
         _build(compiler, path)
@@ -126,14 +130,15 @@ def native_linear(
 
 def native_paged(
     q: Float[Array, "N Q K G H"],
-    k_pages: Float[Array, "M K S H"],
-    v_pages: Float[Array, "M K S H"],
+    pages: tuple[Array, ...],
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
     *,
     window: int | None,
 ) -> Float[Array, "N Q K G H"]:
-    """As ops.paged's loop. bfloat16 or float32; call prepare() first."""
+    """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, k_pages, v_pages, table, positions, counts, window=np.int64(window or 0))
+    k_pages, v_pages, *scales = pages
+    k_scales, v_scales = scales or (jnp.zeros(0), jnp.zeros(0))
+    return call(q, k_pages, v_pages, k_scales, v_scales, table, positions, counts, window=np.int64(window or 0))

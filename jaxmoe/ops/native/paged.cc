@@ -9,9 +9,12 @@ namespace {
 
 constexpr int64_t kTile = 16;  // tokens of an item
 
-template <typename T>
+// T: numbers of queries and results; P: of pages, each token and head with a scale where there are scales.
+template <typename T, typename P>
 struct Paged {
-  const T *q, *k_pages, *v_pages;
+  const T* q;
+  const P *k_pages, *v_pages;
+  const float *k_scales, *v_scales;
   const int32_t *table, *positions, *counts;
   T* out;
   int64_t blocks, tokens, heads, group, head_dim, pages_of_row, page_size, window;
@@ -30,11 +33,22 @@ struct Paged {
     };
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < head_dim; ++i) in[r * head_dim + i] = Widen(Rounded<T>(Widen(q[place(r) + i]) * scale));
-    auto tile = [&](const T* pool, int64_t page) {
-      return pool + (table[block * pages_of_row + page] * heads + head) * page_size * head_dim;
-    };
+    auto first_token = [&](int64_t page) { return (table[block * pages_of_row + page] * heads + head) * page_size; };
+    auto tile = [&](const P* pool, int64_t page) { return pool + first_token(page) * head_dim; };
     for (int64_t page = first; page < end; ++page)
       DotProduct(rows, in, head_dim, tile(k_pages, page), head_dim, page_size, scores + (page - first) * page_size, span);
+    std::vector<float> key_scale, value_scale;
+    if (k_scales != nullptr) {
+      key_scale.resize(span);
+      value_scale.resize(span);
+      for (int64_t page = first; page < end; ++page)
+        for (int64_t i = 0; i < page_size; ++i) {
+          key_scale[(page - first) * page_size + i] = k_scales[first_token(page) + i];
+          value_scale[(page - first) * page_size + i] = v_scales[first_token(page) + i];
+        }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < span; ++i) scores[r * span + i] *= key_scale[i];
+    }
     std::vector<float> totals(rows, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = position + low + r / group - first * page_size;  // its own place among the scores
@@ -44,7 +58,7 @@ struct Paged {
       for (int64_t i = 0; i < span; ++i) {
         const float share = i < from || i > at ? 0.0f : std::exp(row[i] - best);
         totals[r] += share;
-        row[i] = Widen(Rounded<T>(share));
+        row[i] = Widen(Rounded<T>(value_scale.empty() || share == 0.0f ? share : share * value_scale[i]));
       }
     }
     for (int64_t page = first; page < end; ++page) {
@@ -74,20 +88,33 @@ struct Paged {
 };
 
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                          ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> counts,
-                          ffi::Result<ffi::AnyBuffer> out, int64_t window) {
+                          ffi::AnyBuffer k_scales, ffi::AnyBuffer v_scales, ffi::Buffer<ffi::S32> table,
+                          ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> counts, ffi::Result<ffi::AnyBuffer> out,
+                          int64_t window) {
   const auto of = q.dimensions();
-  auto run = [&](auto kind) {
+  auto run = [&](auto kind, auto kept) {
     using T = decltype(kind);
-    Paged<T>{static_cast<const T*>(q.untyped_data()), static_cast<const T*>(k_pages.untyped_data()),
-             static_cast<const T*>(v_pages.untyped_data()), table.typed_data(), positions.typed_data(),
-             counts.typed_data(), static_cast<T*>(out->untyped_data()), of[0], of[1], of[2], of[3], of[4],
-             table.dimensions()[1], k_pages.dimensions()[2], window}
+    using P = decltype(kept);
+    const bool scaled = sizeof(P) == 1;
+    auto scales = [&](ffi::AnyBuffer& buffer) { return scaled ? static_cast<const float*>(buffer.untyped_data()) : nullptr; };
+    Paged<T, P>{static_cast<const T*>(q.untyped_data()), static_cast<const P*>(k_pages.untyped_data()),
+                static_cast<const P*>(v_pages.untyped_data()), scales(k_scales), scales(v_scales), table.typed_data(),
+                positions.typed_data(), counts.typed_data(), static_cast<T*>(out->untyped_data()), of[0], of[1], of[2],
+                of[3], of[4], table.dimensions()[1], k_pages.dimensions()[2], window}
         .RunAll(pool);
     return ffi::Error::Success();
   };
-  if (q.element_type() == ffi::BF16) return run(uint16_t{});
-  if (q.element_type() == ffi::F32) return run(float{});
+  auto by_pages = [&](auto kind) {
+    switch (k_pages.element_type()) {
+      case ffi::BF16: return run(kind, uint16_t{});
+      case ffi::F32: return run(kind, float{});
+      case ffi::S8: return run(kind, int8_t{});
+      case ffi::F8E4M3FN: return run(kind, Float8{});
+      default: return ffi::Error::InvalidArgument("attention=native takes pages of bfloat16, float32, int8 or float8_e4m3fn");
+    }
+  };
+  if (q.element_type() == ffi::BF16) return by_pages(uint16_t{});
+  if (q.element_type() == ffi::F32) return by_pages(float{});
   return ffi::Error::InvalidArgument("attention=native takes bfloat16 or float32");
 }
 
@@ -97,6 +124,8 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoePaged, jaxmoe::PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

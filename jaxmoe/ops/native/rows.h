@@ -32,6 +32,22 @@ inline float Widen(uint16_t bits) {
 }
 inline float Widen(float value) { return value; }
 
+inline float Widen(int8_t value) { return value; }
+
+struct Float8 {  // float8_e4m3fn
+  uint8_t bits;
+};
+inline float Widen(Float8 value) {
+  const uint32_t rest = value.bits & 0x7f, sign = static_cast<uint32_t>(value.bits & 0x80) << 24;
+  uint32_t wide = (rest << 20) + (120u << 23);
+  const float small = static_cast<float>(rest) * 0x1p-9f;  // below the smallest normal number
+  if (rest < 8) std::memcpy(&wide, &small, 4);
+  wide |= sign;
+  float result;
+  std::memcpy(&result, &wide, 4);
+  return result;
+}
+
 inline void Narrow(float value, float* out) { *out = value; }
 inline void Narrow(float value, uint16_t* out) {  // round to nearest, ties to even; NaN stays NaN
   uint32_t bits;
@@ -55,6 +71,8 @@ constexpr int64_t kLanes = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes)));
 
 inline Floats Load(const float* from) {
   Floats values;
@@ -73,6 +91,19 @@ inline Floats Load(const uint16_t* from) {
   std::memcpy(&halves, from, sizeof(halves));
   return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
 #endif
+}
+inline Floats Load(const int8_t* from) {
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, Floats);
+}
+inline Floats Load(const Float8* from) {
+  UnsignedBytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  const Words bits = __builtin_convertvector(bytes, Words), rest = bits & 0x7f;
+  const Words small = reinterpret_cast<Words>(__builtin_convertvector(rest, Floats) * 0x1p-9f);
+  const Words normal = (rest << 20) + (120u << 23);
+  return reinterpret_cast<Floats>((rest < 8 ? small : normal) | ((bits & 0x80) << 24));
 }
 inline void Store(Floats values, float* to) { std::memcpy(to, &values, sizeof(values)); }
 

@@ -1,0 +1,20 @@
+"""Numbers of eight bits, each row with a scale of its own: what keys and values may be kept in."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+# What the largest number of a row becomes.
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+
+
+def quantize(x: Float[Array, "*rows H"], dtype: str) -> tuple[Shaped[Array, "*rows H"], Float[Array, "*rows"]]:
+    """x as numbers of dtype ("int8" or "float8_e4m3fn") and the float32 scale of each row: x is about numbers * scale.
+
+    A row of zeros has scale 0.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST[dtype]
+    shrunk = x / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return (jnp.round(shrunk) if dtype == "int8" else shrunk).astype(dtype), scale
