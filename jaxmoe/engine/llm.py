@@ -22,7 +22,7 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
-from jaxmoe.model.kernels import Kernels, fastest_kernels
+from jaxmoe.model.kernels import Choice, check_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
@@ -58,7 +58,7 @@ class LLM:
         dtype: str | None = None,
         kv_dtype: str | None = None,
         revision: str | None = None,
-        kernels: Kernels | Mapping[str, str] = MappingProxyType({}),
+        kernels: Choice = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
         max_batch: int = 64,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -83,14 +83,13 @@ class LLM:
         if kv_dtype not in (None, *KV_DTYPES):
             raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
         placement = Placement(mesh=_as_mesh(mesh, config))
-        kernels = kernels if isinstance(kernels, Kernels) else fastest_kernels(dtype, kernels)
-        kernels.prepare(dtype)
+        check_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
         tensors = open_tensors(directory)
 
-        graph, abstract = nnx.split(abstract_model(config, placement, dtype=dtype, kernels=kernels))
+        abstract = nnx.state(abstract_model(config, placement, dtype=dtype))
         table = parameter_table(abstract, placement)
         total, done = sum(info.num_bytes for info in table), 0
 
@@ -101,6 +100,8 @@ class LLM:
 
         on_progress(0, total)
         arrays = load_params(directory, tensors, table, config, array_sizes(config, placement), on_param=on_param)
+        ready = prepare_kernels(dtype, kernels)  # after all input is checked: compiling writes to the cache
+        graph = nnx.graphdef(abstract_model(config, placement, dtype=dtype, kernels=ready))
         runner = Runner(
             nnx.merge(graph, state_of(abstract, arrays)), dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or "")
         )

@@ -51,16 +51,28 @@ class Kernels:
                 native.prepare(dtype, option=name)
 
 
-def fastest_kernels(dtype: str, named: Mapping[str, Any]) -> Kernels:
-    """The kernels named by step; for the others what is fastest here with arrays of dtype.
+Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebody chose
 
-    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
-    experts, and XLA's form otherwise. Raises: ConfigError for a step or a kernel that does not exist.
-    """
+
+def check_kernels(dtype: str, choice: Choice) -> None:
+    """Raises: ConfigError for a step or a kernel that does not exist, or one that cannot run here. Compiles nothing."""
+    named = vars(choice) if isinstance(choice, Kernels) else choice
     for name in named:
         if name not in STEPS:
             raise ConfigError(f"kernels has {name!r}; the steps are {', '.join(STEPS)}")
-    asked, unnamed = Kernels(**named), [name for name in NATIVE_STEPS if name not in named]
+    for name, kind in vars(Kernels(**named)).items():
+        if kind == "native":
+            native.check(dtype, option=name)
+
+
+def prepare_kernels(dtype: str, choice: Choice) -> Kernels:
+    """The kernels, ready for arrays of dtype; for steps that nobody chose what is fastest here.
+
+    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
+    experts, and XLA's form otherwise. Raises: ConfigError where a kernel that was chosen cannot run.
+    """
+    named = vars(choice) if isinstance(choice, Kernels) else choice
+    unnamed = [name for name in NATIVE_STEPS if name not in named]
     backend, fast = jax.default_backend(), {}
     if backend == "tpu" and "grouped" in unnamed:
         fast = {"grouped": "ragged"}
@@ -70,4 +82,6 @@ def fastest_kernels(dtype: str, named: Mapping[str, Any]) -> Kernels:
             fast = dict.fromkeys(unnamed, "native")
         except ConfigError as error:
             _log.warning("jaxmoe: generation runs slower than it could: %s", error)
-    return Kernels(**{**vars(asked), **fast})
+    kernels = Kernels(**{**named, **fast})
+    kernels.prepare(dtype)
+    return kernels

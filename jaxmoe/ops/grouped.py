@@ -4,8 +4,9 @@
   routing visit the blocks, large ones first, then each expert's rest in a block just large enough. Weights are read
   where they lie, an expert nobody chose is never touched. Any backend.
 - ragged: `jax.lax.ragged_dot`, native on TPU; on CPU and stock GPU lowering it costs num_experts times as much.
-- native: on the CPU, for few tokens, a C++ kernel that reads weights at memory's speed (ops/native; it needs a
-  compiler); blocks for many tokens and for gradients.
+- native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads weights at memory's speed for few
+  tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
+  the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
 """
 
@@ -235,9 +236,9 @@ def _ragged(top_k, x, weights, gate_up, down):
 
 
 def _native(top_k, x, weights, gate_up, down):
-    if x.shape[0] > native.MOST_TOKENS:
-        return _blocks(top_k, x, weights, gate_up, down)
     native.prepare(x.dtype.name)
+    if x.shape[0] > native.most_tokens(x.dtype.name):
+        return _blocks(top_k, x, weights, gate_up, down)
     return _native_few(top_k, x, weights, gate_up, down)
 
 

@@ -1,8 +1,9 @@
 """Products of tokens with one matrix.
 
 - xla: the compiler's own product. Any backend, any dtype.
-- native: on the CPU, for few tokens, a C++ kernel that reads the matrix at memory's speed (ops/native; it needs a
-  compiler); xla for many tokens and for gradients.
+- native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads the matrix at memory's speed for few
+  tokens, and whose result for a token does not depend on the others; xla for gradients, and for many tokens where the
+  processor multiplies bfloat16 itself.
 """
 
 # Dims: T tokens, K numbers summed over, N columns.
@@ -31,7 +32,7 @@ def linear(
 ) -> Float[Array, "T N"]:
     """x W, or x W^T where transposed, in dtype (that of x by default); products sum in float32."""
     dtype = x.dtype.name if dtype is None else dtype
-    if kind == "native" and x.shape[0] <= native.MOST_TOKENS:
+    if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
         return _native(transposed, dtype, x, w)
     return _xla(transposed, dtype, x, w)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.kernels import Kernels, fastest_kernels
+from jaxmoe.model.kernels import Kernels, check_kernels, prepare_kernels
 from jaxmoe.ops import native
 
 from ..conftest import NATIVE
@@ -22,34 +22,42 @@ def no_compiler(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_native_ones_run_where_they_compile(dtype, caplog):
     expected = NATIVE if native.find_compiler() is not None else Kernels()
-    assert fastest_kernels(dtype, {}) == expected
+    assert prepare_kernels(dtype, {}) == expected
     assert bool(caplog.messages) == (expected != NATIVE)
 
 
 def test_what_is_named_stays():
     named = {"dispatch": "all_gather", "grouped": "ragged"}
-    chosen = fastest_kernels("float32", named)
+    chosen = prepare_kernels("float32", named)
     assert (chosen.dispatch, chosen.grouped) == ("all_gather", "ragged")
     assert chosen.linear == ("native" if native.find_compiler() is not None else "xla")
 
 
 def test_float16_runs_through_xla():
-    assert fastest_kernels("float16", {}) == Kernels()
+    assert prepare_kernels("float16", {}) == Kernels()
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_xla_runs_and_a_warning_says_so(caplog):
-    assert fastest_kernels("bfloat16", {}) == Kernels()
+    assert prepare_kernels("bfloat16", {}) == Kernels()
     assert "C++ compiler" in caplog.text
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_what_names_every_step_asks_for_no_compiler(caplog):
-    assert fastest_kernels("bfloat16", vars(Kernels())) == Kernels()
+    assert prepare_kernels("bfloat16", vars(Kernels())) == Kernels()
     assert not caplog.messages
 
 
 @pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "steps are"), ({"grouped": "best"}, "must be one of")])
 def test_unknown_names_are_errors(named, said):
     with pytest.raises(ConfigError, match=said):
-        fastest_kernels("float32", named)
+        check_kernels("float32", named)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_native_one_that_was_named_is_refused_before_anything_is_read():
+    check_kernels("bfloat16", {"dispatch": "all_gather"})
+    for choice in ({"linear": "native"}, NATIVE):
+        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+            check_kernels("bfloat16", choice)

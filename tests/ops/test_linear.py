@@ -34,7 +34,7 @@ def compiler_found(dtype: str = "float32") -> bool:
 @pytest.mark.parametrize(
     ("dtype", "result"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
 )
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 13, 16, 17, 200])
 @pytest.mark.parametrize(("depth", "columns"), [(3, 1), (72, 70), (200, 5000)])
 def test_native_multiplies_as_the_numbers_say(rows, depth, columns, dtype, result, transposed):
     if not compiler_found(dtype):
@@ -71,10 +71,24 @@ def test_gradients_are_those_of_xla(transposed):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
-def test_many_rows_are_left_to_xla():
+def test_many_rows_are_left_to_xla_where_it_is_faster(monkeypatch):
     if not compiler_found():
         return
-    for rows, kernel in ((native.MOST_TOKENS, True), (native.MOST_TOKENS + 1, False)):
+    monkeypatch.setattr(native, "most_tokens", lambda dtype: 8)
+    for rows, kernel in ((8, True), (9, False)):
         x, w = arrays(rows, 8, 8, "float32", transposed=False)
         text = jax.jit(partial(linear, kind="native")).lower(x, w).as_text()
         assert ("jaxmoe_linear" in text) == kernel
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("depth", "columns"), [(40, 70), (1030, 513), (64, 5000)])
+def test_the_rows_beside_change_no_bit_of_a_row(depth, columns, transposed, dtype):
+    if not compiler_found(dtype):
+        return
+    x, w = arrays(400, depth, columns, dtype, transposed=transposed)
+    run = jax.jit(partial(linear, kind="native", transposed=transposed, dtype="float32"))
+    together = np.asarray(run(x, w))
+    for first, rows in ((0, 1), (3, 5), (7, 16), (100, 17), (399, 1), (150, 250)):
+        np.testing.assert_array_equal(run(x[first : first + rows], w), together[first : first + rows])

@@ -32,7 +32,9 @@ def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("routing", ["spread", "one", "none"])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "ffn"), [(1, 8, 24), (7, 3, 130), (40, 8, 64), (65, 4, 16)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "ffn"), [(1, 8, 24), (7, 3, 130), (40, 8, 64), (450, 4, 16), (2, 2, 600)]
+)
 def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
     arrays = arguments(num_tokens, num_experts, ffn, routing, dtype)
     if not compiler_found(dtype):
@@ -42,6 +44,19 @@ def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
     found = np.asarray(run(*arrays, top_k=2, kind="native"), np.float32)
     tolerance = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found, wanted, atol=tolerance * max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ffn", [24, 600])
+def test_the_tokens_beside_change_no_bit_of_a_token(ffn, dtype):
+    if not compiler_found(dtype):
+        return
+    x, weights, gate_up, down = arguments(300, 3, ffn, "spread", dtype)
+    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, top_k=2, kind="native"))
+    together = np.asarray(run(x, weights), np.float32)
+    for first, count in ((0, 1), (5, 3), (10, 20), (299, 1), (60, 200)):
+        alone = run(x[first : first + count], weights[first : first + count])
+        np.testing.assert_array_equal(np.asarray(alone, np.float32), together[first : first + count])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

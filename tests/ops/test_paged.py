@@ -113,3 +113,18 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     scale = 10.0 ** np.arange(3).reshape(3, 1, 1, 1, 1)
     tolerance = 2e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(np.asarray(found, np.float32) / scale, np.asarray(expected) / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(window, dtype):
+    if not kind_runs("native", dtype):
+        return
+    ((q, _, _),), pages, table = pool_of([70], 16, dtype)
+    ask = partial(paged_attention, pages=(pages[0], pages[1]), window=window, kind="native")
+    whole = ask(q[None], table=table, positions=jnp.array([0]), counts=jnp.array([70]))
+    for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
+        part = ask(q[None, start : start + count], table=table, positions=jnp.array([start]), counts=jnp.array([count]))
+        np.testing.assert_array_equal(
+            np.asarray(part[0], np.float32), np.asarray(whole[0, start : start + count], np.float32)
+        )

@@ -1,4 +1,4 @@
-"""The CPU kernels for few tokens, compiled on the user's machine by the C++ compiler it finds there, and kept."""
+"""The CPU kernels, compiled on the user's machine by the C++ compiler it finds there, and kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -19,14 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import ConfigError
 
-MOST_TOKENS = 64  # beyond, products take longer than reading the weights, and XLA multiplies faster
-
 DTYPES = ("bfloat16", "float32")
 
+_FEW_TOKENS = 64
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "experts.cc", _HERE / "linear.cc", _HERE / "paged.cc")
-_HEADERS = (_HERE / "rows.h",)
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+_UNIT = _HERE / "kernels.cc"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _REMEDY = "use grouped='blocks', linear='xla' and attention='loop'"
 _TARGETS = {"jaxmoe_experts": "JaxmoeExperts", "jaxmoe_linear": "JaxmoeLinear", "jaxmoe_paged": "JaxmoePaged"}
 
@@ -44,7 +43,7 @@ def _cache_path(compiler: str) -> Path:
     flags = (
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
-    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    texts = [path.read_text() for path in sorted((*_HERE.glob("*.cc"), *_HERE.glob("*.h")))]
     facts = (*texts, version, platform.machine(), flags, jax.__version__, *_FLAGS)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -61,7 +60,7 @@ def _build(compiler: str, path: Path) -> None:
             f"native kernels are kept in {path.parent}: {error}; set XDG_CACHE_HOME to a folder that can be written"
         ) from error
     os.close(handle)
-    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES), "-o", partial]
+    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_UNIT), "-o", partial]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         os.unlink(partial)
@@ -70,19 +69,14 @@ def _build(compiler: str, path: Path) -> None:
     os.replace(partial, path)
 
 
-def prepare(dtype: str, *, option: str = "grouped") -> None:
-    """Compile (once a machine) and register the kernels, for arrays of dtype.
+def check(dtype: str, *, option: str) -> str:
+    """Path of the C++ compiler that would make the kernels. Nothing is compiled or written.
 
     Raises: ConfigError naming the option that asked, for another dtype than bfloat16 and float32, where JAX does not
-    run on the CPU, or where no C++ compiler is found or it fails.
+    run on the CPU, or where no compiler is found.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"{option}='native' computes in bfloat16 or float32, not {dtype}; {_REMEDY}")
-    _register()
-
-
-@cache
-def _register() -> None:
     if jax.default_backend() != "cpu":
         raise ConfigError(f"native kernels run on the CPU and JAX is on {jax.default_backend()}; {_REMEDY}")
     compiler = find_compiler()
@@ -90,6 +84,29 @@ def _register() -> None:
         raise ConfigError(
             f"native kernels need a C++ compiler (g++ or clang++, or CXX) and none was found: install one, or {_REMEDY}"
         )
+    return compiler
+
+
+def prepare(dtype: str, *, option: str = "grouped") -> None:
+    """Compile (once a machine) and register the kernels, for arrays of dtype.
+
+    Raises: as check, and ConfigError where the compiler fails or its library cannot be kept or loaded.
+    """
+    _register(check(dtype, option=option))
+
+
+def most_tokens(dtype: str) -> int:
+    """The most tokens that the kernels are the fastest for, once prepared.
+
+    Few where the processor multiplies bfloat16 itself: XLA uses that for many tokens, the kernels widen to float32.
+    """
+    library = _register(check(dtype, option="native"))
+    return _FEW_TOKENS if dtype == "bfloat16" and library.JaxmoeMultipliesBfloat16() else sys.maxsize
+
+
+@cache
+def _register(compiler: str) -> ctypes.CDLL:
+    """The library, its kernels known to JAX."""
     path = _cache_path(compiler)
     if not path.exists():
         _build(compiler, path)
@@ -106,6 +123,7 @@ def _register() -> None:
             ) from error
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return library
 
 
 def native_experts(

@@ -1,20 +1,19 @@
-// SwiGLU of routed experts for few tokens: weights stream from memory once, those of experts nobody chose never.
+// SwiGLU of routed experts: weights stream from memory once for few tokens, those of experts nobody chose never.
 //
-// Rows are (token, expert) pairs with a weight other than zero, by expert. Work is cut into items of one expert's rows
-// and a range of its width F: gate and up of that range, then the matching rows of down. Items are independent, so
-// threads take them in turn and add to sums of their own, which are added together at the end.
+// Rows are (token, expert) pairs with a weight other than zero, by expert and then by token. An item of work is some rows
+// of one expert and, where there are too few of those for all threads, a part of its width F. Items are independent and
+// threads take them in turn; each row's result is kept, and a token's rows are added in the order of the experts. Every
+// sum has an order that depends on the shapes alone: neither other tokens nor threads change a bit of a token's result.
 
-#include "rows.h"
-
-namespace ffi = xla::ffi;
+#include "packed.h"
 
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kLeastRange = 64;  // columns of an item, at least
+constexpr int64_t kRange = 256;  // columns of F whose part of the product with `down` is summed by itself
 
 struct Item {
-  int64_t expert, first, rows, low, high;
+  int64_t expert, first, rows, low, high;  // rows [first, first + rows), ranges [low, high)
 };
 
 template <typename T>
@@ -22,99 +21,147 @@ struct Problem {
   const T *x, *gate_up, *down;
   const float* weights;  // [tokens, experts]
   int64_t num_tokens, num_experts, width, ffn;
-  std::vector<int32_t> tokens;  // of every row
+  std::vector<int32_t> tokens;   // of every row
+  std::vector<int32_t> experts;  // of every row
+  std::vector<int32_t> rows_of;  // rows by token, in the order of their experts
+  std::vector<int32_t> ends;     // of every token in rows_of
   std::vector<Item> items;
+  bool split = false;  // whether items are parts of F, each range of which keeps its own result
+
+  int64_t NumRanges() const { return (ffn + kRange - 1) / kRange; }
+  int64_t NumRows() const { return static_cast<int64_t>(tokens.size()); }
 
   void Plan(int64_t threads) {
-    std::vector<int64_t> ends;
-    int64_t visited = 0;
+    std::vector<int64_t> starts;
     for (int64_t e = 0; e < num_experts; ++e) {
-      const size_t before = tokens.size();
+      starts.push_back(NumRows());
       for (int64_t t = 0; t < num_tokens; ++t)
-        if (weights[t * num_experts + e] != 0.0f) tokens.push_back(static_cast<int32_t>(t));
-      visited += tokens.size() > before;
-      ends.push_back(static_cast<int64_t>(tokens.size()));
+        if (weights[t * num_experts + e] != 0.0f) {
+          tokens.push_back(static_cast<int32_t>(t));
+          experts.push_back(static_cast<int32_t>(e));
+        }
     }
-    if (visited == 0) return;
-    // Enough items for threads to end together, and no more: long rows are read faster.
-    const int64_t wanted = (2 * threads + visited - 1) / visited;
-    const int64_t parts = std::max<int64_t>(1, std::min(wanted, ffn / kLeastRange));
+    starts.push_back(NumRows());
     for (int64_t e = 0; e < num_experts; ++e)
-      for (int64_t part = 0, first = e ? ends[e - 1] : 0; first < ends[e] && part < parts; ++part)
-        items.push_back({e, first, ends[e] - first, ffn * part / parts, ffn * (part + 1) / parts});
+      for (int64_t first = starts[e]; first < starts[e + 1]; first += kRowBlock)
+        items.push_back({e, first, std::min(kRowBlock, starts[e + 1] - first), 0, NumRanges()});
+    const int64_t whole = static_cast<int64_t>(items.size());
+    const int64_t parts = whole ? std::min((2 * threads + whole - 1) / whole, NumRanges()) : 1;
+    if (parts > 1) {  // only where there are few: long rows of the matrix are read faster
+      split = true;
+      const std::vector<Item> wholes = std::move(items);
+      items.clear();
+      for (const Item& item : wholes)
+        for (int64_t part = 0; part < parts; ++part)
+          items.push_back({item.expert, item.first, item.rows, NumRanges() * part / parts,
+                           NumRanges() * (part + 1) / parts});
+    }
+    ends.assign(num_tokens, 0);
+    for (int32_t token : tokens) ++ends[token];
+    for (int64_t t = 1; t < num_tokens; ++t) ends[t] += ends[t - 1];
+    rows_of.resize(tokens.size());
+    std::vector<int32_t> at(num_tokens);
+    for (int64_t t = 0; t < num_tokens; ++t) at[t] = t ? ends[t - 1] : 0;
+    for (int64_t row = 0; row < NumRows(); ++row) rows_of[at[tokens[row]]++] = static_cast<int32_t>(row);
   }
 
-  void Run(const Item& item, float* sums) const {
+  // y: [ranges, rows, width] where split, else [rows, width].
+  void Run(const Item& item, float* y) const {
     static thread_local std::vector<float> scratch;
-    const int64_t range = item.high - item.low, rows = item.rows;
-    scratch.assign(rows * (width + 2 * range + width), 0.0f);
-    float* in = scratch.data();
-    float* both = in + rows * width;  // [rows, gate or up, range]
-    float* y = both + rows * 2 * range;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < width; ++k) in[r * width + k] = Widen(x[tokens[item.first + r] * width + k]);
+    const int64_t rows = item.rows, from = item.low * kRange, to = std::min(ffn, item.high * kRange), range = to - from;
+    scratch.resize(rows * (2 * width + 2 * range));
+    float *in = scratch.data(), *both = in + rows * width, *part = both + rows * 2 * range;
+    for (int64_t r = 0; r < rows; ++r) WidenAll(x + tokens[item.first + r] * width, width, in + r * width);
+    std::fill(both, part, 0.0f);  // [rows, gate or up, range]
     const T* matrix = gate_up + item.expert * width * 2 * ffn;
     if (range == ffn) {  // gate and up lie side by side: one sweep over whole rows
-      AddProduct(rows, in, width, matrix, 2 * ffn, width, 2 * ffn, both, 2 * range);
+      Add(rows, in, width, matrix, 2 * ffn, width, 2 * ffn, both, 2 * range);
     } else {
-      AddProduct(rows, in, width, matrix + item.low, 2 * ffn, width, range, both, 2 * range);
-      AddProduct(rows, in, width, matrix + ffn + item.low, 2 * ffn, width, range, both + range, 2 * range);
+      Add(rows, in, width, matrix + from, 2 * ffn, width, range, both, 2 * range);
+      Add(rows, in, width, matrix + ffn + from, 2 * ffn, width, range, both + range, 2 * range);
     }
     for (int64_t r = 0; r < rows; ++r) {
       float *gate = both + r * 2 * range, *up = gate + range;
-      for (int64_t i = 0; i < range; ++i)  // rounded as the other implementations round between the two products
-        gate[i] = Widen(Rounded<T>(gate[i] / (1.0f + std::exp(-gate[i])) * up[i]));
+      for (int64_t i = 0; i < range; i += kLanes) {  // rounded as the other implementations round between two products
+        float strip[2][kLanes] = {};
+        const int64_t count = std::min(kLanes, range - i);
+        std::copy_n(gate + i, count, strip[0]);
+        std::copy_n(up + i, count, strip[1]);
+        const Floats value = Load(strip[0]);
+        Store(value / (1.0f + Exp(-value)) * Load(strip[1]), strip[0]);
+        for (int64_t j = 0; j < count; ++j) gate[i + j] = Widen(Rounded<T>(strip[0][j]));
+      }
     }
-    const T* out = down + (item.expert * ffn + item.low) * width;
-    AddProduct(rows, both, 2 * range, out, width, range, width, y, width);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t token = tokens[item.first + r];
-      const float scale = weights[token * num_experts + item.expert];
-      float* sum = sums + token * width;
-      for (int64_t k = 0; k < width; ++k) sum[k] += scale * y[r * width + k];
+    for (int64_t index = item.low; index < item.high; ++index) {
+      const int64_t low = index * kRange, deep = std::min(ffn, low + kRange) - low;
+      const T* out = down + (item.expert * ffn + low) * width;
+      const bool own = split || index == 0;
+      float* result = y + ((split ? index * NumRows() : 0) + item.first) * width;
+      float* sums = own ? result : part;
+      std::fill_n(sums, rows * width, 0.0f);
+      Add(rows, both + low - from, 2 * range, out, width, deep, width, sums, width);
+      if (!own)
+        for (int64_t i = 0; i < rows * width; ++i) result[i] += part[i];
     }
   }
 
-  void RunAll(ffi::ThreadPool& pool, T* out) {
-    const int64_t threads = NumThreads(pool), size = num_tokens * width;
-    Plan(threads);
-    std::vector<std::vector<float>> sums(threads);
-    ForEach(pool, static_cast<int64_t>(items.size()), threads, [&](int64_t item, int64_t worker) {
-      if (sums[worker].empty()) sums[worker].assign(size, 0.0f);
-      Run(items[item], sums[worker].data());
-    });
-    for (int64_t i = 0; i < size; ++i) {
-      float total = 0.0f;
-      for (const auto& sum : sums)
-        if (!sum.empty()) total += sum[i];
-      Narrow(total, out + i);
+  // out[t] = the sum of token t's rows, each times its weight.
+  void Collect(int64_t token, const float* y, T* out) const {
+    static thread_local std::vector<float> sums, row_sums;
+    sums.assign(width, 0.0f);
+    for (int64_t at = token ? ends[token - 1] : 0; at < ends[token]; ++at) {
+      const int64_t row = rows_of[at];
+      const float scale = weights[token * num_experts + experts[row]];
+      const float* value = y + row * width;
+      if (split && NumRanges() > 1) {
+        row_sums.assign(value, value + width);
+        for (int64_t range = 1; range < NumRanges(); ++range)
+          for (int64_t k = 0; k < width; ++k) row_sums[k] += value[range * NumRows() * width + k];
+        value = row_sums.data();
+      }
+      for (int64_t k = 0; k < width; ++k) sums[k] = MultiplyAdd(scale, value[k], sums[k]);
     }
+    for (int64_t k = 0; k < width; ++k) Narrow(sums[k], out + token * width + k);
+  }
+
+  void RunAll(const Threads& pool, T* out) {
+    constexpr int64_t kTokens = 64;  // collected together
+    const int64_t threads = pool.Count();
+    Plan(threads);
+    static thread_local std::vector<float> results;
+    const size_t size = NumRows() * width * (split ? NumRanges() : 1);
+    if (results.size() < size) results.resize(size);
+    float* y = results.data();
+    ForEach(pool, static_cast<int64_t>(items.size()), threads, [&](int64_t item, int64_t) { Run(items[item], y); });
+    ForEach(pool, (num_tokens + kTokens - 1) / kTokens, threads, [&](int64_t group, int64_t) {
+      for (int64_t t = group * kTokens; t < std::min(num_tokens, (group + 1) * kTokens); ++t) Collect(t, y, out);
+    });
   }
 };
 
-ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up,
-                   ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> y) {
-  auto run = [&](auto kind) {
-    using T = decltype(kind);
-    Problem<T> problem{static_cast<const T*>(x.untyped_data()), static_cast<const T*>(gate_up.untyped_data()),
-                       static_cast<const T*>(down.untyped_data()), weights.typed_data(), x.dimensions()[0],
-                       weights.dimensions()[1], x.dimensions()[1], down.dimensions()[1], {}, {}};
-    problem.RunAll(pool, static_cast<T*>(y->untyped_data()));
-    return ffi::Error::Success();
-  };
-  if (x.element_type() == ffi::BF16) return run(uint16_t{});
-  if (x.element_type() == ffi::F32) return run(float{});
-  return ffi::Error::InvalidArgument("grouped=native takes bfloat16 or float32");
+template <typename T>
+void RunExperts(const Call& call) {
+  const Array x = call.Argument(0), weights = call.Argument(1), gate_up = call.Argument(2), down = call.Argument(3);
+  Problem<T> problem;
+  problem.x = x.As<T>();
+  problem.gate_up = gate_up.As<T>();
+  problem.down = down.As<T>();
+  problem.weights = weights.As<float>();
+  problem.num_tokens = x.Size(0);
+  problem.num_experts = weights.Size(1);
+  problem.width = x.Size(1);
+  problem.ffn = down.Size(1);
+  problem.RunAll(call.Pool(), call.Result().As<T>());
+}
+
+XLA_FFI_Error* Experts(const Call& call) {
+  const auto kind = call.Argument(0).Kind();
+  if (kind != kBfloat16 && kind != kFloat32) return call.Refuse("grouped=native takes bfloat16 or float32");
+  kind == kBfloat16 ? RunExperts<uint16_t>(call) : RunExperts<float>(call);
+  return nullptr;
 }
 
 }  // namespace
 }  // namespace jaxmoe
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeExperts, jaxmoe::Experts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+JAXMOE_KERNEL(JaxmoeExperts, 4, jaxmoe::Experts)

@@ -1,8 +1,7 @@
-// Products of few rows with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear.py.
+// Products with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear.py. The order of a result's sums depends
+// on the matrix's shape and the number of threads alone, not on the other rows.
 
-#include "rows.h"
-
-namespace ffi = xla::ffi;
+#include "packed.h"
 
 namespace jaxmoe {
 namespace {
@@ -11,14 +10,39 @@ constexpr int64_t kLeastBytes = 1 << 16;   // of the matrix, for a thread to be 
 constexpr int64_t kLeastColumns = 2048;    // of an item, where the matrix has them: long pieces of rows are read faster
 constexpr int64_t kMostSums = 4096;        // of all rows together, so that they stay in a core's first cache
 
-// One item is a range of columns, and where there are too few of those for all threads also a range of the depth, whose
-// sums are added to those of the other ranges at the end.
+// One item is a range of columns, and where there are too few of those for all threads also a part of the depth, whose
+// sums are added to those of the other parts at the end. Many rows go in blocks, and each item does all parts itself.
 template <typename T, typename Out>
 struct Product {
   const T *x, *w;
   Out* y;
   int64_t rows, depth, columns;
   bool transposed;
+
+  void RunBlocks(const Threads& pool, int64_t parts) const {
+    const int64_t threads = pool.Count(), blocks = (rows + kRowBlock - 1) / kRowBlock;
+    const int64_t ranges = std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, (columns + 127) / 128);
+    const int64_t step = ((columns + ranges - 1) / ranges + 63) / 64 * 64;
+    ForEach(pool, blocks * ranges, threads, [&](int64_t item, int64_t) {
+      static thread_local std::vector<float> scratch;
+      const int64_t first = item / ranges * kRowBlock, tall = std::min(kRowBlock, rows - first);
+      const int64_t low = item % ranges * step, range = std::min(columns, low + step) - low;
+      if (range <= 0) return;
+      scratch.resize(tall * (depth + 2 * range));
+      float *wide = scratch.data(), *total = wide + tall * depth, *part = total + tall * range;
+      WidenAll(x + first * depth, tall * depth, wide);
+      for (int64_t index = 0; index < parts; ++index) {
+        const int64_t from = PartStart(index, parts), to = PartStart(index + 1, parts);
+        float* sums = index ? part : total;
+        std::fill_n(sums, tall * range, 0.0f);
+        jaxmoe::Add(tall, wide + from, depth, w + from * columns + low, columns, to - from, range, sums, range);
+        if (index)
+          for (int64_t i = 0; i < tall * range; ++i) total[i] += part[i];
+      }
+      for (int64_t r = 0; r < tall; ++r)
+        for (int64_t c = 0; c < range; ++c) Narrow(total[r * range + c], y + (first + r) * columns + low + c);
+    });
+  }
 
   // out[r, 0:high-low] (rows `stride` apart) gains the part of the sum over depth [from, to).
   void Add(const float* wide, int64_t from, int64_t to, int64_t low, int64_t high, float* out, int64_t stride) const {
@@ -28,15 +52,21 @@ struct Product {
       AddProduct(rows, wide + from, depth, w + from * columns + low, columns, to - from, high - low, out, stride);
   }
 
-  void RunAll(ffi::ThreadPool& pool) const {
+  // Where part `index` of `parts` of the depth begins.
+  int64_t PartStart(int64_t index, int64_t parts) const {
+    return index == parts ? depth : depth * index / parts / kDepth * kDepth;
+  }
+
+  void RunAll(const Threads& pool) const {
     if (rows == 0 || columns == 0) return;
-    std::vector<float> wide(rows * depth);
-    for (int64_t i = 0; i < rows * depth; ++i) wide[i] = Widen(x[i]);
     const int64_t bytes = depth * columns * static_cast<int64_t>(sizeof(T));
-    const int64_t threads = NumThreads(pool);
+    const int64_t threads = pool.Count();
     const int64_t wanted = bytes < 2 * kLeastBytes ? 1 : 2 * threads;
     const int64_t across = transposed ? wanted : std::clamp<int64_t>(columns / kLeastColumns, 1, wanted);
     const int64_t down = transposed ? 1 : std::clamp<int64_t>(wanted / across, 1, std::max<int64_t>(1, depth / 64));
+    if (rows > kFewRows && !transposed) return RunBlocks(pool, down);
+    std::vector<float> wide(rows * depth);
+    WidenAll(x, rows * depth, wide.data());
     const int64_t strips = (columns + 63) / 64;  // whole ones, so that two threads never write one line of memory
     const int64_t step = std::max<int64_t>(256, kMostSums / rows / 64 * 64);
     std::vector<std::vector<float>> parts(down);
@@ -46,8 +76,7 @@ struct Product {
       const int64_t range = item / down, part = item % down;
       const int64_t low = strips * range / across * 64;
       const int64_t high = std::min(columns, strips * (range + 1) / across * 64);
-      const int64_t from = depth * part / down / kDepth * kDepth;
-      const int64_t to = part + 1 == down ? depth : depth * (part + 1) / down / kDepth * kDepth;
+      const int64_t from = PartStart(part, down), to = PartStart(part + 1, down);
       static thread_local std::vector<float> scratch;
       for (int64_t left = low; left < high; left += step) {
         const int64_t right = std::min(high, left + step);
@@ -64,38 +93,31 @@ struct Product {
     });
     if (down == 1) return;
     for (int64_t i = 0; i < rows * columns; ++i) {
-      float total = 0.0f;
-      for (const auto& part : parts) total += part[i];
+      float total = parts[0][i];
+      for (int64_t part = 1; part < down; ++part) total += parts[part][i];
       Narrow(total, y + i);
     }
   }
 };
 
-ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
-                  bool transposed) {
-  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], columns = y->dimensions()[1];
-  auto run = [&](auto kind, auto out) {
-    using T = decltype(kind);
-    using Out = decltype(out);
-    Product<T, Out>{static_cast<const T*>(x.untyped_data()), static_cast<const T*>(w.untyped_data()),
-                    static_cast<Out*>(y->untyped_data()), rows, depth, columns, transposed}
-        .RunAll(pool);
-    return ffi::Error::Success();
-  };
-  const auto in = x.element_type(), out = y->element_type();
-  if (in == ffi::F32 && out == ffi::F32) return run(float{}, float{});
-  if (in == ffi::BF16 && out == ffi::BF16) return run(uint16_t{}, uint16_t{});
-  if (in == ffi::BF16 && out == ffi::F32) return run(uint16_t{}, float{});
-  return ffi::Error::InvalidArgument("linear=native takes bfloat16 or float32");
+template <typename T, typename Out>
+XLA_FFI_Error* RunLinear(const Call& call) {
+  const Array x = call.Argument(0), y = call.Result();
+  Product<T, Out>{x.As<T>(), call.Argument(1).As<T>(), y.As<Out>(), x.Size(0), x.Size(1), y.Size(1),
+                  call.Attribute<bool>("transposed")}
+      .RunAll(call.Pool());
+  return nullptr;
+}
+
+XLA_FFI_Error* Linear(const Call& call) {
+  const auto in = call.Argument(0).Kind(), out = call.Result().Kind();
+  if (in == kFloat32 && out == kFloat32) return RunLinear<float, float>(call);
+  if (in == kBfloat16 && out == kBfloat16) return RunLinear<uint16_t, uint16_t>(call);
+  if (in == kBfloat16 && out == kFloat32) return RunLinear<uint16_t, float>(call);
+  return call.Refuse("linear=native takes bfloat16 or float32");
 }
 
 }  // namespace
 }  // namespace jaxmoe
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoeLinear, jaxmoe::Linear,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("transposed"));
+JAXMOE_KERNEL(JaxmoeLinear, 2, jaxmoe::Linear)

@@ -2,21 +2,53 @@
 
 #include "rows.h"
 
-namespace ffi = xla::ffi;
-
 namespace jaxmoe {
 namespace {
 
 constexpr int64_t kTile = 16;  // tokens of an item
 
-// T: numbers of queries and results; P: of pages, each token and head with a scale where there are scales.
-template <typename T, typename P>
+// Numbers of any kind: how to read them, how wide they are, and (of queries and results) how to write them.
+struct Numbers {
+  int64_t bytes;
+  void (*widen)(const void* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, void* to);
+};
+
+template <typename T>
+void WidenFrom(const void* from, int64_t count, float* to) {
+  WidenAll(static_cast<const T*>(from), count, to);
+}
+
+template <typename T>
+void NarrowTo(const float* from, int64_t count, void* to) {
+  for (int64_t i = 0; i < count; ++i) Narrow(from[i], static_cast<T*>(to) + i);
+}
+
+template <typename T>
+Numbers NumbersOf() {
+  if constexpr (sizeof(T) == 1)
+    return {1, WidenFrom<T>, nullptr};
+  else
+    return {sizeof(T), WidenFrom<T>, NarrowTo<T>};
+}
+
+// row[i] = e^(row[i] - best).
+void Shares(float* row, int64_t count, float best) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    float strip[kLanes] = {};
+    const int64_t some = std::min(kLanes, count - i);
+    std::copy_n(row + i, some, strip);
+    Store(Exp(Load(strip) - best), strip);
+    std::copy_n(strip, some, row + i);
+  }
+}
+
 struct Paged {
-  const T* q;
-  const P *k_pages, *v_pages;
-  const float *k_scales, *v_scales;
+  Numbers numbers, kept;  // of queries and results, and of pages
+  const void *q, *k_pages, *v_pages;
+  const float *k_scales, *v_scales;  // null where pages have none
   const int32_t *table, *positions, *counts;
-  T* out;
+  void* out;
   int64_t blocks, tokens, heads, group, head_dim, pages_of_row, page_size, window;
 
   // Tokens [low, high) of a block over the keys they may see.
@@ -31,12 +63,31 @@ struct Paged {
     auto place = [&](int64_t r) {  // of row r (token, then query head) in q and out
       return (((block * tokens + low + r / group) * heads + head) * group + r % group) * head_dim;
     };
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < head_dim; ++i) in[r * head_dim + i] = Widen(Rounded<T>(Widen(q[place(r) + i]) * scale));
+    static thread_local std::vector<float> widened, rounding;
+    widened.resize(page_size * head_dim);
+    rounding.resize(std::max(head_dim, span));
+    auto rounded = [&](float* values, int64_t count) {  // as the other implementations round
+      if (numbers.bytes == 4) return;
+      numbers.narrow(values, count, rounding.data());
+      numbers.widen(rounding.data(), count, values);
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      numbers.widen(static_cast<const char*>(q) + place(r) * numbers.bytes, head_dim, in + r * head_dim);
+      for (int64_t i = 0; i < head_dim; ++i) in[r * head_dim + i] *= scale;
+      rounded(in + r * head_dim, head_dim);
+    }
+    auto wide = [&](const void* from) {
+      if (kept.bytes == 4) return static_cast<const float*>(from);
+      kept.widen(from, page_size * head_dim, widened.data());
+      return static_cast<const float*>(widened.data());
+    };
     auto first_token = [&](int64_t page) { return (table[block * pages_of_row + page] * heads + head) * page_size; };
-    auto tile = [&](const P* pool, int64_t page) { return pool + first_token(page) * head_dim; };
+    auto tile = [&](const void* pool, int64_t page) {
+      return static_cast<const char*>(pool) + first_token(page) * head_dim * kept.bytes;
+    };
     for (int64_t page = first; page < end; ++page)
-      DotProduct(rows, in, head_dim, tile(k_pages, page), head_dim, page_size, scores + (page - first) * page_size, span);
+      DotProduct(rows, in, head_dim, wide(tile(k_pages, page)), head_dim, page_size, scores + (page - first) * page_size,
+                 span);
     std::vector<float> key_scale, value_scale;
     if (k_scales != nullptr) {
       key_scale.resize(span);
@@ -55,82 +106,63 @@ struct Paged {
       const int64_t from = window > 0 ? std::max<int64_t>(0, at - window + 1) : 0;
       float *row = scores + r * span, best = row[from];
       for (int64_t i = from; i <= at; ++i) best = std::max(best, row[i]);
-      for (int64_t i = 0; i < span; ++i) {
-        const float share = i < from || i > at ? 0.0f : std::exp(row[i] - best);
-        totals[r] += share;
-        row[i] = Widen(Rounded<T>(value_scale.empty() || share == 0.0f ? share : share * value_scale[i]));
-      }
+      std::fill(row, row + from, 0.0f);
+      std::fill(row + at + 1, row + span, 0.0f);
+      Shares(row + from, at + 1 - from, best);
+      for (int64_t i = from; i <= at; ++i) totals[r] += row[i];
+      if (!value_scale.empty())
+        for (int64_t i = from; i <= at; ++i) row[i] *= value_scale[i];
+      rounded(row, span);
     }
     for (int64_t page = first; page < end; ++page) {
       const int64_t written = std::min(page_size, position + high - page * page_size);  // what lies beyond is anything
-      AddProduct(rows, scores + (page - first) * page_size, span, tile(v_pages, page), head_dim, written, head_dim, mixed,
-                 head_dim);
+      AddProduct(rows, scores + (page - first) * page_size, span, wide(tile(v_pages, page)), head_dim, written, head_dim,
+                 mixed, head_dim);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < head_dim; ++i) Narrow(mixed[r * head_dim + i] / totals[r], out + place(r) + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < head_dim; ++i) mixed[r * head_dim + i] /= totals[r];
+      numbers.narrow(mixed + r * head_dim, head_dim, static_cast<char*>(out) + place(r) * numbers.bytes);
+    }
   }
 
-  void RunAll(ffi::ThreadPool& pool) const {
+  void RunAll(const Threads& pool) const {
     struct Item {
       int64_t block, head, low, high;
     };
     std::vector<Item> items;
-    std::fill(out, out + blocks * tokens * heads * group * head_dim, T{});
+    std::memset(out, 0, blocks * tokens * heads * group * head_dim * numbers.bytes);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t low = 0; low < counts[block]; low += kTile)
         for (int64_t head = 0; head < heads; ++head)
           items.push_back({block, head, low, std::min<int64_t>(low + kTile, counts[block])});
     const int64_t count = static_cast<int64_t>(items.size());
-    ForEach(pool, count, count < 4 ? 1 : NumThreads(pool), [&](int64_t item, int64_t) {
+    ForEach(pool, count, count < 4 ? 1 : pool.Count(), [&](int64_t item, int64_t) {
       Run(items[item].block, items[item].head, items[item].low, items[item].high);
     });
   }
 };
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages,
-                          ffi::AnyBuffer k_scales, ffi::AnyBuffer v_scales, ffi::Buffer<ffi::S32> table,
-                          ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> counts, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t window) {
-  const auto of = q.dimensions();
-  auto run = [&](auto kind, auto kept) {
-    using T = decltype(kind);
-    using P = decltype(kept);
-    const bool scaled = sizeof(P) == 1;
-    auto scales = [&](ffi::AnyBuffer& buffer) { return scaled ? static_cast<const float*>(buffer.untyped_data()) : nullptr; };
-    Paged<T, P>{static_cast<const T*>(q.untyped_data()), static_cast<const P*>(k_pages.untyped_data()),
-                static_cast<const P*>(v_pages.untyped_data()), scales(k_scales), scales(v_scales), table.typed_data(),
-                positions.typed_data(), counts.typed_data(), static_cast<T*>(out->untyped_data()), of[0], of[1], of[2],
-                of[3], of[4], table.dimensions()[1], k_pages.dimensions()[2], window}
-        .RunAll(pool);
-    return ffi::Error::Success();
-  };
-  auto by_pages = [&](auto kind) {
-    switch (k_pages.element_type()) {
-      case ffi::BF16: return run(kind, uint16_t{});
-      case ffi::F32: return run(kind, float{});
-      case ffi::S8: return run(kind, int8_t{});
-      case ffi::F8E4M3FN: return run(kind, Float8{});
-      default: return ffi::Error::InvalidArgument("attention=native takes pages of bfloat16, float32, int8 or float8_e4m3fn");
-    }
-  };
-  if (q.element_type() == ffi::BF16) return by_pages(uint16_t{});
-  if (q.element_type() == ffi::F32) return by_pages(float{});
-  return ffi::Error::InvalidArgument("attention=native takes bfloat16 or float32");
+XLA_FFI_Error* PagedAttention(const Call& call) {
+  const Array q = call.Argument(0), k_pages = call.Argument(1), v_pages = call.Argument(2), table = call.Argument(5);
+  if (q.Kind() != kBfloat16 && q.Kind() != kFloat32) return call.Refuse("attention=native takes bfloat16 or float32");
+  Numbers kept;
+  switch (k_pages.Kind()) {
+    case XLA_FFI_DataType_BF16: kept = NumbersOf<uint16_t>(); break;
+    case XLA_FFI_DataType_F32: kept = NumbersOf<float>(); break;
+    case XLA_FFI_DataType_S8: kept = NumbersOf<int8_t>(); break;
+    case XLA_FFI_DataType_F8E4M3FN: kept = NumbersOf<Float8>(); break;
+    default: return call.Refuse("attention=native takes pages of bfloat16, float32, int8 or float8_e4m3fn");
+  }
+  auto scales = [&](int64_t index) { return kept.bytes == 1 ? call.Argument(index).As<const float>() : nullptr; };
+  Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), k_pages.As<void>(),
+        v_pages.As<void>(), scales(3), scales(4), table.As<int32_t>(), call.Argument(6).As<int32_t>(),
+        call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1), q.Size(2), q.Size(3), q.Size(4),
+        table.Size(1), k_pages.Size(2), call.Attribute<int64_t>("window")}
+      .RunAll(call.Pool());
+  return nullptr;
 }
 
 }  // namespace
 }  // namespace jaxmoe
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxmoePaged, jaxmoe::PagedAttention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("window"));
+JAXMOE_KERNEL(JaxmoePaged, 8, jaxmoe::PagedAttention)

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
+#include "call.h"
 
 namespace jaxmoe {
 
@@ -70,6 +71,7 @@ constexpr int64_t kLanes = 8;
 #endif
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Signed __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes)));
@@ -107,6 +109,57 @@ inline Floats Load(const Float8* from) {
 }
 inline void Store(Floats values, float* to) { std::memcpy(to, &values, sizeof(values)); }
 
+// wide[i] = x[i] as a float.
+template <typename T>
+void WidenAll(const T* x, int64_t count, float* wide) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Store(Load(x + i), wide + i);
+  for (; i < count; ++i) wide[i] = Widen(x[i]);
+}
+
+// x * y + sum, rounded once wherever it stands: which rows go together must not change a bit.
+inline float MultiplyAdd(float x, float y, float sum) { return __builtin_fmaf(x, y, sum); }
+inline Floats MultiplyAdd(Floats x, Floats y, Floats sum) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, y, sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(x, y, sum);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(x[i], y[i], sum[i]);
+  return sum;
+#endif
+}
+inline Floats Spread(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  Floats all;
+  for (int64_t i = 0; i < kLanes; ++i) all[i] = x;
+  return all;
+#endif
+}
+inline Floats MultiplyAdd(float x, Floats y, Floats sum) { return MultiplyAdd(Spread(x), y, sum); }
+
+// e^x to two units in the last place; 0 below -87, infinite above 88. Source: the polynomial of Cephes' expf (Moshier).
+inline Floats Exp(Floats x) {
+  const Floats zero = {}, low = zero - 87.0f, high = zero + 88.0f, shift = zero + 12582912.0f;  // 1.5 * 2^23: rounds
+  const auto small = x < low, large = x > high;
+  const Floats whole = (x * 1.44269504f + shift) - shift;
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats y = zero + 1.9875691500e-4f;
+  y = y * rest + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.0f;
+  const auto power = __builtin_convertvector(small || large ? zero : whole, Signed);
+  y = y * reinterpret_cast<Floats>((power + 127) << 23);
+  return small ? zero : large ? zero + __builtin_inff() : y;
+}
+
 inline float Sum(Floats values) {
   float total = 0.0f;
   for (int64_t i = 0; i < kLanes; ++i) total += values[i];
@@ -139,7 +192,7 @@ void AddBlock(const float* __restrict__ x, int64_t x_stride, const T* __restrict
         Floats strips[S];
         for (int s = 0; s < S; ++s) strips[s] = Load(w + d * stride + j + s * kLanes);
         for (int r = 0; r < R; ++r)
-          for (int s = 0; s < S; ++s) sums[r][s] += x[r * x_stride + d] * strips[s];
+          for (int s = 0; s < S; ++s) sums[r][s] = MultiplyAdd(x[r * x_stride + d], strips[s], sums[r][s]);
       }
       for (int r = 0; r < R; ++r)
         for (int s = 0; s < S; ++s) Store(sums[r][s], out + r * out_stride + j + s * kLanes);
@@ -148,73 +201,74 @@ void AddBlock(const float* __restrict__ x, int64_t x_stride, const T* __restrict
   for (; j < columns; ++j)
     for (int64_t d = 0; d < deep; ++d) {
       const float wide = Widen(w[d * stride + j]);
-      for (int r = 0; r < R; ++r) out[r * out_stride + j] += x[r * x_stride + d] * wide;
+      for (int r = 0; r < R; ++r) {
+        float* sum = out + r * out_stride + j;
+        *sum = MultiplyAdd(x[r * x_stride + d], wide, *sum);
+      }
     }
 }
 
-// out[r] = x[r, 0:depth] . w[0:depth] for R rows.
+// out[r] = x[r, 0:depth] . w[0:depth] for R rows. The order of the sums is the same for every R.
 template <int R, typename T>
 void DotColumn(const float* __restrict__ x, int64_t x_stride, const T* __restrict__ w, int64_t depth,
                float* __restrict__ out, int64_t out_stride) {
-  constexpr int S = StripsOf<R>();
+  constexpr int S = 4;
   Floats sums[R][S] = {};
   int64_t k = 0;
   for (; k + S * kLanes <= depth; k += S * kLanes)
     for (int s = 0; s < S; ++s) {
       const Floats strip = Load(w + k + s * kLanes);
-      for (int r = 0; r < R; ++r) sums[r][s] += Load(x + r * x_stride + k + s * kLanes) * strip;
+      for (int r = 0; r < R; ++r) sums[r][s] = MultiplyAdd(Load(x + r * x_stride + k + s * kLanes), strip, sums[r][s]);
     }
   for (int r = 0; r < R; ++r) {
     Floats sum = sums[r][0];
     for (int s = 1; s < S; ++s) sum += sums[r][s];
     float total = Sum(sum);
-    for (int64_t rest = k; rest < depth; ++rest) total += x[r * x_stride + rest] * Widen(w[rest]);
+    for (int64_t rest = k; rest < depth; ++rest) total = MultiplyAdd(x[r * x_stride + rest], Widen(w[rest]), total);
     out[r * out_stride] = total;
   }
 }
 
-#define JAXMOE_BY_ROWS(rows, CALL) \
-  switch (rows) {                  \
-    case 1: CALL(1); break;        \
-    case 2: CALL(2); break;        \
-    case 3: CALL(3); break;        \
-    case 4: CALL(4); break;        \
-    case 5: CALL(5); break;        \
-    default: CALL(6);              \
-  }
-constexpr int64_t kMostRows = 6;  // that share one fetch of a strip; more rows find it in the first cache
-
 // out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows; w passes once.
 template <typename T>
-void AddProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t stride, int64_t depth,
+__attribute__((noinline)) void AddProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t stride, int64_t depth,
                 int64_t columns, float* out, int64_t out_stride) {
-  for (int64_t k = 0; k < depth; k += kDepth)
-    for (int64_t first = 0; first < rows; first += kMostRows) {
-#define CALL(R)                                                                                         \
-  AddBlock<R>(x + first * x_stride + k, x_stride, w + k * stride, stride, std::min(kDepth, depth - k), columns, \
-              out + first * out_stride, out_stride)
-      JAXMOE_BY_ROWS(rows - first, CALL)
-#undef CALL
-    }
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t deep = std::min(kDepth, depth - k);
+    int64_t first = 0;
+    auto add = [&](auto count) {  // rows that share one fetch of a strip; those that follow find it in the first cache
+      for (; rows - first >= count(); first += count())
+        AddBlock<count()>(x + first * x_stride + k, x_stride, w + k * stride, stride, deep, columns,
+                          out + first * out_stride, out_stride);
+    };
+    add(std::integral_constant<int, 6>());
+    add(std::integral_constant<int, 4>());
+    add(std::integral_constant<int, 2>());
+    add(std::integral_constant<int, 1>());
+  }
 }
 
 // out[r, c] = x[r, 0:depth] . w[c, 0:depth] for any number of rows; w's rows lie one after another.
 template <typename T>
-void DotProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t depth, int64_t columns, float* out,
+__attribute__((noinline)) void DotProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t depth, int64_t columns, float* out,
                 int64_t out_stride) {
+  constexpr int64_t kMostRows = 3;
   for (int64_t c = 0; c < columns; ++c)
     for (int64_t first = 0; first < rows; first += kMostRows) {
-#define CALL(R) DotColumn<R>(x + first * x_stride, x_stride, w + c * depth, depth, out + first * out_stride + c, out_stride)
-      JAXMOE_BY_ROWS(rows - first, CALL)
-#undef CALL
+      auto dot = [&](auto count) {
+        DotColumn<count()>(x + first * x_stride, x_stride, w + c * depth, depth, out + first * out_stride + c, out_stride);
+      };
+      switch (rows - first) {
+        case 1: dot(std::integral_constant<int, 1>()); break;
+        case 2: dot(std::integral_constant<int, 2>()); break;
+        default: dot(std::integral_constant<int, 3>());
+      }
     }
 }
 
-inline int64_t NumThreads(xla::ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
-
 // work(item, worker) for every item in [0, items) by up to `workers` threads, this one among them; returns when all are
 // done. A helper may start late, after the last item: what it touches is kept alive until it has looked.
-inline void ForEach(xla::ffi::ThreadPool& pool, int64_t items, int64_t workers,
+inline void ForEach(const Threads& pool, int64_t items, int64_t workers,
                     const std::function<void(int64_t, int64_t)>& work) {
   workers = std::min(workers, items);
   if (workers <= 1) {
