@@ -35,6 +35,7 @@ from .tiny.checkpoint import write_checkpoint  # noqa: E402
 
 ONE_DEVICE = "data=1"
 NATIVE = Kernels(grouped="native", linear="native", attention="native")
+XLA = Kernels()  # what runs on accelerators, and on a CPU without a C++ compiler
 MESHES_OF_8 = tuple(
     f"data={data},tensor={tensor},expert={8 // data // tensor}"
     for data in (1, 2, 4, 8)
@@ -66,10 +67,13 @@ def tiny_dir() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
-    """(name of a case, mesh, kernels) -> the model loaded in float32, shared between tests that follow each other."""
+    """(name of a case, mesh, kernels) -> the model loaded in float32, shared between tests that follow each other.
+
+    kernels: None for what a user gets who names none.
+    """
 
     @lru_cache(maxsize=4)
-    def load(name: str, mesh: str = ONE_DEVICE, kernels: Kernels = Kernels()) -> LLM:
-        return LLM.load(tiny_dir(name), mesh=mesh_of(mesh), dtype="float32", kernels=kernels)
+    def load(name: str, mesh: str = ONE_DEVICE, kernels: Kernels | None = None) -> LLM:
+        return LLM.load(tiny_dir(name), mesh=mesh_of(mesh), dtype="float32", kernels=kernels or {})
 
     return load

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,16 +29,28 @@ _DEMO_PROMPT = "def read_lines(path):\n"
 @click.option("--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one")
 @click.option("--seed", type=int, default=0)
 @click.option("--stop", multiple=True, help="end at this text (may be given several times)")
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="end at this token (several times)")
+@click.option("--min-tokens", type=int, default=0, help="no end before so many tokens")
+@click.option("-n", "n", type=int, default=1, help="samples of each prompt")
+@click.option("--repetition-penalty", type=float, default=1.0, help="divides the logits of tokens seen before")
+@click.option("--presence-penalty", type=float, default=0.0, help="taken from the logits of tokens in the answer")
+@click.option("--frequency-penalty", type=float, default=0.0, help="the same, as often as they came")
+@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="added to a token's logits (several times)")
+@click.option("--top-logprobs", type=int, default=0, help="with --json: so many of the likeliest tokens at each place")
+@click.option("--trace", metavar="FILE.json", help="write what happened, for ui.perfetto.dev, and a page beside it")
 @click.option("--ignore-eos", is_flag=True, help="go on past the model's end token")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a request on standard output, nothing else")
 def generate(
     model: str | None, prompt: str | None, prompt_ids: str | None, chat: bool, options: ModelOptions, as_json: bool,
-    **sampling: Any,
+    trace: str | None, logit_bias: tuple[str, ...], **sampling: Any,
 ) -> None:  # fmt: skip
     """Complete prompts with MODEL: a checkpoint directory, a hub id or a preset; without it the embedded default."""
     from jaxmoe.engine.request import SamplingParams
+    from jaxmoe.engine.trace import check_trace_path
 
-    params = SamplingParams(**sampling)
+    params = SamplingParams(logit_bias=_read_biases(logit_bias), **sampling)
+    if trace is not None:
+        check_trace_path(trace)
     if prompt is not None and prompt_ids is not None:
         raise RequestError("--prompt and --prompt-ids were both given: give one")
     if chat and prompt is None:
@@ -53,48 +67,72 @@ def generate(
     if chat:
         rows = [llm.chat_prompt([{"role": "user", "content": prompt or ""}])]
     prompts: list[Any] = rows if rows is not None else [prompt]
-    if as_json:
-        for output in llm.generate(prompts, params):
-            print(json.dumps(_as_json(output)), flush=True)
-        return
-    _stream_to_terminal(llm, prompts, params)
+    with nullcontext() if trace is None else llm.trace(trace):
+        if as_json:
+            for output in llm.generate(prompts, params):
+                print(json.dumps(_as_json(output)), flush=True)
+        else:
+            _stream_to_terminal(llm, prompts, params)
+    if trace is not None:
+        page = Path(trace).with_suffix(".html")
+        console.print(f"[dim]what happened is in {trace} (for ui.perfetto.dev) and {page}[/dim]")
+
+
+def _read_biases(pairs: tuple[str, ...]) -> dict[int, float]:
+    """Biases from "ID=BIAS". Raises: RequestError naming the one that does not read so."""
+    biases = {}
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise RequestError(f"--logit-bias {pair!r} must read ID=BIAS, as in 42=-5.0") from None
+    return biases
 
 
 def _as_json(output: Any) -> dict[str, Any]:
-    return {
-        "index": output.index, "text": output.text, "token_ids": output.token_ids, "logprobs": output.logprobs,
-        "finish_reason": output.finish_reason, "num_prompt_tokens": len(output.prompt_token_ids),
-    }  # fmt: skip
+    samples = [
+        {
+            "text": sample.text, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
+            "finish_reason": sample.finish_reason,
+        }
+        | ({"top_logprobs": sample.top_logprobs} if sample.top_logprobs else {})
+        for sample in output.samples
+    ]  # fmt: skip
+    first = {"index": output.index, **samples[0], "num_prompt_tokens": len(output.prompt_token_ids)}
+    return first | ({"samples": samples} if len(samples) > 1 else {})
 
 
 def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
     """One prompt streams as it comes; several are printed each as a whole. Rates go to standard error."""
     from jaxmoe.mesh import describe
 
-    single = len(prompts) == 1
+    single = len(prompts) == 1 and params.n == 1
     chunks = llm.stream(prompts, params)
     console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; compiling (kept for next time)...[/dim]")
     started = time.perf_counter()
     if single and isinstance(prompts[0], str):
         print(prompts[0], end="", flush=True)
-    texts: dict[int, str] = {}
-    ids: dict[int, list[int]] = {}
+    texts: dict[tuple[int, int], str] = {}
+    ids: dict[tuple[int, int], list[int]] = {}
     first_at = last_at = started
     count = 0
     for chunk in chunks:
         last_at = time.perf_counter()
         first_at = last_at if count == 0 else first_at
         count += 1
-        texts[chunk.index] = texts.get(chunk.index, "") + chunk.text
-        ids.setdefault(chunk.index, []).append(chunk.token_id)
+        which = (chunk.index, chunk.sample)
+        texts[which] = texts.get(which, "") + chunk.text
+        ids.setdefault(which, []).append(chunk.token_id)
         shown = chunk.text if llm.tokenizer else f"{chunk.token_id} "
         if single:
             print(shown, end="", flush=True)
     if single:
         print()
     else:
-        for index in range(len(prompts)):
-            print(f"[{index}] {texts[index] if llm.tokenizer else ids[index]}")
-    rest = count - len(prompts)
+        for index, sample in sorted(ids):
+            name = f"{index}" if params.n == 1 else f"{index}.{sample}"
+            print(f"[{name}] {texts[index, sample] if llm.tokenizer else ids[index, sample]}")
+    rest = count - len(ids)
     rate = f", then {rest / (last_at - first_at):.1f} tokens/s" if rest > 0 and last_at > first_at else ""
     console.print(f"[dim]{count} tokens; first after {first_at - started:.1f} s (compiling included){rate}[/dim]")

@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams
 from jaxmoe.engine.runner import Drawn, EngineState, Runner
+from jaxmoe.engine.scheduler import Chunk as PromptChunk
 from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
+from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
 from jaxmoe.errors import StepError
+from jaxmoe.planner.traffic import planned_collectives
+
+_TIMINGS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,7 @@ class Request:
     stream: TextStream
     num_prompt: int
     ends: tuple[int, ...]  # tokens that end it
+    record: RequestRecord | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
@@ -86,6 +94,7 @@ class _InFlight:
     plan: StepPlan
     places: list[tuple[int, int]]  # rank and row of each of plan.sampled()
     drawn: Drawn
+    record: StepRecord | None
 
 
 class Core:
@@ -98,6 +107,7 @@ class Core:
         *,
         tokenizer: Tokenizer | None,
         eos: frozenset[int],
+        trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner, self.limits, self.tokenizer, self.eos = runner, limits, tokenizer, eos
@@ -106,11 +116,17 @@ class Core:
         self.buckets: set[Bucket] = set()
         self.sealed = False
         self.num_new_tokens = 0
+        self.trace = trace
+        self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
         self._clock = clock
         self._row_pages = -(-limits.context // limits.page_size)
         self._in_flight: deque[_InFlight] = deque()
         self._next_id = 0
         self._state = self._fresh_state()
+        self._tier = self._fresh_tier()
+
+    def _fresh_tier(self) -> HostTier | None:
+        return HostTier(self.runner) if self.limits.num_places else None
 
     def _fresh_state(self) -> EngineState:
         return self.runner.empty_state(self.limits.rows, self.limits.num_pages, self.limits.page_size)
@@ -127,7 +143,37 @@ class Core:
             jax.block_until_ready(drawn)
             self.buckets.add(bucket)
             on_progress(done, len(buckets))
+        if self._tier is not None:
+            self.copy_s, self.compute_s = self._time_copies(self._tier), self._time_prompts(buckets[-1])
+            self.scheduler.brings_back = self.copy_s < self.compute_s
         self.sealed = True
+
+    def _time_copies(self, tier: HostTier) -> float:
+        """Seconds to copy one page to host memory and back; compiles both."""
+        seconds = []
+        for _ in range(1 + _TIMINGS):
+            start = self._clock()
+            for way in ("out", "in"):
+                self._state = tier.run(self._state, 0, Move(way, 0, 0))
+            jax.block_until_ready(self._state)
+            seconds.append(self._clock() - start)
+        return min(seconds[1:])
+
+    def _time_prompts(self, bucket: Bucket) -> float:
+        """Seconds to compute one page's tokens of a prompt, in a step full of them."""
+        limits = self.limits
+        count = min(limits.chunk_tokens, limits.context, limits.pool_tokens)
+        pages = list(range(-(-count // limits.page_size)))
+        sequence = Sequence(request_id=-1, tokens=[0] * count, max_total=count + 1, rank=0, slot=0, pages=pages)
+        plan = StepPlan(decodes=[], chunks=[PromptChunk(sequence=sequence, start=0, count=count, last=True)])
+        told = Told(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
+        packed, seconds = pack(plan, bucket, limits, lambda index: told), []
+        for _ in range(_TIMINGS):  # what is written lies on pages that nobody holds yet
+            start = self._clock()
+            self._state, drawn = self._step(packed, (False, False, False), bucket, 1)
+            jax.block_until_ready(drawn)
+            seconds.append(self._clock() - start)
+        return min(seconds) / len(pages)
 
     # --- requests ---
 
@@ -137,9 +183,10 @@ class Core:
         return bool(self.requests or self._in_flight)
 
     def submit(
-        self, index: int, ids: list[int], params: SamplingParams, *, priority: int = 0, deadline: float | None = None
-    ) -> list[Request]:
-        """Queue a request, each of its samples by itself. deadline: by the core's clock.
+        self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[Request]:  # fmt: skip
+        """Queue a request, each of its samples by itself. name: in a trace. deadline: by the core's clock.
 
         Raises: RequestError if it can never fit.
         """
@@ -156,6 +203,11 @@ class Core:
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
                 stream=TextStream(self.tokenizer, params.stop),
             )  # fmt: skip
+            if self.trace is not None:
+                full = name if params.n == 1 else f"{name}, sample {sample}"
+                request.record = self.trace.queued(
+                    full, num_prompt=len(ids), max_new=most - len(ids), now=self._clock()
+                )
             self.requests[self._next_id] = request
             self._next_id += 1
             queued.append(request)
@@ -170,6 +222,7 @@ class Core:
         request = self.requests.pop(sequence.request_id)
         self.scheduler.finish(sequence)
         request.finish_reason = reason
+        self._trace_end(request)
         request.events.append(Ended(index=request.index, sample=request.sample, finish_reason=reason, error=error))
 
     # --- the loop ---
@@ -197,7 +250,7 @@ class Core:
         self.scheduler.fail(plan, fault)
         for array in jax.tree.leaves(self._state):  # some may have been donated; there is no room for both
             array.delete()
-        self._state = self._fresh_state()
+        self._state, self._tier = self._fresh_state(), self._fresh_tier()
 
     def _guarded(self, plan: StepPlan, action: Callable[[], None]) -> None:
         """action(); if it throws, the plan's requests fail and the rest start over with empty pages."""
@@ -222,22 +275,49 @@ class Core:
         )
         packed = pack(plan, bucket, self.limits, self._told)
         places = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
+        sent = self._clock()
+        for rank, move in plan.moves:
+            assert self._tier is not None
+            self._state = self._tier.run(self._state, rank, move)
         self._state, drawn = self._step(packed, wanted, bucket, plan.turns)
         self.buckets.add(bucket)
-        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn))
+        record = self._trace_step(plan, bucket, sent)
+        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn, record=record))
+
+    def _trace_step(self, plan: StepPlan, bucket: Bucket, sent: float) -> StepRecord | None:
+        if self.trace is None:
+            return None
+        runner, scheduler = self.runner, self.scheduler
+        collectives = planned_collectives(
+            runner.config, runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.rows,
+            itemsize=runner.itemsize, dispatch=runner.kernels.dispatch,
+        )  # fmt: skip
+        return self.trace.sent(
+            plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
+            waiting=len(scheduler.waiting), pages_held=sum(pool.num_held for pool in scheduler.pools),
+            now=sent,
+        )  # fmt: skip
+
+    def _trace_end(self, request: Request) -> None:
+        if request.record is not None:
+            Trace.ended(request.record, request.finish_reason or "", now=self._clock())
 
     def _told(self, request_id: int) -> Told:
         return self.requests[request_id].told()
 
     def _step(self, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket, count: int):
         turns = 1 if bucket.blocks else self.limits.turns
-        return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns)
+        traced = self.trace is not None
+        return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns, traced=traced)
 
     def _complete(self, step: _InFlight) -> list[Request]:
         tokens, logprobs = np.asarray(step.drawn.tokens), np.asarray(step.drawn.logprobs)
         sampled = list(step.plan.sampled())
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
+        if self.trace is not None and step.record is not None:
+            counts, expert_ranks = np.asarray(step.drawn.expert_counts), self.runner.placement.parts("moe_expert")
+            self.trace.done(step.record, counts, expert_ranks=expert_ranks, now=self._clock())
         told = []
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
@@ -246,7 +326,10 @@ class Core:
             request.events.append(chunk)
             told.append(request)
             self.num_new_tokens += 1
+            if request.record is not None and step.record is not None:
+                request.record.tokens.append(step.record.index)
             if request.finish_reason is not None:
+                self._trace_end(request)
                 self.scheduler.finish(sequence)
                 del self.requests[sequence.request_id]
         return told

@@ -21,6 +21,7 @@ from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.llm import LLM, TURNS, Prompt
 from jaxmoe.engine.request import Chunk, SamplingParams
 from jaxmoe.engine.scheduler import Limits
+from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL
 
@@ -33,8 +34,10 @@ class Engine:
 
     model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch;
     rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
-    each device; by default 1 on a CPU, 90% of what is left on an accelerator. page_size: tokens. chunk_tokens: of
-    prompts, a step and rank. turns: tokens that a request decodes in one step where no prompt waits.
+    each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
+    are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
+    page_size: tokens. chunk_tokens: of prompts, a step and rank. turns: tokens that a request decodes in one step where
+    no prompt waits. trace: a file that close() writes what happened to, with a page beside it (engine/trace.py).
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -47,9 +50,11 @@ class Engine:
         max_requests: int = 32,
         context: int | None = None,
         memory_gib: float | None = None,
+        host_gib: float = 0.0,
         page_size: int = 16,
         chunk_tokens: int = 512,
         turns: int = TURNS,
+        trace: str | Path | None = None,
         on_compile: Callable[[int, int], None] = lambda done, total: None,
         **load: Any,
     ) -> None:
@@ -57,13 +62,17 @@ class Engine:
             raise ConfigError(
                 "mesh, dtype and other options of loading were given with an LLM, which is loaded already"
             )
+        self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
             self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
-            chunk_tokens=chunk_tokens, turns=turns,
+            chunk_tokens=chunk_tokens, turns=turns, host_gib=host_gib,
         )  # fmt: skip
         try:
-            self._core = Core(self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos)
+            self._core = Core(
+                self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos,
+                trace=None if trace is None else Trace(self.llm.trace_facts()),
+            )  # fmt: skip
         except RequestError as error:
             raise ConfigError(f"memory_gib={memory_gib} is more than the devices have: {error}") from error
         self._core.warm_up(on_compile)
@@ -129,17 +138,22 @@ class Engine:
             "preemptions": scheduler.num_preemptions,
             "pages_held": sum(pool.num_held for pool in scheduler.pools),
             "pages_evicted": scheduler.num_evicted,
+            "pages_on_host": sum(pool.num_on_host for pool in scheduler.pools),
+            "pages_brought_back": scheduler.num_brought_back,
             "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
             "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_a_token": self.llm.runner.bytes_a_token,
         }  # fmt: skip
 
     def close(self) -> None:
-        """End every request and the thread."""
+        """End every request and the thread; write the trace where one was asked for."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
+        if self._trace_path is not None and self._core.trace is not None:
+            self._core.trace.write(self._trace_path)
+            self._core.trace = None
 
     def __enter__(self) -> Engine:
         return self
@@ -178,7 +192,9 @@ class Engine:
     def _submit(
         self, listener: _Listener, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        listener.samples = self._core.submit(0, ids, params, priority=priority, deadline=deadline)
+        listener.samples = self._core.submit(
+            0, ids, params, name=listener.request_id, priority=priority, deadline=deadline
+        )
 
     def _cancel(self, listener: _Listener) -> None:
         for sample in listener.samples:
@@ -242,7 +258,7 @@ class Stream:
 
 def _limits(
     llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
-    turns: int,
+    turns: int, host_gib: float,
 ) -> Limits:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
@@ -258,8 +274,9 @@ def _limits(
         raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
     if memory_gib is None:
         memory_gib = _spare_gib()
-    if not (isinstance(memory_gib, int | float) and 0 <= memory_gib < math.inf):
-        raise ConfigError(f"memory_gib={memory_gib!r} must be a number of at least 0")
+    for name, gib in (("memory_gib", memory_gib), ("host_gib", host_gib)):
+        if not (isinstance(gib, int | float) and 0 <= gib < math.inf):
+            raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
     token_bytes = runner.bytes_a_token / runner.placement.parts("kv_head")
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
@@ -272,6 +289,7 @@ def _limits(
         num_ranks=runner.num_ranks, rows=rows, chunk_tokens=-(-chunk_tokens // block_tokens) * block_tokens,
         block_tokens=block_tokens, num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size,
         context=context, turns=turns,
+        num_places=int(host_gib * 2**30 / (runner.bytes_a_token * page_size * runner.num_ranks)),
     )  # fmt: skip
 
 

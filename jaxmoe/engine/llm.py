@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +20,10 @@ from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_pr
 from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.tokenizer import Message, Tokenizer
+from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
-from jaxmoe.mesh import build_mesh, check_axes, default_axes, parse_mesh
+from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, check_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
@@ -47,6 +49,7 @@ class LLM:
     ) -> None:
         self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
         self._core: Core | None = None
+        self._trace: Trace | None = None
         self._lock = threading.RLock()  # one thread at a time plans and sends steps
 
     @classmethod
@@ -216,7 +219,7 @@ class LLM:
         """
         with self._lock:
             core = self._core_for(asked)
-            requests += [core.submit(index, ids, p) for index, (ids, p) in enumerate(asked)]
+            requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(asked)]
         listening = {id(request): request for samples in requests for request in samples}
         try:
             while listening:
@@ -235,6 +238,34 @@ class LLM:
             with self._lock:
                 for request in listening.values():
                     core.cancel(request)
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[Trace]:
+        """Record what generate and stream do inside the with-statement; writes PATH (Chrome's format, for
+        ui.perfetto.dev) and a page beside it (.html) at its end.
+
+        Raises: RequestError at once if the path cannot be written.
+        """
+        check_trace_path(path)
+        trace = Trace(self.trace_facts())
+        with self._lock:
+            self._trace = trace
+        try:
+            yield trace
+        finally:
+            with self._lock:
+                self._trace = None
+                if self._core is not None:
+                    self._core.trace = None
+            trace.write(path)
+
+    def trace_facts(self) -> dict[str, Any]:
+        """What a trace says of the model and where it runs."""
+        config = self.config
+        facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
+        if config.moe is not None:
+            facts |= {"experts": config.moe.num_experts, "experts a token": config.moe.num_experts_per_tok}
+        return facts | {"mesh": describe(self.mesh), "bytes of keys and values a token": self.runner.bytes_a_token}
 
     def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
@@ -262,6 +293,7 @@ class LLM:
             limits = needed if old is None else needed.joined(old.limits)
             del old
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
+        self._core.trace = self._trace
         return self._core
 
 

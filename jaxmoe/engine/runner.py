@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,7 +27,7 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import Transformer
 from jaxmoe.ops.quantize import LARGEST
-from jaxmoe.ops.sample import SamplingArrays, Wanted, sample
+from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.sharding import Placement, array_sizes
 
 _SCORE_POSITIONS = 256
@@ -57,12 +58,16 @@ class EngineState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step brings, of each turn and row: tokens and logprobs [T,r,d], the likeliest and theirs [T,r,d,L]."""
+    """What a step brings, of each turn and row: tokens and logprobs [T,r,d], the likeliest and theirs [T,r,d,L].
+
+    expert_counts [T,r,layers,E]: tokens of a rank that chose each expert of each MoE layer; no layers unless traced.
+    """
 
     tokens: jax.Array
     logprobs: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+    expert_counts: jax.Array
 
 
 class Runner:
@@ -81,7 +86,7 @@ class Runner:
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
         self._precision = "highest" if dtype == "float32" else None
-        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket", "turns"))
+        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket", "turns", "traced"))
         self.score_fn = jax.jit(self._score)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
@@ -89,6 +94,11 @@ class Runner:
     def num_ranks(self) -> int:
         """Ranks that share the batch."""
         return self.placement.parts("batch")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of the activations."""
+        return jnp.dtype(self.dtype).itemsize
 
     @property
     def least_rows(self) -> int:
@@ -129,24 +139,37 @@ class Runner:
     # --- the steps, traced once a shape ---
 
     def _step(
-        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count, *, bucket: Bucket, turns: int
-    ):
+        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count,
+        *, bucket: Bucket, turns: int, traced: bool,
+    ):  # fmt: skip
         """flags: of Wanted; count: turns to take, of `turns` there is room for."""
-        model, told = self._merge(leaves), bucket.split(packed)
+        take = partial(self._turn, self._merge(leaves), bucket.split(packed), Wanted(*flags), bucket, traced)
         if turns == 1:
-            state, drawn = self._turn(model, state, told, Wanted(*flags), 0, bucket)
+            state, drawn = take(state, 0)
             return state, Drawn(*(part[None] for part in drawn))
-        shapes = jax.eval_shape(lambda: self._turn(model, state, told, Wanted(*flags), 0, bucket)[1])
-        room = Drawn(*(jnp.zeros((turns, *part.shape), part.dtype) for part in shapes))
 
         def body(turn, carry):
-            state, room = carry
-            state, drawn = self._turn(model, state, told, Wanted(*flags), turn, bucket)
-            return state, Drawn(*(all_.at[turn].set(one) for all_, one in zip(room, drawn, strict=True)))
+            state, drawn = take(carry[0], turn)
+            return state, Drawn(*(room.at[turn].set(one) for room, one in zip(carry[1], drawn, strict=True)))
 
-        return jax.lax.fori_loop(0, count, body, (state, room))
+        return jax.lax.fori_loop(0, count, body, (state, self._room(turns, bucket.rows, traced)))
 
-    def _turn(self, model: Transformer, state: EngineState, told, wanted: Wanted, turn, bucket: Bucket):
+    def _room(self, turns: int, rows: int, traced: bool) -> Drawn:
+        per_row, top = (turns, self.num_ranks, rows), min(MOST_TOP, self.config.vocab_size)
+        counts = self._num_counted(traced), self.config.moe.num_experts if self.config.moe else 0
+        return Drawn(
+            tokens=jnp.zeros(per_row, jnp.int32), logprobs=jnp.zeros(per_row),
+            top_tokens=jnp.zeros((*per_row, top), jnp.int32), top_logprobs=jnp.zeros((*per_row, top)),
+            expert_counts=jnp.zeros((turns, self.num_ranks, *counts), jnp.int32),
+        )  # fmt: skip
+
+    def _num_counted(self, traced: bool) -> int:
+        """MoE layers whose experts are counted."""
+        return sum(self.config.moe_layers) if traced else 0
+
+    def _turn(
+        self, model: Transformer, told, wanted: Wanted, bucket: Bucket, traced: bool, state: EngineState, turn
+    ) -> tuple[EngineState, Drawn]:
         """One pass through the model; each row that draws gets one token. Turns after the first only decode."""
         place, ranks, size = self.placement, told["counts"].shape[0], bucket.block_tokens
         decodes = (told["counts"] > turn).astype(jnp.int32)
@@ -165,7 +188,8 @@ class Runner:
             place.constrain(part.reshape(-1, 1), "batch", "length") for part in (tokens, positions, active)
         )
         attend = PagedAttend(state.pages, told["table"], sections, place, self.kernels.attention)
-        hidden, _ = model(tokens, positions, active, attend)
+        hidden, routed = model(tokens, positions, active, attend)
+        counts = self._expert_counts(routed if traced else [], active)
         token_pages = attend.write_tokens(state.token_pages, tokens)
 
         hidden, positions = hidden.reshape(ranks, bucket.num_tokens, -1), positions.reshape(ranks, -1)
@@ -174,10 +198,26 @@ class Runner:
             hidden, positions = self._at_rows(hidden, positions, jnp.maximum(told["drawn_from"], 0))
         logits = model.logits(hidden.reshape(-1, 1, hidden.shape[-1]))
         logits = logits.reshape(ranks, bucket.rows, -1)[..., : self.config.vocab_size]
-        drawn = self._sampled(logits, told, token_pages, positions + 1, wanted)
+        drawn = Drawn(*self._sampled(logits, told, token_pages, positions + 1, wanted), counts)
         kept = jnp.where(draws, drawn.tokens, state.tokens[:, : bucket.rows])
         kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
         return EngineState(place.constrain(kept, "batch", "one"), attend.pages, token_pages), drawn
+
+    def _expert_counts(self, routed: list[jax.Array], active: jax.Array) -> jax.Array:
+        """[r,layers,E]: tokens of each rank that chose each expert. routed: probabilities [r*t,1,E] of each layer."""
+        moe = self.config.moe
+        if moe is None or not routed:
+            return jnp.zeros((self.num_ranks, 0, moe.num_experts if moe else 0), jnp.int32)
+
+        def count(active, *layers):
+            chosen = [jax.lax.top_k(layer[:, 0], moe.num_experts_per_tok)[1] for layer in layers]
+            hits = [(each[..., None] == jnp.arange(moe.num_experts)) & active[..., None] for each in chosen]
+            return jnp.stack([jnp.sum(each, axis=(0, 1), dtype=jnp.int32) for each in hits])[None]
+
+        dims = ("batch", "length", "router_expert")
+        return self.placement.locally(
+            count, (active, dims[:2]), *((layer, dims) for layer in routed), out=("batch", "one", "router_expert")
+        )
 
     def _at_rows(self, hidden: jax.Array, positions: jax.Array, index: jax.Array):
         """hidden [r,t,D] and positions [r,t] at index [r,d] of each rank."""
@@ -191,7 +231,9 @@ class Runner:
             out=(("batch", "block", "width"), ("batch", "block")),
         )  # fmt: skip
 
-    def _sampled(self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted) -> Drawn:
+    def _sampled(
+        self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
+    ) -> Sampled:
         """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
         values = {name: told[name] for name in SamplingArrays._fields}
         for name in FLOAT_PARTS:
@@ -213,7 +255,7 @@ class Runner:
             *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
             out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
         )  # fmt: skip
-        return Drawn(*drawn)
+        return Sampled(*drawn)
 
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
@@ -248,16 +290,17 @@ class Runner:
 
     def step(
         self, state: EngineState, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket,
-        *, count: int, turns: int,
+        *, count: int, turns: int, traced: bool = False,
     ) -> tuple[EngineState, Drawn]:  # fmt: skip
         """One step of `count` turns where there is room for `turns` (one where there are blocks). state is donated.
 
-        wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens.
+        wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
         """
         with self._precisely():
             told = self.put(packed, "batch", "one")
             flags = np.array(wanted, np.bool_)
-            return self.step_fn(self.leaves, state, told, flags, np.int32(count), bucket=bucket, turns=turns)
+            static: Any = dict(bucket=bucket, turns=turns, traced=traced)
+            return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """tokens [B,S] -> log-probability of the token that follows each place [B,S], logits after the last [B,V]."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
-from jaxmoe.cache.pages import PagePool
+from jaxmoe.cache.pages import Move, PagePool
 from jaxmoe.errors import RequestError
 
 
@@ -23,8 +23,9 @@ class Limits:
     """What one rank of the batch can take, and how many ranks there are.
 
     rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
-    num_pages pages of page_size tokens. context: tokens of a request at most. turns: tokens that a request may decode
-    in one step, where no prompt waits. aging_steps: steps of waiting that make up for one step of priority.
+    num_pages pages of page_size tokens, and places for num_places more in host memory. context: tokens of a request at
+    most. turns: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of waiting that
+    make up for one step of priority.
     """
 
     num_ranks: int
@@ -34,13 +35,15 @@ class Limits:
     num_pages: int
     page_size: int
     context: int
+    num_places: int = 0
     turns: int = 1
     aging_steps: int = 256
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            least = 0 if name == "num_places" else 1
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if self.chunk_tokens % self.block_tokens:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
 
@@ -106,10 +109,14 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one step computes: tokens of decoding sequences (one each where there are chunks), and chunks of prompts."""
+    """What one step computes: tokens of decoding sequences (one each where there are chunks), and chunks of prompts.
+
+    moves: (rank, page) to be copied to or from host memory before it, in this order.
+    """
 
     decodes: list[Decode]
     chunks: list[Chunk]
+    moves: list[tuple[int, Move]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -139,7 +146,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
-        self._arrivals = self._evicted_before = 0
+        self._arrivals = self._evicted_before = self._brought_back_before = 0
+        self.brings_back = True  # whether copying a page back is cheaper than computing it again
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
 
     @property
@@ -147,8 +155,14 @@ class Scheduler:
         """Known pages given up for room, since the start."""
         return self._evicted_before + sum(pool.num_evicted for pool in self.pools)
 
+    @property
+    def num_brought_back(self) -> int:
+        """Pages that came back from host memory, since the start."""
+        return self._brought_back_before + sum(pool.num_brought_back for pool in self.pools)
+
     def _new_pool(self) -> PagePool:
-        return PagePool(num_pages=self.limits.num_pages, page_size=self.limits.page_size)
+        limits = self.limits
+        return PagePool(num_pages=limits.num_pages, page_size=limits.page_size, num_places=limits.num_places)
 
     # --- requests come and go ---
 
@@ -209,7 +223,16 @@ class Scheduler:
         ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
         chunks = self._plan_chunks()
         turns = 1 if chunks or self.waiting else self.limits.turns
-        return StepPlan(decodes=[self._plan_decode(sequence, turns) for sequence in ready], chunks=chunks)
+        decodes = [self._plan_decode(sequence, turns) for sequence in ready]
+        if not decodes and not chunks:
+            return StepPlan(decodes=[], chunks=[])
+        return StepPlan(decodes=decodes, chunks=chunks, moves=self._take_moves())
+
+    def _take_moves(self) -> list[tuple[int, Move]]:
+        moves = [(rank, move) for rank, pool in enumerate(self.pools) for move in pool.moves]
+        for pool in self.pools:
+            pool.moves.clear()
+        return moves
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int]:
         """Sorts requests: the first is served first and gives way last. Waiting long makes up for low priority."""
@@ -267,20 +290,22 @@ class Scheduler:
         choices = []
         for rank, pool in enumerate(self.pools):
             matched = pool.match(tokens, limit=len(tokens) - 1)
-            missing = -(-len(tokens) // size) - len(matched)
-            spare = pool.num_free - pool.num_idle_of(matched) - missing
+            on_host = pool.num_matched_on_host(tokens, limit=len(tokens) - 1) if self.brings_back else 0
+            spare = pool.num_free - pool.num_idle_of(matched) - (-(-len(tokens) // size) - len(matched))
             if self._free_slots[rank] and blocks_left[rank] and spare >= 0:
-                choices.append((len(matched), spare, -rank, matched, missing))
+                choices.append((len(matched) + on_host, spare, -rank, matched))
         if not choices:
             return False
-        _, _, minus_rank, matched, missing = max(choices)
+        _, _, minus_rank, matched = max(choices)
         rank = -minus_rank
-        self.pools[rank].hold(matched)
-        taken = self.pools[rank].take(missing)
+        pool = self.pools[rank]
+        pool.hold(matched)
+        known = matched + (pool.bring_back(tokens, limit=len(tokens) - 1) if self.brings_back else [])
+        taken = pool.take(-(-len(tokens) // size) - len(known))
         assert taken is not None
-        sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), matched + taken
-        sequence.num_written = sequence.num_cached = len(matched) * size
-        sequence.num_shared = len(matched)
+        sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), known + taken
+        sequence.num_written = sequence.num_cached = len(known) * size
+        sequence.num_shared = len(known)
         self.num_prompt_tokens += len(tokens)
         self.num_cached_tokens += sequence.num_cached
         self.waiting.remove(sequence)
@@ -342,5 +367,10 @@ class Scheduler:
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
-        self._evicted_before = self.num_evicted
+        self.forget()
+
+    def forget(self) -> None:
+        """Blank pages alone, no beginning is known any more. Nothing may be running."""
+        assert not self.running
+        self._evicted_before, self._brought_back_before = self.num_evicted, self.num_brought_back
         self.pools = [self._new_pool() for _ in range(self.limits.num_ranks)]

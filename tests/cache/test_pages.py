@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.cache.pages import PagePool
+from jaxmoe.cache.pages import Move, PagePool
 
 
 def test_pages_are_taken_all_or_none():
@@ -70,6 +70,60 @@ def test_held_pages_are_never_evicted():
     pool.hold(pool.match([1], limit=1))
     assert pool.take(2) is None
     assert pool.take(1) == [mine[1]]
+    pool.check()
+
+
+def test_a_page_that_must_go_moves_to_host_memory_and_back():
+    pool = PagePool(num_pages=2, page_size=1, num_places=2)
+    first = pool.take(2)
+    pool.share(first, [1, 2], start=0, stop=2)
+    pool.release(first)
+    other = pool.take(2)
+    assert pool.moves == [Move("out", first[1], 0), Move("out", first[0], 1)]
+    assert pool.match([1, 2], limit=2) == []
+    assert (pool.num_matched_on_host([1, 2, 3], limit=3), pool.num_on_host) == (2, 2)
+    pool.check()
+    pool.release(other)
+    pool.moves.clear()
+    back = pool.bring_back([1, 2, 3], limit=3)
+    assert [(move.way, move.page, move.place) for move in pool.moves] == [("in", back[0], 1), ("in", back[1], 0)]
+    assert pool.match([1, 2], limit=2) == back
+    assert (pool.num_held, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
+    pool.check()
+
+
+def test_host_memory_is_bounded_and_the_longest_there_goes_first():
+    pool = PagePool(num_pages=1, page_size=1, num_places=2)
+    for token in (1, 2, 3, 4):
+        page = pool.take(1)
+        pool.share(page, [token], start=0, stop=1)
+        pool.release(page)
+        pool.check()
+    assert [pool.num_matched_on_host([token], limit=1) for token in (1, 2, 3)] == [0, 1, 1]
+    assert pool.match([4], limit=1)
+
+
+def test_what_is_computed_again_takes_the_place_of_what_lies_on_the_host():
+    pool = PagePool(num_pages=2, page_size=1, num_places=4)
+    first = pool.take(2)
+    pool.share(first, [1, 2], start=0, stop=2)
+    pool.release(first)
+    again = pool.take(2)
+    pool.share(again, [1, 2], start=0, stop=2)
+    assert (pool.num_on_host, pool.match([1, 2], limit=2)) == (0, again)
+    pool.check()
+
+
+def test_as_many_come_back_as_there_is_room_for():
+    pool = PagePool(num_pages=3, page_size=1, num_places=8)
+    mine = pool.take(3)
+    pool.share(mine, [1, 2, 3], start=0, stop=3)
+    pool.release(mine)
+    held = pool.take(3)
+    pool.release(held[:2])
+    back = pool.bring_back([1, 2, 3], limit=3)
+    assert len(back) == 2
+    assert pool.num_matched_on_host([1, 2, 3], limit=3) == 1
     pool.check()
 
 

@@ -37,6 +37,8 @@ def requests_of(count: int, vocab: int) -> list[tuple[list[int], SamplingParams]
         own = [rng.randrange(vocab) for _ in range(rng.randrange(1, 20))]
         drawn = {"temperature": 0.9, "top_p": 0.9, "seed": index} if index % 3 == 0 else {}
         prompt = shared[: rng.randrange(13)] + own
+        if index % 5 == 1:
+            drawn |= {"repetition_penalty": 1.3, "logit_bias": {3: 1.0}, "top_logprobs": 2}
         made.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 14), ignore_eos=True, **drawn)))
     return made
 
@@ -79,10 +81,10 @@ def test_nothing_is_compiled_after_start_up(engine):
     try:
 
         async def together():
-            for_all = requests_of(60, engine.llm.config.vocab_size)
-            return await asyncio.gather(*(collect(engine, *r, after=i % 7 / 20) for i, r in enumerate(for_all)))
+            for_all = requests_of(500, engine.llm.config.vocab_size)
+            return await asyncio.gather(*(collect(engine, *r, after=i % 17 / 20) for i, r in enumerate(for_all)))
 
-        assert len(asyncio.run(together())) == 60
+        assert len(asyncio.run(together())) == 500
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []

@@ -22,6 +22,7 @@ class Device:
         self.limits = limits
         self.pages: dict[tuple[int, int], list[int | None]] = {}
         self.last: dict[tuple[int, int], int] = {}
+        self.host: dict[tuple[int, int], list[int | None]] = {}
 
     def _write(self, sequence: Sequence, rank: int, pages: list[int], at: int, token: int) -> None:
         page, place = pages[at // self.limits.page_size], at % self.limits.page_size
@@ -35,6 +36,12 @@ class Device:
 
     def dispatch(self, plan: StepPlan):
         """The step's result, from pages alone: arguments are frozen at dispatch as real ones are."""
+        for rank, move in plan.moves:
+            if move.way == "out":
+                self.host[rank, move.place] = list(self.pages[rank, move.page])
+            else:
+                self.pages[rank, move.page] = self.host.pop((rank, move.place))
+        assert len(self.host) <= self.limits.num_places * self.limits.num_ranks
         drawn: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
         for turn in range(plan.turns):
             self._turn(plan, turn, drawn)
@@ -89,12 +96,13 @@ REQUEST = st.tuples(
     blocks=st.integers(1, 3),
     ahead=st.integers(0, 2),
     turns=st.integers(1, 3),
+    places=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
-def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, turns, failing):
+def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing):
     limits = Limits(
         num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
-        context=44, turns=turns, aging_steps=8,
+        context=44, turns=turns, num_places=places, aging_steps=8,
     )  # fmt: skip
     scheduler, device = Scheduler(limits), Device(limits)
     sequences, failed, cancelled = [], set(), set()

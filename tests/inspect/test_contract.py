@@ -13,7 +13,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective, planned_collectives
 
-from ..conftest import MESHES_OF_8, NATIVE, mesh_of
+from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
 
 FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "olmoe_full_norm", "mixtral_six_experts"]
 
@@ -29,7 +29,7 @@ def step_program(llm, bucket: Bucket):
     with jax.default_matmul_precision("highest"):
         flags, turns = np.zeros(3, np.bool_), 1 if bucket.blocks else 2
         lowered = runner.step_fn.lower(
-            runner.leaves, state, told, flags, np.int32(1), bucket=bucket, turns=turns
+            runner.leaves, state, told, flags, np.int32(1), bucket=bucket, turns=turns, traced=False
         )  # fmt: skip
         return lowered.compile()
 
@@ -47,20 +47,20 @@ def assert_as_planned(llm, bucket: Bucket, dispatch: str = "all_to_all"):
 
 @pytest.mark.parametrize("mesh", MESHES_OF_8)
 def test_decode_of_an_moe_holds_exactly_the_planned_collectives(mesh, tiny_llm):
-    llm = tiny_llm("qwen3_moe_norm", mesh)
+    llm = tiny_llm("qwen3_moe_norm", mesh, XLA)
     assert_as_planned(llm, bucket_for(llm, 8))
 
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_decode_of_every_kind_of_layer_holds_exactly_the_planned_collectives(name, tiny_llm):
-    llm = tiny_llm(name, "data=2,tensor=2,expert=2")
+    llm = tiny_llm(name, "data=2,tensor=2,expert=2", XLA)
     assert_as_planned(llm, bucket_for(llm, 8))
 
 
 def test_the_plan_reads_as_the_papers_say(tiny_llm):
     """Two all-reduces a layer over tensor, one dispatch and one combine an MoE layer over expert, nothing else."""
-    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
+    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2", XLA)
     config, layers = llm.config, llm.config.num_hidden_layers
     bucket = bucket_for(llm, 8)
     tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
@@ -91,12 +91,12 @@ def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
 @pytest.mark.optimised
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])
 def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_llm):
-    llm = tiny_llm("qwen3_moe_norm", mesh)
+    llm = tiny_llm("qwen3_moe_norm", mesh, XLA)
     assert_as_planned(llm, bucket_for(llm, 8, blocks=2))
 
 
 def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
-    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2")
+    llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2", XLA)
     bucket = bucket_for(llm, 8)
     memory = step_program(llm, bucket).memory_analysis()
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.ops.native import find_compiler
 
 from ..agreement import assert_agrees
-from ..conftest import MESHES_OF_8, NATIVE, ONE_DEVICE
+from ..conftest import MESHES_OF_8, ONE_DEVICE, XLA
 from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
 from ..tiny.checkpoint import checkpoint_sha256
 from ..tiny.golden import load_golden
@@ -41,25 +39,19 @@ def test_a_case_of_every_family_on_every_mesh(name, mesh, tiny_llm):
 @pytest.mark.parametrize("index", range(len(NAMES)))
 def test_every_other_case_on_a_mesh_in_turn(index, tiny_llm):
     case = CASES[index]
-    assert_agrees(tiny_llm(case.name, MIXED_MESHES[index % len(MIXED_MESHES)]), case, load_golden(case))
+    assert_agrees(tiny_llm(case.name, MIXED_MESHES[index % len(MIXED_MESHES)], XLA), case, load_golden(case))
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("kernels", [None, XLA])
 @pytest.mark.parametrize("mesh", MESHES_OF_8)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
-def test_every_case_on_every_mesh(name, mesh, tiny_llm):
-    assert_agrees(tiny_llm(name, mesh), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_case_on_every_mesh(name, mesh, kernels, tiny_llm):
+    assert_agrees(tiny_llm(name, mesh, kernels), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
 
 
-@pytest.mark.parametrize(
-    "kernels",
-    [Kernels(dispatch="all_gather"), Kernels(grouped="ragged"), NATIVE],
-)
+@pytest.mark.parametrize("kernels", [Kernels(dispatch="all_gather"), Kernels(grouped="ragged")])
 @pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared", "olmoe_full_norm", "llama_llama3"])
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):
-    if kernels.grouped == "native" and find_compiler() is None:  # what a user without a compiler sees
-        with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            tiny_llm(name, "data=2,tensor=2,expert=2", kernels)
-        return
     llm = tiny_llm(name, "data=2,tensor=2,expert=2", kernels)
     assert_agrees(llm, CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))

@@ -38,7 +38,8 @@ def test_the_readme_names_its_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ")])
-def test_command(command, capsys):
+def test_command(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
     out = capsys.readouterr().out
@@ -51,6 +52,9 @@ def test_command(command, capsys):
         prompt = shlex.split(command)[shlex.split(command).index("--prompt") + 1]
         assert out.startswith(prompt)
         assert len(out) > len(prompt) + 10
+        if "--trace" in command:
+            assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+            assert (tmp_path / "run.html").exists()
     else:
         assert "2x16x4" in out
 

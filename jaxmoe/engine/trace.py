@@ -1,0 +1,255 @@
+"""What happened to every request and in every step: recorded by the engine, written for Perfetto and as a page.
+
+A trace is one JSON file in Chrome's format (open it at ui.perfetto.dev or chrome://tracing) and beside it one page that
+needs nothing else. Both say of each request when it was queued, which chunks of its prompt ran in which step, when its
+tokens came and how it ended; of each step what it computed, which collectives it held with how many bytes, and how many
+tokens each rank of the expert axis got in each layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.scheduler import StepPlan
+from jaxmoe.errors import RequestError
+from jaxmoe.planner.traffic import Collective
+
+_MOST_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
+
+
+@dataclass(kw_only=True)
+class RequestRecord:
+    """The life of one sample of one request; times in seconds of the engine's clock."""
+
+    name: str
+    num_prompt: int
+    max_new: int
+    queued: float
+    chunks: list[dict[str, int]] = field(default_factory=list)  # step, first token, count
+    tokens: list[int] = field(default_factory=list)  # the step each new token came of
+    cached: int = 0
+    ended: float | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(kw_only=True)
+class StepRecord:
+    """One step. expert_tokens [layers][expert ranks]: tokens each rank of the expert axis got, over the data ranks."""
+
+    index: int
+    sent: float
+    bucket: Bucket
+    turns: int
+    num_decodes: int
+    num_prompt_tokens: int
+    collectives: list[dict[str, Any]]
+    waiting: int
+    pages_held: int
+    done: float | None = None
+    failed: bool = False
+    expert_tokens: list[list[int]] = field(default_factory=list)
+
+
+class Trace:
+    """Collects records while requests run. Not to be used from two threads at once."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        """facts: of the model and the mesh, to be shown."""
+        self.facts = dict(facts)
+        self.steps: deque[StepRecord] = deque(maxlen=_MOST_KEPT)
+        self.requests: deque[RequestRecord] = deque(maxlen=_MOST_KEPT)
+        self.num_steps = self.num_requests = 0
+
+    def queued(self, name: str, *, num_prompt: int, max_new: int, now: float) -> RequestRecord:
+        """A request (or one sample of it) begins."""
+        record = RequestRecord(name=name, num_prompt=num_prompt, max_new=max_new, queued=now)
+        self.requests.append(record)
+        self.num_requests += 1
+        return record
+
+    def sent(
+        self,
+        plan: StepPlan,
+        bucket: Bucket,
+        records: Mapping[int, RequestRecord],
+        collectives: Mapping[Collective, int],
+        *,
+        waiting: int,
+        pages_held: int,
+        now: float,
+    ) -> StepRecord:
+        """A step goes to the devices; records: of its requests, by id."""
+        step = StepRecord(
+            index=self.num_steps, sent=now, bucket=bucket, turns=plan.turns, num_decodes=len(plan.decodes),
+            num_prompt_tokens=sum(chunk.count for chunk in plan.chunks), waiting=waiting, pages_held=pages_held,
+            collectives=[
+                {"op": c.op, "axes": list(c.axes), "count": count * plan.turns, "bytes": c.result_bytes}
+                for c, count in collectives.items()
+            ],
+        )  # fmt: skip
+        for chunk in plan.chunks:
+            record = records[chunk.sequence.request_id]
+            record.cached = max(record.cached, chunk.sequence.num_cached)
+            record.chunks.append({"step": step.index, "start": chunk.start, "count": chunk.count})
+        self.steps.append(step)
+        self.num_steps += 1
+        return step
+
+    def done(self, step: StepRecord, expert_counts: np.ndarray, *, expert_ranks: int, now: float) -> None:
+        """A step's results are there. expert_counts [turns, ranks, layers, experts]: tokens that chose each expert."""
+        step.done = now
+        counts = expert_counts[: step.turns].sum(axis=0)
+        if counts.size:
+            per_expert = counts.sum(axis=0)  # [layers, experts]
+            share = -(-per_expert.shape[1] // expert_ranks)
+            padded = np.pad(per_expert, ((0, 0), (0, share * expert_ranks - per_expert.shape[1])))
+            step.expert_tokens = padded.reshape(len(padded), expert_ranks, share).sum(axis=2).tolist()
+
+    @staticmethod
+    def ended(record: RequestRecord, reason: str, *, now: float) -> None:
+        """A request has its last token, or ends without."""
+        record.ended, record.finish_reason = now, reason
+
+    # --- writing ---
+
+    def as_chrome(self) -> dict[str, Any]:
+        """The trace in Chrome's format: a track of steps with counters, and a track a request."""
+        zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
+        micro = lambda time: round((time - zero) * 1e6, 1)  # noqa: E731
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
+            for pid, name in ((1, "engine"), (2, "requests"))
+        ]
+        busy_until, by_index = zero, {}
+        for step in self.steps:
+            start, end = max(step.sent, busy_until), step.done
+            by_index[step.index] = (start, start if end is None else end)
+            if end is None:
+                continue
+            busy_until = end
+            traffic = sum(c["count"] * c["bytes"] for c in step.collectives)
+            kind = "prompts and decode" if step.bucket.blocks else "decode"
+            events.append({
+                "ph": "X", "pid": 1, "tid": 1, "name": kind, "ts": micro(start), "dur": round((end - start) * 1e6, 1),
+                "args": {
+                    "step": step.index, "decodes": step.num_decodes, "turns": step.turns,
+                    "prompt tokens": step.num_prompt_tokens, "rows": step.bucket.rows, "blocks": step.bucket.blocks,
+                    "collectives": step.collectives, "bytes of collectives on a device": traffic,
+                    "tokens of each expert rank, by layer": step.expert_tokens, "failed": step.failed,
+                },
+            })  # fmt: skip
+            values = {"waiting": step.waiting, "pages held": step.pages_held, "decoding": step.num_decodes}
+            for name, value in values.items():
+                events.append({"ph": "C", "pid": 1, "name": name, "ts": micro(start), "args": {name: value}})
+        for number, request in enumerate(self.requests, 1):
+            events.append({
+                "ph": "M", "pid": 2, "tid": number, "name": "thread_name", "args": {"name": request.name},
+            })  # fmt: skip
+            for name, start, end, details in self._spans(request, by_index):
+                events.append({
+                    "ph": "X", "pid": 2, "tid": number, "name": name, "ts": micro(start),
+                    "dur": round((end - start) * 1e6, 1), "args": details,
+                })  # fmt: skip
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": self.facts | self._dropped()}
+
+    def _dropped(self) -> dict[str, int]:
+        return {
+            "steps not kept": self.num_steps - len(self.steps),
+            "requests not kept": self.num_requests - len(self.requests),
+        }
+
+    @staticmethod
+    def _spans(
+        request: RequestRecord, steps: Mapping[int, tuple[float, float]]
+    ) -> list[tuple[str, float, float, dict[str, Any]]]:
+        """(what, from, to, details) of one request, in order."""
+        spans: list[tuple[str, float, float, dict[str, Any]]] = []
+        begun = [steps[chunk["step"]][0] for chunk in request.chunks if chunk["step"] in steps]
+        first = min(begun, default=request.queued if request.ended is None else request.ended)
+        spans.append(("queued", request.queued, max(first, request.queued), {"prompt tokens": request.num_prompt}))
+        for chunk in request.chunks:
+            if chunk["step"] in steps:
+                name = f"prompt {chunk['start']} to {chunk['start'] + chunk['count']}"
+                spans.append((name, *steps[chunk["step"]], chunk | {"found in the cache": request.cached}))
+        tokens = [step for step in request.tokens if step in steps]
+        if tokens:
+            start, end = steps[tokens[0]][1], steps[tokens[-1]][1]
+            details = {"new tokens": len(request.tokens), "finish_reason": request.finish_reason}
+            spans.append(("decode", start, max(start, end), details))
+        if request.ended is not None:
+            spans.append((f"ended: {request.finish_reason}", request.ended, request.ended, {}))
+        return spans
+
+    def as_page(self) -> str:
+        """The timeline as one page of HTML that needs nothing else."""
+        zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
+        busy_until, spans_of, steps = zero, {}, []
+        for step in self.steps:
+            start = max(step.sent, busy_until)
+            end = start if step.done is None else step.done
+            spans_of[step.index] = (start, end)
+            busy_until = max(busy_until, end)
+            steps.append({
+                "index": step.index, "start": start - zero, "end": end - zero, "decodes": step.num_decodes,
+                "turns": step.turns, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
+                "pages": step.pages_held, "collectives": step.collectives, "experts": step.expert_tokens,
+                "failed": step.failed,
+            })  # fmt: skip
+        requests = [
+            {
+                "name": request.name,
+                "spans": [[name, a - zero, b - zero, info] for name, a, b, info in self._spans(request, spans_of)],
+            }
+            for request in self.requests
+        ]
+        data = {"facts": self.facts | self._dropped(), "steps": steps, "requests": requests}
+        text = json.dumps(data).replace("</", "<\\/")  # no text of a name may end the script
+        template = resources.files("jaxmoe.engine").joinpath("timeline.html").read_text(encoding="utf-8")
+        return template.replace("/*DATA*/null", text)
+
+    def write(self, path: str | Path) -> tuple[Path, Path]:
+        """Write PATH (Chrome's format) and the page beside it (.html); where they are. Whole files or none.
+
+        Raises: RequestError naming the path if it cannot be written.
+        """
+        target = check_trace_path(path)
+        page = target.with_suffix(".html")
+        try:
+            _write_whole(target, json.dumps(self.as_chrome()))
+            _write_whole(page, self.as_page())
+        except OSError as error:
+            raise RequestError(f"trace {target} cannot be written: {error.strerror or error}") from error
+        return target, page
+
+
+def check_trace_path(path: str | Path) -> Path:
+    """The path of a trace. Raises: RequestError for one that is a folder, ends in .html, or lies in no folder."""
+    target = Path(path)
+    if target.is_dir() or target.suffix == ".html":
+        raise RequestError(f"trace {target} must name a file such as trace.json; the page goes beside it as .html")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise RequestError(f"trace {target} cannot be written: {target.parent} is no folder open to you")
+    return target
+
+
+def _write_whole(path: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -1,0 +1,81 @@
+"""Pages in host memory: what comes back is what went, on one device and on a mesh, in every kind of number."""
+
+from __future__ import annotations
+
+import asyncio
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe import LLM, Engine, SamplingParams
+from jaxmoe.cache.pages import Move
+from jaxmoe.engine.tier import HostTier
+
+from ..conftest import ONE_DEVICE, mesh_of
+
+CASE = "mixtral_window"
+MESH = "data=2,tensor=2,expert=2"
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
+def test_a_page_comes_back_as_it_went(mesh, kv_dtype, tiny_dir):
+    runner = LLM.load(tiny_dir(CASE), mesh=mesh_of(mesh), dtype="float32", kv_dtype=kv_dtype).runner
+    empty = runner.empty_state(2, 5, 4)
+    rng = np.random.default_rng(0)
+    fill = lambda array: jax.device_put(rng.integers(1, 99, array.shape).astype(array.dtype), array.sharding)  # noqa: E731
+    state = empty._replace(pages=jax.tree.map(fill, empty.pages), token_pages=fill(empty.token_pages))
+    before = [np.array(array) for array in jax.tree.leaves(state)]
+    tier, last = HostTier(runner), runner.num_ranks - 1
+    state = tier.run(state, last, Move("out", 3, 7))
+    state = tier.run(state, 0, Move("out", 0, 1))
+    assert len(tier) == 2
+    state = tier.run(state, last, Move("in", 2, 7))
+    state = tier.run(state, 0, Move("in", 4, 1))
+    assert len(tier) == 0
+    for array, old in zip(jax.tree.leaves(state), before, strict=True):
+        if array.ndim > 1 and array.shape[0] == 5 * runner.num_ranks:
+            old[last * 5 + 2], old[4] = old[last * 5 + 3], old[0]
+        np.testing.assert_array_equal(array, old)
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
+def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
+    """More prompts than the pool holds, twice: the second time their beginnings come from host memory."""
+    llm = tiny_llm(CASE, mesh)
+    prompts = [[(i * step + step) % 40 for i in range(33)] for step in range(1, 13)]
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    alone = [out.token_ids for out in llm.generate(prompts, params)]
+
+    async def one_by_one(engine):
+        return [[chunk.token_id async for chunk in engine.stream(prompt, params)] for prompt in prompts]
+
+    page_gib = llm.runner.bytes_a_token / llm.runner.placement.parts("kv_head") * 4 / 2**30
+    with Engine(
+        llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, memory_gib=10.5 * page_gib, host_gib=1e-3
+    ) as engine:
+        engine._core.scheduler.brings_back = True  # whatever these tiny pages measure
+        for _ in range(2):
+            assert asyncio.run(one_by_one(engine)) == alone
+        stats = engine.stats()
+        assert engine._core.copy_s > 0
+        assert engine._core.compute_s > 0
+    assert stats["pages_brought_back"] >= 12 * 7
+    assert stats["pages_on_host"] > 0
+    assert stats["pages_held"] == 0
+
+
+def test_what_is_cheaper_to_compute_again_is(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    with Engine(llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, host_gib=1e-4) as engine:
+        core = engine._core
+        assert core.scheduler.brings_back == (core.copy_s < core.compute_s)
+        core.scheduler.brings_back = False
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+
+        async def ask():
+            return [chunk async for chunk in engine.stream([1] * 30, params)]
+
+        asyncio.run(ask())
+        assert engine.stats()["pages_brought_back"] == 0
