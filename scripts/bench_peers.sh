@@ -6,7 +6,7 @@ model=$1
 shift
 cases=${CASES:-1x128x64,8x128x64,32x128x64,32x512x1}
 "$@" "$model" --cases "$cases" 2>/dev/null
-for kernels in --native --linear=xla; do
+for kernels in --native --no-native; do
     echo "# jaxmoe $kernels"
     jaxmoe bench "$model" --cases "$cases" --json "$kernels"
 done

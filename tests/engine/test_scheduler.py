@@ -87,8 +87,7 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+SCHEDULE = dict(
     requests=st.lists(REQUEST, min_size=1, max_size=25),
     ranks=st.integers(1, 3),
     rows=st.integers(1, 4),
@@ -99,7 +98,9 @@ REQUEST = st.tuples(
     places=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
-def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing):
+
+
+def run_schedule(requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing):
     limits = Limits(
         num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
         context=44, turns=turns, num_places=places, aging_steps=8,
@@ -157,6 +158,19 @@ def test_random_schedules(requests, ranks, rows, num_pages, blocks, ahead, turns
     for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
         if sequence.request_id not in failed | cancelled:
             assert sequence.tokens == alone(prompt, max_total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(**SCHEDULE)
+def test_random_schedules(**schedule):
+    run_schedule(**schedule)
+
+
+@pytest.mark.sweep
+@settings(max_examples=10_000, deadline=None)
+@given(**SCHEDULE)
+def test_thousands_of_random_schedules(**schedule):
+    run_schedule(**schedule)
 
 
 def limits_of(**changes) -> Limits:
