@@ -164,7 +164,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
             parts["listed"][at][: len(listed)] = listed
             floats["bias"][at][len(banned) : len(listed)] = list(params.logit_bias.values())
             parts["num_banned"][at] = len(banned)
-            parts["banned_until"][at] = request.num_prompt + params.min_tokens
+            parts["banned_until"][at] = min(request.num_prompt + params.min_tokens, np.iinfo(np.int32).max)
         return at
 
     for decode in plan.decodes:

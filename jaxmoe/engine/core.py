@@ -123,10 +123,7 @@ class Core:
         self._in_flight: deque[_InFlight] = deque()
         self._next_id = 0
         self._state = self._fresh_state()
-        self._tier = self._fresh_tier()
-
-    def _fresh_tier(self) -> HostTier | None:
-        return HostTier(self.runner) if self.limits.num_places else None
+        self._tier = HostTier(runner) if limits.num_places else None
 
     def _fresh_state(self) -> EngineState:
         return self.runner.empty_state(self.limits.rows, self.limits.num_pages, self.limits.page_size)
@@ -145,7 +142,7 @@ class Core:
             on_progress(done, len(buckets))
         if self._tier is not None:
             self.copy_s, self.compute_s = self._time_copies(self._tier), self._time_prompts(buckets[-1])
-            self.scheduler.brings_back = self.copy_s < self.compute_s
+            self.scheduler.keep_on_host(self.copy_s < self.compute_s)
         self.sealed = True
 
     def _time_copies(self, tier: HostTier) -> float:
@@ -238,7 +235,7 @@ class Core:
                 self._guarded(plan, lambda: self._dispatch(plan))
             if self._in_flight and (len(self._in_flight) > 1 or not plan):
                 step = self._in_flight.popleft()
-                self._guarded(step.plan, lambda: told.extend(self._complete(step)))
+                self._guarded(step.plan, lambda: told.extend(self._complete(step)), step.record)
         except BaseException:  # an interruption in the middle: what was planned may or may not have been sent
             self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
             raise
@@ -246,19 +243,24 @@ class Core:
 
     def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
         """The plan's requests end, fault is told each; the others are computed again on fresh pages."""
+        for step in self._in_flight:
+            self._trace_failure(step.record)
         self._in_flight.clear()
         self.scheduler.fail(plan, fault)
         for array in jax.tree.leaves(self._state):  # some may have been donated; there is no room for both
             array.delete()
-        self._state, self._tier = self._fresh_state(), self._fresh_tier()
+        self._state = self._fresh_state()
+        if self._tier is not None:
+            self._tier.clear()
 
-    def _guarded(self, plan: StepPlan, action: Callable[[], None]) -> None:
+    def _guarded(self, plan: StepPlan, action: Callable[[], None], record: StepRecord | None = None) -> None:
         """action(); if it throws, the plan's requests fail and the rest start over with empty pages."""
         try:
             action()
         except Exception as error:  # whatever a device or a compiler throws
             fault = StepError(f"a step failed and this request was in it: {error}")
             fault.__cause__ = error
+            self._trace_failure(record)
             self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
 
     def _dispatch(self, plan: StepPlan) -> None:
@@ -298,6 +300,10 @@ class Core:
             now=sent,
         )  # fmt: skip
 
+    def _trace_failure(self, record: StepRecord | None) -> None:
+        if record is not None:
+            record.failed, record.done = True, self._clock()
+
     def _trace_end(self, request: Request) -> None:
         if request.record is not None:
             Trace.ended(request.record, request.finish_reason or "", now=self._clock())
@@ -327,7 +333,7 @@ class Core:
             told.append(request)
             self.num_new_tokens += 1
             if request.record is not None and step.record is not None:
-                request.record.tokens.append(step.record.index)
+                request.record.add_token(step.record.index)
             if request.finish_reason is not None:
                 self._trace_end(request)
                 self.scheduler.finish(sequence)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import queue
 import threading
 import time
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.llm import LLM, TURNS, Prompt
-from jaxmoe.engine.request import Chunk, SamplingParams
+from jaxmoe.engine.request import Chunk, SamplingParams, is_finite
 from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
@@ -104,7 +103,7 @@ class Engine:
         self._core.scheduler.check(len(ids), len(ids) + max(1, min(params.max_tokens, room)))
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")
-        if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 <= timeout_s < math.inf):
+        if timeout_s is not None and not (is_finite(timeout_s) and timeout_s >= 0):
             raise RequestError(f"timeout_s={timeout_s!r} must be a number of seconds of at least 0")
         if request_id is not None and not isinstance(request_id, str):
             raise RequestError(f"request_id={request_id!r} must be text")
@@ -122,9 +121,10 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are free at once. An unknown or ended one is left alone."""
-        listener = self._listeners.get(request_id)
-        if listener is not None:
-            self._commands.put(lambda: self._cancel(listener))
+        with self._lock:  # behind the request itself, where that is being queued now
+            listener = self._listeners.get(request_id)
+            if listener is not None:
+                self._commands.put(lambda: self._cancel(listener))
 
     def stats(self) -> dict[str, Any]:
         """Counts since start-up, and what is held now."""
@@ -275,7 +275,7 @@ def _limits(
     if memory_gib is None:
         memory_gib = _spare_gib()
     for name, gib in (("memory_gib", memory_gib), ("host_gib", host_gib)):
-        if not (isinstance(gib, int | float) and 0 <= gib < math.inf):
+        if not (is_finite(gib) and 0 <= gib < 2**40):
             raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
     token_bytes = runner.bytes_a_token / runner.placement.parts("kv_head")
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))

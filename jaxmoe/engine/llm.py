@@ -336,5 +336,5 @@ def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:
             ids = value if isinstance(value, list) else [value]
             if not all(type(i) is int for i in ids):
                 raise ConfigError(f"{name} has eos_token_id {value!r}; it must be a whole number or a list of them")
-            return frozenset(ids)
+            return frozenset(i for i in ids if 0 <= i < config.vocab_size)  # others, such as -1, never come
     return frozenset()

@@ -56,6 +56,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):  # copies, which nobody changes while the request runs
+            if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs"):
             value = getattr(self, name)
             _require(type(value) is int, f"{name}={value!r} must be a whole number")
@@ -63,20 +66,23 @@ class SamplingParams:
             "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         ):  # fmt: skip
             value = getattr(self, name)
-            _require(_is_finite(value), f"{name}={value!r} must be a finite number")
-        _require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1")
+            _require(is_finite(value), f"{name}={value!r:.60} must be a finite number")
+        _require(1 <= self.max_tokens < 2**31, f"max_tokens={self.max_tokens} must be at least 1, and below 2^31")
         _require(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]",
         )
         _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
-        _require(0 <= self.temperature <= 100, f"temperature={self.temperature} must lie in [0, 100]; 0 is greedy")
+        _require(
+            self.temperature == 0 or 1e-6 <= self.temperature <= 100,
+            f"temperature={self.temperature} must be 0 (greedy) or lie in [0.000001, 100]",
+        )
         _require(0 <= self.top_k < 2**31, f"top_k={self.top_k} must lie in [0, 2^31); 0 keeps all tokens")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]; 0 keeps all tokens")
         _require(
-            0 < self.repetition_penalty <= 100,
-            f"repetition_penalty={self.repetition_penalty} must lie in (0, 100]; 1 is off",
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty={self.repetition_penalty} must lie in [0.01, 100]; 1 is off",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
@@ -95,7 +101,9 @@ class SamplingParams:
         )
         for token, bias in self.logit_bias.items():
             _require(_is_id(token), f"logit_bias has {token!r}; its keys must be token ids")
-            _require(_is_finite(bias), f"logit_bias[{token}]={bias!r} must be a finite number")
+            within = is_finite(bias) and -1000 <= bias <= 1000
+            _require(within, f"logit_bias[{token}]={bias!r:.60} must lie in [-1000, 1000]")
+        object.__setattr__(self, "logit_bias", {token: float(bias) for token, bias in self.logit_bias.items()})
 
     @property
     def adjusts_logits(self) -> bool:
@@ -119,8 +127,14 @@ class SamplingParams:
         )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+def is_finite(value: object) -> bool:
+    """Whether value is a number, and a float can hold it."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _is_id(value: object) -> bool:

@@ -24,7 +24,7 @@ class Limits:
 
     rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
     num_pages pages of page_size tokens, and places for num_places more in host memory. context: tokens of a request at
-    most. turns: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of waiting that
+    most. turns: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of age that
     make up for one step of priority.
     """
 
@@ -71,7 +71,7 @@ class Sequence:
     priority: int = 0
     deadline: float | None = None
     arrival: int = 0
-    waiting_since: int = 0
+    queued_at: int = 0
     rank: int = -1
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -142,12 +142,12 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.brings_back = True
         self.pools = [self._new_pool() for _ in range(limits.num_ranks)]
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
         self._arrivals = self._evicted_before = self._brought_back_before = 0
-        self.brings_back = True  # whether copying a page back is cheaper than computing it again
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
 
     @property
@@ -162,7 +162,13 @@ class Scheduler:
 
     def _new_pool(self) -> PagePool:
         limits = self.limits
-        return PagePool(num_pages=limits.num_pages, page_size=limits.page_size, num_places=limits.num_places)
+        places = limits.num_places if self.brings_back else 0
+        return PagePool(num_pages=limits.num_pages, page_size=limits.page_size, num_places=places)
+
+    def keep_on_host(self, brings_back: bool) -> None:
+        """Whether pages taken for others go to host memory, to be brought back. Nothing may be running."""
+        self.brings_back = brings_back
+        self.forget()
 
     # --- requests come and go ---
 
@@ -185,10 +191,7 @@ class Scheduler:
         """Queue a request. Raises: RequestError if it can never fit."""
         self.check(len(sequence.tokens), sequence.max_total)
         sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
-        self._queue(sequence)
-
-    def _queue(self, sequence: Sequence) -> None:
-        sequence.waiting_since = self.num_steps
+        sequence.queued_at = self.num_steps
         self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -235,9 +238,12 @@ class Scheduler:
         return moves
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int]:
-        """Sorts requests: the first is served first and gives way last. Waiting long makes up for low priority."""
-        waited = self.num_steps - sequence.waiting_since if sequence.slot < 0 else 0
-        return sequence.priority - waited // self.limits.aging_steps, sequence.arrival
+        """Sorts requests: the first is served first and gives way last. Age makes up for low priority.
+
+        Age counts while it runs too: who was let in for it and then gives way has not lost it.
+        """
+        age = self.num_steps - sequence.queued_at
+        return sequence.priority - age // self.limits.aging_steps, sequence.arrival
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether the sequence decodes now; finds a page for its token, at the cost of later ones where need be."""
@@ -268,7 +274,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
         self.num_preemptions += 1
-        self._queue(sequence)
+        self.waiting.append(sequence)
 
     def _plan_chunks(self) -> list[Chunk]:
         blocks_left = [self.limits.chunk_tokens // self.limits.block_tokens] * self.limits.num_ranks
@@ -290,7 +296,7 @@ class Scheduler:
         choices = []
         for rank, pool in enumerate(self.pools):
             matched = pool.match(tokens, limit=len(tokens) - 1)
-            on_host = pool.num_matched_on_host(tokens, limit=len(tokens) - 1) if self.brings_back else 0
+            on_host = pool.num_matched_on_host(tokens, limit=len(tokens) - 1)
             spare = pool.num_free - pool.num_idle_of(matched) - (-(-len(tokens) // size) - len(matched))
             if self._free_slots[rank] and blocks_left[rank] and spare >= 0:
                 choices.append((len(matched) + on_host, spare, -rank, matched))
@@ -300,7 +306,7 @@ class Scheduler:
         rank = -minus_rank
         pool = self.pools[rank]
         pool.hold(matched)
-        known = matched + (pool.bring_back(tokens, limit=len(tokens) - 1) if self.brings_back else [])
+        known = matched + pool.bring_back(tokens, limit=len(tokens) - 1)
         taken = pool.take(-(-len(tokens) // size) - len(known))
         assert taken is not None
         sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), known + taken

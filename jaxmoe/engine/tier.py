@@ -35,6 +35,10 @@ class HostTier:
         self._read_fn = jax.jit(self._read)
         self._write_fn = jax.jit(self._write, donate_argnums=(0,))
 
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        self._kept.clear()
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -37,15 +37,23 @@ class RequestRecord:
     max_new: int
     queued: float
     chunks: list[dict[str, int]] = field(default_factory=list)  # step, first token, count
-    tokens: list[int] = field(default_factory=list)  # the step each new token came of
+    num_tokens: int = 0
+    first_token_step: int = -1
+    last_token_step: int = -1
     cached: int = 0
     ended: float | None = None
     finish_reason: str | None = None
 
+    def add_token(self, step: int) -> None:
+        """A new token came of that step."""
+        if not self.num_tokens:
+            self.first_token_step = step
+        self.num_tokens, self.last_token_step = self.num_tokens + 1, step
+
 
 @dataclass(kw_only=True)
 class StepRecord:
-    """One step. expert_tokens [layers][expert ranks]: tokens each rank of the expert axis got, over the data ranks."""
+    """One step. expert_tokens [layers, expert ranks]: tokens each rank of the expert axis got, over the data ranks."""
 
     index: int
     sent: float
@@ -58,7 +66,7 @@ class StepRecord:
     pages_held: int
     done: float | None = None
     failed: bool = False
-    expert_tokens: list[list[int]] = field(default_factory=list)
+    expert_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
 
 
 class Trace:
@@ -70,6 +78,7 @@ class Trace:
         self.steps: deque[StepRecord] = deque(maxlen=_MOST_KEPT)
         self.requests: deque[RequestRecord] = deque(maxlen=_MOST_KEPT)
         self.num_steps = self.num_requests = 0
+        self._collectives: dict[tuple[Bucket, int], list[dict[str, Any]]] = {}
 
     def queued(self, name: str, *, num_prompt: int, max_new: int, now: float) -> RequestRecord:
         """A request (or one sample of it) begins."""
@@ -93,18 +102,27 @@ class Trace:
         step = StepRecord(
             index=self.num_steps, sent=now, bucket=bucket, turns=plan.turns, num_decodes=len(plan.decodes),
             num_prompt_tokens=sum(chunk.count for chunk in plan.chunks), waiting=waiting, pages_held=pages_held,
-            collectives=[
-                {"op": c.op, "axes": list(c.axes), "count": count * plan.turns, "bytes": c.result_bytes}
-                for c, count in collectives.items()
-            ],
+            collectives=self._listed(bucket, plan.turns, collectives),
         )  # fmt: skip
         for chunk in plan.chunks:
-            record = records[chunk.sequence.request_id]
+            record = records.get(chunk.sequence.request_id)
+            if record is None:  # it was queued before the trace began
+                continue
             record.cached = max(record.cached, chunk.sequence.num_cached)
             record.chunks.append({"step": step.index, "start": chunk.start, "count": chunk.count})
         self.steps.append(step)
         self.num_steps += 1
         return step
+
+    def _listed(self, bucket: Bucket, turns: int, collectives: Mapping[Collective, int]) -> list[dict[str, Any]]:
+        """The collectives as plain values: one list for all steps alike."""
+        key = bucket, turns
+        if key not in self._collectives:
+            self._collectives[key] = [
+                {"op": c.op, "axes": list(c.axes), "count": count * turns, "bytes": c.result_bytes}
+                for c, count in collectives.items()
+            ]
+        return self._collectives[key]
 
     def done(self, step: StepRecord, expert_counts: np.ndarray, *, expert_ranks: int, now: float) -> None:
         """A step's results are there. expert_counts [turns, ranks, layers, experts]: tokens that chose each expert."""
@@ -114,7 +132,7 @@ class Trace:
             per_expert = counts.sum(axis=0)  # [layers, experts]
             share = -(-per_expert.shape[1] // expert_ranks)
             padded = np.pad(per_expert, ((0, 0), (0, share * expert_ranks - per_expert.shape[1])))
-            step.expert_tokens = padded.reshape(len(padded), expert_ranks, share).sum(axis=2).tolist()
+            step.expert_tokens = padded.reshape(len(padded), expert_ranks, share).sum(axis=2).astype(np.int32)
 
     @staticmethod
     def ended(record: RequestRecord, reason: str, *, now: float) -> None:
@@ -146,7 +164,7 @@ class Trace:
                     "step": step.index, "decodes": step.num_decodes, "turns": step.turns,
                     "prompt tokens": step.num_prompt_tokens, "rows": step.bucket.rows, "blocks": step.bucket.blocks,
                     "collectives": step.collectives, "bytes of collectives on a device": traffic,
-                    "tokens of each expert rank, by layer": step.expert_tokens, "failed": step.failed,
+                    "tokens of each expert rank, by layer": step.expert_tokens.tolist(), "failed": step.failed,
                 },
             })  # fmt: skip
             values = {"waiting": step.waiting, "pages held": step.pages_held, "decoding": step.num_decodes}
@@ -182,10 +200,9 @@ class Trace:
             if chunk["step"] in steps:
                 name = f"prompt {chunk['start']} to {chunk['start'] + chunk['count']}"
                 spans.append((name, *steps[chunk["step"]], chunk | {"found in the cache": request.cached}))
-        tokens = [step for step in request.tokens if step in steps]
-        if tokens:
-            start, end = steps[tokens[0]][1], steps[tokens[-1]][1]
-            details = {"new tokens": len(request.tokens), "finish_reason": request.finish_reason}
+        if request.first_token_step in steps and request.last_token_step in steps:
+            start, end = steps[request.first_token_step][1], steps[request.last_token_step][1]
+            details = {"new tokens": request.num_tokens, "finish_reason": request.finish_reason}
             spans.append(("decode", start, max(start, end), details))
         if request.ended is not None:
             spans.append((f"ended: {request.finish_reason}", request.ended, request.ended, {}))
@@ -203,7 +220,7 @@ class Trace:
             steps.append({
                 "index": step.index, "start": start - zero, "end": end - zero, "decodes": step.num_decodes,
                 "turns": step.turns, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
-                "pages": step.pages_held, "collectives": step.collectives, "experts": step.expert_tokens,
+                "pages": step.pages_held, "collectives": step.collectives, "experts": step.expert_tokens.tolist(),
                 "failed": step.failed,
             })  # fmt: skip
         requests = [
@@ -214,7 +231,7 @@ class Trace:
             for request in self.requests
         ]
         data = {"facts": self.facts | self._dropped(), "steps": steps, "requests": requests}
-        text = json.dumps(data).replace("</", "<\\/")  # no text of a name may end the script
+        text = json.dumps(data).replace("<", "\\u003c")  # no name may end the script, or begin one
         template = resources.files("jaxmoe.engine").joinpath("timeline.html").read_text(encoding="utf-8")
         return template.replace("/*DATA*/null", text)
 

@@ -72,7 +72,8 @@ def adjust_logits(
     logits = logits - rows.presence[:, None] * (answered > 0) - rows.frequency[:, None] * answered
     banned = jnp.arange(rows.listed.shape[1]) < rows.num_banned[:, None]
     banned &= positions[:, None] < rows.banned_until[:, None]
-    return logits.at[row, rows.listed].add(jnp.where(banned, -jnp.inf, rows.bias), mode="drop")
+    logits = logits.at[row, rows.listed].add(rows.bias, mode="drop")
+    return logits.at[row, jnp.where(banned, rows.listed, vocab)].set(-jnp.inf, mode="drop")
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Array, "B V"]:
@@ -80,7 +81,8 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
 
     Source: Holtzman et al. (2019) for top-p, Nguyen et al. (2024) for min-p; ties at the top-k edge all stay.
     """
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    best = jnp.max(logits, axis=-1, keepdims=True)  # taken off first: a small temperature overflows nothing
+    scaled = (logits - best) / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     falling = -jnp.sort(-scaled, axis=-1)
     vocab = logits.shape[-1]
     kth = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab) - 1

@@ -145,12 +145,30 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, turns):
         ({"frequency_penalty": 1e9}, "frequency_penalty"), ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias has 'a'"), ({"logit_bias": {1: float("inf")}}, r"logit_bias\[1\]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": "ab"}, "stop_token_ids"),
-        ({"top_logprobs": 21}, "top_logprobs=21"),
+        ({"top_logprobs": 21}, "top_logprobs=21"), ({"max_tokens": 2**31}, "max_tokens=2147483648"),
+        ({"logit_bias": {1: 10**400}}, r"logit_bias\[1\]"), ({"logit_bias": {1: 1e300}}, r"logit_bias\[1\]"),
+        ({"temperature": 1e-38}, "temperature=1e-38"), ({"temperature": 10**400}, "temperature="),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty=1e-50"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused(options, said):
     with pytest.raises(RequestError, match=said):
         SamplingParams(**options)
+
+
+def test_what_is_asked_for_is_copied():
+    bias, stop = {1: 2.0}, [7]
+    params = SamplingParams(logit_bias=bias, stop_token_ids=stop)
+    bias[2], stop[0] = 3.0, 8
+    assert (params.logit_bias, params.stop_token_ids) == ({1: 2.0}, (7,))
+
+
+def test_a_small_temperature_is_greedy_and_a_ban_outweighs_a_bias(llm):
+    free = llm.generate([PROMPT], greedy(6))[0].token_ids
+    assert llm.generate([PROMPT], greedy(6, temperature=1e-6, seed=3))[0].token_ids == free
+    (out,) = llm.generate([PROMPT], greedy(6, stop_token_ids=[7], logit_bias={7: 1000.0}, min_tokens=4))
+    assert 7 not in out.token_ids[:4]
+    assert out.token_ids[4:] == [7]
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,22 @@ def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
     assert 2 < order.index(0) < 12
 
 
+def test_who_gives_way_keeps_its_age():
+    """A long prompt of low priority, and urgent ones without end that want the same few pages."""
+    scheduler = Scheduler(
+        limits_of(rows=3, num_pages=8, page_size=2, chunk_tokens=1, block_tokens=1, context=16, aging_steps=8)
+    )
+    patient = Sequence(request_id=0, tokens=list(range(9)), max_total=11, priority=3)
+    scheduler.add(patient)
+    for index in range(1, 400):
+        if len(scheduler.waiting) < 4:
+            scheduler.add(Sequence(request_id=index, tokens=[50, index], max_total=6, priority=0))
+        run(scheduler, 1)
+        if patient.finished:
+            break
+    assert patient.finished
+
+
 def test_deadlines_are_named():
     scheduler = Scheduler(limits_of(rows=1))
     early = Sequence(request_id=0, tokens=[1], max_total=3, deadline=5.0)

@@ -55,7 +55,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
     with Engine(
         llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, memory_gib=10.5 * page_gib, host_gib=1e-3
     ) as engine:
-        engine._core.scheduler.brings_back = True  # whatever these tiny pages measure
+        engine._core.scheduler.keep_on_host(True)  # whatever these tiny pages measure
         for _ in range(2):
             assert asyncio.run(one_by_one(engine)) == alone
         stats = engine.stats()
@@ -71,7 +71,7 @@ def test_what_is_cheaper_to_compute_again_is(tiny_llm):
     with Engine(llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, host_gib=1e-4) as engine:
         core = engine._core
         assert core.scheduler.brings_back == (core.copy_s < core.compute_s)
-        core.scheduler.brings_back = False
+        core.scheduler.keep_on_host(False)
         params = SamplingParams(max_tokens=1, ignore_eos=True)
 
         async def ask():
@@ -79,3 +79,4 @@ def test_what_is_cheaper_to_compute_again_is(tiny_llm):
 
         asyncio.run(ask())
         assert engine.stats()["pages_brought_back"] == 0
+        assert core.scheduler.pools[0].num_on_host == 0

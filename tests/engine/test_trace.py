@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from jaxmoe import Engine, RequestError, SamplingParams
+from jaxmoe import Engine, RequestError, SamplingParams, StepError
 
 from ..conftest import ONE_DEVICE
 
@@ -27,7 +27,7 @@ def llm(request, tiny_llm):
 def written(path):
     chrome = json.loads(path.read_text())
     page = path.with_suffix(".html").read_text()
-    data = json.loads(re.search(r"const data = (.*);\n", page)[1].replace("<\\/", "</"))
+    data = json.loads(re.search(r"const data = (.*);\n", page)[1].replace("\\u003c", "<"))
     return chrome, data
 
 
@@ -37,12 +37,12 @@ def test_every_request_and_step_is_there(llm, tmp_path):
     llm._core = None  # nothing is known of the prompts
     with llm.trace(path) as trace:
         assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == plain
-    assert [(r.num_prompt, len(r.tokens), r.finish_reason) for r in trace.requests] == [
+    assert [(r.num_prompt, r.num_tokens, r.finish_reason) for r in trace.requests] == [
         (len(prompt), 6, "length") for prompt in PROMPTS
     ]
     for request, prompt in zip(trace.requests, PROMPTS, strict=True):
         assert request.cached + sum(chunk["count"] for chunk in request.chunks) == len(prompt)
-        assert request.tokens == sorted(request.tokens)
+        assert 0 <= request.chunks[-1]["step"] == request.first_token_step < request.last_token_step
     chrome, data = written(path)
     assert len(data["steps"]) == len(trace.steps) == trace.num_steps
     steps = [event for event in chrome["traceEvents"] if event["pid"] == 1 and event["ph"] == "X"]
@@ -94,10 +94,37 @@ def test_an_engine_writes_its_trace_when_closed(tiny_llm, tmp_path):
         asyncio.run(scene(engine))
         assert not path.exists()
     chrome, data = written(path)
+    assert not any(step["failed"] for step in data["steps"])
     assert [request["name"] for request in data["requests"]] == ["</script>0", "</script>1", "late"]
     assert path.with_suffix(".html").read_text().count("</script>") == 1
     ended = [event["name"] for event in chrome["traceEvents"] if event["name"].startswith("ended")]
     assert sorted(ended)[1:] == ["ended: length"] * 2
+
+
+def test_a_trace_that_begins_late_harms_nobody(tiny_llm, tmp_path):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    expected = llm.generate([PROMPTS[0]], PARAMS)[0].token_ids
+    early = llm.stream([PROMPTS[0]], PARAMS)
+    heard = [next(early).token_id]
+    with llm.trace(tmp_path / "trace.json") as trace:
+        llm.generate([PROMPTS[1]], PARAMS)
+    assert heard + [chunk.token_id for chunk in early] == expected
+    assert [request.num_prompt for request in trace.requests] == [len(PROMPTS[1])]
+
+
+def test_a_step_that_fails_is_marked(tiny_llm, tmp_path, monkeypatch):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    real, calls = llm.runner.step, []
+
+    def step(*arguments, **named):
+        calls.append(1)
+        state, drawn = real(*arguments, **named)
+        return state, drawn._replace(tokens=1 / 0 if len(calls) == 3 else drawn.tokens)
+
+    monkeypatch.setattr(llm.runner, "step", step)
+    with llm.trace(tmp_path / "trace.json") as trace, pytest.raises(StepError):
+        llm.generate([PROMPTS[1]], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert any(step.failed for step in trace.steps)
 
 
 @pytest.mark.parametrize("name", [".", "page.html", "no/such/folder/trace.json"])

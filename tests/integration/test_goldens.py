@@ -36,7 +36,7 @@ def test_a_case_of_every_family_on_every_mesh(name, mesh, tiny_llm):
     assert_agrees(tiny_llm(name, mesh), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
 
 
-@pytest.mark.parametrize("index", range(len(NAMES)))
+@pytest.mark.parametrize("index", [index for index, name in enumerate(NAMES) if name not in QUICK])
 def test_every_other_case_on_a_mesh_in_turn(index, tiny_llm):
     case = CASES[index]
     assert_agrees(tiny_llm(case.name, MIXED_MESHES[index % len(MIXED_MESHES)], XLA), case, load_golden(case))
@@ -51,7 +51,7 @@ def test_every_case_on_every_mesh(name, mesh, kernels, tiny_llm):
 
 
 @pytest.mark.parametrize("kernels", [Kernels(dispatch="all_gather"), Kernels(grouped="ragged")])
-@pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared", "olmoe_full_norm", "llama_llama3"])
+@pytest.mark.parametrize("name", ["mixtral_six_experts", "qwen2_moe_shared"])
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):
     llm = tiny_llm(name, "data=2,tensor=2,expert=2", kernels)
     assert_agrees(llm, CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <utility>
 
 #include "xla/ffi/api/c_api.h"
@@ -113,7 +114,11 @@ inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, XL
   }
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->args.size != num_arguments || frame->rets.size != 1)
     return call.Refuse("a native kernel was called with another number of arguments than it has");
-  return kernel(call);
+  try {
+    return kernel(call);
+  } catch (const std::bad_alloc&) {  // nothing may be thrown into XLA
+    return call.Refuse("a native kernel found no memory for its sums");
+  }
 }
 
 }  // namespace jaxmoe

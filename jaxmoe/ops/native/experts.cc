@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kRange = 256;  // columns of F whose part of the product with `down` is summed by itself
 
+constexpr int64_t kMostTokens = 2048;  // at once: their rows' results are held until all are there
+
 struct Item {
   int64_t expert, first, rows, low, high;  // rows [first, first + rows), ranges [low, high)
 };
@@ -128,10 +130,8 @@ struct Problem {
     constexpr int64_t kTokens = 64;  // collected together
     const int64_t threads = pool.Count();
     Plan(threads);
-    static thread_local std::vector<float> results;
-    const size_t size = NumRows() * width * (split ? NumRanges() : 1);
-    if (results.size() < size) results.resize(size);
-    float* y = results.data();
+    const std::unique_ptr<float[]> results(new float[NumRows() * width * (split ? NumRanges() : 1)]);
+    float* y = results.get();
     ForEach(pool, static_cast<int64_t>(items.size()), threads, [&](int64_t item, int64_t) { Run(items[item], y); });
     ForEach(pool, (num_tokens + kTokens - 1) / kTokens, threads, [&](int64_t group, int64_t) {
       for (int64_t t = group * kTokens; t < std::min(num_tokens, (group + 1) * kTokens); ++t) Collect(t, y, out);
@@ -142,16 +142,19 @@ struct Problem {
 template <typename T>
 void RunExperts(const Call& call) {
   const Array x = call.Argument(0), weights = call.Argument(1), gate_up = call.Argument(2), down = call.Argument(3);
-  Problem<T> problem;
-  problem.x = x.As<T>();
-  problem.gate_up = gate_up.As<T>();
-  problem.down = down.As<T>();
-  problem.weights = weights.As<float>();
-  problem.num_tokens = x.Size(0);
-  problem.num_experts = weights.Size(1);
-  problem.width = x.Size(1);
-  problem.ffn = down.Size(1);
-  problem.RunAll(call.Pool(), call.Result().As<T>());
+  const int64_t width = x.Size(1), num_experts = weights.Size(1);
+  for (int64_t first = 0; first < x.Size(0); first += kMostTokens) {
+    Problem<T> problem;
+    problem.x = x.As<T>() + first * width;
+    problem.gate_up = gate_up.As<T>();
+    problem.down = down.As<T>();
+    problem.weights = weights.As<float>() + first * num_experts;
+    problem.num_tokens = std::min(kMostTokens, x.Size(0) - first);
+    problem.num_experts = num_experts;
+    problem.width = width;
+    problem.ffn = down.Size(1);
+    problem.RunAll(call.Pool(), call.Result().As<T>() + first * width);
+  }
 }
 
 XLA_FFI_Error* Experts(const Call& call) {

@@ -282,9 +282,15 @@ inline void ForEach(const Threads& pool, int64_t items, int64_t workers,
     const std::function<void(int64_t, int64_t)>* work;  // alive while an item is left
     int64_t items;
 
+    std::atomic<bool> failed{false};
+
     void Run(int64_t worker) {
       for (int64_t item; (item = next.fetch_add(1)) < items;) {
-        (*work)(item, worker);
+        try {
+          (*work)(item, worker);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
         if (done.fetch_add(1) + 1 == items) {
           std::lock_guard<std::mutex> lock(mutex);
           ended.notify_one();
@@ -304,6 +310,7 @@ inline void ForEach(const Threads& pool, int64_t items, int64_t workers,
   }
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->ended.wait(lock, [&] { return shared->done.load() == items; });
+  if (shared->failed) throw std::bad_alloc();
 }
 
 }  // namespace jaxmoe
