@@ -143,19 +143,16 @@ class Trace:
 
     def as_chrome(self) -> dict[str, Any]:
         """The trace in Chrome's format: a track of steps with counters, and a track a request."""
-        zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
+        zero, by_index = self._step_spans()
         micro = lambda time: round((time - zero) * 1e6, 1)  # noqa: E731
         events: list[dict[str, Any]] = [
             {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
             for pid, name in ((1, "engine"), (2, "requests"))
         ]
-        busy_until, by_index = zero, {}
         for step in self.steps:
-            start, end = max(step.sent, busy_until), step.done
-            by_index[step.index] = (start, start if end is None else end)
-            if end is None:
+            if step.done is None:
                 continue
-            busy_until = end
+            start, end = by_index[step.index]
             traffic = sum(c["count"] * c["bytes"] for c in step.collectives)
             kind = "prompts and decode" if step.bucket.blocks else "decode"
             events.append({
@@ -180,6 +177,16 @@ class Trace:
                     "dur": round((end - start) * 1e6, 1), "args": details,
                 })  # fmt: skip
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": self.facts | self._dropped()}
+
+    def _step_spans(self) -> tuple[float, dict[int, tuple[float, float]]]:
+        """When the trace begins, and from when to when the devices ran each step: one after another."""
+        zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
+        busy_until, spans = zero, {}
+        for step in self.steps:
+            start = max(step.sent, busy_until)
+            busy_until = start if step.done is None else step.done
+            spans[step.index] = (start, busy_until)
+        return zero, spans
 
     def _dropped(self) -> dict[str, int]:
         return {
@@ -210,13 +217,10 @@ class Trace:
 
     def as_page(self) -> str:
         """The timeline as one page of HTML that needs nothing else."""
-        zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
-        busy_until, spans_of, steps = zero, {}, []
+        zero, spans_of = self._step_spans()
+        steps = []
         for step in self.steps:
-            start = max(step.sent, busy_until)
-            end = start if step.done is None else step.done
-            spans_of[step.index] = (start, end)
-            busy_until = max(busy_until, end)
+            start, end = spans_of[step.index]
             steps.append({
                 "index": step.index, "start": start - zero, "end": end - zero, "decodes": step.num_decodes,
                 "turns": step.turns, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
