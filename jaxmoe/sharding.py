@@ -19,6 +19,7 @@ Table = Mapping[str, tuple[str, ...]]
 # Logical dim -> mesh axes that split it. Outside the experts the expert axis carries batch.
 LAYOUTS: dict[str, Table] = {
     "tp+ep": {
+        "layer": (),
         "batch": ("data", "expert"),
         "length": (),
         "vocab": ("tensor",),

@@ -60,7 +60,9 @@ def run(out: Path, mesh: str, recipe: Recipe, reproduces: Path | None) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         directory = Path(scratch) / out.name
         directory.mkdir()
-        write_checkpoint(directory, trainer.named(result.state.params), recipe.model, placement, tokenizer)
+        write_checkpoint(
+            directory, trainer.named(result.state.params), recipe.model, placement, trainer.segments, tokenizer
+        )
         samples = sample(directory, placement)
         manifest = manifest_of(
             directory, recipe=recipe, corpus=corpus.describe(), placement=placement, result=result,

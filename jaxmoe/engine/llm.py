@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -24,11 +25,11 @@ from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
-from jaxmoe.model.kernels import Choice, check_kernels, prepare_kernels
+from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.load import load_params
+from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 
@@ -86,14 +87,16 @@ class LLM:
         if kv_dtype not in (None, *KV_DTYPES):
             raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
         placement = Placement(mesh=_as_mesh(mesh, config))
-        check_kernels(dtype, kernels)
+        chosen = choose_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
         tensors = open_tensors(directory)
 
-        abstract = nnx.state(abstract_model(config, placement, dtype=dtype))
+        shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
+        abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
+        parts = assign_pieces(directory, tensors, config, array_sizes(config, placement), shapes.parts)
         total, done = sum(info.num_bytes for info in table), 0
 
         def on_param(num_bytes: int) -> None:
@@ -102,12 +105,13 @@ class LLM:
             on_progress(done, total)
 
         on_progress(0, total)
-        arrays = load_params(directory, tensors, table, config, array_sizes(config, placement), on_param=on_param)
-        ready = prepare_kernels(dtype, kernels)  # after all input is checked: compiling writes to the cache
-        graph = nnx.graphdef(abstract_model(config, placement, dtype=dtype, kernels=ready))
-        runner = Runner(
-            nnx.merge(graph, state_of(abstract, arrays)), dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or "")
-        )
+        with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
+            ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
+            arrays = load_params(tensors, table, parts, on_param=on_param)
+            if ready.result() != chosen:
+                shapes = abstract_model(config, placement, dtype=dtype, kernels=ready.result())
+        whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
+        runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
 
     @property

@@ -80,7 +80,7 @@ class Runner:
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
-        self.kernels = model.kernels
+        self.kernels, self.parts = model.kernels, model.parts
         self.sizes = array_sizes(model.config, model.placement)
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
@@ -114,14 +114,16 @@ class Runner:
 
     def _state_sharding(self) -> Any:
         lie = self.placement.sharding
-        layer = tuple(lie(*PAGE_DIMS[:ndim]) for ndim in ((4, 4, 3, 3) if self.kv_dtype in LARGEST else (4, 4)))
-        pages: Any = [layer] * self.config.num_hidden_layers
+        block = tuple(lie(*PAGE_DIMS[:ndim]) for ndim in ((5, 5, 4, 4) if self.kv_dtype in LARGEST else (5, 5)))
+        pages: Any = [(block,) * part.period for part in self.parts]
         tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
     def _empty(self, rows: int, num_pages: int, page_size: int) -> EngineState:
         total = num_pages * self.num_ranks
-        pages = empty_pages(self.config, self.sizes, num_pages=total, page_size=page_size, dtype=self.kv_dtype)
+        pages = empty_pages(
+            self.config, self.sizes, self.parts, num_pages=total, page_size=page_size, dtype=self.kv_dtype
+        )
         tokens, token_pages = jnp.zeros((self.num_ranks, rows), jnp.int32), jnp.zeros((total, page_size), jnp.int32)
         return EngineState(tokens, pages, token_pages)
 
@@ -187,9 +189,9 @@ class Runner:
         tokens, positions, active = (
             place.constrain(part.reshape(-1, 1), "batch", "length") for part in (tokens, positions, active)
         )
-        attend = PagedAttend(state.pages, told["table"], sections, place, self.kernels.attention)
-        hidden, routed = model(tokens, positions, active, attend)
-        counts = self._expert_counts(routed if traced else [], active)
+        attend = PagedAttend(told["table"], sections, place, self.kernels.attention)
+        hidden, pages, routed = model(tokens, positions, active, attend, state.pages, routing=traced)
+        counts = self._expert_counts(routed, active)
         token_pages = attend.write_tokens(state.token_pages, tokens)
 
         hidden, positions = hidden.reshape(ranks, bucket.num_tokens, -1), positions.reshape(ranks, -1)
@@ -201,7 +203,7 @@ class Runner:
         drawn = Drawn(*self._sampled(logits, told, token_pages, positions + 1, wanted), counts)
         kept = jnp.where(draws, drawn.tokens, state.tokens[:, : bucket.rows])
         kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
-        return EngineState(place.constrain(kept, "batch", "one"), attend.pages, token_pages), drawn
+        return EngineState(place.constrain(kept, "batch", "one"), pages, token_pages), drawn
 
     def _expert_counts(self, routed: list[jax.Array], active: jax.Array) -> jax.Array:
         """[r,layers,E]: tokens of each rank that chose each expert. routed: probabilities [r*t,1,E] of each layer."""
@@ -260,7 +262,7 @@ class Runner:
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = model(tokens, positions, positions < lengths[:, None], CausalAttend(self.placement))
+        hidden, *_ = model(tokens, positions, positions < lengths[:, None], CausalAttend(self.placement))
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
         for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once

@@ -45,37 +45,36 @@ class HostTier:
     # --- programs: one page of each rank ---
 
     def _page_dims(self, state: EngineState) -> list[tuple[str, ...]]:
-        return [PAGE_DIMS[: array.ndim] for layer in state.pages for array in layer]
+        return [PAGE_DIMS[: array.ndim] for array in jax.tree.leaves(state.pages)]
 
     def _read(self, state: EngineState, page: jax.Array):
         """page [r] -> numbers [r,L,2,K,S,H], scales [r,L,2,K,S] where there are any, token ids [r,S]."""
-        width = len(state.pages[0])
+        width = 4 if self._scaled else 2
 
         def on_rank(page, tokens, *arrays):
-            taken = [jax.lax.dynamic_index_in_dim(array, page[0], keepdims=False) for array in arrays]
-            layers = [jnp.stack(taken[at : at + 2]) for at in range(0, len(taken), width)]
-            parts = [jnp.stack(layers)[None]]
-            if self._scaled:
-                parts.append(jnp.stack([jnp.stack(taken[at + 2 : at + 4]) for at in range(0, len(taken), width)])[None])
+            taken = [jax.lax.dynamic_index_in_dim(array, page[0], axis=1, keepdims=False) for array in arrays]
+            kinds = [jnp.concatenate(taken[which::width]) for which in range(width)]  # of all layers
+            parts = [jnp.stack(kinds[at : at + 2], axis=1)[None] for at in range(0, width, 2)]
             return (*parts, jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True))
 
         return self._place.locally(
             on_rank, (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS),
-            *zip([array for layer in state.pages for array in layer], self._page_dims(state), strict=True),
+            *zip(jax.tree.leaves(state.pages), self._page_dims(state), strict=True),
             out=self._dims,
         )  # fmt: skip
 
     def _write(self, state: EngineState, page: jax.Array, *parts: jax.Array) -> EngineState:
         """state with parts (as _read gives them) at page [r] of each rank; a page past the last changes nothing."""
-        width, arrays = len(state.pages[0]), [array for layer in state.pages for array in layer]
+        width, (arrays, structure) = 4 if self._scaled else 2, jax.tree.flatten(state.pages)
 
         def on_rank(page, tokens, new_tokens, *rest):
             new, arrays = rest[: len(parts) - 1], rest[len(parts) - 1 :]
-            written = []
+            written, layer = [], 0
             for index, array in enumerate(arrays):
-                layer, which = divmod(index, width)
-                values = new[which // 2][0, layer, which % 2]
-                written.append(array.at[page[0]].set(values, mode="drop"))
+                which = index % width
+                values = new[which // 2][0, layer : layer + len(array), which % 2]
+                written.append(array.at[:, page[0]].set(values, mode="drop"))
+                layer += len(array) if which == width - 1 else 0
             return (tokens.at[page[0]].set(new_tokens[0], mode="drop"), *written)
 
         dims = self._page_dims(state)
@@ -84,8 +83,7 @@ class HostTier:
             *zip(parts[:-1], self._dims[:-1], strict=True), *zip(arrays, dims, strict=True),
             out=(TOKEN_PAGE_DIMS, *dims),
         )  # fmt: skip
-        pages: Any = [tuple(written[at : at + width]) for at in range(0, len(written), width)]
-        return EngineState(state.tokens, pages, tokens)
+        return EngineState(state.tokens, jax.tree.unflatten(structure, written), tokens)
 
     # --- called by the engine ---
 

@@ -7,9 +7,10 @@ Published matrices are [out, in]; parameters are [in, ...out].
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment, place_of
 
 Place = tuple[int | slice, ...]
 
@@ -48,7 +49,7 @@ def _whole(key: str, shape: tuple[int, ...], path: str, *, transpose: bool = Fal
 
 
 def _attention(config: ModelConfig, sizes: ArraySizes, layer: int) -> Iterator[Piece]:
-    hf, path = f"model.layers.{layer}.self_attn", f"blocks/{layer}/attention"
+    hf, path = f"model.layers.{layer}.self_attn", "attention"
     width, head_dim = config.hidden_size, config.head_dim
     num_heads, num_kv = config.num_attention_heads, config.num_key_value_heads
 
@@ -111,7 +112,7 @@ def _gated(
 
 
 def _dense_mlp(config: ModelConfig, layer: int) -> Iterator[Piece]:
-    hf, path = f"model.layers.{layer}.mlp", f"blocks/{layer}/mlp"
+    hf, path = f"model.layers.{layer}.mlp", "mlp"
     width, ffn = config.hidden_size, config.intermediate_size
     keys = (f"{hf}.gate_proj", f"{hf}.up_proj", f"{hf}.down_proj")
     yield from _gated(keys, path, width, ffn)
@@ -123,7 +124,7 @@ def _dense_mlp(config: ModelConfig, layer: int) -> Iterator[Piece]:
 
 def _moe(config: ModelConfig, names: KeyNames, layer: int) -> Iterator[Piece]:
     assert config.moe is not None
-    hf, path = f"model.layers.{layer}.{names.moe}", f"blocks/{layer}/moe"
+    hf, path = f"model.layers.{layer}.{names.moe}", "moe"
     width, moe = config.hidden_size, config.moe
     yield _whole(f"{hf}.{names.router}.weight", (moe.num_experts, width), f"{path}/router", transpose=True)
     for expert in range(moe.num_experts):
@@ -137,15 +138,22 @@ def _moe(config: ModelConfig, names: KeyNames, layer: int) -> Iterator[Piece]:
         yield _whole(f"{hf}.shared_expert_gate.weight", (1, width), f"{path}/shared_gate", transpose=True)
 
 
-def pieces(config: ModelConfig, sizes: ArraySizes, names: KeyNames) -> Iterator[Piece]:
+def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) -> Iterator[Piece]:
+    """The pieces of one layer, with paths and places inside its block."""
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield _whole(f"model.layers.{layer}.{norm}.weight", (config.hidden_size,), norm)
+    yield from _attention(config, sizes, layer)
+    yield from _moe(config, names, layer) if config.moe_layers[layer] else _dense_mlp(config, layer)
+
+
+def pieces(config: ModelConfig, sizes: ArraySizes, names: KeyNames, segments: tuple[Segment, ...]) -> Iterator[Piece]:
     """Every piece of a whole checkpoint, in the order of the layers."""
     width, vocab = config.hidden_size, config.vocab_size
     yield _whole("model.embed_tokens.weight", (vocab, width), "embed")
     for layer in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield _whole(f"model.layers.{layer}.{norm}.weight", (width,), f"blocks/{layer}/{norm}")
-        yield from _attention(config, sizes, layer)
-        yield from _moe(config, names, layer) if config.moe_layers[layer] else _dense_mlp(config, layer)
+        path, index = place_of(layer, segments)
+        for piece in _layer(config, sizes, names, layer):
+            yield replace(piece, path=f"{path}/{piece.path}", dst=(index, *piece.dst))
     yield _whole("model.norm.weight", (width,), "final_norm")
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", (vocab, width), "head", transpose=True)

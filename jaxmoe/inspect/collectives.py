@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import get_args
 
 import numpy as np
@@ -21,16 +22,24 @@ _MESH_GROUPS = re.compile(
 )
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
 _LIST_GROUPS = re.compile(r"replica_groups=\{(?P<groups>\{[\d,{}]*\})\}")
+_HEADER = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.-]+) .*\{$")
+_CALLED = re.compile(
+    r"(body|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
+    r"(%[\w.-]+|\{[^}]*\})"
+)
+_NAMES = re.compile(r"%([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
 def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
-    """Every collective instruction in the text of a compiled program, with how many there are.
+    """Every collective instruction in the text of a compiled program, with how often it runs.
 
-    An instruction inside a loop counts once. Raises: ValueError for replica groups in a form not known here.
+    Inside a loop that means once a turn, where the compiler knows how many those are; other loops count as one turn.
+    Raises: ValueError for replica groups in a form not known here.
     """
     found: Counter[Collective] = Counter()
-    for line in compiled_text.splitlines():
+    for line, times in _lines_run(compiled_text):
         match = _LINE.search(line)
         if match is None:
             continue
@@ -42,8 +51,34 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
         sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(match["result"])]
         if match["start"] and op in ("all-gather", "collective-permute"):
             sizes = sizes[1:2]  # (operand, result, ...)
-        found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += 1  # type: ignore[arg-type]
+        found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += times  # type: ignore[arg-type]
     return found
+
+
+def _lines_run(compiled_text: str) -> Iterator[tuple[str, int]]:
+    """Every line of every computation, and how often it runs."""
+    lines: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in compiled_text.splitlines():
+        if header := _HEADER.match(line):
+            name = header["name"]
+            lines[name] = []
+            entry = name if header["entry"] else entry
+        elif name:
+            lines[name].append(line)
+    runs: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in lines[name]:
+            known = _TRIPS.search(line)
+            for role, names in _CALLED.findall(line):
+                turns = int(known[1]) if known and role == "body" else 1
+                for callee in _NAMES.findall(names):
+                    visit(callee, times * turns)
+
+    visit(entry, 1)
+    return ((line, runs[name]) for name, body in lines.items() for line in body if runs[name])
 
 
 def _array_bytes(kind: str, shape: str) -> int:

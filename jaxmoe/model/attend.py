@@ -12,28 +12,33 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment
 from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.paged import PagedKind, paged_attention, write_pages
+from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
 from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
-KVPages = list[tuple[jax.Array, ...]]  # a layer's keys and values, and their scales where kept in eight bits
-PAGE_DIMS = ("page", "kv_head", "page_token", "head_dim")
+# Of every segment, of every block: keys and values of its layers, and their scales where kept in eight bits.
+KVPages = Sequence[tuple[Pages, ...]]
+PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
 TOKEN_PAGE_DIMS = ("page", "page_token")
 
 
-def empty_pages(config: ModelConfig, sizes: ArraySizes, *, num_pages: int, page_size: int, dtype: str) -> KVPages:
-    """Keys and values [num_pages,K,page_size,H] of every layer, all zero. num_pages: of all ranks together.
+def empty_pages(
+    config: ModelConfig, sizes: ArraySizes, parts: Sequence[Segment], *, num_pages: int, page_size: int, dtype: str
+) -> KVPages:
+    """Keys and values [L,num_pages,K,page_size,H] of every block, L its layers, all zero. num_pages: of all ranks.
 
-    In eight bits, scales [num_pages,K,page_size] of both follow.
+    In eight bits, scales [L,num_pages,K,page_size] of both follow.
     """
-    shape = (num_pages, sizes.kv_slots, page_size, config.head_dim)
 
-    def layer() -> tuple[jax.Array, ...]:
+    def block(layers: int) -> Pages:
+        shape = (layers, num_pages, sizes.kv_slots, page_size, config.head_dim)
         numbers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return (*numbers, jnp.zeros(shape[:3]), jnp.zeros(shape[:3])) if dtype in LARGEST else numbers
+        return (*numbers, jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if dtype in LARGEST else numbers
 
-    return [layer() for _ in range(config.num_hidden_layers)]
+    return [tuple(block(part.repeats) for _ in range(part.period)) for part in parts]
 
 
 _QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
@@ -46,11 +51,14 @@ class CausalAttend:
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+    def __call__(
+        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+    ) -> tuple[jax.Array, None]:
         """See Attend."""
-        del layer
+        del at
         attend = partial(causal_attention, window=window)
-        return self._placement.locally(attend, (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), out=_QUERY_DIMS)
+        arrays = (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS)
+        return self._placement.locally(attend, *arrays, out=_QUERY_DIMS), kept
 
 
 class Section(NamedTuple):
@@ -72,18 +80,17 @@ _TABLE_DIMS = ("batch", "block", "one")
 class PagedAttend:
     """New tokens over pages. Tokens [r*t,1] are those of every rank's sections, one section after the other.
 
-    table [r,d,p]: the pages of every row. `pages` holds the result.
+    table [r,d,p]: the pages of every row. What it keeps are the pages of a block's layers.
     """
 
     def __init__(
         self,
-        pages: KVPages,
         table: jax.Array,
         sections: Sequence[Section],
         placement: Placement,
         kind: PagedKind,
     ) -> None:
-        self.pages, self._table, self._sections = list(pages), table, tuple(sections)
+        self._table, self._sections = table, tuple(sections)
         self._placement, self._kind = placement, kind
 
     def _told(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
@@ -94,17 +101,19 @@ class PagedAttend:
     def _layout(self) -> tuple[tuple[int, bool], ...]:
         return tuple((section.num_tokens, section.rows is not None) for section in self._sections)
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+    def __call__(
+        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+    ) -> tuple[jax.Array, Pages]:
         """See Attend."""
-        pages = self.pages[layer]
+        pages = kept
         dims = tuple(PAGE_DIMS[: array.ndim] for array in pages)
         mixed, *pages = self._placement.locally(
             partial(_over_pages, layout=self._layout(), num_pages=len(pages), window=window, kind=self._kind),
-            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), *zip(pages, dims, strict=True), *self._told(),
+            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), (jnp.int32(at), ()), *zip(pages, dims, strict=True),
+            *self._told(),
             out=(_QUERY_DIMS, *dims),
         )  # fmt: skip
-        self.pages[layer] = tuple(pages)
-        return mixed
+        return mixed, tuple(pages)
 
     def write_tokens(self, token_pages: jax.Array, tokens: jax.Array) -> jax.Array:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
@@ -142,17 +151,17 @@ def _places(table, sections, *, page_size, num_pages):
     return jnp.concatenate(page), jnp.concatenate(offset)
 
 
-def _over_pages(q, k, v, *arrays, layout, num_pages, window, kind):
-    """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], its pages of a layer, and what tells where things are."""
+def _over_pages(q, k, v, at, *arrays, layout, num_pages, window, kind):
+    """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], layer `at` of its pages, and what tells where things are."""
     pages, told = arrays[:num_pages], arrays[num_pages:]
     table, sections = _sections(told, layout)
-    places = _places(table, sections, page_size=pages[0].shape[2], num_pages=pages[0].shape[0])
-    pages = write_pages(pages, k[:, 0], v[:, 0], *places)
+    page, offset = _places(table, sections, page_size=pages[0].shape[3], num_pages=pages[0].shape[1])
+    pages = write_pages(pages, k[:, 0], v[:, 0], page, offset, at)
     mixed, start = [], 0
     for length, table, positions, counts in sections:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = paged_attention(part, pages, table, positions, counts, window=window, kind=kind)
+        part = paged_attention(part, pages, table, positions, counts, at, window=window, kind=kind)
         mixed.append(part.reshape(stop - start, 1, *q.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages

@@ -3,7 +3,7 @@
 # Dims: B batch, S length, D width, K key/value head slots, G query heads a slot, H head dim.
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,32 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, ones, zeros
+from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.ops.norm import rms_norm, scale_by_rms
 from jaxmoe.ops.rope import rotate
+from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
 
 class Attend(Protocol):
     """How queries meet keys and values: within a prompt, or against a cache that grows."""
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
-        """q [B,S,K,G,H], k and v [B,S,K,H] of the new tokens -> [B,S,K,G,H]."""
+    def __call__(
+        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+    ) -> tuple[jax.Array, Any]:
+        """q [B,S,K,G,H], k and v [B,S,K,H] of the new tokens -> [B,S,K,G,H], and what is kept now.
+
+        kept: what there is of earlier tokens, of all layers of this block of a segment; at: which of them this is.
+        """
         ...
 
 
 class Attention(nnx.Module):
-    """One attention block. Query, key and value of a head slot lie side by side in one matrix."""
+    """One attention block; layer: the first that it holds.
+
+    Query, key and value of a head slot lie side by side in one matrix.
+    """
 
     def __init__(
         self,
@@ -58,28 +67,30 @@ class Attention(nnx.Module):
             self.k_norm = make(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
             self.kv_copies = sizes.kv_copies
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        """x [B,S,D] -> [B,S,D]."""
+    def __call__(
+        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, attend: Attend, kept: Any
+    ) -> tuple[jax.Array, Any]:
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps."""
         config, place = self.config, self.placement
-        qkv = project(x, self.qkv, place, self.kernels.linear)
+        qkv = project(x, self.qkv, place, self.kernels.linear, at)
         if config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...]
+            qkv = qkv + at_layer(self.qkv_bias, at)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
-        q, k = self._normed(q, k)
+        q, k = self._normed(q, k, at)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = attend(self.layer, q, k, v, window=config.sliding_windows[self.layer])
-        y = project(mixed, self.out, place, self.kernels.linear, over=3)
-        return y + self.out_bias[...] if config.out_bias else y
+        mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer])
+        y = project(mixed, self.out, place, self.kernels.linear, at, over=3)
+        return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 
-    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _normed(self, q: jax.Array, k: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
         """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
         config = self.config
         if config.qk_norm == "head":
             return (
-                rms_norm(q, self.q_norm[...], eps=config.rms_norm_eps),
-                rms_norm(k, self.k_norm[...], eps=config.rms_norm_eps),
+                rms_norm(q, at_layer(self.q_norm, at), eps=config.rms_norm_eps),
+                rms_norm(k, at_layer(self.k_norm, at), eps=config.rms_norm_eps),
             )
         if config.qk_norm == "full":
             columns = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -87,6 +98,6 @@ class Attention(nnx.Module):
             k_square = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=-1) / (columns[1] * self.kv_copies)
             mean = jnp.sum(jnp.stack([q_square, k_square], axis=-1), axis=2)
             mean = self.placement.constrain(mean, "batch", "length", "one")
-            q = scale_by_rms(q, self.q_norm[...], mean[..., 0], eps=config.rms_norm_eps)
-            k = scale_by_rms(k, self.k_norm[...], mean[..., 1], eps=config.rms_norm_eps)
+            q = scale_by_rms(q, at_layer(self.q_norm, at), mean[..., 0], eps=config.rms_norm_eps)
+            k = scale_by_rms(k, at_layer(self.k_norm, at), mean[..., 1], eps=config.rms_norm_eps)
         return q, k

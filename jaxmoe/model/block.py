@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -10,13 +12,14 @@ from jaxmoe.model.attention import Attend, Attention
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE
-from jaxmoe.model.params import Maker, normal, ones
+from jaxmoe.model.params import Maker, at_layer, normal, ones
 from jaxmoe.ops.norm import rms_norm
+from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
 
 class Block(nnx.Module):
-    """Layer `layer` of the model."""
+    """One decoder layer, or the stacked weights of several that are alike; layer: the first of them."""
 
     def __init__(
         self,
@@ -39,12 +42,15 @@ class Block(nnx.Module):
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, active: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """x [B,S,D] -> [B,S,D], and the router's probabilities [B,S,E] of an MoE layer."""
-        x = x + self.attention(rms_norm(x, self.input_layernorm[...], eps=self.eps), cos, sin, attend)
-        h = rms_norm(x, self.post_attention_layernorm[...], eps=self.eps)
+        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, active: jax.Array, attend: Attend, kept: Any
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and the router's probabilities
+        [B,S,E] of an MoE layer."""
+        h = rms_norm(x, at_layer(self.input_layernorm, at), eps=self.eps)
+        y, kept = self.attention(h, at, cos, sin, attend, kept)
+        x = x + y
+        h = rms_norm(x, at_layer(self.post_attention_layernorm, at), eps=self.eps)
         if self.sparse:
-            y, probabilities = self.moe(h, active)
-            return x + y, probabilities
-        return x + self.mlp(h), None
+            y, probabilities = self.moe(h, at, active)
+            return x + y, kept, probabilities
+        return x + self.mlp(h, at), kept, None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from jaxmoe.depth import LAYERS_KINDS, LayersKind
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
@@ -16,15 +17,17 @@ from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
 from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
 from jaxmoe.ops.paged import PAGED_KINDS, PagedKind
 
-STEPS = ("dispatch", "grouped", "linear", "attention")
+STEPS = ("dispatch", "grouped", "linear", "attention", "layers")
 NATIVE_STEPS = ("grouped", "linear", "attention")
 _log = logging.getLogger("jaxmoe")
+_SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """One choice a step: see ops/dispatch.py, ops/grouped.py, ops/linear.py and ops/paged.py.
 
+    layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (depth.py).
     Raises: ConfigError for a name that is none of a step's.
     """
 
@@ -32,6 +35,7 @@ class Kernels:
     grouped: GroupedKind = "blocks"
     linear: LinearKind = "xla"
     attention: PagedKind = "loop"
+    layers: LayersKind = "scan"
 
     def __post_init__(self) -> None:
         for name, kinds in (
@@ -39,6 +43,7 @@ class Kernels:
             ("grouped", GROUPED_KINDS),
             ("linear", LINEAR_KINDS),
             ("attention", PAGED_KINDS),
+            ("layers", LAYERS_KINDS),
         ):
             value = getattr(self, name)
             if value not in kinds:
@@ -54,34 +59,51 @@ class Kernels:
 Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebody chose
 
 
-def check_kernels(dtype: str, choice: Choice) -> None:
-    """Raises: ConfigError for a step or a kernel that does not exist, or one that cannot run here. Compiles nothing."""
-    named = vars(choice) if isinstance(choice, Kernels) else choice
+def choose_kernels(dtype: str, choice: Choice) -> Kernels:
+    """The kernels chosen, and for steps that nobody chose what is fastest here. Compiles nothing.
+
+    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
+    experts, and XLA's form otherwise. On a CPU XLA's products want every layer's weights by themselves: unroll.
+    Raises: ConfigError for a step or a kernel that does not exist, or one that was chosen and cannot run here.
+    """
+    named = dict(vars(choice) if isinstance(choice, Kernels) else choice)
     for name in named:
         if name not in STEPS:
             raise ConfigError(f"kernels has {name!r}; the steps are {', '.join(STEPS)}")
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
-
-
-def prepare_kernels(dtype: str, choice: Choice) -> Kernels:
-    """The kernels, ready for arrays of dtype; for steps that nobody chose what is fastest here.
-
-    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
-    experts, and XLA's form otherwise. Raises: ConfigError where a kernel that was chosen cannot run.
-    """
-    named = vars(choice) if isinstance(choice, Kernels) else choice
-    unnamed = [name for name in NATIVE_STEPS if name not in named]
-    backend, fast = jax.default_backend(), {}
+    backend, unnamed = jax.default_backend(), _unnamed(choice)
     if backend == "tpu" and "grouped" in unnamed:
-        fast = {"grouped": "ragged"}
+        named["grouped"] = "ragged"
     if backend == "cpu" and unnamed and dtype in native.DTYPES:
         try:
-            native.prepare(dtype, option=unnamed[0])
-            fast = dict.fromkeys(unnamed, "native")
+            native.check(dtype, option=unnamed[0])
+            named |= dict.fromkeys(unnamed, "native")
         except ConfigError as error:
-            _log.warning("jaxmoe: generation runs slower than it could: %s", error)
-    kernels = Kernels(**{**named, **fast})
-    kernels.prepare(dtype)
+            _log.warning(_SLOWER, error)
+    if backend == "cpu" and named.get("linear") != "native":
+        named.setdefault("layers", "unroll")
+    return Kernels(**named)
+
+
+def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
+    """The kernels, ready for arrays of dtype; XLA's in place of native ones that nobody chose and that do not compile
+    here (a warning is logged).
+
+    Raises: ConfigError where a kernel that was chosen cannot run.
+    """
+    unnamed = _unnamed(choice)
+    try:
+        kernels.prepare(dtype)
+    except ConfigError as error:
+        plain = Kernels()
+        kernels = replace(kernels, **{name: getattr(plain, name) for name in unnamed})
+        kernels.prepare(dtype)
+        _log.warning(_SLOWER, error)
     return kernels
+
+
+def _unnamed(choice: Choice) -> list[str]:
+    """Steps with a native kernel that nobody chose one for."""
+    return [] if isinstance(choice, Kernels) else [name for name in NATIVE_STEPS if name not in choice]

@@ -8,8 +8,9 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, zeros
+from jaxmoe.model.params import Init, Maker, at_layer, zeros
 from jaxmoe.model.project import project
+from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
 
@@ -26,11 +27,11 @@ class MLP(nnx.Module):
             self.gate_up_bias = make(zeros, gate_or_up=2, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B,S,D] -> [B,S,D]."""
+    def __call__(self, x: jax.Array, at: At) -> jax.Array:
+        """x [B,S,D] -> [B,S,D], by the weights of layer `at`."""
         place, kind = self.placement, self.kernels.linear
-        both = project(x, self.gate_up, place, kind)
+        both = project(x, self.gate_up, place, kind, at)
         if self.bias:
-            both = both + self.gate_up_bias[...]
-        y = project(jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down, place, kind)
-        return y + self.down_bias[...] if self.bias else y
+            both = both + at_layer(self.gate_up_bias, at)
+        y = project(jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down, place, kind, at)
+        return y + at_layer(self.down_bias, at) if self.bias else y

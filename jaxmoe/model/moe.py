@@ -14,11 +14,12 @@ from jaxmoe.ops.dispatch import combine, dispatch
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import LinearKind, linear
 from jaxmoe.ops.route import route
+from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
 
 class Experts(nnx.Module):
-    """Stacked SwiGLU weights of all experts of one layer (or of the one shared expert, without the leading dim)."""
+    """SwiGLU weights of all experts (or of the one shared expert, without that dim)."""
 
     def __init__(self, width: int, ffn: int, num_experts: int, *, make: Maker, init: Init) -> None:
         stack = {"moe_expert": num_experts} if num_experts else {}
@@ -48,8 +49,9 @@ class MoE(nnx.Module):
             self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
             self.shared_gate = make(init, width=width, one=1)
 
-    def __call__(self, x: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [B,S,D], active [B,S] -> y [B,S,D] and router probabilities [B,S,E]; inactive tokens visit no expert."""
+    def __call__(self, x: jax.Array, at: At, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B,S,D], active [B,S] -> y [B,S,D] and router probabilities [B,S,E], by the weights of layer `at`;
+        inactive tokens visit no expert."""
         place = self.placement
         params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.shared_intermediate_size:
@@ -62,41 +64,43 @@ class MoE(nnx.Module):
         specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
         tokens, mask = place.spec("batch", "length", "width"), place.spec("batch", "length")
         layer = jax.shard_map(
-            lambda x, active, arrays: _on_device(x, active, arrays, moe=self.moe, kernels=self.kernels, place=place),
+            lambda x, active, at, arrays: _on_device(
+                x, active, at, arrays, moe=self.moe, kernels=self.kernels, place=place
+            ),
             mesh=place.mesh,
-            in_specs=(tokens, mask, specs),
+            in_specs=(tokens, mask, place.spec(), specs),
             out_specs=(tokens, place.spec("batch", "length", "router_expert")),
             check_vma=False,
         )
-        return layer(x, active, arrays)
+        return layer(x, active, jnp.int32(at), arrays)
 
 
-def _on_device(x, active, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
+def _on_device(x, active, at, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     (axis,) = place.axes("moe_expert")
     ranks = place.parts("moe_expert")
     x_tD = x.reshape(-1, x.shape[-1])
     weights_tE, probabilities = route(
-        linear(x_tD, arrays["router"], kind=kernels.linear, dtype="float32"),
+        linear(x_tD, arrays["router"], at, kind=kernels.linear, dtype="float32"),
         active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob,
     )  # fmt: skip
-    padding = arrays["gate_up"].shape[0] * ranks - moe.num_experts
+    padding = arrays["gate_up"].shape[1] * ranks - moe.num_experts
     weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
     x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
     y_TD = grouped_swiglu(
-        x_TD, weights_Te, arrays["gate_up"], arrays["down"], top_k=moe.num_experts_per_tok, kind=kernels.grouped
+        x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, top_k=moe.num_experts_per_tok, kind=kernels.grouped
     )
     y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
     if moe.shared_intermediate_size:
-        y_tD = y_tD + _shared_expert(x_tD, arrays, kernels.linear)
+        y_tD = y_tD + _shared_expert(x_tD, at, arrays, kernels.linear)
     if place.parts("moe_ffn") > 1:
         y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
     return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
 
 
-def _shared_expert(x, arrays, kind: LinearKind):
+def _shared_expert(x, at, arrays, kind: LinearKind):
     """This device's columns of the expert every token visits, times its sigmoid gate."""
-    width, _, ffn = arrays["shared_in"].shape
-    both = linear(x, arrays["shared_in"].reshape(width, 2 * ffn), kind=kind)
-    y = linear(jax.nn.silu(both[:, :ffn]) * both[:, ffn:], arrays["shared_out"], kind=kind)
-    return jax.nn.sigmoid(linear(x, arrays["shared_gate"], kind=kind)) * y
+    layers, width, _, ffn = arrays["shared_in"].shape
+    both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, kind=kind)
+    y = linear(jax.nn.silu(both[:, :ffn]) * both[:, ffn:], arrays["shared_out"], at, kind=kind)
+    return jax.nn.sigmoid(linear(x, arrays["shared_gate"], at, kind=kind)) * y

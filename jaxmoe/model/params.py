@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxmoe.ops.stack import At, layer_of
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -28,12 +31,22 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array
     return jnp.zeros(shape, dtype)
 
 
+def at_layer(param: nnx.Param, at: At) -> jax.Array:
+    """The array of one layer of a stacked parameter."""
+    return layer_of(param[...], at)
+
+
 class Maker:
     """Makes the parameters of one model: same dtype, keys drawn in turn."""
 
-    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self._rngs, self._dtype = rngs, dtype
+    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype, lead: Mapping[str, int] = MappingProxyType({})) -> None:
+        self._rngs, self._dtype, self._lead = rngs, dtype, lead
+
+    def stacked(self, num_layers: int) -> Maker:
+        """A maker of parameters that hold so many layers, in a leading dim."""
+        return Maker(self._rngs, self._dtype, {"layer": num_layers})
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
+        dims = {**self._lead, **dims}
         return nnx.Param(init(self._rngs.params(), tuple(dims.values()), self._dtype), dims=tuple(dims))

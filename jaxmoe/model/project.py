@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.ops.linear import LinearKind, linear
+from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement
 
 
@@ -18,6 +19,7 @@ def project(
     param: nnx.Param,
     place: Placement,
     kind: LinearKind,
+    at: At | None = None,
     *,
     over: int = 1,
     transposed: bool = False,
@@ -25,24 +27,29 @@ def project(
 ) -> jax.Array:
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
-    transposed: param is [out,in].
+    transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
 
     One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside.
     """
-    weights, dims = param[...], param.get_metadata()["dims"]
+    weights, dims = param[...], tuple(param.get_metadata()["dims"])
+    if at is None:
+        weights, dims, at = weights[None], ("one", *dims), 0
+    layer, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     lead = ("batch", "length")
     if kind == "xla":
         contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
-        y = jax.lax.dot_general(x, weights, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
+        matrix = layer_of(weights, at)
+        y = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
         return place.constrain(y, *lead, *kept)
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
-    def part(x: jax.Array, w: jax.Array) -> jax.Array:
+    def part(x: jax.Array, w: jax.Array, at: jax.Array) -> jax.Array:
         depth = math.prod(x.shape[2:])
-        matrix = w if transposed else w.reshape(depth, -1)
-        y = linear(x.reshape(-1, depth), matrix, kind=kind, transposed=transposed, dtype=dtype)
+        matrices = w if transposed else w.reshape(len(w), depth, -1)
+        y = linear(x.reshape(-1, depth), matrices, at, kind=kind, transposed=transposed, dtype=dtype)
         y = jax.lax.psum(y, axes) if axes else y
-        return y.reshape(*x.shape[:2], *(w.shape[:1] if transposed else w.shape[over:]))
+        return y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :]))
 
-    return place.locally(part, (x, (*lead, *summed)), (weights, dims), out=(*lead, *kept))
+    arrays = (x, (*lead, *summed)), (weights, (layer, *dims)), (jnp.int32(at), ())
+    return place.locally(part, *arrays, out=(*lead, *kept))

@@ -3,11 +3,15 @@
 # Dims: B batch, S length, D width, V vocabulary (padded), E experts.
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import segments
 from jaxmoe.model.attention import Attend
 from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
@@ -16,6 +20,8 @@ from jaxmoe.model.project import project
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
+
+Kept = Sequence[tuple[Any, ...]]  # of every segment, of every block
 
 
 class Transformer(nnx.Module):
@@ -34,29 +40,53 @@ class Transformer(nnx.Module):
         make = Maker(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
         self.embed = make(normal(0.02), vocab=sizes.vocab, width=config.hidden_size)
-        self.blocks = nnx.List(
-            [Block(config, sizes, placement, kernels, layer, make=make) for layer in range(config.num_hidden_layers)]
+        self.parts = segments(config, kernels.layers)
+        self.segments = nnx.List(
+            nnx.List(
+                Block(config, sizes, placement, kernels, part.first + block, make=make.stacked(part.repeats))
+                for block in range(part.period)
+            )
+            for part in self.parts
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
             self.head = make(normal(0.02), width=config.hidden_size, vocab=sizes.vocab)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, active: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Hidden states [B,S,D] of tokens [B,S] at positions [B,S], and router probabilities of each MoE layer.
+        self, tokens: jax.Array, positions: jax.Array, active: jax.Array, attend: Attend, kept: Kept | None = None,
+        *, routing: bool = False,
+    ) -> tuple[jax.Array, Kept, list[jax.Array]]:  # fmt: skip
+        """Hidden states [B,S,D] of tokens [B,S] at positions [B,S], what attend keeps of them, and where `routing` the
+        router probabilities of each MoE layer.
 
-        active [B,S] is False for padding, which visits no expert.
+        active [B,S] is False for padding, which visits no expert. kept: what attend kept of earlier tokens; None for
+        one that keeps nothing.
         """
         cos, sin = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
         x = jnp.take(self.embed[...], tokens, axis=0)
         x = self.placement.constrain(x, "batch", "length", "width")
+        kept = [(None,) * part.period for part in self.parts] if kept is None else list(kept)
         routed = []
-        for block in self.blocks:
-            x, probabilities = block(x, cos, sin, active, attend)
-            if probabilities is not None:
-                routed.append(probabilities)
-        return rms_norm(x, self.final_norm[...], eps=self.config.rms_norm_eps), routed
+        for number, (part, blocks) in enumerate(zip(self.parts, self.segments, strict=True)):
+
+            def repeat(carry, at, blocks=blocks):
+                x, kept = carry[0], []
+                probabilities = []
+                for block, own in zip(blocks, carry[1], strict=True):
+                    x, own, choice = block(x, at, cos, sin, active, attend, own)
+                    kept.append(own)
+                    if routing and choice is not None:
+                        probabilities.append(choice)
+                return (x, tuple(kept)), probabilities
+
+            if part.repeats == 1:
+                (x, kept[number]), probabilities = repeat((x, kept[number]), 0)
+                routed += probabilities
+            else:
+                at = jnp.arange(part.repeats, dtype=jnp.int32)
+                (x, kept[number]), stacked = jax.lax.scan(repeat, (x, kept[number]), at)
+                routed += [probabilities[index] for index in range(part.repeats) for probabilities in stacked]
+        return rms_norm(x, self.final_norm[...], eps=self.config.rms_norm_eps), kept, routed
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""

@@ -10,7 +10,8 @@
 - dense: every expert on every token; the oracle.
 """
 
-# Dims: T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a block.
+# Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a
+# block.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
+from jaxmoe.ops.stack import At, layer_of
 
 GroupedKind = Literal["blocks", "ragged", "native", "dense"]
 GROUPED_KINDS: tuple[GroupedKind, ...] = ("blocks", "ragged", "native", "dense")
@@ -136,8 +138,10 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
-def _expert(stacked, index):
-    return jax.lax.dynamic_index_in_dim(stacked, index, axis=0, keepdims=False)
+def _expert(stacked, at, index):
+    """[L, E, ...] -> [...] of one expert of one layer, read where it lies."""
+    start = (at, index, *(0,) * (stacked.ndim - 2))
+    return jax.lax.dynamic_slice(stacked, start, (1, 1, *stacked.shape[2:])).reshape(stacked.shape[2:])
 
 
 def _hidden(x, gate_up):
@@ -166,12 +170,12 @@ def swiglu_one(x: Float[Array, "D"], gate_up: Float[Array, "D 2 F"], down: Float
     return times((jax.nn.silu(gate) * up).astype(x.dtype), down)
 
 
-def _blocks_forward(top_k, x, weights, gate_up, down):
+def _blocks_forward(top_k, x, weights, gate_up, down, at):
     plan = sort_assignments(weights, top_k=top_k)
 
     def visit(out, expert, tokens, weights):
         rows = x.at[tokens].get(mode="clip")
-        y = _swiglu(rows, _expert(gate_up, expert), _expert(down, expert))
+        y = _swiglu(rows, _expert(gate_up, at, expert), _expert(down, at, expert))
         return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
 
     out = _for_each_block(plan, block_sizes(x.shape[0]), visit, jnp.zeros(x.shape, jnp.float32))
@@ -179,17 +183,17 @@ def _blocks_forward(top_k, x, weights, gate_up, down):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(top_k, x, weights, gate_up, down):
-    return _blocks_forward(top_k, x, weights, gate_up, down)
+def _blocks(top_k, x, weights, gate_up, down, at):
+    return _blocks_forward(top_k, x, weights, gate_up, down, at)
 
 
-def _blocks_fwd(top_k, x, weights, gate_up, down):
-    return _blocks_forward(top_k, x, weights, gate_up, down), (x, weights, gate_up, down)
+def _blocks_fwd(top_k, *saved):
+    return _blocks_forward(top_k, *saved), saved
 
 
 def _blocks_bwd(top_k, saved, dy):
     """Gradients block by block, activations computed again; sums are kept in float32."""
-    x, weights, gate_up, down = saved
+    x, weights, gate_up, down, at = saved
     plan = sort_assignments(weights, top_k=top_k)
     dy = dy.astype(x.dtype)
 
@@ -197,7 +201,7 @@ def _blocks_bwd(top_k, saved, dy):
         dx, dweights, dgate_up, ddown = carry
         scale = weights[:, None].astype(jnp.float32)
         x_rows, dy_rows = x.at[tokens].get(mode="clip"), dy.at[tokens].get(mode="fill", fill_value=0)
-        w_in, w_out = _expert(gate_up, expert), _expert(down, expert)
+        w_in, w_out = _expert(gate_up, at, expert), _expert(down, at, expert)
         gate, up = _hidden(x_rows, w_in)
         sigmoid = jax.nn.sigmoid(gate)
         act = gate * sigmoid
@@ -213,17 +217,18 @@ def _blocks_bwd(top_k, saved, dy):
         dw_out = jnp.dot(scaled.T, dy_rows, preferred_element_type=jnp.float32)
         dx = dx.at[tokens].add(dx_rows, mode="drop", unique_indices=True)
         dweights = dweights.at[tokens, expert].add(dscale, mode="drop", unique_indices=True)
-        return dx, dweights, dgate_up.at[expert].add(dw_in), ddown.at[expert].add(dw_out)
+        return dx, dweights, dgate_up.at[at, expert].add(dw_in), ddown.at[at, expert].add(dw_out)
 
-    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in saved)
+    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in saved[:-1])
     grads = _for_each_block(plan, block_sizes(x.shape[0]), visit, zeros)
-    return tuple(g.astype(a.dtype) for g, a in zip(grads, saved, strict=True))
+    return (*(g.astype(a.dtype) for g, a in zip(grads, saved[:-1], strict=True)), None)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _ragged(top_k, x, weights, gate_up, down):
+def _ragged(top_k, x, weights, gate_up, down, at):
+    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
     plan = sort_assignments(weights, top_k=top_k)
     counts = jnp.diff(plan.ends, prepend=0)
     num_experts, width, _, ffn = gate_up.shape
@@ -235,23 +240,25 @@ def _ragged(top_k, x, weights, gate_up, down):
     return jnp.zeros(x.shape, jnp.float32).at[plan.tokens].add(y, mode="drop").astype(x.dtype)
 
 
-def _native(top_k, x, weights, gate_up, down):
+def _native(top_k, *arrays):
+    x = arrays[0]
     native.prepare(x.dtype.name)
     if x.shape[0] > native.most_tokens(x.dtype.name):
-        return _blocks(top_k, x, weights, gate_up, down)
-    return _native_few(top_k, x, weights, gate_up, down)
+        return _blocks(top_k, *arrays)
+    return _native_few(top_k, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native_few(_top_k, x, weights, gate_up, down):
-    return native.native_experts(x, weights, gate_up, down)
+def _native_few(_top_k, x, weights, gate_up, down, at):
+    return native.native_experts(x, weights, gate_up, down, at)
 
 
 _native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _blocks_bwd)
 
 
-def _dense(top_k, x, weights, gate_up, down):
+def _dense(top_k, x, weights, gate_up, down, at):
     del top_k
+    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
     both = jnp.einsum("td,edcf->tecf", x, gate_up, preferred_element_type=jnp.float32)
     hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype).astype(jnp.float32)
     y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
@@ -264,14 +271,16 @@ _KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _rag
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "E D 2 F"],
-    down: Float[Array, "E F D"],
+    gate_up: Float[Array, "L E D 2 F"],
+    down: Float[Array, "L E F D"],
+    at: At = 0,
     *,
     top_k: int,
     kind: GroupedKind = "blocks",
 ) -> Float[Array, "T D"]:
     """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
 
+    gate_up and down hold the experts of L layers, of which those of layer `at` are used.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
-    return _KINDS[kind](top_k, jnp.asarray(x), weights, gate_up, down)
+    return _KINDS[kind](top_k, jnp.asarray(x), weights, gate_up, down, at)

@@ -6,7 +6,7 @@
   processor multiplies bfloat16 itself.
 """
 
-# Dims: T tokens, K numbers summed over, N columns.
+# Dims: T tokens, K numbers summed over, N columns, L layers.
 from __future__ import annotations
 
 from functools import partial
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
+from jaxmoe.ops.stack import At, layer_of
 
 LinearKind = Literal["xla", "native"]
 LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
@@ -24,31 +25,38 @@ LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
 
 def linear(
     x: Float[Array, "T K"],
-    w: Float[Array, "K N"] | Float[Array, "N K"],
+    w: Float[Array, "L K N"] | Float[Array, "L N K"],
+    at: At = 0,
     *,
     kind: LinearKind = "xla",
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "T N"]:
-    """x W, or x W^T where transposed, in dtype (that of x by default); products sum in float32."""
+    """x W, or x W^T where transposed, W being layer `at` of w, in dtype (x's by default); sums are float32."""
     dtype = x.dtype.name if dtype is None else dtype
     if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
-        return _native(transposed, dtype, x, w)
-    return _xla(transposed, dtype, x, w)
+        return _native(transposed, dtype, x, w, at)
+    return _xla(transposed, dtype, x, w, at)
 
 
-def _xla(transposed: bool, dtype: str, x, w):
+def _xla(transposed: bool, dtype: str, x, w, at):
     contracted = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(x, w, contracted, preferred_element_type=jnp.dtype(dtype))
+    return jax.lax.dot_general(x, layer_of(w, at), contracted, preferred_element_type=jnp.dtype(dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _native(transposed: bool, dtype: str, x, w):
-    return native.native_linear(x, w, transposed=transposed, dtype=dtype)
+def _native(transposed: bool, dtype: str, x, w, at):
+    return native.native_linear(x, w, at, transposed=transposed, dtype=dtype)
+
+
+def _native_fwd(transposed: bool, dtype: str, x, w, at):
+    return _native(transposed, dtype, x, w, at), (x, w, at)
 
 
 def _native_bwd(transposed: bool, dtype: str, saved, dy):
-    return jax.vjp(partial(_xla, transposed, dtype), *saved)[1](dy)
+    x, w, at = saved
+    dx, dw = jax.vjp(lambda x, w: _xla(transposed, dtype, x, w, at), x, w)[1](dy)
+    return dx, dw, None
 
 
-_native.defvjp(lambda transposed, dtype, x, w: (_native(transposed, dtype, x, w), (x, w)), _native_bwd)
+_native.defvjp(_native_fwd, _native_bwd)

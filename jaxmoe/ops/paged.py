@@ -8,7 +8,7 @@ Pages may hold numbers of eight bits: a scale of each token and head multiplies 
 - native: on the CPU, a C++ kernel that reads each row's own pages and no more (ops/native; it needs a compiler).
 """
 
-# Dims: N blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
+# Dims: L layers, N blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
 # K key/value head slots, G query heads a slot, H head dim, T tokens.
 from __future__ import annotations
 
@@ -21,26 +21,33 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import MASKED, visible
 from jaxmoe.ops.quantize import LARGEST, quantize
+from jaxmoe.ops.stack import At
 
 PagedKind = Literal["loop", "native"]
 PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one turn of the loop
 
 
-Pages = tuple[Array, ...]  # keys and values [M,K,S,H]; their scales [M,K,S] follow where those are of eight bits
+Pages = tuple[Array, ...]  # keys and values [L,M,K,S,H]; their scales [L,M,K,S] follow where those are of eight bits
 
 
 def write_pages(
-    pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], page: Int[Array, "T"], offset: Int[Array, "T"]
+    pages: Pages,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    page: Int[Array, "T"],
+    offset: Int[Array, "T"],
+    at: At = 0,
 ) -> Pages:
-    """pages with each new entry at its place; a page past the last drops it. In place where pages are donated."""
+    """pages with each new entry of layer `at` at its place; a page past the last drops it. In place where donated."""
     dtype = pages[0].dtype.name
     new: Pages = (k, v)
     if dtype in LARGEST:
         (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
         new = (k, v, k_scales, v_scales)
     return tuple(
-        old.at[page, :, offset].set(part.astype(old.dtype), mode="drop") for old, part in zip(pages, new, strict=True)
+        old.at[at, page, :, offset].set(part.astype(old.dtype), mode="drop")
+        for old, part in zip(pages, new, strict=True)
     )
 
 
@@ -50,23 +57,24 @@ def paged_attention(
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
+    at: At = 0,
     *,
     window: int | None = None,
     kind: PagedKind = "loop",
 ) -> Float[Array, "N Q K G H"]:
-    """Each of a block's first `counts` tokens, at `positions` and following, over cached tokens up to itself.
+    """Each of a block's first `counts` tokens, at `positions` and following, over tokens of layer `at` up to itself.
 
     window: the last so many of them, where given. What comes of a block's other tokens is not to be used.
     """
     if kind == "native":
-        return native.native_paged(q, pages, table, positions, counts, window=window)
-    return _loop(q, pages, table, positions, counts, window)
+        return native.native_paged(q, pages, table, positions, counts, at, window=window)
+    return _loop(q, pages, table, positions, counts, at, window)
 
 
-def _loop(q, pages, table, positions, counts, window):
+def _loop(q, pages, table, positions, counts, at, window):
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, *scales = pages
-    page_size = k_pages.shape[2]
+    page_size = k_pages.shape[3]
     group_pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
     span = group_pages * page_size
@@ -74,9 +82,9 @@ def _loop(q, pages, table, positions, counts, window):
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
 
     def gathered(pool, turn):
-        part = pool[jax.lax.dynamic_slice_in_dim(table, turn * group_pages, group_pages, axis=1)]
-        part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[3:])
-        return part.astype(q.dtype) if pool.ndim == 4 else part[:, :, None, :]
+        part = pool[at, jax.lax.dynamic_slice_in_dim(table, turn * group_pages, group_pages, axis=1)]
+        part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[4:])
+        return part.astype(q.dtype) if pool.ndim == 5 else part[:, :, None, :]
 
     def attend(turn, carry):
         best, total, mixed = carry

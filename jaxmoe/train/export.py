@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, pieces
 from jaxmoe.sharding import Placement, array_sizes
@@ -27,12 +28,12 @@ _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.
 
 
 def published_tensors(
-    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement
+    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[Segment, ...]
 ) -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, np.ndarray] = {}
-    for piece in pieces(config, array_sizes(config, placement), FAMILIES[config.family].names):
+    for piece in pieces(config, array_sizes(config, placement), FAMILIES[config.family].names, segments):
         tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
         block = arrays[piece.path][piece.dst]
         tensor[tuple(slice(*bounds) for bounds in piece.src)] = block.T if piece.transpose else block
@@ -88,12 +89,13 @@ def write_checkpoint(
     params: Mapping[str, jax.Array],
     config: ModelConfig,
     placement: Placement,
+    segments: tuple[Segment, ...],
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Weights, configs and the tokenizer (where given) into an existing directory, as LLM.load reads it."""
     end = (tokenizer.token_to_id(END_OF_TEXT) if tokenizer is not None else None) or 0
     write_json(directory / "config.json", hf_config(config, eos_token_id=end))
-    save_file(published_tensors(params, config, placement), directory / SINGLE, metadata={"format": "pt"})
+    save_file(published_tensors(params, config, placement, segments), directory / SINGLE, metadata={"format": "pt"})
     (directory / SINGLE).chmod(0o644)  # the library makes it private
     write_json(directory / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     if tokenizer is None:

@@ -58,13 +58,15 @@ def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTra
 class Trainer:
     """The jitted functions of one recipe on one placement. State goes in and comes out; nothing is kept here."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: Kernels = Kernels()) -> None:
+    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: Kernels = Kernels(layers="unroll")) -> None:
         _check_mesh(recipe, placement)
-        self.recipe, self.placement = recipe, placement
-        self._graph, abstract = nnx.split(abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels))
+        self.recipe, self.placement, self.kernels = recipe, placement, kernels
+        shapes = abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels)
+        self._graph, abstract = nnx.split(shapes)
+        self.segments = shapes.parts
         self._structure = jax.tree.structure(abstract)
         self.table = parameter_table(abstract, placement)
-        self._optimizer = optimizer_of(recipe, tuple(len(info.shape) > 1 for info in self.table))
+        self._optimizer = optimizer_of(recipe, tuple(len(set(info.dims) - {"layer"}) > 1 for info in self.table))
         self._init_fn = jax.jit(self._init, out_shardings=self._state_sharding())
         self._step_fn = jax.jit(self._step, donate_argnums=0, out_shardings=(self._state_sharding(), None))
         self._nats_fn = jax.jit(self._nats)
@@ -108,7 +110,8 @@ class Trainer:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, params))
 
     def _init(self) -> TrainState:
-        model = Transformer(self.recipe.model, self.placement, dtype=DTYPE, rngs=nnx.Rngs(self.recipe.seed))
+        rngs = nnx.Rngs(self.recipe.seed)
+        model = Transformer(self.recipe.model, self.placement, dtype=DTYPE, rngs=rngs, kernels=self.kernels)
         params = tuple(jax.tree.leaves(nnx.split(model)[1]))
         return TrainState(params, self._optimizer.init(params))
 
@@ -117,7 +120,7 @@ class Trainer:
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-        hidden, routed = model(inputs, positions, active, CausalAttend(self.placement))
+        hidden, _, routed = model(inputs, positions, active, CausalAttend(self.placement), routing=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
     def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.params import ParamInfo
@@ -192,23 +193,32 @@ def _write_block(shard: jax.Array, block: jax.Array, start: list[int]) -> jax.Ar
     return jax.lax.dynamic_update_slice(shard, block, start)
 
 
-def load_params(
+def assign_pieces(
     directory: Path,
     tensors: Mapping[str, TensorInfo],
-    table: list[ParamInfo],
     config: ModelConfig,
     sizes: ArraySizes,
+    segments: tuple[Segment, ...],
+) -> dict[str, list[Piece]]:
+    """The pieces of every parameter, by its path.
+
+    Raises: CheckpointError if any key is missing, unused or misshapen.
+    """
+    parts: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
+        parts[piece.path].append(piece)
+    check_keys(tensors, (piece for group in parts.values() for piece in group), config, directory)
+    return parts
+
+
+def load_params(
+    tensors: Mapping[str, TensorInfo],
+    table: list[ParamInfo],
+    parts: Mapping[str, list[Piece]],
     *,
     on_param: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[jax.Array]:
-    """Every parameter of the table, sharded, in its order. on_param is told each parameter's bytes as it lands.
-
-    Raises: CheckpointError before anything is read if any key is missing, unused or misshapen.
-    """
-    parts: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces(config, sizes, FAMILIES[config.family].names):
-        parts[piece.path].append(piece)
-    check_keys(tensors, (piece for group in parts.values() for piece in group), config, directory)
+    """Every parameter of the table, sharded, in its order. on_param is told each parameter's bytes as it lands."""
     assert set(parts) == {info.path for info in table}, set(parts) ^ {info.path for info in table}
     reader = _Reader(tensors)
     arrays = []

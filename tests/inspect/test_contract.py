@@ -101,9 +101,28 @@ def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
     memory = step_program(llm, bucket).memory_analysis()
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
     state = llm.runner.empty_state(bucket.rows, 8, 16)
-    pages = sum(part.addressable_shards[0].data.nbytes for kv in state.pages for part in kv)
+    pages = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(state.pages))
     assert memory.alias_size_in_bytes >= pages
     assert memory.temp_size_in_bytes < weights / 2
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    mesh = mesh_of("tensor=8")
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("tensor",), ()))
+
+    def layers(x, w):
+        def layer(x, _):
+            return jax.lax.with_sharding_constraint(x @ w, whole), None
+
+        def turn(_, x):
+            return jax.lax.scan(layer, x, None, length=3)[0]
+
+        return jax.lax.fori_loop(0, 2, turn, x)
+
+    x = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=whole)
+    w = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=split)
+    found = collectives(jax.jit(layers).lower(x, w).compile().as_text(), mesh)
+    assert found == {Collective(op="all-reduce", axes=("tensor",), result_bytes=8 * 8 * 4): 6}
 
 
 def test_an_unplanned_collective_is_seen():

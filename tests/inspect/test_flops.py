@@ -18,7 +18,8 @@ ROW_FLOPS = 6 * WIDTH * FFN  # gate, up and down of one token in one expert
 
 
 def compiled_products(num_tokens: int, kind: str, dtype):
-    shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (NUM_EXPERTS, WIDTH, 2, FFN), (NUM_EXPERTS, FFN, WIDTH)]
+    experts = 1, NUM_EXPERTS
+    shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (*experts, WIDTH, 2, FFN), (*experts, FFN, WIDTH)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     program = jax.jit(lambda *a: grouped_swiglu(*a, top_k=TOP_K, kind=kind)).lower(*arguments).compile()
     return products(program.as_text())

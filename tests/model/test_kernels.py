@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.kernels import Kernels, check_kernels, prepare_kernels
+from jaxmoe.model.kernels import Kernels, choose_kernels, prepare_kernels
 from jaxmoe.ops import native
 
 from ..conftest import NATIVE
+
+UNROLLED = Kernels(layers="unroll")
 
 
 @pytest.fixture
@@ -21,43 +23,63 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_native_ones_run_where_they_compile(dtype, caplog):
-    expected = NATIVE if native.find_compiler() is not None else Kernels()
-    assert prepare_kernels(dtype, {}) == expected
+    expected = NATIVE if native.find_compiler() is not None else UNROLLED
+    chosen = choose_kernels(dtype, {})
+    assert chosen == expected
+    assert prepare_kernels(dtype, {}, chosen) == expected
     assert bool(caplog.messages) == (expected != NATIVE)
 
 
 def test_what_is_named_stays():
     named = {"dispatch": "all_gather", "grouped": "ragged"}
-    chosen = prepare_kernels("float32", named)
+    chosen = choose_kernels("float32", named)
     assert (chosen.dispatch, chosen.grouped) == ("all_gather", "ragged")
     assert chosen.linear == ("native" if native.find_compiler() is not None else "xla")
 
 
 def test_float16_runs_through_xla():
-    assert prepare_kernels("float16", {}) == Kernels()
+    assert choose_kernels("float16", {}) == UNROLLED
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_xla_runs_and_a_warning_says_so(caplog):
-    assert prepare_kernels("bfloat16", {}) == Kernels()
+    assert choose_kernels("bfloat16", {}) == UNROLLED
     assert "C++ compiler" in caplog.text
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_what_names_every_step_asks_for_no_compiler(caplog):
-    assert prepare_kernels("bfloat16", vars(Kernels())) == Kernels()
+    chosen = choose_kernels("bfloat16", vars(Kernels()))
+    assert prepare_kernels("bfloat16", vars(Kernels()), chosen) == chosen == Kernels()
     assert not caplog.messages
+
+
+def test_where_they_do_not_compile_xla_runs_unless_they_were_named(monkeypatch, caplog, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    native._register.cache_clear()
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels()
+        assert "out of order" in caplog.text
+        named = {"linear": "native"}
+        with pytest.raises(ConfigError, match="out of order"):
+            prepare_kernels("float32", named, choose_kernels("float32", named))
+    finally:
+        native._register.cache_clear()
 
 
 @pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "steps are"), ({"grouped": "best"}, "must be one of")])
 def test_unknown_names_are_errors(named, said):
     with pytest.raises(ConfigError, match=said):
-        check_kernels("float32", named)
+        choose_kernels("float32", named)
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_native_one_that_was_named_is_refused_before_anything_is_read():
-    check_kernels("bfloat16", {"dispatch": "all_gather"})
+    choose_kernels("bfloat16", {"dispatch": "all_gather"})
     for choice in ({"linear": "native"}, NATIVE):
         with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-            check_kernels("bfloat16", choice)
+            choose_kernels("bfloat16", choice)

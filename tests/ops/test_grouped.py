@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from jaxmoe.ops.grouped import GROUPED_KINDS, block_sizes, grouped_swiglu, plan_blocks, planned_rows, sort_assignments
 
+from .stacks import AT, stacked
+
 WIDTH, FFN, NUM_EXPERTS, TOP_K = 16, 12, 8, 2
 FAST_KINDS = tuple(kind for kind in GROUPED_KINDS if kind not in ("dense", "native"))  # native: test_native.py
 ROUTINGS = ("spread", "some experts empty", "all on one expert", "some tokens inactive", "no token active")
@@ -35,7 +37,7 @@ def arguments(name: str, num_tokens: int) -> tuple[np.ndarray, ...]:
     x = rng.normal(size=(num_tokens, WIDTH)).astype(np.float32)
     gate_up = rng.normal(size=(NUM_EXPERTS, WIDTH, 2, FFN)).astype(np.float32)
     down = rng.normal(size=(NUM_EXPERTS, FFN, WIDTH)).astype(np.float32)
-    return x, routing(name, num_tokens, rng), gate_up, down
+    return x, routing(name, num_tokens, rng), stacked(gate_up), stacked(down)
 
 
 @partial(jax.jit, static_argnames="kind")
@@ -43,7 +45,7 @@ def value_and_grads(arrays, cotangent, kind):
     """Result, and its gradients with the weights' masked to the experts visited (only those are ever used)."""
 
     def value(*arrays):
-        y = grouped_swiglu(*arrays, top_k=TOP_K, kind=kind)
+        y = grouped_swiglu(*arrays, AT, top_k=TOP_K, kind=kind)
         return jnp.vdot(y, cotangent), y
 
     (_, y), grads = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
@@ -67,7 +69,7 @@ def test_values_and_gradients_are_those_of_the_oracle(name, num_tokens, kind):
 @pytest.mark.parametrize("kind", FAST_KINDS)
 def test_tokens_that_visit_no_expert_come_out_zero(kind):
     arrays = arguments("some tokens inactive", 30)
-    y = grouped_swiglu(*arrays, top_k=TOP_K, kind=kind)
+    y = grouped_swiglu(*arrays, AT, top_k=TOP_K, kind=kind)
     np.testing.assert_array_equal(y[::3], 0)
     assert np.all(np.any(np.asarray(y[1::3]) != 0, axis=1))
 

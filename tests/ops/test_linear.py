@@ -13,6 +13,8 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.linear import linear
 
+from .stacks import AT, stacked
+
 
 def arrays(rows: int, depth: int, columns: int, dtype: str, *, transposed: bool):
     rng = np.random.default_rng(0)
@@ -40,7 +42,7 @@ def test_native_multiplies_as_the_numbers_say(rows, depth, columns, dtype, resul
     if not compiler_found(dtype):
         return
     x, w = arrays(rows, depth, columns, dtype, transposed=transposed)
-    found = linear(x, w, kind="native", transposed=transposed, dtype=result)
+    found = linear(x, stacked(w), AT, kind="native", transposed=transposed, dtype=result)
     assert found.dtype == result
     exact = [np.asarray(a, np.float64) for a in (x, w)]
     wanted = exact[0] @ (exact[1].T if transposed else exact[1])
@@ -52,7 +54,7 @@ def test_numbers_that_are_none_stay_so():
     if not compiler_found("bfloat16"):
         return
     x = jnp.array([[np.nan, 1.0], [1.0, np.inf]], "bfloat16")
-    found = np.asarray(linear(x, jnp.ones((2, 16), "bfloat16"), kind="native"), np.float32)
+    found = np.asarray(linear(x, jnp.ones((1, 2, 16), "bfloat16"), kind="native"), np.float32)
     assert np.isnan(found[0]).all()
     assert np.isposinf(found[1]).all()
 
@@ -64,7 +66,7 @@ def test_gradients_are_those_of_xla(transposed):
     x, w = arrays(5, 24, 40, "float32", transposed=transposed)
 
     def gradients(kind):
-        value = lambda x, w: jnp.sum(jnp.sin(linear(x, w, kind=kind, transposed=transposed)))  # noqa: E731
+        value = lambda x, w: jnp.sum(jnp.sin(linear(x, stacked(w), AT, kind=kind, transposed=transposed)))  # noqa: E731
         return jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
 
     for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):
@@ -77,7 +79,7 @@ def test_many_rows_are_left_to_xla_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(native, "most_tokens", lambda dtype: 8)
     for rows, kernel in ((8, True), (9, False)):
         x, w = arrays(rows, 8, 8, "float32", transposed=False)
-        text = jax.jit(partial(linear, kind="native")).lower(x, w).as_text()
+        text = jax.jit(partial(linear, kind="native")).lower(x, w[None]).as_text()
         assert ("jaxmoe_linear" in text) == kernel
 
 
@@ -89,6 +91,7 @@ def test_the_rows_beside_change_no_bit_of_a_row(depth, columns, transposed, dtyp
         return
     x, w = arrays(400, depth, columns, dtype, transposed=transposed)
     run = jax.jit(partial(linear, kind="native", transposed=transposed, dtype="float32"))
+    w = w[None]
     together = np.asarray(run(x, w))
     for first, rows in ((0, 1), (3, 5), (7, 16), (100, 17), (399, 1), (150, 250)):
         np.testing.assert_array_equal(run(x[first : first + rows], w), together[first : first + rows])

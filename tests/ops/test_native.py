@@ -11,6 +11,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.grouped import grouped_swiglu
 
+from .stacks import AT, stacked
 from .test_linear import compiler_found
 
 
@@ -27,7 +28,8 @@ def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
         rng.normal(0, 0.5, shape)
         for shape in ((num_tokens, width), (num_experts, width, 2, ffn), (num_experts, ffn, width))
     )
-    return [jnp.asarray(a, dtype) for a in (x, weights, gate_up, down)]
+    x, weights, gate_up, down = (jnp.asarray(a, dtype) for a in (x, weights, gate_up, down))
+    return [x, weights, stacked(gate_up), stacked(down), AT]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,8 +53,8 @@ def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
 def test_the_tokens_beside_change_no_bit_of_a_token(ffn, dtype):
     if not compiler_found(dtype):
         return
-    x, weights, gate_up, down = arguments(300, 3, ffn, "spread", dtype)
-    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, top_k=2, kind="native"))
+    x, weights, gate_up, down, at = arguments(300, 3, ffn, "spread", dtype)
+    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, at, top_k=2, kind="native"))
     together = np.asarray(run(x, weights), np.float32)
     for first, count in ((0, 1), (5, 3), (10, 20), (299, 1), (60, 200)):
         alone = run(x[first : first + count], weights[first : first + count])
@@ -68,7 +70,7 @@ def test_gates_far_from_zero_stay_finite(dtype):
     gate_up = jnp.stack([jnp.full((16, 2, 32), value, dtype) for value in (-60, 60)])
     gate_up = gate_up.at[:, :, 1].set(1)
     found = jax.jit(lambda *a: grouped_swiglu(*a, top_k=1, kind="native"))(
-        x, weights, gate_up, jnp.ones((2, 32, 16), dtype)
+        x, weights, gate_up[None], jnp.ones((1, 2, 32, 16), dtype)
     )
     np.testing.assert_allclose(np.asarray(found, np.float32)[:, 0], [0, 960 * 16 * 32], rtol=0.01)
 

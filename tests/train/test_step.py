@@ -143,7 +143,7 @@ def test_the_exported_checkpoint_says_what_was_trained(tmp_path, mesh):
     stream = np.concatenate([windows(seed).ravel() for seed in range(20)])
     result = train(made, stream, stream[:200], held_out_bytes=600, evaluate_every=20)
     assert result.num_tokens == RECIPE.num_steps * RECIPE.batch_rows * RECIPE.window_tokens
-    write_checkpoint(tmp_path, made.named(result.state.params), MODEL, made.placement)
+    write_checkpoint(tmp_path, made.named(result.state.params), MODEL, made.placement, made.segments)
     llm = LLM.load(tmp_path, mesh=mesh_of(EIGHT), dtype="float32")
     assert dataclasses.replace(llm.config, moe=MODEL.moe) == MODEL
 
@@ -157,10 +157,9 @@ def test_the_exported_checkpoint_says_what_was_trained(tmp_path, mesh):
 
 def test_only_its_own_family_is_exported(tmp_path):
     made = trainer()
+    params, model = made.named(made.init().params), dataclasses.replace(MODEL, qkv_bias=True)
     with pytest.raises(CheckpointError, match="only plain qwen3_moe"):
-        write_checkpoint(
-            tmp_path, made.named(made.init().params), dataclasses.replace(MODEL, qkv_bias=True), made.placement
-        )
+        write_checkpoint(tmp_path, params, model, made.placement, made.segments)
 
 
 def test_the_demo_model_splits_on_the_meshes_that_train_it():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment
 
 _EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
 _DEFAULT_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
@@ -91,8 +92,19 @@ class Assembly:
             found["shared_gate"] = self.tensors[f"{shared}_gate.weight"].T
         return found
 
-    def params(self) -> dict[str, np.ndarray]:
-        """Every parameter of the model by its path."""
+    def params(self, segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
+        """Every parameter of the model by its path: those of a segment's layers stacked."""
+        found = self._by_layer()
+        for number, part in enumerate(segments):
+            for block in range(part.period):
+                layers = [part.first + repeat * part.period + block for repeat in range(part.repeats)]
+                names = [name for name in found if name.startswith(f"blocks/{layers[0]}/")]
+                for name in [name.removeprefix(f"blocks/{layers[0]}/") for name in names]:
+                    parts = [found.pop(f"blocks/{layer}/{name}") for layer in layers]
+                    found[f"segments/{number}/{block}/{name}"] = np.stack(parts)
+        return found
+
+    def _by_layer(self) -> dict[str, np.ndarray]:
         config, tensors = self.config, self.tensors
         found = {
             "embed": _pad(tensors["model.embed_tokens.weight"], 0, self.sizes.vocab),

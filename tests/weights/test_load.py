@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM, CheckpointError
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import LayersKind, Segment
 from jaxmoe.families import read_config
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights import load
@@ -31,27 +33,32 @@ MESHES = ("data=2,tensor=2,expert=2", "tensor=8", "tensor=2,expert=4")
 
 
 class Prepared(NamedTuple):
-    """All that load_params takes."""
+    """All that loading takes."""
 
     directory: Path
     tensors: dict[str, TensorInfo]
     table: list[ParamInfo]
     config: ModelConfig
     sizes: ArraySizes
+    segments: tuple[Segment, ...]
+
+    def load(self) -> list[jax.Array]:
+        parts = load.assign_pieces(self.directory, self.tensors, self.config, self.sizes, self.segments)
+        return load.load_params(self.tensors, self.table, parts)
 
 
-def _prepare(directory: Path, mesh: str, dtype: str = "float32") -> Prepared:
+def _prepare(directory: Path, mesh: str, dtype: str = "float32", layers: LayersKind = "scan") -> Prepared:
     config = read_config(read_json(directory / "config.json"))
     placement = Placement(mesh=mesh_of(mesh))
-    _, abstract = nnx.split(abstract_model(config, placement, dtype=dtype))
-    table = parameter_table(abstract, placement)
-    return Prepared(directory, open_tensors(directory), table, config, array_sizes(config, placement))
+    model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
+    table = parameter_table(nnx.state(model), placement)
+    return Prepared(directory, open_tensors(directory), table, config, array_sizes(config, placement), model.parts)
 
 
 def _assert_loads_as_assembled(prepared: Prepared) -> None:
     tensors = {key: info.read_rows(0, info.shape[0]) for key, info in prepared.tensors.items()}
-    expected = Assembly(prepared.config, prepared.sizes, tensors).params()
-    arrays = load.load_params(*prepared)
+    expected = Assembly(prepared.config, prepared.sizes, tensors).params(prepared.segments)
+    arrays = prepared.load()
     assert {info.path for info in prepared.table} == expected.keys()
     for info, array in zip(prepared.table, arrays, strict=True):
         assert array.sharding == info.sharding
@@ -79,6 +86,11 @@ def test_every_parameter_is_what_whole_tensors_give(name, mesh, tiny_dir):
     _assert_loads_as_assembled(_prepare(tiny_dir(name), mesh))
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe_sparse_step", "llama_mha"])
+def test_layers_that_lie_by_themselves_load_too(name, tiny_dir):
+    _assert_loads_as_assembled(_prepare(tiny_dir(name), MESHES[0], layers="unroll"))
+
+
 def test_the_meshes_pad_and_copy(tiny_dir):
     """The cases above do hold key/value heads fewer than tensor, and experts and vocabularies that do not divide."""
     heads = _prepare(tiny_dir("qwen2_tied"), "tensor=8")
@@ -99,7 +111,7 @@ def test_any_dtype_is_cast_from_the_files(dtype, tiny_dir):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_byte_is_read_once(name, mesh, tiny_dir, bytes_read):
     prepared = _prepare(tiny_dir(name), mesh)
-    load.load_params(*prepared)
+    prepared.load()
     assert sum(bytes_read) == sum(info.num_bytes for info in prepared.tensors.values())
 
 

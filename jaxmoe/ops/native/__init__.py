@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.ops.stack import At
 
 DTYPES = ("bfloat16", "float32")
 
@@ -129,21 +130,27 @@ def _register(compiler: str) -> ctypes.CDLL:
 def native_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "E D 2 F"],
-    down: Float[Array, "E F D"],
+    gate_up: Float[Array, "L E D 2 F"],
+    down: Float[Array, "L E F D"],
+    at: At,
 ) -> Float[Array, "T D"]:
     """As ops.grouped's blocks. bfloat16 or float32; call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return call(x, weights.astype(jnp.float32), gate_up, down)
+    return call(x, weights.astype(jnp.float32), gate_up, down, jnp.int32(at))
 
 
 def native_linear(
-    x: Float[Array, "T K"], w: Float[Array, "K N"] | Float[Array, "N K"], *, transposed: bool, dtype: str
+    x: Float[Array, "T K"],
+    w: Float[Array, "L K N"] | Float[Array, "L N K"],
+    at: At,
+    *,
+    transposed: bool,
+    dtype: str,
 ) -> Float[Array, "T N"]:
     """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
-    columns = w.shape[0 if transposed else 1]
+    columns = w.shape[1 if transposed else 2]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
-    return call(x, w, transposed=transposed)
+    return call(x, w, jnp.int32(at), transposed=transposed)
 
 
 def native_paged(
@@ -152,6 +159,7 @@ def native_paged(
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
+    at: At,
     *,
     window: int | None,
 ) -> Float[Array, "N Q K G H"]:
@@ -159,4 +167,5 @@ def native_paged(
     call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct(q.shape, q.dtype))
     k_pages, v_pages, *scales = pages
     k_scales, v_scales = scales or (jnp.zeros(0), jnp.zeros(0))
-    return call(q, k_pages, v_pages, k_scales, v_scales, table, positions, counts, window=np.int64(window or 0))
+    told = (table, positions, counts, jnp.int32(at))
+    return call(q, k_pages, v_pages, k_scales, v_scales, *told, window=np.int64(window or 0))

@@ -21,6 +21,12 @@ struct Array {
 
   XLA_FFI_DataType Kind() const { return buffer->dtype; }
   int64_t Size(int64_t dim) const { return buffer->dims[dim]; }
+  // Numbers from one index of a dim to the next.
+  int64_t Stride(int64_t dim) const {
+    int64_t count = 1;
+    for (int64_t inner = dim + 1; inner < buffer->rank; ++inner) count *= buffer->dims[inner];
+    return count;
+  }
   template <typename T>
   T* As() const {
     return static_cast<T*>(buffer->data);

@@ -142,17 +142,17 @@ struct Problem {
 template <typename T>
 void RunExperts(const Call& call) {
   const Array x = call.Argument(0), weights = call.Argument(1), gate_up = call.Argument(2), down = call.Argument(3);
-  const int64_t width = x.Size(1), num_experts = weights.Size(1);
+  const int64_t width = x.Size(1), num_experts = weights.Size(1), layer = *call.Argument(4).As<int32_t>();
   for (int64_t first = 0; first < x.Size(0); first += kMostTokens) {
     Problem<T> problem;
     problem.x = x.As<T>() + first * width;
-    problem.gate_up = gate_up.As<T>();
-    problem.down = down.As<T>();
+    problem.gate_up = gate_up.As<T>() + layer * gate_up.Stride(0);
+    problem.down = down.As<T>() + layer * down.Stride(0);
     problem.weights = weights.As<float>() + first * num_experts;
     problem.num_tokens = std::min(kMostTokens, x.Size(0) - first);
     problem.num_experts = num_experts;
     problem.width = width;
-    problem.ffn = down.Size(1);
+    problem.ffn = down.Size(2);
     problem.RunAll(call.Pool(), call.Result().As<T>() + first * width);
   }
 }
@@ -167,4 +167,4 @@ XLA_FFI_Error* Experts(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeExperts, 4, jaxmoe::Experts)
+JAXMOE_KERNEL(JaxmoeExperts, 5, jaxmoe::Experts)

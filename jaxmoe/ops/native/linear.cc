@@ -102,8 +102,9 @@ struct Product {
 
 template <typename T, typename Out>
 XLA_FFI_Error* RunLinear(const Call& call) {
-  const Array x = call.Argument(0), y = call.Result();
-  Product<T, Out>{x.As<T>(), call.Argument(1).As<T>(), y.As<Out>(), x.Size(0), x.Size(1), y.Size(1),
+  const Array x = call.Argument(0), w = call.Argument(1), y = call.Result();
+  const T* layer = w.As<T>() + *call.Argument(2).As<int32_t>() * w.Stride(0);
+  Product<T, Out>{x.As<T>(), layer, y.As<Out>(), x.Size(0), x.Size(1), y.Size(1),
                   call.Attribute<bool>("transposed")}
       .RunAll(call.Pool());
   return nullptr;
@@ -120,4 +121,4 @@ XLA_FFI_Error* Linear(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeLinear, 2, jaxmoe::Linear)
+JAXMOE_KERNEL(JaxmoeLinear, 3, jaxmoe::Linear)

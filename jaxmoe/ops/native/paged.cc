@@ -153,11 +153,16 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
     case XLA_FFI_DataType_F8E4M3FN: kept = NumbersOf<Float8>(); break;
     default: return call.Refuse("attention=native takes pages of bfloat16, float32, int8 or float8_e4m3fn");
   }
-  auto scales = [&](int64_t index) { return kept.bytes == 1 ? call.Argument(index).As<const float>() : nullptr; };
-  Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), k_pages.As<void>(),
-        v_pages.As<void>(), scales(3), scales(4), table.As<int32_t>(), call.Argument(6).As<int32_t>(),
+  const int64_t layer = *call.Argument(8).As<int32_t>();
+  auto pages = [&](const Array& all) { return all.As<const char>() + layer * all.Stride(0) * kept.bytes; };
+  auto scales = [&](int64_t index) -> const float* {
+    const Array all = call.Argument(index);
+    return kept.bytes == 1 ? all.As<const float>() + layer * all.Stride(0) : nullptr;
+  };
+  Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), pages(k_pages),
+        pages(v_pages), scales(3), scales(4), table.As<int32_t>(), call.Argument(6).As<int32_t>(),
         call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1), q.Size(2), q.Size(3), q.Size(4),
-        table.Size(1), k_pages.Size(2), call.Attribute<int64_t>("window")}
+        table.Size(1), k_pages.Size(3), call.Attribute<int64_t>("window")}
       .RunAll(call.Pool());
   return nullptr;
 }
@@ -165,4 +170,4 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoePaged, 8, jaxmoe::PagedAttention)
+JAXMOE_KERNEL(JaxmoePaged, 9, jaxmoe::PagedAttention)
