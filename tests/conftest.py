@@ -34,7 +34,7 @@ from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402
 
 ONE_DEVICE = "data=1"
-NATIVE = Kernels(grouped="native", linear="native", attention="native")
+NATIVE = Kernels(grouped="native", linear="native", attention="native", pointwise="native")
 XLA = Kernels()  # what runs on accelerators, and on a CPU without a C++ compiler
 MESHES_OF_8 = tuple(
     f"data={data},tensor={tensor},expert={8 // data // tensor}"

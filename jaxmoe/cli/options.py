@@ -34,6 +34,7 @@ class ModelOptions:
     grouped: str | None
     linear: str | None
     attention: str | None
+    pointwise: str | None
     layers: str | None
     native: bool | None
     max_batch: int
@@ -57,6 +58,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--grouped", help="experts: blocks, ragged, native or dense"),
         click.option("--linear", help="other products: xla or native"),
         click.option("--attention", help="over pages: loop or native"),
+        click.option("--pointwise", help="norms, rotary embedding, routing and gates: xla or native"),
         click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
+from jaxmoe.model.attention import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
 from jaxmoe.ops.quantize import LARGEST
@@ -41,10 +42,6 @@ def empty_pages(
     return [tuple(block(part.repeats) for _ in range(part.period)) for part in parts]
 
 
-_QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
-_KEY_DIMS = ("batch", "length", "kv_head", "head_dim")
-
-
 class CausalAttend:
     """Every token over those before it; nothing kept. Rows and heads are independent, so each device does its own."""
 
@@ -57,8 +54,8 @@ class CausalAttend:
         """See Attend."""
         del at
         attend = partial(causal_attention, window=window)
-        arrays = (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS)
-        return self._placement.locally(attend, *arrays, out=_QUERY_DIMS), kept
+        arrays = (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS)
+        return self._placement.locally(attend, *arrays, out=QUERY_DIMS), kept
 
 
 class Section(NamedTuple):
@@ -109,9 +106,9 @@ class PagedAttend:
         dims = tuple(PAGE_DIMS[: array.ndim] for array in pages)
         mixed, *pages = self._placement.locally(
             partial(_over_pages, layout=self._layout(), num_pages=len(pages), window=window, kind=self._kind),
-            (q, _QUERY_DIMS), (k, _KEY_DIMS), (v, _KEY_DIMS), (jnp.int32(at), ()), *zip(pages, dims, strict=True),
+            (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(pages, dims, strict=True),
             *self._told(),
-            out=(_QUERY_DIMS, *dims),
+            out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)
 

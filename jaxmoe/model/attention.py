@@ -13,10 +13,13 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
-from jaxmoe.ops.norm import rms_norm, scale_by_rms
-from jaxmoe.ops.rope import rotate
+from jaxmoe.model.rows import normed, rotated
+from jaxmoe.ops.norm import scale_by_rms
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
+
+QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
+KEY_DIMS = ("batch", "length", "kv_head", "head_dim")
 
 
 class Attend(Protocol):
@@ -79,7 +82,8 @@ class Attention(nnx.Module):
         q, k = self._normed(q, k, at)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        kind = self.kernels.pointwise
+        q, k = rotated(q, cos, sin, QUERY_DIMS, place, kind), rotated(k, cos, sin, KEY_DIMS, place, kind)
         mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer])
         y = project(mixed, self.out, place, self.kernels.linear, at, over=3)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
@@ -88,10 +92,9 @@ class Attention(nnx.Module):
         """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
         config = self.config
         if config.qk_norm == "head":
-            return (
-                rms_norm(q, at_layer(self.q_norm, at), eps=config.rms_norm_eps),
-                rms_norm(k, at_layer(self.k_norm, at), eps=config.rms_norm_eps),
-            )
+            by, eps = (self.placement, self.kernels.pointwise), config.rms_norm_eps
+            q = normed(q, at_layer(self.q_norm, at), QUERY_DIMS, *by, eps=eps)
+            return q, normed(k, at_layer(self.k_norm, at), KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
             columns = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
             q_square = jnp.sum(jnp.square(q.astype(jnp.float32)), axis=(-2, -1)) / columns[0]

@@ -13,7 +13,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE
 from jaxmoe.model.params import Maker, at_layer, normal, ones
-from jaxmoe.ops.norm import rms_norm
+from jaxmoe.model.rows import HIDDEN, normed
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
@@ -33,6 +33,7 @@ class Block(nnx.Module):
     ) -> None:
         init = normal(0.02)
         self.eps, self.sparse = config.rms_norm_eps, config.moe_layers[layer]
+        self.placement, self.kernels = placement, kernels
         self.input_layernorm = make(ones, width=config.hidden_size)
         self.post_attention_layernorm = make(ones, width=config.hidden_size)
         self.attention = Attention(config, sizes, placement, kernels, layer, make=make, init=init)
@@ -46,11 +47,14 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and the router's probabilities
         [B,S,E] of an MoE layer."""
-        h = rms_norm(x, at_layer(self.input_layernorm, at), eps=self.eps)
+        h = self._normed(x, self.input_layernorm, at)
         y, kept = self.attention(h, at, cos, sin, attend, kept)
         x = x + y
-        h = rms_norm(x, at_layer(self.post_attention_layernorm, at), eps=self.eps)
+        h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
             y, probabilities = self.moe(h, at, active)
             return x + y, kept, probabilities
         return x + self.mlp(h, at), kept, None
+
+    def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
+        return normed(x, at_layer(weight, at), HIDDEN, self.placement, self.kernels.pointwise, eps=self.eps)

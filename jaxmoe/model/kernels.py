@@ -16,16 +16,17 @@ from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
 from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
 from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
 from jaxmoe.ops.paged import PAGED_KINDS, PagedKind
+from jaxmoe.ops.pointwise import POINTWISE_KINDS, PointwiseKind
 
-STEPS = ("dispatch", "grouped", "linear", "attention", "layers")
-NATIVE_STEPS = ("grouped", "linear", "attention")
+STEPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "layers")
+NATIVE_STEPS = ("grouped", "linear", "attention", "pointwise")
 _log = logging.getLogger("jaxmoe")
 _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """One choice a step: see ops/dispatch.py, ops/grouped.py, ops/linear.py and ops/paged.py.
+    """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py and pointwise.py of ops/.
 
     layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (depth.py).
     Raises: ConfigError for a name that is none of a step's.
@@ -35,6 +36,7 @@ class Kernels:
     grouped: GroupedKind = "blocks"
     linear: LinearKind = "xla"
     attention: PagedKind = "loop"
+    pointwise: PointwiseKind = "xla"
     layers: LayersKind = "scan"
 
     def __post_init__(self) -> None:
@@ -43,6 +45,7 @@ class Kernels:
             ("grouped", GROUPED_KINDS),
             ("linear", LINEAR_KINDS),
             ("attention", PAGED_KINDS),
+            ("pointwise", POINTWISE_KINDS),
             ("layers", LAYERS_KINDS),
         ):
             value = getattr(self, name)

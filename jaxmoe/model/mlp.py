@@ -10,6 +10,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, zeros
 from jaxmoe.model.project import project
+from jaxmoe.model.rows import gated
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
@@ -33,5 +34,5 @@ class MLP(nnx.Module):
         both = project(x, self.gate_up, place, kind, at)
         if self.bias:
             both = both + at_layer(self.gate_up_bias, at)
-        y = project(jax.nn.silu(both[:, :, 0]) * both[:, :, 1], self.down, place, kind, at)
+        y = project(gated(both, place, self.kernels.pointwise), self.down, place, kind, at)
         return y + at_layer(self.down_bias, at) if self.bias else y

@@ -11,8 +11,9 @@ from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker
 from jaxmoe.ops.dispatch import combine, dispatch
+from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
-from jaxmoe.ops.linear import LinearKind, linear
+from jaxmoe.ops.linear import linear
 from jaxmoe.ops.route import route
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
@@ -82,7 +83,7 @@ def _on_device(x, active, at, arrays, *, moe: MoEConfig, kernels: Kernels, place
     x_tD = x.reshape(-1, x.shape[-1])
     weights_tE, probabilities = route(
         linear(x_tD, arrays["router"], at, kind=kernels.linear, dtype="float32"),
-        active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob,
+        active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, kind=kernels.pointwise,
     )  # fmt: skip
     padding = arrays["gate_up"].shape[1] * ranks - moe.num_experts
     weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
@@ -92,15 +93,17 @@ def _on_device(x, active, at, arrays, *, moe: MoEConfig, kernels: Kernels, place
     )
     y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
     if moe.shared_intermediate_size:
-        y_tD = y_tD + _shared_expert(x_tD, at, arrays, kernels.linear)
+        y_tD = y_tD + _shared_expert(x_tD, at, arrays, kernels)
     if place.parts("moe_ffn") > 1:
         y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
     return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
 
 
-def _shared_expert(x, at, arrays, kind: LinearKind):
+def _shared_expert(x, at, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate."""
+    kind = kernels.linear
     layers, width, _, ffn = arrays["shared_in"].shape
     both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, kind=kind)
-    y = linear(jax.nn.silu(both[:, :ffn]) * both[:, ffn:], arrays["shared_out"], at, kind=kind)
-    return jax.nn.sigmoid(linear(x, arrays["shared_gate"], at, kind=kind)) * y
+    hidden = gated_unit(both.reshape(-1, 2, ffn), kind=kernels.pointwise)
+    y = linear(hidden, arrays["shared_out"], at, kind=kind)
+    return gated_rows(y, linear(x, arrays["shared_gate"], at, kind=kind), kind=kernels.pointwise)

@@ -17,7 +17,7 @@ from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.model.project import project
-from jaxmoe.ops.norm import rms_norm
+from jaxmoe.model.rows import HIDDEN, normed
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
 
@@ -86,7 +86,8 @@ class Transformer(nnx.Module):
                 at = jnp.arange(part.repeats, dtype=jnp.int32)
                 (x, kept[number]), stacked = jax.lax.scan(repeat, (x, kept[number]), at)
                 routed += [probabilities[index] for index in range(part.repeats) for probabilities in stacked]
-        return rms_norm(x, self.final_norm[...], eps=self.config.rms_norm_eps), kept, routed
+        eps, kind = self.config.rms_norm_eps, self.kernels.pointwise
+        return normed(x, self.final_norm[...], HIDDEN, self.placement, kind, eps=eps), kept, routed
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import RopeConfig
+from jaxmoe.ops import native
+from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -35,11 +37,26 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "B S ... H"], cos: Float[Array, "B S H/2"], sin: Float[Array, "B S H/2"]
+    x: Float[Array, "B S ... H"],
+    cos: Float[Array, "B S H/2"],
+    sin: Float[Array, "B S H/2"],
+    *,
+    kind: PointwiseKind = "xla",
 ) -> Float[Array, "B S ... H"]:
     """x with each pair (i, i + H/2) turned by its angle; computed in float32, returned in x's dtype."""
+    return (_native if kind == "native" else _xla)(x, cos, sin)
+
+
+def _xla(x, cos, sin):
     spread = (*cos.shape[:2], *(1,) * (x.ndim - 3), cos.shape[-1])
     cos, sin = cos.reshape(spread), sin.reshape(spread)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+@differentiated_as(_xla)
+def _native(x, cos, sin):
+    half = cos.shape[-1]
+    y = native.native_rotate(x.reshape(cos.size // half, -1, 2 * half), cos.reshape(-1, half), sin.reshape(-1, half))
+    return y.reshape(x.shape)

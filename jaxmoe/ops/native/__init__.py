@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops.stack import At
@@ -27,8 +27,17 @@ _FEW_TOKENS = 64
 _HERE = Path(__file__).parent
 _UNIT = _HERE / "kernels.cc"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
-_REMEDY = "use grouped='blocks', linear='xla' and attention='loop'"
-_TARGETS = {"jaxmoe_experts": "JaxmoeExperts", "jaxmoe_linear": "JaxmoeLinear", "jaxmoe_paged": "JaxmoePaged"}
+_REMEDY = "use grouped='blocks', linear='xla', attention='loop' and pointwise='xla'"
+_TARGETS = {
+    "jaxmoe_experts": "JaxmoeExperts",
+    "jaxmoe_linear": "JaxmoeLinear",
+    "jaxmoe_paged": "JaxmoePaged",
+    "jaxmoe_norm": "JaxmoeNorm",
+    "jaxmoe_rotate": "JaxmoeRotate",
+    "jaxmoe_gated_unit": "JaxmoeGatedUnit",
+    "jaxmoe_gated_rows": "JaxmoeGatedRows",
+    "jaxmoe_route": "JaxmoeRoute",
+}
 
 
 def find_compiler() -> str | None:
@@ -169,3 +178,38 @@ def native_paged(
     k_scales, v_scales = scales or (jnp.zeros(0), jnp.zeros(0))
     told = (table, positions, counts, jnp.int32(at))
     return call(q, k_pages, v_pages, k_scales, v_scales, *told, window=np.int64(window or 0))
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def native_norm(x: Float[Array, "T D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "T D"]:
+    """As ops.norm's xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_norm", _like(x))(x, weight, eps=np.float32(eps))
+
+
+def native_rotate(
+    x: Float[Array, "T N H"], cos: Float[Array, "T H/2"], sin: Float[Array, "T H/2"]
+) -> Float[Array, "T N H"]:
+    """As ops.rope's xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_rotate", _like(x))(x, cos, sin)
+
+
+def native_gated_unit(both: Float[Array, "T 2 F"]) -> Float[Array, "T F"]:
+    """As ops.gate.gated_unit's xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_gated_unit", _like(both[:, 0]))(both)
+
+
+def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Float[Array, "T D"]:
+    """As ops.gate.gated_rows' xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_gated_rows", _like(x))(x, gates)
+
+
+def native_route(
+    logits: Float[Array, "T E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+    """As ops.route's xla. Call prepare() first."""
+    call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
+    weights, probabilities = call(logits, active, top_k=np.int64(top_k), normalise=np.int64(normalise))
+    return weights, probabilities

@@ -82,7 +82,7 @@ struct Call {
   XLA_FFI_CallFrame* frame;
 
   Array Argument(int64_t index) const { return {static_cast<const XLA_FFI_Buffer*>(frame->args.args[index])}; }
-  Array Result() const { return {static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[0])}; }
+  Array Result(int64_t index = 0) const { return {static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[index])}; }
   Threads Pool() const { return Threads(frame); }
 
   // The scalar attribute of that name.
@@ -106,7 +106,8 @@ struct Call {
 };
 
 // What a handler does: says which interface it was compiled for where XLA asks that, else runs the kernel.
-inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, XLA_FFI_Error* (*kernel)(const Call&)) {
+inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, int64_t num_results,
+                             XLA_FFI_Error* (*kernel)(const Call&)) {
   const Call call{frame};
   if (frame->extension_start != nullptr && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
     XLA_FFI_Metadata* told = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
@@ -118,7 +119,8 @@ inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, XL
     told->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
     return nullptr;
   }
-  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->args.size != num_arguments || frame->rets.size != 1)
+  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->args.size != num_arguments ||
+      frame->rets.size != num_results)
     return call.Refuse("a native kernel was called with another number of arguments than it has");
   try {
     return kernel(call);
@@ -129,5 +131,7 @@ inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, XL
 
 }  // namespace jaxmoe
 
-#define JAXMOE_KERNEL(Name, num_arguments, kernel) \
-  extern "C" XLA_FFI_Error* Name(XLA_FFI_CallFrame* frame) { return jaxmoe::Handle(frame, num_arguments, kernel); }
+#define JAXMOE_KERNEL(Name, num_arguments, num_results, kernel)                    \
+  extern "C" XLA_FFI_Error* Name(XLA_FFI_CallFrame* frame) {                       \
+    return jaxmoe::Handle(frame, num_arguments, num_results, kernel);              \
+  }

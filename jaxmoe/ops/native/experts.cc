@@ -167,4 +167,4 @@ XLA_FFI_Error* Experts(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeExperts, 5, jaxmoe::Experts)
+JAXMOE_KERNEL(JaxmoeExperts, 5, 1, jaxmoe::Experts)

@@ -3,6 +3,7 @@
 #include "experts.cc"
 #include "linear.cc"
 #include "paged.cc"
+#include "pointwise.cc"
 
 // Whether the processor multiplies bfloat16 numbers itself: XLA then does so for many rows, faster than float32 can be.
 extern "C" int JaxmoeMultipliesBfloat16() {

@@ -121,4 +121,4 @@ XLA_FFI_Error* Linear(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeLinear, 3, jaxmoe::Linear)
+JAXMOE_KERNEL(JaxmoeLinear, 3, 1, jaxmoe::Linear)

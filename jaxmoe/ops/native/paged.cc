@@ -170,4 +170,4 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoePaged, 9, jaxmoe::PagedAttention)
+JAXMOE_KERNEL(JaxmoePaged, 9, 1, jaxmoe::PagedAttention)

@@ -1,0 +1,40 @@
+"""Gates: one half of a row let through by the other, or a row by one number."""
+
+# Dims: T tokens, F columns of an expert or MLP, D width.
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxmoe.ops import native
+from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
+
+
+def gated_unit(both: Float[Array, "T 2 F"], *, kind: PointwiseKind = "xla") -> Float[Array, "T F"]:
+    """silu(gate) * up, which lie side by side. Source: Shazeer, GLU Variants Improve Transformer (2020)."""
+    return (_native_unit if kind == "native" else _unit)(both)
+
+
+def _unit(both):
+    return jax.nn.silu(both[:, 0]) * both[:, 1]
+
+
+@differentiated_as(_unit)
+def _native_unit(both):
+    return native.native_gated_unit(both)
+
+
+def gated_rows(
+    x: Float[Array, "T D"], gates: Float[Array, "T 1"], *, kind: PointwiseKind = "xla"
+) -> Float[Array, "T D"]:
+    """Each row times the sigmoid of its gate."""
+    return (_native_rows if kind == "native" else _rows)(x, gates)
+
+
+def _rows(x, gates):
+    return jax.nn.sigmoid(gates) * x
+
+
+@differentiated_as(_rows)
+def _native_rows(x, gates):
+    return native.native_gated_rows(x, gates)

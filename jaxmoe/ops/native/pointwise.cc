@@ -1,0 +1,165 @@
+// What stands between the products: norms, rotary embedding, routing, gates. Each row is computed by itself in a fixed
+// order; the compiler's own vector code for such work may round a row differently when others stand beside it.
+
+#include "rows.h"
+
+namespace jaxmoe {
+namespace {
+
+constexpr int64_t kLeastNumbers = 1 << 15;  // for a thread to be worth waking
+
+// work(row) for every row of `numbers` numbers each, in runs on several threads where there are many.
+template <typename Work>
+void ForEachRow(const Threads& pool, int64_t rows, int64_t numbers, const Work& work) {
+  const int64_t runs = std::clamp<int64_t>(rows * numbers / kLeastNumbers, 1, std::max<int64_t>(1, rows));
+  const int64_t parts = std::min(runs, 2 * pool.Count());
+  ForEach(pool, parts, parts > 1 ? pool.Count() : 1, [&](int64_t part, int64_t) {
+    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) work(row);
+  });
+}
+
+// A strip of numbers starting at `i` of `count`, zeros past the end, and back.
+template <typename T>
+Floats LoadSome(const T* from, int64_t i, int64_t count) {
+  if (i + kLanes <= count) return Load(from + i);
+  float strip[kLanes] = {};
+  for (int64_t j = i; j < count; ++j) strip[j - i] = Widen(from[j]);
+  return Load(strip);
+}
+template <typename T>
+void StoreSome(Floats values, T* to, int64_t i, int64_t count) {
+  for (int64_t j = i; j < std::min(count, i + kLanes); ++j) Narrow(values[j - i], to + j);
+}
+
+template <typename T>
+Floats RoundedStrip(Floats values) {
+  if (sizeof(T) == 4) return values;
+  for (int64_t j = 0; j < kLanes; ++j) values[j] = Widen(Rounded<T>(values[j]));
+  return values;
+}
+
+inline Floats Sigmoid(Floats x) { return 1.0f / (1.0f + Exp(-x)); }
+
+// Rows of x over their root mean square, times weight.
+template <typename T>
+void Norm(const Call& call) {
+  const Array x = call.Argument(0), weight = call.Argument(1);
+  const int64_t width = x.Size(1);
+  const float eps = call.Attribute<float>("eps");
+  const T *in = x.As<T>(), *scale = weight.As<T>();
+  T* out = call.Result().As<T>();
+  ForEachRow(call.Pool(), x.Size(0), width, [&](int64_t row) {
+    const T* from = in + row * width;
+    Floats sums[2] = {};
+    for (int64_t i = 0, s = 0; i < width; i += kLanes, s ^= 1) {
+      const Floats strip = LoadSome(from, i, width);
+      sums[s] = MultiplyAdd(strip, strip, sums[s]);
+    }
+    const float mean = Sum(sums[0] + sums[1]) / static_cast<float>(width);
+    const Floats factor = Spread(1.0f / std::sqrt(mean + eps));
+    for (int64_t i = 0; i < width; i += kLanes)
+      StoreSome(LoadSome(scale, i, width) * RoundedStrip<T>(LoadSome(from, i, width) * factor), out + row * width, i,
+                width);
+  });
+}
+
+// x [tokens, heads, 2 * half] with each pair (i, i + half) turned by its token's angle i.
+template <typename T>
+void Rotate(const Call& call) {
+  const Array x = call.Argument(0), cosines = call.Argument(1), sines = call.Argument(2);
+  const int64_t heads = x.Size(1), half = cosines.Size(1);
+  const T* in = x.As<T>();
+  T* out = call.Result().As<T>();
+  ForEachRow(call.Pool(), x.Size(0) * heads, 2 * half, [&](int64_t row) {
+    const float *cos = cosines.As<float>() + row / heads * half, *sin = sines.As<float>() + row / heads * half;
+    const T *left = in + row * 2 * half, *right = left + half;
+    T *low = out + row * 2 * half, *high = low + half;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const Floats c = LoadSome(cos, i, half), s = LoadSome(sin, i, half);
+      const Floats l = LoadSome(left, i, half), r = LoadSome(right, i, half);
+      StoreSome(l * c - r * s, low, i, half);
+      StoreSome(r * c + l * s, high, i, half);
+    }
+  });
+}
+
+// silu(x[., 0]) * x[., 1] of x [rows, 2, columns].
+template <typename T>
+void GatedUnit(const Call& call) {
+  const Array x = call.Argument(0);
+  const int64_t columns = x.Size(2);
+  const T* in = x.As<T>();
+  T* out = call.Result().As<T>();
+  ForEachRow(call.Pool(), x.Size(0), 2 * columns, [&](int64_t row) {
+    const T *gate = in + row * 2 * columns, *up = gate + columns;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const Floats g = LoadSome(gate, i, columns);
+      StoreSome(g * Sigmoid(g) * LoadSome(up, i, columns), out + row * columns, i, columns);
+    }
+  });
+}
+
+// Rows of x [rows, columns] times the sigmoid of their gate [rows, 1].
+template <typename T>
+void GatedRows(const Call& call) {
+  const Array x = call.Argument(0), gates = call.Argument(1);
+  const int64_t columns = x.Size(1);
+  const T* in = x.As<T>();
+  T* out = call.Result().As<T>();
+  ForEachRow(call.Pool(), x.Size(0), columns, [&](int64_t row) {
+    const Floats share = Sigmoid(Spread(Widen(gates.As<T>()[row])));
+    for (int64_t i = 0; i < columns; i += kLanes)
+      StoreSome(LoadSome(in + row * columns, i, columns) * share, out + row * columns, i, columns);
+  });
+}
+
+// Softmax of logits [tokens, experts], and the weights of each token's best: zero for others, and where not active.
+void RouteAll(const Call& call) {
+  const Array logits = call.Argument(0), active = call.Argument(1);
+  const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
+  const bool normalise = call.Attribute<int64_t>("normalise") != 0;
+  ForEachRow(call.Pool(), logits.Size(0), experts * (4 + chosen), [&](int64_t row) {
+    const float* from = logits.As<float>() + row * experts;
+    float *weights = call.Result(0).As<float>() + row * experts, *shares = call.Result(1).As<float>() + row * experts;
+    float best = from[0], total = 0.0f;
+    for (int64_t e = 1; e < experts; ++e) best = std::max(best, from[e]);
+    for (int64_t i = 0; i < experts; i += kLanes) StoreSome(Exp(LoadSome(from, i, experts) - best), shares, i, experts);
+    for (int64_t e = 0; e < experts; ++e) total += shares[e];
+    for (int64_t e = 0; e < experts; ++e) shares[e] /= total;
+    std::fill_n(weights, experts, 0.0f);
+    if (!active.As<const bool>()[row]) return;
+    float sum = 0.0f;
+    for (int64_t k = 0; k < chosen; ++k) {  // ties go to the lower index; a share of zero chooses nothing
+      int64_t at = -1;
+      for (int64_t e = 0; e < experts; ++e)
+        if (weights[e] == 0.0f && shares[e] > (at < 0 ? 0.0f : shares[at])) at = e;
+      if (at < 0) break;
+      weights[at] = shares[at];
+      sum += shares[at];
+    }
+    if (normalise && sum > 0.0f)
+      for (int64_t e = 0; e < experts; ++e) weights[e] /= sum;
+  });
+}
+
+template <void (*Half)(const Call&), void (*Full)(const Call&)>
+XLA_FFI_Error* ByKind(const Call& call) {
+  const auto kind = call.Argument(0).Kind();
+  if (kind != kBfloat16 && kind != kFloat32) return call.Refuse("pointwise=native takes bfloat16 or float32");
+  kind == kBfloat16 ? Half(call) : Full(call);
+  return nullptr;
+}
+
+XLA_FFI_Error* Route(const Call& call) {
+  RouteAll(call);
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace jaxmoe
+
+JAXMOE_KERNEL(JaxmoeNorm, 2, 1, (jaxmoe::ByKind<jaxmoe::Norm<uint16_t>, jaxmoe::Norm<float>>))
+JAXMOE_KERNEL(JaxmoeRotate, 3, 1, (jaxmoe::ByKind<jaxmoe::Rotate<uint16_t>, jaxmoe::Rotate<float>>))
+JAXMOE_KERNEL(JaxmoeGatedUnit, 1, 1, (jaxmoe::ByKind<jaxmoe::GatedUnit<uint16_t>, jaxmoe::GatedUnit<float>>))
+JAXMOE_KERNEL(JaxmoeGatedRows, 2, 1, (jaxmoe::ByKind<jaxmoe::GatedRows<uint16_t>, jaxmoe::GatedRows<float>>))
+JAXMOE_KERNEL(JaxmoeRoute, 2, 2, jaxmoe::Route)

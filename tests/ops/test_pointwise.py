@@ -1,0 +1,107 @@
+"""Native norms, rotations, gates and routing mean what XLA's do, whatever rows stand beside; gradients are XLA's."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.ops.gate import gated_rows, gated_unit
+from jaxmoe.ops.norm import rms_norm
+from jaxmoe.ops.pointwise import POINTWISE_KINDS
+from jaxmoe.ops.rope import rotate
+from jaxmoe.ops.route import route
+
+from .test_linear import compiler_found
+
+ROWS = 700
+
+
+def numbers(seed: int, *shape: int, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
+
+
+def norm(kind, dtype, width):
+    weight = numbers(1, width, dtype=dtype)
+    return (numbers(0, ROWS, width, dtype=dtype),), lambda x: rms_norm(x, weight, eps=1e-5, kind=kind)
+
+
+def rotation(kind, dtype, width):
+    x, angles = numbers(0, ROWS, 1, 3, 2, 2 * width, dtype=dtype), numbers(1, ROWS, 1, width)
+    return (x, jnp.cos(angles), jnp.sin(angles)), partial(rotate, kind=kind)
+
+
+def unit(kind, dtype, width):
+    return (numbers(0, ROWS, 2, width, dtype=dtype),), partial(gated_unit, kind=kind)
+
+
+def rows(kind, dtype, width):
+    return (numbers(0, ROWS, width, dtype=dtype), numbers(1, ROWS, 1, dtype=dtype)), partial(gated_rows, kind=kind)
+
+
+def routing(kind, dtype, width):
+    del dtype  # always float32
+    active = jnp.arange(ROWS) % 5 > 0
+    choose = partial(route, top_k=min(3, width), normalise=width % 2 == 0, kind=kind)
+    return (numbers(0, ROWS, width), active), lambda *arrays: choose(*arrays)[0]
+
+
+def shares(kind, dtype, width):
+    (logits, active), _ = routing(kind, dtype, width)
+    return (logits,), lambda logits: route(logits, active[: len(logits)], top_k=1, normalise=False, kind=kind)[1]
+
+
+WORK = [norm, rotation, unit, rows, routing, shares]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 6, 33, 128])
+@pytest.mark.parametrize("work", WORK)
+def test_both_kinds_mean_the_same(work, width, dtype):
+    if not compiler_found(dtype):
+        return
+    wanted, found = (
+        np.asarray(jax.jit(run)(*arrays), np.float32)
+        for arrays, run in (work(kind, dtype, width) for kind in POINTWISE_KINDS)
+    )
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [6, 128])
+@pytest.mark.parametrize("work", WORK)
+def test_the_rows_beside_change_no_bit_of_a_native_row(work, width, dtype):
+    if not compiler_found(dtype):
+        return
+    arrays, run = work("native", dtype, width)
+    run = jax.jit(run)
+    together = np.asarray(run(*arrays), np.float32)
+    for count in (1, 2, 9, 64, 300):
+        alone = run(*(array[:count] for array in arrays))
+        np.testing.assert_array_equal(np.asarray(alone, np.float32), together[:count])
+
+
+@pytest.mark.parametrize("work", [norm, rotation, unit, rows])
+def test_gradients_are_those_of_xla(work):
+    if not compiler_found():
+        return
+
+    def gradients(kind):
+        arrays, run = work(kind, "float32", 6)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(run(*a))), argnums=range(len(arrays))))(*arrays)
+
+    for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", POINTWISE_KINDS)
+def test_ties_go_to_the_lower_expert(kind):
+    if kind == "native" and not compiler_found():
+        return
+    logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, -1e30, -1e30, -1e30]])
+    weights, _ = route(logits, jnp.array([True, True]), top_k=2, normalise=True, kind=kind)
+    np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)
