@@ -28,13 +28,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from jaxmoe import LLM  # noqa: E402
 from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
-from jaxmoe.model.kernels import Kernels  # noqa: E402
+from jaxmoe.model.kernels import NATIVE_STEPS, Kernels  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402
 
 ONE_DEVICE = "data=1"
-NATIVE = Kernels(grouped="native", linear="native", attention="native", pointwise="native")
+NATIVE = Kernels(**dict.fromkeys(NATIVE_STEPS, "native"))
 XLA = Kernels()  # what runs on accelerators, and on a CPU without a C++ compiler
 MESHES_OF_8 = tuple(
     f"data={data},tensor={tensor},expert={8 // data // tensor}"

@@ -35,6 +35,7 @@ class ModelOptions:
     linear: str | None
     attention: str | None
     pointwise: str | None
+    sampling: str | None
     layers: str | None
     native: bool | None
     max_batch: int
@@ -59,6 +60,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--linear", help="other products: xla or native"),
         click.option("--attention", help="over pages: loop or native"),
         click.option("--pointwise", help="norms, rotary embedding, routing and gates: xla or native"),
+        click.option("--sampling", help="from logits to tokens: xla or native"),
         click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]

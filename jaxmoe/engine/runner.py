@@ -245,8 +245,8 @@ class Runner:
 
         def on_rank(logits, token_pages, table, positions, wanted, *arrays):
             rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
-            history = lambda: token_pages[table[0]].reshape(table.shape[1], -1)  # noqa: E731
-            drawn = sample(logits[0], rows, history, positions[0], Wanted(*wanted))
+            kind = self.kernels.sampling
+            drawn = sample(logits[0], rows, token_pages, table[0], positions[0], Wanted(*wanted), kind=kind)
             return tuple(part[None] for part in drawn)
 
         per_row = ("batch", "block")

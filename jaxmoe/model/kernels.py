@@ -17,16 +17,17 @@ from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
 from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
 from jaxmoe.ops.paged import PAGED_KINDS, PagedKind
 from jaxmoe.ops.pointwise import POINTWISE_KINDS, PointwiseKind
+from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingKind
 
-STEPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "layers")
-NATIVE_STEPS = ("grouped", "linear", "attention", "pointwise")
+STEPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
+NATIVE_STEPS = ("grouped", "linear", "attention", "pointwise", "sampling")
 _log = logging.getLogger("jaxmoe")
 _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py and pointwise.py of ops/.
+    """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
 
     layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (depth.py).
     Raises: ConfigError for a name that is none of a step's.
@@ -37,6 +38,7 @@ class Kernels:
     linear: LinearKind = "xla"
     attention: PagedKind = "loop"
     pointwise: PointwiseKind = "xla"
+    sampling: SamplingKind = "xla"
     layers: LayersKind = "scan"
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class Kernels:
             ("linear", LINEAR_KINDS),
             ("attention", PAGED_KINDS),
             ("pointwise", POINTWISE_KINDS),
+            ("sampling", SAMPLING_KINDS),
             ("layers", LAYERS_KINDS),
         ):
             value = getattr(self, name)

@@ -1,16 +1,25 @@
 """From logits to one token a row: penalties and biases, then greedy, or drawn by temperature, top-k, top-p and min-p
-from the row's own seed."""
+from the row's own seed.
 
-# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L listed tokens, T likeliest tokens.
+- xla: any backend; what no row asks for is left out.
+- native: on the CPU, a C++ kernel (ops/native; it needs a compiler); programs with it compile in half the time.
+"""
+
+# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L listed tokens, T likeliest tokens,
+# M pages of S tokens, P of a row.
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxmoe.ops import native
+
+SamplingKind = Literal["xla", "native"]
+SAMPLING_KINDS: tuple[SamplingKind, ...] = ("xla", "native")
 MOST_TOP = 20
 
 
@@ -97,33 +106,56 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
     return jnp.where(scaled >= lowest, scaled, -jnp.inf)
 
 
+def gumbel_noise(
+    seed: UInt32[Array, "B"], positions: Int[Array, "B"], vocab_size: int
+) -> Float[Array, "B {vocab_size}"]:
+    """Noise that a row's seed and position alone decide, by Threefry-2x32; the same on every backend."""
+
+    def row(seed: Array, position: Array) -> Array:
+        bits = threefry_2x32((seed, position.astype(jnp.uint32)), jnp.arange(vocab_size, dtype=jnp.uint32))
+        uniform = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0 + 2.0**-24
+        return -jnp.log(-jnp.log(uniform))
+
+    return jax.vmap(row)(seed, positions)
+
+
 def sample(
     logits: Float[Array, "B V"],
     rows: SamplingArrays,
-    history: Callable[[], Int[Array, "B C"]],
+    token_pages: Int[Array, "M S"],
+    table: Int[Array, "B P"],
     positions: Int[Array, "B"],
     wanted: Wanted,
+    *,
+    kind: SamplingKind = "xla",
 ) -> Sampled:
-    """The next token of every row. positions: where it stands; history: gives the tokens before it where asked.
+    """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its table.
 
     Draws depend on the row's seed and position alone, never on its neighbours.
     """
     logits = logits.astype(jnp.float32)
-    adjusted = jax.lax.cond(wanted.adjusted, lambda: adjust_logits(logits, rows, history(), positions), lambda: logits)
+    num_top = min(MOST_TOP, logits.shape[-1])
+    if kind == "native":
+        flags = jnp.stack(wanted)
+        return Sampled(*native.native_sample(logits, token_pages, table, positions, flags, rows, num_top=num_top))
+    return _xla(logits, rows, token_pages, table, positions, wanted, num_top)
+
+
+def _xla(logits, rows, token_pages, table, positions, wanted, num_top):
+    def adjust() -> Array:
+        return adjust_logits(logits, rows, token_pages[table].reshape(len(table), -1), positions)
+
+    adjusted = jax.lax.cond(wanted.adjusted, adjust, lambda: logits)
     best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        def noise(seed, position):
-            key = jax.random.fold_in(jax.random.key(seed), position)
-            return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
-
-        drawn = jnp.argmax(filter_logits(adjusted, rows) + jax.vmap(noise)(rows.seed, positions), axis=-1)
+        noise = gumbel_noise(rows.seed, positions, logits.shape[-1])
+        drawn = jnp.argmax(filter_logits(adjusted, rows) + noise, axis=-1)
         return jnp.where(rows.temperature > 0, drawn.astype(jnp.int32), best)
 
     tokens = jax.lax.cond(wanted.drawn, draw, lambda: best)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
-    num_top = min(MOST_TOP, logits.shape[-1])
 
     def likeliest() -> tuple[Array, Array]:
         values, indices = jax.lax.top_k(logits, num_top)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.ops.sample import SamplingArrays, Wanted, adjust_logits, filter_logits, sample
+from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingArrays, Wanted, adjust_logits, filter_logits, sample
+
+from .test_linear import compiler_found
 
 VOCAB = 12
 
@@ -62,17 +66,59 @@ def test_the_tokens_kept_are_those_of_the_definitions(seed, temperature, top_k, 
 ALL = Wanted(*(jnp.bool_(True),) * 3)
 
 
-def draw(logits, values, positions, history=None, wanted=ALL, **changes):
-    """Tokens and logprobs, and the likeliest tokens with theirs."""
+@pytest.fixture(params=SAMPLING_KINDS)
+def draw(request):
+    return partial(drawn_by, request.param)
+
+
+def drawn_by(kind, logits, values, positions, history=None, wanted=ALL, **changes):
+    """Tokens and logprobs, and the likeliest tokens with theirs. history: a page of tokens for every row."""
+    if kind == "native" and not compiler_found():
+        kind = "xla"
     history = np.zeros((len(logits), 4)) if history is None else history
     drawn = sample(
-        jnp.array(logits), rows(*values, **changes), lambda: jnp.array(history, jnp.int32),
-        jnp.array(positions, jnp.int32), wanted,
+        jnp.array(logits), rows(*values, **changes), jnp.array(history, jnp.int32)[::-1],
+        jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), wanted, kind=kind,
     )  # fmt: skip
     return tuple(np.asarray(part) for part in drawn)
 
 
-def test_greedy_and_logprobs():
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    vocab=st.sampled_from([1, 7, VOCAB, 50]),
+    temperature=st.sampled_from([0.0, 0.4, 1.3]),
+    top_k=st.integers(0, VOCAB),
+    top_p=st.sampled_from([0.3, 0.83, 1.0]),
+    min_p=st.sampled_from([0.0, 0.11]),
+    repetition=st.sampled_from([0.5, 1.0, 1.3]),
+    presence=st.sampled_from([-0.7, 0.0, 1.1]),
+    frequency=st.sampled_from([0.0, 0.4]),
+    banned=st.integers(0, 2),
+)
+def test_both_kinds_draw_the_same(
+    seed, vocab, temperature, top_k, top_p, min_p, repetition, presence, frequency, banned
+):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (3, vocab)).astype(np.float32)
+    row = (temperature, top_k, top_p, min_p, seed)
+    past = 2**31 - 1
+    changes = dict(
+        repetition=[repetition] * 3, presence=[presence] * 3, frequency=[frequency] * 3, prompt_length=[2, 0, 6],
+        listed=[[0, past, past], [vocab - 1, 0, past], [past] * 3], bias=rng.normal(0, 3, (3, 3)),
+        num_banned=[banned] * 3, banned_until=[9, 9, 3],
+    )  # fmt: skip
+    if vocab == 1 and banned:
+        return  # nothing is left to choose
+    history = rng.integers(0, vocab, (3, 8))
+    found, wanted = (drawn_by(kind, logits, [row] * 3, [5, 8, 7], history, **changes) for kind in ("native", "xla"))
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+    np.testing.assert_array_equal(found[2], wanted[2])
+    np.testing.assert_allclose(found[3], wanted[3], atol=1e-5)
+
+
+def test_greedy_and_logprobs(draw):
     logits = np.random.default_rng(0).normal(0, 3, (4, VOCAB)).astype(np.float32)
     tokens, logprobs, *_ = draw(logits, [(0.0, 0, 1.0, 0.0, 0)] * 4, [0] * 4)
     np.testing.assert_array_equal(tokens, logits.argmax(1))
@@ -80,7 +126,7 @@ def test_greedy_and_logprobs():
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution(draw):
     logits = np.log(np.array([[0.5, 0.25, 0.15, 0.1]], np.float32))
     count = 4000
     tokens, *_ = draw(np.repeat(logits, count, 0), [(1.0, 0, 1.0, 0.0, 7)] * count, list(range(count)))
@@ -88,7 +134,7 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.15, 0.1], atol=0.03)
 
 
-def test_a_row_draws_the_same_whatever_its_neighbours():
+def test_a_row_draws_the_same_whatever_its_neighbours(draw):
     logits = np.random.default_rng(1).normal(0, 2, (3, VOCAB)).astype(np.float32)
     values = [(1.0, 0, 0.9, 0.0, seed) for seed in (5, 6, 7)]
     together, *_ = draw(logits, values, [3, 9, 27])
@@ -97,7 +143,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours():
 
 
 @pytest.mark.parametrize("change", [dict(seed=8), dict(position=4)])
-def test_another_seed_or_position_draws_anew(change):
+def test_another_seed_or_position_draws_anew(change, draw):
     flat = np.zeros((1, 4096), np.float32)
     first, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, 7)], [3])
     other, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, change.get("seed", 7))], [change.get("position", 3)])
@@ -148,7 +194,7 @@ def test_penalties_biases_and_bans_are_those_of_the_definitions(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_logprobs_are_those_of_the_model_whatever_changes_the_choice():
+def test_logprobs_are_those_of_the_model_whatever_changes_the_choice(draw):
     logits = np.random.default_rng(4).normal(0, 3, (1, VOCAB)).astype(np.float32)
     order = (-logits[0]).argsort()
     tokens, logprobs, top, top_logprobs = draw(
@@ -161,7 +207,7 @@ def test_logprobs_are_those_of_the_model_whatever_changes_the_choice():
     np.testing.assert_allclose(top_logprobs[0], exact[order], atol=1e-5)
 
 
-def test_what_nobody_wants_is_left_out():
+def test_what_nobody_wants_is_left_out(draw):
     logits = np.zeros((1, VOCAB), np.float32)
     nothing = Wanted(*(jnp.bool_(False),) * 3)
     row = [(1.0, 0, 1.0, 0.0, 7)]

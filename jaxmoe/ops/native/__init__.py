@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +28,7 @@ _FEW_TOKENS = 64
 _HERE = Path(__file__).parent
 _UNIT = _HERE / "kernels.cc"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
-_REMEDY = "use grouped='blocks', linear='xla', attention='loop' and pointwise='xla'"
+_REMEDY = "use grouped='blocks', linear='xla', attention='loop', pointwise='xla' and sampling='xla'"
 _TARGETS = {
     "jaxmoe_experts": "JaxmoeExperts",
     "jaxmoe_linear": "JaxmoeLinear",
@@ -37,6 +38,7 @@ _TARGETS = {
     "jaxmoe_gated_unit": "JaxmoeGatedUnit",
     "jaxmoe_gated_rows": "JaxmoeGatedRows",
     "jaxmoe_route": "JaxmoeRoute",
+    "jaxmoe_sample": "JaxmoeSample",
 }
 
 
@@ -213,3 +215,22 @@ def native_route(
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
     weights, probabilities = call(logits, active, top_k=np.int64(top_k), normalise=np.int64(normalise))
     return weights, probabilities
+
+
+def native_sample(
+    logits: Float[Array, "B V"],
+    token_pages: Int[Array, "M S"],
+    table: Int[Array, "B P"],
+    positions: Int[Array, "B"],
+    wanted: Bool[Array, "3"],
+    rows: Sequence[Array],
+    *,
+    num_top: int,
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Int[Array, "B T"], Float[Array, "B T"]]:
+    """As ops.sample's xla; rows are its SamplingArrays in order. Call prepare() first."""
+    count = len(logits)
+    one, many = (count,), (count, num_top)
+    results = tuple(jax.ShapeDtypeStruct(shape, t) for shape in (one, many) for t in (jnp.int32, jnp.float32))
+    call = jax.ffi.ffi_call("jaxmoe_sample", results)
+    tokens, logprobs, top_tokens, top_logprobs = call(logits, token_pages, table, positions, wanted, *rows)
+    return tokens, logprobs, top_tokens, top_logprobs

@@ -4,6 +4,7 @@
 #include "linear.cc"
 #include "paged.cc"
 #include "pointwise.cc"
+#include "sample.cc"
 
 // Whether the processor multiplies bfloat16 numbers itself: XLA then does so for many rows, faster than float32 can be.
 extern "C" int JaxmoeMultipliesBfloat16() {
