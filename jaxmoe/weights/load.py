@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,10 @@ from jaxmoe.weights.safetensors_file import TensorInfo
 
 Window = tuple[tuple[int, int], ...]
 _STAGING_BYTES = 128 << 20
+_READ_BYTES = 32 << 20  # of one tensor, at once
+_MOST_WORKERS = 8  # that read and turn tensors
+_TILE_BYTES = 32
+_ALIGNMENT = 64
 
 
 def check_keys(
@@ -47,24 +53,6 @@ def check_keys(
         )
     for key in shapes:
         _ = tensors[key].dtype
-
-
-class _Reader:
-    """Rows of tensors, the last ones kept, so that several pieces and devices cost one read."""
-
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self._tensors, self._key, self._rows, self._first = tensors, "", np.empty(0), 0
-
-    def rows(self, key: str, start: int, stop: int) -> tuple[np.ndarray, int]:
-        """An array that holds rows start..stop of the tensor, and the row it begins with."""
-        if key != self._key or start < self._first or stop > self._first + len(self._rows):
-            self.drop()  # the old rows go before the new ones come
-            self._rows, self._first, self._key = self._tensors[key].read_rows(start, stop), start, key
-        return self._rows, self._first
-
-    def drop(self) -> None:
-        """Forget the rows held."""
-        self._key, self._rows = "", np.empty(0)
 
 
 def _overlap(piece: Piece, window: Window) -> tuple[Window, tuple[int | slice, ...]] | None:
@@ -97,19 +85,55 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
 
 
-def _fill(windows: Iterable[Window], parts: list[Piece], reader: _Reader, dtype: np.dtype) -> dict[Window, np.ndarray]:
+def _fill(
+    windows: Iterable[Window],
+    parts: list[Piece],
+    tensors: Mapping[str, TensorInfo],
+    dtype: np.dtype,
+    workers: ThreadPoolExecutor,
+) -> dict[Window, np.ndarray]:
     """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
-    out = {window: np.zeros([high - low for low, high in window], dtype) for window in windows}
-    found = [(piece, window, hit) for piece in parts for window in out if (hit := _overlap(piece, window)) is not None]
-    rows_of: dict[str, tuple[int, int]] = {}
-    for piece, _, (src, _) in found:
-        low, high = rows_of.get(piece.key, src[0])
-        rows_of[piece.key] = (min(low, src[0][0]), max(high, src[0][1]))
-    for piece, window, (src, place) in found:
-        block, first = reader.rows(piece.key, *rows_of[piece.key])
-        cut = block[(slice(src[0][0] - first, src[0][1] - first), *(slice(*r) for r in src[1:]))]
-        out[window][place] = cut.T if piece.transpose else cut
+    out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
+    found: dict[str, list[tuple[Window, np.ndarray]]] = defaultdict(list)  # ranges of a tensor, and where they go
+    for piece in parts:
+        for window, array in out.items():
+            if (hit := _overlap(piece, window)) is not None:
+                src, place = hit
+                found[piece.key].append((src, array[place].T if piece.transpose else array[place]))
+
+    def from_tensor(key: str) -> None:
+        low, high = (pick(src[0][end] for src, _ in found[key]) for end, pick in enumerate((min, max)))
+        row_bytes = max(1, tensors[key].num_bytes // max(1, tensors[key].shape[0]))
+        step = max(1, _READ_BYTES // row_bytes)
+        for first in range(low, high, step):
+            rows = tensors[key].read_rows(first, min(high, first + step))
+            for (span, *others), destination in found[key]:
+                start, stop = max(span[0], first), min(span[1], first + len(rows))
+                if start < stop:
+                    cut = rows[(slice(start - first, stop - first), *(slice(*r) for r in others))]
+                    _copy(cut, destination[start - span[0] : stop - span[0]])
+
+    for _ in workers.map(from_tensor, found):
+        pass
     return out
+
+
+def _copy(rows: np.ndarray, to: np.ndarray) -> None:
+    """to[...] = rows, a few rows at a time: where `to` is transposed, those fill whole lines of the cache."""
+    if rows.dtype == to.dtype:  # NumPy copies its own numbers faster than those of ml_dtypes
+        same_size = np.dtype(f"u{rows.itemsize}")
+        rows, to = rows.view(same_size), to.view(same_size)
+    step = len(rows) if to.flags.c_contiguous else max(1, _TILE_BYTES // to.itemsize)
+    for first in range(0, len(rows), step):
+        to[first : first + step] = rows[first : first + step]
+
+
+def _zeros_on_host(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros that lie as XLA wants arrays to, so that a CPU device takes them without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    room = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _cutting_order(parts: list[Piece]) -> list[int]:
@@ -151,8 +175,11 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
             yield from _blocks((*window[:dim], cut, *window[dim + 1 :]), itemsize, rest, shares)
 
 
-def load_param(info: ParamInfo, parts: list[Piece], reader: _Reader) -> jax.Array:
-    """One parameter, sharded. Host memory: twice the staging limit, whatever the size of parameter and tensors."""
+def load_param(
+    info: ParamInfo, parts: list[Piece], tensors: Mapping[str, TensorInfo], workers: ThreadPoolExecutor
+) -> jax.Array:
+    """One parameter, sharded. Host memory: twice the staging limit, whatever the size of parameter and tensors; on CPU
+    devices the staged arrays are the shards, and devices that hold the same share one."""
     windows = {
         device: _bounds(index, info.shape)
         for device, index in info.sharding.addressable_devices_indices_map(info.shape).items()
@@ -160,13 +187,15 @@ def load_param(info: ParamInfo, parts: list[Piece], reader: _Reader) -> jax.Arra
     shards: dict[jax.Device, jax.Array] = {}
     shares = info.sharding.shard_shape(info.shape)
     whole: Window = tuple((0, n) for n in info.shape)
-    for block in _blocks(whole, info.dtype.itemsize, _cutting_order(parts), shares):
+    staged_whole = _staged_whole(windows)
+    blocks = [whole] if staged_whole else _blocks(whole, info.dtype.itemsize, _cutting_order(parts), shares)
+    for block in blocks:
         by_window: dict[Window, list[jax.Device]] = defaultdict(list)
         for device, window in windows.items():
             if (clipped := _intersect(window, block)) is not None:
                 by_window[clipped].append(device)
         inside = [piece for piece in parts if _overlap(piece, block) is not None]
-        for window, staged in _fill(by_window, inside, reader, info.dtype).items():
+        for window, staged in _fill(by_window, inside, tensors, info.dtype, workers).items():
             for device in by_window[window]:
                 part = jax.device_put(staged, device)
                 if window == windows[device]:
@@ -177,10 +206,12 @@ def load_param(info: ParamInfo, parts: list[Piece], reader: _Reader) -> jax.Arra
                 start = [low - first for (low, _), (first, _) in zip(window, windows[device], strict=True)]
                 shards[device] = _write_block(shards[device], part, start)
         jax.block_until_ready(list(shards.values()))  # staged blocks are freed before the next come
-        if block != whole:
-            reader.drop()
-    reader.drop()
     return jax.make_array_from_single_device_arrays(info.shape, info.sharding, [shards[device] for device in windows])
+
+
+def _staged_whole(devices: Iterable[jax.Device]) -> bool:
+    """Whether device memory is host memory, so that staging a whole parameter takes no more of it."""
+    return all(device.platform == "cpu" for device in devices)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
@@ -220,9 +251,9 @@ def load_params(
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order. on_param is told each parameter's bytes as it lands."""
     assert set(parts) == {info.path for info in table}, set(parts) ^ {info.path for info in table}
-    reader = _Reader(tensors)
     arrays = []
-    for info in table:
-        arrays.append(load_param(info, parts[info.path], reader))
-        on_param(info.num_bytes)
+    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+        for info in table:
+            arrays.append(load_param(info, parts[info.path], tensors, workers))
+            on_param(info.num_bytes)
     return arrays

@@ -120,6 +120,7 @@ def test_every_byte_is_read_once(name, mesh, tiny_dir, bytes_read):
 )
 def test_parameters_above_the_staging_limit_come_in_blocks(name, mesh, tiny_dir, bytes_read, monkeypatch):
     monkeypatch.setattr(load, "_STAGING_BYTES", 4000)
+    monkeypatch.setattr(load, "_staged_whole", lambda devices: False)
     writes = []
     write_block = load._write_block
     monkeypatch.setattr(load, "_write_block", lambda *args: writes.append(args[1].nbytes) or write_block(*args))
