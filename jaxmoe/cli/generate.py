@@ -109,7 +109,9 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
 
     single = len(prompts) == 1 and params.n == 1
     chunks = llm.stream(prompts, params)
-    console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; compiling (kept for next time)...[/dim]")
+    tokens, num_bytes = llm.pool_for(prompts, params)
+    pool = f"pages for {tokens} tokens of {num_bytes} bytes ({tokens * num_bytes / 2**20:.1f} MiB)"
+    console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (kept for next time)...[/dim]")
     started = time.perf_counter()
     if single and isinstance(prompts[0], str):
         print(prompts[0], end="", flush=True)

@@ -120,7 +120,8 @@ def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False)
     name = DEFAULT_MODEL if model is None else model
     steps = {step: getattr(options, step) for step in STEPS if getattr(options, step) is not None}
     if options.native is not None:
-        steps = vars(Kernels()) | (dict.fromkeys(NATIVE_STEPS, "native") if options.native else {}) | steps
+        plain = Kernels()
+        steps = {step: "native" if options.native else getattr(plain, step) for step in NATIVE_STEPS} | steps
     Kernels(**steps)  # a kernel that does not exist is said before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(

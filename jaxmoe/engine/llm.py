@@ -278,8 +278,18 @@ class LLM:
         ((ids, _),) = self._asked([prompt], params)
         return ids
 
-    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
-        """An engine core with room for these requests: the one there is, or a larger one in its place."""
+    def pool_for(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> tuple[int, int]:
+        """(tokens whose keys and values generate would have room for, bytes of one) over all devices.
+
+        Raises: as generate.
+        """
+        limits = self._limits_for(self._asked(_listed(prompts), params))
+        return limits.num_ranks * limits.num_pages * limits.page_size, self.runner.bytes_a_token
+
+    def _limits_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Limits:
+        """Room for these requests, and for what there is room for already."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
         longest = max(min(context, len(ids) + p.max_tokens) for ids, p in asked)
         rows = self.runner.least_rows
@@ -292,10 +302,15 @@ class LLM:
             chunk_tokens=next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1]),
             num_pages=rows * -(-length // _PAGE_SIZE),
         )  # fmt: skip
-        if self._core is None or not self._core.limits.cover(needed):
-            old, self._core = self._core, None  # its pages are given back before new ones are asked for
-            limits = needed if old is None else needed.joined(old.limits)
-            del old
+        if self._core is None:
+            return needed
+        return self._core.limits if self._core.limits.cover(needed) else needed.joined(self._core.limits)
+
+    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
+        """An engine core with room for these requests: the one there is, or a larger one in its place."""
+        limits = self._limits_for(asked)
+        if self._core is None or self._core.limits != limits:
+            self._core = None  # its pages are given back before new ones are asked for
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace = self._trace
         return self._core
