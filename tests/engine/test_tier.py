@@ -35,8 +35,9 @@ def test_a_page_comes_back_as_it_went(mesh, kv_dtype, tiny_dir):
     state = tier.run(state, 0, Move("in", 4, 1))
     assert len(tier) == 0
     for array, old in zip(jax.tree.leaves(state), before, strict=True):
-        if array.ndim > 1 and array.shape[0] == 5 * runner.num_ranks:
-            old[last * 5 + 2], old[4] = old[last * 5 + 3], old[0]
+        pages = old.swapaxes(0, 1) if array.ndim >= 4 else old  # [layers, pages, ...], and [pages, tokens]
+        if len(pages) == 5 * runner.num_ranks:
+            pages[last * 5 + 2], pages[4] = pages[last * 5 + 3], pages[0]
         np.testing.assert_array_equal(array, old)
 
 
