@@ -48,4 +48,7 @@ def combine(y: Float[Array, "N*t D"], *, axis: str, num_ranks: int, kind: Dispat
     if kind == "all_gather":
         return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
     parts = jax.lax.all_to_all(y.reshape(num_ranks, -1, y.shape[1]), axis, split_axis=0, concat_axis=0, tiled=True)
-    return jnp.sum(parts, axis=0)
+    total = parts[0].astype(jnp.float32)  # one after another: how a reduction rounds depends on the number of tokens
+    for part in parts[1:]:
+        total = total + part.astype(jnp.float32)
+    return total.astype(y.dtype)
