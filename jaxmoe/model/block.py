@@ -13,7 +13,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE
 from jaxmoe.model.params import Maker, at_layer, normal, ones
-from jaxmoe.model.rows import HIDDEN, normed
+from jaxmoe.model.rows import HIDDEN, Real, normed
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
@@ -43,18 +43,18 @@ class Block(nnx.Module):
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
     def __call__(
-        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, active: jax.Array, attend: Attend, kept: Any
+        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, real: Real, attend: Attend, kept: Any
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and the router's probabilities
         [B,S,E] of an MoE layer."""
         h = self._normed(x, self.input_layernorm, at)
-        y, kept = self.attention(h, at, cos, sin, attend, kept)
+        y, kept = self.attention(h, at, cos, sin, real.used, attend, kept)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, probabilities = self.moe(h, at, active)
+            y, probabilities = self.moe(h, at, real)
             return x + y, kept, probabilities
-        return x + self.mlp(h, at), kept, None
+        return x + self.mlp(h, at, real.used), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         return normed(x, at_layer(weight, at), HIDDEN, self.placement, self.kernels.pointwise, eps=self.eps)

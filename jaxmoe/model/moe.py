@@ -10,6 +10,7 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker
+from jaxmoe.model.rows import Real
 from jaxmoe.ops.dispatch import combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
@@ -50,9 +51,9 @@ class MoE(nnx.Module):
             self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
             self.shared_gate = make(init, width=width, one=1)
 
-    def __call__(self, x: jax.Array, at: At, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [B,S,D], active [B,S] -> y [B,S,D] and router probabilities [B,S,E], by the weights of layer `at`;
-        inactive tokens visit no expert."""
+    def __call__(self, x: jax.Array, at: At, real: Real) -> tuple[jax.Array, jax.Array]:
+        """x [B,S,D] -> y [B,S,D] and router probabilities [B,S,E], by the weights of layer `at`;
+        tokens that are not real visit no expert."""
         place = self.placement
         params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.shared_intermediate_size:
@@ -63,26 +64,27 @@ class MoE(nnx.Module):
             }
         arrays = {name: param[...] for name, param in params.items()}
         specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
+        used = [] if real.used is None else [real.used]
         tokens, mask = place.spec("batch", "length", "width"), place.spec("batch", "length")
         layer = jax.shard_map(
-            lambda x, active, at, arrays: _on_device(
-                x, active, at, arrays, moe=self.moe, kernels=self.kernels, place=place
+            lambda x, active, at, arrays, *used: _on_device(
+                x, active, at, used[0][0] if used else None, arrays, moe=self.moe, kernels=self.kernels, place=place
             ),
             mesh=place.mesh,
-            in_specs=(tokens, mask, place.spec(), specs),
+            in_specs=(tokens, mask, place.spec(), specs, *(place.spec("batch") for _ in used)),
             out_specs=(tokens, place.spec("batch", "length", "router_expert")),
             check_vma=False,
         )
-        return layer(x, active, jnp.int32(at), arrays)
+        return layer(x, real.active, jnp.int32(at), arrays, *used)
 
 
-def _on_device(x, active, at, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
+def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     (axis,) = place.axes("moe_expert")
     ranks = place.parts("moe_expert")
     x_tD = x.reshape(-1, x.shape[-1])
     weights_tE, probabilities = route(
-        linear(x_tD, arrays["router"], at, kind=kernels.linear, dtype="float32"),
+        linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32"),
         active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, kind=kernels.pointwise,
     )  # fmt: skip
     padding = arrays["gate_up"].shape[1] * ranks - moe.num_experts
@@ -93,17 +95,17 @@ def _on_device(x, active, at, arrays, *, moe: MoEConfig, kernels: Kernels, place
     )
     y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
     if moe.shared_intermediate_size:
-        y_tD = y_tD + _shared_expert(x_tD, at, arrays, kernels)
+        y_tD = y_tD + _shared_expert(x_tD, at, used, arrays, kernels)
     if place.parts("moe_ffn") > 1:
         y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
     return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
 
 
-def _shared_expert(x, at, arrays, kernels: Kernels):
+def _shared_expert(x, at, used, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate."""
     kind = kernels.linear
     layers, width, _, ffn = arrays["shared_in"].shape
-    both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, kind=kind)
+    both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, used, kind=kind)
     hidden = gated_unit(both.reshape(-1, 2, ffn), kind=kernels.pointwise)
-    y = linear(hidden, arrays["shared_out"], at, kind=kind)
-    return gated_rows(y, linear(x, arrays["shared_gate"], at, kind=kind), kind=kernels.pointwise)
+    y = linear(hidden, arrays["shared_out"], at, used, kind=kind)
+    return gated_rows(y, linear(x, arrays["shared_gate"], at, used, kind=kind), kind=kernels.pointwise)

@@ -20,6 +20,7 @@ def project(
     place: Placement,
     kind: LinearKind,
     at: At | None = None,
+    used: jax.Array | None = None,
     *,
     over: int = 1,
     transposed: bool = False,
@@ -28,6 +29,7 @@ def project(
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
     transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
+    used [r]: how many of each rank's tokens matter, its first ones; all by default.
 
     One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside.
     """
@@ -44,12 +46,14 @@ def project(
         return place.constrain(y, *lead, *kept)
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
-    def part(x: jax.Array, w: jax.Array, at: jax.Array) -> jax.Array:
+    def part(x: jax.Array, w: jax.Array, at: jax.Array, *used: jax.Array) -> jax.Array:
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else w.reshape(len(w), depth, -1)
-        y = linear(x.reshape(-1, depth), matrices, at, kind=kind, transposed=transposed, dtype=dtype)
+        count = used[0][0] if used else None
+        y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
         y = jax.lax.psum(y, axes) if axes else y
         return y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :]))
 
-    arrays = (x, (*lead, *summed)), (weights, (layer, *dims)), (jnp.int32(at), ())
+    arrays = [(x, (*lead, *summed)), (weights, (layer, *dims)), (jnp.int32(at), ())]
+    arrays += [] if used is None else [(used, ("batch",))]
     return place.locally(part, *arrays, out=(*lead, *kept))

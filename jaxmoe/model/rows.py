@@ -1,11 +1,13 @@
-"""Norms, rotations and gates of sharded arrays, by XLA or by kernels it cannot see into."""
+"""Rows of sharded arrays: which are real, and their norms, rotations and gates, by XLA or by opaque kernels."""
 
 # Dims: B batch, S length, D width, F ffn, H head dim.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxmoe.ops.gate import gated_unit
 from jaxmoe.ops.norm import rms_norm
@@ -14,6 +16,26 @@ from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Dims, Placement
 
 HIDDEN = ("batch", "length", "width")
+
+
+class Real(NamedTuple):
+    """Which tokens are real. active [B,S]; used [r]: of each rank's tokens, how many to the last real one, where
+    kernels can leave out those that follow."""
+
+    active: jax.Array
+    used: jax.Array | None
+
+
+def real_tokens(active: jax.Array, place: Placement, *, count: bool) -> Real:
+    """Real tokens of active [B,S]; counted where `count`."""
+
+    def last(active: jax.Array) -> jax.Array:
+        place = jnp.arange(1, active.size + 1, dtype=jnp.int32)
+        return jnp.max(jnp.where(active.reshape(-1), place, 0), keepdims=True)
+
+    return Real(active, place.locally(last, (active, ("batch", "length")), out=("batch",)) if count else None)
+
+
 _HALVES = ("batch", "length", "one")
 
 

@@ -17,7 +17,7 @@ from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import HIDDEN, normed
+from jaxmoe.model.rows import HIDDEN, normed, real_tokens
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
 
@@ -66,14 +66,14 @@ class Transformer(nnx.Module):
         x = jnp.take(self.embed[...], tokens, axis=0)
         x = self.placement.constrain(x, "batch", "length", "width")
         kept = [(None,) * part.period for part in self.parts] if kept is None else list(kept)
-        routed = []
+        real, routed = real_tokens(active, self.placement, count=self.kernels.linear == "native"), []
         for number, (part, blocks) in enumerate(zip(self.parts, self.segments, strict=True)):
 
             def repeat(carry, at, blocks=blocks):
                 x, kept = carry[0], []
                 probabilities = []
                 for block, own in zip(blocks, carry[1], strict=True):
-                    x, own, choice = block(x, at, cos, sin, active, attend, own)
+                    x, own, choice = block(x, at, cos, sin, real, attend, own)
                     kept.append(own)
                     if routing and choice is not None:
                         probabilities.append(choice)

@@ -27,15 +27,19 @@ def linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"],
     at: At = 0,
+    used: At | None = None,
     *,
     kind: LinearKind = "xla",
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "T N"]:
-    """x W, or x W^T where transposed, W being layer `at` of w, in dtype (x's by default); sums are float32."""
+    """x W, or x W^T where transposed, W being layer `at` of w, in dtype (x's by default); sums are float32.
+
+    used: rows of x that matter, the first ones; what the others give is anything finite.
+    """
     dtype = x.dtype.name if dtype is None else dtype
     if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
-        return _native(transposed, dtype, x, w, at)
+        return _native(transposed, dtype, x, w, at, x.shape[0] if used is None else used)
     return _xla(transposed, dtype, x, w, at)
 
 
@@ -45,18 +49,18 @@ def _xla(transposed: bool, dtype: str, x, w, at):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _native(transposed: bool, dtype: str, x, w, at):
-    return native.native_linear(x, w, at, transposed=transposed, dtype=dtype)
+def _native(transposed: bool, dtype: str, x, w, at, used):
+    return native.native_linear(x, w, at, used, transposed=transposed, dtype=dtype)
 
 
-def _native_fwd(transposed: bool, dtype: str, x, w, at):
-    return _native(transposed, dtype, x, w, at), (x, w, at)
+def _native_fwd(transposed: bool, dtype: str, x, w, at, used):
+    return _native(transposed, dtype, x, w, at, used), (x, w, at)
 
 
 def _native_bwd(transposed: bool, dtype: str, saved, dy):
     x, w, at = saved
     dx, dw = jax.vjp(lambda x, w: _xla(transposed, dtype, x, w, at), x, w)[1](dy)
-    return dx, dw, None
+    return dx, dw, None, None
 
 
 _native.defvjp(_native_fwd, _native_bwd)

@@ -154,6 +154,7 @@ def native_linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"],
     at: At,
+    used: At,
     *,
     transposed: bool,
     dtype: str,
@@ -161,7 +162,7 @@ def native_linear(
     """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
     columns = w.shape[1 if transposed else 2]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
-    return call(x, w, jnp.int32(at), transposed=transposed)
+    return call(x, w, jnp.int32(at), jnp.int32(used), transposed=transposed)
 
 
 def native_paged(
