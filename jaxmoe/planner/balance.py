@@ -1,0 +1,137 @@
+"""Which expert stands on which rank, and which stand on several: expert-parallel load balance (EPLB).
+
+Loads [layers, experts] -> a placement of replicas on ranks. Hierarchical where groups of experts divide among nodes:
+each group stays inside one node, so that group-limited routing keeps a token there; global otherwise.
+Source: DeepSeek-AI, Expert Parallelism Load Balancer (2025), whose published example it reproduces.
+"""
+
+# Dims: X rows packed by themselves (layers, or layers x nodes), N items of a row, E experts, R replicas in all.
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlacement:
+    """Where every replica of every expert of each layer stands: places are dealt to ranks in order, as many to each.
+
+    expert_at [layers, R]: the expert at each place. replica_at [layers, R]: which of its replicas that is.
+    replicas [layers, E]: how many replicas each expert has.
+    """
+
+    expert_at: np.ndarray
+    replica_at: np.ndarray
+    replicas: np.ndarray
+    num_ranks: int
+
+    def rank_loads(self, loads: np.ndarray) -> np.ndarray:
+        """[layers, ranks]: tokens of each rank, where an expert's (loads [layers, E]) are shared by its replicas."""
+        share = np.take_along_axis(np.asarray(loads, np.float64) / self.replicas, self.expert_at, axis=1)
+        return share.reshape(len(share), self.num_ranks, -1).sum(axis=-1)
+
+
+def balancedness(rank_loads: np.ndarray) -> float:
+    """Mean load of a rank over that of the fullest, each summed over layers; 1 is even. rank_loads [layers, ranks].
+
+    A layer without any tokens adds nothing; where no layer has any the result is 1.
+    """
+    fullest = rank_loads.max(axis=1).sum()
+    return float(rank_loads.mean(axis=1).sum() / fullest) if fullest > 0 else 1.0
+
+
+def in_order(num_layers: int, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Experts dealt to ranks by their number, one replica each. Raises: ConfigError if that does not come out even."""
+    if num_experts % num_ranks:
+        raise ConfigError(f"{num_experts} experts do not divide among {num_ranks} ranks: give redundant experts")
+    expert_at = np.tile(np.arange(num_experts), (num_layers, 1))
+    return ExpertPlacement(
+        expert_at=expert_at, replica_at=np.zeros_like(expert_at), replicas=np.ones_like(expert_at), num_ranks=num_ranks
+    )
+
+
+def balance(
+    loads: np.ndarray, *, num_replicas: int, num_groups: int = 1, num_nodes: int = 1, num_ranks: int
+) -> ExpertPlacement:
+    """The placement of num_replicas replicas on num_ranks ranks that evens out loads [layers, experts].
+
+    Raises: ConfigError for numbers that do not divide as they must, naming them.
+    """
+    loads = np.asarray(loads, np.float64)
+    num_experts = loads.shape[1]
+    for what, value, by, parts in (
+        ("replicas", num_replicas, "ranks", num_ranks),
+        ("ranks", num_ranks, "nodes", num_nodes),
+        ("experts", num_experts, "groups", num_groups),
+    ):
+        if parts < 1 or value % parts:
+            raise ConfigError(f"{value} {what} do not divide among {parts} {by}: choose a multiple")
+    if num_replicas < num_experts:
+        raise ConfigError(f"{num_replicas} replicas for {num_experts} experts: each needs at least one")
+    if not np.isfinite(loads).all() or (loads < 0).any():
+        raise ConfigError("loads must be finite and at least 0")
+    if num_groups % num_nodes:  # groups cannot stay inside nodes
+        num_groups = num_nodes = 1
+
+    in_node, node_experts = _groups_to_nodes(loads, num_groups, num_nodes)
+    local, replica, counts = _replicate(in_node, num_replicas // num_nodes)
+    load_at = np.take_along_axis(in_node / counts, local, axis=1)
+    rank, place = _pack(load_at, num_ranks // num_nodes)
+    order = np.argsort(rank * (load_at.shape[1] // (num_ranks // num_nodes)) + place, axis=1)
+    local, replica = np.take_along_axis(local, order, axis=1), np.take_along_axis(replica, order, axis=1)
+
+    layers = len(loads)
+    expert_at = np.take_along_axis(node_experts, local, axis=1).reshape(layers, -1)
+    replicas = np.zeros((layers, num_experts), np.int64)
+    np.put_along_axis(replicas, node_experts.reshape(layers, -1), counts.reshape(layers, -1), axis=1)
+    return ExpertPlacement(
+        expert_at=expert_at, replica_at=replica.reshape(layers, -1), replicas=replicas, num_ranks=num_ranks
+    )
+
+
+def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loads [layers*nodes, E/nodes] of each node's experts, and which experts they are, of the same shape."""
+    layers, num_experts = loads.shape
+    size = num_experts // num_groups
+    node, place = _pack(loads.reshape(layers, num_groups, size).sum(axis=-1), num_nodes)
+    groups = np.argsort(node * (num_groups // num_nodes) + place, axis=1)
+    experts = (groups[:, :, None] * size + np.arange(size)).reshape(layers * num_nodes, -1)
+    by_node = np.take_along_axis(loads, experts.reshape(layers, -1), axis=1)
+    return by_node.reshape(experts.shape), experts
+
+
+def _pack(loads: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pack, place within it) of every item [X,N]: heaviest first, to the lightest pack that still has room."""
+    room = loads.shape[1] // num_packs
+    pack, place = np.zeros(loads.shape, np.int64), np.zeros(loads.shape, np.int64)
+    if room == 1:
+        pack[:] = np.arange(num_packs)
+        return pack, place
+    for row, heaviest_first in enumerate(np.argsort(-loads, axis=1, kind="stable")):
+        weight, held = np.zeros(num_packs), np.zeros(num_packs, np.int64)
+        for item in heaviest_first:
+            to = int(np.argmin(np.where(held < room, weight, np.inf)))
+            pack[row, item], place[row, item] = to, held[to]
+            weight[to] += loads[row, item]
+            held[to] += 1
+    return pack, place
+
+
+def _replicate(loads: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(expert of each replica [X,R], which of its replicas [X,R], replicas of each expert [X,N]).
+
+    Each expert has one; every further one goes to the expert whose replicas carry most.
+    """
+    rows, num_experts = loads.shape
+    every = np.arange(rows)
+    expert = np.tile(np.arange(num_replicas), (rows, 1))
+    replica = np.zeros((rows, num_replicas), np.int64)
+    counts = np.ones((rows, num_experts), np.int64)
+    for at in range(num_experts, num_replicas):
+        fullest = np.argmax(loads / counts, axis=1)
+        expert[:, at], replica[:, at] = fullest, counts[every, fullest]
+        counts[every, fullest] += 1
+    return expert, replica, counts

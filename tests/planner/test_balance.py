@@ -1,0 +1,95 @@
+"""Balanced placements: the published example to the last place, and what must hold for any loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.planner.balance import balance, balancedness, in_order
+
+# Expected output of DeepSeek-AI's EPLB README.
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "eplb_readme.json").read_text())
+
+
+@pytest.mark.parametrize("example", PUBLISHED, ids=lambda example: example["name"])
+def test_the_published_example_comes_out_exactly(example):
+    loads = np.array(example["weight"])
+    found = balance(
+        loads, num_replicas=example["num_replicas"], num_groups=example["num_groups"],
+        num_nodes=example["num_nodes"], num_ranks=example["num_gpus"],
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.expert_at, example["phy2log"])
+    np.testing.assert_array_equal(found.replica_at, example["phyrank"])
+    np.testing.assert_array_equal(found.replicas, example["logcnt"])
+    each = [balancedness(layer[None]) for layer in found.rank_loads(loads)]
+    np.testing.assert_allclose(each, example["balancedness_mean_over_max_per_layer"], rtol=1e-12)
+
+
+def test_balancedness_sums_over_ranks_never_over_layers():
+    assert balancedness(np.array([[100, 0, 0, 0], [100, 0, 0, 0]])) == 0.25
+    assert balancedness(np.array([[100, 0, 0, 0], [0, 100, 0, 0]])) == 0.25
+    assert balancedness(np.ones((2, 4))) == 1
+    assert balancedness(np.zeros((2, 4))) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    layers=st.integers(1, 3),
+    nodes=st.sampled_from([1, 2, 4]),
+    groups=st.sampled_from([1, 2, 4]),
+    ranks_of_node=st.sampled_from([1, 2, 3]),
+    spare=st.integers(0, 2),
+)
+def test_every_expert_has_a_place_and_groups_stay_inside_nodes(seed, layers, nodes, groups, ranks_of_node, spare):
+    rng = np.random.default_rng(seed)
+    ranks, experts = nodes * ranks_of_node, 12
+    replicas = (-(-experts // ranks) + spare) * ranks
+    loads = rng.integers(0, 200, (layers, experts))
+    found = balance(loads, num_replicas=replicas, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
+    for layer in range(layers):
+        places = list(zip(found.expert_at[layer], found.replica_at[layer], strict=True))
+        assert sorted(places) == [(e, r) for e in range(experts) for r in range(found.replicas[layer, e])]
+    np.testing.assert_allclose(found.rank_loads(loads).sum(axis=1), loads.sum(axis=1))
+    if groups % nodes == 0:
+        by_node = found.expert_at.reshape(layers, nodes, -1) // (experts // groups)
+        homes = [[set(by_node[layer, node]) for node in range(nodes)] for layer in range(layers)]
+        assert all(not (a & b) for layer in homes for i, a in enumerate(layer) for b in layer[:i])
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**16), spare=st.integers(0, 3))
+def test_skewed_loads_come_out_more_even(seed, spare):
+    loads = np.random.default_rng(seed).zipf(1.5, (4, 16)).clip(max=1000)
+    before = balancedness(in_order(4, 16, 4).rank_loads(loads))
+    after = balancedness(balance(loads, num_replicas=16 + 4 * spare, num_ranks=4).rank_loads(loads))
+    assert after >= before - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(num_replicas=17), "17 replicas do not divide among 4 ranks"),
+        (dict(num_replicas=8), "8 replicas for 12 experts"),
+        (dict(num_nodes=3), "4 ranks do not divide among 3 nodes"),
+        (dict(num_groups=5), "12 experts do not divide among 5 groups"),
+        (dict(num_groups=0), "12 experts do not divide among 0 groups"),
+        (dict(loads=np.full((1, 12), np.nan)), "finite"),
+        (dict(loads=-np.ones((1, 12))), "at least 0"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_named(changes, words):
+    asked = dict(loads=np.ones((1, 12)), num_replicas=16, num_ranks=4) | changes
+    with pytest.raises(ConfigError, match=words):
+        balance(**asked)
+
+
+def test_experts_in_order_must_divide():
+    with pytest.raises(ConfigError, match="10 experts do not divide among 4 ranks"):
+        in_order(1, 10, 4)
