@@ -9,6 +9,7 @@ import click
 
 from jaxmoe import __version__
 from jaxmoe.cli.bench import bench
+from jaxmoe.cli.compile import compile_model
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
@@ -21,7 +22,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench):
+for command in (generate, score, verify, bench, compile_model):
     cli.add_command(command)
 
 

@@ -9,12 +9,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.llm import LLM, TURNS, Prompt
@@ -28,6 +30,18 @@ _DEFAULT_CPU_GIB = 1.0
 _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 
 
+@contextlib.contextmanager
+def _compile_bar(limits: Limits, llm: LLM) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error for programs compiled at start-up; nothing where that is not a terminal."""
+    console = Console(stderr=True, highlight=False)
+    tokens, each = limits.pool_tokens * limits.num_ranks, llm.runner.bytes_a_token
+    label = f"pages for {tokens} tokens of {each} bytes ({tokens * each / 2**30:.2f} GiB); compiling steps"
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 class Engine:
     """A model that serves requests as they come. Start-up compiles every program it will run.
 
@@ -36,7 +50,9 @@ class Engine:
     each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
     are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
     page_size: tokens. chunk_tokens: of prompts, a step and rank. turns: tokens that a request decodes in one step where
-    no prompt waits. trace: a file that close() writes what happened to, with a page beside it (engine/trace.py).
+    no prompt waits. on_compile is told (programs ready, programs in all) at start-up; by default a bar shows them on a
+    terminal, with the size of the pool. trace: a file that close() writes what happened to, with a page beside it
+    (engine/trace.py).
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -54,7 +70,7 @@ class Engine:
         chunk_tokens: int = 512,
         turns: int = TURNS,
         trace: str | Path | None = None,
-        on_compile: Callable[[int, int], None] = lambda done, total: None,
+        on_compile: Callable[[int, int], None] | None = None,
         **load: Any,
     ) -> None:
         if isinstance(model, LLM) and (mesh is not None or dtype is not None or load):
@@ -74,7 +90,8 @@ class Engine:
             )  # fmt: skip
         except RequestError as error:
             raise ConfigError(f"memory_gib={memory_gib} is more than the devices have: {error}") from error
-        self._core.warm_up(on_compile)
+        with contextlib.nullcontext(on_compile) if on_compile else _compile_bar(self._limits, self.llm) as report:
+            self._core.warm_up(report)
         self._ids = itertools.count()
         self._listeners: dict[str, _Listener] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

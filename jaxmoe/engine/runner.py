@@ -304,6 +304,24 @@ class Runner:
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
             return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
 
+    def abstract_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
+        """The shapes of empty_state, and how they lie."""
+        shapes = jax.eval_shape(lambda: self._empty(rows, num_pages, page_size))
+        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, shapes, self._state_sharding())
+
+    def lower(self, state: EngineState, bucket: Bucket, *, turns: int) -> Any:
+        """The step of one bucket, lowered for the devices of the mesh, without running it."""
+        packed = jax.ShapeDtypeStruct(
+            (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "one")
+        )
+        with self._precisely():
+            flags = jax.ShapeDtypeStruct((3,), jnp.bool_, sharding=self.placement.sharding("one"))
+            count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.placement.sharding())
+            return self.step_fn.lower(
+                self.leaves, state, packed, flags, count, bucket=bucket, turns=turns, traced=False
+            )
+
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """tokens [B,S] -> log-probability of the token that follows each place [B,S], logits after the last [B,V]."""
         with self._precisely():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 import numpy as np
@@ -29,6 +29,8 @@ _CALLED = re.compile(
 )
 _NAMES = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%([\w.-]+)")
+_COMPARED = re.compile(r"ROOT %\S+ = \S+ compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
@@ -49,8 +51,8 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
         if not axes:
             continue
         sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(match["result"])]
-        if match["start"] and op in ("all-gather", "collective-permute"):
-            sizes = sizes[1:2]  # (operand, result, ...)
+        if match["start"] and len(sizes) > 1:  # (operand, result, ...), or ((operands), (results))
+            sizes = sizes[1:2] if op == "collective-permute" else sizes[len(sizes) // 2 :]
         found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += times  # type: ignore[arg-type]
     return found
 
@@ -71,14 +73,24 @@ def _lines_run(compiled_text: str) -> Iterator[tuple[str, int]]:
     def visit(name: str, times: int) -> None:
         runs[name] += times
         for line in lines[name]:
-            known = _TRIPS.search(line)
             for role, names in _CALLED.findall(line):
-                turns = int(known[1]) if known and role == "body" else 1
+                turns = _turns(line, lines) if role == "body" else 1
                 for callee in _NAMES.findall(names):
                     visit(callee, times * turns)
 
     visit(entry, 1)
     return ((line, runs[name]) for name, body in lines.items() for line in body if runs[name])
+
+
+def _turns(loop: str, lines: Mapping[str, list[str]]) -> int:
+    """How often a loop turns: as the compiler says, or up to the constant its condition compares with; else 1."""
+    if known := _TRIPS.search(loop):
+        return int(known[1])
+    condition = _CONDITION.search(loop)
+    body = "\n".join(lines[condition[1]]) if condition else ""
+    compared = _COMPARED.search(body)
+    bound = compared and re.search(rf"%{re.escape(compared[1])} = s32\S* constant\((\d+)\)", body)
+    return int(bound[1]) if bound else 1
 
 
 def _array_bytes(kind: str, shape: str) -> int:

@@ -125,6 +125,38 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert found == {Collective(op="all-reduce", axes=("tensor",), result_bytes=8 * 8 * 4): 6}
 
 
+_TPU_TEXT = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce-start = ((f32[8]), f32[8]) all-reduce-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}
+  %permute = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1},{1,0}}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(94)
+  %at = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%at, %limit), direction=LT
+}
+
+%other (p: (s32[], f32[8])) -> pred[] {
+  ROOT %lt.1 = pred[] compare(%a, %b), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %while = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %while.1 = (s32[], f32[8]) while(%t), condition=%other, body=%body
+}
+"""
+
+
+def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
+    """As the TPU compiler prints its loops and the operations that go on beside others."""
+    mesh = mesh_of("tensor=8")
+    assert collectives(_TPU_TEXT, mesh) == {
+        Collective(op="all-reduce", axes=("tensor",), result_bytes=32): 95,
+        Collective(op="collective-permute", axes=("tensor",), result_bytes=16): 95,
+    }
+
+
 def test_an_unplanned_collective_is_seen():
     """A weight gathered by mistake shows up, so the comparison above can fail."""
     mesh = mesh_of("tensor=8")

@@ -1,0 +1,76 @@
+"""jaxmoe compile: a model's steps by the compiler of a cluster that is not there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.table import Table
+
+from jaxmoe.cli.options import console
+
+
+@click.command("compile")
+@click.argument("config")
+@click.option("--target", required=True, help="a cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8")
+@click.option("--mesh", required=True, help="axes, as in expert=16 or data=4,expert=4,tensor=4")
+@click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
+@click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
+@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def compile_model(as_json: bool, kv_dtype: str | None, **asked: Any) -> int:
+    """Compile prefill and decode of the model of CONFIG (a config.json, or a folder with one) for a target that need
+    not be there: what each device holds, and what devices say to each other. Exit 1 if it does not fit."""
+    from jaxmoe.engine.llm import DTYPES, KV_DTYPES
+    from jaxmoe.errors import ConfigError
+    from jaxmoe.inspect.fit import Question, compile_for
+
+    for name, value, known in (("dtype", asked["dtype"], DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
+        if value is not None and value not in known:
+            raise ConfigError(f"{name}={value!r} must be one of {', '.join(known)}")
+    question = Question(kv_dtype=KV_DTYPES.get(kv_dtype or ""), **asked)
+    with console.status(f"{question.target}: preparing") as status:
+        answer = compile_for(question, lambda phase: status.update(f"{question.target}: compiling {phase}"))
+    if as_json:
+        print(json.dumps(answer), flush=True)
+    else:
+        _print(answer)
+    return 0 if answer["fits"] else 1
+
+
+def _gib(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
+
+
+def _print(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    size, screen = answer["bytes"], Console()
+    table = Table(title=f"{answer['target']}, GiB of each device", title_justify="left")
+    for name in ("weights", "kv", "temp", "total", "limit"):
+        table.add_column(name, justify="right")
+    table.add_row(*(_gib(size[name]) for name in ("weights", "kv", "temp", "total", "limit")))
+    screen.print(table)
+    if answer["collectives"]:
+        table = Table("step", "collective", "axes", title="what devices say to each other", title_justify="left")
+        for name in ("a step", "bytes each", "planned"):
+            table.add_column(name, justify="right")
+        for one in answer["collectives"]:
+            counts = str(one["count"]), f"{one['bytes']:,}", str(one["planned"])
+            table.add_row(one["phase"], one["op"], ", ".join(one["axes"]), *counts)
+        screen.print(table)
+    if answer["fits"]:
+        print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
+        return
+    short = size["total"] / size["limit"]
+    for phase, part in answer["phases"].items():
+        if "error" in part:
+            print(f"{phase}: {part['error']}")
+    print(
+        f"does not fit: a device needs {_gib(size['total'])} GiB and has {_gib(size['limit'])}; about "
+        f"{short:.1f} times the devices, a smaller --batch or --context, or a shorter --dtype or --kv-dtype would do"
+    )

@@ -1,0 +1,103 @@
+"""Clusters one does not own: names, sizes and memory of the devices that XLA compiles for without having them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmoe.errors import ConfigError
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A kind of device. hbm_bytes: of one device of the mesh; devices_per_chip: how many of them a chip shows."""
+
+    platform: Literal["tpu", "cuda"]
+    hbm_bytes: int
+    devices_per_chip: int = 1
+
+
+# Memory: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); of GPUs what a program may use (gpus/*.txtpb).
+DEVICES: dict[str, Device] = {
+    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB),
+    "v5e": Device(platform="tpu", hbm_bytes=16 * _GIB),
+    "v5p": Device(platform="tpu", hbm_bytes=95 * _GIB),
+    "v6e": Device(platform="tpu", hbm_bytes=32 * _GIB),
+    "tpu7x": Device(platform="tpu", hbm_bytes=96 * _GIB, devices_per_chip=2),
+    "h100": Device(platform="cuda", hbm_bytes=84942979072),
+    "h200": Device(platform="cuda", hbm_bytes=151397597184),
+    "b200": Device(platform="cuda", hbm_bytes=191514411008),
+}
+_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A cluster: so many chips along each dim of a TPU slice, or nodes x GPUs."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def device(self) -> Device:
+        """The kind of its devices."""
+        return DEVICES[self.name]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of a mesh over all of it."""
+        return math.prod(self.shape) * self.device.devices_per_chip
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'x'.join(map(str, self.shape))}"
+
+
+def parse_target(text: str) -> Target:
+    """A Target from "v5p:4x4x8" or "h200:2x8". Raises: ConfigError naming what is not understood and what would be."""
+    name, _, shape = text.partition(":")
+    if name not in DEVICES:
+        raise ConfigError(f"target {text!r}: unknown device {name!r}; there are {', '.join(DEVICES)}")
+    dims = {"tpu": {"v5e": 2, "v6e": 2}.get(name, 3), "cuda": 2}[DEVICES[name].platform]
+    example = {2: "2x8", 3: "4x4x4"}[dims] if DEVICES[name].platform == "cuda" or dims == 3 else "4x4"
+    if not _SHAPE.fullmatch(shape) or len(sizes := tuple(map(int, shape.split("x")))) != dims:
+        raise ConfigError(f"target {text!r}: {name} needs {dims} sizes, as in {name}:{example}")
+    return Target(name=name, shape=sizes)
+
+
+def environment(target: Target) -> Mapping[str, str]:
+    """Variables to set before JAX is imported, so that the target's compiler works without its devices."""
+    common = {"JAX_PLATFORMS": "cpu"}
+    if target.device.platform == "tpu":
+        return common | {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    return common
+
+
+def topology_devices(target: Target) -> list[Any]:
+    """The devices of a target that is not there, for a mesh to compile for.
+
+    Raises: ConfigError where its compiler is not installed, or refuses the shape.
+    """
+    from jax.experimental.topologies import get_topology_desc
+
+    os.environ.update(environment(target))
+    shape = "x".join(map(str, target.shape))
+    try:
+        if target.device.platform == "tpu":
+            found = get_topology_desc(platform="tpu", topology_name=f"{target.name}:{shape}")
+        else:
+            config = Path(__file__).parent / "gpus" / f"{target.name}.txtpb"
+            found = get_topology_desc(platform="cuda", topology=f"1x{shape}", target_config=config.read_text())
+    except Exception as error:  # whatever a plugin throws
+        extra = {"tpu": "aot-tpu", "cuda": "aot-cuda"}[target.device.platform]
+        raise ConfigError(
+            f"target {target} cannot be compiled for here: {' '.join(str(error).split())[:200]}; "
+            f"its compiler comes with pip install jaxmoe[{extra}]"
+        ) from error
+    return list(found.devices)

@@ -1,0 +1,79 @@
+"""Compiling without arrays gives what a loaded model's own program holds; questions that make no sense are answered in
+one line; the compilers of other machines are asked in a process apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from jaxmoe.errors import CheckpointError, ConfigError, MeshError
+from jaxmoe.families import read_config
+from jaxmoe.inspect.aot import PHASES, abstract_runner, compile_step, held_bytes
+from jaxmoe.inspect.fit import Question, compile_for
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.sharding import Placement
+
+from ..conftest import mesh_of
+
+MESH = "data=2,tensor=2,expert=2"
+CASE = "qwen3_moe_sparse_step"
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_do(phase, layers, tiny_dir, tiny_llm):
+    config = read_config(json.loads((tiny_dir(CASE) / "config.json").read_text()))
+    placement = Placement(mesh=mesh_of(MESH))
+    kernels = Kernels(layers=layers)
+    runner = abstract_runner(config, placement, dtype="float32", kv_dtype=None, kernels=kernels)
+    step = compile_step(runner, phase, batch=8, context=32, page_size=8, chunk_tokens=16, block_tokens=8)
+    assert step.found == step.planned
+
+    llm = tiny_llm(CASE, MESH, kernels)
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
+    pages = llm.runner.empty_state(2, 2 * 4, 8).pages
+    kv = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(pages))
+    assert (step.weights_bytes, step.kv_bytes) == (weights, kv)
+    assert held_bytes(runner, batch=8, context=32, page_size=8) == (weights, kv)
+    assert step.total_bytes >= weights + kv + step.temp_bytes
+
+
+def question(tiny_dir, **changes) -> Question:
+    asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", batch=4, context=64)
+    return Question(**(asked | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        (dict(config="nowhere"), CheckpointError, "config.json|nowhere"),
+        (dict(target="z9:1x8"), ConfigError, "unknown device 'z9'"),
+        (dict(mesh="tensor=8"), MeshError, "of 8 devices, target v5p:2x2x1 has 4"),
+        (dict(mesh="rows=4"), MeshError, "unknown mesh axis 'rows'"),
+        (dict(batch=0), ConfigError, "batch=0 must lie in"),
+        (dict(context=10**6), ConfigError, "context=1000000 must lie in"),
+    ],
+)
+def test_questions_that_make_no_sense(changes, kind, words, tiny_dir):
+    with pytest.raises(kind, match=words):
+        compile_for(question(tiny_dir, **changes))
+
+
+@pytest.mark.parametrize(("target", "package"), [("v5p:2x2x1", "libtpu"), ("h200:1x4", "jax_plugins.xla_cuda13")])
+def test_the_targets_own_compiler_is_asked_where_it_is_installed(target, package, tiny_dir):
+    parts = package.split(".")
+    there = all(importlib.util.find_spec(".".join(parts[: end + 1])) for end in range(len(parts)))
+    asked = question(tiny_dir, target=target)
+    if not there:  # what a user without it is told
+        with pytest.raises(ConfigError, match=r"pip install jaxmoe\[aot-"):
+            compile_for(asked)
+        return
+    phases: list[str] = []
+    answer = compile_for(asked, phases.append)
+    assert answer["fits"]
+    assert phases == list(PHASES)
+    assert answer["bytes"]["weights"] + answer["bytes"]["kv"] <= answer["bytes"]["total"] <= answer["bytes"]["limit"]
+    assert all(answer["phases"][phase]["as_planned"] for phase in PHASES)
