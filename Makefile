@@ -29,7 +29,7 @@ $(VENV)/oracle.stamp: $(VENV)/dev.stamp
 	touch $@
 
 demo: $(VENV)/core.stamp
-	$(BIN)/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2 --max-tokens 200 --temperature 0.7 --top-p 0.9 --dtype float32
+	$(BIN)/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2 --max-tokens 200 --temperature 0.7 --top-p 0.9 --dtype float32 --seed 5
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle"
