@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,9 +43,7 @@ class Question:
         path = path / "config.json" if path.is_dir() else path
         config = read_config(read_json(path), ignore=self.ignore_config_keys)
         target, axes = parse_target(self.target), parse_mesh(self.mesh)
-        devices = 1
-        for size in axes.values():
-            devices *= size
+        devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
                 f"mesh {self.mesh} is of {devices} devices, target {target} has {target.num_devices}: make them equal"
@@ -136,10 +135,9 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
              "planned": step.planned.get(one, 0)}
             for one, count in sorted(step.found.items(), key=str)
         ]  # fmt: skip
-        unplanned = step.found - step.planned + (step.planned - step.found)
         answer["phases"][phase] = {
             "fits": step.total_bytes <= limit, "temp_bytes": step.temp_bytes, "total_bytes": step.total_bytes,
-            "as_planned": not unplanned, "optimal_seconds": step.optimal_seconds,
+            "as_planned": step.found == step.planned, "optimal_seconds": step.optimal_seconds,
             "compile_seconds": step.compile_seconds,
         }  # fmt: skip
         answer["collectives"] += found

@@ -35,6 +35,7 @@ DEVICES: dict[str, Device] = {
     "h200": Device(platform="cuda", hbm_bytes=151397597184),
     "b200": Device(platform="cuda", hbm_bytes=191514411008),
 }
+_FLAT = ("v5e", "v6e")  # TPUs whose slices have two dims
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
 
@@ -64,8 +65,8 @@ def parse_target(text: str) -> Target:
     name, _, shape = text.partition(":")
     if name not in DEVICES:
         raise ConfigError(f"target {text!r}: unknown device {name!r}; there are {', '.join(DEVICES)}")
-    dims = {"tpu": {"v5e": 2, "v6e": 2}.get(name, 3), "cuda": 2}[DEVICES[name].platform]
-    example = {2: "2x8", 3: "4x4x4"}[dims] if DEVICES[name].platform == "cuda" or dims == 3 else "4x4"
+    example = "2x8" if DEVICES[name].platform == "cuda" else "4x4" if name in _FLAT else "4x4x4"
+    dims = len(example.split("x"))
     if not _SHAPE.fullmatch(shape) or len(sizes := tuple(map(int, shape.split("x")))) != dims:
         raise ConfigError(f"target {text!r}: {name} needs {dims} sizes, as in {name}:{example}")
     return Target(name=name, shape=sizes)

@@ -102,11 +102,10 @@ class PagedAttend:
         self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
     ) -> tuple[jax.Array, Pages]:
         """See Attend."""
-        pages = kept
-        dims = tuple(PAGE_DIMS[: array.ndim] for array in pages)
+        dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
         mixed, *pages = self._placement.locally(
-            partial(_over_pages, layout=self._layout(), num_pages=len(pages), window=window, kind=self._kind),
-            (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(pages, dims, strict=True),
+            partial(_over_pages, layout=self._layout(), num_pages=len(kept), window=window, kind=self._kind),
+            (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(kept, dims, strict=True),
             *self._told(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
