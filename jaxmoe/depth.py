@@ -1,11 +1,15 @@
-"""How a model's layers lie: in segments of alike layers whose weights are stacked, or every layer by itself."""
+"""How a model's layers lie: in segments of alike layers whose weights are stacked, or every layer by itself; and which
+segment the stages of a pipeline share out among them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.errors import ConfigError
 
 LayersKind = Literal["scan", "unroll"]
 LAYERS_KINDS: tuple[LayersKind, ...] = ("scan", "unroll")
@@ -16,13 +20,18 @@ _LONGEST_PERIOD = 8
 class Segment:
     """`period` layers that may differ, `repeats` times over, from layer `first` on.
 
-    The model holds it as `period` blocks whose arrays have a leading dim of `repeats`: layer first + r * period + b is
-    index r of block b. Where repeats is above 1 its program is compiled once and run in a loop.
+    The model holds it as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period + b is
+    at place_of_repeat(r) in block b. Where there are several its program is compiled once and run in a loop.
+
+    stages, chunks: over how many stages of a pipeline the repeats are dealt out, in chunks of neighbours each; a token
+    passes all stages `chunks` times. Slots that no layer fills, where the numbers do not divide, hold zeros.
     """
 
     first: int
     period: int
     repeats: int
+    stages: int = 1
+    chunks: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -33,15 +42,52 @@ class Segment:
         """Their numbers."""
         return range(self.first, self.first + self.num_layers)
 
+    @property
+    def chunk_slots(self) -> int:
+        """Room for repeats in every chunk of every stage."""
+        return -(-self.repeats // (self.stages * self.chunks))
 
-def segments(config: ModelConfig, kind: LayersKind) -> tuple[Segment, ...]:
-    """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat."""
+    @property
+    def slots(self) -> int:
+        """Room for repeats, over all stages."""
+        return self.stages * self.chunks * self.chunk_slots
+
+    def filled(self, stage: int, chunk: int) -> int:
+        """Repeats in one chunk of one stage: they differ by at most one, the first have more."""
+        each, left = divmod(self.repeats, self.stages * self.chunks)
+        return each + (chunk * self.stages + stage < left)
+
+    def filled_slots(self) -> Iterator[int]:
+        """The slot of every repeat, in the order of the layers."""
+        for chunk in range(self.chunks):
+            for stage in range(self.stages):
+                start = (stage * self.chunks + chunk) * self.chunk_slots
+                yield from range(start, start + self.filled(stage, chunk))
+
+
+def segments(config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: int = 1) -> tuple[Segment, ...]:
+    """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
+
+    With several stages they share out the longest segment, whatever the kind; the others stand beside the pipeline.
+    Raises: ConfigError if that segment has too few repeats.
+    """
     kinds = list(zip(config.moe_layers, config.sliding_windows, strict=True))  # all in which layers differ
-    found, at = [], 0
+    found: list[Segment] = []
+    at = 0
     while at < len(kinds):
-        period, repeats = _longest_run(kinds[at:]) if kind == "scan" else (1, 1)
+        period, repeats = _longest_run(kinds[at:]) if kind == "scan" or stages > 1 else (1, 1)
         found.append(Segment(first=at, period=period, repeats=repeats))
         at += period * repeats
+    if stages > 1:
+        longest = max(found, key=lambda part: part.num_layers)
+        if stages * chunks > longest.repeats:
+            alike = "layers" if longest.period == 1 else f"groups of {longest.period} layers"
+            in_chunks = f" in {chunks} chunks each" if chunks > 1 else ""
+            raise ConfigError(
+                f"pipeline={stages}{in_chunks} needs at least {stages * chunks} alike {alike} in a row, the model has "
+                f"{longest.repeats}: use fewer stages"
+            )
+        found[found.index(longest)] = replace(longest, stages=stages, chunks=chunks)
     return tuple(found)
 
 
@@ -58,10 +104,70 @@ def _longest_run(kinds: list[tuple[bool, int | None]]) -> tuple[int, int]:
     return best
 
 
-def place_of(layer: int, parts: tuple[Segment, ...]) -> tuple[str, int]:
-    """(path of the block, index in its leading dim) of a layer's parameters. Raises: ValueError if no part has it."""
+@dataclass(frozen=True, kw_only=True)
+class LayerPlace:
+    """Where a layer's parameters are: segment, block within it, index in the leading dim of its arrays."""
+
+    segment: int
+    block: int
+    slot: int
+
+    @property
+    def path(self) -> str:
+        """The path of the block's parameters in the model."""
+        return f"segments/{self.segment}/{self.block}"
+
+
+def place_of(layer: int, parts: tuple[Segment, ...]) -> LayerPlace:
+    """Where a layer is. Raises: ValueError if no part has it."""
     for number, part in enumerate(parts):
         if layer in part.layers():
             repeat, block = divmod(layer - part.first, part.period)
-            return f"segments/{number}/{block}", repeat
+            return LayerPlace(segment=number, block=block, slot=list(part.filled_slots())[repeat])
     raise ValueError(f"layer {layer} is in none of {parts}")
+
+
+class Unit(NamedTuple):
+    """What a stage does in one tick: one micro-batch through one of its chunks. Whole numbers, or arrays of them.
+
+    busy: whether it is real; the other numbers mean nothing where it is not.
+    """
+
+    turn: Any
+    chunk: Any
+    micro_batch: Any
+    busy: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The order in which stages take micro-batches: all of them through a chunk, then through the next.
+
+    A tick is the time of one micro-batch in one chunk of one stage. A micro-batch reaches the next stage a tick later,
+    after the last stage the first stage's next chunk, and after the last chunk its next turn. With fewer micro-batches
+    than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv 2104.04473), forward only.
+    """
+
+    stages: int = 1
+    chunks: int = 1
+    micro_batches: int = 1
+
+    @property
+    def period(self) -> int:
+        """Ticks between two chunks of one micro-batch on one stage."""
+        return max(self.stages, self.micro_batches)
+
+    def ticks(self, turns: Any = 1) -> Any:
+        """Ticks until all micro-batches have passed all stages so many times."""
+        return (turns * self.chunks - 1) * self.period + self.micro_batches + self.stages - 1
+
+    def unit(self, tick: Any, stage: Any, turns: Any = 1) -> Unit:
+        """What a stage does in a tick."""
+        step = tick - stage
+        lap, micro_batch = step // self.period, step % self.period
+        turn, chunk = lap // self.chunks, lap % self.chunks
+        return Unit(turn, chunk, micro_batch, (step >= 0) & (micro_batch < self.micro_batches) & (turn < turns))
+
+    def idle(self, turns: int = 1) -> Fraction:
+        """The share of all stages' ticks in which they have nothing to do."""
+        return 1 - Fraction(turns * self.chunks * self.micro_batches, self.ticks(turns))

@@ -52,10 +52,6 @@ def check_axes(sizes: Mapping[str, int]) -> dict[str, int]:
             raise MeshError(f"unknown mesh axis {axis!r}; the axes are data, tensor, pipeline, expert")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise MeshError(f"mesh axis {axis}={size!r} must be a whole number of at least 1")
-    if sizes.get("pipeline", 1) != 1:
-        raise MeshError(
-            f"mesh axis pipeline={sizes['pipeline']}: this version runs pipeline=1 only; use data, tensor, expert"
-        )
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment
 
 Dims = tuple[str, ...]
 Table = Mapping[str, tuple[str, ...]]
 
+# How an array stands to the pipeline: "staged" ones hold layers that stages share out; "within" is how a stage sees
+# them; "beside" are all others (embedding, head, layers that no stage holds), split over pipeline as over tensor.
+View = Literal["staged", "within", "beside"]
+
 # Logical dim -> mesh axes that split it. Outside the experts the expert axis carries batch.
 LAYOUTS: dict[str, Table] = {
     "tp+ep": {
-        "layer": (),
+        "layer": ("pipeline",),
+        "stage": ("pipeline",),
         "batch": ("data", "expert"),
         "length": (),
         "vocab": ("tensor",),
@@ -42,14 +48,42 @@ LAYOUTS: dict[str, Table] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A mesh and a layout: answers where an array with given logical dims lies."""
+    """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
+
+    chunks: of neighbouring layers that a stage of the pipeline holds, interleaved with those of the others.
+    """
 
     mesh: Mesh
     layout: str = "tp+ep"
+    chunks: int = 1
+    view: View = "staged"
+
+    def seen(self, view: View) -> Placement:
+        """The same, for arrays that stand otherwise to the pipeline."""
+        return replace(self, view=view)
+
+    def of_segment(self, part: Segment) -> Placement:
+        """The same, as the layers of a segment see it."""
+        return self.seen("within" if part.stages > 1 else "beside")
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.mesh.shape["pipeline"]
 
     def axes(self, dim: str) -> tuple[str, ...]:
         """The mesh axes that split a logical dim. Raises: KeyError for a dim the table does not know."""
-        return LAYOUTS[self.layout][dim]
+        axes = LAYOUTS[self.layout][dim]
+        if dim == "layer" and self.view != "staged":
+            return ()
+        if self.view == "beside" and self.num_stages > 1:
+            return tuple(each for axis in axes for each in (("pipeline", axis) if axis == "tensor" else (axis,)))
+        return axes
+
+    def _mesh_here(self) -> Mesh | AbstractMesh:
+        """The mesh as code being traced sees it: within a stage, one whose pipeline is not XLA's to split."""
+        here = jax.sharding.get_abstract_mesh()
+        return here if self.view == "within" and not here.empty else self.mesh
 
     def parts(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
@@ -65,19 +99,25 @@ class Placement:
 
     def constrain(self, x: jax.Array, *dims: str) -> jax.Array:
         """x, asked of XLA to lie as its dims say."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here(), self.spec(*dims)))
 
     def locally(
         self, function: Callable[..., Any], *arrays: tuple[jax.Array, Dims], out: Dims | tuple[Dims, ...]
     ) -> Any:
         """function of each device's parts, for work that XLA is not to split or cannot see into."""
-        return jax.shard_map(
+        return self.manual(
             function,
-            mesh=self.mesh,
             in_specs=tuple(self.spec(*dims) for _, dims in arrays),
             out_specs=self.spec(*out) if isinstance(out[0], str) else tuple(self.spec(*dims) for dims in out),
-            check_vma=False,
         )(*(array for array, _ in arrays))
+
+    def manual(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """function as a shard_map over all axes, or within a stage over all but the pipeline."""
+        mesh = self._mesh_here()
+        axes = set(mesh.axis_names) - ({"pipeline"} if mesh is not self.mesh else set())
+        return jax.shard_map(
+            function, mesh=mesh, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -94,13 +134,16 @@ def _head_slots(num_kv_heads: int, num_groups: int, parts: int) -> tuple[int, in
 
 
 def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
-    """The config's sizes, padded or replicated so that every split of the layout comes out even."""
+    """The config's sizes, padded or replicated so that every split of the layout comes out even.
+
+    Those of layers, for layers that stand to the pipeline as the placement's view says.
+    """
     kv_slots, kv_copies, group_slots = _head_slots(
         config.num_key_value_heads, config.num_query_groups, placement.parts("kv_head")
     )
     moe = config.moe
     return ArraySizes(
-        vocab=_round_up(config.vocab_size, placement.parts("vocab")),
+        vocab=_round_up(config.vocab_size, placement.seen("beside").parts("vocab")),
         kv_slots=kv_slots,
         kv_copies=kv_copies,
         group_slots=group_slots,

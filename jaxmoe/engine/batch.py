@@ -25,23 +25,36 @@ class Bucket:
     """Shapes of a step of one rank: rows, blocks of prompt tokens, tokens of a block, pages of a row.
 
     A row is the slot of one request: it decodes, or a token is drawn for it after the last block of its prompt.
+    micro_batches: even parts of rows and of blocks, in their order, which pass the stages of a pipeline one by one.
     """
 
     rows: int
     blocks: int
     block_tokens: int
     pages: int
+    micro_batches: int = 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens a rank computes, padding included."""
         return self.rows + self.blocks * self.block_tokens
 
+    def row_token(self, row: int) -> int:
+        """Where the token that a row decodes is among those of its rank, which come by micro-batch."""
+        part, place = divmod(row, self.rows // self.micro_batches)
+        return part * (self.num_tokens // self.micro_batches) + place
+
+    def block_token(self, block: int, place: int) -> int:
+        """Where a token of a block is among those of its rank."""
+        part, block = divmod(block, self.blocks // self.micro_batches)
+        start = part * (self.num_tokens // self.micro_batches) + self.rows // self.micro_batches
+        return start + block * self.block_tokens + place
+
     def _parts(self) -> dict[str, tuple[int, ...]]:
         rows, blocks = (self.rows,), (self.blocks,)
         listed = (self.rows, MOST_LISTED)
         return {
-            "positions": rows,  # of the token each row reads, which the step before drew
+            "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
             "counts": rows,  # tokens the row decodes, one a turn; 0 where it does not
             "drawn_from": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
             "table": (self.rows, self.pages),
@@ -103,15 +116,24 @@ def row_buckets(*, least: int, most: int) -> list[int]:
     return [*sizes, most]
 
 
-def _block_buckets(limits: Limits) -> list[int]:
-    """The numbers of prompt blocks that are computed: all a step may have, a quarter of them, and so on down to 4."""
+def _block_buckets(limits: Limits, stages: int) -> list[int]:
+    """The numbers of prompt blocks that are computed: all a step may have, a quarter of them, and so on down to 4; at
+    least one for every stage of a pipeline."""
     sizes = [limits.chunk_tokens // limits.block_tokens]
     while sizes[-1] > 4:
         sizes.append(max(4, sizes[-1] // 4))
-    return sizes[::-1]
+    return sorted({-(-size // stages) * stages for size in sizes})
 
 
-def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int) -> Bucket:
+def _micro_batches(rows: int, blocks: int, stages: int) -> int:
+    """One a stage keeps decoding stages busy; of steps with prompts up to four times as many, so that fewer wait."""
+    parts = stages
+    while stages > 1 and blocks and parts < 4 * stages and rows % (2 * parts) == 0 and blocks % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1) -> Bucket:
     """The bucket a plan runs in. Steps with prompts always have all rows, so that there are few programs."""
     size = limits.block_tokens
     blocks = 0
@@ -119,22 +141,26 @@ def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int) ->
         used = sum(-(-chunk.count // size) for chunk in plan.chunks if chunk.sequence.rank == rank)
         blocks = max(blocks, used)
     if blocks:
-        blocks = next(n for n in _block_buckets(limits) if n >= blocks)
+        blocks = next(n for n in _block_buckets(limits, stages) if n >= blocks)
         rows = limits.rows
     else:
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
-    return Bucket(rows=rows, blocks=blocks, block_tokens=size, pages=pages)
+    return _bucket(rows, blocks, limits, pages, stages)
 
 
-def all_buckets(limits: Limits, *, least_rows: int, pages: int) -> list[Bucket]:
+def _bucket(rows: int, blocks: int, limits: Limits, pages: int, stages: int) -> Bucket:
+    return Bucket(
+        rows=rows, blocks=blocks, block_tokens=limits.block_tokens, pages=pages,
+        micro_batches=_micro_batches(rows, blocks, stages),
+    )  # fmt: skip
+
+
+def all_buckets(limits: Limits, *, least_rows: int, pages: int, stages: int = 1) -> list[Bucket]:
     """Every bucket that bucket_of can give."""
     rows = row_buckets(least=least_rows, most=limits.rows)
-    mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits)]
-    return [
-        Bucket(rows=r, blocks=b, block_tokens=limits.block_tokens, pages=pages)
-        for r, b in [*((r, 0) for r in rows), *mixed]
-    ]
+    mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits, stages)]
+    return [_bucket(r, b, limits, pages, stages) for r, b in [*((r, 0) for r in rows), *mixed]]
 
 
 def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], Told]) -> np.ndarray:
@@ -169,13 +195,14 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
 
     for decode in plan.decodes:
         at = tell(decode.sequence)
-        parts["positions"][at], parts["counts"][at], parts["drawn_from"][at] = decode.start, decode.count, at[1]
+        parts["positions"][at], parts["counts"][at] = decode.start, decode.count
+        parts["drawn_from"][at] = bucket.row_token(at[1])
     next_block = [0] * limits.num_ranks
     for chunk in plan.chunks:
         at = tell(chunk.sequence)
         last = _pack_chunk(chunk, bucket, parts, next_block)
         if chunk.last:
-            parts["drawn_from"][at] = last
+            parts["drawn_from"][at], parts["positions"][at] = last, chunk.start + chunk.count - 1
     return packed
 
 
@@ -192,5 +219,5 @@ def _pack_chunk(chunk: Chunk, bucket: Bucket, parts: dict[str, Any], next_block:
         parts["block_rows"][rank, block] = sequence.slot
         parts["block_positions"][rank, block] = chunk.start + first
         parts["block_counts"][rank, block] = len(part)
-        last = bucket.rows + block * size + len(part) - 1
+        last = bucket.block_token(block, len(part) - 1)
     return last

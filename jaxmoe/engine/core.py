@@ -125,12 +125,16 @@ class Core:
         self._state = self._fresh_state()
         self._tier = HostTier(runner) if limits.num_places else None
 
+    def _bucket_sizes(self) -> dict[str, int]:
+        runner = self.runner
+        return {"least_rows": runner.least_rows, "pages": self._row_pages, "stages": runner.placement.num_stages}
+
     def _fresh_state(self) -> EngineState:
         return self.runner.empty_state(self.limits.rows, self.limits.num_pages, self.limits.page_size)
 
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile every bucket; after that a step of another shape is an error."""
-        buckets = all_buckets(self.limits, least_rows=self.runner.least_rows, pages=self._row_pages)
+        buckets = all_buckets(self.limits, **self._bucket_sizes())
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
             nothing = pack(
@@ -264,7 +268,7 @@ class Core:
             self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
 
     def _dispatch(self, plan: StepPlan) -> None:
-        bucket = bucket_of(plan, self.limits, least_rows=self.runner.least_rows, pages=self._row_pages)
+        bucket = bucket_of(plan, self.limits, **self._bucket_sizes())
         if self.sealed and bucket not in self.buckets:
             raise StepError(
                 f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
@@ -322,8 +326,8 @@ class Core:
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
         if self.trace is not None and step.record is not None:
-            counts, expert_ranks = np.asarray(step.drawn.expert_counts), self.runner.placement.parts("moe_expert")
-            self.trace.done(step.record, counts, expert_ranks=expert_ranks, now=self._clock())
+            loads, expert_ranks = self.runner.expert_loads(step.drawn), self.runner.placement.parts("moe_expert")
+            self.trace.done(step.record, loads, expert_ranks=expert_ranks, now=self._clock())
         told = []
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])

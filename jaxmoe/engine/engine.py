@@ -294,7 +294,7 @@ def _limits(
     for name, gib in (("memory_gib", memory_gib), ("host_gib", host_gib)):
         if not (is_finite(gib) and 0 <= gib < 2**40):
             raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
-    token_bytes = runner.bytes_a_token / runner.placement.parts("kv_head")
+    token_bytes = runner.device_bytes_a_token
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")

@@ -96,7 +96,8 @@ class LLM:
         shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
         abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
-        parts = assign_pieces(directory, tensors, config, array_sizes(config, placement), shapes.parts)
+        sizes = [array_sizes(config, placement.of_segment(part)) for part in shapes.parts]
+        parts = assign_pieces(directory, tensors, config, sizes, shapes.parts)
         total, done = sum(info.num_bytes for info in table), 0
 
         def on_param(num_bytes: int) -> None:

@@ -4,6 +4,8 @@
 # n blocks of q prompt tokens, t = d + n * q tokens in all; T turns, L likeliest tokens.
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,18 +16,23 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import Schedule, Segment, place_of
 from jaxmoe.engine.batch import FLOAT_PARTS, Bucket
 from jaxmoe.errors import RequestError
 from jaxmoe.model.attend import (
     PAGE_DIMS,
     TOKEN_PAGE_DIMS,
-    CausalAttend,
     KVPages,
-    PagedAttend,
+    PagedTokens,
+    Prompts,
     Section,
     empty_pages,
+    micro_batch_of,
+    split_rows,
 )
-from jaxmoe.model.transformer import Transformer
+from jaxmoe.model.pipeline import from_last_stage, run_ticks
+from jaxmoe.model.rows import HIDDEN
+from jaxmoe.model.transformer import Carried, Loads, Transformer
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.sharding import Placement, array_sizes
@@ -60,14 +67,14 @@ class EngineState(NamedTuple):
 class Drawn(NamedTuple):
     """What a step brings, of each turn and row: tokens and logprobs [T,r,d], the likeliest and theirs [T,r,d,L].
 
-    expert_counts [T,r,layers,E]: tokens of a rank that chose each expert of each MoE layer; no layers unless traced.
+    loads: in all turns, as in Carried; None unless traced.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
-    expert_counts: jax.Array
+    loads: Loads | None
 
 
 class Runner:
@@ -81,7 +88,7 @@ class Runner:
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
         self.kernels, self.parts = model.kernels, model.parts
-        self.sizes = array_sizes(model.config, model.placement)
+        self.sizes = [array_sizes(model.config, model.placement.of_segment(part)) for part in model.parts]
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
@@ -102,20 +109,41 @@ class Runner:
 
     @property
     def least_rows(self) -> int:
-        """Rows of a rank that a step should have at least."""
-        return 1 if self.kernels.linear == "native" else _LEAST_ROWS
+        """Rows of a rank that a step should have at least: some for every stage of a pipeline."""
+        return self.placement.num_stages * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
 
     @property
     def bytes_a_token(self) -> int:
         """Bytes of keys and values (and their scales) of one token, over all devices that share its rank."""
+        return self._bytes_a_token(lambda part: 1)
+
+    @property
+    def device_bytes_a_token(self) -> int:
+        """Of those, the bytes that one device holds."""
+
+        def devices(part: Segment) -> int:
+            place = self.placement.seen("staged" if part.stages > 1 else "beside")
+            return place.parts("layer") * place.parts("kv_head")
+
+        return self._bytes_a_token(devices)
+
+    def _bytes_a_token(self, share: Callable[[Segment], int]) -> int:
         scale = 4 if self.kv_dtype in LARGEST else 0
         head = self.config.head_dim * jnp.dtype(self.kv_dtype).itemsize + scale
-        return self.sizes.kv_slots * head * 2 * self.config.num_hidden_layers
+        heads = (
+            part.period * part.slots * sizes.kv_slots // share(part)
+            for part, sizes in zip(self.parts, self.sizes, strict=True)
+        )
+        return 2 * head * sum(heads)
 
     def _state_sharding(self) -> Any:
-        lie = self.placement.sharding
-        block = tuple(lie(*PAGE_DIMS[:ndim]) for ndim in ((5, 5, 4, 4) if self.kv_dtype in LARGEST else (5, 5)))
-        pages: Any = [(block,) * part.period for part in self.parts]
+        lie, ndims = self.placement.sharding, (5, 5, 4, 4) if self.kv_dtype in LARGEST else (5, 5)
+
+        def block(part: Segment) -> tuple[Any, ...]:
+            place = self.placement.seen("staged" if part.stages > 1 else "beside")
+            return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
+
+        pages: Any = [(block(part),) * part.period for part in self.parts]
         tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
@@ -144,94 +172,128 @@ class Runner:
         self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count,
         *, bucket: Bucket, turns: int, traced: bool,
     ):  # fmt: skip
-        """flags: of Wanted; count: turns to take, of `turns` there is room for."""
-        take = partial(self._turn, self._merge(leaves), bucket.split(packed), Wanted(*flags), bucket, traced)
-        if turns == 1:
-            state, drawn = take(state, 0)
-            return state, Drawn(*(part[None] for part in drawn))
+        """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets a token a turn.
 
-        def body(turn, carry):
-            state, drawn = take(carry[0], turn)
-            return state, Drawn(*(room.at[turn].set(one) for room, one in zip(carry[1], drawn, strict=True)))
-
-        return jax.lax.fori_loop(0, count, body, (state, self._room(turns, bucket.rows, traced)))
-
-    def _room(self, turns: int, rows: int, traced: bool) -> Drawn:
-        per_row, top = (turns, self.num_ranks, rows), min(MOST_TOP, self.config.vocab_size)
-        counts = self._num_counted(traced), self.config.moe.num_experts if self.config.moe else 0
-        return Drawn(
-            tokens=jnp.zeros(per_row, jnp.int32), logprobs=jnp.zeros(per_row),
-            top_tokens=jnp.zeros((*per_row, top), jnp.int32), top_logprobs=jnp.zeros((*per_row, top)),
-            expert_counts=jnp.zeros((turns, self.num_ranks, *counts), jnp.int32),
-        )  # fmt: skip
-
-    def _num_counted(self, traced: bool) -> int:
-        """MoE layers whose experts are counted."""
-        return sum(self.config.moe_layers) if traced else 0
-
-    def _turn(
-        self, model: Transformer, told, wanted: Wanted, bucket: Bucket, traced: bool, state: EngineState, turn
-    ) -> tuple[EngineState, Drawn]:
-        """One pass through the model; each row that draws gets one token. Turns after the first only decode."""
-        place, ranks, size = self.placement, told["counts"].shape[0], bucket.block_tokens
-        decodes = (told["counts"] > turn).astype(jnp.int32)
-        row_at = told["positions"] + turn
-        sections = [Section(1, None, row_at, decodes)]
-        tokens, positions, active = state.tokens[:, : bucket.rows], row_at, decodes > 0
+        With prompts there is one turn, all micro-batches pass the model before tokens are drawn; without, those of a
+        micro-batch are drawn as soon as it has passed, and its next turn begins.
+        """
+        model, told, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
+        loads = self._no_loads() if traced else None
         if bucket.blocks:
-            sections.append(Section(size, told["block_rows"], told["block_positions"], told["block_counts"]))
-            block_at = told["block_positions"][..., None] + jnp.arange(size)
-            block_real = jnp.arange(size) < told["block_counts"][..., None]
-            tokens, positions, active = (
-                jnp.concatenate([row, block.reshape(ranks, -1)], axis=1)
-                for row, block in ((tokens, told["block_tokens"]), (positions, block_at), (active, block_real))
-            )
-        tokens, positions, active = (
-            place.constrain(part.reshape(-1, 1), "batch", "length") for part in (tokens, positions, active)
-        )
-        attend = PagedAttend(told["table"], sections, place, self.kernels.attention)
-        hidden, pages, routed = model(tokens, positions, active, attend, state.pages, routing=traced)
-        counts = self._expert_counts(routed, active)
-        token_pages = attend.write_tokens(state.token_pages, tokens)
+            return self._step_with_prompts(model, state, loads, told, wanted, bucket)
+        return self._decode(model, state, loads, told, wanted, bucket, count if turns > 1 else 1, turns)
 
-        hidden, positions = hidden.reshape(ranks, bucket.num_tokens, -1), positions.reshape(ranks, -1)
-        draws = (told["drawn_from"] >= 0) & ((told["counts"] > turn) | (told["counts"] == 0))
-        if bucket.blocks:
-            hidden, positions = self._at_rows(hidden, positions, jnp.maximum(told["drawn_from"], 0))
-        logits = model.logits(hidden.reshape(-1, 1, hidden.shape[-1]))
-        logits = logits.reshape(ranks, bucket.rows, -1)[..., : self.config.vocab_size]
-        drawn = Drawn(*self._sampled(logits, told, token_pages, positions + 1, wanted), counts)
-        kept = jnp.where(draws, drawn.tokens, state.tokens[:, : bucket.rows])
-        kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
-        return EngineState(place.constrain(kept, "batch", "one"), pages, token_pages), drawn
-
-    def _expert_counts(self, routed: list[jax.Array], active: jax.Array) -> jax.Array:
-        """[r,layers,E]: tokens of each rank that chose each expert. routed: probabilities [r*t,1,E] of each layer."""
+    def _no_loads(self) -> Loads:
+        """Of every MoE layer and rank, tokens that chose each expert [slots,r,E]: none yet."""
         moe = self.config.moe
-        if moe is None or not routed:
-            return jnp.zeros((self.num_ranks, 0, moe.num_experts if moe else 0), jnp.int32)
+        assert moe is not None or not any(self.config.moe_layers)
 
-        def count(active, *layers):
-            chosen = [jax.lax.top_k(layer[:, 0], moe.num_experts_per_tok)[1] for layer in layers]
-            hits = [(each[..., None] == jnp.arange(moe.num_experts)) & active[..., None] for each in chosen]
-            return jnp.stack([jnp.sum(each, axis=(0, 1), dtype=jnp.int32) for each in hits])[None]
+        def block(part: Segment, number: int) -> jax.Array | None:
+            if moe is None or not self.config.moe_layers[part.first + number]:
+                return None
+            zeros = jnp.zeros((part.slots, self.num_ranks, moe.num_experts), jnp.int32)
+            place = self.placement.seen("staged" if part.stages > 1 else "beside")
+            return place.constrain(zeros, "layer", "batch", "router_expert")
 
-        dims = ("batch", "length", "router_expert")
-        return self.placement.locally(
-            count, (active, dims[:2]), *((layer, dims) for layer in routed), out=("batch", "one", "router_expert")
-        )
+        return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
 
-    def _at_rows(self, hidden: jax.Array, positions: jax.Array, index: jax.Array):
-        """hidden [r,t,D] and positions [r,t] at index [r,d] of each rank."""
+    def _schedule(self, bucket: Bucket) -> Schedule:
+        place = self.placement
+        return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=bucket.micro_batches)
 
-        def pick(hidden, positions, index):
-            taken = jnp.take_along_axis(hidden, index[..., None], axis=1)
-            return taken, jnp.take_along_axis(positions, index, axis=1)
-
-        return self.placement.locally(
-            pick, (hidden, ("batch", "block", "width")), (positions, ("batch", "block")), (index, ("batch", "block")),
-            out=(("batch", "block", "width"), ("batch", "block")),
+    def _step_with_prompts(
+        self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket
+    ):
+        place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
+        rows = Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])
+        blocks = Section(
+            num_tokens=bucket.block_tokens, rows=told["block_rows"], positions=told["block_positions"],
+            counts=told["block_counts"],
         )  # fmt: skip
+        work = PagedTokens(table=told["table"], sections=(rows, blocks), kind=self.kernels.attention)
+        tokens = state.tokens[:, : bucket.rows], told["block_tokens"]
+        whole = work.part(0, 1).attend
+        together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
+        token_pages = whole.write_tokens(state.token_pages, together, place)
+        by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
+        by_part = place.constrain(by_part, "batch", "length")
+        carried = Carried(list(state.pages), loads)
+        pick = partial(self._at_rows, index=jnp.maximum(told["drawn_from"], 0))
+        hidden, carried, _ = model(by_part, work, carried, schedule=self._schedule(bucket), pick=pick)
+        sampled = self._drawn(model, hidden, told, token_pages, told["positions"], wanted)
+        kept = jnp.where(told["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
+        kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
+        state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
+        return state, Drawn(*(part[None] for part in sampled), carried.loads)
+
+    def _decode(
+        self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket,
+        count, turns: int,
+    ):  # fmt: skip
+        place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
+        schedule, of = self._schedule(bucket), bucket.micro_batches
+        section = Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])
+        work = PagedTokens(table=told["table"], sections=(section,), kind=self.kernels.attention)
+
+        def tick(number, carry):
+            state, loads, flow, room = carry
+            first = schedule.unit(number, 0, count)
+            entering = work.part(first.micro_batch, of, first.turn, first.busy & (first.chunk == 0))
+            tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
+            tokens = place.constrain(tokens, "batch", "length")
+            token_pages = entering.attend.write_tokens(state.token_pages, tokens, place)
+            x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
+            last, leaving, leaves = first, entering, first.busy
+            if schedule.stages > 1:
+                flow, carried = model.tick(flow, x, work, carried, number, schedule, count)
+                last = schedule.unit(number, schedule.stages - 1, count)
+                leaves = last.busy & (last.chunk == schedule.chunks - 1)
+                leaving = work.part(last.micro_batch, of, last.turn, leaves)
+                x, carried = model.after(from_last_stage(flow.sent, self.placement), leaving, carried)
+            own = {name: split_rows(part, last.micro_batch, of) for name, part in told.items()}
+            positions = own["positions"] + last.turn
+            drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
+            draws = leaves & (own["drawn_from"] >= 0) & (own["counts"] > last.turn)
+            mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
+            by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
+            old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
+            by_part = by_part.at[:, mine].set(jnp.where(draws, drawn.tokens, old), mode="drop")
+            kept = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
+            state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
+            room = tuple(
+                all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True)
+            )
+            return state, carried.loads, flow, room
+
+        flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
+        carry = state, loads, flow, self._room(turns, of, rows)
+        state, loads, _, room = run_ticks(tick, schedule.ticks(count), carry)
+        return state, Drawn(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room), loads)
+
+    def _room(self, turns: int, of: int, rows: int) -> tuple[jax.Array, ...]:
+        """For what is drawn, by turn, rank, micro-batch and row."""
+        per_row, top = (turns, self.num_ranks, of, rows // of), min(MOST_TOP, self.config.vocab_size)
+        return (
+            jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
+            jnp.zeros((*per_row, top)),
+        )  # fmt: skip
+
+    def _drawn(
+        self, model: Transformer, hidden: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
+    ) -> Sampled:
+        """A token a row, after hidden [r*d,1,D] of tokens at positions [r,d]."""
+        logits = model.logits(hidden)
+        logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
+        return self._sampled(logits, told, token_pages, positions + 1, wanted)
+
+    def _at_rows(self, hidden: jax.Array, *, index: jax.Array) -> jax.Array:
+        """hidden [r*t,1,D] at index [r,d] of each rank: [r*d,1,D]."""
+
+        def pick(hidden, index):
+            return hidden[index.reshape(-1)]
+
+        place = self.placement.seen("within")
+        return place.locally(pick, (hidden, HIDDEN), (index, ("batch", "block")), out=HIDDEN)
 
     def _sampled(
         self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
@@ -261,8 +323,11 @@ class Runner:
 
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, *_ = model(tokens, positions, positions < lengths[:, None], CausalAttend(self.placement))
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        work = Prompts(active=positions < lengths[:, None], num_ranks=self.num_ranks)
+        parts = math.gcd(tokens.shape[0] // self.num_ranks, self.placement.num_stages)
+        schedule = Schedule(stages=self.placement.num_stages, chunks=self.placement.chunks, micro_batches=parts)
+        hidden, *_ = model(tokens, work, schedule=schedule)
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
         for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once
@@ -303,6 +368,17 @@ class Runner:
             flags = np.array(wanted, np.bool_)
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
             return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
+
+    def expert_loads(self, drawn: Drawn) -> np.ndarray:
+        """Tokens that chose each expert [layers,E] of each MoE layer in a traced step."""
+        num_experts = self.config.moe.num_experts if self.config.moe else 0
+        found = []
+        for layer in range(self.config.num_hidden_layers if drawn.loads else 0):
+            place = place_of(layer, self.parts)
+            load = drawn.loads[place.segment][place.block]
+            if load is not None:
+                found.append(np.asarray(load)[place.slot].sum(axis=0))
+        return np.stack(found) if found else np.zeros((0, num_experts), np.int32)
 
     def abstract_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
         """The shapes of empty_state, and how they lie."""

@@ -124,12 +124,10 @@ class Trace:
             ]
         return self._collectives[key]
 
-    def done(self, step: StepRecord, expert_counts: np.ndarray, *, expert_ranks: int, now: float) -> None:
-        """A step's results are there. expert_counts [turns, ranks, layers, experts]: tokens that chose each expert."""
+    def done(self, step: StepRecord, per_expert: np.ndarray, *, expert_ranks: int, now: float) -> None:
+        """A step's results are there. per_expert [layers, experts]: tokens that chose each expert."""
         step.done = now
-        counts = expert_counts[: step.turns].sum(axis=0)
-        if counts.size:
-            per_expert = counts.sum(axis=0)  # [layers, experts]
+        if per_expert.size:
             share = -(-per_expert.shape[1] // expert_ranks)
             padded = np.pad(per_expert, ((0, 0), (0, share * expert_ranks - per_expert.shape[1])))
             step.expert_tokens = padded.reshape(len(padded), expert_ranks, share).sum(axis=2).astype(np.int32)

@@ -6,7 +6,7 @@ Published matrices are [out, in]; parameters are [in, ...out].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.config import ArraySizes, ModelConfig
@@ -146,14 +146,16 @@ def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) 
     yield from _moe(config, names, layer) if config.moe_layers[layer] else _dense_mlp(config, layer)
 
 
-def pieces(config: ModelConfig, sizes: ArraySizes, names: KeyNames, segments: tuple[Segment, ...]) -> Iterator[Piece]:
-    """Every piece of a whole checkpoint, in the order of the layers."""
+def pieces(
+    config: ModelConfig, sizes: Sequence[ArraySizes], names: KeyNames, segments: tuple[Segment, ...]
+) -> Iterator[Piece]:
+    """Every piece of a whole checkpoint, in the order of the layers. sizes: of the layers of each segment."""
     width, vocab = config.hidden_size, config.vocab_size
     yield _whole("model.embed_tokens.weight", (vocab, width), "embed")
     for layer in range(config.num_hidden_layers):
-        path, index = place_of(layer, segments)
-        for piece in _layer(config, sizes, names, layer):
-            yield replace(piece, path=f"{path}/{piece.path}", dst=(index, *piece.dst))
+        place = place_of(layer, segments)
+        for piece in _layer(config, sizes[place.segment], names, layer):
+            yield replace(piece, path=f"{place.path}/{piece.path}", dst=(place.slot, *piece.dst))
     yield _whole("model.norm.weight", (width,), "final_norm")
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", (vocab, width), "head", transpose=True)

@@ -4,16 +4,17 @@
 # t tokens, n blocks of them, d rows of the table with p pages each.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
-from jaxmoe.model.attention import KEY_DIMS, QUERY_DIMS
+from jaxmoe.model.attention import KEY_DIMS, QUERY_DIMS, Told
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
 from jaxmoe.ops.quantize import LARGEST
@@ -24,45 +25,87 @@ from jaxmoe.sharding import Placement
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
 TOKEN_PAGE_DIMS = ("page", "page_token")
+_TABLE_DIMS = ("batch", "block", "one")
+T = TypeVar("T")
 
 
 def empty_pages(
-    config: ModelConfig, sizes: ArraySizes, parts: Sequence[Segment], *, num_pages: int, page_size: int, dtype: str
-) -> KVPages:
-    """Keys and values [L,num_pages,K,page_size,H] of every block, L its layers, all zero. num_pages: of all ranks.
+    config: ModelConfig, sizes: Sequence[ArraySizes], parts: Sequence[Segment], *, num_pages: int, page_size: int,
+    dtype: str,
+) -> KVPages:  # fmt: skip
+    """Keys and values [L,num_pages,K,page_size,H] of every block, L its slots, all zero. num_pages: of all ranks.
+    sizes: of the layers of each segment.
 
     In eight bits, scales [L,num_pages,K,page_size] of both follow.
     """
 
-    def block(layers: int) -> Pages:
-        shape = (layers, num_pages, sizes.kv_slots, page_size, config.head_dim)
+    def block(layers: int, kv_slots: int) -> Pages:
+        shape = (layers, num_pages, kv_slots, page_size, config.head_dim)
         numbers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         return (*numbers, jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if dtype in LARGEST else numbers
 
-    return [tuple(block(part.repeats) for _ in range(part.period)) for part in parts]
+    return [
+        tuple(block(part.slots, size.kv_slots) for _ in range(part.period))
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def split_rows(array: Any, micro_batch: Any, of: int) -> Any:
+    """array [r,n,...] -> [r,n/of,...]: one of `of` even parts of every rank's entries."""
+    if array is None or of == 1:
+        return array
+    parts = array.reshape(array.shape[0], of, -1, *array.shape[2:])
+    return jax.lax.dynamic_index_in_dim(parts, jnp.minimum(micro_batch, of - 1), axis=1, keepdims=False)
+
+
+def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) -> jax.Array:
+    """array [r*n,...] -> [r*n/of,...]: one of `of` even parts of every rank's rows. A number past the last: the last."""
+    if of == 1:
+        return array
+    parts = split_rows(array.reshape(num_ranks, -1, *array.shape[1:]), micro_batch, of)
+    return parts.reshape(-1, *array.shape[1:])
 
 
 class CausalAttend:
     """Every token over those before it; nothing kept. Rows and heads are independent, so each device does its own."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
-
     def __call__(
-        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
     ) -> tuple[jax.Array, None]:
         """See Attend."""
         del at
         attend = partial(causal_attention, window=window)
         arrays = (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS)
-        return self._placement.locally(attend, *arrays, out=QUERY_DIMS), kept
+        return place.locally(attend, *arrays, out=QUERY_DIMS), kept
 
 
-class Section(NamedTuple):
+def _register(data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+    return lambda cls: jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(meta))
+
+
+@_register(["active"], ["num_ranks"])
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Whole prompts, of which nothing is kept. active [B,S]: False for padding."""
+
+    active: jax.Array
+    num_ranks: int
+
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
+        """See Work. There is one turn."""
+        del turn
+        active = micro_batch_of(self.active, micro_batch, of, self.num_ranks) & busy
+        positions = jnp.broadcast_to(jnp.arange(active.shape[1], dtype=jnp.int32), active.shape)
+        return Told(positions, active, CausalAttend())
+
+
+@_register(["rows", "positions", "counts"], ["num_tokens"])
+@dataclass(frozen=True, kw_only=True)
+class Section:
     """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
 
     rows [r,n]: the row of the table a block belongs to; None where block i belongs to row i. positions [r,n]: of its
-    first token. counts [r,n]: tokens it has.
+    first token. counts [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens of them.
     """
 
     num_tokens: int
@@ -70,40 +113,67 @@ class Section(NamedTuple):
     positions: jax.Array
     counts: jax.Array
 
+    def part(self, micro_batch: Any, of: int, turn: Any, busy: Any) -> Section:
+        """The blocks of one micro-batch in one turn, none of them real unless busy."""
+        rows = self.rows
+        if rows is None and of > 1:
+            rows = jnp.broadcast_to(jnp.arange(self.counts.shape[1], dtype=jnp.int32), self.counts.shape)
+        rows, positions, counts = (split_rows(part, micro_batch, of) for part in (rows, self.positions, self.counts))
+        done = turn * self.num_tokens
+        counts = jnp.where(busy, jnp.clip(counts - done, 0, self.num_tokens), 0)
+        return replace(self, rows=rows, positions=positions + done, counts=counts)
 
-_TABLE_DIMS = ("batch", "block", "one")
+
+@_register(["table", "sections"], ["kind"])
+@dataclass(frozen=True, kw_only=True)
+class PagedTokens:
+    """New tokens [r*t,1] over pages: those of every rank's sections, one section after the other.
+
+    table [r,d,p]: the pages of every row.
+    """
+
+    table: jax.Array
+    sections: tuple[Section, ...]
+    kind: PagedKind
+
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
+        """See Work."""
+        sections = tuple(section.part(micro_batch, of, turn, busy) for section in self.sections)
+        positions, active = [], []
+        for section in sections:
+            each = jnp.arange(section.num_tokens, dtype=jnp.int32)
+            for found, value in (
+                (positions, section.positions[..., None] + each),
+                (active, each < section.counts[..., None]),
+            ):
+                found.append(value.reshape(value.shape[0], -1))
+        positions, active = (jnp.concatenate(parts, axis=1).reshape(-1, 1) for parts in (positions, active))
+        return Told(positions, active, PagedAttend(self.table, sections, self.kind))
 
 
 class PagedAttend:
-    """New tokens over pages. Tokens [r*t,1] are those of every rank's sections, one section after the other.
+    """Attention of new tokens over pages; what it keeps are the pages of a block's layers."""
 
-    table [r,d,p]: the pages of every row. What it keeps are the pages of a block's layers.
-    """
-
-    def __init__(
-        self,
-        table: jax.Array,
-        sections: Sequence[Section],
-        placement: Placement,
-        kind: PagedKind,
-    ) -> None:
-        self._table, self._sections = table, tuple(sections)
-        self._placement, self._kind = placement, kind
+    def __init__(self, table: jax.Array, sections: Sequence[Section], kind: PagedKind) -> None:
+        self._table, self._sections, self._kind = table, tuple(sections), kind
 
     def _told(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
         """The arrays that say where things are, with their dims."""
-        arrays = [part for section in self._sections for part in section[1:] if part is not None]
+        arrays = [
+            part for section in self._sections for part in (section.rows, section.positions, section.counts)
+            if part is not None
+        ]  # fmt: skip
         return [(self._table, _TABLE_DIMS), *((array, ("batch", "block")) for array in arrays)]
 
     def _layout(self) -> tuple[tuple[int, bool], ...]:
         return tuple((section.num_tokens, section.rows is not None) for section in self._sections)
 
     def __call__(
-        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
     ) -> tuple[jax.Array, Pages]:
         """See Attend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
-        mixed, *pages = self._placement.locally(
+        mixed, *pages = place.locally(
             partial(_over_pages, layout=self._layout(), num_pages=len(kept), window=window, kind=self._kind),
             (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(kept, dims, strict=True),
             *self._told(),
@@ -111,7 +181,7 @@ class PagedAttend:
         )  # fmt: skip
         return mixed, tuple(pages)
 
-    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array) -> jax.Array:
+    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, place: Placement) -> jax.Array:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
         def write(token_pages, tokens, *told):
@@ -119,7 +189,7 @@ class PagedAttend:
             page, offset = _places(table, sections, page_size=token_pages.shape[1], num_pages=token_pages.shape[0])
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
-        return self._placement.locally(
+        return place.locally(
             write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._told(), out=TOKEN_PAGE_DIMS
         )
 

@@ -3,7 +3,7 @@
 # Dims: B batch, S length, D width, K key/value head slots, G query heads a slot, H head dim.
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,29 @@ class Attend(Protocol):
     """How queries meet keys and values: within a prompt, or against a cache that grows."""
 
     def __call__(
-        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None
+        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
     ) -> tuple[jax.Array, Any]:
         """q [B,S,K,G,H], k and v [B,S,K,H] of the new tokens -> [B,S,K,G,H], and what is kept now.
 
         kept: what there is of earlier tokens, of all layers of this block of a segment; at: which of them this is.
         """
+        ...
+
+
+class Told(NamedTuple):
+    """What layers are told of the tokens they get: positions [B,S]; active [B,S], False for padding, which visits no
+    expert; how they attend."""
+
+    positions: jax.Array
+    active: jax.Array
+    attend: Attend
+
+
+class Work(Protocol):
+    """All tokens of a step: a tree of arrays, which every stage of a pipeline is told."""
+
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
+        """What is to be known of one of `of` even parts, in one turn. Unless busy none of its tokens is real."""
         ...
 
 
@@ -84,7 +101,7 @@ class Attention(nnx.Module):
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         kind = self.kernels.pointwise
         q, k = rotated(q, cos, sin, QUERY_DIMS, place, kind), rotated(k, cos, sin, KEY_DIMS, place, kind)
-        mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer])
+        mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer], place=place)
         y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 

@@ -11,7 +11,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import Attend, Attention
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
-from jaxmoe.model.moe import MoE
+from jaxmoe.model.moe import MoE, Routed
 from jaxmoe.model.params import Maker, at_layer, normal, ones
 from jaxmoe.model.rows import HIDDEN, Real, normed
 from jaxmoe.ops.stack import At
@@ -44,16 +44,16 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, real: Real, attend: Attend, kept: Any
-    ) -> tuple[jax.Array, Any, jax.Array | None]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and the router's probabilities
-        [B,S,E] of an MoE layer."""
+    ) -> tuple[jax.Array, Any, Routed | None]:
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
+        went."""
         h = self._normed(x, self.input_layernorm, at)
         y, kept = self.attention(h, at, cos, sin, real.used, attend, kept)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, probabilities = self.moe(h, at, real)
-            return x + y, kept, probabilities
+            y, routed = self.moe(h, at, real)
+            return x + y, kept, routed
         return x + self.mlp(h, at, real.used), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:

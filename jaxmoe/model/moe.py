@@ -3,6 +3,8 @@
 # Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +31,14 @@ class Experts(nnx.Module):
         self.down = make(init, **stack, moe_ffn=ffn, width=width)
 
 
+class Routed(NamedTuple):
+    """Where tokens went: probabilities of the router [B,S,E], and how many tokens of each rank chose each expert
+    [r,E]."""
+
+    probabilities: jax.Array
+    load: jax.Array
+
+
 class MoE(nnx.Module):
     """Routed experts, and a shared expert where the config has one."""
 
@@ -51,9 +61,9 @@ class MoE(nnx.Module):
             self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
             self.shared_gate = make(init, width=width, one=1)
 
-    def __call__(self, x: jax.Array, at: At, real: Real) -> tuple[jax.Array, jax.Array]:
-        """x [B,S,D] -> y [B,S,D] and router probabilities [B,S,E], by the weights of layer `at`;
-        tokens that are not real visit no expert."""
+    def __call__(self, x: jax.Array, at: At, real: Real) -> tuple[jax.Array, Routed]:
+        """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
+        no expert."""
         place = self.placement
         params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.shared_intermediate_size:
@@ -66,16 +76,14 @@ class MoE(nnx.Module):
         specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
         used = [] if real.used is None else [real.used]
         tokens, mask = place.spec("batch", "length", "width"), place.spec("batch", "length")
-        layer = jax.shard_map(
+        y, probabilities, load = place.manual(
             lambda x, active, at, arrays, *used: _on_device(
                 x, active, at, used[0][0] if used else None, arrays, moe=self.moe, kernels=self.kernels, place=place
             ),
-            mesh=place.mesh,
             in_specs=(tokens, mask, place.spec(), specs, *(place.spec("batch") for _ in used)),
-            out_specs=(tokens, place.spec("batch", "length", "router_expert")),
-            check_vma=False,
-        )
-        return layer(x, real.active, jnp.int32(at), arrays, *used)
+            out_specs=(tokens, place.spec("batch", "length", "router_expert"), place.spec("batch", "router_expert")),
+        )(x, real.active, jnp.int32(at), arrays, *used)
+        return y, Routed(probabilities, load)
 
 
 def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
@@ -87,6 +95,7 @@ def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels,
         linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32"),
         active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, kind=kernels.pointwise,
     )  # fmt: skip
+    load = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
     padding = arrays["gate_up"].shape[1] * ranks - moe.num_experts
     weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
     x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
@@ -98,7 +107,7 @@ def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels,
         y_tD = y_tD + _shared_expert(x_tD, at, used, arrays, kernels)
     if place.parts("moe_ffn") > 1:
         y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
-    return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1)
+    return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1), load
 
 
 def _shared_expert(x, at, used, arrays, kernels: Kernels):

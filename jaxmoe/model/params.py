@@ -1,4 +1,5 @@
-"""Declaring parameters: every one carries its logical dims, from which placement, loading and saving follow."""
+"""Declaring parameters: every one carries its logical dims and how it stands to the pipeline, from which placement,
+loading and saving follow."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.depth import Segment
 from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.sharding import View
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -39,14 +42,21 @@ def at_layer(param: nnx.Param, at: At) -> jax.Array:
 class Maker:
     """Makes the parameters of one model: same dtype, keys drawn in turn."""
 
-    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype, lead: Mapping[str, int] = MappingProxyType({})) -> None:
-        self._rngs, self._dtype, self._lead = rngs, dtype, lead
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        lead: Mapping[str, int] = MappingProxyType({}),
+        view: View = "beside",
+    ) -> None:
+        self._rngs, self._dtype, self._lead, self._view = rngs, dtype, lead, view
 
-    def stacked(self, num_layers: int) -> Maker:
-        """A maker of parameters that hold so many layers, in a leading dim."""
-        return Maker(self._rngs, self._dtype, {"layer": num_layers})
+    def stacked(self, part: Segment) -> Maker:
+        """A maker of parameters that hold the layers of a segment, in a leading dim."""
+        return Maker(self._rngs, self._dtype, {"layer": part.slots}, "staged" if part.stages > 1 else "beside")
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
         dims = {**self._lead, **dims}
-        return nnx.Param(init(self._rngs.params(), tuple(dims.values()), self._dtype), dims=tuple(dims))
+        array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
+        return nnx.Param(array, dims=tuple(dims), view=self._view)

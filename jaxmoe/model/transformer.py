@@ -1,27 +1,40 @@
 """The whole forward pass, once. Where arrays lie is the placement's business, how keys are kept the caller's."""
 
-# Dims: B batch, S length, D width, V vocabulary (padded), E experts.
+# Dims: B batch, S length, D width, V vocabulary (padded), E experts; r ranks of the batch.
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import segments
-from jaxmoe.model.attention import Attend
+from jaxmoe.depth import Schedule, Segment, segments
+from jaxmoe.model.attend import micro_batch_of
+from jaxmoe.model.attention import Attend, Told, Work
 from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import Maker, normal, ones
+from jaxmoe.model.pipeline import Flow, empty_flow, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import HIDDEN, normed, real_tokens
+from jaxmoe.model.rows import HIDDEN, Real, normed, real_tokens
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
 
-Kept = Sequence[tuple[Any, ...]]  # of every segment, of every block
+Kept = list[tuple[Any, ...]]  # of every segment, of every block
+Pick = Callable[[jax.Array], jax.Array]  # some rows of [B,S,D]
+Loads = list[tuple[jax.Array | None, ...]]  # tokens of each rank that chose each expert [slots,r,E], where counted
+
+
+class Carried(NamedTuple):
+    """What layers hand from one token to later ones: what attend keeps, and the loads of experts so far; None where
+    they are not counted."""
+
+    kept: Kept
+    loads: Loads | None
 
 
 class Transformer(nnx.Module):
@@ -36,67 +49,209 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         kernels: Kernels = Kernels(),
     ) -> None:
-        sizes = array_sizes(config, placement)
         make = Maker(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
-        self.embed = make(normal(0.02), vocab=sizes.vocab, width=config.hidden_size)
-        self.parts = segments(config, kernels.layers)
+        self.beside = placement.seen("beside")
+        vocab = array_sizes(config, self.beside).vocab
+        self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
+        self.parts = segments(config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks)
         self.segments = nnx.List(
-            nnx.List(
-                Block(config, sizes, placement, kernels, part.first + block, make=make.stacked(part.repeats))
-                for block in range(part.period)
-            )
+            nnx.List(self._block(part, block, make.stacked(part)) for block in range(part.period))
             for part in self.parts
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
-            self.head = make(normal(0.02), width=config.hidden_size, vocab=sizes.vocab)
+            self.head = make(normal(0.02), width=config.hidden_size, vocab=vocab)
+
+    def _block(self, part: Segment, block: int, make: Maker) -> Block:
+        place = self.placement.of_segment(part)
+        sizes = array_sizes(self.config, place)
+        return Block(self.config, sizes, place, self.kernels, part.first + block, make=make)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, active: jax.Array, attend: Attend, kept: Kept | None = None,
-        *, routing: bool = False,
-    ) -> tuple[jax.Array, Kept, list[jax.Array]]:  # fmt: skip
-        """Hidden states [B,S,D] of tokens [B,S] at positions [B,S], what attend keeps of them, and where `routing` the
-        router probabilities of each MoE layer.
+        self, tokens: jax.Array, work: Work, carried: Carried | None = None, *, schedule: Schedule = Schedule(),
+        pick: Pick | None = None, probabilities: bool = False,
+    ) -> tuple[jax.Array, Carried, list[jax.Array]]:  # fmt: skip
+        """Normed hidden states [B,S,D] of tokens [B,S], or of those that pick takes of them; what is carried on; and
+        where asked the router probabilities [B,S,E] of each MoE layer, in a model without a pipeline.
 
-        active [B,S] is False for padding, which visits no expert. kept: what attend kept of earlier tokens; None for
-        one that keeps nothing.
+        Tokens come in the order of the schedule's micro-batches, within every rank. carried: None where nothing is.
         """
-        cos, sin = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
-        x = jnp.take(self.embed[...], tokens, axis=0)
-        x = self.placement.constrain(x, "batch", "length", "width")
-        kept = [(None,) * part.period for part in self.parts] if kept is None else list(kept)
-        real, routed = real_tokens(active, self.placement, count=self.kernels.linear == "native"), []
-        for number, (part, blocks) in enumerate(zip(self.parts, self.segments, strict=True)):
+        carried = self.nothing_carried() if carried is None else carried
+        routed: list[jax.Array] = []
+        x = self.embedded(tokens)
+        if self.placement.num_stages == 1:
+            x, carried = self._beside(0, len(self.parts), x, work.part(0, 1), carried, routed if probabilities else None)
+            x = x if pick is None else pick(x)
+        else:
+            x, carried = self._through_stages(x, work, carried, schedule, pick)
+        return self.normed(x), carried, routed
+
+    def nothing_carried(self) -> Carried:
+        """For attention that keeps nothing."""
+        return Carried([(None,) * part.period for part in self.parts], None)
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B,S] -> [B,S,D]."""
+        return self.beside.constrain(jnp.take(self.embed[...], tokens, axis=0), *HIDDEN)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """The last norm of x [B,S,D]."""
+        return normed(
+            x, self.final_norm[...], HIDDEN, self.beside, self.kernels.pointwise, eps=self.config.rms_norm_eps
+        )
+
+    # --- layers beside the pipeline: all of them where there is none ---
+
+    @property
+    def staged(self) -> int:
+        """The segment that stages share out; one past the last where there are no stages."""
+        return next((n for n, part in enumerate(self.parts) if part.stages > 1), len(self.parts))
+
+    def before(self, x: jax.Array, told: Told, carried: Carried) -> tuple[jax.Array, Carried]:
+        """x [B,S,D] through the layers before those of the stages."""
+        return self._beside(0, self.staged, x, told, carried)
+
+    def after(self, x: jax.Array, told: Told, carried: Carried) -> tuple[jax.Array, Carried]:
+        """x [B,S,D] through the layers after those of the stages."""
+        return self._beside(self.staged + 1, len(self.parts), x, told, carried)
+
+    def _beside(
+        self, first: int, last: int, x: jax.Array, told: Told, carried: Carried, routed: list[jax.Array] | None = None
+    ) -> tuple[jax.Array, Carried]:
+        seen = self._seen(told, self.beside)
+        kept, loads = list(carried.kept), None if carried.loads is None else list(carried.loads)
+        for number in range(first, last):
+            part, blocks = self.parts[number], self.segments[number]
 
             def repeat(carry, at, blocks=blocks):
-                x, kept = carry[0], []
-                probabilities = []
-                for block, own in zip(blocks, carry[1], strict=True):
-                    x, own, choice = block(x, at, cos, sin, real, attend, own)
-                    kept.append(own)
-                    if routing and choice is not None:
-                        probabilities.append(choice)
-                return (x, tuple(kept)), probabilities
+                x, kept, loads, choices = _through(blocks, seen, at, *carry)
+                found = None if routed is None else [choice.probabilities for choice in choices if choice is not None]
+                return (x, kept, loads), found
 
+            carry = x, kept[number], None if loads is None else loads[number]
             if part.repeats == 1:
-                (x, kept[number]), probabilities = repeat((x, kept[number]), 0)
-                routed += probabilities
+                carry, found = repeat(carry, 0)
+                found = [] if found is None else found
             else:
-                at = jnp.arange(part.repeats, dtype=jnp.int32)
-                (x, kept[number]), stacked = jax.lax.scan(repeat, (x, kept[number]), at)
-                routed += [probabilities[index] for index in range(part.repeats) for probabilities in stacked]
-        eps, kind = self.config.rms_norm_eps, self.kernels.pointwise
-        return normed(x, self.final_norm[...], HIDDEN, self.placement, kind, eps=eps), kept, routed
+                carry, stacked = jax.lax.scan(repeat, carry, jnp.arange(part.repeats, dtype=jnp.int32))
+                found = [one[index] for index in range(part.repeats) for one in stacked or ()]
+            if routed is not None:
+                routed += found
+            x, kept[number], load = carry
+            if loads is not None:
+                loads[number] = load
+        return x, Carried(kept, loads)
+
+    def _seen(self, told: Told, place: Placement) -> Seen:
+        cos, sin = rotation(told.positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        real = real_tokens(told.active, place, count=self.kernels.linear == "native")
+        return Seen(cos, sin, real, told.attend)
+
+    # --- stages of a pipeline ---
+
+    def empty_flow(self, schedule: Schedule, rows: int, length: int) -> Flow:
+        """Nothing on its way between stages. rows, length: of one micro-batch."""
+        shape = rows, length, self.config.hidden_size
+        return empty_flow(schedule, shape, self.embed[...].dtype, self.placement)
+
+    def tick(
+        self, flow: Flow, enters: jax.Array, work: Work, carried: Carried, tick: Any, schedule: Schedule,
+        turns: Any = 1,
+    ) -> tuple[Flow, Carried]:  # fmt: skip
+        """One tick of every stage; enters [B,S,D] goes into the first. What comes out is flow.sent of the last."""
+        part, number = self.parts[self.staged], self.staged
+        graph, weights = nnx.split(self.segments[number])
+        place = self.placement.of_segment(part)
+        kept, loads = list(carried.kept), carried.loads
+
+        def through(weights, unit, slots, filled, x, held, work):
+            blocks = nnx.merge(graph, weights)
+            seen = self._seen(work.part(unit.micro_batch, schedule.micro_batches, unit.turn, unit.busy), place)
+
+            def layer(carry, at):
+                new, *held, _ = _through(blocks, seen, at, *carry)
+                new = new if filled is None else jnp.where(at - slots[0] < filled, new, carry[0])
+                return (new, *held), None
+
+            carry = (x, *held)
+            carry = layer(carry, slots[0])[0] if len(slots) == 1 else jax.lax.scan(layer, carry, slots)[0]
+            return carry[0], carry[1:]
+
+        held = kept[number], None if loads is None else loads[number]
+        flow, (kept[number], load) = tick_stages(
+            through, weights, flow, enters, held, work, tick, turns, part=part, schedule=schedule, place=self.placement
+        )
+        return flow, Carried(kept, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
+
+    def _through_stages(
+        self, x: jax.Array, work: Work, carried: Carried, schedule: Schedule, pick: Pick | None
+    ) -> tuple[jax.Array, Carried]:
+        """x [B,S,D], all micro-batches, through all layers: once around."""
+        ranks, count = self.placement.parts("batch"), schedule.micro_batches
+        rows = x.shape[0] // count
+        after = self.staged + 1 < len(self.parts)
+
+        def one_tick(tick, carry):
+            flow, carried, done = carry
+            first, last = schedule.unit(tick, 0), schedule.unit(tick, schedule.stages - 1)
+            enters = micro_batch_of(x, first.micro_batch, count, ranks)
+            if self.staged:
+                told = work.part(first.micro_batch, count, 0, first.busy & (first.chunk == 0))
+                enters, carried = self.before(enters, told, carried)
+            flow, carried = self.tick(flow, enters, work, carried, tick, schedule)
+            leaves, y = last.busy & (last.chunk == schedule.chunks - 1), flow.sent
+            if after:
+                told = work.part(last.micro_batch, count, 0, leaves)
+                y, carried = self.after(from_last_stage(y, self.placement), told, carried)
+            place = jnp.where(leaves, last.micro_batch, count)
+            return flow, carried, done.at[place].set(y, mode="drop")
+
+        room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
+        dims = ("one", *(() if after else ("stage",)), *HIDDEN)
+        carry = self.empty_flow(schedule, rows, x.shape[1]), carried, self.placement.constrain(room, *dims)
+        _, carried, done = run_ticks(one_tick, schedule.ticks(), carry)
+
+        def in_order(done: jax.Array) -> jax.Array:
+            done = done.reshape(count, ranks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+            return done if pick is None else pick(done)
+
+        if after:
+            return in_order(done), carried
+        return from_last_stage(done.swapaxes(0, 1), self.placement, in_order), carried
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
         if self.config.tie_word_embeddings:
-            logits = project(hidden, self.embed, self.placement, self.kernels.linear, transposed=True, dtype="float32")
+            logits = project(hidden, self.embed, self.beside, self.kernels.linear, transposed=True, dtype="float32")
         else:
-            logits = project(hidden, self.head, self.placement, self.kernels.linear, dtype="float32")
+            logits = project(hidden, self.head, self.beside, self.kernels.linear, dtype="float32")
         real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(real, logits, -jnp.inf)
+
+
+class Seen(NamedTuple):
+    """What one pass through layers has to know: rotation [B,S,H/2], which tokens are real, how they attend."""
+
+    cos: jax.Array
+    sin: jax.Array
+    real: Real
+    attend: Attend
+
+
+def _through(
+    blocks: Sequence[Block], seen: Seen, at: Any, x: jax.Array, kept: Sequence[Any], loads: Sequence[Any] | None
+) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
+    """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
+    kept_now, loads_now, choices = [], [], []
+    for number, block in enumerate(blocks):
+        x, own, choice = block(x, at, seen.cos, seen.sin, seen.real, seen.attend, kept[number])
+        kept_now.append(own)
+        choices.append(choice)
+        if loads is not None:
+            load = loads[number]
+            loads_now.append(load if choice is None else load.at[at].add(choice.load))
+    return x, tuple(kept_now), None if loads is None else tuple(loads_now), choices
 
 
 def abstract_model(

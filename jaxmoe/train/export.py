@@ -33,7 +33,8 @@ def published_tensors(
     """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, np.ndarray] = {}
-    for piece in pieces(config, array_sizes(config, placement), FAMILIES[config.family].names, segments):
+    sizes = [array_sizes(config, placement.of_segment(part)) for part in segments]
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
         block = arrays[piece.path][piece.dst]
         tensor[tuple(slice(*bounds) for bounds in piece.src)] = block.T if piece.transpose else block

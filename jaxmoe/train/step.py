@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import MeshError
-from jaxmoe.model.attend import CausalAttend
+from jaxmoe.model.attend import Prompts
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import Transformer, abstract_model
 from jaxmoe.sharding import Placement, array_sizes
@@ -119,8 +119,8 @@ class Trainer:
         """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-        hidden, _, routed = model(inputs, positions, active, CausalAttend(self.placement), routing=True)
+        work = Prompts(active=active, num_ranks=self.placement.parts("batch"))
+        hidden, _, routed = model(inputs, work, probabilities=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
     def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
@@ -146,6 +146,8 @@ class Trainer:
 
 def _check_mesh(recipe: Recipe, placement: Placement) -> None:
     """Training starts from random values, so padding could not stay zero, nor copies of a head stay equal."""
+    if placement.num_stages > 1:
+        raise MeshError(f"pipeline={placement.num_stages}: training runs pipeline=1 only; use data, tensor, expert")
     wanted, got = _own_sizes(recipe.model), array_sizes(recipe.model, placement)
     if wanted != got:
         raise MeshError(

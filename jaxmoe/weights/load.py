@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -228,10 +228,10 @@ def assign_pieces(
     directory: Path,
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
-    sizes: ArraySizes,
+    sizes: Sequence[ArraySizes],
     segments: tuple[Segment, ...],
 ) -> dict[str, list[Piece]]:
-    """The pieces of every parameter, by its path.
+    """The pieces of every parameter, by its path. sizes: of the layers of each segment.
 
     Raises: CheckpointError if any key is missing, unused or misshapen.
     """

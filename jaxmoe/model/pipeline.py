@@ -1,0 +1,130 @@
+"""One tick of a pipeline: every stage takes what the one before it sent, and brings it through a chunk of its layers.
+
+A shard_map that is manual over the pipeline axis alone: inside a stage XLA splits arrays over tensor and batch as ever,
+and the MoE layer is manual over the rest.
+"""
+
+# Dims: P stages, M micro-batches, B tokens' rows of one micro-batch, S length, D width.
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.depth import Schedule, Segment, Unit
+from jaxmoe.sharding import Placement
+
+STAGE = "pipeline"
+
+
+class Flow(NamedTuple):
+    """What goes round. sent [P,B,S,D]: what each stage computed last. waiting [P,M,B,S,D]: what has come back to the
+    first stage for its next chunk; no micro-batches where stages have one chunk."""
+
+    sent: jax.Array
+    waiting: jax.Array
+
+
+def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement) -> Flow:
+    """Nothing on its way. shape [B,S,D]: of one micro-batch."""
+    rooms = schedule.micro_batches if schedule.chunks > 1 else 0
+    sent = jnp.zeros((schedule.stages, *shape), dtype)
+    waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
+    dims = "batch", "length", "width"
+    return Flow(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
+
+
+# One micro-batch through one chunk: (weights, unit, which slots, how many of them are filled, x, what layers keep,
+# all that stages are told) -> x, kept.
+Through = Callable[[Any, Unit, jax.Array, jax.Array | None, jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+def tick_stages(
+    through: Through,
+    weights: Any,
+    flow: Flow,
+    enters: jax.Array,
+    kept: Any,
+    told: Any,
+    tick: Any,
+    turns: Any,
+    *,
+    part: Segment,
+    schedule: Schedule,
+    place: Placement,
+) -> tuple[Flow, Any]:
+    """One tick of all stages; what each computed is `sent` of the flow that comes of it.
+
+    weights, kept: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's first
+    chunk. told: a tree of arrays that every stage sees. tick: where it is a Python int, only micro-batches that are
+    real travel between stages; else those of idle stages too.
+    """
+
+    def stage(weights, flow, enters, kept, told, tick, turns):
+        at = jax.lax.axis_index(STAGE)
+        unit = schedule.unit(tick, at, turns)
+        came, waiting = _sent_on(flow.sent[0], pairs), flow.waiting
+        if schedule.chunks > 1:
+            back = schedule.unit(tick - 1, schedule.stages - 1, turns).micro_batch
+            waiting = waiting.at[0, back].set(came, mode="drop")
+            mine = jnp.minimum(unit.micro_batch, schedule.micro_batches - 1)
+            enters = jnp.where(unit.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
+        x = jnp.where(at == 0, enters, came)
+        chunk = jnp.where(unit.busy, unit.chunk, 0)
+        slots = chunk * part.chunk_slots + jnp.arange(part.chunk_slots, dtype=jnp.int32)
+        even = part.repeats == part.slots
+        x, kept = through(weights, unit, slots, None if even else part.filled(at, chunk), x, kept, told)
+        return Flow(x[None], waiting), kept
+
+    pairs = _pairs(schedule, tick)
+    staged, same = P(STAGE), P()
+    region = jax.shard_map(
+        stage,
+        mesh=place.mesh,
+        axis_names={STAGE},
+        in_specs=(staged, staged, same, staged, same, same, same),
+        out_specs=(staged, staged),
+        check_vma=False,
+    )
+    return region(weights, flow, enters, kept, told, jnp.int32(tick), jnp.int32(turns))
+
+
+def _pairs(schedule: Schedule, tick: Any) -> list[tuple[int, int]]:
+    """(from, to) of what stages computed in the tick before."""
+    ring = [(stage, (stage + 1) % schedule.stages) for stage in range(schedule.stages)]
+    if not isinstance(tick, int):
+        return ring if schedule.chunks > 1 else ring[:-1]
+    units = [(pair, schedule.unit(tick - 1, pair[0])) for pair in ring]
+    return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < schedule.chunks)]
+
+
+def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+    return jax.lax.ppermute(x, STAGE, pairs) if pairs else x
+
+
+def from_last_stage(x: jax.Array, place: Placement, pick: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """pick(x) [...] of x [P,...] on the last stage, on every stage: one all-reduce over the pipeline."""
+
+    def stage(x):
+        last = jax.lax.axis_index(STAGE) == place.num_stages - 1
+        picked = pick(x[0])
+        return jax.lax.psum(jnp.where(last, picked, jnp.zeros_like(picked)), STAGE)
+
+    return jax.shard_map(
+        stage, mesh=place.mesh, axis_names={STAGE}, in_specs=(P(STAGE),), out_specs=P(), check_vma=False
+    )(x)
+
+
+_MOST_UNROLLED = 4  # ticks that are compiled each by itself
+
+
+def run_ticks(tick: Callable[[Any, Any], Any], ticks: Any, carry: Any) -> Any:
+    """carry after tick(number, carry) of so many ticks. Few are compiled each by itself, so that no idle stage sends."""
+    if isinstance(ticks, int) and ticks <= _MOST_UNROLLED:
+        for number in range(ticks):
+            carry = tick(number, carry)
+        return carry
+    return jax.lax.fori_loop(0, ticks, tick, carry)
