@@ -14,6 +14,7 @@ from jaxmoe.errors import ConfigError
 LayersKind = Literal["scan", "unroll"]
 LAYERS_KINDS: tuple[LayersKind, ...] = ("scan", "unroll")
 _LONGEST_PERIOD = 8
+_MOST_UNROLLED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +172,14 @@ class Schedule:
     def idle(self, turns: int = 1) -> Fraction:
         """The share of all stages' ticks in which they have nothing to do."""
         return 1 - Fraction(turns * self.chunks * self.micro_batches, self.ticks(turns))
+
+    def sends(self, tick: int) -> list[tuple[int, int]]:
+        """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
+        ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
+        units = [(pair, self.unit(tick - 1, pair[0])) for pair in ring]
+        return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < self.chunks)]
+
+    @staticmethod
+    def unrolled(ticks: Any) -> bool:
+        """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends."""
+        return isinstance(ticks, int) and ticks <= _MOST_UNROLLED

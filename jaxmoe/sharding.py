@@ -66,6 +66,10 @@ class Placement:
         """The same, as the layers of a segment see it."""
         return self.seen("within" if part.stages > 1 else "beside")
 
+    def holding(self, part: Segment) -> Placement:
+        """The same, as the arrays that hold all layers of a segment lie."""
+        return self.seen("staged" if part.stages > 1 else "beside")
+
     @property
     def num_stages(self) -> int:
         """Stages of the pipeline."""

@@ -146,21 +146,23 @@ def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, st
     else:
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
-    return _bucket(rows, blocks, limits, pages, stages)
+    return bucket_with(rows, blocks, block_tokens=size, pages=pages, stages=stages)
 
 
-def _bucket(rows: int, blocks: int, limits: Limits, pages: int, stages: int) -> Bucket:
-    return Bucket(
-        rows=rows, blocks=blocks, block_tokens=limits.block_tokens, pages=pages,
-        micro_batches=_micro_batches(rows, blocks, stages),
-    )  # fmt: skip
+def bucket_with(rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int) -> Bucket:
+    """The bucket of so many rows and blocks, both multiples of the stages of the pipeline."""
+    parts = _micro_batches(rows, blocks, stages)
+    return Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 
 def all_buckets(limits: Limits, *, least_rows: int, pages: int, stages: int = 1) -> list[Bucket]:
     """Every bucket that bucket_of can give."""
     rows = row_buckets(least=least_rows, most=limits.rows)
     mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits, stages)]
-    return [_bucket(r, b, limits, pages, stages) for r, b in [*((r, 0) for r in rows), *mixed]]
+    return [
+        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages)
+        for r, b in [*((r, 0) for r in rows), *mixed]
+    ]
 
 
 def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], Told]) -> np.ndarray:

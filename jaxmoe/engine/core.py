@@ -20,7 +20,6 @@ from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
 from jaxmoe.errors import StepError
-from jaxmoe.planner.traffic import planned_collectives
 
 _TIMINGS = 3
 
@@ -294,10 +293,7 @@ class Core:
         if self.trace is None:
             return None
         runner, scheduler = self.runner, self.scheduler
-        collectives = planned_collectives(
-            runner.config, runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.rows,
-            itemsize=runner.itemsize, dispatch=runner.kernels.dispatch,
-        )  # fmt: skip
+        collectives = runner.planned(bucket)
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
             waiting=len(scheduler.waiting), pages_held=sum(pool.num_held for pool in scheduler.pools),

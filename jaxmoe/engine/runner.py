@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ from jaxmoe.model.rows import HIDDEN
 from jaxmoe.model.transformer import Carried, Loads, Transformer
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
+from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 from jaxmoe.sharding import Placement, array_sizes
 
 _SCORE_POSITIONS = 256
@@ -122,7 +124,7 @@ class Runner:
         """Of those, the bytes that one device holds."""
 
         def devices(part: Segment) -> int:
-            place = self.placement.seen("staged" if part.stages > 1 else "beside")
+            place = self.placement.holding(part)
             return place.parts("layer") * place.parts("kv_head")
 
         return self._bytes_a_token(devices)
@@ -140,7 +142,7 @@ class Runner:
         lie, ndims = self.placement.sharding, (5, 5, 4, 4) if self.kv_dtype in LARGEST else (5, 5)
 
         def block(part: Segment) -> tuple[Any, ...]:
-            place = self.placement.seen("staged" if part.stages > 1 else "beside")
+            place = self.placement.holding(part)
             return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
 
         pages: Any = [(block(part),) * part.period for part in self.parts]
@@ -192,8 +194,7 @@ class Runner:
             if moe is None or not self.config.moe_layers[part.first + number]:
                 return None
             zeros = jnp.zeros((part.slots, self.num_ranks, moe.num_experts), jnp.int32)
-            place = self.placement.seen("staged" if part.stages > 1 else "beside")
-            return place.constrain(zeros, "layer", "batch", "router_expert")
+            return self.placement.holding(part).constrain(zeros, "layer", "batch", "router_expert")
 
         return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
 
@@ -379,6 +380,14 @@ class Runner:
             if load is not None:
                 found.append(np.asarray(load)[place.slot].sum(axis=0))
         return np.stack(found) if found else np.zeros((0, num_experts), np.int32)
+
+    def planned(self, bucket: Bucket) -> Counter[Collective]:
+        """The collectives of one step of a bucket, of one turn."""
+        shape = StepShape(
+            num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=self.itemsize,
+            micro_batches=bucket.micro_batches, prompts=bucket.blocks > 0,
+        )  # fmt: skip
+        return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
 
     def abstract_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
         """The shapes of empty_state, and how they lie."""

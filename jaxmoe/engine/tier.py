@@ -15,8 +15,9 @@ from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
 from jaxmoe.ops.quantize import LARGEST
 
-# One page of every rank: numbers of keys and values of all layers, their scales, and token ids.
-_NUMBERS = ("batch", "one", "one", "kv_head", "page_token", "head_dim")
+# One page of every rank, of the layers that stand alike to a pipeline: numbers of keys and values, their scales; and
+# token ids.
+_NUMBERS = ("batch", "layer", "one", "kv_head", "page_token", "head_dim")
 _SCALES = _NUMBERS[:-1]
 _TOKENS = ("batch", "page_token")
 _HOST_MEMORY = "pinned_host"
@@ -27,8 +28,16 @@ class HostTier:
 
     def __init__(self, runner: Runner) -> None:
         self._place = runner.placement
-        self._scaled = runner.kv_dtype in LARGEST
-        self._dims = (_NUMBERS, *((_SCALES,) if self._scaled else ()), _TOKENS)
+        self._width = 4 if runner.kv_dtype in LARGEST else 2  # arrays of a block
+        held = [runner.placement.holding(part) for part in runner.parts for _ in range(part.period)]
+        views = dict.fromkeys(place.view for place in held)
+        self._groups = [
+            (self._place.seen(view), [block for block, place in enumerate(held) if place.view == view])
+            for view in views
+        ]
+        kinds = (_NUMBERS, _SCALES)[: self._width // 2]
+        self._shardings = [place.sharding(*dims) for place, _ in self._groups for dims in kinds]
+        self._shardings.append(self._place.sharding(*_TOKENS))
         self._kept: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
         self._zeros: list[dict[Any, jax.Array]] | None = None
         self._shapes: list[tuple[int, ...]] = []
@@ -44,46 +53,60 @@ class HostTier:
 
     # --- programs: one page of each rank ---
 
-    def _page_dims(self, state: EngineState) -> list[tuple[str, ...]]:
-        return [PAGE_DIMS[: array.ndim] for array in jax.tree.leaves(state.pages)]
+    def _arrays(self, state: EngineState, blocks: list[int]) -> tuple[list[jax.Array], list[tuple[str, ...]]]:
+        """The pages of some blocks, one array after the other, and their dims."""
+        leaves = jax.tree.leaves(state.pages)
+        arrays = [leaves[block * self._width + which] for block in blocks for which in range(self._width)]
+        return arrays, [PAGE_DIMS[: array.ndim] for array in arrays]
 
     def _read(self, state: EngineState, page: jax.Array):
-        """page [r] -> numbers [r,L,2,K,S,H], scales [r,L,2,K,S] where there are any, token ids [r,S]."""
-        width = 4 if self._scaled else 2
+        """page [r] -> of every group of layers numbers [r,L,2,K,S,H] and scales [r,L,2,K,S] where there are any; token
+        ids [r,S]."""
 
-        def on_rank(page, tokens, *arrays):
+        def on_rank(page, *arrays):
             taken = [jax.lax.dynamic_index_in_dim(array, page[0], axis=1, keepdims=False) for array in arrays]
-            kinds = [jnp.concatenate(taken[which::width]) for which in range(width)]  # of all layers
-            parts = [jnp.stack(kinds[at : at + 2], axis=1)[None] for at in range(0, width, 2)]
-            return (*parts, jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True))
+            kinds = [jnp.concatenate(taken[which :: self._width]) for which in range(self._width)]  # of all layers
+            return tuple(jnp.stack(kinds[at : at + 2], axis=1)[None] for at in range(0, self._width, 2))
 
-        return self._place.locally(
-            on_rank, (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS),
-            *zip(jax.tree.leaves(state.pages), self._page_dims(state), strict=True),
-            out=self._dims,
+        found: list[jax.Array] = []
+        for place, blocks in self._groups:
+            arrays, dims = self._arrays(state, blocks)
+            out = (_NUMBERS, _SCALES)[: self._width // 2]
+            found += place.locally(on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=out)
+        tokens = self._place.locally(
+            lambda page, tokens: jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True),
+            (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), out=_TOKENS,
         )  # fmt: skip
+        return (*found, tokens)
 
     def _write(self, state: EngineState, page: jax.Array, *parts: jax.Array) -> EngineState:
         """state with parts (as _read gives them) at page [r] of each rank; a page past the last changes nothing."""
-        width, (arrays, structure) = 4 if self._scaled else 2, jax.tree.flatten(state.pages)
+        kinds = self._width // 2
 
-        def on_rank(page, tokens, new_tokens, *rest):
-            new, arrays = rest[: len(parts) - 1], rest[len(parts) - 1 :]
+        def on_rank(page, *rest):
+            new, arrays = rest[:kinds], rest[kinds:]
             written, layer = [], 0
             for index, array in enumerate(arrays):
-                which = index % width
+                which = index % self._width
                 values = new[which // 2][0, layer : layer + len(array), which % 2]
                 written.append(array.at[:, page[0]].set(values, mode="drop"))
-                layer += len(array) if which == width - 1 else 0
-            return (tokens.at[page[0]].set(new_tokens[0], mode="drop"), *written)
+                layer += len(array) if which == self._width - 1 else 0
+            return tuple(written)
 
-        dims = self._page_dims(state)
-        tokens, *written = self._place.locally(
-            on_rank, (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), (parts[-1], _TOKENS),
-            *zip(parts[:-1], self._dims[:-1], strict=True), *zip(arrays, dims, strict=True),
-            out=(TOKEN_PAGE_DIMS, *dims),
+        leaves, structure = jax.tree.flatten(state.pages)
+        for group, (place, blocks) in enumerate(self._groups):
+            arrays, dims = self._arrays(state, blocks)
+            own = zip(parts[group * kinds : (group + 1) * kinds], (_NUMBERS, _SCALES), strict=False)
+            written = place.locally(
+                on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims)
+            )
+            for block, at in zip(blocks, range(0, len(written), self._width), strict=True):
+                leaves[block * self._width : (block + 1) * self._width] = written[at : at + self._width]
+        tokens = self._place.locally(
+            lambda page, tokens, new: tokens.at[page[0]].set(new[0], mode="drop"),
+            (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), (parts[-1], _TOKENS), out=TOKEN_PAGE_DIMS,
         )  # fmt: skip
-        return EngineState(state.tokens, jax.tree.unflatten(structure, written), tokens)
+        return EngineState(state.tokens, jax.tree.unflatten(structure, leaves), tokens)
 
     # --- called by the engine ---
 
@@ -106,9 +129,9 @@ class HostTier:
 
     def _whole(self, index: int, shards: dict[Any, jax.Array]) -> jax.Array:
         """An array of every rank with one rank's shards at their devices, zeros elsewhere."""
-        sharding, shape = self._place.sharding(*self._dims[index]), self._shapes[index]
+        sharding, shape = self._shardings[index], self._shapes[index]
         if self._zeros is None:
-            self._zeros = [{} for _ in self._dims]
+            self._zeros = [{} for _ in self._shardings]
         zeros, arrays = self._zeros[index], []
         for device in sharding.addressable_devices:
             if device in shards:

@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.batch import bucket_with
 from jaxmoe.engine.runner import Runner
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.planner.traffic import Collective, planned_collectives
+from jaxmoe.planner.traffic import Collective
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.params import parameter_table, state_of
 
@@ -60,7 +60,8 @@ def abstract_runner(
 
 
 def _rows(runner: Runner, batch: int) -> int:
-    return max(runner.least_rows, -(-batch // runner.num_ranks))
+    stages = runner.placement.num_stages
+    return max(runner.least_rows, -(-batch // (runner.num_ranks * stages)) * stages)
 
 
 def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int) -> tuple[int, int]:
@@ -81,7 +82,10 @@ def compile_step(
     rows = _rows(runner, batch)
     pages = -(-context // page_size)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
-    bucket = Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages)
+    stages = runner.placement.num_stages
+    bucket = bucket_with(
+        rows, -(-blocks // stages) * stages, block_tokens=block_tokens, pages=pages, stages=stages
+    )
     state = runner.abstract_state(rows, rows * pages, page_size)
     started = time.perf_counter()
     compiled = runner.lower(state, bucket, turns=1).compile()
@@ -90,10 +94,6 @@ def compile_step(
     cost: Any = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     mesh = runner.placement.mesh
-    planned = planned_collectives(
-        runner.config, runner.placement, num_tokens=bucket.num_tokens, num_sampled=rows, itemsize=runner.itemsize,
-        dispatch=runner.kernels.dispatch,
-    )  # fmt: skip
     weights, kv = held_bytes(runner, batch=batch, context=context, page_size=page_size)
     return CompiledStep(
         phase=phase,
@@ -103,7 +103,7 @@ def compile_step(
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         found=collectives(compiled.as_text(), mesh),
-        planned=planned,
+        planned=runner.planned(bucket),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,
     )  # fmt: skip

@@ -79,7 +79,9 @@ def tick_stages(
         x, kept = through(weights, unit, slots, None if even else part.filled(at, chunk), x, kept, told)
         return Flow(x[None], waiting), kept
 
-    pairs = _pairs(schedule, tick)
+    ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
+    ring = ring if schedule.chunks > 1 else ring[:-1]
+    pairs = schedule.sends(tick) if isinstance(tick, int) else ring
     staged, same = P(STAGE), P()
     region = jax.shard_map(
         stage,
@@ -90,15 +92,6 @@ def tick_stages(
         check_vma=False,
     )
     return region(weights, flow, enters, kept, told, jnp.int32(tick), jnp.int32(turns))
-
-
-def _pairs(schedule: Schedule, tick: Any) -> list[tuple[int, int]]:
-    """(from, to) of what stages computed in the tick before."""
-    ring = [(stage, (stage + 1) % schedule.stages) for stage in range(schedule.stages)]
-    if not isinstance(tick, int):
-        return ring if schedule.chunks > 1 else ring[:-1]
-    units = [(pair, schedule.unit(tick - 1, pair[0])) for pair in ring]
-    return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < schedule.chunks)]
 
 
 def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
@@ -118,12 +111,9 @@ def from_last_stage(x: jax.Array, place: Placement, pick: Callable[[jax.Array], 
     )(x)
 
 
-_MOST_UNROLLED = 4  # ticks that are compiled each by itself
-
-
 def run_ticks(tick: Callable[[Any, Any], Any], ticks: Any, carry: Any) -> Any:
-    """carry after tick(number, carry) of so many ticks. Few are compiled each by itself, so that no idle stage sends."""
-    if isinstance(ticks, int) and ticks <= _MOST_UNROLLED:
+    """carry after tick(number, carry) of so many ticks."""
+    if Schedule.unrolled(ticks):
         for number in range(ticks):
             carry = tick(number, carry)
         return carry

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import Schedule, segments
 from jaxmoe.sharding import Placement, array_sizes
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
@@ -37,43 +38,88 @@ class Collective:
         return factor[self.op] * self.result_bytes
 
 
-def planned_collectives(
-    config: ModelConfig,
-    placement: Placement,
-    *,
-    num_tokens: int,
-    num_sampled: int,
-    itemsize: int,
-    dispatch: str = "all_to_all",
-) -> Counter[Collective]:
-    """Every collective of one step and how often it runs.
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What decides a step's traffic: of one rank of the batch, tokens and rows of logits, padding included.
 
-    num_tokens, num_sampled: tokens and rows of logits of one rank of the batch, padding included; itemsize: bytes of a
-    number of the activations.
+    micro_batches: even parts in which they pass the stages of a pipeline. prompts: whether tokens are drawn once, after
+    all have passed; else as soon as a micro-batch has. itemsize: bytes of a number of the activations.
     """
-    sizes = array_sizes(config, placement)
-    tokens, width = num_tokens, config.hidden_size
+
+    num_tokens: int
+    num_sampled: int
+    itemsize: int
+    micro_batches: int = 1
+    prompts: bool = False
+
+
+def planned_collectives(
+    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> Counter[Collective]:
+    """Every collective of one step of one turn, and how often it runs."""
+    beside = placement.seen("beside")
+    schedule = Schedule(stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches)
+    ticks = schedule.ticks()
+    parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+    tokens, rows = shape.num_tokens // shape.micro_batches, shape.num_sampled // shape.micro_batches
+    hidden = config.hidden_size * shape.itemsize
     found: Counter[Collective] = Counter()
 
-    def add(op: Op, dim: str, result_bytes: int, count: int = 1) -> None:
-        axes = tuple(axis for axis in placement.axes(dim) if placement.mesh.shape[axis] > 1)
+    def add(place: Placement, op: Op, dim: str, result_bytes: int, count: int = 1) -> None:
+        axes = tuple(axis for axis in placement.mesh.axis_names if axis in place.axes(dim))
+        axes = tuple(axis for axis in axes if placement.mesh.shape[axis] > 1)
         if axes and count:
             found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
 
-    layers, sparse = config.num_hidden_layers, sum(config.moe_layers)
-    hidden = tokens * width * itemsize
-    add("all-reduce", "vocab", hidden)  # rows of the split embedding table
-    add("all-reduce", "kv_head", hidden, layers)  # attention output
-    if config.qk_norm == "full":
-        add("all-reduce", "kv_head", tokens * 2 * 4, layers)  # squares of query and key, float32
-    add("all-reduce", "ffn", hidden, layers - sparse)
-    add("all-reduce", "moe_ffn", hidden, sparse)
-    ranks = placement.parts("moe_expert")
-    if dispatch == "all_gather":
-        add("all-gather", "moe_expert", ranks * tokens * (width + sizes.moe_experts) * itemsize, sparse)
-        add("reduce-scatter", "moe_expert", hidden, sparse)
-    else:
-        add("all-to-all", "moe_expert", ranks * tokens * (width + sizes.moe_experts // ranks) * itemsize, sparse)
-        add("all-to-all", "moe_expert", ranks * hidden, sparse)
-    add("all-gather", "vocab", num_sampled * sizes.vocab * 4)  # logits, float32
+    # rows of the split embedding table: of all tokens at once before a prompt, else of each micro-batch
+    embedded = (1, shape.num_tokens) if shape.prompts else (ticks, tokens)
+    add(beside, "all-reduce", "vocab", embedded[1] * hidden, embedded[0])
+    for part in parts:
+        staged = part.stages > 1
+        place = placement.of_segment(part)
+        each = part.chunk_slots if staged else part.repeats
+        for block in range(part.period):
+            sparse = config.moe_layers[part.first + block]
+            _add_layer(add, config, place, sparse, tokens, shape.itemsize, each * ticks, dispatch)
+    if placement.num_stages > 1:
+        _add_stages(add, placement, schedule, tokens * hidden)
+        after = parts[-1].stages == 1
+        if shape.prompts and not after:
+            add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
+        else:
+            add(placement, "all-reduce", "stage", tokens * hidden, ticks)
+    vocab = array_sizes(config, beside).vocab
+    drawn = (1, shape.num_sampled) if shape.prompts else (ticks, rows)
+    add(beside, "all-gather", "vocab", drawn[1] * vocab * 4, drawn[0])  # logits, float32
     return found
+
+
+def _add_layer(add, config: ModelConfig, place: Placement, sparse: bool, tokens: int, itemsize: int, count: int,
+               dispatch: str) -> None:  # fmt: skip
+    """One layer, `count` times over."""
+    width, sizes = config.hidden_size, array_sizes(config, place)
+    hidden = tokens * width * itemsize
+    add(place, "all-reduce", "kv_head", hidden, count)  # attention output
+    if config.qk_norm == "full":
+        add(place, "all-reduce", "kv_head", tokens * 2 * 4, count)  # squares of query and key, float32
+    if not sparse:
+        add(place, "all-reduce", "ffn", hidden, count)
+        return
+    add(place, "all-reduce", "moe_ffn", hidden, count)
+    ranks = place.parts("moe_expert")
+    if dispatch == "all_gather":
+        add(place, "all-gather", "moe_expert", ranks * tokens * (width + sizes.moe_experts) * itemsize, count)
+        add(place, "reduce-scatter", "moe_expert", hidden, count)
+    else:
+        add(place, "all-to-all", "moe_expert", ranks * tokens * (width + sizes.moe_experts // ranks) * itemsize, count)
+        add(place, "all-to-all", "moe_expert", ranks * hidden, count)
+
+
+def _add_stages(add, placement: Placement, schedule: Schedule, hidden: int) -> None:
+    """What stages send on: in every tick, or where ticks are compiled each by itself, in those in which any does."""
+    ticks = schedule.ticks()
+    if schedule.unrolled(ticks):
+        ticks = sum(bool(schedule.sends(tick)) for tick in range(ticks))
+    add(placement, "collective-permute", "stage", hidden, ticks)
+
+
