@@ -108,8 +108,12 @@ class LLM:
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
             arrays = load_params(tensors, table, parts, on_param=on_param)
-            if ready.result() != chosen:
-                shapes = abstract_model(config, placement, dtype=dtype, kernels=ready.result())
+        if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
+            del arrays
+            return cls.load(
+                directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
+                ignore_config_keys=ignore_config_keys, max_batch=max_batch, on_progress=on_progress,
+            )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
         runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)

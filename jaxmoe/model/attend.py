@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
-from jaxmoe.model.attention import KEY_DIMS, QUERY_DIMS
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
 from jaxmoe.ops.quantize import LARGEST

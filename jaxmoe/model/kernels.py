@@ -95,7 +95,7 @@ def choose_kernels(dtype: str, choice: Choice) -> Kernels:
 
 def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     """The kernels, ready for arrays of dtype; XLA's in place of native ones that nobody chose and that do not compile
-    here (a warning is logged).
+    here (a warning is logged), whose products want layers by themselves.
 
     Raises: ConfigError where a kernel that was chosen cannot run.
     """
@@ -105,6 +105,8 @@ def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     except ConfigError as error:
         plain = Kernels()
         kernels = replace(kernels, **{name: getattr(plain, name) for name in unnamed})
+        if isinstance(choice, Mapping) and "layers" not in choice and kernels.linear == "xla":
+            kernels = replace(kernels, layers="unroll")
         kernels.prepare(dtype)
         _log.warning(_SLOWER, error)
     return kernels

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels, choose_kernels, prepare_kernels
 from jaxmoe.ops import native
 
-from ..conftest import NATIVE
+from ..conftest import NATIVE, mesh_of
 
 UNROLLED = Kernels(layers="unroll")
 
@@ -62,13 +64,30 @@ def test_where_they_do_not_compile_xla_runs_unless_they_were_named(monkeypatch, 
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels()
+        assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels(layers="unroll")
         assert "out of order" in caplog.text
         named = {"linear": "native"}
         with pytest.raises(ConfigError, match="out of order"):
             prepare_kernels("float32", named, choose_kernels("float32", named))
     finally:
         native._register.cache_clear()
+
+
+def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, tmp_path, monkeypatch, caplog):
+    wanted = LLM.load(tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32").last_logits([[5, 6, 7]])
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    native._register.cache_clear()
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        llm = LLM.load(tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
+    finally:
+        native._register.cache_clear()
+    assert "out of order" in caplog.text
+    assert llm.runner.kernels == Kernels(layers="unroll")
+    np.testing.assert_allclose(llm.last_logits([[5, 6, 7]]), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "steps are"), ({"grouped": "best"}, "must be one of")])
