@@ -74,7 +74,7 @@ class LLM:
         checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
         kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
         on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. on_progress is told (bytes placed, bytes in all).
+        power of two a rank. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
         """
         directory = find_model(model, revision=revision)
@@ -97,17 +97,10 @@ class LLM:
         abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
         parts = assign_pieces(directory, tensors, config, array_sizes(config, placement), shapes.parts)
-        total, done = sum(info.num_bytes for info in table), 0
 
-        def on_param(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            on_progress(done, total)
-
-        on_progress(0, total)
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
-            arrays = load_params(tensors, table, parts, on_param=on_param)
+            arrays = load_params(tensors, table, parts, on_progress=on_progress)
         if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
             del arrays
             return cls.load(
