@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -56,37 +58,36 @@ def test_what_names_every_step_asks_for_no_compiler(caplog):
     assert not caplog.messages
 
 
-def test_where_they_do_not_compile_xla_runs_unless_they_were_named(monkeypatch, caplog, tmp_path):
+@pytest.fixture
+def broken_compiler(monkeypatch, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
     compiler.chmod(0o755)
     native._register.cache_clear()
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels(layers="unroll")
-        assert "out of order" in caplog.text
-        named = {"linear": "native"}
-        with pytest.raises(ConfigError, match="out of order"):
-            prepare_kernels("float32", named, choose_kernels("float32", named))
-    finally:
-        native._register.cache_clear()
-
-
-def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, tmp_path, monkeypatch, caplog):
-    wanted = LLM.load(tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32").last_logits([[5, 6, 7]])
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    yield
     native._register.cache_clear()
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        llm = LLM.load(tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
-    finally:
-        native._register.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_where_they_do_not_compile_xla_runs_unless_they_were_named(caplog):
+    assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels(layers="unroll")
+    assert "out of order" in caplog.text
+    named = {"linear": "native"}
+    with pytest.raises(ConfigError, match="out of order"):
+        prepare_kernels("float32", named, choose_kernels("float32", named))
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, caplog):
+    steps = []
+    load = partial(LLM.load, tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
+    llm = load(on_progress=lambda done, total: steps.append((done, total)))
     assert "out of order" in caplog.text
     assert llm.runner.kernels == Kernels(layers="unroll")
+    assert steps[-1][0] == steps[-1][1]
+    wanted = load(kernels=Kernels()).last_logits([[5, 6, 7]])
     np.testing.assert_allclose(llm.last_logits([[5, 6, 7]]), wanted, atol=2e-5)
 
 

@@ -17,7 +17,7 @@ from ..tiny.checkpoint import write_checkpoint
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [2, 7, 1]]
 ALTERNATING = {
-    "qwen3_moe_sparse_step": {"num_hidden_layers": 6, "decoder_sparse_step": 2},
+    "qwen3_moe_sparse_step": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": []},
     "qwen2_layer_types": {
         "num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2, "max_window_layers": 0,
     },
