@@ -128,7 +128,7 @@ class Runner:
         return EngineState(tokens, pages, token_pages)
 
     def padded_rows(self, num_rows: int) -> int:
-        """Rows of a batch to score for num_rows prompts: doubled from the least that every rank can have."""
+        """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have."""
         rows = self.num_ranks * self.least_rows
         while rows < num_rows:
             rows *= 2

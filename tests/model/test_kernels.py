@@ -41,6 +41,14 @@ def test_what_is_named_stays():
     assert chosen.linear == ("native" if native.find_compiler() is not None else "xla")
 
 
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(("platform", "grouped"), [("tpu", "ragged"), ("gpu", "blocks"), ("cuda", "blocks")])
+def test_accelerators_run_xla_and_ask_for_no_compiler(platform, grouped, caplog):
+    assert choose_kernels("bfloat16", {}, platform=platform) == Kernels(grouped=grouped)
+    assert choose_kernels("bfloat16", {"grouped": "dense"}, platform=platform) == Kernels(grouped="dense")
+    assert not caplog.messages
+
+
 def test_float16_runs_through_xla():
     assert choose_kernels("float16", {}) == UNROLLED
 
