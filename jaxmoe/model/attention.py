@@ -17,6 +17,7 @@ from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, mean_squares, normed, rotate
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
+
 class Attend(Protocol):
     """How queries meet keys and values: within a prompt, or against a cache that grows."""
 
