@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from jaxmoe import Engine, RequestError, SamplingParams, StepError
-from jaxmoe.ops.native import find_compiler
 from jaxmoe.errors import ConfigError
+from jaxmoe.ops.native import find_compiler
 
 CASE = "mixtral_window"
 MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 18 pages a rank
