@@ -56,8 +56,8 @@ def mean_squares(
     axes = tuple(axis for axis in place.axes("kv_head") if place.mesh.shape[axis] > 1)
 
     def both(q: jax.Array, k: jax.Array) -> jax.Array:
-        means = (sum_of_squares(x, kind=kind) / count for x, count in zip((q, k), columns, strict=True))
-        means = jnp.stack(list(means), axis=-1)
+        each = [sum_of_squares(x, kind=kind) / count for x, count in zip((q, k), columns, strict=True)]
+        means = jnp.stack(each, axis=-1)
         return jax.lax.psum(means, axes) if axes else means
 
     return place.locally(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
