@@ -53,8 +53,8 @@ class Segment:
         """Room for repeats, over all stages."""
         return self.stages * self.chunks * self.chunk_slots
 
-    def filled(self, stage: int, chunk: int) -> int:
-        """Repeats in one chunk of one stage: they differ by at most one, the first have more."""
+    def filled(self, stage: Any, chunk: Any) -> Any:
+        """Repeats in one chunk of one stage (whole numbers, or arrays of them): they differ by at most one, the first have more."""
         each, left = divmod(self.repeats, self.stages * self.chunks)
         return each + (chunk * self.stages + stage < left)
 

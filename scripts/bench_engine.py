@@ -140,7 +140,7 @@ def _pool(arguments: argparse.Namespace) -> None:
             for _ in range(12):
                 begin = time.perf_counter()
                 core._state, drawn = llm.runner.step(core._state, told, (False,) * 3, bucket, count=1, turns=1)
-                np.asarray(drawn.tokens)
+                np.asarray(drawn.sampled.tokens)
                 found.append(time.perf_counter() - begin)
             del core
     medians = {times: statistics.median(found[2:]) for times, found in sizes.items()}

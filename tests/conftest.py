@@ -35,7 +35,7 @@ from .tiny.checkpoint import write_checkpoint  # noqa: E402
 
 ONE_DEVICE = "data=1"
 NATIVE = Kernels(**dict.fromkeys(NATIVE_STEPS, "native"))
-XLA = Kernels()  # what runs on accelerators, and on a CPU without a C++ compiler
+XLA = Kernels()  # what runs on accelerators; a CPU without a C++ compiler runs the same with layers="unroll"
 MESHES_OF_8 = tuple(
     f"data={data},tensor={tensor},expert={8 // data // tensor}"
     for data in (1, 2, 4, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -17,29 +18,26 @@ from jaxmoe.cli.options import console
 @click.option("--mesh", required=True, help="axes, as in expert=16 or data=4,expert=4,tensor=4")
 @click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
+@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; an Engine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
-def compile_model(as_json: bool, kv_dtype: str | None, **asked: Any) -> int:
-    """Compile prefill and decode of the model of CONFIG (a config.json, or a folder with one) for a target that need
-    not be there: what each device holds, and what devices say to each other. Exit 1 if it does not fit."""
-    from jaxmoe.engine.llm import DTYPES, KV_DTYPES
-    from jaxmoe.errors import ConfigError
+def compile_model(as_json: bool, **asked: Any) -> int:
+    """Compile prefill and decode, as an Engine runs them, of the model of CONFIG (a config.json, a folder with one, or
+    a preset) for a target that need not be there: what each device holds, and what devices say to each other beside
+    what was planned. Exit 1 if it does not fit, or says what was not planned or leaves out what was."""
     from jaxmoe.inspect.fit import Question, compile_for
 
-    for name, value, known in (("dtype", asked["dtype"], DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
-        if value is not None and value not in known:
-            raise ConfigError(f"{name}={value!r} must be one of {', '.join(known)}")
-    question = Question(kv_dtype=KV_DTYPES.get(kv_dtype or ""), **asked)
+    question = Question(**{name: value for name, value in asked.items() if value is not None})
     with console.status(f"{question.target}: preparing") as status:
         answer = compile_for(question, lambda phase: status.update(f"{question.target}: compiling {phase}"))
     if as_json:
         print(json.dumps(answer), flush=True)
     else:
         _print(answer)
-    return 0 if answer["fits"] else 1
+    return 0 if answer["fits"] and answer["as_planned"] else 1
 
 
 def _gib(num_bytes: float | None) -> str:
@@ -57,20 +55,42 @@ def _print(answer: dict[str, Any]) -> None:
     screen.print(table)
     if answer["collectives"]:
         table = Table("step", "collective", "axes", title="what devices say to each other", title_justify="left")
-        for name in ("a step", "bytes each", "planned"):
+        for name in ("a turn", "bytes each", "planned"):
             table.add_column(name, justify="right")
+        table.add_column("")
         for one in answer["collectives"]:
             counts = str(one["count"]), f"{one['bytes']:,}", str(one["planned"])
-            table.add_row(one["phase"], one["op"], ", ".join(one["axes"]), *counts)
+            table.add_row(one["phase"], one["op"], ", ".join(one["axes"]), *counts, "DIFFERS" * _differs(one))
         screen.print(table)
-    if answer["fits"]:
-        print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
-        return
-    short = size["total"] / size["limit"]
     for phase, part in answer["phases"].items():
+        if part["as_planned"] is False:
+            differ = [_differs(one) for one in answer["collectives"] if one["phase"] == phase]
+            print(f"{phase} is not as planned: {sum(differ)} of {len(differ)} collectives differ")
         if "error" in part:
             print(f"{phase}: {part['error']}")
-    print(
-        f"does not fit: a device needs {_gib(size['total'])} GiB and has {_gib(size['limit'])}; about "
-        f"{short:.1f} times the devices, a smaller --batch or --context, or a shorter --dtype or --kv-dtype would do"
-    )
+    if answer["fits"]:
+        print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
+    else:
+        print(f"does not fit: {_shortage(**size)}")
+
+
+def _differs(one: dict[str, Any]) -> bool:
+    return one["count"] != one["planned"]
+
+
+def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, limit: int) -> str:
+    """What a device lacks, and by how many times where that is known."""
+    held = weights + kv
+    if total is not None:
+        lack, devices = f"a device needs {_gib(total)} GiB and has {_gib(limit)}", f"about {_times(total, limit)}"
+    else:
+        lack, devices = f"weights and pages take {_gib(held)} of the {_gib(limit)} GiB of a device", "more"
+        if held > limit:
+            devices = f"more than {_times(held, limit)}"
+        else:
+            lack += ", and the compiler found no room for the rest"
+    return f"{lack}; {devices} devices, a smaller --batch or --context, or a shorter --dtype or --kv-dtype would do"
+
+
+def _times(needed: int, limit: int) -> str:
+    return f"{math.ceil(10 * needed / limit) / 10:.1f} times the"

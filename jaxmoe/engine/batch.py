@@ -17,6 +17,9 @@ from jaxmoe.engine.request import MOST_LISTED, SamplingParams
 from jaxmoe.engine.scheduler import Chunk, Limits, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
+# What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; turns: tokens a request
+# decodes in one step where no prompt waits.
+PAGE_SIZE, BLOCK_TOKENS, CHUNK_TOKENS, TURNS = 16, 32, 512, 4
 _NOWHERE = -1
 
 
@@ -105,6 +108,12 @@ class Told:
     num_prompt: int
     ends: tuple[int, ...]
     seed: int
+
+
+def whole_blocks(chunk_tokens: int) -> tuple[int, int]:
+    """(chunk_tokens rounded up to whole blocks, tokens of a block)."""
+    block_tokens = min(BLOCK_TOKENS, chunk_tokens)
+    return -(-chunk_tokens // block_tokens) * block_tokens, block_tokens
 
 
 def row_buckets(*, least: int, most: int) -> list[int]:

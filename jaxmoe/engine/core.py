@@ -20,6 +20,7 @@ from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
 from jaxmoe.errors import StepError
+from jaxmoe.ops.sample import Sampled
 
 _TIMINGS = 3
 
@@ -317,7 +318,7 @@ class Core:
         return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns, traced=traced)
 
     def _complete(self, step: _InFlight) -> list[Request]:
-        tokens, logprobs = np.asarray(step.drawn.tokens), np.asarray(step.drawn.logprobs)
+        tokens, logprobs = np.asarray(step.drawn.sampled.tokens), np.asarray(step.drawn.sampled.logprobs)
         sampled = list(step.plan.sampled())
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
@@ -328,7 +329,9 @@ class Core:
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
             turn[which] += 1
-            chunk = request.push(token, float(logprobs[at]), self._top(step.drawn, at, request.params.top_logprobs))
+            chunk = request.push(
+                token, float(logprobs[at]), self._top(step.drawn.sampled, at, request.params.top_logprobs)
+            )
             request.events.append(chunk)
             told.append(request)
             self.num_new_tokens += 1
@@ -341,7 +344,7 @@ class Core:
         return told
 
     @staticmethod
-    def _top(drawn: Drawn, at: tuple[int, ...], count: int) -> dict[int, float]:
+    def _top(drawn: Sampled, at: tuple[int, ...], count: int) -> dict[int, float]:
         """The likeliest `count` tokens at one place, with their logprobs."""
         if not count:
             return {}

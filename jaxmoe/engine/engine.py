@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
-from jaxmoe.engine.llm import LLM, TURNS, Prompt
+from jaxmoe.engine.llm import LLM, Prompt
 from jaxmoe.engine.request import Chunk, SamplingParams, is_finite
 from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.trace import Trace, check_trace_path
@@ -66,8 +67,8 @@ class Engine:
         context: int | None = None,
         memory_gib: float | None = None,
         host_gib: float = 0.0,
-        page_size: int = 16,
-        chunk_tokens: int = 512,
+        page_size: int = PAGE_SIZE,
+        chunk_tokens: int = CHUNK_TOKENS,
         turns: int = TURNS,
         trace: str | Path | None = None,
         on_compile: Callable[[int, int], None] | None = None,
@@ -298,14 +299,11 @@ def _limits(
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
-    rows = runner.least_rows
-    while rows * runner.num_ranks < max_requests:
-        rows *= 2
-    block_tokens = min(32, chunk_tokens)
+    rows = runner.padded_rows(max_requests) // runner.num_ranks
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens)
     return Limits(
-        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=-(-chunk_tokens // block_tokens) * block_tokens,
-        block_tokens=block_tokens, num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size,
-        context=context, turns=turns,
+        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
+        num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size, context=context, turns=turns,
         num_places=int(host_gib * 2**30 / (runner.bytes_a_token * page_size * runner.num_ranks)),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.engine.batch import BLOCK_TOKENS, PAGE_SIZE, TURNS
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
@@ -37,9 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 Prompt = str | Sequence[int]
 _MAX_PREFILL_TOKENS = 65536  # scored at once
-_PAGE_SIZE, _BLOCK_TOKENS = 16, 32
 _CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens of a step and rank
-TURNS = 4  # tokens a request decodes in one step where no prompt waits
 
 
 class LLM:
@@ -74,18 +73,15 @@ class LLM:
         checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
         kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
         on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. on_progress is told (bytes placed, bytes in all).
+        power of two a rank. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
         """
         directory = find_model(model, revision=revision)
         config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
         dtype = config.dtype if dtype is None else dtype
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        check_dtypes(dtype, kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
-        if kv_dtype not in (None, *KV_DTYPES):
-            raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
         placement = Placement(mesh=_as_mesh(mesh, config))
         chosen = choose_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
@@ -98,19 +94,16 @@ class LLM:
         table = parameter_table(abstract, placement)
         sizes = [array_sizes(config, placement.of_segment(part)) for part in shapes.parts]
         parts = assign_pieces(directory, tensors, config, sizes, shapes.parts)
-        total, done = sum(info.num_bytes for info in table), 0
 
-        def on_param(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            on_progress(done, total)
-
-        on_progress(0, total)
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
-            arrays = load_params(tensors, table, parts, on_param=on_param)
-            if ready.result() != chosen:
-                shapes = abstract_model(config, placement, dtype=dtype, kernels=ready.result())
+            arrays = load_params(tensors, table, parts, on_progress=on_progress)
+        if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
+            del arrays
+            return cls.load(
+                directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
+                ignore_config_keys=ignore_config_keys, max_batch=max_batch, on_progress=on_progress,
+            )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
         runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
@@ -293,15 +286,13 @@ class LLM:
         """Room for these requests, and for what there is room for already."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
         longest = max(min(context, len(ids) + p.max_tokens) for ids, p in asked)
-        rows = self.runner.least_rows
-        while rows * ranks < min(sum(p.n for _, p in asked), self.max_batch):
-            rows *= 2
+        rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_batch)) // ranks
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         needed = Limits(
-            num_ranks=ranks, rows=rows, block_tokens=_BLOCK_TOKENS, context=length, page_size=_PAGE_SIZE, turns=TURNS,
+            num_ranks=ranks, rows=rows, block_tokens=BLOCK_TOKENS, context=length, page_size=PAGE_SIZE, turns=TURNS,
             chunk_tokens=next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1]),
-            num_pages=rows * -(-length // _PAGE_SIZE),
+            num_pages=rows * -(-length // PAGE_SIZE),
         )  # fmt: skip
         if self._core is None:
             return needed
@@ -315,6 +306,14 @@ class LLM:
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace = self._trace
         return self._core
+
+
+def check_dtypes(dtype: str, kv_dtype: str | None) -> None:
+    """Raises: ConfigError for a dtype of weights, or of cached keys and values (None: the same), that is not known."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if kv_dtype not in (None, *KV_DTYPES):
+        raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
 
 
 def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,15 +67,10 @@ class EngineState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step brings, of each turn and row: tokens and logprobs [T,r,d], the likeliest and theirs [T,r,d,L].
+    """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens chose each
+    expert in all turns, as in Carried; None unless traced."""
 
-    loads: in all turns, as in Carried; None unless traced.
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_tokens: jax.Array
-    top_logprobs: jax.Array
+    sampled: Sampled
     loads: Loads | None
 
 
@@ -158,7 +153,7 @@ class Runner:
         return EngineState(tokens, pages, token_pages)
 
     def padded_rows(self, num_rows: int) -> int:
-        """Rows of a batch to score for num_rows prompts: doubled from the least that every rank can have."""
+        """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have."""
         rows = self.num_ranks * self.least_rows
         while rows < num_rows:
             rows *= 2
@@ -174,7 +169,7 @@ class Runner:
         self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count,
         *, bucket: Bucket, turns: int, traced: bool,
     ):  # fmt: skip
-        """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets a token a turn.
+        """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets one a turn.
 
         With prompts there is one turn, all micro-batches pass the model before tokens are drawn; without, those of a
         micro-batch are drawn as soon as it has passed, and its next turn begins.
@@ -213,7 +208,7 @@ class Runner:
         )  # fmt: skip
         work = PagedTokens(table=told["table"], sections=(rows, blocks), kind=self.kernels.attention)
         tokens = state.tokens[:, : bucket.rows], told["block_tokens"]
-        whole = work.part(0, 1).attend
+        whole = work.attend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
         token_pages = whole.write_tokens(state.token_pages, together, place)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
@@ -225,7 +220,7 @@ class Runner:
         kept = jnp.where(told["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
         state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
-        return state, Drawn(*(part[None] for part in sampled), carried.loads)
+        return state, Drawn(Sampled(*(part[None] for part in sampled)), carried.loads)
 
     def _decode(
         self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket,
@@ -239,10 +234,11 @@ class Runner:
         def tick(number, carry):
             state, loads, flow, room = carry
             first = schedule.unit(number, 0, count)
-            entering = work.part(first.micro_batch, of, first.turn, first.busy & (first.chunk == 0))
+            enters = first.micro_batch, of, first.turn, first.busy & (first.chunk == 0)
+            entering = work.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
-            token_pages = entering.attend.write_tokens(state.token_pages, tokens, place)
+            token_pages = work.attend(*enters).write_tokens(state.token_pages, tokens, place)
             x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
             last, leaving, leaves = first, entering, first.busy
             if schedule.stages > 1:
@@ -261,15 +257,14 @@ class Runner:
             by_part = by_part.at[:, mine].set(jnp.where(draws, drawn.tokens, old), mode="drop")
             kept = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
             state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
-            room = tuple(
-                all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True)
-            )
+            room = tuple(all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True))
             return state, carried.loads, flow, room
 
         flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
         carry = state, loads, flow, self._room(turns, of, rows)
         state, loads, _, room = run_ticks(tick, schedule.ticks(count), carry)
-        return state, Drawn(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room), loads)
+        sampled = Sampled(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
+        return state, Drawn(sampled, loads)
 
     def _room(self, turns: int, of: int, rows: int) -> tuple[jax.Array, ...]:
         """For what is drawn, by turn, rank, micro-batch and row."""
@@ -376,6 +371,7 @@ class Runner:
         found = []
         for layer in range(self.config.num_hidden_layers if drawn.loads else 0):
             place = place_of(layer, self.parts)
+            assert drawn.loads is not None
             load = drawn.loads[place.segment][place.block]
             if load is not None:
                 found.append(np.asarray(load)[place.slot].sum(axis=0))

@@ -97,9 +97,7 @@ class HostTier:
         for group, (place, blocks) in enumerate(self._groups):
             arrays, dims = self._arrays(state, blocks)
             own = zip(parts[group * kinds : (group + 1) * kinds], (_NUMBERS, _SCALES), strict=False)
-            written = place.locally(
-                on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims)
-            )
+            written = place.locally(on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims))
             for block, at in zip(blocks, range(0, len(written), self._width), strict=True):
                 leaves[block * self._width : (block + 1) * self._width] = written[at : at + self._width]
         tokens = self._place.locally(

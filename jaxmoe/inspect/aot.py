@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import bucket_with
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.batch import bucket_with, whole_blocks
+from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
@@ -30,14 +30,11 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 class CompiledStep:
     """What the compiler made of one step, in bytes of one device.
 
-    weights and kv lie on the device all the time; temp is what the step needs besides; total is all of them, and the
-    little that tells a step what to do. found and planned: the collectives, and how often each runs.
-    optimal_seconds: the compiler's own estimate, where it gives one.
+    total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
+    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a turn.
+    optimal_seconds: the compiler's own estimate of a turn, where it gives one.
     """
 
-    phase: Phase
-    weights_bytes: int
-    kv_bytes: int
     temp_bytes: int
     total_bytes: int
     found: Counter[Collective]
@@ -59,15 +56,17 @@ def abstract_runner(
     return Runner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
 
 
-def _rows(runner: Runner, batch: int) -> int:
-    stages = runner.placement.num_stages
-    return max(runner.least_rows, -(-batch // (runner.num_ranks * stages)) * stages)
+def _state(runner: Runner, *, batch: int, context: int, page_size: int) -> EngineState:
+    """The rows an engine has for `batch` requests, and pages for `context` tokens of each."""
+    requests = -(-batch // runner.num_ranks)
+    return runner.abstract_state(
+        runner.padded_rows(batch) // runner.num_ranks, requests * -(-context // page_size), page_size
+    )
 
 
 def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int) -> tuple[int, int]:
     """Bytes of weights, and of keys and values of `batch` requests of `context` tokens each, on one device."""
-    rows = _rows(runner, batch)
-    state = runner.abstract_state(rows, rows * -(-context // page_size), page_size)
+    state = _state(runner, batch=batch, context=context, page_size=page_size)
     weights, pages = (
         sum(map(_bytes_of_one_device, arrays)) for arrays in (runner.leaves, jax.tree.leaves(state.pages))
     )
@@ -75,30 +74,27 @@ def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int) -> t
 
 
 def compile_step(
-    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int, block_tokens: int
+    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int, turns: int
 ) -> CompiledStep:
-    """One step of `batch` requests of `context` tokens each over all ranks: a turn of decoding, or chunk_tokens of
-    prompts a rank beside it."""
-    rows = _rows(runner, batch)
-    pages = -(-context // page_size)
+    """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to `turns` turns of
+    decoding, or one with chunk_tokens of prompts a rank beside it."""
+    state = _state(runner, batch=batch, context=context, page_size=page_size)
+    rows = state.tokens.shape[1]
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
     bucket = bucket_with(
-        rows, -(-blocks // stages) * stages, block_tokens=block_tokens, pages=pages, stages=stages
+        rows, -(-blocks // stages) * stages, block_tokens=block_tokens, pages=-(-context // page_size), stages=stages
     )
-    state = runner.abstract_state(rows, rows * pages, page_size)
+    turns = turns if stages == 1 and not blocks else 1  # so that every tick of a pipeline is counted
     started = time.perf_counter()
-    compiled = runner.lower(state, bucket, turns=1).compile()
+    compiled = runner.lower(state, bucket, turns=turns).compile()
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     mesh = runner.placement.mesh
-    weights, kv = held_bytes(runner, batch=batch, context=context, page_size=page_size)
     return CompiledStep(
-        phase=phase,
-        weights_bytes=weights,
-        kv_bytes=kv,
         temp_bytes=memory.temp_size_in_bytes,
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,41 +15,68 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.errors import ConfigError, MeshError
+from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS
+from jaxmoe.engine.llm import KV_DTYPES, check_dtypes
+from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
+from jaxmoe.inspect.aot import PHASES, CompiledStep, abstract_runner, compile_step, held_bytes
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
-from jaxmoe.mesh import parse_mesh
+from jaxmoe.mesh import build_mesh, parse_mesh
+from jaxmoe.model.kernels import Kernels, choose_kernels
+from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.source import find_model, preset_models
 
-PAGE_SIZE, CHUNK_TOKENS, BLOCK_TOKENS = 16, 2048, 128
+# What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
+_NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What to compile: a config.json, a target, a mesh, and how many requests of how many tokens each."""
+    """What to compile: a config.json, a target, a mesh, and how many requests of how many tokens each.
+
+    config: the file, a folder with it, or a preset. dtype and kv_dtype: as LLM.load. chunk_tokens: as Engine.
+    """
 
     config: str
     target: str
     mesh: str
     batch: int
     context: int
+    chunk_tokens: int = CHUNK_TOKENS
     dtype: str | None = None
     kv_dtype: str | None = None
     dispatch: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
 
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """Those that were chosen."""
+        return {} if self.dispatch is None else {"dispatch": self.dispatch}
+
     def checked(self) -> tuple[ModelConfig, Target, dict[str, int]]:
-        """The config, target and axes. Raises: ConfigError or MeshError naming the value, the limit and the remedy."""
-        path = Path(self.config)
+        """The config, target and axes.
+
+        Raises: CheckpointError, ConfigError or MeshError naming the value, the limit and the remedy.
+        """
+        path = find_model(self.config) if self.config in preset_models() else Path(self.config)
         path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            known = ", ".join(preset_models())
+            raise CheckpointError(
+                f"config {self.config!r} is no config.json, no folder with one and no preset ({known})"
+            )
         config = read_config(read_json(path), ignore=self.ignore_config_keys)
+        check_dtypes(self.dtype or config.dtype, self.kv_dtype)
+        Kernels(**self.kernels)
         target, axes = parse_target(self.target), parse_mesh(self.mesh)
         devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
                 f"mesh {self.mesh} is of {devices} devices, target {target} has {target.num_devices}: make them equal"
             )
-        for name, limit in (("batch", 1 << 20), ("context", config.max_position_embeddings)):
+        most = 1 << 20
+        for name, limit in (("batch", most), ("context", config.max_position_embeddings), ("chunk_tokens", most)):
             value = getattr(self, name)
             if not 1 <= value <= limit:
                 raise ConfigError(f"{name}={value} must lie in [1, {limit}]")
@@ -58,8 +86,8 @@ class Question:
 def compile_for(question: Question, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
     """What the target's compiler makes of the model's steps, as `jaxmoe compile --json` prints it.
 
-    on_phase is told the name of each step before it is compiled. Raises: ConfigError or MeshError for what cannot be
-    asked, or where the compiler is not installed or fails.
+    on_phase is told the name of each step before it is compiled. Raises: as Question.checked, and ConfigError where the
+    compiler is not installed or fails.
     """
     _, target, _ = question.checked()
     command = [sys.executable, "-m", "jaxmoe.inspect.fit"]
@@ -92,62 +120,83 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
         finally:
             child.kill()
     if "error" in result:
-        raise ConfigError(f"target {target}: {result['error']}")
+        error = result["error"]
+        raise ConfigError(error if f"target {target}" in error else f"target {target}: {error}")
     return result
 
 
 def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """In the process apart: compile each step."""
-    from jaxmoe.inspect.aot import PHASES, abstract_runner, compile_step, held_bytes
-    from jaxmoe.mesh import build_mesh
-    from jaxmoe.model.kernels import Kernels
-    from jaxmoe.sharding import Placement
-
     config, target, axes = question.checked()
-    limit = target.device.hbm_bytes
-    named = {"dispatch": question.dispatch} if question.dispatch else {}
-    kernels = Kernels(**named, **({"grouped": "ragged"} if target.device.platform == "tpu" else {}))  # type: ignore[arg-type]
+    dtype, kv_dtype = question.dtype or config.dtype, KV_DTYPES.get(question.kv_dtype or "")
+    kernels = choose_kernels(dtype, question.kernels, platform=target.device.platform)
     placement = Placement(mesh=build_mesh(axes, topology_devices(target)))
-    runner = abstract_runner(
-        config, placement, dtype=question.dtype or config.dtype, kv_dtype=question.kv_dtype, kernels=kernels
-    )
+    runner = abstract_runner(config, placement, dtype=dtype, kv_dtype=kv_dtype, kernels=kernels)
     sizes: dict[str, Any] = dict(batch=question.batch, context=question.context, page_size=PAGE_SIZE)
     weights, kv = held_bytes(runner, **sizes)
+    size: dict[str, int | None]
+    size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
+    phases: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {
-        "target": str(target), "mesh": axes, "fits": False, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
-        "batch": question.batch, "context": question.context,
-        "bytes": {"weights": weights, "kv": kv, "temp": None, "total": weights + kv, "limit": limit},
-        "collectives": [], "optimal_seconds": None, "compile_seconds": 0.0, "phases": {},
+        "target": str(target), "mesh": axes, "fits": False, "as_planned": None, "dtype": dtype,
+        "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
+        "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
+        "compile_seconds": 0.0, "phases": phases,
     }  # fmt: skip
-    if weights + kv > limit:  # no program is needed to see that
+    if weights + kv > target.device.hbm_bytes:  # no program is needed to see that
         return answer
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **sizes, chunk_tokens=CHUNK_TOKENS, block_tokens=BLOCK_TOKENS)
+            step = compile_step(runner, phase, **sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            answer["phases"][phase] = {"fits": False, "error": " ".join(str(error).split())[:300]}
-            return answer
-        found = [
-            {"phase": phase, "op": one.op, "axes": list(one.axes), "count": count, "bytes": one.result_bytes,
-             "planned": step.planned.get(one, 0)}
-            for one, count in sorted(step.found.items(), key=str)
-        ]  # fmt: skip
-        answer["phases"][phase] = {
-            "fits": step.total_bytes <= limit, "temp_bytes": step.temp_bytes, "total_bytes": step.total_bytes,
-            "as_planned": step.found == step.planned, "optimal_seconds": step.optimal_seconds,
-            "compile_seconds": step.compile_seconds,
-        }  # fmt: skip
-        answer["collectives"] += found
+            phases[phase], size["limit"] = _no_room(str(error), weights + kv, target.device.hbm_bytes)
+            break
+        phases[phase] = _compiled(step, target.device.hbm_bytes)
+        answer["collectives"] += _collectives(phase, step)
         answer["compile_seconds"] += step.compile_seconds
-        answer["optimal_seconds"] = step.optimal_seconds  # of decode, the last
-    done = answer["phases"].values()
-    answer["bytes"]["temp"] = max(part["temp_bytes"] for part in done)
-    answer["bytes"]["total"] = max(part["total_bytes"] for part in done)
-    answer["fits"] = all(part["fits"] for part in done)
+        answer["optimal_seconds"] = step.optimal_seconds if phase == "decode" else None
+    temps, totals, planned = (
+        [part[name] for part in phases.values()] for name in ("temp_bytes", "total_bytes", "as_planned")
+    )
+    size["temp"] = max((temp for temp in temps if temp is not None), default=None)
+    size["total"] = None if None in totals else max(totals)
+    answer["fits"] = all(part["fits"] for part in phases.values())
+    answer["as_planned"] = False if False in planned else None if None in planned else True
     return answer
+
+
+def _compiled(step: CompiledStep, limit: int) -> dict[str, Any]:
+    return {
+        "fits": step.total_bytes <= limit, "temp_bytes": step.temp_bytes, "total_bytes": step.total_bytes,
+        "as_planned": step.found == step.planned, "optimal_seconds": step.optimal_seconds,
+        "compile_seconds": step.compile_seconds,
+    }  # fmt: skip
+
+
+def _no_room(error: str, held: int, limit: int) -> tuple[dict[str, Any], int]:
+    """A step its compiler found no room for, and the bytes it had: as it says where it says so, else limit."""
+    temp = total = None
+    if said := _NO_ROOM.search(error):
+        needed, had = (
+            int(float(number) * 1024 ** " KMGT".index(unit or " "))
+            for number, unit in (said.group(1, 2), said.group(3, 4))
+        )
+        if needed > held:
+            temp, total, limit = needed - held, needed, had
+    part = {"fits": False, "temp_bytes": temp, "total_bytes": total, "as_planned": None}
+    return part | {"error": " ".join(error.split())[:300]}, limit
+
+
+def _collectives(phase: str, step: CompiledStep) -> list[dict[str, Any]]:
+    """Every collective that was found in a step or planned for it, and how often each runs."""
+    return [
+        {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.found[one], "bytes": one.result_bytes,
+         "planned": step.planned[one]}
+        for one in sorted(step.found.keys() | step.planned.keys(), key=str)
+    ]  # fmt: skip
 
 
 def _main() -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
-from jaxmoe.model.attention import KEY_DIMS, QUERY_DIMS, Told
+from jaxmoe.model.attention import Told
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
 from jaxmoe.ops.quantize import LARGEST
@@ -59,7 +60,7 @@ def split_rows(array: Any, micro_batch: Any, of: int) -> Any:
 
 
 def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) -> jax.Array:
-    """array [r*n,...] -> [r*n/of,...]: one of `of` even parts of every rank's rows. A number past the last: the last."""
+    """array [r*n,...] -> [r*n/of,...]: one of `of` even parts of every rank's rows; past the last: the last."""
     if of == 1:
         return array
     parts = split_rows(array.reshape(num_ranks, -1, *array.shape[1:]), micro_batch, of)
@@ -136,19 +137,14 @@ class PagedTokens:
     sections: tuple[Section, ...]
     kind: PagedKind
 
+    def attend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttend:
+        """How the tokens of `part` meet the pages."""
+        return PagedAttend(self.table, [s.part(micro_batch, of, turn, busy) for s in self.sections], self.kind)
+
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
         """See Work."""
-        sections = tuple(section.part(micro_batch, of, turn, busy) for section in self.sections)
-        positions, active = [], []
-        for section in sections:
-            each = jnp.arange(section.num_tokens, dtype=jnp.int32)
-            for found, value in (
-                (positions, section.positions[..., None] + each),
-                (active, each < section.counts[..., None]),
-            ):
-                found.append(value.reshape(value.shape[0], -1))
-        positions, active = (jnp.concatenate(parts, axis=1).reshape(-1, 1) for parts in (positions, active))
-        return Told(positions, active, PagedAttend(self.table, sections, self.kind))
+        attend = self.attend(micro_batch, of, turn, busy)
+        return Told(*attend.places(), attend)
 
 
 class PagedAttend:
@@ -156,6 +152,16 @@ class PagedAttend:
 
     def __init__(self, table: jax.Array, sections: Sequence[Section], kind: PagedKind) -> None:
         self._table, self._sections, self._kind = table, tuple(sections), kind
+
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        """Where the tokens stand [r*t,1], and which of them are real."""
+        positions, active = [], []
+        for section in self._sections:
+            each = jnp.arange(section.num_tokens, dtype=jnp.int32)
+            ranks = section.counts.shape[0]
+            positions.append((section.positions[..., None] + each).reshape(ranks, -1))
+            active.append((each < section.counts[..., None]).reshape(ranks, -1))
+        return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(active, axis=1).reshape(-1, 1)
 
     def _told(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
         """The arrays that say where things are, with their dims."""

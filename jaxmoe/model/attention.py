@@ -13,13 +13,9 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import normed, rotated
-from jaxmoe.ops.norm import scale_by_rms
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, mean_squares, normed, rotated, scaled
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
-
-QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
-KEY_DIMS = ("batch", "length", "kv_head", "head_dim")
 
 
 class Attend(Protocol):
@@ -113,11 +109,14 @@ class Attention(nnx.Module):
             q = normed(q, at_layer(self.q_norm, at), QUERY_DIMS, *by, eps=eps)
             return q, normed(k, at_layer(self.k_norm, at), KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
-            columns = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-            q_square = jnp.sum(jnp.square(q.astype(jnp.float32)), axis=(-2, -1)) / columns[0]
-            k_square = jnp.sum(jnp.square(k.astype(jnp.float32)), axis=-1) / (columns[1] * self.kv_copies)
-            mean = jnp.sum(jnp.stack([q_square, k_square], axis=-1), axis=2)
-            mean = self.placement.constrain(mean, "batch", "length", "one")
-            q = scale_by_rms(q, at_layer(self.q_norm, at), mean[..., 0], eps=config.rms_norm_eps)
-            k = scale_by_rms(k, at_layer(self.k_norm, at), mean[..., 1], eps=config.rms_norm_eps)
+            place, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
+            mean = mean_squares(q, k, self._columns(), place, kind)
+            q = scaled(q, at_layer(self.q_norm, at), mean[..., 0], QUERY_DIMS, place, kind, eps=eps)
+            k = scaled(k, at_layer(self.k_norm, at), mean[..., 1], KEY_DIMS, place, kind, eps=eps)
         return q, k
+
+    def _columns(self) -> tuple[int, int]:
+        """Numbers of a token's query and key, as often as each is held."""
+        config = self.config
+        copies = config.num_key_value_heads * self.kv_copies
+        return config.num_attention_heads * config.head_dim, copies * config.head_dim

@@ -65,9 +65,10 @@ class Kernels:
 Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebody chose
 
 
-def choose_kernels(dtype: str, choice: Choice) -> Kernels:
-    """The kernels chosen, and for steps that nobody chose what is fastest here. Compiles nothing.
+def choose_kernels(dtype: str, choice: Choice, *, platform: str | None = None) -> Kernels:
+    """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
+    Compiles nothing.
     That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
     experts, and XLA's form otherwise. On a CPU XLA's products want every layer's weights by themselves: unroll.
     Raises: ConfigError for a step or a kernel that does not exist, or one that was chosen and cannot run here.
@@ -79,23 +80,23 @@ def choose_kernels(dtype: str, choice: Choice) -> Kernels:
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
-    backend, unnamed = jax.default_backend(), _unnamed(choice)
-    if backend == "tpu" and "grouped" in unnamed:
+    platform, unnamed = platform or jax.default_backend(), _unnamed(choice)
+    if platform == "tpu" and "grouped" in unnamed:
         named["grouped"] = "ragged"
-    if backend == "cpu" and unnamed and dtype in native.DTYPES:
+    if platform == "cpu" and unnamed and dtype in native.DTYPES:
         try:
             native.check(dtype, option=unnamed[0])
             named |= dict.fromkeys(unnamed, "native")
         except ConfigError as error:
             _log.warning(_SLOWER, error)
-    if backend == "cpu" and named.get("linear") != "native":
+    if platform == "cpu" and named.get("linear") != "native":
         named.setdefault("layers", "unroll")
     return Kernels(**named)
 
 
 def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     """The kernels, ready for arrays of dtype; XLA's in place of native ones that nobody chose and that do not compile
-    here (a warning is logged).
+    here (a warning is logged), whose products want layers by themselves.
 
     Raises: ConfigError where a kernel that was chosen cannot run.
     """
@@ -105,6 +106,8 @@ def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     except ConfigError as error:
         plain = Kernels()
         kernels = replace(kernels, **{name: getattr(plain, name) for name in unnamed})
+        if isinstance(choice, Mapping) and "layers" not in choice and kernels.linear == "xla":
+            kernels = replace(kernels, layers="unroll")
         kernels.prepare(dtype)
         _log.warning(_SLOWER, error)
     return kernels

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.ops.gate import gated_unit
-from jaxmoe.ops.norm import rms_norm
+from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import PointwiseKind
 from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Dims, Placement
 
 HIDDEN = ("batch", "length", "width")
+QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
+KEY_DIMS = ("batch", "length", "kv_head", "head_dim")
 
 
 class Real(NamedTuple):
@@ -45,6 +47,31 @@ def normed(
     """RMS norm over the last of x's dims, which no axis splits."""
     norm = partial(rms_norm, eps=eps, kind=kind)
     return norm(x, weight) if kind == "xla" else place.locally(norm, (x, dims), (weight, dims[-1:]), out=dims)
+
+
+def mean_squares(
+    q: jax.Array, k: jax.Array, columns: tuple[int, int], place: Placement, kind: PointwiseKind
+) -> jax.Array:
+    """Over all heads of a query [B,S,K,G,H] and a key [B,S,K,H] of so many numbers: [B,S,2], by one all-reduce."""
+    axes = tuple(axis for axis in place.axes("kv_head") if place.mesh.shape[axis] > 1)
+
+    def both(q: jax.Array, k: jax.Array) -> jax.Array:
+        each = [sum_of_squares(x, kind=kind) / count for x, count in zip((q, k), columns, strict=True)]
+        means = jnp.stack(each, axis=-1)
+        return jax.lax.psum(means, axes) if axes else means
+
+    return place.locally(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
+
+
+def scaled(
+    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, place: Placement, kind: PointwiseKind, *,
+    eps: float,
+) -> jax.Array:  # fmt: skip
+    """RMS norm of x [B,S,K,...] over all its heads, by their mean square [B,S]."""
+    scale = partial(scale_by_rms, eps=eps, kind=kind)
+    if kind == "xla":
+        return scale(x, weight, mean_square)
+    return place.locally(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
 def rotated(

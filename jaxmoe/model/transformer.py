@@ -81,7 +81,9 @@ class Transformer(nnx.Module):
         routed: list[jax.Array] = []
         x = self.embedded(tokens)
         if self.placement.num_stages == 1:
-            x, carried = self._beside(0, len(self.parts), x, work.part(0, 1), carried, routed if probabilities else None)
+            x, carried = self._beside(
+                0, len(self.parts), x, work.part(0, 1), carried, routed if probabilities else None
+            )
             x = x if pick is None else pick(x)
         else:
             x, carried = self._through_stages(x, work, carried, schedule, pick)
@@ -120,13 +122,14 @@ class Transformer(nnx.Module):
         self, first: int, last: int, x: jax.Array, told: Told, carried: Carried, routed: list[jax.Array] | None = None
     ) -> tuple[jax.Array, Carried]:
         seen = self._seen(told, self.beside)
-        kept, loads = list(carried.kept), None if carried.loads is None else list(carried.loads)
+        kept: list[Any] = list(carried.kept)
+        loads: list[Any] | None = None if carried.loads is None else list(carried.loads)
         for number in range(first, last):
             part, blocks = self.parts[number], self.segments[number]
 
-            def repeat(carry, at, blocks=blocks):
+            def repeat(carry, at, blocks=blocks, asked=routed is not None):
                 x, kept, loads, choices = _through(blocks, seen, at, *carry)
-                found = None if routed is None else [choice.probabilities for choice in choices if choice is not None]
+                found = [choice.probabilities for choice in choices if choice is not None] if asked else None
                 return (x, kept, loads), found
 
             carry = x, kept[number], None if loads is None else loads[number]
@@ -138,9 +141,9 @@ class Transformer(nnx.Module):
                 found = [one[index] for index in range(part.repeats) for one in stacked or ()]
             if routed is not None:
                 routed += found
-            x, kept[number], load = carry
+            x, kept[number] = carry[:2]
             if loads is not None:
-                loads[number] = load
+                loads[number] = carry[2]
         return x, Carried(kept, loads)
 
     def _seen(self, told: Told, place: Placement) -> Seen:

@@ -32,9 +32,42 @@ def _native(x, weight, *, eps):
     return native.native_norm(x.reshape(-1, x.shape[-1]), weight, eps=eps).reshape(x.shape)
 
 
+def sum_of_squares(x: Float[Array, "B S *heads"], *, kind: PointwiseKind = "xla") -> Float[Array, "B S"]:
+    """Of all that belongs to a token; float32."""
+    return (_native_squares if kind == "native" else _xla_squares)(x)
+
+
+def _xla_squares(x):
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(2, x.ndim)))
+
+
+@differentiated_as(_xla_squares)
+def _native_squares(x):
+    return native.native_squares(_rows(x)).reshape(x.shape[:2])
+
+
 def scale_by_rms(
-    x: Float[Array, "B S *heads"], weight: Float[Array, "*heads"], mean_square: Float[Array, "B S"], *, eps: float
+    x: Float[Array, "B S *heads"],
+    weight: Float[Array, "*heads"],
+    mean_square: Float[Array, "B S"],
+    *,
+    eps: float,
+    kind: PointwiseKind = "xla",
 ) -> Float[Array, "B S *heads"]:
     """x over the root of a mean square taken elsewhere (over more dims than one device holds), times weight."""
+    return (_native_scaled if kind == "native" else _xla_scaled)(x, weight, mean_square, eps=eps)
+
+
+def _xla_scaled(x, weight, mean_square, *, eps):
     scale = jax.lax.rsqrt(mean_square + eps).reshape(*mean_square.shape, *(1,) * weight.ndim)
     return weight * (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+@differentiated_as(_xla_scaled)
+def _native_scaled(x, weight, mean_square, *, eps):
+    return native.native_scaled(_rows(x), weight.reshape(-1), mean_square.reshape(-1), eps=eps).reshape(x.shape)
+
+
+def _rows(x):
+    """One row a token."""
+    return x.reshape(x.shape[0] * x.shape[1], -1)

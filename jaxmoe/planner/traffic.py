@@ -121,5 +121,3 @@ def _add_stages(add, placement: Placement, schedule: Schedule, hidden: int) -> N
     if schedule.unrolled(ticks):
         ticks = sum(bool(schedule.sends(tick)) for tick in range(ticks))
     add(placement, "collective-permute", "stage", hidden, ticks)
-
-

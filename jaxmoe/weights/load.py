@@ -20,8 +20,8 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.windows import PiecesByIndex, Window, intersect
 
-Window = tuple[tuple[int, int], ...]
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
 _MOST_WORKERS = 8  # that read and turn tensors
@@ -55,31 +55,6 @@ def check_keys(
         _ = tensors[key].dtype
 
 
-def _overlap(piece: Piece, window: Window) -> tuple[Window, tuple[int | slice, ...]] | None:
-    """The part of a piece inside a window of its parameter: ranges in the tensor, and a place within the window."""
-    place: list[int | slice] = []
-    ranges: list[tuple[int, int]] = []
-    for at, (low, high) in zip(piece.dst, window, strict=True):
-        if isinstance(at, int):
-            if not low <= at < high:
-                return None
-            place.append(at - low)
-            continue
-        start, stop = max(at.start, low), min(at.stop, high)
-        if start >= stop:
-            return None
-        place.append(slice(start - low, stop - low))
-        ranges.append((start - at.start, stop - at.start))
-    ordered = reversed(ranges) if piece.transpose else ranges
-    src = tuple((low + base, high + base) for (low, high), (base, _) in zip(ordered, piece.src, strict=True))
-    return src, tuple(place)
-
-
-def _intersect(a: Window, b: Window) -> Window | None:
-    both = tuple((max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(a, b, strict=True))
-    return both if all(low < high for low, high in both) else None
-
-
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
     assert index is not None  # every device of the sharding is addressable here
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
@@ -87,34 +62,41 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
 
 def _fill(
     windows: Iterable[Window],
-    parts: list[Piece],
+    parts: PiecesByIndex,
     tensors: Mapping[str, TensorInfo],
     dtype: np.dtype,
     workers: ThreadPoolExecutor,
+    on_bytes: Callable[[int], None],
 ) -> dict[Window, np.ndarray]:
     """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
     found: dict[str, list[tuple[Window, np.ndarray]]] = defaultdict(list)  # ranges of a tensor, and where they go
-    for piece in parts:
-        for window, array in out.items():
-            if (hit := _overlap(piece, window)) is not None:
-                src, place = hit
-                found[piece.key].append((src, array[place].T if piece.transpose else array[place]))
+    for window, array in out.items():
+        for piece, src, place in parts.inside(window):
+            found[piece.key].append((src, array[place].T if piece.transpose else array[place]))
 
-    def from_tensor(key: str) -> None:
-        low, high = (pick(src[0][end] for src, _ in found[key]) for end, pick in enumerate((min, max)))
-        row_bytes = max(1, tensors[key].num_bytes // max(1, tensors[key].shape[0]))
-        step = max(1, _READ_BYTES // row_bytes)
-        for first in range(low, high, step):
-            rows = tensors[key].read_rows(first, min(high, first + step))
-            for (span, *others), destination in found[key]:
-                start, stop = max(span[0], first), min(span[1], first + len(rows))
-                if start < stop:
-                    cut = rows[(slice(start - first, stop - first), *(slice(*r) for r in others))]
-                    _copy(cut, destination[start - span[0] : stop - span[0]])
+    def reads() -> Iterator[tuple[str, int, int]]:
+        """(key, first row, last row + 1) of each read, in the order of the files."""
+        for key in sorted(found, key=lambda key: (tensors[key].path, tensors[key].start)):
+            low, high = (pick(src[0][end] for src, _ in found[key]) for end, pick in enumerate((min, max)))
+            row_bytes = max(1, tensors[key].num_bytes // max(1, tensors[key].shape[0]))
+            step = max(1, _READ_BYTES // row_bytes)
+            yield from ((key, first, min(high, first + step)) for first in range(low, high, step))
 
-    for _ in workers.map(from_tensor, found):
-        pass
+    def read(key: str, first: int, last: int) -> int:
+        """The bytes of the windows that the rows gave."""
+        rows, num_bytes = tensors[key].read_rows(first, last), 0
+        for (span, *others), destination in found[key]:
+            start, stop = max(span[0], first), min(span[1], last)
+            if start < stop:
+                cut = rows[(slice(start - first, stop - first), *(slice(*r) for r in others))]
+                to = destination[start - span[0] : stop - span[0]]
+                _copy(cut, to)
+                num_bytes += to.nbytes
+        return num_bytes
+
+    for num_bytes in workers.map(lambda args: read(*args), reads()):
+        on_bytes(num_bytes)
     return out
 
 
@@ -176,10 +158,18 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
 
 
 def load_param(
-    info: ParamInfo, parts: list[Piece], tensors: Mapping[str, TensorInfo], workers: ThreadPoolExecutor
+    info: ParamInfo,
+    parts: list[Piece],
+    tensors: Mapping[str, TensorInfo],
+    workers: ThreadPoolExecutor,
+    on_bytes: Callable[[int], None],
 ) -> jax.Array:
-    """One parameter, sharded. Host memory: twice the staging limit, whatever the size of parameter and tensors; on CPU
-    devices the staged arrays are the shards, and devices that hold the same share one."""
+    """One parameter, sharded. on_bytes is told the bytes of it that each read gave: in all, those that are not padding.
+
+    Host memory, whatever the size of the parameter: twice the staging limit, and for each worker _READ_BYTES, or one
+    row of a tensor where that is more. On CPU devices the staged arrays are the shards; devices that hold the same
+    share one.
+    """
     windows = {
         device: _bounds(index, info.shape)
         for device, index in info.sharding.addressable_devices_indices_map(info.shape).items()
@@ -189,13 +179,13 @@ def load_param(
     whole: Window = tuple((0, n) for n in info.shape)
     staged_whole = _staged_whole(windows)
     blocks = [whole] if staged_whole else _blocks(whole, info.dtype.itemsize, _cutting_order(parts), shares)
+    placed = PiecesByIndex(parts)
     for block in blocks:
         by_window: dict[Window, list[jax.Device]] = defaultdict(list)
         for device, window in windows.items():
-            if (clipped := _intersect(window, block)) is not None:
+            if (clipped := intersect(window, block)) is not None:
                 by_window[clipped].append(device)
-        inside = [piece for piece in parts if _overlap(piece, block) is not None]
-        for window, staged in _fill(by_window, inside, tensors, info.dtype, workers).items():
+        for window, staged in _fill(by_window, placed, tensors, info.dtype, workers, on_bytes).items():
             for device in by_window[window]:
                 part = jax.device_put(staged, device)
                 if window == windows[device]:
@@ -247,13 +237,27 @@ def load_params(
     table: list[ParamInfo],
     parts: Mapping[str, list[Piece]],
     *,
-    on_param: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
-    """Every parameter of the table, sharded, in its order. on_param is told each parameter's bytes as it lands."""
+    """Every parameter of the table, sharded, in its order.
+
+    on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
+    """
     assert set(parts) == {info.path for info in table}, set(parts) ^ {info.path for info in table}
+    total, done = sum(info.num_bytes for info in table), 0
+
+    def on_bytes(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress(done, total)
+
+    on_progress(done, total)
     arrays = []
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
         for info in table:
-            arrays.append(load_param(info, parts[info.path], tensors, workers))
-            on_param(info.num_bytes)
+            end = done + info.num_bytes
+            arrays.append(load_param(info, parts[info.path], tensors, workers, on_bytes))
+            if done < end:  # padding, which no tensor gives
+                on_bytes(end - done)
+    assert done == total, (done, total)
     return arrays

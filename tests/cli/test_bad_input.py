@@ -65,6 +65,7 @@ def _assert_refused(capsys, work: Path, arguments: list[str], words: list[str]) 
 
 
 GENERATE = ["generate", "good", "--prompt-ids", "ids.jsonl"]
+COMPILE = ["compile", "good", "--context", "64", "--target", "v5p:2x2x1", "--mesh", "tensor=4"]
 
 COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     # the command itself
@@ -133,6 +134,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--dtype", "float8"], ["dtype='float8' must be one of float32, bfloat16, float16"]),
     ([*GENERATE, "--dispatch", "teleport"], ["teleport", "all_to_all", "all_gather"]),
     ([*GENERATE, "--grouped", "magic"], ["magic", "blocks", "ragged", "dense"]),
+    ([*GENERATE, "--layers", "magic"], ["layers='magic'", "scan", "unroll"]),
+    ([*GENERATE, "--pointwise", "magic"], ["pointwise='magic'", "xla", "native"]),
+    ([*GENERATE, "--sampling", "magic"], ["sampling='magic'", "xla", "native"]),
+    ([*GENERATE, "--no-native", "--layers", "magic"], ["layers='magic'", "scan", "unroll"]),
     ([*GENERATE, "--max-batch", "0"], ["max_batch=0", "at least 1"]),
     # what is asked of verify and bench
     (["verify", "good", "--max-tokens", "0"], ["--max-tokens", "0 is not in the range"]),
@@ -141,6 +146,15 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["bench", "good", "--cases", ""], ["case '' must read"]),
     (["bench", "good", "--cases", "1x120x20"], ["case 1x120x20 needs 140 tokens of context, the model has 128"]),
     (["bench", "good", "--repeats", "0"], ["--repeats", "0 is not in the range"]),
+    # what is asked of compile
+    ([*COMPILE, "--dtype", "float8"], ["dtype='float8' must be one of float32, bfloat16, float16"]),
+    ([*COMPILE, "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of float32, bfloat16, fp8, int8"]),
+    ([*COMPILE, "--dispatch", "teleport"], ["dispatch='teleport' must be one of all_to_all, all_gather"]),
+    ([*COMPILE, "--chunk-tokens", "0"], ["chunk_tokens=0 must lie in [1, "]),
+    ([*COMPILE, "--batch", "0"], ["batch=0 must lie in [1, "]),
+    ([*COMPILE, "--context", "129"], ["context=129 must lie in [1, 128]"]),
+    ([*COMPILE[:-1], "tensor=8"], ["of 8 devices, target v5p:2x2x1 has 4"]),
+    (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
     # which model
     (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),
     (["verify", ""], ["model '' is not an existing directory"]),

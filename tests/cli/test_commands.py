@@ -1,4 +1,4 @@
-"""The four commands on tiny models: what stands on standard output, and the exit code."""
+"""Commands on tiny models: what stands on standard output, and the exit code. compile is in test_compile.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe import LLM, ConfigError, SamplingParams
 from jaxmoe.engine import verify
+from jaxmoe.model.kernels import NATIVE_STEPS, Kernels
 from jaxmoe.weights import load
 
 from ..conftest import ONE_DEVICE
@@ -45,13 +47,54 @@ def test_generate_prints_one_object_a_request(capsys, tiny_dir, ids):
         assert (found["text"], found["finish_reason"]) == ("", "length")
 
 
-def test_generate_for_people_prints_each_request(capsys, tiny_dir, ids):
+def test_generate_for_people_prints_each_request(capsys, tiny_dir, tiny_llm, ids):
     options = ["--mesh", MESH, "--dtype", "float32", "--max-tokens", 3, "--ignore-eos"]
     outcome = jaxmoe(capsys, "generate", tiny_dir(CASE), "--prompt-ids", ids, *options)
     assert outcome.code == 0
     assert [line[:4] for line in outcome.out.splitlines()] == ["[0] ", "[1] "]
     assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in outcome.err
     assert "6 tokens" in outcome.err
+    runner = tiny_llm(CASE, MESH).runner
+    pool, num_bytes = 4 * runner.least_rows * 16, runner.bytes_a_token  # ranks, rows of each, a page for each
+    said = f"pages for {pool} tokens of {num_bytes} bytes ({pool * num_bytes / 2**20:.1f} MiB)"
+    assert said in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize(
+    "options", [["--no-native", "--layers", "unroll"], ["--layers", "scan", "--pointwise", "xla", "--sampling", "xla"]]
+)
+def test_kernels_that_were_chosen_give_the_same_tokens(options, capsys, tiny_dir, tiny_llm, ids):
+    command = ["generate", tiny_dir(CASE), "--prompt-ids", ids, "--mesh", MESH, "--dtype", "float32"]
+    outcome = jaxmoe(capsys, *command, "--max-tokens", 3, "--ignore-eos", "--json", *options)
+    greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    expected = tiny_llm(CASE, ONE_DEVICE).generate([[1, 2, 3, 4], [5, 6]], greedy)
+    assert [found["token_ids"] for found in _objects(outcome)] == [output.token_ids for output in expected]
+
+
+PLAIN = {step: getattr(Kernels(), step) for step in NATIVE_STEPS}
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [
+        ([], {}),
+        (["--layers", "unroll"], {"layers": "unroll"}),
+        (["--pointwise", "xla"], {"pointwise": "xla"}),
+        (["--sampling", "native"], {"sampling": "native"}),
+        (["--no-native"], PLAIN),
+        (["--no-native", "--layers", "scan"], PLAIN | {"layers": "scan"}),
+        (["--no-native", "--sampling", "native"], PLAIN | {"sampling": "native"}),
+        (["--native", "--layers", "unroll"], dict.fromkeys(NATIVE_STEPS, "native") | {"layers": "unroll"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_options_choose_is_all_that_is_chosen(options, kernels, capsys, tiny_dir, ids, monkeypatch):
+    def load(*_, **asked):
+        assert asked["kernels"] == kernels
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(LLM, "load", load)
+    assert "asked" in jaxmoe(capsys, "generate", tiny_dir(CASE), "--prompt-ids", ids, *options).err
 
 
 def test_score_prints_one_object_a_sequence_and_its_total(capsys, tiny_dir, tiny_llm, ids):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxmoe import Engine, RequestError, SamplingParams, StepError
 from jaxmoe.errors import ConfigError
+from jaxmoe.ops.native import find_compiler
 
 CASE = "mixtral_window"
 MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 18 pages a rank
@@ -22,6 +23,19 @@ def engine(request, tiny_llm):
         llm, max_requests=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
     ) as made:
         yield made
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2"])
+@pytest.mark.parametrize("name", ["olmoe_full_norm", "qwen3_moe_norm", "qwen2_moe_shared", "llama_llama3"])
+def test_every_kind_of_layer_gives_the_same_bits_beside_others(name, mesh, tiny_llm):
+    """With native kernels, logprobs and all: one prompt alone, and among eight more in the same steps."""
+    if find_compiler() is None:  # then no such promise is made
+        return
+    llm = tiny_llm(name, mesh)
+    prompts = [[(7 * i + j) % llm.config.vocab_size for j in range(3 + 4 * i)] for i in range(9)]
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    alone, among = llm.generate(prompts[:1], params)[0], llm.generate(prompts, params)[0]
+    assert (alone.token_ids, alone.logprobs) == (among.token_ids, among.logprobs)
 
 
 async def collect(engine: Engine, prompt, params, after: float = 0.0, **options) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,6 +43,20 @@ def test_logprobs_are_those_of_score(tiny_llm):
     for out in llm.generate(PROMPTS, drawn(5)):
         (scored,) = llm.score([out.prompt_token_ids + out.token_ids])
         np.testing.assert_allclose(scored[-len(out.token_ids) :], out.logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
+def test_pool_for_says_what_generate_holds(mesh, tiny_llm):
+    llm = tiny_llm(CASE, mesh)
+    llm._core = None  # a core there is already may be larger
+    tokens, num_bytes = llm.pool_for(PROMPTS, drawn(1, tokens=40))
+    assert llm._core is None
+    llm.generate(PROMPTS, drawn(1, tokens=40))
+    assert tokens * num_bytes == sum(part.nbytes for part in jax.tree.leaves(llm._core._state.pages))
+    assert tokens >= sum(len(prompt) + 40 for prompt in PROMPTS)
+    assert llm.pool_for(PROMPTS[:1], drawn(1)) == (tokens, num_bytes)  # the pool there is has room for that
+    with pytest.raises(RequestError, match="prompt 0 is empty"):
+        llm.pool_for([[]])
 
 
 def test_more_requests_than_a_batch_come_back_in_order(tiny_dir):

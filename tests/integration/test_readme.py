@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -42,10 +43,16 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    if " compile" in command and importlib.util.find_spec("libtpu") is None:  # what a user without the extra is told
+        assert stopped.value.code == 2
+        assert "pip install jaxmoe[aot-tpu]" in err
+        return
     assert stopped.value.code == 0
     if "--json" in command:
         assert len(json.loads(out)["token_ids"]) > 0
+    elif " compile" in command:
+        assert "fits; compiled" in out
     elif " verify" in command:
         assert "10 of 10 meshes give what one device gives" in out
     elif " generate" in command:

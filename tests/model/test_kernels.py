@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 
+from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels, choose_kernels, prepare_kernels
 from jaxmoe.ops import native
 
-from ..conftest import NATIVE
+from ..conftest import NATIVE, mesh_of
 
 UNROLLED = Kernels(layers="unroll")
 
@@ -37,6 +41,14 @@ def test_what_is_named_stays():
     assert chosen.linear == ("native" if native.find_compiler() is not None else "xla")
 
 
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(("platform", "grouped"), [("tpu", "ragged"), ("gpu", "blocks"), ("cuda", "blocks")])
+def test_accelerators_run_xla_and_ask_for_no_compiler(platform, grouped, caplog):
+    assert choose_kernels("bfloat16", {}, platform=platform) == Kernels(grouped=grouped)
+    assert choose_kernels("bfloat16", {"grouped": "dense"}, platform=platform) == Kernels(grouped="dense")
+    assert not caplog.messages
+
+
 def test_float16_runs_through_xla():
     assert choose_kernels("float16", {}) == UNROLLED
 
@@ -54,21 +66,37 @@ def test_what_names_every_step_asks_for_no_compiler(caplog):
     assert not caplog.messages
 
 
-def test_where_they_do_not_compile_xla_runs_unless_they_were_named(monkeypatch, caplog, tmp_path):
+@pytest.fixture
+def broken_compiler(monkeypatch, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
     compiler.chmod(0o755)
     native._register.cache_clear()
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels()
-        assert "out of order" in caplog.text
-        named = {"linear": "native"}
-        with pytest.raises(ConfigError, match="out of order"):
-            prepare_kernels("float32", named, choose_kernels("float32", named))
-    finally:
-        native._register.cache_clear()
+    yield
+    native._register.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_where_they_do_not_compile_xla_runs_unless_they_were_named(caplog):
+    assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels(layers="unroll")
+    assert "out of order" in caplog.text
+    named = {"linear": "native"}
+    with pytest.raises(ConfigError, match="out of order"):
+        prepare_kernels("float32", named, choose_kernels("float32", named))
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, caplog):
+    steps = []
+    load = partial(LLM.load, tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
+    llm = load(on_progress=lambda done, total: steps.append((done, total)))
+    assert "out of order" in caplog.text
+    assert llm.runner.kernels == Kernels(layers="unroll")
+    assert steps[-1][0] == steps[-1][1]
+    wanted = load(kernels=Kernels()).last_logits([[5, 6, 7]])
+    np.testing.assert_allclose(llm.last_logits([[5, 6, 7]]), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "steps are"), ({"grouped": "best"}, "must be one of")])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.gate import gated_rows, gated_unit
-from jaxmoe.ops.norm import rms_norm
+from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import POINTWISE_KINDS
 from jaxmoe.ops.rope import rotate
 from jaxmoe.ops.route import route
@@ -27,6 +27,16 @@ def numbers(seed: int, *shape: int, dtype="float32"):
 def norm(kind, dtype, width):
     weight = numbers(1, width, dtype=dtype)
     return (numbers(0, ROWS, width, dtype=dtype),), lambda x: rms_norm(x, weight, eps=1e-5, kind=kind)
+
+
+def squares(kind, dtype, width):
+    return (numbers(0, ROWS, 1, 3, width, dtype=dtype),), partial(sum_of_squares, kind=kind)
+
+
+def norm_by_squares(kind, dtype, width):
+    weight, means = numbers(1, 3, width, dtype=dtype), jnp.square(numbers(2, ROWS, 1))
+    x = numbers(0, ROWS, 1, 3, width, dtype=dtype)
+    return (x, means), lambda x, means: scale_by_rms(x, weight, means, eps=1e-5, kind=kind)
 
 
 def rotation(kind, dtype, width):
@@ -54,7 +64,7 @@ def shares(kind, dtype, width):
     return (logits,), lambda logits: route(logits, active[: len(logits)], top_k=1, normalise=False, kind=kind)[1]
 
 
-WORK = [norm, rotation, unit, rows, routing, shares]
+WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, shares]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,7 @@ from jaxmoe.families import read_config
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, array_sizes
-from jaxmoe.weights import load
+from jaxmoe.weights import load, windows
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.params import ParamInfo, parameter_table
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -42,9 +46,9 @@ class Prepared(NamedTuple):
     sizes: ArraySizes
     segments: tuple[Segment, ...]
 
-    def load(self) -> list[jax.Array]:
+    def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[jax.Array]:
         parts = load.assign_pieces(self.directory, self.tensors, self.config, self.sizes, self.segments)
-        return load.load_params(self.tensors, self.table, parts)
+        return load.load_params(self.tensors, self.table, parts, on_progress=on_progress)
 
 
 def _prepare(directory: Path, mesh: str, dtype: str = "float32", layers: LayersKind = "scan") -> Prepared:
@@ -121,13 +125,16 @@ def test_every_byte_is_read_once(name, mesh, tiny_dir, bytes_read):
 def test_parameters_above_the_staging_limit_come_in_blocks(name, mesh, tiny_dir, bytes_read, monkeypatch):
     monkeypatch.setattr(load, "_STAGING_BYTES", 4000)
     monkeypatch.setattr(load, "_staged_whole", lambda devices: False)
-    writes = []
-    write_block = load._write_block
+    writes, hits = [], []
+    write_block, overlap = load._write_block, windows.overlap
+    monkeypatch.setattr(windows, "overlap", lambda *args: hits.append(overlap(*args)) or hits[-1])
     monkeypatch.setattr(load, "_write_block", lambda *args: writes.append(args[1].nbytes) or write_block(*args))
     prepared = _prepare(tiny_dir(name), mesh)
     _assert_loads_as_assembled(prepared)
     assert len(writes) > len(prepared.table)
     assert max(writes) <= 4000
+    assert hits
+    assert None not in hits  # no piece is tested with a block it has no part in
     num_bytes = sum(info.num_bytes for info in prepared.tensors.values())
     assert sum(bytes_read) - num_bytes <= 1.05 * num_bytes  # the comparison itself reads each tensor once
 
@@ -152,7 +159,8 @@ def test_a_row_beyond_the_limit_is_still_one_block(monkeypatch):
     assert list(load._blocks(((0, 2), (0, 100)), 4, [0], (1, 100))) == [((0, 1), (0, 100)), ((1, 2), (0, 100))]
 
 
-def test_progress_counts_every_parameter(tiny_dir):
+def test_progress_moves_with_every_read(tiny_dir, bytes_read, monkeypatch):
+    monkeypatch.setattr(load, "_READ_BYTES", 1000)
     seen: list[tuple[int, int]] = []
     llm = LLM.load(
         tiny_dir("llama_mha"),
@@ -163,8 +171,46 @@ def test_progress_counts_every_parameter(tiny_dir):
     total = sum(leaf.nbytes for leaf in llm.runner.leaves)
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert len(seen) == 1 + len(llm.runner.leaves)
+    steps = [after - before for (before, _), (after, _) in pairwise(seen)]
+    assert len(steps) == len(bytes_read) > 5 * len(llm.runner.leaves)
+    assert 0 < min(steps) <= max(steps) <= 500  # the files hold float32
+
+
+@pytest.mark.parametrize("staged_whole", [True, False])
+@pytest.mark.parametrize(("name", "mesh"), [("qwen2_tied", "tensor=8"), ("mixtral_six_experts", "tensor=2,expert=4")])
+def test_progress_ends_each_parameter_at_its_bytes(name, mesh, staged_whole, tiny_dir, monkeypatch):
+    """Whatever of it is padding, a copy of a head, or held by several devices; told by the thread that loads."""
+    monkeypatch.setattr(load, "_STAGING_BYTES", 4000)
+    monkeypatch.setattr(load, "_staged_whole", lambda devices: staged_whole)
+    prepared, seen, threads = _prepare(tiny_dir(name), mesh), [], set()
+    prepared.load(lambda done, total: seen.append((done, total)) or threads.add(threading.get_ident()))
+    ends = list(accumulate(info.num_bytes for info in prepared.table))
+    assert {total for _, total in seen} == {ends[-1]}
+    dones = [done for done, _ in seen]
+    assert dones == sorted(dones)
+    assert set(ends) <= set(dones)
+    assert threads == {threading.get_ident()}
+
+
+def test_reading_ends_where_progress_raises(tiny_dir, monkeypatch):
+    monkeypatch.setattr(load, "_READ_BYTES", 1)  # a row
+    reads, read_rows = [], TensorInfo.read_rows
+
+    def slow(self: TensorInfo, start: int, stop: int) -> np.ndarray:
+        reads.append(self.name)
+        time.sleep(0.01)
+        return read_rows(self, start, stop)
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TensorInfo, "read_rows", slow)
+    prepared = _prepare(tiny_dir("llama_mha"), ONE_DEVICE)
+    assert prepared.table[0].path == "embed"  # of 97 rows
+    with pytest.raises(KeyboardInterrupt):
+        prepared.load(stop)
+    assert len(reads) < 50
 
 
 # --- keys and shapes ---

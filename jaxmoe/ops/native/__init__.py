@@ -34,6 +34,8 @@ _TARGETS = {
     "jaxmoe_linear": "JaxmoeLinear",
     "jaxmoe_paged": "JaxmoePaged",
     "jaxmoe_norm": "JaxmoeNorm",
+    "jaxmoe_squares": "JaxmoeSquares",
+    "jaxmoe_scaled": "JaxmoeScaled",
     "jaxmoe_rotate": "JaxmoeRotate",
     "jaxmoe_gated_unit": "JaxmoeGatedUnit",
     "jaxmoe_gated_rows": "JaxmoeGatedRows",
@@ -190,6 +192,18 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 def native_norm(x: Float[Array, "T D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "T D"]:
     """As ops.norm's xla. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_norm", _like(x))(x, weight, eps=np.float32(eps))
+
+
+def native_squares(x: Float[Array, "T D"]) -> Float[Array, "T"]:
+    """As ops.norm.sum_of_squares' xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_squares", jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))(x)
+
+
+def native_scaled(
+    x: Float[Array, "T D"], weight: Float[Array, "D"], mean_square: Float[Array, "T"], *, eps: float
+) -> Float[Array, "T D"]:
+    """As ops.norm.scale_by_rms' xla. bfloat16 or float32; call prepare() first."""
+    return jax.ffi.ffi_call("jaxmoe_scaled", _like(x))(x, weight, mean_square, eps=np.float32(eps))
 
 
 def native_rotate(

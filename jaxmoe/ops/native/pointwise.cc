@@ -40,6 +40,25 @@ Floats RoundedStrip(Floats values) {
 
 inline Floats Sigmoid(Floats x) { return 1.0f / (1.0f + Exp(-x)); }
 
+// The sum of the squares of `width` numbers.
+template <typename T>
+float SquaresOf(const T* from, int64_t width) {
+  Floats sums[2] = {};
+  for (int64_t i = 0, s = 0; i < width; i += kLanes, s ^= 1) {
+    const Floats strip = LoadSome(from, i, width);
+    sums[s] = MultiplyAdd(strip, strip, sums[s]);
+  }
+  return Sum(sums[0] + sums[1]);
+}
+
+// `width` numbers over the root of a mean square, times weight.
+template <typename T>
+void Scale(const T* from, const T* weight, float mean, float eps, T* to, int64_t width) {
+  const Floats factor = Spread(1.0f / std::sqrt(mean + eps));
+  for (int64_t i = 0; i < width; i += kLanes)
+    StoreSome(LoadSome(weight, i, width) * RoundedStrip<T>(LoadSome(from, i, width) * factor), to, i, width);
+}
+
 // Rows of x over their root mean square, times weight.
 template <typename T>
 void Norm(const Call& call) {
@@ -49,17 +68,30 @@ void Norm(const Call& call) {
   const T *in = x.As<T>(), *scale = weight.As<T>();
   T* out = call.Result().As<T>();
   ForEachRow(call.Pool(), x.Size(0), width, [&](int64_t row) {
-    const T* from = in + row * width;
-    Floats sums[2] = {};
-    for (int64_t i = 0, s = 0; i < width; i += kLanes, s ^= 1) {
-      const Floats strip = LoadSome(from, i, width);
-      sums[s] = MultiplyAdd(strip, strip, sums[s]);
-    }
-    const float mean = Sum(sums[0] + sums[1]) / static_cast<float>(width);
-    const Floats factor = Spread(1.0f / std::sqrt(mean + eps));
-    for (int64_t i = 0; i < width; i += kLanes)
-      StoreSome(LoadSome(scale, i, width) * RoundedStrip<T>(LoadSome(from, i, width) * factor), out + row * width, i,
-                width);
+    const float mean = SquaresOf(in + row * width, width) / static_cast<float>(width);
+    Scale(in + row * width, scale, mean, eps, out + row * width, width);
+  });
+}
+
+// The sum of the squares of every row of x.
+template <typename T>
+void Squares(const Call& call) {
+  const Array x = call.Argument(0);
+  const int64_t width = x.Size(1);
+  float* out = call.Result().As<float>();
+  ForEachRow(call.Pool(), x.Size(0), width,
+             [&](int64_t row) { out[row] = SquaresOf(x.As<T>() + row * width, width); });
+}
+
+// Rows of x over the roots of their given mean squares, times weight.
+template <typename T>
+void Scaled(const Call& call) {
+  const Array x = call.Argument(0), weight = call.Argument(1), means = call.Argument(2);
+  const int64_t width = x.Size(1);
+  const float eps = call.Attribute<float>("eps");
+  T* out = call.Result().As<T>();
+  ForEachRow(call.Pool(), x.Size(0), width, [&](int64_t row) {
+    Scale(x.As<T>() + row * width, weight.As<T>(), means.As<float>()[row], eps, out + row * width, width);
   });
 }
 
@@ -159,6 +191,8 @@ XLA_FFI_Error* Route(const Call& call) {
 }  // namespace jaxmoe
 
 JAXMOE_KERNEL(JaxmoeNorm, 2, 1, (jaxmoe::ByKind<jaxmoe::Norm<uint16_t>, jaxmoe::Norm<float>>))
+JAXMOE_KERNEL(JaxmoeSquares, 1, 1, (jaxmoe::ByKind<jaxmoe::Squares<uint16_t>, jaxmoe::Squares<float>>))
+JAXMOE_KERNEL(JaxmoeScaled, 3, 1, (jaxmoe::ByKind<jaxmoe::Scaled<uint16_t>, jaxmoe::Scaled<float>>))
 JAXMOE_KERNEL(JaxmoeRotate, 3, 1, (jaxmoe::ByKind<jaxmoe::Rotate<uint16_t>, jaxmoe::Rotate<float>>))
 JAXMOE_KERNEL(JaxmoeGatedUnit, 1, 1, (jaxmoe::ByKind<jaxmoe::GatedUnit<uint16_t>, jaxmoe::GatedUnit<float>>))
 JAXMOE_KERNEL(JaxmoeGatedRows, 2, 1, (jaxmoe::ByKind<jaxmoe::GatedRows<uint16_t>, jaxmoe::GatedRows<float>>))

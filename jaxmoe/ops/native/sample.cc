@@ -77,9 +77,11 @@ struct Rows {
   // The least of `scaled` (highest 0) that top-k, then top-p, then min-p leave.
   float Lowest(int64_t row, const float* scaled) const {
     std::vector<float> falling(scaled, scaled + vocab);
+    falling.erase(std::remove_if(falling.begin(), falling.end(), [](float x) { return x != x; }), falling.end());
+    if (falling.empty()) return kNever;
     const int64_t most = top_k[row] > 0 ? std::min<int64_t>(top_k[row], vocab) : vocab;
     float lowest = kNever;
-    if (most < vocab) {
+    if (most < static_cast<int64_t>(falling.size())) {
       std::nth_element(falling.begin(), falling.begin() + most - 1, falling.end(), std::greater<float>());
       lowest = falling[most - 1];
       falling.erase(std::remove_if(falling.begin(), falling.end(), [&](float x) { return !(x >= lowest); }),
