@@ -54,7 +54,8 @@ class Segment:
         return self.stages * self.chunks * self.chunk_slots
 
     def filled(self, stage: Any, chunk: Any) -> Any:
-        """Repeats in one chunk of one stage (whole numbers, or arrays of them): they differ by at most one, the first have more."""
+        """Repeats in one chunk of one stage (numbers, or arrays of them): they differ by one at most, the first have
+        more."""
         each, left = divmod(self.repeats, self.stages * self.chunks)
         return each + (chunk * self.stages + stage < left)
 

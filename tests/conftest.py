@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -61,6 +63,20 @@ def tiny_dir() -> Callable[[str], Path]:
     @cache
     def directory(name: str) -> Path:
         return write_checkpoint(CASES_BY_NAME[name], root / name)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def changed_dir() -> Callable[..., Path]:
+    """(name of a case, keys of its config.json) -> a checkpoint of the case with these keys, written once."""
+    root = Path(tempfile.mkdtemp(prefix="jaxmoe-changed-"))
+
+    @cache
+    def directory(name: str, **keys: Any) -> Path:
+        case = CASES_BY_NAME[name]
+        keys = {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
+        return write_checkpoint(replace(case, config=case.config | keys), Path(tempfile.mkdtemp(dir=root)))
 
     return directory
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.depth import Segment, place_of, segments
+from jaxmoe.depth import Schedule, Segment, place_of, segments
+from jaxmoe.errors import ConfigError
 
 
 def config(moe_layers: tuple[bool, ...], windows: tuple[int | None, ...] | None = None) -> ModelConfig:
@@ -49,12 +52,106 @@ def test_every_layer_has_one_place_among_its_like(layers, kind):
     places = [place_of(layer, found) for layer in range(len(layers))]
     assert len(set(places)) == len(layers)
     alike: dict[str, set[tuple[bool, int | None]]] = {}
-    for (path, index), facts in zip(places, layers, strict=True):
-        alike.setdefault(path, set()).add(facts)
-        assert index == 0 or kind == "scan"
+    for place, facts in zip(places, layers, strict=True):
+        alike.setdefault(place.path, set()).add(facts)
+        assert place.slot == 0 or kind == "scan"
     assert all(len(facts) == 1 for facts in alike.values())
 
 
 def test_a_layer_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="layer 3"):
         place_of(3, segments(config((True,) * 3), "scan"))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("layers", [8, 9, 13])
+def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunks):
+    (part,) = segments(config((True,) * layers), "unroll", stages=stages, chunks=chunks)
+    assert (part.repeats, part.stages, part.chunks) == (layers, stages, chunks)
+    filled = [part.filled(stage, chunk) for chunk in range(chunks) for stage in range(stages)]
+    assert sum(filled) == layers
+    assert max(filled) - min(filled) <= 1
+    held = part.slots // stages
+    assert part.slots == stages * held
+    slots = [place_of(layer, (part,)).slot for layer in range(layers)]
+    assert len(set(slots)) == layers
+    passed = [slot // held for slot in slots]  # the stage of every layer, first to last
+    turns = [stage for stage, before in zip(passed, [None, *passed], strict=False) if stage != before]
+    assert turns == list(range(stages)) * chunks
+
+
+def test_what_does_not_repeat_stands_beside_the_stages():
+    parts = segments(config((False,) * 3 + (True,) * 9 + (False,)), "scan", stages=4)
+    assert [(part.first, part.repeats, part.stages) for part in parts] == [(0, 3, 1), (3, 9, 4), (12, 1, 1)]
+    assert parts[1].slots == 12
+
+
+@pytest.mark.parametrize(("layers", "stages", "chunks"), [(6, 8, 1), (6, 4, 2), (1, 2, 1)])
+def test_more_stages_than_layers_is_an_error(layers, stages, chunks):
+    with pytest.raises(ConfigError, match=rf"pipeline={stages}.*at least {stages * chunks}.*has {layers}: use fewer"):
+        segments(config((True,) * layers), "scan", stages=stages, chunks=chunks)
+
+
+def busy(schedule: Schedule, turns: int) -> dict[int, list[tuple[int, int, int, int]]]:
+    """What every stage does, tick by tick: (tick, turn, chunk, micro-batch)."""
+    return {
+        stage: [
+            (tick, *unit[:3])
+            for tick in range(schedule.ticks(turns))
+            if (unit := schedule.unit(tick, stage, turns)).busy
+        ]
+        for stage in range(schedule.stages)
+    }
+
+
+@given(
+    stages=st.sampled_from([1, 2, 3, 4, 8]), micro_batches=st.integers(1, 16), chunks=st.integers(1, 3),
+    turns=st.integers(1, 4),
+)  # fmt: skip
+def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(stages, micro_batches, chunks, turns):
+    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+    done = busy(schedule, turns)
+    when = {(stage, *unit[1:]): unit[0] for stage, units in done.items() for unit in units}
+    assert len(when) == sum(map(len, done.values())) == stages * chunks * micro_batches * turns
+    for (stage, turn, chunk, batch), tick in when.items():
+        if stage:
+            assert when[stage - 1, turn, chunk, batch] == tick - 1  # what is sent is used in the next tick
+        elif chunk or turn:
+            before = (turn, chunk - 1) if chunk else (turn - 1, chunks - 1)
+            assert when[stages - 1, *before, batch] < tick
+        if batch:
+            assert when[stage, turn, chunk, batch - 1] < tick  # what stands before in a prompt is written first
+    assert max(when.values()) == schedule.ticks(turns) - 1
+    assert schedule.idle(turns) == 1 - Fraction(len(when), stages * schedule.ticks(turns))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_idle_stages_are_those_of_the_formula(stages, chunks):
+    for micro_batches in range(1, 17):
+        idle = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches).idle()
+        if chunks == 1 or micro_batches >= stages:
+            assert idle == Fraction(stages - 1, chunks * micro_batches + stages - 1)
+        else:  # a micro-batch cannot be in two chunks at once: stages wait for it to come round
+            ticks = (chunks - 1) * stages + micro_batches + stages - 1
+            assert idle == 1 - Fraction(chunks * micro_batches, ticks)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, chunks):
+    turns = 6
+    for micro_batches in range(1, 17):
+        schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+        lap = schedule.period * chunks
+        for units in busy(schedule, turns).values():
+            full = [tick for tick, *_ in units if 2 * lap <= tick < 4 * lap]
+            assert Fraction(len(full), 2 * lap) == min(Fraction(1), Fraction(micro_batches, stages))
+
+
+@given(stages=st.integers(2, 8), micro_batches=st.integers(1, 16), chunks=st.integers(1, 2))
+def test_only_what_is_used_is_sent(stages, micro_batches, chunks):
+    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+    sent = sum(len(schedule.sends(tick)) for tick in range(schedule.ticks()))
+    assert sent == micro_batches * (stages * chunks - 1)

@@ -38,6 +38,7 @@ class ModelOptions:
     sampling: str | None
     layers: str | None
     native: bool | None
+    stage_chunks: int
     max_batch: int
 
 
@@ -62,6 +63,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--pointwise", help="norms, rotary embedding, routing and gates: xla or native"),
         click.option("--sampling", help="from logits to tokens: xla or native"),
         click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
+        click.option(
+            "--stage-chunks", type=int, default=1, show_default=True, help="chunks of layers a pipeline stage holds"
+        ),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
     names = [field.name for field in fields(ModelOptions)]
@@ -127,7 +131,7 @@ def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False)
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
             kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
-            on_progress=on_progress,
+            stage_chunks=options.stage_chunks, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from jaxmoe.cli.options import console, start_jax
 def verify(
     model: str | None, devices: int | None, max_tokens: int, ignore_config_keys: tuple[str, ...], as_json: bool
 ) -> int:
-    """Run MODEL in float32 on every data x tensor x expert mesh; exit 1 if any differs from one device."""
+    """Run MODEL in float32 on every data x pipeline x tensor x expert mesh; exit 1 if any differs from one device."""
     start_jax(devices)
     import jax
 
@@ -30,26 +30,31 @@ def verify(
 
     directory = find_model(DEFAULT_MODEL if model is None else model)
     meshes = all_meshes(jax.device_count())
-    table = Table("data", "tensor", "expert", "greedy tokens equal", "largest logit difference", "")
+    table = Table("data", "pipeline", "tensor", "expert", "greedy tokens equal", "largest logit difference", "")
     checks = []
     with console.status("one device") as status:
         found = verify_meshes(directory, meshes=meshes, max_tokens=max_tokens, ignore_config_keys=ignore_config_keys)
         for check in found:
             checks.append(check)
             status.update(f"{len(checks)} of {len(meshes)} meshes")
-            axes = [str(check.mesh[axis]) for axis in ("data", "tensor", "expert")]
-            equal = f"{check.num_equal} of {check.num_tokens}"
-            table.add_row(*axes, equal, f"{check.max_logit_error:.2e}", "same" if check.passed else "DIFFERENT")
+            axes = [str(check.mesh.get(axis, 1)) for axis in ("data", "pipeline", "tensor", "expert")]
+            equal = "" if check.refused else f"{check.num_equal} of {check.num_tokens}"
+            largest = "" if check.refused else f"{check.max_logit_error:.2e}"
+            table.add_row(*axes, equal, largest, check.refused or ("same" if check.passed else "DIFFERENT"))
             if as_json:
                 row = {
                     "mesh": check.mesh, "passed": check.passed, "num_tokens": check.num_tokens,
                     "num_equal": check.num_equal, "max_logit_error": check.max_logit_error,
+                    "refused": check.refused,
                 }  # fmt: skip
                 print(json.dumps(row), flush=True)
-    failed = sum(not check.passed for check in checks)
+    refused = sum(bool(check.refused) for check in checks)
+    failed = sum(not check.passed for check in checks) - refused
     if not as_json:
         from rich.console import Console
 
         Console().print(table)
-        print(f"{len(checks) - failed} of {len(checks)} meshes give what one device gives")
+        ran = len(checks) - refused
+        more = f"; {refused} cannot hold this model" if refused else ""
+        print(f"{ran - failed} of {ran} meshes give what one device gives{more}")
     return 1 if failed else 0

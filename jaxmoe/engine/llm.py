@@ -64,6 +64,7 @@ class LLM:
         kernels: Choice = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
         max_batch: int = 64,
+        stage_chunks: int = 1,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> LLM:
         """Read a Hugging Face checkpoint onto a device mesh.
@@ -73,7 +74,8 @@ class LLM:
         checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
         kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
         on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
+        power of two a rank. stage_chunks: of neighbouring layers that each stage of a pipeline holds: more make stages
+        wait less and send more. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
         """
         directory = find_model(model, revision=revision)
@@ -82,7 +84,9 @@ class LLM:
         check_dtypes(dtype, kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
-        placement = Placement(mesh=_as_mesh(mesh, config))
+        if type(stage_chunks) is not int or stage_chunks < 1:
+            raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
+        placement = Placement(mesh=_as_mesh(mesh, config), chunks=stage_chunks)
         chosen = choose_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
@@ -102,7 +106,8 @@ class LLM:
             del arrays
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
-                ignore_config_keys=ignore_config_keys, max_batch=max_batch, on_progress=on_progress,
+                ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
+                on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
         runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))

@@ -127,7 +127,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--mesh", "data=-8"], ["'data=-8' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=two"], ["'data=two' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
-    ([*GENERATE, "--mesh", "pipeline=2,data=4"], ["pipeline=2", "pipeline=1 only"]),
+    ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
     ([*GENERATE, "--mesh", "cpu-9"], ["'cpu-9' is neither axes", "presets: ", "cpu-8"]),
     ([*GENERATE, "--mesh", ""], ["mesh '' is neither axes"]),
     ([*GENERATE, "--mesh", "v5p-64"], ["needs 64 devices and there are 8"]),

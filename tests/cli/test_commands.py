@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -19,7 +20,9 @@ from .commands import Outcome, jaxmoe
 
 CASE = "mixtral_window"
 MESH = "data=2,tensor=2,expert=2"
-TWO_MESHES = [{"data": 2, "tensor": 2, "expert": 2}, {"data": 1, "tensor": 4, "expert": 2}]
+TWO_MESHES = [
+    {"data": 2, "pipeline": 1, "tensor": 2, "expert": 2}, {"data": 1, "pipeline": 1, "tensor": 4, "expert": 2},
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -120,6 +123,17 @@ def test_verify_passes_a_good_model(capsys, tiny_dir, monkeypatch):
     assert all(0 <= check["max_logit_error"] <= 2e-4 for check in found)
 
 
+def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, *TWO_MESHES[1:]])
+    arguments = "verify", tiny_dir(CASE), "--max-tokens", 4
+    refused, passed = _objects(jaxmoe(capsys, *arguments, "--json"))
+    assert "pipeline=8 needs at least 8 alike layers" in refused["refused"]
+    assert (refused["passed"], passed["passed"]) == (False, True)
+    outcome = jaxmoe(capsys, *arguments)
+    assert outcome.code == 0
+    assert "1 of 1 meshes give what one device gives; 1 cannot hold this model" in outcome.out
+
+
 def _break_one_weight(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """On meshes of several devices with a tensor axis of 4, the final norm is off by a factor."""
     load_param = load.load_param
@@ -155,9 +169,9 @@ def test_verify_counts_tokens_that_differ(capsys, tiny_dir, monkeypatch):
 
 def test_all_meshes_are_every_factorisation():
     meshes = verify.all_meshes(8)
-    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == 10
-    assert all(mesh["data"] * mesh["tensor"] * mesh["expert"] == 8 for mesh in meshes)
-    assert verify.all_meshes(1) == [{"data": 1, "tensor": 1, "expert": 1}]
+    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == 20
+    assert all(math.prod(mesh.values()) == 8 for mesh in meshes)
+    assert verify.all_meshes(1) == [{"data": 1, "pipeline": 1, "tensor": 1, "expert": 1}]
 
 
 def test_bench_prints_one_object_a_case(capsys, tiny_dir):

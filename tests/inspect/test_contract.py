@@ -11,7 +11,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
-from jaxmoe.planner.traffic import Collective, planned_collectives
+from jaxmoe.planner.traffic import Collective
 
 from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
 
@@ -34,15 +34,8 @@ def step_program(llm, bucket: Bucket):
         return lowered.compile()
 
 
-def plan(llm, bucket: Bucket, dispatch: str = "all_to_all"):
-    return planned_collectives(
-        llm.config, llm.runner.placement, num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=4,
-        dispatch=dispatch,
-    )  # fmt: skip
-
-
-def assert_as_planned(llm, bucket: Bucket, dispatch: str = "all_to_all"):
-    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == plan(llm, bucket, dispatch)
+def assert_as_planned(llm, bucket: Bucket):
+    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
 
 
 @pytest.mark.parametrize("mesh", MESHES_OF_8)
@@ -64,7 +57,7 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
     config, layers = llm.config, llm.config.num_hidden_layers
     bucket = bucket_for(llm, 8)
     tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
-    inside = plan(llm, bucket)
+    inside = llm.runner.planned(bucket)
     inside -= {Collective(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
     assert inside == {
         Collective(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
@@ -75,7 +68,7 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
 
 def test_all_gather_dispatch_has_its_own_contract(tiny_llm):
     llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", Kernels(dispatch="all_gather"))
-    assert_as_planned(llm, bucket_for(llm, 8), "all_gather")
+    assert_as_planned(llm, bucket_for(llm, 8))
 
 
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])

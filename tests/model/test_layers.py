@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -12,23 +10,17 @@ from jaxmoe.depth import segments
 from jaxmoe.model.kernels import Kernels
 
 from ..conftest import mesh_of
-from ..tiny.cases import CASES_BY_NAME
-from ..tiny.checkpoint import write_checkpoint
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [2, 7, 1]]
 ALTERNATING = {
-    "qwen3_moe_sparse_step": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": []},
-    "qwen2_layer_types": {
-        "num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2, "max_window_layers": 0,
-    },
-}  # fmt: skip
+    "qwen3_moe_sparse_step": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": ()},
+    "qwen2_layer_types": {"num_hidden_layers": 4, "layer_types": ("full_attention", "sliding_attention") * 2},
+}
 
 
-@pytest.fixture(scope="module", params=sorted(ALTERNATING))
-def directory(request, tmp_path_factory):
-    case = CASES_BY_NAME[request.param]
-    case = replace(case, config=case.config | ALTERNATING[request.param])
-    return write_checkpoint(case, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(params=sorted(ALTERNATING))
+def directory(request, changed_dir):
+    return changed_dir(request.param, **ALTERNATING[request.param])
 
 
 def results(directory, mesh: str, layers: str):

@@ -6,7 +6,7 @@ Dims: D width, H query heads, K key/value heads, G query heads of one K, C head_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,8 +26,10 @@ def _pad(x: np.ndarray, axis: int, length: int) -> np.ndarray:
 class Assembly:
     """Parameters by path, from all tensors of a checkpoint in memory."""
 
-    def __init__(self, config: ModelConfig, sizes: ArraySizes, tensors: Mapping[str, np.ndarray]) -> None:
-        self.config, self.sizes, self.tensors = config, sizes, tensors
+    def __init__(self, config: ModelConfig, sizes: Sequence[ArraySizes], tensors: Mapping[str, np.ndarray]) -> None:
+        """sizes: of the layers of each segment."""
+        self.config, self.all_sizes, self.tensors = config, sizes, tensors
+        self.sizes = sizes[0]  # of the layer in hand
 
     def _query(self, x: np.ndarray) -> np.ndarray:
         """[H*C, ...] -> [S, group_slots, C, ...]: the heads of one K dealt out to its copies, in order."""
@@ -94,17 +96,19 @@ class Assembly:
 
     def params(self, segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
         """Every parameter of the model by its path: those of a segment's layers stacked."""
-        found = self._by_layer()
+        found = self._outside_layers()
         for number, part in enumerate(segments):
+            self.sizes = self.all_sizes[number]
             for block in range(part.period):
-                layers = [part.first + repeat * part.period + block for repeat in range(part.repeats)]
-                names = [name for name in found if name.startswith(f"blocks/{layers[0]}/")]
-                for name in [name.removeprefix(f"blocks/{layers[0]}/") for name in names]:
-                    parts = [found.pop(f"blocks/{layer}/{name}") for layer in layers]
-                    found[f"segments/{number}/{block}/{name}"] = np.stack(parts)
+                layers = [self._layer(part.first + repeat * part.period + block) for repeat in range(part.repeats)]
+                for name, first in layers[0].items():
+                    stack = np.zeros((part.slots, *first.shape), first.dtype)
+                    for slot, layer in zip(part.filled_slots(), layers, strict=True):
+                        stack[slot] = layer[name]
+                    found[f"segments/{number}/{block}/{name}"] = stack
         return found
 
-    def _by_layer(self) -> dict[str, np.ndarray]:
+    def _outside_layers(self) -> dict[str, np.ndarray]:
         config, tensors = self.config, self.tensors
         found = {
             "embed": _pad(tensors["model.embed_tokens.weight"], 0, self.sizes.vocab),
@@ -112,13 +116,14 @@ class Assembly:
         }
         if not config.tie_word_embeddings:
             found["head"] = _pad(tensors["lm_head.weight"].T, 1, self.sizes.vocab)
-        for layer in range(config.num_hidden_layers):
-            prefix, path = f"model.layers.{layer}", f"blocks/{layer}"
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                found[f"{path}/{norm}"] = tensors[f"{prefix}.{norm}.weight"]
-            for name, value in self._attention(f"{prefix}.self_attn").items():
-                found[f"{path}/attention/{name}"] = value
-            sparse = config.moe_layers[layer]
-            for name, value in (self._moe(prefix) if sparse else self._mlp(f"{prefix}.mlp")).items():
-                found[f"{path}/{'moe' if sparse else 'mlp'}/{name}"] = value
+        return found
+
+    def _layer(self, layer: int) -> dict[str, np.ndarray]:
+        prefix, sparse, found = f"model.layers.{layer}", self.config.moe_layers[layer], {}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[norm] = self.tensors[f"{prefix}.{norm}.weight"]
+        for name, value in self._attention(f"{prefix}.self_attn").items():
+            found[f"attention/{name}"] = value
+        for name, value in (self._moe(prefix) if sparse else self._mlp(f"{prefix}.mlp")).items():
+            found[f"{'moe' if sparse else 'mlp'}/{name}"] = value
         return found

@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     tensors: dict[str, TensorInfo]
     table: list[ParamInfo]
     config: ModelConfig
-    sizes: ArraySizes
+    sizes: list[ArraySizes]
     segments: tuple[Segment, ...]
 
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[jax.Array]:
@@ -51,12 +51,15 @@ class Prepared(NamedTuple):
         return load.load_params(self.tensors, self.table, parts, on_progress=on_progress)
 
 
-def _prepare(directory: Path, mesh: str, dtype: str = "float32", layers: LayersKind = "scan") -> Prepared:
+def _prepare(
+    directory: Path, mesh: str, dtype: str = "float32", layers: LayersKind = "scan", chunks: int = 1
+) -> Prepared:
     config = read_config(read_json(directory / "config.json"))
-    placement = Placement(mesh=mesh_of(mesh))
+    placement = Placement(mesh=mesh_of(mesh), chunks=chunks)
     model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
     table = parameter_table(nnx.state(model), placement)
-    return Prepared(directory, open_tensors(directory), table, config, array_sizes(config, placement), model.parts)
+    sizes = [array_sizes(config, placement.of_segment(part)) for part in model.parts]
+    return Prepared(directory, open_tensors(directory), table, config, sizes, model.parts)
 
 
 def _assert_loads_as_assembled(prepared: Prepared) -> None:
@@ -95,14 +98,27 @@ def test_layers_that_lie_by_themselves_load_too(name, tiny_dir):
     _assert_loads_as_assembled(_prepare(tiny_dir(name), MESHES[0], layers="unroll"))
 
 
+@pytest.mark.parametrize(("name", "chunks"), [("qwen2_moe_mlp_only", 1), ("mistral_window", 1), ("llama_mha", 1)])
+def test_stages_hold_their_layers_and_the_rest_is_split_over_all_of_them(name, chunks, tiny_dir):
+    prepared = _prepare(tiny_dir(name), "pipeline=2,tensor=2,expert=2", chunks=chunks)
+    _assert_loads_as_assembled(prepared)
+    for info in prepared.table:
+        first = info.sharding.shard_shape(info.shape)[0]
+        staged = any(
+            info.path.startswith(f"segments/{n}/") for n, part in enumerate(prepared.segments) if part.stages == 2
+        )
+        if staged or info.path == "embed":
+            assert first * 2 <= info.shape[0]
+
+
 def test_the_meshes_pad_and_copy(tiny_dir):
     """The cases above do hold key/value heads fewer than tensor, and experts and vocabularies that do not divide."""
     heads = _prepare(tiny_dir("qwen2_tied"), "tensor=8")
-    assert heads.sizes.kv_slots > heads.config.num_key_value_heads
-    assert heads.sizes.kv_copies > 1
-    assert heads.sizes.vocab > heads.config.vocab_size
+    assert heads.sizes[0].kv_slots > heads.config.num_key_value_heads
+    assert heads.sizes[0].kv_copies > 1
+    assert heads.sizes[0].vocab > heads.config.vocab_size
     experts = _prepare(tiny_dir("mixtral_six_experts"), "tensor=2,expert=4")
-    assert experts.sizes.moe_experts == 8 > experts.config.moe.num_experts
+    assert experts.sizes[0].moe_experts == 8 > experts.config.moe.num_experts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

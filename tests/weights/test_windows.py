@@ -20,9 +20,10 @@ from ..conftest import mesh_of
 @pytest.mark.parametrize("name", ["qwen2_moe_sparse_step", "mixtral_six_experts", "olmoe_clip_qkv", "llama_mha"])
 def test_pieces_inside_a_window_are_those_that_testing_all_finds(name, tiny_dir):
     config = read_config(read_json(tiny_dir(name) / "config.json"))
-    sizes = array_sizes(config, Placement(mesh=mesh_of("tensor=2,expert=4")))
+    parts = segments(config, "scan")
+    sizes = [array_sizes(config, Placement(mesh=mesh_of("tensor=2,expert=4")))] * len(parts)
     by_path: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments(config, "scan")):
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, parts):
         by_path[piece.path].append(piece)
     rng = np.random.default_rng(0)
     for parts in by_path.values():

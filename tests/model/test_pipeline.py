@@ -1,0 +1,171 @@
+"""Stages of a pipeline: what one device gives, whatever they hold and however tokens are cut, and no other traffic."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe import LLM, Engine, SamplingParams
+from jaxmoe.depth import Schedule
+from jaxmoe.engine.batch import bucket_with
+from jaxmoe.errors import MeshError
+from jaxmoe.inspect.collectives import collectives
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.planner.traffic import Collective
+from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.step import Trainer
+
+from ..conftest import NATIVE, XLA, mesh_of
+from ..engine.test_engine import requests_of
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 3, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
+DEEP = "qwen3_moe_norm", {"num_hidden_layers": 9}
+AROUND = "qwen2_moe_mlp_only", {"num_hidden_layers": 7, "mlp_only_layers": (0, 5)}  # layers before and after stages
+PERIODIC = "qwen2_layer_types", {
+    "num_hidden_layers": 6, "layer_types": ("full_attention", "sliding_attention") * 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_device(changed_dir):
+    """A model and what one device gives."""
+    found = {}
+
+    def results(model):
+        name, keys = model
+        if name not in found:
+            llm = LLM.load(changed_dir(name, **keys), mesh=mesh_of("data=1"), dtype="float32")
+            found[name] = outcome(llm)
+        return found[name]
+
+    return results
+
+
+def outcome(llm):
+    params = [SamplingParams(max_tokens=6 + i, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i in range(5)]
+    return [out.token_ids for out in llm.generate(PROMPTS, params)], llm.last_logits(PROMPTS)
+
+
+def loaded(changed_dir, model, mesh, **options) -> LLM:
+    name, keys = model
+    return LLM.load(changed_dir(name, **keys), mesh=mesh_of(mesh), dtype="float32", **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "options"),
+    [
+        (DEEP, "pipeline=8", {}),
+        (DEEP, "data=2,pipeline=2,expert=2", {"kernels": XLA}),
+        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": Kernels(dispatch="all_gather", layers="unroll")}),
+        (DEEP, "pipeline=4,tensor=2", {"stage_chunks": 2}),
+        (DEEP, "pipeline=3", {"stage_chunks": 3}),
+        (AROUND, "pipeline=2,tensor=4", {}),
+        (AROUND, "pipeline=4,expert=2", {"kernels": XLA}),
+        (PERIODIC, "pipeline=3,tensor=2", {}),
+    ],
+)
+def test_stages_give_what_one_device_gives(model, mesh, options, changed_dir, one_device):
+    tokens, logits = one_device(model)
+    llm = loaded(changed_dir, model, mesh, **options)
+    assert any(part.stages == llm.mesh.shape["pipeline"] for part in llm.runner.parts)
+    found_tokens, found_logits = outcome(llm)
+    assert found_tokens == tokens
+    np.testing.assert_allclose(found_logits, logits, atol=1e-4)
+
+
+def step_program(llm, bucket):
+    with jax.default_matmul_precision("highest"):
+        return llm.runner.lower(llm.runner.abstract_state(bucket.rows, 8, 16), bucket, turns=1).compile()
+
+
+@pytest.mark.parametrize("blocks", [0, 4])
+@pytest.mark.parametrize(
+    ("model", "mesh", "options"),
+    [
+        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": XLA}),
+        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": NATIVE}),
+        (DEEP, "data=2,pipeline=4", {"kernels": XLA, "stage_chunks": 2}),
+        (AROUND, "pipeline=4,tensor=2", {"kernels": XLA}),
+    ],
+)
+def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, blocks, changed_dir):
+    llm = loaded(changed_dir, model, mesh, **options)
+    stages = llm.mesh.shape["pipeline"]
+    bucket = bucket_with(2 * stages, blocks, block_tokens=8, pages=3, stages=stages)
+    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
+
+
+def test_two_stages_send_each_token_on_once(changed_dir):
+    """(P - 1) B S h b bytes in all: nothing is sent by a stage that has nothing."""
+    llm = loaded(changed_dir, DEEP, "pipeline=2,tensor=2", kernels=XLA)
+    bucket = bucket_with(4, 0, block_tokens=8, pages=3, stages=2)
+    hidden = llm.config.hidden_size * 4
+    sent = Collective(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
+    assert llm.runner.planned(bucket)[sent] == bucket.micro_batches == 2
+    assert sum(len(Schedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
+
+
+def test_no_weight_is_copied_and_pages_are_donated(changed_dir):
+    llm = loaded(changed_dir, DEEP, "pipeline=4,tensor=2", kernels=XLA)
+    bucket = bucket_with(8, 0, block_tokens=8, pages=3, stages=4)
+    memory = step_program(llm, bucket).memory_analysis()
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
+    state = llm.runner.empty_state(bucket.rows, 8, 16)
+    pages = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(state.pages))
+    assert memory.alias_size_in_bytes >= pages
+    assert memory.temp_size_in_bytes < weights / 2
+
+
+def test_requests_that_come_and_go_give_what_each_gives_alone(changed_dir):
+    """With pages that go to host memory and back, preemptions, penalties and drawn tokens."""
+    llm = loaded(changed_dir, AROUND, "data=2,pipeline=2,tensor=2")
+    requests = requests_of(16, llm.config.vocab_size)
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
+    together = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+    assert [out.token_ids for out in together] == alone
+
+
+def test_an_engine_keeps_pages_of_all_stages(changed_dir):
+    import asyncio
+
+    llm = loaded(changed_dir, AROUND, "data=2,pipeline=2,tensor=2", kv_dtype="int8")
+    requests = requests_of(24, llm.config.vocab_size)
+    page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
+    sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
+
+    async def scene(engine):
+        async def listen(prompt, params):
+            return [chunk.token_id async for chunk in engine.stream(prompt, params)]
+
+        return await asyncio.gather(*(listen(*request) for request in requests))
+
+    with Engine(llm, host_gib=1e-3, **sizes) as engine:
+        engine._core.scheduler.keep_on_host(True)  # whatever was measured
+        found = [asyncio.run(scene(engine)) for _ in range(2)]
+        stats = engine.stats()
+    assert found[0] == found[1]
+    assert stats["pages_held"] == 0
+    assert stats["pages_brought_back"] > 0
+    with Engine(llm, **sizes | {"memory_gib": 400 * page_gib}) as engine:
+        assert asyncio.run(scene(engine)) == found[0]
+
+
+def test_experts_are_counted_on_their_stages(changed_dir, tmp_path):
+    llm = loaded(changed_dir, AROUND, "pipeline=2,expert=2")
+    with llm.trace(tmp_path / "trace.json") as trace:
+        llm.generate(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True))
+    computed = sum(len(prompt) for prompt in PROMPTS) + 2 * len(PROMPTS)
+    for layer in range(sum(llm.config.moe_layers)):
+        got = sum(step.expert_tokens[layer].sum() for step in trace.steps)
+        assert got == computed * llm.config.moe.num_experts_per_tok
+
+
+def test_training_says_that_it_has_no_stages(changed_dir):
+    llm = loaded(changed_dir, DEEP, "data=1")
+    recipe = Recipe.__new__(Recipe)
+    object.__setattr__(recipe, "model", llm.config)
+    from jaxmoe.sharding import Placement
+
+    with pytest.raises(MeshError, match="pipeline=2: training runs pipeline=1 only"):
+        Trainer(recipe, Placement(mesh=mesh_of("pipeline=2")))
