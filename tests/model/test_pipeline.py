@@ -15,6 +15,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.planner.traffic import Collective
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
+from scripts.bench_pipeline import count_ticks
 
 from ..conftest import NATIVE, XLA, mesh_of
 from ..engine.test_engine import requests_of
@@ -104,6 +105,21 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     sent = Collective(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
     assert llm.runner.planned(bucket)[sent] == bucket.micro_batches == 2
     assert sum(len(Schedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 1, 1), (2, 5, 2), (4, 4, 2), (4, 9, 1), (8, 3, 1)])
+def test_stages_are_idle_as_often_as_the_formula_says(stages, micro_batches, chunks):
+    """Counted by the stages themselves, on the devices."""
+    found = count_ticks(stages, micro_batches, chunks)
+    assert found.busy == stages * chunks * micro_batches
+    assert found.idle == pytest.approx((stages - 1) / (chunks * micro_batches + stages - 1), abs=1e-12)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 2, 1), (4, 2, 1), (4, 5, 2)])
+def test_decoding_stages_wait_only_while_the_pipeline_fills(stages, micro_batches, chunks):
+    short, long = (count_ticks(stages, micro_batches, chunks, turns=turns) for turns in (2, 5))
+    more = stages * (long.ticks - short.ticks)
+    assert (long.busy - short.busy) / more == pytest.approx(min(1, micro_batches / stages))
 
 
 def test_no_weight_is_copied_and_pages_are_donated(changed_dir):

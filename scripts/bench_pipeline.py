@@ -1,0 +1,115 @@
+"""How long stages of a pipeline stand idle: `python -m scripts.bench_pipeline [--json]`, on 8 emulated devices.
+
+A stack of matrices runs through jaxmoe.model.pipeline for every number of stages P, micro-batches M and chunks a stage v.
+Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
+(P - 1) / (v M + P - 1), and the median time of a whole pass. With --turns tokens are decoded one after another: the
+share of idle ticks once the pipeline is full, which is 1 - min(1, M / P).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WIDTH, ROWS = 256, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One pipeline: idle and formula are shares of all stages' ticks; seconds of one pass."""
+
+    stages: int
+    micro_batches: int
+    chunks: int
+    ticks: int
+    busy: int
+    idle: float
+    formula: float
+    seconds: float
+
+
+def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1, repeats: int = 0) -> Measured:
+    """Run a stack of matrices through the stages; counts of units that each stage computed, summed."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxmoe.depth import Schedule, Segment
+    from jaxmoe.mesh import build_mesh
+    from jaxmoe.model.pipeline import empty_flow, run_ticks, tick_stages
+    from jaxmoe.sharding import Placement
+
+    place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), chunks=chunks)
+    part = Segment(first=0, period=1, repeats=stages * chunks, stages=stages, chunks=chunks)
+    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+    ticks = schedule.ticks(turns)
+
+    def through(weights, unit, slots, filled, x, counts, told):
+        x = jnp.where(unit.busy, jnp.tanh(x @ weights[slots[0]]), x)
+        return x, counts.at[slots[0]].add(jnp.where(unit.busy, 1, 0))
+
+    @jax.jit
+    def run(weights, x):
+        counts = place.constrain(jnp.zeros(part.slots, jnp.int32), "layer")
+
+        def tick(number, carry):
+            return tick_stages(
+                through, weights, carry[0], x, carry[1], (), number, turns, part=part, schedule=schedule, place=place
+            )
+
+        flow = empty_flow(schedule, x.shape, x.dtype, place)
+        return run_ticks(tick, ticks, (flow, counts))[1]
+
+    weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
+    x = jnp.ones((ROWS, 1, WIDTH))
+    counts = np.asarray(run(weights, x))
+    assert (counts == micro_batches * turns).all(), counts
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(weights, x))
+        seconds.append(time.perf_counter() - start)
+    busy = int(counts.sum())
+    return Measured(
+        stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
+        idle=1 - busy / (stages * ticks), formula=(stages - 1) / (chunks * micro_batches * turns + stages - 1),
+        seconds=statistics.median(seconds) if seconds else 0.0,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Print a line for every pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=list(range(1, 17)))
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--turns", type=int, default=1, help="tokens decoded one after another")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    from jaxmoe.mesh import emulate_devices
+
+    emulate_devices(max(arguments.stages))
+    if not arguments.json:
+        print(f"{'P':>3} {'M':>3} {'v':>3} {'ticks':>6} {'idle':>7} {'formula':>8} {'ms':>8}")
+    for stages in arguments.stages:
+        for chunks in arguments.chunks:
+            for micro_batches in arguments.micro_batches:
+                one = count_ticks(stages, micro_batches, chunks, turns=arguments.turns, repeats=5)
+                _say(one, arguments.json)
+
+
+def _say(one: Measured, as_json: bool) -> None:
+    values: dict[str, Any] = asdict(one)
+    if as_json:
+        print(json.dumps(values), flush=True)
+        return
+    facts = f"{one.stages:>3} {one.micro_batches:>3} {one.chunks:>3} {one.ticks:>6}"
+    print(f"{facts} {one.idle:>7.4f} {one.formula:>8.4f} {one.seconds * 1e3:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
