@@ -1,6 +1,6 @@
 """How long stages of a pipeline stand idle: `python -m scripts.bench_pipeline [--json]`, on 8 emulated devices.
 
-A stack of matrices runs through jaxmoe.model.pipeline for every number of stages P, micro-batches M and chunks a stage v.
+A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and chunks a stage v.
 Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
 (P - 1) / (v M + P - 1), and the median time of a whole pass. With --turns tokens are decoded one after another: the
 share of idle ticks once the pipeline is full, which is 1 - min(1, M / P).
