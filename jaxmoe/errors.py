@@ -15,6 +15,10 @@ class MeshError(JaxmoeError):
     """A mesh names an unknown axis, or its axes do not multiply to the number of devices."""
 
 
+class LayoutError(JaxmoeError):
+    """A layout names an unknown axis, uses one twice, or leaves one without work."""
+
+
 class CheckpointError(JaxmoeError):
     """A checkpoint is missing, truncated, corrupt, or its keys and shapes differ from what the model needs."""
 

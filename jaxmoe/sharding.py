@@ -1,9 +1,9 @@
-"""Where things lie: one table from logical dims to mesh axes, and one resolver. Nothing else names axes for arrays."""
+"""Where things lie: the resolver of a layout's table from logical dims to mesh axes. Nothing else places arrays."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,37 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
+from jaxmoe.layouts import DEFAULT_LAYOUT, Layout
 
 Dims = tuple[str, ...]
-Table = Mapping[str, tuple[str, ...]]
 
 # How an array stands to the pipeline: "staged" ones hold layers that stages share out; "within" is how a stage sees
 # them; "beside" are all others (embedding, head, layers that no stage holds), split over pipeline as over tensor.
 View = Literal["staged", "within", "beside"]
 
-# Logical dim -> mesh axes that split it. Outside the experts the expert axis carries batch.
-LAYOUTS: dict[str, Table] = {
-    "tp+ep": {
-        "layer": ("pipeline",),
-        "stage": ("pipeline",),
-        "batch": ("data", "expert"),
-        "length": (),
-        "vocab": ("tensor",),
-        "width": (),
-        "block": (),
-        "page": ("data", "expert"),
-        "page_token": (),
-        "kv_head": ("tensor",),
-        "head_slot": (),
-        "head_dim": (),
-        "gate_or_up": (),
-        "ffn": ("tensor",),
-        "moe_expert": ("expert",),
-        "moe_ffn": ("tensor",),
-        "router_expert": (),
-        "one": (),
-    },
-}
+# Dims inside a layer, which beside the stages lie over the pipeline too.
+_INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +33,7 @@ class Placement:
     """
 
     mesh: Mesh
-    layout: str = "tp+ep"
+    layout: Layout = DEFAULT_LAYOUT
     chunks: int = 1
     view: View = "staged"
 
@@ -77,12 +56,20 @@ class Placement:
 
     def axes(self, dim: str) -> tuple[str, ...]:
         """The mesh axes that split a logical dim. Raises: KeyError for a dim the table does not know."""
-        axes = LAYOUTS[self.layout][dim]
+        axes = self.layout.table[dim]
         if dim == "layer" and self.view != "staged":
             return ()
-        if self.view == "beside" and self.num_stages > 1:
-            return tuple(each for axis in axes for each in (("pipeline", axis) if axis == "tensor" else (axis,)))
+        if dim in _INSIDE and self.view == "beside" and self.num_stages > 1:
+            return ("pipeline", *axes)
         return axes
+
+    def held_experts(self) -> tuple[str, ...]:
+        """Axes along which ranks have the same tokens and other experts, or other parts of each."""
+        return (*self.layout.held, *self.axes("moe_ffn"))
+
+    def size(self, axes: Iterable[str]) -> int:
+        """Devices along some axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as code being traced sees it: within a stage, one whose pipeline is not XLA's to split."""
@@ -91,7 +78,7 @@ class Placement:
 
     def parts(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes(dim))
+        return self.size(self.axes(dim))
 
     def spec(self, *dims: str) -> P:
         """The PartitionSpec of an array whose dims are these."""
@@ -154,5 +141,5 @@ def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
         ffn=_round_up(config.intermediate_size, placement.parts("ffn")),
         moe_experts=_round_up(moe.num_experts, placement.parts("moe_expert")) if moe else 0,
         moe_ffn=_round_up(moe.intermediate_size, placement.parts("moe_ffn")) if moe else 0,
-        shared_ffn=_round_up(moe.shared_intermediate_size, placement.parts("moe_ffn")) if moe else 0,
+        shared_ffn=_round_up(moe.shared_intermediate_size, placement.parts("ffn")) if moe else 0,
     )

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, RopeConfig
-from jaxmoe.sharding import LAYOUTS, Placement, array_sizes
+from jaxmoe.layouts import LAYOUTS
+from jaxmoe.sharding import Placement, array_sizes
 
 from .conftest import mesh_of
 
@@ -44,5 +45,5 @@ def test_an_unknown_dim_is_an_error_and_dims_never_look_like_axes():
     placement = Placement(mesh=mesh_of("tensor=8"))
     with pytest.raises(KeyError, match="heads"):
         placement.spec("heads")
-    for table in LAYOUTS.values():
-        assert not set(table) & set(placement.mesh.axis_names)
+    for layout in LAYOUTS.values():
+        assert not set(layout.table) & set(placement.mesh.axis_names)

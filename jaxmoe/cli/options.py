@@ -39,6 +39,7 @@ class ModelOptions:
     layers: str | None
     native: bool | None
     stage_chunks: int
+    layout: str
     max_batch: int
 
 
@@ -65,6 +66,12 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
         click.option(
             "--stage-chunks", type=int, default=1, show_default=True, help="chunks of layers a pipeline stage holds"
+        ),
+        click.option(
+            "--layout",
+            default="ep-tp",
+            show_default=True,
+            help="what axes share out: ep-tp, tp-ep, dp-ep, tp, or parts",
         ),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
@@ -131,7 +138,7 @@ def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False)
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
             kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
-            stage_chunks=options.stage_chunks, on_progress=on_progress,
+            stage_chunks=options.stage_chunks, layout=options.layout, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
+from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
@@ -65,6 +66,7 @@ class LLM:
         ignore_config_keys: Iterable[str] = (),
         max_batch: int = 64,
         stage_chunks: int = 1,
+        layout: str | Layout = DEFAULT_LAYOUT,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> LLM:
         """Read a Hugging Face checkpoint onto a device mesh.
@@ -74,9 +76,10 @@ class LLM:
         checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
         kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
         on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. stage_chunks: of neighbouring layers that each stage of a pipeline holds: more make stages
-        wait less and send more. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
-        Raises: CheckpointError, ConfigError, MeshError; nothing is read before names, sizes and keys are checked.
+        power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py). stage_chunks: of
+        neighbouring layers that each stage of a pipeline holds: more make stages wait less and send more. on_progress
+        is told (bytes of parameters filled, bytes in all) as files are read.
+        Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
         config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
@@ -86,7 +89,8 @@ class LLM:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
         if type(stage_chunks) is not int or stage_chunks < 1:
             raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
-        placement = Placement(mesh=_as_mesh(mesh, config), chunks=stage_chunks)
+        layout = parse_layout(layout) if isinstance(layout, str) else layout
+        placement = Placement(mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks)
         chosen = choose_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
@@ -107,7 +111,7 @@ class LLM:
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
                 ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
-                on_progress=on_progress,
+                layout=layout, on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
         runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))

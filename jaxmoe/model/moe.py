@@ -26,9 +26,9 @@ class Experts(nnx.Module):
     """SwiGLU weights of all experts (or of the one shared expert, without that dim)."""
 
     def __init__(self, width: int, ffn: int, num_experts: int, *, make: Maker, init: Init) -> None:
-        stack = {"moe_expert": num_experts} if num_experts else {}
-        self.gate_up = make(init, **stack, width=width, gate_or_up=2, moe_ffn=ffn)
-        self.down = make(init, **stack, moe_ffn=ffn, width=width)
+        stack, inside = ({"moe_expert": num_experts}, "moe_ffn") if num_experts else ({}, "ffn")
+        self.gate_up = make(init, **stack, width=width, gate_or_up=2, **{inside: ffn})
+        self.down = make(init, **stack, **{inside: ffn}, width=width)
 
 
 class Routed(NamedTuple):
@@ -88,25 +88,29 @@ class MoE(nnx.Module):
 
 def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
-    (axis,) = place.axes("moe_expert")
-    ranks = place.parts("moe_expert")
+    exchanged, held = place.layout.exchanged, place.layout.held
+    ranks = place.size(exchanged)
     x_tD = x.reshape(-1, x.shape[-1])
     weights_tE, probabilities = route(
         linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32"),
         active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, kind=kernels.pointwise,
     )  # fmt: skip
     load = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
-    padding = arrays["gate_up"].shape[1] * ranks - moe.num_experts
-    weights_tE = jnp.pad(weights_tE, ((0, 0), (0, padding)))
-    x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
+    share, others = arrays["gate_up"].shape[1], place.size(held)
+    weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
+    if others > 1:  # of the ranks that have the same tokens, each looks after its own experts
+        by_rank = weights_tE.reshape(-1, ranks, others, share)
+        weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(held), axis=2, keepdims=False)
+        weights_tE = weights_tE.reshape(-1, ranks * share)
+    x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=exchanged, num_ranks=ranks, kind=kernels.dispatch)
     y_TD = grouped_swiglu(
         x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, top_k=moe.num_experts_per_tok, kind=kernels.grouped
     )
-    y_tD = combine(y_TD, axis=axis, num_ranks=ranks, kind=kernels.dispatch)
+    y_tD = combine(y_TD, axis=exchanged, num_ranks=ranks, kind=kernels.dispatch)
     if moe.shared_intermediate_size:
         y_tD = y_tD + _shared_expert(x_tD, at, used, arrays, kernels)
-    if place.parts("moe_ffn") > 1:
-        y_tD = jax.lax.psum(y_tD, place.axes("moe_ffn"))
+    if place.size(place.held_experts()) > 1:
+        y_tD = jax.lax.psum(y_tD, place.held_experts())
     return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1), load
 
 

@@ -23,7 +23,12 @@ DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather")
 
 
 def dispatch(
-    x: Float[Array, "t D"], weights: Float[Array, "t E"], *, axis: str, num_ranks: int, kind: DispatchKind
+    x: Float[Array, "t D"],
+    weights: Float[Array, "t E"],
+    *,
+    axis: str | tuple[str, ...],
+    num_ranks: int,
+    kind: DispatchKind,
 ) -> tuple[Float[Array, "N*t D"], Float[Array, "N*t e"]]:
     """Tokens of all ranks and their weights for this rank's experts. One collective: weights travel beside x."""
     width, share = x.shape[1], weights.shape[1] // num_ranks
@@ -41,7 +46,9 @@ def dispatch(
     return packet[:, :width], packet[:, width:]
 
 
-def combine(y: Float[Array, "N*t D"], *, axis: str, num_ranks: int, kind: DispatchKind) -> Float[Array, "t D"]:
+def combine(
+    y: Float[Array, "N*t D"], *, axis: str | tuple[str, ...], num_ranks: int, kind: DispatchKind
+) -> Float[Array, "t D"]:
     """The sum over ranks of what each computed for this rank's tokens. One collective."""
     if num_ranks == 1:
         return y

@@ -7,6 +7,7 @@ Source: docs/architecture.md, "Communication is a contract"; byte counts of ring
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,9 +66,10 @@ def planned_collectives(
     hidden = config.hidden_size * shape.itemsize
     found: Counter[Collective] = Counter()
 
-    def add(place: Placement, op: Op, dim: str, result_bytes: int, count: int = 1) -> None:
-        axes = tuple(axis for axis in placement.mesh.axis_names if axis in place.axes(dim))
-        axes = tuple(axis for axis in axes if placement.mesh.shape[axis] > 1)
+    def add(place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
+        """over: a dim, or axes."""
+        over = place.axes(over) if isinstance(over, str) else tuple(over)
+        axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
             found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
 
@@ -105,14 +107,15 @@ def _add_layer(add, config: ModelConfig, place: Placement, sparse: bool, tokens:
     if not sparse:
         add(place, "all-reduce", "ffn", hidden, count)
         return
-    add(place, "all-reduce", "moe_ffn", hidden, count)
-    ranks = place.parts("moe_expert")
+    add(place, "all-reduce", place.held_experts(), hidden, count)
+    over, ranks = place.layout.exchanged, place.size(place.layout.exchanged)
+    experts = sizes.moe_experts // place.size(place.layout.held)  # whose weights travel beside a token
     if dispatch == "all_gather":
-        add(place, "all-gather", "moe_expert", ranks * tokens * (width + sizes.moe_experts) * itemsize, count)
-        add(place, "reduce-scatter", "moe_expert", hidden, count)
+        add(place, "all-gather", over, ranks * tokens * (width + experts) * itemsize, count)
+        add(place, "reduce-scatter", over, hidden, count)
     else:
-        add(place, "all-to-all", "moe_expert", ranks * tokens * (width + sizes.moe_experts // ranks) * itemsize, count)
-        add(place, "all-to-all", "moe_expert", ranks * hidden, count)
+        add(place, "all-to-all", over, ranks * tokens * (width + experts // ranks) * itemsize, count)
+        add(place, "all-to-all", over, ranks * hidden, count)
 
 
 def _add_stages(add, placement: Placement, schedule: Schedule, hidden: int) -> None:

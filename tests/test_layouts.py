@@ -1,0 +1,148 @@
+"""Layouts: they check themselves, read from text, and mean the same model with exactly the traffic they plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxmoe import LLM, SamplingParams
+from jaxmoe.engine.batch import bucket_with
+from jaxmoe.errors import LayoutError
+from jaxmoe.inspect.collectives import collectives
+from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
+from jaxmoe.planner.traffic import Collective
+
+from .conftest import NATIVE, XLA, mesh_of
+from .model.test_pipeline import step_program
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+CASES = ["qwen2_moe_shared", "mixtral_six_experts", "qwen3_moe_sparse_step"]
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_layouts_read_from_their_names_and_from_what_they_print(name):
+    layout = LAYOUTS[name]
+    assert str(layout) == name
+    parts = {"batch": layout.batch, "split": layout.split, "experts": layout.experts, "expert_width": layout.expert_width}
+    assert parse_layout(",".join(f"{part}={'+'.join(axes)}" for part, axes in parts.items())) is not None
+    assert parse_layout(",".join(f"{part} = {' + '.join(axes)}" for part, axes in parts.items() if axes)) == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fastest", "'fastest' is none of ep-tp, tp-ep, dp-ep, tp"),
+        ("batch=data,heads=tensor", "the parts are batch, split, experts, expert_width"),
+        ("batch=data+model", "batch='model' must be one of data, expert, tensor"),
+        ("batch=data+pipeline", "batch='pipeline' must be one of"),
+        ("batch=data+expert+tensor,split=tensor", "axis 'tensor' twice in batch and split"),
+        ("batch=data+expert,split=tensor,experts=tensor,expert_width=tensor", "twice in experts and expert_width"),
+        ("batch=data,split=tensor,experts=tensor", "leaves axis 'expert' without work"),
+        ("batch=data+expert,split=tensor,experts=expert", "must hold these of the axes without a batch"),
+        ("batch=data+expert,split=tensor,experts=tensor+expert", "axes of the batch first"),
+    ],
+)
+def test_layouts_that_cannot_be_are_named(text, words):
+    with pytest.raises(LayoutError) as error:
+        parse_layout(text)
+    assert words in str(error.value)
+
+
+_AXES = st.lists(st.sampled_from(["data", "expert", "tensor"]), max_size=3).map(tuple)
+
+
+@given(batch=_AXES, split=_AXES, experts=_AXES, expert_width=_AXES)
+def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, experts, expert_width):
+    try:
+        layout = Layout(batch, split, experts, expert_width)
+    except LayoutError:
+        return
+    assert sorted(batch + split) == ["data", "expert", "tensor"]
+    assert len(set(experts + expert_width)) == len(experts + expert_width)
+    for dims in (("batch", "kv_head"), ("batch", "ffn"), ("batch", "vocab"), ("moe_expert", "moe_ffn")):
+        axes = [axis for dim in dims for axis in layout.table[dim]]
+        assert len(set(axes)) == len(axes)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("layout", "mesh"),
+    [
+        ("tp-ep", "data=2,tensor=2,expert=2"),
+        ("tp-ep", "tensor=4,expert=2"),
+        ("dp-ep", "data=2,tensor=2,expert=2"),
+        ("dp-ep", "pipeline=2,tensor=2,expert=2"),
+        ("tp", "data=2,tensor=2,expert=2"),
+        ("tp", "pipeline=2,tensor=2,expert=2"),
+        ("batch=expert+tensor,split=data,experts=tensor+data,expert_width=", "data=2,tensor=2,expert=2"),
+    ],
+)
+def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name, layout, mesh, changed_dir, tiny_llm):
+    directory = changed_dir(name, num_hidden_layers=4)
+    one = _one_device(directory)
+    llm = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
+    assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == one[0]
+    np.testing.assert_allclose(llm.last_logits(PROMPTS), one[1], atol=1e-4)
+    stages = llm.mesh.shape["pipeline"]
+    for blocks in (0, stages):
+        bucket = bucket_with(2 * stages, blocks, block_tokens=8, pages=3, stages=stages)
+        assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
+
+
+_FOUND: dict = {}
+
+
+def _one_device(directory):
+    if directory not in _FOUND:
+        llm = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
+        _FOUND[directory] = [out.token_ids for out in llm.generate(PROMPTS, PARAMS)], llm.last_logits(PROMPTS)
+    return _FOUND[directory]
+
+
+def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_llm, tiny_dir):
+    """Of a mixture's layer on tensor=4,expert=2: how often each kind, and bytes of one exchange."""
+
+    def planned(layout):
+        llm = LLM.load(tiny_dir("mixtral_six_experts"), mesh=mesh_of("tensor=4,expert=2"), layout=layout, kernels=NATIVE)
+        bucket = bucket_with(2, 0, block_tokens=8, pages=3, stages=1)
+        layers, hidden = llm.config.num_hidden_layers, 2 * llm.config.hidden_size * llm.runner.itemsize
+        found = {}
+        for one, count in llm.runner.planned(bucket).items():
+            found.setdefault((one.op, one.axes), [0, []])
+            found[one.op, one.axes][0] += count
+            found[one.op, one.axes][1].append(one.result_bytes / hidden)
+        return layers, found
+
+    layers, found = planned("dp-ep")  # attention says nothing; a dispatch and a combine a layer
+    assert set(found) == {("all-to-all", ("expert", "tensor"))}
+    assert found["all-to-all", ("expert", "tensor")][0] == 2 * layers
+    layers, found = planned("tp")  # two all-reduces a layer and the embedding's
+    assert found["all-reduce", ("expert", "tensor")][0] == 2 * layers + 1
+    assert not any(op == "all-to-all" for op, _ in found)
+    layers, found = planned("tp-ep")  # as ep-tp
+    assert found["all-reduce", ("tensor",)][0] == 2 * layers + 1
+    assert found["all-to-all", ("expert",)][0] == 2 * layers
+    assert isinstance(next(iter(found)), tuple) and Collective is not None
+
+
+@pytest.mark.parametrize("layout", ["ep-tp", "tp-ep", "dp-ep"])
+@pytest.mark.parametrize("towards", ["one expert", "one rank"])
+def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, towards, changed_dir):
+    """Weights of the router that make every token choose the same experts, whichever they are."""
+    directory = changed_dir("mixtral_six_experts", num_experts_per_tok=1 if towards == "one expert" else 2)
+    from safetensors.numpy import load_file, save_file
+
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        for key in tensors:
+            if key.endswith("gate.weight") and "block_sparse_moe" in key:
+                tensors[key] = np.zeros_like(tensors[key])  # ties go to the lowest: experts 0 and 1, on one rank
+        save_file(tensors, path)
+    one = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
+    many = LLM.load(directory, mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32")
+    tokens = [out.token_ids for out in one.generate(PROMPTS, PARAMS)]
+    assert [out.token_ids for out in many.generate(PROMPTS, PARAMS)] == tokens
+    np.testing.assert_allclose(many.last_logits(PROMPTS), one.last_logits(PROMPTS), atol=1e-4)
