@@ -181,6 +181,7 @@ class Schedule:
         return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < self.chunks)]
 
     @staticmethod
-    def unrolled(ticks: Any) -> bool:
-        """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends."""
-        return isinstance(ticks, int) and ticks <= _MOST_UNROLLED
+    def unrolled(ticks: int, *, alone: bool) -> bool:
+        """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends. alone: no
+        layers stand beside the stages, whose collectives of several ticks the compiler would join."""
+        return alone and ticks <= _MOST_UNROLLED

@@ -62,7 +62,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
             )
 
         flow = empty_flow(schedule, x.shape, x.dtype, place)
-        return run_ticks(tick, ticks, (flow, counts))[1]
+        return run_ticks(tick, ticks, (flow, counts), alone=True)[1]
 
     weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
     x = jnp.ones((ROWS, 1, WIDTH))

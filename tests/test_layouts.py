@@ -26,7 +26,12 @@ CASES = ["qwen2_moe_shared", "mixtral_six_experts", "qwen3_moe_sparse_step"]
 def test_layouts_read_from_their_names_and_from_what_they_print(name):
     layout = LAYOUTS[name]
     assert str(layout) == name
-    parts = {"batch": layout.batch, "split": layout.split, "experts": layout.experts, "expert_width": layout.expert_width}
+    parts = {
+        "batch": layout.batch,
+        "split": layout.split,
+        "experts": layout.experts,
+        "expert_width": layout.expert_width,
+    }
     assert parse_layout(",".join(f"{part}={'+'.join(axes)}" for part, axes in parts.items())) is not None
     assert parse_layout(",".join(f"{part} = {' + '.join(axes)}" for part, axes in parts.items() if axes)) == layout
 
@@ -106,7 +111,9 @@ def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_llm, tiny_
     """Of a mixture's layer on tensor=4,expert=2: how often each kind, and bytes of one exchange."""
 
     def planned(layout):
-        llm = LLM.load(tiny_dir("mixtral_six_experts"), mesh=mesh_of("tensor=4,expert=2"), layout=layout, kernels=NATIVE)
+        llm = LLM.load(
+            tiny_dir("mixtral_six_experts"), mesh=mesh_of("tensor=4,expert=2"), layout=layout, kernels=NATIVE
+        )
         bucket = bucket_with(2, 0, block_tokens=8, pages=3, stages=1)
         layers, hidden = llm.config.num_hidden_layers, 2 * llm.config.hidden_size * llm.runner.itemsize
         found = {}

@@ -31,7 +31,7 @@ from jaxmoe.model.attend import (
     micro_batch_of,
     split_rows,
 )
-from jaxmoe.model.pipeline import from_last_stage, run_ticks
+from jaxmoe.model.pipeline import from_last_stage
 from jaxmoe.model.rows import HIDDEN
 from jaxmoe.model.transformer import Carried, Loads, Transformer
 from jaxmoe.ops.quantize import LARGEST
@@ -171,14 +171,15 @@ class Runner:
     ):  # fmt: skip
         """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets one a turn.
 
-        With prompts there is one turn, all micro-batches pass the model before tokens are drawn; without, those of a
-        micro-batch are drawn as soon as it has passed, and its next turn begins.
+        In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several, those
+        of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
         model, told, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
         loads = self._no_loads() if traced else None
-        if bucket.blocks:
-            return self._step_with_prompts(model, state, loads, told, wanted, bucket)
-        return self._decode(model, state, loads, told, wanted, bucket, count if turns > 1 else 1, turns)
+        if turns == 1:
+            return self._one_turn(model, state, loads, told, wanted, bucket)
+        assert not bucket.blocks
+        return self._decode(model, state, loads, told, wanted, bucket, count, turns)
 
     def _no_loads(self) -> Loads:
         """Of every MoE layer and rank, tokens that chose each expert [slots,r,E]: none yet."""
@@ -197,24 +198,24 @@ class Runner:
         place = self.placement
         return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=bucket.micro_batches)
 
-    def _step_with_prompts(
+    def _one_turn(
         self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket
     ):
         place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
-        rows = Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])
-        blocks = Section(
-            num_tokens=bucket.block_tokens, rows=told["block_rows"], positions=told["block_positions"],
-            counts=told["block_counts"],
-        )  # fmt: skip
-        work = PagedTokens(table=told["table"], sections=(rows, blocks), kind=self.kernels.attention)
-        tokens = state.tokens[:, : bucket.rows], told["block_tokens"]
+        sections = [Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])]
+        tokens, pick = [state.tokens[:, : bucket.rows]], None
+        if bucket.blocks:
+            blocks = {name: told[f"block_{name}"] for name in ("rows", "positions", "counts")}
+            sections.append(Section(num_tokens=bucket.block_tokens, **blocks))
+            tokens.append(told["block_tokens"])
+            pick = partial(self._at_rows, index=jnp.maximum(told["drawn_from"], 0))
+        work = PagedTokens(table=told["table"], sections=tuple(sections), kind=self.kernels.attention)
         whole = work.attend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
         token_pages = whole.write_tokens(state.token_pages, together, place)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
         by_part = place.constrain(by_part, "batch", "length")
         carried = Carried(list(state.pages), loads)
-        pick = partial(self._at_rows, index=jnp.maximum(told["drawn_from"], 0))
         hidden, carried, _ = model(by_part, work, carried, schedule=self._schedule(bucket), pick=pick)
         sampled = self._drawn(model, hidden, told, token_pages, told["positions"], wanted)
         kept = jnp.where(told["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
@@ -262,7 +263,7 @@ class Runner:
 
         flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
         carry = state, loads, flow, self._room(turns, of, rows)
-        state, loads, _, room = run_ticks(tick, schedule.ticks(count), carry)
+        state, loads, _, room = jax.lax.fori_loop(0, schedule.ticks(count), tick, carry)
         sampled = Sampled(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
         return state, Drawn(sampled, loads)
 
@@ -378,10 +379,10 @@ class Runner:
         return np.stack(found) if found else np.zeros((0, num_experts), np.int32)
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
-        """The collectives of one step of a bucket, of one turn."""
+        """The collectives of a step of one turn."""
         shape = StepShape(
             num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=self.itemsize,
-            micro_batches=bucket.micro_batches, prompts=bucket.blocks > 0,
+            micro_batches=bucket.micro_batches,
         )  # fmt: skip
         return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
 

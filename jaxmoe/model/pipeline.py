@@ -111,9 +111,9 @@ def from_last_stage(x: jax.Array, place: Placement, pick: Callable[[jax.Array], 
     )(x)
 
 
-def run_ticks(tick: Callable[[Any, Any], Any], ticks: Any, carry: Any) -> Any:
-    """carry after tick(number, carry) of so many ticks."""
-    if Schedule.unrolled(ticks):
+def run_ticks(tick: Callable[[Any, Any], Any], ticks: int, carry: Any, *, alone: bool) -> Any:
+    """carry after tick(number, carry) of so many ticks. alone: whether stages do all that a tick does."""
+    if Schedule.unrolled(ticks, alone=alone):
         for number in range(ticks):
             carry = tick(number, carry)
         return carry

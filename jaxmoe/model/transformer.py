@@ -213,7 +213,7 @@ class Transformer(nnx.Module):
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
         dims = ("one", *(() if after else ("stage",)), *HIDDEN)
         carry = self.empty_flow(schedule, rows, x.shape[1]), carried, self.placement.constrain(room, *dims)
-        _, carried, done = run_ticks(one_tick, schedule.ticks(), carry)
+        _, carried, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
 
         def in_order(done: jax.Array) -> jax.Array:
             done = done.reshape(count, ranks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)

@@ -43,15 +43,14 @@ class Collective:
 class StepShape:
     """What decides a step's traffic: of one rank of the batch, tokens and rows of logits, padding included.
 
-    micro_batches: even parts in which they pass the stages of a pipeline. prompts: whether tokens are drawn once, after
-    all have passed; else as soon as a micro-batch has. itemsize: bytes of a number of the activations.
+    micro_batches: even parts in which they pass the stages of a pipeline. itemsize: bytes of a number of the
+    activations.
     """
 
     num_tokens: int
     num_sampled: int
     itemsize: int
     micro_batches: int = 1
-    prompts: bool = False
 
 
 def planned_collectives(
@@ -62,7 +61,7 @@ def planned_collectives(
     schedule = Schedule(stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches)
     ticks = schedule.ticks()
     parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
-    tokens, rows = shape.num_tokens // shape.micro_batches, shape.num_sampled // shape.micro_batches
+    tokens = shape.num_tokens // shape.micro_batches
     hidden = config.hidden_size * shape.itemsize
     found: Counter[Collective] = Counter()
 
@@ -73,9 +72,7 @@ def planned_collectives(
         if axes and count:
             found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
 
-    # rows of the split embedding table: of all tokens at once before a prompt, else of each micro-batch
-    embedded = (1, shape.num_tokens) if shape.prompts else (ticks, tokens)
-    add(beside, "all-reduce", "vocab", embedded[1] * hidden, embedded[0])
+    add(beside, "all-reduce", "vocab", shape.num_tokens * hidden)  # rows of the split embedding table
     for part in parts:
         staged = part.stages > 1
         place = placement.of_segment(part)
@@ -84,15 +81,15 @@ def planned_collectives(
             sparse = config.moe_layers[part.first + block]
             _add_layer(add, config, place, sparse, tokens, shape.itemsize, each * ticks, dispatch)
     if placement.num_stages > 1:
-        _add_stages(add, placement, schedule, tokens * hidden)
-        after = parts[-1].stages == 1
-        if shape.prompts and not after:
-            add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
-        else:
+        sending = ticks
+        if schedule.unrolled(ticks, alone=len(parts) == 1):
+            sending = sum(bool(schedule.sends(tick)) for tick in range(ticks))
+        add(placement, "collective-permute", "stage", tokens * hidden, sending)
+        if parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
             add(placement, "all-reduce", "stage", tokens * hidden, ticks)
-    vocab = array_sizes(config, beside).vocab
-    drawn = (1, shape.num_sampled) if shape.prompts else (ticks, rows)
-    add(beside, "all-gather", "vocab", drawn[1] * vocab * 4, drawn[0])  # logits, float32
+        else:
+            add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
+    add(beside, "all-gather", "vocab", shape.num_sampled * array_sizes(config, beside).vocab * 4)  # logits, float32
     return found
 
 
@@ -116,11 +113,3 @@ def _add_layer(add, config: ModelConfig, place: Placement, sparse: bool, tokens:
     else:
         add(place, "all-to-all", over, ranks * tokens * (width + experts // ranks) * itemsize, count)
         add(place, "all-to-all", over, ranks * hidden, count)
-
-
-def _add_stages(add, placement: Placement, schedule: Schedule, hidden: int) -> None:
-    """What stages send on: in every tick, or where ticks are compiled each by itself, in those in which any does."""
-    ticks = schedule.ticks()
-    if schedule.unrolled(ticks):
-        ticks = sum(bool(schedule.sends(tick)) for tick in range(ticks))
-    add(placement, "collective-permute", "stage", hidden, ticks)
