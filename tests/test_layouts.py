@@ -12,7 +12,6 @@ from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import LayoutError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
-from jaxmoe.planner.traffic import Collective
 
 from .conftest import NATIVE, XLA, mesh_of
 from .model.test_pipeline import step_program
@@ -26,13 +25,7 @@ CASES = ["qwen2_moe_shared", "mixtral_six_experts", "qwen3_moe_sparse_step"]
 def test_layouts_read_from_their_names_and_from_what_they_print(name):
     layout = LAYOUTS[name]
     assert str(layout) == name
-    parts = {
-        "batch": layout.batch,
-        "split": layout.split,
-        "experts": layout.experts,
-        "expert_width": layout.expert_width,
-    }
-    assert parse_layout(",".join(f"{part}={'+'.join(axes)}" for part, axes in parts.items())) is not None
+    parts = {name: getattr(layout, name) for name in ("batch", "split", "experts", "expert_width")}
     assert parse_layout(",".join(f"{part} = {' + '.join(axes)}" for part, axes in parts.items() if axes)) == layout
 
 
@@ -85,7 +78,7 @@ def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, exper
         ("batch=expert+tensor,split=data,experts=tensor+data,expert_width=", "data=2,tensor=2,expert=2"),
     ],
 )
-def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name, layout, mesh, changed_dir, tiny_llm):
+def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name, layout, mesh, changed_dir):
     directory = changed_dir(name, num_hidden_layers=4)
     one = _one_device(directory)
     llm = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
@@ -107,7 +100,7 @@ def _one_device(directory):
     return _FOUND[directory]
 
 
-def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_llm, tiny_dir):
+def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_dir):
     """Of a mixture's layer on tensor=4,expert=2: how often each kind, and bytes of one exchange."""
 
     def planned(layout):
@@ -132,7 +125,6 @@ def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_llm, tiny_
     layers, found = planned("tp-ep")  # as ep-tp
     assert found["all-reduce", ("tensor",)][0] == 2 * layers + 1
     assert found["all-to-all", ("expert",)][0] == 2 * layers
-    assert isinstance(next(iter(found)), tuple) and Collective is not None
 
 
 @pytest.mark.parametrize("layout", ["ep-tp", "tp-ep", "dp-ep"])
