@@ -22,6 +22,8 @@ from jaxmoe.cli.options import console
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather")
+@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, or parts")
+@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def compile_model(as_json: bool, **asked: Any) -> int:

@@ -87,8 +87,7 @@ class LLM:
         check_dtypes(dtype, kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
-        if type(stage_chunks) is not int or stage_chunks < 1:
-            raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
+        check_stage_chunks(stage_chunks)
         layout = parse_layout(layout) if isinstance(layout, str) else layout
         placement = Placement(mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks)
         chosen = choose_kernels(dtype, kernels)
@@ -315,6 +314,12 @@ class LLM:
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace = self._trace
         return self._core
+
+
+def check_stage_chunks(stage_chunks: int) -> None:
+    """Raises: ConfigError for a number of chunks of layers that cannot be."""
+    if type(stage_chunks) is not int or stage_chunks < 1:
+        raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

@@ -171,8 +171,8 @@ class Runner:
     ):  # fmt: skip
         """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets one a turn.
 
-        In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several, those
-        of a micro-batch are drawn as soon as it has passed, and its next turn begins.
+        In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several
+        turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
         model, told, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
         loads = self._no_loads() if traced else None

@@ -16,12 +16,14 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS
-from jaxmoe.engine.llm import KV_DTYPES, check_dtypes
+from jaxmoe.engine.llm import KV_DTYPES, check_dtypes, check_stage_chunks
+from jaxmoe.depth import segments
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, CompiledStep, abstract_runner, compile_step, held_bytes
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
 from jaxmoe.mesh import build_mesh, parse_mesh
+from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
@@ -35,7 +37,8 @@ _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\
 class Question:
     """What to compile: a config.json, a target, a mesh, and how many requests of how many tokens each.
 
-    config: the file, a folder with it, or a preset. dtype and kv_dtype: as LLM.load. chunk_tokens: as Engine.
+    config: the file, a folder with it, or a preset. dtype, kv_dtype, layout, stage_chunks: as LLM.load. chunk_tokens:
+    as Engine.
     """
 
     config: str
@@ -47,6 +50,8 @@ class Question:
     dtype: str | None = None
     kv_dtype: str | None = None
     dispatch: str | None = None
+    layout: str = str(DEFAULT_LAYOUT)
+    stage_chunks: int = 1
     ignore_config_keys: tuple[str, ...] = ()
 
     @property
@@ -57,7 +62,7 @@ class Question:
     def checked(self) -> tuple[ModelConfig, Target, dict[str, int]]:
         """The config, target and axes.
 
-        Raises: CheckpointError, ConfigError or MeshError naming the value, the limit and the remedy.
+        Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
         path = find_model(self.config) if self.config in preset_models() else Path(self.config)
         path = path / "config.json" if path.is_dir() else path
@@ -70,6 +75,9 @@ class Question:
         check_dtypes(self.dtype or config.dtype, self.kv_dtype)
         Kernels(**self.kernels)
         target, axes = parse_target(self.target), parse_mesh(self.mesh)
+        parse_layout(self.layout)
+        check_stage_chunks(self.stage_chunks)
+        segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
         devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
@@ -130,7 +138,10 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     config, target, axes = question.checked()
     dtype, kv_dtype = question.dtype or config.dtype, KV_DTYPES.get(question.kv_dtype or "")
     kernels = choose_kernels(dtype, question.kernels, platform=target.device.platform)
-    placement = Placement(mesh=build_mesh(axes, topology_devices(target)))
+    placement = Placement(
+        mesh=build_mesh(axes, topology_devices(target)), layout=parse_layout(question.layout),
+        chunks=question.stage_chunks,
+    )  # fmt: skip
     runner = abstract_runner(config, placement, dtype=dtype, kv_dtype=kv_dtype, kernels=kernels)
     sizes: dict[str, Any] = dict(batch=question.batch, context=question.context, page_size=PAGE_SIZE)
     weights, kv = held_bytes(runner, **sizes)
