@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS
 from jaxmoe.engine.llm import KV_DTYPES, check_dtypes, check_stage_chunks
-from jaxmoe.depth import segments
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, CompiledStep, abstract_runner, compile_step, held_bytes
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
-from jaxmoe.mesh import build_mesh, parse_mesh
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
+from jaxmoe.mesh import build_mesh, parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
