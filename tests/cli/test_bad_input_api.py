@@ -36,7 +36,6 @@ def test_every_documented_exception_is_a_value_error():
         ({"data": 0}, "mesh axis data=0 must be a whole number of at least 1"),
         ({"data": True}, "mesh axis data=True must be a whole number"),
         ({"data": 2.0}, "mesh axis data=2.0 must be a whole number"),
-        ({"pipeline": 8}, "pipeline=8 needs at least 8 alike layers in a row, the model has"),
         ("data=2,data=4", "names axis 'data' twice"),
         ("nowhere", "'nowhere' is neither axes .* presets: "),
     ],
