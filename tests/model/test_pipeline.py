@@ -58,11 +58,16 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
     [
         (DEEP, "pipeline=8", {}),
         (DEEP, "data=2,pipeline=2,expert=2", {"kernels": XLA}),
-        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": Kernels(dispatch="all_gather", layers="unroll")}),
+        pytest.param(
+            DEEP,
+            "pipeline=2,tensor=2,expert=2",
+            {"kernels": Kernels(dispatch="all_gather", layers="unroll")},
+            marks=pytest.mark.sweep,
+        ),
         (DEEP, "pipeline=4,tensor=2", {"stage_chunks": 2}),
         (DEEP, "pipeline=3", {"stage_chunks": 3}),
         (AROUND, "pipeline=2,tensor=4", {}),
-        (AROUND, "pipeline=4,expert=2", {"kernels": XLA}),
+        pytest.param(AROUND, "pipeline=4,expert=2", {"kernels": XLA}, marks=pytest.mark.sweep),
         (PERIODIC, "pipeline=3,tensor=2", {}),
     ],
 )
