@@ -174,10 +174,10 @@ class Schedule:
         """The share of all stages' ticks in which they have nothing to do."""
         return 1 - Fraction(turns * self.chunks * self.micro_batches, self.ticks(turns))
 
-    def sends(self, tick: int) -> list[tuple[int, int]]:
+    def sends(self, tick: int, turns: int = 1) -> list[tuple[int, int]]:
         """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
         ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
-        units = [(pair, self.unit(tick - 1, pair[0])) for pair in ring]
+        units = [(pair, self.unit(tick - 1, pair[0], turns)) for pair in ring]
         return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < self.chunks)]
 
     @staticmethod

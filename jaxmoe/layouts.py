@@ -114,5 +114,7 @@ def parse_layout(text: str) -> Layout:
                 f"layout {text!r} is none of {', '.join(LAYOUTS)}, nor parts such as batch=data+expert,split=tensor; "
                 f"the parts are {', '.join(names)}"
             )
+        if parts[name.strip()]:
+            raise LayoutError(f"layout {text!r} names {name.strip()!r} twice: name each part once")
         parts[name.strip()] = tuple(axis.strip() for axis in axes.split("+") if axis.strip())
     return Layout(**parts)

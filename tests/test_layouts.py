@@ -34,6 +34,7 @@ def test_layouts_read_from_their_names_and_from_what_they_print(name):
     [
         ("fastest", "'fastest' is none of ep-tp, tp-ep, dp-ep, tp"),
         ("batch=data,heads=tensor", "the parts are batch, split, experts, expert_width"),
+        ("batch=data,batch=expert", "names 'batch' twice"),
         ("batch=data+model", "batch='model' must be one of data, expert, tensor"),
         ("batch=data+pipeline", "batch='pipeline' must be one of"),
         ("batch=data+expert+tensor,split=tensor", "axis 'tensor' twice in batch and split"),

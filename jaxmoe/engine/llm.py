@@ -87,9 +87,9 @@ class LLM:
         check_dtypes(dtype, kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
-        check_stage_chunks(stage_chunks)
         layout = parse_layout(layout) if isinstance(layout, str) else layout
         placement = Placement(mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks)
+        check_stage_chunks(stage_chunks, stages=placement.num_stages)
         chosen = choose_kernels(dtype, kernels)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
@@ -316,10 +316,12 @@ class LLM:
         return self._core
 
 
-def check_stage_chunks(stage_chunks: int) -> None:
-    """Raises: ConfigError for a number of chunks of layers that cannot be."""
+def check_stage_chunks(stage_chunks: int, *, stages: int) -> None:
+    """Raises: ConfigError for a number of chunks of layers that stages of a pipeline cannot hold."""
     if type(stage_chunks) is not int or stage_chunks < 1:
         raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
+    if stage_chunks > 1 and stages == 1:
+        raise ConfigError(f"stage_chunks={stage_chunks} needs stages: the mesh has pipeline=1; leave it or add stages")
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

@@ -241,7 +241,7 @@ class Runner:
             tokens = place.constrain(tokens, "batch", "length")
             token_pages = work.attend(*enters).write_tokens(state.token_pages, tokens, place)
             x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
-            last, leaving, leaves = first, entering, first.busy
+            last, leaves = first, first.busy
             if schedule.stages > 1:
                 flow, carried = model.tick(flow, x, work, carried, number, schedule, count)
                 last = schedule.unit(number, schedule.stages - 1, count)

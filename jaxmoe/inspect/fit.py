@@ -76,7 +76,7 @@ class Question:
         Kernels(**self.kernels)
         target, axes = parse_target(self.target), parse_mesh(self.mesh)
         parse_layout(self.layout)
-        check_stage_chunks(self.stage_chunks)
+        check_stage_chunks(self.stage_chunks, stages=axes["pipeline"])
         segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
         devices = math.prod(axes.values())
         if devices != target.num_devices:

@@ -129,6 +129,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
     ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
     ([*GENERATE, "--stage-chunks", "0"], ["stage_chunks=0 must be a whole number of at least 1"]),
+    ([*GENERATE, "--stage-chunks", "2"], ["stage_chunks=2 needs stages: the mesh has pipeline=1"]),
     ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
     ([*GENERATE, "--layout", "batch=data+expert+tensor,split=tensor"], ["axis 'tensor' twice in batch and split"]),
     ([*GENERATE, "--mesh", "cpu-9"], ["'cpu-9' is neither axes", "presets: ", "cpu-8"]),

@@ -12,6 +12,7 @@ from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
+from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
@@ -78,6 +79,37 @@ def test_stages_give_what_one_device_gives(model, mesh, options, changed_dir, on
     found_tokens, found_logits = outcome(llm)
     assert found_tokens == tokens
     np.testing.assert_allclose(found_logits, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "without"), [("pipeline=2,tensor=2,expert=2", "tensor=2,expert=2"), ("pipeline=4", "data=1")]
+)
+def test_stages_change_no_bit_in_bfloat16(mesh, without, changed_dir):
+    if find_compiler() is None:  # then no such promise is made
+        return
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    results = []
+    for each in (mesh, without):
+        llm = LLM.load(changed_dir(DEEP[0], **DEEP[1]), mesh=mesh_of(each), dtype="bfloat16", kernels=NATIVE)
+        results.append(([out.token_ids for out in llm.generate(PROMPTS, params)], llm.last_logits(PROMPTS)))
+    (tokens, logits), (wanted_tokens, wanted_logits) = results
+    assert tokens == wanted_tokens
+    np.testing.assert_array_equal(logits, wanted_logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "kernels"), [(DEEP, "pipeline=2,tensor=2", XLA), (AROUND, "data=2,pipeline=2", NATIVE)]
+)
+def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir):
+    """Layers beside the stages, which are split over them, too."""
+    if kernels == NATIVE and find_compiler() is None:
+        kernels = XLA
+    directory = changed_dir(model[0], **model[1])
+    llm = LLM.load(directory, mesh=mesh_of(mesh), dtype="bfloat16", kernels=kernels)
+    one = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
+    near = np.abs(llm.last_logits(PROMPTS) - one.last_logits(PROMPTS))
+    assert near.mean() < 0.2 < one.last_logits(PROMPTS).std()
+    assert len(llm.generate(PROMPTS[:2], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
 
 
 def step_program(llm, bucket):
