@@ -22,7 +22,7 @@ class Segment:
     """`period` layers that may differ, `repeats` times over, from layer `first` on.
 
     The model holds it as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period + b is
-    at place_of_repeat(r) in block b. Where there are several its program is compiled once and run in a loop.
+    the r-th of filled_slots() in block b. Where there are several its program is compiled once and run in a loop.
 
     stages, chunks: over how many stages of a pipeline the repeats are dealt out, in chunks of neighbours each; a token
     passes all stages `chunks` times. Slots that no layer fills, where the numbers do not divide, hold zeros.

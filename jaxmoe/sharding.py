@@ -124,6 +124,11 @@ def _head_slots(num_kv_heads: int, num_groups: int, parts: int) -> tuple[int, in
     return min((plan(copies) for copies in range(1, parts + 1)), key=lambda p: (p[0] * (p[2] + 2), p[1]))
 
 
+def segment_sizes(config: ModelConfig, placement: Placement, parts: Iterable[Segment]) -> list[ArraySizes]:
+    """array_sizes of the layers of each segment."""
+    return [array_sizes(config, placement.of_segment(part)) for part in parts]
+
+
 def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
     """The config's sizes, padded or replicated so that every split of the layout comes out even.
 

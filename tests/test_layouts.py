@@ -14,7 +14,7 @@ from jaxmoe.inspect.collectives import collectives
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
 
 from .conftest import NATIVE, XLA, mesh_of
-from .model.test_pipeline import step_program
+from .inspect.programs import step_program
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)

@@ -29,7 +29,7 @@ from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
@@ -99,7 +99,7 @@ class LLM:
         shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
         abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
-        sizes = [array_sizes(config, placement.of_segment(part)) for part in shapes.parts]
+        sizes = segment_sizes(config, placement, shapes.parts)
         parts = assign_pieces(directory, tensors, config, sizes, shapes.parts)
 
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache

@@ -37,7 +37,7 @@ from jaxmoe.model.transformer import Carried, Loads, Transformer
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.sharding import Placement, segment_sizes
 
 _SCORE_POSITIONS = 256
 # XLA's CPU products of a single row in bfloat16 run ten times slower than those of two (docs/benchmarks.md).
@@ -85,7 +85,7 @@ class Runner:
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
         self.kernels, self.parts = model.kernels, model.parts
-        self.sizes = [array_sizes(model.config, model.placement.of_segment(part)) for part in model.parts]
+        self.sizes = segment_sizes(model.config, model.placement, model.parts)
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
@@ -194,9 +194,9 @@ class Runner:
 
         return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
 
-    def _schedule(self, bucket: Bucket) -> Schedule:
+    def _schedule(self, micro_batches: int) -> Schedule:
         place = self.placement
-        return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=bucket.micro_batches)
+        return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=micro_batches)
 
     def _one_turn(
         self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket
@@ -216,7 +216,7 @@ class Runner:
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
         by_part = place.constrain(by_part, "batch", "length")
         carried = Carried(list(state.pages), loads)
-        hidden, carried, _ = model(by_part, work, carried, schedule=self._schedule(bucket), pick=pick)
+        hidden, carried, _ = model(by_part, work, carried, schedule=self._schedule(parts), pick=pick)
         sampled = self._drawn(model, hidden, told, token_pages, told["positions"], wanted)
         kept = jnp.where(told["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
@@ -228,7 +228,7 @@ class Runner:
         count, turns: int,
     ):  # fmt: skip
         place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
-        schedule, of = self._schedule(bucket), bucket.micro_batches
+        schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         section = Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])
         work = PagedTokens(table=told["table"], sections=(section,), kind=self.kernels.attention)
 
@@ -323,8 +323,7 @@ class Runner:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         work = Prompts(active=positions < lengths[:, None], num_ranks=self.num_ranks)
         parts = math.gcd(tokens.shape[0] // self.num_ranks, self.placement.num_stages)
-        schedule = Schedule(stages=self.placement.num_stages, chunks=self.placement.chunks, micro_batches=parts)
-        hidden, *_ = model(tokens, work, schedule=schedule)
+        hidden, *_ = model(tokens, work, schedule=self._schedule(parts))
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
         for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once

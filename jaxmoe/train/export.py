@@ -20,7 +20,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, pieces
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.train.tokenizer import END_OF_TEXT
 from jaxmoe.weights.checkpoint import SINGLE
 
@@ -33,7 +33,7 @@ def published_tensors(
     """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, np.ndarray] = {}
-    sizes = [array_sizes(config, placement.of_segment(part)) for part in segments]
+    sizes = segment_sizes(config, placement, segments)
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
         block = arrays[piece.path][piece.dst]

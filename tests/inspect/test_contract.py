@@ -14,6 +14,7 @@ from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
 
 from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
+from .programs import assert_nothing_is_copied, step_program
 
 FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "olmoe_full_norm", "mixtral_six_experts"]
 
@@ -22,20 +23,9 @@ def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
     return Bucket(rows=num_rows // llm.runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
 
 
-def step_program(llm, bucket: Bucket):
-    runner = llm.runner
-    state = runner.empty_state(bucket.rows, 8, 16)
-    told = runner.put(np.zeros((runner.num_ranks, bucket.length), np.int32), "batch", "one")
-    with jax.default_matmul_precision("highest"):
-        flags, turns = np.zeros(3, np.bool_), 1 if bucket.blocks else 2
-        lowered = runner.step_fn.lower(
-            runner.leaves, state, told, flags, np.int32(1), bucket=bucket, turns=turns, traced=False
-        )  # fmt: skip
-        return lowered.compile()
-
-
 def assert_as_planned(llm, bucket: Bucket):
-    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
+    program = step_program(llm, bucket, turns=1 if bucket.blocks else 2)
+    assert collectives(program.as_text(), llm.mesh) == llm.runner.planned(bucket)
 
 
 @pytest.mark.parametrize("mesh", MESHES_OF_8)
@@ -90,13 +80,7 @@ def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_ll
 
 def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2", XLA)
-    bucket = bucket_for(llm, 8)
-    memory = step_program(llm, bucket).memory_analysis()
-    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
-    state = llm.runner.empty_state(bucket.rows, 8, 16)
-    pages = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(state.pages))
-    assert memory.alias_size_in_bytes >= pages
-    assert memory.temp_size_in_bytes < weights / 2
+    assert_nothing_is_copied(llm, step_program(llm, bucket_for(llm, 8), turns=2))
 
 
 def test_a_loop_counts_as_often_as_it_turns():

@@ -22,7 +22,7 @@ from jaxmoe.depth import LayersKind, Segment
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load, windows
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.params import ParamInfo, parameter_table
@@ -58,7 +58,7 @@ def _prepare(
     placement = Placement(mesh=mesh_of(mesh), chunks=chunks)
     model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
     table = parameter_table(nnx.state(model), placement)
-    sizes = [array_sizes(config, placement.of_segment(part)) for part in model.parts]
+    sizes = segment_sizes(config, placement, model.parts)
     return Prepared(directory, open_tensors(directory), table, config, sizes, model.parts)
 
 
