@@ -53,6 +53,8 @@ class MoEConfig:
     """A Mixture-of-Experts block: num_experts of width intermediate_size, num_experts_per_tok chosen for each token.
 
     shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate (Qwen2-MoE).
+    num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the sum of its
+    group_best most likely experts (n_group and topk_group of DeepSeek's configs).
     """
 
     num_experts: int
@@ -60,6 +62,9 @@ class MoEConfig:
     intermediate_size: int
     norm_topk_prob: bool
     shared_intermediate_size: int = 0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
 
     def __post_init__(self) -> None:
         _require(self.num_experts >= 1, f"num_experts={self.num_experts} must be at least 1")
@@ -71,6 +76,21 @@ class MoEConfig:
         _require(
             self.shared_intermediate_size >= 0,
             f"shared_expert_intermediate_size={self.shared_intermediate_size} must be at least 0",
+        )
+        _require(
+            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
+            f"num_groups={self.num_groups} must divide num_experts={self.num_experts}",
+        )
+        _require(
+            1 <= self.top_groups <= self.num_groups,
+            f"top_groups={self.top_groups} must lie in [1, num_groups={self.num_groups}]",
+        )
+        _require(self.group_best >= 1, f"group_best={self.group_best} must be at least 1")
+        among = self.num_experts // self.num_groups * self.top_groups
+        _require(
+            self.num_experts_per_tok <= among,
+            f"num_experts_per_tok={self.num_experts_per_tok} must not exceed the {among} experts of "
+            f"top_groups={self.top_groups} groups",
         )
 
 

@@ -1,10 +1,10 @@
-"""Layouts: which mesh axes share out the tokens, the insides of layers, and the experts. The pipeline axis is no
-layout's business: it shares out layers."""
+"""Layouts: which mesh axes share out requests, the insides of layers, the context of a request, and the experts. The
+pipeline axis is no layout's business: it shares out layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from jaxmoe.errors import LayoutError
@@ -18,8 +18,11 @@ _FREE_AXES = tuple(axis for axis in AXES if axis != "pipeline")
 class Layout:
     """Every axis but the pipeline's, by what it shares out.
 
-    batch: tokens. split: heads, widths of dense layers and of a shared expert, vocabulary; an all-reduce each.
-    experts: whole experts; along axes of the batch tokens are exchanged, along those of split every rank has them all.
+    batch: requests, and their tokens. split: heads, widths of dense layers and of a shared expert, vocabulary; an
+    all-reduce each. context: the keys and values of every request, and a step's tokens: ranks attend to what they hold
+    and merge (context parallelism). sequence: of split, axes that share out the tokens between the split regions
+    (sequence parallelism): a reduce-scatter and an all-gather in place of an all-reduce.
+    experts: whole experts; along axes that share out tokens they are exchanged, along others every rank has them all.
     expert_width: each expert. Raises: LayoutError for an axis that is unknown, used twice, or of no use.
     """
 
@@ -27,6 +30,8 @@ class Layout:
     split: Axes
     experts: Axes
     expert_width: Axes
+    context: Axes = ()
+    sequence: Axes = ()
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -34,43 +39,49 @@ class Layout:
             for axis in axes:
                 if axis not in _FREE_AXES:
                     raise LayoutError(f"layout: {one.name}={axis!r} must be one of {', '.join(_FREE_AXES)}")
-        for first, second in (("batch", "split"), ("experts", "expert_width")):
-            both = (*getattr(self, first), *getattr(self, second))
-            for axis in both:
-                if both.count(axis) > 1:
-                    raise LayoutError(f"layout uses axis {axis!r} twice in {first} and {second}: an axis splits once")
-        if set(self.batch) | set(self.split) != set(_FREE_AXES):
-            unused = next(axis for axis in _FREE_AXES if axis not in (*self.batch, *self.split))
-            raise LayoutError(f"layout leaves axis {unused!r} without work: add it to batch or to split")
-        if set(self.held) | set(self.expert_width) != set(self.split):
+        for names in (("batch", "split", "context"), ("experts", "expert_width"), ("sequence",)):
+            used = [axis for name in names for axis in getattr(self, name)]
+            for axis in used:
+                if used.count(axis) > 1:
+                    raise LayoutError(f"layout uses axis {axis!r} twice in {', '.join(names)}: an axis splits once")
+        used = [*self.batch, *self.context, *self.split]
+        if set(used) != set(_FREE_AXES):
+            unused = next(axis for axis in _FREE_AXES if axis not in used)
+            raise LayoutError(f"layout leaves axis {unused!r} without work: add it to batch, context or split")
+        for axis in self.sequence:
+            if axis not in self.split:
+                raise LayoutError(f"layout: sequence={axis!r} must be one of split={'+'.join(self.split) or 'none'}")
+        held = tuple(axis for axis in self.experts if axis in self.split)
+        if set(held) | set(self.expert_width) != set(self.split):
             raise LayoutError(
                 f"layout splits layers over {'+'.join(self.split) or 'no axis'}, so experts and expert_width together "
-                f"must hold these of the axes without a batch; they hold {'+'.join((*self.held, *self.expert_width))}"
+                f"must hold these of the axes that share out no tokens; they hold "
+                f"{'+'.join((*held, *self.expert_width)) or 'none'}"
             )
-        if self.experts != (*self.exchanged, *self.held):
-            raise LayoutError("layout: experts must name axes of the batch first")
-
-    @property
-    def exchanged(self) -> Axes:
-        """Axes along which ranks have other tokens and other experts."""
-        return tuple(axis for axis in self.experts if axis in self.batch)
-
-    @property
-    def held(self) -> Axes:
-        """Axes along which ranks have the same tokens and other experts."""
-        return tuple(axis for axis in self.experts if axis not in self.batch)
+        if self.experts != (*(axis for axis in self.experts if axis not in held), *held):
+            raise LayoutError("layout: experts must name axes of batch and context first")
 
     @cached_property
     def table(self) -> Mapping[str, Axes]:
-        """Logical dim -> mesh axes that split it; dims of layers lie over the pipeline."""
+        """Logical dim -> mesh axes that split it; dims of layers lie over the pipeline.
+
+        A step's tokens are "batch" where ranks of a context have the same, "token" inside layers, "residual" between
+        them where they are shared out there, "routed" where experts are chosen for such.
+        """
         whole = (
-            "length", "width", "block", "page_token", "head_slot", "head_dim", "gate_or_up", "router_expert", "one",
+            "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "placed", "place",
+            "one",
         )  # fmt: skip
+        tokens = (*self.batch, *self.context)
         return dict.fromkeys(whole, ()) | {
             "layer": ("pipeline",),
             "stage": ("pipeline",),
             "batch": self.batch,
+            "token": tokens,
+            "residual": (*tokens, *self.sequence),
+            "routed": (*tokens, *(axis for axis in self.sequence if axis in self.experts)),
             "page": self.batch,
+            "page_token": self.context,
             "vocab": self.split,
             "kv_head": self.split,
             "ffn": self.split,
@@ -95,6 +106,11 @@ LAYOUTS: dict[str, Layout] = {
     # everything split
     "tp": Layout(batch=("data",), split=("expert", "tensor"), experts=(), expert_width=("expert", "tensor")),
 }
+# the same, with tokens shared out between the split regions
+for _name in ("ep-tp", "tp-ep", "tp"):
+    LAYOUTS[f"{_name}-sp"] = replace(LAYOUTS[_name], sequence=LAYOUTS[_name].split)
+# keys and values of every request over the data axis
+LAYOUTS["cp-ep-tp"] = replace(LAYOUTS["ep-tp"], batch=("expert",), context=("data",))
 DEFAULT_LAYOUT = LAYOUTS["ep-tp"]
 
 

@@ -21,6 +21,9 @@ Dims = tuple[str, ...]
 # them; "beside" are all others (embedding, head, layers that no stage holds), split over pipeline as over tensor.
 View = Literal["staged", "within", "beside"]
 
+# How a step's tokens lie: inside layers, or between their split regions.
+TokenDim = Literal["token", "residual"]
+
 # Dims inside a layer, which beside the stages lie over the pipeline too.
 _INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
 
@@ -30,12 +33,15 @@ class Placement:
     """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
 
     chunks: of neighbouring layers that a stage of the pipeline holds, interleaved with those of the others.
+    redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
+    program knows it; where given, it is told where they stand (planner/balance.py).
     """
 
     mesh: Mesh
     layout: Layout = DEFAULT_LAYOUT
     chunks: int = 1
     view: View = "staged"
+    redundant_experts: int | None = None
 
     def seen(self, view: View) -> Placement:
         """The same, for arrays that stand otherwise to the pipeline."""
@@ -48,6 +54,11 @@ class Placement:
     def holding(self, part: Segment) -> Placement:
         """The same, as the arrays that hold all layers of a segment lie."""
         return self.seen("staged" if part.stages > 1 else "beside")
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: "cpu", "gpu" or "tpu"."""
+        return str(self.mesh.devices.flat[0].platform)
 
     @property
     def num_stages(self) -> int:
@@ -63,9 +74,37 @@ class Placement:
             return ("pipeline", *axes)
         return axes
 
-    def held_experts(self) -> tuple[str, ...]:
-        """Axes along which ranks have the same tokens and other experts, or other parts of each."""
-        return (*self.layout.held, *self.axes("moe_ffn"))
+    def lead(self, num_rows: int) -> TokenDim:
+        """How so many rows of tokens lie between the split regions of layers: shared out there where that comes out
+        even."""
+        shared = self.layout.sequence and num_rows % self.parts("residual") == 0
+        return "residual" if shared else "token"
+
+    def exchanged(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes along which ranks have other tokens and other experts."""
+        return tuple(axis for axis in self.axes("moe_expert") if axis in self.axes(lead))
+
+    def held(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes along which ranks have the same tokens and other experts."""
+        return tuple(axis for axis in self.axes("moe_expert") if axis not in self.axes(lead))
+
+    def routed(self, lead: TokenDim) -> str:
+        """How tokens lie where experts are chosen for them."""
+        return "routed" if lead == "residual" else "token"
+
+    def gathered(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes that share out tokens between the split regions, along which experts are split and need them all."""
+        return tuple(axis for axis in self.shared(lead) if axis not in self.axes("moe_expert"))
+
+    def summed_experts(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes along which ranks have parts of what experts make of the same tokens."""
+        axes = (*self.held(lead), *self.axes("moe_ffn"))
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
+
+    def shared(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes that share out tokens between the split regions, along which those need them all."""
+        axes = self.layout.sequence if lead == "residual" else ()
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def size(self, axes: Iterable[str]) -> int:
         """Devices along some axes."""
@@ -144,7 +183,9 @@ def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
         kv_copies=kv_copies,
         group_slots=group_slots,
         ffn=_round_up(config.intermediate_size, placement.parts("ffn")),
-        moe_experts=_round_up(moe.num_experts, placement.parts("moe_expert")) if moe else 0,
+        moe_experts=_round_up(moe.num_experts + (placement.redundant_experts or 0), placement.parts("moe_expert"))
+        if moe
+        else 0,
         moe_ffn=_round_up(moe.intermediate_size, placement.parts("moe_ffn")) if moe else 0,
         shared_ffn=_round_up(moe.shared_intermediate_size, placement.parts("ffn")) if moe else 0,
     )

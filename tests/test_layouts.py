@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ CASES = ["qwen2_moe_shared", "mixtral_six_experts", "qwen3_moe_sparse_step"]
 def test_layouts_read_from_their_names_and_from_what_they_print(name):
     layout = LAYOUTS[name]
     assert str(layout) == name
-    parts = {name: getattr(layout, name) for name in ("batch", "split", "experts", "expert_width")}
+    parts = {one.name: getattr(layout, one.name) for one in fields(layout)}
     assert parse_layout(",".join(f"{part} = {' + '.join(axes)}" for part, axes in parts.items() if axes)) == layout
 
 
@@ -33,15 +35,18 @@ def test_layouts_read_from_their_names_and_from_what_they_print(name):
     ("text", "words"),
     [
         ("fastest", "'fastest' is none of ep-tp, tp-ep, dp-ep, tp"),
-        ("batch=data,heads=tensor", "the parts are batch, split, experts, expert_width"),
+        ("batch=data,heads=tensor", "the parts are batch, split, experts, expert_width, context, sequence"),
         ("batch=data,batch=expert", "names 'batch' twice"),
         ("batch=data+model", "batch='model' must be one of data, expert, tensor"),
         ("batch=data+pipeline", "batch='pipeline' must be one of"),
-        ("batch=data+expert+tensor,split=tensor", "axis 'tensor' twice in batch and split"),
-        ("batch=data+expert,split=tensor,experts=tensor,expert_width=tensor", "twice in experts and expert_width"),
+        ("batch=data+expert+tensor,split=tensor", "axis 'tensor' twice in batch, split, context"),
+        ("batch=data+expert,context=data,split=tensor", "axis 'data' twice in batch, split, context"),
+        ("batch=data+expert,split=tensor,expert_width=tensor,sequence=tensor+tensor", "twice in sequence"),
+        ("batch=data+expert,split=tensor,expert_width=tensor,sequence=data", "'data' must be one of split=tensor"),
+        ("batch=data+expert,split=tensor,experts=tensor,expert_width=tensor", "twice in experts, expert_width"),
         ("batch=data,split=tensor,experts=tensor", "leaves axis 'expert' without work"),
-        ("batch=data+expert,split=tensor,experts=expert", "must hold these of the axes without a batch"),
-        ("batch=data+expert,split=tensor,experts=tensor+expert", "axes of the batch first"),
+        ("batch=data+expert,split=tensor,experts=expert", "must hold these of the axes that share out no tokens"),
+        ("batch=data+expert,split=tensor,experts=tensor+expert", "axes of batch and context first"),
     ],
 )
 def test_layouts_that_cannot_be_are_named(text, words):
@@ -53,15 +58,16 @@ def test_layouts_that_cannot_be_are_named(text, words):
 _AXES = st.lists(st.sampled_from(["data", "expert", "tensor"]), max_size=3).map(tuple)
 
 
-@given(batch=_AXES, split=_AXES, experts=_AXES, expert_width=_AXES)
-def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, experts, expert_width):
+@given(batch=_AXES, split=_AXES, context=_AXES, sequence=_AXES, experts=_AXES, expert_width=_AXES)
+def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, context, sequence, experts, expert_width):
     try:
-        layout = Layout(batch, split, experts, expert_width)
+        layout = Layout(batch, split, experts, expert_width, context, sequence)
     except LayoutError:
         return
-    assert sorted(batch + split) == ["data", "expert", "tensor"]
+    assert sorted(batch + split + context) == ["data", "expert", "tensor"]
     assert len(set(experts + expert_width)) == len(experts + expert_width)
-    for dims in (("batch", "kv_head"), ("batch", "ffn"), ("batch", "vocab"), ("moe_expert", "moe_ffn")):
+    pairs = (("token", "kv_head"), ("token", "ffn"), ("token", "vocab"), ("moe_expert", "moe_ffn"))
+    for dims in (*pairs, ("residual",), ("page", "page_token", "kv_head")):
         axes = [axis for dim in dims for axis in layout.table[dim]]
         assert len(set(axes)) == len(axes)
 
@@ -74,6 +80,18 @@ LAYOUT_MESHES = [
     ("tp", "data=2,tensor=2,expert=2"),
     ("tp", "pipeline=2,tensor=2,expert=2"),
     ("batch=expert+tensor,split=data,experts=tensor+data,expert_width=", "data=2,tensor=2,expert=2"),
+    ("ep-tp-sp", "data=2,tensor=2,expert=2"),
+    ("ep-tp-sp", "pipeline=2,tensor=4"),
+    ("tp-ep-sp", "data=2,tensor=2,expert=2"),
+    ("tp-ep-sp", "pipeline=2,tensor=2,expert=2"),
+    ("tp-sp", "tensor=4,expert=2"),
+    ("cp-ep-tp", "data=2,tensor=2,expert=2"),
+    ("cp-ep-tp", "data=2,pipeline=2,tensor=2"),
+    ("batch=,context=data+expert,split=tensor,experts=expert,expert_width=tensor,sequence=tensor", "data=2,expert=4"),
+    (
+        "batch=,context=data+expert,split=tensor,experts=expert,expert_width=tensor,sequence=tensor",
+        "data=2,tensor=2,expert=2",
+    ),
 ]
 # Every layout with one kind of model; all with all in the sweep.
 ONE_EACH = [
@@ -90,9 +108,9 @@ def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name
     llm = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
     assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == one[0]
     np.testing.assert_allclose(llm.last_logits(PROMPTS), one[1], atol=1e-4)
-    stages = llm.mesh.shape["pipeline"]
-    for blocks in (0, stages):
-        bucket = bucket_with(2 * stages, blocks, block_tokens=8, pages=3, stages=stages)
+    stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
+    for rows, blocks in ((2 * shares, 0), (8 * shares, stages)):  # too few tokens to share out, and enough
+        bucket = bucket_with(rows * stages, blocks, block_tokens=8, pages=3, stages=stages, shares=shares)
         assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
 
 

@@ -8,6 +8,7 @@ import sys
 import click
 
 from jaxmoe import __version__
+from jaxmoe.cli.balance import balance
 from jaxmoe.cli.bench import bench
 from jaxmoe.cli.compile import compile_model
 from jaxmoe.cli.generate import generate
@@ -22,7 +23,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, compile_model):
+for command in (generate, score, verify, bench, balance, compile_model):
     cli.add_command(command)
 
 

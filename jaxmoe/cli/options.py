@@ -57,7 +57,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--native/--no-native", default=None, help="C++ kernels for the CPU; by default where they compile"
         ),
-        click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather"),
+        click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather"),
         click.option("--grouped", help="experts: blocks, ragged, native or dense"),
         click.option("--linear", help="other products: xla or native"),
         click.option("--attention", help="over pages: loop or native"),
@@ -71,7 +71,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--layout",
             default="ep-tp",
             show_default=True,
-            help="what axes share out: ep-tp, tp-ep, dp-ep, tp, or parts",
+            help="what axes share out: ep-tp, tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
         ),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
     ]
@@ -122,7 +122,9 @@ def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False) -> LLM:
+def load_model(
+    model: str | None, options: ModelOptions, *, quiet: bool = False, redundant_experts: int | None = None
+) -> LLM:  # fmt: skip
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
     from jaxmoe.engine.llm import LLM
     from jaxmoe.model.kernels import NATIVE_STEPS, STEPS, Kernels
@@ -138,7 +140,8 @@ def load_model(model: str | None, options: ModelOptions, *, quiet: bool = False)
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
             kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
-            stage_chunks=options.stage_chunks, layout=options.layout, on_progress=on_progress,
+            stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
+            on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -110,9 +110,9 @@ class Told:
     seed: int
 
 
-def whole_blocks(chunk_tokens: int) -> tuple[int, int]:
-    """(chunk_tokens rounded up to whole blocks, tokens of a block)."""
-    block_tokens = min(BLOCK_TOKENS, chunk_tokens)
+def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
+    """(chunk_tokens rounded up to whole blocks, tokens of a block: a multiple of the ranks that share them out)."""
+    block_tokens = -(-min(BLOCK_TOKENS, chunk_tokens) // shares) * shares
     return -(-chunk_tokens // block_tokens) * block_tokens, block_tokens
 
 
@@ -142,7 +142,9 @@ def _micro_batches(rows: int, blocks: int, stages: int) -> int:
     return parts
 
 
-def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1) -> Bucket:
+def bucket_of(
+    plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1
+) -> Bucket:  # fmt: skip
     """The bucket a plan runs in. Steps with prompts always have all rows, so that there are few programs."""
     size = limits.block_tokens
     blocks = 0
@@ -155,21 +157,26 @@ def bucket_of(plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, st
     else:
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
-    return bucket_with(rows, blocks, block_tokens=size, pages=pages, stages=stages)
+    return bucket_with(rows, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares)
 
 
-def bucket_with(rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int) -> Bucket:
-    """The bucket of so many rows and blocks, both multiples of the stages of the pipeline."""
-    parts = _micro_batches(rows, blocks, stages)
+def bucket_with(
+    rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1
+) -> Bucket:  # fmt: skip
+    """The bucket of so many rows and blocks, both multiples of the stages of the pipeline; rows, and tokens of a block,
+    also of the ranks that share out the tokens of a context."""
+    parts = _micro_batches(rows // shares, blocks, stages)
     return Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 
-def all_buckets(limits: Limits, *, least_rows: int, pages: int, stages: int = 1) -> list[Bucket]:
+def all_buckets(
+    limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1
+) -> list[Bucket]:  # fmt: skip
     """Every bucket that bucket_of can give."""
     rows = row_buckets(least=least_rows, most=limits.rows)
     mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits, stages)]
     return [
-        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages)
+        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages, shares=shares)
         for r, b in [*((r, 0) for r in rows), *mixed]
     ]
 

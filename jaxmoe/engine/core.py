@@ -117,6 +117,7 @@ class Core:
         self.sealed = False
         self.num_new_tokens = 0
         self.trace = trace
+        self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (place_loads)
         self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
         self._clock = clock
         self._row_pages = -(-limits.context // limits.page_size)
@@ -127,7 +128,10 @@ class Core:
 
     def _bucket_sizes(self) -> dict[str, int]:
         runner = self.runner
-        return {"least_rows": runner.least_rows, "pages": self._row_pages, "stages": runner.placement.num_stages}
+        return {
+            "least_rows": runner.least_rows, "pages": self._row_pages, "stages": runner.placement.num_stages,
+            "shares": runner.context_ranks,
+        }  # fmt: skip
 
     def _fresh_state(self) -> EngineState:
         return self.runner.empty_state(self.limits.rows, self.limits.num_pages, self.limits.page_size)
@@ -314,7 +318,7 @@ class Core:
 
     def _step(self, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket, count: int):
         turns = 1 if bucket.blocks else self.limits.turns
-        traced = self.trace is not None
+        traced = self.trace is not None or self.on_loads is not None
         return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns, traced=traced)
 
     def _complete(self, step: _InFlight) -> list[Request]:
@@ -322,9 +326,12 @@ class Core:
         sampled = list(step.plan.sampled())
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
-        if self.trace is not None and step.record is not None:
-            loads, expert_ranks = self.runner.expert_loads(step.drawn), self.runner.placement.parts("moe_expert")
-            self.trace.done(step.record, loads, expert_ranks=expert_ranks, now=self._clock())
+        experts = self.runner.experts
+        loads = None if step.drawn.loads is None else experts.place_loads(step.drawn.loads)
+        if loads is not None and self.on_loads is not None:
+            self.on_loads(loads)
+        if loads is not None and self.trace is not None and step.record is not None:
+            self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
         told = []
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])

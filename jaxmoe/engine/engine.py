@@ -50,10 +50,10 @@ class Engine:
     rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
     each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
     are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
-    page_size: tokens. chunk_tokens: of prompts, a step and rank. turns: tokens that a request decodes in one step where
-    no prompt waits. on_compile is told (programs ready, programs in all) at start-up; by default a bar shows them on a
-    terminal, with the size of the pool. trace: a file that close() writes what happened to, with a page beside it
-    (engine/trace.py).
+    page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank. turns: tokens that
+    a request decodes in one step where no prompt waits. on_compile is told (programs ready, programs in all) at
+    start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file that close() writes
+    what happened to, with a page beside it (engine/trace.py).
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -296,11 +296,12 @@ def _limits(
         if not (is_finite(gib) and 0 <= gib < 2**40):
             raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
     token_bytes = runner.device_bytes_a_token
+    page_size *= runner.context_ranks
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
     rows = runner.padded_rows(max_requests) // runner.num_ranks
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens)
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
     return Limits(
         num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
         num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size, context=context, turns=turns,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import BLOCK_TOKENS, PAGE_SIZE, TURNS
+from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
@@ -29,6 +29,7 @@ from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.planner.balance import ExpertPlacement, balance
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
@@ -51,6 +52,7 @@ class LLM:
         self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
         self._core: Core | None = None
         self._trace: Trace | None = None
+        self._on_loads: Callable[[np.ndarray], None] | None = None
         self._lock = threading.RLock()  # one thread at a time plans and sends steps
 
     @classmethod
@@ -67,6 +69,7 @@ class LLM:
         max_batch: int = 64,
         stage_chunks: int = 1,
         layout: str | Layout = DEFAULT_LAYOUT,
+        redundant_experts: int | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> LLM:
         """Read a Hugging Face checkpoint onto a device mesh.
@@ -77,8 +80,10 @@ class LLM:
         kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
         on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
         power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py). stage_chunks: of
-        neighbouring layers that each stage of a pipeline holds: more make stages wait less and send more. on_progress
-        is told (bytes of parameters filled, bytes in all) as files are read.
+        neighbouring layers that each stage of a pipeline holds: more make stages wait less and send more.
+        redundant_experts: places for experts beyond their number in each MoE layer, 0 or more (rounded up so that all
+        ranks have as many), to move experts among by place_experts; None keeps them in order. on_progress is told
+        (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
@@ -88,9 +93,12 @@ class LLM:
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
-        placement = Placement(mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks)
+        placement = Placement(
+            mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks,
+            redundant_experts=_check_redundant(redundant_experts, config),
+        )  # fmt: skip
         check_stage_chunks(stage_chunks, stages=placement.num_stages)
-        chosen = choose_kernels(dtype, kernels)
+        chosen = choose_kernels(dtype, kernels, shared_pages=placement.parts("page_token") > 1)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
@@ -110,10 +118,14 @@ class LLM:
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
                 ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
-                layout=layout, on_progress=on_progress,
+                layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
         runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))
+        if redundant_experts is not None:
+            own = runner.experts
+            even = np.ones((own.num_layers, own.num_experts))
+            runner.place_experts(balance(even, num_replicas=own.num_places, num_ranks=own.num_ranks))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
 
     @property
@@ -245,6 +257,40 @@ class LLM:
                 for request in listening.values():
                     core.cancel(request)
 
+    def expert_loads(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> np.ndarray:
+        """Complete each prompt, and count the tokens that went to each place of an expert: [MoE layers, places].
+
+        Counted on the devices, without a collective; runner.experts sums them up by expert and by rank. What earlier
+        prompts left on pages is forgotten, so that every token is counted. Raises: as generate.
+        """
+        counted = np.zeros((self.runner.experts.num_layers, self.runner.experts.num_places), np.int64)
+
+        def count(loads: np.ndarray) -> None:
+            nonlocal counted
+            counted += loads
+
+        with self._lock:
+            self._core, self._on_loads = None, count
+        try:
+            self.generate(prompts, params)
+        finally:
+            with self._lock:
+                self._on_loads = None
+                if self._core is not None:
+                    self._core.on_loads = None
+        return counted
+
+    def place_experts(self, experts: ExpertPlacement) -> None:
+        """Move experts, and copies of them, to where they are to stand (planner/balance.py); no step is compiled anew.
+
+        Requests that run go on. Raises: ConfigError if the placement is not of this model, or it was loaded without
+        redundant_experts.
+        """
+        with self._lock:
+            self.runner.place_experts(experts)
+
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[Trace]:
         """Record what generate and stream do inside the with-statement; writes PATH (Chrome's format, for
@@ -297,10 +343,12 @@ class LLM:
         rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_batch)) // ranks
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
+        page_size = PAGE_SIZE * self.runner.context_ranks
+        chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
+        chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.context_ranks)
         needed = Limits(
-            num_ranks=ranks, rows=rows, block_tokens=BLOCK_TOKENS, context=length, page_size=PAGE_SIZE, turns=TURNS,
-            chunk_tokens=next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1]),
-            num_pages=rows * -(-length // PAGE_SIZE),
+            num_ranks=ranks, rows=rows, block_tokens=block_tokens, context=length, page_size=page_size, turns=TURNS,
+            chunk_tokens=chunk_tokens, num_pages=rows * -(-length // page_size),
         )  # fmt: skip
         if self._core is None:
             return needed
@@ -312,7 +360,7 @@ class LLM:
         if self._core is None or self._core.limits != limits:
             self._core = None  # its pages are given back before new ones are asked for
             self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
-        self._core.trace = self._trace
+        self._core.trace, self._core.on_loads = self._trace, self._on_loads
         return self._core
 
 
@@ -322,6 +370,17 @@ def check_stage_chunks(stage_chunks: int, *, stages: int) -> None:
         raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
     if stage_chunks > 1 and stages == 1:
         raise ConfigError(f"stage_chunks={stage_chunks} needs stages: the mesh has pipeline=1; leave it or add stages")
+
+
+def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:
+    if redundant_experts is None:
+        return None
+    if config.moe is None:
+        raise ConfigError(f"redundant_experts={redundant_experts!r}: the model has no experts; leave it out")
+    most = 15 * config.moe.num_experts
+    if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
+        raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
+    return redundant_experts
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Schedule, Segment, place_of
+from jaxmoe.depth import Schedule, Segment
 from jaxmoe.engine.batch import FLOAT_PARTS, Bucket
+from jaxmoe.engine.experts import Experts
 from jaxmoe.errors import RequestError
 from jaxmoe.model.attend import (
     PAGE_DIMS,
@@ -31,13 +32,13 @@ from jaxmoe.model.attend import (
     micro_batch_of,
     split_rows,
 )
-from jaxmoe.model.pipeline import from_last_stage
-from jaxmoe.model.rows import HIDDEN
-from jaxmoe.model.transformer import Carried, Loads, Transformer
+from jaxmoe.model.transformer import Carried, Loads, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
+from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.weights.params import parameter_table
 
 _SCORE_POSITIONS = 256
 # XLA's CPU products of a single row in bfloat16 run ten times slower than those of two (docs/benchmarks.md).
@@ -67,8 +68,8 @@ class EngineState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens chose each
-    expert in all turns, as in Carried; None unless traced."""
+    """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens went to each
+    place of an expert in all turns, as in Carried; None unless traced."""
 
     sampled: Sampled
     loads: Loads | None
@@ -92,6 +93,8 @@ class Runner:
         self._precision = "highest" if dtype == "float32" else None
         self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket", "turns", "traced"))
         self.score_fn = jax.jit(self._score)
+        table = parameter_table(state, self.placement)
+        self.experts = Experts(self.config, self.placement, self.parts, self.sizes, table)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property
@@ -100,14 +103,19 @@ class Runner:
         return self.placement.parts("batch")
 
     @property
+    def context_ranks(self) -> int:
+        """Ranks that share out the keys and values of each request, and the tokens of a step."""
+        return self.placement.parts("page_token")
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one number of the activations."""
         return jnp.dtype(self.dtype).itemsize
 
     @property
     def least_rows(self) -> int:
-        """Rows of a rank that a step should have at least: some for every stage of a pipeline."""
-        return self.placement.num_stages * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
+        """Rows of a rank that a step should have at least: some for every stage of a pipeline and rank of a context."""
+        return self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
 
     @property
     def bytes_a_token(self) -> int:
@@ -120,7 +128,7 @@ class Runner:
 
         def devices(part: Segment) -> int:
             place = self.placement.holding(part)
-            return place.parts("layer") * place.parts("kv_head")
+            return place.parts("layer") * place.parts("kv_head") * place.parts("page_token")
 
         return self._bytes_a_token(devices)
 
@@ -175,22 +183,23 @@ class Runner:
         turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
         model, told, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
-        loads = self._no_loads() if traced else None
+        loads = self._no_loads(bucket) if traced else None
         if turns == 1:
             return self._one_turn(model, state, loads, told, wanted, bucket)
         assert not bucket.blocks
         return self._decode(model, state, loads, told, wanted, bucket, count, turns)
 
-    def _no_loads(self) -> Loads:
-        """Of every MoE layer and rank, tokens that chose each expert [slots,r,E]: none yet."""
-        moe = self.config.moe
-        assert moe is not None or not any(self.config.moe_layers)
+    def _no_loads(self, bucket: Bucket) -> Loads:
+        """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
+        rows = self.num_ranks * bucket.num_tokens // bucket.micro_batches
 
         def block(part: Segment, number: int) -> jax.Array | None:
-            if moe is None or not self.config.moe_layers[part.first + number]:
+            if not self.config.moe_layers[part.first + number]:
                 return None
-            zeros = jnp.zeros((part.slots, self.num_ranks, moe.num_experts), jnp.int32)
-            return self.placement.holding(part).constrain(zeros, "layer", "batch", "router_expert")
+            place = self.placement.holding(part)
+            routed = place.routed(place.lead(rows))
+            zeros = jnp.zeros((part.slots, place.parts(routed), self.experts.num_places), jnp.int32)
+            return place.constrain(zeros, "layer", routed, "router_expert")
 
         return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
 
@@ -208,7 +217,7 @@ class Runner:
             blocks = {name: told[f"block_{name}"] for name in ("rows", "positions", "counts")}
             sections.append(Section(num_tokens=bucket.block_tokens, **blocks))
             tokens.append(told["block_tokens"])
-            pick = partial(self._at_rows, index=jnp.maximum(told["drawn_from"], 0))
+            pick = partial(at_rows, index=jnp.maximum(told["drawn_from"], 0))
         work = PagedTokens(table=told["table"], sections=tuple(sections), kind=self.kernels.attention)
         whole = work.attend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
@@ -247,7 +256,7 @@ class Runner:
                 last = schedule.unit(number, schedule.stages - 1, count)
                 leaves = last.busy & (last.chunk == schedule.chunks - 1)
                 leaving = work.part(last.micro_batch, of, last.turn, leaves)
-                x, carried = model.after(from_last_stage(flow.sent, self.placement), leaving, carried)
+                x, carried = model.after(model.from_last(flow.sent), leaving, carried)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in told.items()}
             positions = own["positions"] + last.turn
             drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
@@ -283,15 +292,6 @@ class Runner:
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
         return self._sampled(logits, told, token_pages, positions + 1, wanted)
 
-    def _at_rows(self, hidden: jax.Array, *, index: jax.Array) -> jax.Array:
-        """hidden [r*t,1,D] at index [r,d] of each rank: [r*d,1,D]."""
-
-        def pick(hidden, index):
-            return hidden[index.reshape(-1)]
-
-        place = self.placement.seen("within")
-        return place.locally(pick, (hidden, HIDDEN), (index, ("batch", "block")), out=HIDDEN)
-
     def _sampled(
         self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
     ) -> Sampled:
@@ -322,7 +322,7 @@ class Runner:
         model = self._merge(leaves)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         work = Prompts(active=positions < lengths[:, None], num_ranks=self.num_ranks)
-        parts = math.gcd(tokens.shape[0] // self.num_ranks, self.placement.num_stages)
+        parts = math.gcd(tokens.shape[0] // self.num_ranks // self.context_ranks, self.placement.num_stages)
         hidden, *_ = model(tokens, work, schedule=self._schedule(parts))
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
@@ -365,23 +365,15 @@ class Runner:
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
             return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
 
-    def expert_loads(self, drawn: Drawn) -> np.ndarray:
-        """Tokens that chose each expert [layers,E] of each MoE layer in a traced step."""
-        num_experts = self.config.moe.num_experts if self.config.moe else 0
-        found = []
-        for layer in range(self.config.num_hidden_layers if drawn.loads else 0):
-            place = place_of(layer, self.parts)
-            assert drawn.loads is not None
-            load = drawn.loads[place.segment][place.block]
-            if load is not None:
-                found.append(np.asarray(load)[place.slot].sum(axis=0))
-        return np.stack(found) if found else np.zeros((0, num_experts), np.int32)
+    def place_experts(self, wanted: ExpertPlacement) -> None:
+        """Move experts to where they are to stand; steps read there from now on. Raises: as Experts.moved."""
+        self.leaves = self.experts.moved(self.leaves, wanted)
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
         """The collectives of a step of one turn."""
         shape = StepShape(
             num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=self.itemsize,
-            micro_batches=bucket.micro_batches,
+            micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
         )  # fmt: skip
         return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
 

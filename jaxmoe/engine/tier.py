@@ -19,7 +19,7 @@ from jaxmoe.ops.quantize import LARGEST
 # token ids.
 _NUMBERS = ("batch", "layer", "one", "kv_head", "page_token", "head_dim")
 _SCALES = _NUMBERS[:-1]
-_TOKENS = ("batch", "page_token")
+_TOKENS = ("batch", "one")
 _HOST_MEMORY = "pinned_host"
 
 

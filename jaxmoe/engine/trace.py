@@ -124,13 +124,11 @@ class Trace:
             ]
         return self._collectives[key]
 
-    def done(self, step: StepRecord, per_expert: np.ndarray, *, expert_ranks: int, now: float) -> None:
-        """A step's results are there. per_expert [layers, experts]: tokens that chose each expert."""
+    def done(self, step: StepRecord, rank_loads: np.ndarray, *, now: float) -> None:
+        """A step's results are there. rank_loads [layers, expert ranks]: tokens that went to each rank's experts."""
         step.done = now
-        if per_expert.size:
-            share = -(-per_expert.shape[1] // expert_ranks)
-            padded = np.pad(per_expert, ((0, 0), (0, share * expert_ranks - per_expert.shape[1])))
-            step.expert_tokens = padded.reshape(len(padded), expert_ranks, share).sum(axis=2).astype(np.int32)
+        if rank_loads.size:
+            step.expert_tokens = rank_loads.astype(np.int32)
 
     @staticmethod
     def ended(record: RequestRecord, reason: str, *, now: float) -> None:

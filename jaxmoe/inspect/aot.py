@@ -59,6 +59,7 @@ def abstract_runner(
 def _state(runner: Runner, *, batch: int, context: int, page_size: int) -> EngineState:
     """The rows an engine has for `batch` requests, and pages for `context` tokens of each."""
     requests = -(-batch // runner.num_ranks)
+    page_size *= runner.context_ranks
     return runner.abstract_state(
         runner.padded_rows(batch) // runner.num_ranks, requests * -(-context // page_size), page_size
     )
@@ -80,12 +81,13 @@ def compile_step(
     decoding, or one with chunk_tokens of prompts a rank beside it."""
     state = _state(runner, batch=batch, context=context, page_size=page_size)
     rows = state.tokens.shape[1]
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens)
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
     bucket = bucket_with(
-        rows, -(-blocks // stages) * stages, block_tokens=block_tokens, pages=-(-context // page_size), stages=stages
-    )
+        rows, -(-blocks // stages) * stages, block_tokens=block_tokens,
+        pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
+    )  # fmt: skip
     turns = turns if stages == 1 and not blocks else 1  # so that every tick of a pipeline is counted
     started = time.perf_counter()
     compiled = runner.lower(state, bucket, turns=turns).compile()

@@ -137,11 +137,12 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     """In the process apart: compile each step."""
     config, target, axes = question.checked()
     dtype, kv_dtype = question.dtype or config.dtype, KV_DTYPES.get(question.kv_dtype or "")
-    kernels = choose_kernels(dtype, question.kernels, platform=target.device.platform)
     placement = Placement(
         mesh=build_mesh(axes, topology_devices(target)), layout=parse_layout(question.layout),
         chunks=question.stage_chunks,
     )  # fmt: skip
+    shared_pages = placement.parts("page_token") > 1
+    kernels = choose_kernels(dtype, question.kernels, platform=target.device.platform, shared_pages=shared_pages)
     runner = abstract_runner(config, placement, dtype=dtype, kv_dtype=kv_dtype, kernels=kernels)
     sizes: dict[str, Any] = dict(batch=question.batch, context=question.context, page_size=PAGE_SIZE)
     weights, kv = held_bytes(runner, **sizes)

@@ -17,7 +17,15 @@ from jaxmoe.depth import Segment
 from jaxmoe.model.attention import Told
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.paged import PagedKind, Pages, paged_attention, write_pages
+from jaxmoe.ops.paged import (
+    PagedKind,
+    Pages,
+    Share,
+    merge_attention,
+    paged_attention,
+    partial_attention,
+    write_pages,
+)
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
@@ -25,7 +33,7 @@ from jaxmoe.sharding import Placement
 # Of every segment, of every block: keys and values of its layers, and their scales where kept in eight bits.
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
-TOKEN_PAGE_DIMS = ("page", "page_token")
+TOKEN_PAGE_DIMS = ("page", "one")
 _TABLE_DIMS = ("batch", "block", "one")
 T = TypeVar("T")
 
@@ -179,8 +187,12 @@ class PagedAttend:
     ) -> tuple[jax.Array, Pages]:
         """See Attend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
+        how = partial(paged_attention, kind=self._kind)
+        over = partial(_over_pages, attend=how)
+        if place.parts("page_token") > 1:
+            over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
         mixed, *pages = place.locally(
-            partial(_over_pages, layout=self._layout(), num_pages=len(kept), window=window, kind=self._kind),
+            partial(over, layout=self._layout(), num_pages=len(kept), window=window),
             (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(kept, dims, strict=True),
             *self._told(),
             out=(QUERY_DIMS, *dims),
@@ -223,17 +235,36 @@ def _places(table, sections, *, page_size, num_pages):
     return jnp.concatenate(page), jnp.concatenate(offset)
 
 
-def _over_pages(q, k, v, at, *arrays, layout, num_pages, window, kind):
+def _over_pages(q, k, v, at, *arrays, layout, num_pages, window, attend, share=Share()):
     """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], layer `at` of its pages, and what tells where things are."""
     pages, told = arrays[:num_pages], arrays[num_pages:]
     table, sections = _sections(told, layout)
-    page, offset = _places(table, sections, page_size=pages[0].shape[3], num_pages=pages[0].shape[1])
+    here = pages[0].shape[3]
+    page, offset = _places(table, sections, page_size=here * share.of, num_pages=pages[0].shape[1])
+    if share.of > 1:
+        page = jnp.where(offset // here == share.part, page, pages[0].shape[1])
+        offset = offset % here
     pages = write_pages(pages, k[:, 0], v[:, 0], page, offset, at)
     mixed, start = [], 0
     for length, table, positions, counts in sections:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = paged_attention(part, pages, table, positions, counts, at, window=window, kind=kind)
-        mixed.append(part.reshape(stop - start, 1, *q.shape[2:]))
+        part = attend(part, pages, table, positions, counts, at, window=window)
+        mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages
+
+
+def _over_shared_pages(q, k, v, at, *arrays, axes, ranks, **how):
+    """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
+    all tokens to what they have, and each merges what they found for its own."""
+    both = jnp.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3)
+    both = jax.lax.all_gather(both, axes, axis=0, tiled=True)
+    share = Share(jax.lax.axis_index(axes), ranks)
+    attend = partial(partial_attention, share=share)
+    parts, *pages = _over_pages(
+        both[:, :, :, :-2], both[:, :, :, -2], both[:, :, :, -1], at, *arrays, **how, attend=attend, share=share
+    )
+    parts = parts.reshape(ranks, -1, *parts.shape[2:])
+    parts = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0, tiled=True)
+    return merge_attention(parts)[:, None].astype(q.dtype), *pages

@@ -15,7 +15,7 @@ from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, mean_squares, normed, rotated, scaled
 from jaxmoe.ops.stack import At
-from jaxmoe.sharding import Placement
+from jaxmoe.sharding import Placement, TokenDim
 
 
 class Attend(Protocol):
@@ -84,11 +84,12 @@ class Attention(nnx.Module):
             self.kv_copies = sizes.kv_copies
 
     def __call__(
-        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, used: jax.Array | None, attend: Attend, kept: Any
-    ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. used: see project."""
+        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, used: jax.Array | None, attend: Attend, kept: Any,
+        lead: TokenDim,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. used, lead: see project."""
         config, place = self.config, self.placement
-        qkv = project(x, self.qkv, place, self.kernels.linear, at, used)
+        qkv = project(x, self.qkv, place, self.kernels.linear, at, used, lead=lead)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
@@ -98,7 +99,7 @@ class Attention(nnx.Module):
         kind = self.kernels.pointwise
         q, k = rotated(q, cos, sin, QUERY_DIMS, place, kind), rotated(k, cos, sin, KEY_DIMS, place, kind)
         mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer], place=place)
-        y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3)
+        y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 
     def _normed(self, q: jax.Array, k: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
 from jaxmoe.model.params import Maker, at_layer, normal, ones
-from jaxmoe.model.rows import HIDDEN, Real, normed
+from jaxmoe.model.rows import Real, hidden_dims, normed
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
@@ -47,14 +47,16 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, Routed | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
         went."""
+        lead = self.placement.lead(x.shape[0])
         h = self._normed(x, self.input_layernorm, at)
-        y, kept = self.attention(h, at, cos, sin, real.used, attend, kept)
+        y, kept = self.attention(h, at, cos, sin, real.used, attend, kept, lead)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, routed = self.moe(h, at, real)
+            y, routed = self.moe(h, at, real, lead)
             return x + y, kept, routed
-        return x + self.mlp(h, at, real.used), kept, None
+        return x + self.mlp(h, at, real.used, lead), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
-        return normed(x, at_layer(weight, at), HIDDEN, self.placement, self.kernels.pointwise, eps=self.eps)
+        dims = hidden_dims(self.placement.lead(x.shape[0]))
+        return normed(x, at_layer(weight, at), dims, self.placement, self.kernels.pointwise, eps=self.eps)

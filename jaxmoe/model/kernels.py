@@ -65,8 +65,12 @@ class Kernels:
 Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebody chose
 
 
-def choose_kernels(dtype: str, choice: Choice, *, platform: str | None = None) -> Kernels:
+def choose_kernels(
+    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False
+) -> Kernels:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
+
+    shared_pages: whether ranks hold parts of every page, which the loop alone can read.
 
     Compiles nothing.
     That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
@@ -77,10 +81,15 @@ def choose_kernels(dtype: str, choice: Choice, *, platform: str | None = None) -
     for name in named:
         if name not in STEPS:
             raise ConfigError(f"kernels has {name!r}; the steps are {', '.join(STEPS)}")
+    if shared_pages and named.setdefault("attention", "loop") != "loop":
+        raise ConfigError(
+            f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
+        )
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
-    platform, unnamed = platform or jax.default_backend(), _unnamed(choice)
+    platform = platform or jax.default_backend()
+    unnamed = [] if isinstance(choice, Kernels) else [name for name in NATIVE_STEPS if name not in named]
     if platform == "tpu" and "grouped" in unnamed:
         named["grouped"] = "ragged"
     if platform == "cpu" and unnamed and dtype in native.DTYPES:

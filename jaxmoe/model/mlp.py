@@ -12,7 +12,7 @@ from jaxmoe.model.params import Init, Maker, at_layer, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import gated
 from jaxmoe.ops.stack import At
-from jaxmoe.sharding import Placement
+from jaxmoe.sharding import Placement, TokenDim
 
 
 class MLP(nnx.Module):
@@ -28,11 +28,11 @@ class MLP(nnx.Module):
             self.gate_up_bias = make(zeros, gate_or_up=2, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)
 
-    def __call__(self, x: jax.Array, at: At, used: jax.Array | None) -> jax.Array:
-        """x [B,S,D] -> [B,S,D], by the weights of layer `at`. used: see project."""
+    def __call__(self, x: jax.Array, at: At, used: jax.Array | None, lead: TokenDim) -> jax.Array:
+        """x [B,S,D] -> [B,S,D], by the weights of layer `at`. used, lead: see project."""
         place, kind = self.placement, self.kernels.linear
-        both = project(x, self.gate_up, place, kind, at, used)
+        both = project(x, self.gate_up, place, kind, at, used, lead=lead)
         if self.bias:
             both = both + at_layer(self.gate_up_bias, at)
-        y = project(gated(both, place, self.kernels.pointwise), self.down, place, kind, at, used)
+        y = project(gated(both, place, self.kernels.pointwise), self.down, place, kind, at, used, lead=lead)
         return y + at_layer(self.down_bias, at) if self.bias else y

@@ -3,6 +3,7 @@
 # Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,16 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
+from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker
-from jaxmoe.model.rows import Real
-from jaxmoe.ops.dispatch import combine, dispatch
+from jaxmoe.model.project import summed_over
+from jaxmoe.model.rows import Real, hidden_dims
+from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import route
-from jaxmoe.ops.stack import At
-from jaxmoe.sharding import Placement
+from jaxmoe.ops.route import Groups, at_places, route
+from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.sharding import Placement, TokenDim
 
 
 class Experts(nnx.Module):
@@ -32,8 +35,8 @@ class Experts(nnx.Module):
 
 
 class Routed(NamedTuple):
-    """Where tokens went: probabilities of the router [B,S,E], and how many tokens of each rank chose each expert
-    [r,E]."""
+    """Where tokens went: probabilities of the router [B,S,E], and how many tokens of each rank that routes went to each
+    place of an expert [n,R]."""
 
     probabilities: jax.Array
     load: jax.Array
@@ -54,16 +57,24 @@ class MoE(nnx.Module):
     ) -> None:
         assert config.moe is not None
         self.moe, self.placement, self.kernels = config.moe, placement, kernels
+        peers = placement.size(placement.exchanged("residual"))
+        if kernels.dispatch == "ragged_all_to_all" and placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+            raise ConfigError(
+                f"dispatch=ragged_all_to_all reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among "
+                f"{peers}: use all_to_all"
+            )
         width = config.hidden_size
         self.router = make(init, width=width, router_expert=config.moe.num_experts)
         self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, make=make, init=init)
+        if placement.redundant_experts is not None:
+            self.placed = make.indices(placed=3, place=sizes.moe_experts)
         if config.moe.shared_intermediate_size:
             self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
             self.shared_gate = make(init, width=width, one=1)
 
-    def __call__(self, x: jax.Array, at: At, real: Real) -> tuple[jax.Array, Routed]:
+    def __call__(self, x: jax.Array, at: At, real: Real, lead: TokenDim) -> tuple[jax.Array, Routed]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
-        no expert."""
+        no expert. lead: how rows of x lie."""
         place = self.placement
         params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.shared_intermediate_size:
@@ -72,49 +83,100 @@ class MoE(nnx.Module):
                 "shared_in": self.shared.gate_up,
                 "shared_out": self.shared.down,
             }
+        if place.redundant_experts is not None:
+            params["placed"] = self.placed
         arrays = {name: param[...] for name, param in params.items()}
         specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
         used = [] if real.used is None else [real.used]
-        tokens, mask = place.spec("batch", "length", "width"), place.spec("batch", "length")
+        routed = place.routed(lead)
         y, probabilities, load = place.manual(
-            lambda x, active, at, arrays, *used: _on_device(
-                x, active, at, used[0][0] if used else None, arrays, moe=self.moe, kernels=self.kernels, place=place
+            lambda x, real, at, arrays, *used: _on_device(
+                x, real, at, used[0][0] if used else None, arrays,
+                moe=self.moe, kernels=self.kernels, place=place, lead=lead,
             ),
-            in_specs=(tokens, mask, place.spec(), specs, *(place.spec("batch") for _ in used)),
-            out_specs=(tokens, place.spec("batch", "length", "router_expert"), place.spec("batch", "router_expert")),
-        )(x, real.active, jnp.int32(at), arrays, *used)
+            in_specs=(
+                place.spec(*hidden_dims(lead)), (place.spec(routed, "length"),) * 2, place.spec(), specs,
+                *(place.spec("token") for _ in used),
+            ),
+            out_specs=(
+                place.spec(*hidden_dims(lead)), place.spec(routed, "length", "router_expert"),
+                place.spec(routed, "router_expert"),
+            ),
+        )(x, (real.active, real.positions), jnp.int32(at), arrays, *used)  # fmt: skip
         return y, Routed(probabilities, load)
 
 
-def _on_device(x, active, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement):
+class _Region(NamedTuple):
+    """Where one part of the block gets its tokens and leaves its sums: axes that it gathers tokens along and scatters
+    them again, and all axes that it sums over."""
+
+    gathered: tuple[str, ...]
+    summed: tuple[str, ...]
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, self.gathered, axis=0, tiled=True) if self.gathered else x
+
+    def leave(self, y: jax.Array) -> jax.Array:
+        return summed_over(y, self.summed, self.gathered)
+
+
+def _on_device(x, real, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
-    exchanged, held = place.layout.exchanged, place.layout.held
-    ranks = place.size(exchanged)
-    x_tD = x.reshape(-1, x.shape[-1])
+    routed = _Region(place.gathered(lead), place.summed_experts(lead))
+    x_bD = x.reshape(-1, x.shape[-1])
+    x_tD = routed.enter(x_bD)
+    # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
+    own_used = used if place.routed(lead) == "token" else None
+    y_tD, probabilities, load = _routed_experts(x_tD, real, at, own_used, arrays, moe, kernels, place, lead)
+    if moe.shared_intermediate_size:
+        dense = _Region(place.shared(lead), tuple(a for a in place.axes("ffn") if place.mesh.shape[a] > 1))
+        shared = partial(_shared_expert, at=at, used=used, arrays=arrays, kernels=kernels)
+        if dense.gathered == routed.gathered and set(dense.summed) == set(routed.summed):  # one sum for both
+            y = routed.leave(y_tD + shared(x_tD))
+        else:
+            y = routed.leave(y_tD) + dense.leave(shared(dense.enter(x_bD)))
+    else:
+        y = routed.leave(y_tD)
+    return y.reshape(x.shape), probabilities.reshape(*real[0].shape, -1), load
+
+
+def _routed_experts(
+    x_tD, real, at, used, arrays, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim
+):  # fmt: skip
+    """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
+    active, positions = (part.reshape(-1) for part in real)
+    exchanged, held = place.exchanged(lead), place.held(lead)
+    ranks, others = place.size(exchanged), place.size(held)
     weights_tE, probabilities = route(
         linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32"),
-        active.reshape(-1), top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, kind=kernels.pointwise,
+        active, top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob,
+        groups=Groups(num_groups=moe.num_groups, top_groups=moe.top_groups, best=moe.group_best),
+        kind=kernels.pointwise,
     )  # fmt: skip
+    share = arrays["gate_up"].shape[1]
+    if "placed" in arrays:
+        axes = place.axes(place.routed(lead))
+        turn = jnp.arange(len(x_tD), dtype=jnp.int32) + (jax.lax.axis_index(axes) if axes else 0)
+        weights_tE = at_places(weights_tE, layer_of(arrays["placed"], at), turn + positions)
+    else:
+        weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     load = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
-    share, others = arrays["gate_up"].shape[1], place.size(held)
-    weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     if others > 1:  # of the ranks that have the same tokens, each looks after its own experts
         by_rank = weights_tE.reshape(-1, ranks, others, share)
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(held), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
-    x_TD, weights_Te = dispatch(x_tD, weights_tE, axis=exchanged, num_ranks=ranks, kind=kernels.dispatch)
+    exchange = Exchange(
+        axes=exchanged, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), kind=kernels.dispatch,
+        platform=place.platform,
+    )  # fmt: skip
+    x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
     y_TD = grouped_swiglu(
         x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, top_k=moe.num_experts_per_tok, kind=kernels.grouped
     )
-    y_tD = combine(y_TD, axis=exchanged, num_ranks=ranks, kind=kernels.dispatch)
-    if moe.shared_intermediate_size:
-        y_tD = y_tD + _shared_expert(x_tD, at, used, arrays, kernels)
-    if place.size(place.held_experts()) > 1:
-        y_tD = jax.lax.psum(y_tD, place.held_experts())
-    return y_tD.reshape(x.shape), probabilities.reshape(*x.shape[:2], -1), load
+    return combine(y_TD, sent, exchange), probabilities, load
 
 
-def _shared_expert(x, at, used, arrays, kernels: Kernels):
+def _shared_expert(x, *, at, used, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate."""
     kind = kernels.linear
     layers, width, _, ffn = arrays["shared_in"].shape

@@ -60,3 +60,8 @@ class Maker:
         dims = {**self._lead, **dims}
         array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
         return nnx.Param(array, dims=tuple(dims), view=self._view)
+
+    def indices(self, **dims: int) -> nnx.Param:
+        """The same for whole numbers that no checkpoint holds; zeros."""
+        dims = {**self._lead, **dims}
+        return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.int32), dims=tuple(dims), view=self._view)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.depth import Schedule, Segment, Unit
-from jaxmoe.sharding import Placement
+from jaxmoe.sharding import Dims, Placement
 
 STAGE = "pipeline"
 
@@ -28,12 +28,11 @@ class Flow(NamedTuple):
     waiting: jax.Array
 
 
-def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement) -> Flow:
-    """Nothing on its way. shape [B,S,D]: of one micro-batch."""
+def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement, dims: Dims) -> Flow:
+    """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.chunks > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
-    dims = "batch", "length", "width"
     return Flow(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
 
 

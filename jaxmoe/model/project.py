@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 
 from jaxmoe.ops.linear import LinearKind, linear
 from jaxmoe.ops.stack import At, layer_of
-from jaxmoe.sharding import Placement
+from jaxmoe.sharding import Placement, TokenDim
 
 
 def project(
@@ -25,11 +27,13 @@ def project(
     over: int = 1,
     transposed: bool = False,
     dtype: str | None = None,
+    lead: TokenDim | Literal["batch"] = "token",
 ) -> jax.Array:
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
     transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
-    used [r]: how many of each rank's tokens matter, its first ones; all by default.
+    used: see Real. lead: how rows lie where they have the model's width; "residual" ones are gathered before the
+    product, or scattered after it.
 
     One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside.
     """
@@ -38,22 +42,40 @@ def project(
         weights, dims, at = weights[None], ("one", *dims), 0
     layer, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
-    lead = ("batch", "length")
-    if kind == "xla":
+    inside = "token" if lead == "residual" else lead
+    before, after = ((lead if part == ("width",) else inside, "length", *part) for part in (summed, kept))
+    if kind == "xla" and lead != "residual":
         contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
         matrix = layer_of(weights, at)
         y = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
-        return place.constrain(y, *lead, *kept)
+        return place.constrain(y, *after)
+    shared = place.shared(lead) if lead == "residual" else ()
+    gathered, scattered = (shared if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
     def part(x: jax.Array, w: jax.Array, at: jax.Array, *used: jax.Array) -> jax.Array:
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else w.reshape(len(w), depth, -1)
         count = used[0][0] if used else None
+        if gathered:
+            x = jax.lax.all_gather(x, gathered, axis=0, tiled=True)
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
-        y = jax.lax.psum(y, axes) if axes else y
-        return y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :]))
+        y = summed_over(
+            y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :])), axes, scattered
+        )
+        return y
 
-    arrays = [(x, (*lead, *summed)), (weights, (layer, *dims)), (jnp.int32(at), ())]
-    arrays += [] if used is None else [(used, ("batch",))]
-    return place.locally(part, *arrays, out=(*lead, *kept))
+    arrays = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
+    arrays += [] if used is None else [(used, ("token",))]
+    return place.locally(part, *arrays, out=after)
+
+
+def summed_over(y: jax.Array, axes: Sequence[str], scattered: Sequence[str]) -> jax.Array:
+    """The sum of y [b,...] over mesh axes; along those that are scattered each rank keeps its strip of the rows.
+
+    Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left.
+    """
+    if scattered:
+        y = jax.lax.psum_scatter(y, tuple(scattered), scatter_dimension=0, tiled=True)
+    left = tuple(axis for axis in axes if axis not in scattered)
+    return jax.lax.psum(y, left) if left else y

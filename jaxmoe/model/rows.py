@@ -16,29 +16,36 @@ from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Dims, Placement
 
 HIDDEN = ("batch", "length", "width")
-QUERY_DIMS = ("batch", "length", "kv_head", "head_slot", "head_dim")
-KEY_DIMS = ("batch", "length", "kv_head", "head_dim")
+QUERY_DIMS = ("token", "length", "kv_head", "head_slot", "head_dim")
+KEY_DIMS = ("token", "length", "kv_head", "head_dim")
+
+
+def hidden_dims(lead: str) -> Dims:
+    """Of hidden states [B,S,D] whose rows lie as `lead` says."""
+    return (lead, *HIDDEN[1:])
 
 
 class Real(NamedTuple):
-    """Which tokens are real. active [B,S]; used [r]: of each rank's tokens, how many to the last real one, where
-    kernels can leave out those that follow."""
+    """Which tokens are real, and where. active, positions [B,S]; used [n]: of the tokens that lie together, how many to
+    the last real one, where kernels can leave out those that follow."""
 
     active: jax.Array
+    positions: jax.Array
     used: jax.Array | None
 
 
-def real_tokens(active: jax.Array, place: Placement, *, count: bool) -> Real:
-    """Real tokens of active [B,S]; counted where `count`."""
+def real_tokens(active: jax.Array, positions: jax.Array, place: Placement, *, count: bool) -> Real:
+    """Real tokens of active [B,S] at positions [B,S]; counted where `count`."""
 
     def last(active: jax.Array) -> jax.Array:
         place = jnp.arange(1, active.size + 1, dtype=jnp.int32)
         return jnp.max(jnp.where(active.reshape(-1), place, 0), keepdims=True)
 
-    return Real(active, place.locally(last, (active, ("batch", "length")), out=("batch",)) if count else None)
+    used = place.locally(last, (active, ("token", "length")), out=("token",)) if count else None
+    return Real(active, positions, used)
 
 
-_HALVES = ("batch", "length", "one")
+_HALVES = ("token", "length", "one")
 
 
 def normed(
@@ -90,7 +97,7 @@ def gated(both: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:
     def gate(both: jax.Array) -> jax.Array:
         return gated_unit(both.reshape(-1, *both.shape[2:]), kind=kind).reshape(*both.shape[:2], both.shape[3])
 
-    lead = ("batch", "length")
+    lead = ("token", "length")
     if kind == "xla":
         return gate(both)
     return place.locally(gate, (both, (*lead, "gate_or_up", "ffn")), out=(*lead, "ffn"))

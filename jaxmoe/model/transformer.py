@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,17 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.model.pipeline import Flow, empty_flow, from_last_stage, run_ticks, tick_stages
-from jaxmoe.model.project import project
-from jaxmoe.model.rows import HIDDEN, Real, normed, real_tokens
+from jaxmoe.model.project import project, summed_over
+from jaxmoe.model.rows import HIDDEN, Real, hidden_dims, normed, real_tokens
 from jaxmoe.ops.rope import inverse_frequencies, rotation
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
 Kept = list[tuple[Any, ...]]  # of every segment, of every block
-Pick = Callable[[jax.Array], jax.Array]  # some rows of [B,S,D]
-Loads = list[tuple[jax.Array | None, ...]]  # tokens of each rank that chose each expert [slots,r,E], where counted
+# Some rows of [B,S,D], as the placement sees it, whose rows lie as told.
+Pick = Callable[[jax.Array, Placement, Any], jax.Array]
+Loads = list[
+    tuple[jax.Array | None, ...]
+]  # tokens of each rank that went to each place of an expert [slots,n,R], where counted
 
 
 class Carried(NamedTuple):
@@ -79,26 +82,41 @@ class Transformer(nnx.Module):
         """
         carried = self.nothing_carried() if carried is None else carried
         routed: list[jax.Array] = []
-        x = self.embedded(tokens)
         if self.placement.num_stages == 1:
+            lead = self.beside.lead(tokens.shape[0])
             x, carried = self._beside(
-                0, len(self.parts), x, work.part(0, 1), carried, routed if probabilities else None
-            )
-            x = x if pick is None else pick(x)
+                0, len(self.parts), self.embedded(tokens, lead), work.part(0, 1), carried,
+                routed if probabilities else None,
+            )  # fmt: skip
+            x = x if pick is None else pick(x, self.beside, lead)
         else:
-            x, carried = self._through_stages(x, work, carried, schedule, pick)
+            x, carried = self._through_stages(self.embedded(tokens), work, carried, schedule, pick)
         return self.normed(x), carried, routed
 
     def nothing_carried(self) -> Carried:
         """For attention that keeps nothing."""
         return Carried([(None,) * part.period for part in self.parts], None)
 
-    def embedded(self, tokens: jax.Array) -> jax.Array:
-        """tokens [B,S] -> [B,S,D]."""
-        return self.beside.constrain(jnp.take(self.embed[...], tokens, axis=0), *HIDDEN)
+    def embedded(self, tokens: jax.Array, lead: TokenDim | Literal["batch"] = "batch") -> jax.Array:
+        """tokens [B,S] -> [B,S,D], whose rows lie as `lead` says."""
+        place, table = self.beside, self.embed[...]
+        if lead != "residual":
+            tokens = place.constrain(tokens, lead, "length")
+            return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(lead))
+        axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
+
+        def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            here = tokens - jax.lax.axis_index(axes) * len(table)
+            here = jnp.where((here >= 0) & (here < len(table)), here, len(table))
+            rows = table.at[here].get(mode="fill", fill_value=0)
+            return summed_over(rows, axes, place.shared(lead))
+
+        arrays = (table, ("vocab", "width")), (tokens, ("token", "length"))
+        return place.locally(lookup, *arrays, out=hidden_dims(lead))
 
     def normed(self, x: jax.Array) -> jax.Array:
-        """The last norm of x [B,S,D]."""
+        """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
+        x = self.beside.constrain(x, *HIDDEN)
         return normed(
             x, self.final_norm[...], HIDDEN, self.beside, self.kernels.pointwise, eps=self.config.rms_norm_eps
         )
@@ -121,7 +139,10 @@ class Transformer(nnx.Module):
     def _beside(
         self, first: int, last: int, x: jax.Array, told: Told, carried: Carried, routed: list[jax.Array] | None = None
     ) -> tuple[jax.Array, Carried]:
+        if first >= last:
+            return x, carried
         seen = self._seen(told, self.beside)
+        x = self.beside.constrain(x, *hidden_dims(self.beside.lead(x.shape[0])))
         kept: list[Any] = list(carried.kept)
         loads: list[Any] | None = None if carried.loads is None else list(carried.loads)
         for number in range(first, last):
@@ -147,8 +168,9 @@ class Transformer(nnx.Module):
         return x, Carried(kept, loads)
 
     def _seen(self, told: Told, place: Placement) -> Seen:
-        cos, sin = rotation(told.positions, inverse_frequencies(self.config.rope, self.config.head_dim))
-        real = real_tokens(told.active, place, count=self.kernels.linear == "native")
+        positions, active = (place.constrain(part, "batch", "length") for part in (told.positions, told.active))
+        cos, sin = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        real = real_tokens(active, positions, place, count=self.kernels.linear == "native")
         return Seen(cos, sin, real, told.attend)
 
     # --- stages of a pipeline ---
@@ -156,7 +178,8 @@ class Transformer(nnx.Module):
     def empty_flow(self, schedule: Schedule, rows: int, length: int) -> Flow:
         """Nothing on its way between stages. rows, length: of one micro-batch."""
         shape = rows, length, self.config.hidden_size
-        return empty_flow(schedule, shape, self.embed[...].dtype, self.placement)
+        lead = self.placement.lead(rows)
+        return empty_flow(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
 
     def tick(
         self, flow: Flow, enters: jax.Array, work: Work, carried: Carried, tick: Any, schedule: Schedule,
@@ -166,6 +189,8 @@ class Transformer(nnx.Module):
         part, number = self.parts[self.staged], self.staged
         graph, weights = nnx.split(self.segments[number])
         place = self.placement.of_segment(part)
+        dims = hidden_dims(place.lead(enters.shape[0]))
+        enters = self.placement.constrain(enters, *dims)
         kept, loads = list(carried.kept), carried.loads
 
         def through(weights, unit, slots, filled, x, held, work):
@@ -177,7 +202,7 @@ class Transformer(nnx.Module):
                 new = new if filled is None else jnp.where(at - slots[0] < filled, new, carry[0])
                 return (new, *held), None
 
-            carry = (x, *held)
+            carry = (place.constrain(x, *dims), *held)
             carry = layer(carry, slots[0])[0] if len(slots) == 1 else jax.lax.scan(layer, carry, slots)[0]
             return carry[0], carry[1:]
 
@@ -186,6 +211,11 @@ class Transformer(nnx.Module):
             through, weights, flow, enters, held, work, tick, turns, part=part, schedule=schedule, place=self.placement
         )
         return flow, Carried(kept, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
+
+    def from_last(self, sent: jax.Array) -> jax.Array:
+        """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as those of the batch."""
+        within = self.placement.seen("within")
+        return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *HIDDEN))
 
     def _through_stages(
         self, x: jax.Array, work: Work, carried: Carried, schedule: Schedule, pick: Pick | None
@@ -206,18 +236,23 @@ class Transformer(nnx.Module):
             leaves, y = last.busy & (last.chunk == schedule.chunks - 1), flow.sent
             if after:
                 told = work.part(last.micro_batch, count, 0, leaves)
-                y, carried = self.after(from_last_stage(y, self.placement), told, carried)
+                y, carried = self.after(self.from_last(y), told, carried)
             place = jnp.where(leaves, last.micro_batch, count)
             return flow, carried, done.at[place].set(y, mode="drop")
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
-        dims = ("one", *(() if after else ("stage",)), *HIDDEN)
+        lead = self.placement.lead(rows)
+        dims = ("one", *(() if after else ("stage",)), *hidden_dims(lead))
         carry = self.empty_flow(schedule, rows, x.shape[1]), carried, self.placement.constrain(room, *dims)
         _, carried, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
 
+        within = self.placement.seen("beside" if after else "within")
+
         def in_order(done: jax.Array) -> jax.Array:
+            done = within.constrain(done, "one", *HIDDEN)
             done = done.reshape(count, ranks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-            return done if pick is None else pick(done)
+            done = within.constrain(done, *HIDDEN)
+            return done if pick is None else pick(done, within, "batch")
 
         if after:
             return in_order(done), carried
@@ -225,12 +260,31 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
+        how = self.beside, self.kernels.linear
         if self.config.tie_word_embeddings:
-            logits = project(hidden, self.embed, self.beside, self.kernels.linear, transposed=True, dtype="float32")
+            logits = project(hidden, self.embed, *how, transposed=True, dtype="float32", lead="batch")
         else:
-            logits = project(hidden, self.head, self.beside, self.kernels.linear, dtype="float32")
+            logits = project(hidden, self.head, *how, dtype="float32", lead="batch")
         real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(real, logits, -jnp.inf)
+
+
+def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch"], *, index: jax.Array) -> jax.Array:
+    """hidden [r*t,1,D], whose rows lie as `lead` says, at index [r,d] of each rank of the batch: [r*d,1,D].
+
+    Ranks that share out a rank's tokens each give those they have: one all-reduce.
+    """
+    axes = place.axes(lead)
+    sharing = tuple(axis for axis in axes if axis not in place.axes("batch") and place.mesh.shape[axis] > 1)
+
+    def pick(hidden: jax.Array, index: jax.Array) -> jax.Array:
+        if not sharing:
+            return hidden[index.reshape(-1)]
+        here = index.reshape(-1) - jax.lax.axis_index(sharing) * len(hidden)
+        here = jnp.where((here >= 0) & (here < len(hidden)), here, len(hidden))
+        return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), sharing)
+
+    return place.locally(pick, (hidden, hidden_dims(lead)), (index, ("batch", "block")), out=HIDDEN)
 
 
 class Seen(NamedTuple):

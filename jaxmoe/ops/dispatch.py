@@ -1,61 +1,159 @@
 """Moving tokens to the ranks that hold their experts and the results back. Dropless; called inside shard_map.
 
-Two implementations, one meaning: dispatch gives every token that may need this rank's experts with its combine weights
-for them; combine returns, for this rank's own tokens, the sum over all ranks.
+Three implementations, one meaning: dispatch gives every token that may need this rank's experts with its combine
+weights for them; combine returns, for this rank's own tokens, the sum over all ranks.
 
-- all_to_all: rank-major, static shapes: each rank is sent every token once, with the weights of its own experts.
-- all_gather: tokens gathered with all their weights, results reduce-scattered.
-
-Both send (N - 1) T rows each way; a shape that must hold the worst case cannot send fewer.
+- all_to_all: rank-major, static shapes: each rank is sent every token once, however many of its experts the token
+  visits, with the weights of its own experts. (N - 1) T rows each way: a shape that must hold the worst case cannot
+  send fewer.
+- all_gather: tokens gathered with all their weights, results reduce-scattered. As many rows.
+- ragged_all_to_all: rank-major too, but a rank is sent only the tokens that visit one of its experts, each once. Shapes
+  hold the worst case, so memory is that of the others, what travels is not. XLA:CPU has no such collective: there a
+  static one of the same meaning takes its place.
 """
 
-# Dims: N ranks of the expert axis, t tokens of this rank, D width, E experts, e experts of this rank.
+# Dims: N ranks of the expert axes, t tokens of this rank, D width, E experts, e experts of this rank, V ranks that a
+# token visits at most, W columns that travel.
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-DispatchKind = Literal["all_to_all", "all_gather"]
-DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather")
+DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all"]
+DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather", "ragged_all_to_all")
+MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
-def dispatch(
-    x: Float[Array, "t D"],
-    weights: Float[Array, "t E"],
-    *,
-    axis: str | tuple[str, ...],
-    num_ranks: int,
-    kind: DispatchKind,
-) -> tuple[Float[Array, "N*t D"], Float[Array, "N*t e"]]:
-    """Tokens of all ranks and their weights for this rank's experts. One collective: weights travel beside x."""
-    width, share = x.shape[1], weights.shape[1] // num_ranks
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Who exchanges tokens, and how: num_ranks along mesh axes; most_ranks that a token visits at most.
+
+    platform: of the mesh's devices; "cpu" has no ragged collective.
+    """
+
+    axes: tuple[str, ...]
+    num_ranks: int
+    most_ranks: int
+    kind: DispatchKind
+    platform: str
+
+
+class Slices(NamedTuple):
+    """Where rows for, or from, each rank stand."""
+
+    offsets: Int[Array, "N"]
+    sizes: Int[Array, "N"]
+
+
+class Sent(NamedTuple):
+    """What combine has to know of a ragged dispatch: rows [t,V] that each token took, those past the last for none;
+    where they and what came stand, and where the others keep what they were sent."""
+
+    rows: Int[Array, "t V"]
+    mine: Slices
+    came: Slices
+    theirs: Int[Array, "N"]
+
+
+class Dispatched(NamedTuple):
+    """Tokens of all ranks and their weights for this rank's experts, and what combine has to know."""
+
+    x: Float[Array, "N*t D"]
+    weights: Float[Array, "N*t e"]
+    sent: Sent | None
+
+
+def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exchange) -> Dispatched:
+    """Tokens to the ranks whose experts they may visit. Weights travel beside x; ragged also sends how many come."""
+    width, ranks = x.shape[1], exchange.num_ranks
+    share = weights.shape[1] // ranks
     weights = weights.astype(x.dtype)
-    if num_ranks == 1:
-        return x, weights
-    if kind == "all_gather":
-        packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), axis, axis=0, tiled=True)
-        mine = jax.lax.axis_index(axis) * share
-        return packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1)
-    by_rank = weights.reshape(-1, num_ranks, share).swapaxes(0, 1)
-    packet = jnp.concatenate([jnp.broadcast_to(x, (num_ranks, *x.shape)), by_rank], axis=2)
-    packet = jax.lax.all_to_all(packet, axis, split_axis=0, concat_axis=0, tiled=True)
-    packet = packet.reshape(-1, width + share)
-    return packet[:, :width], packet[:, width:]
+    if ranks == 1:
+        return Dispatched(x, weights, None)
+    if exchange.kind == "all_gather":
+        packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), exchange.axes, axis=0, tiled=True)
+        mine = jax.lax.axis_index(exchange.axes) * share
+        return Dispatched(packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None)
+    by_rank = weights.reshape(-1, ranks, share)
+    if exchange.kind == "ragged_all_to_all":
+        packet, sent = _ragged_dispatch(x, by_rank, exchange)
+        return Dispatched(packet[:, :width], packet[:, width:], sent)
+    packet = jnp.concatenate([jnp.broadcast_to(x, (ranks, *x.shape)), by_rank.swapaxes(0, 1)], axis=2)
+    packet = _to_every_rank(packet, exchange).reshape(-1, width + share)
+    return Dispatched(packet[:, :width], packet[:, width:], None)
 
 
-def combine(
-    y: Float[Array, "N*t D"], *, axis: str | tuple[str, ...], num_ranks: int, kind: DispatchKind
-) -> Float[Array, "t D"]:
+def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> Float[Array, "t D"]:
     """The sum over ranks of what each computed for this rank's tokens. One collective."""
-    if num_ranks == 1:
+    if exchange.num_ranks == 1:
         return y
-    if kind == "all_gather":
-        return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
-    parts = jax.lax.all_to_all(y.reshape(num_ranks, -1, y.shape[1]), axis, split_axis=0, concat_axis=0, tiled=True)
-    total = parts[0].astype(jnp.float32)  # one after another: how a reduction rounds depends on the number of tokens
+    if exchange.kind == "all_gather":
+        return jax.lax.psum_scatter(y, exchange.axes, scatter_dimension=0, tiled=True)
+    if sent is not None:
+        rows, num_tokens = sent.rows.size, y.shape[0] // exchange.num_ranks
+        back = _ragged(y, rows, num_tokens, send=sent.came, to=sent.theirs, receive=sent.mine, exchange=exchange)
+        return _sum_in_order([back.at[each].get(mode="fill", fill_value=0) for each in sent.rows.T])
+    return _sum_in_order(_to_every_rank(y.reshape(exchange.num_ranks, -1, y.shape[1]), exchange))
+
+
+def _to_every_rank(parts: Array, exchange: Exchange) -> Array:
+    """parts [N, ...]: one for each rank, and then one from each."""
+    return jax.lax.all_to_all(parts, exchange.axes, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _sum_in_order(parts: Any) -> Array:
+    """One after another, in float32: how a reduction rounds depends on the number of tokens."""
+    total = parts[0].astype(jnp.float32)
     for part in parts[1:]:
         total = total + part.astype(jnp.float32)
-    return total.astype(y.dtype)
+    return total.astype(parts[0].dtype)
+
+
+def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Array, Sent]:
+    """x [t,D] with its weights [t,N,e] where they are not all zero: what came [N*t,W], those of each rank from its own
+    strip's first row on."""
+    num_tokens, ranks, _ = by_rank.shape
+    visits = jnp.any(by_rank != 0, axis=2)
+    sizes = jnp.sum(visits, axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(sizes) - sizes
+    num_rows = num_tokens * exchange.most_ranks
+    row = starts + jnp.cumsum(visits, axis=0, dtype=jnp.int32) - 1
+    row = jnp.where(visits, row, num_rows)
+    token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
+    rank = jnp.broadcast_to(jnp.arange(ranks, dtype=jnp.int32), row.shape)
+    none = jnp.full((num_rows,), num_tokens, jnp.int32)
+    token, rank = (none.at[row].set(which, mode="drop") for which in (token, rank))
+    packet = jnp.concatenate(
+        [x.at[token].get(mode="fill", fill_value=0), by_rank.at[token, rank].get(mode="fill", fill_value=0)], axis=1
+    )
+    told = _to_every_rank(jnp.stack([sizes, starts], axis=1), exchange)
+    strips = jnp.arange(ranks, dtype=jnp.int32) * num_tokens
+    mine, came = Slices(starts, sizes), Slices(strips, told[:, 0])
+    to = jnp.full((ranks,), jax.lax.axis_index(exchange.axes) * num_tokens, jnp.int32)
+    packet = _ragged(packet, ranks * num_tokens, num_tokens, send=mine, to=to, receive=came, exchange=exchange)
+    own = jnp.sort(row, axis=1)[:, : exchange.most_ranks]
+    return packet, Sent(own, mine, came, told[:, 1])
+
+
+def _ragged(
+    rows: Array, num_out: int, most: int, *, send: Slices, to: Array, receive: Slices, exchange: Exchange
+) -> Array:
+    """Slices of rows [R,W] to all ranks, `most` rows each at most: what came, in zeros [num_out,W]. to: where they
+    begin there."""
+    out = jnp.zeros((num_out, rows.shape[1]), rows.dtype)
+    if exchange.platform != "cpu":
+        return jax.lax.ragged_all_to_all(
+            rows, out, send.offsets, send.sizes, to, receive.sizes, axis_name=exchange.axes
+        )
+    each = jnp.arange(most, dtype=jnp.int32)
+
+    def places(slices: Slices, past: int) -> Array:
+        return jnp.where(each < slices.sizes[:, None], slices.offsets[:, None] + each, past)
+
+    strips = rows.at[places(send, len(rows))].get(mode="fill", fill_value=0)
+    strips = _to_every_rank(strips, exchange)
+    return out.at[places(receive, num_out)].set(strips, mode="drop")

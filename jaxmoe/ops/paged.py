@@ -12,7 +12,7 @@ Pages may hold numbers of eight bits: a scale of each token and head multiplies 
 # K key/value head slots, G query heads a slot, H head dim, T tokens.
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from jaxmoe.ops.stack import At
 PagedKind = Literal["loop", "native"]
 PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one turn of the loop
+
+
+class Share(NamedTuple):
+    """Which part of every page lies here, where ranks share pages out: number `part` of `of` even ones."""
+
+    part: int | Array = 0
+    of: int = 1
 
 
 Pages = tuple[Array, ...]  # keys and values [L,M,K,S,H]; their scales [L,M,K,S] follow where those are of eight bits
@@ -68,16 +75,46 @@ def paged_attention(
     """
     if kind == "native":
         return native.native_paged(q, pages, table, positions, counts, at, window=window)
-    return _loop(q, pages, table, positions, counts, at, window)
+    mixed, total, _ = _loop(q, pages, table, positions, counts, at, window, Share())
+    return (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
 
 
-def _loop(q, pages, table, positions, counts, at, window):
+def partial_attention(
+    q: Float[Array, "N Q K G H"],
+    pages: Pages,
+    table: Int[Array, "N P"],
+    positions: Int[Array, "N"],
+    counts: Int[Array, "N"],
+    at: At = 0,
+    *,
+    share: Share,
+    window: int | None = None,
+) -> Float[Array, "N Q K G H+1"]:
+    """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
+    of the sum of its shares; merge_attention makes one of several ranks'. float32.
+    """
+    mixed, total, best = _loop(q, pages, table, positions, counts, at, window, share)
+    some = jnp.maximum(total, 1e-30)
+    return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), MASKED)], axis=-1)
+
+
+def merge_attention(parts: Float[Array, "C T K G H+1"]) -> Float[Array, "T K G H"]:
+    """What attention over all keys gives, from partial_attention over each rank's. float32."""
+    mixed, weight = parts[..., :-1], parts[..., -1:]
+    share = jnp.exp(weight - jnp.max(weight, axis=0))
+    return jnp.sum(mixed * share, axis=0) / jnp.sum(share, axis=0)
+
+
+def _loop(q, pages, table, positions, counts, at, window, share):
+    """[N,Q,K,G,H] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, *scales = pages
     page_size = k_pages.shape[3]
     group_pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
     span = group_pages * page_size
+    each = jnp.arange(span)
+    key_at = each // page_size * (page_size * share.of) + share.part * page_size + each % page_size
     rows = (q * head_dim**-0.5).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
 
@@ -91,12 +128,13 @@ def _loop(q, pages, table, positions, counts, at, window):
         scores = jnp.einsum("nkrh,nkch->nkrc", rows, gathered(k_pages, turn), preferred_element_type=jnp.float32)
         if scales:
             scores = scores * gathered(scales[0], turn)
-        allowed = visible(query_at, turn * span + jnp.arange(span), window)
+        keys = turn * span * share.of + key_at
+        allowed = visible(query_at, keys, window)
         scores = jnp.where(allowed, scores, MASKED)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         shrunk = jnp.exp(best - higher)
         shares = jnp.where(allowed, jnp.exp(scores - higher), 0.0)
-        written = (turn * span + jnp.arange(span) < (positions + counts)[:, None])[:, None, :, None]
+        written = (keys < (positions + counts)[:, None])[:, None, :, None]
         values = jnp.where(written, gathered(v_pages, turn), 0)  # what lies beyond is anything, NaN too
         weights = shares * jnp.where(written[..., 0][:, :, None], gathered(scales[1], turn), 0) if scales else shares
         more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
@@ -104,7 +142,10 @@ def _loop(q, pages, table, positions, counts, at, window):
 
     shape = (num_blocks, slots, group * tokens)
     start = (jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
-    turns = jnp.max(jnp.where(counts > 0, (positions + counts + span - 1) // span, 0))
-    _, total, mixed = jax.lax.fori_loop(0, turns, attend, start)
-    y = (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
-    return y.reshape(num_blocks, slots, group, tokens, head_dim).transpose(0, 3, 1, 2, 4)
+    whole = span * share.of
+    turns = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
+    best, total, mixed = jax.lax.fori_loop(0, turns, attend, start)
+    by_token = (
+        part.reshape(num_blocks, slots, group, tokens, -1).transpose(0, 3, 1, 2, 4) for part in (mixed, total, best)
+    )
+    return tuple(by_token)

@@ -92,6 +92,17 @@ def balance(
     )
 
 
+def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:
+    """For each place [R] with an expert of `new`, a place where `old` has it: on the same rank (share places each)
+    where there is one there, else the first."""
+    found = np.empty(len(new), np.int32)
+    for place, expert in enumerate(new):
+        (there,) = np.nonzero(old == expert)
+        near = there[there // share == place // share]
+        found[place] = near[0] if len(near) else there[0]
+    return found
+
+
 def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Loads [layers*nodes, E/nodes] of each node's experts, and which experts they are, of the same shape."""
     layers, num_experts = loads.shape

@@ -239,11 +239,12 @@ def load_params(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
-    """Every parameter of the table, sharded, in its order.
+    """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
-    assert set(parts) == {info.path for info in table}, set(parts) ^ {info.path for info in table}
+    published = {info.path for info in table if info.published}
+    assert set(parts) == published, set(parts) ^ published
     total, done = sum(info.num_bytes for info in table), 0
 
     def on_bytes(num_bytes: int) -> None:
@@ -256,7 +257,7 @@ def load_params(
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
         for info in table:
             end = done + info.num_bytes
-            arrays.append(load_param(info, parts[info.path], tensors, workers, on_bytes))
+            arrays.append(load_param(info, parts.get(info.path, []), tensors, workers, on_bytes))
             if done < end:  # padding, which no tensor gives
                 on_bytes(end - done)
     assert done == total, (done, total)

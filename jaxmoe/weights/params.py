@@ -25,6 +25,11 @@ class ParamInfo:
     sharding: NamedSharding
 
     @property
+    def published(self) -> bool:
+        """Whether checkpoints hold it: all but where experts stand."""
+        return "placed" not in self.dims
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize

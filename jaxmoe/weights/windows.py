@@ -42,6 +42,7 @@ class PiecesByIndex:
 
     def __init__(self, parts: Iterable[Piece]) -> None:
         self._by_index: dict[Place, list[Piece]] = defaultdict(list)
+        self._fixed: list[int] = []
         for piece in parts:
             self._fixed = [dim for dim, at in enumerate(piece.dst) if isinstance(at, int)]  # alike in all
             self._by_index[tuple(piece.dst[dim] for dim in self._fixed)].append(piece)

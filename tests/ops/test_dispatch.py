@@ -1,3 +1,5 @@
+"""Every implementation sends tokens where their experts are and sums what comes back; routing chooses them."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -6,33 +8,84 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.ops.dispatch import DISPATCH_KINDS, combine, dispatch
-from jaxmoe.ops.route import route
+from jaxmoe.ops.dispatch import DISPATCH_KINDS, Exchange, combine, dispatch
+from jaxmoe.ops.route import Groups, at_places, route
 
 from ..conftest import mesh_of
 
 RANKS, TOKENS, WIDTH, EXPERTS = 4, 3, 5, 8
 
 
-@pytest.mark.parametrize("kind", DISPATCH_KINDS)
-def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_come_back(kind):
-    """Each expert multiplies by its own number, so the result says which expert saw which token with which weight."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
-    weights = rng.uniform(0, 1, (RANKS * TOKENS, EXPERTS)) * (rng.uniform(0, 1, (RANKS * TOKENS, EXPERTS)) < 0.3)
-    factors = np.arange(1, EXPERTS + 1, dtype=np.float32)
+def exchange_of(kind: str, most_ranks: int = RANKS) -> Exchange:
+    return Exchange(axes=("expert",), num_ranks=RANKS, most_ranks=most_ranks, kind=kind, platform="cpu")
+
+
+def layer_of_factors(kind: str, most_ranks: int = RANKS):
+    """Each expert multiplies by its own number, so the result says which expert saw which token with which weight; and
+    how many tokens with a weight each rank got."""
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(f"expert={RANKS}"), in_specs=(P("expert"),) * 3, out_specs=P("expert"))
     def layer(x, weights, factors):
-        everyone, mine = dispatch(x, weights, axis="expert", num_ranks=RANKS, kind=kind)
-        return combine(everyone * (mine @ factors)[:, None], axis="expert", num_ranks=RANKS, kind=kind)
+        exchange = exchange_of(kind, most_ranks)
+        everyone, mine, sent = dispatch(x, weights, exchange)
+        got = jnp.sum(sent.came.sizes if sent else jnp.int32(len(everyone)))[None]
+        return combine(everyone * (mine @ factors)[:, None], sent, exchange), got
 
-    np.testing.assert_allclose(
-        layer(x, weights.astype(np.float32), factors), x * (weights @ factors)[:, None], rtol=1e-5
-    )
+    return layer
+
+
+def _weights(routed: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0.1, 1, (RANKS * TOKENS, EXPERTS)).astype(np.float32)
+    if routed == "some":
+        return weights * (rng.uniform(0, 1, weights.shape) < 0.3)
+    chosen = {"none": [], "one": [5], "one rank": [4, 5], "all": range(EXPERTS)}[routed]
+    return weights * np.isin(np.arange(EXPERTS), chosen)
+
+
+@pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
+@pytest.mark.parametrize("kind", DISPATCH_KINDS)
+def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_come_back(kind, routed):
+    x = np.random.default_rng(1).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
+    weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
+    y, _ = layer_of_factors(kind)(x, weights, factors)
+    np.testing.assert_allclose(y, x * (weights @ factors)[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
+def test_ragged_sends_a_token_once_to_each_rank_it_visits_and_nothing_else(routed):
+    x, weights = np.ones((RANKS * TOKENS, WIDTH), np.float32), _weights(routed)
+    _, got = layer_of_factors("ragged_all_to_all")(x, weights, np.ones(EXPERTS, np.float32))
+    visits = (weights.reshape(-1, RANKS, EXPERTS // RANKS) != 0).any(axis=2)
+    assert got.tolist() == visits.sum(axis=0).tolist()
+
+
+def test_kinds_agree_to_the_last_bit_where_a_token_visits_few_ranks():
+    """Two experts a token: room for two ranks is enough, and sums are taken in the order of the ranks."""
+    rng = np.random.default_rng(2)
+    x, factors = rng.normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32), rng.normal(0, 1, EXPERTS)
+    weights = np.zeros((RANKS * TOKENS, EXPERTS), np.float32)
+    for row in weights:
+        row[rng.choice(EXPERTS, 2, replace=False)] = rng.uniform(0.1, 1, 2)
+    found = [layer_of_factors(kind, most)(x, weights, factors.astype(np.float32))[0] for kind, most in
+             (("all_to_all", RANKS), ("ragged_all_to_all", 2))]  # fmt: skip
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", DISPATCH_KINDS)
+def test_gradients_go_back_the_way_tokens_came(kind):
+    x = np.random.default_rng(3).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
+    weights, factors = _weights("some").astype(np.float32), np.arange(1, EXPERTS + 1, dtype=np.float32)
+    loss = lambda layer: lambda x, w: jnp.sum(jnp.sin(layer(x, w)))  # noqa: E731
+    found = jax.grad(loss(lambda x, w: layer_of_factors(kind)(x, w, factors)[0]), argnums=(0, 1))(x, weights)
+    wanted = jax.grad(loss(lambda x, w: x * (w @ factors)[:, None]), argnums=(0, 1))(x, weights)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[1] * (weights != 0), wanted[1] * (weights != 0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -48,3 +101,39 @@ def test_route(normalise):
         expected = np.zeros(EXPERTS)
         expected[best] = softmax[token, best] / (softmax[token, best].sum() if normalise else 1)
         np.testing.assert_allclose(weights[token], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("best", "top_groups"), [(1, 1), (1, 2), (2, 2), (5, 3)])
+def test_groups_limit_where_a_token_goes(best, top_groups):
+    """Of four groups of two experts; the oracle goes through them one by one."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32)
+    groups = Groups(num_groups=4, top_groups=top_groups, best=best)
+    weights, _ = route(logits, jnp.ones(16, bool), top_k=2, normalise=False, groups=groups)
+    for token, row in enumerate(np.exp(logits) / np.exp(logits).sum(1, keepdims=True)):
+        scores = [sum(sorted(row[2 * g : 2 * g + 2])[-best:]) for g in range(4)]
+        among = [e for g in np.argsort(scores)[-top_groups:] for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(among, key=lambda e: -row[e])[:2]
+        np.testing.assert_allclose(weights[token], np.where(np.isin(np.arange(EXPERTS), chosen), row, 0), rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    weights=st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=6, max_size=6), min_size=1, max_size=9),
+    places=st.lists(st.integers(0, 6), min_size=2, max_size=4),
+    first=st.integers(0, 5),
+)
+def test_a_token_visits_the_replica_whose_turn_it_is_of_each_of_its_experts(weights, places, first):
+    """Every expert stands somewhere, some in several places, and some places (6) are empty."""
+    expert = np.array([*range(6), *places])
+    count = np.array([sum(expert == e) for e in expert])
+    nth = np.array([sum(expert[:at] == e) for at, e in enumerate(expert)])
+    placed = np.stack([expert, nth, np.where(expert == 6, 0, count)]).astype(np.int32)
+    weights = np.array(weights, np.float32)
+    found = np.asarray(at_places(jnp.asarray(weights), jnp.asarray(placed), first + jnp.arange(len(weights))))
+    for token, row in enumerate(weights):
+        for e in range(6):
+            at = np.flatnonzero(expert == e)
+            assert sorted(found[token, at]) == sorted([row[e]] + [0] * (len(at) - 1))
+            assert found[token, at[(first + token) % len(at)]] == row[e]
+        assert not found[token, expert == 6].any()

@@ -13,7 +13,7 @@ from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import POINTWISE_KINDS
 from jaxmoe.ops.rope import rotate
-from jaxmoe.ops.route import route
+from jaxmoe.ops.route import Groups, route
 
 from .test_linear import compiler_found
 
@@ -59,12 +59,21 @@ def routing(kind, dtype, width):
     return (numbers(0, ROWS, width), active), lambda *arrays: choose(*arrays)[0]
 
 
+def limited_routing(kind, dtype, width):
+    """Among the best two of as many groups as divide the experts."""
+    num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
+    (logits, active), _ = routing(kind, dtype, width)
+    groups = Groups(num_groups=num_groups, top_groups=min(2, num_groups), best=2)
+    top_k = min(3, width // num_groups * groups.top_groups)
+    return (logits, active), lambda *a: route(*a, top_k=top_k, normalise=True, groups=groups, kind=kind)[0]
+
+
 def shares(kind, dtype, width):
     (logits, active), _ = routing(kind, dtype, width)
     return (logits,), lambda logits: route(logits, active[: len(logits)], top_k=1, normalise=False, kind=kind)[1]
 
 
-WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, shares]
+WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, limited_routing, shares]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -224,11 +224,14 @@ def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Flo
 
 
 def native_route(
-    logits: Float[Array, "T E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool
+    logits: Float[Array, "T E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool, groups: tuple[int, int, int]
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """As ops.route's xla. Call prepare() first."""
+    """As ops.route's xla; groups: num_groups, top_groups and best of its Groups. Call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
-    weights, probabilities = call(logits, active, top_k=np.int64(top_k), normalise=np.int64(normalise))
+    numbers = dict(zip(("num_groups", "top_groups", "best"), groups, strict=True)) | {"top_k": top_k}
+    weights, probabilities = call(
+        logits, active, normalise=np.int64(normalise), **{name: np.int64(value) for name, value in numbers.items()}
+    )
     return weights, probabilities
 
 

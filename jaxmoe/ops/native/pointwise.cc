@@ -145,11 +145,37 @@ void GatedRows(const Call& call) {
   });
 }
 
+// Experts a token may choose: all, or those of its best groups; ties go to the lower index.
+struct Limit {
+  int64_t groups, top, best;
+
+  // shares [experts] of the best groups, zero for others.
+  void Keep(const float* shares, int64_t experts, float* kept) const {
+    const int64_t size = experts / groups;
+    std::fill_n(kept, experts, 0.0f);
+    std::vector<float> scores(groups, 0.0f);
+    std::vector<float> sorted(size);
+    for (int64_t g = 0; g < groups; ++g) {
+      std::copy_n(shares + g * size, size, sorted.begin());
+      const int64_t best_few = std::min(best, size);
+      std::partial_sort(sorted.begin(), sorted.begin() + best_few, sorted.end(), std::greater<float>());
+      for (int64_t i = 0; i < best_few; ++i) scores[g] += sorted[i];
+    }
+    for (int64_t k = 0; k < top; ++k) {
+      const int64_t at = std::max_element(scores.begin(), scores.end()) - scores.begin();
+      std::copy_n(shares + at * size, size, kept + at * size);
+      scores[at] = -1.0f;
+    }
+  }
+};
+
 // Softmax of logits [tokens, experts], and the weights of each token's best: zero for others, and where not active.
 void RouteAll(const Call& call) {
   const Array logits = call.Argument(0), active = call.Argument(1);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
   const bool normalise = call.Attribute<int64_t>("normalise") != 0;
+  const Limit limit{call.Attribute<int64_t>("num_groups"), call.Attribute<int64_t>("top_groups"),
+                    call.Attribute<int64_t>("best")};
   ForEachRow(call.Pool(), logits.Size(0), experts * (4 + chosen), [&](int64_t row) {
     const float* from = logits.As<float>() + row * experts;
     float *weights = call.Result(0).As<float>() + row * experts, *shares = call.Result(1).As<float>() + row * experts;
@@ -160,14 +186,17 @@ void RouteAll(const Call& call) {
     for (int64_t e = 0; e < experts; ++e) shares[e] /= total;
     std::fill_n(weights, experts, 0.0f);
     if (!active.As<const bool>()[row]) return;
+    std::vector<float> kept(limit.groups > 1 ? experts : 0);
+    if (limit.groups > 1) limit.Keep(shares, experts, kept.data());
+    const float* from_these = limit.groups > 1 ? kept.data() : shares;
     float sum = 0.0f;
     for (int64_t k = 0; k < chosen; ++k) {  // ties go to the lower index; a share of zero chooses nothing
       int64_t at = -1;
       for (int64_t e = 0; e < experts; ++e)
-        if (weights[e] == 0.0f && shares[e] > (at < 0 ? 0.0f : shares[at])) at = e;
+        if (weights[e] == 0.0f && from_these[e] > (at < 0 ? 0.0f : from_these[at])) at = e;
       if (at < 0) break;
-      weights[at] = shares[at];
-      sum += shares[at];
+      weights[at] = from_these[at];
+      sum += from_these[at];
     }
     if (normalise && sum > 0.0f)
       for (int64_t e = 0; e < experts; ++e) weights[e] /= sum;

@@ -1,0 +1,178 @@
+"""jaxmoe balance: how evenly tokens fall on the ranks of experts, and how evenly they could."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.cli.options import ModelOptions, console, load_model, model_options, read_id_lines, start_jax
+from jaxmoe.cli.plots import check_plot_path, save_plot
+from jaxmoe.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jaxmoe.engine.llm import LLM
+
+_BAR = 12  # characters
+_FORMS = ("before", "planned", "after")
+
+
+@click.command()
+@click.argument("model", required=False)
+@model_options
+@click.option("--prompt-ids", metavar="FILE.jsonl", help="prompts to count tokens of, one JSON list of ids a line")
+@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True, help="tokens for each prompt")
+@click.option("--redundant-experts", type=int, default=0, show_default=True, help="replicas beyond one of each expert")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="that the ranks are on")
+@click.option("--groups", type=click.IntRange(1), help="of experts, to keep inside nodes; the model's own by default")
+@click.option("--loads", metavar="FILE.json", help="tokens of each expert, [layer][expert]: plan for them, run nothing")
+@click.option("--ranks", type=click.IntRange(1), help="of experts, with --loads")
+@click.option("--plot", metavar="FILE", help="write a picture (.png or .svg) of every rank's load")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def balance(
+    model: str | None, options: ModelOptions, prompt_ids: str | None, max_tokens: int, redundant_experts: int,
+    nodes: int, groups: int | None, loads: str | None, ranks: int | None, plot: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Count where MODEL's tokens go, place its experts by that (EPLB), and count again.
+
+    Experts move between steps and nothing is compiled for it. With --loads only the placement is planned.
+    """
+    if plot is not None:
+        check_plot_path(plot)
+    if (loads is None) != (ranks is None):
+        raise RequestError("--loads and --ranks go together: give both, or neither and a model")
+    if loads is not None and ranks is not None:
+        if model is not None or prompt_ids is not None:
+            raise RequestError("--loads runs no model: leave MODEL and --prompt-ids out")
+        found = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks)
+    else:
+        rows = read_id_lines(prompt_ids) if prompt_ids is not None else None
+        start_jax(options.devices)
+        llm = load_model(model, options, quiet=as_json, redundant_experts=redundant_experts)
+        found = _measured(llm, rows, max_tokens, groups, nodes)
+    if plot is not None:
+        save_plot(plot, lambda figure: _draw(figure, found))
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    Console().print(_table(found))
+    print(_in_words(found))
+    if plot is not None:
+        console.print(f"[dim]every rank's load is drawn in {plot}[/dim]")
+
+
+def _read_loads(path: str) -> np.ndarray:
+    """Raises: RequestError for a file that is not rows of numbers, as many in each."""
+    import numpy as np
+
+    try:
+        loads = np.array(json.loads(Path(path).read_text(encoding="utf-8")), dtype=np.float64)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{path} must hold one JSON list of numbers a layer, as many in each") from error
+    if loads.ndim != 2 or not loads.size:
+        raise RequestError(f"{path} must hold one JSON list of numbers a layer, as many in each")
+    return loads
+
+
+def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int) -> dict[str, Any]:
+    """Loads of experts as they would fall on ranks, in order and balanced."""
+    from jaxmoe.planner import balance as planner
+
+    if redundant < 0:
+        raise ConfigError(f"redundant_experts={redundant} must be at least 0")
+    num_experts = loads.shape[1]
+    places = -(-(num_experts + redundant) // ranks) * ranks
+    wanted = planner.balance(loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
+    share = -(-num_experts // ranks)
+    import numpy as np
+
+    padded = np.pad(loads, ((0, 0), (0, share * ranks - num_experts)))
+    by_rank = {"before": padded.reshape(len(loads), ranks, share).sum(axis=2), "planned": wanted.rank_loads(loads)}
+    return _report(by_rank, wanted, nodes=nodes, groups=groups)
+
+
+def _measured(
+    llm: LLM, rows: list[list[int]] | None, max_tokens: int, groups: int | None, nodes: int
+) -> dict[str, Any]:  # fmt: skip
+    """Loads of ranks while the model completes prompts: as loaded, as planned for these, and once experts moved."""
+    from jaxmoe.engine.request import SamplingParams
+    from jaxmoe.engine.verify import sample_prompts
+    from jaxmoe.planner import balance as planner
+
+    experts, moe = llm.runner.experts, llm.config.moe
+    assert moe is not None
+    groups = (moe.num_groups if nodes > 1 else 1) if groups is None else groups
+    prompts, params = rows or sample_prompts(llm), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    with console.status("counting"):
+        before = llm.expert_loads(prompts, params)
+        loads = experts.expert_loads(before)
+        wanted = planner.balance(
+            loads, num_replicas=experts.num_places, num_groups=groups, num_nodes=nodes, num_ranks=experts.num_ranks
+        )
+        llm.place_experts(wanted)
+        after = llm.expert_loads(prompts, params)
+    by_rank = {
+        "before": experts.rank_loads(before), "planned": wanted.rank_loads(loads), "after": experts.rank_loads(after)
+    }  # fmt: skip
+    return _report(by_rank, wanted, nodes=nodes, groups=groups)
+
+
+def _report(by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: int) -> dict[str, Any]:
+    from jaxmoe.planner.balance import balancedness
+
+    layers, num_experts = wanted.replicas.shape
+    forms = {
+        name: {
+            "balancedness": balancedness(loads), "by_layer": [balancedness(row[None]) for row in loads],
+            "rank_loads": loads.tolist(),
+        }
+        for name, loads in by_rank.items()
+    }  # fmt: skip
+    return {
+        "layers": layers, "experts": num_experts, "places": wanted.expert_at.shape[1], "ranks": wanted.num_ranks,
+        "nodes": nodes, "groups": groups, **forms,
+        "placement": {"expert_at": wanted.expert_at.tolist(), "replicas": wanted.replicas.tolist()},
+    }  # fmt: skip
+
+
+def _table(found: dict[str, Any]) -> Table:
+    forms = [name for name in _FORMS if name in found]
+    table = Table("MoE layer", *forms, title="mean load over the fullest rank's")
+    for layer in range(found["layers"]):
+        shares = [found[name]["by_layer"][layer] for name in forms]
+        table.add_row(str(layer), *(f"{share:.3f} {'█' * round(share * _BAR):<{_BAR}}" for share in shares))
+    return table
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    forms = ", ".join(f"{name} {found[name]['balancedness']:.3f}" for name in _FORMS if name in found)
+    return (
+        f"{found['experts']} experts at {found['places']} places on {found['ranks']} ranks; balancedness (mean load "
+        f"over the fullest rank's, 1 is even): {forms}"
+    )
+
+
+def _draw(figure: Any, found: dict[str, Any]) -> None:
+    """A panel a form: layers down, ranks across, load over the layer's mean as colour."""
+    import numpy as np
+
+    forms = [name for name in _FORMS if name in found]
+    relative: dict[str, Any] = {}
+    for name in forms:
+        loads = np.array(found[name]["rank_loads"], float)
+        relative[name] = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
+    highest = max(2.0, *(float(part.max()) for part in relative.values()))
+    for panel, name in zip(figure.subplots(1, len(forms), sharey=True, squeeze=False)[0], forms, strict=True):
+        image = panel.imshow(relative[name], aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        panel.set_title(f"{name}: balancedness {found[name]['balancedness']:.3f}")
+        panel.set_xlabel("rank")
+    figure.axes[0].set_ylabel("MoE layer")
+    figure.colorbar(image, ax=figure.axes, label="load over the layer's mean")

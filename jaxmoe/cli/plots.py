@@ -1,0 +1,33 @@
+"""Pictures of results, by matplotlib where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.errors import ConfigError, RequestError
+
+_FORMATS = (".png", ".svg")
+
+
+def check_plot_path(path: str) -> None:
+    """Raises: RequestError for a name that is no picture's or a folder that is not there; ConfigError where matplotlib
+    is not installed."""
+    if Path(path).suffix not in _FORMATS:
+        raise RequestError(f"--plot {path!r} must end in {' or '.join(_FORMATS)}")
+    if not Path(path).resolve().parent.is_dir():
+        raise RequestError(f"--plot {path!r}: its folder does not exist")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'jaxmoe[plot]'") from error
+
+
+def save_plot(path: str, draw: Callable[[Any], None], *, inches: tuple[float, float] = (10.0, 5.0)) -> None:
+    """The picture that draw makes of an empty figure, at path. Raises: OSError where it cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    draw(figure)
+    figure.savefig(path)

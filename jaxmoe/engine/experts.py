@@ -1,0 +1,144 @@
+"""Where the experts of a model stand, how many tokens they got, and how they move."""
+
+# Dims: E experts, R places for them (of all ranks), n ranks that route.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import LayerPlace, Segment, place_of
+from jaxmoe.errors import ConfigError
+from jaxmoe.model.transformer import Loads
+from jaxmoe.planner.balance import ExpertPlacement, sources_of
+from jaxmoe.sharding import Dims, Placement
+from jaxmoe.weights.params import ParamInfo
+
+
+class Experts:
+    """The experts of every MoE layer, at num_places places, as many on each of num_ranks ranks.
+
+    placement: where they were moved; None while they stand in order. Those of a program that was not told of places
+    (Placement.redundant_experts) always do.
+    """
+
+    def __init__(
+        self, config: ModelConfig, place: Placement, parts: Sequence[Segment], sizes: Sequence[ArraySizes],
+        table: Sequence[ParamInfo],
+    ) -> None:  # fmt: skip
+        self._place, self._parts, self._table = place, parts, table
+        layers = (layer for layer, sparse in enumerate(config.moe_layers) if sparse)
+        self._layers: list[LayerPlace] = [place_of(layer, tuple(parts)) for layer in layers]
+        self.num_experts = config.moe.num_experts if config.moe else 0
+        self.num_places, self.num_ranks = sizes[0].moe_experts, place.parts("moe_expert")
+        self.placement: ExpertPlacement | None = None
+        # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
+        donated = () if place.platform == "cpu" else (0,)
+        self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("part", "dims"))
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return len(self._layers)
+
+    # --- how many tokens they got ---
+
+    def place_loads(self, loads: Loads) -> np.ndarray:
+        """Tokens that went to each place in a traced step: [layers,R]."""
+        counts: Any = loads
+        found = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
+        return np.stack(found) if found else np.zeros((0, self.num_places), np.int32)
+
+    def rank_loads(self, place_loads: np.ndarray) -> np.ndarray:
+        """[layers,R] of place_loads, summed over each rank's places: [layers,ranks]."""
+        share = self.num_places // self.num_ranks
+        return place_loads.reshape(len(place_loads), self.num_ranks, share).sum(axis=2)
+
+    def expert_loads(self, place_loads: np.ndarray) -> np.ndarray:
+        """[layers,R] of place_loads, summed over the replicas of each expert: [layers,E]."""
+        loads = np.zeros((len(place_loads), self.num_experts), np.int64)
+        if self.placement is None:
+            return loads + place_loads[:, : self.num_experts]
+        for layer, expert_at in enumerate(self.placement.expert_at):
+            np.add.at(loads[layer], expert_at, place_loads[layer])
+        return loads
+
+    # --- how they move ---
+
+    def moved(self, leaves: Sequence[jax.Array], wanted: ExpertPlacement) -> tuple[jax.Array, ...]:
+        """The parameters, by the table's order, with every expert and its replicas where they are wanted.
+
+        Raises: ConfigError where the placement is of other layers, places or ranks, or lacks experts, or the program
+        was not told of places.
+        """
+        self._check(wanted)
+        sources: dict[tuple[int, ...], np.ndarray] = {}
+        placed: dict[tuple[int, ...], np.ndarray] = {}
+        as_loaded = np.arange(self.num_places, dtype=np.int32)  # those past the last expert are none
+        for layer, at in enumerate(self._layers):
+            slots, block = self._parts[at.segment].slots, (at.segment, at.block)
+            source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
+            told = placed.setdefault(block, np.zeros((slots, 3, self.num_places), np.int32))
+            old = as_loaded if self.placement is None else self.placement.expert_at[layer]
+            new = wanted.expert_at[layer]
+            source[at.slot] = sources_of(old, new, self.num_places // self.num_ranks)
+            told[at.slot] = new, wanted.replica_at[layer], wanted.replicas[layer][new]
+        result = list(leaves)
+        for index, info in enumerate(self._table):
+            at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
+            if "moe_expert" in info.dims:
+                part = self._parts[at_block[0]]
+                result[index] = self._move_fn(result[index], sources[at_block], part=part, dims=info.dims)
+            elif "placed" in info.dims:
+                result[index] = jax.device_put(placed[at_block], info.sharding)
+        self.placement = wanted
+        return tuple(result)
+
+    def _check(self, wanted: ExpertPlacement) -> None:
+        if self._place.redundant_experts is None:
+            raise ConfigError(
+                "experts stand in order in this program: load the model with redundant_experts, 0 or more"
+            )
+        own = self.num_layers, self.num_places
+        if wanted.expert_at.shape != own or wanted.num_ranks != self.num_ranks:
+            raise ConfigError(
+                f"the placement is of {wanted.expert_at.shape[0]} layers, {wanted.expert_at.shape[1]} places and "
+                f"{wanted.num_ranks} ranks, the model has {own[0]}, {own[1]} and {self.num_ranks}"
+            )
+        if wanted.replicas.shape[1] != self.num_experts or (wanted.replicas < 1).any():
+            raise ConfigError(f"the placement must have each of {self.num_experts} experts somewhere in every layer")
+
+    def _move(self, weights: jax.Array, source: jax.Array, *, part: Segment, dims: Dims) -> jax.Array:
+        """weights [slots,R,...] as they are to stand: place p of a slot gets what stands at its source [slots,R].
+
+        One slot after the other: its experts go once round the ranks, and each takes what it needs.
+        """
+        place = self._place.holding(part)
+        axes, ranks = place.axes("moe_expert"), self.num_ranks
+        ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+
+        def on_device(weights: jax.Array, source: jax.Array) -> jax.Array:
+            share = weights.shape[1]
+            me = jax.lax.axis_index(axes) if axes else 0
+
+            def slot(at: Any, weights: jax.Array) -> jax.Array:
+                own = jax.lax.dynamic_slice_in_dim(source[at], me * share, share)
+
+                def turn(step: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                    passing, taken = carry
+                    here = own - (me - step) % ranks * share
+                    there = (here >= 0) & (here < share)
+                    some = passing[jnp.clip(here, 0, share - 1)]
+                    taken = jnp.where(there.reshape(-1, *(1,) * (some.ndim - 1)), some, taken)
+                    return jax.lax.ppermute(passing, axes, ring) if ranks > 1 else passing, taken
+
+                _, taken = jax.lax.fori_loop(0, ranks, turn, (weights[at], weights[at]))
+                return weights.at[at].set(taken)
+
+            return jax.lax.fori_loop(0, len(weights), slot, weights)
+
+        return place.locally(on_device, (weights, dims), (source, ("layer", "one")), out=dims)

@@ -1,0 +1,142 @@
+"""Experts move between steps: the same tokens, nothing compiled, and the counters say where tokens went."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe import LLM, SamplingParams
+from jaxmoe.errors import ConfigError
+from jaxmoe.planner.balance import ExpertPlacement, balance
+
+from ..conftest import mesh_of
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@contextmanager
+def programs_compiled():
+    """The events of XLA's compiler inside the with-statement."""
+    found: list[str] = []
+    listen = lambda event, *_, **__: found.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def shuffled(experts, seed: int) -> ExpertPlacement:
+    """Any placement: the experts and so many replicas as there is room for, anywhere."""
+    rng = np.random.default_rng(seed)
+    expert_at, replica_at, replicas = [], [], []
+    for _ in range(experts.num_layers):
+        more = rng.integers(0, experts.num_experts, experts.num_places - experts.num_experts)
+        at = rng.permutation([*range(experts.num_experts), *more])
+        expert_at.append(at)
+        replica_at.append([int(np.sum(at[:place] == expert)) for place, expert in enumerate(at)])
+        replicas.append(np.bincount(at, minlength=experts.num_experts))
+    return ExpertPlacement(
+        expert_at=np.array(expert_at), replica_at=np.array(replica_at), replicas=np.array(replicas),
+        num_ranks=experts.num_ranks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "layout", "redundant", "dispatch"),
+    [
+        ("mixtral_six_experts", "data=2,tensor=2,expert=2", "ep-tp", 2, "all_to_all"),
+        ("qwen2_moe_shared", "tensor=2,expert=2", "tp-ep", 0, "ragged_all_to_all"),
+        ("qwen3_moe_sparse_step", "pipeline=2,tensor=2,expert=2", "tp-ep-sp", 5, "all_gather"),
+    ],
+)
+def test_moved_experts_give_the_same_and_nothing_is_compiled(name, mesh, layout, redundant, dispatch, changed_dir):
+    directory = changed_dir(name, num_hidden_layers=4)
+    one = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
+    tokens, logits = [out.token_ids for out in one.generate(PROMPTS, PARAMS)], one.last_logits(PROMPTS)
+    llm = LLM.load(
+        directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", redundant_experts=redundant,
+        kernels={"dispatch": dispatch},
+    )  # fmt: skip
+    for seed in range(3):
+        with programs_compiled() as compiled:
+            assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == tokens
+            np.testing.assert_allclose(llm.last_logits(PROMPTS), logits, atol=1e-4)
+        assert bool(compiled) == (seed == 0)
+        wanted = shuffled(llm.runner.experts, seed)
+        llm.place_experts(wanted)
+        assert llm.runner.experts.placement is wanted
+
+
+@pytest.mark.parametrize("redundant", [None, 4])
+def test_counters_add_up_to_every_token_and_every_expert_it_chose(redundant, tiny_dir):
+    llm = LLM.load(
+        tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=2,tensor=2,expert=2"), layout="tp-ep", dtype="float32",
+        redundant_experts=redundant,
+    )  # fmt: skip
+    one = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=1"), dtype="float32")
+    loads, alone = llm.expert_loads(PROMPTS, PARAMS), one.expert_loads(PROMPTS, PARAMS)
+    experts = llm.runner.experts
+    moe = llm.config.moe
+    num_tokens = sum(len(prompt) for prompt in PROMPTS) + (PARAMS.max_tokens - 1) * len(PROMPTS)
+    assert (experts.expert_loads(loads).sum(axis=1) == num_tokens * moe.num_experts_per_tok).all()
+    np.testing.assert_array_equal(experts.expert_loads(loads), one.runner.experts.expert_loads(alone))
+    by_rank = experts.rank_loads(loads)
+    assert by_rank.shape == (experts.num_layers, 4)
+    np.testing.assert_array_equal(by_rank.sum(axis=1), loads.sum(axis=1))
+    if redundant:  # replicas of an expert share its tokens
+        for layer, expert_at in enumerate(experts.placement.expert_at):
+            for expert in np.flatnonzero(experts.placement.replicas[layer] > 1):
+                shares = loads[layer][expert_at == expert]
+                assert (shares > 0).all() or shares.sum() < 10
+
+
+def test_experts_placed_by_their_loads_fill_ranks_more_evenly(tiny_dir):
+    """Twice as many tokens on some ranks as on others before, by the counters and not by the plan."""
+    from jaxmoe.planner.balance import balancedness
+
+    llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("expert=4"), dtype="float32", redundant_experts=4)
+    experts, rng = llm.runner.experts, np.random.default_rng(0)
+    prompts = [rng.integers(0, llm.config.vocab_size, 40).tolist() for _ in range(24)]
+    before = llm.expert_loads(prompts, PARAMS)
+    worst = balance(  # as if the loads were the other way round
+        1 / (1 + experts.expert_loads(before)), num_replicas=experts.num_places, num_ranks=experts.num_ranks
+    )
+    llm.place_experts(worst)
+    uneven = balancedness(experts.rank_loads(llm.expert_loads(prompts, PARAMS)))
+    llm.place_experts(
+        balance(experts.expert_loads(before), num_replicas=experts.num_places, num_ranks=experts.num_ranks)
+    )
+    even = balancedness(experts.rank_loads(llm.expert_loads(prompts, PARAMS)))
+    assert even > uneven + 0.05
+    assert even > 0.85
+
+
+def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
+    mesh = mesh_of("expert=4")
+    llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32", redundant_experts=0)
+    experts = llm.runner.experts
+    loads = np.ones((experts.num_layers, experts.num_experts))
+    with pytest.raises(ConfigError, match="places"):
+        llm.place_experts(balance(loads, num_replicas=experts.num_places + 4, num_ranks=4))
+    with pytest.raises(ConfigError, match="2 ranks, the model has"):
+        llm.place_experts(balance(loads, num_replicas=experts.num_places, num_ranks=2))
+    whole = balance(loads, num_replicas=experts.num_places, num_ranks=4)
+    lacking = ExpertPlacement(
+        expert_at=np.zeros_like(whole.expert_at), replica_at=whole.replica_at,
+        replicas=np.zeros_like(whole.replicas), num_ranks=4,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="somewhere in every layer"):
+        llm.place_experts(lacking)
+    in_order = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32")
+    with pytest.raises(ConfigError, match="redundant_experts"):
+        in_order.place_experts(whole)
+    for wrong in (-1, 2.5, 10**6):
+        with pytest.raises(ConfigError, match="redundant_experts"):
+            LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, redundant_experts=wrong)
+    with pytest.raises(ConfigError, match="no experts"):
+        LLM.load(tiny_dir("llama_llama3"), mesh=mesh_of("tensor=2"), redundant_experts=2)
