@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxmoe.assets import asset_dir
@@ -106,7 +107,12 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         remedy = f"; on CPU emulate them with --devices {wanted}" if devices[0].platform == "cpu" else ""
         raise MeshError(f"mesh {shown} needs {wanted} devices and there are {len(devices)}{remedy}")
     shape = tuple(axes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no axis of the torus is as long as this: parts of several, and longer ways
+        ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+        return Mesh(ordered, AXES, axis_types=types)
 
 
 def describe(mesh: Mesh) -> str:

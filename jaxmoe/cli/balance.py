@@ -113,14 +113,14 @@ def _measured(
     prompts, params = rows or sample_prompts(llm), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     with console.status("counting"):
         before = llm.expert_loads(prompts, params)
-        loads = experts.expert_loads(before)
+        loads = before.by_expert
         wanted = planner.balance(
             loads, num_replicas=experts.num_places, num_groups=groups, num_nodes=nodes, num_ranks=experts.num_ranks
         )
         llm.place_experts(wanted)
         after = llm.expert_loads(prompts, params)
     by_rank = {
-        "before": experts.rank_loads(before), "planned": wanted.rank_loads(loads), "after": experts.rank_loads(after)
+        "before": before.by_rank, "planned": wanted.rank_loads(loads), "after": after.by_rank
     }  # fmt: skip
     return _report(by_rank, wanted, nodes=nodes, groups=groups)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,14 @@ from jaxmoe.model.transformer import Loads
 from jaxmoe.planner.balance import ExpertPlacement, sources_of
 from jaxmoe.sharding import Dims, Placement
 from jaxmoe.weights.params import ParamInfo
+
+
+class Counted(NamedTuple):
+    """Tokens that went to every place [layers,R], expert [layers,E] and rank [layers,ranks] of each MoE layer."""
+
+    by_place: np.ndarray
+    by_expert: np.ndarray
+    by_rank: np.ndarray
 
 
 class Experts:
@@ -58,14 +66,15 @@ class Experts:
         share = self.num_places // self.num_ranks
         return place_loads.reshape(len(place_loads), self.num_ranks, share).sum(axis=2)
 
-    def expert_loads(self, place_loads: np.ndarray) -> np.ndarray:
-        """[layers,R] of place_loads, summed over the replicas of each expert: [layers,E]."""
+    def counted(self, place_loads: np.ndarray) -> Counted:
+        """Sums of place_loads [layers,R], taken while experts stand where they do now."""
         loads = np.zeros((len(place_loads), self.num_experts), np.int64)
         if self.placement is None:
-            return loads + place_loads[:, : self.num_experts]
-        for layer, expert_at in enumerate(self.placement.expert_at):
-            np.add.at(loads[layer], expert_at, place_loads[layer])
-        return loads
+            loads += place_loads[:, : self.num_experts]
+        else:
+            for layer, expert_at in enumerate(self.placement.expert_at):
+                np.add.at(loads[layer], expert_at, place_loads[layer])
+        return Counted(place_loads, loads, self.rank_loads(place_loads))
 
     # --- how they move ---
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.experts import Counted
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.scheduler import Limits
@@ -259,17 +260,17 @@ class LLM:
 
     def expert_loads(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
-    ) -> np.ndarray:
-        """Complete each prompt, and count the tokens that went to each place of an expert: [MoE layers, places].
+    ) -> Counted:
+        """Complete each prompt, and count the tokens that went to each expert, on the devices without a collective.
 
-        Counted on the devices, without a collective; runner.experts sums them up by expert and by rank. What earlier
-        prompts left on pages is forgotten, so that every token is counted. Raises: as generate.
+        What earlier prompts left on pages is forgotten, so that every token is counted. Raises: as generate.
         """
-        counted = np.zeros((self.runner.experts.num_layers, self.runner.experts.num_places), np.int64)
+        experts = self.runner.experts
+        found = np.zeros((experts.num_layers, experts.num_places), np.int64)
 
         def count(loads: np.ndarray) -> None:
-            nonlocal counted
-            counted += loads
+            nonlocal found
+            found += loads
 
         with self._lock:
             self._core, self._on_loads = None, count
@@ -280,7 +281,7 @@ class LLM:
                 self._on_loads = None
                 if self._core is not None:
                     self._core.on_loads = None
-        return counted
+        return experts.counted(found)
 
     def place_experts(self, experts: ExpertPlacement) -> None:
         """Move experts, and copies of them, to where they are to stand (planner/balance.py); no step is compiled anew.

@@ -20,7 +20,7 @@ from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import Groups, at_places, route
+from jaxmoe.ops.route import Groups, at_places, mixed, route
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -156,8 +156,8 @@ def _routed_experts(
     share = arrays["gate_up"].shape[1]
     if "placed" in arrays:
         axes = place.axes(place.routed(lead))
-        turn = jnp.arange(len(x_tD), dtype=jnp.int32) + (jax.lax.axis_index(axes) if axes else 0)
-        weights_tE = at_places(weights_tE, layer_of(arrays["placed"], at), turn + positions)
+        rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
+        weights_tE = at_places(weights_tE, layer_of(arrays["placed"], at), mixed(rows, positions))
     else:
         weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     load = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]

@@ -69,6 +69,13 @@ def _native(logits, active, *, top_k, normalise, groups):
     return native.native_route(logits, active, top_k=top_k, normalise=normalise, groups=limits)
 
 
+def mixed(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:
+    """Numbers that look drawn, by a token's row in its step and its position in its request: neighbours in a prompt,
+    and a row from step to step, take other turns. Multipliers as in xxHash (Y. Collet)."""
+    bits = rows.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) ^ positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
+    return (bits >> 16).astype(jnp.int32)
+
+
 def at_places(
     weights: Float[Array, "T E"], placed: Int[Array, "3 R"], turn: Int[Array, "T"]
 ) -> Float[Array, "T R"]:  # fmt: skip
