@@ -298,7 +298,10 @@ class Core:
         if self.trace is None:
             return None
         runner, scheduler = self.runner, self.scheduler
-        collectives = runner.planned(bucket)
+        looped = self.limits.turns > 1 and not bucket.blocks
+        rounds = runner.rounds(bucket, plan.turns) if looped else 1
+        each = runner.planned_round(bucket) if looped else runner.planned(bucket)
+        collectives = {one: count * rounds for one, count in each.items()}
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
             waiting=len(scheduler.waiting), pages_held=sum(pool.num_held for pool in scheduler.pools),

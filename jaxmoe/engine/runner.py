@@ -36,7 +36,7 @@ from jaxmoe.model.transformer import Carried, Loads, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.planner.balance import ExpertPlacement
-from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
+from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives, planned_round
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.params import parameter_table
 
@@ -371,11 +371,21 @@ class Runner:
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
         """The collectives of a step of one turn."""
-        shape = StepShape(
+        return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+
+    def planned_round(self, bucket: Bucket) -> Counter[Collective]:
+        """Those of one round of a step of several turns: there are rounds(bucket, turns)."""
+        return planned_round(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+
+    def rounds(self, bucket: Bucket, turns: int) -> int:
+        """Rounds of a step of several turns: as many, and those in which a pipeline fills and empties."""
+        return self._schedule(bucket.micro_batches).ticks(turns) if self.placement.num_stages > 1 else turns
+
+    def _shape(self, bucket: Bucket) -> StepShape:
+        return StepShape(
             num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=self.itemsize,
             micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
         )  # fmt: skip
-        return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
 
     def abstract_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
         """The shapes of empty_state, and how they lie."""

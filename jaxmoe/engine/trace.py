@@ -119,7 +119,7 @@ class Trace:
         key = bucket, turns
         if key not in self._collectives:
             self._collectives[key] = [
-                {"op": c.op, "axes": list(c.axes), "count": count * turns, "bytes": c.result_bytes}
+                {"op": c.op, "axes": list(c.axes), "count": count, "bytes": c.result_bytes}
                 for c, count in collectives.items()
             ]
         return self._collectives[key]

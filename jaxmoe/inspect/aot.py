@@ -31,8 +31,8 @@ class CompiledStep:
     """What the compiler made of one step, in bytes of one device.
 
     total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
-    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a turn.
-    optimal_seconds: the compiler's own estimate of a turn, where it gives one.
+    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a turn, or
+    where stages decode in a tick. optimal_seconds: the compiler's own estimate of that, where it gives one.
     """
 
     temp_bytes: int
@@ -88,7 +88,7 @@ def compile_step(
         rows, -(-blocks // stages) * stages, block_tokens=block_tokens,
         pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
     )  # fmt: skip
-    turns = turns if stages == 1 and not blocks else 1  # so that every tick of a pipeline is counted
+    turns = 1 if blocks else turns
     started = time.perf_counter()
     compiled = runner.lower(state, bucket, turns=turns).compile()
     seconds = time.perf_counter() - started
@@ -101,7 +101,7 @@ def compile_step(
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         found=collectives(compiled.as_text(), mesh),
-        planned=runner.planned(bucket),
+        planned=runner.planned(bucket) if turns == 1 else runner.planned_round(bucket),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker
-from jaxmoe.model.project import summed_over
+from jaxmoe.model.project import gather_rows, summed_over
 from jaxmoe.model.rows import Real, hidden_dims
 from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
@@ -106,37 +106,22 @@ class MoE(nnx.Module):
         return y, Routed(probabilities, load)
 
 
-class _Region(NamedTuple):
-    """Where one part of the block gets its tokens and leaves its sums: axes that it gathers tokens along and scatters
-    them again, and all axes that it sums over."""
-
-    gathered: tuple[str, ...]
-    summed: tuple[str, ...]
-
-    def enter(self, x: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(x, self.gathered, axis=0, tiled=True) if self.gathered else x
-
-    def leave(self, y: jax.Array) -> jax.Array:
-        return summed_over(y, self.summed, self.gathered)
-
-
 def _on_device(x, real, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
-    routed = _Region(place.gathered(lead), place.summed_experts(lead))
     x_bD = x.reshape(-1, x.shape[-1])
-    x_tD = routed.enter(x_bD)
+    gathered, together = place.gathered(lead), place.shared(lead)
+    left = tuple(axis for axis in place.summed_experts(lead) if axis not in gathered)
+    x_tD = gather_rows(x_bD, gathered)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
     own_used = used if place.routed(lead) == "token" else None
-    y_tD, probabilities, load = _routed_experts(x_tD, real, at, own_used, arrays, moe, kernels, place, lead)
-    if moe.shared_intermediate_size:
-        dense = _Region(place.shared(lead), tuple(a for a in place.axes("ffn") if place.mesh.shape[a] > 1))
-        shared = partial(_shared_expert, at=at, used=used, arrays=arrays, kernels=kernels)
-        if dense.gathered == routed.gathered and set(dense.summed) == set(routed.summed):  # one sum for both
-            y = routed.leave(y_tD + shared(x_tD))
-        else:
-            y = routed.leave(y_tD) + dense.leave(shared(dense.enter(x_bD)))
-    else:
-        y = routed.leave(y_tD)
+    y, probabilities, load = _routed_experts(x_tD, real, at, own_used, arrays, moe, kernels, place, lead)
+    shared = partial(_shared_expert, at=at, used=used, arrays=arrays, kernels=kernels)
+    if moe.shared_intermediate_size and together == gathered:
+        y = y + shared(x_tD)
+    y = summed_over(y, (), gathered)
+    if moe.shared_intermediate_size and together != gathered:
+        y = y + summed_over(shared(gather_rows(x_bD, together)), (), together)
+    y = summed_over(y, left, ())  # those of split that share out no tokens, for experts of every kind
     return y.reshape(x.shape), probabilities.reshape(*real[0].shape, -1), load
 
 

@@ -57,8 +57,7 @@ def project(
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else w.reshape(len(w), depth, -1)
         count = used[0][0] if used else None
-        if gathered:
-            x = jax.lax.all_gather(x, gathered, axis=0, tiled=True)
+        x = gather_rows(x, gathered)
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
         y = summed_over(
             y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :])), axes, scattered
@@ -68,6 +67,11 @@ def project(
     arrays = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
     arrays += [] if used is None else [(used, ("token",))]
     return place.locally(part, *arrays, out=after)
+
+
+def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """The strips of x [b,...] that ranks along axes have, together. Called inside shard_map."""
+    return jax.lax.all_gather(x, tuple(axes), axis=0, tiled=True) if axes else x
 
 
 def summed_over(y: jax.Array, axes: Sequence[str], scattered: Sequence[str]) -> jax.Array:

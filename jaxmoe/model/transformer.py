@@ -213,9 +213,10 @@ class Transformer(nnx.Module):
         return flow, Carried(kept, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
 
     def from_last(self, sent: jax.Array) -> jax.Array:
-        """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as those of the batch."""
+        """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
         within = self.placement.seen("within")
-        return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *HIDDEN))
+        dims = hidden_dims(within.lead(sent.shape[1]))
+        return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *dims))
 
     def _through_stages(
         self, x: jax.Array, work: Work, carried: Carried, schedule: Schedule, pick: Pick | None

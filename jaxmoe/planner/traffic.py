@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, segments
-from jaxmoe.sharding import Placement, TokenDim, array_sizes
+from jaxmoe.sharding import Placement, array_sizes
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"]
 
@@ -58,125 +58,158 @@ class StepShape:
 def planned_collectives(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
-    """Every collective of one step of one turn, and how often it runs."""
-    beside = placement.seen("beside")
-    schedule = Schedule(stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches)
-    ticks = schedule.ticks()
-    parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
-    tokens = shape.num_tokens // shape.micro_batches
-    lead = beside.lead(tokens * placement.parts("batch"))
-    sharing = [axis for axis in beside.axes(lead) if axis not in beside.axes("batch")]  # of a rank's tokens
-    hidden = config.hidden_size * shape.itemsize
-    found: Counter[Collective] = Counter()
-
-    def add(place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
-        """over: a dim, or axes."""
-        over = place.axes(over) if isinstance(over, str) else tuple(over)
-        axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
-        if axes and count:
-            found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
-
-    if placement.num_stages == 1:  # rows of the split embedding table
-        _add_sum(
-            add, beside, beside.axes("vocab"), beside.shared(lead), tokens // placement.parts("page_token") * hidden
-        )
+    """Every collective of one step of one turn, whose tokens are drawn at its end, and how often it runs."""
+    plan = _Plan(config, placement, shape, dispatch)
+    sharing, hidden = plan.sharing, plan.hidden
+    if placement.num_stages == 1:
+        plan.sum(plan.beside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
+        plan.layers(1)
+        op: Op = "all-reduce" if shape.picked else "all-gather"
+        plan.add(placement, op, sharing, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
     else:
-        add(beside, "all-reduce", "vocab", shape.num_tokens * hidden)
-    for part in parts:
-        staged = part.stages > 1
-        place = placement.of_segment(part)
-        each = part.chunk_slots if staged else part.repeats
-        for block in range(part.period):
-            sparse = config.moe_layers[part.first + block]
-            _add_layer(add, config, place, sparse, tokens, lead, shape.itemsize, each * ticks, dispatch)
-    if placement.num_stages > 1:
-        sending = ticks
-        if schedule.unrolled(ticks, alone=len(parts) == 1):
+        schedule = plan.schedule
+        ticks = sending = schedule.ticks()
+        if schedule.unrolled(ticks, alone=len(plan.parts) == 1):
             sending = sum(bool(schedule.sends(tick)) for tick in range(ticks))
-        add(placement, "collective-permute", "stage", tokens // placement.size(sharing) * hidden, sending)
-        if parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
-            add(placement, "all-reduce", "stage", tokens * hidden, ticks)
-            add(placement, "all-gather", sharing, tokens * hidden, ticks)
-            add(placement, "all-gather", sharing, shape.num_tokens * hidden)
+        plan.add(plan.beside, "all-reduce", "vocab", shape.num_tokens * hidden)
+        plan.layers(ticks)
+        plan.send(sending)
+        if plan.parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
+            plan.from_last(ticks)
+            plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
         else:
-            add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
-            add(placement, "all-gather", sharing, shape.num_tokens * hidden)
-    elif shape.picked:
-        add(placement, "all-reduce", sharing, shape.num_sampled * hidden)
-    else:
-        add(placement, "all-gather", sharing, shape.num_tokens * hidden)
-    add(beside, "all-gather", "vocab", shape.num_sampled * array_sizes(config, beside).vocab * 4)  # logits, float32
-    return found
+            plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
+            plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
+    plan.logits(shape.num_sampled)
+    return plan.found
 
 
-def _add_sum(
-    add, place: Placement, summed: Iterable[str], scattered: tuple[str, ...], result_bytes: int, count: int = 1
-) -> None:  # fmt: skip
-    """Sums of result_bytes over axes; along those scattered every rank keeps its strip."""
-    if scattered:
-        result_bytes //= place.size(scattered)
-        add(place, "reduce-scatter", scattered, result_bytes, count)
-    add(place, "all-reduce", [axis for axis in summed if axis not in scattered], result_bytes, count)
+def planned_round(
+    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> Counter[Collective]:
+    """Every collective of one round of the loop that decodes several turns: a turn, or a tick of a pipeline."""
+    if placement.num_stages == 1:
+        return planned_collectives(config, placement, shape, dispatch=dispatch)
+    plan = _Plan(config, placement, shape, dispatch)
+    plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
+    plan.layers(1)
+    plan.send(1)
+    plan.from_last(1)
+    plan.add(placement, "all-gather", plan.sharing, plan.tokens * plan.hidden)
+    plan.logits(plan.tokens)
+    return plan.found
 
 
-def _add_layer(add, config: ModelConfig, place: Placement, sparse: bool, tokens: int, lead: TokenDim, itemsize: int,
-               count: int, dispatch: str) -> None:  # fmt: skip
-    """One layer, `count` times over. tokens: of a rank of the batch."""
-    sizes, context = array_sizes(config, place), place.parts("page_token")
-    apart = tokens // context  # of a rank of the context
-    hidden = apart * config.hidden_size * itemsize
-    heads = sizes.kv_slots // place.parts("kv_head")
+class _Plan:
+    """The collectives of a step as they are found, with what all of them are counted by.
 
-    def dense(dim: str) -> None:
-        """Tokens gathered before a split region, summed after it."""
-        add(place, "all-gather", place.shared(lead), hidden, count)
-        _add_sum(add, place, place.axes(dim), place.shared(lead), hidden, count)
+    tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
+    token's hidden state. sharing: axes that share out a rank's tokens between layers.
+    """
 
-    dense("kv_head")
-    if config.qk_norm == "full":
-        add(place, "all-reduce", "kv_head", apart * 2 * 4, count)  # squares of query and key, float32
-    rows = tokens * heads
-    both = rows * (sizes.group_slots + 2) * config.head_dim * itemsize
-    add(place, "all-gather", "page_token", both, count)  # queries, keys and values of all
-    add(
-        place, "all-to-all", "page_token", rows * sizes.group_slots * (config.head_dim + 1) * 4, count
-    )  # what they found
-    if not sparse:
-        dense("ffn")
-        return
-    assert config.moe is not None
-    gathered, summed = place.gathered(lead), place.summed_experts(lead)
-    add(place, "all-gather", gathered, hidden, count)
-    _add_sum(add, place, summed, gathered, hidden if gathered or lead == "token" else _strip(place, hidden), count)
-    over = place.shared(lead), {axis for axis in place.axes("ffn") if place.mesh.shape[axis] > 1}
-    if config.moe.shared_intermediate_size and over != (gathered, set(summed)):
-        dense("ffn")
-    here = hidden // place.size(place.shared(lead)) * place.size(gathered)
-    _add_exchange(add, config, place, sizes, lead, here // itemsize // config.hidden_size, itemsize, count, dispatch)
+    def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
+        self.config, self.placement, self.itemsize, self.dispatch = config, placement, shape.itemsize, dispatch
+        self.beside = placement.seen("beside")
+        self.schedule = Schedule(
+            stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches
+        )
+        self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.tokens = shape.num_tokens // shape.micro_batches
+        self.shared_rows = self.tokens // placement.parts("page_token")
+        self.hidden = config.hidden_size * shape.itemsize
+        self.lead = placement.lead(self.tokens * placement.parts("batch"))
+        self.sharing = [axis for axis in placement.axes(self.lead) if axis not in placement.axes("batch")]
+        self.found: Counter[Collective] = Counter()
 
+    def add(self, place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
+        """One kind of collective over a dim's axes, or over axes."""
+        over = place.axes(over) if isinstance(over, str) else tuple(over)
+        axes = tuple(axis for axis, size in place.mesh.shape.items() if axis in over and size > 1)
+        if axes and count:
+            self.found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
 
-def _strip(place: Placement, hidden: int) -> int:
-    return hidden // place.size(place.shared("residual"))
+    def sum(self, place: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
+        """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
+        over = place.axes(over) if isinstance(over, str) else tuple(over)
+        scattered = [axis for axis in place.shared(self.lead) if axis in over]
+        strip = result_bytes // place.size(scattered)
+        self.add(place, "reduce-scatter", scattered, strip, count)
+        self.add(place, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
 
+    def send(self, count: int) -> None:
+        """Hidden states from stage to stage."""
+        rows = self.tokens // self.placement.size(self.sharing)
+        self.add(self.placement, "collective-permute", "stage", rows * self.hidden, count)
 
-def _add_exchange(add, config: ModelConfig, place: Placement, sizes: ArraySizes, lead: TokenDim, tokens: int,
-                  itemsize: int, count: int, dispatch: str) -> None:  # fmt: skip
-    """Tokens of one device to the ranks of their experts, and back."""
-    assert config.moe is not None
-    over, width = place.exchanged(lead), config.hidden_size
-    ranks = place.size(over)
-    experts = sizes.moe_experts // place.size(place.held(lead))  # whose weights travel beside a token
-    packet, hidden = tokens * (width + experts // ranks) * itemsize, tokens * width * itemsize
-    if dispatch == "all_gather":
-        add(place, "all-gather", over, ranks * tokens * (width + experts) * itemsize, count)
-        add(place, "reduce-scatter", over, hidden, count)
-    elif dispatch == "ragged_all_to_all":
-        static = place.platform == "cpu"
-        op: Op = "all-to-all" if static else "ragged-all-to-all"
-        back = ranks if static else min(ranks, config.moe.num_experts_per_tok)
-        add(place, "all-to-all", over, ranks * 2 * 4, count)  # how many rows come, and where they come from
-        add(place, op, over, ranks * packet, count)
-        add(place, op, over, back * hidden, count)
-    else:
-        add(place, "all-to-all", over, ranks * packet, count)
-        add(place, "all-to-all", over, ranks * hidden, count)
+    def from_last(self, count: int) -> None:
+        """Hidden states of the last stage to all."""
+        rows = self.tokens // self.placement.size(self.sharing)
+        self.add(self.placement, "all-reduce", "stage", rows * self.hidden, count)
+
+    def logits(self, rows: int) -> None:
+        """float32."""
+        self.add(self.beside, "all-gather", "vocab", rows * array_sizes(self.config, self.beside).vocab * 4)
+
+    def layers(self, ticks: int) -> None:
+        """All layers, as often as they run."""
+        for part in self.parts:
+            each = part.chunk_slots if part.stages > 1 else part.repeats
+            for block in range(part.period):
+                place, count = self.placement.of_segment(part), each * ticks
+                self.attention(place, count)
+                if self.config.moe_layers[part.first + block]:
+                    self.experts(place, count)
+                else:
+                    self.split(place, "ffn", count)
+
+    def split(self, place: Placement, dim: str, count: int) -> None:
+        """A region split by dim: tokens gathered before it, summed after it."""
+        hidden = self.shared_rows * self.hidden
+        self.add(place, "all-gather", place.shared(self.lead), hidden, count)
+        self.sum(place, dim, hidden, count)
+
+    def attention(self, place: Placement, count: int) -> None:
+        """With what ranks of a context tell each other: queries, keys and values of all, and what they found."""
+        self.split(place, "kv_head", count)
+        config, sizes = self.config, array_sizes(self.config, place)
+        if config.qk_norm == "full":  # squares of query and key, float32
+            self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
+        slots = self.tokens * sizes.kv_slots // place.parts("kv_head")
+        both = slots * (sizes.group_slots + 2) * config.head_dim * self.itemsize
+        self.add(place, "all-gather", "page_token", both, count)
+        self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.head_dim + 1) * 4, count)
+
+    def experts(self, place: Placement, count: int) -> None:
+        """An MoE block: see model/moe.py."""
+        moe, gathered, summed = self.config.moe, place.gathered(self.lead), place.summed_experts(self.lead)
+        assert moe is not None
+        apart = place.size(place.shared(self.lead)) // place.size(gathered)  # that exchange what they do not gather
+        rows = self.shared_rows // apart
+        self.add(place, "all-gather", gathered, rows * self.hidden, count)
+        self.sum(place, summed, rows * self.hidden, count)
+        together = place.shared(self.lead)
+        if moe.shared_intermediate_size and together != gathered:  # gathered by itself, and scattered
+            self.add(place, "all-gather", together, self.shared_rows * self.hidden, count)
+            self.sum(place, together, self.shared_rows * self.hidden, count)
+        self.exchange(place, rows, count)
+
+    def exchange(self, place: Placement, rows: int, count: int) -> None:
+        """So many tokens of a device to the ranks of their experts, and back."""
+        over, width, size = place.exchanged(self.lead), self.config.hidden_size, self.itemsize
+        ranks, moe = place.size(over), self.config.moe
+        assert moe is not None
+        # Weights of the experts there travel beside a token.
+        places = array_sizes(self.config, place).moe_experts // place.size(place.held(self.lead))
+        packet, back = rows * (width + places // ranks) * size, rows * width * size
+        if self.dispatch == "all_gather":
+            self.add(place, "all-gather", over, ranks * rows * (width + places) * size, count)
+            self.add(place, "reduce-scatter", over, back, count)
+            return
+        op: Op = "all-to-all"
+        returned = ranks
+        if self.dispatch == "ragged_all_to_all":
+            self.add(place, op, over, ranks * 2 * 4, count)  # how many rows come, and where they come from
+            if place.platform != "cpu":
+                op, returned = "ragged-all-to-all", min(ranks, moe.num_experts_per_tok)
+        self.add(place, op, over, ranks * packet, count)
+        self.add(place, op, over, returned * back, count)

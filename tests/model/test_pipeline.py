@@ -131,6 +131,24 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
     assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
 
 
+@pytest.mark.parametrize(
+    ("model", "mesh", "layout"),
+    [
+        (DEEP, "pipeline=2,tensor=2,expert=2", "ep-tp"),
+        (AROUND, "pipeline=4,tensor=2", "tp-ep-sp"),
+        (DEEP, "data=2,pipeline=2,tensor=2", "cp-ep-tp"),
+    ],
+)
+def test_a_tick_of_decoding_stages_holds_exactly_the_planned_collectives(model, mesh, layout, changed_dir):
+    """Of the loop over several turns: a round is a tick, and there are as many as the schedule says."""
+    llm = loaded(changed_dir, model, mesh, kernels=XLA, layout=layout)
+    stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
+    bucket = bucket_with(4 * stages * shares, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
+    found = collectives(step_program(llm, bucket, turns=3).as_text(), llm.mesh)
+    assert found == llm.runner.planned_round(bucket)
+    assert llm.runner.rounds(bucket, 3) == 3 * stages + stages - 1
+
+
 def test_two_stages_send_each_token_on_once(changed_dir):
     """(P - 1) B S h b bytes in all: nothing is sent by a stage that has nothing."""
     llm = loaded(changed_dir, DEEP, "pipeline=2,tensor=2", kernels=XLA)
