@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import fields
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmoe import LLM, SamplingParams
+from jaxmoe import LLM, Engine, SamplingParams
 from jaxmoe.engine.batch import bucket_with
-from jaxmoe.errors import LayoutError
+from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
 
 from .conftest import NATIVE, XLA, mesh_of
+from .engine.test_engine import collect, requests_of
 from .inspect.programs import step_program
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
@@ -169,3 +171,42 @@ def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, towards, chan
     tokens = [out.token_ids for out in one.generate(PROMPTS, PARAMS)]
     assert [out.token_ids for out in many.generate(PROMPTS, PARAMS)] == tokens
     np.testing.assert_allclose(many.last_logits(PROMPTS), one.last_logits(PROMPTS), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["cp-ep-tp", "tp-ep-sp"])
+def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
+    """With keys and values of eight bits, pages that wait in host memory, and beginnings that are known."""
+    llm = LLM.load(
+        changed_dir("mistral_late_window" if layout == "tp-ep-sp" else "qwen3_moe_norm", num_hidden_layers=4),
+        mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32", kv_dtype="int8",
+    )  # fmt: skip
+    requests = requests_of(24, llm.config.vocab_size)
+    page_gib = llm.runner.device_bytes_a_token * 4 * llm.runner.context_ranks / 2**30
+    sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
+
+    async def scene(engine):
+        return await asyncio.gather(*(collect(engine, *request) for request in requests))
+
+    with Engine(llm, host_gib=1e-3, **sizes) as engine:
+        engine._core.scheduler.keep_on_host(True)  # whatever was measured
+        found = [asyncio.run(scene(engine)) for _ in range(2)]
+        stats = engine.stats()
+    assert found[0] == found[1]
+    assert stats["pages_held"] == 0
+    assert stats["pages_brought_back"] > 0
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
+    assert found[0] == alone
+
+
+def test_a_context_divides_what_a_device_holds_of_a_token(tiny_dir):
+    one, four = (
+        LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of(mesh), layout="cp-ep-tp", dtype="float32")
+        for mesh in ("expert=2", "data=4,expert=2")
+    )
+    assert one.runner.device_bytes_a_token == 4 * four.runner.device_bytes_a_token
+    assert four.runner.kernels.attention == "loop"
+    with pytest.raises(ConfigError, match="attention=native reads whole pages"):
+        LLM.load(
+            tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=4"), layout="cp-ep-tp", dtype="float32",
+            kernels={"attention": "native"},
+        )  # fmt: skip

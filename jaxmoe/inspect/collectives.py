@@ -16,6 +16,7 @@ from jaxmoe.planner.traffic import Collective, Op
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 _LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join(get_args(Op))})(?P<start>-start)?\(")
+_NESTED = re.compile(r"\(\([^()]*(?:\([^()]*\)[^()]*)*\), (.*)\)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>[^)]*(?:\([^)]*\))?)\))? \{(?P<over>[^}]*)\}"
@@ -50,8 +51,10 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
         axes = _axes(groups, mesh)
         if not axes:
             continue
-        sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(match["result"])]
-        if match["start"] and len(sizes) > 1:  # (operand, result, ...), or ((operands), (results))
+        result = match["result"]
+        nested = match["start"] and _NESTED.match(result)  # ((operands), results)
+        sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(nested[1] if nested else result)]
+        if match["start"] and not nested and len(sizes) > 1:  # (operand, result, ...)
             sizes = sizes[1:2] if op == "collective-permute" else sizes[len(sizes) // 2 :]
         found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += times  # type: ignore[arg-type]
     return found

@@ -76,7 +76,9 @@ def environment(target: Target) -> Mapping[str, str]:
     """Variables to set before JAX is imported, so that the target's compiler works without its devices."""
     common = {"JAX_PLATFORMS": "cpu"}
     if target.device.platform == "tpu":
-        return common | {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        # The compiler alone needs no device, so several may run beside each other.
+        alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        return common | alone
     return common
 
 

@@ -15,6 +15,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, segments
 from jaxmoe.sharding import Placement, array_sizes
 
+_TPU_ROW = 512
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"]
 
 
@@ -211,5 +212,7 @@ class _Plan:
             self.add(place, op, over, ranks * 2 * 4, count)  # how many rows come, and where they come from
             if place.platform != "cpu":
                 op, returned = "ragged-all-to-all", min(ranks, moe.num_experts_per_tok)
+            if place.platform == "tpu":  # XLA rounds the bytes of a row up
+                packet, back = (rows * -(-one // rows // _TPU_ROW) * _TPU_ROW for one in (packet, back))
         self.add(place, op, over, ranks * packet, count)
         self.add(place, op, over, returned * back, count)

@@ -106,6 +106,7 @@ _TPU_TEXT = """
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-reduce-start = ((f32[8]), f32[8]) all-reduce-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}
   %permute = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1},{1,0}}
+  %r = ((f32[6,2], s64[8]), f32[9,2]{1,0:S(7)}) ragged-all-to-all-start(%z), replica_groups=[1,8]<=[8]
 }
 
 %condition (p: (s32[], f32[8])) -> pred[] {
@@ -131,6 +132,7 @@ def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
     assert collectives(_TPU_TEXT, mesh) == {
         Collective(op="all-reduce", axes=("tensor",), result_bytes=32): 95,
         Collective(op="collective-permute", axes=("tensor",), result_bytes=16): 95,
+        Collective(op="ragged-all-to-all", axes=("tensor",), result_bytes=72): 95,
     }
 
 

@@ -117,6 +117,22 @@ def test_groups_limit_where_a_token_goes(best, top_groups):
         np.testing.assert_allclose(weights[token], np.where(np.isin(np.arange(EXPERTS), chosen), row, 0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("top_groups", [1, 2, 4])
+def test_groups_of_a_rank_limit_the_ranks_that_a_token_is_sent_to(top_groups):
+    """A group of experts on each rank, four experts a token: sent to as many ranks as there are groups, at most."""
+    num_experts = 4 * RANKS
+    rng = np.random.default_rng(5)
+    logits, x = (rng.normal(0, 1, (RANKS * TOKENS, n)).astype(np.float32) for n in (num_experts, WIDTH))
+    groups = Groups(num_groups=RANKS, top_groups=top_groups, best=2)
+    weights, _ = route(logits, jnp.ones(len(x), bool), top_k=4, normalise=True, groups=groups)
+    factors = np.arange(1, num_experts + 1, dtype=np.float32)
+    y, got = layer_of_factors("ragged_all_to_all", top_groups)(x, np.asarray(weights), factors)
+    np.testing.assert_allclose(y, x * (np.asarray(weights) @ factors)[:, None], rtol=1e-5)
+    assert int(got.sum()) <= RANKS * TOKENS * top_groups
+    if top_groups == 1:
+        assert int(got.sum()) == RANKS * TOKENS
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     weights=st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=6, max_size=6), min_size=1, max_size=9),
