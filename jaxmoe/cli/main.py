@@ -11,6 +11,7 @@ from jaxmoe import __version__
 from jaxmoe.cli.bench import bench
 from jaxmoe.cli.compile import compile_model
 from jaxmoe.cli.generate import generate
+from jaxmoe.cli.inspect import inspect_model
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
 from jaxmoe.errors import JaxmoeError
@@ -22,7 +23,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, compile_model):
+for command in (generate, score, verify, bench, inspect_model, compile_model):
     cli.add_command(command)
 
 
