@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
-from jaxmoe.cli.options import console
+from jaxmoe.cli.options import console, table_console
 
 
 @click.command("compile")
@@ -48,9 +48,7 @@ def _gib(num_bytes: float | None) -> str:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    size, screen = answer["bytes"], Console()
+    size, screen = answer["bytes"], table_console()
     table = Table(title=f"{answer['target']}, GiB of each device", title_justify="left")
     for name in ("weights", "kv", "temp", "total", "limit"):
         table.add_column(name, justify="right")

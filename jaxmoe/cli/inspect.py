@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
-from jaxmoe.cli.options import console, start_jax
+from jaxmoe.cli.options import console, start_jax, table_console
 
 
 @click.command("inspect")
@@ -60,15 +60,10 @@ _MEANINGS = {
     "head_copies": "key/value heads held again, of one copy of each array",
     "replicas": "further copies of arrays, on devices along axes that do not split them",
 }
-_LEAST_WIDTH = 140  # of a file or another program's input, where nothing else says one
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    screen = Console()
-    if not screen.is_terminal:
-        screen.width = max(screen.width, _LEAST_WIDTH)
+    screen = table_console()
     axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     place = f"{axes} on {found['devices']} {found['platform']} device(s), layout {found['layout']}"
     table = Table(title=f"{found['family']}, {found['dtype']}, {place}", title_justify="left")

@@ -146,6 +146,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--max-batch", "0"], ["max_batch=0", "at least 1"]),
     # what is asked of verify and bench
     (["verify", "good", "--max-tokens", "0"], ["--max-tokens", "0 is not in the range"]),
+    (["verify", "good", "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
     (["bench", "good", "--cases", "1x4"], ["case '1x4' must read REQUESTSxPROMPTxNEW"]),
     (["bench", "good", "--cases", "0x4x2"], ["case '0x4x2' must read"]),
     (["bench", "good", "--cases", ""], ["case '' must read"]),
