@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM
+from jaxmoe.engine.verify import all_meshes, all_trials
 from jaxmoe.inspect.question import ModelQuestion
-from jaxmoe.inspect.report import Bytes, parameter_reports, total_bytes
+from jaxmoe.inspect.report import Bytes, parameter_reports, report, total_bytes
+from jaxmoe.layouts import LAYOUTS
 from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 
 from ..conftest import XLA, mesh_of
@@ -78,3 +80,15 @@ def test_what_splits_a_parameter_is_named(changed_dir):
     assert down["sharding"] == {"layer": ["pipeline"], "moe_expert": [], "moe_ffn": ["tensor"], "width": []}
     assert down["bytes"]["device"] == 2 * 10 * (expert_width // 4) * width * 4
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_say_what_was_planned_on_every_mesh_in_every_layout(layout, changed_dir):
+    config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=8))
+    for trial in all_trials(all_meshes(8)):
+        if str(trial.layout) != layout:
+            continue
+        mesh = ",".join(f"{axis}={size}" for axis, size in trial.mesh.items())
+        found = report(ModelQuestion(config=config, mesh=mesh, batch=16, context=32, chunk_tokens=32, layout=layout))
+        assert found["as_planned"], [one for one in found["collectives"] if one["count"] != one["planned"]]
