@@ -89,6 +89,13 @@ class Layout:
             "moe_ffn": self.expert_width,
         }
 
+    def used(self, mesh_axes: Mapping[str, int], *, moe: bool) -> tuple[Axes, ...]:
+        """Its parts without axes of size 1, nor what no layer has: layouts of which this is equal place a model on the
+        mesh alike."""
+        tokens = self.batch, self.split, self.context, self.sequence
+        parts = (*tokens, *((self.experts, self.expert_width) if moe else ()))
+        return tuple(tuple(axis for axis in axes if mesh_axes.get(axis, 1) > 1) for axes in parts)
+
     def __str__(self) -> str:
         for name, known in LAYOUTS.items():
             if known == self:

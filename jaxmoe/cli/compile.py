@@ -9,7 +9,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import console
+from jaxmoe.cli.contract import collectives_table, print_differing
+from jaxmoe.cli.options import console, table_console
 
 
 @click.command("compile")
@@ -47,37 +48,22 @@ def _gib(num_bytes: float | None) -> str:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    size, screen = answer["bytes"], Console()
+    size, screen = answer["bytes"], table_console()
     table = Table(title=f"{answer['target']}, GiB of each device", title_justify="left")
     for name in ("weights", "kv", "temp", "total", "limit"):
         table.add_column(name, justify="right")
     table.add_row(*(_gib(size[name]) for name in ("weights", "kv", "temp", "total", "limit")))
     screen.print(table)
     if answer["collectives"]:
-        table = Table("step", "collective", "axes", title="what devices say to each other", title_justify="left")
-        for name in ("a turn", "bytes each", "planned"):
-            table.add_column(name, justify="right")
-        table.add_column("")
-        for one in answer["collectives"]:
-            counts = str(one["count"]), f"{one['bytes']:,}", str(one["planned"])
-            table.add_row(one["phase"], one["op"], ", ".join(one["axes"]), *counts, "DIFFERS" * _differs(one))
-        screen.print(table)
+        screen.print(collectives_table(answer["collectives"]))
+    print_differing(answer["collectives"])
     for phase, part in answer["phases"].items():
-        if part["as_planned"] is False:
-            differ = [_differs(one) for one in answer["collectives"] if one["phase"] == phase]
-            print(f"{phase} is not as planned: {sum(differ)} of {len(differ)} collectives differ")
         if "error" in part:
             print(f"{phase}: {part['error']}")
     if answer["fits"]:
         print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
     else:
         print(f"does not fit: {_shortage(**size)}")
-
-
-def _differs(one: dict[str, Any]) -> bool:
-    return one["count"] != one["planned"]
 
 
 def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, limit: int) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxmoe.engine.llm import LLM
 
 console = Console(stderr=True, highlight=False)
+_LEAST_WIDTH = 140  # of tables that no terminal shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,14 @@ def start_jax(devices: int | None) -> None:
             console.print(f"jaxmoe: compiled programs are not kept: {folder} cannot be written; set XDG_CACHE_HOME")
     if devices is not None:
         emulate_devices(devices)
+
+
+def table_console() -> Console:
+    """Standard output for tables: as wide as the terminal, or wide enough for most of them where there is none."""
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = max(screen.width, _LEAST_WIDTH)
+    return screen
 
 
 @contextmanager

@@ -1,60 +1,86 @@
-"""jaxmoe verify: every mesh of a number of devices against one device."""
+"""jaxmoe verify: every mesh of a number of devices, in every layout, against one device."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import console, start_jax
+from jaxmoe.cli.options import console, start_jax, table_console
+
+if TYPE_CHECKING:
+    from jaxmoe.engine.verify import MeshCheck
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--devices", type=int, help="emulate this many devices on the CPU; without it, the devices there are")
+@click.option("--layout", "layouts", multiple=True, help="ep-tp, tp-ep, dp-ep, tp, or parts; all four by default")
 @click.option(
     "--max-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, help="greedy tokens a prompt"
 )
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a mesh on standard output, nothing else")
+@click.option(
+    "--json", "as_json", is_flag=True, help="one JSON object a mesh and layout on standard output, nothing else"
+)
 def verify(
-    model: str | None, devices: int | None, max_tokens: int, ignore_config_keys: tuple[str, ...], as_json: bool
+    model: str | None,
+    devices: int | None,
+    layouts: tuple[str, ...],
+    max_tokens: int,
+    ignore_config_keys: tuple[str, ...],
+    as_json: bool,
 ) -> int:
-    """Run MODEL in float32 on every data x pipeline x tensor x expert mesh; exit 1 if any differs from one device."""
+    """Run MODEL in float32 on every data x pipeline x tensor x expert mesh in every layout, those alike on a mesh once;
+    exit 1 if any differs from one device, or none can hold the model."""
     start_jax(devices)
     import jax
 
-    from jaxmoe.engine.verify import all_meshes, verify_meshes
+    from jaxmoe.engine.verify import all_meshes, all_trials, verify_trials
+    from jaxmoe.families import read_config
+    from jaxmoe.layouts import LAYOUTS, parse_layout
+    from jaxmoe.weights.checkpoint import read_json
     from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 
+    chosen = [parse_layout(text) for text in layouts or LAYOUTS]
     directory = find_model(DEFAULT_MODEL if model is None else model)
-    meshes = all_meshes(jax.device_count())
-    table = Table("data", "pipeline", "tensor", "expert", "greedy tokens equal", "largest logit difference", "")
-    checks = []
+    config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
+    trials = all_trials(all_meshes(jax.device_count()), chosen, moe=any(config.moe_layers))
+    table = Table(*_AXES, "layout", "greedy tokens equal", "largest logit difference", "")
+    ran = same = 0
     with console.status("one device") as status:
-        found = verify_meshes(directory, meshes=meshes, max_tokens=max_tokens, ignore_config_keys=ignore_config_keys)
-        for check in found:
-            checks.append(check)
-            status.update(f"{len(checks)} of {len(meshes)} meshes")
-            axes = [str(check.mesh.get(axis, 1)) for axis in ("data", "pipeline", "tensor", "expert")]
-            equal = "" if check.refused else f"{check.num_equal} of {check.num_tokens}"
-            largest = "" if check.refused else f"{check.max_logit_error:.2e}"
-            table.add_row(*axes, equal, largest, check.refused or ("same" if check.passed else "DIFFERENT"))
+        found = verify_trials(directory, trials=trials, max_tokens=max_tokens, ignore_config_keys=ignore_config_keys)
+        for number, check in enumerate(found, 1):
+            status.update(f"{number} of {len(trials)}")
+            ran, same = ran + (not check.refused), same + check.passed
+            table.add_row(*_cells(check))
             if as_json:
-                row = {
-                    "mesh": check.mesh, "passed": check.passed, "num_tokens": check.num_tokens,
-                    "num_equal": check.num_equal, "max_logit_error": check.max_logit_error,
-                    "refused": check.refused,
-                }  # fmt: skip
-                print(json.dumps(row), flush=True)
-    refused = sum(bool(check.refused) for check in checks)
-    failed = sum(not check.passed for check in checks) - refused
+                print(json.dumps(_as_json(check)), flush=True)
     if not as_json:
-        from rich.console import Console
+        table_console().print(table)
+        more = f"; {len(trials) - ran} cannot hold this model" if ran < len(trials) else ""
+        result = f"{same} of {ran} placements give what one device gives" if ran else "nothing was compared"
+        print(f"{result}{more}")
+    return 0 if ran and same == ran else 1
 
-        Console().print(table)
-        ran = len(checks) - refused
-        more = f"; {refused} cannot hold this model" if refused else ""
-        print(f"{ran - failed} of {ran} meshes give what one device gives{more}")
-    return 1 if failed else 0
+
+_AXES = ("data", "pipeline", "tensor", "expert")
+
+
+def _cells(check: MeshCheck) -> list[str]:
+    mesh, layouts = check.trial.mesh, (check.trial.layout, *check.trial.also)
+    cells = [*(str(mesh.get(axis, 1)) for axis in _AXES), ", ".join(map(str, layouts))]
+    if check.refused:
+        return [*cells, "", "", check.refused]
+    equal, largest = f"{check.num_equal} of {check.num_tokens}", f"{check.max_logit_error:.2e}"
+    return [*cells, equal, largest, "same" if check.passed else "DIFFERENT"]
+
+
+def _as_json(check: MeshCheck) -> dict[str, Any]:
+    return {
+        "mesh": check.trial.mesh, "layout": str(check.trial.layout), "also": [str(one) for one in check.trial.also],
+        "passed": check.passed, "num_tokens": check.num_tokens, "num_equal": check.num_equal,
+        "max_logit_error": check.max_logit_error, "refused": check.refused,
+    }  # fmt: skip

@@ -1,8 +1,9 @@
-"""Is a model the same on every mesh? Each mesh against one device, by logits and greedy tokens."""
+"""Is a model the same on every mesh, in every layout? Each against one device, by logits and greedy tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from jaxmoe.engine.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError
+from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
 from jaxmoe.mesh import build_mesh
 
 _TEXTS = (
@@ -23,13 +25,22 @@ _TEXTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A mesh and a layout to compare. also: layouts that place the model on this mesh as this one does."""
+
+    mesh: dict[str, int]
+    layout: Layout = DEFAULT_LAYOUT
+    also: tuple[Layout, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshCheck:
-    """One mesh against one device: largest difference of a logit, greedy tokens compared and equal.
+    """One trial against one device: largest difference of a logit, greedy tokens compared and equal.
 
     refused: why the model cannot run on it, where it cannot.
     """
 
-    mesh: dict[str, int]
+    trial: Trial
     max_logit_error: float = 0.0
     num_tokens: int = 0
     num_equal: int = 0
@@ -52,6 +63,19 @@ def all_meshes(num_devices: int) -> list[dict[str, int]]:
     ]
 
 
+def all_trials(
+    meshes: Iterable[dict[str, int]], layouts: Iterable[Layout] = tuple(LAYOUTS.values()), *, moe: bool = True
+) -> list[Trial]:
+    """Every mesh in every layout, those that place a model (moe: one with experts) alike as one, under the first."""
+    trials = []
+    for mesh in meshes:
+        alike: dict[tuple[Axes, ...], list[Layout]] = {}
+        for layout in dict.fromkeys(layouts):
+            alike.setdefault(layout.used(mesh, moe=moe), []).append(layout)
+        trials += [Trial(mesh=mesh, layout=first, also=tuple(others)) for first, *others in alike.values()]
+    return trials
+
+
 def sample_prompts(llm: LLM) -> list[list[int]]:
     """A few short prompts: text where the model has a tokenizer, else ids drawn from seed 0."""
     if llm.tokenizer is not None:
@@ -64,37 +88,38 @@ def sample_prompts(llm: LLM) -> list[list[int]]:
     ]
 
 
-def verify_meshes(
+def verify_trials(
     model: str | Path,
     *,
-    meshes: Sequence[dict[str, int]],
+    trials: Iterable[Trial],
     max_tokens: int = 32,
     logit_tolerance: float = 1e-4,
     ignore_config_keys: Sequence[str] = (),
 ) -> Iterator[MeshCheck]:
-    """Load the model in float32 on one device, then on each mesh, and compare. Raises: as LLM.load."""
+    """Load the model in float32 on one device, then on each mesh and layout, and compare. Raises: as LLM.load."""
     devices = jax.devices()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
-    def outcome(axes: dict[str, int], prompts: list[list[int]] | None):
-        count = int(np.prod(list(axes.values())))
+    def outcome(trial: Trial, prompts: list[list[int]] | None):
+        count = math.prod(trial.mesh.values())
         llm = LLM.load(
-            model, mesh=build_mesh(axes, devices[:count]), dtype="float32", ignore_config_keys=ignore_config_keys
-        )
+            model, mesh=build_mesh(trial.mesh, devices[:count]), layout=trial.layout, dtype="float32",
+            ignore_config_keys=ignore_config_keys,
+        )  # fmt: skip
         prompts = prompts or sample_prompts(llm)
         tokens = [out.token_ids for out in llm.generate(prompts, params)]
         return prompts, llm.last_logits(prompts), tokens
 
-    prompts, logits, tokens = outcome({}, None)
-    for axes in meshes:
+    prompts, logits, tokens = outcome(Trial(mesh={}), None)
+    for trial in trials:
         try:
-            _, mesh_logits, mesh_tokens = outcome(axes, prompts)
+            _, mesh_logits, mesh_tokens = outcome(trial, prompts)
         except ConfigError as error:  # as where there are more stages than layers
-            yield MeshCheck(mesh=axes, refused=str(error))
+            yield MeshCheck(trial=trial, refused=str(error))
             continue
         pairs = [pair for a, b in zip(tokens, mesh_tokens, strict=True) for pair in zip(a, b, strict=True)]
         yield MeshCheck(
-            mesh=axes,
+            trial=trial,
             max_logit_error=float(np.abs(mesh_logits - logits).max()),
             num_tokens=len(pairs),
             num_equal=sum(a == b for a, b in pairs),

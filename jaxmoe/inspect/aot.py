@@ -107,5 +107,14 @@ def compile_step(
     )  # fmt: skip
 
 
+def collective_rows(phase: Phase, step: CompiledStep) -> list[dict[str, Any]]:
+    """Every collective that was found in a step or planned for it, and how often each runs, as --json prints it."""
+    return [
+        {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.found[one], "bytes": one.result_bytes,
+         "planned": step.planned[one]}
+        for one in sorted(step.found.keys() | step.planned.keys(), key=str)
+    ]  # fmt: skip
+
+
 def _bytes_of_one_device(array: Any) -> int:
     return int(np.prod(array.sharding.shard_shape(array.shape))) * jnp.dtype(array.dtype).itemsize

@@ -11,83 +11,35 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import segments
-from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS
-from jaxmoe.engine.llm import KV_DTYPES, check_dtypes, check_stage_chunks
-from jaxmoe.errors import CheckpointError, ConfigError, MeshError
-from jaxmoe.families import read_config
-from jaxmoe.inspect.aot import PHASES, CompiledStep, abstract_runner, compile_step, held_bytes
+from jaxmoe.engine.batch import TURNS
+from jaxmoe.errors import ConfigError, MeshError
+from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
+from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
-from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
-from jaxmoe.mesh import build_mesh, parse_mesh
-from jaxmoe.model.kernels import Kernels, choose_kernels
-from jaxmoe.sharding import Placement
-from jaxmoe.weights.checkpoint import read_json
-from jaxmoe.weights.source import find_model, preset_models
+from jaxmoe.mesh import build_mesh
 
 # What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
 _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What to compile: a config.json, a target, a mesh, and how many requests of how many tokens each.
+class Question(ModelQuestion):
+    """What to compile, and for which target."""
 
-    config: the file, a folder with it, or a preset. dtype, kv_dtype, layout, stage_chunks: as LLM.load. chunk_tokens:
-    as Engine.
-    """
-
-    config: str
     target: str
-    mesh: str
-    batch: int
-    context: int
-    chunk_tokens: int = CHUNK_TOKENS
-    dtype: str | None = None
-    kv_dtype: str | None = None
-    dispatch: str | None = None
-    layout: str = str(DEFAULT_LAYOUT)
-    stage_chunks: int = 1
-    ignore_config_keys: tuple[str, ...] = ()
-
-    @property
-    def kernels(self) -> dict[str, Any]:
-        """Those that were chosen."""
-        return {} if self.dispatch is None else {"dispatch": self.dispatch}
 
     def checked(self) -> tuple[ModelConfig, Target, dict[str, int]]:
-        """The config, target and axes.
-
-        Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
-        """
-        path = find_model(self.config) if self.config in preset_models() else Path(self.config)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            known = ", ".join(preset_models())
-            raise CheckpointError(
-                f"config {self.config!r} is no config.json, no folder with one and no preset ({known})"
-            )
-        config = read_config(read_json(path), ignore=self.ignore_config_keys)
-        check_dtypes(self.dtype or config.dtype, self.kv_dtype)
-        Kernels(**self.kernels)
-        target, axes = parse_target(self.target), parse_mesh(self.mesh)
-        parse_layout(self.layout)
-        check_stage_chunks(self.stage_chunks, stages=axes["pipeline"])
-        segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
+        """The config, target and axes. Raises: as checked_model."""
+        config, axes = self.checked_model()
+        target = parse_target(self.target)
         devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
                 f"mesh {self.mesh} is of {devices} devices, target {target} has {target.num_devices}: make them equal"
             )
-        most = 1 << 20
-        for name, limit in (("batch", most), ("context", config.max_position_embeddings), ("chunk_tokens", most)):
-            value = getattr(self, name)
-            if not 1 <= value <= limit:
-                raise ConfigError(f"{name}={value} must lie in [1, {limit}]")
         return config, target, axes
 
 
@@ -136,21 +88,15 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
 def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """In the process apart: compile each step."""
     config, target, axes = question.checked()
-    dtype, kv_dtype = question.dtype or config.dtype, KV_DTYPES.get(question.kv_dtype or "")
-    placement = Placement(
-        mesh=build_mesh(axes, topology_devices(target)), layout=parse_layout(question.layout),
-        chunks=question.stage_chunks,
-    )  # fmt: skip
-    shared_pages = placement.parts("page_token") > 1
-    kernels = choose_kernels(dtype, question.kernels, platform=target.device.platform, shared_pages=shared_pages)
-    runner = abstract_runner(config, placement, dtype=dtype, kv_dtype=kv_dtype, kernels=kernels)
-    sizes: dict[str, Any] = dict(batch=question.batch, context=question.context, page_size=PAGE_SIZE)
-    weights, kv = held_bytes(runner, **sizes)
+    dtype = question.dtype or config.dtype
+    kernels = question.chosen_kernels(dtype, axes, platform=target.device.platform)
+    runner = question.runner(config, build_mesh(axes, topology_devices(target)), kernels)
+    weights, kv = held_bytes(runner, **question.sizes)
     size: dict[str, int | None]
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
     phases: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {
-        "target": str(target), "mesh": axes, "fits": False, "as_planned": None, "dtype": dtype,
+        "target": str(target), "mesh": axes, "fits": False, "as_planned": None, "dtype": runner.dtype,
         "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
@@ -160,14 +106,14 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
+            step = compile_step(runner, phase, **question.sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             phases[phase], size["limit"] = _no_room(str(error), weights + kv, target.device.hbm_bytes)
             break
         phases[phase] = _compiled(step, target.device.hbm_bytes)
-        answer["collectives"] += _collectives(phase, step)
+        answer["collectives"] += collective_rows(phase, step)
         answer["compile_seconds"] += step.compile_seconds
         answer["optimal_seconds"] = step.optimal_seconds if phase == "decode" else None
     temps, totals, planned = (
@@ -200,15 +146,6 @@ def _no_room(error: str, held: int, limit: int) -> tuple[dict[str, Any], int]:
             temp, total, limit = needed - held, needed, had
     part = {"fits": False, "temp_bytes": temp, "total_bytes": total, "as_planned": None}
     return part | {"error": " ".join(error.split())[:300]}, limit
-
-
-def _collectives(phase: str, step: CompiledStep) -> list[dict[str, Any]]:
-    """Every collective that was found in a step or planned for it, and how often each runs."""
-    return [
-        {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.found[one], "bytes": one.result_bytes,
-         "planned": step.planned[one]}
-        for one in sorted(step.found.keys() | step.planned.keys(), key=str)
-    ]  # fmt: skip
 
 
 def _main() -> None:

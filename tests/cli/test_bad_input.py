@@ -66,6 +66,7 @@ def _assert_refused(capsys, work: Path, arguments: list[str], words: list[str]) 
 
 GENERATE = ["generate", "good", "--prompt-ids", "ids.jsonl"]
 COMPILE = ["compile", "good", "--context", "64", "--target", "v5p:2x2x1", "--mesh", "tensor=4"]
+INSPECT = ["inspect", "good", "--mesh", "tensor=8"]
 
 COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     # the command itself
@@ -145,6 +146,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--max-batch", "0"], ["max_batch=0", "at least 1"]),
     # what is asked of verify and bench
     (["verify", "good", "--max-tokens", "0"], ["--max-tokens", "0 is not in the range"]),
+    (["verify", "good", "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
     (["bench", "good", "--cases", "1x4"], ["case '1x4' must read REQUESTSxPROMPTxNEW"]),
     (["bench", "good", "--cases", "0x4x2"], ["case '0x4x2' must read"]),
     (["bench", "good", "--cases", ""], ["case '' must read"]),
@@ -159,6 +161,21 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*COMPILE, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*COMPILE[:-1], "tensor=8"], ["of 8 devices, target v5p:2x2x1 has 4"]),
     (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
+    # what is asked of inspect
+    (["inspect", "good"], ["Missing option", "--mesh"]),
+    ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
+    ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
+    ([*INSPECT, "--mesh", "tensor=4"], ["tensor=4 needs 4 devices and there are 8", "--devices 4"]),
+    ([*INSPECT, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
+    ([*INSPECT, "--stage-chunks", "2"], ["stage_chunks=2 needs stages"]),
+    ([*INSPECT, "--dtype", "float8"], ["dtype='float8' must be one of"]),
+    ([*INSPECT, "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of"]),
+    ([*INSPECT, "--dispatch", "teleport"], ["dispatch='teleport' must be one of"]),
+    ([*INSPECT, "--batch", "0"], ["batch=0 must lie in [1, "]),
+    ([*INSPECT, "--context", "129"], ["context=129 must lie in [1, 128]"]),
+    ([*INSPECT, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
+    (["inspect", "none", *INSPECT[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
+    (["inspect", "ids.jsonl", *INSPECT[2:]], ["ids.jsonl holds a JSON list, an object is needed"]),
     # which model
     (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),
     (["verify", ""], ["model '' is not an existing directory"]),

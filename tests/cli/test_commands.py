@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 
 from jaxmoe import LLM, ConfigError, SamplingParams
 from jaxmoe.engine import verify
+from jaxmoe.layouts import LAYOUTS
 from jaxmoe.model.kernels import NATIVE_STEPS, Kernels
 from jaxmoe.weights import load
 
@@ -112,26 +112,45 @@ def test_score_prints_one_object_a_sequence_and_its_total(capsys, tiny_dir, tiny
     assert jaxmoe(capsys, *command).out.startswith("[0] 4 tokens, total -")
 
 
-def test_verify_passes_a_good_model(capsys, tiny_dir, monkeypatch):
-    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES)
-    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4, "--json")
+def _verify(capsys, tiny_dir, *options: object) -> Outcome:
+    return jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4, *options)
+
+
+def test_verify_passes_a_good_model_in_every_layout(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES[1:])
+    outcome = _verify(capsys, tiny_dir, "--json")
     assert outcome.code == 0
     found = _objects(outcome)
-    assert [check["mesh"] for check in found] == TWO_MESHES
+    assert [check["mesh"] for check in found] == TWO_MESHES[1:] * 4
+    assert [(check["layout"], check["also"]) for check in found] == [(name, []) for name in LAYOUTS]
     assert all(check["passed"] for check in found)
     assert all(check["num_equal"] == check["num_tokens"] == 12 for check in found)
-    assert all(0 <= check["max_logit_error"] <= 2e-4 for check in found)
+    assert all(0 <= check["max_logit_error"] <= 1e-4 for check in found)
+
+
+def test_verify_runs_layouts_that_are_alike_on_a_mesh_once(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"data": 2}])
+    outcome = _verify(capsys, tiny_dir, "--layout", "tp", "--layout", "ep-tp", "--layout", "tp")
+    assert outcome.code == 0
+    assert "│ tp, ep-tp │" in outcome.out
+    assert "1 of 1 placements give what one device gives" in outcome.out
 
 
 def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_dir, monkeypatch):
-    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, *TWO_MESHES[1:]])
-    arguments = "verify", tiny_dir(CASE), "--max-tokens", 4
-    refused, passed = _objects(jaxmoe(capsys, *arguments, "--json"))
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, {"data": 2}])
+    refused, passed = _objects(_verify(capsys, tiny_dir, "--json"))
     assert "pipeline=8 needs at least 8 alike layers" in refused["refused"]
     assert (refused["passed"], passed["passed"]) == (False, True)
-    outcome = jaxmoe(capsys, *arguments)
+    outcome = _verify(capsys, tiny_dir)
     assert outcome.code == 0
-    assert "1 of 1 meshes give what one device gives; 1 cannot hold this model" in outcome.out
+    assert "1 of 1 placements give what one device gives; 1 cannot hold this model" in outcome.out
+
+
+def test_verify_exits_1_where_nothing_could_run(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, {"pipeline": 4, "data": 2}])
+    outcome = _verify(capsys, tiny_dir)
+    assert outcome.code == 1
+    assert "nothing was compared; 2 cannot hold this model" in outcome.out
 
 
 def _break_one_weight(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -149,29 +168,22 @@ def _break_one_weight(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 def test_verify_exits_1_where_one_mesh_differs(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES)
     _break_one_weight(monkeypatch, 1.001)  # no greedy token changes: the logits alone tell
-    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4, "--json")
+    outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp", "--json")
     assert outcome.code == 1
     good, bad = _objects(outcome)
     assert (good["passed"], bad["passed"]) == (True, False)
-    assert bad["max_logit_error"] > 2e-4
+    assert bad["max_logit_error"] > 1e-4
 
 
 def test_verify_counts_tokens_that_differ(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES[1:])
     _break_one_weight(monkeypatch, -1.0)
-    outcome = jaxmoe(capsys, "verify", tiny_dir(CASE), "--max-tokens", 4)
+    outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp")
     assert outcome.code == 1
     assert "DIFFERENT" in outcome.out
     assert "of 12" in outcome.out
     assert "12 of 12" not in outcome.out
-    assert "0 of 1 meshes give what one device gives" in outcome.out
-
-
-def test_all_meshes_are_every_factorisation():
-    meshes = verify.all_meshes(8)
-    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == 20
-    assert all(math.prod(mesh.values()) == 8 for mesh in meshes)
-    assert verify.all_meshes(1) == [{"data": 1, "pipeline": 1, "tensor": 1, "expert": 1}]
+    assert "0 of 1 placements give what one device gives" in outcome.out
 
 
 def test_bench_prints_one_object_a_case(capsys, tiny_dir):

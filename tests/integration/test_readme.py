@@ -54,7 +54,9 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " compile" in command:
         assert "fits; compiled" in out
     elif " verify" in command:
-        assert "meshes give what one device gives" in out
+        assert "placements give what one device gives" in out
+    elif " inspect" in command:
+        assert "prefill and decode say what was planned and nothing else" in out
     elif " generate" in command:
         prompt = shlex.split(command)[shlex.split(command).index("--prompt") + 1]
         assert out.startswith(prompt)

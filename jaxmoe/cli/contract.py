@@ -1,0 +1,34 @@
+"""How commands show what devices say to each other beside what was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of inspect.aot.collective_rows, those marked that run more or less often than planned."""
+    table = Table(title="what devices say to each other", title_justify="left")
+    for name in ("step", "collective", "axes"):
+        table.add_column(name, overflow="fold")
+    for name in ("a turn", "bytes each", "planned"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for one in rows:
+        counts = str(one["count"]), f"{one['bytes']:,}", str(one["planned"])
+        table.add_row(one["phase"], one["op"], ", ".join(one["axes"]), *counts, "DIFFERS" * _differs(one))
+    return table
+
+
+def print_differing(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for each step that is not as planned."""
+    for phase in dict.fromkeys(one["phase"] for one in rows):
+        differ = [_differs(one) for one in rows if one["phase"] == phase]
+        if any(differ):
+            print(f"{phase} is not as planned: {sum(differ)} of {len(differ)} collectives differ")
+
+
+def _differs(one: dict[str, Any]) -> bool:
+    return one["count"] != one["planned"]

@@ -1,0 +1,92 @@
+"""jaxmoe inspect: how a model lies on a mesh, and what its devices say to each other, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.table import Table
+
+from jaxmoe.cli.contract import collectives_table, print_differing
+from jaxmoe.cli.options import console, start_jax, table_console
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option("--mesh", required=True, help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8")
+@click.option("--devices", type=int, help="emulate this many devices on the CPU")
+@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, or parts")
+@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
+@click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
+@click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
+@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--dispatch", help="tokens to experts: all_to_all (default) or all_gather")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) -> int:
+    """How the parameters of MODEL (a config.json, a folder with one, or a preset) lie on a mesh of this machine's
+    devices, and what prefill and decode, compiled for them, say to each other beside what was planned. No weights are
+    needed. Exit 1 if a step says what was not planned or leaves out what was."""
+    start_jax(devices)
+    from jaxmoe.inspect.question import ModelQuestion
+    from jaxmoe.inspect.report import report
+
+    question = ModelQuestion(config=model, **{name: value for name, value in asked.items() if value is not None})
+    with console.status("preparing") as status:
+        found = report(question, lambda phase: status.update(f"compiling {phase}"))
+    if as_json:
+        print(json.dumps(found), flush=True)
+    else:
+        _print(found)
+    return 0 if found["as_planned"] else 1
+
+
+def _size(num_bytes: float) -> str:
+    """In a unit that makes it a short number; nothing of nothing."""
+    if not num_bytes:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.{0 if unit == 'B' else 1}f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
+_PARTS = {"device": "on a device", "padding": "padding", "head_copies": "head copies", "replicas": "replicas"}
+_MEANINGS = {
+    "padding": "zeros that make splits even, of one copy of each array",
+    "head_copies": "key/value heads held again, of one copy of each array",
+    "replicas": "further copies of arrays, on devices along axes that do not split them",
+}
+
+
+def _print(found: dict[str, Any]) -> None:
+    screen = table_console()
+    axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
+    place = f"{axes} on {found['devices']} {found['platform']} device(s), layout {found['layout']}"
+    table = Table(title=f"{found['family']}, {found['dtype']}, {place}", title_justify="left")
+    for name in ("parameter", "shape", "split"):
+        table.add_column(name, overflow="fold")
+    shown = [part for part in _PARTS if found["bytes"][part]]
+    for part in shown:
+        table.add_column(_PARTS[part], justify="right")
+    for one in found["parameters"]:
+        split = (f"{dim}: {', '.join(axes)}" for dim, axes in one["sharding"].items() if axes)
+        shape = " ".join(map(str, one["shape"]))
+        table.add_row(one["path"], shape, "\n".join(split), *(_size(one["bytes"][part]) for part in shown))
+    table.add_section()
+    table.add_row("all", "", "", *(_size(found["bytes"][part]) for part in shown))
+    screen.print(table)
+    print(f"the model's own numbers take {_size(found['bytes']['model'])}")
+    for part, meaning in _MEANINGS.items():
+        if part in shown:
+            print(f"{_PARTS[part]}: {meaning}")
+    if found["collectives"]:
+        screen.print(collectives_table(found["collectives"]))
+    if found["steps"]["dtype"] != found["dtype"]:
+        print(f"steps are compiled in float32: on a CPU the compiler sends every {found['dtype']} as one")
+    print_differing(found["collectives"])
+    if found["as_planned"]:
+        print("prefill and decode say what was planned and nothing else")

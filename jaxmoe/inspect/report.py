@@ -1,0 +1,143 @@
+"""What a model is on a mesh, before any weight is read: how every parameter lies, and what its steps say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.engine.batch import TURNS
+from jaxmoe.engine.runner import Runner
+from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
+from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.mesh import build_mesh
+from jaxmoe.model.kernels import Kernels, prepare_kernels
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.weights.params import ParamInfo, parameter_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Where the bytes of arrays go; device * devices of the mesh = model + padding + head_copies + replicas.
+
+    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, and those of slots
+    that no layer fills. head_copies: further copies of key/value heads inside an array. replicas: further copies of
+    whole arrays, padding and all, on devices along axes that do not split them.
+    """
+
+    device: int
+    model: int
+    padding: int
+    head_copies: int
+    replicas: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamReport:
+    """One parameter, of all alike layers. config_shape: without padding and copies; axes: those that split it."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    config_shape: tuple[int, ...]
+    axes: dict[str, tuple[str, ...]]
+    bytes: Bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """As `jaxmoe inspect --json` prints it."""
+        return {
+            "path": self.path, "dtype": self.dtype, "shape": list(self.shape), "config_shape": list(self.config_shape),
+            "sharding": {dim: list(axes) for dim, axes in self.axes.items()}, "bytes": vars(self.bytes),
+        }  # fmt: skip
+
+
+def parameter_reports(runner: Runner) -> list[ParamReport]:
+    """Every parameter, in the order of the runner's leaves."""
+    config, placement, kernels = runner.config, runner.placement, runner.kernels
+    if placement.num_stages > 1:  # which stacks layers whatever was chosen
+        kernels = replace(kernels, layers="scan")
+    alone = replace(placement, mesh=build_mesh({}, placement.mesh.devices.flat[:1].tolist()), chunks=1)
+    here, plain = (
+        parameter_table(nnx.state(abstract_model(config, place, dtype=runner.dtype, kernels=chosen)), place)
+        for place, chosen in ((placement, runner.kernels), (alone, kernels))
+    )
+    assert [info.path for info in here] == [info.path for info in plain]
+    return [_report(config, info, real.shape, _kv_copies(runner, info)) for info, real in zip(here, plain, strict=True)]
+
+
+def _kv_copies(runner: Runner, info: ParamInfo) -> int:
+    """How often a parameter holds each key/value head."""
+    if "kv_head" not in info.dims:
+        return 1
+    _, segment, *_ = info.path.split("/")  # as LayerPlace.path
+    return runner.sizes[int(segment)].kv_copies
+
+
+def _report(config: ModelConfig, info: ParamInfo, config_shape: tuple[int, ...], kv_copies: int) -> ParamReport:
+    mesh, itemsize = info.sharding.mesh, info.dtype.itemsize
+    model = math.prod(config_shape) * itemsize
+    # A head's columns: its queries' where head_slot has room for them alone, a key's and a value's beside them, or one.
+    columns = config_shape[info.dims.index("head_slot")] if "head_slot" in info.dims else 1
+    keys_and_values = columns - config.num_query_groups if "head_slot" in info.dims else 1
+    head_copies = model // columns * keys_and_values * (kv_copies - 1)
+    device = math.prod(info.sharding.shard_shape(info.shape)) * itemsize
+    split = (axes if isinstance(axes, tuple) else (axes,) for axes in info.sharding.spec)
+    return ParamReport(
+        path=info.path, dtype=info.dtype.name, shape=info.shape, config_shape=config_shape,
+        axes={
+            dim: tuple(axis for axis in axes if axis is not None and mesh.shape[axis] > 1)
+            for dim, axes in zip(info.dims, split, strict=True)
+        },
+        bytes=Bytes(
+            device=device, model=model, padding=info.num_bytes - model - head_copies, head_copies=head_copies,
+            replicas=device * mesh.size - info.num_bytes,
+        ),
+    )  # fmt: skip
+
+
+def total_bytes(reports: list[ParamReport]) -> Bytes:
+    """Of all parameters."""
+    return Bytes(**{one.name: sum(getattr(report.bytes, one.name) for report in reports) for one in fields(Bytes)})
+
+
+def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+    """How the model lies on a mesh of this machine's devices and what its steps say there, as `jaxmoe inspect --json`.
+
+    Steps of bfloat16 on a CPU are compiled in float32, for that compiler sends every bfloat16 as one. on_phase is told
+    the name of each step before it is compiled. Raises: as ModelQuestion.checked_model, and MeshError for a mesh of
+    more or fewer devices than there are.
+    """
+    config, axes = question.checked_model()
+    mesh, dtype = build_mesh(axes), question.dtype or config.dtype
+    runner = question.runner(config, mesh, _kernels(question, dtype, axes))
+    parameters = parameter_reports(runner)
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        asked = replace(question, dtype="float32")
+        steps = asked.runner(config, mesh, _kernels(asked, "float32", axes))
+    else:
+        steps = runner
+    collectives: list[dict[str, Any]] = []
+    for phase in PHASES:
+        on_phase(phase)
+        step = compile_step(steps, phase, **question.sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
+        collectives += collective_rows(phase, step)
+    return {
+        "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,
+        "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks, "dtype": dtype,
+        "dispatch": runner.kernels.dispatch, "parameters": [one.as_json() for one in parameters],
+        "bytes": vars(total_bytes(parameters)),
+        "steps": {
+            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "batch": question.batch, "context": question.context,
+            "chunk_tokens": question.chunk_tokens,
+        },
+        "collectives": collectives, "as_planned": all(one["count"] == one["planned"] for one in collectives),
+    }  # fmt: skip
+
+
+def _kernels(question: ModelQuestion, dtype: str, axes: Mapping[str, int]) -> Kernels:
+    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(dtype, axes))

@@ -1,0 +1,88 @@
+"""What verify compares: every mesh in every layout, those alike once; and every family on all of them, in the sweep."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
+from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
+from jaxmoe.mesh import build_mesh
+from jaxmoe.sharding import Placement, View
+
+from ..tiny.cases import QUICK_CASES
+
+
+def test_all_meshes_are_every_factorisation():
+    meshes = all_meshes(8)
+    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == 20
+    assert all(math.prod(mesh.values()) == 8 for mesh in meshes)
+    assert all_meshes(1) == [{"data": 1, "pipeline": 1, "tensor": 1, "expert": 1}]
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_every_mesh_is_tried_in_every_layout_or_one_that_is_alike(moe):
+    trials = all_trials(all_meshes(8), moe=moe)
+    tried = [(*trial.mesh.values(), layout) for trial in trials for layout in (trial.layout, *trial.also)]
+    assert len(tried) == len(set(tried)) == 20 * len(LAYOUTS)
+    assert len(trials) == (50 if moe else 40)
+
+
+def _lies(mesh, layout) -> list:
+    """Which part of every dim each device has, however layers stand to the pipeline."""
+    place = Placement(mesh=mesh, layout=layout)
+    found: list = [layout.exchanged, layout.held]
+    found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
+    for view, dim in itertools.product(get_args(View), layout.table):
+        found.append(place.seen(view).sharding(dim).devices_indices_map((64,)))
+    return found
+
+
+@pytest.mark.parametrize("axes", all_meshes(8), ids=lambda axes: "x".join(map(str, axes.values())))
+def test_layouts_are_alike_where_every_device_has_the_same_part_of_every_dim(axes):
+    mesh = build_mesh(axes)
+    for first, second in itertools.combinations(LAYOUTS.values(), 2):
+        alike = first.used(axes, moe=True) == second.used(axes, moe=True)
+        assert alike == (_lies(mesh, first) == _lies(mesh, second))
+
+
+def test_layouts_of_experts_are_alike_to_a_model_without():
+    mesh = {"tensor": 4, "expert": 2}
+    assert LAYOUTS["ep-tp"].used(mesh, moe=False) == LAYOUTS["tp-ep"].used(mesh, moe=False)
+    assert LAYOUTS["ep-tp"].used(mesh, moe=True) != LAYOUTS["tp-ep"].used(mesh, moe=True)
+    assert LAYOUTS["ep-tp"].used(mesh, moe=False) != LAYOUTS["tp"].used(mesh, moe=False)
+
+
+def test_a_trial_alone_is_of_the_default_layout(tiny_dir):
+    (check,) = verify_trials(tiny_dir("mixtral_window"), trials=[Trial(mesh={"tensor": 2})], max_tokens=2)
+    assert check.passed
+    assert check.trial.layout == DEFAULT_LAYOUT
+    assert not replace(check, max_logit_error=2e-4).passed
+    assert not replace(check, num_equal=check.num_tokens - 1).passed
+
+
+def _trials(case, layout: str) -> list[Trial]:
+    moe = any(key in case.config for key in ("num_experts", "num_local_experts"))
+    return [trial for trial in all_trials(all_meshes(8), moe=moe) if str(trial.layout) == layout]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        pytest.param(case, layout, id=f"{case.name}-{layout}")
+        for case in QUICK_CASES
+        for layout in LAYOUTS
+        if _trials(case, layout)  # without experts tp-ep is ep-tp everywhere
+    ],
+)
+def test_every_family_on_every_mesh_in_every_layout(case, layout, changed_dir):
+    trials = _trials(case, layout)
+    directory = changed_dir(case.name, num_hidden_layers=8)  # one for each of the most stages
+    checks = list(verify_trials(directory, trials=trials, max_tokens=8))
+    assert [check.trial for check in checks] == trials
+    assert [check for check in checks if not check.passed] == []
