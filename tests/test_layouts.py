@@ -114,6 +114,9 @@ def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name
     for rows, blocks in ((2 * shares, 0), (8 * shares, stages)):  # too few tokens to share out, and enough
         bucket = bucket_with(rows * stages, blocks, block_tokens=8, pages=3, stages=stages, shares=shares)
         assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
+    bucket = bucket_with(8 * shares * stages, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
+    looped = step_program(llm, bucket, turns=2)
+    assert collectives(looped.as_text(), llm.mesh) == llm.runner.planned_round(bucket)
 
 
 _FOUND: dict = {}

@@ -83,12 +83,9 @@ class Transformer(nnx.Module):
         carried = self.nothing_carried() if carried is None else carried
         routed: list[jax.Array] = []
         if self.placement.num_stages == 1:
-            lead = self.beside.lead(tokens.shape[0])
-            x, carried = self._beside(
-                0, len(self.parts), self.embedded(tokens, lead), work.part(0, 1), carried,
-                routed if probabilities else None,
-            )  # fmt: skip
-            x = x if pick is None else pick(x, self.beside, lead)
+            told, asked = work.part(0, 1), routed if probabilities else None
+            x, carried = self._beside(0, len(self.parts), self.embedded(tokens), told, carried, asked)
+            x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
         else:
             x, carried = self._through_stages(self.embedded(tokens), work, carried, schedule, pick)
         return self.normed(x), carried, routed
@@ -97,9 +94,10 @@ class Transformer(nnx.Module):
         """For attention that keeps nothing."""
         return Carried([(None,) * part.period for part in self.parts], None)
 
-    def embedded(self, tokens: jax.Array, lead: TokenDim | Literal["batch"] = "batch") -> jax.Array:
-        """tokens [B,S] -> [B,S,D], whose rows lie as `lead` says."""
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart."""
         place, table = self.beside, self.embed[...]
+        lead = "batch" if place.num_stages > 1 else place.lead(tokens.shape[0])
         if lead != "residual":
             tokens = place.constrain(tokens, lead, "length")
             return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(lead))

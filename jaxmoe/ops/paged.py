@@ -52,8 +52,10 @@ def write_pages(
     if dtype in LARGEST:
         (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
         new = (k, v, k_scales, v_scales)
+    # Head by head: a scatter of all heads at once would want them side by side, and XLA:TPU copies the pool for it.
+    head = jnp.arange(k.shape[1], dtype=jnp.int32)
     return tuple(
-        old.at[at, page, :, offset].set(part.astype(old.dtype), mode="drop")
+        old.at[at, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
         for old, part in zip(pages, new, strict=True)
     )
 
