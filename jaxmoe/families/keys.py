@@ -105,7 +105,8 @@ def _gated(
     """Gate, up and down projections of one SwiGLU; expert gives the leading index where experts are stacked."""
     lead: Place = () if expert is None else (expert,)
     for part, key in enumerate(hf_keys[:2]):
-        dst = (*lead, slice(0, width), part, slice(0, ffn))
+        rows, columns = slice(0, width), slice(0, ffn)
+        dst: Place = (rows, part, columns) if expert is None else (expert, part, rows, columns)
         yield _whole(f"{key}.weight", (ffn, width), f"{path}/gate_up", transpose=True, dst=dst)
     dst = (*lead, slice(0, ffn), slice(0, width))
     yield _whole(f"{hf_keys[2]}.weight", (width, ffn), f"{path}/down", transpose=True, dst=dst)

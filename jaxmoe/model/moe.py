@@ -26,12 +26,19 @@ from jaxmoe.sharding import Placement, TokenDim
 
 
 class Experts(nnx.Module):
-    """SwiGLU weights of all experts (or of the one shared expert, without that dim)."""
+    """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
 
     def __init__(self, width: int, ffn: int, num_experts: int, *, make: Maker, init: Init) -> None:
-        stack, inside = ({"moe_expert": num_experts}, "moe_ffn") if num_experts else ({}, "ffn")
-        self.gate_up = make(init, **stack, width=width, gate_or_up=2, **{inside: ffn})
-        self.down = make(init, **stack, **{inside: ffn}, width=width)
+        self.gate_up = make(init, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn)
+        self.down = make(init, moe_expert=num_experts, moe_ffn=ffn, width=width)
+
+
+class SharedExpert(nnx.Module):
+    """SwiGLU weights of the expert that every token visits; gate and up lie side by side, as in a dense layer."""
+
+    def __init__(self, width: int, ffn: int, *, make: Maker, init: Init) -> None:
+        self.gate_up = make(init, width=width, gate_or_up=2, ffn=ffn)
+        self.down = make(init, ffn=ffn, width=width)
 
 
 class Routed(NamedTuple):
@@ -69,7 +76,7 @@ class MoE(nnx.Module):
         if placement.redundant_experts is not None:
             self.placed = make.indices(placed=3, place=sizes.moe_experts)
         if config.moe.shared_intermediate_size:
-            self.shared = Experts(width, sizes.shared_ffn, 0, make=make, init=init)
+            self.shared = SharedExpert(width, sizes.shared_ffn, make=make, init=init)
             self.shared_gate = make(init, width=width, one=1)
 
     def __call__(self, x: jax.Array, at: At, real: Real, lead: TokenDim) -> tuple[jax.Array, Routed]:

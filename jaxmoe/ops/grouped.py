@@ -138,27 +138,33 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
-def _expert(stacked, at, index):
-    """[L, E, ...] -> [...] of one expert of one layer, read where it lies."""
-    start = (at, index, *(0,) * (stacked.ndim - 2))
-    return jax.lax.dynamic_slice(stacked, start, (1, 1, *stacked.shape[2:])).reshape(stacked.shape[2:])
+def _matrix(stacked, *index):
+    """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
+    matrix = stacked.shape[-2:]
+    return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
 
 
-def _hidden(x, gate_up):
-    """Gate and up activations of rows x [R, D] through one expert [D, 2, F], as float32 [R, F] each."""
-    both = jax.lax.dot_general(x, gate_up, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return both[:, 0], both[:, 1]
+def _expert(gate_up, down, at, index):
+    """Gate, up and down of one expert of one layer: [D, F], [D, F], [F, D]."""
+    return _matrix(gate_up, at, index, 0), _matrix(gate_up, at, index, 1), _matrix(down, at, index)
 
 
-def _swiglu(x, gate_up, down):
+def _hidden(x, gate, up):
+    """Gate and up activations of rows x [R, D] through one expert's [D, F] each, as float32 [R, F]."""
+    return tuple(jnp.dot(x, matrix, preferred_element_type=jnp.float32) for matrix in (gate, up))
+
+
+def _swiglu(x, gate, up, down):
     if x.shape[0] == 1 and x.dtype.itemsize < 4:
-        return swiglu_one(x[0], gate_up, down)[None]
-    gate, up = _hidden(x, gate_up)
-    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return swiglu_one(x[0], gate, up, down)[None]
+    g, u = _hidden(x, gate, up)
+    hidden = (jax.nn.silu(g) * u).astype(x.dtype)
     return jnp.dot(hidden, down, preferred_element_type=jnp.float32)
 
 
-def swiglu_one(x: Float[Array, "D"], gate_up: Float[Array, "D 2 F"], down: Float[Array, "F D"]) -> Float[Array, "D"]:
+def swiglu_one(
+    x: Float[Array, "D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"]
+) -> Float[Array, "D"]:
     """One row of 16 bits as sums of multiples of the weights' rows: XLA's CPU products of one such row first widen the
     weights to float32, which takes three times as long."""
 
@@ -166,8 +172,7 @@ def swiglu_one(x: Float[Array, "D"], gate_up: Float[Array, "D 2 F"], down: Float
         scale = x.astype(jnp.float32).reshape(-1, *(1,) * (w.ndim - 1))
         return jnp.sum(scale * w.astype(jnp.float32), axis=0)
 
-    gate, up = times(x, gate_up)
-    return times((jax.nn.silu(gate) * up).astype(x.dtype), down)
+    return times((jax.nn.silu(times(x, gate)) * times(x, up)).astype(x.dtype), down)
 
 
 def _blocks_forward(top_k, x, weights, gate_up, down, at):
@@ -175,7 +180,7 @@ def _blocks_forward(top_k, x, weights, gate_up, down, at):
 
     def visit(out, expert, tokens, weights):
         rows = x.at[tokens].get(mode="clip")
-        y = _swiglu(rows, _expert(gate_up, at, expert), _expert(down, at, expert))
+        y = _swiglu(rows, *_expert(gate_up, down, at, expert))
         return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
 
     out = _for_each_block(plan, block_sizes(x.shape[0]), visit, jnp.zeros(x.shape, jnp.float32))
@@ -201,8 +206,8 @@ def _blocks_bwd(top_k, saved, dy):
         dx, dweights, dgate_up, ddown = carry
         scale = weights[:, None].astype(jnp.float32)
         x_rows, dy_rows = x.at[tokens].get(mode="clip"), dy.at[tokens].get(mode="fill", fill_value=0)
-        w_in, w_out = _expert(gate_up, at, expert), _expert(down, at, expert)
-        gate, up = _hidden(x_rows, w_in)
+        w_gate, w_up, w_out = _expert(gate_up, down, at, expert)
+        gate, up = _hidden(x_rows, w_gate, w_up)
         sigmoid = jax.nn.sigmoid(gate)
         act = gate * sigmoid
         hidden = act * up
@@ -210,9 +215,9 @@ def _blocks_bwd(top_k, saved, dy):
         dscale = jnp.sum(back * hidden, axis=-1)
         dhidden = back * scale
         dgate = dhidden * up * (sigmoid + act * (1 - sigmoid))
-        both = jnp.stack([dgate, dhidden * act], axis=1).astype(x.dtype)
-        dx_rows = jax.lax.dot_general(both, w_in, (((1, 2), (1, 2)), ((), ())), preferred_element_type=jnp.float32)
-        dw_in = jax.lax.dot_general(x_rows, both, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        back_through = [(part.astype(x.dtype), w) for part, w in ((dgate, w_gate), (dhidden * act, w_up))]
+        dx_rows = sum(jnp.dot(part, w.T, preferred_element_type=jnp.float32) for part, w in back_through)
+        dw_in = jnp.stack([jnp.dot(x_rows.T, part, preferred_element_type=jnp.float32) for part, _ in back_through])
         scaled = (hidden * scale).astype(x.dtype)
         dw_out = jnp.dot(scaled.T, dy_rows, preferred_element_type=jnp.float32)
         dx = dx.at[tokens].add(dx_rows, mode="drop", unique_indices=True)
@@ -231,10 +236,9 @@ def _ragged(top_k, x, weights, gate_up, down, at):
     gate_up, down = layer_of(gate_up, at), layer_of(down, at)
     plan = sort_assignments(weights, top_k=top_k)
     counts = jnp.diff(plan.ends, prepend=0)
-    num_experts, width, _, ffn = gate_up.shape
     rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
-    both = jax.lax.ragged_dot(rows, gate_up.reshape(num_experts, width, 2 * ffn), counts)
-    hidden = jax.nn.silu(both[:, :ffn].astype(jnp.float32)) * both[:, ffn:].astype(jnp.float32)
+    gate, up = (jax.lax.ragged_dot(rows, gate_up[:, which], counts).astype(jnp.float32) for which in (0, 1))
+    hidden = jax.nn.silu(gate) * up
     y = jax.lax.ragged_dot(hidden.astype(x.dtype), down, counts).astype(jnp.float32)
     y = y * plan.weights[:, None].astype(jnp.float32)
     return jnp.zeros(x.shape, jnp.float32).at[plan.tokens].add(y, mode="drop").astype(x.dtype)
@@ -259,7 +263,7 @@ _native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _b
 def _dense(top_k, x, weights, gate_up, down, at):
     del top_k
     gate_up, down = layer_of(gate_up, at), layer_of(down, at)
-    both = jnp.einsum("td,edcf->tecf", x, gate_up, preferred_element_type=jnp.float32)
+    both = jnp.einsum("td,ecdf->tecf", x, gate_up, preferred_element_type=jnp.float32)
     hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype).astype(jnp.float32)
     y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
     return jnp.sum(y * weights[:, :, None].astype(jnp.float32), axis=1).astype(x.dtype)
@@ -271,7 +275,7 @@ _KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _rag
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E D 2 F"],
+    gate_up: Float[Array, "L E 2 D F"],
     down: Float[Array, "L E F D"],
     at: At = 0,
     *,

@@ -19,7 +19,7 @@ ROW_FLOPS = 6 * WIDTH * FFN  # gate, up and down of one token in one expert
 
 def compiled_products(num_tokens: int, kind: str, dtype):
     experts = 1, NUM_EXPERTS
-    shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (*experts, WIDTH, 2, FFN), (*experts, FFN, WIDTH)]
+    shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (*experts, 2, WIDTH, FFN), (*experts, FFN, WIDTH)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     program = jax.jit(lambda *a: grouped_swiglu(*a, top_k=TOP_K, kind=kind)).lower(*arguments).compile()
     return products(program.as_text())
@@ -40,14 +40,14 @@ def trips_by_size(num_tokens: int) -> Counter[int]:
 
 def rows_of(product) -> int:
     """Rows of the block a product belongs to: gate and up sum over the width, down over the experts' width."""
-    columns = {WIDTH: 2 * FFN, FFN: WIDTH}[product.depth]
+    columns = {WIDTH: FFN, FFN: WIDTH}[product.depth]
     return math.prod(product.result_shape) // columns
 
 
 def flops_of_one_row(dtype) -> float:
     """What XLA counts for a block of one row of 16 bits, which holds no product; less one for each weight, which it
     counts for widening it."""
-    shapes = [(WIDTH,), (WIDTH, 2, FFN), (FFN, WIDTH)]
+    shapes = [(WIDTH,), (WIDTH, FFN), (WIDTH, FFN), (FFN, WIDTH)]
     program = jax.jit(swiglu_one).lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).compile()
     return program.cost_analysis()["flops"] - 3 * WIDTH * FFN
 

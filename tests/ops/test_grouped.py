@@ -35,7 +35,7 @@ def routing(name: str, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
 def arguments(name: str, num_tokens: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(7)
     x = rng.normal(size=(num_tokens, WIDTH)).astype(np.float32)
-    gate_up = rng.normal(size=(NUM_EXPERTS, WIDTH, 2, FFN)).astype(np.float32)
+    gate_up = rng.normal(size=(NUM_EXPERTS, 2, WIDTH, FFN)).astype(np.float32)
     down = rng.normal(size=(NUM_EXPERTS, FFN, WIDTH)).astype(np.float32)
     return x, routing(name, num_tokens, rng), stacked(gate_up), stacked(down)
 

@@ -26,7 +26,7 @@ def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
         weights[token, chosen] = rng.uniform(0.2, 1, len(chosen))
     x, gate_up, down = (
         rng.normal(0, 0.5, shape)
-        for shape in ((num_tokens, width), (num_experts, width, 2, ffn), (num_experts, ffn, width))
+        for shape in ((num_tokens, width), (num_experts, 2, width, ffn), (num_experts, ffn, width))
     )
     x, weights, gate_up, down = (jnp.asarray(a, dtype) for a in (x, weights, gate_up, down))
     return [x, weights, stacked(gate_up), stacked(down), AT]
@@ -67,8 +67,8 @@ def test_gates_far_from_zero_stay_finite(dtype):
     if not compiler_found(dtype):
         return
     x, weights = jnp.ones((2, 16), dtype), jnp.array([[1, 0], [0, 1]], dtype)
-    gate_up = jnp.stack([jnp.full((16, 2, 32), value, dtype) for value in (-60, 60)])
-    gate_up = gate_up.at[:, :, 1].set(1)
+    gate_up = jnp.stack([jnp.full((2, 16, 32), value, dtype) for value in (-60, 60)])
+    gate_up = gate_up.at[:, 1].set(1)
     found = jax.jit(lambda *a: grouped_swiglu(*a, top_k=1, kind="native"))(
         x, weights, gate_up[None], jnp.ones((1, 2, 32, 16), dtype)
     )

@@ -64,9 +64,10 @@ class Assembly:
             found |= {"q_norm": self._query(q) if full else q, "k_norm": self._key_value(k) if full else k}
         return found
 
-    def _gated(self, names: tuple[str, str, str], ffn: int) -> dict[str, np.ndarray]:
+    def _gated(self, names: tuple[str, str, str], ffn: int, axis: int = 1) -> dict[str, np.ndarray]:
+        """axis: along which gate and up lie beside each other."""
         gate, up, down = (self.tensors[f"{name}.weight"].T for name in names)
-        return {"gate_up": _pad(np.stack([gate, up], axis=1), 2, ffn), "down": _pad(down, 0, ffn)}
+        return {"gate_up": _pad(np.stack([gate, up], axis=axis), 2, ffn), "down": _pad(down, 0, ffn)}
 
     def _mlp(self, prefix: str) -> dict[str, np.ndarray]:
         names = tuple(f"{prefix}.{name}_proj" for name in ("gate", "up", "down"))
@@ -81,7 +82,7 @@ class Assembly:
         block, *names = _EXPERT_NAMES.get(self.config.family, _DEFAULT_NAMES)
         prefix = f"{layer}.{block}"
         experts = [
-            self._gated(tuple(f"{prefix}.experts.{e}.{name}" for name in names), self.sizes.moe_ffn)
+            self._gated(tuple(f"{prefix}.experts.{e}.{name}" for name in names), self.sizes.moe_ffn, axis=0)
             for e in range(moe.num_experts)
         ]
         found = {"router": self.tensors[f"{prefix}.gate.weight"].T}

@@ -143,7 +143,7 @@ def _register(compiler: str) -> ctypes.CDLL:
 def native_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E D 2 F"],
+    gate_up: Float[Array, "L E 2 D F"],
     down: Float[Array, "L E F D"],
     at: At,
 ) -> Float[Array, "T D"]:

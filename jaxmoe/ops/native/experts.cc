@@ -76,12 +76,8 @@ struct Problem {
     for (int64_t r = 0; r < rows; ++r) WidenAll(x + tokens[item.first + r] * width, width, in + r * width);
     std::fill(both, part, 0.0f);  // [rows, gate or up, range]
     const T* matrix = gate_up + item.expert * width * 2 * ffn;
-    if (range == ffn) {  // gate and up lie side by side: one sweep over whole rows
-      Add(rows, in, width, matrix, 2 * ffn, width, 2 * ffn, both, 2 * range);
-    } else {
-      Add(rows, in, width, matrix + from, 2 * ffn, width, range, both, 2 * range);
-      Add(rows, in, width, matrix + ffn + from, 2 * ffn, width, range, both + range, 2 * range);
-    }
+    Add(rows, in, width, matrix + from, ffn, width, range, both, 2 * range);
+    Add(rows, in, width, matrix + width * ffn + from, ffn, width, range, both + range, 2 * range);
     for (int64_t r = 0; r < rows; ++r) {
       float *gate = both + r * 2 * range, *up = gate + range;
       for (int64_t i = 0; i < range; i += kLanes) {  // rounded as the other implementations round between two products
