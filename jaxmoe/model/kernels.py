@@ -73,8 +73,8 @@ def choose_kernels(
     shared_pages: whether ranks hold parts of every page, which the loop alone can read.
 
     Compiles nothing.
-    That is native on a CPU with a C++ compiler (a warning is logged where there is none), ragged on a TPU for the
-    experts, and XLA's form otherwise. On a CPU XLA's products want every layer's weights by themselves: unroll.
+    That is native on a CPU with a C++ compiler (a warning is logged where there is none), and XLA's form otherwise. On
+    a CPU XLA's products want every layer's weights by themselves: unroll.
     Raises: ConfigError for a step or a kernel that does not exist, or one that was chosen and cannot run here.
     """
     named = dict(vars(choice) if isinstance(choice, Kernels) else choice)
@@ -90,8 +90,6 @@ def choose_kernels(
             native.check(dtype, option=name)
     platform = platform or jax.default_backend()
     unnamed = [] if isinstance(choice, Kernels) else [name for name in NATIVE_STEPS if name not in named]
-    if platform == "tpu" and "grouped" in unnamed:
-        named["grouped"] = "ragged"
     if platform == "cpu" and unnamed and dtype in native.DTYPES:
         try:
             native.check(dtype, option=unnamed[0])

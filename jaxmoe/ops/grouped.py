@@ -3,7 +3,8 @@
 - blocks: tokens sorted by expert, cut in blocks that hold rows of one expert; loops whose trip counts follow the
   routing visit the blocks, large ones first, then each expert's rest in a block just large enough. Weights are read
   where they lie, an expert nobody chose is never touched. Any backend.
-- ragged: `jax.lax.ragged_dot`, native on TPU; on CPU and stock GPU lowering it costs num_experts times as much.
+- ragged: `jax.lax.ragged_dot`, a kernel on TPU, for which a layer's experts are copied out of the stack of layers; on
+  CPU and stock GPU lowering it costs num_experts times as much.
 - native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads weights at memory's speed for few
   tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
   the processor multiplies bfloat16 itself.
@@ -236,8 +237,10 @@ def _ragged(top_k, x, weights, gate_up, down, at):
     gate_up, down = layer_of(gate_up, at), layer_of(down, at)
     plan = sort_assignments(weights, top_k=top_k)
     counts = jnp.diff(plan.ends, prepend=0)
+    in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
+    counts_of = (jnp.stack(pair, axis=1).reshape(-1) for pair in ((counts, 0 * counts), (0 * counts, counts)))
     rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
-    gate, up = (jax.lax.ragged_dot(rows, gate_up[:, which], counts).astype(jnp.float32) for which in (0, 1))
+    gate, up = (jax.lax.ragged_dot(rows, in_turn, own).astype(jnp.float32) for own in counts_of)
     hidden = jax.nn.silu(gate) * up
     y = jax.lax.ragged_dot(hidden.astype(x.dtype), down, counts).astype(jnp.float32)
     y = y * plan.weights[:, None].astype(jnp.float32)

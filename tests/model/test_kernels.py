@@ -42,7 +42,7 @@ def test_what_is_named_stays():
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize(("platform", "grouped"), [("tpu", "ragged"), ("gpu", "blocks"), ("cuda", "blocks")])
+@pytest.mark.parametrize(("platform", "grouped"), [("tpu", "blocks"), ("gpu", "blocks"), ("cuda", "blocks")])
 def test_accelerators_run_xla_and_ask_for_no_compiler(platform, grouped, caplog):
     assert choose_kernels("bfloat16", {}, platform=platform) == Kernels(grouped=grouped)
     assert choose_kernels("bfloat16", {"grouped": "dense"}, platform=platform) == Kernels(grouped="dense")
