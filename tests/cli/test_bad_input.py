@@ -132,7 +132,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--stage-chunks", "0"], ["stage_chunks=0 must be a whole number of at least 1"]),
     ([*GENERATE, "--stage-chunks", "2"], ["stage_chunks=2 needs stages: the mesh has pipeline=1"]),
     ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
-    ([*GENERATE, "--layout", "batch=data+expert+tensor,split=tensor"], ["axis 'tensor' twice in batch and split"]),
+    (
+        [*GENERATE, "--layout", "batch=data+expert+tensor,split=tensor"],
+        ["axis 'tensor' twice in batch, split, context"],
+    ),
     ([*GENERATE, "--mesh", "cpu-9"], ["'cpu-9' is neither axes", "presets: ", "cpu-8"]),
     ([*GENERATE, "--mesh", ""], ["mesh '' is neither axes"]),
     ([*GENERATE, "--mesh", "v5p-64"], ["needs 64 devices and there are 8"]),

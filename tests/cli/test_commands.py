@@ -121,8 +121,10 @@ def test_verify_passes_a_good_model_in_every_layout(capsys, tiny_dir, monkeypatc
     outcome = _verify(capsys, tiny_dir, "--json")
     assert outcome.code == 0
     found = _objects(outcome)
-    assert [check["mesh"] for check in found] == TWO_MESHES[1:] * 4
-    assert [(check["layout"], check["also"]) for check in found] == [(name, []) for name in LAYOUTS]
+    others = [name for name in LAYOUTS if name != "cp-ep-tp"]  # which without a data axis is ep-tp
+    assert [check["mesh"] for check in found] == TWO_MESHES[1:] * len(others)
+    assert [check["layout"] for check in found] == others
+    assert {check["layout"]: check["also"] for check in found if check["also"]} == {"ep-tp": ["cp-ep-tp"]}
     assert all(check["passed"] for check in found)
     assert all(check["num_equal"] == check["num_tokens"] == 12 for check in found)
     assert all(0 <= check["max_logit_error"] <= 1e-4 for check in found)
@@ -138,17 +140,17 @@ def test_verify_runs_layouts_that_are_alike_on_a_mesh_once(capsys, tiny_dir, mon
 
 def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, {"data": 2}])
-    refused, passed = _objects(_verify(capsys, tiny_dir, "--json"))
+    refused, passed = _objects(_verify(capsys, tiny_dir, "--layout", "ep-tp", "--json"))
     assert "pipeline=8 needs at least 8 alike layers" in refused["refused"]
     assert (refused["passed"], passed["passed"]) == (False, True)
-    outcome = _verify(capsys, tiny_dir)
+    outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp")
     assert outcome.code == 0
     assert "1 of 1 placements give what one device gives; 1 cannot hold this model" in outcome.out
 
 
 def test_verify_exits_1_where_nothing_could_run(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, {"pipeline": 4, "data": 2}])
-    outcome = _verify(capsys, tiny_dir)
+    outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp")
     assert outcome.code == 1
     assert "nothing was compared; 2 cannot hold this model" in outcome.out
 
