@@ -58,8 +58,14 @@ class Layout:
                 f"must hold these of the axes that share out no tokens; they hold "
                 f"{'+'.join((*held, *self.expert_width)) or 'none'}"
             )
-        if self.experts != (*(axis for axis in self.experts if axis not in held), *held):
-            raise LayoutError("layout: experts must name axes of batch and context first")
+        # A rank's experts, and the strips of tokens it gathers, must follow each other.
+        exchanged = [axis for axis in self.experts if axis not in held]
+        strips = [axis for axis in self.experts if axis in self.sequence]
+        rest = [axis for axis in held if axis not in self.sequence]
+        if list(self.experts) != [*exchanged, *strips, *rest]:
+            raise LayoutError("layout: experts must name axes of batch and context first, then those of sequence")
+        if set(self.sequence[: len(strips)]) != set(strips):
+            raise LayoutError("layout: sequence must name axes of experts first")
 
     @cached_property
     def table(self) -> Mapping[str, Axes]:

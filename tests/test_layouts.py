@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import fields
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,6 +50,11 @@ def test_layouts_read_from_their_names_and_from_what_they_print(name):
         ("batch=data,split=tensor,experts=tensor", "leaves axis 'expert' without work"),
         ("batch=data+expert,split=tensor,experts=expert", "must hold these of the axes that share out no tokens"),
         ("batch=data+expert,split=tensor,experts=tensor+expert", "axes of batch and context first"),
+        ("batch=data,split=expert+tensor,experts=expert+tensor,sequence=tensor", "then those of sequence"),
+        (
+            "batch=data,split=expert+tensor,experts=expert,expert_width=tensor,sequence=tensor+expert",
+            "sequence must name axes of experts first",
+        ),
     ],
 )
 def test_layouts_that_cannot_be_are_named(text, words):
@@ -89,6 +95,8 @@ LAYOUT_MESHES = [
     ("tp-sp", "tensor=4,expert=2"),
     ("cp-ep-tp", "data=2,tensor=2,expert=2"),
     ("cp-ep-tp", "data=2,pipeline=2,tensor=2"),
+    ("cp-ep-tp", "data=2,pipeline=2,expert=2"),
+    ("batch=data,split=expert+tensor,experts=expert,expert_width=tensor,sequence=expert+tensor", "tensor=4,expert=2"),
     ("batch=,context=data+expert,split=tensor,experts=expert,expert_width=tensor,sequence=tensor", "data=2,expert=4"),
     (
         "batch=,context=data+expert,split=tensor,experts=expert,expert_width=tensor,sequence=tensor",
@@ -184,7 +192,7 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
         mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32", kv_dtype="int8",
     )  # fmt: skip
     requests = requests_of(24, llm.config.vocab_size)
-    page_gib = llm.runner.device_bytes_a_token * 4 * llm.runner.context_ranks / 2**30
+    page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
     sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     async def scene(engine):
@@ -201,13 +209,26 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
     assert found[0] == alone
 
 
-def test_a_context_divides_what_a_device_holds_of_a_token(tiny_dir):
-    one, four = (
-        LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of(mesh), layout="cp-ep-tp", dtype="float32")
-        for mesh in ("expert=2", "data=4,expert=2")
-    )
-    assert one.runner.device_bytes_a_token == 4 * four.runner.device_bytes_a_token
-    assert four.runner.kernels.attention == "loop"
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, changed_dir):
+    llm = LLM.load(
+        changed_dir("qwen3_moe_norm", num_key_value_heads=1), mesh=mesh_of(f"data={ranks}"), layout="cp-ep-tp",
+        dtype="float32",
+    )  # fmt: skip
+    memory_gib = 10.5 * llm.runner.device_bytes_a_token * 4 / 2**30
+    with Engine(llm, max_requests=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
+        stats, state = engine.stats(), engine._core._state
+        assert (stats["num_pages"], stats["page_size"]) == (10, 4 * ranks)
+        held = {device: 0 for device in llm.mesh.devices.flat}
+        for array in jax.tree.leaves(state.pages):
+            for shard in array.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        assert set(held.values()) == {10 * 4 * llm.runner.device_bytes_a_token}
+
+
+def test_a_context_is_read_by_the_loop(tiny_dir):
+    llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=4"), layout="cp-ep-tp", dtype="float32")
+    assert llm.runner.kernels.attention == "loop"
     with pytest.raises(ConfigError, match="attention=native reads whole pages"):
         LLM.load(
             tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=4"), layout="cp-ep-tp", dtype="float32",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -48,8 +49,9 @@ def balance(
     if (loads is None) != (ranks is None):
         raise RequestError("--loads and --ranks go together: give both, or neither and a model")
     if loads is not None and ranks is not None:
-        if model is not None or prompt_ids is not None:
-            raise RequestError("--loads runs no model: leave MODEL and --prompt-ids out")
+        asked = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
+        if asked:
+            raise RequestError(f"--loads runs no model: leave {', '.join(asked)} out")
         found = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks)
     else:
         rows = read_id_lines(prompt_ids) if prompt_ids is not None else None
@@ -67,28 +69,39 @@ def balance(
         console.print(f"[dim]every rank's load is drawn in {plot}[/dim]")
 
 
+def _was_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source is not ParameterSource.DEFAULT
+
+
 def _read_loads(path: str) -> np.ndarray:
     """Raises: RequestError for a file that is not rows of numbers, as many in each."""
     import numpy as np
 
+    wrong = RequestError(f"{path} must hold one JSON list of numbers in [0, 1e18] a layer, as many in each")
     try:
-        loads = np.array(json.loads(Path(path).read_text(encoding="utf-8")), dtype=np.float64)
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{path} must hold one JSON list of numbers a layer, as many in each") from error
-    if loads.ndim != 2 or not loads.size:
-        raise RequestError(f"{path} must hold one JSON list of numbers a layer, as many in each")
-    return loads
+    except (ValueError, RecursionError) as error:
+        raise wrong from error
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
+        raise wrong
+    numbers = [value for row in rows for value in row]
+    if not all(type(value) in (int, float) and 0 <= value <= 1e18 for value in numbers):
+        raise wrong
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise wrong
+    return np.array(rows, np.float64)
 
 
 def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int) -> dict[str, Any]:
     """Loads of experts as they would fall on ranks, in order and balanced."""
     from jaxmoe.planner import balance as planner
 
-    if redundant < 0:
-        raise ConfigError(f"redundant_experts={redundant} must be at least 0")
     num_experts = loads.shape[1]
+    if not 0 <= redundant <= 15 * num_experts:
+        raise ConfigError(f"redundant_experts={redundant} must lie in [0, {15 * num_experts}]")
     places = -(-(num_experts + redundant) // ranks) * ranks
     wanted = planner.balance(loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
     share = -(-num_experts // ranks)
@@ -138,7 +151,7 @@ def _report(by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: 
     }  # fmt: skip
     return {
         "layers": layers, "experts": num_experts, "places": wanted.expert_at.shape[1], "ranks": wanted.num_ranks,
-        "nodes": nodes, "groups": groups, **forms,
+        "nodes": nodes, "groups": groups, "hierarchical": nodes > 1 and groups % nodes == 0, **forms,
         "placement": {"expert_at": wanted.expert_at.tolist(), "replicas": wanted.replicas.tolist()},
     }  # fmt: skip
 

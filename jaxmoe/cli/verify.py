@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--devices", type=int, help="emulate this many devices on the CPU; without it, the devices there are")
-@click.option("--layout", "layouts", multiple=True, help="ep-tp, tp-ep, dp-ep, tp, or parts; all four by default")
+@click.option("--layout", "layouts", multiple=True, help="a layout (several times); all there are by default")
 @click.option(
     "--max-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, help="greedy tokens a prompt"
 )

@@ -296,10 +296,10 @@ def _limits(
         if not (is_finite(gib) and 0 <= gib < 2**40):
             raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
     token_bytes = runner.device_bytes_a_token
-    page_size *= runner.context_ranks
     num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
+    page_size *= runner.context_ranks
     rows = runner.padded_rows(max_requests) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
     return Limits(

@@ -3,7 +3,8 @@
 # Dims: E experts, R places for them (of all ranks), n ranks that route.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,11 +79,12 @@ class Experts:
 
     # --- how they move ---
 
-    def moved(self, leaves: Sequence[jax.Array], wanted: ExpertPlacement) -> tuple[jax.Array, ...]:
-        """The parameters, by the table's order, with every expert and its replicas where they are wanted.
+    def move(self, leaves: list[jax.Array], wanted: ExpertPlacement) -> None:
+        """Change the parameters, in the table's order, so that every expert and its replicas are where they are wanted.
 
-        Raises: ConfigError where the placement is of other layers, places or ranks, or lacks experts, or the program
-        was not told of places.
+        On accelerators the arrays there were are given up for those that take their place. Raises: ConfigError where
+        the placement is of other layers, places or ranks, or its experts and replicas are not all there, once each, or
+        the program was not told of places.
         """
         self._check(wanted)
         sources: dict[tuple[int, ...], np.ndarray] = {}
@@ -96,16 +98,18 @@ class Experts:
             new = wanted.expert_at[layer]
             source[at.slot] = sources_of(old, new, self.num_places // self.num_ranks)
             told[at.slot] = new, wanted.replica_at[layer], wanted.replicas[layer][new]
-        result = list(leaves)
+        moves: list[tuple[int, Callable[..., Any], np.ndarray]] = []
         for index, info in enumerate(self._table):
             at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
             if "moe_expert" in info.dims:
-                part = self._parts[at_block[0]]
-                result[index] = self._move_fn(result[index], sources[at_block], part=part, dims=info.dims)
+                how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
+                run = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
+                moves.append((index, run, sources[at_block]))
             elif "placed" in info.dims:
-                result[index] = jax.device_put(placed[at_block], info.sharding)
+                moves.append((index, partial(_put, info=info), placed[at_block]))
+        for index, run, told in moves:  # whatever can fail has been compiled
+            leaves[index] = run(leaves[index], told)
         self.placement = wanted
-        return tuple(result)
 
     def _check(self, wanted: ExpertPlacement) -> None:
         if self._place.redundant_experts is None:
@@ -118,8 +122,16 @@ class Experts:
                 f"the placement is of {wanted.expert_at.shape[0]} layers, {wanted.expert_at.shape[1]} places and "
                 f"{wanted.num_ranks} ranks, the model has {own[0]}, {own[1]} and {self.num_ranks}"
             )
-        if wanted.replicas.shape[1] != self.num_experts or (wanted.replicas < 1).any():
-            raise ConfigError(f"the placement must have each of {self.num_experts} experts somewhere in every layer")
+        for layer in range(self.num_layers):
+            at, nth, count = wanted.expert_at[layer], wanted.replica_at[layer], wanted.replicas[layer].tolist()
+            every = [(expert, which) for expert, replicas in enumerate(count) for which in range(replicas)]
+            right = len(count) == self.num_experts and min(count) >= 1 and len(every) == self.num_places
+            right = right and sorted(zip(at.tolist(), nth.tolist(), strict=True)) == every
+            if not right:
+                raise ConfigError(
+                    f"the placement must have each of {self.num_experts} experts somewhere in every layer, and number "
+                    f"its replicas from 0 on; in MoE layer {layer} it does not"
+                )
 
     def _move(self, weights: jax.Array, source: jax.Array, *, part: Segment, dims: Dims) -> jax.Array:
         """weights [slots,R,...] as they are to stand: place p of a slot gets what stands at its source [slots,R].
@@ -151,3 +163,8 @@ class Experts:
             return jax.lax.fori_loop(0, len(weights), slot, weights)
 
         return place.locally(on_device, (weights, dims), (source, ("layer", "one")), out=dims)
+
+
+def _put(_: jax.Array, values: np.ndarray, *, info: ParamInfo) -> jax.Array:
+    """The values, where the parameter's are."""
+    return jax.device_put(values, info.sharding)

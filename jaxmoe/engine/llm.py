@@ -263,7 +263,8 @@ class LLM:
     ) -> Counted:
         """Complete each prompt, and count the tokens that went to each expert, on the devices without a collective.
 
-        What earlier prompts left on pages is forgotten, so that every token is counted. Raises: as generate.
+        What earlier prompts left on pages is forgotten, so that every token is counted; so are those of requests that
+        other threads have on this LLM meanwhile, and experts must stay where they are. Raises: as generate.
         """
         experts = self.runner.experts
         found = np.zeros((experts.num_layers, experts.num_places), np.int64)

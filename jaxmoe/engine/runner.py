@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -82,7 +83,8 @@ class Runner:
         """kv_dtype: of keys and values in pages; that of the activations by default."""
         graph, state = nnx.split(model)
         leaves, structure = jax.tree.flatten(state)
-        self.leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self.leaves: list[jax.Array] = leaves
+        self._leaves_lock = threading.Lock()  # while a step is sent, or leaves are changed
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
         self.kernels, self.parts = model.kernels, model.parts
@@ -124,11 +126,11 @@ class Runner:
 
     @property
     def device_bytes_a_token(self) -> int:
-        """Of those, the bytes that one device holds."""
+        """Of those, the bytes of a device that holds the token: one of a context's ranks."""
 
         def devices(part: Segment) -> int:
             place = self.placement.holding(part)
-            return place.parts("layer") * place.parts("kv_head") * place.parts("page_token")
+            return place.parts("layer") * place.parts("kv_head")
 
         return self._bytes_a_token(devices)
 
@@ -363,11 +365,13 @@ class Runner:
             told = self.put(packed, "batch", "one")
             flags = np.array(wanted, np.bool_)
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
-            return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
+            with self._leaves_lock:
+                return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
-        """Move experts to where they are to stand; steps read there from now on. Raises: as Experts.moved."""
-        self.leaves = self.experts.moved(self.leaves, wanted)
+        """Move experts to where they are to stand; steps sent from now on read there. Raises: as Experts.move."""
+        with self._leaves_lock:
+            self.experts.move(self.leaves, wanted)
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
         """The collectives of a step of one turn."""
@@ -407,5 +411,5 @@ class Runner:
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """tokens [B,S] -> log-probability of the token that follows each place [B,S], logits after the last [B,V]."""
-        with self._precisely():
+        with self._precisely(), self._leaves_lock:
             return self.score_fn(self.leaves, self.put(tokens, "batch", "length"), self.put(lengths, "batch"))

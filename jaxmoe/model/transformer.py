@@ -98,18 +98,19 @@ class Transformer(nnx.Module):
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart."""
         place, table = self.beside, self.embed[...]
         lead = "batch" if place.num_stages > 1 else place.lead(tokens.shape[0])
-        if lead != "residual":
+        axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
+        if lead == "token" or not axes:
             tokens = place.constrain(tokens, lead, "length")
             return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(lead))
-        axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
+        scattered = place.shared(lead) if lead == "residual" else ()
 
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
             here = tokens - jax.lax.axis_index(axes) * len(table)
             here = jnp.where((here >= 0) & (here < len(table)), here, len(table))
             rows = table.at[here].get(mode="fill", fill_value=0)
-            return summed_over(rows, axes, place.shared(lead))
+            return summed_over(rows, axes, scattered)
 
-        arrays = (table, ("vocab", "width")), (tokens, ("token", "length"))
+        arrays = (table, ("vocab", "width")), (tokens, ("token" if scattered else lead, "length"))
         return place.locally(lookup, *arrays, out=hidden_dims(lead))
 
     def normed(self, x: jax.Array) -> jax.Array:

@@ -43,16 +43,6 @@ def balancedness(rank_loads: np.ndarray) -> float:
     return float(rank_loads.mean(axis=1).sum() / fullest) if fullest > 0 else 1.0
 
 
-def in_order(num_layers: int, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    """Experts dealt to ranks by their number, one replica each. Raises: ConfigError if that does not come out even."""
-    if num_experts % num_ranks:
-        raise ConfigError(f"{num_experts} experts do not divide among {num_ranks} ranks: give redundant experts")
-    expert_at = np.tile(np.arange(num_experts), (num_layers, 1))
-    return ExpertPlacement(
-        expert_at=expert_at, replica_at=np.zeros_like(expert_at), replicas=np.ones_like(expert_at), num_ranks=num_ranks
-    )
-
-
 def balance(
     loads: np.ndarray, *, num_replicas: int, num_groups: int = 1, num_nodes: int = 1, num_ranks: int
 ) -> ExpertPlacement:

@@ -68,9 +68,13 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
     [
         (["--loads", "LOADS"], "--loads and --ranks go together"),
         (["--ranks", "8"], "--loads and --ranks go together"),
-        (["demo", "--loads", "LOADS", "--ranks", "8"], "leave MODEL"),
+        (["demo", "--loads", "LOADS", "--ranks", "8"], "leave model out"),
+        (["--loads", "LOADS", "--ranks", "8", "--mesh", "data=2", "--max-tokens", "4"], "leave mesh, max_tokens out"),
+        (["--loads", "HUGE", "--ranks", "2"], "numbers in [0, 1e18]"),
+        (["--loads", "TEXT", "--ranks", "2"], "numbers in [0, 1e18]"),
+        (["--loads", "LOADS", "--ranks", "8", "--redundant-experts", "99999999999"], "must lie in [0, 180]"),
         (["--loads", "nowhere.json", "--ranks", "8"], "nowhere.json cannot be read"),
-        (["--loads", "RAGGED", "--ranks", "8"], "one JSON list of numbers a layer"),
+        (["--loads", "RAGGED", "--ranks", "8"], "a layer, as many in each"),
         (["--loads", "LOADS", "--ranks", "8", "--groups", "5"], "12 experts do not divide among 5 groups"),
         (["--loads", "LOADS", "--ranks", "8", "--nodes", "3"], "8 ranks do not divide among 3 nodes"),
         (["--loads", "LOADS", "--ranks", "8", "--redundant-experts", "-1"], "redundant_experts=-1"),
@@ -80,7 +84,10 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
 )
 def test_what_cannot_be_is_one_line(capsys, loads_file, tmp_path, arguments, words):
     (tmp_path / "ragged.json").write_text("[[1, 2], [3]]")
-    named = {"LOADS": str(loads_file), "RAGGED": str(tmp_path / "ragged.json")}
+    (tmp_path / "huge.json").write_text(f"[[{10**400}, 1]]")
+    (tmp_path / "text.json").write_text('[[true, "3"]]')
+    named = {name: str(tmp_path / f"{name.lower()}.json") for name in ("HUGE", "TEXT")}
+    named |= {"LOADS": str(loads_file), "RAGGED": str(tmp_path / "ragged.json")}
     outcome = jaxmoe(capsys, "balance", *(named.get(word, word) for word in arguments))
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -127,12 +128,15 @@ def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
     with pytest.raises(ConfigError, match="2 ranks, the model has"):
         llm.place_experts(balance(loads, num_replicas=experts.num_places, num_ranks=2))
     whole = balance(loads, num_replicas=experts.num_places, num_ranks=4)
-    lacking = ExpertPlacement(
-        expert_at=np.zeros_like(whole.expert_at), replica_at=whole.replica_at,
-        replicas=np.zeros_like(whole.replicas), num_ranks=4,
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="somewhere in every layer"):
-        llm.place_experts(lacking)
+    first, twice = np.zeros_like(whole.expert_at), np.zeros_like(whole.replica_at)
+    spread = np.tile(np.arange(whole.expert_at.shape[1]), (len(first), 1))
+    for wrong in (
+        {"expert_at": first}, {"expert_at": first, "replica_at": spread}, {"expert_at": whole.expert_at + 1},
+        {"expert_at": -whole.expert_at}, {"replicas": whole.replicas + 1}, {"replica_at": twice + 1},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="somewhere in every layer"):
+            llm.place_experts(replace(whole, **wrong))
+    llm.place_experts(whole)
     in_order = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32")
     with pytest.raises(ConfigError, match="redundant_experts"):
         in_order.place_experts(whole)

@@ -16,6 +16,8 @@ from jaxmoe.sharding import Placement, View
 
 from ..tiny.cases import QUICK_CASES
 
+FIRST = "ep-tp", "tp-ep", "dp-ep", "tp"
+
 
 def test_all_meshes_are_every_factorisation():
     meshes = all_meshes(8)
@@ -29,13 +31,15 @@ def test_every_mesh_is_tried_in_every_layout_or_one_that_is_alike(moe):
     trials = all_trials(all_meshes(8), moe=moe)
     tried = [(*trial.mesh.values(), layout) for trial in trials for layout in (trial.layout, *trial.also)]
     assert len(tried) == len(set(tried)) == 20 * len(LAYOUTS)
-    assert len(trials) == (50 if moe else 40)
+    placed = {(*trial.mesh.values(), trial.layout.used(trial.mesh, moe=moe)) for trial in trials}
+    assert len(trials) == len(placed)
+    assert len(all_trials(all_meshes(8), [LAYOUTS[name] for name in FIRST], moe=moe)) == (50 if moe else 40)
 
 
 def _lies(mesh, layout) -> list:
     """Which part of every dim each device has, however layers stand to the pipeline."""
     place = Placement(mesh=mesh, layout=layout)
-    found: list = [layout.exchanged, layout.held]
+    found: list = [place.exchanged("residual"), place.held("residual"), place.gathered("residual")]
     found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
     for view, dim in itertools.product(get_args(View), layout.table):
         found.append(place.seen(view).sharding(dim).devices_indices_map((64,)))
