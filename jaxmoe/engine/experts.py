@@ -103,8 +103,8 @@ class Experts:
             at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
             if "moe_expert" in info.dims:
                 how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
-                run = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
-                moves.append((index, run, sources[at_block]))
+                moving = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
+                moves.append((index, moving, sources[at_block]))
             elif "placed" in info.dims:
                 moves.append((index, partial(_put, info=info), placed[at_block]))
         for index, run, told in moves:  # whatever can fail has been compiled
