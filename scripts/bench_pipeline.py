@@ -41,6 +41,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     from jaxmoe.depth import Schedule, Segment
     from jaxmoe.mesh import build_mesh
     from jaxmoe.model.pipeline import empty_flow, run_ticks, tick_stages
+    from jaxmoe.model.rows import HIDDEN
     from jaxmoe.sharding import Placement
 
     place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), chunks=chunks)
@@ -61,7 +62,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
                 through, weights, carry[0], x, carry[1], (), number, turns, part=part, schedule=schedule, place=place
             )
 
-        flow = empty_flow(schedule, x.shape, x.dtype, place)
+        flow = empty_flow(schedule, x.shape, x.dtype, place, HIDDEN)
         return run_ticks(tick, ticks, (flow, counts), alone=True)[1]
 
     weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
