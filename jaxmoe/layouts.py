@@ -120,8 +120,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp": Layout(batch=("data",), split=("expert", "tensor"), experts=(), expert_width=("expert", "tensor")),
 }
 # the same, with tokens shared out between the split regions
-for _name in ("ep-tp", "tp-ep", "tp"):
-    LAYOUTS[f"{_name}-sp"] = replace(LAYOUTS[_name], sequence=LAYOUTS[_name].split)
+LAYOUTS |= {f"{name}-sp": replace(LAYOUTS[name], sequence=LAYOUTS[name].split) for name in ("ep-tp", "tp-ep", "tp")}
 # keys and values of every request over the data axis
 LAYOUTS["cp-ep-tp"] = replace(LAYOUTS["ep-tp"], batch=("expert",), context=("data",))
 DEFAULT_LAYOUT = LAYOUTS["ep-tp"]

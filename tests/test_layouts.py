@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import fields
 
 import jax
@@ -18,7 +17,7 @@ from jaxmoe.inspect.collectives import collectives
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
 
 from .conftest import NATIVE, XLA, mesh_of
-from .engine.test_engine import collect, requests_of
+from .engine.test_engine import requests_of, twice_with_pages_that_come_back
 from .inspect.programs import step_program
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
@@ -216,18 +215,9 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
     page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
     sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
-    async def scene(engine):
-        return await asyncio.gather(*(collect(engine, *request) for request in requests))
-
-    with Engine(llm, host_gib=1e-3, **sizes) as engine:
-        engine._core.scheduler.keep_on_host(True)  # whatever was measured
-        found = [asyncio.run(scene(engine)) for _ in range(2)]
-        stats = engine.stats()
-    assert found[0] == found[1]
-    assert stats["pages_held"] == 0
-    assert stats["pages_brought_back"] > 0
+    found = twice_with_pages_that_come_back(llm, requests, **sizes)
     alone = [llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
-    assert found[0] == alone
+    assert found == alone
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])

@@ -97,6 +97,8 @@ def _read_loads(path: str) -> np.ndarray:
 
 def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int) -> dict[str, Any]:
     """Loads of experts as they would fall on ranks, in order and balanced."""
+    import numpy as np
+
     from jaxmoe.planner import balance as planner
 
     num_experts = loads.shape[1]
@@ -105,8 +107,6 @@ def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: 
     places = -(-(num_experts + redundant) // ranks) * ranks
     wanted = planner.balance(loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
     share = -(-num_experts // ranks)
-    import numpy as np
-
     padded = np.pad(loads, ((0, 0), (0, share * ranks - num_experts)))
     by_rank = {"before": padded.reshape(len(loads), ranks, share).sum(axis=2), "planned": wanted.rank_loads(loads)}
     return _report(by_rank, wanted, nodes=nodes, groups=groups)

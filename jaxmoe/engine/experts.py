@@ -48,6 +48,7 @@ class Experts:
         # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
         donated = () if place.platform == "cpu" else (0,)
         self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("part", "dims"))
+        self._moves: dict[int, Any] = {}  # compiled, by the parameter's index
 
     @property
     def num_layers(self) -> int:
@@ -102,9 +103,10 @@ class Experts:
         for index, info in enumerate(self._table):
             at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
             if "moe_expert" in info.dims:
-                how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
-                moving = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
-                moves.append((index, moving, sources[at_block]))
+                if index not in self._moves:
+                    how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
+                    self._moves[index] = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
+                moves.append((index, self._moves[index], sources[at_block]))
             elif "placed" in info.dims:
                 moves.append((index, partial(_put, info=info), placed[at_block]))
         for index, run, told in moves:  # whatever can fail has been compiled

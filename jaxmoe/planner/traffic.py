@@ -77,10 +77,9 @@ def planned_collectives(
         plan.send(sending)
         if plan.parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
             plan.from_last(ticks)
-            plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
         else:
-            plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
+        plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
     return plan.found
 
@@ -105,7 +104,7 @@ class _Plan:
     """The collectives of a step as they are found, with what all of them are counted by.
 
     tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
-    token's hidden state. sharing: axes that share out a rank's tokens between layers.
+    token's hidden state. sharing: axes that share out a rank's tokens between layers; strip: how many each then has.
     """
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
@@ -120,6 +119,7 @@ class _Plan:
         self.hidden = config.hidden_size * shape.itemsize
         self.lead = placement.lead(self.tokens * placement.parts("batch"))
         self.sharing = [axis for axis in placement.axes(self.lead) if axis not in placement.axes("batch")]
+        self.strip = self.tokens // placement.size(self.sharing)
         self.found: Counter[Collective] = Counter()
 
     def add(self, place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
@@ -139,13 +139,11 @@ class _Plan:
 
     def send(self, count: int) -> None:
         """Hidden states from stage to stage."""
-        rows = self.tokens // self.placement.size(self.sharing)
-        self.add(self.placement, "collective-permute", "stage", rows * self.hidden, count)
+        self.add(self.placement, "collective-permute", "stage", self.strip * self.hidden, count)
 
     def from_last(self, count: int) -> None:
         """Hidden states of the last stage to all."""
-        rows = self.tokens // self.placement.size(self.sharing)
-        self.add(self.placement, "all-reduce", "stage", rows * self.hidden, count)
+        self.add(self.placement, "all-reduce", "stage", self.strip * self.hidden, count)
 
     def logits(self, rows: int) -> None:
         """float32."""

@@ -43,6 +43,22 @@ async def collect(engine: Engine, prompt, params, after: float = 0.0, **options)
     return [chunk.token_id async for chunk in engine.stream(prompt, params, **options)]
 
 
+async def all_together(engine: Engine, requests) -> list[list[int]]:
+    return await asyncio.gather(*(collect(engine, *request) for request in requests))
+
+
+def twice_with_pages_that_come_back(llm, requests, **sizes) -> list[list[int]]:
+    """What requests give an engine with little room, whose pages go to host memory: the same the second time."""
+    with Engine(llm, host_gib=1e-3, **sizes) as engine:
+        engine._core.scheduler.keep_on_host(True)  # whatever was measured
+        found = [asyncio.run(all_together(engine, requests)) for _ in range(2)]
+        stats = engine.stats()
+    assert found[0] == found[1]
+    assert stats["pages_held"] == 0
+    assert stats["pages_brought_back"] > 0
+    return found[0]
+
+
 def requests_of(count: int, vocab: int) -> list[tuple[list[int], SamplingParams]]:
     rng = random.Random(0)
     shared = [rng.randrange(vocab) for _ in range(12)]

@@ -20,7 +20,7 @@ from jaxmoe.train.step import Trainer
 from scripts.bench_pipeline import count_ticks
 
 from ..conftest import NATIVE, XLA, mesh_of
-from ..engine.test_engine import requests_of
+from ..engine.test_engine import all_together, requests_of, twice_with_pages_that_come_back
 from ..inspect.programs import assert_nothing_is_copied, step_program
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 3, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
@@ -195,21 +195,9 @@ def test_an_engine_keeps_pages_of_all_stages(changed_dir):
     page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
     sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
-    async def scene(engine):
-        async def listen(prompt, params):
-            return [chunk.token_id async for chunk in engine.stream(prompt, params)]
-
-        return await asyncio.gather(*(listen(*request) for request in requests))
-
-    with Engine(llm, host_gib=1e-3, **sizes) as engine:
-        engine._core.scheduler.keep_on_host(True)  # whatever was measured
-        found = [asyncio.run(scene(engine)) for _ in range(2)]
-        stats = engine.stats()
-    assert found[0] == found[1]
-    assert stats["pages_held"] == 0
-    assert stats["pages_brought_back"] > 0
+    found = twice_with_pages_that_come_back(llm, requests, **sizes)
     with Engine(llm, **sizes | {"memory_gib": 400 * page_gib}) as engine:
-        assert asyncio.run(scene(engine)) == found[0]
+        assert asyncio.run(all_together(engine, requests)) == found
 
 
 def test_experts_are_counted_on_their_stages(changed_dir, tmp_path):
