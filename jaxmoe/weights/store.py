@@ -1,8 +1,8 @@
 """An Orbax checkpoint on disk: the published tensors under their published names, each an array cut into chunk files.
 
 Orbax's form without OCDBT: a folder a tensor, with .zarray (zarr version 2) and a file a chunk; here without
-compression, so that a chunk file is a run of the tensor's bytes in C order, and reading or writing a part of it takes no
-more memory than that part. _METADATA lists the names. Why so: docs/decisions/0010-orbax-holds-published-tensors.md.
+compression, so that a chunk file is a run of the tensor's bytes in C order, and reading or writing a part of it takes
+no more memory than that part. _METADATA lists the names. Why so: docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def tree_metadata(names: Iterable[str]) -> bytes:
 
 def checkpoint_metadata() -> bytes:
     """The _CHECKPOINT_METADATA, without times: the same conversion gives the same bytes."""
-    fields = {
+    fields: dict[str, object] = {
         "item_handlers": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
         "metrics": {}, "performance_metrics": {}, "init_timestamp_nsecs": None, "commit_timestamp_nsecs": None,
         "custom_metadata": {},
