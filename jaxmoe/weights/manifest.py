@@ -85,11 +85,14 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     try:
         content = path.read_bytes()
-        found = _parse(json.loads(content))
+        body = json.loads(content)
+        if isinstance(body, dict) and type(version := body.get("jaxmoe_manifest")) is int and version > _VERSION:
+            raise CheckpointError(f"{path} is of version {version}, this jaxmoe reads {_VERSION}: update jaxmoe")
+        found = _parse(body)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError) and MANIFEST in str(error):
             raise
         raise _changed(path) from error
     if found.dump() != content:
@@ -102,11 +105,7 @@ def _changed(path: Path) -> CheckpointError:
 
 
 def _parse(body: Any) -> Manifest:
-    if not isinstance(body, dict):
-        raise ValueError("no object")
-    if (version := body["jaxmoe_manifest"]) != _VERSION:
-        raise CheckpointError(f"{MANIFEST} is of version {str(version)[:20]}, this jaxmoe reads {_VERSION}: update one")
-    if body["kind"] not in KINDS:
+    if body["jaxmoe_manifest"] != _VERSION or body["kind"] not in KINDS:
         raise ValueError(body["kind"])
     tensors, files = {}, {}
     for name, entry in body["tensors"].items():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmoe.weights.checkpoint import open_tensors
+
 Tensor = tuple[str, tuple[int, ...], bytes]  # dtype as the format names it, shape, little-endian bytes
 
 WIDTHS = {
@@ -61,3 +63,13 @@ def every_dtype(directory: Path, seed: int = 0) -> Path:
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a tree by its name within."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def bytes_of(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """dtype, shape and bytes of every tensor of a checkpoint of either kind."""
+    found = {}
+    for name, info in open_tensors(directory).items():
+        out = bytearray(info.num_bytes)
+        info.read_bytes(0, memoryview(out))
+        found[name] = info.dtype_name, info.shape, bytes(out)
+    return found
