@@ -104,20 +104,19 @@ def kill_and_resume(
 ) -> list[float]:
     """Run with so many SIGKILLs, each after a random part of `seconds`, then to the end; when each came."""
     rng, moments = random.Random(seed), []
-    for _ in range(kills):
+    while len(moments) < kills:
         moment = rng.uniform(0, seconds)
-        running = subprocess.Popen([*CONVERT, str(source), str(destination), "--ram-gib", str(ram_gib)])
+        command = [*CONVERT, str(source), str(destination), "--ram-gib", str(ram_gib)]
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             running.wait(moment)
             assert running.returncode == 0, "it failed by itself"
-            shutil.rmtree(destination)  # it was faster than the kill: begin anew
         except subprocess.TimeoutExpired:
             running.send_signal(signal.SIGKILL)
             running.wait()
             moments.append(moment)
-            assert not destination.exists() or not (destination.parent / (destination.name + ".partial")).exists()
-            if destination.exists():
-                shutil.rmtree(destination)
+        if destination.exists():  # it was faster than the kill: begin anew
+            shutil.rmtree(destination)
     return moments
 
 

@@ -170,26 +170,30 @@ class _Job:
 
         try:
             with Partial(self._destination, self.asked) as partial:
-                sink = self._sink(partial.whole)
-                sink.create()
-                stream = Stream(
-                    sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
-                    finished=partial.finished, record=partial.record, on_bytes=on_bytes,
-                )  # fmt: skip
-                units = sorted(self._units, key=lambda unit: (unit.tensor.path, unit.tensor.start))
-                self._finish(partial.whole, sink, stream.run(units))
-                if verify:
-                    check_whole(partial.whole)
-                if open_published(self._published.directory, check_config=False).fingerprint() != self.asked["source"]:
-                    raise CheckpointError(
-                        f"{self._published.directory} changed meanwhile: run again once it is at rest"
-                    )
-                partial.publish()
+                return self._into(partial, ram_bytes, verify, on_bytes)
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or self._destination}: {error.strerror}; mend that and run the same again: what is "
                 f"done is kept in {partial_of(self._destination).name}"
             ) from error
+
+    def _into(self, partial: Partial, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
+        sink = self._sink(partial.whole)
+        sink.create()
+        stream = Stream(
+            sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
+            finished=partial.finished, record=partial.record, on_bytes=on_bytes,
+        )  # fmt: skip
+        try:
+            sums = stream.run(sorted(self._units, key=lambda unit: (unit.tensor.path, unit.tensor.start)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (what is done is kept in {partial.folder.name})") from error
+        self._finish(partial.whole, sink, sums)
+        if verify:
+            check_whole(partial.whole)
+        if open_published(self._published.directory, check_config=False).fingerprint() != self.asked["source"]:
+            raise CheckpointError(f"{self._published.directory} changed meanwhile: run again once it is at rest")
+        partial.publish()
         return stream.num_resumed
 
     def _finish(self, whole: Path, sink: Sink, sums: dict[str, str]) -> None:

@@ -87,6 +87,9 @@ def open_published(
                 f"{tensor.path.name}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs "
                 f"{spec.num_bytes} bytes, has {tensor.num_bytes}: fetch it again"
             )
+    names = {path.name for path in files} | {MANIFEST, INDEX}
+    if both := sorted(names & set(tensors)):
+        raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
     side, left = _side_files(directory, files, tensors if manifest and manifest.kind == "orbax" else ())
     return Published(
         directory=directory, kind=manifest.kind if manifest else "hf", manifest=manifest, tensors=tensors, specs=specs,

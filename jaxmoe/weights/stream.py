@@ -128,7 +128,7 @@ class Stream:
             if grown > self.ram_bytes:
                 raise CheckpointError(
                     f"memory grew by {grown / 2**30:.2f} GiB, --ram-gib is {self.ram_bytes / 2**30:.2f}: raise it and "
-                    f"run again, what is done is kept"
+                    f"run the same again"
                 )
 
     def _again(self, unit: Unit) -> Sums | None:
