@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class _Shard:
 
     specs: list[TensorSpec] = field(default_factory=list)
     name: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def num_bytes(self) -> int:
@@ -60,15 +62,20 @@ def _plan(specs: Mapping[str, TensorSpec], limit: int) -> list[_Shard]:
 
 
 class _RangeWriter:
-    """Takes a tensor's bytes in order, into its place in a file."""
+    """Takes a tensor's bytes in order, into its place in a file.
 
-    def __init__(self, path: Path, start: int) -> None:
+    lock: one thread writes to a file at a time; the kernel lets no more, and those it keeps waiting would spin.
+    """
+
+    def __init__(self, path: Path, start: int, lock: threading.Lock) -> None:
+        self._lock = lock
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
         self._file.seek(start)
 
     def append(self, part: memoryview) -> None:
         """The next bytes."""
-        write_all(self._file, part)
+        with self._lock:
+            write_all(self._file, part)
 
     def close(self) -> None:
         """Nothing follows."""
@@ -111,7 +118,7 @@ class ShardSink:
     def writer(self, name: str) -> _RangeWriter:
         """Takes the bytes of a tensor, from its beginning."""
         shard, start = self._starts[name]
-        return _RangeWriter(self._path(shard), start)
+        return _RangeWriter(self._path(shard), start, shard.lock)
 
     def written(self, name: str) -> TensorInfo:
         """A finished tensor."""
