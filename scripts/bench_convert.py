@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,12 @@ def write_checkpoint(directory: Path, num_bytes: int, seed: int) -> int:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     os.sync()
     return size(layers)
+
+
+def children_cpu_s() -> float:
+    """Processor seconds of all ended children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def timed(command: list[str]) -> float:
@@ -143,10 +150,15 @@ def main() -> None:
         num_bytes = write_checkpoint(source, int(asked.gb * 1e9), asked.seed)
         print(f"checkpoint: {num_bytes / 1e9:.2f} GB", flush=True)
         rows: dict[str, float] = {}
+        cpu_s = children_cpu_s()
 
         def row(name: str, seconds: float, note: str = "") -> None:
-            rows[name] = seconds
-            print(f"{name:32} {seconds:7.1f} s {num_bytes / 1e6 / seconds:8.0f} MB/s  {note}", flush=True)
+            nonlocal cpu_s
+            rows[name], rows[f"{name}, CPU"] = seconds, children_cpu_s() - cpu_s
+            cpu_s = children_cpu_s()
+            used = rows[f"{name}, CPU"]
+            rate = num_bytes / 1e6 / seconds
+            print(f"{name:26} {seconds:6.1f} s {rate:6.0f} MB/s, CPU {used:5.1f} s  {note}", flush=True)
 
         floor = interpreter_bytes()
         for turn in ("first", "second"):
@@ -168,6 +180,7 @@ def main() -> None:
         if asked.kills:
             seconds = rows["hf -> orbax, second"]
             moments = kill_and_resume(source, back, asked.ram_gib, seconds, asked.kills, asked.seed)
+            cpu_s = children_cpu_s()
             last, report = converted(source, back, asked.ram_gib)
             wrong = list(differing(store, back))
             row("last run after the kills", last, f"{report['resumed_tensors']} of {report['num_tensors']} were there")

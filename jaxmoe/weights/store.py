@@ -199,7 +199,8 @@ class _ChunkWriter:
         """Fill the last chunk up."""
         if self._file is not None:
             with self._file as file:
-                file.truncate(self._grid.chunk_bytes)
+                if file.tell() < self._grid.chunk_bytes:
+                    file.truncate(self._grid.chunk_bytes)
             self._file = None
 
 

@@ -28,8 +28,8 @@ def test_a_budget_is_never_exceeded():
 
 
 def test_memory_stays_under_the_cap(tmp_path):
-    """A tensor of twice the cap, and small ones; sparse, so that the disk is spared."""
-    shapes = {"large": (64 << 20,), "small.0": (1 << 20,), "small.1": (1 << 20,)}
+    """A tensor larger than the cap, and small ones; sparse, so that the disk is spared."""
+    shapes = {"large": (40 << 20,), "small.0": (1 << 20,), "small.1": (1 << 20,)}
     header, end = {}, 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * shape[0]]}
@@ -45,6 +45,6 @@ def test_memory_stays_under_the_cap(tmp_path):
         done = subprocess.run([str(part) for part in command], env=flags, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
-        assert report["num_bytes"] == end > 2 * (1 << 27)
+        assert report["num_bytes"] == end > 1 << 27
         assert 0 < report["buffer_bytes"] <= report["budget_bytes"] == 1 << 26
         assert report["peak_rss_bytes"] - report["rss_before_bytes"] < 1 << 27

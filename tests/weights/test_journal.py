@@ -44,8 +44,8 @@ def _kill(tmp_path: Path, source: Path, seed: int, num_kills: int, to: str) -> d
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_killed_and_run_again_it_ends_the_same(to, source, tmp_path):
-    found = _kill(tmp_path, source, seed=1, num_kills=6, to=to)
-    assert found["killed"] >= 4  # steps get fewer as work is kept: some runs end before theirs
+    found = _kill(tmp_path, source, seed=1, num_kills=5, to=to)
+    assert found["killed"] >= 3  # steps get fewer as work is kept: some runs end before theirs
 
 
 @pytest.mark.sweep
