@@ -7,13 +7,29 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from jaxmoe.families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    llama4,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from jaxmoe.families.family import Family
-from jaxmoe.families.keys import Piece, may_stand_unused, pieces
+from jaxmoe.families.keys import may_stand_unused, pieces
+from jaxmoe.families.piece import Piece
 from jaxmoe.families.reader import ConfigReader
 
+_OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe)
+    family.name: family
+    for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
 
 __all__ = ["FAMILIES", "Family", "Piece", "may_stand_unused", "pieces", "read_config"]
@@ -37,7 +53,17 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelC
             f"config key 'quantization_config' has quant_method {how!r}; only unquantised weights "
             f"(bfloat16, float16, float32) are supported: use an unquantised checkpoint"
         )
-    reader = ConfigReader(raw, ignore=[ignore] if isinstance(ignore, str) else ignore)
+    reader = ConfigReader(_of_text(raw, FAMILIES[name].part), ignore=[ignore] if isinstance(ignore, str) else ignore)
     config = FAMILIES[name].read(reader)
     reader.finish(name)
     return config
+
+
+def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    """The text model's config, with what the whole file says of its numbers."""
+    if part is None:
+        return raw
+    text = raw.get(part)
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
+    return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}

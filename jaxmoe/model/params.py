@@ -61,6 +61,10 @@ class Maker:
         array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
         return nnx.Param(array, dims=tuple(dims), view=self._view)
 
+    def exact(self, init: Init, **dims: int) -> nnx.Param:
+        """The same in float32, whatever the dtype of the others."""
+        return Maker(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
+
     def indices(self, **dims: int) -> nnx.Param:
         """The same for whole numbers that no checkpoint holds; zeros."""
         dims = {**self._lead, **dims}

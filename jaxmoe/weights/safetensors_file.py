@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ class TensorInfo:
                 f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(_DTYPES)}"
             )
         return _DTYPES[self.dtype_name]
+
+    def at(self, index: int) -> TensorInfo:
+        """One entry of the first dim, as a tensor by itself."""
+        part = copy(self)
+        part.shape, part.num_bytes = self.shape[1:], self.num_bytes // self.shape[0]
+        part.start = self.start + index * part.num_bytes
+        return part
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""
