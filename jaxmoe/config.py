@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.formats import Published, Quantisation
 
 QKNorm = Literal["none", "head", "full"]
 
@@ -99,6 +100,8 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
+    published: how the checkpoint's files hold matrices that are quantised; quantisation: which of the model's are, and
+    how; None where all are plain.
     Raises: ConfigError naming the value and its limit.
     """
 
@@ -123,6 +126,8 @@ class ModelConfig:
     clip_qkv: float | None = None
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
+    published: Published | None = None
+    quantisation: Quantisation | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -171,6 +176,17 @@ class ArraySizes:
     moe_experts: int
     moe_ffn: int
     shared_ffn: int
+
+    @classmethod
+    def unpadded(cls, config: ModelConfig) -> ArraySizes:
+        """The config's own sizes."""
+        moe = config.moe
+        return cls(
+            vocab=config.vocab_size, kv_slots=config.num_key_value_heads, kv_copies=1,
+            group_slots=config.num_query_groups, ffn=config.intermediate_size,
+            moe_experts=moe.num_experts if moe else 0, moe_ffn=moe.intermediate_size if moe else 0,
+            shared_ffn=moe.shared_intermediate_size if moe else 0,
+        )  # fmt: skip
 
     def query_slot(self, config: ModelConfig, head: int) -> tuple[int, int]:
         """(key/value slot, place within its group) of one query head."""

@@ -9,6 +9,9 @@
   tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
+
+Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantised.py), by
+ragged and dense a layer at once.
 """
 
 # Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a
@@ -24,7 +27,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
+from jaxmoe.ops.stack import At
 
 GroupedKind = Literal["blocks", "ragged", "native", "dense"]
 GROUPED_KINDS: tuple[GroupedKind, ...] = ("blocks", "ragged", "native", "dense")
@@ -139,10 +143,26 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
+class _Matrix(NamedTuple):
+    """One quantised matrix among many, left where it lies."""
+
+    stacked: Quantised
+    index: tuple[At, ...]
+
+
 def _matrix(stacked, *index):
     """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
+    if isinstance(stacked, Quantised):
+        return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
+
+
+def _times(x, matrix):
+    """Rows x [R, M] times a matrix [M, N], as float32."""
+    if isinstance(matrix, _Matrix):
+        return multiply(x, matrix.stacked, matrix.index)
+    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
 def _expert(gate_up, down, at, index):
@@ -152,15 +172,15 @@ def _expert(gate_up, down, at, index):
 
 def _hidden(x, gate, up):
     """Gate and up activations of rows x [R, D] through one expert's [D, F] each, as float32 [R, F]."""
-    return tuple(jnp.dot(x, matrix, preferred_element_type=jnp.float32) for matrix in (gate, up))
+    return tuple(_times(x, matrix) for matrix in (gate, up))
 
 
 def _swiglu(x, gate, up, down):
-    if x.shape[0] == 1 and x.dtype.itemsize < 4:
+    if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(gate, _Matrix):
         return swiglu_one(x[0], gate, up, down)[None]
     g, u = _hidden(x, gate, up)
     hidden = (jax.nn.silu(g) * u).astype(x.dtype)
-    return jnp.dot(hidden, down, preferred_element_type=jnp.float32)
+    return _times(hidden, down)
 
 
 def swiglu_one(
@@ -234,7 +254,7 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
 def _ragged(top_k, x, weights, gate_up, down, at):
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
     plan = sort_assignments(weights, top_k=top_k)
     counts = jnp.diff(plan.ends, prepend=0)
     in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
@@ -265,7 +285,7 @@ _native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _b
 
 def _dense(top_k, x, weights, gate_up, down, at):
     del top_k
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
     both = jnp.einsum("td,ecdf->tecf", x, gate_up, preferred_element_type=jnp.float32)
     hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype).astype(jnp.float32)
     y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
@@ -278,8 +298,8 @@ _KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _rag
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E 2 D F"],
-    down: Float[Array, "L E F D"],
+    gate_up: Float[Array, "L E 2 D F"] | Quantised,
+    down: Float[Array, "L E F D"] | Quantised,
     at: At = 0,
     *,
     top_k: int,

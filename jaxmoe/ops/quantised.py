@@ -1,0 +1,133 @@
+"""Products with matrices that are kept quantised: read at their own width, dequantised a few columns at a time."""
+
+# Dims: T tokens, K inputs, N outputs; k, n blocks along them; L layers.
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxmoe.ops.stack import At, layer_of
+
+_TILE_BYTES = 4 << 20  # of columns that are dequantised at once
+_LANES = 128  # columns that a tile's are a multiple of
+_TWICE_E2M1 = 0xC8643210  # twice the eight values of three bits, in four bits each
+
+
+class Quantised(NamedTuple):
+    """Matrices [*lead, K, N] as numbers and the scales [*lead, k, n] of their blocks of K / k by N / n.
+
+    numbers: int8 or float8_e4m3fn with float32 scales; or uint8 [*lead, K / 2, N] with uint8 scales: two mxfp4 numbers
+    an item, the first in its low half (formats.py).
+    """
+
+    numbers: Shaped[Array, "*lead K N"]
+    scales: Shaped[Array, "*lead k n"]
+
+
+Weights = jax.Array | Quantised
+
+
+def as_matrices(w: Weights, over: int) -> Weights:
+    """[L, *in, *out], of which `over` dims are inputs, as [L, K, N]."""
+    if isinstance(w, Quantised):
+        return Quantised(*(_as_matrices(part, over) for part in w))
+    return _as_matrices(w, over)
+
+
+def _as_matrices(w: jax.Array, over: int) -> jax.Array:
+    return w.reshape(len(w), math.prod(w.shape[1 : 1 + over]), -1)
+
+
+def layer_weights(w: Weights, at: At, dtype: jnp.dtype) -> jax.Array:
+    """The matrices of one layer, plain: those that are quantised are dequantised whole."""
+    if isinstance(w, Quantised):
+        return dequantised(Quantised(*(layer_of(part, at) for part in w)), dtype)
+    return layer_of(w, at)
+
+
+def dequantised(w: Quantised, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
+    """Plain matrices, all at once: the oracle."""
+    planes = [_scaled(plane, w.scales) for plane in _planes(w.numbers)]
+    stacked = jnp.stack(planes, axis=-2)  # numbers of an item follow each other along the inputs
+    return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]).astype(dtype)
+
+
+def _planes(numbers: jax.Array) -> list[jax.Array]:
+    """The numbers as float32: all of them, or the first of every item and the second."""
+    if numbers.dtype != jnp.uint8:
+        return [numbers.astype(jnp.float32)]
+    return [_e2m1(numbers.astype(jnp.uint32) >> shift) for shift in (0, 4)]
+
+
+def _e2m1(bits: jax.Array) -> jax.Array:
+    """Values of numbers of a sign, two bits of exponent and one of mantissa, from the low four bits."""
+    twice = (jnp.uint32(_TWICE_E2M1) >> ((bits & 7) * 4)) & 15
+    value = twice.astype(jnp.int32).astype(jnp.float32) * 0.5
+    return jnp.where(bits & 8, -value, value)
+
+
+def _factors(scales: jax.Array) -> jax.Array:
+    """Scales as float32; those of eight bits are powers of two (the smallest, 2**-127, counts as 0)."""
+    if scales.dtype != jnp.uint8:
+        return scales
+    return jax.lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
+    """numbers [..., K, N] times the scales [..., k, n] of their blocks."""
+    *lead, rows, columns = numbers.shape
+    high, wide = scales.shape[-2:]
+    blocks = numbers.reshape(*lead, high, rows // high, wide, columns // wide)
+    return (blocks * _factors(scales)[..., :, None, :, None]).reshape(numbers.shape)
+
+
+def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Float[Array, "T N"]:
+    """x times the one matrix at index of w's leading dims, in float32.
+
+    Columns are dequantised to x's dtype in tiles of _TILE_BYTES, in a loop; never a whole large matrix.
+    """
+    per = 2 if w.numbers.dtype == jnp.uint8 else 1
+    rows, columns = w.numbers.shape[-2:]
+    block = columns // w.scales.shape[-1]
+    step = math.lcm(block, _LANES)
+    tile = max(step, _TILE_BYTES // (rows * per * x.dtype.itemsize) // step * step)
+    turns = -(-columns // tile)
+    if turns <= 1 or columns % block:
+        return _times(x, _columns(w, index, 0, columns))
+    tile = -(-columns // turns // step) * step if columns // turns > step else tile
+
+    def turn(i, y):
+        first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice
+        return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile)), (0, first))
+
+    return jax.lax.fori_loop(0, -(-columns // tile), turn, jnp.zeros((x.shape[0], columns), jnp.float32))
+
+
+def _columns(w: Quantised, index: tuple[At, ...], first: At, count: int) -> Quantised:
+    """Some columns of one matrix, read where they lie. first, count: whole blocks."""
+    block = w.numbers.shape[-1] // w.scales.shape[-1]
+
+    def part(array, first, count):
+        size = (*(1,) * len(index), array.shape[-2], count)
+        return jax.lax.dynamic_slice(array, (*index, 0, first), size).reshape(array.shape[-2], count)
+
+    return Quantised(part(w.numbers, first, count), part(w.scales, first // block, -(-count // block)))
+
+
+def _times(x: jax.Array, w: Quantised) -> jax.Array:
+    """x [T,K] times a matrix, in float32; a scale for all inputs is applied to the product."""
+    high, wide = w.scales.shape
+    columns = w.numbers.shape[1]
+    planes = _planes(w.numbers)
+    if high > 1:
+        planes = [_scaled(plane, w.scales) for plane in planes]
+    parts = [x[:, at :: len(planes)] for at in range(len(planes))]
+    y = sum(
+        jnp.dot(part, plane.astype(x.dtype), preferred_element_type=jnp.float32)
+        for part, plane in zip(parts, planes, strict=True)
+    )
+    return y if high > 1 else y * jnp.repeat(_factors(w.scales)[0], columns // wide, total_repeat_length=columns)
