@@ -113,12 +113,11 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     more or fewer devices than there are.
     """
     config, axes = question.checked_model()
-    mesh, dtype = build_mesh(axes), question.dtype or config.dtype
-    runner = question.runner(config, mesh, _kernels(question, dtype, axes))
+    mesh, dtype = build_mesh(axes), config.dtype
+    runner = question.runner(config, mesh, _kernels(question, config, dtype, axes))
     parameters = parameter_reports(runner)
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
-        asked = replace(question, dtype="float32")
-        steps = asked.runner(config, mesh, _kernels(asked, "float32", axes))
+        steps = question.runner(config, mesh, _kernels(question, config, "float32", axes), dtype="float32")
     else:
         steps = runner
     collectives: list[dict[str, Any]] = []
@@ -139,5 +138,5 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     }  # fmt: skip
 
 
-def _kernels(question: ModelQuestion, dtype: str, axes: Mapping[str, int]) -> Kernels:
-    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(dtype, axes))
+def _kernels(question: ModelQuestion, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> Kernels:
+    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(config, dtype, axes))

@@ -11,6 +11,7 @@ import jax
 
 from jaxmoe.depth import LAYERS_KINDS, LayersKind
 from jaxmoe.errors import ConfigError
+from jaxmoe.formats import Quantisation
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
 from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
@@ -66,11 +67,13 @@ Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebod
 
 
 def choose_kernels(
-    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False
+    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False,
+    quantisation: Quantisation | None = None,
 ) -> Kernels:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
-    shared_pages: whether ranks hold parts of every page, which the loop alone can read.
+    shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantisation: of the model's
+    matrices, which native kernels do not read.
 
     Compiles nothing.
     That is native on a CPU with a C++ compiler (a warning is logged where there is none), and XLA's form otherwise. On
@@ -85,6 +88,14 @@ def choose_kernels(
         raise ConfigError(
             f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
         )
+    for step, held in (quantised_steps(quantisation) if quantisation else {}).items():
+        if held and named.get(step) == "native":
+            raise ConfigError(
+                f"{step}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it out, "
+                f"or give weights_dtype (--weights-dtype) {dtype}"
+            )
+        if held and step == "grouped":
+            named.setdefault(step, "blocks")
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
@@ -99,6 +110,15 @@ def choose_kernels(
     if platform == "cpu" and named.get("linear") != "native":
         named.setdefault("layers", "unroll")
     return Kernels(**named)
+
+
+def quantised_steps(quantisation: Quantisation) -> dict[str, bool]:
+    """Whether any weights of a step that a native kernel could read are quantised. Products with those that are run as
+    ops/quantised.py does; the others of linear as chosen."""
+    return {
+        "grouped": quantisation.holds("moe/experts/"),
+        "linear": quantisation.holds("attention/", "mlp/", "moe/shared/"),
+    }
 
 
 def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:

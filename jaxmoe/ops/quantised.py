@@ -98,7 +98,7 @@ def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Flo
     turns = -(-columns // tile)
     if turns <= 1 or columns % block:
         return _times(x, _columns(w, index, 0, columns))
-    tile = -(-columns // turns // step) * step if columns // turns > step else tile
+    tile = -(-columns // turns // step) * step
 
     def turn(i, y):
         first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice

@@ -101,7 +101,7 @@ SUPPORTED_LLAMA3 = {
         ("rope_theta", 0, "rope_theta=0.0 must be above 0"),
         ("partial_rotary_factor", 0.5, "'partial_rotary_factor' = 0.5 changes the maths and only 1"),
         ("hidden_act", "gelu", "'hidden_act' = 'gelu' changes the maths and only 'silu' is supported"),
-        ("quantization_config", {"quant_method": "fp8"}, "'quantization_config' has quant_method 'fp8'"),
+        ("quantization_config", {"quant_method": "awq"}, "'quantization_config' has quant_method 'awq'"),
         ("quantization_config", "fp8", "'quantization_config' has quant_method 'fp8'"),
         ("attn_logit_softcapping", 30.0, "'attn_logit_softcapping' = 30.0"),
         ("final_logit_softcapping", 30.0, "'final_logit_softcapping' = 30.0"),
