@@ -53,8 +53,8 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
         click.option(
             "--weights-dtype",
-            help="of matrices: int8, fp8, int8-block or fp8-block quantises; float32, bfloat16 or float16 dequantises; as "
-            "published by default",
+            help="of matrices: int8, fp8, int8-block or fp8-block quantises; float32, bfloat16 or float16 dequantises; "
+            "as published by default",
         ),
         click.option(
             "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"
@@ -155,8 +155,8 @@ def load_model(
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
             kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
-            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch, stage_chunks=options.stage_chunks,
-            layout=options.layout, redundant_experts=redundant_experts, on_progress=on_progress,
+            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
+            stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts, on_progress=on_progress,
         )  # fmt: skip
 
 

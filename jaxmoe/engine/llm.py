@@ -79,15 +79,15 @@ class LLM:
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
         None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
         checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are kept: None as published, quantised
-        ones too; int8, fp8 (a scale for each output), int8-block, fp8-block (for 128x128) quantises plain ones; float32,
-        bfloat16 or float16, which is dtype's own, dequantises. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
-        kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
-        on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py). stage_chunks: of
-        neighbouring layers that each stage of a pipeline holds: more make stages wait less and send more.
-        redundant_experts: places for experts beyond their number in each MoE layer, 0 or more (rounded up so that all
-        ranks have as many), to move experts among by place_experts; None keeps them in order. on_progress is told
-        (bytes of parameters filled, bytes in all) as files are read.
+        ones too; int8, fp8 (a scale for each output), int8-block, fp8-block (for 128x128) quantises plain ones;
+        float32, bfloat16 or float16, which is dtype's own, dequantises. kv_dtype: of cached keys and values: float32,
+        bfloat16, fp8, int8, or dtype's own (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what
+        it does not name is what runs fastest here: on a CPU the native kernels where there is a C++ compiler.
+        max_batch: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
+        layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
+        make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
+        layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
+        them in order. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
@@ -121,7 +121,8 @@ class LLM:
         if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
             del arrays
             return cls.load(
-                directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype, kernels=ready.result(),
+                directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
+                kernels=ready.result(),
                 ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
                 layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
@@ -400,7 +401,8 @@ def choose_dtypes(
     plain = weights_dtype if weights_dtype in DTYPES else None
     if dtype is not None and plain is not None and dtype != plain:
         raise ConfigError(
-            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; give one"
+            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; give "
+            f"one of them"
         )
     dtype = dtype or plain or config.dtype
     check_dtypes(dtype, kv_dtype)

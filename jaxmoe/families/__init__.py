@@ -7,9 +7,8 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from jaxmoe.families import llama, mistral, mixtral, olmoe, quantised, qwen2, qwen2_moe, qwen3, qwen3_moe
 from jaxmoe.families.family import Family
-from jaxmoe.families import quantised
 from jaxmoe.families.keys import Piece, may_stand_unused, pieces
 from jaxmoe.families.quantised import as_published, read_published
 from jaxmoe.families.reader import ConfigReader

@@ -71,7 +71,7 @@ def number_piece(piece: Piece, format: Format) -> Piece:
     per = format.per_item
     if per == 1:
         return piece
-    *lead, outputs, inputs = ranges(piece)
+    inputs = ranges(piece)[-1]
     assert isinstance(inputs, slice)
     at = _slices(piece.dst)[0]
     place = piece.dst[at]
@@ -120,7 +120,7 @@ def scale_pieces(parts: Sequence[Piece], blocks: Sequence[int]) -> Iterator[Piec
         )
 
 
-def _in_cells(at: int | slice, cell: int):
+def _in_cells(at: int | slice, cell: int) -> tuple[int, int]:
     assert isinstance(at, slice)
     assert cell == 1 or ((at.step or 1) == 1 and at.start % cell == 0), (at, cell)
     return (at.start, at.stop) if cell == 1 else (at.start // cell, -(-at.stop // cell))

@@ -94,8 +94,12 @@ def _read_compressed(reader: ConfigReader) -> Published:
         )
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         setting = reader.get(key, None)
-        if setting and not (isinstance(setting, Mapping) and setting.get("format") in ("dense", None) and key[0] == "s"):
-            raise ConfigError(f"config key 'quantization_config' has {key}, which is not supported: {str(setting)[:60]}")
+        if setting and not (
+            isinstance(setting, Mapping) and setting.get("format") in ("dense", None) and key[0] == "s"
+        ):
+            raise ConfigError(
+                f"config key 'quantization_config' has {key}, which is not supported: {str(setting)[:60]}"
+            )
     numbers = Format(dtype=dtype, inputs=None, outputs=1)  # type: ignore[arg-type]
     return Published(method="compressed-tensors", format=numbers, ignored=_names(reader, "ignore"))
 

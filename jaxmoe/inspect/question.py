@@ -31,8 +31,8 @@ _MOST = 1 << 20  # of requests, and of a chunk's tokens
 class ModelQuestion:
     """A config.json, a mesh, and how many requests of how many tokens each.
 
-    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, stage_chunks: as LLM.load. chunk_tokens:
-    as Engine.
+    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, stage_chunks: as LLM.load.
+    chunk_tokens: as Engine.
     """
 
     config: str

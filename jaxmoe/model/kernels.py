@@ -88,14 +88,8 @@ def choose_kernels(
         raise ConfigError(
             f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
         )
-    for step, held in (quantised_steps(quantisation) if quantisation else {}).items():
-        if held and named.get(step) == "native":
-            raise ConfigError(
-                f"{step}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it out, "
-                f"or give weights_dtype (--weights-dtype) {dtype}"
-            )
-        if held and step == "grouped":
-            named.setdefault(step, "blocks")
+    if quantisation is not None:
+        _choose_for_quantised(named, quantisation, dtype)
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
@@ -112,13 +106,20 @@ def choose_kernels(
     return Kernels(**named)
 
 
-def quantised_steps(quantisation: Quantisation) -> dict[str, bool]:
-    """Whether any weights of a step that a native kernel could read are quantised. Products with those that are run as
-    ops/quantised.py does; the others of linear as chosen."""
-    return {
+def _choose_for_quantised(named: dict[str, Any], quantisation: Quantisation, dtype: str) -> None:
+    """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
+    held = {
         "grouped": quantisation.holds("moe/experts/"),
         "linear": quantisation.holds("attention/", "mlp/", "moe/shared/"),
     }
+    for step in (step for step, some in held.items() if some):
+        if named.get(step) == "native":
+            raise ConfigError(
+                f"{step}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it "
+                f"out, or give weights_dtype (--weights-dtype) {dtype}"
+            )
+    if held["grouped"]:
+        named.setdefault("grouped", "blocks")
 
 
 def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:

@@ -109,9 +109,7 @@ class Maker:
             return self(init, **dims)
         format, place = self._kept.format, self._kept.place
         shares = [size // place.parts(dim) for dim, size in dims.items()]
-        counts = cells(
-            list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._kept.grains[path]
-        )
+        counts = cells(list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._kept.grains[path])
         packed = list(dims)[lead + over - 1]
         items = dims | {packed: dims[packed] // format.per_item}
         scales = dict(zip(dims, counts, strict=True))

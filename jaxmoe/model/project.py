@@ -63,9 +63,7 @@ def project(
         count = used[0][0] if used else None
         x = gather_rows(x, gathered)
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
-        y = summed_over(
-            y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered
-        )
+        y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered)
         return y
 
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]

@@ -59,8 +59,7 @@ class Transformer(nnx.Module):
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.parts = segments(config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks)
         self.segments = nnx.List(
-            nnx.List(self._block(part, block, make) for block in range(part.period))
-            for part in self.parts
+            nnx.List(self._block(part, block, make) for block in range(part.period)) for part in self.parts
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:

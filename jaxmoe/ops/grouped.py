@@ -147,7 +147,7 @@ class _Matrix(NamedTuple):
     """One quantised matrix among many, left where it lies."""
 
     stacked: Quantised
-    index: tuple[At, ...]
+    place: tuple[At, ...]
 
 
 def _matrix(stacked, *index):
@@ -161,7 +161,7 @@ def _matrix(stacked, *index):
 def _times(x, matrix):
     """Rows x [R, M] times a matrix [M, N], as float32."""
     if isinstance(matrix, _Matrix):
-        return multiply(x, matrix.stacked, matrix.index)
+        return multiply(x, matrix.stacked, matrix.place)
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 

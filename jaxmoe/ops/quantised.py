@@ -15,6 +15,8 @@ from jaxmoe.ops.stack import At, layer_of
 _TILE_BYTES = 4 << 20  # of columns that are dequantised at once
 _LANES = 128  # columns that a tile's are a multiple of
 _TWICE_E2M1 = 0xC8643210  # twice the eight values of three bits, in four bits each
+_E4M3_BIAS = (127 - 7) << 23  # what an exponent of float8_e4m3fn lacks of one of float32
+_LEAST_NORMAL = 2.0**-6  # of float8_e4m3fn
 
 
 class Quantised(NamedTuple):
@@ -51,16 +53,37 @@ def layer_weights(w: Weights, at: At, dtype: jnp.dtype) -> jax.Array:
 
 def dequantised(w: Quantised, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
     """Plain matrices, all at once: the oracle."""
-    planes = [_scaled(plane, w.scales) for plane in _planes(w.numbers)]
+    planes = [_scaled(plane, w.scales) for plane in _planes(w.numbers, w.numbers.dtype)]
     stacked = jnp.stack(planes, axis=-2)  # numbers of an item follow each other along the inputs
     return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]).astype(dtype)
 
 
-def _planes(numbers: jax.Array) -> list[jax.Array]:
-    """The numbers as float32: all of them, or the first of every item and the second."""
-    if numbers.dtype != jnp.uint8:
-        return [numbers.astype(jnp.float32)]
-    return [_e2m1(numbers.astype(jnp.uint32) >> shift) for shift in (0, 4)]
+def _planes(numbers: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """The numbers as float32: all of them, or the first of every item and the second. dtype: of the array that they,
+    or their bits, are of."""
+    if dtype == jnp.uint8:
+        return [_e2m1(numbers.astype(jnp.uint32) >> shift) for shift in (0, 4)]
+    if dtype == jnp.float8_e4m3fn:
+        return [_e4m3(_bits(numbers).astype(jnp.uint32))]
+    return [numbers.astype(jnp.float32)]
+
+
+def _bits(numbers: jax.Array) -> jax.Array:
+    """The same, where they are float8_e4m3fn as their bits: XLA's CPU compiler widens an array of such floats whole
+    before any loop over parts of it."""
+    if numbers.dtype != jnp.float8_e4m3fn:
+        return numbers
+    return jax.lax.bitcast_convert_type(numbers, jnp.uint8)
+
+
+def _e4m3(bits: jax.Array) -> jax.Array:
+    """Values of float8_e4m3fn, exact wherever float32 numbers below the normal ones are flushed to zero."""
+    size = bits & 0x7F
+    small = size < 8  # below the normal ones
+    value = jax.lax.bitcast_convert_type((jnp.where(small, size | 8, size) << 20) + jnp.uint32(_E4M3_BIAS), jnp.float32)
+    value = jnp.where(small, value - _LEAST_NORMAL, value)
+    value = jnp.where(size == 0x7F, jnp.nan, value)
+    return jnp.where(bits > 0x7F, -value, value)
 
 
 def _e2m1(bits: jax.Array) -> jax.Array:
@@ -88,21 +111,20 @@ def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
 def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Float[Array, "T N"]:
     """x times the one matrix at index of w's leading dims, in float32.
 
-    Columns are dequantised to x's dtype in tiles of _TILE_BYTES, in a loop; never a whole large matrix.
+    Columns are dequantised in tiles of _TILE_BYTES, in a loop; never a whole matrix, unless it has fewer columns than
+    two tiles have at least: what stands in no loop, XLA's CPU compiler makes ready for all layers at once.
     """
-    per = 2 if w.numbers.dtype == jnp.uint8 else 1
-    rows, columns = w.numbers.shape[-2:]
-    block = columns // w.scales.shape[-1]
-    step = math.lcm(block, _LANES)
-    tile = max(step, _TILE_BYTES // (rows * per * x.dtype.itemsize) // step * step)
-    turns = -(-columns // tile)
-    if turns <= 1 or columns % block:
-        return _times(x, _columns(w, index, 0, columns))
+    dtype, columns = w.numbers.dtype, w.numbers.shape[-1]
+    step = math.lcm(columns // w.scales.shape[-1], _LANES)
+    tile = max(step, _TILE_BYTES // (x.shape[1] * x.dtype.itemsize) // step * step)
+    turns = max(-(-columns // tile), min(2, columns // step))
+    if turns <= 1:
+        return _times(x, _columns(w, index, 0, columns), dtype)
     tile = -(-columns // turns // step) * step
 
     def turn(i, y):
         first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice
-        return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile)), (0, first))
+        return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile), dtype), (0, first))
 
     return jax.lax.fori_loop(0, -(-columns // tile), turn, jnp.zeros((x.shape[0], columns), jnp.float32))
 
@@ -115,19 +137,26 @@ def _columns(w: Quantised, index: tuple[At, ...], first: At, count: int) -> Quan
         size = (*(1,) * len(index), array.shape[-2], count)
         return jax.lax.dynamic_slice(array, (*index, 0, first), size).reshape(array.shape[-2], count)
 
-    return Quantised(part(w.numbers, first, count), part(w.scales, first // block, -(-count // block)))
+    return Quantised(_bits(part(w.numbers, first, count)), part(w.scales, first // block, -(-count // block)))
 
 
-def _times(x: jax.Array, w: Quantised) -> jax.Array:
-    """x [T,K] times a matrix, in float32; a scale for all inputs is applied to the product."""
+def _times(x: jax.Array, w: Quantised, dtype: jnp.dtype) -> jax.Array:
+    """x [T,K] times a matrix, whose numbers are (bits) of dtype, in float32; a scale for all inputs is applied to the
+    product."""
     high, wide = w.scales.shape
     columns = w.numbers.shape[1]
-    planes = _planes(w.numbers)
+    planes = _planes(w.numbers, dtype)
     if high > 1:
         planes = [_scaled(plane, w.scales) for plane in planes]
     parts = [x[:, at :: len(planes)] for at in range(len(planes))]
-    y = sum(
-        jnp.dot(part, plane.astype(x.dtype), preferred_element_type=jnp.float32)
-        for part, plane in zip(parts, planes, strict=True)
-    )
+    products = [_product(part, plane) for part, plane in zip(parts, planes, strict=True)]
+    y = products[0] if len(products) == 1 else products[0] + products[1]
     return y if high > 1 else y * jnp.repeat(_factors(w.scales)[0], columns // wide, total_repeat_length=columns)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x times a float32 tile, which is rounded to x's dtype where there are units for products of it."""
+    rounded = lambda x, w: jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)  # noqa: E731
+    if x.dtype == jnp.float32:
+        return rounded(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: rounded(x.astype(jnp.float32), w), default=rounded)

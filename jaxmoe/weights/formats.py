@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +42,7 @@ class Tensor(Protocol):
 class _Made:
     """What tensors made of one of a file share. shape: of the last two dims are [out, in]."""
 
-    def __init__(self, source: Tensor, shape: tuple[int, ...], dtype: np.dtype | str) -> None:
+    def __init__(self, source: Tensor, shape: tuple[int, ...], dtype: Any) -> None:
         self.source, self.shape, self.dtype = source, shape, np.dtype(dtype)
         self.path, self.start = source.path, source.start
 
@@ -53,7 +53,8 @@ class _Made:
 
 
 class Reshaped(_Made):
-    """The same numbers in the same order, in other dims after the first; swapped: and the last two of them exchanged."""
+    """The same numbers in the same order, in other dims after the first; swapped: and the last two of them exchanged,
+    which of tensors of two dims would not leave rows."""
 
     def __init__(self, source: Tensor, shape: tuple[int, ...], *, swapped: bool = False) -> None:
         super().__init__(source, (*shape[:-2], shape[-1], shape[-2]) if swapped else shape, source.dtype)
@@ -117,7 +118,9 @@ def dequantise(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first
 
     first: the row of a block that the first row is.
     """
-    values = _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1) if format.per_item > 1 else numbers.astype(np.float32)
+    values = (
+        _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1) if format.per_item > 1 else numbers.astype(np.float32)
+    )
     rows = (np.arange(values.shape[-2]) + first) // format.outputs
     factors = _as_float(scales)[..., rows, :]
     if format.inputs is not None:

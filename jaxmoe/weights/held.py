@@ -128,10 +128,11 @@ def _opened(
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in _names(key, published))
     items = (*shape[:-1], shape[-1] // published.format.per_item)
-    return tuple(
-        one if one.shape == wanted else Reshaped(one, wanted)
-        for one, wanted in ((numbers, items), (scales, _scale_shape(shape, published.format)))
-    )
+    return _shaped(numbers, items), _shaped(scales, _scale_shape(shape, published.format))
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor if tensor.shape == shape else Reshaped(tensor, shape)
 
 
 def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> Tensor:
@@ -141,9 +142,7 @@ def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Pub
     return Dequantised(*opened, published.format, swapped=not piece.transpose)
 
 
-def _kept(
-    piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format
-) -> dict[str, Tensor]:
+def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format) -> dict[str, Tensor]:
     """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones."""
     if config.published is not None:
         shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.per_item)
