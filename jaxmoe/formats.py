@@ -28,8 +28,8 @@ class Format:
 
     @property
     def stored_dtype(self) -> str:
-        """Of arrays that hold the numbers."""
-        return "uint8" if self.dtype == "mxfp4" else self.dtype
+        """Of arrays that hold the numbers, or their bits (ops/quantised.py says why)."""
+        return "int8" if self.dtype == "int8" else "uint8"
 
     @property
     def scale_dtype(self) -> str:

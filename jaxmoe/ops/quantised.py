@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmoe.ops.stack import At, layer_of
 
-_TILE_BYTES = 4 << 20  # of columns that are dequantised at once
+_TILE_BYTES = 2 << 20  # of columns that are dequantised at once
 _LANES = 128  # columns that a tile's are a multiple of
 _TWICE_E2M1 = 0xC8643210  # twice the eight values of three bits, in four bits each
 _E4M3_BIAS = (127 - 7) << 23  # what an exponent of float8_e4m3fn lacks of one of float32
@@ -22,8 +22,9 @@ _LEAST_NORMAL = 2.0**-6  # of float8_e4m3fn
 class Quantised(NamedTuple):
     """Matrices [*lead, K, N] as numbers and the scales [*lead, k, n] of their blocks of K / k by N / n.
 
-    numbers: int8 or float8_e4m3fn with float32 scales; or uint8 [*lead, K / 2, N] with uint8 scales: two mxfp4 numbers
-    an item, the first in its low half (formats.py).
+    numbers: int8 with float32 scales; uint8 with float32 scales, the bits of float8_e4m3fn (XLA's CPU compiler widens
+    arrays of such floats whole before any loop over parts of them); or uint8 [*lead, K / 2, N] with uint8 scales, two
+    mxfp4 numbers an item, the first in its low half (formats.py).
     """
 
     numbers: Shaped[Array, "*lead K N"]
@@ -53,27 +54,17 @@ def layer_weights(w: Weights, at: At, dtype: jnp.dtype) -> jax.Array:
 
 def dequantised(w: Quantised, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
     """Plain matrices, all at once: the oracle."""
-    planes = [_scaled(plane, w.scales) for plane in _planes(w.numbers, w.numbers.dtype)]
+    planes = [_scaled(plane, w.scales) for plane in _planes(w)]
     stacked = jnp.stack(planes, axis=-2)  # numbers of an item follow each other along the inputs
     return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]).astype(dtype)
 
 
-def _planes(numbers: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """The numbers as float32: all of them, or the first of every item and the second. dtype: of the array that they,
-    or their bits, are of."""
-    if dtype == jnp.uint8:
-        return [_e2m1(numbers.astype(jnp.uint32) >> shift) for shift in (0, 4)]
-    if dtype == jnp.float8_e4m3fn:
-        return [_e4m3(_bits(numbers).astype(jnp.uint32))]
-    return [numbers.astype(jnp.float32)]
-
-
-def _bits(numbers: jax.Array) -> jax.Array:
-    """The same, where they are float8_e4m3fn as their bits: XLA's CPU compiler widens an array of such floats whole
-    before any loop over parts of it."""
-    if numbers.dtype != jnp.float8_e4m3fn:
-        return numbers
-    return jax.lax.bitcast_convert_type(numbers, jnp.uint8)
+def _planes(w: Quantised) -> list[jax.Array]:
+    """The numbers as float32: all of them, or the first of every item and the second."""
+    if w.numbers.dtype == jnp.int8:
+        return [w.numbers.astype(jnp.float32)]
+    bits = w.numbers.astype(jnp.uint32)
+    return [_e4m3(bits)] if w.scales.dtype == jnp.float32 else [_e2m1(bits), _e2m1(bits >> 4)]
 
 
 def _e4m3(bits: jax.Array) -> jax.Array:
@@ -114,17 +105,17 @@ def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Flo
     Columns are dequantised in tiles of _TILE_BYTES, in a loop; never a whole matrix, unless it has fewer columns than
     two tiles have at least: what stands in no loop, XLA's CPU compiler makes ready for all layers at once.
     """
-    dtype, columns = w.numbers.dtype, w.numbers.shape[-1]
+    columns = w.numbers.shape[-1]
     step = math.lcm(columns // w.scales.shape[-1], _LANES)
     tile = max(step, _TILE_BYTES // (x.shape[1] * x.dtype.itemsize) // step * step)
     turns = max(-(-columns // tile), min(2, columns // step))
     if turns <= 1:
-        return _times(x, _columns(w, index, 0, columns), dtype)
+        return _times(x, _columns(w, index, 0, columns))
     tile = -(-columns // turns // step) * step
 
     def turn(i, y):
         first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice
-        return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile), dtype), (0, first))
+        return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile)), (0, first))
 
     return jax.lax.fori_loop(0, -(-columns // tile), turn, jnp.zeros((x.shape[0], columns), jnp.float32))
 
@@ -137,15 +128,14 @@ def _columns(w: Quantised, index: tuple[At, ...], first: At, count: int) -> Quan
         size = (*(1,) * len(index), array.shape[-2], count)
         return jax.lax.dynamic_slice(array, (*index, 0, first), size).reshape(array.shape[-2], count)
 
-    return Quantised(_bits(part(w.numbers, first, count)), part(w.scales, first // block, -(-count // block)))
+    return Quantised(part(w.numbers, first, count), part(w.scales, first // block, -(-count // block)))
 
 
-def _times(x: jax.Array, w: Quantised, dtype: jnp.dtype) -> jax.Array:
-    """x [T,K] times a matrix, whose numbers are (bits) of dtype, in float32; a scale for all inputs is applied to the
-    product."""
+def _times(x: jax.Array, w: Quantised) -> jax.Array:
+    """x [T,K] times a matrix, in float32; a scale for all inputs is applied to the product."""
     high, wide = w.scales.shape
     columns = w.numbers.shape[1]
-    planes = _planes(w.numbers, dtype)
+    planes = _planes(w)
     if high > 1:
         planes = [_scaled(plane, w.scales) for plane in planes]
     parts = [x[:, at :: len(planes)] for at in range(len(planes))]

@@ -66,6 +66,22 @@ class Reshaped(_Made):
         return rows.swapaxes(-1, -2) if self._swapped else rows
 
 
+class Bits(_Made):
+    """The bits of numbers of eight of them."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__(source, source.shape, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rows take that they come from."""
+        return self.source.num_bytes
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        return self.source.read_rows(start, stop).view(np.uint8)
+
+
 class Cells(_Made):
     """Published scales [..., rows, columns] at the blocks of a parameter: each cell has its block's scale.
 
@@ -193,7 +209,7 @@ class Quantiser:
 
 class _Numbers(_Made):
     def __init__(self, quantiser: Quantiser) -> None:
-        super().__init__(quantiser.source, quantiser.source.shape, quantiser.format.stored_dtype)
+        super().__init__(quantiser.source, quantiser.source.shape, quantiser.format.dtype)
         self._quantiser = quantiser
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:

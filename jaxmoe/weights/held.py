@@ -9,7 +9,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.families.held import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
 from jaxmoe.families.keys import Piece
 from jaxmoe.formats import Format, Published
-from jaxmoe.weights.formats import Cells, Dequantised, Quantiser, Reshaped, Tensor
+from jaxmoe.weights.formats import Bits, Cells, Dequantised, Quantiser, Reshaped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
@@ -153,4 +153,5 @@ def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, 
             plain if plain.shape == piece.key_shape else Reshaped(plain, plain.shape, swapped=True), format
         )
         numbers, scales = made.numbers, made.scales
+    numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
     return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}
