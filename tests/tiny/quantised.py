@@ -104,9 +104,13 @@ def is_quantised(form: str, key: str) -> bool:
 
 
 def write_quantised(
-    case: Case, form: str, directory: Path, *, plain: bool = False, keys: dict[str, Any] | None = None
+    case: Case, form: str, directory: Path, *, plain: bool = False, keys: dict[str, Any] | None = None,
+    change: Callable[[Tensors], Any] = lambda tensors: None,
 ) -> Tensors:
-    """A case as a quantised checkpoint, or, plain, as one of the values that it means, in float32; the values."""
+    """A case as a quantised checkpoint, or, plain, as one of the values that it means, in float32; the values.
+
+    keys: for its quantization_config. change: of the tensors, before they are written.
+    """
     write, config = FORMS[form]
     tensors: Tensors = {}
     values: Tensors = {}
@@ -118,6 +122,7 @@ def write_quantised(
             values[key] = written.value
         else:
             tensors[key] = values[key] = value
+    change(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     settings = case.config if plain else case.config | {"quantization_config": config | (keys or {})}
     (directory / "config.json").write_text(json.dumps(settings))
