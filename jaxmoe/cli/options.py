@@ -156,7 +156,8 @@ def load_model(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
             kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
             ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
-            stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts, on_progress=on_progress,
+            stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
+            on_progress=on_progress,
         )  # fmt: skip
 
 

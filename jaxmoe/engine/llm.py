@@ -401,8 +401,8 @@ def choose_dtypes(
     plain = weights_dtype if weights_dtype in DTYPES else None
     if dtype is not None and plain is not None and dtype != plain:
         raise ConfigError(
-            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; give "
-            f"one of them"
+            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; "
+            f"give one of them"
         )
     dtype = dtype or plain or config.dtype
     check_dtypes(dtype, kv_dtype)

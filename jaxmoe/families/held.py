@@ -58,10 +58,8 @@ def grain_of(piece: Piece, format: Format) -> Grain:
     )
 
 
-def joined(one: Grain | None, other: Grain) -> Grain:
+def joined(one: Grain, other: Grain) -> Grain:
     """What holds for both."""
-    if one is None:
-        return other
     return Grain(inputs=math.gcd(one.inputs, other.inputs), outputs=math.gcd(one.outputs, other.outputs))
 
 

@@ -6,15 +6,17 @@ Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import segments
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.held import grain_of, is_matrix, joined
-from jaxmoe.families.keys import KeyNames, pieces
+from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
+from jaxmoe.families.keys import KeyNames, Piece, pieces
 from jaxmoe.families.reader import ConfigReader
 from jaxmoe.formats import FORMATS, MXFP4, Format, Grain, Published, Quantisation
 
@@ -33,7 +35,7 @@ def read_published(value: Any) -> Published | None:
         return None
     method = value.get("quant_method") if isinstance(value, Mapping) else value
     readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
-    if not isinstance(value, Mapping) or method not in readers:
+    if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         raise ConfigError(
             f"config key 'quantization_config' has quant_method {method!r}; supported are {', '.join(readers)}, and "
             f"unquantised weights: use such a checkpoint"
@@ -173,26 +175,26 @@ def quantisation(
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
-    plain_config = replace(config, published=None, quantisation=None)
-    parts = segments(plain_config, "unroll")
-    sizes = [ArraySizes.unpadded(config)] * len(parts)
-    layers: list[dict[str, Grain]] = [{} for _ in range(config.num_hidden_layers)]
-    left_out: set[tuple[int, str]] = set()
-    seen: set[tuple[int, str, str]] = set()
-    for piece in pieces(plain_config, sizes, names, parts):
-        if not is_matrix(piece) or not piece.path.startswith("segments/"):
+    layers: list[list[tuple[str, Grain]]] = [[] for _ in range(config.num_hidden_layers)]
+    for (layer, path), group in sorted(_matrices(config, names).items(), key=lambda item: item[0]):
+        modules = {piece.key.removesuffix(".weight") for piece in group}
+        if not path.startswith(only) or any(plain(module) for module in modules):
             continue
-        _, layer, _, path = piece.path.split("/", 3)
-        if path in (f"{block}/{name}" for block in ("attention", "mlp", "moe") for name in _PLAIN):
-            continue
-        module = piece.key.removesuffix(".weight")
-        if not path.startswith(only) or ((int(layer), path, module) not in seen and plain(module)):
-            left_out.add((int(layer), path))
-        seen.add((int(layer), path, module))
-        found = layers[int(layer)]
-        found[path] = joined(found.get(path), grain_of(piece, format))
-    kept = tuple(
-        tuple(sorted((path, grain) for path, grain in found.items() if (layer, path) not in left_out))
-        for layer, found in enumerate(layers)
-    )
-    return Quantisation(format=format, layers=kept) if any(kept) else None
+        inputs = oriented(group[0]).key_shape[-1]
+        if format.per_item > 1 and inputs % (format.inputs or 1):
+            raise ConfigError(f"{path} has {inputs} inputs, of which {format.dtype} makes blocks of {format.inputs}")
+        layers[layer].append((path, reduce(joined, (grain_of(piece, format) for piece in group))))
+    return Quantisation(format=format, layers=tuple(map(tuple, layers))) if any(layers) else None
+
+
+def _matrices(config: ModelConfig, names: KeyNames) -> dict[tuple[int, str], list[Piece]]:
+    """Pieces of the matrices that may be kept quantised, by layer and path within its block."""
+    config = replace(config, published=None, quantisation=None)
+    parts = segments(config, "unroll")  # one a layer
+    found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts):
+        if piece.path.startswith("segments/") and is_matrix(piece):
+            _, layer, _, path = piece.path.split("/", 3)
+            if path.split("/")[-1] not in _PLAIN:
+                found[int(layer), path].append(piece)
+    return found

@@ -25,9 +25,10 @@ from jaxmoe.weights.params import ParamInfo, parameter_table
 class Bytes:
     """Where the bytes of arrays go; device * devices of the mesh = model + padding + head_copies + replicas.
 
-    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, and those of slots
-    that no layer fills. head_copies: further copies of key/value heads inside an array. replicas: further copies of
-    whole arrays, padding and all, on devices along axes that do not split them.
+    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, those of slots
+    that no layer fills, and scales that are held once more where a split cuts their blocks. head_copies: further copies
+    of key/value heads inside an array. replicas: further copies of whole arrays, padding and all, on devices along axes
+    that do not split them.
     """
 
     device: int
@@ -71,8 +72,8 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
 
 
 def _kv_copies(runner: Runner, info: ParamInfo) -> int:
-    """How often a parameter holds each key/value head."""
-    if "kv_head" not in info.dims:
+    """How often a parameter holds each key/value head. Further scales of quantised ones count as padding."""
+    if "kv_head" not in info.dims or info.path.endswith("/scales"):
         return 1
     _, segment, *_ = info.path.split("/")  # as LayerPlace.path
     return runner.sizes[int(segment)].kv_copies

@@ -100,7 +100,9 @@ def test_experts_are_those_of_the_values(form, blocks, kind, num_tokens, monkeyp
     weights = np.zeros((num_tokens, experts), np.float32)
     for token in range(num_tokens):
         weights[token, rng.permutation(experts)[:top_k]] = rng.uniform(0.2, 1, top_k)
-    wanted = grouped_swiglu(x, weights, jnp.asarray(gate_up_value), jnp.asarray(down_value), 1, top_k=top_k, kind="dense")
+    wanted = grouped_swiglu(
+        x, weights, jnp.asarray(gate_up_value), jnp.asarray(down_value), 1, top_k=top_k, kind="dense"
+    )
     for one in (kind, "dense"):
         found = jax.jit(partial(grouped_swiglu, top_k=top_k, kind=one))(x, weights, gate_up, down, 1)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

@@ -104,7 +104,12 @@ def is_quantised(form: str, key: str) -> bool:
 
 
 def write_quantised(
-    case: Case, form: str, directory: Path, *, plain: bool = False, keys: dict[str, Any] | None = None,
+    case: Case,
+    form: str,
+    directory: Path,
+    *,
+    plain: bool = False,
+    keys: dict[str, Any] | None = None,
     change: Callable[[Tensors], Any] = lambda tensors: None,
 ) -> Tensors:
     """A case as a quantised checkpoint, or, plain, as one of the values that it means, in float32; the values.

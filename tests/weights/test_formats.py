@@ -100,7 +100,13 @@ CASES = [
     ("fp8-channel", case_of("olmoe_clip_qkv"), 4),
     ("mxfp4", case_of("mixtral_six_experts", hidden_size=96, intermediate_size=160), 2),
 ]
-MESHES = [("data=1", "ep-tp"), (ALL, "ep-tp"), ("tensor=8", "ep-tp"), ("pipeline=2,tensor=2,expert=2", "tp"), (ALL, "tp-ep")]
+MESHES = [
+    ("data=1", "ep-tp"),
+    (ALL, "ep-tp"),
+    ("tensor=8", "ep-tp"),
+    ("pipeline=2,tensor=2,expert=2", "tp"),
+    (ALL, "tp-ep"),
+]
 
 
 @pytest.mark.parametrize(("form", "case", "num_kept"), CASES, ids=[case[0] + " " + case[1].name for case in CASES])
@@ -136,7 +142,7 @@ def test_plain_matrices_are_quantised_on_load_alike_on_every_mesh(name, tmp_path
     plain, _ = loaded(tmp_path, "data=1")
     format, means = FORMATS[name], []
     for mesh in ("data=1", ALL):
-        found, config = loaded(tmp_path, mesh, weights_dtype=name)
+        found, _ = loaded(tmp_path, mesh, weights_dtype=name)
         path = "segments/1/0/attention/out"
         means.append(values_of(found[f"{path}/numbers"], found[f"{path}/scales"], format, 3))
     np.testing.assert_array_equal(means[0], means[1][:, : means[0].shape[1], : means[0].shape[2]])
@@ -157,7 +163,7 @@ def test_plain_matrices_are_quantised_on_load_alike_on_every_mesh(name, tmp_path
 
 @pytest.mark.parametrize("form", ["fp8", "int8-channel", "fp8-channel", "mxfp4"])
 def test_values_are_bit_exact_whichever_rows_are_read(form):
-    write, settings = FORMS[form]
+    write = FORMS[form][0]
     w = np.random.default_rng(0).normal(size=(300, 288)).astype(np.float32)
     written = write("w.weight", w)
     numbers, scales = written.tensors.values()
@@ -218,10 +224,18 @@ def replaced(key: str, change):
     [
         ("fp8", lambda t: t.pop(f"{KEY}_scale_inv"), f"1 missing: {KEY}_scale_inv"),
         ("fp8", lambda t: t.pop(KEY), f"1 missing: {KEY}"),
-        ("fp8", replaced(f"{KEY}_scale_inv", lambda s: s[:, :0]), f"misshapen: {KEY}_scale_inv [1, 0] instead of [1, 1]"),
+        (
+            "fp8",
+            replaced(f"{KEY}_scale_inv", lambda s: s[:, :0]),
+            f"misshapen: {KEY}_scale_inv [1, 0] instead of [1, 1]",
+        ),
         ("fp8", replaced(KEY, lambda w: w.astype(np.float32)), f"{KEY}' has dtype F32; use F8_E4M3 (quant_method fp8)"),
         ("fp8", replaced(f"{KEY}_scale_inv", lambda s: s.astype(np.int8)), "has dtype I8; use F32, F16, BF16, F8_E8M0"),
-        ("fp8", replaced("model.norm.weight", lambda w: w.astype(np.int8)), "'model.norm.weight' has dtype I8; use F32"),
+        (
+            "fp8",
+            replaced("model.norm.weight", lambda w: w.astype(np.int8)),
+            "'model.norm.weight' has dtype I8; use F32",
+        ),
         ("int8-channel", replaced(f"{KEY}_scale", lambda s: s[:4]), "_scale [4, 1] instead of [84, 1]"),
         ("int8-channel", replaced(KEY, lambda w: w.astype(ml_dtypes.float8_e4m3fn)), "dtype F8_E4M3; use I8 (quant_m"),
         ("int8-channel", lambda t: t.update({f"{KEY}_zero_point": t[f"{KEY}_scale"]}), f"1 unused: {KEY}_zero_point"),
@@ -245,7 +259,9 @@ def test_scales_of_channels_may_be_flat(tmp_path):
 def test_numbers_without_a_quantization_config_are_no_plain_ones(tmp_path, tiny_dir):
     directory = changed(tmp_path, "fp8", lambda t: [t.pop(key) for key in list(t) if key.endswith("_scale_inv")])
     (directory / "config.json").write_bytes((tiny_dir("llama_mha") / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"dtype F8_E4M3; use F32, F16, BF16: config.json has no quantization_config"):
+    with pytest.raises(
+        CheckpointError, match=r"dtype F8_E4M3; use F32, F16, BF16: config.json has no quantization_config"
+    ):
         loaded(directory, "data=1")
 
 
