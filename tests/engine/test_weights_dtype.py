@@ -57,7 +57,8 @@ KEYS = {"mxfp4": {"hidden_size": 96, "intermediate_size": 160}}
     ("form", "mesh", "layout"),
     [
         (FP8, ALL, "ep-tp"),
-        (MXFP4, "pipeline=2,tensor=4", "tp-sp"),
+        (("int8-channel", "llama_mha"), "pipeline=2,tensor=4", "tp-sp"),
+        pytest.param(MXFP4, "pipeline=2,tensor=4", "tp-sp", marks=pytest.mark.sweep),
         pytest.param(MXFP4, ALL, "tp-ep", marks=pytest.mark.sweep),
         pytest.param(FP8, "pipeline=2,tensor=2,expert=2", "dp-ep", marks=pytest.mark.sweep),
         pytest.param(("int8-channel", "qwen3_moe_norm"), ALL, "cp-ep-tp", marks=pytest.mark.sweep),
