@@ -11,23 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from jaxmoe.families.keys import Piece, Place
+from jaxmoe.families.piece import Piece, Place
 from jaxmoe.formats import Format, Grain
 
 
-def ranges(piece: Piece) -> list[int | slice]:
-    """Of each dim of the tensor, an index or the slice that is taken."""
-    return [at if isinstance(at, int) else slice(*at) for at in piece.src]
-
-
 def is_matrix(piece: Piece) -> bool:
-    """Whether two dims of the tensor are taken, so that it is (or holds) matrices."""
-    return sum(isinstance(at, slice) for at in ranges(piece)) == 2
+    """Whether the tensor is a matrix, or holds one of every expert."""
+    return len(piece.cut) == 2 and not piece.path.endswith("bias")
 
 
 def oriented(piece: Piece) -> Piece:
-    """The same piece of a matrix, of a tensor that is [..., out, in]."""
-    if piece.transpose:
+    """The same piece of a matrix, of a tensor that is [..., out, in]: those of all experts are published the other way
+    round where they are plain."""
+    if piece.lead is None or piece.transpose:
         return piece
     swapped = lambda dims: (*dims[:-2], dims[-1], dims[-2])  # noqa: E731
     return replace(piece, key_shape=swapped(piece.key_shape), src=swapped(piece.src), transpose=True)
@@ -40,7 +36,7 @@ def _slices(place: Place) -> list[int]:
 def grain_of(piece: Piece, format: Format) -> Grain:
     """What blocks along inputs and outputs must divide for this piece alone."""
     piece = oriented(piece)
-    src, (inputs, outputs) = ranges(piece), _slices(piece.dst)
+    src, (inputs, outputs) = piece.src, _slices(piece.dst)
 
     def grain(at: int | slice, place: int | slice, block: int | None) -> int:
         assert isinstance(at, slice)
@@ -69,7 +65,7 @@ def number_piece(piece: Piece, format: Format) -> Piece:
     per = format.per_item
     if per == 1:
         return piece
-    inputs = ranges(piece)[-1]
+    inputs = piece.src[-1]
     assert isinstance(inputs, slice)
     at = _slices(piece.dst)[0]
     place = piece.dst[at]
@@ -77,7 +73,7 @@ def number_piece(piece: Piece, format: Format) -> Piece:
     return replace(
         piece,
         key_shape=(*piece.key_shape[:-1], piece.key_shape[-1] // per),
-        src=(*piece.src[:-1], (inputs.start // per, inputs.stop // per)),
+        src=(*piece.src[:-1], slice(inputs.start // per, inputs.stop // per)),
         dst=(*piece.dst[:at], slice(place.start // per, place.stop // per), *piece.dst[at + 1 :]),
     )
 
@@ -108,17 +104,17 @@ def scale_pieces(parts: Sequence[Piece], blocks: Sequence[int]) -> Iterator[Piec
         if where in seen:
             continue
         seen.add(where)
-        *_, rows, columns = ranges(piece)
+        *first, rows, columns = piece.src
         *lead, num_rows, num_columns = piece.key_shape
         yield replace(
             piece,
             key_shape=(*lead, -(-num_rows // high), -(-num_columns // wide)),
-            src=(*piece.src[: len(lead)], _in_cells(rows, high), _in_cells(columns, wide)),
+            src=(*first, _in_cells(rows, high), _in_cells(columns, wide)),
             dst=dst,
         )
 
 
-def _in_cells(at: int | slice, cell: int) -> tuple[int, int]:
+def _in_cells(at: int | slice, cell: int) -> slice:
     assert isinstance(at, slice)
     assert cell == 1 or ((at.step or 1) == 1 and at.start % cell == 0), (at, cell)
-    return (at.start, at.stop) if cell == 1 else (at.start // cell, -(-at.stop // cell))
+    return at if cell == 1 else slice(at.start // cell, -(-at.stop // cell))

@@ -16,13 +16,14 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
-from jaxmoe.families.keys import KeyNames, Piece, pieces
+from jaxmoe.families.keys import KeyNames, pieces
+from jaxmoe.families.piece import Piece
 from jaxmoe.families.reader import ConfigReader
 from jaxmoe.formats import FORMATS, MXFP4, Format, Grain, Published, Quantisation
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
-_PLAIN = ("router", "shared_gate")
+_PLAIN = ("router", "shared_gate", "key_up", "value_up")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 

@@ -118,6 +118,10 @@ class Maker:
             for dtype, sizes in ((format.stored_dtype, items), (format.scale_dtype, scales))
         ))  # fmt: skip
 
+    def exact(self, init: Init, **dims: int) -> nnx.Param:
+        """The same in float32, whatever the dtype of the others."""
+        return Maker(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
+
     def indices(self, **dims: int) -> nnx.Param:
         """The same for whole numbers that no checkpoint holds; zeros."""
         dims = {**self._lead, **dims}

@@ -71,6 +71,15 @@ def project(
     return place.locally(part, *arrays, out=after)
 
 
+def together(x: jax.Array, place: Placement, lead: TokenDim) -> jax.Array:
+    """x [B,S,D], whose rows lie as `lead` says, as it is needed inside layers: for more than one product of it."""
+    shared = place.shared(lead)
+    if not shared:
+        return x
+    rest = ("length", "width")
+    return place.locally(lambda x: gather_rows(x, shared), (x, (lead, *rest)), out=("token", *rest))
+
+
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """The strips of x [b,...] that ranks along axes have, together. Called inside shard_map."""
     return jax.lax.all_gather(x, tuple(axes), axis=0, tiled=True) if axes else x

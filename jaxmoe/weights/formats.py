@@ -34,13 +34,17 @@ class Tensor(Protocol):
         """What all rows take in memory while they are read."""
         ...
 
+    def at(self, index: int) -> Tensor:
+        """One entry of the first dim, as a tensor by itself."""
+        ...
+
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         ...
 
 
 class _Made:
-    """What tensors made of one of a file share. shape: of the last two dims are [out, in]."""
+    """What tensors made of one of a file share; those of two dims are read, others an entry at a time."""
 
     def __init__(self, source: Tensor, shape: tuple[int, ...], dtype: Any) -> None:
         self.source, self.shape, self.dtype = source, shape, np.dtype(dtype)
@@ -48,22 +52,44 @@ class _Made:
 
     @property
     def num_bytes(self) -> int:
-        """Of float32, which values pass through."""
-        return math.prod(self.shape) * 4
+        """What the rows take that they come from, or float32 that values pass through."""
+        return max(self.source.num_bytes, math.prod(self.shape) * 4)
 
 
 class Reshaped(_Made):
-    """The same numbers in the same order, in other dims after the first; swapped: and the last two of them exchanged,
-    which of tensors of two dims would not leave rows."""
+    """The same numbers in the same order, in other dims after the first."""
 
-    def __init__(self, source: Tensor, shape: tuple[int, ...], *, swapped: bool = False) -> None:
-        super().__init__(source, (*shape[:-2], shape[-1], shape[-2]) if swapped else shape, source.dtype)
-        self._inside, self._swapped = shape[1:], swapped
+    def __init__(self, source: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__(source, shape, source.dtype)
+
+    def at(self, index: int) -> Reshaped:
+        """One entry of the first dim."""
+        return Reshaped(self.source.at(index), self.shape[1:])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
-        rows = self.source.read_rows(start, stop).reshape(stop - start, *self._inside)
-        return rows.swapaxes(-1, -2) if self._swapped else rows
+        return self.source.read_rows(start, stop).reshape(stop - start, *self.shape[1:])
+
+
+class Swapped(_Made):
+    """The same numbers with the last two dims exchanged; all rows of a matrix are read for any."""
+
+    def __init__(self, source: Tensor) -> None:
+        *lead, rows, columns = source.shape
+        super().__init__(source, (*lead, columns, rows), source.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Few: rows are best read all at once."""
+        return self.shape[0]
+
+    def at(self, index: int) -> Swapped:
+        """One entry of the first dim."""
+        return Swapped(self.source.at(index))
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        return self.source.read_rows(0, self.source.shape[0]).T[start:stop]
 
 
 class Bits(_Made):
@@ -76,6 +102,10 @@ class Bits(_Made):
     def num_bytes(self) -> int:
         """What the rows take that they come from."""
         return self.source.num_bytes
+
+    def at(self, index: int) -> Bits:
+        """One entry of the first dim."""
+        return Bits(self.source.at(index))
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
@@ -92,41 +122,38 @@ class Cells(_Made):
         self, scales: Tensor, shape: tuple[int, ...], *, outputs: int, inputs: int | None, high: int, wide: int
     ) -> None:
         super().__init__(scales, shape, scales.dtype)
+        self._blocks = dict(outputs=outputs, inputs=inputs, high=high, wide=wide)
         self._outputs, self._high = outputs, high
         self._columns = np.arange(shape[-1]) * (0 if inputs is None else wide) // (inputs or 1)
 
-    @property
-    def num_bytes(self) -> int:
-        """What the rows take that they come from."""
-        return self.source.num_bytes
+    def at(self, index: int) -> Cells:
+        """One entry of the first dim."""
+        return Cells(self.source.at(index), self.shape[1:], **self._blocks)  # type: ignore[arg-type]
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
-        flat = len(self.shape) == 2
-        rows = np.arange(*((start, stop) if flat else (0, self.shape[-2]))) * self._high // self._outputs
-        first = int(rows[0]) if flat else 0
-        found = self.source.read_rows(first, int(rows[-1]) + 1) if flat else self.source.read_rows(start, stop)
-        return found[..., rows - first, :][..., self._columns]
+        rows = np.arange(start, stop) * self._high // self._outputs
+        found = self.source.read_rows(int(rows[0]), int(rows[-1]) + 1)
+        return found[rows - rows[0]][:, self._columns]
 
 
 class Dequantised(_Made):
-    """The values [..., out, in] of numbers and their published scales, as float32; swapped: as [..., in, out]."""
+    """The values [..., out, in] of numbers and their published scales, as float32."""
 
-    def __init__(self, numbers: Tensor, scales: Tensor, format: Format, *, swapped: bool = False) -> None:
+    def __init__(self, numbers: Tensor, scales: Tensor, format: Format) -> None:
         *lead, outputs, items = numbers.shape
-        inputs = items * format.per_item
-        shape = (*lead, inputs, outputs) if swapped else (*lead, outputs, inputs)
-        super().__init__(numbers, shape, np.float32)
-        self._scales, self._format, self._swapped = scales, format, swapped
+        super().__init__(numbers, (*lead, outputs, items * format.per_item), np.float32)
+        self._scales, self._format = scales, format
+
+    def at(self, index: int) -> Dequantised:
+        """One entry of the first dim."""
+        return Dequantised(self.source.at(index), self._scales.at(index), self._format)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
-        numbers, block = self.source.read_rows(start, stop), self._format.outputs
-        if numbers.ndim > 2:
-            values = dequantise(numbers, self._scales.read_rows(start, stop), self._format)
-            return values.swapaxes(-1, -2) if self._swapped else values
+        block = self._format.outputs
         scales = self._scales.read_rows(start // block, -(-stop // block))
-        return dequantise(numbers, scales, self._format, first=start % block)
+        return dequantise(self.source.read_rows(start, stop), scales, self._format, first=start % block)
 
 
 def dequantise(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first: int = 0) -> np.ndarray:
@@ -161,8 +188,10 @@ class Quantiser:
         *lead, outputs, inputs = source.shape
         self.source, self.format = source, format
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)
-        self._scales = np.zeros((*lead, -(-outputs // format.outputs), columns), np.float32)
-        self._known = np.zeros(len(self._scales), bool)  # scales are kept once they are found: they are few
+        self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
+        self._entries: dict[int, Quantiser] = {}
+        self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # kept once they are found: they are few
+        self._known = np.zeros(len(self._scales), bool)
 
     @property
     def numbers(self) -> Tensor:
@@ -174,37 +203,38 @@ class Quantiser:
         """Of all blocks."""
         return _Scales(self)
 
-    def quantised(self, start: int, stop: int) -> np.ndarray:
-        """Numbers of rows start..stop of the first dim."""
-        block = self.format.outputs if self._scales.ndim == 2 else 1
-        first, last = start // block, -(-stop // block)
-        values = self.source.read_rows(first * block, min(last * block, self.source.shape[0])).astype(np.float32)
-        self._find(values, first, last)
-        factors = self._at_rows(values, first, last)
+    def at(self, index: int) -> Quantiser:
+        """Of one entry of the first dim."""
+        return self._entries.setdefault(index, Quantiser(self.source.at(index), self.format))
+
+    def numbers_of(self, start: int, stop: int) -> np.ndarray:
+        """Numbers of rows start..stop."""
+        high, wide = self.format.outputs, self.format.inputs
+        first, last = start // high, -(-stop // high)
+        values = self._find(first, last)
+        factors = np.repeat(self._scales[first:last], high, axis=0)[: len(values)]
+        if wide is not None:
+            factors = np.repeat(factors, wide, axis=1)[:, : values.shape[1]]
         shrunk = values / np.where(factors > 0, factors, 1)
         numbers = np.rint(shrunk) if self.format.dtype == "int8" else shrunk
-        return numbers.astype(self.format.dtype)[start - first * block : stop - first * block]
+        return numbers.astype(self.format.dtype)[start - first * high : stop - first * high]
 
     def scales_of(self, first: int, last: int) -> np.ndarray:
-        """Scales first..last of the first dim."""
+        """Scales of rows first..last of blocks."""
         if not self._known[first:last].all():
-            block = self.format.outputs if self._scales.ndim == 2 else 1
-            values = self.source.read_rows(first * block, min(last * block, self.source.shape[0])).astype(np.float32)
-            self._find(values, first, last)
+            self._find(first, last)
         return self._scales[first:last]
 
-    def _find(self, values: np.ndarray, first: int, last: int) -> None:
-        high, wide = self.format.outputs, self.format.inputs or values.shape[-1]
-        largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[-1], wide), axis=-1)
-        largest = np.maximum.reduceat(largest, np.arange(0, values.shape[-2], high), axis=-2)
+    def _find(self, first: int, last: int) -> np.ndarray:
+        """The values of rows first..last of blocks, whose scales are then known."""
+        high = self.format.outputs
+        values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
+        wide = self.format.inputs or values.shape[1]
+        largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
+        largest = np.maximum.reduceat(largest, np.arange(0, len(values), high), axis=0)
         self._scales[first:last] = largest / np.float32(LARGEST[self.format.dtype])
         self._known[first:last] = True
-
-    def _at_rows(self, values: np.ndarray, first: int, last: int) -> np.ndarray:
-        factors = np.repeat(self._scales[first:last], self.format.outputs, axis=-2)[..., : values.shape[-2], :]
-        if self.format.inputs is not None:
-            factors = np.repeat(factors, self.format.inputs, axis=-1)[..., : values.shape[-1]]
-        return factors
+        return values
 
 
 class _Numbers(_Made):
@@ -212,19 +242,20 @@ class _Numbers(_Made):
         super().__init__(quantiser.source, quantiser.source.shape, quantiser.format.dtype)
         self._quantiser = quantiser
 
+    def at(self, index: int) -> Tensor:
+        return self._quantiser.at(index).numbers
+
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        return self._quantiser.quantised(start, stop)
+        return self._quantiser.numbers_of(start, stop)
 
 
 class _Scales(_Made):
     def __init__(self, quantiser: Quantiser) -> None:
-        super().__init__(quantiser.source, quantiser._scales.shape, np.float32)
+        super().__init__(quantiser.source, quantiser.scale_shape, np.float32)
         self._quantiser = quantiser
 
-    @property
-    def num_bytes(self) -> int:
-        """What reading them takes: the rows they are found from."""
-        return math.prod(self._quantiser.source.shape) * 4
+    def at(self, index: int) -> Tensor:
+        return self._quantiser.at(index).scales
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         return self._quantiser.scales_of(start, stop)

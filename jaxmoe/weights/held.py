@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.held import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
-from jaxmoe.families.keys import Piece
+from jaxmoe.families.piece import Piece
 from jaxmoe.formats import Format, Published
-from jaxmoe.weights.formats import Bits, Cells, Dequantised, Quantiser, Reshaped, Tensor
+from jaxmoe.weights.formats import Bits, Cells, Dequantised, Quantiser, Reshaped, Swapped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
@@ -139,7 +139,8 @@ def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Pub
     """The values of a matrix, in the dims that plain checkpoints have."""
     assert published is not None
     opened = _opened(piece.key, oriented(piece).key_shape, tensors, published)
-    return Dequantised(*opened, published.format, swapped=not piece.transpose)
+    values = Dequantised(*opened, published.format)
+    return values if piece.lead is None else Swapped(values)
 
 
 def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format) -> dict[str, Tensor]:
@@ -149,9 +150,7 @@ def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, 
         numbers, scales = _opened(piece.key, shape, tensors, config.published)
     else:
         plain: Tensor = tensors[piece.key]
-        made = Quantiser(
-            plain if plain.shape == piece.key_shape else Reshaped(plain, plain.shape, swapped=True), format
-        )
+        made = Quantiser(plain if piece.lead is None else Swapped(plain), format)
         numbers, scales = made.numbers, made.scales
     numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
     return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}

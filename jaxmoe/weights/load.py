@@ -22,7 +22,7 @@ from jaxmoe.weights.formats import Tensor
 from jaxmoe.weights.held import Wanted, held, wanted_tensors
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
-from jaxmoe.weights.windows import PiecesByIndex, Window, intersect
+from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
@@ -37,7 +37,8 @@ def check_keys(
     """Raise one CheckpointError listing every missing, unused and misshapen tensor, or naming one whose dtype is none
     of those wanted; silent if there is none."""
     missing = sorted(set(wanted) - set(tensors))
-    unused = sorted(key for key in set(tensors) - set(wanted) if not may_stand_unused(key, config))
+    names = FAMILIES[config.family].names
+    unused = sorted(key for key in set(tensors) - set(wanted) if not may_stand_unused(key, config, names))
     misshapen = [
         f"{key} {list(tensors[key].shape)} instead of {list(one.shapes[0])}"
         for key, one in sorted(wanted.items())
@@ -62,6 +63,9 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
 
 
+Source = tuple[str, int | None]  # the key of a tensor, and the index of its first dim where one is taken
+
+
 def _fill(
     windows: Iterable[Window],
     parts: PiecesByIndex,
@@ -72,34 +76,47 @@ def _fill(
 ) -> dict[Window, np.ndarray]:
     """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
-    found: dict[str, list[tuple[Window, np.ndarray]]] = defaultdict(list)  # ranges of a tensor, and where they go
+    found: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
     for window, array in out.items():
-        for piece, src, place in parts.inside(window):
-            found[piece.key].append((src, array[place].T if piece.transpose else array[place]))
+        for piece, cut, place in parts.inside(window):
+            found[piece.key, piece.lead].append((cut, array[place].T if piece.transpose else array[place]))
+    opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in found}
 
-    def reads() -> Iterator[tuple[str, int, int]]:
-        """(key, first row, last row + 1) of each read, in the order of the files."""
-        for key in sorted(found, key=lambda key: (tensors[key].path, tensors[key].start)):
-            low, high = (pick(src[0][end] for src, _ in found[key]) for end, pick in enumerate((min, max)))
-            row_bytes = max(1, tensors[key].num_bytes // max(1, tensors[key].shape[0]))
-            step = max(1, _READ_BYTES // row_bytes)
-            yield from ((key, first, min(high, first + step)) for first in range(low, high, step))
+    def reads() -> Iterator[tuple[Source, int, int]]:
+        """(tensor, first row, last row + 1) of each read, in the order of the files."""
+        for source in sorted(found, key=lambda source: (opened[source].path, opened[source].start)):
+            tensor = opened[source]
+            step = max(1, _READ_BYTES // max(1, tensor.num_bytes // max(1, tensor.shape[0])))
+            for low, high in _runs(cut[0] for cut, _ in found[source]):
+                yield from ((source, first, min(high, first + step)) for first in range(low, high, step))
 
-    def read(key: str, first: int, last: int) -> int:
+    def read(source: Source, first: int, last: int) -> int:
         """The bytes of the windows that the rows gave."""
-        rows, num_bytes = tensors[key].read_rows(first, last), 0
-        for (span, *others), destination in found[key]:
-            start, stop = max(span[0], first), min(span[1], last)
-            if start < stop:
-                cut = rows[(slice(start - first, stop - first), *(slice(*r) for r in others))]
-                to = destination[start - span[0] : stop - span[0]]
-                _copy(cut, to)
+        rows, num_bytes = opened[source].read_rows(first, last), 0
+        for (span, *others), destination in found[source]:
+            low, high = (-(-(max(at, span.start) - span.start) // span.step) for at in (first, min(last, span.stop)))
+            if low < high:
+                start = span.start + low * span.step - first
+                taken = slice(start, start + (high - low - 1) * span.step + 1, span.step)
+                to = destination[low:high]
+                _copy(rows[(taken, *others)], to)
                 num_bytes += to.nbytes
         return num_bytes
 
     for num_bytes in workers.map(lambda args: read(*args), reads()):
         on_bytes(num_bytes)
     return out
+
+
+def _runs(spans: Iterable[slice]) -> list[tuple[int, int]]:
+    """Where the rows of all spans lie, as runs in order."""
+    runs: list[tuple[int, int]] = []
+    for low, high in sorted((span.start, span.stop) for span in spans):
+        if runs and low <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(high, runs[-1][1]))
+        else:
+            runs.append((low, high))
+    return runs
 
 
 def _copy(rows: np.ndarray, to: np.ndarray) -> None:
@@ -128,7 +145,9 @@ def _cutting_order(parts: list[Piece]) -> list[int]:
     """
     first = parts[0]
     slices = [dim for dim, at in enumerate(first.dst) if isinstance(at, slice)]
-    num_runs = len({(piece.key, piece.src[0]) for piece in parts})
+    num_runs = len(
+        {(piece.key, piece.lead, piece.cut[0].start, piece.cut[0].stop, piece.cut[0].step) for piece in parts}
+    )
     dealt = [
         dim
         for dim in range(len(first.dst))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ class TensorInfo:
             raise CheckpointError(
                 f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(allowed)}{why}"
             )
+
+    def at(self, index: int) -> TensorInfo:
+        """One entry of the first dim, as a tensor by itself."""
+        part = copy(self)
+        part.shape, part.num_bytes = self.shape[1:], self.num_bytes // self.shape[0]
+        part.start = self.start + index * part.num_bytes
+        return part
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""

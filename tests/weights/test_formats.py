@@ -19,7 +19,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.formats import Cells, Dequantised, Quantiser, dequantise
+from jaxmoe.weights.formats import Cells, Dequantised, Quantiser, Swapped, dequantise
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of
@@ -36,6 +36,9 @@ class Rows:
 
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.shape, self.dtype, self.num_bytes = array, array.shape, array.dtype, array.nbytes
+
+    def at(self, index: int) -> Rows:
+        return Rows(self.array[index])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         return self.array[start:stop].copy()
@@ -192,15 +195,15 @@ def test_fused_tensors_of_all_experts_are_read_by_expert():
     rng = np.random.default_rng(0)
     numbers, scales = rng.integers(0, 256, (3, 10, 32), np.uint8), rng.integers(110, 130, (3, 10, 2), np.uint8)
     value = dequantise(numbers, scales, MXFP4)
-    turned = Dequantised(Rows(numbers), Rows(scales), MXFP4, swapped=True)
+    turned = Swapped(Dequantised(Rows(numbers), Rows(scales), MXFP4))
     assert turned.shape == (3, 64, 10)
-    np.testing.assert_array_equal(turned.read_rows(1, 3), value[1:3].swapaxes(1, 2))
+    np.testing.assert_array_equal(turned.at(1).read_rows(5, 60), value[1].T[5:60])
     cells = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
-    np.testing.assert_array_equal(cells.read_rows(1, 2), scales[1:2].repeat(2, axis=2))
+    np.testing.assert_array_equal(cells.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
     plain = rng.normal(size=(3, 10, 64)).astype(np.float32)
     whole, each = (Quantiser(Rows(array), FORMATS["int8-block"]) for array in (plain, plain[1]))
-    np.testing.assert_array_equal(whole.numbers.read_rows(1, 2)[0], each.numbers.read_rows(0, 10))
-    np.testing.assert_array_equal(whole.scales.read_rows(1, 2)[0], each.scales.read_rows(0, 1))
+    np.testing.assert_array_equal(whole.scales.at(1).read_rows(0, 1), each.scales.read_rows(0, 1))
+    np.testing.assert_array_equal(whole.numbers.at(1).read_rows(0, 10), each.numbers.read_rows(0, 10))
 
 
 # --- files that do not fit their config ---
