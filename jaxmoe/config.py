@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.formats import Published, Quantisation
 
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]
@@ -183,6 +184,8 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
+    published: how the checkpoint's files hold matrices that are quantised; quantisation: which of the model's are, and
+    how; None where all are plain.
     attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
     rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
     temperature is given: (scale, floor) as in 1 + scale * log(1 + floor_of((position + 1) / floor)).
@@ -221,6 +224,8 @@ class ModelConfig:
     mtp_layers: int = 0
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
+    published: Published | None = None
+    quantisation: Quantisation | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -292,7 +297,8 @@ class ModelConfig:
 
     def kind(self, layer: int) -> tuple[object, ...]:
         """All in which layers differ: those for which this is equal are alike."""
-        return self.moe_layers[layer], self.sliding_windows[layer], self.chunk(layer), self.has_rope(layer)
+        kept = self.quantisation.layers[layer] if self.quantisation else ()
+        return self.moe_layers[layer], self.sliding_windows[layer], self.chunk(layer), self.has_rope(layer), kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +317,17 @@ class ArraySizes:
     moe_experts: int
     moe_ffn: int
     shared_ffn: int
+
+    @classmethod
+    def unpadded(cls, config: ModelConfig) -> ArraySizes:
+        """The config's own sizes."""
+        moe = config.moe
+        return cls(
+            vocab=config.vocab_size, kv_slots=config.num_key_value_heads, kv_copies=1,
+            group_slots=config.num_query_groups, ffn=config.intermediate_size,
+            moe_experts=moe.num_experts if moe else 0, moe_ffn=moe.intermediate_size if moe else 0,
+            shared_ffn=moe.shared_intermediate_size if moe else 0,
+        )  # fmt: skip
 
     def query_slot(self, config: ModelConfig, head: int) -> tuple[int, int]:
         """(key/value slot, place within its group) of one query head."""

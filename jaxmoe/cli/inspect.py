@@ -21,6 +21,9 @@ from jaxmoe.cli.options import console, start_jax, table_console
 @click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+)
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")

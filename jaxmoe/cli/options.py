@@ -28,6 +28,7 @@ class ModelOptions:
     mesh: str | None
     devices: int | None
     dtype: str | None
+    weights_dtype: str | None
     kv_dtype: str | None
     revision: str | None
     ignore_config_keys: tuple[str, ...]
@@ -50,6 +51,11 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
         click.option("--devices", type=int, help="emulate this many devices on the CPU"),
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
+        click.option(
+            "--weights-dtype",
+            help="of matrices: int8, fp8, int8-block or fp8-block quantises; float32, bfloat16 or float16 dequantises; "
+            "as published by default",
+        ),
         click.option(
             "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"
         ),
@@ -147,8 +153,9 @@ def load_model(
     Kernels(**steps)  # a kernel that does not exist is said before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
-            name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
-            kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
+            name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
+            kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
+            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
             stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
             on_progress=on_progress,
         )  # fmt: skip

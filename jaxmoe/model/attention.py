@@ -89,8 +89,8 @@ class Attention(nnx.Module):
         self.group = sizes.group_slots
         heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
         query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
-        self.qkv = make(init, width=config.hidden_size, **heads)
-        self.out = make(init, **query, width=config.hidden_size)
+        self.qkv = make.matrix("attention/qkv", init, width=config.hidden_size, **heads)
+        self.out = make.matrix("attention/out", init, over=3, **query, width=config.hidden_size)
         if config.qkv_bias:
             self.qkv_bias = make(zeros, **heads)
         if config.out_bias:

@@ -45,17 +45,19 @@ class LatentAttention(nnx.Module):
         assert config.mla is not None
         self.config, self.mla, self.placement, self.kernels, self.layer = config, config.mla, placement, kernels, layer
         mla, heads = config.mla, dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
-        self.kv_down = make(init, width=config.hidden_size, latent=mla.cached_dim)
+        self.kv_down = make.matrix("attention/kv_down", init, width=config.hidden_size, latent=mla.cached_dim)
         self.kv_norm = make(ones, latent=mla.kv_lora_rank)
         if mla.q_lora_rank is None:
-            self.q = make(init, width=config.hidden_size, **heads, head_dim=config.head_dim)
+            self.q = make.matrix("attention/q", init, width=config.hidden_size, **heads, head_dim=config.head_dim)
         else:
-            self.q_down = make(init, width=config.hidden_size, latent=mla.q_lora_rank)
+            self.q_down = make.matrix("attention/q_down", init, width=config.hidden_size, latent=mla.q_lora_rank)
             self.q_norm = make(ones, latent=mla.q_lora_rank)
-            self.q = make(init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
+            self.q = make.matrix("attention/q", init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
         self.key_up = make(init, **heads, head_dim=mla.qk_nope_head_dim, latent=mla.kv_lora_rank)
         self.value_up = make(init, **heads, latent=mla.kv_lora_rank, head_dim=mla.v_head_dim)
-        self.out = make(init, **heads, head_dim=mla.v_head_dim, width=config.hidden_size)
+        self.out = make.matrix(
+            "attention/out", init, over=3, **heads, head_dim=mla.v_head_dim, width=config.hidden_size
+        )
         if config.out_bias:
             self.out_bias = make(zeros, width=config.hidden_size)
 

@@ -14,13 +14,14 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, zeros
+from jaxmoe.model.params import Init, Maker, Matrix, dims_of, weights_of, zeros
 from jaxmoe.model.project import gather_rows, summed_over
 from jaxmoe.model.rows import Real, hidden_dims
 from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
+from jaxmoe.ops.quantised import as_matrices
 from jaxmoe.ops.route import RouteRule, at_places, mixed, route
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
@@ -30,8 +31,10 @@ class Experts(nnx.Module):
     """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
 
     def __init__(self, width: int, ffn: int, num_experts: int, biases: bool, *, make: Maker, init: Init) -> None:
-        self.gate_up = make(init, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn)
-        self.down = make(init, moe_expert=num_experts, moe_ffn=ffn, width=width)
+        self.gate_up = make.matrix(
+            "moe/experts/gate_up", init, lead=2, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn
+        )
+        self.down = make.matrix("moe/experts/down", init, lead=1, moe_expert=num_experts, moe_ffn=ffn, width=width)
         if biases:
             self.gate_up_bias = make(zeros, moe_expert=num_experts, gate_or_up=2, moe_ffn=ffn)
 
@@ -40,8 +43,8 @@ class SharedExpert(nnx.Module):
     """SwiGLU weights of the expert that every token visits; gate and up lie side by side, as in a dense layer."""
 
     def __init__(self, width: int, ffn: int, *, make: Maker, init: Init) -> None:
-        self.gate_up = make(init, width=width, gate_or_up=2, ffn=ffn)
-        self.down = make(init, ffn=ffn, width=width)
+        self.gate_up = make.matrix("moe/shared/gate_up", init, width=width, gate_or_up=2, ffn=ffn)
+        self.down = make.matrix("moe/shared/down", init, ffn=ffn, width=width)
 
 
 class Routed(NamedTuple):
@@ -95,8 +98,8 @@ class MoE(nnx.Module):
         no expert. lead: how rows of x lie."""
         place = self.placement
         params = self._params()
-        arrays = {name: param[...] for name, param in params.items()}
-        specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
+        arrays = {name: weights_of(param) for name, param in params.items()}
+        specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
         used = [] if real.used is None else [real.used]
         routed = place.routed(lead)
         y, probabilities, load = place.manual(
@@ -115,9 +118,9 @@ class MoE(nnx.Module):
         )(x, (real.active, real.positions), jnp.int32(at), arrays, *used)  # fmt: skip
         return y, Routed(probabilities, load)
 
-    def _params(self) -> dict[str, nnx.Param]:
+    def _params(self) -> dict[str, Matrix]:
         """All that a device needs a part of, by the names it knows them by."""
-        params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
+        params: dict[str, Matrix] = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.biases:
             params |= {"gate_up_bias": self.experts.gate_up_bias, "down_bias": self.down_bias}
         if self.moe.shared_intermediate_size:
@@ -166,7 +169,7 @@ def _routed_experts(
     if moe.weigh_input:
         x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
         weights_tE = (weights_tE != 0).astype(weights_tE.dtype)
-    share = arrays["gate_up"].shape[1]
+    share = jax.tree.leaves(arrays["gate_up"])[0].shape[1]
     if "placed" in arrays:
         axes = place.axes(place.routed(lead))
         rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
@@ -203,9 +206,8 @@ def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):
 def _shared_expert(x, *, at, used, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
     kind = kernels.linear
-    layers, width, _, ffn = arrays["shared_in"].shape
-    both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, used, kind=kind)
-    hidden = gated_unit(both.reshape(-1, 2, ffn), kind=kernels.pointwise)
+    both = linear(x, as_matrices(arrays["shared_in"], 1), at, used, kind=kind)
+    hidden = gated_unit(both.reshape(len(both), 2, -1), kind=kernels.pointwise)
     y = linear(hidden, arrays["shared_out"], at, used, kind=kind)
     if "shared_gate" not in arrays:
         return y

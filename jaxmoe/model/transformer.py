@@ -65,8 +65,7 @@ class Transformer(nnx.Module):
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.parts = segments(config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks)
         self.segments = nnx.List(
-            nnx.List(self._block(part, block, make.stacked(part)) for block in range(part.period))
-            for part in self.parts
+            nnx.List(self._block(part, block, make) for block in range(part.period)) for part in self.parts
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
@@ -75,6 +74,7 @@ class Transformer(nnx.Module):
     def _block(self, part: Segment, block: int, make: Maker) -> Block:
         place = self.placement.of_segment(part)
         sizes = array_sizes(self.config, place)
+        make = make.stacked(part, block, self.config, place)
         return Block(self.config, sizes, place, self.kernels, part.first + block, make=make)
 
     def __call__(

@@ -11,6 +11,9 @@ Experts may have biases of gate and up (that of down is the caller's: it needs n
   tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
+
+Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantised.py), by
+ragged and dense a layer at once.
 """
 
 # Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a
@@ -27,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Clamp
 from jaxmoe.ops import native
+from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
 from jaxmoe.ops.stack import At, layer_of
 
 GroupedKind = Literal["blocks", "ragged", "native", "dense"]
@@ -142,18 +146,34 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
+class _Matrix(NamedTuple):
+    """One quantised matrix among many, left where it lies."""
+
+    stacked: Quantised
+    place: tuple[At, ...]
+
+
 def _matrix(stacked, *index):
     """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
+    if isinstance(stacked, Quantised):
+        return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
+
+
+def _times(x, matrix):
+    """Rows x [R, M] times a matrix [M, N], as float32."""
+    if isinstance(matrix, _Matrix):
+        return multiply(x, matrix.stacked, matrix.place)
+    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
 class ExpertWeights(NamedTuple):
     """One expert of one layer; bias of gate and up, where there is one."""
 
-    gate: Float[Array, "D F"]
-    up: Float[Array, "D F"]
-    down: Float[Array, "F D"]
+    gate: Float[Array, "D F"] | _Matrix
+    up: Float[Array, "D F"] | _Matrix
+    down: Float[Array, "F D"] | _Matrix
     bias: Float[Array, "2 F"] | None = None
 
 
@@ -174,16 +194,15 @@ def _unit(gate, up, bias, clamp: Clamp | None):
 
 def _hidden(x, w: ExpertWeights):
     """Gate and up activations of rows x [R, D], without bias, as float32 [R, F]."""
-    gate, up = (jnp.dot(x, matrix, preferred_element_type=jnp.float32) for matrix in (w.gate, w.up))
-    return gate, up
+    return _times(x, w.gate), _times(x, w.up)
 
 
 def _swiglu(x, w: ExpertWeights, clamp: Clamp | None):
-    if x.shape[0] == 1 and x.dtype.itemsize < 4:
+    if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
         return swiglu_one(x[0], w, clamp)[None]
     gate, up = _hidden(x, w)
     hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
-    return jnp.dot(hidden, w.down, preferred_element_type=jnp.float32)
+    return _times(hidden, w.down)
 
 
 def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: Clamp | None = None) -> Float[Array, "D"]:
@@ -260,7 +279,7 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
 def _ragged(rule, x, weights, gate_up, down, bias, at):
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
     plan = sort_assignments(weights, top_k=rule.top_k)
     counts = jnp.diff(plan.ends, prepend=0)
     in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
@@ -292,7 +311,7 @@ _native_few.defvjp(lambda rule, *saved: (_native_few(rule, *saved), saved), _blo
 
 
 def _dense(rule, x, weights, gate_up, down, bias, at):
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
     both = jnp.einsum("td,ecdf->tecf", x, gate_up, preferred_element_type=jnp.float32)
     hidden = _unit(both[:, :, 0], both[:, :, 1], None if bias is None else layer_of(bias, at), rule.clamp)
     hidden = hidden.astype(x.dtype).astype(jnp.float32)
@@ -306,8 +325,8 @@ _KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _rag
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E 2 D F"],
-    down: Float[Array, "L E F D"],
+    gate_up: Float[Array, "L E 2 D F"] | Quantised,
+    down: Float[Array, "L E F D"] | Quantised,
     at: At = 0,
     bias: Float[Array, "L E 2 F"] | None = None,
     *,

@@ -31,21 +31,11 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def unpadded_sizes(config: ModelConfig) -> ArraySizes:
-    """The sizes of arrays that nothing is added to: those on one device."""
-    moe = config.moe
-    return ArraySizes(
-        vocab=config.vocab_size, kv_slots=config.num_key_value_heads, kv_copies=1, group_slots=config.num_query_groups,
-        ffn=config.intermediate_size, moe_experts=moe.num_experts if moe else 0,
-        moe_ffn=moe.intermediate_size if moe else 0, shared_ffn=moe.shared_intermediate_size if moe else 0,
-    )  # fmt: skip
-
-
 def published_tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of a checkpoint of plain numbers, once, in the order of the layers."""
     parts = segments(config, "scan")
     seen: set[str] = set()
-    for piece in pieces(config, [unpadded_sizes(config)] * len(parts), FAMILIES[config.family].names, parts):
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), FAMILIES[config.family].names, parts):
         if piece.key not in seen:
             seen.add(piece.key)
             yield Tensor(key=piece.key, shape=piece.key_shape, part=_part(piece.path))

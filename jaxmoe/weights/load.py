@@ -18,6 +18,8 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
+from jaxmoe.weights.formats import Tensor
+from jaxmoe.weights.held import Wanted, held, wanted_tensors
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
@@ -30,17 +32,17 @@ _ALIGNMENT = 64
 
 
 def check_keys(
-    tensors: Mapping[str, TensorInfo], wanted: Iterable[Piece], config: ModelConfig, directory: Path
+    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, Wanted], config: ModelConfig, directory: Path
 ) -> None:
-    """Raise one CheckpointError listing every missing, unused and misshapen tensor; silent if there is none."""
-    shapes = {piece.key: piece.key_shape for piece in wanted}
-    missing = sorted(set(shapes) - set(tensors))
+    """Raise one CheckpointError listing every missing, unused and misshapen tensor, or naming one whose dtype is none
+    of those wanted; silent if there is none."""
+    missing = sorted(set(wanted) - set(tensors))
     names = FAMILIES[config.family].names
-    unused = sorted(key for key in set(tensors) - set(shapes) if not may_stand_unused(key, config, names))
+    unused = sorted(key for key in set(tensors) - set(wanted) if not may_stand_unused(key, config, names))
     misshapen = [
-        f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
-        for key, shape in sorted(shapes.items())
-        if key in tensors and tensors[key].shape != shape
+        f"{key} {list(tensors[key].shape)} instead of {list(one.shapes[0])}"
+        for key, one in sorted(wanted.items())
+        if key in tensors and tensors[key].shape not in one.shapes
     ]
     problems = []
     for name, keys in (("missing", missing), ("unused", unused), ("misshapen", misshapen)):
@@ -52,8 +54,8 @@ def check_keys(
             f"{directory} does not match its config.json (family {config.family}): {'; '.join(problems)}; "
             f"check that config.json and the weight files belong together"
         )
-    for key in shapes:
-        _ = tensors[key].dtype
+    for key, one in wanted.items():
+        tensors[key].check_dtype(one.dtypes, why=one.why)
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
@@ -67,7 +69,7 @@ Source = tuple[str, int | None]  # the key of a tensor, and the index of its fir
 def _fill(
     windows: Iterable[Window],
     parts: PiecesByIndex,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     dtype: np.dtype,
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
@@ -179,7 +181,7 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
 def load_param(
     info: ParamInfo,
     parts: list[Piece],
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> jax.Array:
@@ -240,28 +242,45 @@ def assign_pieces(
     sizes: Sequence[ArraySizes],
     segments: tuple[Segment, ...],
 ) -> dict[str, list[Piece]]:
-    """The pieces of every parameter, by its path. sizes: of the layers of each segment.
+    """The pieces of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
 
-    Raises: CheckpointError if any key is missing, unused or misshapen.
+    Raises: CheckpointError if any key is missing, unused, misshapen or of another dtype.
     """
     parts: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         parts[piece.path].append(piece)
-    check_keys(tensors, (piece for group in parts.values() for piece in group), config, directory)
+    kept = _kept_paths(config, segments)
+    wanted = wanted_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
+    check_keys(tensors, wanted, config, directory)
     return parts
+
+
+def _kept_paths(config: ModelConfig, segments: tuple[Segment, ...]) -> set[str]:
+    """Of parameters that are kept quantised."""
+    if config.quantisation is None:
+        return set()
+    return {
+        f"segments/{number}/{block}/{path}"
+        for number, part in enumerate(segments)
+        for block in range(part.period)
+        for path in config.quantisation.of(part.first + block)
+    }
 
 
 def load_params(
     tensors: Mapping[str, TensorInfo],
     table: list[ParamInfo],
     parts: Mapping[str, list[Piece]],
+    config: ModelConfig,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
+    parts: of plain parameters, as assign_pieces gives them; what is kept quantised is made of them (held.py).
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
+    sources, parts = held(tensors, table, parts, config)
     published = {info.path for info in table if info.published}
     assert set(parts) == published, set(parts) ^ published
     total, done = sum(info.num_bytes for info in table), 0
@@ -276,7 +295,7 @@ def load_params(
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
         for info in table:
             end = done + info.num_bytes
-            arrays.append(load_param(info, parts.get(info.path, []), tensors, workers, on_bytes))
+            arrays.append(load_param(info, parts.get(info.path, []), sources, workers, on_bytes))
             if done < end:  # padding, which no tensor gives
                 on_bytes(end - done)
     assert done == total, (done, total)
