@@ -12,6 +12,7 @@ from jaxmoe.cli.balance import balance
 from jaxmoe.cli.bench import bench
 from jaxmoe.cli.compile import compile_model
 from jaxmoe.cli.generate import generate
+from jaxmoe.cli.info import info
 from jaxmoe.cli.inspect import inspect_model
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
@@ -24,7 +25,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, balance, inspect_model, compile_model):
+for command in (generate, score, verify, bench, balance, info, inspect_model, compile_model):
     cli.add_command(command)
 
 

@@ -126,6 +126,17 @@ def table_console() -> Console:
     return screen
 
 
+def size_text(num_bytes: float) -> str:
+    """In a unit that makes it a short number; nothing of nothing."""
+    if not num_bytes:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.{0 if unit == 'B' else 1}f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
 @contextmanager
 def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error for bytes placed; nothing where not shown or not a terminal."""

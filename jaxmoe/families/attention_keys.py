@@ -144,7 +144,7 @@ def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[Piece]:
     if config.indexer is None:
         return
     heads, dim, width = config.indexer.num_heads, config.indexer.head_dim, config.hidden_size
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "wq_b.weight": (heads * dim, query_rank),
         "wk.weight": (dim, width),
         "weights_proj.weight": (heads, width),

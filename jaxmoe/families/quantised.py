@@ -137,6 +137,12 @@ def is_plain(module: str, published: Published) -> bool:
     return False
 
 
+def is_quantised(piece: Piece, published: Published) -> bool:
+    """Whether files hold a tensor of a layer quantised."""
+    only = published.method != "mxfp4" or "/moe/experts/" in piece.path
+    return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), published)
+
+
 def as_published(config: ModelConfig, published: Published | None, names: KeyNames) -> ModelConfig:
     """The config of a model that keeps what its checkpoint has quantised."""
     if published is None:
