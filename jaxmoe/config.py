@@ -94,6 +94,16 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """What chooses the top_k tokens that a query of sparse latent attention attends to (DeepSeek-V3.2). Read, so that
+    such models can be sized; not run."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clamp:
     """The clamped SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), gate kept below limit, up within it.
 
@@ -208,6 +218,7 @@ class ModelConfig:
     rope_layers: tuple[bool, ...] = ()
     temperature: tuple[float, int] | None = None
     mla: MLAConfig | None = None
+    indexer: IndexerConfig | None = None
     sinks: bool = False
     score_scale: float | None = None
     mtp_layers: int = 0

@@ -137,3 +137,18 @@ def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterato
             dst=(slot, place, slice(0, rank), slice(0, mla.v_head_dim)), transpose=True,
         )  # fmt: skip
     yield from _out(config, sizes, hf, mla.v_head_dim)
+    yield from _indexer(config, into, f"{hf}.indexer")
+
+
+def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[Piece]:
+    if config.indexer is None:
+        return
+    heads, dim, width = config.indexer.num_heads, config.indexer.head_dim, config.hidden_size
+    shapes = {
+        "wq_b.weight": (heads * dim, query_rank),
+        "wk.weight": (dim, width),
+        "weights_proj.weight": (heads, width),
+    }
+    shapes |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,)}
+    for name, shape in shapes.items():
+        yield whole(f"{hf}.{name}", shape, f"{_PATH}/indexer/{name}")

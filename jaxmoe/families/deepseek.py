@@ -1,4 +1,5 @@
 """DeepSeek-V2, V3, R1, V3.1 and Kimi-K2: latent attention, a dense prefix, shared experts, group-limited routing.
+DeepSeek-V3.2, whose attention is sparse beside that, is read and not run.
 
 Source: the published configs and modeling code of DeepSeek-V2 and DeepSeek-V3; Hugging Face's DeepseekV2Config and
 DeepseekV3Config.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from jaxmoe.config import MLAConfig, ModelConfig, MoEConfig
+from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
@@ -100,6 +101,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         family=family,
         **shared,
         mla=latent,
+        indexer=_read_indexer(reader) if family == _SPARSE else None,
         score_scale=read_score_scale(reader, shared["head_dim"]),
         moe=moe,
         moe_layers=read_dense_prefix(reader, num_layers=layers),
@@ -108,14 +110,20 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
     )
 
 
+def _read_indexer(reader: ConfigReader) -> IndexerConfig:
+    names = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
+    return IndexerConfig(**{name: reader.whole(key) for name, key in names.items()})
+
+
 def read_mtp_layers(reader: ConfigReader) -> int:
     """Layers of multi-token prediction that checkpoints carry after all others."""
     reader.get("num_mtp_layers", None)
     return reader.whole("num_nextn_predict_layers", 0)
 
 
+_SPARSE = "deepseek_v32"
 NAMES = KeyNames(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
 FAMILIES = tuple(
     Family(name=name, read=partial(_read, family=name, sigmoid=sigmoid), names=NAMES)
-    for name, sigmoid in (("deepseek_v2", False), ("deepseek_v3", True), ("kimi_k2", True))
+    for name, sigmoid in (("deepseek_v2", False), ("deepseek_v3", True), (_SPARSE, True), ("kimi_k2", True))
 )

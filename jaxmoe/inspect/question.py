@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from jaxmoe.depth import segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
 from jaxmoe.engine.llm import KV_DTYPES, check_stage_chunks, choose_dtypes
 from jaxmoe.engine.runner import Runner
-from jaxmoe.errors import CheckpointError, ConfigError
+from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
@@ -22,7 +21,7 @@ from jaxmoe.mesh import parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
-from jaxmoe.weights.source import find_model, preset_models
+from jaxmoe.weights.source import find_config
 
 _MOST = 1 << 20  # of requests, and of a chunk's tokens
 
@@ -72,14 +71,7 @@ class ModelQuestion:
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
-        path = find_model(self.config) if self.config in preset_models() else Path(self.config)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            known = ", ".join(preset_models())
-            raise CheckpointError(
-                f"config {self.config!r} is no config.json, no folder with one and no preset ({known})"
-            )
-        config = read_config(read_json(path), ignore=self.ignore_config_keys)
+        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys)
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )

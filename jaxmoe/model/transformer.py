@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, Segment, segments
+from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import Seen, Told, Work
 from jaxmoe.model.block import Block
@@ -52,6 +53,11 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         kernels: Kernels = Kernels(),
     ) -> None:
+        if config.indexer is not None:
+            raise ConfigError(
+                f"family {config.family!r} attends to the index_topk={config.indexer.top_k} tokens that an indexer "
+                f"chooses, which is not supported: jaxmoe info sizes such a model; run deepseek_v3"
+            )
         make = Maker(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
         self.beside = placement.seen("beside")
