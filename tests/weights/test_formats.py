@@ -84,12 +84,8 @@ def assert_kept(found: dict, plain: dict, config) -> int:
     kept = [path.removesuffix("/scales") for path in found if path.endswith("/scales")]
     for path in kept:
         in_dim = {"gate_up": 3 if "experts" in path else 1, "down": 2 if "experts" in path else 1, "out": 3}
-        value = values_of(
-            found[f"{path}/numbers"],
-            found[f"{path}/scales"],
-            config.quantisation.format,
-            in_dim.get(path.split("/")[-1], 1),
-        )
+        held = found[f"{path}/numbers"], found[f"{path}/scales"]
+        value = values_of(*held, config.quantisation.format, in_dim.get(path.split("/")[-1], 1))
         assert_same_but_padding(value, plain[path], path)
     for path in set(plain) - set(kept):  # biases of experts are padded as these
         assert_same_but_padding(found[path], plain[path], path)
