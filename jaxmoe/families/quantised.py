@@ -182,7 +182,9 @@ def quantisation(
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
+    config = replace(config, published=None, quantisation=None)
     layers: list[list[tuple[str, Grain]]] = [[] for _ in range(config.num_hidden_layers)]
+    grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
     for (layer, path), group in sorted(_matrices(config, names).items(), key=lambda item: item[0]):
         modules = {piece.key.removesuffix(".weight") for piece in group}
         if not path.startswith(only) or any(plain(module) for module in modules):
@@ -190,13 +192,15 @@ def quantisation(
         inputs = oriented(group[0]).key_shape[-1]
         if format.per_item > 1 and inputs % (format.inputs or 1):
             raise ConfigError(f"{path} has {inputs} inputs, of which {format.dtype} makes blocks of {format.inputs}")
-        layers[layer].append((path, reduce(joined, (grain_of(piece, format) for piece in group))))
+        like = config.kind(layer), path
+        if like not in grains:
+            grains[like] = reduce(joined, (grain_of(piece, format) for piece in group))
+        layers[layer].append((path, grains[like]))
     return Quantisation(format=format, layers=tuple(map(tuple, layers))) if any(layers) else None
 
 
 def _matrices(config: ModelConfig, names: KeyNames) -> dict[tuple[int, str], list[Piece]]:
     """Pieces of the matrices that may be kept quantised, by layer and path within its block."""
-    config = replace(config, published=None, quantisation=None)
     parts = segments(config, "unroll")  # one a layer
     found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
     for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts):

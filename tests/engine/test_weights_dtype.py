@@ -51,12 +51,18 @@ def written(tmp_path_factory):
 FP8 = ("fp8", "qwen2_moe_shared")
 MXFP4 = ("mxfp4", "mixtral_six_experts")
 KEYS = {"mxfp4": {"hidden_size": 96, "intermediate_size": 160}}
+GPT_OSS = ("mxfp4", "gpt_oss_window")
+DEEPSEEK = ("fp8", "deepseek_v3_groups")
 
 
 @pytest.mark.parametrize(
     ("form", "mesh", "layout"),
     [
         (FP8, ALL, "ep-tp"),
+        (GPT_OSS, "tensor=2,expert=2", "ep-tp"),
+        pytest.param(GPT_OSS, "data=2,pipeline=2,tensor=2", "tp-sp", marks=pytest.mark.sweep),
+        pytest.param(DEEPSEEK, ALL, "tp-ep", marks=pytest.mark.sweep),
+        pytest.param(DEEPSEEK, "data=2,tensor=2", "cp-ep-tp", marks=pytest.mark.sweep),
         (("int8-channel", "llama_mha"), "pipeline=2,tensor=4", "tp-sp"),
         pytest.param(MXFP4, "pipeline=2,tensor=4", "tp-sp", marks=pytest.mark.sweep),
         pytest.param(MXFP4, ALL, "tp-ep", marks=pytest.mark.sweep),

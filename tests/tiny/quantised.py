@@ -59,17 +59,20 @@ def per_channel(dtype: str) -> Callable[[str, np.ndarray], Written]:
 
 
 def mxfp4(key: str, w: np.ndarray) -> Written:
-    """Blocks of 32 inputs: 16 bytes, low half first, and an exponent."""
+    """Blocks of 32 inputs: 16 bytes, low half first, and an exponent. Fused experts turn round: [expert, out, in]."""
+    plain, w = w, w.swapaxes(-1, -2) if w.ndim == 3 else w
     rng = np.random.default_rng(zlib.crc32(key.encode()))
-    groups = w.reshape(w.shape[0], -1, 32)
-    exponents = np.ceil(np.log2(np.abs(groups).max(axis=-1) / 6)).astype(int)
-    near = np.abs(groups[..., None] / 2.0 ** exponents[..., None, None] - np.array(E2M1)).argmin(axis=-1)
+    groups = w.reshape(*w.shape[:-1], -1, 32)
+    exponents = np.frexp(np.abs(groups).max(axis=-1))[1] - 2  # exact: a logarithm's last bit may vary from call to call
+    shrunk = np.clip(groups / 2.0 ** exponents[..., None], -6, 6)
+    near = np.abs(shrunk[..., None] - np.array(E2M1)).argmin(axis=-1)
     near = np.where((near == 0) & (rng.random(near.shape) < 0.5), 8, near)  # some zeros are negative
     value = np.array(E2M1)[near] * 2.0 ** exponents[..., None]
     packed = (near[..., 0::2] | near[..., 1::2] << 4).astype(np.uint8)
     stem = key.removesuffix(".weight")
     tensors = {f"{stem}_blocks": packed, f"{stem}_scales": (exponents + 127).astype(np.uint8)}
-    return Written(tensors, value.reshape(w.shape).astype(np.float32))
+    value = value.reshape(w.shape).astype(np.float32)
+    return Written(tensors, np.ascontiguousarray(value.swapaxes(-1, -2)) if plain.ndim == 3 else value)
 
 
 def _compressed(kind: str, form: str) -> dict[str, Any]:
@@ -94,13 +97,18 @@ FORMS: dict[str, tuple[Callable[[str, np.ndarray], Written], dict[str, Any]]] = 
     "fp8-channel": (per_channel("float8_e4m3fn"), _compressed("float", "float-quantized")),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}),
 }  # fmt: skip
-_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_MATRICES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+)  # fmt: skip
+_FUSED = ("experts.gate_up_proj", "experts.down_proj")  # plain: [expert, in, out]
 
 
 def is_quantised(form: str, key: str) -> bool:
     """Whether a checkpoint of a form quantises a plain one's tensor."""
     module = key.removesuffix(".weight").rsplit(".", 1)[-1]
-    return key.endswith(".weight") and module in _MATRICES and (form != "mxfp4" or ".experts." in key)
+    matrix = (key.endswith(".weight") and module in _MATRICES) or key.endswith(_FUSED)
+    return matrix and (form != "mxfp4" or ".experts." in key)
 
 
 def write_quantised(
