@@ -198,11 +198,20 @@ def _hidden(x, w: ExpertWeights):
 
 
 def _swiglu(x, w: ExpertWeights, clamp: Clamp | None):
+    def products(x, w):
+        gate, up = _hidden(x, w)
+        hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
+        return _times(hidden, w.down)
+
     if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
-        return swiglu_one(x[0], w, clamp)[None]
-    gate, up = _hidden(x, w)
-    hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
-    return _times(hidden, w.down)
+        # XLA:TPU would lay all experts out anew for sums of rows.
+        one = partial(_swiglu_row, clamp=clamp)
+        return jax.lax.platform_dependent(x, w, cpu=one, default=products)
+    return products(x, w)
+
+
+def _swiglu_row(x, w: ExpertWeights, *, clamp: Clamp | None):
+    return swiglu_one(x[0], w, clamp)[None]
 
 
 def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: Clamp | None = None) -> Float[Array, "D"]:
