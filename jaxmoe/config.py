@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.formats import Published, Quantisation
 
-QKNorm = Literal["none", "head", "full"]
+# Norms of query and key: with weights over each head or over all, or without over each head that is turned.
+QKNorm = Literal["none", "head", "full", "unit"]
+Scoring = Literal["softmax", "sigmoid"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -17,10 +20,13 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. scaling is "none", "linear" (divide every frequency by factor) or "llama3"
-    (by wavelength: keep short ones, divide long ones by factor, blend between).
+    """Rotary position embedding. scaling is "none", "linear" (divide every frequency by factor), "llama3"
+    (by wavelength: keep short ones, divide long ones by factor, blend between) or "yarn" (by turns within the original
+    context: keep those of beta_fast and more, divide those of beta_slow and fewer by factor, blend between).
 
-    Source: Llama 3.1's published config and Hugging Face's rope_scaling keys of the same names.
+    dims: the first numbers of a head that are turned; 0 for all. interleaved: whether checkpoints have the two numbers
+    of a pair side by side; in parameters they lie half a head apart. attention_factor: of cosine and sine.
+    Source: Llama 3.1's published config, YaRN (arXiv 2309.00071), Hugging Face's rope_scaling keys of the same names.
     """
 
     theta: float
@@ -29,32 +35,98 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    dims: int = 0
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.scaling in ("none", "linear", "llama3"), f"rope scaling {self.scaling!r} must be linear or llama3"
-        )
+        known = ("none", "linear", "llama3", "yarn")
+        _require(self.scaling in known, f"rope scaling {self.scaling!r} must be one of {', '.join(known[1:])}")
         _require(self.theta > 0, f"rope_theta={self.theta} must be above 0")
         _require(self.factor >= 1, f"rope_scaling factor={self.factor} must be at least 1")
+        _require(self.dims >= 0 and self.dims % 2 == 0, f"rotary dims={self.dims} must be an even number")
+        _require(self.attention_factor > 0, f"attention_factor={self.attention_factor} must be above 0")
         if self.scaling == "llama3":
             _require(
-                self.high_freq_factor > self.low_freq_factor > 0,
-                f"rope_scaling high_freq_factor={self.high_freq_factor} must exceed "
+                self.high_freq_factor >= self.low_freq_factor > 0,
+                f"rope_scaling high_freq_factor={self.high_freq_factor} must be at least "
                 f"low_freq_factor={self.low_freq_factor}, both above 0",
             )
+        if self.scaling == "yarn":
+            _require(
+                self.beta_fast >= self.beta_slow > 0,
+                f"rope_scaling beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}, both above 0",
+            )
+            _require(self.theta > 1, f"rope_theta={self.theta} must be above 1 for rope_type yarn")
+        if self.scaling in ("llama3", "yarn"):
             _require(
                 self.original_max_position_embeddings > 0,
-                "rope_scaling original_max_position_embeddings must be given and above 0 for rope_type llama3",
+                f"rope_scaling original_max_position_embeddings must be given and above 0 for rope_type {self.scaling}",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values of all heads come from one latent of kv_lora_rank numbers a token
+    and qk_rope_head_dim turned ones, which alone are cached. Queries come from a latent of q_lora_rank, or directly
+    where that is None. Source: DeepSeek-V2 (arXiv 2405.04434)."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number of at least 1")
+        _require(self.q_lora_rank is None or self.q_lora_rank >= 1, f"q_lora_rank={self.q_lora_rank} must be positive")
+        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers that are cached of a token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """What chooses the top_k tokens that a query of sparse latent attention attends to (DeepSeek-V3.2). Read, so that
+    such models can be sized; not run."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """The clamped SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), gate kept below limit, up within it.
+
+    Source: GPT-OSS's published modeling code.
+    """
+
+    limit: float
+    alpha: float = 1.702
+
+    def __post_init__(self) -> None:
+        _require(self.limit > 0, f"swiglu_limit={self.limit} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """A Mixture-of-Experts block: num_experts of width intermediate_size, num_experts_per_tok chosen for each token.
 
-    shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate (Qwen2-MoE).
-    num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the sum of its
-    group_best most likely experts (n_group and topk_group of DeepSeek's configs).
+    shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate where shared_gate
+    (Qwen2-MoE). num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the
+    sum of its group_best most likely experts (n_group and topk_group of DeepSeek's configs). scoring: what makes scores
+    of the router's logits. router_bias: added to the logits; selection_bias: added to scores for the choice alone.
+    routed_scaling: what weights are multiplied by. weigh_input: whether an expert's input is weighted, not its output.
+    biases: of the experts' three matrices. clamp: in place of SwiGLU.
     """
 
     num_experts: int
@@ -65,6 +137,14 @@ class MoEConfig:
     num_groups: int = 1
     top_groups: int = 1
     group_best: int = 1
+    scoring: Scoring = "softmax"
+    router_bias: bool = False
+    selection_bias: bool = False
+    routed_scaling: float = 1.0
+    weigh_input: bool = False
+    shared_gate: bool = False
+    biases: bool = False
+    clamp: Clamp | None = None
 
     def __post_init__(self) -> None:
         _require(self.num_experts >= 1, f"num_experts={self.num_experts} must be at least 1")
@@ -92,6 +172,11 @@ class MoEConfig:
             f"num_experts_per_tok={self.num_experts_per_tok} must not exceed the {among} experts of "
             f"top_groups={self.top_groups} groups",
         )
+        _require(self.routed_scaling > 0, f"routed_scaling_factor={self.routed_scaling} must be above 0")
+        _require(
+            not self.weigh_input or self.num_experts_per_tok == 1,
+            f"num_experts_per_tok={self.num_experts_per_tok} must be 1 where weights multiply an expert's input",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +184,14 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
+    published: how the checkpoint's files hold matrices that are quantised; quantisation: which of the model's are, and
+    how; None where all are plain.
+    attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
+    rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
+    temperature is given: (scale, floor) as in 1 + scale * log(1 + floor_of((position + 1) / floor)).
+    mla: in place of grouped-query attention; head_dim is then that of queries, num_key_value_heads 1. sinks: a logit of
+    every query head that takes part in its softmax and adds nothing. score_scale: of attention scores, head_dim ** -0.5
+    where None. mtp_layers: those of multi-token prediction, which checkpoints carry and inference leaves out.
     Raises: ConfigError naming the value and its limit.
     """
 
@@ -121,8 +214,18 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: QKNorm = "none"
     clip_qkv: float | None = None
+    attention_chunks: tuple[int | None, ...] = ()
+    rope_layers: tuple[bool, ...] = ()
+    temperature: tuple[float, int] | None = None
+    mla: MLAConfig | None = None
+    indexer: IndexerConfig | None = None
+    sinks: bool = False
+    score_scale: float | None = None
+    mtp_layers: int = 0
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
+    published: Published | None = None
+    quantisation: Quantisation | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -136,16 +239,25 @@ class ModelConfig:
             f"num_attention_heads={self.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={self.num_key_value_heads}",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary embedding")
+        _require(self.rotary_dims % 2 == 0, f"head_dim={self.head_dim} must be even for rotary embedding")
         _require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps} must be above 0")
-        for name in ("moe_layers", "sliding_windows"):
+        for name in ("moe_layers", "sliding_windows", "attention_chunks", "rope_layers"):
             value = getattr(self, name)
             _require(
-                len(value) == self.num_hidden_layers,
+                len(value) == self.num_hidden_layers or (not value and name in ("attention_chunks", "rope_layers")),
                 f"{name} has {len(value)} entries, num_hidden_layers={self.num_hidden_layers}",
             )
         for window in self.sliding_windows:
             _require(window is None or window >= 1, f"sliding_window={window} must be at least 1")
+        for chunk in self.attention_chunks:
+            _require(chunk is None or chunk >= 1, f"attention_chunk_size={chunk} must be at least 1")
+        _require(
+            self.mla is None or self.num_key_value_heads == 1,
+            f"num_key_value_heads={self.num_key_value_heads} must be 1 with latent attention",
+        )
+        _require(
+            self.rope.dims <= self.head_dim, f"rotary dims={self.rope.dims} must not exceed head_dim={self.head_dim}"
+        )
         _require(not any(self.moe_layers) or self.moe is not None, "a layer is MoE but the config has no experts")
         _require(self.clip_qkv is None or self.clip_qkv > 0, f"clip_qkv={self.clip_qkv} must be above 0")
 
@@ -153,6 +265,40 @@ class ModelConfig:
     def num_query_groups(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def cached_dims(self) -> tuple[int, ...]:
+        """Numbers of what is cached of a token, layer and head slot: a key and a value, or a latent key alone, whose
+        first numbers are the value."""
+        return (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
+
+    @property
+    def mixed_dim(self) -> int:
+        """Numbers of what attention over the cache gives for one query head."""
+        return self.head_dim if self.mla is None else self.mla.kv_lora_rank
+
+    @property
+    def rotary_dims(self) -> int:
+        """Numbers of a head that are turned."""
+        return self.rope.dims or self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+    def chunk(self, layer: int) -> int | None:
+        """Positions of an attention chunk of a layer; None where it has none."""
+        return self.attention_chunks[layer] if self.attention_chunks else None
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer embeds positions."""
+        return not self.rope_layers or self.rope_layers[layer]
+
+    def kind(self, layer: int) -> tuple[object, ...]:
+        """All in which layers differ: those for which this is equal are alike."""
+        kept = self.quantisation.layers[layer] if self.quantisation else ()
+        return self.moe_layers[layer], self.sliding_windows[layer], self.chunk(layer), self.has_rope(layer), kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +317,17 @@ class ArraySizes:
     moe_experts: int
     moe_ffn: int
     shared_ffn: int
+
+    @classmethod
+    def unpadded(cls, config: ModelConfig) -> ArraySizes:
+        """The config's own sizes."""
+        moe = config.moe
+        return cls(
+            vocab=config.vocab_size, kv_slots=config.num_key_value_heads, kv_copies=1,
+            group_slots=config.num_query_groups, ffn=config.intermediate_size,
+            moe_experts=moe.num_experts if moe else 0, moe_ffn=moe.intermediate_size if moe else 0,
+            shared_ffn=moe.shared_intermediate_size if moe else 0,
+        )  # fmt: skip
 
     def query_slot(self, config: ModelConfig, head: int) -> tuple[int, int]:
         """(key/value slot, place within its group) of one query head."""

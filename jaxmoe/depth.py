@@ -73,7 +73,7 @@ def segments(config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: 
     With several stages they share out the longest segment, whatever the kind; the others stand beside the pipeline.
     Raises: ConfigError if that segment has too few repeats.
     """
-    kinds = list(zip(config.moe_layers, config.sliding_windows, strict=True))  # all in which layers differ
+    kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     found: list[Segment] = []
     at = 0
     while at < len(kinds):
@@ -93,7 +93,7 @@ def segments(config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: 
     return tuple(found)
 
 
-def _longest_run(kinds: list[tuple[bool, int | None]]) -> tuple[int, int]:
+def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
     """(period, repeats) that cover the most layers from the first on; (1, 1) where nothing repeats."""
     best = (1, 1)
     for period in range(1, min(_LONGEST_PERIOD, len(kinds) // 2) + 1):

@@ -76,7 +76,7 @@ class Layout:
         """
         whole = (
             "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "placed", "place",
-            "one",
+            "latent", "one",
         )  # fmt: skip
         tokens = (*self.batch, *self.context)
         return dict.fromkeys(whole, ()) | {

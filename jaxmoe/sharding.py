@@ -163,6 +163,13 @@ def _head_slots(num_kv_heads: int, num_groups: int, parts: int) -> tuple[int, in
     return min((plan(copies) for copies in range(1, parts + 1)), key=lambda p: (p[0] * (p[2] + 2), p[1]))
 
 
+def _whole_blocks(config: ModelConfig) -> int:
+    """What a device's share of an expert's width must be a multiple of: a block of packed numbers where there are
+    such."""
+    kept = config.quantisation
+    return kept.format.inputs or 1 if kept is not None and kept.format.per_item > 1 else 1
+
+
 def segment_sizes(config: ModelConfig, placement: Placement, parts: Iterable[Segment]) -> list[ArraySizes]:
     """array_sizes of the layers of each segment."""
     return [array_sizes(config, placement.of_segment(part)) for part in parts]
@@ -186,6 +193,6 @@ def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
         moe_experts=_round_up(moe.num_experts + (placement.redundant_experts or 0), placement.parts("moe_expert"))
         if moe
         else 0,
-        moe_ffn=_round_up(moe.intermediate_size, placement.parts("moe_ffn")) if moe else 0,
+        moe_ffn=_round_up(moe.intermediate_size, placement.parts("moe_ffn") * _whole_blocks(config)) if moe else 0,
         shared_ffn=_round_up(moe.shared_intermediate_size, placement.parts("ffn")) if moe else 0,
     )

@@ -21,6 +21,9 @@ from jaxmoe.cli.options import console, table_console
 @click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
 @click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; an Engine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+)
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")

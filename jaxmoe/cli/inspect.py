@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
-from jaxmoe.cli.options import console, start_jax, table_console
+from jaxmoe.cli.options import console, size_text, start_jax, table_console
 
 
 @click.command("inspect")
@@ -21,6 +21,9 @@ from jaxmoe.cli.options import console, start_jax, table_console
 @click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+)
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
@@ -41,17 +44,6 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) 
     else:
         _print(found)
     return 0 if found["as_planned"] else 1
-
-
-def _size(num_bytes: float) -> str:
-    """In a unit that makes it a short number; nothing of nothing."""
-    if not num_bytes:
-        return ""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.{0 if unit == 'B' else 1}f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} GiB"
 
 
 _PARTS = {"device": "on a device", "padding": "padding", "head_copies": "head copies", "replicas": "replicas"}
@@ -75,11 +67,11 @@ def _print(found: dict[str, Any]) -> None:
     for one in found["parameters"]:
         split = (f"{dim}: {', '.join(axes)}" for dim, axes in one["sharding"].items() if axes)
         shape = " ".join(map(str, one["shape"]))
-        table.add_row(one["path"], shape, "\n".join(split), *(_size(one["bytes"][part]) for part in shown))
+        table.add_row(one["path"], shape, "\n".join(split), *(size_text(one["bytes"][part]) for part in shown))
     table.add_section()
-    table.add_row("all", "", "", *(_size(found["bytes"][part]) for part in shown))
+    table.add_row("all", "", "", *(size_text(found["bytes"][part]) for part in shown))
     screen.print(table)
-    print(f"the model's own numbers take {_size(found['bytes']['model'])}")
+    print(f"the model's own numbers take {size_text(found['bytes']['model'])}")
     for part, meaning in _MEANINGS.items():
         if part in shown:
             print(f"{_PARTS[part]}: {meaning}")

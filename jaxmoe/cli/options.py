@@ -28,6 +28,7 @@ class ModelOptions:
     mesh: str | None
     devices: int | None
     dtype: str | None
+    weights_dtype: str | None
     kv_dtype: str | None
     revision: str | None
     ignore_config_keys: tuple[str, ...]
@@ -51,6 +52,11 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
         click.option("--devices", type=int, help="emulate this many devices on the CPU"),
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
+        click.option(
+            "--weights-dtype",
+            help="of matrices: int8, fp8, int8-block or fp8-block quantises; float32, bfloat16 or float16 dequantises; "
+            "as published by default",
+        ),
         click.option(
             "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"
         ),
@@ -122,6 +128,17 @@ def table_console() -> Console:
     return screen
 
 
+def size_text(num_bytes: float) -> str:
+    """In a unit that makes it a short number; nothing of nothing."""
+    if not num_bytes:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.{0 if unit == 'B' else 1}f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
 @contextmanager
 def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error for bytes placed; nothing where not shown or not a terminal."""
@@ -149,8 +166,9 @@ def load_model(
     Kernels(**steps)  # a kernel that does not exist is said before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
-            name, mesh=options.mesh, dtype=options.dtype, kv_dtype=options.kv_dtype, revision=options.revision,
-            kernels=steps, ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
+            name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
+            kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
+            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
             stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
             verify=options.verify, on_progress=on_progress,
         )  # fmt: skip

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, help="greedy tokens a prompt"
 )
+@click.option("--weights-dtype", help="of matrices, as in generate; as published by default")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option(
     "--json", "as_json", is_flag=True, help="one JSON object a mesh and layout on standard output, nothing else"
@@ -30,6 +31,7 @@ def verify(
     devices: int | None,
     layouts: tuple[str, ...],
     max_tokens: int,
+    weights_dtype: str | None,
     ignore_config_keys: tuple[str, ...],
     as_json: bool,
 ) -> int:
@@ -51,7 +53,10 @@ def verify(
     table = Table(*_AXES, "layout", "greedy tokens equal", "largest logit difference", "")
     ran = same = 0
     with console.status("one device") as status:
-        found = verify_trials(directory, trials=trials, max_tokens=max_tokens, ignore_config_keys=ignore_config_keys)
+        found = verify_trials(
+            directory, trials=trials, max_tokens=max_tokens, weights_dtype=weights_dtype,
+            ignore_config_keys=ignore_config_keys,
+        )  # fmt: skip
         for number, check in enumerate(found, 1):
             status.update(f"{number} of {len(trials)}")
             ran, same = ran + (not check.refused), same + check.passed

@@ -25,7 +25,7 @@ from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
-from jaxmoe.families import read_config
+from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
@@ -64,6 +64,7 @@ class LLM:
         *,
         mesh: str | Mapping[str, int] | Mesh | None = None,
         dtype: str | None = None,
+        weights_dtype: str | None = None,
         kv_dtype: str | None = None,
         revision: str | None = None,
         kernels: Choice = MappingProxyType({}),
@@ -79,21 +80,22 @@ class LLM:
 
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
         None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
-        checkpoint's. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own (None).
-        kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest here:
-        on a CPU the native kernels where there is a C++ compiler. max_batch: requests run together, rounded up to a
-        power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py). stage_chunks: of
-        neighbouring layers that each stage of a pipeline holds: more make stages wait less and send more.
-        redundant_experts: places for experts beyond their number in each MoE layer, 0 or more (rounded up so that all
-        ranks have as many), to move experts among by place_experts; None keeps them in order. verify: hold a
-        converted checkpoint against its checksums first (reads it once more). on_progress is told (bytes of parameters
-        filled, bytes in all) as files are read.
+        checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are kept: None as published, quantised
+        ones too; int8, fp8 (a scale for each output), int8-block, fp8-block (for 128x128) quantises plain ones;
+        float32, bfloat16 or float16, which is dtype's own, dequantises. kv_dtype: of cached keys and values: float32,
+        bfloat16, fp8, int8, or dtype's own (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what
+        it does not name is what runs fastest here: on a CPU the native kernels where there is a C++ compiler.
+        max_batch: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
+        layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
+        make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
+        layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
+        them in order. verify: hold a converted checkpoint against its checksums first (reads it once more). on_progress
+        is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
         config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
-        dtype = config.dtype if dtype is None else dtype
-        check_dtypes(dtype, kv_dtype)
+        config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
@@ -102,7 +104,9 @@ class LLM:
             redundant_experts=_check_redundant(redundant_experts, config),
         )  # fmt: skip
         check_stage_chunks(stage_chunks, stages=placement.num_stages)
-        chosen = choose_kernels(dtype, kernels, shared_pages=placement.parts("page_token") > 1)
+        chosen = choose_kernels(
+            dtype, kernels, shared_pages=placement.parts("page_token") > 1, quantisation=config.quantisation
+        )
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
@@ -118,11 +122,12 @@ class LLM:
 
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
-            arrays = load_params(tensors, table, parts, on_progress=on_progress)
+            arrays = load_params(tensors, table, parts, config, on_progress=on_progress)
         if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
             del arrays
             return cls.load(
-                directory, mesh=placement.mesh, dtype=dtype, kv_dtype=kv_dtype, kernels=ready.result(),
+                directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
+                kernels=ready.result(),
                 ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
                 layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
@@ -388,6 +393,25 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
     if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
         raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
     return redundant_experts
+
+
+def choose_dtypes(
+    config: ModelConfig, *, dtype: str | None, weights_dtype: str | None, kv_dtype: str | None
+) -> tuple[ModelConfig, str]:
+    """The config of a model that keeps its matrices as asked, and the dtype of its activations.
+
+    Raises: ConfigError for a dtype that is not known, or plain weights of another dtype than activations.
+    """
+    config = with_weights_dtype(config, weights_dtype)
+    plain = weights_dtype if weights_dtype in DTYPES else None
+    if dtype is not None and plain is not None and dtype != plain:
+        raise ConfigError(
+            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; "
+            f"give one of them"
+        )
+    dtype = dtype or plain or config.dtype
+    check_dtypes(dtype, kv_dtype)
+    return config, dtype
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

@@ -136,15 +136,16 @@ class Runner:
 
     def _bytes_a_token(self, share: Callable[[Segment], int]) -> int:
         scale = 4 if self.kv_dtype in LARGEST else 0
-        head = self.config.head_dim * jnp.dtype(self.kv_dtype).itemsize + scale
+        head = sum(dim * jnp.dtype(self.kv_dtype).itemsize + scale for dim in self.config.cached_dims)
         heads = (
             part.period * part.slots * sizes.kv_slots // share(part)
             for part, sizes in zip(self.parts, self.sizes, strict=True)
         )
-        return 2 * head * sum(heads)
+        return head * sum(heads)
 
     def _state_sharding(self) -> Any:
-        lie, ndims = self.placement.sharding, (5, 5, 4, 4) if self.kv_dtype in LARGEST else (5, 5)
+        lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in LARGEST else (5,)
+        ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
         def block(part: Segment) -> tuple[Any, ...]:
             place = self.placement.holding(part)

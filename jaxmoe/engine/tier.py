@@ -28,14 +28,15 @@ class HostTier:
 
     def __init__(self, runner: Runner) -> None:
         self._place = runner.placement
-        self._width = 4 if runner.kv_dtype in LARGEST else 2  # arrays of a block
+        self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
+        kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in LARGEST else (_NUMBERS,)
+        self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
         held = [runner.placement.holding(part) for part in runner.parts for _ in range(part.period)]
         views = dict.fromkeys(place.view for place in held)
         self._groups = [
             (self._place.seen(view), [block for block, place in enumerate(held) if place.view == view])
             for view in views
         ]
-        kinds = (_NUMBERS, _SCALES)[: self._width // 2]
         self._shardings = [place.sharding(*dims) for place, _ in self._groups for dims in kinds]
         self._shardings.append(self._place.sharding(*_TOKENS))
         self._kept: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
@@ -60,19 +61,19 @@ class HostTier:
         return arrays, [PAGE_DIMS[: array.ndim] for array in arrays]
 
     def _read(self, state: EngineState, page: jax.Array):
-        """page [r] -> of every group of layers numbers [r,L,2,K,S,H] and scales [r,L,2,K,S] where there are any; token
-        ids [r,S]."""
+        """page [r] -> of every group of layers numbers [r,L,2,K,S,H] and scales [r,L,2,K,S] where there are any, of
+        keys and values (1 in place of 2 of keys alone); token ids [r,S]."""
 
         def on_rank(page, *arrays):
             taken = [jax.lax.dynamic_index_in_dim(array, page[0], axis=1, keepdims=False) for array in arrays]
             kinds = [jnp.concatenate(taken[which :: self._width]) for which in range(self._width)]  # of all layers
-            return tuple(jnp.stack(kinds[at : at + 2], axis=1)[None] for at in range(0, self._width, 2))
+            starts = range(0, self._width, self._each)
+            return tuple(jnp.stack(kinds[at : at + self._each], axis=1)[None] for at in starts)
 
         found: list[jax.Array] = []
         for place, blocks in self._groups:
             arrays, dims = self._arrays(state, blocks)
-            out = (_NUMBERS, _SCALES)[: self._width // 2]
-            found += place.locally(on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=out)
+            found += place.locally(on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=self._kinds)
         tokens = self._place.locally(
             lambda page, tokens: jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), out=_TOKENS,
@@ -81,14 +82,14 @@ class HostTier:
 
     def _write(self, state: EngineState, page: jax.Array, *parts: jax.Array) -> EngineState:
         """state with parts (as _read gives them) at page [r] of each rank; a page past the last changes nothing."""
-        kinds = self._width // 2
+        kinds = len(self._kinds)
 
         def on_rank(page, *rest):
             new, arrays = rest[:kinds], rest[kinds:]
             written, layer = [], 0
             for index, array in enumerate(arrays):
                 which = index % self._width
-                values = new[which // 2][0, layer : layer + len(array), which % 2]
+                values = new[which // self._each][0, layer : layer + len(array), which % self._each]
                 written.append(array.at[:, page[0]].set(values, mode="drop"))
                 layer += len(array) if which == self._width - 1 else 0
             return tuple(written)
@@ -96,7 +97,7 @@ class HostTier:
         leaves, structure = jax.tree.flatten(state.pages)
         for group, (place, blocks) in enumerate(self._groups):
             arrays, dims = self._arrays(state, blocks)
-            own = zip(parts[group * kinds : (group + 1) * kinds], (_NUMBERS, _SCALES), strict=False)
+            own = zip(parts[group * kinds : (group + 1) * kinds], self._kinds, strict=True)
             written = place.locally(on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims))
             for block, at in zip(blocks, range(0, len(written), self._width), strict=True):
                 leaves[block * self._width : (block + 1) * self._width] = written[at : at + self._width]

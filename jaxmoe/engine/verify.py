@@ -94,6 +94,7 @@ def verify_trials(
     trials: Iterable[Trial],
     max_tokens: int = 32,
     logit_tolerance: float = 1e-4,
+    weights_dtype: str | None = None,
     ignore_config_keys: Sequence[str] = (),
 ) -> Iterator[MeshCheck]:
     """Load the model in float32 on one device, then on each mesh and layout, and compare. Raises: as LLM.load."""
@@ -104,7 +105,7 @@ def verify_trials(
         count = math.prod(trial.mesh.values())
         llm = LLM.load(
             model, mesh=build_mesh(trial.mesh, devices[:count]), layout=trial.layout, dtype="float32",
-            ignore_config_keys=ignore_config_keys,
+            weights_dtype=weights_dtype, ignore_config_keys=ignore_config_keys,
         )  # fmt: skip
         prompts = prompts or sample_prompts(llm)
         tokens = [out.token_ids for out in llm.generate(prompts, params)]

@@ -7,16 +7,34 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from jaxmoe.families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    llama4,
+    mistral,
+    mixtral,
+    olmoe,
+    quantised,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from jaxmoe.families.family import Family
-from jaxmoe.families.keys import Piece, may_stand_unused, pieces
+from jaxmoe.families.keys import may_stand_unused, pieces
+from jaxmoe.families.piece import Piece
+from jaxmoe.families.quantised import as_published, read_published
 from jaxmoe.families.reader import ConfigReader
 
+_OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe)
+    family.name: family
+    for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
 
-__all__ = ["FAMILIES", "Family", "Piece", "may_stand_unused", "pieces", "read_config"]
+__all__ = ["FAMILIES", "Family", "Piece", "may_stand_unused", "pieces", "read_config", "with_weights_dtype"]
 
 
 def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -31,13 +49,24 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelC
             f"config.json has model_type {name!r}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    if quantised := raw.get("quantization_config"):
-        how = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ConfigError(
-            f"config key 'quantization_config' has quant_method {how!r}; only unquantised weights "
-            f"(bfloat16, float16, float32) are supported: use an unquantised checkpoint"
-        )
-    reader = ConfigReader(raw, ignore=[ignore] if isinstance(ignore, str) else ignore)
+    published = read_published(raw.get("quantization_config"))
+    ignored = [ignore] if isinstance(ignore, str) else ignore
+    reader = ConfigReader(_of_text(raw, FAMILIES[name].part), ignore=["quantization_config", *ignored])
     config = FAMILIES[name].read(reader)
     reader.finish(name)
-    return config
+    return as_published(config, published, FAMILIES[name].names)
+
+
+def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelConfig:
+    """The config of a model that keeps matrices as asked: see families/quantised.py."""
+    return quantised.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
+
+
+def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    """The text model's config, with what the whole file says of its numbers."""
+    if part is None:
+        return raw
+    text = raw.get(part)
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
+    return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}

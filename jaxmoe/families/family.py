@@ -12,8 +12,12 @@ from jaxmoe.families.reader import ConfigReader
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys."""
+    """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys.
+
+    part: the key of config.json whose object is the text model's, where there are other models beside it.
+    """
 
     name: str
     read: Callable[[ConfigReader], ModelConfig]
     names: KeyNames = KeyNames()
+    part: str | None = None

@@ -15,6 +15,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         intermediate_size=reader.whole("moe_intermediate_size"),
         norm_topk_prob=reader.flag("norm_topk_prob", False),
         shared_intermediate_size=reader.whole("shared_expert_intermediate_size"),
+        shared_gate=True,
     )
     return ModelConfig(
         family="qwen2_moe",

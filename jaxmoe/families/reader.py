@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from jaxmoe.config import RopeConfig
+from jaxmoe.config import MLAConfig, RopeConfig
 from jaxmoe.errors import ConfigError
 
 # Keys that do not change the maths of inference: training settings, token ids (the tokenizer's and generation_config's
@@ -112,44 +114,95 @@ def read_dtype(reader: ConfigReader) -> str:
     return dtype
 
 
+# What a rope_scaling of each kind needs, and may have beside it.
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_YARN_MAY = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
 _ROPE_SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
-def read_rope(reader: ConfigReader, *, default_theta: float = 10000.0) -> RopeConfig:
-    """Rotary settings in the published form (rope_theta, rope_scaling) or the newer one (rope_parameters).
-
-    Raises: ConfigError for a scaling other than linear and llama3, or a key of it that is unknown.
-    """
-    top_theta = reader.number("rope_theta", None)
-    reader.expect("partial_rotary_factor", 1, 1.0)
+def rope_scaling(reader: ConfigReader) -> Mapping[str, Any]:
+    """The published rope_scaling, or the newer rope_parameters; {} where there is neither. Raises: ConfigError."""
     newer, published = reader.get("rope_parameters", None), reader.get("rope_scaling", None)
     if published is not None and newer is not None:
         raise ConfigError("config keys 'rope_scaling' and 'rope_parameters' are both given: keep one")
     scaling = published if published is not None else newer if newer is not None else {}
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"config key 'rope_scaling' = {scaling!r} must be an object or null")
+    return scaling
+
+
+def read_rope(
+    reader: ConfigReader,
+    *,
+    head_dim: int,
+    default_theta: float = 10000.0,
+    default_partial: float | None = None,
+    interleaved: bool = False,
+) -> RopeConfig:
+    """Rotary settings in the published form (rope_theta, rope_scaling) or the newer one (rope_parameters).
+
+    default_partial: the share of a head that is turned, where the file does not say; None where a family turns all.
+    Raises: ConfigError for an unknown scaling, or a key of it that is unknown.
+    """
+    top_theta = reader.number("rope_theta", None)
+    scaling = rope_scaling(reader)
     inner = ConfigReader(scaling)
-    inner.expect("partial_rotary_factor", 1, 1.0)
     inner_theta = inner.number("rope_theta", None)
     theta = inner_theta if inner_theta is not None else top_theta if top_theta is not None else default_theta
+    partial = 1.0
+    for one in (inner, reader):
+        if default_partial is None:
+            one.expect("partial_rotary_factor", 1, 1.0)
+        elif partial == 1.0:
+            partial = one.number("partial_rotary_factor", 1.0 if one is inner else default_partial)
+    if not 0 < partial <= 1:
+        raise ConfigError(f"config key 'partial_rotary_factor' = {partial} must lie above 0 and not above 1")
     kind = inner.get("rope_type", None) or inner.get("type", "default")
     kind = "none" if kind == "default" else kind
-    wanted: dict[str, tuple[str, ...]] = {
-        "none": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if not isinstance(kind, str) or kind not in wanted:
-        raise ConfigError(f"config key 'rope_scaling' has rope_type {kind!r}; supported are default, linear and llama3")
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        raise ConfigError(
+            f"config key 'rope_scaling' has rope_type {kind!r}; supported are default, "
+            f"{', '.join(name for name in _ROPE_NEEDS if name != 'none')}"
+        )
     scaling = {key: value for key, value in scaling.items() if key not in _ROPE_SETTINGS}
-    if extra := sorted(set(scaling) - set(wanted[kind])):
+    if extra := sorted(set(scaling) - set(_ROPE_NEEDS[kind]) - set(_YARN_MAY if kind == "yarn" else ())):
         raise ConfigError(f"config key 'rope_scaling' has unsupported keys {extra} for rope_type {kind!r}")
-    if missing := [key for key in wanted[kind] if not _is_finite(scaling.get(key))]:
+    if missing := [key for key in _ROPE_NEEDS[kind] if not _is_finite(scaling.get(key))]:
         raise ConfigError(f"config key 'rope_scaling' of rope_type {kind!r} lacks the numbers {missing}")
-    return RopeConfig(theta=theta, scaling=kind, **scaling)
+    dims = int(head_dim * partial)
+    common: dict[str, Any] = dict(dims=0 if dims == head_dim else dims, interleaved=interleaved)
+    if kind == "yarn":
+        return RopeConfig(theta=theta, scaling=kind, **_yarn(ConfigReader(scaling)), **common)
+    return RopeConfig(theta=theta, scaling=kind, **scaling, **common)
 
 
-WindowRule = Literal["every layer", "from max_window_layers", "even below max_window_layers"]
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much YaRN sharpens attention for a context that grew by factor. Source: YaRN, DeepSeek's modeling code."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(scaling: ConfigReader) -> dict[str, Any]:
+    factor = scaling.number("factor")
+    mscale, all_dim = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+    default = yarn_mscale(factor, 1.0)
+    if mscale and all_dim:
+        default = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    return dict(
+        factor=factor,
+        original_max_position_embeddings=scaling.whole("original_max_position_embeddings"),
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        truncate=scaling.flag("truncate", True),
+        attention_factor=scaling.number("attention_factor", default),
+    )
+
+
+WindowRule = Literal["every layer", "even layers", "from max_window_layers", "even below max_window_layers"]
 
 
 def read_windows(
@@ -162,20 +215,16 @@ def read_windows(
     """
     window = (reader.whole("sliding_window", None) if reader.has("sliding_window") else absent) or None
     enabled = reader.flag("use_sliding_window") if switched else True
-    limit = reader.whole("max_window_layers", 28) if rule != "every layer" or switched else 0
-    types = reader.get("layer_types", None)
+    limit = reader.whole("max_window_layers", 28) if "max_window_layers" in rule or switched else 0
+    types = read_layer_types(reader, ("full_attention", "sliding_attention"), num_layers=num_layers)
     if types is None:
         windowed = {
             "every layer": lambda layer: True,
             "from max_window_layers": lambda layer: layer >= limit,
+            "even layers": lambda layer: layer % 2 == 0,
             "even below max_window_layers": lambda layer: layer % 2 == 0 and layer < limit,
         }[rule]
         return tuple(window if enabled and windowed(layer) else None for layer in range(num_layers))
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types):
-        raise ConfigError(
-            f"config key 'layer_types' = {types} must hold one of {known} for each of {num_layers} layers"
-        )
     if "sliding_attention" in types and (window is None or not enabled):
         raise ConfigError("config key 'layer_types' names sliding_attention but no sliding_window is switched on")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -187,8 +236,14 @@ def read_decoder(
     default_head_dim: int | None = None,
     default_eps: float = 1e-6,
     default_theta: float = 10000.0,
+    default_partial: float | None = None,
+    interleaved: bool = False,
+    latent: MLAConfig | None = None,
 ) -> dict[str, Any]:
-    """What every Llama-like decoder shares, as keyword arguments of ModelConfig."""
+    """What every Llama-like decoder shares, as keyword arguments of ModelConfig. default_partial: see read_rope.
+
+    latent: of a family whose heads share one: their sizes are its own.
+    """
     reader.expect("hidden_act", "silu", default="silu")
     layers = reader.whole("num_hidden_layers")
     if not 1 <= layers <= _MAX_LAYERS:
@@ -198,26 +253,56 @@ def read_decoder(
         raise ConfigError(f"config key 'num_attention_heads' = {heads} must lie in [1, {_MAX_HEADS}]")
     hidden = reader.whole("hidden_size")
     head_dim = reader.whole("head_dim", default_head_dim)
+    kv_heads = reader.whole("num_key_value_heads", heads)
+    if latent is not None:
+        if kv_heads != heads:
+            raise ConfigError(f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in this family")
+        head_dim, kv_heads = latent.qk_nope_head_dim + latent.qk_rope_head_dim, 1
     if head_dim is None:
         if heads < 1 or hidden % heads:
             raise ConfigError(
                 f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}, or give head_dim"
             )
         head_dim = hidden // heads
+    rope = read_rope(
+        reader, head_dim=head_dim if latent is None else latent.qk_rope_head_dim, default_theta=default_theta,
+        default_partial=default_partial, interleaved=interleaved,
+    )  # fmt: skip
     return dict(
         vocab_size=reader.whole("vocab_size"),
         hidden_size=hidden,
         intermediate_size=reader.whole("intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=reader.whole("num_key_value_heads", heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=reader.whole("max_position_embeddings"),
         rms_norm_eps=reader.number("rms_norm_eps", default_eps),
-        rope=read_rope(reader, default_theta=default_theta),
+        rope=rope if latent is None else replace(rope, dims=latent.qk_rope_head_dim),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         dtype=read_dtype(reader),
     )
+
+
+def read_layer_types(reader: ConfigReader, known: tuple[str, ...], *, num_layers: int) -> list[str] | None:
+    """What layer_types says of each layer, None where it is absent. Raises: ConfigError for a kind not in known."""
+    types = reader.get("layer_types", None)
+    if types is not None and (
+        not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types)
+    ):
+        raise ConfigError(
+            f"config key 'layer_types' = {types} must hold one of {known} for each of {num_layers} layers"
+        )
+    return types
+
+
+def read_dense_prefix(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:
+    """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
+    reader.expect("moe_layer_freq", 1)
+    dense = reader.whole("first_k_dense_replace", 0)
+    if not 0 <= dense <= num_layers:
+        raise ConfigError(f"config key 'first_k_dense_replace' = {dense} must lie in [0, {num_layers}]")
+    return tuple(layer >= dense for layer in range(num_layers))
 
 
 def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:

@@ -88,8 +88,7 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
 def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """In the process apart: compile each step."""
     config, target, axes = question.checked()
-    dtype = question.dtype or config.dtype
-    kernels = question.chosen_kernels(dtype, axes, platform=target.device.platform)
+    kernels = question.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
     runner = question.runner(config, build_mesh(axes, topology_devices(target)), kernels)
     weights, kv = held_bytes(runner, **question.sizes)
     size: dict[str, int | None]

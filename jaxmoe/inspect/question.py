@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,9 +11,9 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
-from jaxmoe.engine.llm import KV_DTYPES, check_dtypes, check_stage_chunks
+from jaxmoe.engine.llm import KV_DTYPES, check_stage_chunks, choose_dtypes
 from jaxmoe.engine.runner import Runner
-from jaxmoe.errors import CheckpointError, ConfigError
+from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
@@ -22,7 +21,7 @@ from jaxmoe.mesh import parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
-from jaxmoe.weights.source import find_model, preset_models
+from jaxmoe.weights.source import find_config
 
 _MOST = 1 << 20  # of requests, and of a chunk's tokens
 
@@ -31,8 +30,8 @@ _MOST = 1 << 20  # of requests, and of a chunk's tokens
 class ModelQuestion:
     """A config.json, a mesh, and how many requests of how many tokens each.
 
-    config: the file, a folder with it, or a preset. dtype, kv_dtype, layout, stage_chunks: as LLM.load. chunk_tokens:
-    as Engine.
+    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, stage_chunks: as LLM.load.
+    chunk_tokens: as Engine.
     """
 
     config: str
@@ -41,16 +40,21 @@ class ModelQuestion:
     context: int
     chunk_tokens: int = CHUNK_TOKENS
     dtype: str | None = None
+    weights_dtype: str | None = None
     kv_dtype: str | None = None
     dispatch: str | None = None
     layout: str = str(DEFAULT_LAYOUT)
     stage_chunks: int = 1
     ignore_config_keys: tuple[str, ...] = ()
 
-    def chosen_kernels(self, dtype: str, axes: Mapping[str, int], *, platform: str | None = None) -> Kernels:
+    def chosen_kernels(
+        self, config: ModelConfig, dtype: str, axes: Mapping[str, int], *, platform: str | None = None
+    ) -> Kernels:
         """As LLM.load chooses them on a platform, on that of this machine where none is named. Raises: ConfigError."""
         shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.layout).context)
-        return choose_kernels(dtype, self.kernels, platform=platform, shared_pages=shared)
+        return choose_kernels(
+            dtype, self.kernels, platform=platform, shared_pages=shared, quantisation=config.quantisation
+        )
 
     @property
     def kernels(self) -> dict[str, Any]:
@@ -63,19 +67,15 @@ class ModelQuestion:
         return {"batch": self.batch, "context": self.context, "page_size": PAGE_SIZE}
 
     def checked_model(self) -> tuple[ModelConfig, dict[str, int]]:
-        """The config and axes.
+        """The config, whose dtype and formats are those asked for, and the axes.
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
-        path = find_model(self.config) if self.config in preset_models() else Path(self.config)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            known = ", ".join(preset_models())
-            raise CheckpointError(
-                f"config {self.config!r} is no config.json, no folder with one and no preset ({known})"
-            )
-        config = read_config(read_json(path), ignore=self.ignore_config_keys)
-        check_dtypes(self.dtype or config.dtype, self.kv_dtype)
+        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys)
+        config, dtype = choose_dtypes(
+            config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
+        )
+        config = replace(config, dtype=dtype)
         Kernels(**self.kernels)
         axes = parse_mesh(self.mesh)
         parse_layout(self.layout)
@@ -87,8 +87,8 @@ class ModelQuestion:
                 raise ConfigError(f"{name}={value} must lie in [1, {limit}]")
         return config, axes
 
-    def runner(self, config: ModelConfig, mesh: Mesh, kernels: Kernels) -> Runner:
-        """A Runner of shapes: it can be compiled, not run."""
+    def runner(self, config: ModelConfig, mesh: Mesh, kernels: Kernels, *, dtype: str | None = None) -> Runner:
+        """A Runner of shapes: it can be compiled, not run. dtype: the config's own by default."""
         placement = Placement(mesh=mesh, layout=parse_layout(self.layout), chunks=self.stage_chunks)
         kv_dtype = KV_DTYPES.get(self.kv_dtype or "")
-        return abstract_runner(config, placement, dtype=self.dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)
+        return abstract_runner(config, placement, dtype=dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)

@@ -25,9 +25,10 @@ from jaxmoe.weights.params import ParamInfo, parameter_table
 class Bytes:
     """Where the bytes of arrays go; device * devices of the mesh = model + padding + head_copies + replicas.
 
-    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, and those of slots
-    that no layer fills. head_copies: further copies of key/value heads inside an array. replicas: further copies of
-    whole arrays, padding and all, on devices along axes that do not split them.
+    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, those of slots
+    that no layer fills, and scales that are held once more where a split cuts their blocks. head_copies: further copies
+    of key/value heads inside an array. replicas: further copies of whole arrays, padding and all, on devices along axes
+    that do not split them.
     """
 
     device: int
@@ -71,8 +72,8 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
 
 
 def _kv_copies(runner: Runner, info: ParamInfo) -> int:
-    """How often a parameter holds each key/value head."""
-    if "kv_head" not in info.dims:
+    """How often a parameter holds each key/value head. Further scales of quantised ones count as padding."""
+    if "kv_head" not in info.dims or info.path.endswith("/scales"):
         return 1
     _, segment, *_ = info.path.split("/")  # as LayerPlace.path
     return runner.sizes[int(segment)].kv_copies
@@ -113,12 +114,11 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     more or fewer devices than there are.
     """
     config, axes = question.checked_model()
-    mesh, dtype = build_mesh(axes), question.dtype or config.dtype
-    runner = question.runner(config, mesh, _kernels(question, dtype, axes))
+    mesh, dtype = build_mesh(axes), config.dtype
+    runner = question.runner(config, mesh, _kernels(question, config, dtype, axes))
     parameters = parameter_reports(runner)
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
-        asked = replace(question, dtype="float32")
-        steps = asked.runner(config, mesh, _kernels(asked, "float32", axes))
+        steps = question.runner(config, mesh, _kernels(question, config, "float32", axes), dtype="float32")
     else:
         steps = runner
     collectives: list[dict[str, Any]] = []
@@ -139,5 +139,5 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     }  # fmt: skip
 
 
-def _kernels(question: ModelQuestion, dtype: str, axes: Mapping[str, int]) -> Kernels:
-    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(dtype, axes))
+def _kernels(question: ModelQuestion, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> Kernels:
+    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(config, dtype, axes))

@@ -1,13 +1,14 @@
 """The ways queries meet keys: within a prompt, or over pages into which the new keys are written first."""
 
-# Dims: B batch, S length, K key/value head slots, G query heads a slot, H head dim; r ranks of the batch, each with
-# t tokens, n blocks of them, d rows of the table with p pages each.
+# Dims: B batch, S length, K key/value head slots, G query heads a slot, H head dim, V that of values; r ranks of the
+# batch, each with t tokens, n blocks of them, d rows of the table with p pages each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.model.attention import Told
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
-from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.attention import Sight, causal_attention
 from jaxmoe.ops.paged import (
     PagedKind,
     Pages,
@@ -30,7 +31,8 @@ from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
-# Of every segment, of every block: keys and values of its layers, and their scales where kept in eight bits.
+# Of every segment, of every block: keys and values of its layers (of latent attention keys alone), and their scales
+# where kept in eight bits.
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
 TOKEN_PAGE_DIMS = ("page", "one")
@@ -45,13 +47,13 @@ def empty_pages(
     """Keys and values [L,num_pages,K,page_size,H] of every block, L its slots, all zero. num_pages: of all ranks.
     sizes: of the layers of each segment.
 
-    In eight bits, scales [L,num_pages,K,page_size] of both follow.
+    In eight bits, scales [L,num_pages,K,page_size] of each follow.
     """
 
     def block(layers: int, kv_slots: int) -> Pages:
-        shape = (layers, num_pages, kv_slots, page_size, config.head_dim)
-        numbers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return (*numbers, jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if dtype in LARGEST else numbers
+        shape = (layers, num_pages, kv_slots, page_size)
+        numbers = tuple(jnp.zeros((*shape, dim), dtype) for dim in config.cached_dims)
+        return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in LARGEST else numbers
 
     return [
         tuple(block(part.slots, size.kv_slots) for _ in range(part.period))
@@ -78,14 +80,22 @@ def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) 
 class CausalAttend:
     """Every token over those before it; nothing kept. Rows and heads are independent, so each device does its own."""
 
+    keeps = False
+
     def __call__(
-        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
-    ) -> tuple[jax.Array, None]:
-        """See Attend."""
-        del at
-        attend = partial(causal_attention, window=window)
-        arrays = (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS)
+        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+    ) -> tuple[jax.Array, None]:  # fmt: skip
+        """See Attend. Values are given."""
+        del at, value_dim
+        assert v is not None
+        attend = partial(causal_attention, sight=sight)
+        arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_told_sinks(sinks)]
         return place.locally(attend, *arrays, out=QUERY_DIMS), kept
+
+
+def _told_sinks(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
+    return [] if sinks is None else [(sinks, ("kv_head", "head_slot"))]
 
 
 def _register(data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
@@ -158,6 +168,8 @@ class PagedTokens:
 class PagedAttend:
     """Attention of new tokens over pages; what it keeps are the pages of a block's layers."""
 
+    keeps = True
+
     def __init__(self, table: jax.Array, sections: Sequence[Section], kind: PagedKind) -> None:
         self._table, self._sections, self._kind = table, tuple(sections), kind
 
@@ -183,18 +195,21 @@ class PagedAttend:
         return tuple((section.num_tokens, section.rows is not None) for section in self._sections)
 
     def __call__(
-        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
-    ) -> tuple[jax.Array, Pages]:
+        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+    ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See Attend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
         how = partial(paged_attention, kind=self._kind)
         over = partial(_over_pages, attend=how)
         if place.parts("page_token") > 1:
             over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
+        new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
+        own = _told_sinks(sinks)
+        counts = Counts(new=len(new), pages=len(kept), sinks=len(own))
         mixed, *pages = place.locally(
-            partial(over, layout=self._layout(), num_pages=len(kept), window=window),
-            (q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), (jnp.int32(at), ()), *zip(kept, dims, strict=True),
-            *self._told(),
+            partial(over, layout=self._layout(), counts=counts, sight=sight, value_dim=value_dim),
+            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._told(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)
@@ -235,36 +250,53 @@ def _places(table, sections, *, page_size, num_pages):
     return jnp.concatenate(page), jnp.concatenate(offset)
 
 
-def _over_pages(q, k, v, at, *arrays, layout, num_pages, window, attend, share=Share()):
-    """One rank's part: q [t,1,K,G,H], k and v [t,1,K,H], layer `at` of its pages, and what tells where things are."""
-    pages, told = arrays[:num_pages], arrays[num_pages:]
+class Counts(NamedTuple):
+    """How many of the arrays that follow each other are what: keys and values of new tokens, pages, sinks."""
+
+    new: int
+    pages: int
+    sinks: int
+
+    def split(self, arrays: Sequence[jax.Array]) -> tuple[Sequence[jax.Array], ...]:
+        """Each kind, and what is left."""
+        ends = list(accumulate(self))
+        return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
+
+
+def _over_pages(q, at, *arrays, layout, counts, sight, value_dim, attend, share=Share()):
+    """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
+    where there are any, and what tells where things are."""
+    new, pages, sinks, told = counts.split(arrays)
     table, sections = _sections(told, layout)
     here = pages[0].shape[3]
     page, offset = _places(table, sections, page_size=here * share.of, num_pages=pages[0].shape[1])
     if share.of > 1:
         page = jnp.where(offset // here == share.part, page, pages[0].shape[1])
         offset = offset % here
-    pages = write_pages(pages, k[:, 0], v[:, 0], page, offset, at)
+    pages = write_pages(pages, [one[:, 0] for one in new], page, offset, at)
     mixed, start = [], 0
-    for length, table, positions, counts in sections:
+    for length, table, positions, lengths in sections:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = attend(part, pages, table, positions, counts, at, window=window)
+        part = attend(part, pages, table, positions, lengths, at, *sinks, sight=sight, value_dim=value_dim)
         mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages
 
 
-def _over_shared_pages(q, k, v, at, *arrays, axes, ranks, **how):
+def _over_shared_pages(q, at, *arrays, axes, ranks, counts, **how):
     """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
     all tokens to what they have, and each merges what they found for its own."""
-    both = jnp.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3)
-    both = jax.lax.all_gather(both, axes, axis=0, tiled=True)
+    new, pages, sinks, told = counts.split(arrays)
+    together = jnp.concatenate([q, *(one[:, :, :, None] for one in new)], axis=3)
+    together = jax.lax.all_gather(together, axes, axis=0, tiled=True)
+    group = q.shape[3]
+    new = [together[:, :, :, group + number] for number in range(len(new))]
     share = Share(jax.lax.axis_index(axes), ranks)
-    attend = partial(partial_attention, share=share)
     parts, *pages = _over_pages(
-        both[:, :, :, :-2], both[:, :, :, -2], both[:, :, :, -1], at, *arrays, **how, attend=attend, share=share
-    )
+        together[:, :, :, :group], at, *new, *pages, *told, counts=counts._replace(sinks=0), **how,
+        attend=partial(partial_attention, share=share), share=share,
+    )  # fmt: skip
     parts = parts.reshape(ranks, -1, *parts.shape[2:])
     parts = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0, tiled=True)
-    return merge_attention(parts)[:, None].astype(q.dtype), *pages
+    return merge_attention(parts, *sinks)[:, None].astype(q.dtype), *pages

@@ -13,20 +13,26 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, mean_squares, normed, rotated, scaled
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, Real, mean_squares, normed, rotated, scaled
+from jaxmoe.ops.attention import Sight
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement, TokenDim
 
 
 class Attend(Protocol):
-    """How queries meet keys and values: within a prompt, or against a cache that grows."""
+    """How queries meet keys and values: within a prompt, or against a cache that grows. keeps: whether it is that."""
+
+    keeps: bool
 
     def __call__(
-        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None, place: Placement
-    ) -> tuple[jax.Array, Any]:
-        """q [B,S,K,G,H], k and v [B,S,K,H] of the new tokens -> [B,S,K,G,H], and what is kept now.
+        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and what is kept now.
 
         kept: what there is of earlier tokens, of all layers of this block of a segment; at: which of them this is.
+        sinks [K,G]: logits that take part and add nothing. value_dim: V, where v is None: values are the first numbers
+        of keys.
         """
         ...
 
@@ -46,6 +52,20 @@ class Work(Protocol):
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
         """What is to be known of one of `of` even parts, in one turn. Unless busy none of its tokens is real."""
         ...
+
+
+class Seen(NamedTuple):
+    """What one pass through layers has to know: rotation [B,S,R/2], which tokens are real, how they attend."""
+
+    cos: jax.Array
+    sin: jax.Array
+    real: Real
+    attend: Attend
+
+
+def sight_of(config: ModelConfig, layer: int) -> Sight:
+    """What a layer's queries see."""
+    return Sight(scale=config.scale, window=config.sliding_windows[layer], chunk=config.chunk(layer))
 
 
 class Attention(nnx.Module):
@@ -69,8 +89,8 @@ class Attention(nnx.Module):
         self.group = sizes.group_slots
         heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
         query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
-        self.qkv = make(init, width=config.hidden_size, **heads)
-        self.out = make(init, **query, width=config.hidden_size)
+        self.qkv = make.matrix("attention/qkv", init, width=config.hidden_size, **heads)
+        self.out = make.matrix("attention/out", init, over=3, **query, width=config.hidden_size)
         if config.qkv_bias:
             self.qkv_bias = make(zeros, **heads)
         if config.out_bias:
@@ -82,13 +102,12 @@ class Attention(nnx.Module):
             self.q_norm = make(ones, **query)
             self.k_norm = make(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
             self.kv_copies = sizes.kv_copies
+        if config.sinks:
+            self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
-    def __call__(
-        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, used: jax.Array | None, attend: Attend, kept: Any,
-        lead: TokenDim,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. used, lead: see project."""
-        config, place = self.config, self.placement
+    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any, lead: TokenDim) -> tuple[jax.Array, Any]:
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
+        config, place, used = self.config, self.placement, seen.real.used
         qkv = project(x, self.qkv, place, self.kernels.linear, at, used, lead=lead)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
@@ -96,19 +115,33 @@ class Attention(nnx.Module):
         q, k = self._normed(q, k, at)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
-        kind = self.kernels.pointwise
-        q, k = rotated(q, cos, sin, QUERY_DIMS, place, kind), rotated(k, cos, sin, KEY_DIMS, place, kind)
-        mixed, kept = attend(kept, at, q, k, v, window=config.sliding_windows[self.layer], place=place)
+        q, k = self._placed(q, k, seen)
+        sinks = at_layer(self.sinks, at) if config.sinks else None
+        mixed, kept = seen.attend(kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place)
         y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
+
+    def _placed(self, q: jax.Array, k: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array]:
+        """Query and key as their positions turn them, or stretch queries."""
+        config, place, kind = self.config, self.placement, self.kernels.pointwise
+        if config.has_rope(self.layer):
+            turn = seen.cos, seen.sin
+            return rotated(q, *turn, QUERY_DIMS, place, kind), rotated(k, *turn, KEY_DIMS, place, kind)
+        if config.temperature is not None:
+            scale, floor = config.temperature
+            stretch = 1 + scale * jnp.log1p((seen.real.positions + 1) // floor)
+            q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
+        return q, k
 
     def _normed(self, q: jax.Array, k: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
         """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
         config = self.config
-        if config.qk_norm == "head":
+        if config.qk_norm == "head" or (config.qk_norm == "unit" and config.has_rope(self.layer)):
             by, eps = (self.placement, self.kernels.pointwise), config.rms_norm_eps
-            q = normed(q, at_layer(self.q_norm, at), QUERY_DIMS, *by, eps=eps)
-            return q, normed(k, at_layer(self.k_norm, at), KEY_DIMS, *by, eps=eps)
+            plain = jnp.ones(config.head_dim, q.dtype)
+            with_weights = config.qk_norm == "head"
+            q = normed(q, at_layer(self.q_norm, at) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
+            return q, normed(k, at_layer(self.k_norm, at) if with_weights else plain, KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
             place, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
             mean = mean_squares(q, k, self._columns(), place, kind)

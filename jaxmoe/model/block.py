@@ -8,12 +8,13 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.attention import Attend, Attention
+from jaxmoe.model.attention import Attention, Seen
 from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
 from jaxmoe.model.params import Maker, at_layer, normal, ones
-from jaxmoe.model.rows import Real, hidden_dims, normed
+from jaxmoe.model.rows import hidden_dims, normed
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement
 
@@ -36,26 +37,25 @@ class Block(nnx.Module):
         self.placement, self.kernels = placement, kernels
         self.input_layernorm = make(ones, width=config.hidden_size)
         self.post_attention_layernorm = make(ones, width=config.hidden_size)
-        self.attention = Attention(config, sizes, placement, kernels, layer, make=make, init=init)
+        attention = Attention if config.mla is None else LatentAttention
+        self.attention = attention(config, sizes, placement, kernels, layer, make=make, init=init)
         if self.sparse:
             self.moe = MoE(config, sizes, placement, kernels, make=make, init=init)
         else:
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
-    def __call__(
-        self, x: jax.Array, at: At, cos: jax.Array, sin: jax.Array, real: Real, attend: Attend, kept: Any
-    ) -> tuple[jax.Array, Any, Routed | None]:
+    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any) -> tuple[jax.Array, Any, Routed | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
         went."""
         lead = self.placement.lead(x.shape[0])
         h = self._normed(x, self.input_layernorm, at)
-        y, kept = self.attention(h, at, cos, sin, real.used, attend, kept, lead)
+        y, kept = self.attention(h, at, seen, kept, lead)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, routed = self.moe(h, at, real, lead)
+            y, routed = self.moe(h, at, seen.real, lead)
             return x + y, kept, routed
-        return x + self.mlp(h, at, real.used, lead), kept, None
+        return x + self.mlp(h, at, seen.real.used, lead), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         dims = hidden_dims(self.placement.lead(x.shape[0]))

@@ -11,6 +11,7 @@ import jax
 
 from jaxmoe.depth import LAYERS_KINDS, LayersKind
 from jaxmoe.errors import ConfigError
+from jaxmoe.formats import Quantisation
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
 from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
@@ -66,11 +67,13 @@ Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebod
 
 
 def choose_kernels(
-    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False
+    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False,
+    quantisation: Quantisation | None = None,
 ) -> Kernels:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
-    shared_pages: whether ranks hold parts of every page, which the loop alone can read.
+    shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantisation: of the model's
+    matrices, which native kernels do not read.
 
     Compiles nothing.
     That is native on a CPU with a C++ compiler (a warning is logged where there is none), and XLA's form otherwise. On
@@ -85,6 +88,8 @@ def choose_kernels(
         raise ConfigError(
             f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
         )
+    if quantisation is not None:
+        _choose_for_quantised(named, quantisation, dtype)
     for name, kind in vars(Kernels(**named)).items():
         if kind == "native":
             native.check(dtype, option=name)
@@ -99,6 +104,22 @@ def choose_kernels(
     if platform == "cpu" and named.get("linear") != "native":
         named.setdefault("layers", "unroll")
     return Kernels(**named)
+
+
+def _choose_for_quantised(named: dict[str, Any], quantisation: Quantisation, dtype: str) -> None:
+    """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
+    held = {
+        "grouped": quantisation.holds("moe/experts/"),
+        "linear": quantisation.holds("attention/", "mlp/", "moe/shared/"),
+    }
+    for step in (step for step, some in held.items() if some):
+        if named.get(step) == "native":
+            raise ConfigError(
+                f"{step}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it "
+                f"out, or give weights_dtype (--weights-dtype) {dtype}"
+            )
+    if held["grouped"]:
+        named.setdefault("grouped", "blocks")
 
 
 def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:

@@ -22,8 +22,8 @@ class MLP(nnx.Module):
         self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, make: Maker, init: Init
     ) -> None:
         self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
-        self.gate_up = make(init, width=config.hidden_size, gate_or_up=2, ffn=ffn)
-        self.down = make(init, ffn=ffn, width=config.hidden_size)
+        self.gate_up = make.matrix("mlp/gate_up", init, width=config.hidden_size, gate_or_up=2, ffn=ffn)
+        self.down = make.matrix("mlp/down", init, ffn=ffn, width=config.hidden_size)
         if self.bias:
             self.gate_up_bias = make(zeros, gate_or_up=2, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)

@@ -3,6 +3,7 @@
 # Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -13,14 +14,15 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker
+from jaxmoe.model.params import Init, Maker, Matrix, dims_of, weights_of, zeros
 from jaxmoe.model.project import gather_rows, summed_over
 from jaxmoe.model.rows import Real, hidden_dims
 from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import Groups, at_places, mixed, route
+from jaxmoe.ops.quantised import as_matrices
+from jaxmoe.ops.route import RouteRule, at_places, mixed, route
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -28,21 +30,25 @@ from jaxmoe.sharding import Placement, TokenDim
 class Experts(nnx.Module):
     """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
 
-    def __init__(self, width: int, ffn: int, num_experts: int, *, make: Maker, init: Init) -> None:
-        self.gate_up = make(init, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn)
-        self.down = make(init, moe_expert=num_experts, moe_ffn=ffn, width=width)
+    def __init__(self, width: int, ffn: int, num_experts: int, biases: bool, *, make: Maker, init: Init) -> None:
+        self.gate_up = make.matrix(
+            "moe/experts/gate_up", init, lead=2, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn
+        )
+        self.down = make.matrix("moe/experts/down", init, lead=1, moe_expert=num_experts, moe_ffn=ffn, width=width)
+        if biases:
+            self.gate_up_bias = make(zeros, moe_expert=num_experts, gate_or_up=2, moe_ffn=ffn)
 
 
 class SharedExpert(nnx.Module):
     """SwiGLU weights of the expert that every token visits; gate and up lie side by side, as in a dense layer."""
 
     def __init__(self, width: int, ffn: int, *, make: Maker, init: Init) -> None:
-        self.gate_up = make(init, width=width, gate_or_up=2, ffn=ffn)
-        self.down = make(init, ffn=ffn, width=width)
+        self.gate_up = make.matrix("moe/shared/gate_up", init, width=width, gate_or_up=2, ffn=ffn)
+        self.down = make.matrix("moe/shared/down", init, ffn=ffn, width=width)
 
 
 class Routed(NamedTuple):
-    """Where tokens went: probabilities of the router [B,S,E], and how many tokens of each rank that routes went to each
+    """Where tokens went: scores of the router [B,S,E], and how many tokens of each rank that routes went to each
     place of an expert [n,R]."""
 
     probabilities: jax.Array
@@ -71,29 +77,29 @@ class MoE(nnx.Module):
                 f"{peers}: use all_to_all"
             )
         width = config.hidden_size
-        self.router = make(init, width=width, router_expert=config.moe.num_experts)
-        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, make=make, init=init)
+        moe = config.moe
+        self.router = make(init, width=width, router_expert=moe.num_experts)
+        if moe.router_bias:
+            self.router_bias = make(zeros, router_expert=moe.num_experts)
+        if moe.selection_bias:
+            self.selection_bias = make.exact(zeros, router_expert=moe.num_experts)
+        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, make=make, init=init)
+        if moe.biases:  # of every expert on every rank: a token's share of them needs no matrix
+            self.down_bias = make(zeros, router_expert=moe.num_experts, width=width)
         if placement.redundant_experts is not None:
             self.placed = make.indices(placed=3, place=sizes.moe_experts)
-        if config.moe.shared_intermediate_size:
+        if moe.shared_intermediate_size:
             self.shared = SharedExpert(width, sizes.shared_ffn, make=make, init=init)
+        if moe.shared_gate:
             self.shared_gate = make(init, width=width, one=1)
 
     def __call__(self, x: jax.Array, at: At, real: Real, lead: TokenDim) -> tuple[jax.Array, Routed]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
         no expert. lead: how rows of x lie."""
         place = self.placement
-        params = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
-        if self.moe.shared_intermediate_size:
-            params |= {
-                "shared_gate": self.shared_gate,
-                "shared_in": self.shared.gate_up,
-                "shared_out": self.shared.down,
-            }
-        if place.redundant_experts is not None:
-            params["placed"] = self.placed
-        arrays = {name: param[...] for name, param in params.items()}
-        specs = {name: place.spec(*param.get_metadata()["dims"]) for name, param in params.items()}
+        params = self._params()
+        arrays = {name: weights_of(param) for name, param in params.items()}
+        specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
         used = [] if real.used is None else [real.used]
         routed = place.routed(lead)
         y, probabilities, load = place.manual(
@@ -111,6 +117,21 @@ class MoE(nnx.Module):
             ),
         )(x, (real.active, real.positions), jnp.int32(at), arrays, *used)  # fmt: skip
         return y, Routed(probabilities, load)
+
+    def _params(self) -> dict[str, Matrix]:
+        """All that a device needs a part of, by the names it knows them by."""
+        params: dict[str, Matrix] = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
+        if self.moe.biases:
+            params |= {"gate_up_bias": self.experts.gate_up_bias, "down_bias": self.down_bias}
+        if self.moe.shared_intermediate_size:
+            params |= {"shared_in": self.shared.gate_up, "shared_out": self.shared.down}
+        names = {
+            "router_bias": self.moe.router_bias,
+            "selection_bias": self.moe.selection_bias,
+            "shared_gate": self.moe.shared_gate,
+            "placed": self.placement.redundant_experts is not None,
+        }
+        return params | {name: getattr(self, name) for name, there in names.items() if there}
 
 
 def _on_device(x, real, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim):
@@ -139,13 +160,16 @@ def _routed_experts(
     active, positions = (part.reshape(-1) for part in real)
     exchanged, held = place.exchanged(lead), place.held(lead)
     ranks, others = place.size(exchanged), place.size(held)
-    weights_tE, probabilities = route(
-        linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32"),
-        active, top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob,
-        groups=Groups(num_groups=moe.num_groups, top_groups=moe.top_groups, best=moe.group_best),
-        kind=kernels.pointwise,
-    )  # fmt: skip
-    share = arrays["gate_up"].shape[1]
+    logits = linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32")
+    if moe.router_bias:
+        logits = logits + layer_of(arrays["router_bias"], at)
+    bias = layer_of(arrays["selection_bias"], at) if moe.selection_bias else None
+    weights_tE, probabilities = route(logits, active, bias, rule=RouteRule.of(moe), kind=kernels.pointwise)
+    chosen_tE = weights_tE
+    if moe.weigh_input:
+        x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
+        weights_tE = (weights_tE != 0).astype(weights_tE.dtype)
+    share = jax.tree.leaves(arrays["gate_up"])[0].shape[1]
     if "placed" in arrays:
         axes = place.axes(place.routed(lead))
         rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
@@ -163,16 +187,28 @@ def _routed_experts(
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
     y_TD = grouped_swiglu(
-        x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, top_k=moe.num_experts_per_tok, kind=kernels.grouped
-    )
-    return combine(y_TD, sent, exchange), probabilities, load
+        x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, arrays.get("gate_up_bias"),
+        top_k=moe.num_experts_per_tok, clamp=moe.clamp, kind=kernels.grouped,
+    )  # fmt: skip
+    y_tD = combine(y_TD, sent, exchange)
+    if moe.biases:
+        y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], at), place, lead).astype(y_tD.dtype)
+    return y_tD, probabilities, load
+
+
+def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):
+    """The biases of each token's experts, weighted; of ranks whose results are summed, the first gives them."""
+    summed = {*place.summed_experts(lead), *place.gathered(lead)}
+    first = math.prod([jax.lax.axis_index(axis) == 0 for axis in summed], start=jnp.float32(1))
+    return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 
 
 def _shared_expert(x, *, at, used, arrays, kernels: Kernels):
-    """This device's columns of the expert every token visits, times its sigmoid gate."""
+    """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
     kind = kernels.linear
-    layers, width, _, ffn = arrays["shared_in"].shape
-    both = linear(x, arrays["shared_in"].reshape(layers, width, 2 * ffn), at, used, kind=kind)
-    hidden = gated_unit(both.reshape(-1, 2, ffn), kind=kernels.pointwise)
+    both = linear(x, as_matrices(arrays["shared_in"], 1), at, used, kind=kind)
+    hidden = gated_unit(both.reshape(len(both), 2, -1), kind=kernels.pointwise)
     y = linear(hidden, arrays["shared_out"], at, used, kind=kind)
+    if "shared_gate" not in arrays:
+        return y
     return gated_rows(y, linear(x, arrays["shared_gate"], at, used, kind=kind), kind=kernels.pointwise)

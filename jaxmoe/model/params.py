@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Segment
+from jaxmoe.formats import Format, Grain, cells
+from jaxmoe.ops.quantised import Quantised, Weights
 from jaxmoe.ops.stack import At, layer_of
-from jaxmoe.sharding import View
+from jaxmoe.sharding import Dims, Placement, View
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -39,6 +43,37 @@ def at_layer(param: nnx.Param, at: At) -> jax.Array:
     return layer_of(param[...], at)
 
 
+class QuantisedParam(nnx.Module):
+    """A matrix as numbers and scales, two parameters of the same logical dims (ops/quantised.py)."""
+
+    def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
+        self.numbers, self.scales = numbers, scales
+
+
+Matrix = nnx.Param | QuantisedParam
+
+
+def weights_of(param: Matrix) -> Weights:
+    """The array of a parameter, or those of one that is quantised."""
+    if isinstance(param, QuantisedParam):
+        return Quantised(param.numbers[...], param.scales[...])
+    return param[...]
+
+
+def dims_of(param: Matrix) -> Dims:
+    """The logical dims of a parameter's array, or of both."""
+    one = param.numbers if isinstance(param, QuantisedParam) else param
+    return tuple(one.get_metadata()["dims"])
+
+
+class Kept(NamedTuple):
+    """The matrices of a block that are quantised, by their paths, in a format; where they lie."""
+
+    format: Format
+    grains: Mapping[str, Grain]
+    place: Placement
+
+
 class Maker:
     """Makes the parameters of one model: same dtype, keys drawn in turn."""
 
@@ -48,18 +83,44 @@ class Maker:
         dtype: jnp.dtype,
         lead: Mapping[str, int] = MappingProxyType({}),
         view: View = "beside",
+        kept: Kept | None = None,
     ) -> None:
-        self._rngs, self._dtype, self._lead, self._view = rngs, dtype, lead, view
+        self._rngs, self._dtype, self._lead, self._view, self._kept = rngs, dtype, lead, view, kept
 
-    def stacked(self, part: Segment) -> Maker:
-        """A maker of parameters that hold the layers of a segment, in a leading dim."""
-        return Maker(self._rngs, self._dtype, {"layer": part.slots}, "staged" if part.stages > 1 else "beside")
+    def stacked(self, part: Segment, block: int, config: ModelConfig, place: Placement) -> Maker:
+        """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. place: as they
+        see it."""
+        kept = None
+        if config.quantisation is not None:
+            kept = Kept(config.quantisation.format, config.quantisation.of(part.first + block), place)
+        view: View = "staged" if part.stages > 1 else "beside"
+        return Maker(self._rngs, self._dtype, {"layer": part.slots}, view, kept)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
         dims = {**self._lead, **dims}
         array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
         return nnx.Param(array, dims=tuple(dims), view=self._view)
+
+    def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
+        """The same for matrices, which may be quantised: after `lead` dims of them come `over` dims of their inputs,
+        then those of their outputs. path: within the block."""
+        if self._kept is None or path not in self._kept.grains:
+            return self(init, **dims)
+        format, place = self._kept.format, self._kept.place
+        shares = [size // place.parts(dim) for dim, size in dims.items()]
+        counts = cells(list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._kept.grains[path])
+        packed = list(dims)[lead + over - 1]
+        items = dims | {packed: dims[packed] // format.per_item}
+        scales = dict(zip(dims, counts, strict=True))
+        return QuantisedParam(*(
+            Maker(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)
+            for dtype, sizes in ((format.stored_dtype, items), (format.scale_dtype, scales))
+        ))  # fmt: skip
+
+    def exact(self, init: Init, **dims: int) -> nnx.Param:
+        """The same in float32, whatever the dtype of the others."""
+        return Maker(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
 
     def indices(self, **dims: int) -> nnx.Param:
         """The same for whole numbers that no checkpoint holds; zeros."""

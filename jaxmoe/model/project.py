@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearKind, linear
+from jaxmoe.ops.quantised import Quantised, Weights, as_matrices
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
 
 def project(
     x: jax.Array,
-    param: nnx.Param,
+    param: Matrix,
     place: Placement,
     kind: LinearKind,
     at: At | None = None,
@@ -35,16 +36,18 @@ def project(
     used: see Real. lead: how rows lie where they have the model's width; "residual" ones are gathered before the
     product, or scattered after it.
 
-    One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside.
+    One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside or is not
+    to split a loop over tiles of a quantised matrix.
     """
-    weights, dims = param[...], tuple(param.get_metadata()["dims"])
+    weights, dims = weights_of(param), dims_of(param)
     if at is None:
+        assert not isinstance(weights, Quantised)
         weights, dims, at = weights[None], ("one", *dims), 0
     layer, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     inside = "token" if lead == "residual" else lead
     before, after = ((lead if part == ("width",) else inside, "length", *part) for part in (summed, kept))
-    if kind == "xla" and lead != "residual":
+    if kind == "xla" and lead != "residual" and not isinstance(weights, Quantised):
         contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
         matrix = layer_of(weights, at)
         y = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
@@ -53,20 +56,28 @@ def project(
     gathered, scattered = (shared if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
-    def part(x: jax.Array, w: jax.Array, at: jax.Array, *used: jax.Array) -> jax.Array:
+    def part(x: jax.Array, w: Weights, at: jax.Array, *used: jax.Array) -> jax.Array:
         depth = math.prod(x.shape[2:])
-        matrices = w if transposed else w.reshape(len(w), depth, -1)
+        matrices = w if transposed else as_matrices(w, over)
+        shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = used[0][0] if used else None
         x = gather_rows(x, gathered)
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
-        y = summed_over(
-            y.reshape(*x.shape[:2], *(w.shape[1:2] if transposed else w.shape[1 + over :])), axes, scattered
-        )
+        y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered)
         return y
 
-    arrays = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
+    arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
     arrays += [] if used is None else [(used, ("token",))]
     return place.locally(part, *arrays, out=after)
+
+
+def together(x: jax.Array, place: Placement, lead: TokenDim) -> jax.Array:
+    """x [B,S,D], whose rows lie as `lead` says, as it is needed inside layers: for more than one product of it."""
+    shared = place.shared(lead)
+    if not shared:
+        return x
+    rest = ("length", "width")
+    return place.locally(lambda x: gather_rows(x, shared), (x, (lead, *rest)), out=("token", *rest))
 
 
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:

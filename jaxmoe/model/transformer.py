@@ -12,15 +12,16 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, Segment, segments
+from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
-from jaxmoe.model.attention import Attend, Told, Work
+from jaxmoe.model.attention import Seen, Told, Work
 from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.model.pipeline import Flow, empty_flow, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, summed_over
-from jaxmoe.model.rows import HIDDEN, Real, hidden_dims, normed, real_tokens
+from jaxmoe.model.rows import HIDDEN, hidden_dims, normed, real_tokens
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
@@ -52,6 +53,11 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         kernels: Kernels = Kernels(),
     ) -> None:
+        if config.indexer is not None:
+            raise ConfigError(
+                f"family {config.family!r} attends to the index_topk={config.indexer.top_k} tokens that an indexer "
+                f"chooses, which is not supported: jaxmoe info sizes such a model; run deepseek_v3"
+            )
         make = Maker(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
         self.beside = placement.seen("beside")
@@ -59,8 +65,7 @@ class Transformer(nnx.Module):
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.parts = segments(config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks)
         self.segments = nnx.List(
-            nnx.List(self._block(part, block, make.stacked(part)) for block in range(part.period))
-            for part in self.parts
+            nnx.List(self._block(part, block, make) for block in range(part.period)) for part in self.parts
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
@@ -69,6 +74,7 @@ class Transformer(nnx.Module):
     def _block(self, part: Segment, block: int, make: Maker) -> Block:
         place = self.placement.of_segment(part)
         sizes = array_sizes(self.config, place)
+        make = make.stacked(part, block, self.config, place)
         return Block(self.config, sizes, place, self.kernels, part.first + block, make=make)
 
     def __call__(
@@ -168,7 +174,9 @@ class Transformer(nnx.Module):
 
     def _seen(self, told: Told, place: Placement) -> Seen:
         positions, active = (place.constrain(part, "batch", "length") for part in (told.positions, told.active))
-        cos, sin = rotation(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        rope = self.config.rope
+        frequencies = inverse_frequencies(rope, self.config.rotary_dims)
+        cos, sin = rotation(positions, frequencies, rope.attention_factor)
         real = real_tokens(active, positions, place, count=self.kernels.linear == "native")
         return Seen(cos, sin, real, told.attend)
 
@@ -287,22 +295,13 @@ def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch
     return place.locally(pick, (hidden, hidden_dims(lead)), (index, ("batch", "block")), out=HIDDEN)
 
 
-class Seen(NamedTuple):
-    """What one pass through layers has to know: rotation [B,S,H/2], which tokens are real, how they attend."""
-
-    cos: jax.Array
-    sin: jax.Array
-    real: Real
-    attend: Attend
-
-
 def _through(
     blocks: Sequence[Block], seen: Seen, at: Any, x: jax.Array, kept: Sequence[Any], loads: Sequence[Any] | None
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
     """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
     kept_now, loads_now, choices = [], [], []
     for number, block in enumerate(blocks):
-        x, own, choice = block(x, at, seen.cos, seen.sin, seen.real, seen.attend, kept[number])
+        x, own, choice = block(x, at, seen, kept[number])
         kept_now.append(own)
         choices.append(choice)
         if loads is not None:

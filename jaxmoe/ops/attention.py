@@ -1,7 +1,11 @@
 """Grouped-query attention of a prompt's tokens over those before them (causal)."""
 
-# Dims: B batch, S new tokens, K key/value head slots, G query heads a slot, H head dim, R rows, C keys.
+# Dims: B batch, S new tokens, K key/value head slots, G query heads a slot, H head dim, V that of values, R rows,
+# C keys.
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +14,40 @@ from jaxtyping import Array, Float
 MASKED = -1e30
 
 
-def visible(query_at: Array, key_at: Array, window: int | None) -> Array:
-    """Whether a query at one position may see a key at another: not later, and within the window."""
-    distance = query_at - key_at
-    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What a query sees of the tokens up to its own: the last `window` of them, those of its own chunk of so many
+    positions, all where None; and what its scores are multiplied by."""
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+
+    def visible(self, query_at: Array, key_at: Array) -> Array:
+        """Whether a query at one position may see a key at another."""
+        distance = query_at - key_at
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        if self.chunk is not None:
+            seen &= query_at // self.chunk == key_at // self.chunk
+        return seen
+
+    def first(self, query_at: int) -> int:
+        """The first position that a query sees."""
+        first = 0 if self.window is None else max(0, query_at - self.window + 1)
+        return first if self.chunk is None else max(first, query_at // self.chunk * self.chunk)
 
 
-def _softmax_times(scores: Array, allowed: Array, v: Array) -> Array:
-    """Softmax of scores [...,R,C] where allowed, over values [...,C,H]: [...,R,H] in v's dtype; float32 sums."""
+def _softmax_times(scores: Array, allowed: Array, v: Array, sinks: Array | None) -> Array:
+    """Softmax of scores [...,R,C] where allowed, and of sinks [...,R,1] beside them, over values [...,C,V]: [...,R,V]
+    in v's dtype; float32 sums."""
     scores = jnp.where(allowed, scores, MASKED)
-    shares = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    best = best if sinks is None else jnp.maximum(best, sinks)
+    shares = jnp.exp(scores - best)
     total = jnp.sum(shares, axis=-1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - best)
     mixed = jnp.einsum("...rc,...ch->...rh", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (mixed / total).astype(v.dtype)
 
@@ -28,30 +55,33 @@ def _softmax_times(scores: Array, allowed: Array, v: Array) -> Array:
 def causal_attention(
     q: Float[Array, "B S K G H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    sinks: Float[Array, "K G"] | None = None,
     *,
-    window: int | None = None,
+    sight: Sight,
     query_block: int = 128,
-) -> Float[Array, "B S K G H"]:
-    """Each token over itself and those before it (the last `window` of them, where given).
+) -> Float[Array, "B S K G V"]:
+    """Each token over itself and those before it that it sees. sinks: logits that take part and add nothing.
 
     One prompt at a time, query_block queries at a time, each block over no more keys than it can see: scores stay in a
     core's cache and never hold S x S.
     """
-    return jax.lax.map(lambda row: _causal_row(*row, window=window, query_block=query_block), (q, k, v))
+    each = partial(_causal_row, sinks=sinks, sight=sight, query_block=query_block)
+    return jax.lax.map(lambda row: each(*row), (q, k, v))
 
 
-def _causal_row(q, k, v, *, window: int | None, query_block: int):
-    """One prompt: q [S,K,G,H], k and v [S,K,H] -> [S,K,G,H]."""
+def _causal_row(q, k, v, *, sinks, sight: Sight, query_block: int):
+    """One prompt: q [S,K,G,H], k [S,K,H], v [S,K,V] -> [S,K,G,V]."""
     length, slots, group, head_dim = q.shape
-    q, k, v = q.transpose(1, 2, 0, 3) * head_dim**-0.5, k.swapaxes(0, 1), v.swapaxes(0, 1)
+    q, k, v = q.transpose(1, 2, 0, 3) * sight.scale, k.swapaxes(0, 1), v.swapaxes(0, 1)
     blocks = []
     for start in range(0, length, query_block):
         stop = min(start + query_block, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        allowed = visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None], window)
+        first = sight.first(start)
+        allowed = sight.visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None])
         rows = q[:, :, start:stop].reshape(slots, group * (stop - start), head_dim)
         scores = jnp.einsum("krh,kch->krc", rows, k[:, first:stop], preferred_element_type=jnp.float32)
-        mixed = _softmax_times(scores, jnp.tile(allowed, (group, 1)), v[:, first:stop])
-        blocks.append(mixed.reshape(slots, group, stop - start, head_dim))
+        own = None if sinks is None else jnp.repeat(sinks.astype(jnp.float32), stop - start, axis=1)[..., None]
+        mixed = _softmax_times(scores, jnp.tile(allowed, (group, 1)), v[:, first:stop], own)
+        blocks.append(mixed.reshape(slots, group, stop - start, -1))
     return jnp.concatenate(blocks, axis=2).transpose(2, 0, 1, 3)

@@ -1,5 +1,7 @@
 """SwiGLU of many experts on the tokens routed to each: cost follows what is routed, never the number of experts.
 
+Experts may have biases of gate and up (that of down is the caller's: it needs no matrix), and a clamped SwiGLU.
+
 - blocks: tokens sorted by expert, cut in blocks that hold rows of one expert; loops whose trip counts follow the
   routing visit the blocks, large ones first, then each expert's rest in a block just large enough. Weights are read
   where they lie, an expert nobody chose is never touched. Any backend.
@@ -9,6 +11,9 @@
   tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
+
+Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantised.py), by
+ragged and dense a layer at once.
 """
 
 # Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a
@@ -23,7 +28,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.config import Clamp
 from jaxmoe.ops import native
+from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
 from jaxmoe.ops.stack import At, layer_of
 
 GroupedKind = Literal["blocks", "ragged", "native", "dense"]
@@ -139,33 +146,75 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
+class _Matrix(NamedTuple):
+    """One quantised matrix among many, left where it lies."""
+
+    stacked: Quantised
+    place: tuple[At, ...]
+
+
 def _matrix(stacked, *index):
     """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
+    if isinstance(stacked, Quantised):
+        return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
 
 
-def _expert(gate_up, down, at, index):
-    """Gate, up and down of one expert of one layer: [D, F], [D, F], [F, D]."""
-    return _matrix(gate_up, at, index, 0), _matrix(gate_up, at, index, 1), _matrix(down, at, index)
+def _times(x, matrix):
+    """Rows x [R, M] times a matrix [M, N], as float32."""
+    if isinstance(matrix, _Matrix):
+        return multiply(x, matrix.stacked, matrix.place)
+    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
-def _hidden(x, gate, up):
-    """Gate and up activations of rows x [R, D] through one expert's [D, F] each, as float32 [R, F]."""
-    return tuple(jnp.dot(x, matrix, preferred_element_type=jnp.float32) for matrix in (gate, up))
+class ExpertWeights(NamedTuple):
+    """One expert of one layer; bias of gate and up, where there is one."""
+
+    gate: Float[Array, "D F"] | _Matrix
+    up: Float[Array, "D F"] | _Matrix
+    down: Float[Array, "F D"] | _Matrix
+    bias: Float[Array, "2 F"] | None = None
 
 
-def _swiglu(x, gate, up, down):
-    if x.shape[0] == 1 and x.dtype.itemsize < 4:
-        return swiglu_one(x[0], gate, up, down)[None]
-    g, u = _hidden(x, gate, up)
-    hidden = (jax.nn.silu(g) * u).astype(x.dtype)
-    return jnp.dot(hidden, down, preferred_element_type=jnp.float32)
+def _expert(gate_up, down, bias, at, index):
+    own = None if bias is None else _matrix(bias, at, index)
+    return ExpertWeights(_matrix(gate_up, at, index, 0), _matrix(gate_up, at, index, 1), _matrix(down, at, index), own)
 
 
-def swiglu_one(
-    x: Float[Array, "D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"]
-) -> Float[Array, "D"]:
+def _unit(gate, up, bias, clamp: Clamp | None):
+    """What one expert's SwiGLU makes of gate and up activations [..., F], their bias [..., 2, F] yet to be added."""
+    if bias is not None:
+        gate, up = gate + bias[..., 0, :].astype(gate.dtype), up + bias[..., 1, :].astype(up.dtype)
+    if clamp is None:
+        return jax.nn.silu(gate) * up
+    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
+    return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
+
+
+def _hidden(x, w: ExpertWeights):
+    """Gate and up activations of rows x [R, D], without bias, as float32 [R, F]."""
+    return _times(x, w.gate), _times(x, w.up)
+
+
+def _swiglu(x, w: ExpertWeights, clamp: Clamp | None):
+    def products(x, w):
+        gate, up = _hidden(x, w)
+        hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
+        return _times(hidden, w.down)
+
+    if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
+        # XLA:TPU would lay all experts out anew for sums of rows.
+        one = partial(_swiglu_row, clamp=clamp)
+        return jax.lax.platform_dependent(x, w, cpu=one, default=products)
+    return products(x, w)
+
+
+def _swiglu_row(x, w: ExpertWeights, *, clamp: Clamp | None):
+    return swiglu_one(x[0], w, clamp)[None]
+
+
+def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: Clamp | None = None) -> Float[Array, "D"]:
     """One row of 16 bits as sums of multiples of the weights' rows: XLA's CPU products of one such row first widen the
     weights to float32, which takes three times as long."""
 
@@ -173,15 +222,22 @@ def swiglu_one(
         scale = x.astype(jnp.float32).reshape(-1, *(1,) * (w.ndim - 1))
         return jnp.sum(scale * w.astype(jnp.float32), axis=0)
 
-    return times((jax.nn.silu(times(x, gate)) * times(x, up)).astype(x.dtype), down)
+    return times(_unit(times(x, w.gate), times(x, w.up), w.bias, clamp).astype(x.dtype), w.down)
 
 
-def _blocks_forward(top_k, x, weights, gate_up, down, at):
-    plan = sort_assignments(weights, top_k=top_k)
+class Rule(NamedTuple):
+    """What does not change from step to step: the most experts of a token, and how its SwiGLU is clamped."""
+
+    top_k: int
+    clamp: Clamp | None
+
+
+def _blocks_forward(rule, x, weights, gate_up, down, bias, at):
+    plan = sort_assignments(weights, top_k=rule.top_k)
 
     def visit(out, expert, tokens, weights):
         rows = x.at[tokens].get(mode="clip")
-        y = _swiglu(rows, *_expert(gate_up, down, at, expert))
+        y = _swiglu(rows, _expert(gate_up, down, bias, at, expert), rule.clamp)
         return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
 
     out = _for_each_block(plan, block_sizes(x.shape[0]), visit, jnp.zeros(x.shape, jnp.float32))
@@ -189,85 +245,85 @@ def _blocks_forward(top_k, x, weights, gate_up, down, at):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(top_k, x, weights, gate_up, down, at):
-    return _blocks_forward(top_k, x, weights, gate_up, down, at)
+def _blocks(rule, *arrays):
+    return _blocks_forward(rule, *arrays)
 
 
-def _blocks_fwd(top_k, *saved):
-    return _blocks_forward(top_k, *saved), saved
+def _blocks_fwd(rule, *saved):
+    return _blocks_forward(rule, *saved), saved
 
 
-def _blocks_bwd(top_k, saved, dy):
+def _blocks_bwd(rule, saved, dy):
     """Gradients block by block, activations computed again; sums are kept in float32."""
-    x, weights, gate_up, down, at = saved
-    plan = sort_assignments(weights, top_k=top_k)
+    x, weights, gate_up, down, bias, at = saved
+    plan = sort_assignments(weights, top_k=rule.top_k)
     dy = dy.astype(x.dtype)
 
     def visit(carry, expert, tokens, weights):
-        dx, dweights, dgate_up, ddown = carry
+        dx, dweights, dgate_up, ddown, dbias = carry
         scale = weights[:, None].astype(jnp.float32)
         x_rows, dy_rows = x.at[tokens].get(mode="clip"), dy.at[tokens].get(mode="fill", fill_value=0)
-        w_gate, w_up, w_out = _expert(gate_up, down, at, expert)
-        gate, up = _hidden(x_rows, w_gate, w_up)
-        sigmoid = jax.nn.sigmoid(gate)
-        act = gate * sigmoid
-        hidden = act * up
-        back = jnp.dot(dy_rows, w_out.T, preferred_element_type=jnp.float32)
+        w = _expert(gate_up, down, bias, at, expert)
+        hidden, unit_back = jax.vjp(lambda gate, up: _unit(gate, up, w.bias, rule.clamp), *_hidden(x_rows, w))
+        back = jnp.dot(dy_rows, w.down.T, preferred_element_type=jnp.float32)
         dscale = jnp.sum(back * hidden, axis=-1)
-        dhidden = back * scale
-        dgate = dhidden * up * (sigmoid + act * (1 - sigmoid))
-        back_through = [(part.astype(x.dtype), w) for part, w in ((dgate, w_gate), (dhidden * act, w_up))]
+        dgate, dup = unit_back(back * scale)
+        if dbias is not None:
+            dbias = dbias.at[at, expert].add(jnp.stack([jnp.sum(dgate, axis=0), jnp.sum(dup, axis=0)]))
+        back_through = [(part.astype(x.dtype), own) for part, own in ((dgate, w.gate), (dup, w.up))]
         dx_rows = sum(jnp.dot(part, w.T, preferred_element_type=jnp.float32) for part, w in back_through)
         dw_in = jnp.stack([jnp.dot(x_rows.T, part, preferred_element_type=jnp.float32) for part, _ in back_through])
         scaled = (hidden * scale).astype(x.dtype)
         dw_out = jnp.dot(scaled.T, dy_rows, preferred_element_type=jnp.float32)
         dx = dx.at[tokens].add(dx_rows, mode="drop", unique_indices=True)
         dweights = dweights.at[tokens, expert].add(dscale, mode="drop", unique_indices=True)
-        return dx, dweights, dgate_up.at[at, expert].add(dw_in), ddown.at[at, expert].add(dw_out)
+        return dx, dweights, dgate_up.at[at, expert].add(dw_in), ddown.at[at, expert].add(dw_out), dbias
 
-    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in saved[:-1])
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), saved[:-1])
     grads = _for_each_block(plan, block_sizes(x.shape[0]), visit, zeros)
-    return (*(g.astype(a.dtype) for g, a in zip(grads, saved[:-1], strict=True)), None)
+    return (*jax.tree.map(lambda g, a: g.astype(a.dtype), grads, saved[:-1]), None)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _ragged(top_k, x, weights, gate_up, down, at):
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
-    plan = sort_assignments(weights, top_k=top_k)
+def _ragged(rule, x, weights, gate_up, down, bias, at):
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
+    plan = sort_assignments(weights, top_k=rule.top_k)
     counts = jnp.diff(plan.ends, prepend=0)
     in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
     counts_of = (jnp.stack(pair, axis=1).reshape(-1) for pair in ((counts, 0 * counts), (0 * counts, counts)))
     rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
     gate, up = (jax.lax.ragged_dot(rows, in_turn, own).astype(jnp.float32) for own in counts_of)
-    hidden = jax.nn.silu(gate) * up
+    row = jnp.arange(len(plan.tokens))[:, None]
+    own = None if bias is None else layer_of(bias, at)[jnp.minimum(jnp.sum(plan.ends <= row, axis=1), len(down) - 1)]
+    hidden = _unit(gate, up, own, rule.clamp)
     y = jax.lax.ragged_dot(hidden.astype(x.dtype), down, counts).astype(jnp.float32)
     y = y * plan.weights[:, None].astype(jnp.float32)
     return jnp.zeros(x.shape, jnp.float32).at[plan.tokens].add(y, mode="drop").astype(x.dtype)
 
 
-def _native(top_k, *arrays):
+def _native(rule, *arrays):
     x = arrays[0]
     native.prepare(x.dtype.name)
     if x.shape[0] > native.most_tokens(x.dtype.name):
-        return _blocks(top_k, *arrays)
-    return _native_few(top_k, *arrays)
+        return _blocks(rule, *arrays)
+    return _native_few(rule, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native_few(_top_k, x, weights, gate_up, down, at):
-    return native.native_experts(x, weights, gate_up, down, at)
+def _native_few(rule, x, weights, gate_up, down, bias, at):
+    return native.native_experts(x, weights, gate_up, down, bias, at, clamp=rule.clamp)
 
 
-_native_few.defvjp(lambda top_k, *saved: (_native_few(top_k, *saved), saved), _blocks_bwd)
+_native_few.defvjp(lambda rule, *saved: (_native_few(rule, *saved), saved), _blocks_bwd)
 
 
-def _dense(top_k, x, weights, gate_up, down, at):
-    del top_k
-    gate_up, down = layer_of(gate_up, at), layer_of(down, at)
+def _dense(rule, x, weights, gate_up, down, bias, at):
+    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
     both = jnp.einsum("td,ecdf->tecf", x, gate_up, preferred_element_type=jnp.float32)
-    hidden = (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(x.dtype).astype(jnp.float32)
+    hidden = _unit(both[:, :, 0], both[:, :, 1], None if bias is None else layer_of(bias, at), rule.clamp)
+    hidden = hidden.astype(x.dtype).astype(jnp.float32)
     y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
     return jnp.sum(y * weights[:, :, None].astype(jnp.float32), axis=1).astype(x.dtype)
 
@@ -278,16 +334,19 @@ _KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _rag
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E 2 D F"],
-    down: Float[Array, "L E F D"],
+    gate_up: Float[Array, "L E 2 D F"] | Quantised,
+    down: Float[Array, "L E F D"] | Quantised,
     at: At = 0,
+    bias: Float[Array, "L E 2 F"] | None = None,
     *,
     top_k: int,
+    clamp: Clamp | None = None,
     kind: GroupedKind = "blocks",
 ) -> Float[Array, "T D"]:
     """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
 
-    gate_up and down hold the experts of L layers, of which those of layer `at` are used.
+    gate_up and down hold the experts of L layers, of which those of layer `at` are used. bias: of gate and up.
+    clamp: in place of silu(gate) * up, see Clamp.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
-    return _KINDS[kind](top_k, jnp.asarray(x), weights, gate_up, down, at)
+    return _KINDS[kind](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, at)

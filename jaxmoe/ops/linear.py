@@ -4,6 +4,8 @@
 - native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads the matrix at memory's speed for few
   tokens, and whose result for a token does not depend on the others; xla for gradients, and for many tokens where the
   processor multiplies bfloat16 itself.
+
+A matrix that is kept quantised is multiplied as ops/quantised.py does, whatever the kind.
 """
 
 # Dims: T tokens, K numbers summed over, N columns, L layers.
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
+from jaxmoe.ops.quantised import Quantised, multiply
 from jaxmoe.ops.stack import At, layer_of
 
 LinearKind = Literal["xla", "native"]
@@ -25,7 +28,7 @@ LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
 
 def linear(
     x: Float[Array, "T K"],
-    w: Float[Array, "L K N"] | Float[Array, "L N K"],
+    w: Float[Array, "L K N"] | Float[Array, "L N K"] | Quantised,
     at: At = 0,
     used: At | None = None,
     *,
@@ -38,6 +41,9 @@ def linear(
     used: rows of x that matter, the first ones; what the others give is anything finite.
     """
     dtype = x.dtype.name if dtype is None else dtype
+    if isinstance(w, Quantised):
+        assert not transposed
+        return multiply(x, w, (at,)).astype(dtype)
     if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
         return _native(transposed, dtype, x, w, at, x.shape[0] if used is None else used)
     return _xla(transposed, dtype, x, w, at)

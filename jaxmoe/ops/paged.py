@@ -3,15 +3,17 @@
 New tokens come in blocks of one request each: a block of one token for a decoding request, longer ones for a prompt's
 chunks. A block attends to the pages of its row of the table, of which its own tokens have been written already.
 Pages may hold numbers of eight bits: a scale of each token and head multiplies its score, and its share of the values.
+Where no values are kept (latent attention), they are the first numbers of the keys.
 
 - loop: over groups of pages, as many as the longest row needs, with a running softmax. Any backend.
 - native: on the CPU, a C++ kernel that reads each row's own pages and no more (ops/native; it needs a compiler).
 """
 
 # Dims: L layers, N blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
-# K key/value head slots, G query heads a slot, H head dim, T tokens.
+# K key/value head slots, G query heads a slot, H head dim of keys, V of values, T tokens.
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
-from jaxmoe.ops.attention import MASKED, visible
+from jaxmoe.ops.attention import MASKED, Sight
 from jaxmoe.ops.quantize import LARGEST, quantize
 from jaxmoe.ops.stack import At
 
@@ -35,25 +37,26 @@ class Share(NamedTuple):
     of: int = 1
 
 
-Pages = tuple[Array, ...]  # keys and values [L,M,K,S,H]; their scales [L,M,K,S] follow where those are of eight bits
+# Keys [L,M,K,S,H], and values [L,M,K,S,V] where they are kept; their scales [L,M,K,S] follow where those are of eight
+# bits.
+Pages = tuple[Array, ...]
 
 
 def write_pages(
     pages: Pages,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    new: Sequence[Float[Array, "T K _"]],
     page: Int[Array, "T"],
     offset: Int[Array, "T"],
     at: At = 0,
 ) -> Pages:
-    """pages with each new entry of layer `at` at its place; a page past the last drops it. In place where donated."""
+    """pages with each new entry (a key, and a value where they are kept) of layer `at` at its place; a page past the
+    last drops it. In place where donated."""
     dtype = pages[0].dtype.name
-    new: Pages = (k, v)
     if dtype in LARGEST:
-        (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
-        new = (k, v, k_scales, v_scales)
+        numbers, scales = zip(*(quantize(part, dtype) for part in new), strict=True)
+        new = (*numbers, *scales)
     # Head by head: a scatter of all heads at once would want them side by side, and XLA:TPU copies the pool for it.
-    head = jnp.arange(k.shape[1], dtype=jnp.int32)
+    head = jnp.arange(new[0].shape[1], dtype=jnp.int32)
     return tuple(
         old.at[at, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
         for old, part in zip(pages, new, strict=True)
@@ -67,18 +70,32 @@ def paged_attention(
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
     at: At = 0,
+    sinks: Float[Array, "K G"] | None = None,
     *,
-    window: int | None = None,
+    sight: Sight,
+    value_dim: int | None = None,
     kind: PagedKind = "loop",
-) -> Float[Array, "N Q K G H"]:
-    """Each of a block's first `counts` tokens, at `positions` and following, over tokens of layer `at` up to itself.
+) -> Float[Array, "N Q K G V"]:
+    """Each of a block's first `counts` tokens, at `positions` and following, over those tokens of layer `at` up to
+    itself that it sees.
 
-    window: the last so many of them, where given. What comes of a block's other tokens is not to be used.
+    sinks: logits that take part in the softmax and add nothing. value_dim: V, where no values are kept. What comes of a
+    block's other tokens is not to be used.
     """
     if kind == "native":
-        return native.native_paged(q, pages, table, positions, counts, at, window=window)
-    mixed, total, _ = _loop(q, pages, table, positions, counts, at, window, Share())
+        return native.native_paged(q, pages, table, positions, counts, at, sinks, sight=sight, value_dim=value_dim)
+    mixed, total, best = _loop(q, pages, table, positions, counts, at, sight, value_dim, Share())
+    if sinks is not None:
+        shrunk, own = _with_sinks(best, sinks)
+        mixed, total = mixed * shrunk, total * shrunk + own
     return (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
+
+
+def _with_sinks(best: Array, sinks: Float[Array, "K G"]) -> tuple[Array, Array]:
+    """What sums of shares of exp(score - best) [...,K,G,1] are to be multiplied by, and what sinks add to them."""
+    sinks = sinks.astype(jnp.float32)[..., None]
+    higher = jnp.maximum(best, sinks)
+    return jnp.exp(best - higher), jnp.exp(sinks - higher)
 
 
 def partial_attention(
@@ -90,34 +107,50 @@ def partial_attention(
     at: At = 0,
     *,
     share: Share,
-    window: int | None = None,
-) -> Float[Array, "N Q K G H+1"]:
+    sight: Sight,
+    value_dim: int | None = None,
+) -> Float[Array, "N Q K G V+1"]:
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, table, positions, counts, at, window, share)
+    mixed, total, best = _loop(q, pages, table, positions, counts, at, sight, value_dim, share)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), MASKED)], axis=-1)
 
 
-def merge_attention(parts: Float[Array, "C T K G H+1"]) -> Float[Array, "T K G H"]:
+def merge_attention(
+    parts: Float[Array, "C T K G V+1"], sinks: Float[Array, "K G"] | None = None
+) -> Float[Array, "T K G V"]:
     """What attention over all keys gives, from partial_attention over each rank's. float32."""
     mixed, weight = parts[..., :-1], parts[..., -1:]
-    share = jnp.exp(weight - jnp.max(weight, axis=0))
-    return jnp.sum(mixed * share, axis=0) / jnp.sum(share, axis=0)
+    best = jnp.max(weight, axis=0)
+    share = jnp.exp(weight - best)
+    mixed, total = jnp.sum(mixed * share, axis=0), jnp.sum(share, axis=0)
+    if sinks is not None:
+        shrunk, own = _with_sinks(best, sinks)
+        mixed, total = mixed * shrunk, total * shrunk + own
+    return mixed / total
 
 
-def _loop(q, pages, table, positions, counts, at, window, share):
-    """[N,Q,K,G,H] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
+def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Array | None, Array | None]:
+    """Keys, values, and the scales of both where there are any; values may be the first numbers of the keys."""
+    both = (pages[0], pages[0]) if value_dim is not None else pages[:2]
+    scales = pages[1:] if value_dim is not None else pages[2:]
+    return *both, *((scales[0], scales[-1]) if scales else (None, None))
+
+
+def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
+    """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
-    k_pages, v_pages, *scales = pages
+    k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
+    value_dim = v_pages.shape[4] if value_dim is None else value_dim
     page_size = k_pages.shape[3]
     group_pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
     span = group_pages * page_size
     each = jnp.arange(span)
     key_at = each // page_size * (page_size * share.of) + share.part * page_size + each % page_size
-    rows = (q * head_dim**-0.5).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
+    rows = (q * sight.scale).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
 
     def gathered(pool, turn):
@@ -127,23 +160,27 @@ def _loop(q, pages, table, positions, counts, at, window, share):
 
     def attend(turn, carry):
         best, total, mixed = carry
-        scores = jnp.einsum("nkrh,nkch->nkrc", rows, gathered(k_pages, turn), preferred_element_type=jnp.float32)
-        if scales:
-            scores = scores * gathered(scales[0], turn)
+        these = gathered(k_pages, turn)
+        scores = jnp.einsum("nkrh,nkch->nkrc", rows, these, preferred_element_type=jnp.float32)
+        if k_scales is not None:
+            scores = scores * gathered(k_scales, turn)
         keys = turn * span * share.of + key_at
-        allowed = visible(query_at, keys, window)
+        allowed = sight.visible(query_at, keys)
         scores = jnp.where(allowed, scores, MASKED)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         shrunk = jnp.exp(best - higher)
         shares = jnp.where(allowed, jnp.exp(scores - higher), 0.0)
         written = (keys < (positions + counts)[:, None])[:, None, :, None]
-        values = jnp.where(written, gathered(v_pages, turn), 0)  # what lies beyond is anything, NaN too
-        weights = shares * jnp.where(written[..., 0][:, :, None], gathered(scales[1], turn), 0) if scales else shares
+        values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, turn)
+        values = jnp.where(written, values, 0)  # what lies beyond is anything, NaN too
+        weights = shares
+        if v_scales is not None:
+            weights = shares * jnp.where(written[..., 0][:, :, None], gathered(v_scales, turn), 0)
         more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
 
     shape = (num_blocks, slots, group * tokens)
-    start = (jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
+    start = (jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
     turns = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
     best, total, mixed = jax.lax.fori_loop(0, turns, attend, start)

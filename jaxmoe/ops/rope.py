@@ -1,6 +1,6 @@
 """Rotary position embedding, in the half-split form of published checkpoints."""
 
-# Dims: B batch, S length, ... head dims, H head dim.
+# Dims: B batch, S length, ... head dims, H head dim, R numbers of it that are turned.
 from __future__ import annotations
 
 import jax.numpy as jnp
@@ -12,39 +12,61 @@ from jaxmoe.ops import native
 from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position for each of the head_dim / 2 pairs, scaled as the config says. float32.
+def inverse_frequencies(rope: RopeConfig, rotary_dims: int) -> np.ndarray:
+    """Radians a position for each of the rotary_dims / 2 pairs, scaled as the config says. float32.
 
-    Source: Su et al., RoFormer (2021); Llama 3.1's rope_scaling as published.
+    Source: Su et al., RoFormer (2021); Llama 3.1's rope_scaling as published; YaRN (arXiv 2309.00071).
     """
-    frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    frequency = 1.0 / rope.theta ** (np.arange(0, rotary_dims, 2, dtype=np.float32) / rotary_dims)
     if rope.scaling == "linear":
         frequency = frequency / rope.factor
     if rope.scaling == "llama3":
         turns = rope.original_max_position_embeddings * frequency / (2 * np.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        frequency = blend * frequency + (1.0 - blend) * frequency / rope.factor
+        width = rope.high_freq_factor - rope.low_freq_factor
+        blend = (turns - rope.low_freq_factor) / width if width else turns >= rope.low_freq_factor
+        frequency = _blended(np.clip(blend, 0.0, 1.0), frequency, rope.factor)
+    if rope.scaling == "yarn":
+        first, last = (_yarn_pair(rope, turns, rotary_dims) for turns in (rope.beta_fast, rope.beta_slow))
+        if rope.truncate:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, rotary_dims - 1)
+        width = last - first or 0.001
+        ramp = (np.arange(rotary_dims // 2, dtype=np.float32) - first) / width
+        frequency = _blended(1.0 - np.clip(ramp, 0.0, 1.0), frequency, rope.factor)
     return frequency.astype(np.float32)
 
 
+def _blended(kept: np.ndarray, frequency: np.ndarray, factor: float) -> np.ndarray:
+    return kept * frequency + (1.0 - kept) * frequency / factor
+
+
+def _yarn_pair(rope: RopeConfig, turns: float, rotary_dims: int) -> float:
+    """The pair, as a broken number, that makes so many turns within the original context."""
+    wavelength = rope.original_max_position_embeddings / (turns * 2 * np.pi)
+    return rotary_dims * np.log(wavelength) / (2 * np.log(rope.theta))
+
+
 def rotation(
-    positions: Int[Array, "B S"], frequencies: np.ndarray
-) -> tuple[Float[Array, "B S H/2"], Float[Array, "B S H/2"]]:
-    """Cosine and sine of every position's angles, float32."""
+    positions: Int[Array, "B S"], frequencies: np.ndarray, factor: float = 1.0
+) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
+    """Cosine and sine of every position's angles, times factor. float32."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
     x: Float[Array, "B S ... H"],
-    cos: Float[Array, "B S H/2"],
-    sin: Float[Array, "B S H/2"],
+    cos: Float[Array, "B S R/2"],
+    sin: Float[Array, "B S R/2"],
     *,
     kind: PointwiseKind = "xla",
 ) -> Float[Array, "B S ... H"]:
-    """x with each pair (i, i + H/2) turned by its angle; computed in float32, returned in x's dtype."""
-    return (_native if kind == "native" else _xla)(x, cos, sin)
+    """x with each pair (i, i + R/2) of its first R numbers turned by its angle, the others as they are; computed in
+    float32, returned in x's dtype."""
+    turn, dims = _native if kind == "native" else _xla, 2 * cos.shape[-1]
+    if dims == x.shape[-1]:
+        return turn(x, cos, sin)
+    return jnp.concatenate([turn(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)
 
 
 def _xla(x, cos, sin):

@@ -1,4 +1,4 @@
-"""Choosing experts: softmax over all, then the best few, of the best groups alone where there are groups."""
+"""Choosing experts: scores of all, then the best few, of the best groups alone where there are groups."""
 
 # Dims: T tokens, D width, E experts, K experts a token, G groups of experts, R places for replicas of experts.
 from __future__ import annotations
@@ -9,64 +9,80 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.config import MoEConfig, Scoring
 from jaxmoe.ops import native
 from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
 
+_TINY = 1e-20  # DeepSeek-V3's: keeps a sum of sigmoids from being zero
+
 
 @dataclass(frozen=True, kw_only=True)
-class Groups:
-    """Group-limited routing: a token chooses among the experts of its top_groups best of num_groups groups of
-    neighbouring experts, so that it visits no more nodes than that where each holds whole groups.
+class RouteRule:
+    """How a token's experts are chosen, and what they weigh.
 
-    A group is as good as the sum of its `best` most likely experts. Source: DeepSeek-V2 (arXiv 2405.04434), best=1;
-    DeepSeek-V3 (arXiv 2412.19437), best=2.
+    normalise: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. num_groups > 1: a
+    token chooses among the experts of its top_groups best groups of neighbours, so that it visits no more nodes than
+    that where each holds whole groups; a group is as good as the sum of its group_best best experts.
+    Source: DeepSeek-V2 (arXiv 2405.04434), group_best=1; DeepSeek-V3 (arXiv 2412.19437), group_best=2.
     """
 
+    top_k: int
+    normalise: bool
+    scoring: Scoring = "softmax"
+    scaling: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
-    best: int = 1
+    group_best: int = 1
+
+    @classmethod
+    def of(cls, moe: MoEConfig) -> RouteRule:
+        """The rule of a model."""
+        return cls(
+            top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, scoring=moe.scoring,
+            scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups, group_best=moe.group_best,
+        )  # fmt: skip
 
 
 def route(
     logits: Float[Array, "T E"],
     active: Bool[Array, "T"],
+    bias: Float[Array, "E"] | None = None,
     *,
-    top_k: int,
-    normalise: bool,
-    groups: Groups = Groups(),
+    rule: RouteRule,
     kind: PointwiseKind = "xla",
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """Combine weights (zero for experts not chosen, and for tokens not active) and the probabilities, float32.
+    """Combine weights (zero for experts not chosen, and for tokens not active) and the scores, float32.
 
-    normalise makes the chosen weights sum to 1 (norm_topk_prob). Ties go to the lower index, of experts and of groups.
+    bias: added to scores for the choice alone. Ties go to the lower index, of experts and of groups.
     """
-    return (_native if kind == "native" else _xla)(logits, active, top_k=top_k, normalise=normalise, groups=groups)
+    return (_native if kind == "native" else _xla)(logits, active, bias, rule=rule)
 
 
-def _xla(logits, active, *, top_k, normalise, groups):
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    allowed = probabilities if groups.num_groups == 1 else _of_best_groups(probabilities, groups)
-    chosen, experts = jax.lax.top_k(allowed, top_k)
-    if normalise:
-        chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
-    chosen = jnp.where(active[:, None], chosen, 0.0)
+def _xla(logits, active, bias, *, rule):
+    scores = jax.nn.sigmoid(logits) if rule.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = scores if bias is None else scores + bias.astype(jnp.float32)
+    choice = choice if rule.num_groups == 1 else _of_best_groups(choice, rule)
+    _, experts = jax.lax.top_k(choice, rule.top_k)
+    chosen = jnp.take_along_axis(scores, experts, axis=-1)
+    if rule.normalise:
+        chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + (_TINY if rule.scoring == "sigmoid" else 0))
+    chosen = jnp.where(active[:, None], chosen * rule.scaling, 0.0)
     one_hot = experts[:, :, None] == jnp.arange(logits.shape[1])
-    return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), probabilities
+    return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), scores
 
 
-def _of_best_groups(probabilities, groups):
-    """probabilities [T,E], zero outside each token's best groups."""
-    by_group = probabilities.reshape(len(probabilities), groups.num_groups, -1)
-    score = jnp.sum(jax.lax.top_k(by_group, min(groups.best, by_group.shape[2]))[0], axis=-1)
-    _, best = jax.lax.top_k(score, groups.top_groups)
-    among = jnp.any(best[:, :, None] == jnp.arange(groups.num_groups), axis=1)
-    return jnp.where(among[:, :, None], by_group, 0.0).reshape(probabilities.shape)
+def _of_best_groups(choice, rule):
+    """choice [T,E], minus infinity outside each token's best groups."""
+    by_group = choice.reshape(len(choice), rule.num_groups, -1)
+    score = jnp.sum(jax.lax.top_k(by_group, min(rule.group_best, by_group.shape[2]))[0], axis=-1)
+    _, best = jax.lax.top_k(score, rule.top_groups)
+    among = jnp.any(best[:, :, None] == jnp.arange(rule.num_groups), axis=1)
+    return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(choice.shape)
 
 
 @differentiated_as(_xla)
-def _native(logits, active, *, top_k, normalise, groups):
-    limits = groups.num_groups, groups.top_groups, groups.best
-    return native.native_route(logits, active, top_k=top_k, normalise=normalise, groups=limits)
+def _native(logits, active, bias, *, rule):
+    return native.native_route(logits, active, bias, rule=rule)
 
 
 def mixed(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:

@@ -174,9 +174,9 @@ class _Plan:
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
         slots = self.tokens * sizes.kv_slots // place.parts("kv_head")
-        both = slots * (sizes.group_slots + 2) * config.head_dim * self.itemsize
+        both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
         self.add(place, "all-gather", "page_token", both, count)
-        self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.head_dim + 1) * 4, count)
+        self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)
 
     def experts(self, place: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""

@@ -37,7 +37,7 @@ def published_tensors(
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
         block = arrays[piece.path][piece.dst]
-        tensor[tuple(slice(*bounds) for bounds in piece.src)] = block.T if piece.transpose else block
+        tensor[piece.src] = block.T if piece.transpose else block
     return tensors
 
 

@@ -18,9 +18,11 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
+from jaxmoe.weights.formats import Tensor
+from jaxmoe.weights.held import Wanted, held, wanted_tensors
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
-from jaxmoe.weights.windows import PiecesByIndex, Window, intersect
+from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
@@ -30,16 +32,17 @@ _ALIGNMENT = 64
 
 
 def check_keys(
-    tensors: Mapping[str, TensorInfo], wanted: Iterable[Piece], config: ModelConfig, directory: Path
+    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, Wanted], config: ModelConfig, directory: Path
 ) -> None:
-    """Raise one CheckpointError listing every missing, unused and misshapen tensor; silent if there is none."""
-    shapes = {piece.key: piece.key_shape for piece in wanted}
-    missing = sorted(set(shapes) - set(tensors))
-    unused = sorted(key for key in set(tensors) - set(shapes) if not may_stand_unused(key, config))
+    """Raise one CheckpointError listing every missing, unused and misshapen tensor, or naming one whose dtype is none
+    of those wanted; silent if there is none."""
+    missing = sorted(set(wanted) - set(tensors))
+    names = FAMILIES[config.family].names
+    unused = sorted(key for key in set(tensors) - set(wanted) if not may_stand_unused(key, config, names))
     misshapen = [
-        f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
-        for key, shape in sorted(shapes.items())
-        if key in tensors and tensors[key].shape != shape
+        f"{key} {list(tensors[key].shape)} instead of {list(one.shapes[0])}"
+        for key, one in sorted(wanted.items())
+        if key in tensors and tensors[key].shape not in one.shapes
     ]
     problems = []
     for name, keys in (("missing", missing), ("unused", unused), ("misshapen", misshapen)):
@@ -51,8 +54,8 @@ def check_keys(
             f"{directory} does not match its config.json (family {config.family}): {'; '.join(problems)}; "
             f"check that config.json and the weight files belong together"
         )
-    for key in shapes:
-        _ = tensors[key].dtype
+    for key, one in wanted.items():
+        tensors[key].check_dtype(one.dtypes, why=one.why)
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
@@ -60,44 +63,60 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
 
 
+Source = tuple[str, int | None]  # the key of a tensor, and the index of its first dim where one is taken
+
+
 def _fill(
     windows: Iterable[Window],
     parts: PiecesByIndex,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     dtype: np.dtype,
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> dict[Window, np.ndarray]:
     """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
-    found: dict[str, list[tuple[Window, np.ndarray]]] = defaultdict(list)  # ranges of a tensor, and where they go
+    found: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
     for window, array in out.items():
-        for piece, src, place in parts.inside(window):
-            found[piece.key].append((src, array[place].T if piece.transpose else array[place]))
+        for piece, cut, place in parts.inside(window):
+            found[piece.key, piece.lead].append((cut, array[place].T if piece.transpose else array[place]))
+    opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in found}
 
-    def reads() -> Iterator[tuple[str, int, int]]:
-        """(key, first row, last row + 1) of each read, in the order of the files."""
-        for key in sorted(found, key=lambda key: (tensors[key].path, tensors[key].start)):
-            low, high = (pick(src[0][end] for src, _ in found[key]) for end, pick in enumerate((min, max)))
-            row_bytes = max(1, tensors[key].num_bytes // max(1, tensors[key].shape[0]))
-            step = max(1, _READ_BYTES // row_bytes)
-            yield from ((key, first, min(high, first + step)) for first in range(low, high, step))
+    def reads() -> Iterator[tuple[Source, int, int]]:
+        """(tensor, first row, last row + 1) of each read, in the order of the files."""
+        for source in sorted(found, key=lambda source: (opened[source].path, opened[source].start)):
+            tensor = opened[source]
+            step = max(1, _READ_BYTES // max(1, tensor.num_bytes // max(1, tensor.shape[0])))
+            for low, high in _runs(cut[0] for cut, _ in found[source]):
+                yield from ((source, first, min(high, first + step)) for first in range(low, high, step))
 
-    def read(key: str, first: int, last: int) -> int:
+    def read(source: Source, first: int, last: int) -> int:
         """The bytes of the windows that the rows gave."""
-        rows, num_bytes = tensors[key].read_rows(first, last), 0
-        for (span, *others), destination in found[key]:
-            start, stop = max(span[0], first), min(span[1], last)
-            if start < stop:
-                cut = rows[(slice(start - first, stop - first), *(slice(*r) for r in others))]
-                to = destination[start - span[0] : stop - span[0]]
-                _copy(cut, to)
+        rows, num_bytes = opened[source].read_rows(first, last), 0
+        for (span, *others), destination in found[source]:
+            low, high = (-(-(max(at, span.start) - span.start) // span.step) for at in (first, min(last, span.stop)))
+            if low < high:
+                start = span.start + low * span.step - first
+                taken = slice(start, start + (high - low - 1) * span.step + 1, span.step)
+                to = destination[low:high]
+                _copy(rows[(taken, *others)], to)
                 num_bytes += to.nbytes
         return num_bytes
 
     for num_bytes in workers.map(lambda args: read(*args), reads()):
         on_bytes(num_bytes)
     return out
+
+
+def _runs(spans: Iterable[slice]) -> list[tuple[int, int]]:
+    """Where the rows of all spans lie, as runs in order."""
+    runs: list[tuple[int, int]] = []
+    for low, high in sorted((span.start, span.stop) for span in spans):
+        if runs and low <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(high, runs[-1][1]))
+        else:
+            runs.append((low, high))
+    return runs
 
 
 def _copy(rows: np.ndarray, to: np.ndarray) -> None:
@@ -126,7 +145,9 @@ def _cutting_order(parts: list[Piece]) -> list[int]:
     """
     first = parts[0]
     slices = [dim for dim, at in enumerate(first.dst) if isinstance(at, slice)]
-    num_runs = len({(piece.key, piece.src[0]) for piece in parts})
+    num_runs = len(
+        {(piece.key, piece.lead, piece.cut[0].start, piece.cut[0].stop, piece.cut[0].step) for piece in parts}
+    )
     dealt = [
         dim
         for dim in range(len(first.dst))
@@ -160,7 +181,7 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
 def load_param(
     info: ParamInfo,
     parts: list[Piece],
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor],
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> jax.Array:
@@ -221,28 +242,45 @@ def assign_pieces(
     sizes: Sequence[ArraySizes],
     segments: tuple[Segment, ...],
 ) -> dict[str, list[Piece]]:
-    """The pieces of every parameter, by its path. sizes: of the layers of each segment.
+    """The pieces of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
 
-    Raises: CheckpointError if any key is missing, unused or misshapen.
+    Raises: CheckpointError if any key is missing, unused, misshapen or of another dtype.
     """
     parts: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         parts[piece.path].append(piece)
-    check_keys(tensors, (piece for group in parts.values() for piece in group), config, directory)
+    kept = _kept_paths(config, segments)
+    wanted = wanted_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
+    check_keys(tensors, wanted, config, directory)
     return parts
+
+
+def _kept_paths(config: ModelConfig, segments: tuple[Segment, ...]) -> set[str]:
+    """Of parameters that are kept quantised."""
+    if config.quantisation is None:
+        return set()
+    return {
+        f"segments/{number}/{block}/{path}"
+        for number, part in enumerate(segments)
+        for block in range(part.period)
+        for path in config.quantisation.of(part.first + block)
+    }
 
 
 def load_params(
     tensors: Mapping[str, TensorInfo],
     table: list[ParamInfo],
     parts: Mapping[str, list[Piece]],
+    config: ModelConfig,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
+    parts: of plain parameters, as assign_pieces gives them; what is kept quantised is made of them (held.py).
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
+    sources, parts = held(tensors, table, parts, config)
     published = {info.path for info in table if info.published}
     assert set(parts) == published, set(parts) ^ published
     total, done = sum(info.num_bytes for info in table), 0
@@ -257,7 +295,7 @@ def load_params(
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
         for info in table:
             end = done + info.num_bytes
-            arrays.append(load_param(info, parts.get(info.path, []), tensors, workers, on_bytes))
+            arrays.append(load_param(info, parts.get(info.path, []), sources, workers, on_bytes))
             if done < end:  # padding, which no tensor gives
                 on_bytes(end - done)
     assert done == total, (done, total)

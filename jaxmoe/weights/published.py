@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from jaxmoe.depth import segments
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, read_config
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
@@ -127,9 +127,12 @@ def _side_files(directory: Path, files: list[Path], tensors: Container[str]) -> 
 def _check_config(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignore: list[str]) -> str:
     if raw.get("model_type") not in FAMILIES:
         return f"not checked: model_type {str(raw.get('model_type'))[:40]!r} is no family known here"
-    if raw.get("quantization_config"):
-        return "not checked: weights are quantised"
-    config = read_config(raw, ignore=ignore)
+    try:
+        config = read_config(raw, ignore=ignore)
+    except ConfigError as error:
+        if raw.get("quantization_config"):  # bits go through, whatever they mean
+            return f"not checked: {error}"
+        raise
     alone = AbstractMesh((1,) * len(AXES), AXES)
     parts = segments(config, "unroll")
     sizes = segment_sizes(config, Placement(mesh=alone), parts)  # type: ignore[arg-type]

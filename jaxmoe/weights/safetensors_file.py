@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+FLOATS = tuple(_DTYPES)
+_DTYPES |= {  # of numbers that mean something with their scales only
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -51,12 +59,23 @@ class TensorInfo:
 
     @property
     def dtype(self) -> np.dtype:
-        """numpy dtype. Raises: CheckpointError for one that is not plain floating point."""
-        if self.dtype_name not in _DTYPES:
-            raise CheckpointError(
-                f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(_DTYPES)}"
-            )
+        """numpy dtype. Raises: CheckpointError for one that is not read."""
+        self.check_dtype(tuple(_DTYPES))
         return _DTYPES[self.dtype_name]
+
+    def check_dtype(self, allowed: Collection[str] = FLOATS, *, why: str = "") -> None:
+        """Raise CheckpointError unless the dtype has one of the names allowed: plain floating point by default."""
+        if self.dtype_name not in allowed:
+            raise CheckpointError(
+                f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(allowed)}{why}"
+            )
+
+    def at(self, index: int) -> TensorInfo:
+        """One entry of the first dim, as a tensor by itself."""
+        part = copy(self)
+        part.shape, part.num_bytes = self.shape[1:], self.num_bytes // self.shape[0]
+        part.start = self.start + index * part.num_bytes
+        return part
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""

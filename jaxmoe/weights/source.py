@@ -52,6 +52,19 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     )
 
 
+def find_config(model: str | Path) -> Path:
+    """The config.json of a model: the file itself, that of a folder, or that of a preset.
+
+    Raises: CheckpointError naming the value and what would be accepted.
+    """
+    path = find_model(model) if str(model) in preset_models() else Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        known = ", ".join(preset_models())
+        raise CheckpointError(f"config {str(model)!r} is no config.json, no folder with one and no preset ({known})")
+    return path
+
+
 def _fetch(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from jaxmoe.families.keys import Piece, Place
+from jaxmoe.families.piece import Piece, Place
 
 Window = tuple[tuple[int, int], ...]
+Cut = tuple[slice, ...]  # of a tensor, without its leading dim where a piece fixes an index of that
 
 
 def intersect(a: Window, b: Window) -> Window | None:
@@ -17,8 +18,8 @@ def intersect(a: Window, b: Window) -> Window | None:
     return both if all(low < high for low, high in both) else None
 
 
-def overlap(piece: Piece, window: Window) -> tuple[Window, Place] | None:
-    """The part of a piece inside a window of its parameter: ranges in the tensor, and a place within the window."""
+def overlap(piece: Piece, window: Window) -> tuple[Cut, Place] | None:
+    """The part of a piece inside a window of its parameter: a cut of the tensor, and a place within the window."""
     place: list[int | slice] = []
     ranges: list[tuple[int, int]] = []
     for at, (low, high) in zip(piece.dst, window, strict=True):
@@ -33,8 +34,14 @@ def overlap(piece: Piece, window: Window) -> tuple[Window, Place] | None:
         place.append(slice(start - low, stop - low))
         ranges.append((start - at.start, stop - at.start))
     ordered = reversed(ranges) if piece.transpose else ranges
-    src = tuple((low + base, high + base) for (low, high), (base, _) in zip(ordered, piece.src, strict=True))
-    return src, tuple(place)
+    cut = tuple(_part(whole, *span) for whole, span in zip(piece.cut, ordered, strict=True))
+    return cut, tuple(place)
+
+
+def _part(whole: slice, low: int, high: int) -> slice:
+    """Entries low up to high of those that a slice takes."""
+    step = whole.step or 1
+    return slice(whole.start + low * step, min(whole.start + high * step, whole.stop), step)
 
 
 class PiecesByIndex:
@@ -47,8 +54,8 @@ class PiecesByIndex:
             self._fixed = [dim for dim, at in enumerate(piece.dst) if isinstance(at, int)]  # alike in all
             self._by_index[tuple(piece.dst[dim] for dim in self._fixed)].append(piece)
 
-    def inside(self, window: Window) -> Iterator[tuple[Piece, Window, Place]]:
-        """Every piece that overlaps the window, with its ranges and place as `overlap` gives them."""
+    def inside(self, window: Window) -> Iterator[tuple[Piece, Cut, Place]]:
+        """Every piece that overlaps the window, with its cut and place as `overlap` gives them."""
         for index in product(*(range(*window[dim]) for dim in self._fixed)):
             for piece in self._by_index.get(index, ()):
                 if (hit := overlap(piece, window)) is not None:

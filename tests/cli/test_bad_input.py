@@ -209,7 +209,7 @@ DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), ["has no config.json"]),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json is not readable JSON"]),
     "config a list": (lambda d: (d / "config.json").write_text("[]"), ["holds a JSON list, an object is needed"]),
-    "unknown family": (lambda d: _edit(d / "config.json", model_type="gpt2"), ["'gpt2'", "supported: llama, mistral"]),
+    "unknown family": (lambda d: _edit(d / "config.json", model_type="gpt2"), ["'gpt2'", "supported: deepseek_v2"]),
     "other maths": (lambda d: _edit(d / "config.json", hidden_act="gelu"), ["'hidden_act' = 'gelu'", "'silu'"]),
     "unknown key": (lambda d: _edit(d / "config.json", softcap=30.0), ["'softcap' = 30.0", "--ignore-config-key"]),
     "other geometry": (

@@ -17,6 +17,7 @@ from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
 from .programs import assert_nothing_is_copied, step_program
 
 FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "olmoe_full_norm", "mixtral_six_experts"]
+FAMILY_CASES += ["deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"]
 
 
 def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:

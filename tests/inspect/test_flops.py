@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.inspect.flops import products
-from jaxmoe.ops.grouped import block_sizes, grouped_swiglu, plan_blocks, sort_assignments, swiglu_one
+from jaxmoe.ops.grouped import ExpertWeights, block_sizes, grouped_swiglu, plan_blocks, sort_assignments, swiglu_one
 
 NUM_EXPERTS, TOP_K, WIDTH, FFN = 32, 4, 64, 24
 ROW_FLOPS = 6 * WIDTH * FFN  # gate, up and down of one token in one expert
@@ -48,7 +48,11 @@ def flops_of_one_row(dtype) -> float:
     """What XLA counts for a block of one row of 16 bits, which holds no product; less one for each weight, which it
     counts for widening it."""
     shapes = [(WIDTH,), (WIDTH, FFN), (WIDTH, FFN), (FFN, WIDTH)]
-    program = jax.jit(swiglu_one).lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).compile()
+    program = (
+        jax.jit(lambda x, *w: swiglu_one(x, ExpertWeights(*w)))
+        .lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        .compile()
+    )
     return program.cost_analysis()["flops"] - 3 * WIDTH * FFN
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.ops.dispatch import DISPATCH_KINDS, Exchange, combine, dispatch
-from jaxmoe.ops.route import Groups, at_places, route
+from jaxmoe.ops.route import RouteRule, at_places, route
 
 from ..conftest import mesh_of
 
@@ -93,7 +93,7 @@ def test_route(normalise):
     rng = np.random.default_rng(1)
     x, router = rng.normal(0, 1, (6, WIDTH)).astype(np.float32), rng.normal(0, 1, (WIDTH, EXPERTS)).astype(np.float32)
     active = jnp.array([True, True, False, True, True, True])
-    weights, probabilities = route(x @ router, active, top_k=3, normalise=normalise)
+    weights, probabilities = route(x @ router, active, rule=RouteRule(top_k=3, normalise=normalise))
     softmax = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, softmax, rtol=1e-4)
     for token in range(6):
@@ -108,13 +108,32 @@ def test_groups_limit_where_a_token_goes(best, top_groups):
     """Of four groups of two experts; the oracle goes through them one by one."""
     rng = np.random.default_rng(4)
     logits = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32)
-    groups = Groups(num_groups=4, top_groups=top_groups, best=best)
-    weights, _ = route(logits, jnp.ones(16, bool), top_k=2, normalise=False, groups=groups)
+    rule = RouteRule(top_k=2, normalise=False, num_groups=4, top_groups=top_groups, group_best=best)
+    weights, _ = route(logits, jnp.ones(16, bool), rule=rule)
     for token, row in enumerate(np.exp(logits) / np.exp(logits).sum(1, keepdims=True)):
         scores = [sum(sorted(row[2 * g : 2 * g + 2])[-best:]) for g in range(4)]
         among = [e for g in np.argsort(scores)[-top_groups:] for e in (2 * g, 2 * g + 1)]
         chosen = sorted(among, key=lambda e: -row[e])[:2]
         np.testing.assert_allclose(weights[token], np.where(np.isin(np.arange(EXPERTS), chosen), row, 0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_bias_takes_part_in_the_choice_alone(normalise):
+    """DeepSeek-V3's routing: sigmoids, of four groups the two whose best two experts have the largest sum."""
+    rng = np.random.default_rng(6)
+    logits, bias = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32), rng.normal(0, 1, EXPERTS).astype(np.float32)
+    rule = RouteRule(
+        top_k=3, normalise=normalise, scoring="sigmoid", scaling=2.5, num_groups=4, top_groups=2, group_best=2
+    )
+    weights, scores = route(logits, jnp.ones(16, bool), bias, rule=rule)
+    sigmoid = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    np.testing.assert_allclose(scores, sigmoid, rtol=1e-5)
+    for token, row in enumerate(sigmoid):
+        choice = row + bias
+        among = [e for g in np.argsort(choice.reshape(4, 2).sum(1))[-2:] for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(among, key=lambda e: -choice[e])[:3]
+        expected = np.where(np.isin(np.arange(EXPERTS), chosen), row, 0) * 2.5
+        np.testing.assert_allclose(weights[token], expected / (row[chosen].sum() if normalise else 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_groups", [1, 2, 4])
@@ -123,8 +142,8 @@ def test_groups_of_a_rank_limit_the_ranks_that_a_token_is_sent_to(top_groups):
     num_experts = 4 * RANKS
     rng = np.random.default_rng(5)
     logits, x = (rng.normal(0, 1, (RANKS * TOKENS, n)).astype(np.float32) for n in (num_experts, WIDTH))
-    groups = Groups(num_groups=RANKS, top_groups=top_groups, best=2)
-    weights, _ = route(logits, jnp.ones(len(x), bool), top_k=4, normalise=True, groups=groups)
+    rule = RouteRule(top_k=4, normalise=True, num_groups=RANKS, top_groups=top_groups, group_best=2)
+    weights, _ = route(logits, jnp.ones(len(x), bool), rule=rule)
     factors = np.arange(1, num_experts + 1, dtype=np.float32)
     y, got = layer_of_factors("ragged_all_to_all", top_groups)(x, np.asarray(weights), factors)
     np.testing.assert_allclose(y, x * (np.asarray(weights) @ factors)[:, None], rtol=1e-5)

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmoe.config import Clamp
 from jaxmoe.ops.grouped import GROUPED_KINDS, block_sizes, grouped_swiglu, plan_blocks, planned_rows, sort_assignments
 
 from .stacks import AT, stacked
+from .test_linear import compiler_found
 
 WIDTH, FFN, NUM_EXPERTS, TOP_K = 16, 12, 8, 2
 FAST_KINDS = tuple(kind for kind in GROUPED_KINDS if kind not in ("dense", "native"))  # native: test_native.py
@@ -119,3 +121,36 @@ def test_planned_rows_stay_near_the_routed_ones(num_tokens):
     chosen = np.stack([rng.permutation(32)[:4] for _ in range(num_tokens)])
     ends = jnp.asarray(np.cumsum(np.bincount(chosen.ravel(), minlength=32)), jnp.int32)
     assert num_tokens * 4 == ends[-1] <= planned_rows(ends, block_sizes(num_tokens)) <= 1.3 * num_tokens * 4
+
+
+@partial(jax.jit, static_argnames=("kind", "clamp"))
+def biased_value_and_grads(arrays, bias, kind, clamp):
+    def value(x, weights, gate_up, down, bias):
+        y = grouped_swiglu(x, weights, gate_up, down, AT, bias, top_k=TOP_K, clamp=clamp, kind=kind)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.value_and_grad(value, argnums=(0, 2, 3, 4), has_aux=True)(*arrays, bias)
+    return y, *grads
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(limit=1.5)])
+@pytest.mark.parametrize("num_tokens", [1, 30, 300])
+@pytest.mark.parametrize("kind", [kind for kind in GROUPED_KINDS if kind != "dense"])
+def test_biases_and_clamps(kind, num_tokens, clamp):
+    """The oracle takes every token through each of its experts by itself."""
+    if kind == "native" and not compiler_found():
+        return
+    arrays = arguments("some experts empty", num_tokens)
+    bias = stacked(np.random.default_rng(2).normal(size=(NUM_EXPERTS, 2, FFN)).astype(np.float32))
+    found = biased_value_and_grads(arrays, bias, kind, clamp)
+    x, weights, gate_up, down = (np.asarray(part, np.float64) for part in arrays)
+    expected = np.zeros(x.shape)
+    for token, expert in zip(*np.nonzero(weights), strict=True):
+        gate, up = np.einsum("d,cdf->cf", x[token], gate_up[AT, expert]) + bias[AT, expert]
+        if clamp is not None:
+            gate, up = np.minimum(gate, clamp.limit), np.clip(up, -clamp.limit, clamp.limit) + 1
+        hidden = gate / (1 + np.exp(-(clamp.alpha if clamp else 1) * gate)) * up
+        expected[token] += weights[token, expert] * (hidden @ down[AT, expert])
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    for part, wanted in zip(found, biased_value_and_grads(arrays, bias, "dense", clamp), strict=True):
+        np.testing.assert_allclose(part, wanted, rtol=1e-4, atol=2e-5 * max(1.0, float(jnp.abs(wanted).max())))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.paged import PAGED_KINDS, paged_attention, write_pages
+from jaxmoe.ops.attention import Sight, causal_attention
+from jaxmoe.ops.paged import PAGED_KINDS, Share, merge_attention, paged_attention, partial_attention, write_pages
 
 from .stacks import AT, stacked
 from .test_linear import compiler_found
@@ -41,11 +41,17 @@ def pool_of(lengths: list[int], page_size: int, dtype: str):
     return prompts, jnp.asarray(pages, dtype), jnp.asarray(table)
 
 
+SCALE = HEAD_DIM**-0.5
+SIGHTS = [Sight(scale=SCALE, window=window) for window in (None, 1, 6)]
+SIGHTS += [Sight(scale=0.5, chunk=7), Sight(scale=SCALE, window=4, chunk=16)]
+SINKS = np.random.default_rng(2).normal(0, 2, (SLOTS, GROUP)).astype(np.float32)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("sight", SIGHTS)
 @pytest.mark.parametrize(("page_size", "tokens"), [(4, 1), (4, 5), (16, 40), (3, 17)])
 @pytest.mark.parametrize("kind", PAGED_KINDS)
-def test_the_last_tokens_of_prompts(kind, page_size, tokens, window, dtype):
+def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
     if not kind_runs(kind, dtype):
         return
     lengths = [tokens + 9, tokens, tokens + 70, tokens + 2]
@@ -54,14 +60,13 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, window, dtype):
     positions = jnp.array([length - tokens for length in lengths])
     lengths = [int(at) + count for at, count in zip(positions, counts, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
-    found = jax.jit(paged_attention, static_argnames=("window", "kind"))(
-        q, (stacked(k_pages), stacked(v_pages)), table, positions, jnp.array(counts), AT, window=window, kind=kind
+    sinks = jnp.asarray(SINKS) if sight.chunk else None
+    found = jax.jit(paged_attention, static_argnames=("sight", "kind"))(
+        q, (stacked(k_pages), stacked(v_pages)), table, positions, jnp.array(counts), AT, sinks, sight=sight, kind=kind
     )
     for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
         if count:
-            whole = causal_attention(q_row[None, :length], k[None, :length], v[None, :length], window=window)[
-                0, -count:
-            ]
+            whole = causal_attention(*(part[None, :length] for part in (q_row, k, v)), sinks, sight=sight)[0, -count:]
             tolerance = 1e-5 if dtype == "float32" else 0.03
             np.testing.assert_allclose(
                 np.asarray(found[row, :count], np.float32), np.asarray(whole, np.float32), atol=tolerance
@@ -75,7 +80,7 @@ def test_writing_changes_the_named_places_alone():
     expected = pages.copy()
     expected[2, :, 3], expected[0, :, 1] = new[0], new[2]
     places = jnp.array([2, 5, 0]), jnp.array([3, 0, 1])  # page 5 is past the last
-    found = jax.jit(write_pages)((stacked(pages), stacked(-pages)), new, -new, *places, AT)
+    found = jax.jit(write_pages)((stacked(pages), stacked(-pages)), (new, -new), *places, AT)
     np.testing.assert_array_equal(found[0], stacked(expected))
     np.testing.assert_array_equal(found[1], stacked(-expected))
 
@@ -97,7 +102,7 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     for row, length in enumerate(lengths):
         k, v = (jnp.asarray(rng.normal(0, 10.0**row, (length, SLOTS, HEAD_DIM)), dtype) for _ in range(2))
         places = table[row, np.arange(length) // page_size], jnp.arange(length) % page_size
-        pages = write_pages(tuple(pages), k, v, *places, AT)
+        pages = write_pages(tuple(pages), (k, v), *places, AT)
         for index, new in enumerate((k, v)):
             kept = pages[index][AT, places[0], :, places[1]].astype("float32")
             kept = kept * pages[index + 2][AT, places[0], :, places[1]][..., None]
@@ -109,7 +114,7 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
             wide[index] = wide[index].at[places[0], :, places[1]].set(kept)
     q = jnp.asarray(rng.normal(0, 1, (3, 1, SLOTS, GROUP, HEAD_DIM)), dtype)
     counts = jnp.ones(3, jnp.int32)
-    ask = partial(paged_attention, table=table, positions=jnp.array(lengths) - 1, counts=counts, at=AT)
+    ask = partial(paged_attention, table=table, positions=jnp.array(lengths) - 1, counts=counts, at=AT, sight=SIGHTS[0])
     found = ask(q, tuple(pages), kind=kind)
     expected = ask(q.astype("float32"), tuple(stacked(part) for part in wide), kind="loop")
     scale = 10.0 ** np.arange(3).reshape(3, 1, 1, 1, 1)
@@ -118,15 +123,58 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("window", [None, 7])
-def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(window, dtype):
+@pytest.mark.parametrize("sight", [SIGHTS[0], Sight(scale=SCALE, window=7), Sight(scale=SCALE, chunk=20)])
+def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(sight, dtype):
     if not kind_runs("native", dtype):
         return
     ((q, _, _),), pages, table = pool_of([70], 16, dtype)
-    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), window=window, kind="native")
+    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), sight=sight, kind="native")
     whole = ask(q[None], table=table, positions=jnp.array([0]), counts=jnp.array([70]))
     for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
         part = ask(q[None, start : start + count], table=table, positions=jnp.array([start]), counts=jnp.array([count]))
         np.testing.assert_array_equal(
             np.asarray(part[0], np.float32), np.asarray(whole[0, start : start + count], np.float32)
         )
+
+
+@pytest.mark.parametrize("kept_in", ["float32", "int8"])
+@pytest.mark.parametrize("kind", PAGED_KINDS)
+def test_values_that_are_the_first_numbers_of_keys(kind, kept_in):
+    """As latent attention keeps them: one array, and one scale."""
+    if not kind_runs(kind, "float32"):
+        return
+    ((q, k, _),), _, _ = pool_of([37], 8, "float32")
+    places = jnp.arange(37) // 8 + 3, jnp.arange(37) % 8
+    shape = (NUM_PAGES, SLOTS, 8, HEAD_DIM)
+    pages = [jnp.zeros(shape, kept_in), *([jnp.zeros(shape[:-1])] if kept_in == "int8" else [])]
+    pages = write_pages(tuple(stacked(part) for part in pages), (k,), *places, AT)
+    found = paged_attention(
+        q[None],
+        pages,
+        jnp.arange(3, 8)[None],
+        jnp.array([0]),
+        jnp.array([37]),
+        AT,
+        sight=SIGHTS[0],
+        value_dim=5,
+        kind=kind,
+    )
+    expected = causal_attention(q[None], k[None], k[None, ..., :5], sight=SIGHTS[0])
+    np.testing.assert_allclose(found, expected, atol=1e-5 if kept_in == "float32" else 0.03)
+
+
+def test_sinks_take_part_once_where_ranks_share_pages_out():
+    lengths, page_size = [29, 8], 8
+    prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, "float32")
+    positions = jnp.array(lengths) - 1
+    q = jnp.stack([prompt[0][length - 1 :] for prompt, length in zip(prompts, lengths, strict=True)])
+    told = table, positions, jnp.ones(2, jnp.int32), AT
+    pages = stacked(k_pages), stacked(v_pages)
+    whole = paged_attention(q, pages, *told, SINKS, sight=SIGHTS[3])
+    parts = [
+        partial_attention(q, tuple(part[:, :, :, 4 * rank : 4 * rank + 4] for part in pages), *told,
+                          share=Share(rank, 2), sight=SIGHTS[3])
+        for rank in range(2)
+    ]  # fmt: skip
+    merged = merge_attention(jnp.stack(parts)[:, :, 0], SINKS)
+    np.testing.assert_allclose(merged, whole[:, 0], atol=1e-5)

@@ -13,7 +13,7 @@ from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import POINTWISE_KINDS
 from jaxmoe.ops.rope import rotate
-from jaxmoe.ops.route import Groups, route
+from jaxmoe.ops.route import RouteRule, route
 
 from .test_linear import compiler_found
 
@@ -55,7 +55,7 @@ def rows(kind, dtype, width):
 def routing(kind, dtype, width):
     del dtype  # always float32
     active = jnp.arange(ROWS) % 5 > 0
-    choose = partial(route, top_k=min(3, width), normalise=width % 2 == 0, kind=kind)
+    choose = partial(route, rule=RouteRule(top_k=min(3, width), normalise=width % 2 == 0), kind=kind)
     return (numbers(0, ROWS, width), active), lambda *arrays: choose(*arrays)[0]
 
 
@@ -63,17 +63,32 @@ def limited_routing(kind, dtype, width):
     """Among the best two of as many groups as divide the experts."""
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
     (logits, active), _ = routing(kind, dtype, width)
-    groups = Groups(num_groups=num_groups, top_groups=min(2, num_groups), best=2)
-    top_k = min(3, width // num_groups * groups.top_groups)
-    return (logits, active), lambda *a: route(*a, top_k=top_k, normalise=True, groups=groups, kind=kind)[0]
+    top_groups = min(2, num_groups)
+    rule = RouteRule(
+        top_k=min(3, width // num_groups * top_groups), normalise=True, num_groups=num_groups, top_groups=top_groups,
+        group_best=2,
+    )  # fmt: skip
+    return (logits, active), lambda *a: route(*a, rule=rule, kind=kind)[0]
+
+
+def biased_routing(kind, dtype, width):
+    """The same by sigmoids, with a bias in the choice that makes some of it negative."""
+    (logits, active), _ = limited_routing(kind, dtype, width)
+    num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
+    rule = RouteRule(
+        top_k=1, normalise=True, scoring="sigmoid", scaling=2.5, num_groups=num_groups, top_groups=1, group_best=2
+    )
+    bias = jnp.linspace(-2, 0.5, width)
+    return (logits, active), lambda *a: route(*a, bias, rule=rule, kind=kind)[0]
 
 
 def shares(kind, dtype, width):
+    rule = RouteRule(top_k=1, normalise=False)
     (logits, active), _ = routing(kind, dtype, width)
-    return (logits,), lambda logits: route(logits, active[: len(logits)], top_k=1, normalise=False, kind=kind)[1]
+    return (logits,), lambda logits: route(logits, active[: len(logits)], rule=rule, kind=kind)[1]
 
 
-WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, limited_routing, shares]
+WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, limited_routing, biased_routing, shares]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,5 +137,5 @@ def test_ties_go_to_the_lower_expert(kind):
     if kind == "native" and not compiler_found():
         return
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, -1e30, -1e30, -1e30]])
-    weights, _ = route(logits, jnp.array([True, True]), top_k=2, normalise=True, kind=kind)
+    weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalise=True), kind=kind)
     np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)

@@ -42,6 +42,24 @@ _QWEN_MOE: dict[str, Any] = {
     "intermediate_size": 70,
 }
 
+_DEEPSEEK: dict[str, Any] = {
+    "attention_bias": False,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_SIGMOID: dict[str, Any] = {
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+# The original context ends within the prompts.
+_YARN: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "factor": 4.0, "original_max_position_embeddings": 20}
+
 # What a published config of the family says beside its geometry.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "pretraining_tp": 1},
@@ -55,6 +73,41 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         **_QWEN_MOE,
         "attention_bias": False,
         "rope_scaling": None,
+    },
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **_DEEPSEEK,
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "n_shared_experts": 2,
+    },
+    "deepseek_v3": {"architectures": ["DeepseekV3ForCausalLM"], **_DEEPSEEK, **_SIGMOID},
+    "kimi_k2": {"architectures": ["DeepseekV3ForCausalLM"], **_DEEPSEEK, **_SIGMOID, "num_nextn_predict_layers": 0},
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "partial_rotary_factor": 0.5,
+        "num_nextn_predict_layers": 1,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        **_ROUTER,
+        "attention_bias": True,
+        "initial_context_length": 32,
+        "rope_theta": 150000.0,
+        "swiglu_limit": 7.0,
+    },
+    "llama4_text": {
+        "architectures": ["Llama4ForCausalLM"],
+        **_ROUTER,
+        "attention_bias": False,
+        "rope_theta": 500000.0,
     },
     "olmoe": {
         "architectures": ["OlmoeForCausalLM"],
@@ -235,6 +288,78 @@ CASES: tuple[Case, ...] = (
           vocab_size=101, hidden_size=36, moe_intermediate_size=36, num_hidden_layers=4, num_attention_heads=3,
           num_key_value_heads=3, head_dim=8, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True,
           decoder_sparse_step=2, mlp_only_layers=[3]),
+
+    # V2: groups of two experts, of which a token visits two; YaRN as DeepSeek has it; a latent for queries too.
+    _case("deepseek_v2", "groups", 231, "float32",
+          vocab_size=97, hidden_size=48, intermediate_size=52, moe_intermediate_size=20, num_hidden_layers=3,
+          num_attention_heads=6, num_key_value_heads=6, q_lora_rank=20, kv_lora_rank=18, qk_nope_head_dim=10,
+          qk_rope_head_dim=6, v_head_dim=14, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
+          topk_method="group_limited_greedy", routed_scaling_factor=1.5,
+          rope_scaling={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707, "type": "yarn"}),
+    # V2-Lite: queries without a latent, no groups.
+    _case("deepseek_v2", "lite", 132, "bfloat16", quick=True,
+          vocab_size=101, hidden_size=36, intermediate_size=44, moe_intermediate_size=12, num_hidden_layers=2,
+          num_attention_heads=3, num_key_value_heads=3, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8,
+          qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=5, num_experts_per_tok=2, n_group=1, topk_group=1,
+          topk_method="greedy", routed_scaling_factor=1.0, rope_scaling=None),
+    # V3: sigmoids, a bias in the choice, groups as good as their two best experts, weights that sum to 2.5.
+    _case("deepseek_v3", "groups", 333, "bfloat16", num_shards=3, quick=True,
+          vocab_size=131, hidden_size=48, intermediate_size=52, moe_intermediate_size=20, num_hidden_layers=4,
+          num_attention_heads=4, num_key_value_heads=4, q_lora_rank=28, kv_lora_rank=24, qk_nope_head_dim=12,
+          qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=12, num_experts_per_tok=4, n_group=4, topk_group=2,
+          routed_scaling_factor=2.5,
+          rope_scaling={**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}),
+    # A head's pairs half a head apart, as published; no mscale; two dense layers.
+    _case("deepseek_v3", "halves", 534, "float32",
+          vocab_size=97, hidden_size=40, intermediate_size=44, moe_intermediate_size=12, num_hidden_layers=3,
+          num_attention_heads=5, num_key_value_heads=5, q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=6,
+          qk_rope_head_dim=10, v_head_dim=8, n_routed_experts=6, num_experts_per_tok=2, n_group=1, topk_group=1,
+          routed_scaling_factor=1.0, first_k_dense_replace=2, rope_interleave=False, rope_scaling=None),
+    # Kimi-K2: one group, mscale of YaRN.
+    _case("kimi_k2", "one_group", 435, "bfloat16", quick=True,
+          vocab_size=131, hidden_size=48, intermediate_size=60, moe_intermediate_size=28, num_hidden_layers=2,
+          num_attention_heads=6, num_key_value_heads=6, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+          qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=10, num_experts_per_tok=3, n_group=1, topk_group=1,
+          routed_scaling_factor=2.827,
+          rope_scaling={**_YARN, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}),
+
+    _case("glm4_moe", "norm", 136, "bfloat16", quick=True,
+          vocab_size=131, hidden_size=48, intermediate_size=60, moe_intermediate_size=20, num_hidden_layers=3,
+          num_attention_heads=6, num_key_value_heads=2, head_dim=12, n_routed_experts=7, num_experts_per_tok=3,
+          attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
+    # As GLM-4.5-Air: no norm of query and key. Two groups.
+    _case("glm4_moe", "groups", 237, "float32",
+          vocab_size=97, hidden_size=40, intermediate_size=44, moe_intermediate_size=12, num_hidden_layers=2,
+          num_attention_heads=4, num_key_value_heads=1, head_dim=16, n_routed_experts=6, num_experts_per_tok=2,
+          attention_bias=False, use_qk_norm=False, routed_scaling_factor=1.0, n_group=2, topk_group=1),
+
+    # A window of 9 in every other layer, sinks, biases, YaRN beyond its original context.
+    _case("gpt_oss", "window", 238, "bfloat16", num_shards=2, quick=True,
+          vocab_size=131, hidden_size=48, intermediate_size=28, num_hidden_layers=4, num_attention_heads=6,
+          num_key_value_heads=2, head_dim=16, num_local_experts=6, num_experts_per_tok=3, sliding_window=9,
+          layer_types=["sliding_attention", "full_attention"] * 2,
+          rope_scaling={**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "rope_type": "yarn", "truncate": False}),
+    # Gates that meet the limit; one key/value head; layer types by the default rule.
+    _case("gpt_oss", "clamped", 239, "float32",
+          vocab_size=97, hidden_size=36, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3,
+          num_key_value_heads=1, head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=6,
+          swiglu_limit=0.9,
+          rope_scaling={**_YARN, "factor": 8.0, "rope_type": "yarn"}),
+
+    # Scout: every layer routes, chunks shorter than the prompts, llama3 scaling without a blend.
+    _case("llama4_text", "scout", 40, "bfloat16", quick=True,
+          vocab_size=131, hidden_size=48, intermediate_size=28, intermediate_size_mlp=60, num_hidden_layers=4,
+          num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_local_experts=6, num_experts_per_tok=1,
+          interleave_moe_layer_step=1, attention_chunk_size=11, use_qk_norm=True, floor_scale=16, attn_scale=0.2,
+          attn_temperature_tuning=True,
+          rope_scaling={"factor": 4.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+                        "original_max_position_embeddings": 40, "rope_type": "llama3"}),
+    # Maverick: every other layer dense, no norm of query and key; layers without rotary embedding by name.
+    _case("llama4_text", "maverick", 41, "float32",
+          vocab_size=97, hidden_size=40, intermediate_size=20, intermediate_size_mlp=44, num_hidden_layers=4,
+          num_attention_heads=5, num_key_value_heads=1, head_dim=12, num_local_experts=5, num_experts_per_tok=1,
+          interleave_moe_layer_step=2, attention_chunk_size=16, use_qk_norm=False, no_rope_layers=[1, 0, 1, 1],
+          attn_temperature_tuning=False),
 
     _case("olmoe", "full_norm", 21, "bfloat16", quick=True,
           vocab_size=131, hidden_size=48, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,

@@ -1,6 +1,7 @@
 """Writes a case as a checkpoint directory, byte for byte the same on every platform and numpy version.
 
-Dims: V vocabulary, D hidden_size, H query heads, K key/value heads, C head_dim, F intermediate, E experts.
+Dims: V vocabulary, D hidden_size, H query heads, K key/value heads, C head_dim, F intermediate, E experts; of latent
+attention Q and R the latents of queries and of keys, N and P numbers of a head that are not turned and turned, W value.
 Keys and shapes are those of published files (torch Linear layout, [out, in]; one tensor an expert), stated here apart
 from jaxmoe's own key maps so that a mistake there cannot hide.
 """
@@ -23,6 +24,8 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _QKV_BIAS_FAMILIES = ("qwen2", "qwen2_moe")
 _HEAD_NORM_FAMILIES = ("qwen3", "qwen3_moe")
+_SELECTION_BIAS_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe")
+_EXACT = "e_score_correction_bias"  # in float32 in every file
 
 
 def tensor_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -44,25 +47,67 @@ def tensor_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 def _attention(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     config = case.config
+    if "kv_lora_rank" in config:
+        yield from _latent_attention(config)
+        return
     D, H = config["hidden_size"], config["num_attention_heads"]
     K = config.get("num_key_value_heads", H)
     C = config.get("head_dim") or D // H
-    bias = config.get("attention_bias", False)
+    bias = config.get("attention_bias", case.family == "gpt_oss")
     qkv_bias = bias or case.family in _QKV_BIAS_FAMILIES
     for name, shape in (("q_proj", (H * C, D)), ("k_proj", (K * C, D)), ("v_proj", (K * C, D)), ("o_proj", (D, H * C))):
         yield f"{name}.weight", shape
-        if bias if name == "o_proj" else qkv_bias:
+        if bias and case.family != "glm4_moe" if name == "o_proj" else qkv_bias:
             yield f"{name}.bias", shape[:1]
-    if case.family in _HEAD_NORM_FAMILIES:
+    if case.family == "gpt_oss":
+        yield "sinks", (H,)
+    if case.family in _HEAD_NORM_FAMILIES or (config.get("use_qk_norm", False) and case.family == "glm4_moe"):
         yield from (("q_norm.weight", (C,)), ("k_norm.weight", (C,)))
     if case.family == "olmoe":
         yield from (("q_norm.weight", (H * C,)), ("k_norm.weight", (K * C,)))
 
 
+def _latent_attention(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    D, H, Q = config["hidden_size"], config["num_attention_heads"], config["q_lora_rank"]
+    R, N, P = config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    W = config["v_head_dim"]
+    if Q is None:
+        yield "q_proj.weight", (H * (N + P), D)
+    else:
+        yield from (("q_a_proj.weight", (Q, D)), ("q_a_layernorm.weight", (Q,)), ("q_b_proj.weight", (H * (N + P), Q)))
+    yield "kv_a_proj_with_mqa.weight", (R + P, D)
+    yield "kv_a_layernorm.weight", (R,)
+    yield "kv_b_proj.weight", (H * (N + W), R)
+    yield "o_proj.weight", (D, H * W)
+
+
+def _fused_experts(prefix: str, D: int, F: int, E: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, shape in (("gate_up_proj", (E, D, 2 * F)), ("down_proj", (E, F, D))):
+        yield f"{prefix}{name}", shape
+        if bias:
+            yield f"{prefix}{name}_bias", (E, shape[2])
+
+
+def _llama4(config: dict[str, Any], *, sparse: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    D, F, prefix = config["hidden_size"], config["intermediate_size"], "feed_forward."
+    if not sparse:
+        yield from _gated_mlp(prefix, D, config["intermediate_size_mlp"])
+        return
+    yield f"{prefix}router.weight", (config["num_local_experts"], D)
+    yield from _fused_experts(f"{prefix}experts.", D, F, config["num_local_experts"], bias=False)
+    yield from _gated_mlp(f"{prefix}shared_expert.", D, F)
+
+
 def _feed_forward(case: Case, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     config = case.config
     D = config["hidden_size"]
-    if not _is_sparse(case, layer):
+    if case.family == "llama4_text":
+        yield from _llama4(config, sparse=(layer + 1) % config["interleave_moe_layer_step"] == 0)
+    elif case.family == "gpt_oss":
+        E = config["num_local_experts"]
+        yield from (("mlp.router.weight", (E, D)), ("mlp.router.bias", (E,)))
+        yield from _fused_experts("mlp.experts.", D, config["intermediate_size"], E, bias=True)
+    elif not _is_sparse(case, layer):
         yield from _gated_mlp("mlp.", D, config["intermediate_size"], bias=config.get("mlp_bias", False))
     elif case.family == "mixtral":
         F, E = config["intermediate_size"], config["num_local_experts"]
@@ -71,13 +116,18 @@ def _feed_forward(case: Case, layer: int) -> Iterator[tuple[str, tuple[int, ...]
             prefix = f"block_sparse_moe.experts.{expert}."
             yield from ((f"{prefix}w1.weight", (F, D)), (f"{prefix}w2.weight", (D, F)), (f"{prefix}w3.weight", (F, D)))
     else:
-        F, E = config.get("moe_intermediate_size", config["intermediate_size"]), config["num_experts"]
+        F = config.get("moe_intermediate_size", config["intermediate_size"])
+        E = config.get("n_routed_experts") or config["num_experts"]
         yield "mlp.gate.weight", (E, D)
+        if case.family in _SELECTION_BIAS_FAMILIES:
+            yield "mlp.gate.e_score_correction_bias", (E,)
         for expert in range(E):
             yield from _gated_mlp(f"mlp.experts.{expert}.", D, F)
         if case.family == "qwen2_moe":
             yield from _gated_mlp("mlp.shared_expert.", D, config["shared_expert_intermediate_size"])
             yield "mlp.shared_expert_gate.weight", (1, D)
+        if "n_shared_experts" in config:
+            yield from _gated_mlp("mlp.shared_experts.", D, F * config["n_shared_experts"])
 
 
 def _gated_mlp(prefix: str, D: int, F: int, *, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -91,6 +141,8 @@ def _is_sparse(case: Case, layer: int) -> bool:
     config = case.config
     if "num_experts_per_tok" not in config:
         return False
+    if layer < config.get("first_k_dense_replace", 0):
+        return False
     return layer not in config.get("mlp_only_layers", ()) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
 
 
@@ -100,15 +152,19 @@ def _scale(case: Case, key: str, shape: tuple[int, ...]) -> float:
     Chosen so that logits spread over several units, attention is peaked enough for positions to matter, every layer
     adds as much as the residual it joins, and the chosen experts stand clear of the others.
     """
-    name = key.split(".")[-2]
+    *_, name, last = key.split(".")
     fan_in = shape[-1]
     if "norm" in name:
         return 0.2
-    if key.endswith(".bias"):
+    if last == "sinks":
+        return 1.5
+    if last.endswith("bias"):
         return 0.4
+    if len(shape) == 3:  # fused experts, [expert, in, out]
+        return (2.0 if last == "down_proj" else 1.4) / math.sqrt(shape[1])
     if name == "embed_tokens":
         return 3.0 / math.sqrt(fan_in) if case.config["tie_word_embeddings"] else 1.0
-    if name in ("lm_head", "gate"):
+    if name in ("lm_head", "gate", "router"):
         return 3.0 / math.sqrt(fan_in)
     if name in ("down_proj", "w2", "shared_expert_gate"):
         return 2.0 / math.sqrt(fan_in)
@@ -125,7 +181,7 @@ def _values(case: Case, key: str, shape: tuple[int, ...]) -> np.ndarray:
     values = unit * np.float32(_scale(case, key, shape) * math.sqrt(3))
     if "norm" in key.split(".")[-2]:
         values += np.float32(1)
-    return values.reshape(shape).astype(_DTYPES[case.dtype])
+    return values.reshape(shape).astype(np.float32 if key.endswith(_EXACT) else _DTYPES[case.dtype])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

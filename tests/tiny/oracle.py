@@ -1,5 +1,6 @@
 """The reference: transformers, float32, eager, one prompt at a time. Needs torch: `make test` does not import this."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from .cases import NUM_GREEDY_TOKENS, Case
 from .checkpoint import checkpoint_sha256
@@ -21,6 +22,7 @@ def load_model(directory: Path) -> Any:
     """
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
+        config=_config(directory),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
@@ -62,6 +64,14 @@ def reference(case: Case, directory: Path) -> Reference:
     )
 
 
+def _config(directory: Path) -> Any:
+    """Kimi-K2 is DeepSeek-V3's architecture under a name that transformers does not know."""
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if raw["model_type"] == "kimi_k2":
+        return DeepseekV3Config(**raw | {"model_type": "deepseek_v3"})
+    return AutoConfig.from_pretrained(directory)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Matrices this small lose far more time to waking threads than they gain, and one thread sums in one order."""
@@ -81,13 +91,45 @@ def _next_token_logprobs(logits: torch.Tensor, prompt: tuple[int, ...]) -> np.nd
 
 
 def _router_gaps(case: Case, model: Any, tokens: list[int]) -> list[float]:
-    """For each routed layer, the smallest distance between the last chosen router logit and the first left out."""
+    """For each routed layer, the smallest distance between the last chosen expert's score and that of the first left
+    out, and where groups are chosen between the last chosen group's and the next."""
     top_k = case.config.get("num_experts_per_tok")
     if top_k is None:
         return []
-    outputs = model(input_ids=torch.tensor([tokens]), use_cache=False, output_router_logits=True)
     gaps = []
-    for router_logits in outputs.router_logits:  # [T, E]
-        ranked = router_logits.sort(dim=-1, descending=True).values
-        gaps.append(float((ranked[:, top_k - 1] - ranked[:, top_k]).min()))
+    for router, logits in _router_logits(model, tokens):  # [T, E]
+        choice = logits
+        bias = getattr(router, "e_score_correction_bias", None)
+        if bias is not None:
+            choice = logits.sigmoid() + bias
+        groups, chosen = case.config.get("n_group", 1), case.config.get("topk_group", 1)
+        if chosen < groups:
+            best = 2 if bias is not None else 1
+            by_group = choice.view(len(choice), groups, -1)
+            scores = by_group.topk(best, dim=-1).values.sum(dim=-1)
+            gaps.append(_gap(scores, chosen))
+            kept = torch.zeros_like(scores).scatter_(1, scores.topk(chosen, dim=-1).indices, 1).bool()
+            choice = by_group.masked_fill(~kept[:, :, None], float("-inf")).view(choice.shape)
+        gaps.append(_gap(choice, top_k))
     return gaps
+
+
+def _gap(scores: torch.Tensor, count: int) -> float:
+    ranked = scores.sort(dim=-1, descending=True).values
+    return float((ranked[:, count - 1] - ranked[:, count]).min())
+
+
+def _router_logits(model: Any, tokens: list[int]) -> list[tuple[Any, torch.Tensor]]:
+    """Every router of the model, and its logits for a sequence of tokens."""
+    found: list[tuple[Any, torch.Tensor]] = []
+
+    def keep(router: Any, _inputs: Any, outputs: Any) -> None:
+        found.append((router, outputs[1 if type(router).__name__ == "Llama4Router" else 0]))
+
+    hooks = [
+        module.register_forward_hook(keep) for module in model.modules() if type(module).__name__.endswith("Router")
+    ]
+    model(input_ids=torch.tensor([tokens]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found

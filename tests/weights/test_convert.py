@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from jaxmoe.weights.manifest import read_manifest
 from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
+from ..tiny.cases import CASES_BY_NAME
+from ..tiny.quantised import write_quantised
 from .published import WIDTHS, bytes_of, contents, every_dtype
 
 CASE = "mixtral_window"
@@ -85,3 +88,17 @@ def test_a_converted_model_gives_the_same_logits_on_any_mesh(mesh, tiny_dir, tin
     llm = LLM.load(tmp_path / "orbax", mesh=mesh_of(mesh), dtype="float32", verify=True)
     prompts = [[1, 2, 3, 4, 5], [7, 8]]
     np.testing.assert_array_equal(llm.last_logits(prompts), tiny_llm(CASE, mesh).last_logits(prompts))
+
+
+@pytest.mark.parametrize(("form", "case"), [("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window")])
+def test_quantised_checkpoints_keep_their_format(form, case, tmp_path):
+    """Latent attention, and experts fused in one tensor, of which each is read by itself."""
+    case = CASES_BY_NAME[case]
+    sizes = {"hidden_size": 96, "intermediate_size": 160} if form == "mxfp4" else {}  # whole blocks of 32
+    write_quantised(replace(case, config=case.config | sizes), form, tmp_path / "hf")
+    report = convert(tmp_path / "hf", tmp_path / "orbax")
+    assert report.config_check == "shapes agree"
+    assert bytes_of(tmp_path / "orbax") == bytes_of(tmp_path / "hf")
+    mesh, prompts = mesh_of("tensor=2,expert=2"), [[1, 2, 3, 4, 5], [7, 8]]
+    loaded = [LLM.load(tmp_path / kind, mesh=mesh, dtype="float32") for kind in ("hf", "orbax")]
+    np.testing.assert_array_equal(*(llm.last_logits(prompts) for llm in loaded))

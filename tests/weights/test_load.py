@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[jax.Array]:
         parts = load.assign_pieces(self.directory, self.tensors, self.config, self.sizes, self.segments)
-        return load.load_params(self.tensors, self.table, parts, on_progress=on_progress)
+        return load.load_params(self.tensors, self.table, parts, self.config, on_progress=on_progress)
 
 
 def _prepare(

@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.config import Clamp
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops.stack import At
 
@@ -145,11 +147,16 @@ def native_experts(
     weights: Float[Array, "T E"],
     gate_up: Float[Array, "L E 2 D F"],
     down: Float[Array, "L E F D"],
+    bias: Float[Array, "L E 2 F"] | None,
     at: At,
+    *,
+    clamp: Clamp | None,
 ) -> Float[Array, "T D"]:
     """As ops.grouped's blocks. bfloat16 or float32; call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return call(x, weights.astype(jnp.float32), gate_up, down, jnp.int32(at))
+    own = jnp.zeros((0, 0), x.dtype) if bias is None else bias
+    limits = dict(limit=np.float32(clamp.limit if clamp else 0), alpha=np.float32(clamp.alpha if clamp else 1))
+    return call(x, weights.astype(jnp.float32), gate_up, down, own, jnp.int32(at), **limits)
 
 
 def native_linear(
@@ -174,15 +181,21 @@ def native_paged(
     positions: Int[Array, "N"],
     counts: Int[Array, "N"],
     at: At,
+    sinks: Float[Array, "K G"] | None,
     *,
-    window: int | None,
-) -> Float[Array, "N Q K G H"]:
+    sight: Any,
+    value_dim: int | None,
+) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
-    call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    k_pages, v_pages, *scales = pages
-    k_scales, v_scales = scales or (jnp.zeros(0), jnp.zeros(0))
     told = (table, positions, counts, jnp.int32(at))
-    return call(q, k_pages, v_pages, k_scales, v_scales, *told, window=np.int64(window or 0))
+    dim = pages[1].shape[4] if value_dim is None else value_dim
+    kept = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
+    kept = (*kept, kept[2]) if len(kept) == 3 else kept
+    kept = kept if len(kept) == 4 else (*kept, jnp.zeros(0), jnp.zeros(0))
+    own = jnp.zeros((0, 0)) if sinks is None else sinks.astype(jnp.float32)
+    call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct((*q.shape[:-1], dim), q.dtype))
+    limits = dict(window=np.int64(sight.window or 0), chunk=np.int64(sight.chunk or 0), value_dim=np.int64(dim))
+    return call(q, *kept, *told, own, scale=np.float32(sight.scale), **limits)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
@@ -224,15 +237,16 @@ def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Flo
 
 
 def native_route(
-    logits: Float[Array, "T E"], active: Bool[Array, "T"], *, top_k: int, normalise: bool, groups: tuple[int, int, int]
+    logits: Float[Array, "T E"], active: Bool[Array, "T"], bias: Float[Array, "E"] | None, *, rule: Any
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """As ops.route's xla; groups: num_groups, top_groups and best of its Groups. Call prepare() first."""
+    """As ops.route's xla. Call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
-    numbers = dict(zip(("num_groups", "top_groups", "best"), groups, strict=True)) | {"top_k": top_k}
-    weights, probabilities = call(
-        logits, active, normalise=np.int64(normalise), **{name: np.int64(value) for name, value in numbers.items()}
-    )
-    return weights, probabilities
+    names = ("top_k", "normalise", "num_groups", "top_groups")
+    numbers = {name: np.int64(getattr(rule, name)) for name in names}
+    numbers |= dict(best=np.int64(rule.group_best), sigmoid=np.int64(rule.scoring == "sigmoid"))
+    own = jnp.zeros(0) if bias is None else bias.astype(jnp.float32)
+    weights, scores = call(logits, active, own, scaling=np.float32(rule.scaling), **numbers)
+    return weights, scores
 
 
 def native_sample(

@@ -20,7 +20,8 @@ struct Item {
 
 template <typename T>
 struct Problem {
-  const T *x, *gate_up, *down;
+  const T *x, *gate_up, *down, *bias;  // bias [experts, gate or up, ffn]: null where there is none
+  float limit, alpha;                  // of the clamped SwiGLU; a limit of 0: the plain one
   const float* weights;  // [tokens, experts]
   int64_t num_tokens, num_experts, width, ffn;
   std::vector<int32_t> tokens;   // of every row
@@ -80,13 +81,22 @@ struct Problem {
     Add(rows, in, width, matrix + width * ffn + from, ffn, width, range, both + range, 2 * range);
     for (int64_t r = 0; r < rows; ++r) {
       float *gate = both + r * 2 * range, *up = gate + range;
+      if (bias != nullptr) {
+        const T* own = bias + item.expert * 2 * ffn + from;
+        for (int64_t i = 0; i < range; ++i) gate[i] += Widen(own[i]), up[i] += Widen(own[ffn + i]);
+      }
+      if (limit > 0.0f)
+        for (int64_t i = 0; i < range; ++i) {
+          gate[i] = std::min(gate[i], limit);
+          up[i] = std::clamp(up[i], -limit, limit) + 1.0f;
+        }
       for (int64_t i = 0; i < range; i += kLanes) {  // rounded as the other implementations round between two products
         float strip[2][kLanes] = {};
         const int64_t count = std::min(kLanes, range - i);
         std::copy_n(gate + i, count, strip[0]);
         std::copy_n(up + i, count, strip[1]);
         const Floats value = Load(strip[0]);
-        Store(value / (1.0f + Exp(-value)) * Load(strip[1]), strip[0]);
+        Store(value / (1.0f + Exp(-alpha * value)) * Load(strip[1]), strip[0]);
         for (int64_t j = 0; j < count; ++j) gate[i + j] = Widen(Rounded<T>(strip[0][j]));
       }
     }
@@ -138,12 +148,16 @@ struct Problem {
 template <typename T>
 void RunExperts(const Call& call) {
   const Array x = call.Argument(0), weights = call.Argument(1), gate_up = call.Argument(2), down = call.Argument(3);
-  const int64_t width = x.Size(1), num_experts = weights.Size(1), layer = *call.Argument(4).As<int32_t>();
+  const Array bias = call.Argument(4);
+  const int64_t width = x.Size(1), num_experts = weights.Size(1), layer = *call.Argument(5).As<int32_t>();
   for (int64_t first = 0; first < x.Size(0); first += kMostTokens) {
     Problem<T> problem;
     problem.x = x.As<T>() + first * width;
     problem.gate_up = gate_up.As<T>() + layer * gate_up.Stride(0);
     problem.down = down.As<T>() + layer * down.Stride(0);
+    problem.bias = bias.Size(0) > 0 ? bias.As<T>() + layer * bias.Stride(0) : nullptr;
+    problem.limit = call.Attribute<float>("limit");
+    problem.alpha = call.Attribute<float>("alpha");
     problem.weights = weights.As<float>() + first * num_experts;
     problem.num_tokens = std::min(kMostTokens, x.Size(0) - first);
     problem.num_experts = num_experts;
@@ -163,4 +177,4 @@ XLA_FFI_Error* Experts(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeExperts, 5, 1, jaxmoe::Experts)
+JAXMOE_KERNEL(JaxmoeExperts, 6, 1, jaxmoe::Experts)

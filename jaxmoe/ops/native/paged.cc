@@ -5,7 +5,7 @@
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kTile = 16;  // tokens of an item
+constexpr int64_t kTile = 16, kMostRows = 256;  // tokens of an item, and about how many rows (tokens times heads)
 
 // Numbers of any kind: how to read them, how wide they are, and (of queries and results) how to write them.
 struct Numbers {
@@ -47,24 +47,31 @@ struct Paged {
   Numbers numbers, kept;  // of queries and results, and of pages
   const void *q, *k_pages, *v_pages;
   const float *k_scales, *v_scales;  // null where pages have none
+  const float* sinks;                // of every head of queries; null where there are none
   const int32_t *table, *positions, *counts;
   void* out;
-  int64_t blocks, tokens, heads, group, head_dim, pages_of_row, page_size, window;
+  int64_t blocks, tokens, heads, group, head_dim, value_dim, value_stride, pages_of_row, page_size, window, chunk;
+  float scale;
+
+  // The first position that a query sees.
+  int64_t First(int64_t at) const {
+    const int64_t first = window > 0 ? std::max<int64_t>(0, at - window + 1) : 0;
+    return chunk > 0 ? std::max(first, at / chunk * chunk) : first;
+  }
 
   // Tokens [low, high) of a block over the keys they may see.
   void Run(int64_t block, int64_t head, int64_t low, int64_t high) const {
     static thread_local std::vector<float> scratch;
     const int64_t rows = (high - low) * group, position = positions[block];
-    const int64_t first = window > 0 ? std::max<int64_t>(0, position + low - window + 1) / page_size : 0;
+    const int64_t first = First(position + low) / page_size;
     const int64_t end = (position + high - 1) / page_size + 1, span = (end - first) * page_size;
-    scratch.assign(rows * (2 * head_dim + span), 0.0f);
-    float *in = scratch.data(), *mixed = in + rows * head_dim, *scores = mixed + rows * head_dim;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    scratch.assign(rows * (head_dim + value_dim + span), 0.0f);
+    float *in = scratch.data(), *mixed = in + rows * head_dim, *scores = mixed + rows * value_dim;
     auto place = [&](int64_t r) {  // of row r (token, then query head) in q and out
-      return (((block * tokens + low + r / group) * heads + head) * group + r % group) * head_dim;
+      return ((block * tokens + low + r / group) * heads + head) * group + r % group;
     };
     static thread_local std::vector<float> widened, rounding;
-    widened.resize(page_size * head_dim);
+    widened.resize(page_size * std::max(head_dim, value_stride));
     rounding.resize(std::max(head_dim, span));
     auto rounded = [&](float* values, int64_t count) {  // as the other implementations round
       if (numbers.bytes == 4) return;
@@ -72,22 +79,20 @@ struct Paged {
       numbers.widen(rounding.data(), count, values);
     };
     for (int64_t r = 0; r < rows; ++r) {
-      numbers.widen(static_cast<const char*>(q) + place(r) * numbers.bytes, head_dim, in + r * head_dim);
+      numbers.widen(static_cast<const char*>(q) + place(r) * head_dim * numbers.bytes, head_dim, in + r * head_dim);
       for (int64_t i = 0; i < head_dim; ++i) in[r * head_dim + i] *= scale;
       rounded(in + r * head_dim, head_dim);
     }
-    auto wide = [&](const void* from) {
-      if (kept.bytes == 4) return static_cast<const float*>(from);
-      kept.widen(from, page_size * head_dim, widened.data());
+    auto first_token = [&](int64_t page) { return (table[block * pages_of_row + page] * heads + head) * page_size; };
+    auto wide = [&](const void* pool, int64_t page, int64_t stride) {
+      const char* from = static_cast<const char*>(pool) + first_token(page) * stride * kept.bytes;
+      if (kept.bytes == 4) return reinterpret_cast<const float*>(from);
+      kept.widen(from, page_size * stride, widened.data());
       return static_cast<const float*>(widened.data());
     };
-    auto first_token = [&](int64_t page) { return (table[block * pages_of_row + page] * heads + head) * page_size; };
-    auto tile = [&](const void* pool, int64_t page) {
-      return static_cast<const char*>(pool) + first_token(page) * head_dim * kept.bytes;
-    };
     for (int64_t page = first; page < end; ++page)
-      DotProduct(rows, in, head_dim, wide(tile(k_pages, page)), head_dim, page_size, scores + (page - first) * page_size,
-                 span);
+      DotProduct(rows, in, head_dim, wide(k_pages, page, head_dim), head_dim, page_size,
+                 scores + (page - first) * page_size, span);
     std::vector<float> key_scale, value_scale;
     if (k_scales != nullptr) {
       key_scale.resize(span);
@@ -103,25 +108,27 @@ struct Paged {
     std::vector<float> totals(rows, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = position + low + r / group - first * page_size;  // its own place among the scores
-      const int64_t from = window > 0 ? std::max<int64_t>(0, at - window + 1) : 0;
-      float *row = scores + r * span, best = row[from];
+      const int64_t from = std::max<int64_t>(0, First(at + first * page_size) - first * page_size);
+      float *row = scores + r * span, best = sinks != nullptr ? sinks[head * group + r % group] : row[from];
+      const float sink = best;
       for (int64_t i = from; i <= at; ++i) best = std::max(best, row[i]);
       std::fill(row, row + from, 0.0f);
       std::fill(row + at + 1, row + span, 0.0f);
       Shares(row + from, at + 1 - from, best);
       for (int64_t i = from; i <= at; ++i) totals[r] += row[i];
+      if (sinks != nullptr) totals[r] += std::exp(sink - best);
       if (!value_scale.empty())
         for (int64_t i = from; i <= at; ++i) row[i] *= value_scale[i];
       rounded(row, span);
     }
     for (int64_t page = first; page < end; ++page) {
       const int64_t written = std::min(page_size, position + high - page * page_size);  // what lies beyond is anything
-      AddProduct(rows, scores + (page - first) * page_size, span, wide(tile(v_pages, page)), head_dim, written, head_dim,
-                 mixed, head_dim);
+      AddProduct(rows, scores + (page - first) * page_size, span, wide(v_pages, page, value_stride), value_stride,
+                 written, value_dim, mixed, value_dim);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < head_dim; ++i) mixed[r * head_dim + i] /= totals[r];
-      numbers.narrow(mixed + r * head_dim, head_dim, static_cast<char*>(out) + place(r) * numbers.bytes);
+      for (int64_t i = 0; i < value_dim; ++i) mixed[r * value_dim + i] /= totals[r];
+      numbers.narrow(mixed + r * value_dim, value_dim, static_cast<char*>(out) + place(r) * value_dim * numbers.bytes);
     }
   }
 
@@ -130,11 +137,12 @@ struct Paged {
       int64_t block, head, low, high;
     };
     std::vector<Item> items;
-    std::memset(out, 0, blocks * tokens * heads * group * head_dim * numbers.bytes);
+    std::memset(out, 0, blocks * tokens * heads * group * value_dim * numbers.bytes);
+    const int64_t tile = std::clamp<int64_t>(kMostRows / group, 1, kTile);
     for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t low = 0; low < counts[block]; low += kTile)
+      for (int64_t low = 0; low < counts[block]; low += tile)
         for (int64_t head = 0; head < heads; ++head)
-          items.push_back({block, head, low, std::min<int64_t>(low + kTile, counts[block])});
+          items.push_back({block, head, low, std::min<int64_t>(low + tile, counts[block])});
     const int64_t count = static_cast<int64_t>(items.size());
     ForEach(pool, count, count < 4 ? 1 : pool.Count(), [&](int64_t item, int64_t) {
       Run(items[item].block, items[item].head, items[item].low, items[item].high);
@@ -144,6 +152,7 @@ struct Paged {
 
 XLA_FFI_Error* PagedAttention(const Call& call) {
   const Array q = call.Argument(0), k_pages = call.Argument(1), v_pages = call.Argument(2), table = call.Argument(5);
+  const Array sinks = call.Argument(9);
   if (q.Kind() != kBfloat16 && q.Kind() != kFloat32) return call.Refuse("attention=native takes bfloat16 or float32");
   Numbers kept;
   switch (k_pages.Kind()) {
@@ -160,9 +169,11 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
     return kept.bytes == 1 ? all.As<const float>() + layer * all.Stride(0) : nullptr;
   };
   Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), pages(k_pages),
-        pages(v_pages), scales(3), scales(4), table.As<int32_t>(), call.Argument(6).As<int32_t>(),
-        call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1), q.Size(2), q.Size(3), q.Size(4),
-        table.Size(1), k_pages.Size(3), call.Attribute<int64_t>("window")}
+        pages(v_pages), scales(3), scales(4), sinks.Size(0) > 0 ? sinks.As<float>() : nullptr, table.As<int32_t>(),
+        call.Argument(6).As<int32_t>(), call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1),
+        q.Size(2), q.Size(3), q.Size(4), call.Attribute<int64_t>("value_dim"), v_pages.Size(4), table.Size(1),
+        k_pages.Size(3), call.Attribute<int64_t>("window"), call.Attribute<int64_t>("chunk"),
+        call.Attribute<float>("scale")}
       .RunAll(call.Pool());
   return nullptr;
 }
@@ -170,4 +181,4 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoePaged, 9, 1, jaxmoe::PagedAttention)
+JAXMOE_KERNEL(JaxmoePaged, 10, 1, jaxmoe::PagedAttention)

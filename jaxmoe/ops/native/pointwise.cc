@@ -149,10 +149,10 @@ void GatedRows(const Call& call) {
 struct Limit {
   int64_t groups, top, best;
 
-  // shares [experts] of the best groups, zero for others.
+  // shares [experts] of the best groups, minus infinity for others.
   void Keep(const float* shares, int64_t experts, float* kept) const {
     const int64_t size = experts / groups;
-    std::fill_n(kept, experts, 0.0f);
+    std::fill_n(kept, experts, -INFINITY);
     std::vector<float> scores(groups, 0.0f);
     std::vector<float> sorted(size);
     for (int64_t g = 0; g < groups; ++g) {
@@ -164,42 +164,50 @@ struct Limit {
     for (int64_t k = 0; k < top; ++k) {
       const int64_t at = std::max_element(scores.begin(), scores.end()) - scores.begin();
       std::copy_n(shares + at * size, size, kept + at * size);
-      scores[at] = -1.0f;
+      scores[at] = -INFINITY;
     }
   }
 };
 
-// Softmax of logits [tokens, experts], and the weights of each token's best: zero for others, and where not active.
+// Scores of logits [tokens, experts], and the weights of each token's best, by score and bias: zero for others, and where
+// not active.
 void RouteAll(const Call& call) {
-  const Array logits = call.Argument(0), active = call.Argument(1);
+  const Array logits = call.Argument(0), active = call.Argument(1), bias = call.Argument(2);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
-  const bool normalise = call.Attribute<int64_t>("normalise") != 0;
+  const bool normalise = call.Attribute<int64_t>("normalise") != 0, sigmoid = call.Attribute<int64_t>("sigmoid") != 0;
+  const float scaling = call.Attribute<float>("scaling");
   const Limit limit{call.Attribute<int64_t>("num_groups"), call.Attribute<int64_t>("top_groups"),
                     call.Attribute<int64_t>("best")};
   ForEachRow(call.Pool(), logits.Size(0), experts * (4 + chosen), [&](int64_t row) {
     const float* from = logits.As<float>() + row * experts;
     float *weights = call.Result(0).As<float>() + row * experts, *shares = call.Result(1).As<float>() + row * experts;
-    float best = from[0], total = 0.0f;
-    for (int64_t e = 1; e < experts; ++e) best = std::max(best, from[e]);
-    for (int64_t i = 0; i < experts; i += kLanes) StoreSome(Exp(LoadSome(from, i, experts) - best), shares, i, experts);
-    for (int64_t e = 0; e < experts; ++e) total += shares[e];
-    for (int64_t e = 0; e < experts; ++e) shares[e] /= total;
+    if (sigmoid) {
+      for (int64_t i = 0; i < experts; i += kLanes) StoreSome(Sigmoid(LoadSome(from, i, experts)), shares, i, experts);
+    } else {
+      float best = from[0], total = 0.0f;
+      for (int64_t e = 1; e < experts; ++e) best = std::max(best, from[e]);
+      for (int64_t i = 0; i < experts; i += kLanes) StoreSome(Exp(LoadSome(from, i, experts) - best), shares, i, experts);
+      for (int64_t e = 0; e < experts; ++e) total += shares[e];
+      for (int64_t e = 0; e < experts; ++e) shares[e] /= total;
+    }
     std::fill_n(weights, experts, 0.0f);
     if (!active.As<const bool>()[row]) return;
-    std::vector<float> kept(limit.groups > 1 ? experts : 0);
-    if (limit.groups > 1) limit.Keep(shares, experts, kept.data());
-    const float* from_these = limit.groups > 1 ? kept.data() : shares;
-    float sum = 0.0f;
-    for (int64_t k = 0; k < chosen; ++k) {  // ties go to the lower index; a share of zero chooses nothing
-      int64_t at = -1;
-      for (int64_t e = 0; e < experts; ++e)
-        if (weights[e] == 0.0f && from_these[e] > (at < 0 ? 0.0f : from_these[at])) at = e;
-      if (at < 0) break;
-      weights[at] = from_these[at];
-      sum += from_these[at];
+    std::vector<float> choice(shares, shares + experts), kept(experts);
+    if (bias.Size(0) > 0)
+      for (int64_t e = 0; e < experts; ++e) choice[e] += bias.As<float>()[e];
+    if (limit.groups > 1) {
+      limit.Keep(choice.data(), experts, kept.data());
+      choice.swap(kept);
     }
-    if (normalise && sum > 0.0f)
-      for (int64_t e = 0; e < experts; ++e) weights[e] /= sum;
+    float sum = 0.0f;
+    for (int64_t k = 0; k < chosen; ++k) {  // ties go to the lower index
+      const int64_t at = std::max_element(choice.begin(), choice.end()) - choice.begin();
+      choice[at] = -INFINITY;
+      weights[at] = shares[at];
+      sum += shares[at];
+    }
+    const float divisor = normalise && sum > 0.0f ? sum : 1.0f;
+    for (int64_t e = 0; e < experts; ++e) weights[e] = weights[e] / divisor * scaling;
   });
 }
 
@@ -225,4 +233,4 @@ JAXMOE_KERNEL(JaxmoeScaled, 3, 1, (jaxmoe::ByKind<jaxmoe::Scaled<uint16_t>, jaxm
 JAXMOE_KERNEL(JaxmoeRotate, 3, 1, (jaxmoe::ByKind<jaxmoe::Rotate<uint16_t>, jaxmoe::Rotate<float>>))
 JAXMOE_KERNEL(JaxmoeGatedUnit, 1, 1, (jaxmoe::ByKind<jaxmoe::GatedUnit<uint16_t>, jaxmoe::GatedUnit<float>>))
 JAXMOE_KERNEL(JaxmoeGatedRows, 2, 1, (jaxmoe::ByKind<jaxmoe::GatedRows<uint16_t>, jaxmoe::GatedRows<float>>))
-JAXMOE_KERNEL(JaxmoeRoute, 2, 2, jaxmoe::Route)
+JAXMOE_KERNEL(JaxmoeRoute, 3, 2, jaxmoe::Route)

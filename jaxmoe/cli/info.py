@@ -1,0 +1,67 @@
+"""jaxmoe info: what a model is, from its config.json or its checkpoint; of weights the headers alone are read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.table import Table
+
+from jaxmoe.cli.options import size_text, table_console
+
+
+@click.command("info")
+@click.argument("model")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def info(model: str, ignore_config_keys: tuple[str, ...], as_json: bool) -> None:
+    """What MODEL is (a config.json, a folder with one, or a preset): family, layers, routing, parameters in all and
+    active for a token, bytes by part, keys and values of a token, quantisation. Where weights lie beside the config,
+    their bytes are those of the files."""
+    from jaxmoe.inspect.info import model_info
+    from jaxmoe.weights.source import find_config
+
+    found = model_info(find_config(model), ignore=ignore_config_keys)
+    if as_json:
+        print(json.dumps(found), flush=True)
+    else:
+        _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    size, parameters = found["bytes"], found["parameters"]
+    table = Table(title=f"{found['family']}, {found['dtype']}", title_justify="left")
+    table.add_column("part")
+    for name in ("parameters", "bytes", "of all"):
+        table.add_column(name, justify="right")
+    for part, num_bytes in size["by_part"].items():
+        share = "" if num_bytes is None else f"{num_bytes / size['total']:.1%}"
+        table.add_row(part, f"{parameters['by_part'].get(part, 0):,}", _size(num_bytes), share)
+    table.add_section()
+    table.add_row("all", f"{parameters['total']:,}", _size(size["total"]), "")
+    table.add_row("active for a token", f"{parameters['active']:,}", "", "")
+    table_console().print(table)
+    print(f"bytes are those of {'the files' if size['measured'] else 'files as the config says'}; {_format(found)}")
+    print("layers: " + "; ".join(f"{count} {kind}" for kind, count in found["layers"].items()))
+    for name in ("attention", "experts"):
+        if found[name]:
+            print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found[name].items()))
+    cached, context = found["kv_bytes_a_token"], found["context"]
+    print(f"keys and values: {cached:,} bytes a token in {found['dtype']}")
+    print(f"context: {context:,} tokens ({_size(cached * context)}); vocabulary: {found['vocabulary']:,}")
+
+
+def _size(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else size_text(num_bytes)
+
+
+def _format(found: dict[str, Any]) -> str:
+    form = found["quantisation"]
+    if form is None:
+        return "not quantised"
+    if not form["supported"]:
+        return f"quantised by {form['method']}, which jaxmoe does not read"
+    inputs = "all" if form["inputs_a_scale"] is None else form["inputs_a_scale"]
+    scale = f"a scale for {inputs} inputs x {form['outputs_a_scale']} outputs"
+    return f"quantised by {form['method']}: {form['dtype']}, {scale}"

@@ -1,0 +1,129 @@
+"""DeepSeek-V2, V3, R1, V3.1 and Kimi-K2: latent attention, a dense prefix, shared experts, group-limited routing.
+DeepSeek-V3.2, whose attention is sparse beside that, is read and not run.
+
+Source: the published configs and modeling code of DeepSeek-V2 and DeepSeek-V3; Hugging Face's DeepseekV2Config and
+DeepseekV3Config.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from jaxmoe.errors import ConfigError
+from jaxmoe.families.family import Family
+from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.reader import (
+    ConfigReader,
+    read_decoder,
+    read_dense_prefix,
+    read_num_experts,
+    rope_scaling,
+    yarn_mscale,
+)
+
+
+def read_latent(reader: ConfigReader) -> MLAConfig:
+    """The sizes of the latents."""
+    return MLAConfig(
+        kv_lora_rank=reader.whole("kv_lora_rank"),
+        q_lora_rank=reader.whole("q_lora_rank", None),
+        qk_nope_head_dim=reader.whole("qk_nope_head_dim"),
+        qk_rope_head_dim=reader.whole("qk_rope_head_dim"),
+        v_head_dim=reader.whole("v_head_dim"),
+    )
+
+
+def read_score_scale(reader: ConfigReader, head_dim: int) -> float:
+    """Of attention scores: YaRN's mscale_all_dim sharpens them twice over."""
+    scaling = rope_scaling(reader)
+    all_dim = ConfigReader(scaling).number("mscale_all_dim", 0.0)
+    scale = head_dim**-0.5
+    return scale * yarn_mscale(float(scaling["factor"]), all_dim) ** 2 if all_dim else scale
+
+
+def read_shared_experts(reader: ConfigReader, width: int) -> int:
+    """Columns of the shared experts, which are one SwiGLU as wide as all of them."""
+    count = reader.whole("n_shared_experts", 0)
+    if count < 0:
+        raise ConfigError(f"config key 'n_shared_experts' = {count} must be at least 0")
+    return count * width
+
+
+def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
+    """DeepSeek-V2: softmax; of groups the best expert counts; weights are not normalised."""
+    reader.expect("scoring_func", "softmax")
+    reader.expect("topk_method", "greedy", "group_limited_greedy")
+    reader.expect("norm_topk_prob", False)
+    grouped = reader.get("topk_method", "greedy") == "group_limited_greedy"
+    groups, best = reader.whole("n_group", 1), reader.whole("topk_group", 1)
+    return dict(
+        norm_topk_prob=False,
+        num_groups=groups if grouped else 1,
+        top_groups=best if grouped else 1,
+        group_best=1,
+    )
+
+
+def sigmoid_routing(reader: ConfigReader) -> dict[str, Any]:
+    """DeepSeek-V3: sigmoid; a bias takes part in the choice alone; of groups the two best experts count."""
+    reader.expect("scoring_func", "sigmoid")
+    reader.expect("topk_method", "noaux_tc")
+    return dict(
+        norm_topk_prob=reader.flag("norm_topk_prob", True),
+        num_groups=reader.whole("n_group", 1),
+        top_groups=reader.whole("topk_group", 1),
+        group_best=2,
+        scoring="sigmoid",
+        selection_bias=True,
+    )
+
+
+def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
+    interleaved = reader.flag("rope_interleave", True)
+    reader.expect("attention_bias", False)
+    reader.expect("mlp_bias", False)
+    latent = read_latent(reader)
+    shared = read_decoder(reader, latent=latent, interleaved=interleaved)
+    layers, width = shared["num_hidden_layers"], reader.whole("moe_intermediate_size")
+    for key in ("aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim"):
+        reader.get(key, None)
+    moe = MoEConfig(
+        num_experts=read_num_experts(reader, "n_routed_experts", "num_local_experts", "num_experts"),
+        num_experts_per_tok=reader.whole("num_experts_per_tok"),
+        intermediate_size=width,
+        shared_intermediate_size=read_shared_experts(reader, width),
+        routed_scaling=reader.number("routed_scaling_factor", 1.0),
+        **(sigmoid_routing if sigmoid else _softmax_routing)(reader),
+    )
+    return ModelConfig(
+        family=family,
+        **shared,
+        mla=latent,
+        indexer=_read_indexer(reader) if family == _SPARSE else None,
+        score_scale=read_score_scale(reader, shared["head_dim"]),
+        moe=moe,
+        moe_layers=read_dense_prefix(reader, num_layers=layers),
+        sliding_windows=(None,) * layers,
+        mtp_layers=read_mtp_layers(reader),
+    )
+
+
+def _read_indexer(reader: ConfigReader) -> IndexerConfig:
+    names = {"num_heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
+    return IndexerConfig(**{name: reader.whole(key) for name, key in names.items()})
+
+
+def read_mtp_layers(reader: ConfigReader) -> int:
+    """Layers of multi-token prediction that checkpoints carry after all others."""
+    reader.get("num_mtp_layers", None)
+    return reader.whole("num_nextn_predict_layers", 0)
+
+
+_SPARSE = "deepseek_v32"
+NAMES = KeyNames(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
+FAMILIES = tuple(
+    Family(name=name, read=partial(_read, family=name, sigmoid=sigmoid), names=NAMES)
+    for name, sigmoid in (("deepseek_v2", False), ("deepseek_v3", True), (_SPARSE, True), ("kimi_k2", True))
+)

@@ -1,0 +1,41 @@
+"""GPT-OSS: attention sinks, windows in every other layer, biases throughout, a clamped SwiGLU, YaRN.
+
+Source: Hugging Face's GptOssConfig and modeling_gpt_oss.
+"""
+
+from jaxmoe.config import Clamp, ModelConfig, MoEConfig
+from jaxmoe.families.family import Family
+from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_windows
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    """Every layer routes, over experts of width intermediate_size; weights of the chosen ones sum to 1."""
+    shared = read_decoder(reader, default_eps=1e-5, default_theta=150000.0, default_head_dim=64)
+    layers = shared["num_hidden_layers"]
+    bias = reader.flag("attention_bias", True)
+    for key in ("experts_per_token", "initial_context_length"):  # said again by num_experts_per_tok and rope_scaling
+        reader.get(key, None)
+    moe = MoEConfig(
+        num_experts=read_num_experts(reader, "num_local_experts", "num_experts"),
+        num_experts_per_tok=reader.whole("num_experts_per_tok"),
+        intermediate_size=shared["intermediate_size"],
+        norm_topk_prob=True,
+        router_bias=True,
+        biases=True,
+        clamp=Clamp(limit=reader.number("swiglu_limit", 7.0), alpha=reader.number("swiglu_alpha", 1.702)),
+    )
+    return ModelConfig(
+        family="gpt_oss",
+        **shared,
+        moe=moe,
+        moe_layers=(True,) * layers,
+        sliding_windows=read_windows(reader, num_layers=layers, rule="even layers", switched=False, absent=128),
+        qkv_bias=bias,
+        out_bias=bias,
+        sinks=True,
+    )
+
+
+NAMES = KeyNames(router="router", fused="interleaved")
+FAMILY = Family(name="gpt_oss", read=read, names=NAMES)

@@ -1,0 +1,211 @@
+"""Which matrices of a checkpoint are quantised, and how: config.json's quantization_config, read strictly.
+
+Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import segments
+from jaxmoe.errors import ConfigError
+from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
+from jaxmoe.families.keys import KeyNames, pieces
+from jaxmoe.families.piece import Piece
+from jaxmoe.families.reader import ConfigReader
+from jaxmoe.formats import FORMATS, MXFP4, Format, Grain, Published, Quantisation
+
+FLOATS = ("float32", "bfloat16", "float16")
+# Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
+_PLAIN = ("router", "shared_gate", "key_up", "value_up")
+_NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
+
+
+def read_published(value: Any) -> Published | None:
+    """The format that a quantization_config names; None where there is none.
+
+    Raises: ConfigError for a quant_method that is not known, or a setting of it that is not.
+    """
+    if not value:
+        return None
+    method = value.get("quant_method") if isinstance(value, Mapping) else value
+    readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
+    if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
+        raise ConfigError(
+            f"config key 'quantization_config' has quant_method {method!r}; supported are {', '.join(readers)}, and "
+            f"unquantised weights: use such a checkpoint"
+        )
+    return readers[method](ConfigReader(value, ignore=["quant_method"]))
+
+
+def _read_fp8(reader: ConfigReader) -> Published:
+    _expect(reader, "fmt", "e4m3", None)
+    _expect(reader, "activation_scheme", "dynamic", None)
+    _expect(reader, "scale_fmt", "ue8m0", "float", None)
+    ignored = _names(reader, "modules_to_not_convert")
+    block = reader.get("weight_block_size", None)
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
+        raise ConfigError(
+            f"config key 'quantization_config' has weight_block_size {block!r}; two whole numbers are supported, as in "
+            f"[128, 128]"
+        )
+    reader.finish("quantization_config of fp8")
+    numbers = Format(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
+    return Published(method="fp8", format=numbers, ignored=ignored)
+
+
+def _read_mxfp4(reader: ConfigReader) -> Published:
+    ignored = _names(reader, "modules_to_not_convert")
+    _expect(reader, "dequantize", False, None)
+    reader.finish("quantization_config of mxfp4")
+    return Published(method="mxfp4", format=MXFP4, ignored=ignored)
+
+
+def _read_compressed(reader: ConfigReader) -> Published:
+    """One group for all Linear modules, symmetric int8 or fp8, one scale for each output channel."""
+    groups = reader.get("config_groups", None)
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        raise ConfigError("config key 'quantization_config' must have one group in config_groups")
+    group = next(iter(groups.values()))
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise ConfigError("config key 'quantization_config' has a group without weights")
+    form = reader.get("format", None) or group.get("format")
+    found = {
+        "format": form, "targets": group.get("targets"), "type": weights.get("type"),
+        "num_bits": weights.get("num_bits"), "strategy": weights.get("strategy"),
+        "symmetric": weights.get("symmetric", True), "dynamic": weights.get("dynamic", False),
+    }  # fmt: skip
+    dtype = _NUMBERS.get((str(form), str(found["type"])))
+    wanted = {"targets": ["Linear"], "num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
+    wrong = [f"{key} {found[key]!r}" for key, value in wanted.items() if found[key] != value]
+    if dtype is None:
+        wrong.insert(0, f"format {form!r} of type {found['type']!r}")
+    if group.get("output_activations"):
+        wrong.append("output_activations")
+    if wrong:
+        raise ConfigError(
+            f"config key 'quantization_config' of compressed-tensors has {', '.join(wrong)}; supported are "
+            f"int-quantized and float-quantized weights of 8 bits, symmetric, with one scale for each output channel "
+            f"of all Linear modules"
+        )
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        setting = reader.get(key, None)
+        if setting and not (
+            isinstance(setting, Mapping) and setting.get("format") in ("dense", None) and key[0] == "s"
+        ):
+            raise ConfigError(
+                f"config key 'quantization_config' has {key}, which is not supported: {str(setting)[:60]}"
+            )
+    numbers = Format(dtype=dtype, inputs=None, outputs=1)  # type: ignore[arg-type]
+    return Published(method="compressed-tensors", format=numbers, ignored=_names(reader, "ignore"))
+
+
+def _expect(reader: ConfigReader, key: str, *allowed: Any) -> None:
+    value = reader.get(key, None)
+    if value not in allowed:
+        choices = " or ".join(repr(one) for one in allowed if one is not None)
+        raise ConfigError(f"config key 'quantization_config' has {key} {value!r}; only {choices} is supported")
+
+
+def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
+    names = reader.get(key, None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"config key 'quantization_config' has {key} {names!r:.60}; it must be a list of names")
+    return tuple(names)
+
+
+def is_plain(module: str, published: Published) -> bool:
+    """Whether the names that a checkpoint leaves unquantised cover a module, as the method reads them."""
+    for name in published.ignored:
+        try:
+            if published.method == "compressed-tensors":
+                found = re.match(name[3:], module) if name.startswith("re:") else module == name
+            else:  # from its start up to a dot, or its end
+                pattern = name if published.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
+                found = module.endswith(name) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+        except re.error as error:
+            raise ConfigError(f"config key 'quantization_config' leaves out {name!r}: no pattern ({error})") from error
+        if found:
+            return True
+    return False
+
+
+def is_quantised(piece: Piece, published: Published) -> bool:
+    """Whether files hold a tensor of a layer quantised."""
+    only = published.method != "mxfp4" or "/moe/experts/" in piece.path
+    return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), published)
+
+
+def as_published(config: ModelConfig, published: Published | None, names: KeyNames) -> ModelConfig:
+    """The config of a model that keeps what its checkpoint has quantised."""
+    if published is None:
+        return config
+    plain = lambda module: is_plain(module, published)  # noqa: E731
+    only = "moe/experts/" if published.method == "mxfp4" else ""
+    kept = quantisation(config, published.format, names, plain=plain, only=only)
+    return replace(config, published=published, quantisation=kept)
+
+
+def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: KeyNames) -> ModelConfig:
+    """The config of a model that keeps matrices as asked: as published (None), plain ("float32", "bfloat16",
+    "float16"), or in one of FORMATS.
+
+    Raises: ConfigError for another name, or a format that a quantised checkpoint would have to be turned into.
+    """
+    if weights_dtype is None:
+        return config
+    if weights_dtype in FLOATS:
+        return replace(config, quantisation=None)
+    if weights_dtype not in FORMATS:
+        raise ConfigError(f"weights_dtype={weights_dtype!r} must be one of {', '.join((*FLOATS, *FORMATS))}")
+    if config.published is not None:
+        raise ConfigError(
+            f"weights_dtype={weights_dtype} quantises plain checkpoints, this one has quant_method "
+            f"{config.published.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
+        )
+    kept = quantisation(config, FORMATS[weights_dtype], names, plain=lambda module: False)
+    return replace(config, quantisation=kept)
+
+
+def quantisation(
+    config: ModelConfig, format: Format, names: KeyNames, *, plain: Callable[[str], bool], only: str = ""
+) -> Quantisation | None:
+    """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
+    router's, unless any of the tensors they come from is of a plain module. None where that is nothing.
+
+    Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
+    """
+    config = replace(config, published=None, quantisation=None)
+    layers: list[list[tuple[str, Grain]]] = [[] for _ in range(config.num_hidden_layers)]
+    grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
+    for (layer, path), group in sorted(_matrices(config, names).items(), key=lambda item: item[0]):
+        modules = {piece.key.removesuffix(".weight") for piece in group}
+        if not path.startswith(only) or any(plain(module) for module in modules):
+            continue
+        inputs = oriented(group[0]).key_shape[-1]
+        if format.per_item > 1 and inputs % (format.inputs or 1):
+            raise ConfigError(f"{path} has {inputs} inputs, of which {format.dtype} makes blocks of {format.inputs}")
+        like = config.kind(layer), path
+        if like not in grains:
+            grains[like] = reduce(joined, (grain_of(piece, format) for piece in group))
+        layers[layer].append((path, grains[like]))
+    return Quantisation(format=format, layers=tuple(map(tuple, layers))) if any(layers) else None
+
+
+def _matrices(config: ModelConfig, names: KeyNames) -> dict[tuple[int, str], list[Piece]]:
+    """Pieces of the matrices that may be kept quantised, by layer and path within its block."""
+    parts = segments(config, "unroll")  # one a layer
+    found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts):
+        if piece.path.startswith("segments/") and is_matrix(piece):
+            _, layer, _, path = piece.path.split("/", 3)
+            if path.split("/")[-1] not in _PLAIN:
+                found[int(layer), path].append(piece)
+    return found

@@ -1,0 +1,105 @@
+"""Formats in which matrices are kept: numbers of few bits, blocks of which share a scale. Holds no array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
+Method = Literal["fp8", "compressed-tensors", "mxfp4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """Numbers of a matrix [out, in] and scales of its blocks; a value is number * scale.
+
+    dtype: mxfp4 has numbers of 4 bits (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two to a byte along the
+    inputs, the low half first, and scales of 8 bits that mean 2**(s - 127). Scales of the others are float32.
+    inputs, outputs: of a block, which starts at a multiple of them; inputs=None means all inputs of an output.
+    Source: OCP Microscaling Formats 1.0 for mxfp4; DeepSeek-V3 (arXiv 2412.19437) for blocks.
+    """
+
+    dtype: NumberDtype
+    inputs: int | None
+    outputs: int
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of arrays that hold the numbers, or their bits (ops/quantised.py says why)."""
+        return "int8" if self.dtype == "int8" else "uint8"
+
+    @property
+    def scale_dtype(self) -> str:
+        """Of arrays that hold the scales."""
+        return "uint8" if self.dtype == "mxfp4" else "float32"
+
+    @property
+    def per_item(self) -> int:
+        """Numbers in one item of stored_dtype, along the inputs."""
+        return 2 if self.dtype == "mxfp4" else 1
+
+
+MXFP4 = Format(dtype="mxfp4", inputs=32, outputs=1)
+# What plain matrices can be turned into while they are loaded, by what users call it.
+FORMATS: Mapping[str, Format] = MappingProxyType({
+    "int8": Format(dtype="int8", inputs=None, outputs=1),
+    "fp8": Format(dtype="float8_e4m3fn", inputs=None, outputs=1),
+    "int8-block": Format(dtype="int8", inputs=128, outputs=128),
+    "fp8-block": Format(dtype="float8_e4m3fn", inputs=128, outputs=128),
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """How a checkpoint's files hold its quantised matrices. ignored: names and patterns of modules that are plain."""
+
+    method: Method
+    format: Format
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grain:
+    """Of one parameter: what extents of its blocks along inputs and outputs must divide, so that no block of the
+    parameter reaches over two of the published ones: 0 where there is only one."""
+
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """What a model keeps quantised. layers: of each layer, the parameters that are, by their paths within its block
+    (as "attention/qkv"), in order."""
+
+    format: Format
+    layers: tuple[tuple[tuple[str, Grain], ...], ...]
+
+    def of(self, layer: int) -> Mapping[str, Grain]:
+        """The parameters of a layer that are quantised."""
+        return dict(self.layers[layer])
+
+    def holds(self, *names: str) -> bool:
+        """Whether any parameter so named, by the first parts of its path, is quantised in any layer."""
+        return any(path.startswith(names) for layer in self.layers for path, _ in layer)
+
+
+def cells(
+    extents: Sequence[int], shares: Sequence[int], *, lead: int, over: int, format: Format, grain: Grain
+) -> tuple[int, ...]:
+    """The shape of a parameter's scales: along each dim, how many blocks there are.
+
+    extents: of the parameter, whose first `lead` dims are of matrices, the next `over` of inputs, the others of
+    outputs. shares: one device's part of each; blocks divide it, so that scales split as the numbers they belong to.
+    Blocks lie along the last dim of inputs and of outputs; a scale for all inputs holds for all dims of them.
+    """
+    blocks = [1] * len(extents)
+    if format.inputs is None:
+        blocks[lead : lead + over] = shares[lead : lead + over]
+    else:
+        blocks[lead + over - 1] = math.gcd(shares[lead + over - 1], grain.inputs)
+    blocks[-1] = math.gcd(shares[-1], grain.outputs)
+    return tuple(extent // block for extent, block in zip(extents, blocks, strict=True))

@@ -1,0 +1,113 @@
+"""What a model is, in words and numbers, from its config.json and the headers of weights that lie beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.errors import ConfigError
+from jaxmoe.families import read_config
+from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
+from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
+
+_QUANTISATION = "quantization_config"
+
+
+def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """All that `jaxmoe info --json` says of the model of a config.json.
+
+    A format of weights that cannot be run is named, and their bytes are then None. Raises: CheckpointError,
+    ConfigError.
+    """
+    raw, ignored = read_json(path), list(ignore)
+    try:
+        config, unknown = read_config(raw, ignore=ignored), None
+    except ConfigError as error:
+        if _QUANTISATION not in raw or _QUANTISATION not in str(error):
+            raise
+        config = read_config({key: value for key, value in raw.items() if key != _QUANTISATION}, ignore=ignored)
+        unknown = str(error)
+    counts = count_parameters(config)
+    measured = _bytes_of_files(path.parent, config)
+    by_part: dict[Any, int | None] = {**(counts.num_bytes if measured is None else measured)}
+    if unknown is not None and measured is None:
+        by_part = dict.fromkeys(by_part)
+    known = [one for one in by_part.values() if one is not None]
+    return {
+        "family": config.family,
+        "dtype": config.dtype,
+        "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
+        "bytes": {"total": sum(known) if known else None, "by_part": by_part, "measured": measured is not None},
+        "quantisation": _quantisation(config, raw.get(_QUANTISATION), runs=unknown is None),
+        "layers": _layers(config),
+        "attention": _attention(config),
+        "experts": _experts(config),
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "kv_bytes_a_token": kv_numbers(config) * jnp.dtype(config.dtype).itemsize,
+    }
+
+
+def _bytes_of_files(directory: Path, config: ModelConfig) -> dict[str, int] | None:
+    """Bytes by part of the weights beside a config; None where there are none. Tensors the model does not use count as
+    unused."""
+    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    parts = {tensor.key: str(tensor.part) for tensor in published_tensors(config)}
+    found: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
+    for key, tensor in open_tensors(directory).items():
+        names = (key, *(key.removesuffix(end) for end in ("_scale_inv", "_scale", "_blocks", "_scales")))
+        found[next((parts[name] for name in names if name in parts), "unused")] += tensor.num_bytes
+    return dict(found)
+
+
+def _quantisation(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any] | None:
+    if not raw:
+        return None
+    method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
+    if config.published is None:
+        return {"method": method, "supported": runs}
+    form = config.published.format
+    return {
+        "method": method, "supported": runs, "dtype": form.dtype, "inputs_a_scale": form.inputs,
+        "outputs_a_scale": form.outputs,
+    }  # fmt: skip
+
+
+def _layers(config: ModelConfig) -> dict[str, int]:
+    """How many layers there are of each kind."""
+    kinds: Counter[str] = Counter()
+    for layer, sparse in enumerate(config.moe_layers):
+        words = ["MoE" if sparse else "dense"]
+        if window := config.sliding_windows[layer]:
+            words.append(f"window of {window}")
+        if chunk := config.chunk(layer):
+            words.append(f"chunks of {chunk}")
+        if not config.has_rope(layer):
+            words.append("no rotary embedding")
+        kinds[", ".join(words)] += 1
+    return dict(kinds)
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    common = {"heads": config.num_attention_heads, "head_dim": config.head_dim, "rotary_dims": config.rotary_dims}
+    if config.mla is None:
+        return {"kind": "grouped-query", "key_value_heads": config.num_key_value_heads, **common}
+    latents = {"key_value_latent": config.mla.kv_lora_rank, "query_latent": config.mla.q_lora_rank}
+    return {"kind": "latent", **latents, "value_head_dim": config.mla.v_head_dim, **common}
+
+
+def _experts(config: ModelConfig) -> dict[str, Any] | None:
+    moe = config.moe
+    if moe is None:
+        return None
+    return {
+        "experts": moe.num_experts, "a_token": moe.num_experts_per_tok, "width": moe.intermediate_size,
+        "scoring": moe.scoring, "groups": moe.num_groups, "groups_a_token": moe.top_groups,
+        "shared_width": moe.shared_intermediate_size,
+    }  # fmt: skip

@@ -1,0 +1,115 @@
+"""Multi-head latent attention: what is cached of a token is one latent that all heads share.
+
+Over a cache the ways up from the latent are absorbed: a query is brought down to it, and what attention mixes of
+latents is brought up to a value, so that no key or value of a head is ever made of what is cached. Within a prompt of
+which nothing is kept they are made once a token. Both mean the same. Source: DeepSeek-V2 (arXiv 2405.04434).
+"""
+
+# Dims: B batch, S length, D width, K slots of heads, G heads a slot, N numbers of a head that are not turned, P turned
+# ones, R latent, V value.
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.model.attention import Seen, sight_of
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
+from jaxmoe.model.project import project, together
+from jaxmoe.model.rows import QUERY_DIMS, normed, rotated
+from jaxmoe.ops.stack import At
+from jaxmoe.sharding import Placement, TokenDim
+
+_EPS = 1e-6  # of the norms of both latents, whatever the config says of the others
+_LATENT = ("token", "length", "latent")
+
+
+class LatentAttention(nnx.Module):
+    """One block of latent attention; layer: the first that it holds. Every slot of heads caches the same latent."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sizes: ArraySizes,
+        placement: Placement,
+        kernels: Kernels,
+        layer: int,
+        *,
+        make: Maker,
+        init: Init,
+    ) -> None:
+        assert config.mla is not None
+        self.config, self.mla, self.placement, self.kernels, self.layer = config, config.mla, placement, kernels, layer
+        mla, heads = config.mla, dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
+        self.kv_down = make.matrix("attention/kv_down", init, width=config.hidden_size, latent=mla.cached_dim)
+        self.kv_norm = make(ones, latent=mla.kv_lora_rank)
+        if mla.q_lora_rank is None:
+            self.q = make.matrix("attention/q", init, width=config.hidden_size, **heads, head_dim=config.head_dim)
+        else:
+            self.q_down = make.matrix("attention/q_down", init, width=config.hidden_size, latent=mla.q_lora_rank)
+            self.q_norm = make(ones, latent=mla.q_lora_rank)
+            self.q = make.matrix("attention/q", init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
+        self.key_up = make(init, **heads, head_dim=mla.qk_nope_head_dim, latent=mla.kv_lora_rank)
+        self.value_up = make(init, **heads, latent=mla.kv_lora_rank, head_dim=mla.v_head_dim)
+        self.out = make.matrix(
+            "attention/out", init, over=3, **heads, head_dim=mla.v_head_dim, width=config.hidden_size
+        )
+        if config.out_bias:
+            self.out_bias = make(zeros, width=config.hidden_size)
+
+    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any, lead: TokenDim) -> tuple[jax.Array, Any]:
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
+        place, kernels, mla = self.placement, self.kernels, self.mla
+        used, turn = seen.real.used, (seen.cos, seen.sin)
+        x = together(x, place, lead)
+        down = project(x, self.kv_down, place, kernels.linear, at, used)
+        latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
+        turned = rotated(down[..., mla.kv_lora_rank :], *turn, _LATENT, place, kernels.pointwise)
+        if mla.q_lora_rank is not None:
+            x = self._normed(project(x, self.q_down, place, kernels.linear, at, used), self.q_norm, at)
+        q = project(x, self.q, place, kernels.linear, at, used)
+        plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
+        q_turned = rotated(q_turned, *turn, QUERY_DIMS, place, kernels.pointwise)
+        over = self._over_latents if seen.attend.keeps else self._over_heads
+        mixed, kept = over(plain, q_turned, latent, turned, at, seen, kept)
+        y = project(mixed, self.out, place, kernels.linear, at, used, over=3, lead=lead)
+        return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kept
+
+    def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
+        return normed(x, at_layer(weight, at), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
+
+    def _over_latents(self, plain, q_turned, latent, turned, at: At, seen: Seen, kept: Any):
+        """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""
+        place = self.placement
+        lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, at))
+        q = place.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
+        key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
+        key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
+        mixed, kept = seen.attend(
+            kept, at, q, key, None, sight=sight_of(self.config, self.layer), sinks=None, place=place,
+            value_dim=self.mla.kv_lora_rank,
+        )  # fmt: skip
+        values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, at))
+        return place.constrain(values, *QUERY_DIMS), kept
+
+    def _over_heads(self, plain, q_turned, latent, turned, at: At, seen: Seen, kept: Any):
+        """The same with a key and a value of every head."""
+        place = self.placement
+        keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, at))
+        values = jnp.einsum("bsr,kgrv->bskgv", latent, at_layer(self.value_up, at))
+        turned = jnp.broadcast_to(turned[:, :, None, None], (*keys.shape[:4], turned.shape[-1]))
+        q, k = (jnp.concatenate(pair, axis=-1) for pair in ((plain, q_turned), (keys, turned)))
+        q, k, values = (place.constrain(part, *QUERY_DIMS) for part in (q, k, values))
+
+        def by_head(part: jax.Array) -> jax.Array:
+            return part.reshape(*part.shape[:2], -1, part.shape[-1])
+
+        mixed, kept = seen.attend(
+            kept, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
+            sight=sight_of(self.config, self.layer),
+        )  # fmt: skip
+        return mixed.reshape(values.shape), kept

@@ -1,0 +1,106 @@
+"""How many parameters a model has, in which parts, and what a token's keys and values take: from its config alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import segments
+from jaxmoe.families import FAMILIES, Piece, pieces
+from jaxmoe.families.held import oriented
+from jaxmoe.families.quantised import is_quantised
+
+Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
+_QUANTISED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")
+PARTS: tuple[Part, ...] = (
+    "embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One published tensor as it is where it is not quantised: key, shape, and the part of the model it belongs to.
+    num_bytes: as the checkpoint's files have it, its scales included."""
+
+    key: str
+    shape: tuple[int, ...]
+    part: Part
+    num_bytes: int
+
+    @property
+    def num_params(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
+
+
+def published_tensors(config: ModelConfig) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint, once, in the order of the layers."""
+    config = replace(config, quantisation=None)
+    parts = segments(config, "scan")
+    seen: set[str] = set()
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), FAMILIES[config.family].names, parts):
+        if piece.key not in seen:
+            seen.add(piece.key)
+            part = _part(piece.path)
+            yield Tensor(key=piece.key, shape=piece.key_shape, part=part, num_bytes=_num_bytes(piece, part, config))
+
+
+def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
+    count, published = math.prod(piece.key_shape), config.published
+    if part not in _QUANTISED or published is None or not is_quantised(piece, published):
+        return count * (4 if piece.path.endswith("selection_bias") or config.dtype == "float32" else 2)
+    form, (*lead, outputs, inputs) = published.format, oriented(piece).key_shape
+    blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))
+    return count // form.per_item + blocks * (1 if form.scale_dtype == "uint8" else 4)
+
+
+def _part(path: str) -> Part:
+    """Of the parameter at a path."""
+    outside: dict[str, Part] = {"embed": "embedding", "head": "head", "final_norm": "norms"}
+    if path in outside:
+        return outside[path]
+    inside = path.split("/")[3:]
+    if inside[-1].endswith("norm"):
+        return "norms"
+    if inside[0] == "moe":
+        shared = inside[1].startswith("shared")
+        experts = inside[1] in ("experts", "down_bias")
+        return "shared expert" if shared else "experts" if experts else "router"
+    return "attention" if inside[0] == "attention" else "dense mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Parameters of a model: by part; those in all; those that work for one token, embedding and head included.
+    num_bytes: of checkpoint files, by part."""
+
+    by_part: dict[Part, int]
+    num_bytes: dict[Part, int]
+    total: int
+    active: int
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """The parameters of a model."""
+    by_part: Counter[Part] = Counter()
+    num_bytes: Counter[Part] = Counter()
+    for tensor in published_tensors(config):
+        by_part[tensor.part] += tensor.num_params
+        num_bytes[tensor.part] += tensor.num_bytes
+    total, idle, moe = sum(by_part.values()), 0, config.moe
+    if moe is not None:
+        idle = by_part["experts"] // moe.num_experts * (moe.num_experts - moe.num_experts_per_tok)
+    there = [part for part in PARTS if by_part[part]]
+    return Counts(
+        by_part={part: by_part[part] for part in there}, num_bytes={part: num_bytes[part] for part in there},
+        total=total, active=total - idle,
+    )  # fmt: skip
+
+
+def kv_numbers(config: ModelConfig) -> int:
+    """Numbers of keys and values of one token, of all layers, where no head is held twice."""
+    return config.num_hidden_layers * config.num_key_value_heads * sum(config.cached_dims)

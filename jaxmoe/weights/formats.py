@@ -1,0 +1,261 @@
+"""Tensors that files do not hold as they are wanted: numbers and scales of a published format, dequantised values, and
+plain matrices quantised. All are read by rows of their first dim, as those of files are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.formats import Format
+from jaxmoe.ops.quantize import LARGEST
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_BYTE_VALUES = np.stack([np.concatenate([_E2M1, -_E2M1])[np.arange(256) >> shift & 15] for shift in (0, 4)], axis=-1)
+
+
+class Tensor(Protocol):
+    """A tensor of a file, or one made of such: path and start say where its bytes begin."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the rows that are read."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """What all rows take in memory while they are read."""
+        ...
+
+    def at(self, index: int) -> Tensor:
+        """One entry of the first dim, as a tensor by itself."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        ...
+
+
+class _Made:
+    """What tensors made of one of a file share; those of two dims are read, others an entry at a time."""
+
+    def __init__(self, source: Tensor, shape: tuple[int, ...], dtype: Any) -> None:
+        self.source, self.shape, self.dtype = source, shape, np.dtype(dtype)
+        self.path, self.start = source.path, source.start
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rows take that they come from, or float32 that values pass through."""
+        return max(self.source.num_bytes, math.prod(self.shape) * 4)
+
+
+class Reshaped(_Made):
+    """The same numbers in the same order, in other dims after the first."""
+
+    def __init__(self, source: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__(source, shape, source.dtype)
+
+    def at(self, index: int) -> Reshaped:
+        """One entry of the first dim."""
+        return Reshaped(self.source.at(index), self.shape[1:])
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        return self.source.read_rows(start, stop).reshape(stop - start, *self.shape[1:])
+
+
+class Swapped(_Made):
+    """The same numbers with the last two dims exchanged; all rows of a matrix are read for any."""
+
+    def __init__(self, source: Tensor) -> None:
+        *lead, rows, columns = source.shape
+        super().__init__(source, (*lead, columns, rows), source.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Few: rows are best read all at once."""
+        return self.shape[0]
+
+    def at(self, index: int) -> Swapped:
+        """One entry of the first dim."""
+        return Swapped(self.source.at(index))
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        return self.source.read_rows(0, self.source.shape[0]).T[start:stop]
+
+
+class Bits(_Made):
+    """The bits of numbers of eight of them."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__(source, source.shape, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rows take that they come from."""
+        return self.source.num_bytes
+
+    def at(self, index: int) -> Bits:
+        """One entry of the first dim."""
+        return Bits(self.source.at(index))
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        return self.source.read_rows(start, stop).view(np.uint8)
+
+
+class Cells(_Made):
+    """Published scales [..., rows, columns] at the blocks of a parameter: each cell has its block's scale.
+
+    outputs, inputs: of a published block (inputs None: all); high, wide: of a cell.
+    """
+
+    def __init__(
+        self, scales: Tensor, shape: tuple[int, ...], *, outputs: int, inputs: int | None, high: int, wide: int
+    ) -> None:
+        super().__init__(scales, shape, scales.dtype)
+        self._blocks = dict(outputs=outputs, inputs=inputs, high=high, wide=wide)
+        self._outputs, self._high = outputs, high
+        self._columns = np.arange(shape[-1]) * (0 if inputs is None else wide) // (inputs or 1)
+
+    def at(self, index: int) -> Cells:
+        """One entry of the first dim."""
+        return Cells(self.source.at(index), self.shape[1:], **self._blocks)  # type: ignore[arg-type]
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        rows = np.arange(start, stop) * self._high // self._outputs
+        found = self.source.read_rows(int(rows[0]), int(rows[-1]) + 1)
+        return found[rows - rows[0]][:, self._columns]
+
+
+class Dequantised(_Made):
+    """The values [..., out, in] of numbers and their published scales, as float32."""
+
+    def __init__(self, numbers: Tensor, scales: Tensor, format: Format) -> None:
+        *lead, outputs, items = numbers.shape
+        super().__init__(numbers, (*lead, outputs, items * format.per_item), np.float32)
+        self._scales, self._format = scales, format
+
+    def at(self, index: int) -> Dequantised:
+        """One entry of the first dim."""
+        return Dequantised(self.source.at(index), self._scales.at(index), self._format)
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the first dim."""
+        block = self._format.outputs
+        scales = self._scales.read_rows(start // block, -(-stop // block))
+        return dequantise(self.source.read_rows(start, stop), scales, self._format, first=start % block)
+
+
+def dequantise(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first: int = 0) -> np.ndarray:
+    """float32 values [..., out, in] of numbers (packed where the format packs) and the scales of their blocks.
+
+    first: the row of a block that the first row is.
+    """
+    values = (
+        _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1) if format.per_item > 1 else numbers.astype(np.float32)
+    )
+    rows = (np.arange(values.shape[-2]) + first) // format.outputs
+    factors = _as_float(scales)[..., rows, :]
+    if format.inputs is not None:
+        factors = np.repeat(factors, format.inputs, axis=-1)[..., : values.shape[-1]]
+    return values * factors
+
+
+def _as_float(scales: np.ndarray) -> np.ndarray:
+    """Scales as float32; those of eight bits are exponents."""
+    scales = scales.view(ml_dtypes.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
+    return scales.astype(np.float32)
+
+
+class Quantiser:
+    """Plain matrices [..., out, in] as numbers and scales: the largest number of a block becomes the largest there is.
+
+    A scale is float32, largest / LARGEST of the dtype; numbers are rounded to nearest, ties to even.
+    """
+
+    def __init__(self, source: Tensor, format: Format) -> None:
+        assert format.per_item == 1
+        *lead, outputs, inputs = source.shape
+        self.source, self.format = source, format
+        columns = 1 if format.inputs is None else -(-inputs // format.inputs)
+        self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
+        self._entries: dict[int, Quantiser] = {}
+        self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # kept once they are found: they are few
+        self._known = np.zeros(len(self._scales), bool)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Of the shape of the source."""
+        return _Numbers(self)
+
+    @property
+    def scales(self) -> Tensor:
+        """Of all blocks."""
+        return _Scales(self)
+
+    def at(self, index: int) -> Quantiser:
+        """Of one entry of the first dim."""
+        return self._entries.setdefault(index, Quantiser(self.source.at(index), self.format))
+
+    def numbers_of(self, start: int, stop: int) -> np.ndarray:
+        """Numbers of rows start..stop."""
+        high, wide = self.format.outputs, self.format.inputs
+        first, last = start // high, -(-stop // high)
+        values = self._find(first, last)
+        factors = np.repeat(self._scales[first:last], high, axis=0)[: len(values)]
+        if wide is not None:
+            factors = np.repeat(factors, wide, axis=1)[:, : values.shape[1]]
+        shrunk = values / np.where(factors > 0, factors, 1)
+        numbers = np.rint(shrunk) if self.format.dtype == "int8" else shrunk
+        return numbers.astype(self.format.dtype)[start - first * high : stop - first * high]
+
+    def scales_of(self, first: int, last: int) -> np.ndarray:
+        """Scales of rows first..last of blocks."""
+        if not self._known[first:last].all():
+            self._find(first, last)
+        return self._scales[first:last]
+
+    def _find(self, first: int, last: int) -> np.ndarray:
+        """The values of rows first..last of blocks, whose scales are then known."""
+        high = self.format.outputs
+        values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
+        wide = self.format.inputs or values.shape[1]
+        largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
+        largest = np.maximum.reduceat(largest, np.arange(0, len(values), high), axis=0)
+        self._scales[first:last] = largest / np.float32(LARGEST[self.format.dtype])
+        self._known[first:last] = True
+        return values
+
+
+class _Numbers(_Made):
+    def __init__(self, quantiser: Quantiser) -> None:
+        super().__init__(quantiser.source, quantiser.source.shape, quantiser.format.dtype)
+        self._quantiser = quantiser
+
+    def at(self, index: int) -> Tensor:
+        return self._quantiser.at(index).numbers
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        return self._quantiser.numbers_of(start, stop)
+
+
+class _Scales(_Made):
+    def __init__(self, quantiser: Quantiser) -> None:
+        super().__init__(quantiser.source, quantiser.scale_shape, np.float32)
+        self._quantiser = quantiser
+
+    def at(self, index: int) -> Tensor:
+        return self._quantiser.at(index).scales
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        return self._quantiser.scales_of(start, stop)

@@ -1,0 +1,156 @@
+"""From tensors as files hold them to those that parameters are filled from, where either are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.families.held import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
+from jaxmoe.families.piece import Piece
+from jaxmoe.formats import Format, Published
+from jaxmoe.weights.formats import Bits, Cells, Dequantised, Quantiser, Reshaped, Swapped, Tensor
+from jaxmoe.weights.params import ParamInfo
+from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
+
+NUMBERS, SCALES = "numbers", "scales"  # of a quantised parameter, the last parts of their paths
+_NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A tensor that files must hold. shapes: any of them; dtypes: names, any of them."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...] = FLOATS
+    why: str = ""
+
+
+def _names(key: str, published: Published) -> tuple[str, str]:
+    """Of a plain matrix's numbers and scales."""
+    if published.method == "mxfp4":
+        stem = key.removesuffix(".weight")
+        return f"{stem}_blocks", f"{stem}_scales"
+    return key, f"{key}_scale_inv" if published.method == "fp8" else f"{key}_scale"
+
+
+def _scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
+    *lead, outputs, inputs = shape
+    return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
+
+
+def _is_quantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None, *, kept: bool) -> bool:
+    """Whether files hold a piece's tensor as numbers and scales, or ought to."""
+    if published is None or not is_matrix(piece):
+        return False
+    return kept or any(name in tensors for name in _names(piece.key, published) if name != piece.key)
+
+
+def wanted_tensors(
+    wanted: Iterable[tuple[Piece, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> dict[str, Wanted]:
+    """What files must hold for pieces, each with whether it is kept quantised, by name."""
+    found: dict[str, Wanted] = {}
+    published = config.published
+    for piece, kept in wanted:
+        if piece.key in found:
+            continue
+        if not _is_quantised(piece, tensors, published, kept=kept):
+            found[piece.key] = Wanted(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, published))
+            continue
+        assert published is not None
+        shape, format = oriented(piece).key_shape, published.format
+        scales = _scale_shape(shape, format)
+        numbers = (*shape[:-1], shape[-1] // 32, 16) if format.per_item > 1 else shape
+        names = _names(piece.key, published)
+        why = f" (quant_method {published.method})"
+        found[names[0]] = Wanted(shapes=(numbers,), dtypes=(_NUMBER_NAMES[format.dtype],), why=why)
+        flat = (scales[:-1],) if scales[-1] == 1 and published.method == "compressed-tensors" else ()
+        dtypes = ("U8",) if format.per_item > 1 else (*FLOATS, "F8_E8M0")
+        found[names[1]] = Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
+    return found
+
+
+def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> str:
+    """What to say of a tensor that holds numbers of eight bits and ought not to."""
+    if piece.key not in tensors or tensors[piece.key].dtype_name not in _NUMBER_NAMES.values():
+        return ""
+    if published is None:
+        return ": config.json has no quantization_config that says what such numbers mean"
+    return f": the checkpoint has no scales of it, {_names(piece.key, published)[1]}"
+
+
+def held(
+    tensors: Mapping[str, TensorInfo], table: Sequence[ParamInfo], parts: Mapping[str, list[Piece]], config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, list[Piece]]]:
+    """Tensors and pieces for every parameter of the table, where parts has those of plain ones: matrices that the
+    files hold quantised and the model does not are dequantised, and the other way round."""
+    shapes = {info.path: info.shape for info in table}
+    sources: dict[str, Tensor] = dict(tensors)
+    found: dict[str, list[Piece]] = {}
+    for path, pieces in parts.items():
+        to = f"{path}/{NUMBERS}", f"{path}/{SCALES}"
+        if to[0] not in shapes:
+            found[path] = pieces
+            for piece in pieces:
+                if _is_quantised(piece, tensors, config.published, kept=False):
+                    sources[piece.key] = _dequantised(piece, tensors, config.published)
+            continue
+        assert config.quantisation is not None
+        format = config.quantisation.format
+        blocks = blocks_of(shapes[to[0]], shapes[to[1]])
+        numbers = [number_piece(piece, format) for piece in pieces]
+        cells = cells_of(numbers[0], blocks)
+        found[to[0]] = [replace(piece, path=to[0], key=_made(piece.key, NUMBERS)) for piece in numbers]
+        found[to[1]] = []
+        for piece in numbers:
+            if _made(piece.key, NUMBERS) not in sources:
+                sources |= _kept(piece, tensors, config, format)
+        for piece in scale_pieces(numbers, blocks):
+            key = _made(piece.key, cells)
+            if key not in sources:
+                sources[key] = Cells(
+                    sources[_made(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=cells[0],
+                    inputs=None if format.inputs is None else format.inputs // format.per_item, wide=cells[1],
+                )  # fmt: skip
+            found[to[1]].append(replace(piece, path=to[1], key=key))
+    return sources, found
+
+
+def _made(key: str, what: object) -> str:
+    """The name of a tensor that is made of those of a matrix; no file has such."""
+    return f"{key} {what}"
+
+
+def _opened(
+    key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], published: Published
+) -> tuple[Tensor, Tensor]:
+    """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
+    numbers, scales = (tensors[name] for name in _names(key, published))
+    items = (*shape[:-1], shape[-1] // published.format.per_item)
+    return _shaped(numbers, items), _shaped(scales, _scale_shape(shape, published.format))
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor if tensor.shape == shape else Reshaped(tensor, shape)
+
+
+def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> Tensor:
+    """The values of a matrix, in the dims that plain checkpoints have."""
+    assert published is not None
+    opened = _opened(piece.key, oriented(piece).key_shape, tensors, published)
+    values = Dequantised(*opened, published.format)
+    return values if piece.lead is None else Swapped(values)
+
+
+def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format) -> dict[str, Tensor]:
+    """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones."""
+    if config.published is not None:
+        shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.per_item)
+        numbers, scales = _opened(piece.key, shape, tensors, config.published)
+    else:
+        plain: Tensor = tensors[piece.key]
+        made = Quantiser(plain if piece.lead is None else Swapped(plain), format)
+        numbers, scales = made.numbers, made.scales
+    numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
+    return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}

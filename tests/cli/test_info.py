@@ -1,0 +1,80 @@
+"""jaxmoe info for people and as JSON: from a config alone, and from the headers of weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from .commands import jaxmoe
+
+CONFIGS = Path(__file__).parent.parent / "families" / "configs"
+
+
+def info(capsys, *arguments):
+    outcome = jaxmoe(capsys, "info", *arguments, "--json")
+    assert (outcome.code, outcome.out.count("\n")) == (0, 1)
+    return json.loads(outcome.out)
+
+
+def test_a_config_alone_says_what_the_files_would_hold(capsys):
+    found = info(capsys, CONFIGS / "deepseek-ai--DeepSeek-V3.json")
+    assert (found["family"], found["layers"]) == ("deepseek_v3", {"dense": 3, "MoE": 58})
+    assert found["parameters"]["total"] == 671_026_419_200
+    assert found["quantisation"] == {
+        "method": "fp8", "supported": True, "dtype": "float8_e4m3fn", "inputs_a_scale": 128, "outputs_a_scale": 128,
+    }  # fmt: skip
+    experts = 58 * 256 * 3
+    assert found["bytes"]["by_part"]["experts"] == experts * (7168 * 2048 + 56 * 16 * 4)
+    assert found["kv_bytes_a_token"] == 61 * 576 * 2
+    assert found["attention"]["key_value_latent"] == 512
+    assert found["experts"]["groups_a_token"] == 4
+    assert not found["bytes"]["measured"]
+
+
+def test_kinds_of_layers_are_counted(capsys):
+    found = info(capsys, CONFIGS / "meta-llama--Llama-4-Maverick-17B-128E-Instruct.json")
+    assert found["layers"] == {
+        "dense, chunks of 8192": 24, "MoE, chunks of 8192": 12, "MoE, no rotary embedding": 12
+    }  # fmt: skip
+    assert info(capsys, CONFIGS / "openai--gpt-oss-20b.json")["layers"] == {"MoE, window of 128": 12, "MoE": 12}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3_groups", "gpt_oss_window", "llama_llama3"])
+def test_bytes_are_those_of_the_files_where_there_are_any(name, capsys, tiny_dir, tmp_path):
+    found = info(capsys, tiny_dir(name))
+    num_bytes = 0
+    for path in tiny_dir(name).glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            num_bytes += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert found["bytes"]["measured"]
+    assert found["bytes"]["total"] == sum(found["bytes"]["by_part"].values()) == num_bytes
+    shutil.copy(tiny_dir(name) / "config.json", tmp_path)
+    assert info(capsys, tmp_path)["bytes"] == found["bytes"] | {"measured": False}
+
+
+def test_a_format_that_cannot_be_read_is_named_and_the_rest_is_said(capsys, tmp_path):
+    raw = json.loads((CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}))
+    found = info(capsys, tmp_path)
+    assert found["quantisation"] == {"method": "gptq", "supported": False}
+    assert found["bytes"]["total"] is None
+    assert found["parameters"]["total"] == 30_532_122_624
+    outcome = jaxmoe(capsys, "info", tmp_path)
+    assert (outcome.code, "quantised by gptq, which jaxmoe does not read" in outcome.out) == (0, True)
+
+
+def test_people_see_a_table(capsys):
+    outcome = jaxmoe(capsys, "info", CONFIGS / "openai--gpt-oss-120b.json")
+    assert outcome.code == 0
+    for words in ("116,829,156,672", "5,711,982,912", "60.8 GiB", "18 MoE, window of 128; 18 MoE", "mxfp4"):
+        assert words in outcome.out
+
+
+@pytest.mark.parametrize("model", ["nothing/here", "README.md"])
+def test_what_is_no_model_is_one_line(model, capsys):
+    outcome = jaxmoe(capsys, "info", model)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)

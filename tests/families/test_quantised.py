@@ -1,0 +1,122 @@
+"""quantization_config is read strictly: what is kept follows from it, what is not known is named."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.families import read_config, with_weights_dtype
+from jaxmoe.formats import MXFP4, Format
+
+from ..tiny.cases import CASES_BY_NAME
+from ..tiny.quantised import FORMS
+
+NAME = "qwen3_moe_mlp_only"
+ALL = {0: ["attention/out", "attention/qkv", "moe/experts/down", "moe/experts/gate_up"],
+       1: ["attention/out", "attention/qkv", "mlp/down", "mlp/gate_up"]}  # fmt: skip
+
+
+def config_of(settings: Any, name: str = NAME, **keys):
+    return read_config(CASES_BY_NAME[name].config | {"quantization_config": settings} | keys)
+
+
+def kept(config, layer: int) -> list[str]:
+    return sorted(config.quantisation.of(layer))
+
+
+def form(name: str, **keys) -> dict[str, Any]:
+    return copy.deepcopy(FORMS[name][1]) | keys
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("fp8", Format(dtype="float8_e4m3fn", inputs=128, outputs=128)),
+        ("int8-channel", Format(dtype="int8", inputs=None, outputs=1)),
+        ("fp8-channel", Format(dtype="float8_e4m3fn", inputs=None, outputs=1)),
+    ],
+)
+def test_matrices_of_layers_are_kept_as_published(name, format):
+    config = config_of(form(name))
+    assert config.quantisation.format == config.published.format == format
+    assert {layer: kept(config, layer) for layer in ALL} == ALL
+
+
+def test_mxfp4_holds_experts_alone():
+    config = config_of(form("mxfp4"), "mixtral_six_experts", hidden_size=96, intermediate_size=64)
+    assert config.quantisation.format == MXFP4
+    assert kept(config, 0) == ["moe/experts/down", "moe/experts/gate_up"]
+
+
+def test_blocks_of_packed_numbers_must_divide_inputs():
+    with pytest.raises(ConfigError, match=r"moe/experts/down has 44 inputs.*blocks of 32"):
+        config_of(form("mxfp4"), "mixtral_six_experts", hidden_size=96)
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored", "layer", "left"),
+    [
+        ("fp8", ["model.layers.0.self_attn.q_proj"], 0, ["moe/experts/down", "moe/experts/gate_up", "attention/out"]),
+        ("fp8", ["model.layers.0.self_attn"], 0, ["moe/experts/down", "moe/experts/gate_up"]),
+        ("fp8", ["model.layers.0.self_att"], 0, ALL[0]),  # not up to a dot
+        ("fp8", ["down_proj"], 1, ["attention/out", "attention/qkv", "mlp/gate_up"]),
+        ("int8-channel", ["re:.*experts\\.[3-5]\\.up_proj"], 0, ["attention/out", "attention/qkv", "moe/experts/down"]),
+        ("int8-channel", ["model.layers.0"], 0, ALL[0]),  # the whole name alone
+    ],
+)
+def test_modules_that_are_left_out_are_plain(name, ignored, layer, left):
+    key = "modules_to_not_convert" if name == "fp8" else "ignore"
+    assert kept(config_of(form(name, **{key: ignored})), layer) == sorted(left)
+
+
+def compressed(**weights) -> dict[str, Any]:
+    settings = form("int8-channel")
+    settings["config_groups"]["group_0"]["weights"] |= weights
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'gptq'; supported are fp8, mxfp4, compressed-tensors"),
+        ({"bits": 4}, "quant_method None"),
+        ("int8", "quant_method 'int8'"),
+        (form("fp8", weight_block_size=None), "weight_block_size None; two whole numbers"),
+        (form("fp8", weight_block_size=[128, 0]), "weight_block_size [128, 0]"),
+        (form("fp8", activation_scheme="static"), "activation_scheme 'static'; only 'dynamic'"),
+        (form("fp8", fmt="e5m2"), "fmt 'e5m2'; only 'e4m3'"),
+        (form("fp8", rotation="hadamard"), "'rotation' = hadamard"),
+        (form("fp8", modules_to_not_convert="lm_head"), "modules_to_not_convert 'lm_head'; it must be a list"),
+        (compressed(strategy="group", group_size=128), "strategy 'group'"),
+        (compressed(strategy="tensor"), "strategy 'tensor'"),
+        (compressed(num_bits=4), "num_bits 4"),
+        (compressed(symmetric=False), "symmetric False"),
+        (form("int8-channel", format="pack-quantized"), "format 'pack-quantized' of type 'int'"),
+        (form("int8-channel", config_groups={}), "one group in config_groups"),
+        (form("int8-channel", kv_cache_scheme={"num_bits": 8}), "has kv_cache_scheme"),
+        (form("int8-channel", ignore=["re:("]), "no pattern"),
+    ],
+)
+def test_what_is_not_known_is_one_line(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        config_of(settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_dtype_says_what_is_kept():
+    plain = read_config(CASES_BY_NAME[NAME].config)
+    assert plain.quantisation is None
+    assert {layer: kept(with_weights_dtype(plain, "fp8-block"), layer) for layer in ALL} == ALL
+    published = config_of(form("fp8"))
+    assert with_weights_dtype(published, None) == published
+    assert with_weights_dtype(published, "bfloat16").quantisation is None
+    with pytest.raises(
+        ConfigError, match=r"weights_dtype=int8 quantises plain checkpoints, this one has quant_method 'fp8'"
+    ):
+        with_weights_dtype(published, "int8")
+    with pytest.raises(ConfigError, match=r"weights_dtype='int4' must be one of float32, .*fp8-block"):
+        with_weights_dtype(plain, "int4")

@@ -1,0 +1,58 @@
+"""Latent attention: absorbed over pages it is what keys and values of every head give."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmoe.families import read_config
+from jaxmoe.model.attend import CausalAttend, PagedAttend, Section, empty_pages
+from jaxmoe.model.attention import Seen
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.latent import LatentAttention
+from jaxmoe.model.params import Maker, normal
+from jaxmoe.model.rows import real_tokens
+from jaxmoe.model.transformer import segments
+from jaxmoe.ops.rope import inverse_frequencies, rotation
+from jaxmoe.sharding import Placement, array_sizes
+
+from ..conftest import mesh_of
+from ..tiny.cases import CASES_BY_NAME
+
+LENGTH, PAGE_SIZE = 23, 4
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2"])
+@pytest.mark.parametrize("name", ["deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves"])
+def test_absorbed_attention_is_the_plain_form(name, mesh):
+    """In chunks of 1, 9 and 13 tokens over pages, and all at once over keys and values of every head."""
+    config = read_config(CASES_BY_NAME[name].config)
+    place = Placement(mesh=mesh_of(mesh))
+    sizes, kernels = array_sizes(config, place), Kernels()
+    make = Maker(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
+    block = LatentAttention(config, sizes, place, kernels, 0, make=make, init=normal(0.3))
+    x = jax.random.normal(jax.random.key(1), (LENGTH, config.hidden_size))
+
+    def seen(first: int, rows: tuple[int, int], attend) -> Seen:
+        positions = jnp.arange(first, first + rows[0] * rows[1], dtype=jnp.int32).reshape(rows)
+        turn = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
+        return Seen(*turn, real_tokens(positions >= 0, positions, place, count=False), attend)
+
+    plain, _ = block(x[None], 0, seen(0, (1, LENGTH), CausalAttend()), None, "token")
+    ((kept,),) = empty_pages(
+        config, [sizes], segments(config, "scan")[:1], num_pages=8, page_size=PAGE_SIZE, dtype="float32"
+    )
+    assert len(kept) == 1  # a latent, no values
+    table, first, found = jnp.arange(8)[None, None], 0, []
+    for count in (1, 9, 13):
+        section = Section(
+            num_tokens=count, rows=None, positions=jnp.array([[first]]), counts=jnp.array([[count]], jnp.int32)
+        )
+        told = seen(first, (count, 1), PagedAttend(table, [section], "loop"))
+        y, kept = block(x[first : first + count, None], 0, told, kept, "token")
+        found.append(y[:, 0])
+        first += count
+    np.testing.assert_allclose(jnp.concatenate(found), plain[0], atol=2e-5)
