@@ -11,6 +11,7 @@ from jaxmoe import __version__
 from jaxmoe.cli.balance import balance
 from jaxmoe.cli.bench import bench
 from jaxmoe.cli.compile import compile_model
+from jaxmoe.cli.convert import convert
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
 from jaxmoe.cli.inspect import inspect_model
@@ -25,7 +26,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, balance, info, inspect_model, compile_model):
+for command in (generate, score, verify, bench, balance, info, inspect_model, compile_model, convert):
     cli.add_command(command)
 
 

@@ -43,6 +43,7 @@ class ModelOptions:
     stage_chunks: int
     layout: str
     max_batch: int
+    verify: bool
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +82,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="what axes share out: ep-tp, tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
         ),
         click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
+        click.option("--verify", is_flag=True, help="hold a converted checkpoint against its checksums first"),
     ]
     names = [field.name for field in fields(ModelOptions)]
 
@@ -168,7 +170,7 @@ def load_model(
             kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
             ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
             stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
-            on_progress=on_progress,
+            verify=options.verify, on_progress=on_progress,
         )  # fmt: skip
 
 

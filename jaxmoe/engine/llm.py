@@ -36,6 +36,7 @@ from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
+from jaxmoe.weights.verify import check_whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
@@ -72,9 +73,10 @@ class LLM:
         stage_chunks: int = 1,
         layout: str | Layout = DEFAULT_LAYOUT,
         redundant_experts: int | None = None,
+        verify: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> LLM:
-        """Read a Hugging Face checkpoint onto a device mesh.
+        """Read a checkpoint, as Hugging Face publishes it or as jaxmoe convert wrote it, onto a device mesh.
 
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
         None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
@@ -87,7 +89,8 @@ class LLM:
         layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
         layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
-        them in order. on_progress is told (bytes of parameters filled, bytes in all) as files are read.
+        them in order. verify: hold a converted checkpoint against its checksums first (reads it once more).
+        on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
@@ -108,6 +111,8 @@ class LLM:
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
         tensors = open_tensors(directory)
+        if verify:
+            check_whole(directory)
 
         shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
         abstract = nnx.state(shapes)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.manifest import MANIFEST, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
+from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -28,10 +31,15 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
 
 
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """All tensors of the checkpoint by name, headers checked, nothing read yet.
+    """All tensors of a published or converted checkpoint by name, headers checked, nothing read yet.
 
     Raises: CheckpointError naming missing files, or tensors the index promises and the files lack.
     """
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest.kind == "orbax":
+        return open_store(directory, manifest)
+    if manifest is None:
+        _refuse_others(directory)
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -54,3 +62,19 @@ def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     if absent := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(f"{INDEX} names {len(absent)} tensors the files lack: {', '.join(absent[:8])}")
     return tensors
+
+
+def _refuse_others(directory: Path) -> None:
+    """Raise a CheckpointError for what is an Orbax checkpoint but not a whole one of ours, and for pickles alone."""
+    if any((directory / name).exists() for name in (TREE, CHECKPOINT)):
+        raise CheckpointError(
+            f"{directory} is an Orbax checkpoint without {MANIFEST}: unfinished, or not written by jaxmoe convert; "
+            f"convert the published checkpoint"
+        )
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return
+    if pickles := sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES):
+        raise CheckpointError(
+            f"{directory} has pickled weights alone ({', '.join(pickles[:4])}), which can hold code and are never "
+            f"loaded: have them saved as safetensors"
+        )

@@ -81,19 +81,26 @@ class TensorInfo:
         """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""
         row_items = math.prod(self.shape[1:])
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        offset = self.start + start * row_items * self.dtype.itemsize
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                done = 0
-                while done < len(view):
-                    count = os.preadv(file.fileno(), [view[done : done + (1 << 28)]], offset + done)
-                    if count == 0:
-                        raise CheckpointError(f"{self.path.name} ended inside tensor {self.name!r}: fetch it again")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path.name} cannot be read: {error.strerror}") from error
+        self.read_bytes(start * row_items * self.dtype.itemsize, memoryview(out.reshape(-1).view(np.uint8)))
         return out
+
+    def read_bytes(self, start: int, out: memoryview) -> None:
+        """Fill out with the tensor's bytes from its byte `start` on. Raises: CheckpointError if the file ends early."""
+        read_exactly(self.path, self.start + start, out, f"tensor {self.name!r}")
+
+
+def read_exactly(path: Path, start: int, out: memoryview, what: str) -> None:
+    """Fill out from a file, from byte `start` on. Raises: CheckpointError if it ends early or cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            done = 0
+            while done < len(out):
+                count = os.preadv(file.fileno(), [out[done : done + (1 << 28)]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{path.name} ended inside {what}: fetch it again")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.manifest import JOURNAL
 
 DEFAULT_MODEL = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -39,6 +40,8 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
                 f"revision {revision!r} was given and model {text!r} is local: only hub models have revisions; "
                 f"leave it out"
             )
+        if path.is_dir() and (path / JOURNAL).exists():
+            raise CheckpointError(f"{text} is an unfinished conversion: run the same jaxmoe convert again to finish it")
         return path if path.is_dir() else asset_dir("checkpoints") / text
     if text and path.exists():
         raise CheckpointError(f"{text} is a file; give the directory that holds config.json and the weights")

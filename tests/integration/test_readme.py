@@ -41,6 +41,10 @@ def test_the_readme_names_its_commands():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ")])
 def test_command(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if " demo-orbax" in command and " demo demo-orbax" not in command:  # what the command before it wrote
+        with pytest.raises(SystemExit):
+            run(["convert", "demo", "demo-orbax"])
+        capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
     out, err = capsys.readouterr()
@@ -60,6 +64,10 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " balance" in command:
         assert "8 experts at 12 places on 4 ranks; balancedness" in out
         assert "after" in out
+    elif " convert" in command:
+        written = command.split()[3] if "--verify" not in command else "demo-orbax"
+        assert f"{tmp_path / written}: 167 tensors" in out or "demo-orbax: every tensor and file is as written" in out
+        assert (tmp_path / written / "jaxmoe_manifest.json").exists()
     elif " generate" in command:
         prompt = shlex.split(command)[shlex.split(command).index("--prompt") + 1]
         assert out.startswith(prompt)

@@ -1,0 +1,80 @@
+"""jaxmoe convert: a published checkpoint as an Orbax one, and back; a converted one held against its checksums."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from jaxmoe.cli.options import console, loading_bar
+from jaxmoe.errors import RequestError
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="[DST]", required=False)
+@click.option("--to", help="orbax or hf (safetensors); by default the one that SRC is not")
+@click.option("--mesh", help="axes or a preset, the devices of which are to read whole chunks; any mesh can load it")
+@click.option("--weights-dtype", help="float32, bfloat16 or float16; every bit is kept by default")
+@click.option("--ram-gib", type=float, default=4.0, show_default=True, help="memory that may be taken")
+@click.option("--verify", is_flag=True, help="check SRC (if it was converted) and DST against their checksums")
+@click.option("--revision", help="branch, tag or commit of a hub model")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def convert(
+    source: str, destination: str | None, to: str | None, mesh: str | None, weights_dtype: str | None, ram_gib: float,
+    verify: bool, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool,
+) -> int:  # fmt: skip
+    """Write the checkpoint SRC (a directory, a hub id or a preset) to the new directory DST, bit for bit, a slice at a
+    time. Killed at any point, the same command goes on where it was. With --verify and no DST, SRC is held against the
+    checksums it was written with; exit 1 where it differs."""
+    from jaxmoe.weights.convert import convert as run
+    from jaxmoe.weights.source import find_model
+
+    if destination is None and not verify:
+        raise RequestError("DST is missing: name a new directory, or give --verify to check SRC")
+    directory = find_model(source, revision=revision)
+    if destination is None:
+        if asked := [
+            name for name, value in (("--to", to), ("--mesh", mesh), ("--weights-dtype", weights_dtype)) if value
+        ]:
+            raise RequestError(f"without DST nothing is written: leave {', '.join(asked)} out, or name DST")
+        return _verify(directory, as_json)
+    with loading_bar(f"converting {directory.name}", show=not as_json) as on_progress:
+        report = run(
+            directory, Path(destination).expanduser(), to=to, mesh=mesh, weights_dtype=weights_dtype, ram_gib=ram_gib,
+            verify=verify, ignore_config_keys=ignore_config_keys, on_progress=on_progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(report.as_json() | {"bytes_per_second": report.num_bytes / report.seconds}), flush=True)
+        return 0
+    resumed = f" ({report.resumed_tensors} were there already)" if report.resumed_tensors else ""
+    print(
+        f"{report.destination}: {report.num_tensors} tensors{resumed}, {report.num_bytes / 2**20:.1f} MiB in "
+        f"{report.seconds:.1f} s ({report.num_bytes / 2**20 / report.seconds:.0f} MiB/s), {report.kind}"
+    )
+    print(
+        f"memory: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, resident at most "
+        f"{report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} of them before"
+    )
+    print(f"config.json: {report.config_check}" + ("; checksums hold" if report.verified else ""))
+    if report.left_behind:
+        console.print(f"[dim]left behind: {', '.join(report.left_behind)}[/dim]")
+    return 0
+
+
+def _verify(directory: Path, as_json: bool) -> int:
+    from jaxmoe.weights.verify import in_words, problems
+
+    started = time.perf_counter()
+    with loading_bar(f"verifying {directory.name}", show=not as_json) as on_progress:
+        found = problems(directory, on_progress)
+    if as_json:
+        print(json.dumps({"source": str(directory), "whole": not found, "problems": found}), flush=True)
+    elif not found:
+        print(f"{directory}: every tensor and file is as written ({time.perf_counter() - started:.1f} s)")
+    if found:
+        click.echo(f"jaxmoe: error: {in_words(directory, found)}", err=True)
+    return 1 if found else 0

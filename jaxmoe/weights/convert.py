@@ -1,0 +1,234 @@
+"""From a published checkpoint to an Orbax one and back: slices stream under a memory cap, and a kill loses little.
+
+What is finished is journalled beside the destination (journal.py); the destination appears by one rename at the end,
+with a manifest of checksums in it. Why so: docs/decisions/0010-orbax-holds-published-tensors.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.mesh import parse_mesh
+from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
+from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
+from jaxmoe.weights.published import CONFIG, Published, open_published
+from jaxmoe.weights.shards import ShardSink
+from jaxmoe.weights.store import StoreSink
+from jaxmoe.weights.stream import Sink, Stream, Unit
+from jaxmoe.weights.transform import AsPublished, CastFloats, Transform
+from jaxmoe.weights.verify import check_whole
+
+DEFAULT_RAM_GIB = 4.0
+_RAM_LIMITS = (0.125, 2.0**20)
+_MARGIN_BYTES = 16 << 20  # of a disk, for the journal and the manifest
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did. resumed_tensors: those that an earlier, killed run had finished. Bytes of memory:
+    buffer_bytes at most in flight, of budget_bytes; peak_rss_bytes of the process, rss_before_bytes of them before."""
+
+    source: str
+    destination: str
+    kind: str
+    num_tensors: int
+    num_bytes: int
+    resumed_tensors: int
+    seconds: float
+    ram_gib: float
+    budget_bytes: int
+    buffer_bytes: int
+    rss_before_bytes: int
+    peak_rss_bytes: int
+    config_check: str
+    left_behind: tuple[str, ...]
+    verified: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+
+def convert(
+    source: Path, destination: Path, *, to: str | None = None, mesh: str | None = None,
+    weights_dtype: str | None = None, ram_gib: float = DEFAULT_RAM_GIB, verify: bool = False,
+    ignore_config_keys: Iterable[str] = (), on_progress: OnProgress = lambda done, total: None,
+) -> Report:  # fmt: skip
+    """Write the checkpoint in source (a directory) as another, of kind `to`: "orbax" or "hf"; by default the other one.
+
+    mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
+    weights_dtype: float32, bfloat16 or float16 for all plain floating point; None keeps every bit. ram_gib: memory this
+    may take beyond what the process had. verify: hold the source, if it was converted, against its checksums first, and
+    read the result again. on_progress is told (source bytes done, bytes in all), by any thread, one at a time.
+    Run again after a kill, with the same options, it goes on from DESTINATION.partial.
+
+    Raises: CheckpointError, ConfigError, MeshError; all of the input is checked before anything is written.
+    """
+    started, rss_before = time.perf_counter(), resident_bytes()
+    budget = Budget(_half(ram_gib))
+    num_shares = math.prod(parse_mesh(mesh).values()) if mesh is not None else 1
+    transform: Transform = AsPublished() if weights_dtype is None else CastFloats(weights_dtype)
+    if to is not None and to not in KINDS:
+        raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
+    published = open_published(source, ignore_config_keys=ignore_config_keys)
+    if weights_dtype is not None and published.config.get("quantization_config"):
+        raise CheckpointError(
+            f"{source / CONFIG} has quantization_config: weights_dtype={weights_dtype} converts plain numbers alone; "
+            f"leave it out to keep the weights as they are"
+        )
+    kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
+    options = {"to": kind, "mesh_devices": num_shares if kind == "orbax" else 1, "weights_dtype": weights_dtype}
+    destination = Path(os.path.abspath(destination))
+    job = _Job(published=published, destination=destination, options=options, transform=transform, budget=budget)
+    if end_published(destination, job.asked):
+        num_resumed = len(published.tensors)
+    else:
+        _check_destination(published, destination)
+        if verify and published.manifest is not None:
+            check_whole(source)
+        num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
+    return Report(
+        source=str(source), destination=str(destination), kind=kind, num_tensors=len(job.outputs),
+        num_bytes=sum(spec.num_bytes for spec in job.outputs.values()), resumed_tensors=num_resumed,
+        seconds=time.perf_counter() - started, ram_gib=ram_gib, budget_bytes=budget.limit_bytes,
+        buffer_bytes=budget.peak_bytes, rss_before_bytes=rss_before, peak_rss_bytes=resident_bytes(peak=True),
+        config_check=published.config_check, left_behind=published.left_behind, verified=verify,
+    )  # fmt: skip
+
+
+def _half(ram_gib: float) -> int:
+    """Bytes for buffers: the other half is for all else that a conversion holds."""
+    if not (math.isfinite(ram_gib) and _RAM_LIMITS[0] <= ram_gib <= _RAM_LIMITS[1]):
+        raise CheckpointError(f"ram_gib={ram_gib} must lie in [{_RAM_LIMITS[0]}, {_RAM_LIMITS[1]:.0f}] GiB")
+    return int(ram_gib * 2**29)
+
+
+def _check_destination(published: Published, destination: Path) -> None:
+    parent = destination.parent
+    if os.path.lexists(destination):
+        raise CheckpointError(f"destination {destination} exists: name another, or move it away")
+    if not parent.is_dir():
+        raise CheckpointError(f"destination {destination} lies in {parent}, which is no directory: make it first")
+    if destination.resolve().is_relative_to(published.directory.resolve()):
+        raise CheckpointError(f"destination {destination} lies inside the source, which stays untouched: name another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"destination {destination} lies in {parent}, which cannot be written: name another")
+
+
+class _Job:
+    """One conversion: what is made of what, and where it goes."""
+
+    def __init__(
+        self, *, published: Published, destination: Path, options: dict[str, Any], transform: Transform, budget: Budget
+    ) -> None:
+        self._published, self._destination, self._options = published, destination, options
+        self._transform, self._budget = transform, budget
+        self.asked = {"source": published.fingerprint(), **options}
+        sums = published.manifest.tensors if published.manifest and type(transform) is AsPublished else {}
+        self._units = [
+            Unit(
+                tensor=published.tensors[name], spec=spec, outputs=transform.outputs(spec),
+                expected=sums[name].sha256 if name in sums else None,
+            )
+            for name, spec in published.specs.items()
+        ]  # fmt: skip
+        self.outputs: dict[str, TensorSpec] = {}
+        for unit in self._units:
+            for output in unit.outputs:
+                if output.name in self.outputs:
+                    raise CheckpointError(f"tensor {output.name!r} would be made twice: rename one in the source")
+                self.outputs[output.name] = output
+
+    def _sink(self, whole: Path) -> Sink:
+        if self._options["to"] == "orbax":
+            return StoreSink(whole, self.outputs, self._options["mesh_devices"])
+        return ShardSink(whole, self.outputs)
+
+    def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
+        """All of it; the number of source tensors that an earlier run had finished."""
+        self._check_room(self._sink(partial_of(self._destination) / WHOLE))
+        total, done, lock = self._published.num_bytes, 0, threading.Lock()
+
+        def on_bytes(num_bytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += num_bytes
+                on_progress(done, total)
+
+        try:
+            with Partial(self._destination, self.asked) as partial:
+                return self._into(partial, ram_bytes, verify, on_bytes)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or self._destination}: {error.strerror}; mend that and run the same again: what is "
+                f"done is kept in {partial_of(self._destination).name}"
+            ) from error
+
+    def _into(self, partial: Partial, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
+        sink = self._sink(partial.whole)
+        sink.create()
+        stream = Stream(
+            sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
+            finished=partial.finished, record=partial.record, on_bytes=on_bytes,
+        )  # fmt: skip
+        try:
+            sums = stream.run(sorted(self._units, key=lambda unit: (unit.tensor.path, unit.tensor.start)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (what is done is kept in {partial.folder.name})") from error
+        self._finish(partial.whole, sink, sums)
+        if verify:
+            check_whole(partial.whole)
+        if open_published(self._published.directory, check_config=False).fingerprint() != self.asked["source"]:
+            raise CheckpointError(f"{self._published.directory} changed meanwhile: run again once it is at rest")
+        partial.publish()
+        return stream.num_resumed
+
+    def _finish(self, whole: Path, sink: Sink, sums: dict[str, str]) -> None:
+        """What stands beside the tensors; the manifest is last."""
+        files: dict[str, FileEntry] = {}
+        for name in self._published.side_files:
+            if name == CONFIG:
+                changed = self._transform.config(dict(self._published.config))
+                if changed != self._published.config:
+                    text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+                    (whole / name).write_text(text, encoding="utf-8")
+                    files[name] = sum_file(whole / name)
+                    continue
+            shutil.copyfile(self._published.directory / name, whole / name)
+            files[name] = sum_file(whole / name)
+        files |= sink.finish()
+        tensors = {
+            name: TensorEntry(spec=spec, sha256=sums[name], chunk=sink.chunks[name])
+            for name, spec in self.outputs.items()
+        }
+        manifest = Manifest(kind=sink.kind, options=self._options, tensors=tensors, files=files)
+        (whole / MANIFEST).write_bytes(manifest.dump())
+
+    def _check_room(self, sink: Sink) -> None:
+        """Raise a CheckpointError if the disk has no room for what is not there yet."""
+        there = _allocated_bytes(partial_of(self._destination))
+        side = sum(os.stat(self._published.directory / name).st_size for name in self._published.side_files)
+        needed = sink.disk_bytes() + side + _MARGIN_BYTES - there
+        free = shutil.disk_usage(self._destination.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"destination {self._destination} needs {needed / 2**30:.3f} GiB more and its disk has "
+                f"{free / 2**30:.3f} GiB free: make room, or choose another disk"
+            )
+
+
+def _allocated_bytes(folder: Path) -> int:
+    return sum(os.lstat(Path(at) / name).st_blocks * 512 for at, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,142 @@
+"""Work that a kill does not undo: a folder beside the destination, with a journal of what is finished.
+
+DESTINATION.partial/ holds the journal and whole/, which becomes the destination by one rename. The journal's first line
+says what was asked for; each further line is a source tensor whose outputs are written, with their checksums. A line
+may be torn, and its tensors may not have reached the disk when the machine lost power: a rerun reads them again before
+it believes the line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.manifest import JOURNAL, MANIFEST
+
+SUFFIX, WHOLE = ".partial", "whole"
+_SYNCS = 32  # at once
+
+
+def partial_of(destination: Path) -> Path:
+    """Where unfinished work for a destination lies."""
+    return destination.with_name(destination.name + SUFFIX)
+
+
+class Partial:
+    """Unfinished work for a destination, held by one process at a time; begun, or gone on with if asked for the same.
+
+    Raises: CheckpointError if another process is at it, or it was begun for something else.
+    """
+
+    def __init__(self, destination: Path, asked: Mapping[str, Any]) -> None:
+        self._destination, self.folder = destination, partial_of(destination)
+        self.whole = self.folder / WHOLE
+        self.finished: dict[str, dict[str, str]] = {}
+        if self.folder.exists() and not (self.folder / JOURNAL).is_file() and any(self.folder.iterdir()):
+            raise CheckpointError(
+                f"{self.folder} is in the way and is no unfinished conversion: remove it, or choose another destination"
+            )
+        self.folder.mkdir(exist_ok=True)
+        self._lock = threading.Lock()
+        self._file = open(self.folder / JOURNAL, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CheckpointError(f"{self.folder} is being written by another process: let it end first") from error
+        try:
+            self._read(json.dumps(asked, sort_keys=True))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, asked: str) -> None:
+        self._file.seek(0)
+        first, *lines = self._file.read().split(b"\n")
+        if not lines:  # not even the first line is whole
+            shutil.rmtree(self.whole, ignore_errors=True)
+            self._file.truncate(0)
+            self._file.write(asked.encode() + b"\n")
+        elif first.decode(errors="replace") != asked:
+            raise CheckpointError(
+                f"{self.folder} was begun with {_difference(first, asked)}: ask for the same to go on with it, or "
+                f"remove it to begin anew"
+            )
+        else:
+            good = len(first) + 1
+            for line in lines[:-1]:
+                try:
+                    name, sums = json.loads(line)
+                except (ValueError, TypeError):
+                    break
+                self.finished[name] = dict(sums)
+                good += len(line) + 1
+            self._file.truncate(good)
+        self.whole.mkdir(exist_ok=True)
+
+    def record(self, name: str, sums: Mapping[str, str]) -> None:
+        """The outputs of a source tensor are written."""
+        with self._lock:
+            self._file.write(json.dumps([name, dict(sums)]).encode() + b"\n")
+
+    def publish(self) -> None:
+        """Bring all to the disk, then give it the destination's name. Raises: CheckpointError if that is taken."""
+        sync_tree(self.whole)
+        if os.path.lexists(self._destination):
+            raise CheckpointError(f"destination {self._destination} appeared meanwhile: move it away and run again")
+        self.whole.rename(self._destination)
+        _sync(self._destination.parent)
+        shutil.rmtree(self.folder)
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self._file.close()
+
+
+def end_published(destination: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether a process asked for the same was killed just after it had published; what it left is removed."""
+    folder = partial_of(destination)
+    if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():
+        return False
+    with open(folder / JOURNAL, "rb") as file:
+        if file.readline() != json.dumps(asked, sort_keys=True).encode() + b"\n":
+            return False
+    shutil.rmtree(folder)
+    return True
+
+
+def _difference(begun: bytes, asked: str) -> str:
+    try:
+        before, now = json.loads(begun), json.loads(asked)
+        key = next(key for key in now if before.get(key) != now[key])
+        return "another source" if key == "source" else f"{key}={before.get(key)!r}, this asks for {key}={now[key]!r}"
+    except (ValueError, AttributeError, StopIteration):
+        return "something else"
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder of a tree to the disk."""
+    paths = [Path(at) / name for at, _, files in os.walk(folder) for name in (*files, ".")]
+    with ThreadPoolExecutor(_SYNCS) as workers:  # a file system joins those that come together
+        list(workers.map(_sync, paths))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

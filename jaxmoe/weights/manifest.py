@@ -1,0 +1,146 @@
+"""What a converted checkpoint says of itself: every tensor and every file with its checksum, and one of the manifest.
+
+It is written last, so that a directory that has it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.safetensors_file import read_exactly
+
+MANIFEST = "jaxmoe_manifest.json"
+JOURNAL = "jaxmoe_journal.jsonl"
+KINDS = ("orbax", "hf")
+READ_BYTES = 4 << 20
+_VERSION = 1
+_SUM = re.compile(r"[0-9a-f]{64}")
+_MAX_NAME_BYTES = 240  # of a file's name, with room for suffixes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A tensor: sha256 is of its numbers in C order, little-endian, however they lie. chunk: of its Orbax array."""
+
+    spec: TensorSpec
+    sha256: str
+    chunk: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file: num_bytes in all, sha256 of the first head_bytes of them (all but the tensors of a .safetensors file)."""
+
+    num_bytes: int
+    head_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of it. kind: "orbax" or "hf". options: how it was asked for."""
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
+
+    def dump(self) -> bytes:
+        """The file's bytes: the same for the same content, so that a change anywhere shows."""
+        body: dict[str, Any] = {"jaxmoe_manifest": _VERSION, "kind": self.kind, "options": dict(self.options)}
+        body["files"] = {name: [entry.num_bytes, entry.head_bytes, entry.sha256] for name, entry in self.files.items()}
+        body["tensors"] = {
+            name: {"dtype": entry.spec.dtype, "shape": entry.spec.shape, "sha256": entry.sha256}
+            | ({} if entry.chunk is None else {"chunk": entry.chunk})
+            for name, entry in self.tensors.items()
+        }
+        text = json.dumps(body, ensure_ascii=True, separators=(",", ":"))
+        body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        return (json.dumps(body, ensure_ascii=True, separators=(",", ":")) + "\n").encode()
+
+
+def check_name(name: str) -> str:
+    """A tensor's name as that of a folder. Raises: CheckpointError for one that could leave the directory."""
+    bad = "/" in name or "\\" in name or "\0" in name or name[:1] in ("", ".", "_")
+    if bad or len(name.encode(errors="replace")) > _MAX_NAME_BYTES or not name.isprintable():
+        raise CheckpointError(
+            f"tensor name {name[:80]!r} cannot be that of a folder: it must be printable, of 1 to {_MAX_NAME_BYTES} "
+            f"bytes, without slashes and not begin with a dot or an underscore; rename the tensor"
+        )
+    return name
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory, None where there is none. Raises: CheckpointError if it is not as it was written."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = path.read_bytes()
+        body = json.loads(content)
+        if isinstance(body, dict) and type(version := body.get("jaxmoe_manifest")) is int and version > _VERSION:
+            raise CheckpointError(f"{path} is of version {version}, this jaxmoe reads {_VERSION}: update jaxmoe")
+        found = _parse(body)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError) and MANIFEST in str(error):
+            raise
+        raise _changed(path) from error
+    if found.dump() != content:
+        raise _changed(path)
+    return found
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is not as jaxmoe convert wrote it: corrupt; convert again or fetch it again")
+
+
+def _parse(body: Any) -> Manifest:
+    if body["jaxmoe_manifest"] != _VERSION or body["kind"] not in KINDS:
+        raise ValueError(body["kind"])
+    tensors, files = {}, {}
+    for name, entry in body["tensors"].items():
+        chunk = _sizes(entry["chunk"], least=1) if "chunk" in entry else None
+        spec = TensorSpec(name=check_name(name), dtype=entry["dtype"], shape=_sizes(entry["shape"]))
+        if (body["kind"] == "orbax") != (chunk is not None) or (chunk is not None and len(chunk) != len(spec.shape)):
+            raise ValueError(name)
+        tensors[name] = TensorEntry(spec=spec, sha256=_sum(entry["sha256"]), chunk=chunk)
+    for name, (num_bytes, head_bytes, digest) in body["files"].items():
+        if Path(name).name != name:
+            raise ValueError(name)
+        (total, head) = _sizes([num_bytes, head_bytes])
+        files[name] = FileEntry(num_bytes=total, head_bytes=head, sha256=_sum(digest))
+    return Manifest(kind=body["kind"], options=dict(body["options"]), tensors=tensors, files=files)
+
+
+def _sizes(values: Any, *, least: int = 0) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and value >= least for value in values):
+        raise ValueError(values)
+    return tuple(values)
+
+
+def _sum(value: Any) -> str:
+    if not isinstance(value, str) or not _SUM.fullmatch(value):
+        raise ValueError(value)
+    return value
+
+
+def sum_file(path: Path, head_bytes: int | None = None) -> FileEntry:
+    """The entry of a file: of the whole, or of its first head_bytes. Raises: CheckpointError if it ends earlier."""
+    num_bytes = path.stat().st_size
+    head = num_bytes if head_bytes is None else head_bytes
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, head)))
+    for start in range(0, head, READ_BYTES):
+        part = buffer[: min(READ_BYTES, head - start)]
+        read_exactly(path, start, part, "its checked part")
+        digest.update(part)
+    return FileEntry(num_bytes=num_bytes, head_bytes=head, sha256=digest.hexdigest())

@@ -1,0 +1,137 @@
+"""A checkpoint that is to be converted: everything that can be wrong with it is said before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from jaxmoe.depth import segments
+from jaxmoe.errors import CheckpointError
+from jaxmoe.families import FAMILIES, read_config
+from jaxmoe.mesh import AXES
+from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.weights.checkpoint import INDEX, open_tensors, read_json
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.load import assign_pieces
+from jaxmoe.weights.manifest import MANIFEST, Manifest, check_name, read_manifest
+from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.store import CHECKPOINT, TREE
+
+CONFIG = "config.json"
+_TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_STAY = (INDEX, MANIFEST, TREE, CHECKPOINT, "commit_success.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A checked checkpoint. kind: "hf" or "orbax". side_files travel along; left_behind do not; config_check says
+    whether shapes were held against config.json, or why not."""
+
+    directory: Path
+    kind: str
+    manifest: Manifest | None
+    tensors: Mapping[str, TensorInfo]
+    specs: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+    side_files: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    config_check: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    def fingerprint(self) -> str:
+        """Changes when a file does: names, sizes, times of change, headers and small files."""
+        digest = hashlib.sha256()
+        paths = {tensor.path for tensor in self.tensors.values() if tensor.path.is_file()}
+        names = {path.name for path in paths} | set(self.side_files) | ({MANIFEST} if self.manifest else set())
+        for name in sorted(names):
+            status = os.stat(self.directory / name)
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        for name in sorted(self.specs):
+            tensor = self.tensors[name]
+            spec = self.specs[name]
+            digest.update(json.dumps([name, spec.dtype, spec.shape, tensor.path.name, tensor.start]).encode())
+        return digest.hexdigest()
+
+
+def open_published(
+    directory: Path, *, ignore_config_keys: Iterable[str] = (), check_config: bool = True
+) -> Published:  # fmt: skip
+    """Raises: CheckpointError or ConfigError naming what is missing, cut short, contradictory, unknown or unsafe."""
+    ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
+    files = sorted(path for path in directory.iterdir() if not path.is_dir())
+    for path in files:
+        _check_inside(directory, path)
+    config = read_json(directory / CONFIG)
+    manifest = read_manifest(directory)
+    tensors = open_tensors(directory)
+    if not tensors:
+        raise CheckpointError(f"{directory} holds no tensors: there is nothing to convert")
+    specs = {}
+    for name, tensor in tensors.items():
+        _check_inside(directory, tensor.path)
+        specs[name] = spec = TensorSpec(name=check_name(name), dtype=tensor.dtype_name, shape=tensor.shape)
+        if spec.num_bytes != tensor.num_bytes:
+            raise CheckpointError(
+                f"{tensor.path.name}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs "
+                f"{spec.num_bytes} bytes, has {tensor.num_bytes}: fetch it again"
+            )
+    names = {path.name for path in files} | {MANIFEST, INDEX}
+    if both := sorted(names & set(tensors)):
+        raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
+    side, left = _side_files(directory, files, tensors if manifest and manifest.kind == "orbax" else ())
+    return Published(
+        directory=directory, kind=manifest.kind if manifest else "hf", manifest=manifest, tensors=tensors, specs=specs,
+        config=config, side_files=side, left_behind=left,
+        config_check=_check_config(directory, tensors, config, ignore) if check_config else "not checked",
+    )  # fmt: skip
+
+
+def _check_inside(directory: Path, path: Path) -> None:
+    """Raise a CheckpointError for a link out of the directory. A hub's snapshot may link to the blobs beside it."""
+    if not path.is_symlink():
+        return
+    target, root = path.resolve(), directory.resolve()
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not target.exists():
+        raise CheckpointError(f"{path} is a link to nothing ({os.readlink(path)}): fetch it again")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise CheckpointError(
+            f"{path} is a link that leaves the directory, to {target}: put the file itself there if it is meant"
+        )
+
+
+def _side_files(directory: Path, files: list[Path], tensors: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the files that travel along (configs, tokenizers, licences), and of all else that is no weights."""
+    travel: list[str] = []
+    stay = [f"{path.name}/" for path in directory.iterdir() if path.is_dir() and path.name not in tensors]
+    for path in files:
+        if path.name in _STAY or path.suffix == ".safetensors":
+            continue
+        known = path.suffix.lower() in _TRAVEL or path.name.upper().startswith(_LICENCES)
+        (travel if known and path.name[0] != "." and path.is_file() else stay).append(path.name)
+    return tuple(travel), tuple(sorted(stay))
+
+
+def _check_config(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignore: list[str]) -> str:
+    if raw.get("model_type") not in FAMILIES:
+        return f"not checked: model_type {str(raw.get('model_type'))[:40]!r} is no family known here"
+    if raw.get("quantization_config"):
+        return "not checked: weights are quantised"
+    config = read_config(raw, ignore=ignore)
+    alone = AbstractMesh((1,) * len(AXES), AXES)
+    parts = segments(config, "unroll")
+    sizes = segment_sizes(config, Placement(mesh=alone), parts)  # type: ignore[arg-type]
+    assign_pieces(directory, tensors, config, sizes, parts)
+    return "shapes agree"

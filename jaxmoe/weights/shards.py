@@ -1,0 +1,149 @@
+"""Converted tensors as Hugging Face publishes them: .safetensors files of about 5 GB and an index."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxmoe.weights.checkpoint import INDEX, SINGLE
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.manifest import FileEntry, sum_file
+from jaxmoe.weights.safetensors_file import TensorInfo, read_header
+from jaxmoe.weights.store import write_all
+
+SHARD_BYTES = 5_000_000_000
+UNFINISHED = ".unfinished"  # ends the names of files that have no tensors yet, or not all
+
+
+@dataclass
+class _Shard:
+    """Tensors of one file, the widest numbers first so that all lie aligned."""
+
+    specs: list[TensorSpec] = field(default_factory=list)
+    name: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+    def header(self) -> tuple[bytes, dict[str, int]]:
+        """The file up to its tensors, and where each begins."""
+        fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end, starts = 0, {}
+        for spec in self.specs:
+            starts[spec.name] = end
+            fields[spec.name] = {
+                "dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end + spec.num_bytes],
+            }  # fmt: skip
+            end += spec.num_bytes
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def _plan(specs: Mapping[str, TensorSpec], limit: int) -> list[_Shard]:
+    shards = [_Shard()]
+    filled = 0
+    for spec in specs.values():
+        if shards[-1].specs and filled + spec.num_bytes > limit:
+            shards.append(_Shard())
+            filled = 0
+        shards[-1].specs.append(spec)
+        filled += spec.num_bytes
+    for number, shard in enumerate(shards, 1):
+        shard.specs.sort(key=lambda spec: -spec.itemsize)
+        shard.name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    return shards
+
+
+class _RangeWriter:
+    """Takes a tensor's bytes in order, into its place in a file.
+
+    lock: one thread writes to a file at a time; the kernel lets no more, and those it keeps waiting would spin.
+    """
+
+    def __init__(self, path: Path, start: int, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
+        self._file.seek(start)
+
+    def append(self, part: memoryview) -> None:
+        """The next bytes."""
+        with self._lock:
+            write_all(self._file, part)
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._file.close()
+
+
+class ShardSink:
+    """Where converted tensors become .safetensors files."""
+
+    kind = "hf"
+
+    def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], limit: int = SHARD_BYTES) -> None:
+        self._directory, self._specs = directory, specs
+        self._shards = _plan(specs, limit)
+        self._starts: dict[str, tuple[_Shard, int]] = {}
+        for shard in self._shards:
+            for name, start in shard.header()[1].items():
+                self._starts[name] = shard, start
+        self.chunks: Mapping[str, tuple[int, ...] | None] = dict.fromkeys(specs)
+
+    def disk_bytes(self) -> int:
+        """What it takes on a disk."""
+        return sum(len(shard.header()[0]) + shard.num_bytes for shard in self._shards) + 256 * len(self._specs)
+
+    def _path(self, shard: _Shard) -> Path:
+        whole = self._directory / shard.name
+        return whole if whole.exists() else self._directory / (shard.name + UNFINISHED)
+
+    def create(self) -> None:
+        """Files of the right size, with headers, under names that say they are not finished."""
+        for shard in self._shards:
+            head, _ = shard.header()
+            path = self._path(shard)
+            if path.exists() and path.stat().st_size == len(head) + shard.num_bytes:
+                continue
+            with path.open("wb") as file:
+                file.write(head)
+                file.truncate(len(head) + shard.num_bytes)
+
+    def writer(self, name: str) -> _RangeWriter:
+        """Takes the bytes of a tensor, from its beginning."""
+        shard, start = self._starts[name]
+        return _RangeWriter(self._path(shard), start, shard.lock)
+
+    def written(self, name: str) -> TensorInfo:
+        """A finished tensor."""
+        shard, start = self._starts[name]
+        head = len(shard.header()[0])
+        spec = self._specs[name]
+        offsets = [start - head, start - head + spec.num_bytes]
+        entry = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        return TensorInfo(self._path(shard), name, entry, head, shard.num_bytes)
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Give the files their names, and write the index where there are several; the files' entries."""
+        entries = {}
+        for shard in self._shards:
+            path = self._path(shard)
+            head, _ = shard.header()
+            with path.open("r+b") as file:  # a kill may have come between the file and its header
+                file.write(head)
+            path = path.rename(self._directory / shard.name)
+            read_header(path)
+            entries[shard.name] = sum_file(path, len(head))
+        if len(self._shards) > 1:
+            weight_map = {spec.name: shard.name for shard in self._shards for spec in shard.specs}
+            total = sum(shard.num_bytes for shard in self._shards)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            entries[INDEX] = sum_file(self._directory / INDEX)
+        return entries

@@ -1,0 +1,182 @@
+"""Tensors from one checkpoint into another, a slice at a time, by several threads that share a budget of memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+from jaxmoe.weights.manifest import FileEntry
+from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.transform import Transform
+from jaxmoe.weights.verify import sum_tensor
+
+_SLICE_BYTES = 4 << 20
+_MOST_WORKERS = 16
+
+Sums = dict[str, str]  # sha256 of each output by its name
+
+
+class TensorWriter(Protocol):
+    """Takes a tensor's bytes in order."""
+
+    def append(self, part: memoryview) -> None:
+        """The next bytes."""
+        ...
+
+    def close(self) -> None:
+        """Nothing follows."""
+        ...
+
+
+class Sink(Protocol):
+    """Where converted tensors go: a folder that becomes a checkpoint of one kind."""
+
+    kind: str
+    chunks: Mapping[str, tuple[int, ...] | None]
+
+    def disk_bytes(self) -> int:
+        """What it takes on a disk."""
+        ...
+
+    def create(self) -> None:
+        """Files that must be there first; those that are stay."""
+        ...
+
+    def writer(self, name: str) -> TensorWriter:
+        """Takes the bytes of a tensor, from its beginning."""
+        ...
+
+    def written(self, name: str) -> TensorInfo:
+        """A finished tensor, to be read."""
+        ...
+
+    def finish(self) -> dict[str, FileEntry]:
+        """What makes it a checkpoint; entries of its files."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A source tensor and what is made of it. expected: its sha256, where the source says it."""
+
+    tensor: TensorInfo
+    spec: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    expected: str | None = None
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """finished: what a journal says is written, read again before it is believed. record: told of each unit's sums.
+    on_bytes: told of source bytes done. ram_bytes: by how much resident memory may grow; budget: of buffers."""
+
+    sink: Sink
+    transform: Transform
+    budget: Budget
+    ram_bytes: int
+    finished: Mapping[str, Sums]
+    record: Callable[[str, Sums], None]
+    on_bytes: Callable[[int], None]
+    sums: Sums = field(default_factory=dict)
+    num_resumed: int = 0
+
+    def run(self, units: Sequence[Unit]) -> Sums:
+        """sha256 of every output, once all are written. Raises: what the first thread that failed raised."""
+        self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
+        need = self._need(_SLICE_BYTES)
+        num_workers = max(1, min(_MOST_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
+        source = iter(units)
+        with ThreadPoolExecutor(num_workers) as workers:
+            try:
+                running = [workers.submit(self._work, source) for _ in range(num_workers)]
+                ended, _ = wait(running, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+        for future in ended:
+            future.result()
+        return self.sums
+
+    def _need(self, slice_bytes: int) -> int:
+        """Bytes of buffers while a slice is worked on."""
+        return int(slice_bytes * (1 + self.transform.working_ratio))
+
+    def _work(self, source: Iterator[Unit]) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                unit = next(source, None)
+            if unit is None:
+                return
+            try:
+                sums = self._again(unit) or self._written(unit)
+            except BaseException:
+                self._stop.set()
+                raise
+            with self._lock:
+                self.sums |= sums
+            grown = resident_bytes() - self._resident_before
+            if grown > self.ram_bytes:
+                raise CheckpointError(
+                    f"memory grew by {grown / 2**30:.2f} GiB, --ram-gib is {self.ram_bytes / 2**30:.2f}: raise it and "
+                    f"run the same again"
+                )
+
+    def _again(self, unit: Unit) -> Sums | None:
+        """The sums of a unit that an earlier run has written; None if it has not, or what it wrote is not there."""
+        said = self.finished.get(unit.spec.name)
+        if said is None or set(said) != {output.name for output in unit.outputs}:
+            return None
+        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading what is done"):
+            try:
+                found = {name: sum_tensor(self.sink.written(name), step_bytes=_SLICE_BYTES) for name in said}
+            except CheckpointError:
+                return None
+        if found != said:
+            return None
+        with self._lock:
+            self.num_resumed += 1
+        self.on_bytes(unit.spec.num_bytes)
+        return found
+
+    def _written(self, unit: Unit) -> Sums:
+        digests = [hashlib.sha256() for _ in unit.outputs]
+        step = self._slice_bytes(unit.spec)
+        total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
+        with ExitStack() as stack:
+            stack.enter_context(self.budget.take(self._need(min(step, total)), f"tensor {unit.spec.name!r}"))
+            writers = [stack.enter_context(closing(self.sink.writer(output.name))) for output in unit.outputs]
+            buffer = np.empty(min(step, total), np.uint8)
+            for start in range(0, total, step):
+                if self._stop.is_set():
+                    return {}
+                part = buffer[: min(step, total - start)]
+                unit.tensor.read_bytes(start, memoryview(part))
+                made = self.transform.apply(unit.spec, part.view(dtype))
+                for writer, digest, numbers in zip(writers, digests, made, strict=True):
+                    content = memoryview(numbers.view(np.uint8))
+                    digest.update(content)
+                    writer.append(content)
+                self.on_bytes(len(part))
+        sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
+        if unit.expected is not None and sums[unit.spec.name] != unit.expected:
+            raise CheckpointError(
+                f"tensor {unit.spec.name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
+            )
+        self.record(unit.spec.name, sums)
+        return sums
+
+    def _slice_bytes(self, spec: TensorSpec) -> int:
+        """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
+        granule = self.transform.granule(spec) * spec.itemsize
+        room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
+        return max(1, room // granule) * granule

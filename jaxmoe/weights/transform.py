@@ -1,0 +1,114 @@
+"""What conversion does to tensors on their way: nothing, or another dtype. The place where quantisation joins.
+
+A transform sees a tensor as a stream of slices and gives the next part of each tensor that is made of it, so that none
+need be whole in memory: a block-quantised weight, say, is two outputs, and its granule is one row of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+
+WEIGHTS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Transform(Protocol):
+    """From one published tensor to one or several. The same tensor always gives the same bytes."""
+
+    working_ratio: float
+    """Most bytes that apply holds at once, for each byte of its slice."""
+
+    def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
+        """What is made of a tensor. Raises: CheckpointError for one that it cannot take."""
+        ...
+
+    def granule(self, tensor: TensorSpec) -> int:
+        """Slices begin at multiples of so many numbers."""
+        ...
+
+    def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
+        """The next numbers of every output, flat, from the tensor's next."""
+        ...
+
+    def config(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the result."""
+        ...
+
+
+class AsPublished:
+    """Bits go through, whatever they mean."""
+
+    working_ratio = 0.0
+
+    def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
+        """The tensor itself."""
+        return (tensor,)
+
+    def granule(self, tensor: TensorSpec) -> int:
+        """Any slice will do."""
+        return 1
+
+    def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
+        """The same."""
+        return (numbers,)
+
+    def config(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The same."""
+        return raw
+
+
+class CastFloats(AsPublished):
+    """Plain floating point becomes another; integers and all else stay."""
+
+    working_ratio = 6.0  # float16 by way of float32, the result, and two masks
+
+    def __init__(self, dtype: str) -> None:
+        """dtype: one of WEIGHTS_DTYPES. Raises: CheckpointError for another."""
+        if dtype not in WEIGHTS_DTYPES:
+            raise CheckpointError(f"weights_dtype={dtype!r} must be one of {', '.join(WEIGHTS_DTYPES)}")
+        self._name, self._to = dtype, WEIGHTS_DTYPES[dtype]
+
+    def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
+        """One, of the same name and shape."""
+        dtype = self._to if tensor.dtype in _PLAIN_FLOATS else tensor.dtype
+        return (TensorSpec(name=tensor.name, dtype=dtype, shape=tensor.shape),)
+
+    def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
+        """Rounded to nearest, ties to even. Raises: CheckpointError where a finite number becomes infinite."""
+        if tensor.dtype not in _PLAIN_FLOATS or tensor.dtype == self._to:
+            return (numbers,)
+        with np.errstate(over="ignore"):
+            cast = numbers.astype(DTYPES[self._to].numpy)
+        if self._to == "F16" or tensor.dtype == "F64":
+            lost = np.isinf(cast) & np.isfinite(numbers)
+            if lost.any():
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} holds {float(numbers[lost][0]):.4g}, beyond what {self._name} reaches: "
+                    f"choose float32 or bfloat16"
+                )
+        return (cast,)
+
+    def config(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """With the dtype wherever it is named, and at the top where it is nowhere."""
+        changed = _named(raw, self._name)
+        return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
+
+
+def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    found = dict(raw)
+    for key, value in raw.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            found[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
+            found[key] = _named(value, dtype)
+    return found
+
+
+def _names_dtype(raw: Mapping[str, Any]) -> bool:
+    return any(isinstance(raw.get(key), str) for key in ("dtype", "torch_dtype"))

@@ -1,0 +1,107 @@
+"""Holding a converted checkpoint against its manifest: every byte of every file that was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, Manifest, read_manifest, sum_file
+from jaxmoe.weights.safetensors_file import TensorInfo, read_header
+from jaxmoe.weights.store import array_problems, open_store
+
+_MOST_WORKERS = 8
+
+
+def sum_tensor(
+    tensor: TensorInfo, on_bytes: Callable[[int], None] = lambda num_bytes: None, step_bytes: int = READ_BYTES
+) -> str:  # fmt: skip
+    """sha256 of a tensor's bytes, read so many at a time. Raises: CheckpointError if they end early."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(step_bytes, tensor.num_bytes)))
+    for start in range(0, tensor.num_bytes, step_bytes):
+        part = buffer[: min(step_bytes, tensor.num_bytes - start)]
+        tensor.read_bytes(start, part)
+        digest.update(part)
+        on_bytes(len(part))
+    return digest.hexdigest()
+
+
+def problems(
+    directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:  # fmt: skip
+    """What differs from the manifest, one line each, naming the tensor or file; empty where nothing does.
+
+    Raises: CheckpointError where there is no manifest, or it is itself not as written.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: only what jaxmoe convert wrote can be verified")
+    found = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
+    tensors: Mapping[str, TensorInfo] = {}
+    try:
+        if manifest.kind == "orbax":
+            tensors = open_store(directory, manifest)
+        else:
+            shards = [read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")]
+            tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+    except CheckpointError as error:
+        return [*found, str(error)]
+    total, done = sum(entry.spec.num_bytes for entry in manifest.tensors.values()), 0
+
+    def check(name: str) -> list[str]:
+        return list(_tensor_problems(directory, name, manifest, tensors))
+
+    on_progress(done, total)
+    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+        for name, lines in zip(manifest.tensors, workers.map(check, manifest.tensors), strict=True):
+            found += lines
+            done += manifest.tensors[name].spec.num_bytes
+            on_progress(done, total)
+    return found
+
+
+def check_whole(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Raise a CheckpointError naming what differs from the manifest, if anything does."""
+    if found := problems(directory, on_progress):
+        raise CheckpointError(in_words(directory, found))
+
+
+def in_words(directory: Path, found: list[str]) -> str:
+    """Problems in one line."""
+    more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"{directory} is corrupt: {'; '.join(found[:8])}{more}; convert again or fetch it again"
+
+
+def _file_problems(directory: Path, name: str, manifest: Manifest) -> Iterator[str]:
+    entry, path = manifest.files[name], directory / name
+    try:
+        if (num_bytes := path.stat().st_size) != entry.num_bytes:
+            yield f"file {name} has {num_bytes} bytes instead of {entry.num_bytes}"
+        elif sum_file(path, entry.head_bytes) != entry:
+            yield f"file {name} differs from its checksum"
+    except OSError as error:
+        yield f"file {name}: {error.strerror}"
+
+
+def _tensor_problems(
+    directory: Path, name: str, manifest: Manifest, tensors: Mapping[str, TensorInfo]
+) -> Iterator[str]:  # fmt: skip
+    entry = manifest.tensors[name]
+    if manifest.kind == "orbax" and (found := list(array_problems(directory, name, manifest))):
+        yield from found
+        return
+    if name not in tensors:
+        yield f"tensor {name!r} is missing"
+        return
+    tensor = tensors[name]
+    try:
+        if TensorSpec(name=name, dtype=tensor.dtype_name, shape=tensor.shape) != entry.spec:
+            yield f"tensor {name!r} is {tensor.dtype_name} {list(tensor.shape)}, not as written"
+        elif sum_tensor(tensor) != entry.sha256:
+            yield f"tensor {name!r} differs from its checksum"
+    except CheckpointError as error:
+        yield f"tensor {name!r}: {error}"

@@ -1,0 +1,196 @@
+"""What conversion costs beside cp, how much memory it takes, and what kills do to it.
+
+python -m scripts.bench_convert DIRECTORY [--gb 6] [--ram-gib 1] [--kills 20] [--seed 0]
+
+DIRECTORY needs room for three times the checkpoint; all that is made there is removed. Prints a table and, at the end,
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONVERT = [sys.executable, "-m", "jaxmoe", "convert"]
+D, F, V, C = 2048, 4096, 32000, 128  # width, expert width, vocabulary, head dim
+
+
+def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a Mixtral with 8 experts a layer, by name."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}."
+        found |= {f"{prefix}self_attn.{name}_proj.weight": (D, D) for name in "qo"}
+        found |= {f"{prefix}self_attn.{name}_proj.weight": (4 * C, D) for name in "kv"}
+        found |= {f"{prefix}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        found[f"{prefix}block_sparse_moe.gate.weight"] = (8, D)
+        for expert in range(8):
+            for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
+                found[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+    return found | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+
+
+def write_checkpoint(directory: Path, num_bytes: int, seed: int) -> int:
+    """A Mixtral of random bits of at least num_bytes, one file for every 2 GB; its bytes."""
+
+    def size(layers: int) -> int:
+        return sum(2 * math.prod(shape) for shape in shapes(layers).values())
+
+    layers = next(count for count in range(1, 10_000) if size(count) >= num_bytes)
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "mixtral", "vocab_size": V, "hidden_size": D, "intermediate_size": F, "torch_dtype": "bfloat16",
+        "num_hidden_layers": layers, "num_attention_heads": D // C, "num_key_value_heads": 4, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    rng, weight_map, left = np.random.default_rng(seed), {}, list(shapes(layers).items())
+    count = -(-size(layers) // 2_000_000_000)
+    for number in range(count):
+        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = left[number * len(left) // count : (number + 1) * len(left) // count]
+        header, end = {}, 0
+        for key, shape in part:
+            start, end = end, end + 2 * math.prod(shape)
+            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            weight_map[key] = name
+        text = json.dumps(header).encode()
+        with (directory / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, shape in part:
+                file.write(rng.bytes(2 * math.prod(shape)))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    os.sync()
+    return size(layers)
+
+
+def children_cpu_s() -> float:
+    """Processor seconds of all ended children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(command: list[str]) -> float:
+    """Seconds of a command."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def converted(source: Path, destination: Path, ram_gib: float, *more: str) -> tuple[float, dict[str, Any]]:
+    """Seconds of jaxmoe convert, start to end, and what it reports."""
+    started = time.perf_counter()
+    command = [*CONVERT, str(source), str(destination), "--ram-gib", str(ram_gib), "--json", *more]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, json.loads(done.stdout)
+
+
+def interpreter_bytes() -> int:
+    """Peak resident memory of an interpreter that does nothing."""
+    code = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+    return 1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def kill_and_resume(
+    source: Path, destination: Path, ram_gib: float, seconds: float, kills: int, seed: int
+) -> list[float]:
+    """Run with so many SIGKILLs, each after a random part of `seconds`, then to the end; when each came."""
+    rng, moments = random.Random(seed), []
+    while len(moments) < kills:
+        moment = rng.uniform(0, seconds)
+        command = [*CONVERT, str(source), str(destination), "--ram-gib", str(ram_gib)]
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            running.wait(moment)
+            assert running.returncode == 0, "it failed by itself"
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+            moments.append(moment)
+        if destination.exists():  # it was faster than the kill: begin anew
+            shutil.rmtree(destination)
+    return moments
+
+
+def differing(a: Path, b: Path) -> Iterator[str]:
+    """Files that are not in both trees with the same bytes."""
+    names = [{str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} for root in (a, b)]
+    yield from sorted(names[0] ^ names[1])
+    yield from (name for name in sorted(names[0] & names[1]) if not filecmp.cmp(a / name, b / name, shallow=False))
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Conversion beside cp: time, memory, kills.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--gb", type=float, default=6.0, help="of the checkpoint, in 1e9 bytes")
+    parser.add_argument("--ram-gib", type=float, default=1.0)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    root = asked.directory / "bench_convert"
+    shutil.rmtree(root, ignore_errors=True)
+    source, copy, store, back = (root / name for name in ("source", "copy", "store", "back"))
+    try:
+        num_bytes = write_checkpoint(source, int(asked.gb * 1e9), asked.seed)
+        print(f"checkpoint: {num_bytes / 1e9:.2f} GB", flush=True)
+        rows: dict[str, float] = {}
+        cpu_s = children_cpu_s()
+
+        def row(name: str, seconds: float, note: str = "") -> None:
+            nonlocal cpu_s
+            rows[name], rows[f"{name}, CPU"] = seconds, children_cpu_s() - cpu_s
+            cpu_s = children_cpu_s()
+            used = rows[f"{name}, CPU"]
+            rate = num_bytes / 1e6 / seconds
+            print(f"{name:26} {seconds:6.1f} s {rate:6.0f} MB/s, CPU {used:5.1f} s  {note}", flush=True)
+
+        floor = interpreter_bytes()
+        for turn in ("first", "second"):
+            row(f"cp, {turn}", timed(["cp", "-r", str(source), str(copy)]))
+            row(f"sync after it, {turn}", timed(["sync"]))
+            shutil.rmtree(copy)
+            for name, start, end in (("hf -> orbax", source, store), ("orbax -> hf", store, back)):
+                seconds, report = converted(start, end, asked.ram_gib)
+                over = (report["peak_rss_bytes"] - floor) / 2**20
+                rows[f"{name}, MiB over the interpreter, {turn}"] = over
+                buffers = report["buffer_bytes"] / 2**20
+                row(
+                    f"{name}, {turn}", seconds, f"peak RSS {over:.0f} MiB over the interpreter's, buffers {buffers:.0f}"
+                )
+            row(f"verify orbax, {turn}", timed([*CONVERT, str(store), "--verify"]))
+            shutil.rmtree(back)
+            if turn == "first":
+                shutil.rmtree(store)
+        if asked.kills:
+            seconds = rows["hf -> orbax, second"]
+            moments = kill_and_resume(source, back, asked.ram_gib, seconds, asked.kills, asked.seed)
+            cpu_s = children_cpu_s()
+            last, report = converted(source, back, asked.ram_gib)
+            wrong = list(differing(store, back))
+            row("last run after the kills", last, f"{report['resumed_tensors']} of {report['num_tensors']} were there")
+            when = ", ".join(f"{moment:.1f}" for moment in moments)
+            print(f"{len(moments)} kills after s: {when}; files that differ from an undisturbed run: {wrong or 'none'}")
+            rows["kills"], rows["differing"] = len(moments), len(wrong)
+        print(json.dumps({"num_bytes": num_bytes, **rows}))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Conversion by value: round trips, what travels along, loading the result on other meshes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxmoe import LLM
+from jaxmoe.assets import asset_dir
+from jaxmoe.weights import shards
+from jaxmoe.weights.checkpoint import INDEX
+from jaxmoe.weights.convert import convert
+from jaxmoe.weights.journal import partial_of
+from jaxmoe.weights.manifest import read_manifest
+from jaxmoe.weights.verify import problems
+
+from ..conftest import mesh_of
+from .published import WIDTHS, bytes_of, contents, every_dtype
+
+CASE = "mixtral_window"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return every_dtype(tmp_path / "source")
+
+
+def test_the_embedded_default_comes_back_as_it_was(tmp_path):
+    demo = asset_dir("checkpoints") / "demo"
+    convert(demo, tmp_path / "orbax", mesh="expert=8")
+    convert(tmp_path / "orbax", tmp_path / "hf", verify=True)
+    assert bytes_of(tmp_path / "hf") == bytes_of(tmp_path / "orbax") == bytes_of(demo)
+    manifests = [read_manifest(tmp_path / kind) for kind in ("orbax", "hf")]
+    sums = [{name: entry.sha256 for name, entry in manifest.tensors.items()} for manifest in manifests]
+    assert sums[0] == sums[1]
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for kind in ("orbax", "hf"):
+            assert (tmp_path / kind / name).read_bytes() == (demo / name).read_bytes()
+
+
+def test_every_dtype_both_ways_and_what_travels_along(source, tmp_path):
+    before = contents(source)
+    report = convert(source, tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "again", to="hf")
+    expected = bytes_of(source)
+    assert {dtype for dtype, _, _ in expected.values()} == set(WIDTHS)
+    for kind in ("orbax", "hf", "again"):
+        assert bytes_of(tmp_path / kind) == expected
+        assert problems(tmp_path / kind) == []
+        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (tmp_path / kind / name).read_bytes() == before[name]
+        assert not (tmp_path / kind / "modeling.py").exists()
+        assert not (tmp_path / kind / "training_args.bin").exists()
+    assert report.left_behind == ("modeling.py", "training_args.bin")
+    assert contents(source) == before
+    assert not partial_of(tmp_path / "orbax").exists()
+
+
+def test_several_shards_and_their_index(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.ShardSink.__init__, "__defaults__", (700,))
+    convert(source, tmp_path / "hf", to="hf")
+    index = json.loads((tmp_path / "hf" / INDEX).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(len(content) for *_, content in bytes_of(source).values())
+    assert bytes_of(tmp_path / "hf") == bytes_of(source)
+    from safetensors.numpy import load_file  # as others read it: numpy has no names for some dtypes
+
+    for name in names:
+        header = json.loads((tmp_path / "hf" / name).read_bytes()[8:].split(b"}}")[0] + b"}}")
+        if not {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} & {"F8_E8M0"}:
+            assert load_file(tmp_path / "hf" / name)
+    convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
+    assert bytes_of(tmp_path / "orbax") == bytes_of(source)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2", "tensor=8"])
+def test_a_converted_model_gives_the_same_logits_on_any_mesh(mesh, tiny_dir, tiny_llm, tmp_path):
+    convert(tiny_dir(CASE), tmp_path / "orbax", mesh="expert=3")
+    llm = LLM.load(tmp_path / "orbax", mesh=mesh_of(mesh), dtype="float32", verify=True)
+    prompts = [[1, 2, 3, 4, 5], [7, 8]]
+    np.testing.assert_array_equal(llm.last_logits(prompts), tiny_llm(CASE, mesh).last_logits(prompts))

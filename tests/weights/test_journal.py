@@ -1,0 +1,127 @@
+"""A conversion that was killed goes on where it was and ends the same, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights import convert as convert_module
+from jaxmoe.weights.checkpoint import open_tensors
+from jaxmoe.weights.convert import convert
+from jaxmoe.weights.journal import partial_of
+from jaxmoe.weights.manifest import JOURNAL
+from jaxmoe.weights.source import find_model
+
+from .published import bytes_of, contents, every_dtype
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return every_dtype(tmp_path / "source")
+
+
+def _kill(tmp_path: Path, source: Path, seed: int, num_kills: int, to: str) -> dict[str, int]:
+    flags = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = ["tests.weights.kill_probe", source, tmp_path / "killed", seed, num_kills, to]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], env=flags, capture_output=True, text=True, timeout=280, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "killed") == contents(tmp_path / "killed.whole")
+    assert bytes_of(tmp_path / "killed") == bytes_of(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.whole", "source"]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_killed_and_run_again_it_ends_the_same(to, source, tmp_path):
+    found = _kill(tmp_path, source, seed=1, num_kills=5, to=to)
+    assert found["killed"] >= 3  # steps get fewer as work is kept: some runs end before theirs
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_killed_at_many_points(to, seed, source, tmp_path):
+    assert _kill(tmp_path, source, seed=seed, num_kills=40, to=to)["killed"] >= 20
+
+
+def _stop_after(monkeypatch, num_tensors: int) -> None:
+    """Conversion fails, as for a full disk, once so many tensors are recorded."""
+    record, count = convert_module.Partial.record, [0]
+
+    def stopping(self, name, sums):
+        if count[0] == num_tensors:
+            raise OSError(28, "No space left on device", str(self.whole))
+        count[0] += 1
+        record(self, name, sums)
+
+    monkeypatch.setattr(convert_module.Partial, "record", stopping)
+
+
+def test_what_is_done_is_not_written_again(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 9)
+        with pytest.raises(CheckpointError, match=r"No space left on device; .* is kept in orbax.partial"):
+            convert(source, tmp_path / "orbax")
+    partial = partial_of(tmp_path / "orbax")
+    with pytest.raises(CheckpointError, match="is an unfinished conversion: run the same"):
+        find_model(partial)
+    with pytest.raises(CheckpointError):
+        open_tensors(partial / "whole")
+    lines = (partial / JOURNAL).read_text().splitlines()
+    done = [json.loads(line)[0] for line in lines[1:]]
+    assert len(done) == 9
+    times = {path: path.stat().st_mtime_ns for name in done for path in (partial / "whole" / name).iterdir()}
+    report = convert(source, tmp_path / "orbax")
+    assert report.resumed_tensors == 9
+    for path, time in times.items():
+        assert (tmp_path / "orbax" / path.relative_to(partial / "whole")).stat().st_mtime_ns == time
+    assert bytes_of(tmp_path / "orbax") == bytes_of(source)
+
+
+def test_what_a_journal_says_is_read_before_it_is_believed(source, tmp_path, monkeypatch):
+    """As after a power cut that took what had not reached the disk."""
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 9)
+        with pytest.raises(CheckpointError):
+            convert(source, tmp_path / "orbax")
+    journal = partial_of(tmp_path / "orbax") / JOURNAL
+    first, second = (json.loads(line)[0] for line in journal.read_text().splitlines()[1:3])
+    for chunk in (journal.parent / "whole" / first).glob("[0-9]*"):
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    shutil.rmtree(journal.parent / "whole" / second)
+    journal.write_bytes(journal.read_bytes() + b'["torn", {"to')
+    assert convert(source, tmp_path / "orbax").resumed_tensors in (7, 8)  # 8 where the first was empty
+    assert bytes_of(tmp_path / "orbax") == bytes_of(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mesh": "tensor=8"}, "mesh_devices=1, this asks for mesh_devices=8"),
+        ({"weights_dtype": "float32"}, "weights_dtype=None"),
+        ({"to": "hf"}, "to='orbax', this asks for to='hf'"),
+        (None, "another source"),
+    ],
+)
+def test_other_work_is_not_gone_on_with(options, words, source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 3)
+        with pytest.raises(CheckpointError):
+            convert(source, tmp_path / "orbax")
+    if options is None:
+        os.utime(source / "model.safetensors", ns=(1, 1))
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=f"was begun with {words}"):
+        convert(source, tmp_path / "orbax", **(options or {}))
+    assert contents(tmp_path) == before

@@ -1,0 +1,90 @@
+"""Other dtypes, and the place where quantisation joins."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmoe import LLM
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights import convert as convert_module
+from jaxmoe.weights import transform
+from jaxmoe.weights.convert import convert
+from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+from jaxmoe.weights.verify import problems
+
+from ..conftest import mesh_of
+from .published import Tensor, bytes_of, write_published
+
+CASE = "mixtral_window"
+
+NUMBERS = np.array([0.1, -3.0, 65504.0, 1e-30, np.inf, -0.0, 1 / 3, np.nan], np.float32)
+
+
+@pytest.mark.parametrize("to", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_plain_floats_become_another_dtype(dtype, to, tmp_path):
+    numbers = NUMBERS.astype(DTYPES[dtype].numpy)
+    if dtype == "BF16":
+        numbers[2] = 1.0  # 65504 rounds up to what float16 does not reach
+    tensors: dict[str, Tensor] = {"x": (dtype, (2, 4), numbers.tobytes()), "n": ("I32", (2,), bytes(range(8)))}
+    source = write_published(tmp_path / "source", tensors, torch_dtype="float64", text_config={"dtype": "float64"})
+    convert(source, tmp_path / "out", weights_dtype=to)
+    found = bytes_of(tmp_path / "out")
+    wanted = {
+        "float32": np.dtype(np.float32),
+        "bfloat16": np.dtype(ml_dtypes.bfloat16),
+        "float16": np.dtype(np.float16),
+    }[to]
+    assert found["n"] == ("I32", (2,), bytes(range(8)))
+    assert found["x"][:2] == (transform.WEIGHTS_DTYPES[to], (2, 4))
+    expected = numbers.astype(np.float32).astype(wanted).astype(np.float32)
+    np.testing.assert_array_equal(np.frombuffer(found["x"][2], wanted).astype(np.float32), expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["text_config"]) == (to, {"dtype": to})
+    assert problems(tmp_path / "out") == []
+
+
+def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
+    convert(tiny_dir(CASE), tmp_path / "out", weights_dtype="float16")
+    assert LLM.load(tmp_path / "out", mesh=mesh_of("data=1")).config.dtype == "float16"
+
+
+def test_numbers_out_of_reach_are_said(tmp_path):
+    large = np.array([1.0, 70000.0], np.float32)
+    source = write_published(tmp_path / "source", {"x": ("F32", (2,), large.tobytes())})
+    with pytest.raises(CheckpointError, match=r"tensor 'x' holds 7e\+04, beyond what float16 reaches"):
+        convert(source, tmp_path / "out", weights_dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+class _Blocks(transform.AsPublished):
+    """A stand-in for quantisation: rows of 4 become their sums beside a weight of one byte."""
+
+    working_ratio = 1.0
+
+    def outputs(self, tensor):
+        rows, columns = tensor.shape
+        scale = TensorSpec(name=f"{tensor.name}_scale", dtype="F32", shape=(rows // 4,))
+        return TensorSpec(name=tensor.name, dtype="I8", shape=(rows, columns)), scale
+
+    def granule(self, tensor):
+        return 4 * tensor.shape[1]
+
+    def apply(self, tensor, numbers):
+        return numbers.astype(np.int8), numbers.reshape(-1, self.granule(tensor)).sum(axis=1)
+
+
+def test_a_transform_may_give_several_tensors(tmp_path, monkeypatch):
+    """The place where quantisation joins: slices of whole granules, streamed to several outputs."""
+    values = np.random.default_rng(0).integers(-9, 9, (40, 6)).astype(np.float32)
+    source = write_published(tmp_path / "source", {"w": ("F32", (40, 6), values.tobytes())})
+    monkeypatch.setattr(convert_module, "AsPublished", _Blocks)
+    monkeypatch.setattr("jaxmoe.weights.stream._SLICE_BYTES", 2 * 4 * 6 * 4 + 5)
+    convert(source, tmp_path / "out")
+    found = bytes_of(tmp_path / "out")
+    assert found["w"] == ("I8", (40, 6), values.astype(np.int8).tobytes())
+    assert found["w_scale"] == ("F32", (10,), values.reshape(10, -1).sum(axis=1).tobytes())
