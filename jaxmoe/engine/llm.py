@@ -89,8 +89,8 @@ class LLM:
         layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
         layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
-        them in order. verify: hold a converted checkpoint against its checksums first (reads it once more). on_progress
-        is told (bytes of parameters filled, bytes in all) as files are read.
+        them in order. verify: hold a converted checkpoint against its checksums first (reads it once more).
+        on_progress is told (bytes of parameters filled, bytes in all) as files are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
