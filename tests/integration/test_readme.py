@@ -61,6 +61,8 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         assert "placements give what one device gives" in out
     elif " inspect" in command:
         assert "prefill and decode say what was planned and nothing else" in out
+    elif " info" in command:
+        assert "5,453,184" in out
     elif " balance" in command:
         assert "8 experts at 12 places on 4 ranks; balancedness" in out
         assert "after" in out
