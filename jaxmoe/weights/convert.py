@@ -12,22 +12,25 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
+from jaxmoe.families.quantised import read_published
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.dequantise import Made, plain_tensors
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
 from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
 from jaxmoe.weights.published import CONFIG, Published, open_published
+from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
-from jaxmoe.weights.transform import AsPublished, CastFloats, Transform
+from jaxmoe.weights.transform import QUANTISATION, AsPublished, CastFloats, Transform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0
@@ -70,9 +73,10 @@ def convert(
     """Write the checkpoint in source (a directory) as another, of kind `to`: "orbax" or "hf"; by default the other one.
 
     mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
-    weights_dtype: float32, bfloat16 or float16 for all plain floating point; None keeps every bit. ram_gib: memory this
-    may take beyond what the process had. verify: hold the source, if it was converted, against its checksums first, and
-    read the result again. on_progress is told (source bytes done, bytes in all), by any thread, one at a time.
+    weights_dtype: float32, bfloat16 or float16 for all plain floating point, and for what is quantised, which is then
+    held by value; None keeps every bit. ram_gib: memory this may take beyond what the process had. verify: hold the
+    source, if it was converted, against its checksums first, and read the result again. on_progress is told (source
+    bytes done, bytes in all), by any thread, one at a time.
     Run again after a kill, with the same options, it goes on from DESTINATION.partial.
 
     Raises: CheckpointError, ConfigError, MeshError; all of the input is checked before anything is written.
@@ -84,17 +88,12 @@ def convert(
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
     published = open_published(source, ignore_config_keys=ignore_config_keys)
-    if weights_dtype is not None and published.config.get("quantization_config"):
-        raise CheckpointError(
-            f"{source / CONFIG} has quantization_config: weights_dtype={weights_dtype} converts plain numbers alone; "
-            f"leave it out to keep the weights as they are"
-        )
     kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
     options = {"to": kind, "mesh_devices": num_shares if kind == "orbax" else 1, "weights_dtype": weights_dtype}
     destination = Path(os.path.abspath(destination))
     job = _Job(published=published, destination=destination, options=options, transform=transform, budget=budget)
     if end_published(destination, job.asked):
-        num_resumed = len(published.tensors)
+        num_resumed = len(job.outputs)
     else:
         _check_destination(published, destination)
         if verify and published.manifest is not None:
@@ -140,10 +139,10 @@ class _Job:
         sums = published.manifest.tensors if published.manifest and type(transform) is AsPublished else {}
         self._units = [
             Unit(
-                tensor=published.tensors[name], spec=spec, outputs=transform.outputs(spec),
-                expected=sums[name].sha256 if name in sums else None,
+                tensor=tensor, spec=spec, outputs=transform.outputs(spec),
+                expected=sums[spec.name].sha256 if spec.name in sums else None,
             )
-            for name, spec in published.specs.items()
+            for tensor, spec in _sources(published, plain=options["weights_dtype"] is not None)
         ]  # fmt: skip
         self.outputs: dict[str, TensorSpec] = {}
         for unit in self._units:
@@ -228,6 +227,16 @@ class _Job:
                 f"destination {self._destination} needs {needed / 2**30:.3f} GiB more and its disk has "
                 f"{free / 2**30:.3f} GiB free: make room, or choose another disk"
             )
+
+
+def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:
+    """The tensors to convert; plain: values in place of numbers and scales. Raises: CheckpointError, ConfigError."""
+    how = read_published(published.config.get(QUANTISATION)) if plain else None
+    if how is None:
+        yield from ((published.tensors[name], spec) for name, spec in published.specs.items())
+        return
+    for tensor in plain_tensors(published.tensors, how):
+        yield tensor, tensor.spec if isinstance(tensor, Made) else published.specs[tensor.name]
 
 
 def _allocated_bytes(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.dequantise import Made
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.manifest import FileEntry
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -70,10 +72,20 @@ class Sink(Protocol):
 class Unit:
     """A source tensor and what is made of it. expected: its sha256, where the source says it."""
 
-    tensor: TensorInfo
+    tensor: TensorInfo | Made
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
     expected: str | None = None
+
+    @property
+    def granule(self) -> int:
+        """Slices begin at multiples of so many numbers."""
+        return self.tensor.row_numbers if isinstance(self.tensor, Made) else 1
+
+    def source_bytes(self, num_bytes: int) -> int:
+        """Bytes of files that so many of the tensor's come from, as near as a progress bar needs."""
+        made = self.tensor
+        return num_bytes * made.source_bytes // made.num_bytes if isinstance(made, Made) else num_bytes
 
 
 @dataclass(kw_only=True)
@@ -145,12 +157,12 @@ class Stream:
             return None
         with self._lock:
             self.num_resumed += 1
-        self.on_bytes(unit.spec.num_bytes)
+        self.on_bytes(unit.source_bytes(unit.spec.num_bytes))
         return found
 
     def _written(self, unit: Unit) -> Sums:
         digests = [hashlib.sha256() for _ in unit.outputs]
-        step = self._slice_bytes(unit.spec)
+        step = self._slice_bytes(unit)
         total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
         with ExitStack() as stack:
             stack.enter_context(self.budget.take(self._need(min(step, total)), f"tensor {unit.spec.name!r}"))
@@ -166,7 +178,7 @@ class Stream:
                     content = memoryview(numbers.view(np.uint8))
                     digest.update(content)
                     writer.append(content)
-                self.on_bytes(len(part))
+                self.on_bytes(unit.source_bytes(len(part)))
         sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
         if unit.expected is not None and sums[unit.spec.name] != unit.expected:
             raise CheckpointError(
@@ -175,8 +187,8 @@ class Stream:
         self.record(unit.spec.name, sums)
         return sums
 
-    def _slice_bytes(self, spec: TensorSpec) -> int:
+    def _slice_bytes(self, unit: Unit) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
-        granule = self.transform.granule(spec) * spec.itemsize
+        granule = math.lcm(self.transform.granule(unit.spec), unit.granule) * unit.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule

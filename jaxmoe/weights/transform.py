@@ -15,6 +15,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 
 WEIGHTS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+QUANTISATION = "quantization_config"
 _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -95,7 +96,8 @@ class CastFloats(AsPublished):
         return (cast,)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """With the dtype wherever it is named, and at the top where it is nowhere."""
+        """With the dtype wherever it is named, and at the top where it is nowhere; nothing is quantised any more."""
+        raw = {key: value for key, value in raw.items() if key != QUANTISATION}
         changed = _named(raw, self._name)
         return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
 
@@ -105,7 +107,7 @@ def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     for key, value in raw.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             found[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
+        elif isinstance(value, dict) and key.endswith("_config") and key != QUANTISATION:
             found[key] = _named(value, dtype)
     return found
 

@@ -63,7 +63,7 @@ def mxfp4(key: str, w: np.ndarray) -> Written:
     plain, w = w, w.swapaxes(-1, -2) if w.ndim == 3 else w
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     groups = w.reshape(*w.shape[:-1], -1, 32)
-    exponents = np.frexp(np.abs(groups).max(axis=-1))[1] - 2  # exact: a logarithm's last bit may vary from call to call
+    exponents = np.frexp(np.abs(groups).max(axis=-1))[1] - 2
     shrunk = np.clip(groups / 2.0 ** exponents[..., None], -6, 6)
     near = np.abs(shrunk[..., None] - np.array(E2M1)).argmin(axis=-1)
     near = np.where((near == 0) & (rng.random(near.shape) < 0.5), 8, near)  # some zeros are negative
@@ -139,5 +139,6 @@ def write_quantised(
     directory.mkdir(parents=True, exist_ok=True)
     settings = case.config if plain else case.config | {"quantization_config": config | (keys or {})}
     (directory / "config.json").write_text(json.dumps(settings))
-    save_file(values if plain else tensors, directory / "model.safetensors")
+    chosen = values if plain else tensors  # save_file writes memory as it lies
+    save_file({key: np.ascontiguousarray(value) for key, value in chosen.items()}, directory / "model.safetensors")
     return values

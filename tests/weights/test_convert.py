@@ -11,8 +11,9 @@ import pytest
 
 from jaxmoe import LLM
 from jaxmoe.assets import asset_dir
+from jaxmoe.errors import CheckpointError
 from jaxmoe.weights import shards
-from jaxmoe.weights.checkpoint import INDEX
+from jaxmoe.weights.checkpoint import INDEX, open_tensors
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.journal import partial_of
 from jaxmoe.weights.manifest import read_manifest
@@ -88,6 +89,38 @@ def test_a_converted_model_gives_the_same_logits_on_any_mesh(mesh, tiny_dir, tin
     llm = LLM.load(tmp_path / "orbax", mesh=mesh_of(mesh), dtype="float32", verify=True)
     prompts = [[1, 2, 3, 4, 5], [7, 8]]
     np.testing.assert_array_equal(llm.last_logits(prompts), tiny_llm(CASE, mesh).last_logits(prompts))
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window"), ("int8-channel", "qwen3_moe_norm"),
+        ("fp8-channel", "llama_llama3"),
+    ],
+)  # fmt: skip
+def test_quantised_checkpoints_become_plain_ones(form, name, to, tmp_path):
+    """Of the values that their format defines, tensor by tensor, and of the names that plain ones have."""
+    case = CASES_BY_NAME[name]
+    sizes = {"hidden_size": 96, "intermediate_size": 160} if form == "mxfp4" else {}
+    case = replace(case, config=case.config | sizes)
+    values = write_quantised(case, form, tmp_path / "quantised")
+    convert(tmp_path / "quantised", tmp_path / "plain", to=to, weights_dtype="float32", ram_gib=1, verify=True)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["torch_dtype"] == "float32"
+    found = open_tensors(tmp_path / "plain")
+    assert found.keys() == values.keys()
+    for key, value in values.items():
+        np.testing.assert_array_equal(found[key].read_rows(0, value.shape[0]), value.astype(np.float32), err_msg=key)
+
+
+def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
+    drop = lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight_scale_inv")  # noqa: E731
+    write_quantised(CASES_BY_NAME["llama_llama3"], "fp8", tmp_path / "hf", change=drop)
+    with pytest.raises(CheckpointError, match=r"o_proj.weight_scale_inv"):
+        convert(tmp_path / "hf", tmp_path / "plain", weights_dtype="bfloat16")
+    assert not (tmp_path / "plain").exists()
 
 
 @pytest.mark.parametrize(("form", "case"), [("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window")])
