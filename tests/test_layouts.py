@@ -102,7 +102,7 @@ LAYOUT_MESHES = [
         "data=2,tensor=2,expert=2",
     ),
 ]
-LONGER = (1, 5, 6, 8, 13, 16, 17)  # like others that are run
+LONGER = (1, 3, 4, 5, 6, 8, 13, 14, 16, 17)  # like others that are run
 # Every layout with one kind of model; all with all in the sweep.
 ONE_EACH = [
     pytest.param(
@@ -111,9 +111,14 @@ ONE_EACH = [
     for number, (layout, mesh) in enumerate(LAYOUT_MESHES)
     for at, name in enumerate(CASES)
 ]
+FRONTIER = [
+    pytest.param(name, layout, mesh, marks=pytest.mark.sweep)
+    for name in ("deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout", "glm4_moe_norm")
+    for layout, mesh in LAYOUT_MESHES
+]
 
 
-@pytest.mark.parametrize(("name", "layout", "mesh"), ONE_EACH)
+@pytest.mark.parametrize(("name", "layout", "mesh"), ONE_EACH + FRONTIER)
 def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name, layout, mesh, changed_dir):
     directory = changed_dir(name, num_hidden_layers=4)
     one = _one_device(directory)

@@ -27,12 +27,12 @@ def test_one_device(name, tiny_llm):
     assert_agrees(tiny_llm(name, ONE_DEVICE), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
 
 
-# Every family on a mesh that mixes the axes, and on two or three of the others in turn; on all in the sweep.
+# Every family on a mesh that mixes the axes, and on one or two of the others in turn; on all in the sweep.
 IN_TURN = [
     pytest.param(name, mesh, marks=[pytest.mark.optimised] if mesh == MIXED_MESHES[0] else [])
     for family, name in enumerate(QUICK)
     for number, mesh in enumerate(MESHES_OF_8)
-    if mesh == MIXED_MESHES[0] or (family + number) % 4 == 0
+    if mesh == MIXED_MESHES[0] or (family + number) % 7 == 0
 ]
 
 
@@ -41,8 +41,8 @@ def test_a_case_of_every_family_on_meshes_in_turn(name, mesh, tiny_llm):
     assert_agrees(tiny_llm(name, mesh), CASES_BY_NAME[name], load_golden(CASES_BY_NAME[name]))
 
 
-@pytest.mark.parametrize("index", [index for index, name in enumerate(NAMES) if name not in QUICK])
-def test_every_other_case_on_a_mesh_in_turn(index, tiny_llm):
+@pytest.mark.parametrize("index", [index for index, name in enumerate(NAMES) if name not in QUICK][::2])
+def test_every_second_of_the_other_cases_on_a_mesh_in_turn(index, tiny_llm):
     case = CASES[index]
     assert_agrees(tiny_llm(case.name, MIXED_MESHES[index % len(MIXED_MESHES)], XLA), case, load_golden(case))
 

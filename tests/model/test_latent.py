@@ -34,25 +34,36 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
     sizes, kernels = array_sizes(config, place), Kernels()
     make = Maker(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
     block = LatentAttention(config, sizes, place, kernels, 0, make=make, init=normal(0.3))
+    graph, weights = nnx.split(block)
     x = jax.random.normal(jax.random.key(1), (LENGTH, config.hidden_size))
 
+    @jax.jit
+    def scored(weights, x):
+        return nnx.merge(graph, weights)(x[None], 0, seen(0, (1, LENGTH), CausalAttend()), None, "token")[0][0]
+
+    @jax.jit
+    def over_pages(weights, x, kept, first):
+        count = len(x)
+        section = Section(
+            num_tokens=count, rows=None, positions=jnp.full((1, 1), first), counts=jnp.full((1, 1), count, jnp.int32)
+        )
+        told = seen(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [section], "loop"))
+        y, kept = nnx.merge(graph, weights)(x[:, None], 0, told, kept, "token")
+        return y[:, 0], kept
+
     def seen(first: int, rows: tuple[int, int], attend) -> Seen:
-        positions = jnp.arange(first, first + rows[0] * rows[1], dtype=jnp.int32).reshape(rows)
+        positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
         turn = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
         return Seen(*turn, real_tokens(positions >= 0, positions, place, count=False), attend)
 
-    plain, _ = block(x[None], 0, seen(0, (1, LENGTH), CausalAttend()), None, "token")
+    plain = scored(weights, x)
     ((kept,),) = empty_pages(
         config, [sizes], segments(config, "scan")[:1], num_pages=8, page_size=PAGE_SIZE, dtype="float32"
     )
     assert len(kept) == 1  # a latent, no values
-    table, first, found = jnp.arange(8)[None, None], 0, []
+    first, found = 0, []
     for count in (1, 9, 13):
-        section = Section(
-            num_tokens=count, rows=None, positions=jnp.array([[first]]), counts=jnp.array([[count]], jnp.int32)
-        )
-        told = seen(first, (count, 1), PagedAttend(table, [section], "loop"))
-        y, kept = block(x[first : first + count, None], 0, told, kept, "token")
-        found.append(y[:, 0])
+        y, kept = over_pages(weights, x[first : first + count], kept, jnp.int32(first))
+        found.append(y)
         first += count
-    np.testing.assert_allclose(jnp.concatenate(found), plain[0], atol=2e-5)
+    np.testing.assert_allclose(jnp.concatenate(found), plain, atol=2e-5)
