@@ -21,7 +21,7 @@ Points = tuple[tuple[float, float], ...]
 
 _GIB = 1 << 30
 # The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
-_HBM, _COMPUTE, _LINK = 0.8, 0.7, 0.8
+_HBM, _COMPUTE, _LINK = 0.8, 0.6, 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Hardware:
     torus_dims: int = 3
     nodes: int = 1
     latency_us: float = 6.0
-    scale_out_latency_us: float = 25.0
+    scale_out_latency_us: float = 30.0
     dollars_an_hour: float | None = None
     attained: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     collectives: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,0 +1,303 @@
+"""How long a step takes: a roofline of every kind of layer, launches, and collectives on the links they ride.
+
+No constant here belongs to a model. What belongs to hardware stands in its file; what belongs to programs stands
+below, with where it comes from; docs/planner.md holds it against published measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.links import Group, Links, group_of
+from jaxmoe.planner.memory import Block, Held
+from jaxmoe.planner.parameters import Parameter
+from jaxmoe.planner.sizes import Part
+from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
+
+# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory.
+# XLA's programs for TPUs are one launch.
+LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 3e-6, "tpu": 0.5e-6, "cpu": 2e-6}
+# Kernels of a layer's parts, as tuned programs fuse them.
+_KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
+# Products grouped by expert, and reading such experts, attain about half of what one large product does: rows of an
+# expert do not fill tiles. Calibrated on all rows of MoEs in docs/planner.md together.
+_GROUPED = 0.5
+# Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
+SKEW = 0.5
+# Groups in which a pipeline's prefill passes the stages, for each stage (engine/runner.py).
+_MICRO_BATCHES = 4
+_MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
+_RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
+_MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one rank of the batch does in a step. decode: requests that take a token; prefill: tokens of prompts.
+    context: tokens cached of a decoding request; prompt: mean tokens that a prompt's token attends to."""
+
+    decode: float
+    prefill: float
+    context: float
+    prompt: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """In all."""
+        return self.decode + self.prefill
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one step, by what binds: products, memory, links of a fast fabric, links between those, launches, stages that
+    wait."""
+
+    compute: float = 0.0
+    memory: float = 0.0
+    link: float = 0.0
+    scale_out: float = 0.0
+    launch: float = 0.0
+    bubble: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.compute + self.memory + self.link + self.scale_out + self.launch + self.bubble
+
+    def mixed(self, share: float, other: Seconds, rest: float) -> Seconds:
+        """So much of this and so much of another."""
+        return Seconds(*(
+            share * one + rest * two for one, two in zip(self.parts().values(), other.parts().values(), strict=True)
+        ))  # fmt: skip
+
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {
+            "compute": self.compute, "memory": self.memory, "link": self.link, "scale_out": self.scale_out,
+            "launch": self.launch, "bubble": self.bubble,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Matrices that every token meets: products a token, bytes read once, bytes moved a token."""
+
+    flops: float
+    num_bytes: float
+    moved: float
+    rate: float
+    kernels: int
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Of one device: experts it holds, products and bytes moved for a token that came to one of them, bytes of one
+    expert; reach: tokens of how many ranks may come, and how many devices share those out."""
+
+    held: int
+    flops: float
+    moved: float
+    num_bytes: float
+    reach: float
+    parts: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Layers of one kind on one device."""
+
+    count: int
+    dense: tuple[_Dense, ...]
+    experts: _Experts | None
+    decode_flops: float  # a decoded token and a token it attends to
+    prefill_flops: float
+    kv_bytes: float
+    window: float
+    chunk: float
+
+    def seen(self, context: float) -> float:
+        """Cached tokens that a query attends to."""
+        return min(context, self.window, self.chunk)
+
+
+class StepCost:
+    """Prices steps of a model on a placement of some hardware."""
+
+    def __init__(self, held: Held, hardware: Hardware, *, dispatch: str = "all_to_all", skew: float = SKEW) -> None:
+        self.held, self.hardware, self.dispatch = held, hardware, dispatch
+        self.config, self.placement = held.config, held.placement
+        self._shape = dict(self.placement.mesh.shape)
+        self.links = Links(hardware, devices=math.prod(self._shape.values()))
+        self.num_stages = self.placement.num_stages
+        self._launch = LAUNCH_SECONDS[hardware.platform]
+        self._bandwidth = hardware.bytes_a_second
+        self._plain_rate = hardware.flops_a_second("bf16")
+        self._context_ranks = self.placement.parts("page_token")
+        moe = self.config.moe
+        ranks = max(block.place.parts("moe_expert") for block in held.blocks)
+        self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
+        self._layers = [self._layer(block) for block in held.blocks]
+
+    # --- what layers are, once a placement ---
+
+    def _rate(self, part: Part) -> float:
+        """Products a second with a part's matrices: in their own dtype where the hardware has such products."""
+        format = self.config.quantisation.format if self.config.quantisation else None
+        if format is None or part == "router":
+            return self._plain_rate
+        fast = format.dtype == "mxfp4" and "fp4" in self.hardware.tflops
+        return self.hardware.flops_a_second("fp8" if fast else _RATES[format.dtype])
+
+    def _layer(self, block: Block) -> _Layer:
+        config, place = self.config, block.place
+        heads = block.sizes.kv_slots // place.parts("kv_head") * block.sizes.group_slots
+        mla, window, chunk = config.mla, config.sliding_windows[block.layer], config.chunk(block.layer)
+        decode = 2 * config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank
+        prefill = 2 * config.head_dim if mla is None else config.head_dim + mla.v_head_dim
+        return _Layer(
+            count=block.run, dense=tuple(self._dense(block, part) for part in _MATRICES if block.bytes_of(part)),
+            experts=self._experts(block) if config.moe_layers[block.layer] else None,
+            decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
+            window=math.inf if window is None else window, chunk=math.inf if chunk is None else chunk / 2,
+        )  # fmt: skip
+
+    def _dense(self, block: Block, part: Part) -> _Dense:
+        matrices = [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
+        numbers = sum(_numbers(one, block) for one in matrices)
+        wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
+        moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
+        return _Dense(2 * numbers, block.bytes_of(part), moved, self._rate(part), _KERNELS[part])
+
+    def _experts(self, block: Block) -> _Experts:
+        place, width = block.place, self.config.hidden_size
+        parts = place.parts("moe_expert")
+        held = block.sizes.moe_experts // parts
+        numbers = sum(_numbers(one, block) for one, _ in block.params if one.part == "experts" and one.lead) / held
+        moved = (2 * width + 2 * numbers / width) * self.held.itemsize
+        reach = place.size(place.exchanged("token")) / self._context_ranks
+        return _Experts(held, 2 * numbers, moved, block.bytes_of("experts") / held, reach, parts)
+
+    # --- what a step takes ---
+
+    def seconds(self, rows: Rows) -> Seconds:
+        """Of one step of one turn. Stages of a pipeline share its rows out in as many groups as there are stages, each
+        of which passes all of them meanwhile; with prompts the stages fill and empty in every step."""
+        stages = self.num_stages
+        each = Rows(rows.decode / stages, rows.prefill / stages, rows.context, rows.prompt)
+        found = [0.0, 0.0, 0.0]  # compute, memory, launch
+        self._outside(each, found)
+        for layer in self._layers:
+            one = [0.0, 0.0, 0.0]
+            self._attend(layer, each, one)
+            for dense in layer.dense:
+                tokens = each.tokens / self._context_ranks
+                moved = dense.num_bytes + dense.moved * tokens
+                self._pass(one, dense.flops * tokens, dense.rate, moved, dense.kernels)
+            if layer.experts is not None:
+                self._meet_experts(layer.experts, each, one)
+            for at, seconds in enumerate(one):
+                found[at] += layer.count * seconds
+        link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
+        compute, memory, launch = found
+        bubble = 0.0
+        if rows.prefill and stages > 1:
+            groups = _MICRO_BATCHES * stages * self.placement.chunks
+            bubble = (compute + memory + link + out + launch) * (stages - 1) / groups
+        return Seconds(compute, memory, link, out, launch, bubble)
+
+    def _pass(self, found: list[float], flops: float, rate: float, num_bytes: float, kernels: int) -> None:
+        """Adds work whose products and whose passes over memory overlap: what takes longer binds."""
+        compute, memory = flops / rate, num_bytes / self._bandwidth
+        found[compute <= memory] += max(compute, memory)
+        found[2] += kernels * self._launch
+
+    def _outside(self, rows: Rows, found: list[float]) -> None:
+        """Embedding and head; logits of the rows that draw."""
+        width, item = self.config.hidden_size, self.held.itemsize
+        vocab = self._vocab / self.placement.seen("beside").parts("vocab")
+        moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
+        self._pass(found, 2 * vocab * width * rows.decode, self._plain_rate, moved, 4)
+
+    @cached_property
+    def _vocab(self) -> int:
+        return self.held.outer[0][0].dims["vocab"]
+
+    def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
+        """Over cached keys and values, and among a prompt's own."""
+        met = rows.decode * layer.seen(rows.context) / self._context_ranks
+        self._pass(found, met * layer.decode_flops, self._plain_rate, met * layer.kv_bytes, 2)
+        if rows.prefill:
+            met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
+            self._pass(found, met * layer.prefill_flops, self._plain_rate, 0.0, 1)
+
+    def _meet_experts(self, experts: _Experts, rows: Rows, found: list[float]) -> None:
+        """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
+        moe = self.config.moe
+        assert moe is not None
+        tokens = rows.tokens * experts.reach
+        chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
+        active = experts.held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
+        moved = experts.num_bytes * active + experts.moved * chosen
+        rate = self._rate("experts")
+        self._pass(found, experts.flops * chosen / _GROUPED, rate, moved / _GROUPED, _KERNELS["experts"])
+
+    def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
+        """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
+        seconds = self._said.get((tokens, sampled))
+        if seconds is None:
+            found = [0.0, 0.0]
+            for one, group, count, of_tokens in self._planned:
+                rows = tokens / _MANY if of_tokens else sampled
+                scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
+                found[group.across > 1] += count * self.links.seconds(scaled, group)
+            seconds = self._said[tokens, sampled] = found[0], found[1]
+        return seconds
+
+    @cached_property
+    def _said(self) -> dict[tuple[int, int], tuple[float, float]]:
+        return {}
+
+    @cached_property
+    def _planned(self) -> list[tuple[Collective, Group, int, bool]]:
+        """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
+        found = []
+        for tokens, sampled in ((_MANY * self._context_ranks, 0), (0, 1)):
+            shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
+            planned = planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
+            for one, count in planned.items():
+                if one.result_bytes:
+                    group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
+                    found.append((one, group, count, bool(tokens)))
+        return found
+
+
+def _grain(value: float) -> int:
+    """Whole numbers that stand for those near them, an eighth apart."""
+    whole = max(1, math.ceil(value))
+    step = 1 << max(0, whole.bit_length() - 4)
+    return -(-whole // step) * step
+
+
+def _numbers(param: Parameter, block: Block) -> int:
+    return math.prod(param.share(block.place))
+
+
+@lru_cache(maxsize=1024)
+def imbalance(num_experts: int, ranks: int, skew: float) -> float:
+    """Load of the fullest of so many ranks over the mean, where experts' loads fall off as (1 + place) ** -skew and
+    experts stand in no order: the mean of some deals, always the same ones."""
+    if ranks <= 1 or skew == 0:
+        return 1.0
+    loads = (1.0 + np.arange(num_experts)) ** -skew
+    room = -(-num_experts // ranks)
+    padded = np.zeros(room * ranks)
+    padded[:num_experts] = loads
+    random = np.random.default_rng(0)
+    fullest = [random.permutation(padded).reshape(ranks, room).sum(axis=1).max() for _ in range(32)]
+    return float(np.mean(fullest) / (loads.sum() / ranks))

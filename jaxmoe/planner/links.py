@@ -1,0 +1,131 @@
+"""What a collective costs: the devices that take part, the links between them, measured times where there are any.
+
+Times are read off measured tables piecewise, in the logarithms of bytes and of microseconds; a straight line between
+a latency and a bandwidth errs by 21 to 56% (ai-dynamo/aiconfigurator's tables of NCCL). Beyond a table, and where none
+was measured, rings are counted in bytes and steps. Between nodes a collective is taken apart: within every node
+first, then each device with its equals of the other nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jaxmoe.mesh import AXES
+from jaxmoe.planner.hardware import Hardware, Points
+from jaxmoe.planner.traffic import Collective
+
+_SENT = {  # of the whole message, what one of n devices sends
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Devices that a collective joins: `ranks` in all, `inside` of them on one fast fabric; apart: how many devices
+    lie between neighbours there."""
+
+    ranks: int
+    inside: int
+    apart: int = 1
+
+    @property
+    def across(self) -> int:
+        """Fabrics that take part."""
+        return -(-self.ranks // self.inside)
+
+
+def group_of(axes: tuple[str, ...], sizes: Mapping[str, int], domain: int) -> Group:
+    """The devices along some axes of a mesh whose devices fill fabrics of `domain` each, tensor innermost."""
+    return _group(axes, tuple(sizes.get(axis, 1) for axis in AXES), domain)
+
+
+@lru_cache(maxsize=4096)
+def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> Group:
+    places, stride, apart = [0], 1, 0
+    for axis, size in zip(reversed(AXES), reversed(sizes), strict=True):
+        if axis in axes and size > 1:
+            places = [place + stride * step for step in range(size) for place in places]
+            apart = apart or stride
+        stride *= size
+    return Group(len(places), sum(place < domain for place in places), apart or 1)
+
+
+class Links:
+    """Prices collectives on one kind of hardware, in seconds."""
+
+    def __init__(self, hardware: Hardware, *, devices: int) -> None:
+        """devices: of the whole mesh; a torus is taken as near to a cube as they are."""
+        self.hardware = hardware
+        self._side = max(2.0, devices ** (1 / hardware.torus_dims))
+
+    def seconds(self, collective: Collective, group: Group) -> float:
+        """Of one collective among a group."""
+        op = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
+        whole = collective.result_bytes * (group.ranks if op == "reduce-scatter" else 1)
+        return self._price(op, whole, group) if group.ranks > 1 and whole else 0.0
+
+    def _price(self, op: str, whole: int, group: Group) -> float:
+        inside, across = group.inside, group.across
+        if across == 1:
+            return self._within(op, whole, group)
+        if op == "collective-permute":
+            return self._out(whole, 1)
+        if op == "all-to-all":
+            near = self._within(op, whole * inside / group.ranks, group) if inside > 1 else 0.0
+            return max(near, self._out(whole * (group.ranks - inside) / group.ranks, across))
+        part = whole / inside  # what a device and its equals of other fabrics have between them
+        far = self._out(_SENT[op](across) * part, across * (2 if op == "all-reduce" else 1))
+        if inside == 1:
+            return far
+        return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
+
+    def _out(self, sent: float, steps: int) -> float:
+        """So many bytes of a device to other fabrics; steps grow a tree's way."""
+        hardware = self.hardware
+        latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
+        return latency + sent / hardware.link_bytes_a_second(scale_out=True)
+
+    def _within(self, op: str, whole: float, group: Group) -> float:
+        ranks = group.inside
+        if tables := self.hardware.collectives.get(op):
+            near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
+            # Another number of ranks: as many bytes sent by a device, and latencies a tree's way.
+            sent = whole * _SENT[op](ranks) / _SENT[op](near)
+            more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
+            return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
+        steps = math.log2(ranks) if self.hardware.scale_up == "switch" else ranks / 2
+        latency = self.hardware.latency_us * 1e-6 * max(1.0, min(steps, 8.0))
+        return latency + self._sent_seconds(op, whole, ranks)
+
+    def _sent_seconds(self, op: str, whole: float, ranks: int) -> float:
+        """By the bytes each device sends, over the links that the group can use."""
+        hardware = self.hardware
+        rate = hardware.link_bytes_a_second(scale_out=False)
+        if hardware.scale_up == "peers":
+            rate *= (ranks - 1) / (hardware.scale_up_devices - 1)
+        if hardware.scale_up == "torus":
+            dims = min(hardware.torus_dims, max(1, math.ceil(math.log(ranks, self._side) - 1e-9)))
+            rate *= dims / hardware.torus_dims
+            if op == "all-to-all":  # every byte takes a quarter of a ring's hops along each dim, either way round
+                return whole * max(1.0, min(self._side, ranks) / 4) / rate
+        return whole * _SENT[op](ranks) / rate
+
+
+def _read(points: Points, size: float) -> float:
+    """Microseconds of a message of `size` bytes."""
+    if size <= points[0][0]:
+        return points[0][1]
+    if size >= points[-1][0]:
+        return points[-1][1] * size / points[-1][0]
+    at = bisect_left(points, (size, 0.0))
+    (low, before), (high, after) = points[at - 1], points[at]
+    share = math.log(size / low) / math.log(high / low)
+    return math.exp(math.log(before) + share * math.log(after / before))

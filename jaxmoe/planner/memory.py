@@ -1,0 +1,137 @@
+"""What a device holds: weights by part, keys and values of a token, what a step needs besides; how many tokens fit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment, segments
+from jaxmoe.planner.parameters import Parameter, block_parameters, held_layers, itemsize_of, outer_parameters
+from jaxmoe.planner.sizes import Part
+from jaxmoe.sharding import Placement, array_sizes, segment_sizes
+
+# Bytes of a cached number, and of the scale of a head's.
+KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {
+    "float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "fp8": (1, 4), "int8": (1, 4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers of one kind, as a device sees them: `held` it has room for, `run` of the model in all stages together."""
+
+    layer: int
+    held: int
+    run: int
+    sizes: ArraySizes
+    place: Placement
+    params: tuple[tuple[Parameter, int], ...]  # with the bytes of one layer's on one device
+
+    def bytes_of(self, *parts: Part) -> int:
+        """Of one layer, on one device."""
+        return sum(size for param, size in self.params if param.part in parts)
+
+
+class Held:
+    """What every device of a placement holds of a model."""
+
+    def __init__(self, config: ModelConfig, placement: Placement, *, kv_dtype: str | None = None) -> None:
+        """config: its dtype is that of activations and plain weights. kv_dtype: of KV_ITEMSIZES; the config's own by
+        default. Raises: ConfigError where the pipeline has more stages than layers to share out."""
+        self.config, self.placement = config, placement
+        self.itemsize = itemsize_of(config.dtype)
+        self.kv_dtype = kv_dtype or config.dtype
+        self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.sizes = segment_sizes(config, placement, self.parts)
+        self.blocks = [
+            self._block(part, block, sizes)
+            for part, sizes in zip(self.parts, self.sizes, strict=True)
+            for block in range(part.period)
+        ]
+        beside = placement.seen("beside")
+        self.outer = tuple(
+            (param, param.device_bytes(beside, itemsize=self.itemsize, format=None, grain=None))
+            for param in outer_parameters(config, array_sizes(config, beside))
+        )
+
+    def _block(self, part: Segment, block: int, sizes: ArraySizes) -> Block:
+        config, place, layer = self.config, self.placement.of_segment(part), part.first + block
+        kept = config.quantisation.of(layer) if config.quantisation else {}
+        format = config.quantisation.format if config.quantisation else None
+        placed = self.placement.redundant_experts is not None
+        params = tuple(
+            (one, one.device_bytes(place, itemsize=self.itemsize, format=format, grain=kept.get(one.path)))
+            for one in block_parameters(config, sizes, layer, placed=placed)
+        )
+        return Block(layer, held_layers(part), part.repeats, sizes, place, params)
+
+    @cached_property
+    def weights_by_part(self) -> dict[Part, int]:
+        """Bytes of one device."""
+        found: Counter[Part] = Counter()
+        for param, size in self.outer:
+            found[param.part] += size
+        for block in self.blocks:
+            for param, size in block.params:
+                found[param.part] += size * block.held
+        return dict(found)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of one device."""
+        return sum(self.weights_by_part.values())
+
+    @cached_property
+    def unpadded_bytes(self) -> float:
+        """Of the weights if every device held its even share and nothing twice."""
+        whole = Held(self.config, replace(self.placement, mesh=_ONE, chunks=1, redundant_experts=None))
+        return whole.weight_bytes / math.prod(self.placement.mesh.shape.values())
+
+    @cached_property
+    def kv_bytes_a_token(self) -> float:
+        """On each device that holds a part of the token's: of one request's tokens, where a context's ranks share
+        them out, its even part."""
+        return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.parts("page_token")
+
+    def kv_bytes(self, block: Block) -> int:
+        """Of one token and layer, on a device that holds the token."""
+        item, scale = KV_ITEMSIZES[self.kv_dtype]
+        slots = block.sizes.kv_slots // block.place.parts("kv_head")
+        return slots * sum(dim * item + scale for dim in self.config.cached_dims)
+
+    def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
+        """What a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
+        activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
+        config, moe = self.config, self.config.moe
+        beside = self.placement.seen("beside")
+        wide = 2 * max(map(_width, self.blocks))
+        rows = num_tokens / self.placement.parts("page_token")
+        room = rows * (4 * config.hidden_size + wide) * self.itemsize
+        if moe is not None:
+            ranks = self.placement.size(self.placement.exchanged("token"))
+            room += 2 * (ranks if ranks > 1 else 0) * rows * config.hidden_size * self.itemsize
+            room += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
+        vocab = self.outer[0][0].dims["vocab"]
+        return room + num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))
+
+
+def _width(block: Block) -> int:
+    """Numbers of a token on either side of a layer's widest matrix, on a device."""
+    widest = 0
+    for param, _ in block.params:
+        if param.over and not param.lead:
+            share = param.share(block.place)
+            widest = max(widest, math.prod(share[: param.over]), math.prod(share[param.over :]))
+    return widest
+
+
+class _OneDevice:
+    shape = {"data": 1, "pipeline": 1, "expert": 1, "tensor": 1}
+
+
+_ONE: Any = _OneDevice()

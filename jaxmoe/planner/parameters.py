@@ -1,0 +1,158 @@
+"""The parameters of a model on a mesh, from its config alone: what the abstract model holds, without building it.
+
+A test holds every byte of it against the abstract model, for every family and layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.depth import Segment
+from jaxmoe.formats import Format, Grain, cells
+from jaxmoe.planner.sizes import Part
+from jaxmoe.sharding import Placement
+
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of a block, or beside all blocks: its logical dims and their sizes on the mesh, in order.
+
+    path: within its block. lead, over: of a matrix, the first dims that tell matrices apart, and those of its inputs
+    after them; over=0 where it is no matrix. itemsize: bytes of one number; None for the model's own dtype.
+    """
+
+    path: str
+    part: Part
+    dims: Mapping[str, int]
+    lead: int = 0
+    over: int = 0
+    itemsize: int | None = None
+
+    def share(self, place: Placement) -> list[int]:
+        """What one device has of each dim."""
+        return [size // place.parts(dim) for dim, size in self.dims.items()]
+
+    def device_bytes(self, place: Placement, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
+        """Bytes of one layer's on one device; format, grain: where it is quantised."""
+        share = self.share(place)
+        if format is None or grain is None:
+            return math.prod(share) * (self.itemsize or itemsize)
+        counts = cells(
+            list(self.dims.values()), share, lead=self.lead, over=self.over, format=format, grain=grain
+        )  # fmt: skip
+        scales = math.prod(count // place.parts(dim) for count, dim in zip(counts, self.dims, strict=True))
+        return math.prod(share) // format.per_item + scales * (1 if format.scale_dtype == "uint8" else 4)
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of one number of a plain dtype."""
+    return _ITEMSIZES[dtype]
+
+
+def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+    """Those of no layer."""
+    yield Parameter(path="embed", part="embedding", dims={"vocab": sizes.vocab, "width": config.hidden_size})
+    yield Parameter(path="final_norm", part="norms", dims={"width": config.hidden_size})
+    if not config.tie_word_embeddings:
+        yield Parameter(path="head", part="head", dims={"width": config.hidden_size, "vocab": sizes.vocab}, over=1)
+
+
+def block_parameters(
+    config: ModelConfig, sizes: ArraySizes, layer: int, *, placed: bool = False
+) -> Iterator[Parameter]:
+    """Those of one layer. placed: whether it is told where experts stand."""
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield Parameter(path=name, part="norms", dims={"width": config.hidden_size})
+    yield from (_grouped if config.mla is None else _latent)(config, sizes)
+    if config.moe_layers[layer]:
+        yield from _experts(config, sizes, placed=placed)
+    else:
+        yield from _dense(config, sizes.ffn, "mlp", "dense mlp")
+        if config.mlp_bias:
+            yield Parameter(path="mlp/gate_up_bias", part="dense mlp", dims={"gate_or_up": 2, "ffn": sizes.ffn})
+            yield Parameter(path="mlp/down_bias", part="dense mlp", dims={"width": config.hidden_size})
+
+
+def _grouped(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+    width, head = config.hidden_size, config.head_dim
+    query = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots, "head_dim": head}
+    all_heads = query | {"head_slot": sizes.group_slots + 2}
+    yield Parameter(path="attention/qkv", part="attention", dims={"width": width, **all_heads}, over=1)
+    yield Parameter(path="attention/out", part="attention", dims={**query, "width": width}, over=3)
+    if config.qkv_bias:
+        yield Parameter(path="attention/qkv_bias", part="attention", dims=all_heads)
+    if config.out_bias:
+        yield Parameter(path="attention/out_bias", part="attention", dims={"width": width})
+    if config.qk_norm == "head":
+        for name in ("q_norm", "k_norm"):
+            yield Parameter(path=f"attention/{name}", part="norms", dims={"head_dim": head})
+    if config.qk_norm == "full":
+        yield Parameter(path="attention/q_norm", part="norms", dims=query)
+        yield Parameter(path="attention/k_norm", part="norms", dims={"kv_head": sizes.kv_slots, "head_dim": head})
+    if config.sinks:
+        yield Parameter(path="attention/sinks", part="attention", dims={name: query[name] for name in list(query)[:2]})
+
+
+def _latent(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+    mla, width = config.mla, config.hidden_size
+    assert mla is not None
+    heads = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots}
+    rank, into = mla.kv_lora_rank, {"width": width}
+
+    def attention(name: str, over: int = 0, **dims: int) -> Parameter:
+        return Parameter(path=f"attention/{name}", part="attention", dims=dims, over=over)
+
+    yield attention("kv_down", over=1, width=width, latent=mla.cached_dim)
+    yield Parameter(path="attention/kv_norm", part="norms", dims={"latent": rank})
+    if mla.q_lora_rank is not None:
+        yield attention("q_down", over=1, width=width, latent=mla.q_lora_rank)
+        yield Parameter(path="attention/q_norm", part="norms", dims={"latent": mla.q_lora_rank})
+        into = {"latent": mla.q_lora_rank}
+    yield attention("q", over=1, **into, **heads, head_dim=config.head_dim)
+    yield attention("key_up", **heads, head_dim=mla.qk_nope_head_dim, latent=rank)
+    yield attention("value_up", **heads, latent=rank, head_dim=mla.v_head_dim)
+    yield attention("out", over=3, **heads, head_dim=mla.v_head_dim, width=width)
+    if config.out_bias:
+        yield attention("out_bias", width=width)
+
+
+def _dense(config: ModelConfig, ffn: int, path: str, part: Part) -> Iterator[Parameter]:
+    width = config.hidden_size
+    yield Parameter(path=f"{path}/gate_up", part=part, dims={"width": width, "gate_or_up": 2, "ffn": ffn}, over=1)
+    yield Parameter(path=f"{path}/down", part=part, dims={"ffn": ffn, "width": width}, over=1)
+
+
+def _experts(config: ModelConfig, sizes: ArraySizes, *, placed: bool) -> Iterator[Parameter]:
+    moe, width = config.moe, config.hidden_size
+    assert moe is not None
+    router = {"router_expert": moe.num_experts}
+    experts = {"moe_expert": sizes.moe_experts}
+    yield Parameter(path="moe/router", part="router", dims={"width": width, **router}, over=1)
+    if moe.router_bias:
+        yield Parameter(path="moe/router_bias", part="router", dims=router)
+    if moe.selection_bias:
+        yield Parameter(path="moe/selection_bias", part="router", dims=router, itemsize=4)
+    up = {**experts, "gate_or_up": 2, "width": width, "moe_ffn": sizes.moe_ffn}
+    down = {**experts, "moe_ffn": sizes.moe_ffn, "width": width}
+    yield Parameter(path="moe/experts/gate_up", part="experts", dims=up, lead=2, over=1)
+    yield Parameter(path="moe/experts/down", part="experts", dims=down, lead=1, over=1)
+    if moe.biases:
+        bias = {**experts, "gate_or_up": 2, "moe_ffn": sizes.moe_ffn}
+        yield Parameter(path="moe/experts/gate_up_bias", part="experts", dims=bias)
+        yield Parameter(path="moe/down_bias", part="experts", dims={**router, "width": width})
+    if placed:
+        yield Parameter(path="moe/placed", part="router", dims={"placed": 3, "place": sizes.moe_experts}, itemsize=4)
+    if moe.shared_intermediate_size:
+        yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared expert")
+    if moe.shared_gate:
+        yield Parameter(path="moe/shared_gate", part="shared expert", dims={"width": width, "one": 1}, over=1)
+
+
+def held_layers(part: Segment) -> int:
+    """Layers of one block of a segment that a device has room for."""
+    return part.slots // part.stages

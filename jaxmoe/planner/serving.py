@@ -1,0 +1,82 @@
+"""What a placement serves: requests at once, time to the first token, time a token, tokens a second.
+
+Requests of equal lengths, always as many at once, chunked prefill beside decoding: of `b` requests of a rank, b * isl
+/ chunk of a request's `osl` turns carry a chunk of some prompt; the others decode alone. The controller takes in as many
+as its pages have room for to the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxmoe.planner.cost import Rows, Seconds, StepCost
+
+# Of what weights and a step leave, the share that pages may take.
+_PAGES = 0.9
+_RESERVE = 0.02  # of a device's memory, for the runtime itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Requests: prompt tokens, tokens to generate, how many at once over all devices (None: as many as fit)."""
+
+    isl: int
+    osl: int
+    concurrency: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Of one placement under one load; seconds. tokens_a_second: generated ones, over all devices. turn: of the mean
+    turn, by what binds it."""
+
+    concurrency: int
+    ttft: float
+    tpot: float
+    tokens_a_second: float
+    turn: Seconds
+    chunk_tokens: int
+
+
+class Serving:
+    """What one placement can serve."""
+
+    def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
+        self.cost, self.held, self.chunk_tokens = cost, cost.held, chunk_tokens
+        self.ranks = cost.placement.parts("batch")
+
+    def pool_tokens(self, rows: int = 64) -> float:
+        """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
+        hardware = self.cost.hardware
+        step = self.held.step_bytes(self.chunk_tokens + rows, rows) / self.cost.num_stages
+        free = hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - step
+        return max(0.0, free * _PAGES / self.held.kv_bytes_a_token)
+
+    def most_requests(self, load: Load) -> int:
+        """Over all devices, each with room to its end."""
+        tokens = load.isl + load.osl
+        rows = 64
+        for _ in range(3):  # more rows need more room for their logits
+            rows = max(1, min(4096, int(self.pool_tokens(rows) / tokens)))
+        return int(min(4096, self.pool_tokens(rows) / tokens)) * self.ranks
+
+    def serve(self, load: Load, concurrency: int) -> Served:
+        """With so many requests at once."""
+        rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
+        busy = concurrency / (rows * self.ranks)
+        chunk = min(self.chunk_tokens, load.isl) if rows <= 1 else self.chunk_tokens
+        context, prompt = load.isl + load.osl / 2, load.isl / 2
+        chunks = rows * load.isl / chunk  # turns of one request's `osl` that carry a chunk
+        mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
+        alone = self.cost.seconds(Rows(rows, 0, context))
+        turns = mixed.mixed(chunks, alone, max(0.0, load.osl - chunks))
+        cycle = turns.total
+        first = max(1.0, load.isl / chunk) * (
+            mixed.total if rows > 1 else self.cost.seconds(Rows(1, chunk, context, prompt)).total
+        )
+        waiting = 0.5 * max(0.0, chunks - load.isl / chunk) / load.osl * mixed.total  # behind others' chunks
+        return Served(
+            concurrency=concurrency, ttft=first + waiting, tpot=cycle / load.osl,
+            tokens_a_second=busy * rows * self.ranks * load.osl / cycle, turn=turns.mixed(1 / load.osl, turns, 0.0),
+            chunk_tokens=self.chunk_tokens,
+        )  # fmt: skip
