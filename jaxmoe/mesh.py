@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
@@ -21,6 +21,16 @@ from jaxmoe.errors import MeshError
 AXES = ("data", "pipeline", "expert", "tensor")
 
 _HOST_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+
+
+class PlannedMesh:
+    """Axes without devices: what a Placement needs of a mesh to say where things would lie."""
+
+    def __init__(self, axes: Mapping[str, int] | Iterable[tuple[str, int]], platform: str) -> None:
+        """platform: of its devices, "cpu", "gpu" or "tpu"."""
+        sizes = dict(axes)
+        self.shape: Mapping[str, int] = {axis: sizes.get(axis, 1) for axis in AXES}
+        self.platform = platform
 
 
 def preset_names() -> list[str]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout
+from jaxmoe.mesh import PlannedMesh
 
 Dims = tuple[str, ...]
 
@@ -58,6 +59,8 @@ class Placement:
     @property
     def platform(self) -> str:
         """Of the mesh's devices: "cpu", "gpu" or "tpu"."""
+        if isinstance(self.mesh, PlannedMesh):
+            return self.mesh.platform
         return str(self.mesh.devices.flat[0].platform)
 
     @property

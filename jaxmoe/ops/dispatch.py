@@ -1,6 +1,6 @@
 """Moving tokens to the ranks that hold their experts and the results back. Dropless; called inside shard_map.
 
-Three implementations, one meaning: dispatch gives every token that may need this rank's experts with its combine
+Four implementations, one meaning: dispatch gives every token that may need this rank's experts with its combine
 weights for them; combine returns, for this rank's own tokens, the sum over all ranks.
 
 - all_to_all: rank-major, static shapes: each rank is sent every token once, however many of its experts the token
@@ -10,21 +10,24 @@ weights for them; combine returns, for this rank's own tokens, the sum over all 
 - ragged_all_to_all: rank-major too, but a rank is sent only the tokens that visit one of its experts, each once. Shapes
   hold the worst case, so memory is that of the others, what travels is not. XLA:CPU has no such collective: there a
   static one of the same meaning takes its place.
+- hierarchical: along the outermost axis first, then along the others: a token goes once to each group of inner ranks
+  (a node), and is dealt out inside it. Where the outer axis lies between nodes, (nodes - 1) T rows leave a node in
+  place of (N - inner) T; as many as ever arrive. Along one axis alone it is all_to_all.
 """
 
 # Dims: N ranks of the expert axes, t tokens of this rank, D width, E experts, e experts of this rank, V ranks that a
 # token visits at most, W columns that travel.
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all"]
-DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather", "ragged_all_to_all")
+DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical"]
+DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather", "ragged_all_to_all", "hierarchical")
 MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
@@ -40,6 +43,14 @@ class Exchange:
     most_ranks: int
     kind: DispatchKind
     platform: str
+
+    def levels(self) -> tuple[Exchange, Exchange]:
+        """A hierarchical one's: along the first axis of several ranks, and along the rest. Inside shard_map."""
+        sizes = {axis: jax.lax.axis_size(axis) for axis in self.axes}
+        outer = next(axis for axis in self.axes if sizes[axis] > 1)
+        inner = tuple(axis for axis in self.axes if axis != outer)
+        first = replace(self, axes=(outer,), num_ranks=sizes[outer], kind="all_to_all")
+        return first, replace(self, axes=inner, num_ranks=self.num_ranks // sizes[outer], kind="all_to_all")
 
 
 class Slices(NamedTuple):
@@ -78,6 +89,10 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exc
         packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), exchange.axes, axis=0, tiled=True)
         mine = jax.lax.axis_index(exchange.axes) * share
         return Dispatched(packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None)
+    if exchange.kind == "hierarchical":
+        outer, inner = exchange.levels()
+        near = dispatch(x, weights, outer)
+        return dispatch(near.x, near.weights, inner)
     by_rank = weights.reshape(-1, ranks, share)
     if exchange.kind == "ragged_all_to_all":
         packet, sent = _ragged_dispatch(x, by_rank, exchange)
@@ -88,9 +103,12 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exc
 
 
 def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> Float[Array, "t D"]:
-    """The sum over ranks of what each computed for this rank's tokens. One collective."""
+    """The sum over ranks of what each computed for this rank's tokens. One collective a level."""
     if exchange.num_ranks == 1:
         return y
+    if exchange.kind == "hierarchical":
+        outer, inner = exchange.levels()
+        return combine(combine(y, None, inner), None, outer)
     if exchange.kind == "all_gather":
         return jax.lax.psum_scatter(y, exchange.axes, scatter_dimension=0, tiled=True)
     if sent is not None:

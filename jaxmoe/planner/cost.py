@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -273,8 +273,19 @@ class StepCost:
             for one, count in planned.items():
                 if one.result_bytes:
                     group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
+                    if one.op == "ragged-all-to-all":  # planned are the most that may travel
+                        one = replace(one, result_bytes=self._visited_bytes(group.ranks))
                     found.append((one, group, count, bool(tokens)))
         return found
+
+
+    def _visited_bytes(self, ranks: int) -> int:
+        """Of _MANY tokens, each sent once to every rank that has one of its experts, which are drawn at random."""
+        moe = self.config.moe
+        assert moe is not None
+        elsewhere = math.comb(moe.num_experts - moe.num_experts // ranks, moe.num_experts_per_tok)
+        visited = ranks * (1 - elsewhere / math.comb(moe.num_experts, moe.num_experts_per_tok))
+        return math.ceil(_MANY * visited * self.config.hidden_size * self.held.itemsize)
 
 
 def _grain(value: float) -> int:

@@ -36,6 +36,7 @@ class Served:
     tokens_a_second: float
     turn: Seconds
     chunk_tokens: int
+    osl: int
 
 
 class Serving:
@@ -78,5 +79,5 @@ class Serving:
         return Served(
             concurrency=concurrency, ttft=first + waiting, tpot=cycle / load.osl,
             tokens_a_second=busy * rows * self.ranks * load.osl / cycle, turn=turns.mixed(1 / load.osl, turns, 0.0),
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens, osl=load.osl,
         )  # fmt: skip

@@ -199,6 +199,12 @@ class _Plan:
         assert moe is not None
         # Weights of the experts there travel beside a token.
         places = array_sizes(self.config, place).moe_experts // place.size(place.held(self.lead))
+        if self.dispatch == "hierarchical":
+            for axes, met, sent in _levels(place, over):
+                packet, back = rows * sent * (width + places // met) * size, rows * sent * width * size
+                self.add(place, "all-to-all", axes, met // sent * packet, count)
+                self.add(place, "all-to-all", axes, met // sent * back, count)
+            return
         packet, back = rows * (width + places // ranks) * size, rows * width * size
         if self.dispatch == "all_gather":
             self.add(place, "all-gather", over, ranks * rows * (width + places) * size, count)
@@ -210,7 +216,15 @@ class _Plan:
             self.add(place, op, over, ranks * 2 * 4, count)  # how many rows come, and where they come from
             if place.platform != "cpu":
                 op, returned = "ragged-all-to-all", min(ranks, moe.num_experts_per_tok)
-            if place.platform == "tpu":  # XLA rounds the bytes of a row up
+            if place.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
                 packet, back = (rows * -(-one // rows // _TPU_ROW) * _TPU_ROW for one in (packet, back))
         self.add(place, op, over, ranks * packet, count)
         self.add(place, op, over, returned * back, count)
+
+
+def _levels(place: Placement, over: tuple[str, ...]) -> list[tuple[tuple[str, ...], int, int]]:
+    """Of a hierarchical exchange the axes of each level, ranks met by then, and ranks whose tokens are sent on."""
+    outer = next((axis for axis in over if place.mesh.shape[axis] > 1), "")
+    inner = tuple(axis for axis in over if axis != outer)
+    first = place.size((outer,)) if outer else 1
+    return [((outer,), first, 1), (inner, first * place.size(inner), first)]

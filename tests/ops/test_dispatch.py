@@ -58,6 +58,25 @@ def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_com
 
 
 @pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
+@pytest.mark.parametrize("mesh", ["expert=2,tensor=2", "data=2,expert=2", "expert=4,tensor=1"])
+def test_hierarchical_goes_along_one_axis_and_then_along_the_other(mesh, routed):
+    axes = ("data", "expert") if "data" in mesh else ("expert", "tensor")
+    exchange = Exchange(axes=axes, num_ranks=RANKS, most_ranks=RANKS, kind="hierarchical", platform="cpu")
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(mesh), in_specs=(P(axes),) * 3, out_specs=P(axes))
+    def layer(x, weights, factors):
+        everyone, mine, sent = dispatch(x, weights, exchange)
+        return combine(everyone * (mine @ factors)[:, None], sent, exchange)
+
+    x = np.random.default_rng(1).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
+    weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
+    np.testing.assert_allclose(layer(x, weights, factors), x * (weights @ factors)[:, None], rtol=1e-5)
+    compiled = layer.lower(x, weights, factors).compile().as_text()
+    assert compiled.count(" all-to-all(") == (4 if "tensor=1" not in mesh else 2)
+
+
+@pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
 def test_ragged_sends_a_token_once_to_each_rank_it_visits_and_nothing_else(routed):
     x, weights = np.ones((RANKS * TOKENS, WIDTH), np.float32), _weights(routed)
     _, got = layer_of_factors("ragged_all_to_all")(x, weights, np.ones(EXPERTS, np.float32))

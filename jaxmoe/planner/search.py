@@ -1,0 +1,330 @@
+"""Every split that some devices allow, priced: the best by an objective, the front of throughput against latency.
+
+A plan is a mesh, a layout and a few options, as `--mesh` and `--layout` take them. Nothing here knows which split suits
+which model: what the field advises must come out of the prices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.errors import ConfigError
+from jaxmoe.layouts import LAYOUTS, Layout
+from jaxmoe.mesh import PlannedMesh
+from jaxmoe.planner.cost import SKEW, StepCost
+from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.memory import Held
+from jaxmoe.planner.serving import Load, Served, Serving
+from jaxmoe.sharding import Placement
+
+Objective = Literal["latency", "throughput", "cost"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
+_CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
+# Requests a device at once where the lowest latency is asked for and nobody says how many there are.
+LATENCY_REQUESTS = 4
+_MOST_RAGGED_GPUS = 8
+# Plans whose values lie so near are as good as each other: prices are not that exact.
+_ALIKE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned. ttft_limit, tpot_limit: seconds. The last five: as asked for; searched where None."""
+
+    config: ModelConfig
+    hardware: Hardware
+    devices: int
+    load: Load
+    objective: Objective = "throughput"
+    ttft_limit: float | None = None
+    tpot_limit: float | None = None
+    kv_dtype: str | None = None
+    skew: float = SKEW
+    axes: Mapping[str, int] | None = None
+    layout: Layout | None = None
+    dispatch: str | None = None
+    stage_chunks: int | None = None
+    chunk_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One way to split a model."""
+
+    axes: tuple[tuple[str, int], ...]
+    layout: Layout
+    dispatch: str
+    stage_chunks: int
+    chunk_tokens: int
+
+    @property
+    def mesh(self) -> str:
+        """As --mesh takes it."""
+        shown = [f"{axis}={size}" for axis, size in self.axes if size > 1]
+        return ",".join(shown) or "data=1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
+
+    spec: Spec
+    served: Served
+    serving: Serving
+    most_requests: int
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Generated, over all devices."""
+        return self.served.tokens_a_second
+
+    @property
+    def devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(size for _, size in self.spec.axes)
+
+    @property
+    def request_seconds(self) -> float:
+        """From a request's arrival to its last token."""
+        return self.served.ttft + self.osl * self.served.tpot
+
+    @property
+    def osl(self) -> int:
+        """Tokens each request generates."""
+        return self.served.osl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """best: the plan chosen; every: one of each spec that fits, the best of it first; front: those plans that none
+    beats in both tokens a second and time a token, slowest tokens first; tried: specs looked at."""
+
+    best: Plan
+    every: list[Plan]
+    front: list[Plan]
+    tried: int
+
+
+class NothingFits(ConfigError):
+    """No split of the devices holds the model, or serves it as asked. least: devices that would do; None unknown."""
+
+    def __init__(self, message: str, *, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+def search(question: Question) -> Found:
+    """All specs, at all numbers of requests that may matter.
+
+    Raises: NothingFits, ConfigError naming what is asked and what is possible.
+    """
+    specs = list(specs_of(question))
+    found: list[Plan] = []
+    for spec in specs:
+        found += plans_of(question, spec)
+    if not found:
+        raise NothingFits(_no_room(question, specs))
+    if question.chunk_tokens is None:  # other chunks of prompts only for what is good with the middle one
+        leading = {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:64]}
+        for spec in leading:
+            for chunk in _CHUNKS:
+                if chunk != spec.chunk_tokens:
+                    found += plans_of(question, replace(spec, chunk_tokens=chunk))
+    allowed = [plan for plan in found if _meets(question, plan)]
+    if not allowed:
+        raise NothingFits(_out_of_reach(question, found))
+    best: dict[Spec, Plan] = {}
+    for plan in sorted(allowed, key=lambda plan: _value(question, plan)):
+        best.setdefault(plan.spec, plan)
+    every = list(best.values())
+    return Found(best=_chosen(question, every), every=every, front=front_of(allowed), tried=len(specs))
+
+
+def specs_of(question: Question) -> Iterator[Spec]:
+    """Every way to split the model over the devices; those that place it alike once."""
+    config, moe = question.config, question.config.moe is not None
+    layouts = [question.layout] if question.layout else list(LAYOUTS.values())
+    all_axes = [tuple(question.axes.items())] if question.axes else _all_axes(question.devices, config)
+    for axes in all_axes:
+        sizes, seen = dict(axes), set()
+        for layout in layouts:
+            used = layout.used(sizes, moe=moe)
+            if used in seen:
+                continue
+            seen.add(used)
+            if not question.layout and not _worth(config, layout, sizes):
+                continue
+            for dispatch in _dispatches(question, layout, sizes):
+                for stage_chunks in _stage_chunks(question, sizes):
+                    yield Spec(
+                        axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
+                        chunk_tokens=question.chunk_tokens or _CHUNKS[1],
+                    )  # fmt: skip
+
+
+def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Sizes of data, pipeline, expert and tensor that multiply to the devices; without experts the expert axis would
+    be another data axis."""
+    for pipeline in _divisors(devices):
+        if pipeline > config.num_hidden_layers:
+            continue
+        for tensor in _divisors(devices // pipeline):
+            rest = devices // pipeline // tensor
+            for expert in _divisors(rest) if config.moe else [1]:
+                sizes = {"data": rest // expert, "pipeline": pipeline, "expert": expert, "tensor": tensor}
+                if config.moe is None or expert <= config.moe.num_experts:
+                    yield tuple(sizes.items())
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> bool:
+    """Whether a layout splits no head, and shares out no context, for nothing: finer than there is anything to split."""
+    split = math.prod(sizes[axis] for axis in layout.split)
+    context = math.prod(sizes[axis] for axis in layout.context)
+    return split <= config.num_attention_heads and context <= 16
+
+
+def _dispatches(question: Question, layout: Layout, sizes: Mapping[str, int]) -> Iterable[str]:
+    exchanged = math.prod(sizes[axis] for axis in layout.experts if axis in (*layout.batch, *layout.context))
+    if question.dispatch:
+        return [question.dispatch]
+    if question.config.moe is None or exchanged == 1:
+        return ["all_to_all"]
+    ragged = question.hardware.platform == "tpu" or (
+        question.hardware.platform == "cuda" and exchanged <= _MOST_RAGGED_GPUS
+    )
+    levels = sum(sizes[axis] > 1 for axis in layout.experts if axis in (*layout.batch, *layout.context)) > 1
+    return [
+        "all_to_all", "all_gather", *(["hierarchical"] if levels else []), *(["ragged_all_to_all"] if ragged else []),
+    ]  # fmt: skip
+
+
+def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
+    if question.stage_chunks:
+        return [question.stage_chunks]
+    return [1, 2] if sizes["pipeline"] > 1 else [1]
+
+
+def plans_of(question: Question, spec: Spec) -> list[Plan]:
+    """One plan for each number of requests that may matter; none where the model does not fit."""
+    serving = serving_of(question, spec)
+    if serving is None:
+        return []
+    most = serving.most_requests(question.load)
+    return [
+        Plan(spec=spec, served=serving.serve(question.load, count), serving=serving, most_requests=most)
+        for count in _concurrencies(question, most)
+    ]
+
+
+def serving_of(question: Question, spec: Spec) -> Serving | None:
+    """What a spec can serve; None where it has too few layers for its stages, or too little memory for one request."""
+    mesh = PlannedMesh(spec.axes, _platform(question.hardware))
+    placement = Placement(mesh=mesh, layout=spec.layout, chunks=spec.stage_chunks)
+    try:
+        held = Held(question.config, placement, kv_dtype=question.kv_dtype)
+    except ConfigError:
+        return None
+    if held.weight_bytes >= question.hardware.hbm_bytes:
+        return None
+    cost = StepCost(held, question.hardware, dispatch=spec.dispatch, skew=question.skew)
+    serving = Serving(cost, chunk_tokens=spec.chunk_tokens)
+    return serving if serving.most_requests(question.load) >= 1 else None
+
+
+def _platform(hardware: Hardware) -> str:
+    return "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
+
+
+def _concurrencies(question: Question, most: int) -> list[int]:
+    asked = question.load.concurrency
+    if asked is None and question.objective == "latency" and question.tpot_limit is None:
+        asked = LATENCY_REQUESTS * question.devices
+    if asked is not None:
+        return [asked] if asked <= most else []
+    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+
+
+def _meets(question: Question, plan: Plan) -> bool:
+    return (question.ttft_limit is None or plan.served.ttft <= question.ttft_limit) and (
+        question.tpot_limit is None or plan.served.tpot <= question.tpot_limit
+    )
+
+
+def _value(question: Question, plan: Plan) -> float:
+    """What the objective wants least of."""
+    if question.objective == "latency":
+        return plan.request_seconds
+    return plan.devices / plan.tokens_a_second
+
+
+def _chosen(question: Question, plans: list[Plan]) -> Plan:
+    """Of the plans as good as the best, the one that leans least on links between fabrics, then the simplest."""
+    least = _value(question, plans[0])
+    alike = [plan for plan in plans if _value(question, plan) <= least * (1 + _ALIKE)]
+    names = list(LAYOUTS.values())
+
+    def plainness(plan: Plan) -> tuple[float, ...]:
+        spec, turn = plan.spec, plan.served.turn
+        return (
+            round(turn.scale_out / turn.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
+            names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
+            _value(question, plan),
+        )  # fmt: skip
+
+    return min(alike, key=plainness)
+
+
+def front_of(plans: Iterable[Plan]) -> list[Plan]:
+    """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first."""
+    found: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.served.tpot, -plan.tokens_a_second / plan.devices)):
+        if not found or plan.tokens_a_second / plan.devices > found[-1].tokens_a_second / found[-1].devices:
+            found.append(plan)
+    return found
+
+
+def _no_room(question: Question, specs: list[Spec]) -> str:
+    """Why nothing fits, with numbers."""
+    load, hardware = question.load, question.hardware
+    held = []
+    for spec in specs:
+        mesh = PlannedMesh(spec.axes, _platform(hardware))
+        try:
+            held.append(
+                Held(question.config, Placement(mesh=mesh, layout=spec.layout, chunks=spec.stage_chunks)).weight_bytes
+            )
+        except ConfigError:
+            continue
+    least = min(held, default=math.inf)
+    many = f"{question.devices} x {hardware.device}" if question.devices > 1 else f"one {hardware.device}"
+    has = f"a device has {hardware.hbm_gib:.1f} GiB"
+    if least >= hardware.hbm_bytes:
+        return f"{many}: the weights take at least {least / 2**30:.1f} GiB of every device, {has}"
+    asked = "one request" if load.concurrency is None else f"{load.concurrency} requests"
+    return (
+        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {asked} of {load.isl + load.osl} "
+        f"tokens; {has}"
+    )
+
+
+def _out_of_reach(question: Question, plans: list[Plan]) -> str:
+    """What the best possible is, where limits of latency cannot be met."""
+    limits = []
+    if question.ttft_limit is not None:
+        limits.append(f"--sla-ttft-ms {question.ttft_limit * 1e3:g}")
+    if question.tpot_limit is not None:
+        limits.append(f"--sla-tpot-ms {question.tpot_limit * 1e3:g}")
+    first = min(plan.served.ttft for plan in plans) * 1e3
+    token = min(plan.served.tpot for plan in plans) * 1e3
+    return (
+        f"{' with '.join(limits)} cannot be met by {question.devices} x {question.hardware.device}: the best time to "
+        f"the first token is {first:,.1f} ms, the best time a token {token:,.2f} ms"
+    )
