@@ -70,11 +70,11 @@ class MoE(nnx.Module):
     ) -> None:
         assert config.moe is not None
         self.moe, self.placement, self.kernels = config.moe, placement, kernels
-        peers = placement.size(placement.exchanged("residual"))
-        if kernels.dispatch == "ragged_all_to_all" and placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+        peers = placement.ragged_peers(kernels.dispatch)
+        if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
             raise ConfigError(
-                f"dispatch=ragged_all_to_all reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among "
-                f"{peers}: use all_to_all"
+                f"dispatch={kernels.dispatch} reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among "
+                f"{peers}: use {'all_to_all' if kernels.dispatch == 'ragged_all_to_all' else 'hierarchical'}"
             )
         width = config.hidden_size
         moe = config.moe

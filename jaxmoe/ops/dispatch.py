@@ -12,7 +12,8 @@ weights for them; combine returns, for this rank's own tokens, the sum over all 
   static one of the same meaning takes its place.
 - hierarchical: along the outermost axis first, then along the others: a token goes once to each group of inner ranks
   (a node), and is dealt out inside it. Where the outer axis lies between nodes, (nodes - 1) T rows leave a node in
-  place of (N - inner) T; as many as ever arrive. Along one axis alone it is all_to_all.
+  place of (N - inner) T; as many as ever arrive. Along one axis alone it is all_to_all. hierarchical_ragged is
+  ragged along the others.
 """
 
 # Dims: N ranks of the expert axes, t tokens of this rank, D width, E experts, e experts of this rank, V ranks that a
@@ -26,8 +27,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical"]
-DISPATCH_KINDS: tuple[DispatchKind, ...] = ("all_to_all", "all_gather", "ragged_all_to_all", "hierarchical")
+DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
+DISPATCH_KINDS: tuple[DispatchKind, ...] = (
+    "all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged",
+)  # fmt: skip
+HIERARCHICAL: tuple[DispatchKind, ...] = ("hierarchical", "hierarchical_ragged")
 MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
@@ -50,7 +54,9 @@ class Exchange:
         outer = next(axis for axis in self.axes if sizes[axis] > 1)
         inner = tuple(axis for axis in self.axes if axis != outer)
         first = replace(self, axes=(outer,), num_ranks=sizes[outer], kind="all_to_all")
-        return first, replace(self, axes=inner, num_ranks=self.num_ranks // sizes[outer], kind="all_to_all")
+        ranks = self.num_ranks // sizes[outer]
+        kind: DispatchKind = "ragged_all_to_all" if self.kind == "hierarchical_ragged" else "all_to_all"
+        return first, replace(self, axes=inner, num_ranks=ranks, most_ranks=min(ranks, self.most_ranks), kind=kind)
 
 
 class Slices(NamedTuple):
@@ -89,7 +95,7 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exc
         packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), exchange.axes, axis=0, tiled=True)
         mine = jax.lax.axis_index(exchange.axes) * share
         return Dispatched(packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None)
-    if exchange.kind == "hierarchical":
+    if exchange.kind in HIERARCHICAL:
         outer, inner = exchange.levels()
         near = dispatch(x, weights, outer)
         return dispatch(near.x, near.weights, inner)
@@ -106,9 +112,9 @@ def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> 
     """The sum over ranks of what each computed for this rank's tokens. One collective a level."""
     if exchange.num_ranks == 1:
         return y
-    if exchange.kind == "hierarchical":
+    if exchange.kind in HIERARCHICAL:
         outer, inner = exchange.levels()
-        return combine(combine(y, None, inner), None, outer)
+        return combine(combine(y, sent, inner), None, outer)
     if exchange.kind == "all_gather":
         return jax.lax.psum_scatter(y, exchange.axes, scatter_dimension=0, tiled=True)
     if sent is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -30,8 +31,9 @@ _KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert":
 _GROUPED = 0.5
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
-# Groups in which a pipeline's prefill passes the stages, for each stage (engine/runner.py).
-_MICRO_BATCHES = 4
+# Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
+# (engine/batch.py).
+_MICRO_BATCHES, TURNS = 4, 4
 _MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
 _MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens
@@ -143,6 +145,16 @@ class StepCost:
         ranks = max(block.place.parts("moe_expert") for block in held.blocks)
         self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
         self._layers = [self._layer(block) for block in held.blocks]
+        self._worked: dict[Rows, tuple[float, float, float]] = {}
+        self._said: dict[tuple[int, int], tuple[float, float]] = {}
+        self._planned = self._plan()
+
+    def dispatched(self, dispatch: str) -> StepCost:
+        """The same, with tokens sent to experts another way."""
+        other = copy(self)
+        other.dispatch, other._said = dispatch, {}
+        other._planned = other._plan()
+        return other
 
     # --- what layers are, once a placement ---
 
@@ -186,10 +198,23 @@ class StepCost:
     # --- what a step takes ---
 
     def seconds(self, rows: Rows) -> Seconds:
-        """Of one step of one turn. Stages of a pipeline share its rows out in as many groups as there are stages, each
-        of which passes all of them meanwhile; with prompts the stages fill and empty in every step."""
-        stages = self.num_stages
-        each = Rows(rows.decode / stages, rows.prefill / stages, rows.context, rows.prompt)
+        """Of one step of one turn. Its rows pass the stages of a pipeline in groups, as many as the engine makes: one a
+        stage while all decode, several turns at a time, four a stage with prompts; the stages fill and empty."""
+        stages, chunks = self.num_stages, self.placement.chunks
+        groups = stages * (_MICRO_BATCHES if rows.prefill and stages > 1 else 1)
+        each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
+        link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
+        passes = groups / stages  # of all layers, one group at a time
+        compute, memory, launch = (passes * one for one in self._work(each))
+        link, out = passes * link, passes * out
+        waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
+        bubble = (compute + memory + link + out + launch) / passes * waits
+        return Seconds(compute, memory, link, out, launch, bubble)
+
+    def _work(self, each: Rows) -> tuple[float, float, float]:
+        """Seconds of products, memory and launches of one group of tokens through all layers."""
+        if (known := self._worked.get(each)) is not None:
+            return known
         found = [0.0, 0.0, 0.0]  # compute, memory, launch
         self._outside(each, found)
         for layer in self._layers:
@@ -203,13 +228,8 @@ class StepCost:
                 self._meet_experts(layer.experts, each, one)
             for at, seconds in enumerate(one):
                 found[at] += layer.count * seconds
-        link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
-        compute, memory, launch = found
-        bubble = 0.0
-        if rows.prefill and stages > 1:
-            groups = _MICRO_BATCHES * stages * self.placement.chunks
-            bubble = (compute + memory + link + out + launch) * (stages - 1) / groups
-        return Seconds(compute, memory, link, out, launch, bubble)
+        self._worked[each] = found[0], found[1], found[2]
+        return self._worked[each]
 
     def _pass(self, found: list[float], flops: float, rate: float, num_bytes: float, kernels: int) -> None:
         """Adds work whose products and whose passes over memory overlap: what takes longer binds."""
@@ -259,12 +279,7 @@ class StepCost:
             seconds = self._said[tokens, sampled] = found[0], found[1]
         return seconds
 
-    @cached_property
-    def _said(self) -> dict[tuple[int, int], tuple[float, float]]:
-        return {}
-
-    @cached_property
-    def _planned(self) -> list[tuple[Collective, Group, int, bool]]:
+    def _plan(self) -> list[tuple[Collective, Group, int, bool]]:
         """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
         found = []
         for tokens, sampled in ((_MANY * self._context_ranks, 0), (0, 1)):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh
+from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS
 from jaxmoe.planner.cost import SKEW, StepCost
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.memory import Held
@@ -26,9 +28,9 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
 _CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
 # Requests a device at once where the lowest latency is asked for and nobody says how many there are.
 LATENCY_REQUESTS = 4
-_MOST_RAGGED_GPUS = 8
 # Plans whose values lie so near are as good as each other: prices are not that exact.
 _ALIKE = 0.03
+_LEADING = 64  # plans whose other options are looked at too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +126,12 @@ def search(question: Question) -> Found:
     """
     specs = list(specs_of(question))
     found: list[Plan] = []
-    for spec in specs:
-        found += plans_of(question, spec)
+    for _, alike in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
+        found += _plans_of_alike(question, list(alike))
     if not found:
         raise NothingFits(_no_room(question, specs))
     if question.chunk_tokens is None:  # other chunks of prompts only for what is good with the middle one
-        leading = {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:64]}
+        leading = {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}
         for spec in leading:
             for chunk in _CHUNKS:
                 if chunk != spec.chunk_tokens:
@@ -148,22 +150,39 @@ def specs_of(question: Question) -> Iterator[Spec]:
     """Every way to split the model over the devices; those that place it alike once."""
     config, moe = question.config, question.config.moe is not None
     layouts = [question.layout] if question.layout else list(LAYOUTS.values())
-    all_axes = [tuple(question.axes.items())] if question.axes else _all_axes(question.devices, config)
+    all_axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, config))
+    seen: set[tuple[object, ...]] = set()
     for axes in all_axes:
-        sizes, seen = dict(axes), set()
+        sizes = dict(axes)
+        mesh = PlannedMesh(axes, _platform(question.hardware))
         for layout in layouts:
-            used = layout.used(sizes, moe=moe)
-            if used in seen:
-                continue
-            seen.add(used)
             if not question.layout and not _worth(config, layout, sizes):
                 continue
-            for dispatch in _dispatches(question, layout, sizes):
-                for stage_chunks in _stage_chunks(question, sizes):
-                    yield Spec(
-                        axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
-                        chunk_tokens=question.chunk_tokens or _CHUNKS[1],
-                    )  # fmt: skip
+            for stage_chunks in _stage_chunks(question, sizes):
+                for dispatch in _dispatches(question, Placement(mesh=mesh, layout=layout)):
+                    means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, stage_chunks)
+                    if means not in seen:
+                        seen.add(means)
+                        yield Spec(
+                            axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
+                            chunk_tokens=question.chunk_tokens or _CHUNKS[1],
+                        )  # fmt: skip
+
+
+def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
+    """What the axes of a layout do, outermost first: neighbours that do the same are one, unless they are levels of
+    an exchange (apart)."""
+    found: list[tuple[object, int]] = []
+    parts = (layout.batch, layout.split, layout.context, layout.sequence)
+    parts += (layout.experts, layout.expert_width) if moe else ()
+    for axis, size in axes:
+        does = axis == "pipeline" or tuple(axis in part for part in parts)
+        if size == 1:
+            continue
+        if found and found[-1][0] == does and not (apart and axis in layout.experts):
+            size *= found.pop()[1]
+        found.append((does, size))
+    return tuple(found)
 
 
 def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, int], ...]]:
@@ -191,19 +210,18 @@ def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> boo
     return split <= config.num_attention_heads and context <= 16
 
 
-def _dispatches(question: Question, layout: Layout, sizes: Mapping[str, int]) -> Iterable[str]:
-    exchanged = math.prod(sizes[axis] for axis in layout.experts if axis in (*layout.batch, *layout.context))
+def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
+    """Those that differ, and that the hardware has."""
+    exchanged = [axis for axis in placement.exchanged("residual") if placement.mesh.shape[axis] > 1]
     if question.dispatch:
-        return [question.dispatch]
-    if question.config.moe is None or exchanged == 1:
-        return ["all_to_all"]
-    ragged = question.hardware.platform == "tpu" or (
-        question.hardware.platform == "cuda" and exchanged <= _MOST_RAGGED_GPUS
-    )
-    levels = sum(sizes[axis] > 1 for axis in layout.experts if axis in (*layout.batch, *layout.context)) > 1
-    return [
-        "all_to_all", "all_gather", *(["hierarchical"] if levels else []), *(["ragged_all_to_all"] if ragged else []),
-    ]  # fmt: skip
+        yield question.dispatch
+        return
+    yield "all_to_all"
+    if question.config.moe is None or not exchanged:
+        return
+    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(exchanged) > 1 else ())]
+    most = {"tpu": math.inf, "cuda": MOST_RAGGED_GPUS}.get(question.hardware.platform, 1)
+    yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 
 def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
@@ -214,14 +232,23 @@ def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]
 
 def plans_of(question: Question, spec: Spec) -> list[Plan]:
     """One plan for each number of requests that may matter; none where the model does not fit."""
-    serving = serving_of(question, spec)
+    return _plans_of_alike(question, [spec])
+
+
+def _plans_of_alike(question: Question, specs: list[Spec]) -> list[Plan]:
+    """The same for specs that differ in dispatch alone."""
+    serving = serving_of(question, specs[0])
     if serving is None:
         return []
     most = serving.most_requests(question.load)
-    return [
-        Plan(spec=spec, served=serving.serve(question.load, count), serving=serving, most_requests=most)
-        for count in _concurrencies(question, most)
-    ]
+    counts = _concurrencies(question, most)
+    found = []
+    for spec in specs:
+        one = serving if spec is specs[0] else serving.dispatched(spec.dispatch)
+        found += [
+            Plan(spec=spec, served=one.serve(question.load, count), serving=one, most_requests=most) for count in counts
+        ]
+    return found
 
 
 def serving_of(question: Question, spec: Spec) -> Serving | None:
@@ -266,9 +293,13 @@ def _value(question: Question, plan: Plan) -> float:
 
 
 def _chosen(question: Question, plans: list[Plan]) -> Plan:
-    """Of the plans as good as the best, the one that leans least on links between fabrics, then the simplest."""
+    """Of the plans as good as the best: the best in what was not asked for (a token's time, or tokens a second), then
+    the one that leans least on links between fabrics, then the plainest."""
     least = _value(question, plans[0])
     alike = [plan for plan in plans if _value(question, plan) <= least * (1 + _ALIKE)]
+    other = replace(question, objective="throughput" if question.objective == "latency" else "latency")
+    best = min(_value(other, plan) for plan in alike)
+    alike = [plan for plan in alike if _value(other, plan) <= best * (1 + _ALIKE)]
     names = list(LAYOUTS.values())
 
     def plainness(plan: Plan) -> tuple[float, ...]:

@@ -46,6 +46,10 @@ class Serving:
         self.cost, self.held, self.chunk_tokens = cost, cost.held, chunk_tokens
         self.ranks = cost.placement.parts("batch")
 
+    def dispatched(self, dispatch: str) -> Serving:
+        """The same, with tokens sent to experts another way."""
+        return Serving(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
+
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
         hardware = self.cost.hardware

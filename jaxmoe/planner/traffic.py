@@ -194,25 +194,31 @@ class _Plan:
 
     def exchange(self, place: Placement, rows: int, count: int) -> None:
         """So many tokens of a device to the ranks of their experts, and back."""
-        over, width, size = place.exchanged(self.lead), self.config.hidden_size, self.itemsize
-        ranks, moe = place.size(over), self.config.moe
-        assert moe is not None
+        over = tuple(axis for axis in place.exchanged(self.lead) if place.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
         places = array_sizes(self.config, place).moe_experts // place.size(place.held(self.lead))
-        if self.dispatch == "hierarchical":
-            for axes, met, sent in _levels(place, over):
-                packet, back = rows * sent * (width + places // met) * size, rows * sent * width * size
-                self.add(place, "all-to-all", axes, met // sent * packet, count)
-                self.add(place, "all-to-all", axes, met // sent * back, count)
+        if not self.dispatch.startswith("hierarchical"):
+            self.level(place, over, rows, places, self.dispatch, count)
             return
+        self.level(place, over[:1], rows, places, "all_to_all", count)
+        ranks = place.size(over[:1])
+        inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"
+        self.level(place, over[1:], rows * ranks, places // ranks, inner, count)
+
+    def level(
+        self, place: Placement, over: tuple[str, ...], rows: int, places: int, dispatch: str, count: int
+    ) -> None:
+        """So many tokens to the ranks along some axes, among which so many places of experts are split, and back."""
+        width, size, ranks, moe = self.config.hidden_size, self.itemsize, place.size(over), self.config.moe
+        assert moe is not None
         packet, back = rows * (width + places // ranks) * size, rows * width * size
-        if self.dispatch == "all_gather":
+        if dispatch == "all_gather":
             self.add(place, "all-gather", over, ranks * rows * (width + places) * size, count)
             self.add(place, "reduce-scatter", over, back, count)
             return
         op: Op = "all-to-all"
         returned = ranks
-        if self.dispatch == "ragged_all_to_all":
+        if dispatch == "ragged_all_to_all":
             self.add(place, op, over, ranks * 2 * 4, count)  # how many rows come, and where they come from
             if place.platform != "cpu":
                 op, returned = "ragged-all-to-all", min(ranks, moe.num_experts_per_tok)
@@ -220,11 +226,3 @@ class _Plan:
                 packet, back = (rows * -(-one // rows // _TPU_ROW) * _TPU_ROW for one in (packet, back))
         self.add(place, op, over, ranks * packet, count)
         self.add(place, op, over, returned * back, count)
-
-
-def _levels(place: Placement, over: tuple[str, ...]) -> list[tuple[tuple[str, ...], int, int]]:
-    """Of a hierarchical exchange the axes of each level, ranks met by then, and ranks whose tokens are sent on."""
-    outer = next((axis for axis in over if place.mesh.shape[axis] > 1), "")
-    inner = tuple(axis for axis in over if axis != outer)
-    first = place.size((outer,)) if outer else 1
-    return [((outer,), first, 1), (inner, first * place.size(inner), first)]
