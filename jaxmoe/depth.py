@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from jaxmoe.config import ModelConfig
@@ -67,6 +68,7 @@ class Segment:
                 yield from range(start, start + self.filled(stage, chunk))
 
 
+@lru_cache(maxsize=256)
 def segments(config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: int = 1) -> tuple[Segment, ...]:
     """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
 

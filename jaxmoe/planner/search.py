@@ -30,7 +30,9 @@ _CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
 LATENCY_REQUESTS = 4
 # Plans whose values lie so near are as good as each other: prices are not that exact.
 _ALIKE = 0.03
-_LEADING = 64  # plans whose other options are looked at too
+# Axes are not looked at beyond these; a plan asked for with --mesh may have more.
+_MOST_STAGES, _MOST_TENSOR = 16, 64
+_LEADING = 24  # plans whose other options are looked at too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,12 @@ class Found:
 
 
 class NothingFits(ConfigError):
-    """No split of the devices holds the model, or serves it as asked. least: devices that would do; None unknown."""
+    """No split of the devices holds the model, or serves it as asked. latency: whether it is limits of latency that no
+    plan meets."""
 
-    def __init__(self, message: str, *, least: int | None = None) -> None:
+    def __init__(self, message: str, *, latency: bool = False) -> None:
         super().__init__(message)
-        self.least = least
+        self.latency = latency
 
 
 def search(question: Question) -> Found:
@@ -130,15 +133,13 @@ def search(question: Question) -> Found:
         found += _plans_of_alike(question, list(alike))
     if not found:
         raise NothingFits(_no_room(question, specs))
-    if question.chunk_tokens is None:  # other chunks of prompts only for what is good with the middle one
-        leading = {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}
-        for spec in leading:
-            for chunk in _CHUNKS:
-                if chunk != spec.chunk_tokens:
-                    found += plans_of(question, replace(spec, chunk_tokens=chunk))
+    # Other chunks of prompts, and numbers of requests between, only for what leads without.
+    for spec in {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}:
+        for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
+            found += plans_of(question, replace(spec, chunk_tokens=chunk), finely=True)
     allowed = [plan for plan in found if _meets(question, plan)]
     if not allowed:
-        raise NothingFits(_out_of_reach(question, found))
+        raise NothingFits(_out_of_reach(question, found), latency=True)
     best: dict[Spec, Plan] = {}
     for plan in sorted(allowed, key=lambda plan: _value(question, plan)):
         best.setdefault(plan.spec, plan)
@@ -189,9 +190,9 @@ def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, in
     """Sizes of data, pipeline, expert and tensor that multiply to the devices; without experts the expert axis would
     be another data axis."""
     for pipeline in _divisors(devices):
-        if pipeline > config.num_hidden_layers:
+        if pipeline > min(config.num_hidden_layers, _MOST_STAGES):
             continue
-        for tensor in _divisors(devices // pipeline):
+        for tensor in [one for one in _divisors(devices // pipeline) if one <= _MOST_TENSOR]:
             rest = devices // pipeline // tensor
             for expert in _divisors(rest) if config.moe else [1]:
                 sizes = {"data": rest // expert, "pipeline": pipeline, "expert": expert, "tensor": tensor}
@@ -230,18 +231,18 @@ def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]
     return [1, 2] if sizes["pipeline"] > 1 else [1]
 
 
-def plans_of(question: Question, spec: Spec) -> list[Plan]:
-    """One plan for each number of requests that may matter; none where the model does not fit."""
-    return _plans_of_alike(question, [spec])
+def plans_of(question: Question, spec: Spec, *, finely: bool = False) -> list[Plan]:
+    """One plan for each number of requests that may matter; none where the model does not fit. finely: more of them."""
+    return _plans_of_alike(question, [spec], finely=finely)
 
 
-def _plans_of_alike(question: Question, specs: list[Spec]) -> list[Plan]:
+def _plans_of_alike(question: Question, specs: list[Spec], *, finely: bool = False) -> list[Plan]:
     """The same for specs that differ in dispatch alone."""
     serving = serving_of(question, specs[0])
     if serving is None:
         return []
     most = serving.most_requests(question.load)
-    counts = _concurrencies(question, most)
+    counts = _concurrencies(question, most, step=1 if finely else 3)
     found = []
     for spec in specs:
         one = serving if spec is specs[0] else serving.dispatched(spec.dispatch)
@@ -270,13 +271,13 @@ def _platform(hardware: Hardware) -> str:
     return "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
 
 
-def _concurrencies(question: Question, most: int) -> list[int]:
+def _concurrencies(question: Question, most: int, *, step: int) -> list[int]:
     asked = question.load.concurrency
     if asked is None and question.objective == "latency" and question.tpot_limit is None:
         asked = LATENCY_REQUESTS * question.devices
     if asked is not None:
         return [asked] if asked <= most else []
-    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+    return [*(1 << power for power in range(0, most.bit_length(), step) if 1 << power < most), most]
 
 
 def _meets(question: Question, plan: Plan) -> bool:

@@ -65,13 +65,13 @@ class Serving:
             rows = max(1, min(4096, int(self.pool_tokens(rows) / tokens)))
         return int(min(4096, self.pool_tokens(rows) / tokens)) * self.ranks
 
-    def serve(self, load: Load, concurrency: int) -> Served:
-        """With so many requests at once."""
+    def serve(self, load: Load, concurrency: int, *, prefills: bool = True) -> Served:
+        """With so many requests at once. prefills: whether their prompts are read here too."""
         rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
         busy = concurrency / (rows * self.ranks)
         chunk = min(self.chunk_tokens, load.isl) if rows <= 1 else self.chunk_tokens
         context, prompt = load.isl + load.osl / 2, load.isl / 2
-        chunks = rows * load.isl / chunk  # turns of one request's `osl` that carry a chunk
+        chunks = rows * load.isl / chunk * prefills  # turns of one request's `osl` that carry a chunk
         mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
         alone = self.cost.seconds(Rows(rows, 0, context))
         turns = mixed.mixed(chunks, alone, max(0.0, load.osl - chunks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from jaxmoe.assets import asset_dir
@@ -52,16 +53,27 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     )
 
 
+def preset_configs() -> list[str]:
+    """Names of the published configs that travel with the package, without weights."""
+    return sorted(path.stem for path in asset_dir("models").glob("*.json"))
+
+
 def find_config(model: str | Path) -> Path:
-    """The config.json of a model: the file itself, that of a folder, or that of a preset.
+    """The config.json of a model: the file itself, that of a folder, or that of a preset, with weights or without.
 
     Raises: CheckpointError naming the value and what would be accepted.
     """
-    path = find_model(model) if str(model) in preset_models() else Path(model).expanduser()
+    name, known = str(model), [*preset_models(), *preset_configs()]
+    if name in preset_configs():
+        return asset_dir("models") / f"{name}.json"
+    path = find_model(model) if name in preset_models() else Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        known = ", ".join(preset_models())
-        raise CheckpointError(f"config {str(model)!r} is no config.json, no folder with one and no preset ({known})")
+        near = get_close_matches(name.lower(), known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise CheckpointError(
+            f"config {name!r} is no config.json, no folder with one and no preset; {hint}presets: {', '.join(known)}"
+        )
     return path
 
 

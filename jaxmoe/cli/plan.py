@@ -1,0 +1,156 @@
+"""jaxmoe plan: how to split a model over hardware one need not have, why, and what it will do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.table import Table
+
+from jaxmoe.cli.options import console, size_text, table_console
+from jaxmoe.cli.plots import check_plot_path, save_plot
+from jaxmoe.planner.cost import SKEW
+from jaxmoe.planner.search import OBJECTIVES
+
+
+@click.command("plan")
+@click.argument("config", metavar="MODEL")
+@click.option("--hardware", required=True, help="a preset of meshes/ (h100, b200, gb200, v5p ...) or a TOML file")
+@click.option("--nodes", type=int, help="whole nodes of it")
+@click.option("--devices", type=int, help="devices of it; without --nodes or this, the fewest that are worthwhile")
+@click.option("--isl", type=int, default=1024, show_default=True, help="tokens of a prompt")
+@click.option("--osl", type=int, default=1024, show_default=True, help="tokens to generate")
+@click.option("--concurrency", type=int, help="requests at once; by default as many as is best, 4 a device for latency")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
+@click.option("--sla-ttft-ms", type=float, help="the longest time to the first token")
+@click.option("--sla-tpot-ms", type=float, help="the longest time a token")
+@click.option("--dtype", help="of activations, and plain weights; the config's own by default")
+@click.option("--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default")
+@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--skew", type=float, default=SKEW, show_default=True, help="how uneven experts' loads are; 0 is even")
+@click.option("--price", type=float, help="dollars an hour of a device")
+@click.option("--mesh", help="price these axes alone, as in expert=8")
+@click.option("--layout", help="price this layout alone")
+@click.option("--dispatch", help="price this way of sending tokens to experts alone")
+@click.option("--stage-chunks", type=int, help="price so many chunks of layers a stage alone")
+@click.option("--chunk-tokens", type=int, help="price so many prompt tokens of a step and rank alone")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")
+@click.option("--plot", help="a picture of the front, the memory and the turn, .png or .svg")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> None:
+    """What fits, how to split it, why, and what it will serve: MODEL (a config.json, a folder with one, or a preset) on
+    hardware that need not be there. Every mesh and layout is priced; the best comes as arguments to paste."""
+    from jaxmoe.inspect.plan import PlanQuestion, plan_model, rule_of_thumb_of
+
+    question = PlanQuestion(**{name: value for name, value in asked.items() if value is not None})
+    if plot is not None:
+        check_plot_path(plot)
+    if rule_of_thumb:
+        thumb = rule_of_thumb_of(question)
+        print(json.dumps(thumb) if as_json else _thumb(thumb, question.hardware), flush=True)
+        return
+    with console.status(f"{question.config} on {question.hardware}: pricing plans"):
+        answer = plan_model(question)
+    if plot is not None:
+        save_plot(plot, lambda figure: _draw(figure, answer), inches=(13.0, 4.2))
+    if as_json:
+        print(json.dumps(answer), flush=True)
+    else:
+        _print(answer)
+
+
+def _thumb(thumb: dict[str, Any], hardware: str) -> str:
+    devices = f"{thumb['devices']} x {hardware}"
+    return (
+        f"rule of thumb: {thumb['bits']} bits / 8 x {thumb['billions']} billion parameters x 1.8 = {thumb['gb']:,} GB "
+        f"-> {thumb['devices_gb']:,g} GB = {devices}"
+    )
+
+
+def _print(answer: dict[str, Any]) -> None:
+    plan, screen = answer["plan"], table_console()
+    devices = f"{answer['devices']} x {answer['hardware']}"
+    nodes = f" ({answer['nodes']} nodes)" if answer["nodes"] > 1 else ""
+    print(f"{answer['model']} on {devices}{nodes}: {plan['split']}")
+    print(f"  {answer['arguments']}")
+    print(
+        f"  {plan['tokens_per_s']:,.0f} tokens/s, {plan['tokens_per_s_per_device']:,.0f} a device; "
+        f"{plan['tokens_per_s_per_user']:.1f} a user; first token {plan['ttft_ms']:,.0f} ms, then "
+        f"{plan['tpot_ms']:.2f} ms a token; {plan['concurrency']:,} requests at once"
+    )
+    if plan["dollars_per_million_tokens"] is not None:
+        print(f"  {plan['dollars_per_million_tokens']:.3f} dollars a million generated tokens")
+    print()
+    screen.print(_memory_table(answer))
+    print(_thumb(answer["rule_of_thumb"], answer["hardware"]) + "\n")
+    for reason in answer["reasons"]:
+        screen.print(f"- {reason}", highlight=False, markup=False)
+    print()
+    screen.print(_front_table(answer))
+
+
+def _memory_table(answer: dict[str, Any]) -> Table:
+    memory = answer["memory"]
+    table = Table(title="memory of a device", title_justify="left")
+    for name in ("part", "bytes", "of the device"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+
+    def row(name: str, num_bytes: float) -> None:
+        table.add_row(name, size_text(num_bytes), f"{num_bytes / memory['limit']:.1%}")
+
+    for part, num_bytes in memory["weights_by_part"].items():
+        row(part, num_bytes)
+    table.add_section()
+    row("weights", memory["weights"])
+    row("  padding and copies in them", memory["padding_and_copies"])
+    row("pages", memory["pages"])
+    row("a step", memory["step"])
+    table.add_section()
+    row("all of the device", memory["limit"])
+    table.caption = (
+        f"pages: {memory['kv_bytes_a_token']:,.0f} bytes a token, {memory['pool_tokens']:,} tokens over all devices, "
+        f"{memory['most_requests']:,} requests"
+    )
+    return table
+
+
+def _front_table(answer: dict[str, Any]) -> Table:
+    table = Table(title="the front: no plan beats one of these in both", title_justify="left")
+    for name in ("split", "arguments", "requests", "first token ms", "ms a token", "tokens/s a device"):
+        table.add_column(name, justify="left" if name in ("split", "arguments") else "right")
+    for plan in answer["front"]:
+        words = f"{plan['mesh']} {plan['layout']}" + (
+            "" if plan["dispatch"] == "all_to_all" else f" {plan['dispatch']}"
+        )
+        table.add_row(
+            plan["split"], words, f"{plan['concurrency']:,}", f"{plan['ttft_ms']:,.0f}", f"{plan['tpot_ms']:.2f}",
+            f"{plan['tokens_per_s_per_device']:,.0f}",
+        )  # fmt: skip
+    return table
+
+
+def _draw(figure: Any, answer: dict[str, Any]) -> None:
+    """The front, a device's memory by part, a turn by what binds it."""
+    front, memory, turn = figure.subplots(1, 3)
+    plans, best = answer["front"], answer["plan"]
+    users = [one["tokens_per_s_per_user"] for one in plans]
+    front.plot(users, [one["tokens_per_s_per_device"] for one in plans], "o-", color="tab:blue")
+    front.plot(best["tokens_per_s_per_user"], best["tokens_per_s_per_device"], "*", markersize=14, color="tab:orange")
+    front.set_xlabel("tokens/s a user")
+    front.set_ylabel("tokens/s a device")
+    front.set_title(f"{answer['model']}, {answer['devices']} x {answer['hardware']}")
+    parts = {**answer["memory"]["weights_by_part"], "pages": answer["memory"]["pages"], "step": answer["memory"]["step"]}
+    base = 0.0
+    for name, num_bytes in parts.items():
+        memory.bar(["a device"], [num_bytes / 2**30], bottom=[base], label=name)
+        base += num_bytes / 2**30
+    memory.axhline(answer["memory"]["limit"] / 2**30, color="black", linestyle="--")
+    memory.set_ylabel("GiB")
+    memory.set_title("memory")
+    memory.legend(fontsize=7)
+    names = list(best["turn_ms"])
+    turn.barh(names, [best["turn_ms"][name] for name in names], color="tab:blue")
+    turn.set_xlabel("ms of a mean turn")
+    turn.set_title(best["split"])
