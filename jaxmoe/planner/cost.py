@@ -26,9 +26,11 @@ from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 3e-6, "tpu": 0.5e-6, "cpu": 2e-6}
 # Kernels of a layer's parts, as tuned programs fuse them.
 _KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
-# Products grouped by expert, and reading such experts, attain about half of what one large product does: rows of an
-# expert do not fill tiles. Calibrated on all rows of MoEs in docs/planner.md together.
-_GROUPED = 0.5
+# Products grouped by expert, and reading such experts, attain less than one large product: rows of an expert do not
+# fill tiles. And ranks that compute other tokens do not arrive at an exchange together (DeepEP's dispatch of 128 tokens
+# among 8 H800 takes 77 us, its combine 114, where their bytes take under 50). Calibrated on all rows of MoEs in
+# docs/planner.md together.
+_GROUPED_PRODUCTS, _GROUPED_READS, _WAIT_SECONDS = 0.5, 0.65, 80e-6
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
@@ -119,6 +121,7 @@ class _Layer:
     experts: _Experts | None
     decode_flops: float  # a decoded token and a token it attends to
     prefill_flops: float
+    exchanges: bool  # whether tokens of several ranks meet its experts
     kv_bytes: float
     window: float
     chunk: float
@@ -175,6 +178,7 @@ class StepCost:
         return _Layer(
             count=block.run, dense=tuple(self._dense(block, part) for part in _MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
+            exchanges=config.moe_layers[block.layer] and place.size(place.exchanged("token")) > 1,
             decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
             window=math.inf if window is None else window, chunk=math.inf if chunk is None else chunk / 2,
         )  # fmt: skip
@@ -263,9 +267,9 @@ class StepCost:
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
         active = experts.held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
-        moved = experts.num_bytes * active + experts.moved * chosen
-        rate = self._rate("experts")
-        self._pass(found, experts.flops * chosen / _GROUPED, rate, moved / _GROUPED, _KERNELS["experts"])
+        moved = (experts.num_bytes * active + experts.moved * chosen) / _GROUPED_READS
+        flops = experts.flops * chosen / _GROUPED_PRODUCTS
+        self._pass(found, flops, self._rate("experts"), moved, _KERNELS["experts"])
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -276,7 +280,8 @@ class StepCost:
                 rows = tokens / _MANY if of_tokens else sampled
                 scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
                 found[group.across > 1] += count * self.links.seconds(scaled, group)
-            seconds = self._said[tokens, sampled] = found[0], found[1]
+            waits = sum(2 * layer.count * _WAIT_SECONDS for layer in self._layers if layer.exchanges)
+            seconds = self._said[tokens, sampled] = found[0] + waits, found[1]
         return seconds
 
     def _plan(self) -> list[tuple[Collective, Group, int, bool]]:
