@@ -115,6 +115,17 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return Mesh(ordered, AXES, axis_types=types)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler of a mesh's devices must be told of every program that reads weights; None for most.
+
+    TPU7x: 16-bit matrices stay in the tiles that a program's arguments come in. Left to itself, the compiler copies all
+    weights to taller tiles at every step (docs/clusters.md).
+    """
+    if mesh.devices.flat[0].device_kind != "TPU7x":
+        return None
+    return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+
+
 def describe(mesh: Mesh) -> str:
     """The mesh in a few words, as in "data=2 x tensor=2 x expert=2 on 8 cpu devices"."""
     named = [f"{axis}={mesh.shape[axis]}" for axis in ("data", "tensor", "pipeline", "expert") if mesh.shape[axis] > 1]
