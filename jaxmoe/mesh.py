@@ -94,6 +94,24 @@ def emulate_devices(num_devices: int) -> None:
         )
 
 
+def join_processes(coordinator: str, num_processes: int | None, process_id: int | None, devices: int | None) -> None:
+    """Make the devices of all processes one cluster. Call before JAX starts a backend, in every process.
+
+    coordinator: HOST:PORT of the first process, with the numbers; or "auto", where the cluster's manager tells JAX.
+    devices: to emulate on the CPU in this process.
+    Raises: MeshError where the processes do not find each other.
+    """
+    told = (None, None, None) if coordinator == "auto" else (coordinator, num_processes, process_id)
+    if devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(*told)
+    except (RuntimeError, ValueError) as error:
+        raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
+
+
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A Mesh with all four axes, devices in the order of the machine's topology.
 
