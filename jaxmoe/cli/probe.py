@@ -54,11 +54,8 @@ def probe(
         raise RequestError(f"--name {name!r} must be of characters that print")
     path = _output_path(output, force=force)
     axes = parse_mesh(mesh) if mesh is not None else None
-    numbers = (num_processes, process_id)
-    if coordinator in (None, "auto") and numbers != (None, None):
+    if coordinator in (None, "auto") and (num_processes, process_id) != (None, None):
         raise RequestError("--num-processes and --process-id go with --coordinator HOST:PORT")
-    if coordinator not in (None, "auto") and None in numbers:
-        raise RequestError(f"--coordinator {coordinator} needs --num-processes and --process-id")
     if not 0 < most_mib < 1 << 24:
         raise MeshError(f"--most-mib {most_mib:g} must lie above 0 and below {1 << 24}")
     if coordinator is not None:

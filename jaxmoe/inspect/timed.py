@@ -5,6 +5,7 @@ Every turn reads a number that the turn before wrote, so none can be left out, r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from jaxmoe.planner.hardware import Op
 from jaxmoe.planner.traffic import Collective
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+_ROW = 1024  # numbers of a message lie in rows, as those of activations do
 # Small messages turn often, so that a call costs nothing beside them; large ones so that a call's fresh memory does.
 _LEAST_TURNS, _MOST_TURNS, _TURNS_BYTES = 8, 256, 32 << 20
 
@@ -66,6 +68,7 @@ def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, turns: int
     """
     ranks, dtype = mesh.shape[axis], message_dtype(mesh)
     numbers = num_bytes // jnp.dtype(dtype).itemsize
+    width = math.gcd(numbers // ranks, _ROW)
     held = numbers // ranks if op == "all-gather" else numbers
     send: dict[str, Callable[[jax.Array], jax.Array]] = {
         "all-reduce": lambda x: lax.psum(x, axis),
@@ -76,9 +79,9 @@ def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, turns: int
     }
 
     def turn(_: Any, x: jax.Array) -> jax.Array:
-        return x.at[0].set(send[op](x)[-1])  # the next message waits for the end of this one
+        return x.at[0, 0].set(send[op](x)[-1, -1])  # the next message waits for the end of this one
 
-    return _compiled(lambda x: lax.fori_loop(0, turns, turn, x), mesh, (held,), dtype)
+    return _compiled(lambda x: lax.fori_loop(0, turns, turn, x), mesh, (held // width, width), dtype)
 
 
 def differing(program: Any, wanted: Collective, turns: int, mesh: Mesh) -> str:
@@ -100,7 +103,7 @@ def product_program(dtype: str, width: int, mesh: Mesh, turns: int) -> tuple[Any
 
         return lax.fori_loop(0, turns, turn, x)
 
-    return _compiled(local, mesh, (width, width), kind)
+    return _compiled(local, mesh, (width, width), kind, products=True)
 
 
 def memory_program(num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
@@ -110,14 +113,16 @@ def memory_program(num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Arr
     )
 
 
-def _compiled(local: Callable[[jax.Array], jax.Array], mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+def _compiled(
+    local: Callable[[jax.Array], jax.Array], mesh: Mesh, shape: tuple[int, ...], dtype: Any, *, products: bool = False
+) -> Any:
     """The program of local on every device, and an argument of that shape on each, which it takes and gives back."""
     spec = P(mesh.axis_names)
     sharding = NamedSharding(mesh, spec)
     whole = (shape[0] * mesh.size, *shape[1:])
 
     def fill() -> jax.Array:
-        if len(shape) == 1:
+        if not products:
             return jnp.full(whole, 0.5, dtype)
         scale = 3.0 if dtype == jnp.int8 else (3 / shape[-1]) ** 0.5  # products of products keep their size
         return (jax.random.uniform(jax.random.key(0), whole, jnp.float32, -1.0, 1.0) * scale).astype(dtype)

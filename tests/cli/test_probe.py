@@ -95,7 +95,13 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
         (["--name", "a\nb"], "must be of characters that print"),
         (["--plot", "mine.pdf"], "must end in .png or .svg"),
         (["--num-processes", "2"], "go with --coordinator HOST:PORT"),
-        (["--coordinator", "localhost:1"], "needs --num-processes and --process-id"),
+        (["--coordinator", "localhost:1"], "process_id=None must lie in [0, num_processes=None)"),
+        (
+            ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id=2 must lie in [0, ",
+        ),
+        (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "'here' must be HOST:PORT or auto"),
+        (["--coordinator", "auto", "--devices", "0"], "devices=0 must lie in [1, 512]"),
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "0"], "processes cannot join at"),
     ],
 )
