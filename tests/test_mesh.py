@@ -31,7 +31,7 @@ def test_axes_left_out_are_one_and_tensor_is_innermost():
     ("text", "said"),
     [
         ("tensor=0", "tensor=0"), ("tensor=-1", "tensor=-1"), ("tensor=two", "tensor=two"), ("model=2", "'model'"),
-        ("tensor=2,tensor=2", "twice"), ("no-such-preset", "presets: b200-2x8, cpu-8"),
+        ("tensor=2,tensor=2", "twice"), ("no-such-preset", "presets: a100, b200"),
         ("tensor=²", "tensor=²"), ("tensor=2,", "axis=size"),
     ],
 )  # fmt: skip

@@ -1,0 +1,261 @@
+"""Hardware facts: memory, rates and links of a kind of device, from a preset of meshes/ or a user's TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from jaxmoe.assets import asset_dir
+from jaxmoe.errors import MeshError
+
+Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
+Topology = Literal["switch", "torus", "peers"]
+Platform = Literal["cuda", "rocm", "tpu", "cpu"]
+# (bytes of the whole message, microseconds), in the order of bytes
+Points = tuple[tuple[float, float], ...]
+
+# Tables beside [hardware] and [axes], and the keys of those that are numbers by name
+_COLLECTIVES = ("collectives", "collectives_between_nodes")
+_RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
+
+_GIB = 1 << 30
+# The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
+_HBM, _COMPUTE, _LINK = 0.8, 0.7, 0.8
+
+
+class _FactError(MeshError):
+    """A fact that cannot be; place: its table and key in a file."""
+
+    def __init__(self, message: str, *place: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device and how such devices are joined.
+
+    hbm_gb: as sold; hbm_gib: what a program may use. *_gbps: 10^9 bytes a second of one device, links one way.
+    devices_per_node: of one host. scale_up_devices: the most that one fast fabric joins, a node's of GPUs, a slice's of
+    TPUs. scale_up: "switch" (all at full rate), "torus" (neighbours along torus_dims dims), "peers" (each pair has a
+    link of its own). tflops: dense, by dtype: bf16, f32, fp8, int8, fp4. attained: shares of these rates that programs
+    get: hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; collectives_between_nodes:
+    of ranks that all lie on other nodes; where none is, rates are used.
+    latency_us, scale_out_latency_us: of one message. dollars_an_hour: of one device.
+    """
+
+    device: str
+    platform: Platform
+    devices_per_node: int
+    hbm_gb: float
+    hbm_gib: float
+    hbm_gbps: float
+    scale_up_gbps: float
+    scale_out_gbps: float
+    tflops: Mapping[str, float]
+    scale_up: Topology = "switch"
+    scale_up_devices: int = 0
+    torus_dims: int = 3
+    nodes: int = 1
+    latency_us: float = 6.0
+    scale_out_latency_us: float = 25.0
+    dollars_an_hour: float | None = None
+    attained: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    collectives: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
+    collectives_between_nodes: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, name = getattr(self, one.name), one.name
+            if name in ("platform", "scale_up", *_RATES, *_COLLECTIVES):
+                continue
+            if name == "dollars_an_hour" and value is None:
+                continue
+            if name == "device":
+                if not isinstance(value, str) or not value:
+                    raise _FactError(f"hardware device={value!r} must be a name", "hardware", name)
+                continue
+            whole = name in ("devices_per_node", "scale_up_devices", "torus_dims", "nodes")
+            if not _is_number(value) or value < 0 or (whole and not isinstance(value, int)):
+                what = "a whole number" if whole else "a number"
+                raise _FactError(f"hardware {name}={value!r} must be {what} of at least 0", "hardware", name)
+            if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
+                raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
+        for name, value, known in (
+            ("platform", self.platform, get_args(Platform)), ("scale_up", self.scale_up, get_args(Topology)),
+        ):  # fmt: skip
+            if value not in known:
+                raise _FactError(f"hardware {name}={value!r} must be one of {', '.join(known)}", "hardware", name)
+        if "bf16" not in self.tflops:
+            raise _FactError("hardware [tflops] must give bf16", "tflops")
+        for name, names in _RATES.items():
+            for key, rate in getattr(self, name).items():
+                if key not in names:
+                    raise _FactError(f"hardware [{name}] {key}: there are {', '.join(names)}", name, key)
+                if not _is_number(rate) or rate <= 0:
+                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be a number above 0", name, key)
+        if not self.scale_up_devices:
+            object.__setattr__(self, "scale_up_devices", self.devices_per_node)
+
+    @property
+    def hbm_bytes(self) -> float:
+        """What a program may use of a device's memory."""
+        return self.hbm_gib * _GIB
+
+    @property
+    def bytes_a_second(self) -> float:
+        """Of a device's memory, as programs attain it."""
+        return self.hbm_gbps * 1e9 * self.attained.get("hbm", _HBM)
+
+    def flops_a_second(self, dtype: str) -> float:
+        """Of products in a dtype (bf16, f32, fp8, int8, fp4), as programs attain it; a dtype without products of its
+        own is computed in bf16."""
+        return self.tflops.get(dtype, self.tflops["bf16"]) * 1e12 * self.attained.get("compute", _COMPUTE)
+
+    def link_bytes_a_second(self, *, scale_out: bool) -> float:
+        """Of a device's links, one way, as programs attain it."""
+        rate = self.scale_out_gbps if scale_out else self.scale_up_gbps
+        return rate * 1e9 * self.attained.get("link", _LINK)
+
+
+def hardware_names() -> list[str]:
+    """Presets of meshes/ that say what hardware is, sorted."""
+    return sorted(name for name, raw in hardware_presets().items() if "device" in raw.get("hardware", {}))
+
+
+def read_hardware(name: str) -> Hardware:
+    """The hardware of a preset (b200), of a mesh preset that names one, or of a TOML file.
+
+    Raises: MeshError naming the file, the line, the key and what would be accepted, or the nearest presets.
+    """
+    if name in hardware_presets():
+        return _hardware(hardware_presets()[name], name)
+    path = Path(name).expanduser()
+    if path.suffix != ".toml" and not path.is_file():
+        raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MeshError(f"hardware {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return _hardware(tomllib.loads(text), name)
+    except tomllib.TOMLDecodeError as error:
+        raise MeshError(_not_toml(text, name, str(error))) from error
+    except RecursionError as error:
+        raise MeshError(f"hardware {name}: not TOML: lists too deep") from error
+    except _FactError as error:
+        line = line_of(text, *error.place)
+        raise MeshError(f"{name}{f' line {line}' * bool(line)}: {error}") from error
+
+
+def hardware_presets() -> dict[str, dict[str, Any]]:
+    """What stands in each file of meshes/, by name."""
+    return {
+        path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in asset_dir("meshes").glob("*.toml")
+    }  # fmt: skip
+
+
+def line_of(text: str, *place: str) -> int | None:
+    """Where in the text of a TOML file a key stands (its tables, then itself), else the nearest table around it."""
+    table: tuple[str, ...] = ()
+    found: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+([^\]]+)\]", line):
+            table = _parts(header[1])
+            here = table
+        elif key := re.match(r"\s*([^\s=#\[\]][^=#\[\]]*?)\s*=", line):
+            here = (*table, *_parts(key[1]))
+        else:
+            continue
+        for depth in range(1, len(here) + 1):
+            found.setdefault(here[:depth], number)
+    return next((found[place[:depth]] for depth in range(len(place), 0, -1) if place[:depth] in found), None)
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _not_toml(text: str, name: str, said: str) -> str:
+    """What the parser said of a file, with the line and what stands there."""
+    lines = text.splitlines() or [""]
+    at = re.search(r"\(at line (\d+), column \d+\)", said)
+    number = min(int(at[1]), len(lines)) if at else len(lines)
+    return f"{name} line {number}: not TOML: {said}: {lines[number - 1].strip()[:60]!r}"
+
+
+def _presets_like(name: str) -> str:
+    names = sorted(key for key, raw in hardware_presets().items() if "hardware" in raw)
+    near = difflib.get_close_matches(name.lower(), names, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}presets: {', '.join(hardware_names())}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
+    tables = ("axes", "hardware", *_RATES, *_COLLECTIVES)
+    for table in raw:
+        if table not in tables:
+            raise _FactError(f"unknown table [{table}]; there are {', '.join(tables)}", table)
+        if not isinstance(raw[table], Mapping):
+            raise _FactError(f"{table} must be a table, as in meshes/h100.toml", table)
+    if "hardware" not in raw:
+        raise _FactError(f"hardware {name} has no table [hardware]: add it, as in meshes/h100.toml")
+    facts, based = dict(raw["hardware"]), {}
+    if "preset" in facts:
+        base = facts.pop("preset")
+        if base not in hardware_names():
+            raise _FactError(f"hardware preset={base!r} is no preset; {_presets_like(str(base))}", "hardware", "preset")
+        read = read_hardware(base)
+        based = {one.name: getattr(read, one.name) for one in fields(read)}
+    known = [one.name for one in fields(Hardware) if one.name not in (*_RATES, *_COLLECTIVES)]
+    for key in facts:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise _FactError(f"unknown key {key!r} in [hardware]; {hint}", "hardware", key)
+    for table in _RATES:
+        if table in raw:
+            facts[table] = MappingProxyType(dict(raw[table]))
+    for table in _COLLECTIVES:
+        if table in raw:
+            facts[table] = _collectives(raw[table], table)
+    facts = based | facts
+    optional = ("scale_up", "scale_up_devices", "torus_dims", "nodes", "latency_us", "scale_out_latency_us",
+                "dollars_an_hour")  # fmt: skip
+    for key in [*known, "tflops"]:
+        if key not in facts and key not in optional:
+            where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"
+            raise _FactError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml", "hardware")
+    return Hardware(**facts)
+
+
+def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int, Points]]:
+    found: dict[str, Mapping[int, Points]] = {}
+    for op, tables in raw.items():
+        if op not in get_args(Op) or not isinstance(tables, Mapping):
+            raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(Op))}", table, op)
+        by_ranks = {}
+        for ranks, points in tables.items():
+            where, place = f"[{table}.{op}] {ranks}", (table, op, ranks)
+            pairs = points if isinstance(points, list) and points else [None]
+            for pair in pairs:
+                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) > 0
+                if not right:
+                    shown = f": {pair!r}"[:40] if pair is not None else ""
+                    raise _FactError(f"{where} must be a list of [bytes, microseconds], both above 0{shown}", *place)
+            if not ranks.isascii() or not ranks.isdigit() or int(ranks) < 2:
+                raise _FactError(f"{where}: {ranks!r} must be a number of ranks of at least 2", *place)
+            by_ranks[int(ranks)] = tuple(sorted((float(size), float(us)) for size, us in pairs))
+        found[op] = MappingProxyType(dict(sorted(by_ranks.items())))
+    return MappingProxyType(found)
