@@ -104,6 +104,32 @@ def emulate_devices(num_devices: int) -> None:
         )
 
 
+def join_processes(coordinator: str, num_processes: int | None, process_id: int | None, devices: int | None) -> None:
+    """Make the devices of all processes one cluster. Call before JAX starts a backend, in every process.
+
+    coordinator: HOST:PORT of the first process, with the numbers; or "auto", where the cluster's manager tells JAX.
+    devices: to emulate on the CPU in this process.
+    Raises: MeshError for numbers that cannot be, or where the processes do not find each other.
+    """
+    told: tuple[str | None, int | None, int | None] = (None, None, None)
+    if coordinator != "auto":
+        if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+            raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
+        if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
+            raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
+        told = (coordinator, num_processes, process_id)
+    if devices is not None and not 1 <= devices <= 512:
+        raise MeshError(f"devices={devices} must lie in [1, 512]")
+    try:
+        if devices is not None:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", devices)
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(*told)
+    except (RuntimeError, ValueError) as error:
+        raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
+
+
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A Mesh with all four axes, devices in the order of the machine's topology.
 
@@ -123,6 +149,17 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     except NotImplementedError:  # no axis of the torus is as long as this: parts of several, and longer ways
         ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
         return Mesh(ordered, AXES, axis_types=types)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler of a mesh's devices must be told of every program that reads weights; None for most.
+
+    TPU7x: 16-bit matrices stay in the tiles that a program's arguments come in. Left to itself, the compiler copies all
+    weights to taller tiles at every step (docs/clusters.md).
+    """
+    if mesh.devices.flat[0].device_kind != "TPU7x":
+        return None
+    return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
 
 
 def describe(mesh: Mesh) -> str:

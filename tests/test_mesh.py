@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from jaxmoe.errors import MeshError
-from jaxmoe.mesh import AXES, build_mesh, default_axes, emulate_devices, parse_mesh, preset_names
+from jaxmoe.mesh import (
+    AXES,
+    build_mesh,
+    compiler_options,
+    default_axes,
+    emulate_devices,
+    parse_mesh,
+    preset_names,
+)
 
 
 def test_axes_left_out_are_one_and_tensor_is_innermost():
@@ -20,7 +31,7 @@ def test_axes_left_out_are_one_and_tensor_is_innermost():
     ("text", "said"),
     [
         ("tensor=0", "tensor=0"), ("tensor=-1", "tensor=-1"), ("tensor=two", "tensor=two"), ("model=2", "'model'"),
-        ("tensor=2,tensor=2", "twice"), ("no-such-preset", "presets: b200-2x8, cpu-8"),
+        ("tensor=2,tensor=2", "twice"), ("no-such-preset", "presets: a100, b200"),
         ("tensor=²", "tensor=²"), ("tensor=2,", "axis=size"),
     ],
 )  # fmt: skip
@@ -54,3 +65,9 @@ def test_devices_cannot_change_once_started(monkeypatch):
         emulate_devices(8)
     with pytest.raises(MeshError, match="devices=0"):
         emulate_devices(0)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H200", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_one_kind_of_device_alone_needs_options_of_its_compiler(kind):
+    mesh = SimpleNamespace(devices=np.array([[SimpleNamespace(device_kind=kind)]]))
+    assert (compiler_options(mesh) is not None) == (kind == "TPU7x")

@@ -18,7 +18,9 @@ from jaxmoe.errors import RequestError
 @click.option("--to", help="orbax or hf (safetensors); by default the one that SRC is not")
 @click.option("--mesh", help="axes or a preset, the devices of which are to read whole chunks; any mesh can load it")
 @click.option(
-    "--weights-dtype", help="float32, bfloat16 or float16, of quantised ones too; every bit is kept by default"
+    "--weights-dtype",
+    help="float32, bfloat16 or float16, of quantised ones too; int8, fp8 or fp8-block quantises; every bit is kept by "
+    "default",
 )
 @click.option("--ram-gib", type=float, default=4.0, show_default=True, help="memory that may be taken")
 @click.option("--verify", is_flag=True, help="check SRC (if it was converted) and DST against their checksums")

@@ -16,6 +16,7 @@ from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
 from jaxmoe.cli.inspect import inspect_model
 from jaxmoe.cli.plan import plan
+from jaxmoe.cli.probe import probe
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
 from jaxmoe.errors import JaxmoeError
@@ -27,7 +28,7 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, balance, info, plan, inspect_model, compile_model, convert):
+for command in (generate, score, verify, bench, balance, info, plan, inspect_model, compile_model, convert, probe):
     cli.add_command(command)
 
 

@@ -22,6 +22,7 @@ from jaxmoe.depth import Schedule, Segment
 from jaxmoe.engine.batch import FLOAT_PARTS, Bucket
 from jaxmoe.engine.experts import Experts
 from jaxmoe.errors import RequestError
+from jaxmoe.mesh import compiler_options
 from jaxmoe.model.attend import (
     PAGE_DIMS,
     TOKEN_PAGE_DIMS,
@@ -93,8 +94,10 @@ class Runner:
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
         self._precision = "highest" if dtype == "float32" else None
-        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=("bucket", "turns", "traced"))
-        self.score_fn = jax.jit(self._score)
+        told = compiler_options(self.placement.mesh)
+        static = ("bucket", "turns", "traced")
+        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=told)
+        self.score_fn = jax.jit(self._score, compiler_options=told)
         table = parameter_table(state, self.placement)
         self.experts = Experts(self.config, self.placement, self.parts, self.sizes, table)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())

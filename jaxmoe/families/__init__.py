@@ -17,6 +17,7 @@ from jaxmoe.families import (
     mixtral,
     olmoe,
     quantised,
+    quantising,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -34,7 +35,16 @@ FAMILIES: dict[str, Family] = {
     for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
 
-__all__ = ["FAMILIES", "Family", "Piece", "may_stand_unused", "pieces", "read_config", "with_weights_dtype"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Piece",
+    "may_stand_unused",
+    "pieces",
+    "quantised_keys",
+    "read_config",
+    "with_weights_dtype",
+]
 
 
 def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -60,6 +70,11 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelC
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelConfig:
     """The config of a model that keeps matrices as asked: see families/quantised.py."""
     return quantised.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
+
+
+def quantised_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
+    """The tensors of a plain checkpoint that are quantised: see families/quantising.py."""
+    return quantising.quantised_keys(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:

@@ -174,6 +174,16 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
     return replace(config, quantisation=kept)
 
 
+def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
+    """Pieces of the matrices that a model keeps quantised."""
+    if config.quantisation is None:
+        return []
+    of = config.quantisation.of
+    plain = replace(config, published=None, quantisation=None)
+    groups = _matrices(plain, names).items()
+    return [piece for (layer, path), group in groups if path in of(layer) for piece in group]
+
+
 def quantisation(
     config: ModelConfig, format: Format, names: KeyNames, *, plain: Callable[[str], bool], only: str = ""
 ) -> Quantisation | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,9 +21,21 @@ Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
 Points = tuple[tuple[float, float], ...]
 
+# Tables beside [hardware] and [axes], and the keys of those that are numbers by name
+_COLLECTIVES = ("collectives", "collectives_between_nodes")
+_RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
+
 _GIB = 1 << 30
 # The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
 _HBM, _COMPUTE, _LINK = 0.8, 0.6, 0.8
+
+
+class _FactError(MeshError):
+    """A fact that cannot be; place: its table and key in a file."""
+
+    def __init__(self, message: str, *place: str) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +45,9 @@ class Hardware:
     hbm_gb: as sold; hbm_gib: what a program may use. *_gbps: 10^9 bytes a second of one device, links one way.
     devices_per_node: of one host. scale_up_devices: the most that one fast fabric joins, a node's of GPUs, a slice's of
     TPUs. scale_up: "switch" (all at full rate), "torus" (neighbours along torus_dims dims), "peers" (each pair has a
-    link of its own). tflops: dense, by dtype: bf16, fp8, int8, fp4. attained: shares of these rates that programs get:
-    hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; where none is, rates are used.
+    link of its own). tflops: dense, by dtype: bf16, f32, fp8, int8, fp4. attained: shares of these rates that programs
+    get: hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; collectives_between_nodes:
+    of ranks that all lie on other nodes; where none is, rates are used.
     latency_us, scale_out_latency_us: of one message. dollars_an_hour: of one device.
     """
 
@@ -54,32 +69,38 @@ class Hardware:
     dollars_an_hour: float | None = None
     attained: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     collectives: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
+    collectives_between_nodes: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value, name = getattr(self, one.name), one.name
-            if name in ("device", "platform", "scale_up", "tflops", "attained", "collectives"):
+            if name in ("platform", "scale_up", *_RATES, *_COLLECTIVES):
                 continue
             if name == "dollars_an_hour" and value is None:
                 continue
+            if name == "device":
+                if not isinstance(value, str) or not value:
+                    raise _FactError(f"hardware device={value!r} must be a name", "hardware", name)
+                continue
             whole = name in ("devices_per_node", "scale_up_devices", "torus_dims", "nodes")
-            kind = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
+            if not _is_number(value) or value < 0 or (whole and not isinstance(value, int)):
                 what = "a whole number" if whole else "a number"
-                raise MeshError(f"hardware {name}={value!r} must be {what} of at least 0")
+                raise _FactError(f"hardware {name}={value!r} must be {what} of at least 0", "hardware", name)
             if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
-                raise MeshError(f"hardware {name}=0 must be above 0")
+                raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
         for name, value, known in (
             ("platform", self.platform, get_args(Platform)), ("scale_up", self.scale_up, get_args(Topology)),
         ):  # fmt: skip
             if value not in known:
-                raise MeshError(f"hardware {name}={value!r} must be one of {', '.join(known)}")
+                raise _FactError(f"hardware {name}={value!r} must be one of {', '.join(known)}", "hardware", name)
         if "bf16" not in self.tflops:
-            raise MeshError("hardware [tflops] must give bf16")
-        for name, rates in (("tflops", self.tflops), ("attained", self.attained)):
-            for key, rate in rates.items():
-                if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
-                    raise MeshError(f"hardware [{name}] {key}={rate!r} must be a number above 0")
+            raise _FactError("hardware [tflops] must give bf16", "tflops")
+        for name, names in _RATES.items():
+            for key, rate in getattr(self, name).items():
+                if key not in names:
+                    raise _FactError(f"hardware [{name}] {key}: there are {', '.join(names)}", name, key)
+                if not _is_number(rate) or rate <= 0:
+                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be a number above 0", name, key)
         if not self.scale_up_devices:
             object.__setattr__(self, "scale_up_devices", self.devices_per_node)
 
@@ -94,8 +115,8 @@ class Hardware:
         return self.hbm_gbps * 1e9 * self.attained.get("hbm", _HBM)
 
     def flops_a_second(self, dtype: str) -> float:
-        """Of products in a dtype (bf16, fp8, int8, fp4), as programs attain it; a dtype without products of its own is
-        computed in bf16."""
+        """Of products in a dtype (bf16, f32, fp8, int8, fp4), as programs attain it; a dtype without products of its
+        own is computed in bf16."""
         return self.tflops.get(dtype, self.tflops["bf16"]) * 1e12 * self.attained.get("compute", _COMPUTE)
 
     def link_bytes_a_second(self, *, scale_out: bool) -> float:
@@ -106,95 +127,135 @@ class Hardware:
 
 def hardware_names() -> list[str]:
     """Presets of meshes/ that say what hardware is, sorted."""
-    return sorted(name for name, raw in _presets().items() if "device" in raw.get("hardware", {}))
+    return sorted(name for name, raw in hardware_presets().items() if "device" in raw.get("hardware", {}))
 
 
 def read_hardware(name: str) -> Hardware:
     """The hardware of a preset (b200), of a mesh preset that names one, or of a TOML file.
 
-    Raises: MeshError naming the file, the key and what would be accepted, or the nearest presets.
+    Raises: MeshError naming the file, the line, the key and what would be accepted, or the nearest presets.
     """
+    if name in hardware_presets():
+        return _hardware(hardware_presets()[name], name)
     path = Path(name).expanduser()
-    if name in (presets := _presets()):
-        return _hardware(presets[name], name)
     if path.suffix != ".toml" and not path.is_file():
-        near = difflib.get_close_matches(name.lower(), hardware_names(), 3, 0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise MeshError(
-            f"hardware {name!r} is no preset and no TOML file; {hint}presets: {', '.join(hardware_names())}"
-        )
+        raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name)}")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise MeshError(f"hardware {name}: not TOML: {error}") from error
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MeshError(f"hardware {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return _hardware(raw, name)
+    try:
+        return _hardware(tomllib.loads(text), name)
+    except tomllib.TOMLDecodeError as error:
+        raise MeshError(_not_toml(text, name, str(error))) from error
+    except RecursionError as error:
+        raise MeshError(f"hardware {name}: not TOML: lists too deep") from error
+    except _FactError as error:
+        line = line_of(text, *error.place)
+        raise MeshError(f"{name}{f' line {line}' * bool(line)}: {error}") from error
 
 
-def _presets() -> dict[str, dict[str, Any]]:
+def hardware_presets() -> dict[str, dict[str, Any]]:
+    """What stands in each file of meshes/, by name."""
     return {
         path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in asset_dir("meshes").glob("*.toml")
     }  # fmt: skip
 
 
+def line_of(text: str, *place: str) -> int | None:
+    """Where in the text of a TOML file a key stands (its tables, then itself), else the nearest table around it."""
+    table: tuple[str, ...] = ()
+    found: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+([^\]]+)\]", line):
+            table = _parts(header[1])
+            here = table
+        elif key := re.match(r"\s*([^\s=#\[\]][^=#\[\]]*?)\s*=", line):
+            here = (*table, *_parts(key[1]))
+        else:
+            continue
+        for depth in range(1, len(here) + 1):
+            found.setdefault(here[:depth], number)
+    return next((found[place[:depth]] for depth in range(len(place), 0, -1) if place[:depth] in found), None)
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _not_toml(text: str, name: str, said: str) -> str:
+    """What the parser said of a file, with the line and what stands there."""
+    lines = text.splitlines() or [""]
+    at = re.search(r"\(at line (\d+), column \d+\)", said)
+    number = min(int(at[1]), len(lines)) if at else len(lines)
+    return f"{name} line {number}: not TOML: {said}: {lines[number - 1].strip()[:60]!r}"
+
+
+def _presets_like(name: str) -> str:
+    names = sorted(key for key, raw in hardware_presets().items() if "hardware" in raw)
+    near = difflib.get_close_matches(name.lower(), names, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}presets: {', '.join(hardware_names())}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
+    tables = ("axes", "hardware", *_RATES, *_COLLECTIVES)
     for table in raw:
-        if table not in ("axes", "hardware", "tflops", "attained", "collectives"):
-            raise MeshError(
-                f"hardware {name}: unknown table [{table}]; there are axes, hardware, tflops, attained, collectives"
-            )
-    facts = raw.get("hardware")
-    if not isinstance(facts, Mapping):
-        raise MeshError(f"hardware {name} has no table [hardware]: add it, as in meshes/h100.toml")
-    facts, based = dict(facts), {}
+        if table not in tables:
+            raise _FactError(f"unknown table [{table}]; there are {', '.join(tables)}", table)
+        if not isinstance(raw[table], Mapping):
+            raise _FactError(f"{table} must be a table, as in meshes/h100.toml", table)
+    if "hardware" not in raw:
+        raise _FactError(f"hardware {name} has no table [hardware]: add it, as in meshes/h100.toml")
+    facts, based = dict(raw["hardware"]), {}
     if "preset" in facts:
-        base = read_hardware(str(facts.pop("preset")))
-        based = {one.name: getattr(base, one.name) for one in fields(base)}
-    known = [one.name for one in fields(Hardware) if one.name not in ("tflops", "attained", "collectives")]
+        base = facts.pop("preset")
+        if base not in hardware_names():
+            raise _FactError(f"hardware preset={base!r} is no preset; {_presets_like(str(base))}", "hardware", "preset")
+        read = read_hardware(base)
+        based = {one.name: getattr(read, one.name) for one in fields(read)}
+    known = [one.name for one in fields(Hardware) if one.name not in (*_RATES, *_COLLECTIVES)]
     for key in facts:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise MeshError(f"hardware {name}: unknown key {key!r} in [hardware]; {hint}")
-    for table in ("tflops", "attained"):
+            raise _FactError(f"unknown key {key!r} in [hardware]; {hint}", "hardware", key)
+    for table in _RATES:
         if table in raw:
-            if not isinstance(raw[table], Mapping):
-                raise MeshError(f"hardware {name}: {table} must be a table of numbers")
             facts[table] = MappingProxyType(dict(raw[table]))
-    if "collectives" in raw:
-        facts["collectives"] = _collectives(raw["collectives"], name)
+    for table in _COLLECTIVES:
+        if table in raw:
+            facts[table] = _collectives(raw[table], table)
     facts = based | facts
     optional = ("scale_up", "scale_up_devices", "torus_dims", "nodes", "latency_us", "scale_out_latency_us",
                 "dollars_an_hour")  # fmt: skip
     for key in [*known, "tflops"]:
         if key not in facts and key not in optional:
             where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"
-            raise MeshError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml")
-    try:
-        return Hardware(**facts)
-    except MeshError as error:
-        raise MeshError(f"{name}: {error}") from error
+            raise _FactError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml", "hardware")
+    return Hardware(**facts)
 
 
-def _collectives(raw: Any, name: str) -> Mapping[str, Mapping[int, Points]]:
+def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int, Points]]:
     found: dict[str, Mapping[int, Points]] = {}
-    for op, tables in raw.items() if isinstance(raw, Mapping) else [(raw, None)]:
+    for op, tables in raw.items():
         if op not in get_args(Op) or not isinstance(tables, Mapping):
-            raise MeshError(
-                f"hardware {name}: [collectives.{op}] must be a table of one of {', '.join(get_args(Op))}"
-            )
+            raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(Op))}", table, op)
         by_ranks = {}
         for ranks, points in tables.items():
-            where = f"hardware {name}: [collectives.{op}] {ranks}"
-            try:
-                listed = sorted((float(size), float(us)) for size, us in points)
-            except (TypeError, ValueError):
-                listed = []
-            if not listed or any(size <= 0 or us <= 0 for size, us in listed):
-                raise MeshError(f"{where} must be a list of [bytes, microseconds], both above 0")
+            where, place = f"[{table}.{op}] {ranks}", (table, op, ranks)
+            pairs = points if isinstance(points, list) and points else [None]
+            for pair in pairs:
+                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) > 0
+                if not right:
+                    shown = f": {pair!r}"[:40] if pair is not None else ""
+                    raise _FactError(f"{where} must be a list of [bytes, microseconds], both above 0{shown}", *place)
             if not ranks.isascii() or not ranks.isdigit() or int(ranks) < 2:
-                raise MeshError(f"{where}: {ranks!r} must be a number of ranks of at least 2")
-            by_ranks[int(ranks)] = tuple(listed)
+                raise _FactError(f"{where}: {ranks!r} must be a number of ranks of at least 2", *place)
+            by_ranks[int(ranks)] = tuple(sorted((float(size), float(us)) for size, us in pairs))
         found[op] = MappingProxyType(dict(sorted(by_ranks.items())))
     return MappingProxyType(found)

@@ -77,15 +77,21 @@ class Links:
         if across == 1:
             return self._within(op, whole, group)
         if op == "collective-permute":
-            return self._out(whole, 1)
+            return self._far(op, whole, 2)
         if op == "all-to-all":
             near = self._within(op, whole * inside / group.ranks, group) if inside > 1 else 0.0
-            return max(near, self._out(whole * (group.ranks - inside) / group.ranks, across))
-        part = whole / inside  # what a device and its equals of other fabrics have between them
-        far = self._out(_SENT[op](across) * part, across * (2 if op == "all-reduce" else 1))
+            return max(near, self._far(op, whole / inside, across, times=inside))
+        far = self._far(op, whole / inside, across)  # of what a device and its equals of other fabrics have
         if inside == 1:
             return far
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
+
+    def _far(self, op: str, whole: float, ranks: int, *, times: int = 1) -> float:
+        """Among devices of as many fabrics, each beside its neighbours of the same; of `times` such messages."""
+        if tables := self.hardware.collectives_between_nodes.get(op):
+            return self._measured(tables, op, whole * times, ranks)
+        steps = 1 if op in ("collective-permute", "all-to-all") else ranks * (2 if op == "all-reduce" else 1)
+        return self._out(_SENT[op](ranks) * whole * times, steps)
 
     def _out(self, sent: float, steps: int) -> float:
         """So many bytes of a device to other fabrics; steps grow a tree's way."""
@@ -96,14 +102,18 @@ class Links:
     def _within(self, op: str, whole: float, group: Group) -> float:
         ranks = group.inside
         if tables := self.hardware.collectives.get(op):
-            near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
-            # Another number of ranks: as many bytes sent by a device, and latencies a tree's way.
-            sent = whole * _SENT[op](ranks) / _SENT[op](near)
-            more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
-            return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
+            return self._measured(tables, op, whole, ranks)
         steps = math.log2(ranks) if self.hardware.scale_up == "switch" else ranks / 2
         latency = self.hardware.latency_us * 1e-6 * max(1.0, min(steps, 8.0))
         return latency + self._sent_seconds(op, whole, ranks)
+
+    def _measured(self, tables: Mapping[int, Points], op: str, whole: float, ranks: int) -> float:
+        """By the table of the nearest number of ranks: for another, as many bytes sent by a device, and latencies that
+        grow a tree's way."""
+        near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
+        sent = whole * _SENT[op](ranks) / _SENT[op](near)
+        more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
+        return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
 
     def _sent_seconds(self, op: str, whole: float, ranks: int) -> float:
         """By the bytes each device sends, over the links that the group can use."""

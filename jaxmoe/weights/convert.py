@@ -26,11 +26,12 @@ from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
 from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
 from jaxmoe.weights.published import CONFIG, Published, open_published
+from jaxmoe.weights.quantise import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
-from jaxmoe.weights.transform import QUANTISATION, AsPublished, CastFloats, Transform
+from jaxmoe.weights.transform import QUANTISATION, AsPublished, Transform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0
@@ -74,9 +75,10 @@ def convert(
 
     mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
     weights_dtype: float32, bfloat16 or float16 for all plain floating point, and for what is quantised, which is then
-    held by value; None keeps every bit. ram_gib: memory this may take beyond what the process had. verify: hold the
-    source, if it was converted, against its checksums first, and read the result again. on_progress is told (source
-    bytes done, bytes in all), by any thread, one at a time.
+    held by value; int8, fp8 or fp8-block for the matrices that are quantised on load; None keeps every bit. ram_gib:
+    memory this may take beyond what the process had. verify: hold the source, if it was converted, against its
+    checksums first, and read the result again. on_progress is told (source bytes done, bytes in all), by any thread,
+    one at a time.
     Run again after a kill, with the same options, it goes on from DESTINATION.partial.
 
     Raises: CheckpointError, ConfigError, MeshError; all of the input is checked before anything is written.
@@ -84,10 +86,11 @@ def convert(
     started, rss_before = time.perf_counter(), resident_bytes()
     budget = Budget(_half(ram_gib))
     num_shares = math.prod(parse_mesh(mesh).values()) if mesh is not None else 1
-    transform: Transform = AsPublished() if weights_dtype is None else CastFloats(weights_dtype)
+    ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
-    published = open_published(source, ignore_config_keys=ignore_config_keys)
+    published = open_published(source, ignore_config_keys=ignore)
+    transform = transform_of(weights_dtype, published, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
     options = {"to": kind, "mesh_devices": num_shares if kind == "orbax" else 1, "weights_dtype": weights_dtype}
     destination = Path(os.path.abspath(destination))
@@ -184,7 +187,7 @@ class _Job:
             finished=partial.finished, record=partial.record, on_bytes=on_bytes,
         )  # fmt: skip
         try:
-            sums = stream.run(sorted(self._units, key=lambda unit: (unit.tensor.path, unit.tensor.start)))
+            sums = stream.run(sorted(self._units, key=lambda unit: _order(sink, unit)))
         except CheckpointError as error:
             raise CheckpointError(f"{error} (what is done is kept in {partial.folder.name})") from error
         self._finish(partial.whole, sink, sums)
@@ -227,6 +230,11 @@ class _Job:
                 f"destination {self._destination} needs {needed / 2**30:.3f} GiB more and its disk has "
                 f"{free / 2**30:.3f} GiB free: make room, or choose another disk"
             )
+
+
+def _order(sink: Sink, unit: Unit) -> tuple[tuple[str, int], Path, int]:
+    """By the place in the new file, which costs more than to read from many places; then by that in the old one."""
+    return sink.place(unit.outputs[0].name), unit.tensor.path, unit.tensor.start
 
 
 def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:

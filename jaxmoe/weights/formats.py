@@ -177,11 +177,35 @@ def _as_float(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float32)
 
 
-class Quantiser:
-    """Plain matrices [..., out, in] as numbers and scales: the largest number of a block becomes the largest there is.
+def scales_of(values: np.ndarray, format: Format) -> np.ndarray:
+    """float32 scales of the blocks of float32 values [out, in]: the largest number of a block becomes the largest there
+    is, LARGEST of the dtype. 0 where that would be no normal number."""
+    wide = format.inputs or values.shape[1]
+    largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
+    largest = np.maximum.reduceat(largest, np.arange(0, len(values), format.outputs), axis=0)
+    scales = largest / np.float32(LARGEST[format.dtype])
+    return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
 
-    A scale is float32, largest / LARGEST of the dtype; numbers are rounded to nearest, ties to even.
-    """
+
+def quantised(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
+    """Numbers of float32 values [out, in], which it writes over: divided by the scales of their blocks, rounded to
+    nearest, ties to even."""
+    divisors = np.where(scales > 0, scales, np.float32(1))
+    if format.inputs is not None:
+        divisors = np.repeat(divisors, format.inputs, axis=1)[:, : values.shape[1]]
+    high = format.outputs
+    if high == 1:
+        values /= divisors
+    else:
+        for row, divisor in enumerate(divisors):
+            values[row * high : (row + 1) * high] /= divisor
+    if format.dtype == "int8":
+        np.rint(values, out=values)
+    return values.astype(format.dtype)
+
+
+class Quantiser:
+    """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantised give them."""
 
     def __init__(self, source: Tensor, format: Format) -> None:
         assert format.per_item == 1
@@ -209,15 +233,10 @@ class Quantiser:
 
     def numbers_of(self, start: int, stop: int) -> np.ndarray:
         """Numbers of rows start..stop."""
-        high, wide = self.format.outputs, self.format.inputs
+        high = self.format.outputs
         first, last = start // high, -(-stop // high)
-        values = self._find(first, last)
-        factors = np.repeat(self._scales[first:last], high, axis=0)[: len(values)]
-        if wide is not None:
-            factors = np.repeat(factors, wide, axis=1)[:, : values.shape[1]]
-        shrunk = values / np.where(factors > 0, factors, 1)
-        numbers = np.rint(shrunk) if self.format.dtype == "int8" else shrunk
-        return numbers.astype(self.format.dtype)[start - first * high : stop - first * high]
+        numbers = quantised(self._find(first, last), self._scales[first:last], self.format)
+        return numbers[start - first * high : stop - first * high]
 
     def scales_of(self, first: int, last: int) -> np.ndarray:
         """Scales of rows first..last of blocks."""
@@ -229,10 +248,7 @@ class Quantiser:
         """The values of rows first..last of blocks, whose scales are then known."""
         high = self.format.outputs
         values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
-        wide = self.format.inputs or values.shape[1]
-        largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
-        largest = np.maximum.reduceat(largest, np.arange(0, len(values), high), axis=0)
-        self._scales[first:last] = largest / np.float32(LARGEST[self.format.dtype])
+        self._scales[first:last] = scales_of(values, self.format)
         self._known[first:last] = True
         return values
 

@@ -14,7 +14,7 @@ from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
 NUMBERS, SCALES = "numbers", "scales"  # of a quantised parameter, the last parts of their paths
-_NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
+NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,16 @@ class Wanted:
     why: str = ""
 
 
-def _names(key: str, published: Published) -> tuple[str, str]:
-    """Of a plain matrix's numbers and scales."""
+def published_names(key: str, published: Published) -> tuple[str, str]:
+    """What the numbers and the scales of a plain matrix are called."""
     if published.method == "mxfp4":
         stem = key.removesuffix(".weight")
         return f"{stem}_blocks", f"{stem}_scales"
     return key, f"{key}_scale_inv" if published.method == "fp8" else f"{key}_scale"
 
 
-def _scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
+def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
+    """Of a matrix [..., out, in]: how many blocks it has."""
     *lead, outputs, inputs = shape
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
 
@@ -43,7 +44,7 @@ def _is_quantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Pu
     """Whether files hold a piece's tensor as numbers and scales, or ought to."""
     if published is None or not is_matrix(piece):
         return False
-    return kept or any(name in tensors for name in _names(piece.key, published) if name != piece.key)
+    return kept or any(name in tensors for name in published_names(piece.key, published) if name != piece.key)
 
 
 def wanted_tensors(
@@ -60,11 +61,11 @@ def wanted_tensors(
             continue
         assert published is not None
         shape, format = oriented(piece).key_shape, published.format
-        scales = _scale_shape(shape, format)
+        scales = scale_shape(shape, format)
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.per_item > 1 else shape
-        names = _names(piece.key, published)
+        names = published_names(piece.key, published)
         why = f" (quant_method {published.method})"
-        found[names[0]] = Wanted(shapes=(numbers,), dtypes=(_NUMBER_NAMES[format.dtype],), why=why)
+        found[names[0]] = Wanted(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
         flat = (scales[:-1],) if scales[-1] == 1 and published.method == "compressed-tensors" else ()
         dtypes = ("U8",) if format.per_item > 1 else (*FLOATS, "F8_E8M0")
         found[names[1]] = Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
@@ -73,11 +74,11 @@ def wanted_tensors(
 
 def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> str:
     """What to say of a tensor that holds numbers of eight bits and ought not to."""
-    if piece.key not in tensors or tensors[piece.key].dtype_name not in _NUMBER_NAMES.values():
+    if piece.key not in tensors or tensors[piece.key].dtype_name not in NUMBER_NAMES.values():
         return ""
     if published is None:
         return ": config.json has no quantization_config that says what such numbers mean"
-    return f": the checkpoint has no scales of it, {_names(piece.key, published)[1]}"
+    return f": the checkpoint has no scales of it, {published_names(piece.key, published)[1]}"
 
 
 def held(
@@ -126,9 +127,9 @@ def _opened(
     key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], published: Published
 ) -> tuple[Tensor, Tensor]:
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
-    numbers, scales = (tensors[name] for name in _names(key, published))
+    numbers, scales = (tensors[name] for name in published_names(key, published))
     items = (*shape[:-1], shape[-1] // published.format.per_item)
-    return _shaped(numbers, items), _shaped(scales, _scale_shape(shape, published.format))
+    return _shaped(numbers, items), _shaped(scales, scale_shape(shape, published.format))
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

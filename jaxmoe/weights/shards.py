@@ -12,7 +12,7 @@ from jaxmoe.weights.checkpoint import INDEX, SINGLE
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.manifest import FileEntry, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
-from jaxmoe.weights.store import write_all
+from jaxmoe.weights.writing import write_all
 
 SHARD_BYTES = 5_000_000_000
 UNFINISHED = ".unfinished"  # ends the names of files that have no tensors yet, or not all
@@ -114,6 +114,11 @@ class ShardSink:
             with path.open("wb") as file:
                 file.write(head)
                 file.truncate(len(head) + shard.num_bytes)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Which file, and the first byte in it."""
+        shard, start = self._starts[name]
+        return shard.name, start
 
     def writer(self, name: str) -> _RangeWriter:
         """Takes the bytes of a tensor, from its beginning."""

@@ -19,12 +19,12 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo, read_exactly
+from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
 CHUNK_BYTES = 32 << 20
 _LEAST_CHUNK_BYTES = 1 << 20  # into which a mesh's share is cut
 _BLOCK_BYTES = 4096  # a file system's
-_WRITE_BYTES = 256 << 10
 
 
 class Run(NamedTuple):
@@ -204,12 +204,6 @@ class _ChunkWriter:
             self._file = None
 
 
-def write_all(file: IO[bytes], part: memoryview) -> None:
-    """All of part, in pieces: with memory full of cached files, Linux takes 3 to 5 times as long over a MiB at once."""
-    while len(part):
-        part = part[file.write(part[:_WRITE_BYTES]) :]
-
-
 class StoreSink:
     """Where converted tensors become an Orbax checkpoint. num_shares: see choose_chunk."""
 
@@ -237,6 +231,10 @@ class StoreSink:
 
     def create(self) -> None:
         """Nothing: folders come with their tensors."""
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Nowhere in particular: every tensor has files of its own."""
+        return "", 0
 
     def writer(self, name: str) -> _ChunkWriter:
         """Takes the bytes of a tensor, from its beginning."""

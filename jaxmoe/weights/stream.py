@@ -55,6 +55,10 @@ class Sink(Protocol):
         """Files that must be there first; those that are stay."""
         ...
 
+    def place(self, name: str) -> tuple[str, int]:
+        """Tensors are best written in the order of these."""
+        ...
+
     def writer(self, name: str) -> TensorWriter:
         """Takes the bytes of a tensor, from its beginning."""
         ...

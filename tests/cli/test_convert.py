@@ -103,6 +103,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["good", "out", "--to", "zip"], ["to='zip' must be one of orbax, hf"]),
     (["good", "out", "--mesh", "rows=2"], ["unknown mesh axis 'rows'"]),
     (["good", "out", "--weights-dtype", "int4"], ["weights_dtype='int4' must be one of float32, bfloat16, float16"]),
+    (["good", "out", "--weights-dtype", "int8-block"], ["int8-block has no published form", "int8, fp8, fp8-block"]),
     (["good", "out", "--ram-gib", "0"], ["ram_gib=0.0 must lie in [0.125,"]),
     (["good", "out", "--ram-gib", "nan"], ["ram_gib=nan must lie in"]),
     (["good", "out", "--ram-gib", "much"], ["--ram-gib", "much"]),

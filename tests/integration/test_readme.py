@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.cli.main import run
+from jaxmoe.planner.hardware import read_hardware
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,9 +67,15 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " balance" in command:
         assert "8 experts at 12 places on 4 ranks; balancedness" in out
         assert "after" in out
+    elif " probe" in command:
+        assert "eight.toml says what hardware this is" in out
+        assert list(read_hardware(str(tmp_path / "eight.toml")).collectives["all-to-all"]) == [8]
     elif " convert" in command:
         written = command.split()[3] if "--verify" not in command else "demo-orbax"
-        assert f"{tmp_path / written}: 167 tensors" in out or "demo-orbax: every tensor and file is as written" in out
+        count = 307 if "fp8" in command else 167  # 140 matrices with scales
+        assert (
+            f"{tmp_path / written}: {count} tensors" in out or "demo-orbax: every tensor and file is as written" in out
+        )
         assert (tmp_path / written / "jaxmoe_manifest.json").exists()
     elif " generate" in command:
         prompt = shlex.split(command)[shlex.split(command).index("--prompt") + 1]

@@ -44,7 +44,7 @@ class Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write_all(self, file: IO[bytes], part: memoryview) -> None:
-        """store.write_all, the last time by half."""
+        """writing.write_all, the last time by half."""
         if self.step():
             file.write(part[: len(part) // 2])
             os.kill(os.getpid(), signal.SIGKILL)

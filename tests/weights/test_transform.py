@@ -82,7 +82,7 @@ def test_a_transform_may_give_several_tensors(tmp_path, monkeypatch):
     """The place where quantisation joins: slices of whole granules, streamed to several outputs."""
     values = np.random.default_rng(0).integers(-9, 9, (40, 6)).astype(np.float32)
     source = write_published(tmp_path / "source", {"w": ("F32", (40, 6), values.tobytes())})
-    monkeypatch.setattr(convert_module, "AsPublished", _Blocks)
+    monkeypatch.setattr(convert_module, "transform_of", lambda *_, **__: _Blocks())
     monkeypatch.setattr("jaxmoe.weights.stream._SLICE_BYTES", 2 * 4 * 6 * 4 + 5)
     convert(source, tmp_path / "out")
     found = bytes_of(tmp_path / "out")

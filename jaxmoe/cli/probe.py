@@ -1,0 +1,202 @@
+"""jaxmoe probe: what this machine's devices and links do in fact, as a hardware file for the planner."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from jaxmoe.cli.options import console, size_text, start_jax, table_console
+from jaxmoe.cli.plots import check_plot_path, save_plot
+from jaxmoe.errors import MeshError, RequestError
+
+if TYPE_CHECKING:
+    from jaxmoe.inspect.probe import Point, Probed
+
+
+@click.command()
+@click.option("--devices", type=int, help="emulate this many devices on the CPU, of each process")
+@click.option("--mesh", help="axes to measure along, as in data=2,tensor=4; by default groups of every size")
+@click.option("--coordinator", help="HOST:PORT of the first process of several, or auto under Slurm, MPI, GKE or a pod")
+@click.option("--num-processes", type=click.IntRange(1), help="with --coordinator HOST:PORT")
+@click.option(
+    "--process-id", type=click.IntRange(0), help="with --coordinator HOST:PORT; the first, 0, writes the file"
+)
+@click.option("--name", help="of the hardware, in the file; what JAX calls the device by default")
+@click.option("--most-mib", type=float, default=64, show_default=True, help="MiB of the largest message")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="of each program; medians count")
+@click.option("-o", "--output", metavar="FILE.toml", default="hardware.toml", show_default=True, help="to write")
+@click.option("--force", is_flag=True, help="replace a file that is there")
+@click.option("--plot", metavar="FILE", help="write a picture (.png or .svg) of bandwidth by size")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+def probe(
+    devices: int | None, mesh: str | None, coordinator: str | None, num_processes: int | None, process_id: int | None,
+    name: str | None, most_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure collectives by size and group, products and memory of the devices there are, and write them as a TOML
+    file that says what hardware this is.
+
+    With several processes (one a host), run it in each: links between hosts are measured, too.
+    """
+    from jaxmoe.mesh import join_processes, parse_mesh
+
+    if plot is not None:
+        check_plot_path(plot)
+    if name is not None and (not name or not name.isprintable()):
+        raise RequestError(f"--name {name!r} must be of characters that print")
+    path = _output_path(output, force=force)
+    axes = parse_mesh(mesh) if mesh is not None else None
+    if coordinator in (None, "auto") and (num_processes, process_id) != (None, None):
+        raise RequestError("--num-processes and --process-id go with --coordinator HOST:PORT")
+    if not 0 < most_mib < 1 << 24:
+        raise MeshError(f"--most-mib {most_mib:g} must lie above 0 and below {1 << 24}")
+    if coordinator is not None:
+        join_processes(coordinator, num_processes, process_id, devices)
+    start_jax(None if coordinator is not None else devices)
+    import jax
+
+    from jaxmoe.inspect.probe import probe as measure
+    from jaxmoe.planner.hardware_file import hardware_text, write_hardware
+
+    with _quiet_output(coordinator is not None), console.status("preparing") as status:
+        found = measure(
+            axes=axes, name=name, most_bytes=int(most_mib * (1 << 20)), repeats=repeats, on_progress=status.update
+        )
+    if jax.process_index() != 0:
+        return
+    text = hardware_text(found.hardware, axes=found.axes, heading=_heading(found, repeats), notes=found.notes)
+    write_hardware(path, text, found.hardware)
+    if plot is not None:
+        save_plot(plot, lambda figure: _draw(figure, found.points))
+    if as_json:
+        print(json.dumps(_as_json(found, path)), flush=True)
+    else:
+        _print(found, path)
+
+
+@contextmanager
+def _quiet_output(wanted: bool) -> Iterator[None]:
+    """What libraries print themselves (gloo greets every peer) goes to standard error."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _output_path(output: str, *, force: bool) -> Path:
+    """Raises: RequestError for a file that cannot be written or is there already."""
+    path = Path(output).expanduser()
+    folder = path.resolve().parent
+    if path.suffix != ".toml":
+        raise RequestError(f"--output {output!r} must end in .toml")
+    if not folder.is_dir():
+        raise RequestError(f"--output {output!r}: its folder does not exist")
+    if path.is_dir():
+        raise RequestError(f"--output {output!r} is a folder: name a file")
+    if path.exists() and not force:
+        raise RequestError(f"--output {output!r} exists: name another file, or replace it with --force")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(f"--output {output!r}: its folder cannot be written: {error.strerror}") from error
+    return path
+
+
+def _heading(found: Probed, repeats: int) -> list[str]:
+    import jax
+
+    from jaxmoe import __version__
+
+    count, hosts = jax.device_count(), jax.process_count()
+    kind = jax.devices()[0].device_kind
+    where = f"{count} {kind} device{'s' * (count > 1)} in {hosts} process{'es' * (hosts > 1)}"
+    return [
+        f"{where}, measured by jaxmoe probe ({__version__}, JAX {jax.__version__}).",
+        f"Medians of {repeats} runs, all devices at work at once; [bytes of the whole message, microseconds].",
+        *(f"Left out: {one}" for one in found.left_out),
+    ]
+
+
+def _as_json(found: Probed, path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    facts = {key: value for key, value in vars(found.hardware).items() if not key.startswith("collectives")}
+    return {
+        "file": str(path), "hardware": facts | {key: dict(facts[key]) for key in ("tflops", "attained")},
+        "tflops": dict(found.rates.tflops), "hbm_gbps": found.rates.hbm_gbps, "not_measured": dict(found.notes),
+        "left_out": list(found.left_out), "collectives": [asdict(one) | {"gbps": one.gbps} for one in found.points],
+    }  # fmt: skip
+
+
+def _print(found: Probed, path: Path) -> None:
+    screen = table_console()
+    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in found.rates.tflops.items())
+    print(f"of one device: products {rates} Tflop/s; memory {found.rates.hbm_gbps:g} GB/s")
+    if found.points:
+        screen.print(_table(found.points))
+    elif not found.left_out:
+        print("one device: there are no collectives to measure")
+    for one in found.left_out:
+        print(f"left out: {one}")
+    for key, note in found.notes.items():
+        print(f"{key}: {note}")
+    print(f"{path} says what hardware this is")
+
+
+def _series(points: Sequence[Point]) -> dict[tuple[str, str, int, str], list[Point]]:
+    """Points of one line each: op, axis, ranks, where."""
+    found: dict[tuple[str, str, int, str], list[Point]] = {}
+    for one in points:
+        found.setdefault((one.op, one.axis, one.ranks, one.where), []).append(one)
+    return found
+
+
+def _table(points: Sequence[Point]) -> Table:
+    table = Table(title="microseconds by bytes of the whole message; GB/s of the largest", title_justify="left")
+    sizes = sorted({one.num_bytes for one in points})
+    shown = sizes[:: max(1, len(sizes) // 4)] if len(sizes) > 6 else sizes
+    shown = sorted({*shown, sizes[-1]})
+    for name in ("collective", "axis", "ranks", "of nodes"):
+        table.add_column(name, overflow="fold")
+    for name in (*map(size_text, shown), "GB/s"):
+        table.add_column(name, justify="right")
+    for (op, axis, ranks, where), line in _series(points).items():
+        us = {one.num_bytes: f"{one.us:,.4g}" if one.us < 1e4 else f"{one.us:,.0f}" for one in line}
+        cells = (us.get(size, "") for size in shown)
+        table.add_row(op, axis, str(ranks), where, *cells, f"{line[-1].gbps:.3g}")
+    return table
+
+
+def _draw(figure: Any, points: Sequence[Point]) -> None:
+    """A panel an op: bytes across, GB/s up, a line a group."""
+    ops: list[str] = list(dict.fromkeys(one.op for one in points)) or ["no collectives"]
+    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
+    for panel, op in zip(panels, ops, strict=True):
+        for (name, axis, ranks, where), line in _series(points).items():
+            if name == op:
+                label = f"{axis}={ranks}" + ("" if where == "inside" else f", {where} nodes")
+                panel.plot([one.num_bytes for one in line], [one.gbps for one in line], marker=".", label=label)
+        panel.set_title(op)
+        if points:
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.legend()
+        panel.set_xlabel("bytes")
+    panels[0].set_ylabel("GB/s of the message")

@@ -1,0 +1,295 @@
+"""What the devices of this machine, or of this cluster, do in fact: their collectives, products and memory, timed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxmoe.errors import MeshError
+from jaxmoe.inspect import timed
+from jaxmoe.mesh import AXES, build_mesh, check_axes
+from jaxmoe.planner.hardware import Hardware, Op, Platform, Points, Topology
+
+Where = Literal["inside", "between", "both"]
+_GIB = 1 << 30
+_LEAST_BYTES, _STEP = 512, 4
+_BUFFERS = 6  # of one message, that a program and its compiler may hold
+_WIDTHS = (256, 16384)  # of products: tried by doubling until one takes _PRODUCT_SECONDS
+_PRODUCT_SECONDS, _PRODUCT_TURNS, _MEMORY_TURNS = 0.01, 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One collective of num_bytes along an axis of `ranks`, all groups of the mesh at once: median microseconds.
+
+    where: whether the ranks of a group lie inside one fast fabric, all on different ones (between), or both.
+    """
+
+    op: Op
+    axis: str
+    ranks: int
+    where: Where
+    num_bytes: int
+    us: float
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes of the message a second."""
+        return self.num_bytes / self.us / 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one device while all compute: 10^12 operations a second by dtype, 10^9 bytes a second of memory."""
+
+    tflops: Mapping[str, float]
+    hbm_gbps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What was measured and the facts it makes. left_out: what could not be, and why. notes: of keys not measured."""
+
+    hardware: Hardware
+    axes: Mapping[str, int]
+    points: tuple[Point, ...]
+    rates: Rates
+    left_out: tuple[str, ...]
+    notes: Mapping[str, str]
+
+
+def probe(
+    *,
+    axes: Mapping[str, int] | None = None,
+    name: str | None = None,
+    most_bytes: int = 64 << 20,
+    repeats: int = 5,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Probed:
+    """Measures all devices there are, of every process, along the axes given or in groups of every size.
+
+    most_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
+    Raises: MeshError for axes that do not fit, messages too large or too small, or a platform not known.
+    """
+    devices = jax.devices()
+    platform, by_fabric = _platform(devices[0]), fabrics(devices)
+    share = len(devices) // len(by_fabric)
+    memory = min(_memory_bytes(one, share) for one in jax.local_devices())
+    most = memory // _BUFFERS
+    if not _LEAST_BYTES <= most_bytes <= most:
+        raise MeshError(
+            f"largest message {most_bytes} bytes must lie in [{_LEAST_BYTES}, {most}]: a program holds up to {_BUFFERS}"
+            f" of them in {memory / _GIB:.1f} GiB of a device"
+        )
+    groups = list(_along(build_mesh(axes)) if axes else _groups(devices))
+    points: list[Point] = []
+    left_out: list[str] = []
+    sizes = [_LEAST_BYTES * _STEP**at for at in range(64) if _LEAST_BYTES * _STEP**at <= most_bytes]
+    plan = [(op, mesh, axis, size) for mesh, axis in groups for op in get_args(Op) for size in sizes]
+    for done, (op, mesh, axis, size) in enumerate(plan):
+        on_progress(f"{op} of {size:,} bytes, {mesh.shape[axis]} ranks along {axis} ({done + 1} of {len(plan)})")
+        point = _time(op, mesh, axis, size, repeats)
+        if isinstance(point, str):
+            left_out.append(point)
+        else:
+            points.append(point)
+    rates = _rates(most_bytes, memory, repeats, on_progress, left_out)
+    hardware, notes = _hardware(platform, share, points, rates, memory, name)
+    shown = check_axes(axes or {"tensor": len(devices)})
+    return Probed(
+        hardware=hardware, axes={axis: size for axis, size in shown.items() if size > 1} or {"tensor": 1},
+        points=tuple(points), rates=rates, left_out=tuple(left_out), notes=notes,
+    )  # fmt: skip
+
+
+def fabrics(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
+    """Devices by the fast fabric they share: a slice of TPUs or node of GPUs where JAX says so, else a process.
+
+    Raises: MeshError where fabrics hold unequal numbers of devices.
+    """
+    found: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices, key=lambda one: one.id):
+        found.setdefault(_fabric(device), []).append(device)
+    if len({len(members) for members in found.values()}) > 1:
+        counts = ", ".join(str(len(members)) for members in found.values())
+        raise MeshError(f"nodes hold {counts} devices: they must hold as many each")
+    return found
+
+
+def _fabric(device: jax.Device) -> int:
+    there = getattr(device, "slice_index", None)
+    return device.process_index if there is None else there
+
+
+def _groups(devices: Sequence[jax.Device]) -> Iterator[tuple[Mesh, str]]:
+    """Meshes with the axis to measure: groups of 2, 4, 8... neighbours on one fabric, then of equals of as many."""
+    by_fabric = fabrics(devices)
+    count, share = len(by_fabric), len(devices) // len(by_fabric)
+    for ranks in _sizes(share):
+        axes = {"data": len(devices) // ranks, "tensor": ranks}
+        if count == 1:
+            yield build_mesh(axes, devices), "tensor"
+        else:
+            yield _mesh(np.array(list(by_fabric.values()), object).reshape(-1, 1, 1, ranks)), "tensor"
+    for ranks in _sizes(count):
+        apart = np.array(list(by_fabric.values()), object).reshape(-1, ranks, 1, share)
+        yield _mesh(apart.swapaxes(0, 1)), "data"
+
+
+def _sizes(limit: int) -> list[int]:
+    """2, 4, 8... as far as they divide limit, and limit."""
+    powers = [1 << at for at in range(1, limit.bit_length()) if limit % (1 << at) == 0]
+    return sorted({*powers, limit} - {1})
+
+
+def _along(mesh: Mesh) -> Iterator[tuple[Mesh, str]]:
+    return ((mesh, axis) for axis in reversed(AXES) if mesh.shape[axis] > 1)
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _where(mesh: Mesh, axis: str) -> Where:
+    groups = np.moveaxis(np.vectorize(_fabric, otypes=[int])(mesh.devices), AXES.index(axis), -1)
+    apart = {len(set(group)) for group in groups.reshape(-1, mesh.shape[axis]).tolist()}
+    return "inside" if apart == {1} else "between" if apart == {mesh.shape[axis]} else "both"
+
+
+def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str:
+    """One collective timed, or why it could not be."""
+    ranks = mesh.shape[axis]
+    size = timed.message_bytes(size, ranks, mesh)
+    turns, asked = timed.turns_of(size), f"{op} of {size:,} bytes over {ranks} ranks"
+    try:
+        program, argument = timed.collective_program(op, axis, size, mesh, turns)
+        if held := timed.differing(program, timed.expected(op, axis, size, ranks), turns, mesh):
+            return f"{asked}: the compiler makes {held} of {turns}"
+        seconds = timed.median_seconds(program, argument, repeats)
+    except RuntimeError as error:  # of XLA: not implemented here, or no room
+        return f"{asked}: {_first_line(error)}"
+    return Point(
+        op=op, axis=axis, ranks=ranks, where=_where(mesh, axis), num_bytes=size, us=_short(seconds / turns * 1e6)
+    )
+
+
+def _rates(
+    most_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]
+) -> Rates:
+    """Of products and of memory, on all devices of this process at once."""
+    mesh = build_mesh({"data": jax.local_device_count()}, jax.local_devices())
+    tflops: dict[str, float] = {}
+    for dtype in timed.DTYPES:
+        width = _WIDTHS[0]
+        while width <= _WIDTHS[1]:
+            on_progress(f"{dtype} products of {width} x {width} matrices")
+            try:
+                program, argument = timed.product_program(dtype, width, mesh, _PRODUCT_TURNS)
+                seconds = timed.median_seconds(program, argument, repeats) / _PRODUCT_TURNS
+            except RuntimeError as error:  # of XLA: not implemented here, or no room
+                left_out.append(f"{dtype} products of width {width}: {_first_line(error)}")
+                break
+            tflops[dtype] = max(tflops.get(dtype, 0.0), _short(2 * width**3 / seconds / 1e12))
+            width = width * 2 if seconds < _PRODUCT_SECONDS else _WIDTHS[1] + 1
+    if "bf16" not in tflops:
+        raise MeshError(f"the {mesh.devices.flat[0].device_kind} computes no bf16 products: {left_out[-1]}")
+    on_progress("memory")
+    least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # beyond what caches hold
+    num_bytes = min(max(most_bytes, least), memory // _BUFFERS) // 512 * 512
+    seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_TURNS), repeats)
+    return Rates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_TURNS / seconds / 1e9))
+
+
+def _hardware(
+    platform: Platform, share: int, points: Sequence[Point], rates: Rates, memory: int, name: str | None
+) -> tuple[Hardware, dict[str, str]]:
+    """Facts as the planner takes them, and notes on those that were not measured. share: devices of a fabric."""
+    devices = jax.devices()
+    per_node = min(share, jax.local_device_count()) if platform == "tpu" else share
+    notes = {"hbm_gb": "not measured: as much as a program may use"}
+    inside, between = _link(points, "inside"), _link(points, "between")
+    if inside is None:
+        notes["scale_up_gbps"] = "not measured: the memory's rate"
+    if between is None:
+        notes["scale_out_gbps"] = "not measured: as inside a node"
+    shapes: dict[str, Topology] = {"tpu": "torus", "rocm": "peers"}
+    facts: dict[str, Any] = {"torus_dims": _torus_dims(devices)} if platform == "tpu" else {}
+    facts |= {"latency_us": inside[1]} if inside else {}
+    facts |= {"scale_out_latency_us": between[1]} if between else {}
+    up = inside[0] if inside else rates.hbm_gbps
+    bf16 = rates.tflops["bf16"]
+    hardware = Hardware(
+        device=name or re.sub(r"[^a-z0-9.]+", "-", devices[0].device_kind.lower()).strip("-"),
+        platform=platform, devices_per_node=per_node, scale_up_devices=share, nodes=len(devices) // per_node,
+        hbm_gb=_short(memory / 1e9), hbm_gib=_short(memory / _GIB), hbm_gbps=rates.hbm_gbps,
+        scale_up=shapes.get(platform, "switch"), scale_up_gbps=up, scale_out_gbps=between[0] if between else up,
+        # A quantised dtype no faster than bf16 has no products of its own.
+        tflops={key: rate for key, rate in rates.tflops.items() if key in ("bf16", "f32") or rate > bf16},
+        attained={"hbm": 1, "compute": 1, "link": 1},
+        collectives=_tables(points, "inside"), collectives_between_nodes=_tables(points, "between"), **facts,
+    )  # fmt: skip
+    return hardware, notes
+
+
+def _platform(device: jax.Device) -> Platform:
+    platform = device.platform
+    if platform == "gpu":
+        platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+    if platform not in get_args(Platform):
+        raise MeshError(f"platform {platform!r} must be one of {', '.join(get_args(Platform))}")
+    return platform
+
+
+def _torus_dims(devices: Sequence[Any]) -> int:
+    return max(1, sum(len(set(along)) > 1 for along in zip(*(one.coords for one in devices), strict=True)))
+
+
+def _memory_bytes(device: jax.Device, share: int) -> int:
+    """What a program may use of one device; an emulated one's is its part of the host's, which `share` have."""
+    try:
+        stats = device.memory_stats() or {}
+    except (RuntimeError, NotImplementedError):
+        stats = {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // share
+
+
+def _link(points: Sequence[Point], where: Where) -> tuple[float, float] | None:
+    """Of the widest groups: 10^9 bytes a second that one device sends in the largest permute or all-gather, whichever
+    is faster, and microseconds of the smallest permute."""
+    found = [one for one in points if one.where == where and one.op in ("collective-permute", "all-gather")]
+    widest = max((one.ranks for one in found), default=0)
+    found = [one for one in found if one.ranks == widest]
+    if not found:
+        return None
+    largest = max(one.num_bytes for one in found)
+    share = {"collective-permute": 1.0, "all-gather": (widest - 1) / widest}
+    rate = max(one.gbps * share[one.op] for one in found if one.num_bytes == largest)
+    smallest = min(found, key=lambda one: (one.op != "collective-permute", one.num_bytes))
+    return _short(rate), smallest.us
+
+
+def _tables(points: Sequence[Point], where: Where) -> dict[str, dict[int, Points]]:
+    """Measured times as a hardware file has them; of axes as long as each other, the slower."""
+    tables: dict[str, dict[int, dict[float, float]]] = {}
+    for one in sorted((one for one in points if one.where == where), key=lambda one: (one.ranks, one.num_bytes)):
+        times = tables.setdefault(one.op, {}).setdefault(one.ranks, {})
+        times[one.num_bytes] = max(times.get(one.num_bytes, 0.0), one.us)
+    return {op: {ranks: tuple(times.items()) for ranks, times in by.items()} for op, by in tables.items()}
+
+
+def _short(value: float) -> float:
+    """Four digits, as they are written."""
+    return float(f"{value:.4g}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

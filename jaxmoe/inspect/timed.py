@@ -1,0 +1,132 @@
+"""Programs whose time is a fact of the hardware: one collective, product or pass over memory, many times in one loop.
+
+Every turn reads a number that the turn before wrote, so none can be left out, run early or run beside another.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.inspect.collectives import collectives
+from jaxmoe.planner.hardware import Op
+from jaxmoe.planner.traffic import Collective
+
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+_ROW = 1024  # numbers of a message lie in rows, as those of activations do
+# Small messages turn often, so that a call costs nothing beside them; large ones so that a call's fresh memory does.
+_LEAST_TURNS, _MOST_TURNS, _TURNS_BYTES = 8, 256, 32 << 20
+
+
+def turns_of(num_bytes: int) -> int:
+    """Turns of a loop over one message: the more, the smaller it is."""
+    return max(_LEAST_TURNS, min(_MOST_TURNS, _TURNS_BYTES // num_bytes))
+
+
+def median_seconds(program: Callable[[Any], Any], argument: Any, repeats: int) -> float:
+    """Of one call, until its result is there, which the next call takes; one more goes before and is not counted."""
+    argument = jax.block_until_ready(program(argument))
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        argument = jax.block_until_ready(program(argument))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def message_dtype(mesh: Mesh) -> Any:
+    """What messages are made of: half precision, but float32 on a CPU, whose compiler sends all others as that."""
+    return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+
+
+def message_bytes(least: int, ranks: int, mesh: Mesh) -> int:
+    """least, rounded up to what ranks can share evenly."""
+    share = ranks * jnp.dtype(message_dtype(mesh)).itemsize
+    return -(-least // share) * share
+
+
+def expected(op: Op, axis: str, num_bytes: int, ranks: int) -> Collective:
+    """The only collective that a program of collective_program may hold."""
+    result = num_bytes // ranks if op == "reduce-scatter" else num_bytes
+    return Collective(op=op, axes=(axis,), result_bytes=result)
+
+
+def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: op along axis in all of the mesh's groups at once, turns times.
+
+    num_bytes, of the whole message: the buffer of an all-reduce, the result of an all-gather, what a rank gives to a
+    reduce-scatter or an all-to-all, what one permute sends.
+    """
+    ranks, dtype = mesh.shape[axis], message_dtype(mesh)
+    numbers = num_bytes // jnp.dtype(dtype).itemsize
+    width = math.gcd(numbers // ranks, _ROW)
+    held = numbers // ranks if op == "all-gather" else numbers
+    send: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "all-reduce": lambda x: lax.psum(x, axis),
+        "all-gather": lambda x: lax.all_gather(x, axis, tiled=True),
+        "reduce-scatter": lambda x: lax.psum_scatter(x, axis, tiled=True),
+        "all-to-all": lambda x: lax.all_to_all(x, axis, 0, 0, tiled=True),
+        "collective-permute": lambda x: lax.ppermute(x, axis, [(at, (at + 1) % ranks) for at in range(ranks)]),
+    }
+
+    def turn(_: Any, x: jax.Array) -> jax.Array:
+        return x.at[0, 0].set(send[op](x)[-1, -1])  # the next message waits for the end of this one
+
+    return _compiled(lambda x: lax.fori_loop(0, turns, turn, x), mesh, (held // width, width), dtype)
+
+
+def differing(program: Any, wanted: Collective, turns: int, mesh: Mesh) -> str:
+    """What a compiled program holds in place of turns times the wanted collective; nothing if it holds just that."""
+    found = collectives(program.as_text(), mesh)
+    if found == {wanted: turns}:
+        return ""
+    return ", ".join(f"{count} {one.op} of {one.result_bytes} bytes" for one, count in found.items()) or "no collective"
+
+
+def product_program(dtype: str, width: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: on every device, turns products of width x width matrices, each of the last."""
+    kind = DTYPES[dtype]
+    total = jnp.int32 if kind == jnp.int8 else jnp.float32
+
+    def local(x: jax.Array) -> jax.Array:
+        def turn(_: Any, held: jax.Array) -> jax.Array:
+            return jnp.dot(held, x, preferred_element_type=total).astype(kind)
+
+        return lax.fori_loop(0, turns, turn, x)
+
+    return _compiled(local, mesh, (width, width), kind, products=True)
+
+
+def memory_program(num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: every device reads and writes num_bytes, turns times."""
+    return _compiled(
+        lambda x: lax.fori_loop(0, turns, lambda _, held: held * 0.5 + 1, x), mesh, (num_bytes // 4,), jnp.float32
+    )
+
+
+def _compiled(
+    local: Callable[[jax.Array], jax.Array], mesh: Mesh, shape: tuple[int, ...], dtype: Any, *, products: bool = False
+) -> Any:
+    """The program of local on every device, and an argument of that shape on each, which it takes and gives back."""
+    spec = P(mesh.axis_names)
+    sharding = NamedSharding(mesh, spec)
+    whole = (shape[0] * mesh.size, *shape[1:])
+
+    def fill() -> jax.Array:
+        if not products:
+            return jnp.full(whole, 0.5, dtype)
+        scale = 3.0 if dtype == jnp.int8 else (3 / shape[-1]) ** 0.5  # products of products keep their size
+        return (jax.random.uniform(jax.random.key(0), whole, jnp.float32, -1.0, 1.0) * scale).astype(dtype)
+
+    argument = jax.jit(fill, out_shardings=sharding)()
+    shared = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(shared, donate_argnums=0).lower(argument).compile(), argument

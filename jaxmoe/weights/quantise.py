@@ -1,0 +1,82 @@
+"""Quantising on the way: the matrices that are quantised on load become numbers and scales of a published form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.families import FAMILIES, quantised_keys, read_config
+from jaxmoe.families.quantising import METHODS, quantization_config, written_as
+from jaxmoe.formats import FORMATS
+from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.formats import quantised, scales_of
+from jaxmoe.weights.held import NUMBER_NAMES, published_names, scale_shape
+from jaxmoe.weights.published import Published
+from jaxmoe.weights.transform import QUANTISATION, WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
+
+_WEIGHT = ".weight"
+
+
+class Quantise(AsPublished):
+    """Matrices become numbers and scales, all else stays as it is."""
+
+    working_ratio = 6.0  # of two bytes: float32 values and their magnitudes, numbers, and what a cast needs
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], keys: set[str], weights_dtype: str, head: str) -> None:
+        """tensors: of the checkpoint; keys: those that are quantised; head: the module of the output head, which is
+        there even where its tensor is not."""
+        matrices = {name for name, spec in tensors.items() if name.endswith(_WEIGHT) and len(spec.shape) > 1}
+        plain = {name.removesuffix(_WEIGHT) for name in matrices - keys} | {head}
+        self._keys = keys
+        self._published = written_as(weights_dtype, plain)
+
+    def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
+        """The tensor, or its numbers and scales."""
+        if tensor.name not in self._keys:
+            return (tensor,)
+        format = self._published.format
+        numbers, scales = published_names(tensor.name, self._published)
+        return (
+            TensorSpec(name=numbers, dtype=NUMBER_NAMES[format.dtype], shape=tensor.shape),
+            TensorSpec(name=scales, dtype="F32", shape=scale_shape(tensor.shape, format)),
+        )
+
+    def granule(self, tensor: TensorSpec) -> int:
+        """A row of blocks."""
+        return self._published.format.outputs * tensor.shape[1] if tensor.name in self._keys else 1
+
+    def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
+        """As on load. Raises: CheckpointError for a number that is not finite."""
+        if tensor.name not in self._keys:
+            return (numbers,)
+        values = numbers.reshape(-1, tensor.shape[1]).astype(np.float32)
+        scales = scales_of(values, self._published.format)
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"tensor {tensor.name!r} holds a number that is not finite: it cannot be quantised")
+        return quantised(values, scales, self._published.format).reshape(-1), scales.reshape(-1)
+
+    def config(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """With the form, and the modules that are plain."""
+        return {**raw, QUANTISATION: quantization_config(self._published)}
+
+
+def transform_of(
+    weights_dtype: str | None, published: Published, *, ignore_config_keys: Iterable[str] = ()
+) -> Transform:  # fmt: skip
+    """What --weights-dtype asks for: None as published, float32 and so on values, int8 and so on numbers and scales.
+
+    Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantised so.
+    """
+    if weights_dtype is None:
+        return AsPublished()
+    if weights_dtype in WEIGHTS_DTYPES:
+        return CastFloats(weights_dtype)
+    if weights_dtype not in FORMATS:
+        known = ", ".join((*WEIGHTS_DTYPES, *METHODS))
+        raise CheckpointError(f"weights_dtype={weights_dtype!r} must be one of {known}")
+    config = read_config(published.config, ignore=ignore_config_keys)
+    keys = quantised_keys(config, weights_dtype)
+    return Quantise(published.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + "lm_head")
