@@ -1,0 +1,128 @@
+"""What a step takes: bounds that hold whatever the constants are, and the traffic it is priced by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from jaxmoe.families import read_config, with_weights_dtype
+from jaxmoe.layouts import parse_layout
+from jaxmoe.mesh import PlannedMesh, parse_mesh
+from jaxmoe.planner.cost import Rows, StepCost, imbalance
+from jaxmoe.planner.hardware import read_hardware
+from jaxmoe.planner.links import group_of
+from jaxmoe.planner.memory import Held
+from jaxmoe.planner.serving import Load, Serving
+from jaxmoe.planner.traffic import StepShape, planned_collectives
+from jaxmoe.sharding import Placement
+from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.source import find_config
+
+
+def config_of(name: str, weights_dtype: str | None = None):
+    return with_weights_dtype(read_config(read_json(find_config(name))), weights_dtype)
+
+
+def cost_of(name: str, mesh: str, *, layout: str = "ep-tp", hardware: str = "h100", dispatch: str = "all_to_all"):
+    place = Placement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
+    return StepCost(Held(config_of(name), place), read_hardware(hardware), dispatch=dispatch)
+
+
+def test_one_decoded_token_reads_the_weights_once():
+    cost = cost_of("llama-3.1-8b", "data=1")
+    seconds = cost.seconds(Rows(1, 0, 1))
+    embedding = 128256 * 4096 * 2  # of which one row is read
+    least = (cost.held.weight_bytes - embedding) / cost.hardware.bytes_a_second
+    assert least <= seconds.memory <= 1.02 * least
+    assert seconds.link == seconds.scale_out == seconds.bubble == 0
+
+
+def test_a_long_prompt_takes_its_products():
+    cost = cost_of("llama-3.1-8b", "data=1")
+    seconds = cost.seconds(Rows(0, 8192, 0, 4096))
+    products = 2 * 6.98e9 * 8192 / cost.hardware.flops_a_second("bf16")  # all matrices but embedding and head
+    assert products <= seconds.compute <= 1.25 * products  # and attention
+
+
+def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
+    whole, half = (
+        StepCost(
+            Held(config_of("llama-3.1-70b", dtype), Placement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))),
+            read_hardware("h100"),
+        ).seconds(Rows(1, 0, 1))
+        for dtype in (None, "fp8")
+    )
+    assert half.memory / whole.memory == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("context", "wanted"), [(64, 64), (100_000, 128)])
+def test_windows_bound_what_is_read_of_pages(context, wanted):
+    cost = cost_of("gpt-oss-20b", "data=1")
+    before, after = (cost.seconds(Rows(64, 0, tokens)).memory for tokens in (0, context))
+    full, windowed = 12 * context, 12 * wanted  # every other layer has a window of 128
+    pages = 64 * (full + windowed) * cost.held.kv_bytes(cost.held.blocks[0])
+    assert after - before == pytest.approx(pages / cost.hardware.bytes_a_second, rel=0.05)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "hierarchical"])
+@pytest.mark.parametrize(("mesh", "layout"), [("expert=4,tensor=4", "dp-ep"), ("pipeline=2,expert=2,tensor=4", "tp-ep")])
+def test_collectives_are_those_planned(mesh, layout, dispatch):
+    cost = cost_of("qwen3-30b-a3b", mesh, layout=layout, dispatch=dispatch)
+    tokens, place = 1024, cost.placement
+    shape = StepShape(num_tokens=tokens, num_sampled=tokens, itemsize=2, picked=True)
+    wanted = sum(
+        count * cost.links.seconds(one, group_of(one.axes, place.mesh.shape, 8))
+        for one, count in planned_collectives(cost.config, place, shape, dispatch=dispatch).items()
+    )
+    priced = cost.seconds(Rows(tokens * cost.num_stages, 0, 1))
+    waits = 2 * 48 * 80e-6  # for ranks that arrive later, at both exchanges of each layer
+    assert priced.link + priced.scale_out - waits == pytest.approx(wanted, rel=0.05)
+
+
+def test_stages_wait_less_with_more_chunks():
+    one, two = (
+        StepCost(
+            Held(config_of("llama-3.1-70b"), Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), chunks=v)),
+            read_hardware("h100"),
+        ).seconds(Rows(64, 2048, 1024, 512))
+        for v in (1, 2)
+    )
+    assert one.bubble == pytest.approx(2 * two.bubble, rel=0.01)
+    assert one.bubble / (one.total - one.bubble) == pytest.approx(3 / 16)  # (P - 1) / M, M = 4 P
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(256, 8), (256, 64), (8, 8), (128, 16)])
+def test_imbalance_grows_with_skew_and_is_none_where_loads_are_even(experts, ranks):
+    assert imbalance(experts, ranks, 0.0) == imbalance(experts, 1, 1.0) == 1
+    found = [imbalance(experts, ranks, skew) for skew in (0.2, 0.5, 1.0)]
+    assert 1 < found[0] < found[1] < found[2] <= ranks
+
+
+def test_pages_fill_what_weights_leave():
+    cost = cost_of("llama-3.1-8b", "data=1")
+    serving = Serving(cost, chunk_tokens=2048)
+    room = cost.hardware.hbm_bytes - cost.held.weight_bytes
+    taken = serving.pool_tokens() * cost.held.kv_bytes_a_token
+    assert 0.8 * room < taken < room
+    load = Load(isl=1000, osl=1000)
+    assert serving.most_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.most_requests(load) > 0
+
+
+def test_more_requests_serve_more_tokens_and_each_slower():
+    serving = Serving(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
+    found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
+    assert all(a.tokens_a_second < b.tokens_a_second and a.tpot < b.tpot for a, b in zip(found, found[1:], strict=False))
+    for one in found:
+        assert one.turn.total == pytest.approx(one.tpot)
+        assert one.tokens_a_second * one.tpot == pytest.approx(one.concurrency)
+
+
+def test_replicas_serve_as_many_times_more():
+    load = Load(isl=1000, osl=1000)
+    one, four = (Serving(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
+    assert four.most_requests(load) == 4 * one.most_requests(load)
+    single, many = one.serve(load, 16), four.serve(load, 64)
+    assert many.tokens_a_second == pytest.approx(4 * single.tokens_a_second)
+    assert replace(many, concurrency=16, tokens_a_second=single.tokens_a_second) == single

@@ -1,0 +1,80 @@
+"""What collectives cost: measured points are given back, and what lies between nodes costs more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from jaxmoe.planner.hardware import hardware_names, read_hardware
+from jaxmoe.planner.links import Group, Links, group_of
+from jaxmoe.planner.traffic import Collective
+
+OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
+
+
+def seconds(name: str, op: str, whole: float, group: Group, *, devices: int = 16) -> float:
+    result = int(whole) // (group.ranks if op == "reduce-scatter" else 1)
+    return Links(read_hardware(name), devices=devices).seconds(Collective(op=op, axes=(), result_bytes=result), group)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes", "wanted"),
+    [
+        (("tensor",), {"tensor": 8, "pipeline": 2}, Group(8, 8, 1)),
+        (("pipeline",), {"tensor": 8, "pipeline": 2}, Group(2, 1, 8)),
+        (("tensor",), {"tensor": 16}, Group(16, 8, 1)),
+        (("expert",), {"expert": 8, "tensor": 2}, Group(8, 4, 2)),
+        (("expert", "tensor"), {"expert": 2, "tensor": 8}, Group(16, 8, 1)),
+        (("data",), {"data": 4, "expert": 2, "tensor": 2}, Group(4, 2, 4)),
+        (("tensor",), {"data": 8}, Group(1, 1, 1)),
+    ],
+)
+def test_a_group_is_those_that_differ_along_its_axes(axes, sizes, wanted):
+    assert group_of(axes, sizes, 8) == wanted
+
+
+def test_measured_points_are_given_back():
+    hardware = read_hardware("h100")
+    for op, tables in hardware.collectives.items():
+        for ranks, points in tables.items():
+            for size, us in points[:: len(points) - 1]:
+                assert seconds("h100", op, size, Group(ranks, ranks)) == pytest.approx(us * 1e-6, rel=1e-6)
+
+
+def test_between_points_it_is_piecewise_in_logarithms():
+    (low, before), (high, after) = read_hardware("h100").collectives["all-reduce"][8][5:7]
+    middle = seconds("h100", "all-reduce", math.sqrt(low * high), Group(8, 8))
+    assert middle == pytest.approx(math.sqrt(before * after) * 1e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", hardware_names())
+@pytest.mark.parametrize("op", OPS)
+def test_more_bytes_cost_more_and_other_nodes_more_than_the_own(op, name):
+    for ranks in (2, 4, 8):
+        near, far = (
+            [seconds(name, op, 1 << power, group) for power in range(9, 31)]
+            for group in (Group(ranks, ranks), Group(ranks, 1, 8))
+        )
+        for times in (near, far):  # measured tables are not quite in order
+            assert all(0 < less <= 1.3 * more for less, more in zip(times, times[1:], strict=False))
+            assert times[-1] > 100 * times[0] or name == "cpu-8"
+        if name != "cpu-8":
+            assert all(own < other for own, other in zip(near[12:], far[12:], strict=True))
+
+
+def test_an_exchange_of_two_nodes_is_bound_by_the_link_between_them():
+    hardware, whole = read_hardware("h100"), 1 << 30
+    taken = seconds("h100", "all-to-all", whole, Group(16, 8))
+    assert taken == pytest.approx(whole / 2 / hardware.link_bytes_a_second(scale_out=True), rel=0.01)
+
+
+def test_times_measured_between_nodes_are_taken_where_there_are_any():
+    hardware = replace(read_hardware("h100"), collectives_between_nodes={"all-gather": {2: ((1024.0, 50.0),)}})
+    one = Collective(op="all-gather", axes=(), result_bytes=1024)
+    assert Links(hardware, devices=2).seconds(one, Group(2, 1, 8)) == pytest.approx(50e-6)
+
+
+def test_the_collective_of_one_device_is_free():
+    assert seconds("h100", "all-reduce", 1 << 20, Group(1, 1)) == 0
