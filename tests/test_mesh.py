@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from jaxmoe.errors import MeshError
-from jaxmoe.mesh import AXES, build_mesh, default_axes, emulate_devices, parse_mesh, preset_names
+from jaxmoe.mesh import AXES, PlannedMesh, build_mesh, default_axes, emulate_devices, parse_mesh, preset_names
+from jaxmoe.sharding import Placement
 
 
 def test_axes_left_out_are_one_and_tensor_is_innermost():
@@ -54,3 +55,19 @@ def test_devices_cannot_change_once_started(monkeypatch):
         emulate_devices(8)
     with pytest.raises(MeshError, match="devices=0"):
         emulate_devices(0)
+
+
+def test_a_planned_mesh_places_as_one_of_devices_does():
+    axes = parse_mesh("data=2,tensor=2,expert=2")
+    real, planned = Placement(mesh=build_mesh(axes)), Placement(mesh=PlannedMesh(axes, "cpu"))
+    assert planned.platform == real.platform == "cpu"
+    assert (planned.mesh.shape, planned.mesh.size, planned.mesh.devices.shape) == (axes, 8, (2, 1, 2, 2))
+    told, there = (place.sharding("moe_expert", "width", "moe_ffn") for place in (planned, real))
+    assert told.spec == there.spec
+    assert told.shard_shape((8, 6, 4)) == there.shard_shape((8, 6, 4)) == (4, 6, 2)
+
+
+def test_a_planned_mesh_is_of_more_devices_than_there_are():
+    assert Placement(mesh=PlannedMesh({"expert": 128})).sharding("moe_expert").shard_shape((256,)) == (2,)
+    with pytest.raises(MeshError, match="unknown mesh axis 'rows'"):
+        PlannedMesh({"rows": 2})

@@ -181,9 +181,7 @@ def _collectives(raw: Any, name: str) -> Mapping[str, Mapping[int, Points]]:
     found: dict[str, Mapping[int, Points]] = {}
     for op, tables in raw.items() if isinstance(raw, Mapping) else [(raw, None)]:
         if op not in get_args(Op) or not isinstance(tables, Mapping):
-            raise MeshError(
-                f"hardware {name}: [collectives.{op}] must be a table of one of {', '.join(get_args(Op))}"
-            )
+            raise MeshError(f"hardware {name}: [collectives.{op}] must be a table of one of {', '.join(get_args(Op))}")
         by_ranks = {}
         for ranks, points in tables.items():
             where = f"hardware {name}: [collectives.{op}] {ranks}"
