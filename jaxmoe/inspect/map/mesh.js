@@ -119,7 +119,7 @@ function colour() {
   names.sort((a, b) => axes.indexOf(a) - axes.indexOf(b));
   const parts = sizeOver(names);
   const onAxis = new Set(names.flatMap(axis => groups({ op: "all-reduce", axes: [axis], stage: null }).flatMap(group =>
-    group.flatMap((device, i) => route(device, group[(i + 1) % group.length]).map(([id]) => id)))));
+    group.flatMap(from => group.flatMap(to => from === to ? [] : route(from, to).map(([id]) => id))))));
   drawn.devices.forEach(({ node, place }, device) => {
     const index = indexOver(names, places[device]);
     node.classList.toggle("coloured", parts > 1);
