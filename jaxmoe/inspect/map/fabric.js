@@ -6,16 +6,22 @@ const members = domain => range(Math.min(numDevices, (domain + 1) * fabric.domai
 // Link ids between two devices, each with the direction its bytes take: [id, 0 or 1].
 function route(from, to) {
   if (domainOf(from) !== domainOf(to))
-    return [[`out:${from}`, 0], [`rail:${domainOf(from)}`, 0], ["network", 0], [`rail:${domainOf(to)}`, 1], [`out:${to}`, 1]];
+    return [[`out:${from}`, 0], [`rail:${domainOf(from)}`, 0], ["network", 0],
+      [`rail:${domainOf(to)}`, 1], [`out:${to}`, 1]];
   if (fabric.kind === "switch") return [[`up:${from}`, 0], [`switch:${domainOf(from)}`, 0], [`up:${to}`, 1]];
   if (fabric.kind === "peers") return [[`peer:${Math.min(from, to)}-${Math.max(from, to)}`, from < to ? 0 : 1]];
   return torusRoute(from, to);
 }
 const torusAt = device => {
   let rest = device % fabric.domain;
-  return [...fabric.shape].reverse().map(size => { const at = rest % size; rest = Math.floor(rest / size); return at; }).reverse();
+  return [...fabric.shape].reverse().map(size => {
+    const at = rest % size;
+    rest = Math.floor(rest / size);
+    return at;
+  }).reverse();
 };
-const torusIndex = (at, domain) => at.reduce((index, one, dim) => index * fabric.shape[dim] + one, 0) + domain * fabric.domain;
+const torusIndex = (at, domain) =>
+  at.reduce((index, one, dim) => index * fabric.shape[dim] + one, 0) + domain * fabric.domain;
 function torusRoute(from, to) {  // dim by dim, the shorter way round
   const at = torusAt(from), goal = torusAt(to), links = [], domain = domainOf(from);
   fabric.shape.forEach((size, dim) => {
@@ -44,12 +50,15 @@ function loads(event, chosen) {
 // { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }: of all domains, side by side.
 function geometry(room) {
   const one = { switch: switchDomain, peers: peersDomain, torus: torusDomain }[fabric.kind](room);
-  const across = Math.max(1, Math.min(numDomains, Math.floor((room + 20) / (one.width + 20)))), rows = Math.ceil(numDomains / across);
+  const across = Math.max(1, Math.min(numDomains, Math.floor((room + 20) / (one.width + 20))));
+  const rows = Math.ceil(numDomains / across);
   const gutter = numDomains > 1 ? 46 : 8, left = numDomains > 1 ? 14 : 0;
-  const figure = { width: left + across * (one.width + 20) - 20, height: rows * (one.height + gutter), boxes: [], devices: [], links: [], round: one.round };
+  const figure = { width: left + across * (one.width + 20) - 20, height: rows * (one.height + gutter), round: one.round,
+    boxes: [], devices: [], links: [] };
   const lines = [];
   range(numDomains).forEach(domain => {
-    const x = left + domain % across * (one.width + 20), y = Math.floor(domain / across) * (one.height + gutter), mine = members(domain);
+    const x = left + domain % across * (one.width + 20), y = Math.floor(domain / across) * (one.height + gutter);
+    const mine = members(domain);
     figure.boxes.push({ x, y, width: one.width, height: one.height, name: boxName(domain) });
     mine.forEach((device, i) => figure.devices[device] = { x: x + one.devices[i].x, y: y + one.devices[i].y });
     const moved = path => path.replace(/([ML])([-\d.]+) ([-\d.]+)/g, (_, kind, a, b) => `${kind}${x + +a} ${y + +b}`);
@@ -78,27 +87,32 @@ const TILE = 38, PITCH = 48;
 function switchDomain() {
   const size = fabric.domain, columns = size <= 8 ? size : [8, 12, 16].find(n => size / n <= 8) || 16;
   const rows = Math.ceil(size / columns), far = numDomains > 1, height = 22 + TILE + (far ? 26 : 14), top = 26;
-  const devices = range(size).map(i => ({ x: 16 + i % columns * PITCH + TILE / 2, y: top + Math.floor(i / columns) * height + 22 + TILE / 2 }));
+  const devices = range(size).map(i =>
+    ({ x: 16 + i % columns * PITCH + TILE / 2, y: top + Math.floor(i / columns) * height + 22 + TILE / 2 }));
   const width = 32 + (columns - 1) * PITCH + TILE, y = row => top + row * height;
   const last = row => devices[Math.min(size, (row + 1) * columns) - 1].x;
   return {
     width: Math.max(width, 110), height: top + rows * height + 4, devices, round: false,
     links: (mine, domain) => [
       { id: `switch:${domain}`, kind: "switch", name: `switch of ${boxName(domain)}`,
-        d: range(rows).filter(row => row * columns < mine.length).map(row => `M8 ${y(row) + 6} L${last(row) + 8} ${y(row) + 6}`).join(" ") + (rows > 1 ? ` M8 ${y(0) + 6} L8 ${y(rows - 1) + 6}` : "") },
+        d: range(rows).filter(row => row * columns < mine.length)
+          .map(row => `M8 ${y(row) + 6} L${last(row) + 8} ${y(row) + 6}`).join(" ")
+          + (rows > 1 ? ` M8 ${y(0) + 6} L8 ${y(rows - 1) + 6}` : "") },
       ...mine.map((device, i) => ({ id: `up:${device}`, kind: "up", name: `device ${device} to its switch`,
         d: `M${devices[i].x} ${devices[i].y - TILE / 2} L${devices[i].x} ${devices[i].y - TILE / 2 - 16}` }))],
     out: (mine, domain) => outLinks(mine, domain, devices, rows, columns, Math.max(width, 110), top + rows * height + 4),
   };
 }
+const railLink = (domain, d) => ({ id: `rail:${domain}`, kind: "out", name: `${boxName(domain)} to the network`, d });
+const outLink = (device, a, b) => ({ id: `out:${device}`, kind: "out", name: `device ${device} to the network`,
+  d: `M${a.x} ${a.y} L${b.x} ${b.y}` });
 function outLinks(mine, domain, devices, rows, columns, width, height) {
   const below = row => devices[row * columns].y + TILE / 2 + 12, side = width - 14;
   const used = range(rows).filter(row => row * columns < mine.length);
   return [
-    { id: `rail:${domain}`, kind: "out", name: `${boxName(domain)} to the network`,
-      d: used.map(row => `M${devices[row * columns].x} ${below(row)} L${side} ${below(row)}`).join(" ") + ` M${side} ${below(0)} L${side} ${height - 10}` },
-    ...mine.map((device, i) => ({ id: `out:${device}`, kind: "out", name: `device ${device} to the network`,
-      d: `M${devices[i].x} ${devices[i].y + TILE / 2} L${devices[i].x} ${devices[i].y + TILE / 2 + 12}` }))];
+    railLink(domain, used.map(row => `M${devices[row * columns].x} ${below(row)} L${side} ${below(row)}`).join(" ")
+      + ` M${side} ${below(0)} L${side} ${height - 10}`),
+    ...mine.map((device, i) => outLink(device, devices[i], { x: devices[i].x, y: devices[i].y + TILE / 2 + 12 }))];
 }
 function peersDomain() {
   const size = fabric.domain, radius = Math.max(78, size * 11), middle = radius + 44;
@@ -109,20 +123,23 @@ function peersDomain() {
   const side = 2 * middle;
   return {
     width: side, height: side + 10, devices, round: true,
-    links: mine => mine.flatMap((a, i) => mine.slice(i + 1).map((b, j) => ({ id: `peer:${a}-${b}`, kind: "up", name: `device ${a} to device ${b}`,
+    links: mine => mine.flatMap((a, i) => mine.slice(i + 1).map((b, j) => ({
+      id: `peer:${a}-${b}`, kind: "up", name: `device ${a} to device ${b}`,
       d: `M${devices[i].x} ${devices[i].y} L${devices[i + 1 + j].x} ${devices[i + 1 + j].y}` }))),
-    out: (mine, domain) => [{ id: `rail:${domain}`, kind: "out", name: `${boxName(domain)} to the network`, d: `M${side - 14} ${side - 24} L${side - 14} ${side}` },
+    out: (mine, domain) => [
+      railLink(domain, `M${side - 14} ${side - 24} L${side - 14} ${side}`),
       ...mine.map((device, i) => {
         const out = (devices[i].x - middle) / radius, down = (devices[i].y - middle) / radius;
-        return { id: `out:${device}`, kind: "out", name: `device ${device} to the network`,
-          d: `M${devices[i].x} ${devices[i].y} L${devices[i].x + 30 * out} ${devices[i].y + 30 * down}` };
+        return outLink(device, devices[i], { x: devices[i].x + 30 * out, y: devices[i].y + 30 * down });
       })],
   };
 }
 function torusDomain(room) {  // the longest dim goes right, the next down, the third away from the reader
-  const order = range(fabric.shape.length).sort((a, b) => fabric.shape[b] - fabric.shape[a] || a - b), [right, down, away] = order;
+  const order = range(fabric.shape.length).sort((a, b) => fabric.shape[b] - fabric.shape[a] || a - b);
+  const [right, down, away] = order;
   const depth = away === undefined ? 1 : fabric.shape[away], dx = 27, dy = 25;
-  const stepX = Math.max(46, Math.min((depth - 1) * dx + 52, room / fabric.shape[right])), stepY = Math.max(46, (depth - 1) * dy + 44);
+  const stepX = Math.max(46, Math.min((depth - 1) * dx + 52, room / fabric.shape[right]));
+  const stepY = Math.max(46, (depth - 1) * dy + 44);
   const place = at => {
     const z = away === undefined ? 0 : at[away];
     return { x: 38 + at[right] * stepX + z * dx, y: 50 + (at[down] || 0) * stepY + (depth - 1 - z) * dy };
@@ -138,9 +155,11 @@ function torusDomain(room) {  // the longest dim goes right, the next down, the 
       next[dim] = (at[dim] + 1) % size;
       const other = torusIndex(next, 0), a = devices[i], b = devices[other], share = 20 / Math.hypot(b.x - a.x, b.y - a.y);
       const d = end ? `${toward(a, b, -share * 1.2)} ${toward(b, a, -share * 1.2)}` : toward(a, b, 1);
-      return [{ id: `torus:${dim}:${device}`, kind: "up", name: `device ${device} to device ${other + domain * fabric.domain}${end ? ", round the ring" : ""}`, d }];
+      const name = `device ${device} to device ${other + domain * fabric.domain}${end ? ", round the ring" : ""}`;
+      return [{ id: `torus:${dim}:${device}`, kind: "up", name, d }];
     })),
-    out: (mine, domain) => [{ id: `rail:${domain}`, kind: "out", name: `${boxName(domain)} to the network`, d: `M${width - 14} ${height - 24} L${width - 14} ${height - 10}` },
-      ...mine.map((device, i) => ({ id: `out:${device}`, kind: "out", name: `device ${device} to the network`, d: `M${devices[i].x} ${devices[i].y + 12} L${devices[i].x} ${devices[i].y + 20}` }))],
+    out: (mine, domain) => [
+      railLink(domain, `M${width - 14} ${height - 24} L${width - 14} ${height - 10}`),
+      ...mine.map((device, i) => outLink(device, devices[i], { x: devices[i].x, y: devices[i].y + 20 }))],
   };
 }

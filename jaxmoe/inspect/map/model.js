@@ -10,7 +10,10 @@ const sum = values => values.reduce((a, b) => a + b, 0);
 // Device numbers go through the axes as nested loops do: the last axis is the innermost.
 function coordinates(device) {
   const at = {};
-  for (const axis of [...axes].reverse()) { at[axis] = device % data.mesh[axis]; device = Math.floor(device / data.mesh[axis]); }
+  for (const axis of [...axes].reverse()) {
+    at[axis] = device % data.mesh[axis];
+    device = Math.floor(device / data.mesh[axis]);
+  }
   return at;
 }
 const places = range(numDevices).map(coordinates);
@@ -47,14 +50,16 @@ function visits(part) {  // every repeat in the order of the layers: its stage, 
   return found;
 }
 const slicesNamed = (array, at) => Object.fromEntries(slices(array, at).map((slice, dim) => [array.dims[dim], slice]));
-const arraysOf = (segment, dim) => data.arrays.filter(one => one.path.split("/")[1] === String(segment) && one.dims.includes(dim));
+const arraysOf = (segment, dim) => data.arrays.filter(one =>
+  one.path.split("/")[1] === String(segment) && one.dims.includes(dim));
 
 function layersHeld(at) {
   const layers = [];
   data.segments.forEach((part, segment) => {
     const [start, stop] = slicesNamed(arraysOf(segment, "layer")[0], at).layer;
     visits(part).forEach(({ slot }, repeat) => {
-      if (slot >= start && slot < stop) layers.push(...range(part.period).map(block => part.first + repeat * part.period + block));
+      if (slot < start || slot >= stop) return;
+      layers.push(...range(part.period).map(block => part.first + repeat * part.period + block));
     });
   });
   return layers;
@@ -69,7 +74,8 @@ function cacheHeld(at) {  // { heads, pages, offsets }: of keys and values, of t
   const segment = Math.max(0, data.segments.findIndex(part => part.stages > 1)), part = data.segments[segment];
   const named = slicesNamed(data.arrays.find(one => one.path.startsWith(`pages/${segment}/`)), at);
   const slots = range(named.kv_head[1], named.kv_head[0]).filter(slot => slot < data.facts.kv_heads * part.kv_copies);
-  return { heads: [...new Set(slots.map(slot => Math.floor(slot / part.kv_copies)))], pages: named.page, offsets: named.page_token };
+  const heads = [...new Set(slots.map(slot => Math.floor(slot / part.kv_copies)))];
+  return { heads, pages: named.page, offsets: named.page_token };
 }
 
 // --- the way of a token ---
@@ -90,7 +96,8 @@ function tokenPath(phase) {
     order.forEach(({ stage, chunk }, repeat) => {
       for (const block of range(part.period)) {
         const own = stops.filter(stop => stop.segment === segment && stop.block === block);
-        const rest = own.filter(stop => stop.where !== "attention"), inside = own.filter(stop => stop.where === "attention");
+        const rest = own.filter(stop => stop.where !== "attention");
+        const inside = own.filter(stop => stop.where === "attention");
         if (!inside.length) inside.push(silent("attention"));
         const kind = part.moe[block] ? "experts" : "mlp", back = rest.findIndex(stop => stop.where === "combine");
         if (back >= 0) rest.splice(back, 0, silent("experts"));
@@ -127,7 +134,8 @@ function groups(event) {
 function between({ stage, to }) {
   const same = axes.filter(axis => axis !== "pipeline");
   return range(numDevices).filter(device => places[device].pipeline === stage).map(device =>
-    [device, range(numDevices).find(other => places[other].pipeline === to && same.every(axis => places[other][axis] === places[device][axis]))]);
+    [device, range(numDevices).find(other => places[other].pipeline === to
+      && same.every(axis => places[other][axis] === places[device][axis]))]);
 }
 
 // [from, to, bytes] of one group in an event.
@@ -138,8 +146,8 @@ function flows(event, group) {
   if (event.op === "all-reduce") return group.map((device, i) => [device, group[(i + 1) % count], event.sent]);
   return group.flatMap(from => group.filter(to => to !== from).map(to => [from, to, event.sent / (count - 1)]));
 }
-const sends = (event, device) => event.op !== null && (event.op === "collective-permute" || event.stage !== null && !event.axes.includes("pipeline")
-  ? places[device].pipeline === event.stage : true);
+const onlyStage = event => event.op === "collective-permute" || event.stage !== null && !event.axes.includes("pipeline");
+const sends = (event, device) => event.op !== null && (!onlyStage(event) || places[device].pipeline === event.stage);
 
 // --- the order of stages, as depth.Schedule has it ---
 
