@@ -53,10 +53,12 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
         check_page_path(output)
     given = {name: value for name, value in asked.items() if value is not None}
     given.setdefault("context", usual_context(model, ignore=asked["ignore_config_keys"]))
-    question = MapQuestion(config=model, **given)
     answer = None if compiled is None else read_answer(compiled)
-    if question.target is not None:
-        question.checked_fabric()  # what is wrong with it is said before anything is compiled
+    if answer is not None and "target" in answer:
+        given["target"] = answer["target"]
+    question = MapQuestion(config=model, **given)
+    question.checked_fabric()  # what is wrong with it is said before anything is compiled
+    if answer is None and question.target is not None:
         answer = _compile(question)
     data = map_data(question, answer=answer)
     if as_json:

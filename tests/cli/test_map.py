@@ -79,6 +79,9 @@ def test_an_answer_in_a_file_is_shown(capsys, tmp_path, tiny_dir):
     command = ["map", tiny_dir(CASE), *OPTIONS, "--json", "--compiled", tmp_path / "answer.json"]
     told = json.loads(jaxmoe(capsys, *command).out)
     assert all(row["compiled"] == row["planned"] for row in told["collectives"])
+    assert told["fabric"]["name"] == "h100"
+    refused = jaxmoe(capsys, *command, "--hardware", "v5p")
+    assert "hardware v5p and target h100:16x8 differ" in refused.err
     answer["mesh"] = plain["mesh"] | {"data": 8}
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     refused = jaxmoe(capsys, *command)

@@ -36,6 +36,8 @@ def read_answer(path: str) -> dict[str, Any]:
 def _is_answer(answer: Any) -> bool:
     if not isinstance(answer, dict) or not all(isinstance(answer.get(key), dict) for key in ("mesh", "bytes")):
         return False
+    if not isinstance(answer.get("target", ""), str):
+        return False
     if not all(key in answer["bytes"] for key in ("weights", "kv", "temp", "total", "limit")):
         return False
     rows = answer.get("collectives")

@@ -91,7 +91,7 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
         "weights_dtype": question.weights_dtype or "as published",
         "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
-        "fabric": fabric.as_json(), "facts": _facts(config, runner),
+        "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
             asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "kv_slots": size.kv_slots,
                             "kv_copies": size.kv_copies, "moe": [config.moe_layers[part.first + block]
@@ -129,15 +129,14 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
 
 
-def _facts(config: ModelConfig, runner: Runner) -> dict[str, int]:
+def _facts(config: ModelConfig) -> dict[str, int]:
     """Numbers that say which slices of padded arrays are the model's own."""
     moe = config.moe
     return {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "vocab": config.vocab_size,
         "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
         "experts": moe.num_experts if moe else 0, "top_k": moe.num_experts_per_tok if moe else 0,
-        "shared_expert": moe.shared_intermediate_size if moe else 0, "latent": int(config.mla is not None),
-        "rows": runner.padded_rows(1),
+        "latent": int(config.mla is not None),
     }  # fmt: skip
 
 

@@ -4,7 +4,8 @@ function showTitle() {
   const plural = (number, word, kept) => `${number} ${word}${number > 1 && !kept ? "s" : ""}`;
   byId("title").textContent = data.model;
   document.title = `${data.model} on ${numDevices} devices · jaxmoe map`;
-  const mesh = axes.filter(axis => data.mesh[axis] > 1).map(axis => `${axis}=${data.mesh[axis]}`).join(" × ") || "one device";
+  const named = axes.filter(axis => data.mesh[axis] > 1).map(axis => `${axis}=${data.mesh[axis]}`);
+  const mesh = named.join(" × ") || "one device";
   const nodes = Math.ceil(numDevices / fabric.node), hosts = fabric.kind === "torus" ? "host" : "node";
   byId("facts").textContent = [
     data.family, `${facts.layers} layers`, facts.experts ? `${facts.experts} experts, ${facts.top_k} a token` : "dense",
@@ -27,7 +28,8 @@ function showStep() {
   const parts = step.micro_batches > 1 ? `, in ${step.micro_batches} micro-batches` : "";
   const words = [`${phase}: ${count(step.tokens)} tokens a rank of the batch, padding included${parts}; counts are of `
     + `one ${tick}.`];
-  const found = !compiled ? "this step was not." : wrong ? `${wrong} of ${rows.length} differ from the plan.` : "all as planned.";
+  const differ = wrong ? `${wrong} of ${rows.length} differ from the plan.` : "all as planned.";
+  const found = compiled ? differ : "this step was not.";
   if (data.compiled) words.push(`Compiled for ${data.compiled.target}: ${found}`, comparedBytes());
   byId("collectives-note").textContent = words.join(" ");
   const head = ["collective", "axes", "where", "result on a device", "sent by a device, each", "planned",

@@ -78,7 +78,8 @@ function said(event, own) {
   return [result, sent ? `; device ${chosen} sends ${size(sent)}${split}` : `; device ${chosen} sends nothing`];
 }
 function light(event, all, own) {
-  const everyone = loads(event, all), mine = loads(event, own), most = Math.max(1, ...[...everyone.values()].flat());
+  const everyone = loads(event, all), mine = loads(event, own);
+  const most = Math.max(1, ...[...everyone.values()].map(([one, other]) => Math.max(one, other)));
   for (const [id, { path: line, title, name }] of drawn.links) {
     const load = everyone.get(id);
     line.classList.toggle("lit", Boolean(load));
