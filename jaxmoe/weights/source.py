@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -60,9 +61,22 @@ def find_config(model: str | Path) -> Path:
     path = find_model(model) if str(model) in preset_models() else Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        known = ", ".join(preset_models())
-        raise CheckpointError(f"config {str(model)!r} is no config.json, no folder with one and no preset ({known})")
+        known, near = ", ".join(preset_models()), _nearest(Path(model))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CheckpointError(
+            f"config {str(model)!r} is no config.json, no folder with one and no preset ({known}){hint}"
+        )
     return path
+
+
+def _nearest(path: Path) -> list[str]:
+    """Presets, and what lies beside path and may be a config, that are called nearly so."""
+    try:
+        beside = {one.name: str(one) for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()}
+    except OSError:
+        beside = {}
+    known = beside | {name: name for name in preset_models()}
+    return [known[name] for name in difflib.get_close_matches(path.name, known, 2, 0.75)]
 
 
 def _fetch(repo_id: str, revision: str | None) -> Path:
