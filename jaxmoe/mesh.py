@@ -158,9 +158,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """A device that need not be there. platform: "cpu", "gpu" or "tpu"."""
+    """A device that need not be there. platform: "cpu", "gpu" or "tpu"; nothing is compiled for it."""
 
     platform: str
+    device_kind: str = "planned"
 
 
 @dataclass(frozen=True)
