@@ -1,5 +1,6 @@
 # make demo    text from the embedded model on 8 emulated devices
 # make test    all tests; make test-all adds the slower sweeps; make check is format, lint, types and import floors
+# make browser the pages in a real browser, the system's Chromium
 # make oracle  the live comparison with torch and transformers; make test-oldest is make test on Python 3.11
 # Each makes the environment it needs. PYTHON=... picks the interpreter.
 
@@ -11,7 +12,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_JOBS ?= -n 2 --dist worksteal
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all check oracle test-oldest clean
+.PHONY: demo test test-all check browser oracle test-oldest clean
 
 $(VENV)/core.stamp: pyproject.toml
 	$(if $(PYTHON),,$(error Python 3.11 to 3.13 is needed; name one with PYTHON=...))
@@ -28,21 +29,28 @@ $(VENV)/oracle.stamp: $(VENV)/dev.stamp
 	$(BIN)/python $(PIP_INSTALL) -e '.[oracle]'
 	touch $@
 
+$(VENV)/browser.stamp: $(VENV)/dev.stamp
+	$(BIN)/python $(PIP_INSTALL) -e '.[browser]'
+	touch $@
+
 demo: $(VENV)/core.stamp
 	$(BIN)/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2 --max-tokens 200 --temperature 0.7 --top-p 0.9 --dtype float32 --seed 5
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle"
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle and not browser"
 	JAXMOE_TESTS_OPTIMISED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimised
 
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle"
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle and not browser"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+browser: $(VENV)/browser.stamp
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m browser
 
 oracle: $(VENV)/oracle.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m oracle

@@ -9,11 +9,15 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import MeshError
@@ -21,16 +25,6 @@ from jaxmoe.errors import MeshError
 AXES = ("data", "pipeline", "expert", "tensor")
 
 _HOST_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
-
-
-class PlannedMesh:
-    """Axes without devices: what a Placement needs of a mesh to say where things would lie."""
-
-    def __init__(self, axes: Mapping[str, int] | Iterable[tuple[str, int]], platform: str) -> None:
-        """platform: of its devices, "cpu", "gpu" or "tpu"."""
-        sizes = dict(axes)
-        self.shape: Mapping[str, int] = {axis: sizes.get(axis, 1) for axis in AXES}
-        self.platform = platform
 
 
 def preset_names() -> list[str]:
@@ -160,6 +154,53 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     if mesh.devices.flat[0].device_kind != "TPU7x":
         return None
     return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+
+
+@dataclass(frozen=True)
+class PlannedDevice:
+    """A device that need not be there. platform: "cpu", "gpu" or "tpu"; nothing is compiled for it."""
+
+    platform: str
+    device_kind: str = "planned"
+
+
+@dataclass(frozen=True)
+class PlannedMesh:
+    """A mesh of devices that need not be there: enough for a Placement to say where arrays would lie.
+
+    Nothing can be put on it, nor compiled for it. Raises: MeshError as check_axes.
+    """
+
+    axes: Mapping[str, int]
+    platform: str = "gpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", check_axes(self.axes))
+
+    @property
+    def shape(self) -> Mapping[str, int]:
+        """Sizes of all four axes, in the mesh's order."""
+        return self.axes
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Of all four."""
+        return AXES
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self.axes.values())
+
+    @cached_property
+    def devices(self) -> Any:
+        """An array of as many devices as there would be, in the shape of the axes."""
+        return np.full(tuple(self.axes.values()), PlannedDevice(self.platform))
+
+    @cached_property
+    def abstract_mesh(self) -> AbstractMesh:
+        """What JAX knows of it."""
+        return AbstractMesh(tuple(self.axes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:

@@ -33,7 +33,8 @@ _INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
 class Placement:
     """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
 
-    chunks: of neighbouring layers that a stage of the pipeline holds, interleaved with those of the others.
+    mesh: a PlannedMesh does as well for all but running. chunks: of neighbouring layers that a stage of the pipeline
+    holds, interleaved with those of the others.
     redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
     program knows it; where given, it is told where they stand (planner/balance.py).
     """
@@ -59,8 +60,6 @@ class Placement:
     @property
     def platform(self) -> str:
         """Of the mesh's devices: "cpu", "gpu" or "tpu"."""
-        if isinstance(self.mesh, PlannedMesh):
-            return self.mesh.platform
         return str(self.mesh.devices.flat[0].platform)
 
     @property
@@ -115,14 +114,23 @@ class Placement:
         axes = self.layout.sequence if lead == "residual" else ()
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
+    def sharing(self, lead: TokenDim) -> tuple[str, ...]:
+        """Axes along which ranks have other tokens of the same requests between the split regions."""
+        return tuple(axis for axis in self.axes(lead) if axis not in self.axes("batch"))
+
     def size(self, axes: Iterable[str]) -> int:
         """Devices along some axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
+    @property
+    def _jax_mesh(self) -> Mesh | AbstractMesh:
+        """The mesh as JAX knows it."""
+        return self.mesh.abstract_mesh if isinstance(self.mesh, PlannedMesh) else self.mesh
+
     def _mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as code being traced sees it: within a stage, one whose pipeline is not XLA's to split."""
         here = jax.sharding.get_abstract_mesh()
-        return here if self.view == "within" and not here.empty else self.mesh
+        return here if self.view == "within" and not here.empty else self._jax_mesh
 
     def parts(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
@@ -134,7 +142,7 @@ class Placement:
 
     def sharding(self, *dims: str) -> NamedSharding:
         """The NamedSharding of an array whose dims are these."""
-        return NamedSharding(self.mesh, self.spec(*dims))
+        return NamedSharding(self._jax_mesh, self.spec(*dims))
 
     def constrain(self, x: jax.Array, *dims: str) -> jax.Array:
         """x, asked of XLA to lie as its dims say."""
@@ -153,7 +161,7 @@ class Placement:
     def manual(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """function as a shard_map over all axes, or within a stage over all but the pipeline."""
         mesh = self._mesh_here()
-        axes = set(mesh.axis_names) - ({"pipeline"} if mesh is not self.mesh else set())
+        axes = set(mesh.axis_names) - ({"pipeline"} if mesh is not self._jax_mesh else set())
         return jax.shard_map(
             function, mesh=mesh, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )

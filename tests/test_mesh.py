@@ -9,6 +9,7 @@ import pytest
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import (
     AXES,
+    PlannedMesh,
     build_mesh,
     compiler_options,
     default_axes,
@@ -16,6 +17,7 @@ from jaxmoe.mesh import (
     parse_mesh,
     preset_names,
 )
+from jaxmoe.sharding import Placement
 
 
 def test_axes_left_out_are_one_and_tensor_is_innermost():
@@ -71,3 +73,19 @@ def test_devices_cannot_change_once_started(monkeypatch):
 def test_one_kind_of_device_alone_needs_options_of_its_compiler(kind):
     mesh = SimpleNamespace(devices=np.array([[SimpleNamespace(device_kind=kind)]]))
     assert (compiler_options(mesh) is not None) == (kind == "TPU7x")
+
+
+def test_a_planned_mesh_places_as_one_of_devices_does():
+    axes = parse_mesh("data=2,tensor=2,expert=2")
+    real, planned = Placement(mesh=build_mesh(axes)), Placement(mesh=PlannedMesh(axes, "cpu"))
+    assert planned.platform == real.platform == "cpu"
+    assert (planned.mesh.shape, planned.mesh.size, planned.mesh.devices.shape) == (axes, 8, (2, 1, 2, 2))
+    told, there = (place.sharding("moe_expert", "width", "moe_ffn") for place in (planned, real))
+    assert told.spec == there.spec
+    assert told.shard_shape((8, 6, 4)) == there.shard_shape((8, 6, 4)) == (4, 6, 2)
+
+
+def test_a_planned_mesh_is_of_more_devices_than_there_are():
+    assert Placement(mesh=PlannedMesh({"expert": 128})).sharding("moe_expert").shard_shape((256,)) == (2,)
+    with pytest.raises(MeshError, match="unknown mesh axis 'rows'"):
+        PlannedMesh({"rows": 2})

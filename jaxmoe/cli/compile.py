@@ -25,7 +25,9 @@ from jaxmoe.cli.options import console, table_console
     "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
 )
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
-@click.option("--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]")
+@click.option(
+    "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
+)
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
 @click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")

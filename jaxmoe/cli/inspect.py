@@ -25,7 +25,9 @@ from jaxmoe.cli.options import console, size_text, start_jax, table_console
     "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
 )
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
-@click.option("--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]")
+@click.option(
+    "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
+)
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) -> int:

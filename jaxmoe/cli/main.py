@@ -15,6 +15,7 @@ from jaxmoe.cli.convert import convert
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
 from jaxmoe.cli.inspect import inspect_model
+from jaxmoe.cli.map import map_model
 from jaxmoe.cli.plan import plan
 from jaxmoe.cli.probe import probe
 from jaxmoe.cli.score import score
@@ -28,7 +29,9 @@ def cli() -> None:
     """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
 
 
-for command in (generate, score, verify, bench, balance, info, plan, inspect_model, compile_model, convert, probe):
+for command in (
+    generate, score, verify, bench, balance, info, plan, inspect_model, map_model, compile_model, convert, probe,
+):  # fmt: skip
     cli.add_command(command)
 
 

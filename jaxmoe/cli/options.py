@@ -65,7 +65,10 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--native/--no-native", default=None, help="C++ kernels for the CPU; by default where they compile"
         ),
-        click.option("--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"),
+        click.option(
+            "--dispatch",
+            help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]",
+        ),
         click.option("--grouped", help="experts: blocks, ragged, native or dense"),
         click.option("--linear", help="other products: xla or native"),
         click.option("--attention", help="over pages: loop or native"),

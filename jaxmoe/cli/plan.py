@@ -26,7 +26,9 @@ from jaxmoe.planner.search import OBJECTIVES
 @click.option("--sla-ttft-ms", type=float, help="the longest time to the first token")
 @click.option("--sla-tpot-ms", type=float, help="the longest time a token")
 @click.option("--dtype", help="of activations, and plain weights; the config's own by default")
-@click.option("--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default")
+@click.option(
+    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+)
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--skew", type=float, default=SKEW, show_default=True, help="how uneven experts' loads are; 0 is even")
 @click.option("--price", type=float, help="dollars an hour of a device")
@@ -141,7 +143,11 @@ def _draw(figure: Any, answer: dict[str, Any]) -> None:
     front.set_xlabel("tokens/s a user")
     front.set_ylabel("tokens/s a device")
     front.set_title(f"{answer['model']}, {answer['devices']} x {answer['hardware']}")
-    parts = {**answer["memory"]["weights_by_part"], "pages": answer["memory"]["pages"], "step": answer["memory"]["step"]}
+    parts = {
+        **answer["memory"]["weights_by_part"],
+        "pages": answer["memory"]["pages"],
+        "step": answer["memory"]["step"],
+    }
     base = 0.0
     for name, num_bytes in parts.items():
         memory.bar(["a device"], [num_bytes / 2**30], bottom=[base], label=name)

@@ -38,7 +38,15 @@ from jaxmoe.model.transformer import Carried, Loads, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.planner.balance import ExpertPlacement
-from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives, planned_round
+from jaxmoe.planner.traffic import (
+    Collective,
+    StepShape,
+    Stop,
+    planned_collectives,
+    planned_round,
+    planned_round_stops,
+    planned_stops,
+)
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.params import parameter_table
 
@@ -384,6 +392,11 @@ class Runner:
     def planned_round(self, bucket: Bucket) -> Counter[Collective]:
         """Those of one round of a step of several turns: there are rounds(bucket, turns)."""
         return planned_round(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+
+    def stops(self, bucket: Bucket) -> list[Stop]:
+        """What planned counts of a step with prompts, planned_round of one without, place by place."""
+        planned = planned_stops if bucket.blocks else planned_round_stops
+        return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def rounds(self, bucket: Bucket, turns: int) -> int:
         """Rounds of a step of several turns: as many, and those in which a pipeline fills and empties."""

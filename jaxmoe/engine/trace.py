@@ -243,8 +243,8 @@ class Trace:
         target = check_trace_path(path)
         page = target.with_suffix(".html")
         try:
-            _write_whole(target, json.dumps(self.as_chrome()))
-            _write_whole(page, self.as_page())
+            write_whole(target, json.dumps(self.as_chrome()))
+            write_whole(page, self.as_page())
         except OSError as error:
             raise RequestError(f"trace {target} cannot be written: {error.strerror or error}") from error
         return target, page
@@ -260,7 +260,8 @@ def check_trace_path(path: str | Path) -> Path:
     return target
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """A file with this text, or none: written beside it and renamed. Raises: OSError."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

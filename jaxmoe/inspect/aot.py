@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import bucket_with, whole_blocks
+from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import Kernels
@@ -56,7 +56,7 @@ def abstract_runner(
     return Runner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
 
 
-def _state(runner: Runner, *, batch: int, context: int, page_size: int) -> EngineState:
+def engine_state(runner: Runner, *, batch: int, context: int, page_size: int) -> EngineState:
     """The rows an engine has for `batch` requests, and pages for `context` tokens of each."""
     requests = -(-batch // runner.num_ranks)
     page_size *= runner.context_ranks
@@ -67,11 +67,24 @@ def _state(runner: Runner, *, batch: int, context: int, page_size: int) -> Engin
 
 def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int) -> tuple[int, int]:
     """Bytes of weights, and of keys and values of `batch` requests of `context` tokens each, on one device."""
-    state = _state(runner, batch=batch, context=context, page_size=page_size)
+    state = engine_state(runner, batch=batch, context=context, page_size=page_size)
     weights, pages = (
         sum(map(_bytes_of_one_device, arrays)) for arrays in (runner.leaves, jax.tree.leaves(state.pages))
     )
     return weights, pages
+
+
+def step_bucket(
+    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int
+) -> Bucket:  # fmt: skip
+    """The shapes of that step of an engine, as compile_step compiles it."""
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
+    blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
+    stages = runner.placement.num_stages
+    return bucket_with(
+        runner.padded_rows(batch) // runner.num_ranks, -(-blocks // stages) * stages, block_tokens=block_tokens,
+        pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
+    )  # fmt: skip
 
 
 def compile_step(
@@ -79,16 +92,11 @@ def compile_step(
 ) -> CompiledStep:
     """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to `turns` turns of
     decoding, or one with chunk_tokens of prompts a rank beside it."""
-    state = _state(runner, batch=batch, context=context, page_size=page_size)
-    rows = state.tokens.shape[1]
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
-    blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
-    stages = runner.placement.num_stages
-    bucket = bucket_with(
-        rows, -(-blocks // stages) * stages, block_tokens=block_tokens,
-        pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
+    state = engine_state(runner, batch=batch, context=context, page_size=page_size)
+    bucket = step_bucket(
+        runner, phase, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )  # fmt: skip
-    turns = 1 if blocks else turns
+    turns = 1 if bucket.blocks else turns
     started = time.perf_counter()
     compiled = runner.lower(state, bucket, turns=turns).compile()
     seconds = time.perf_counter() - started

@@ -95,8 +95,9 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
     phases: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {
-        "target": str(target), "mesh": axes, "fits": False, "as_planned": None, "dtype": runner.dtype,
-        "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
+        "target": str(target), "family": config.family, "mesh": axes, "layout": str(runner.placement.layout),
+        "stage_chunks": question.stage_chunks, "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
+        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, read_hardware
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats, best_pools
-from jaxmoe.planner.search import OBJECTIVES, Found, NothingFits, Objective, Plan, Question, search
+from jaxmoe.planner.search import OBJECTIVES, Found, NoPlanError, Objective, Plan, Question, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import count_parameters
 from jaxmoe.planner.why import Neighbours, kind_of, reasons
@@ -111,9 +111,8 @@ class PlanQuestion:
         """For the search."""
         axes = parse_mesh(self.mesh) if self.mesh else None
         if axes and math.prod(axes.values()) != devices:
-            raise MeshError(
-                f"mesh {self.mesh} is of {math.prod(axes.values())} devices and {devices} are asked for: make them equal"
-            )
+            meant = math.prod(axes.values())
+            raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
         return Question(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
             load=Load(isl=self.isl, osl=self.osl, concurrency=self.concurrency), skew=self.skew, axes=axes,
@@ -127,7 +126,7 @@ class PlanQuestion:
 def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     """The plan, its predictions and reasons, the front, the memory of a device, as `jaxmoe plan --json` prints it.
 
-    Raises: as PlanQuestion.checked, and NothingFits (a ConfigError) with the devices that would do, or the best
+    Raises: as PlanQuestion.checked, and NoPlanError (a ConfigError) with the devices that would do, or the best
     possible where a limit cannot be met.
     """
     config, hardware = asked.checked()
@@ -158,15 +157,15 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
         question = asked.question(config, hardware, given)
         try:
             return question, search(question)
-        except NothingFits as error:
+        except NoPlanError as error:
             if error.latency or asked.mesh:
                 raise
             least = _least(asked, config, hardware, above=given)
             more = f"; {least} devices would do" if least else "; no number of them does"
-            raise NothingFits(f"{error}{more}, or a shorter --weights-dtype or --kv-dtype") from error
+            raise NoPlanError(f"{error}{more}, or a shorter --weights-dtype or --kv-dtype") from error
     least = _least(asked, config, hardware, above=0)
     if least is None:
-        raise NothingFits(
+        raise NoPlanError(
             f"{asked.config} fits on no number of {hardware.device} up to {_MOST_DEVICES}: a shorter --weights-dtype "
             f"or --kv-dtype, or fewer tokens, may do"
         )
@@ -177,13 +176,13 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
     """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
     far less each."""
     tried: list[tuple[Question, Found]] = []
-    missed: NothingFits | None = None
+    missed: NoPlanError | None = None
     devices = least
     while devices <= max(2 * least, hardware.devices_per_node):
         question = asked.question(config, hardware, devices)
         try:
             tried.append((question, search(question)))
-        except NothingFits as error:
+        except NoPlanError as error:
             missed = error
         devices *= 2
     if not tried:
@@ -210,7 +209,7 @@ def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, abov
             try:
                 search(question)
                 return devices
-            except NothingFits:
+            except NoPlanError:
                 pass
         devices *= 2
     return None
@@ -230,7 +229,7 @@ def _neighbours(asked: PlanQuestion, question: Question) -> Neighbours:
             load = replace(load, concurrency=4 * question.devices)
         try:
             return search(replace(question, devices=devices, load=load)).best
-        except NothingFits:
+        except NoPlanError:
             return None
 
     return Neighbours(half=best(question.devices // 2), twice=best(question.devices * 2))

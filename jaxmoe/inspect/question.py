@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import Mesh
 
@@ -17,7 +17,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
-from jaxmoe.mesh import parse_mesh
+from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
@@ -87,8 +87,11 @@ class ModelQuestion:
                 raise ConfigError(f"{name}={value} must lie in [1, {limit}]")
         return config, axes
 
-    def runner(self, config: ModelConfig, mesh: Mesh, kernels: Kernels, *, dtype: str | None = None) -> Runner:
-        """A Runner of shapes: it can be compiled, not run. dtype: the config's own by default."""
-        placement = Placement(mesh=mesh, layout=parse_layout(self.layout), chunks=self.stage_chunks)
+    def runner(
+        self, config: ModelConfig, mesh: Mesh | PlannedMesh, kernels: Kernels, *, dtype: str | None = None
+    ) -> Runner:
+        """A Runner of shapes: it can be compiled where the mesh has devices, not run. dtype: the config's own by
+        default."""
+        placement = Placement(mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), chunks=self.stage_chunks)
         kv_dtype = KV_DTYPES.get(self.kv_dtype or "")
         return abstract_runner(config, placement, dtype=dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)

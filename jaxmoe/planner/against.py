@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def _precision(text: str) -> str:
     return "bf16"
 
 
+@lru_cache(maxsize=64)
 def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     """The config with matrices in the precision measured, whatever its checkpoint has."""
     kept = config.quantisation.format.dtype if config.quantisation else None

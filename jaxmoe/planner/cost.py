@@ -298,7 +298,6 @@ class StepCost:
                     found.append((one, group, count, bool(tokens)))
         return found
 
-
     def _visited_bytes(self, ranks: int) -> int:
         """Of _MANY tokens, each sent once to every rank that has one of its experts, which are drawn at random."""
         moe = self.config.moe

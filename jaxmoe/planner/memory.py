@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import cast
+
+from jax.sharding import Mesh
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment, segments
+from jaxmoe.mesh import PlannedMesh
 from jaxmoe.planner.parameters import Parameter, block_parameters, held_layers, itemsize_of, outer_parameters
 from jaxmoe.planner.sizes import Part
 from jaxmoe.sharding import Placement, array_sizes, segment_sizes
@@ -89,7 +92,8 @@ class Held:
     @cached_property
     def unpadded_bytes(self) -> float:
         """Of the weights if every device held its even share and nothing twice."""
-        whole = Held(self.config, replace(self.placement, mesh=_ONE, chunks=1, redundant_experts=None))
+        one = PlannedMesh({}, self.placement.platform)
+        whole = Held(self.config, replace(self.placement, mesh=cast("Mesh", one), chunks=1, redundant_experts=None))
         return whole.weight_bytes / math.prod(self.placement.mesh.shape.values())
 
     @cached_property
@@ -128,10 +132,3 @@ def _width(block: Block) -> int:
             share = param.share(block.place)
             widest = max(widest, math.prod(share[: param.over]), math.prod(share[param.over :]))
     return widest
-
-
-class _OneDevice:
-    shape = {"data": 1, "pipeline": 1, "expert": 1, "tensor": 1}
-
-
-_ONE: Any = _OneDevice()

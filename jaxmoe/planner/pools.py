@@ -73,7 +73,9 @@ def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill
     isl, found = question.load.isl, []
     for chunk in _CHUNKS:
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
-        found.append(_Prefill(replace(spec, chunk_tokens=chunk), serving.ranks * chunk / isl / step, step * isl / chunk))
+        found.append(
+            _Prefill(replace(spec, chunk_tokens=chunk), serving.ranks * chunk / isl / step, step * isl / chunk)
+        )
     return found
 
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, cast
+
+from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
@@ -113,7 +115,7 @@ class Found:
     tried: int
 
 
-class NothingFits(ConfigError):
+class NoPlanError(ConfigError):
     """No split of the devices holds the model, or serves it as asked. latency: whether it is limits of latency that no
     plan meets."""
 
@@ -125,26 +127,30 @@ class NothingFits(ConfigError):
 def search(question: Question) -> Found:
     """All specs, at all numbers of requests that may matter.
 
-    Raises: NothingFits, ConfigError naming what is asked and what is possible.
+    Raises: NoPlanError, ConfigError naming what is asked and what is possible.
     """
     specs = list(specs_of(question))
     found: list[Plan] = []
     for _, alike in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
         found += _plans_of_alike(question, list(alike))
     if not found:
-        raise NothingFits(_no_room(question, specs))
+        raise NoPlanError(_no_room(question, specs))
+    shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     for spec in {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}:
         for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
-            found += plans_of(question, replace(spec, chunk_tokens=chunk), finely=True)
+            fine = replace(spec, chunk_tokens=chunk)
+            found += plans_of(question, fine, finely=True)
+            if question.load.concurrency is None and question.objective == "latency":  # for the front alone
+                shown += plans_of(replace(question, objective="throughput"), fine)
     allowed = [plan for plan in found if _meets(question, plan)]
     if not allowed:
-        raise NothingFits(_out_of_reach(question, found), latency=True)
+        raise NoPlanError(_out_of_reach(question, found), latency=True)
     best: dict[Spec, Plan] = {}
     for plan in sorted(allowed, key=lambda plan: _value(question, plan)):
         best.setdefault(plan.spec, plan)
     every = list(best.values())
-    return Found(best=_chosen(question, every), every=every, front=front_of(allowed), tried=len(specs))
+    return Found(best=_chosen(question, every), every=every, front=front_of([*allowed, *(plan for plan in shown if _meets(question, plan))]), tried=len(specs))
 
 
 def specs_of(question: Question) -> Iterator[Spec]:
@@ -155,12 +161,11 @@ def specs_of(question: Question) -> Iterator[Spec]:
     seen: set[tuple[object, ...]] = set()
     for axes in all_axes:
         sizes = dict(axes)
-        mesh = PlannedMesh(axes, _platform(question.hardware))
         for layout in layouts:
             if not question.layout and not _worth(config, layout, sizes):
                 continue
             for stage_chunks in _stage_chunks(question, sizes):
-                for dispatch in _dispatches(question, Placement(mesh=mesh, layout=layout)):
+                for dispatch in _dispatches(question, _placement(question.hardware, axes, layout)):
                     means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, stage_chunks)
                     if means not in seen:
                         seen.add(means)
@@ -174,8 +179,8 @@ def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, ap
     """What the axes of a layout do, outermost first: neighbours that do the same are one, unless they are levels of
     an exchange (apart)."""
     found: list[tuple[object, int]] = []
-    parts = (layout.batch, layout.split, layout.context, layout.sequence)
-    parts += (layout.experts, layout.expert_width) if moe else ()
+    experts = (layout.experts, layout.expert_width) if moe else ()
+    parts = (layout.batch, layout.split, layout.context, layout.sequence, *experts)
     for axis, size in axes:
         does = axis == "pipeline" or tuple(axis in part for part in parts)
         if size == 1:
@@ -205,7 +210,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> bool:
-    """Whether a layout splits no head, and shares out no context, for nothing: finer than there is anything to split."""
+    """Whether a layout splits heads no finer than there are any, and a context not too finely."""
     split = math.prod(sizes[axis] for axis in layout.split)
     context = math.prod(sizes[axis] for axis in layout.context)
     return split <= config.num_attention_heads and context <= 16
@@ -254,8 +259,7 @@ def _plans_of_alike(question: Question, specs: list[Spec], *, finely: bool = Fal
 
 def serving_of(question: Question, spec: Spec) -> Serving | None:
     """What a spec can serve; None where it has too few layers for its stages, or too little memory for one request."""
-    mesh = PlannedMesh(spec.axes, _platform(question.hardware))
-    placement = Placement(mesh=mesh, layout=spec.layout, chunks=spec.stage_chunks)
+    placement = _placement(question.hardware, spec.axes, spec.layout, chunks=spec.stage_chunks)
     try:
         held = Held(question.config, placement, kv_dtype=question.kv_dtype)
     except ConfigError:
@@ -267,8 +271,11 @@ def serving_of(question: Question, spec: Spec) -> Serving | None:
     return serving if serving.most_requests(question.load) >= 1 else None
 
 
-def _platform(hardware: Hardware) -> str:
-    return "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
+def _placement(
+    hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, chunks: int = 1
+) -> Placement:  # fmt: skip
+    platform = "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
+    return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, chunks=chunks)
 
 
 def _concurrencies(question: Question, most: int, *, step: int) -> list[int]:
@@ -328,11 +335,9 @@ def _no_room(question: Question, specs: list[Spec]) -> str:
     load, hardware = question.load, question.hardware
     held = []
     for spec in specs:
-        mesh = PlannedMesh(spec.axes, _platform(hardware))
+        place = _placement(hardware, spec.axes, spec.layout, chunks=spec.stage_chunks)
         try:
-            held.append(
-                Held(question.config, Placement(mesh=mesh, layout=spec.layout, chunks=spec.stage_chunks)).weight_bytes
-            )
+            held.append(Held(question.config, place).weight_bytes)
         except ConfigError:
             continue
     least = min(held, default=math.inf)

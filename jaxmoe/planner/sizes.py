@@ -45,7 +45,7 @@ def published_tensors(config: ModelConfig) -> Iterator[Tensor]:
     for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), FAMILIES[config.family].names, parts):
         if piece.key not in seen:
             seen.add(piece.key)
-            part = _part(piece.path)
+            part = part_of(piece.path)
             yield Tensor(key=piece.key, shape=piece.key_shape, part=part, num_bytes=_num_bytes(piece, part, config))
 
 
@@ -58,8 +58,8 @@ def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
     return count // form.per_item + blocks * (1 if form.scale_dtype == "uint8" else 4)
 
 
-def _part(path: str) -> Part:
-    """Of the parameter at a path."""
+def part_of(path: str) -> Part:
+    """The part of the model that the parameter at a path belongs to."""
     outside: dict[str, Part] = {"embed": "embedding", "head": "head", "final_norm": "norms"}
     if path in outside:
         return outside[path]

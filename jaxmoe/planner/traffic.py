@@ -17,6 +17,10 @@ from jaxmoe.sharding import Placement, array_sizes
 
 _TPU_ROW = 512
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"]
+Where = Literal[
+    "embedding", "attention", "mlp", "dispatch", "experts", "combine", "shared expert", "between stages",
+    "from the last stage", "rows that draw", "head",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +60,54 @@ class StepShape:
     picked: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A collective where the forward pass holds it, and how often a step runs it there.
+
+    segment, block: of the layers (depth.Segment) that each run it; None outside of layers. Of each place stops come in
+    the order in which a token passes them.
+    """
+
+    where: Where
+    collective: Collective
+    count: int
+    segment: int | None = None
+    block: int | None = None
+
+
 def planned_collectives(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
     """Every collective of one step of one turn, whose tokens are drawn at its end, and how often it runs."""
+    return _counted(planned_stops(config, placement, shape, dispatch=dispatch))
+
+
+def planned_round(
+    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> Counter[Collective]:
+    """Every collective of one round of the loop that decodes several turns: a turn, or a tick of a pipeline."""
+    return _counted(planned_round_stops(config, placement, shape, dispatch=dispatch))
+
+
+def _counted(stops: Iterable[Stop]) -> Counter[Collective]:
+    found: Counter[Collective] = Counter()
+    for stop in stops:
+        found[stop.collective] += stop.count
+    return found
+
+
+def planned_stops(
+    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> list[Stop]:
+    """What planned_collectives counts, place by place."""
     plan = _Plan(config, placement, shape, dispatch)
     sharing, hidden = plan.sharing, plan.hidden
+    plan.where = "embedding"
     if placement.num_stages == 1:
         plan.sum(plan.beside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
         plan.layers(1)
         op: Op = "all-reduce" if shape.picked else "all-gather"
+        plan.where = "rows that draw"
         plan.add(placement, op, sharing, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
     else:
         schedule = plan.schedule
@@ -77,24 +119,28 @@ def planned_collectives(
         plan.send(sending)
         if plan.parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
             plan.from_last(ticks)
+            plan.where = "rows that draw"
         else:
+            plan.where = "rows that draw"
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
         plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
     return plan.found
 
 
-def planned_round(
+def planned_round_stops(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
-) -> Counter[Collective]:
-    """Every collective of one round of the loop that decodes several turns: a turn, or a tick of a pipeline."""
+) -> list[Stop]:
+    """What planned_round counts, place by place."""
     if placement.num_stages == 1:
-        return planned_collectives(config, placement, shape, dispatch=dispatch)
+        return planned_stops(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)
+    plan.where = "embedding"
     plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
     plan.layers(1)
     plan.send(1)
     plan.from_last(1)
+    plan.where = "rows that draw"
     plan.add(placement, "all-gather", plan.sharing, plan.tokens * plan.hidden)
     plan.logits(plan.tokens)
     return plan.found
@@ -105,6 +151,7 @@ class _Plan:
 
     tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
     token's hidden state. sharing: axes that share out a rank's tokens between layers; strip: how many each then has.
+    where, layer (segment and block): of what is found next.
     """
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
@@ -118,16 +165,20 @@ class _Plan:
         self.shared_rows = self.tokens // placement.parts("page_token")
         self.hidden = config.hidden_size * shape.itemsize
         self.lead = placement.lead(self.tokens * placement.parts("batch"))
-        self.sharing = [axis for axis in placement.axes(self.lead) if axis not in placement.axes("batch")]
+        self.sharing = placement.sharing(self.lead)
         self.strip = self.tokens // placement.size(self.sharing)
-        self.found: Counter[Collective] = Counter()
+        self.where: Where = "embedding"
+        self.layer: tuple[int, int] | None = None
+        self.found: list[Stop] = []
 
     def add(self, place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
         """One kind of collective over a dim's axes, or over axes."""
         over = place.axes(over) if isinstance(over, str) else tuple(over)
         axes = tuple(axis for axis, size in place.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
-            self.found[Collective(op=op, axes=axes, result_bytes=result_bytes)] += count
+            collective = Collective(op=op, axes=axes, result_bytes=result_bytes)
+            segment, block = self.layer or (None, None)
+            self.found.append(Stop(where=self.where, collective=collective, count=count, segment=segment, block=block))
 
     def sum(self, place: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
@@ -137,39 +188,50 @@ class _Plan:
         self.add(place, "reduce-scatter", scattered, strip, count)
         self.add(place, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
 
+    def gather(self, place: Placement, axes: Iterable[str], rows: int, count: int) -> None:
+        """Strips of tokens between the layers to all the tokens a split region needs."""
+        self.add(place, "all-gather", axes, rows * self.hidden, count)
+
     def send(self, count: int) -> None:
         """Hidden states from stage to stage."""
+        self.where = "between stages"
         self.add(self.placement, "collective-permute", "stage", self.strip * self.hidden, count)
 
     def from_last(self, count: int) -> None:
         """Hidden states of the last stage to all."""
+        self.where = "from the last stage"
         self.add(self.placement, "all-reduce", "stage", self.strip * self.hidden, count)
 
     def logits(self, rows: int) -> None:
         """float32."""
+        self.where = "head"
         self.add(self.beside, "all-gather", "vocab", rows * array_sizes(self.config, self.beside).vocab * 4)
 
     def layers(self, ticks: int) -> None:
         """All layers, as often as they run."""
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             each = part.chunk_slots if part.stages > 1 else part.repeats
             for block in range(part.period):
+                self.layer = number, block
                 place, count = self.placement.of_segment(part), each * ticks
                 self.attention(place, count)
                 if self.config.moe_layers[part.first + block]:
                     self.experts(place, count)
                 else:
-                    self.split(place, "ffn", count)
+                    self.mlp(place, count)
+        self.layer = None
 
-    def split(self, place: Placement, dim: str, count: int) -> None:
-        """A region split by dim: tokens gathered before it, summed after it."""
-        hidden = self.shared_rows * self.hidden
-        self.add(place, "all-gather", place.shared(self.lead), hidden, count)
-        self.sum(place, dim, hidden, count)
+    def mlp(self, place: Placement, count: int) -> None:
+        """A region split by its width: tokens gathered before it, summed after it."""
+        self.where = "mlp"
+        self.gather(place, place.shared(self.lead), self.shared_rows, count)
+        self.sum(place, "ffn", self.shared_rows * self.hidden, count)
 
     def attention(self, place: Placement, count: int) -> None:
-        """With what ranks of a context tell each other: queries, keys and values of all, and what they found."""
-        self.split(place, "kv_head", count)
+        """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
+        found."""
+        self.where = "attention"
+        self.gather(place, place.shared(self.lead), self.shared_rows, count)
         config, sizes = self.config, array_sizes(self.config, place)
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
@@ -177,52 +239,66 @@ class _Plan:
         both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
         self.add(place, "all-gather", "page_token", both, count)
         self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)
+        self.sum(place, "kv_head", self.shared_rows * self.hidden, count)
 
     def experts(self, place: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""
+        self.where = "experts"
         moe, gathered, summed = self.config.moe, place.gathered(self.lead), place.summed_experts(self.lead)
         assert moe is not None
         apart = place.size(place.shared(self.lead)) // place.size(gathered)  # that exchange what they do not gather
         rows = self.shared_rows // apart
-        self.add(place, "all-gather", gathered, rows * self.hidden, count)
-        self.sum(place, summed, rows * self.hidden, count)
+        self.gather(place, gathered, rows, count)
+        self.exchange(place, rows, count)
         together = place.shared(self.lead)
         if moe.shared_intermediate_size and together != gathered:  # gathered by itself, and scattered
-            self.add(place, "all-gather", together, self.shared_rows * self.hidden, count)
+            self.where = "shared expert"
+            self.gather(place, together, self.shared_rows, count)
             self.sum(place, together, self.shared_rows * self.hidden, count)
-        self.exchange(place, rows, count)
+        self.where = "experts"
+        self.sum(place, summed, rows * self.hidden, count)
 
     def exchange(self, place: Placement, rows: int, count: int) -> None:
-        """So many tokens of a device to the ranks of their experts, and back."""
+        """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
         over = tuple(axis for axis in place.exchanged(self.lead) if place.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
         places = array_sizes(self.config, place).moe_experts // place.size(place.held(self.lead))
-        if not self.dispatch.startswith("hierarchical"):
-            self.level(place, over, rows, places, self.dispatch, count)
-            return
-        self.level(place, over[:1], rows, places, "all_to_all", count)
-        ranks = place.size(over[:1])
-        inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"
-        self.level(place, over[1:], rows * ranks, places // ranks, inner, count)
+        levels = [(over, rows, places, self.dispatch)]
+        if self.dispatch.startswith("hierarchical"):
+            inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"
+            ranks = place.size(over[:1])
+            levels = [(over[:1], rows, places, "all_to_all"), (over[1:], rows * ranks, places // ranks, inner)]
+        self.where = "dispatch"
+        for axes, sent, split, kind in levels:
+            packet = sent * (self.config.hidden_size + split // place.size(axes)) * self.itemsize
+            if kind == "all_gather":
+                packet = sent * (self.config.hidden_size + split) * self.itemsize
+                self.add(place, "all-gather", axes, place.size(axes) * packet, count)
+                continue
+            if kind == "ragged_all_to_all":  # how many rows come, and where they come from
+                self.add(place, "all-to-all", axes, place.size(axes) * 2 * 4, count)
+            self.add(place, *self._carried(place, axes, kind, sent, packet, place.size(axes)), count)
+        self.where = "combine"
+        for axes, sent, _, kind in reversed(levels):
+            back = sent * self.config.hidden_size * self.itemsize
+            if kind == "all_gather":
+                self.add(place, "reduce-scatter", axes, back, count)
+                continue
+            self.add(place, *self._carried(place, axes, kind, sent, back, self._most_ranks(place, axes, kind)), count)
 
-    def level(
-        self, place: Placement, over: tuple[str, ...], rows: int, places: int, dispatch: str, count: int
-    ) -> None:
-        """So many tokens to the ranks along some axes, among which so many places of experts are split, and back."""
-        width, size, ranks, moe = self.config.hidden_size, self.itemsize, place.size(over), self.config.moe
+    def _most_ranks(self, place: Placement, axes: tuple[str, ...], kind: str) -> int:
+        """Ranks from which a token's results come back, at most."""
+        ranks, moe = place.size(axes), self.config.moe
         assert moe is not None
-        packet, back = rows * (width + places // ranks) * size, rows * width * size
-        if dispatch == "all_gather":
-            self.add(place, "all-gather", over, ranks * rows * (width + places) * size, count)
-            self.add(place, "reduce-scatter", over, back, count)
-            return
-        op: Op = "all-to-all"
-        returned = ranks
-        if dispatch == "ragged_all_to_all":
-            self.add(place, op, over, ranks * 2 * 4, count)  # how many rows come, and where they come from
-            if place.platform != "cpu":
-                op, returned = "ragged-all-to-all", min(ranks, moe.num_experts_per_tok)
-            if place.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
-                packet, back = (rows * -(-one // rows // _TPU_ROW) * _TPU_ROW for one in (packet, back))
-        self.add(place, op, over, ranks * packet, count)
-        self.add(place, op, over, returned * back, count)
+        ragged = kind == "ragged_all_to_all" and place.platform != "cpu"
+        return min(ranks, moe.num_experts_per_tok) if ragged else ranks
+
+    def _carried(
+        self, place: Placement, axes: tuple[str, ...], kind: str, rows: int, num_bytes: int, ranks: int
+    ) -> tuple[Op, tuple[str, ...], int]:
+        """The collective that carries so many rows to, or from, so many ranks, as a platform has it."""
+        if kind != "ragged_all_to_all" or place.platform == "cpu":
+            return "all-to-all", axes, ranks * num_bytes
+        if place.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
+            num_bytes = rows * -(-num_bytes // rows // _TPU_ROW) * _TPU_ROW
+        return "ragged-all-to-all", axes, ranks * num_bytes

@@ -66,10 +66,10 @@ def _binding(best: Plan) -> Iterator[str]:
 
 def _memory(question: Question, best: Plan) -> Iterator[str]:
     held, hardware = best.serving.held, question.hardware
-    share = held.weight_bytes / hardware.hbm_bytes
+    share, tokens = held.weight_bytes / hardware.hbm_bytes, question.load.isl + question.load.osl
     yield (
         f"Weights take {held.weight_bytes / 2**30:.1f} GiB of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
-        f"pages have room for {best.most_requests:,} requests of {question.load.isl + question.load.osl:,} tokens at once."
+        f"pages have room for {best.most_requests:,} requests of {tokens:,} tokens at once."
     )
 
 
@@ -87,10 +87,12 @@ def _tensor(question: Question, found: Found) -> Iterator[str]:
         yield "Layers are split between nodes: even so no other split is faster."
     elif outside:
         other = min(outside, key=lambda plan: _measure(question, plan))
+        near = _measure(question, other) <= 1.03 * _measure(question, best)
+        verdict = "; as good on paper, and this one leans less on links between nodes" if near else ""
         yield (
-            f"Layers are split inside a node only: the best plan that splits them between nodes ({_named(question, other)}) "
-            f"{_compared(question, other, best)}; its collectives between nodes take "
-            f"{other.served.turn.scale_out * 1e3:.1f} ms of a turn, {best.served.turn.scale_out * 1e3:.1f} here."
+            "Layers are split inside a node only: the best plan that splits them between nodes "
+            f"({_named(question, other)}) {_compared(question, other, best)}; its collectives between nodes take "
+            f"{other.served.turn.scale_out * 1e3:.1f} ms of a turn, {best.served.turn.scale_out * 1e3:.1f} here{verdict}."
         )
 
 
@@ -107,7 +109,7 @@ def _across(question: Question, found: Found) -> Iterator[str]:
     if any(axis in exchanged for axis in crossing):
         yield (
             f"Experts are shared out over all {nodes} nodes, so that every device reads fewer of them in a turn and "
-            f"more tokens meet each; what that sends between nodes takes {best.served.turn.scale_out * 1e3:.1f} ms of a turn."
+            f"more tokens meet each; that sends between nodes for {best.served.turn.scale_out * 1e3:.1f} ms of a turn."
         )
     elif "pipeline" in crossing:
         yield (
@@ -143,7 +145,8 @@ def _others(question: Question, found: Found) -> Iterator[str]:
 def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]:
     if pools is None:
         return
-    engines = f"{pools.prefill_engines} engines of {pools.engine_devices} devices for prompts, {pools.decode_engines} to decode"
+    size = pools.engine_devices
+    engines = f"{pools.prefill_engines} engines of {size} devices for prompts, {pools.decode_engines} to decode"
     does = (
         f"{pools.tokens_a_second:,.0f} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
         f"{pools.tpot * 1e3:.1f} ms a token"

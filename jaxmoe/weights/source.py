@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from difflib import get_close_matches
 from pathlib import Path
 
 from jaxmoe.assets import asset_dir
@@ -63,18 +63,26 @@ def find_config(model: str | Path) -> Path:
 
     Raises: CheckpointError naming the value and what would be accepted.
     """
-    name, known = str(model), [*preset_models(), *preset_configs()]
+    name = str(model)
     if name in preset_configs():
         return asset_dir("models") / f"{name}.json"
     path = find_model(model) if name in preset_models() else Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        near = get_close_matches(name.lower(), known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise CheckpointError(
-            f"config {name!r} is no config.json, no folder with one and no preset; {hint}presets: {', '.join(known)}"
-        )
+        near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs()])
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CheckpointError(f"config {name!r} is no config.json, no folder with one and no preset ({known}){hint}")
     return path
+
+
+def _nearest(path: Path) -> list[str]:
+    """Presets, and what lies beside path and may be a config, that are called nearly so."""
+    try:
+        beside = {one.name: str(one) for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()}
+    except OSError:
+        beside = {}
+    known = beside | {name: name for name in (*preset_models(), *preset_configs())}
+    return [known[name] for name in difflib.get_close_matches(path.name.lower(), known, 3, 0.6)]
 
 
 def _fetch(repo_id: str, revision: str | None) -> Path:

@@ -66,6 +66,7 @@ def _assert_refused(capsys, work: Path, arguments: list[str], words: list[str]) 
 
 GENERATE = ["generate", "good", "--prompt-ids", "ids.jsonl"]
 COMPILE = ["compile", "good", "--context", "64", "--target", "v5p:2x2x1", "--mesh", "tensor=4"]
+MAP = ["map", "good", "--mesh", "data=4,expert=16,tensor=2", "-o", "map.html"]
 INSPECT = ["inspect", "good", "--mesh", "tensor=8"]
 
 COMMAND_LINES: list[tuple[list[str], list[str]]] = [
@@ -179,6 +180,29 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*INSPECT, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
     (["inspect", "none", *INSPECT[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
     (["inspect", "ids.jsonl", *INSPECT[2:]], ["ids.jsonl holds a JSON list, an object is needed"]),
+    # what is asked of map
+    (MAP[:4], ["--json prints the data, -o writes the page: give one of them"]),
+    ([*MAP, "--json"], ["--json prints the data, -o writes the page: give one of them"]),
+    ([*MAP, "--compiled", "x.json", "--target", "v5p:4x4x8"], ["--compiled and --target were both given"]),
+    ([*MAP, "--compiled", "none.json"], ["none.json cannot be read", "No such file"]),
+    ([*MAP, "--compiled", "broken.jsonl"], ["broken.jsonl is not JSON"]),
+    ([*MAP, "--compiled", "ids.jsonl"], ["ids.jsonl is no answer of jaxmoe compile --json"]),
+    ([*MAP, "--hardware", "b2000"], ["hardware 'b2000' is no preset", "did you mean b200"]),
+    ([*MAP, "--hardware", "ids.jsonl"], ["ids.jsonl: not TOML"]),
+    ([*MAP, "--hardware", "v5p", "--target", "h100:16x8"], ["hardware v5p and target h100:16x8 differ"]),
+    ([*MAP, "--target", "h100:1x8"], ["of 128 devices, target h100:1x8 has 8"]),
+    ([*MAP, "--target", "z9:1"], ["unknown device 'z9'"]),
+    ([*MAP, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
+    ([*MAP, "--mesh", "b200-2x9"], ["'b200-2x9' is neither axes", "b200-2x8"]),
+    ([*MAP, "--mesh", "data=100000"], ["of 100000 devices, the map draws at most 1024"]),
+    ([*MAP, "--micro-batches", "4"], ["micro_batches=4 needs stages"]),
+    ([*MAP, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp"]),
+    ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
+    ([*MAP, "--batch", "0"], ["batch=0 must lie in [1, "]),
+    ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is no folder"]),
+    ([*MAP[:-1], "good"], ["output good is a folder: name a file"]),
+    ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is no folder open to you"]),
+    (["map", "goood", *MAP[2:]], ["config 'goood' is no config.json", "did you mean good?"]),
     # which model
     (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),
     (["verify", ""], ["model '' is not an existing directory"]),

@@ -62,6 +62,8 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         assert "placements give what one device gives" in out
     elif " inspect" in command:
         assert "prefill and decode say what was planned and nothing else" in out
+    elif " map " in command:
+        assert (tmp_path / "map.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     elif " info" in command:
         assert "5,453,184" in out
     elif " balance" in command:
@@ -106,7 +108,7 @@ def test_make_demo(tmp_path):
 
 def test_make_test_and_check_run_what_they_say():
     everything, optimised = make_dry_run("test").splitlines()
-    assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle"')
+    assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle and not browser"')
     assert optimised.endswith("-m pytest -n 2 --dist worksteal -m optimised")
     assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
         "ruff", "ruff", "mypy", "lint-imports",

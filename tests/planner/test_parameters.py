@@ -64,11 +64,7 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
 def test_every_layout_splits_them_alike(name, layout):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32"})
     for mesh in ("data=2,expert=2,tensor=2", "pipeline=2,expert=2,tensor=2"):
-        try:
-            held = Held(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
-        except ValueError as error:
-            assert "alike" in str(error)  # too few layers for stages
-            continue
+        held = Held(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
         assert by_path(held) == of_abstract_model(config, Placement(mesh=mesh_of(mesh), layout=LAYOUTS[layout]))
 
 

@@ -1,0 +1,77 @@
+"""jaxmoe map: a model on a mesh as a page, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jaxmoe.cli.options import console, size_text
+
+if TYPE_CHECKING:
+    from jaxmoe.inspect.map.data import MapQuestion
+
+
+@click.command("map")
+@click.argument("model")
+@click.option("--mesh", required=True, help="axes, as in data=4,expert=16, or a preset such as b200-2x8")
+@click.option("-o", "--output", help="the page to write, as in map.html")
+@click.option(
+    "--hardware", help="a preset (b200, v5p, ...) or a TOML file; the mesh preset's or the target's by default"
+)
+@click.option("--compiled", help="what jaxmoe compile --json printed for the same, to be shown beside the plan")
+@click.option("--target", help="compile now, for a cluster as in v5p:4x4x8 or b200:2x8")
+@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
+@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
+@click.option("--micro-batches", type=int, help="of the timeline of stages at first; the engine's own by default")
+@click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
+@click.option("--context", type=int, help="tokens of each request; 4096, or the model's most, by default")
+@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; an Engine's by default")
+@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+)
+@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
+@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
+@click.option("--json", "as_json", is_flag=True, help="the page's data as one JSON object on standard output, no page")
+def map_model(model: str, output: str | None, compiled: str | None, as_json: bool, **asked: Any) -> None:
+    """One page that shows MODEL (a config.json, a folder with one, or a preset) on a mesh that need not be there: what
+    every device holds, and what a token's way through the model makes devices say over which links. It needs no network
+    and no weights."""
+    if as_json == (output is not None):
+        raise click.UsageError("--json prints the data, -o writes the page: give one of them")
+    if compiled is not None and asked["target"] is not None:
+        raise click.UsageError("--compiled and --target were both given: show one compiled program")
+    from jaxmoe.inspect.map.compiled import read_answer
+    from jaxmoe.inspect.map.data import MapQuestion, map_data, usual_context
+    from jaxmoe.inspect.map.page import check_page_path, write_page
+
+    if output is not None:
+        check_page_path(output)
+    given = {name: value for name, value in asked.items() if value is not None}
+    given.setdefault("context", usual_context(model, ignore=asked["ignore_config_keys"]))
+    answer = None if compiled is None else read_answer(compiled)
+    if answer is not None and "target" in answer:
+        given["target"] = answer["target"]
+    question = MapQuestion(config=model, **given)
+    question.checked_fabric()  # what is wrong with it is said before anything is compiled
+    if answer is None and question.target is not None:
+        answer = _compile(question)
+    data = map_data(question, answer=answer)
+    if as_json:
+        print(json.dumps(data), flush=True)
+    else:
+        assert output is not None
+        written, size = write_page(output, data), data["bytes"]
+        print(f"{written}: a device holds {size_text(size['weights'])} of weights, {size_text(size['kv'])} of pages")
+
+
+def _compile(question: MapQuestion) -> dict[str, Any]:
+    from jaxmoe.inspect.fit import Question, compile_for
+
+    asked = Question(**{one.name: getattr(question, one.name) for one in fields(Question)})
+    with console.status(f"{asked.target}: preparing") as status:
+        return compile_for(asked, lambda phase: status.update(f"{asked.target}: compiling {phase}"))

@@ -1,0 +1,94 @@
+"""What a compiler answered (`jaxmoe compile --json`), held against what the map plans."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.engine.runner import Runner
+from jaxmoe.errors import ConfigError
+from jaxmoe.inspect.question import ModelQuestion
+
+_ROW = ("phase", "op", "axes", "count", "bytes")
+_OPTIONS = {
+    "mesh": "--mesh", "layout": "--layout", "stage_chunks": "--stage-chunks", "dtype": "--dtype",
+    "kv_dtype": "--kv-dtype", "dispatch": "--dispatch", "batch": "--batch", "context": "--context",
+    "chunk_tokens": "--chunk-tokens", "family": "MODEL",
+}  # fmt: skip
+
+
+def read_answer(path: str) -> dict[str, Any]:
+    """The answer in a file. Raises: ConfigError naming the file where it is none."""
+    try:
+        answer = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: give what jaxmoe compile --json printed") from error
+    if not _is_answer(answer):
+        raise ConfigError(f"{path} is no answer of jaxmoe compile --json")
+    return answer
+
+
+def _is_answer(answer: Any) -> bool:
+    if not isinstance(answer, dict) or not all(isinstance(answer.get(key), dict) for key in ("mesh", "bytes")):
+        return False
+    if not isinstance(answer.get("target", ""), str):
+        return False
+    if not all(key in answer["bytes"] for key in ("weights", "kv", "temp", "total", "limit")):
+        return False
+    rows = answer.get("collectives")
+    return isinstance(rows, list) and all(isinstance(row, dict) and all(key in row for key in _ROW) for row in rows)
+
+
+def check_answer(answer: Mapping[str, Any], question: ModelQuestion, runner: Runner, axes: Mapping[str, int]) -> None:
+    """Raises: ConfigError for an answer to another question, naming where they differ."""
+    here = {
+        "mesh": dict(axes), "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks,
+        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
+        "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "family": runner.config.family,
+    }  # fmt: skip
+    for name, value in here.items():
+        if name in answer and answer[name] != value:
+            raise ConfigError(
+                f"the compiled answer is of {name}={_shown(answer[name])}, this map of {name}={_shown(value)}: "
+                f"make {_OPTIONS[name]} equal"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in value.items()) if isinstance(value, dict) else str(value)
+
+
+def compared(steps: Mapping[str, Any], answer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Every collective of each step with how often it is planned to run, and how often the compiled step does; None
+    where that step was not compiled."""
+    rows: list[dict[str, Any]] = []
+    for phase, step in steps.items():
+        planned: Counter[tuple[Any, ...]] = Counter()
+        sent: dict[tuple[Any, ...], float] = {}
+        where: dict[tuple[Any, ...], list[str]] = {}
+        for stop in step["stops"]:
+            key = stop["op"], tuple(stop["axes"]), stop["bytes"]
+            planned[key] += stop["count"]
+            sent[key] = stop["sent"]
+            if stop["where"] not in (places := where.setdefault(key, [])):
+                places.append(stop["where"])
+        found: Counter[tuple[Any, ...]] = Counter()
+        there = False
+        for row in answer["collectives"] if answer else ():
+            if row["phase"] == phase:
+                there = True
+                found[row["op"], tuple(row["axes"]), row["bytes"]] += row["count"]
+        keys = list(planned) + sorted((key for key in found if key not in planned and found[key]), key=str)
+        rows += [
+            {"phase": phase, "op": op, "axes": list(axes), "bytes": size, "sent": sent.get((op, axes, size)),
+             "where": where.get((op, axes, size), []),
+             "planned": planned[op, axes, size], "compiled": found[op, axes, size] if there else None}
+            for op, axes, size in keys
+        ]  # fmt: skip
+    return rows

@@ -1,0 +1,200 @@
+"""What the map shows, as plain values: where every array lies, and what a step says at every place of the model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.engine.batch import PAGE_SIZE
+from jaxmoe.engine.runner import Runner
+from jaxmoe.errors import ConfigError
+from jaxmoe.families import read_config
+from jaxmoe.inspect.aot import PHASES, Phase, engine_state, held_bytes, step_bucket
+from jaxmoe.inspect.map.compiled import check_answer, compared
+from jaxmoe.inspect.map.fabric import Fabric, fabric_of
+from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.targets import DEVICES, parse_target
+from jaxmoe.mesh import PlannedMesh, preset_names
+from jaxmoe.model.attend import PAGE_DIMS
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.planner.hardware import Hardware, read_hardware
+from jaxmoe.planner.sizes import part_of
+from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.params import parameter_table
+from jaxmoe.weights.source import find_config
+
+_MOST_DEVICES, _MOST_MICRO_BATCHES, _USUAL_CONTEXT = 1024, 64, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapQuestion(ModelQuestion):
+    """What to draw. hardware: a preset or a TOML file (planner/hardware.py); by default that of the target or of the
+    mesh's preset, else none. target: the cluster a program was compiled for. micro_batches: those the timeline of
+    stages begins with; the engine's own by default."""
+
+    hardware: str | None = None
+    target: str | None = None
+    micro_batches: int | None = None
+
+    def checked_hardware(self) -> Hardware | None:
+        """Raises: MeshError as read_hardware, ConfigError where target is another kind of device."""
+        target = self.target and parse_target(self.target)
+        if target:
+            chosen = read_hardware(self.hardware or target.name)
+            if chosen.device in DEVICES and chosen.device != target.name:
+                raise ConfigError(f"hardware {self.hardware} and target {target} differ: name one of them")
+            return chosen
+        name = self.hardware or (self.mesh.strip() if self.mesh.strip() in preset_names() else None)
+        return None if name is None else read_hardware(name)
+
+    def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], Fabric]:
+        """The config, the axes, and how the devices are joined. Raises: as checked_model and checked_hardware;
+        ConfigError for micro-batches without stages, or more devices than can be drawn."""
+        config, axes = self.checked_model()
+        _check_micro_batches(self.micro_batches, axes["pipeline"])
+        count = math.prod(axes.values())
+        if count > _MOST_DEVICES:
+            raise ConfigError(f"mesh {self.mesh} is of {count} devices, the map draws at most {_MOST_DEVICES}")
+        shape: tuple[int, ...] = ()
+        if self.target and (target := parse_target(self.target)).device.platform == "tpu":
+            *outer, last = target.shape
+            shape = (*outer, last * target.device.devices_per_chip)
+        return config, axes, fabric_of(self.checked_hardware(), count, shape=shape)
+
+
+def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All that the page shows of a model on a mesh, as `jaxmoe map --json` prints it. Nothing is compiled or run.
+
+    answer: of `jaxmoe compile --json` for the same question, shown beside what is planned.
+    Raises: as MapQuestion.checked_fabric; ConfigError for an answer to another question.
+    """
+    config, axes, fabric = question.checked_fabric()
+    kernels = question.chosen_kernels(config, config.dtype, axes, platform=fabric.platform)
+    runner = question.runner(config, PlannedMesh(axes, fabric.platform), replace(kernels, layers="scan"))
+    if answer is not None:
+        check_answer(answer, question, runner, axes)
+    weights, kv = held_bytes(runner, **question.sizes)
+    steps: dict[str, dict[str, Any]] = {phase: _step(runner, question, phase) for phase in PHASES}
+    layout, placement = runner.placement.layout, runner.placement
+    return {
+        "model": model_name(question.config), "family": config.family, "mesh": axes, "layout": str(layout),
+        "shares": {name: list(axes) for name, axes in vars(layout).items() if name != "table"},
+        "stage_chunks": question.stage_chunks, "micro_batches": question.micro_batches,
+        "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
+        "weights_dtype": question.weights_dtype or "as published",
+        "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "fabric": fabric.as_json(), "facts": _facts(config),
+        "segments": [
+            asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "kv_slots": size.kv_slots,
+                            "kv_copies": size.kv_copies, "moe": [config.moe_layers[part.first + block]
+                                                                for block in range(part.period)]}
+            for part, size in zip(runner.parts, runner.sizes, strict=True)
+        ],
+        "arrays": [*_parameters(runner), *_pages(runner, question)],
+        "pages": {"tokens": PAGE_SIZE * runner.context_ranks, "ranks": runner.num_ranks,
+                  "axes": list(placement.axes("page")), "context_axes": list(placement.axes("page_token"))},
+        "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, answer),
+        "compiled": None if answer is None else {"target": answer.get("target"), "bytes": answer["bytes"]},
+    }  # fmt: skip
+
+
+def model_name(config: str) -> str:
+    """What to call the model of a config.json, of a folder with one, or of a preset."""
+    path = Path(config)
+    return (path.resolve().parent.name or path.name) if path.name == "config.json" else path.name.removesuffix(".json")
+
+
+def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
+    """Tokens of a request where nobody says: 4096, or the model's most. Raises: as ModelQuestion.checked_model."""
+    most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
+    return min(_USUAL_CONTEXT, most)
+
+
+def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
+    if micro_batches is None:
+        return
+    if stages == 1:
+        raise ConfigError(
+            f"micro_batches={micro_batches} needs stages: the mesh has pipeline=1; leave it or add stages"
+        )
+    if not 1 <= micro_batches <= _MOST_MICRO_BATCHES:
+        raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
+
+
+def _facts(config: ModelConfig) -> dict[str, int]:
+    """Numbers that say which slices of padded arrays are the model's own."""
+    moe = config.moe
+    return {
+        "layers": config.num_hidden_layers, "width": config.hidden_size, "vocab": config.vocab_size,
+        "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
+        "experts": moe.num_experts if moe else 0, "top_k": moe.num_experts_per_tok if moe else 0,
+        "latent": int(config.mla is not None),
+    }  # fmt: skip
+
+
+def _parameters(runner: Runner) -> list[dict[str, Any]]:
+    """Every parameter: of all alike layers, its logical dims, whole shape, and the axes that split each dim."""
+    model = abstract_model(runner.config, runner.placement, dtype=runner.dtype, kernels=runner.kernels)
+    return [
+        {"path": info.path, "part": part_of(info.path), "times": 1, "dims": list(info.dims), "shape": list(info.shape),
+         "axes": _split(info.sharding), "dtype": info.dtype.name, "itemsize": info.dtype.itemsize}
+        for info in parameter_table(nnx.state(model), runner.placement)
+    ]  # fmt: skip
+
+
+def _pages(runner: Runner, question: ModelQuestion) -> list[dict[str, Any]]:
+    """The arrays of keys and values; times: blocks of the segment that have one each."""
+    state = engine_state(runner, **question.sizes)
+    names = ("keys", "values") if len(runner.config.cached_dims) == 2 else ("latents",)
+    found = []
+    for segment, blocks in enumerate(state.pages):
+        for number, array in enumerate(blocks[0]):
+            kind = names[number % len(names)] + ("" if number < len(names) else " scales")
+            dtype = jnp.dtype(array.dtype)
+            found.append({
+                "path": f"pages/{segment}/{kind}", "part": "kv", "times": len(blocks),
+                "dims": list(PAGE_DIMS[: array.ndim]), "shape": list(array.shape), "axes": _split(array.sharding),
+                "dtype": dtype.name, "itemsize": dtype.itemsize,
+            })  # fmt: skip
+    return found
+
+
+def _split(sharding: Any) -> list[list[str]]:
+    """Of every dim, the mesh axes that split it, those of size 1 left out; the first is the outermost."""
+    axes = (one if isinstance(one, tuple) else (one,) for one in sharding.spec)
+    return [[axis for axis in one if axis is not None and sharding.mesh.shape[axis] > 1] for one in axes]
+
+
+def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, Any]:
+    """The shapes of a step of one rank of the batch, and every collective at its place."""
+    place = runner.placement
+    bucket = step_bucket(runner, phase, **question.sizes, chunk_tokens=question.chunk_tokens)
+    tokens = bucket.num_tokens // bucket.micro_batches
+    sharing = [axis for axis in place.sharing(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1]
+    return {
+        "tokens": bucket.num_tokens, "rows": bucket.rows, "micro_batches": bucket.micro_batches,
+        "sharing": sharing, "strip": tokens // place.size(sharing),
+        "stops": [
+            {"where": stop.where, "segment": stop.segment, "block": stop.block, "op": stop.collective.op,
+             "axes": list(stop.collective.axes), "bytes": stop.collective.result_bytes,
+             "sent": stop.collective.sent_bytes(place.size(stop.collective.axes)), "count": stop.count}
+            for stop in runner.stops(bucket)
+        ],
+    }  # fmt: skip
+
+
+def bytes_by_part(arrays: Iterable[Mapping[str, Any]], axes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of one device, by the part of the model."""
+    found: Counter[str] = Counter()
+    for one in arrays:
+        split = math.prod(axes[axis] for names in one["axes"] for axis in names)
+        found[one["part"]] += one["times"] * one["itemsize"] * math.prod(one["shape"]) // split
+    return dict(found)

@@ -1,0 +1,169 @@
+// Where devices and links are drawn, and which links lie between two devices.
+const fabric = data.fabric, numDomains = Math.ceil(numDevices / fabric.domain);
+const domainOf = device => Math.floor(device / fabric.domain), nodeOf = device => Math.floor(device / fabric.node);
+const members = domain => range(Math.min(numDevices, (domain + 1) * fabric.domain), domain * fabric.domain);
+
+// Link ids between two devices, each with the direction its bytes take: [id, 0 or 1].
+function route(from, to) {
+  if (domainOf(from) !== domainOf(to))
+    return [[`out:${from}`, 0], [`rail:${domainOf(from)}`, 0], ["network", 0],
+      [`rail:${domainOf(to)}`, 1], [`out:${to}`, 1]];
+  if (fabric.kind === "switch") return [[`up:${from}`, 0], [`switch:${domainOf(from)}`, 0], [`up:${to}`, 1]];
+  if (fabric.kind === "peers") return [[`peer:${Math.min(from, to)}-${Math.max(from, to)}`, from < to ? 0 : 1]];
+  return torusRoute(from, to);
+}
+const torusAt = device => {
+  let rest = device % fabric.domain;
+  return [...fabric.shape].reverse().map(size => {
+    const at = rest % size;
+    rest = Math.floor(rest / size);
+    return at;
+  }).reverse();
+};
+const torusIndex = (at, domain) =>
+  at.reduce((index, one, dim) => index * fabric.shape[dim] + one, 0) + domain * fabric.domain;
+function torusRoute(from, to) {  // dim by dim, the shorter way round
+  const at = torusAt(from), goal = torusAt(to), links = [], domain = domainOf(from);
+  fabric.shape.forEach((size, dim) => {
+    while (at[dim] !== goal[dim]) {
+      const ahead = modulo(goal[dim] - at[dim], size), ring = fabric.wraps[dim];
+      const step = (ring ? ahead <= size / 2 : goal[dim] > at[dim]) ? 1 : -1, before = torusIndex(at, domain);
+      at[dim] = modulo(at[dim] + step, size);
+      const after = torusIndex(at, domain), low = step > 0 ? before : after;
+      links.push([`torus:${dim}:${low}`, step > 0 ? 0 : 1]);
+    }
+  });
+  return links;
+}
+
+// Bytes on every link in each direction, for the flows of some groups; layers say the same, so what was found is kept.
+const known = new Map();
+function loads(event, chosen) {
+  const key = [event.op, event.axes, event.sent, event.stage, event.to, chosen.length, chosen[0]].join("|");
+  if (known.has(key)) return known.get(key);
+  const found = new Map();
+  for (const group of chosen) for (const [from, to, size] of flows(event, group))
+    for (const [id, way] of route(from, to)) {
+      if (!found.has(id)) found.set(id, [0, 0]);
+      found.get(id)[way] += size;
+    }
+  known.set(key, found);
+  return found;
+}
+
+// { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }: of all domains, side by side.
+function geometry(room) {
+  const one = { switch: switchDomain, peers: peersDomain, torus: torusDomain }[fabric.kind](room);
+  const across = Math.max(1, Math.min(numDomains, Math.floor((room + 20) / (one.width + 20))));
+  const rows = Math.ceil(numDomains / across);
+  const gutter = numDomains > 1 ? 46 : 8, left = numDomains > 1 ? 14 : 0;
+  const figure = { width: left + across * (one.width + 20) - 20, height: rows * (one.height + gutter), round: one.round,
+    boxes: [], devices: [], links: [] };
+  const lines = [];
+  range(numDomains).forEach(domain => {
+    const x = left + domain % across * (one.width + 20), y = Math.floor(domain / across) * (one.height + gutter);
+    const mine = members(domain);
+    figure.boxes.push({ x, y, width: one.width, height: one.height, name: boxName(domain) });
+    mine.forEach((device, i) => figure.devices[device] = { x: x + one.devices[i].x, y: y + one.devices[i].y });
+    const moved = path => path.replace(/([ML])([-\d.]+) ([-\d.]+)/g, (_, kind, a, b) => `${kind}${x + +a} ${y + +b}`);
+    one.links(mine, domain).forEach(link => figure.links.push({ ...link, d: moved(link.d) }));
+    if (numDomains > 1) {
+      const trunk = x + one.width - 14, bottom = y + one.height;
+      figure.links.push(...one.out(mine, domain).map(link => ({ ...link, d: moved(link.d) })));
+      lines.push([trunk, bottom]);
+      figure.links.find(link => link.id === `rail:${domain}`).d += ` M${trunk} ${bottom - 10} L${trunk} ${bottom + 22}`;
+    }
+  });
+  if (numDomains > 1) {
+    const rails = range(rows).map(row => (row + 1) * (one.height + gutter) - gutter + 22);
+    const rail = y => `M6 ${y} L${Math.max(...lines.filter(([, bottom]) => bottom + 22 === y).map(([x]) => x))} ${y}`;
+    const spine = rows > 1 ? ` M6 ${rails[0]} L6 ${rails.at(-1)}` : "";
+    figure.links.push({ id: "network", kind: "out", name: "network between nodes", d: rails.map(rail).join(" ") + spine });
+  }
+  return figure;
+}
+function boxName(domain) {
+  if (fabric.kind === "torus") return numDomains > 1 ? `slice ${domain}` : `torus ${fabric.shape.join(" × ")}`;
+  return fabric.domain > fabric.node ? `fabric ${domain}` : `node ${domain}`;
+}
+
+const TILE = 38, PITCH = 48;
+function switchDomain() {
+  const size = fabric.domain, columns = size <= 8 ? size : [8, 12, 16].find(n => size / n <= 8) || 16;
+  const rows = Math.ceil(size / columns), far = numDomains > 1, height = 22 + TILE + (far ? 26 : 14), top = 26;
+  const devices = range(size).map(i =>
+    ({ x: 16 + i % columns * PITCH + TILE / 2, y: top + Math.floor(i / columns) * height + 22 + TILE / 2 }));
+  const width = 32 + (columns - 1) * PITCH + TILE, y = row => top + row * height;
+  const last = row => devices[Math.min(size, (row + 1) * columns) - 1].x;
+  return {
+    width: Math.max(width, 110), height: top + rows * height + 4, devices, round: false,
+    links: (mine, domain) => [
+      { id: `switch:${domain}`, kind: "switch", name: `switch of ${boxName(domain)}`,
+        d: range(rows).filter(row => row * columns < mine.length)
+          .map(row => `M8 ${y(row) + 6} L${last(row) + 8} ${y(row) + 6}`).join(" ")
+          + (rows > 1 ? ` M8 ${y(0) + 6} L8 ${y(rows - 1) + 6}` : "") },
+      ...mine.map((device, i) => ({ id: `up:${device}`, kind: "up", name: `device ${device} to its switch`,
+        d: `M${devices[i].x} ${devices[i].y - TILE / 2} L${devices[i].x} ${devices[i].y - TILE / 2 - 16}` }))],
+    out: (mine, domain) => outLinks(mine, domain, devices, rows, columns, Math.max(width, 110), top + rows * height + 4),
+  };
+}
+const railLink = (domain, d) => ({ id: `rail:${domain}`, kind: "out", name: `${boxName(domain)} to the network`, d });
+const outLink = (device, a, b) => ({ id: `out:${device}`, kind: "out", name: `device ${device} to the network`,
+  d: `M${a.x} ${a.y} L${b.x} ${b.y}` });
+function outLinks(mine, domain, devices, rows, columns, width, height) {
+  const below = row => devices[row * columns].y + TILE / 2 + 12, side = width - 14;
+  const used = range(rows).filter(row => row * columns < mine.length);
+  return [
+    railLink(domain, used.map(row => `M${devices[row * columns].x} ${below(row)} L${side} ${below(row)}`).join(" ")
+      + ` M${side} ${below(0)} L${side} ${height - 10}`),
+    ...mine.map((device, i) => outLink(device, devices[i], { x: devices[i].x, y: devices[i].y + TILE / 2 + 12 }))];
+}
+function peersDomain() {
+  const size = fabric.domain, radius = Math.max(78, size * 11), middle = radius + 44;
+  const devices = range(size).map(i => {
+    const angle = 2 * Math.PI * i / size - Math.PI / 2;
+    return { x: middle + radius * Math.cos(angle), y: middle + radius * Math.sin(angle) };
+  });
+  const side = 2 * middle;
+  return {
+    width: side, height: side + 10, devices, round: true,
+    links: mine => mine.flatMap((a, i) => mine.slice(i + 1).map((b, j) => ({
+      id: `peer:${a}-${b}`, kind: "up", name: `device ${a} to device ${b}`,
+      d: `M${devices[i].x} ${devices[i].y} L${devices[i + 1 + j].x} ${devices[i + 1 + j].y}` }))),
+    out: (mine, domain) => [
+      railLink(domain, `M${side - 14} ${side - 24} L${side - 14} ${side}`),
+      ...mine.map((device, i) => {
+        const out = (devices[i].x - middle) / radius, down = (devices[i].y - middle) / radius;
+        return outLink(device, devices[i], { x: devices[i].x + 30 * out, y: devices[i].y + 30 * down });
+      })],
+  };
+}
+function torusDomain(room) {  // the longest dim goes right, the next down, the third away from the reader
+  const order = range(fabric.shape.length).sort((a, b) => fabric.shape[b] - fabric.shape[a] || a - b);
+  const [right, down, away] = order;
+  const depth = away === undefined ? 1 : fabric.shape[away], dx = 27, dy = 25;
+  const stepX = Math.max(46, Math.min((depth - 1) * dx + 52, room / fabric.shape[right]));
+  const stepY = Math.max(46, (depth - 1) * dy + 44);
+  const place = at => {
+    const z = away === undefined ? 0 : at[away];
+    return { x: 38 + at[right] * stepX + z * dx, y: 50 + (at[down] || 0) * stepY + (depth - 1 - z) * dy };
+  };
+  const devices = range(fabric.domain).map(i => place(torusAt(i)));
+  const width = Math.max(...devices.map(one => one.x)) + 38, height = Math.max(...devices.map(one => one.y)) + 40;
+  const toward = (a, b, part) => `M${a.x} ${a.y} L${a.x + (b.x - a.x) * part} ${a.y + (b.y - a.y) * part}`;
+  return {
+    width, height, devices, round: true,
+    links: (mine, domain) => mine.flatMap((device, i) => fabric.shape.flatMap((size, dim) => {
+      const at = torusAt(device), next = [...at], end = at[dim] === size - 1;
+      if (size === 1 || end && (!fabric.wraps[dim] || size === 2)) return [];
+      next[dim] = (at[dim] + 1) % size;
+      const other = torusIndex(next, 0), a = devices[i], b = devices[other], share = 20 / Math.hypot(b.x - a.x, b.y - a.y);
+      const d = end ? `${toward(a, b, -share * 1.2)} ${toward(b, a, -share * 1.2)}` : toward(a, b, 1);
+      const name = `device ${device} to device ${other + domain * fabric.domain}${end ? ", round the ring" : ""}`;
+      return [{ id: `torus:${dim}:${device}`, kind: "up", name, d }];
+    })),
+    out: (mine, domain) => [
+      railLink(domain, `M${width - 14} ${height - 24} L${width - 14} ${height - 10}`),
+      ...mine.map((device, i) => outLink(device, devices[i], { x: devices[i].x, y: devices[i].y + 20 }))],
+  };
+}

@@ -1,0 +1,72 @@
+"""How devices are joined, as the map draws them: nodes, fast fabrics, the way between them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from jaxmoe.planner.hardware import Hardware
+
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu", "cpu": "cpu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fabric:
+    """Devices in the order of the mesh: node devices on each host, domain devices on each fast fabric.
+
+    kind: "switch", "torus" or "peers" (each pair of a domain has a link). shape, wraps: of a domain's torus, and which
+    of its dims are closed to rings. hbm_bytes, *_gbps: of one device, None where no hardware was named. given: whether
+    it was.
+    """
+
+    name: str
+    given: bool
+    platform: str
+    node: int
+    domain: int
+    kind: str
+    shape: tuple[int, ...] = ()
+    wraps: tuple[bool, ...] = ()
+    hbm_bytes: float | None = None
+    scale_up_gbps: float | None = None
+    scale_out_gbps: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As the page reads it."""
+        return asdict(self) | {"shape": list(self.shape), "wraps": list(self.wraps)}
+
+
+def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, ...] = ()) -> Fabric:
+    """So many devices of a kind; of none, one node whose devices share a switch. shape: of the torus, where known."""
+    if hardware is None:
+        return Fabric(
+            name="one switch", given=False, platform="gpu", node=num_devices, domain=num_devices, kind="switch"
+        )
+    domain = min(num_devices, hardware.scale_up_devices)
+    torus = hardware.scale_up == "torus"
+    shape = (shape or torus_shape(domain, hardware.torus_dims)) if torus else ()
+    return Fabric(
+        name=hardware.device, given=True, platform=_PLATFORMS[hardware.platform],
+        node=min(num_devices, hardware.devices_per_node), domain=domain, kind=hardware.scale_up, shape=shape,
+        wraps=tuple(_wraps(size, len(shape)) for size in shape), hbm_bytes=hardware.hbm_bytes,
+        scale_up_gbps=hardware.scale_up_gbps, scale_out_gbps=hardware.scale_out_gbps,
+    )  # fmt: skip
+
+
+def torus_shape(num_devices: int, dims: int) -> tuple[int, ...]:
+    """The sizes of a torus of so many dims that are nearest each other, ascending."""
+    factors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    shapes = (
+        (*sizes, num_devices // math.prod(sizes))
+        for sizes in product(factors, repeat=dims - 1)
+        if num_devices % math.prod(sizes) == 0
+    )
+    return min((tuple(sorted(shape)) for shape in shapes), key=sum)
+
+
+def _wraps(size: int, dims: int) -> bool:
+    """Slices of three dims are closed where whole cubes of 4 lie behind each other, of two where a pod's side is whole.
+    Source: jax-ml/scaling-book (tpus.md)."""
+    return size % 4 == 0 if dims > 2 else size % 16 == 0

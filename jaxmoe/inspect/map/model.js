@@ -1,0 +1,163 @@
+// What follows from the data: coordinates, slices, the way of a token, who sends to whom. Nothing is drawn here.
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const axes = Object.keys(data.mesh);
+const sizeOver = names => names.reduce((product, axis) => product * data.mesh[axis], 1);
+const numDevices = sizeOver(axes);
+const range = (stop, start = 0) => Array.from({ length: Math.max(0, stop - start) }, (_, i) => start + i);
+const sum = values => values.reduce((a, b) => a + b, 0);
+
+// Device numbers go through the axes as nested loops do: the last axis is the innermost.
+function coordinates(device) {
+  const at = {};
+  for (const axis of [...axes].reverse()) {
+    at[axis] = device % data.mesh[axis];
+    device = Math.floor(device / data.mesh[axis]);
+  }
+  return at;
+}
+const places = range(numDevices).map(coordinates);
+const indexOver = (names, at) => names.reduce((index, axis) => index * data.mesh[axis] + at[axis], 0);
+
+// --- what a device holds ---
+
+// [start, stop) of every dim of an array on the device at some coordinates.
+function slices(array, at) {
+  return array.shape.map((size, dim) => {
+    const share = size / sizeOver(array.axes[dim]), start = indexOver(array.axes[dim], at) * share;
+    return [start, start + share];
+  });
+}
+const bytesOf = array => array.times * array.itemsize * array.shape.reduce((product, size, dim) =>
+  product * size / sizeOver(array.axes[dim]), 1);
+
+function bytesByPart() {
+  const parts = new Map();
+  for (const array of data.arrays) parts.set(array.part, (parts.get(array.part) || 0) + bytesOf(array));
+  return parts;
+}
+
+// Repeats in one chunk of one stage, and the slot of every repeat, as depth.Segment has them.
+function filled(part, stage, chunk) {
+  const each = Math.floor(part.repeats / (part.stages * part.chunks)), left = part.repeats % (part.stages * part.chunks);
+  return each + (chunk * part.stages + stage < left ? 1 : 0);
+}
+function visits(part) {  // every repeat in the order of the layers: its stage, chunk and slot
+  const found = [];
+  for (const chunk of range(part.chunks)) for (const stage of range(part.stages))
+    for (const at of range(filled(part, stage, chunk)))
+      found.push({ stage, chunk, slot: (stage * part.chunks + chunk) * part.chunk_slots + at });
+  return found;
+}
+const slicesNamed = (array, at) => Object.fromEntries(slices(array, at).map((slice, dim) => [array.dims[dim], slice]));
+const arraysOf = (segment, dim) => data.arrays.filter(one =>
+  one.path.split("/")[1] === String(segment) && one.dims.includes(dim));
+
+function layersHeld(at) {
+  const layers = [];
+  data.segments.forEach((part, segment) => {
+    const [start, stop] = slicesNamed(arraysOf(segment, "layer")[0], at).layer;
+    visits(part).forEach(({ slot }, repeat) => {
+      if (slot < start || slot >= stop) return;
+      layers.push(...range(part.period).map(block => part.first + repeat * part.period + block));
+    });
+  });
+  return layers;
+}
+function expertsHeld(at) {  // { first, stop, share } or null; share: of each one's width
+  const array = data.arrays.find(one => one.dims.includes("moe_expert") && one.dims.includes("moe_ffn"));
+  if (!array) return null;
+  const [first, stop] = slicesNamed(array, at).moe_expert, width = array.dims.indexOf("moe_ffn");
+  return { first, stop: Math.min(stop, data.facts.experts), share: 1 / sizeOver(array.axes[width]) };
+}
+function cacheHeld(at) {  // { heads, pages, offsets }: of keys and values, of the stage's layers
+  const segment = Math.max(0, data.segments.findIndex(part => part.stages > 1)), part = data.segments[segment];
+  const named = slicesNamed(data.arrays.find(one => one.path.startsWith(`pages/${segment}/`)), at);
+  const slots = range(named.kv_head[1], named.kv_head[0]).filter(slot => slot < data.facts.kv_heads * part.kv_copies);
+  const heads = [...new Set(slots.map(slot => Math.floor(slot / part.kv_copies)))];
+  return { heads, pages: named.page, offsets: named.page_token };
+}
+
+// --- the way of a token ---
+
+// Every place it passes, in order, with the collective said there; op null where devices only compute.
+function tokenPath(phase) {
+  const { stops } = data.steps[phase], path = [];
+  const say = (stop, more) => path.push({ segment: null, layer: null, stage: null, to: null, ...stop, ...more });
+  const silent = where => ({ where, op: null, axes: [], bytes: 0, sent: 0 });
+  const at = where => stops.filter(stop => stop.where === where);
+  const outside = (where, always) => {
+    const found = at(where);
+    (found.length || !always ? found : [silent(where)]).forEach(stop => say(stop, {}));
+  };
+  outside("embedding", true);
+  data.segments.forEach((part, segment) => {
+    const order = visits(part);
+    order.forEach(({ stage, chunk }, repeat) => {
+      for (const block of range(part.period)) {
+        const own = stops.filter(stop => stop.segment === segment && stop.block === block);
+        const rest = own.filter(stop => stop.where !== "attention");
+        const inside = own.filter(stop => stop.where === "attention");
+        if (!inside.length) inside.push(silent("attention"));
+        const kind = part.moe[block] ? "experts" : "mlp", back = rest.findIndex(stop => stop.where === "combine");
+        if (back >= 0) rest.splice(back, 0, silent("experts"));
+        else if (!rest.length) rest.push(silent(kind));
+        const where = { segment, layer: part.first + repeat * part.period + block, stage: part.stages > 1 ? stage : null };
+        [...inside, ...rest].forEach(stop => say(stop, where));
+      }
+      const next = order[repeat + 1];
+      if (next && (next.stage !== stage || next.chunk !== chunk))
+        at("between stages").forEach(stop => say(stop, { stage, to: next.stage }));
+    });
+    if (part.stages > 1) outside("from the last stage", false);
+  });
+  outside("rows that draw", false);
+  outside("head", true);
+  return path;
+}
+
+// --- who sends to whom ---
+
+// Devices that take part together in an event: those along its axes, of its stage where only that has the token.
+function groups(event) {
+  if (event.op === "collective-permute") return between(event);
+  const found = new Map();
+  places.forEach((at, device) => {
+    if (event.stage !== null && !event.axes.includes("pipeline") && at.pipeline !== event.stage) return;
+    const key = axes.filter(axis => !event.axes.includes(axis)).map(axis => at[axis]).join();
+    if (!found.has(key)) found.set(key, []);
+    found.get(key).push(device);
+  });
+  const order = device => indexOver(event.axes, places[device]);
+  return [...found.values()].map(group => group.sort((a, b) => order(a) - order(b)));
+}
+function between({ stage, to }) {
+  const same = axes.filter(axis => axis !== "pipeline");
+  return range(numDevices).filter(device => places[device].pipeline === stage).map(device =>
+    [device, range(numDevices).find(other => places[other].pipeline === to
+      && same.every(axis => places[other][axis] === places[device][axis]))]);
+}
+
+// [from, to, bytes] of one group in an event.
+function flows(event, group) {
+  const count = group.length;
+  if (event.op === null || count < 2) return [];
+  if (event.op === "collective-permute") return [[group[0], group[1], event.sent]];
+  if (event.op === "all-reduce") return group.map((device, i) => [device, group[(i + 1) % count], event.sent]);
+  return group.flatMap(from => group.filter(to => to !== from).map(to => [from, to, event.sent / (count - 1)]));
+}
+const onlyStage = event => event.op === "collective-permute" || event.stage !== null && !event.axes.includes("pipeline");
+const sends = (event, device) => event.op !== null && (!onlyStage(event) || places[device].pipeline === event.stage);
+
+// --- the order of stages, as depth.Schedule has it ---
+
+const modulo = (a, b) => ((a % b) + b) % b;
+function schedule(stages, chunks, microBatches, turns = 1) {
+  const period = Math.max(stages, microBatches), ticks = (turns * chunks - 1) * period + microBatches + stages - 1;
+  const unit = (tick, stage) => {
+    const step = tick - stage, lap = Math.floor(step / period), microBatch = modulo(step, period);
+    const turn = Math.floor(lap / chunks), chunk = modulo(lap, chunks);
+    return { turn, chunk, microBatch, busy: step >= 0 && microBatch < microBatches && turn < turns };
+  };
+  return { ticks, unit, idle: [ticks - turns * chunks * microBatches, ticks] };
+}

@@ -1,0 +1,69 @@
+// Stages of a pipeline against ticks: which micro-batch each has, and where it waits.
+function drawStages() {
+  const stages = data.mesh.pipeline, room = byId("stages");
+  if (stages === 1) {
+    room.replaceChildren(html("p", {}, "This mesh has one stage: every device works on every layer, and none waits for "
+      + "another's. With pipeline=2 or more, stages and their bubbles are drawn here."));
+    return;
+  }
+  const part = data.segments.find(one => one.stages > 1);
+  const most = Math.max(1, Math.min(8, Math.floor(part.repeats / stages)));
+  const first = data.micro_batches || data.steps.prefill.micro_batches;
+  const sliders = [
+    slider("micro-batches M", "M", 1, Math.max(32, first), first),
+    slider("chunks a stage v", "v", 1, most, part.chunks), slider("turns", "turns", 1, 8, 1)];
+  const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Stages and ticks" });
+  const formula = html("p", { id: "idle", "aria-live": "polite" });
+  const redraw = () => {
+    const [microBatches, chunks, turns] = sliders.map(one => Number(one.input.value));
+    sliders.forEach(one => one.output.textContent = one.input.value);
+    const plan = schedule(stages, chunks, microBatches, turns), [idle, ticks] = plan.idle;
+    figure.replaceChildren(stageGrid(plan, stages, microBatches, chunks, turns));
+    formula.dataset.idle = `${idle}/${ticks}`;
+    const layers = Math.ceil(part.repeats / stages / chunks) * part.period;
+    formula.replaceChildren("idle = 1 − turns · v · M ⁄ ticks = 1 − ", html("b", {}, `${ticks - idle} ⁄ ${ticks}`),
+      ` = ${(100 * idle / ticks).toFixed(1)} %`,
+      html("small", { class: "soft" }, `ticks = (turns · v − 1) · max(P, M) + M + P − 1, of P = ${stages} stages; a tick is `
+        + `one micro-batch in one chunk, ${layers} layers at most`));
+  };
+  sliders.forEach(one => one.input.addEventListener("input", redraw));
+  const key = "Colour and number: the micro-batch; a shade darker for every further chunk. Hatched: a bubble. Embedding, "
+    + "head and layers that no stage holds lie over all stages and are not drawn.";
+  const controls = html("div", { class: "row" }, ...sliders.map(one => one.label));
+  room.replaceChildren(controls, figure, formula, html("p", { class: "soft" }, key));
+  redraw();
+}
+function slider(name, letter, min, max, value) {
+  const input = html("input", { type: "range", min, max, value: Math.min(max, value), id: `slider-${letter}` });
+  const output = html("output", {}, value);
+  return { input, output, label: html("label", {}, `${name} = `, output, " ", input) };
+}
+function stageGrid(plan, stages, microBatches, chunks, turns) {
+  const left = 58, high = 26, wide = Math.max(7, Math.min(34, Math.floor(1080 / plan.ticks)));
+  const width = left + plan.ticks * wide + 4;
+  const root = svg("svg", { viewBox: `0 0 ${width} ${stages * high + 26}`, width, height: stages * high + 26, role: "img",
+    "aria-label": `${stages} stages over ${plan.ticks} ticks, ${microBatches} micro-batches, ${chunks} chunks, `
+      + `${turns} turns` });
+  root.append(svg("defs", {}, svg("pattern",
+    { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+    svg("rect", { width: 6, height: 6, class: "ground" }), svg("line", { x1: 0, x2: 0, y1: 0, y2: 6, class: "stroke" }))));
+  for (const stage of range(stages)) {
+    root.append(worded("text", { x: 0, y: stage * high + 17 }, `stage ${stage}`));
+    for (const tick of range(plan.ticks)) {
+      const unit = plan.unit(tick, stage);
+      const box = { x: left + tick * wide, y: stage * high + 2, width: wide - 1, height: high - 4, rx: 2 };
+      const told = unit.busy ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, turn ${unit.turn}` : "bubble";
+      const cell = svg("rect", { ...box, class: unit.busy ? "unit" : "bubble" },
+        worded("title", {}, `stage ${stage}, tick ${tick}: ${told}`));
+      cell.style.setProperty("--hue", Math.round(250 + 360 * unit.microBatch / microBatches) % 360);
+      cell.style.setProperty("--chunk", unit.chunk / Math.max(1, chunks - 1));
+      root.append(cell);
+      const at = { class: "unit", x: box.x + wide / 2 - .5, y: stage * high + 17 };
+      if (unit.busy && wide >= 15) root.append(worded("text", at, unit.microBatch));
+    }
+  }
+  const every = Math.max(1, Math.ceil(40 / wide));
+  for (const tick of range(plan.ticks).filter(one => one % every === 0))
+    root.append(worded("text", { class: "tick", x: left + tick * wide + wide / 2, y: stages * high + 16 }, tick));
+  return root;
+}
