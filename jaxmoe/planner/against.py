@@ -24,7 +24,7 @@ from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.hardware import Hardware, read_hardware
 from jaxmoe.planner.search import Plan, Question, search
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.sizes import count_parameters, kv_numbers
+from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
 
 COLUMNS = (
     "system", "model", "hardware", "num_gpus", "parallelism", "precision", "phase", "isl", "osl",
@@ -157,7 +157,7 @@ def _light(
     """The baseline: rates on paper, no collectives, no launches; as many requests as memory left by weights has room
     for, each token's products by its active parameters, weights and pages read once a turn."""
     precision = _precision(facts["precision"])
-    counts, width = count_parameters(config), _BITS[precision] / 8
+    counts, width = _counts(config), _BITS[precision] / 8
     rate = hardware.tflops.get({"fp4": "fp8"}.get(precision, precision), hardware.tflops["bf16"]) * 1e12 * devices
     kv = kv_numbers(config) * (1 if width <= 1 else 2)
     room = max(hardware.hbm_bytes * devices - counts.total * width, 0.0)
@@ -172,6 +172,11 @@ def _light(
     if "user" in metric or "user" in unit:
         return 1 / turn
     return requests / turn / (devices if "per_gpu" in metric or "gpu" in unit else 1)
+
+
+@lru_cache(maxsize=64)
+def _counts(config: ModelConfig) -> Counts:
+    return count_parameters(config)
 
 
 @dataclass(frozen=True)

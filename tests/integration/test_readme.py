@@ -64,6 +64,9 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         assert "prefill and decode say what was planned and nothing else" in out
     elif " map " in command:
         assert (tmp_path / "map.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    elif " plan " in command:
+        assert "deepseek-v3.1 on 8 x b200: EP8" in out
+        assert "What binds: " in out
     elif " info" in command:
         assert "5,453,184" in out
     elif " balance" in command:
