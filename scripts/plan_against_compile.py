@@ -1,0 +1,84 @@
+"""Hold what is planned for a device against what the clusters' own compilers make of the steps.
+
+python -m scripts.plan_against_compile [--rows 0,1,2] needs the compilers: pip install 'jaxmoe[aot-cuda,aot-tpu]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, cast
+
+from jax.sharding import Mesh
+
+from jaxmoe.inspect.fit import Question, compile_for
+from jaxmoe.layouts import parse_layout
+from jaxmoe.mesh import PlannedMesh
+from jaxmoe.planner.memory import Held
+from jaxmoe.sharding import Placement
+
+# (model, target, mesh, layout, batch, context)
+ROWS = [
+    ("llama-3.1-8b", "h100:1x8", "tensor=8", "ep-tp", 64, 4096),
+    ("llama-3.1-8b", "h200:1x8", "data=8", "ep-tp", 64, 4096),
+    ("llama-3.1-8b", "v5e:4x4", "data=2,tensor=8", "ep-tp-sp", 64, 4096),
+    ("llama-3.1-70b", "h100:1x8", "pipeline=2,tensor=4", "ep-tp", 32, 4096),
+    ("llama-3.1-70b", "v6e:4x8", "pipeline=2,tensor=16", "ep-tp", 64, 4096),
+    ("mixtral-8x7b", "h200:1x8", "expert=8", "ep-tp", 64, 4096),
+    ("mixtral-8x7b", "h100:1x8", "tensor=8", "tp-ep", 64, 4096),
+    ("mixtral-8x22b", "b200:1x8", "expert=4,tensor=2", "ep-tp", 64, 8192),
+    ("qwen3-30b-a3b", "h100:2x8", "expert=2,tensor=8", "dp-ep", 128, 4096),
+    ("qwen3-30b-a3b", "v5p:2x2x4", "expert=16", "ep-tp", 128, 4096),
+    ("qwen3-30b-a3b", "tpu7x:2x2x4", "expert=8,tensor=4", "tp-ep", 128, 4096),
+    ("gpt-oss-20b", "h200:1x8", "data=2,expert=4", "ep-tp", 64, 4096),
+    ("llama-3.1-405b", "h200:2x8", "pipeline=2,tensor=8", "ep-tp", 32, 8192),
+    ("qwen3-235b-a22b", "b200:1x8", "expert=8", "ep-tp", 128, 4096),
+]
+
+
+def compared(model: str, target: str, mesh: str, layout: str, batch: int, context: int) -> dict[str, Any]:
+    """Planned and compiled bytes of one device, and whether all collectives are as planned."""
+    dispatch = "hierarchical" if layout == "dp-ep" else None
+    question = Question(
+        config=model, target=target, mesh=mesh, layout=layout, batch=batch, context=context, dispatch=dispatch
+    )
+    answer = compile_for(question)
+    config, _, axes = question.checked()
+    platform = "tpu" if target.startswith(("v", "tpu")) else "gpu"
+    held = Held(config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout)))
+    ranks = held.placement.parts("batch")
+    rows = -(-batch // ranks)
+    step = held.step_bytes(question.chunk_tokens + rows, rows)
+    pages = held.kv_bytes_a_token * rows * context
+    size = answer["bytes"]
+    return {
+        "weights": held.weight_bytes / size["weights"] - 1, "pages": pages / size["kv"] - 1,
+        "planned": held.weight_bytes + pages + step, "compiled": size["total"],
+        "temp": size["temp"], "step": step, "as_planned": answer["as_planned"], "seconds": answer["compile_seconds"],
+        "collectives": sum(one["planned"] for one in answer["collectives"]),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Print a line for each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", help="numbers of rows, as in 0,3; all by default")
+    options = parser.parse_args()
+    chosen = [int(row) for row in options.rows.split(",")] if options.rows else range(len(ROWS))
+    print("| model | target, mesh, layout | weights | pages | planned GiB | compiled GiB | total | collectives |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for number in chosen:
+        model, target, mesh, layout, batch, context = ROWS[number]
+        one = compared(model, target, mesh, layout, batch, context)
+        total = "-" if one["compiled"] is None else f"{one['planned'] / one['compiled'] - 1:+.1%}"
+        compiled = "-" if one["compiled"] is None else f"{one['compiled'] / 2**30:.2f}"
+        says = f"{one['collectives']}, all as planned" if one["as_planned"] else "differ"
+        print(
+            f"| {model} | {target} {mesh} {layout} --batch {batch} --context {context} | {one['weights']:+.2%} | "
+            f"{one['pages']:+.2%} | {one['planned'] / 2**30:.2f} | {compiled} | {total} | {says} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
