@@ -150,7 +150,12 @@ def search(question: Question) -> Found:
     for plan in sorted(allowed, key=lambda plan: _value(question, plan)):
         best.setdefault(plan.spec, plan)
     every = list(best.values())
-    return Found(best=_chosen(question, every), every=every, front=front_of([*allowed, *(plan for plan in shown if _meets(question, plan))]), tried=len(specs))
+    return Found(
+        best=_chosen(question, every),
+        every=every,
+        front=front_of([*allowed, *(plan for plan in shown if _meets(question, plan))]),
+        tried=len(specs),
+    )
 
 
 def specs_of(question: Question) -> Iterator[Spec]:

@@ -117,9 +117,15 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--seed", str(2**32)], [f"seed={2**32} must lie in"]),
     ([*GENERATE, "--stop", ""], ["stop=('',) must be non-empty strings"]),
     # plans
-    (["plan", "deepsek-v3", "--hardware", "b200"], ["config 'deepsek-v3' is no config.json", "did you mean deepseek-v3"]),
+    (
+        ["plan", "deepsek-v3", "--hardware", "b200"],
+        ["config 'deepsek-v3' is no config.json", "did you mean deepseek-v3"],
+    ),
     (["plan", "deepseek-v3", "--hardware", "b20"], ["hardware 'b20' is no preset", "did you mean b200"]),
-    (["plan", "llama-3.1-8b", "--hardware", "h100", "--nodes", "1", "--devices", "8"], ["nodes=1 and devices=8 both say"]),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--nodes", "1", "--devices", "8"],
+        ["nodes=1 and devices=8 both say"],
+    ),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "0"], ["devices=0 must lie in [1, 8192]"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--isl", "0"], ["isl=0 must lie in [1, 131072]"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--isl", "131072"], ["isl=131072 + osl=1024 must not exceed"]),

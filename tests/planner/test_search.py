@@ -112,7 +112,9 @@ def test_what_is_asked_for_is_kept():
 
 
 def test_a_model_too_large_is_told_by_its_bytes():
-    with pytest.raises(NoPlanError, match=r"8 x h100: the weights take at least 9\d\.\d GiB of every device, .* 79\.1 GiB"):
+    with pytest.raises(
+        NoPlanError, match=r"8 x h100: the weights take at least 9\d\.\d GiB of every device, .* 79\.1 GiB"
+    ):
         search(question("llama-3.1-405b", "h100", 8))
 
 
