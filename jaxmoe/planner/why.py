@@ -68,7 +68,7 @@ def _memory(question: Question, best: Plan) -> Iterator[str]:
     held, hardware = best.serving.held, question.hardware
     share, tokens = held.weight_bytes / hardware.hbm_bytes, question.load.isl + question.load.osl
     yield (
-        f"Weights take {held.weight_bytes / 2**30:.1f} GiB of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
+        f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
         f"pages have room for {best.most_requests:,} requests of {tokens:,} tokens at once."
     )
 
@@ -92,7 +92,8 @@ def _tensor(question: Question, found: Found) -> Iterator[str]:
         yield (
             "Layers are split inside a node only: the best plan that splits them between nodes "
             f"({_named(question, other)}) {_compared(question, other, best)}; its collectives between nodes take "
-            f"{other.served.turn.scale_out * 1e3:.1f} ms of a turn, {best.served.turn.scale_out * 1e3:.1f} here{verdict}."
+            f"{other.served.turn.scale_out * 1e3:.1f} ms of a turn, {best.served.turn.scale_out * 1e3:.1f} here"
+            f"{verdict}."
         )
 
 

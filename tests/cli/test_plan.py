@@ -81,6 +81,6 @@ def test_every_preset_model_reads(name):
 
 @pytest.mark.parametrize("name", hardware_names())
 def test_every_preset_of_hardware_plans(capsys, name):
-    isl = "--isl 64 --osl 64".split()
-    found = plan(capsys, "demo", "--hardware", name, "--devices", "4", *isl, "--chunk-tokens", "512")
+    load = ["--isl", "64", "--osl", "64", "--chunk-tokens", "512"]
+    found = plan(capsys, "demo", "--hardware", name, "--devices", "4", *load)
     assert found["plan"]["tokens_per_s"] > 0
