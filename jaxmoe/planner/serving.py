@@ -1,8 +1,8 @@
 """What a placement serves: requests at once, time to the first token, time a token, tokens a second.
 
 Requests of equal lengths, always as many at once, chunked prefill beside decoding: of `b` requests of a rank,
-b * isl / chunk of a request's `osl` turns carry a chunk of some prompt; the others decode alone. The controller takes in
-as many as its pages have room for to the end.
+b * isl / chunk of a request's `osl` turns carry a chunk of some prompt; the others decode alone. The controller takes
+in as many as its pages have room for to the end.
 """
 
 from __future__ import annotations
