@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def asset_dir(name: str) -> Path:
-    """The folder of packaged data called name ("meshes" or "checkpoints"), in a wheel or in a checkout."""
+    """The folder of packaged data called name ("meshes", "models" or "checkpoints"), in a wheel or in a checkout."""
     here = Path(__file__).resolve().parent
     packaged = here / "_assets" / name
     return packaged if packaged.is_dir() else here.parent / name

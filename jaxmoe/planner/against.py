@@ -17,11 +17,11 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantised import quantisation
-from jaxmoe.formats import FORMATS, MXFP4
+from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.cost import Rows
-from jaxmoe.planner.hardware import Hardware, read_hardware
+from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import Plan, Question, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
@@ -89,21 +89,21 @@ def _precision(text: str) -> str:
 def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     """The config with matrices in the precision measured, whatever its checkpoint has."""
     kept = config.quantisation.format.dtype if config.quantisation else None
-    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:
+    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # in its own blocks
         return config
     plain = with_weights_dtype(replace(config, published=None), "bfloat16")
     if precision == "bf16":
         return plain
-    format = MXFP4 if precision == "fp4" else FORMATS[precision]
+    format = NVFP4 if precision == "fp4" else FORMATS[precision]
     return replace(
         plain, quantisation=quantisation(plain, format, FAMILIES[config.family].names, plain=lambda module: False)
     )
 
 
 def _hardware_name(text: str) -> str:
-    words = text.lower().replace("tpu", "").replace("nvl72", "").split()
-    name = words[0].split("-")[0] if words else text
-    return {"trillium": "v6e", "ironwood": "tpu7x", "7x": "tpu7x"}.get(name, name)
+    """The preset a table means: the longest whose name stands in the text."""
+    text = text.lower().replace("trillium", "v6e").replace("ironwood", "tpu7x").replace("tpu 7x", "tpu7x")
+    return max((name for name in hardware_names() if name in text), key=len, default=text)
 
 
 def placed(parallelism: str, devices: int, *, moe: bool) -> tuple[dict[str, int] | None, str | None]:

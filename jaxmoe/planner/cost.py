@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from jaxmoe.formats import NVFP4
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.links import Group, Links, group_of
 from jaxmoe.planner.memory import Block, Held
@@ -166,8 +167,9 @@ class StepCost:
         format = self.config.quantisation.format if self.config.quantisation else None
         if format is None or part == "router":
             return self._plain_rate
-        fast = format.dtype == "mxfp4" and "fp4" in self.hardware.tflops
-        return self.hardware.flops_a_second("fp8" if fast else _RATES[format.dtype])
+        if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
+            return self.hardware.flops_a_second("fp4" if format == NVFP4 else "fp8")
+        return self.hardware.flops_a_second(_RATES[format.dtype])
 
     def _layer(self, block: Block) -> _Layer:
         config, place = self.config, block.place

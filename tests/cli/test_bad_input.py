@@ -203,7 +203,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*COMPILE, "--batch", "0"], ["batch=0 must lie in [1, "]),
     ([*COMPILE, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*COMPILE[:-1], "tensor=8"], ["of 8 devices, target v5p:2x2x1 has 4"]),
-    (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
+    (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo, "]),
     # what is asked of inspect
     (["inspect", "good"], ["Missing option", "--mesh"]),
     ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
@@ -217,7 +217,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*INSPECT, "--batch", "0"], ["batch=0 must lie in [1, "]),
     ([*INSPECT, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*INSPECT, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
-    (["inspect", "none", *INSPECT[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo)"]),
+    (["inspect", "none", *INSPECT[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo, "]),
     (["inspect", "ids.jsonl", *INSPECT[2:]], ["ids.jsonl holds a JSON list, an object is needed"]),
     # what is asked of map
     (MAP[:4], ["--json prints the data, -o writes the page: give one of them"]),

@@ -37,6 +37,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_is_light_and_whole(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "jaxmoe/_assets/meshes/cpu-8.toml" in names
+    assert "jaxmoe/_assets/models/deepseek-v3.json" in names
     assert "jaxmoe/_assets/checkpoints/demo/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
     assert wheel.name.endswith("-py3-none-any.whl")
