@@ -227,7 +227,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--compiled", "broken.jsonl"], ["broken.jsonl is not JSON"]),
     ([*MAP, "--compiled", "ids.jsonl"], ["ids.jsonl is no answer of jaxmoe compile --json"]),
     ([*MAP, "--hardware", "b2000"], ["hardware 'b2000' is no preset", "did you mean b200"]),
-    ([*MAP, "--hardware", "ids.jsonl"], ["ids.jsonl: not TOML"]),
+    ([*MAP, "--hardware", "ids.jsonl"], ["ids.jsonl line 1: not TOML"]),
     ([*MAP, "--hardware", "v5p", "--target", "h100:16x8"], ["hardware v5p and target h100:16x8 differ"]),
     ([*MAP, "--target", "h100:1x8"], ["of 128 devices, target h100:1x8 has 8"]),
     ([*MAP, "--target", "z9:1"], ["unknown device 'z9'"]),
