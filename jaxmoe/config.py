@@ -261,6 +261,10 @@ class ModelConfig:
         _require(not any(self.moe_layers) or self.moe is not None, "a layer is MoE but the config has no experts")
         _require(self.clip_qkv is None or self.clip_qkv > 0, f"clip_qkv={self.clip_qkv} must be above 0")
 
+    def __hash__(self) -> int:
+        """Of a few fields: a config is a key of tables far more often than configs differ in the rest alone."""
+        return hash((self.family, self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers))
+
     @property
     def num_query_groups(self) -> int:
         """Query heads that share one key/value head."""

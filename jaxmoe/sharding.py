@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -171,6 +172,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+@lru_cache(maxsize=4096)
 def _head_slots(num_kv_heads: int, num_groups: int, parts: int) -> tuple[int, int, int]:
     """(kv_slots, kv_copies, group_slots) for parts devices: the fewest columns of q, k and v in all."""
 

@@ -288,16 +288,23 @@ class StepCost:
 
     def _plan(self) -> list[tuple[Collective, Group, int, bool]]:
         """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
+        return [*self._planned_for(_MANY * self._context_ranks, 0), *self._of_rows]
+
+    @cached_property
+    def _of_rows(self) -> list[tuple[Collective, Group, int, bool]]:
+        return self._planned_for(0, 1)
+
+    def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, Group, int, bool]]:
+        shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
+        planned = planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
         found = []
-        for tokens, sampled in ((_MANY * self._context_ranks, 0), (0, 1)):
-            shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
-            planned = planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
-            for one, count in planned.items():
-                if one.result_bytes:
-                    group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
-                    if one.op == "ragged-all-to-all":  # planned are the most that may travel
-                        one = replace(one, result_bytes=self._visited_bytes(group.ranks))
-                    found.append((one, group, count, bool(tokens)))
+        for one, count in planned.items():
+            if not one.result_bytes:
+                continue
+            group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
+            if one.op == "ragged-all-to-all":  # planned are the most that may travel
+                one = replace(one, result_bytes=self._visited_bytes(group.ranks))
+            found.append((one, group, count, bool(tokens)))
         return found
 
     def _visited_bytes(self, ranks: int) -> int:

@@ -252,7 +252,7 @@ def _plans_of_alike(question: Question, specs: list[Spec], *, finely: bool = Fal
     if serving is None:
         return []
     most = serving.most_requests(question.load)
-    counts = _concurrencies(question, most, step=1 if finely else 3)
+    counts = _concurrencies(question, most, step=1 if finely else 5)
     found = []
     for spec in specs:
         one = serving if spec is specs[0] else serving.dispatched(spec.dispatch)
