@@ -6,7 +6,7 @@ Published matrices are [out, in], fused ones of all experts [expert, in, out]; p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -125,9 +125,15 @@ def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) 
 
 
 def pieces(
-    config: ModelConfig, sizes: Sequence[ArraySizes], names: KeyNames, segments: tuple[Segment, ...]
+    config: ModelConfig,
+    sizes: Sequence[ArraySizes],
+    names: KeyNames,
+    segments: tuple[Segment, ...],
+    *,
+    layers: Collection[int] | None = None,
 ) -> Iterator[Piece]:
-    """Every piece of a whole checkpoint, in the order of the layers. sizes: of the layers of each segment."""
+    """Every piece of a whole checkpoint, in the order of the layers, or of some layers alone and what is outside all.
+    sizes: of the layers of each segment."""
     width, vocab = config.hidden_size, config.vocab_size
 
     def named(piece: Piece) -> Piece:
@@ -135,6 +141,8 @@ def pieces(
 
     yield named(whole("model.embed_tokens.weight", (vocab, width), "embed"))
     for layer in range(config.num_hidden_layers):
+        if layers is not None and layer not in layers:
+            continue
         place = place_of(layer, segments)
         for piece in _layer(config, sizes[place.segment], names, layer):
             yield named(replace(piece, path=f"{place.path}/{piece.path}", dst=(place.slot, *piece.dst)))

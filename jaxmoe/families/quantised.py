@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -147,7 +147,7 @@ def as_published(config: ModelConfig, published: Published | None, names: KeyNam
     """The config of a model that keeps what its checkpoint has quantised."""
     if published is None:
         return config
-    plain = lambda module: is_plain(module, published)  # noqa: E731
+    plain = (lambda module: is_plain(module, published)) if published.ignored else None
     only = "moe/experts/" if published.method == "mxfp4" else ""
     kept = quantisation(config, published.format, names, plain=plain, only=only)
     return replace(config, published=published, quantisation=kept)
@@ -170,7 +170,7 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
             f"weights_dtype={weights_dtype} quantises plain checkpoints, this one has quant_method "
             f"{config.published.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
         )
-    kept = quantisation(config, FORMATS[weights_dtype], names, plain=lambda module: False)
+    kept = quantisation(config, FORMATS[weights_dtype], names)
     return replace(config, quantisation=kept)
 
 
@@ -185,7 +185,12 @@ def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
 
 
 def quantisation(
-    config: ModelConfig, format: Format, names: KeyNames, *, plain: Callable[[str], bool], only: str = ""
+    config: ModelConfig,
+    format: Format,
+    names: KeyNames,
+    *,
+    plain: Callable[[str], bool] | None = None,
+    only: str = "",
 ) -> Quantisation | None:
     """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
     router's, unless any of the tensors they come from is of a plain module. None where that is nothing.
@@ -193,27 +198,36 @@ def quantisation(
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
     config = replace(config, published=None, quantisation=None)
-    layers: list[list[tuple[str, Grain]]] = [[] for _ in range(config.num_hidden_layers)]
+    kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
+    # Where no name is told apart, layers of a kind keep the same.
+    chosen = None if plain else {kinds.index(kind) for kind in kinds}
+    layers: dict[int, list[tuple[str, Grain]]] = defaultdict(list)
     grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
-    for (layer, path), group in sorted(_matrices(config, names).items(), key=lambda item: item[0]):
-        modules = {piece.key.removesuffix(".weight") for piece in group}
-        if not path.startswith(only) or any(plain(module) for module in modules):
+    for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
+        if not path.startswith(only):
+            continue
+        if plain and any(plain(module) for module in {piece.key.removesuffix(".weight") for piece in group}):
             continue
         inputs = oriented(group[0]).key_shape[-1]
         if format.per_item > 1 and inputs % (format.inputs or 1):
             raise ConfigError(f"{path} has {inputs} inputs, of which {format.dtype} makes blocks of {format.inputs}")
-        like = config.kind(layer), path
+        like = kinds[layer], path
         if like not in grains:
             grains[like] = reduce(joined, (grain_of(piece, format) for piece in group))
         layers[layer].append((path, grains[like]))
-    return Quantisation(format=format, layers=tuple(map(tuple, layers))) if any(layers) else None
+    if not layers:
+        return None
+    kept = (layers[layer if chosen is None else kinds.index(kind)] for layer, kind in enumerate(kinds))
+    return Quantisation(format=format, layers=tuple(map(tuple, kept)))
 
 
-def _matrices(config: ModelConfig, names: KeyNames) -> dict[tuple[int, str], list[Piece]]:
-    """Pieces of the matrices that may be kept quantised, by layer and path within its block."""
+def _matrices(
+    config: ModelConfig, names: KeyNames, layers: Collection[int] | None = None
+) -> dict[tuple[int, str], list[Piece]]:
+    """Pieces of the matrices that may be kept quantised, by layer and path within its block; of some layers alone."""
     parts = segments(config, "unroll")  # one a layer
     found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts):
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts, layers=layers):
         if piece.path.startswith("segments/") and is_matrix(piece):
             _, layer, _, path = piece.path.split("/", 3)
             if path.split("/")[-1] not in _PLAIN:

@@ -95,9 +95,7 @@ def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     if precision == "bf16":
         return plain
     format = NVFP4 if precision == "fp4" else FORMATS[precision]
-    return replace(
-        plain, quantisation=quantisation(plain, format, FAMILIES[config.family].names, plain=lambda module: False)
-    )
+    return replace(plain, quantisation=quantisation(plain, format, FAMILIES[config.family].names))
 
 
 def _hardware_name(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,12 +24,13 @@ PARTS: tuple[Part, ...] = (
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     """One published tensor as it is where it is not quantised: key, shape, and the part of the model it belongs to.
-    num_bytes: as the checkpoint's files have it, its scales included."""
+    num_bytes: as the checkpoint's files have it, its scales included. layer: None of those outside all."""
 
     key: str
     shape: tuple[int, ...]
     part: Part
     num_bytes: int
+    layer: int | None = None
 
     @property
     def num_params(self) -> int:
@@ -37,16 +38,20 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def published_tensors(config: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint, once, in the order of the layers."""
+def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
     config = replace(config, quantisation=None)
-    parts = segments(config, "scan")
+    parts = segments(config, "unroll")  # one a layer
+    sizes = [ArraySizes.unpadded(config)] * len(parts)
     seen: set[str] = set()
-    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), FAMILIES[config.family].names, parts):
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, parts, layers=layers):
         if piece.key not in seen:
             seen.add(piece.key)
-            part = part_of(piece.path)
-            yield Tensor(key=piece.key, shape=piece.key_shape, part=part, num_bytes=_num_bytes(piece, part, config))
+            part, inside = part_of(piece.path), piece.path.startswith("segments/")
+            yield Tensor(
+                key=piece.key, shape=piece.key_shape, part=part, num_bytes=_num_bytes(piece, part, config),
+                layer=int(piece.path.split("/")[1]) if inside else None,
+            )  # fmt: skip
 
 
 def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
@@ -88,9 +93,12 @@ def count_parameters(config: ModelConfig) -> Counts:
     """The parameters of a model."""
     by_part: Counter[Part] = Counter()
     num_bytes: Counter[Part] = Counter()
-    for tensor in published_tensors(config):
-        by_part[tensor.part] += tensor.num_params
-        num_bytes[tensor.part] += tensor.num_bytes
+    kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
+    alike = config.published is None or not config.published.ignored  # names tell no layer from another
+    for tensor in published_tensors(config, layers={kinds.index(kind) for kind in kinds} if alike else None):
+        times = kinds.count(kinds[tensor.layer]) if alike and tensor.layer is not None else 1
+        by_part[tensor.part] += times * tensor.num_params
+        num_bytes[tensor.part] += times * tensor.num_bytes
     total, idle, moe = sum(by_part.values()), 0, config.moe
     if moe is not None:
         idle = by_part["experts"] // moe.num_experts * (moe.num_experts - moe.num_experts_per_tok)
