@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -155,6 +156,7 @@ def read_hardware(name: str) -> Hardware:
         raise MeshError(f"{name}{f' line {line}' * bool(line)}: {error}") from error
 
 
+@cache
 def hardware_presets() -> dict[str, dict[str, Any]]:
     """What stands in each file of meshes/, by name."""
     return {
