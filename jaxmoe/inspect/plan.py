@@ -18,10 +18,10 @@ from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, read_hardware
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats, best_pools
-from jaxmoe.planner.search import OBJECTIVES, Found, NoPlanError, Objective, Plan, Question, search
+from jaxmoe.planner.search import OBJECTIVES, Found, NoPlanError, Objective, Plan, Question, kind_of, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import count_parameters
-from jaxmoe.planner.why import Neighbours, kind_of, reasons
+from jaxmoe.planner.why import Neighbours, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 

@@ -39,6 +39,7 @@ SKEW = 0.5
 _MICRO_BATCHES, TURNS = 4, 4
 _MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
+SILENT = "silent"  # in place of a dispatch
 _MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens
 
 
@@ -148,16 +149,20 @@ class StepCost:
         moe = self.config.moe
         ranks = max(block.place.parts("moe_expert") for block in held.blocks)
         self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
-        self._layers = [self._layer(block) for block in held.blocks]
+        alike: dict[_Layer, int] = {}
+        for block in held.blocks:
+            layer = self._layer(block)
+            alike[layer] = alike.get(layer, 0) + block.run
+        self._layers = [replace(layer, count=count) for layer, count in alike.items()]
         self._worked: dict[Rows, tuple[float, float, float]] = {}
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
-        self._planned = self._plan()
 
     def dispatched(self, dispatch: str) -> StepCost:
-        """The same, with tokens sent to experts another way."""
+        """The same, with tokens sent to experts another way; by SILENT with no collective at all, which bounds what
+        any other can reach."""
         other = copy(self)
         other.dispatch, other._said = dispatch, {}
-        other._planned = other._plan()
+        other.__dict__.pop("_planned", None)
         return other
 
     # --- what layers are, once a placement ---
@@ -178,7 +183,7 @@ class StepCost:
         decode = 2 * config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank
         prefill = 2 * config.head_dim if mla is None else config.head_dim + mla.v_head_dim
         return _Layer(
-            count=block.run, dense=tuple(self._dense(block, part) for part in _MATRICES if block.bytes_of(part)),
+            count=0, dense=tuple(self._dense(block, part) for part in _MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
             exchanges=config.moe_layers[block.layer] and place.size(place.exchanged("token")) > 1,
             decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
@@ -275,6 +280,8 @@ class StepCost:
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
+        if self.dispatch == SILENT:
+            return 0.0, 0.0
         seconds = self._said.get((tokens, sampled))
         if seconds is None:
             found = [0.0, 0.0]
@@ -286,7 +293,8 @@ class StepCost:
             seconds = self._said[tokens, sampled] = found[0] + waits, found[1]
         return seconds
 
-    def _plan(self) -> list[tuple[Collective, Group, int, bool]]:
+    @cached_property
+    def _planned(self) -> list[tuple[Collective, Group, int, bool]]:
         """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
         return [*self._planned_for(_MANY * self._context_ranks, 0), *self._of_rows]
 

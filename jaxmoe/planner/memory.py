@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -49,6 +49,7 @@ class Held:
         self.config, self.placement = config, placement
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
+        self._known: dict[tuple[object, ...], tuple[tuple[Parameter, int], ...]] = {}  # by kind of layer
         self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
         self.sizes = segment_sizes(config, placement, self.parts)
         self.blocks = [
@@ -64,14 +65,20 @@ class Held:
 
     def _block(self, part: Segment, block: int, sizes: ArraySizes) -> Block:
         config, place, layer = self.config, self.placement.of_segment(part), part.first + block
+        like = (config.kind(layer), place.view)
+        if like not in self._known:
+            self._known[like] = tuple(self._params(layer, sizes, place))
+        params = self._known[like]
+        return Block(layer, held_layers(part), part.repeats, sizes, place, params)
+
+    def _params(self, layer: int, sizes: ArraySizes, place: Placement) -> Iterator[tuple[Parameter, int]]:
+        config = self.config
         kept = config.quantisation.of(layer) if config.quantisation else {}
         format = config.quantisation.format if config.quantisation else None
         placed = self.placement.redundant_experts is not None
-        params = tuple(
-            (one, one.device_bytes(place, itemsize=self.itemsize, format=format, grain=kept.get(one.path)))
-            for one in block_parameters(config, sizes, layer, placed=placed)
-        )
-        return Block(layer, held_layers(part), part.repeats, sizes, place, params)
+        for one in block_parameters(config, sizes, layer, placed=placed):
+            grain = kept.get(one.path)
+            yield one, one.device_bytes(place, itemsize=self.itemsize, format=format, grain=grain)
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:

@@ -7,6 +7,7 @@ which model: what the field advises must come out of the prices.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,8 +20,9 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh
 from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS
-from jaxmoe.planner.cost import SKEW, StepCost
+from jaxmoe.planner.cost import SILENT, SKEW, StepCost
 from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
 from jaxmoe.planner.serving import Load, Served, Serving
 from jaxmoe.sharding import Placement
@@ -32,6 +34,8 @@ _CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
 LATENCY_REQUESTS = 4
 # Plans whose values lie so near are as good as each other: prices are not that exact.
 _ALIKE = 0.03
+# Specs that would be so much worse than the best if they said nothing are not priced with what they say.
+_HOPELESS = 1.1
 # Axes are not looked at beyond these; a plan asked for with --mesh may have more.
 _MOST_STAGES, _MOST_TENSOR = 16, 64
 _LEADING = 24  # plans whose other options are looked at too
@@ -130,9 +134,7 @@ def search(question: Question) -> Found:
     Raises: NoPlanError, ConfigError naming what is asked and what is possible.
     """
     specs = list(specs_of(question))
-    found: list[Plan] = []
-    for _, alike in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
-        found += _plans_of_alike(question, list(alike))
+    found = _priced(question, specs)
     if not found:
         raise NoPlanError(_no_room(question, specs))
     shown: list[Plan] = []
@@ -241,25 +243,62 @@ def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]
     return [1, 2] if sizes["pipeline"] > 1 else [1]
 
 
+def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
+    """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
+    then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
+    bounds: list[tuple[float, str, Serving, list[Spec]]] = []
+    for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
+        alike = list(same)
+        serving = serving_of(question, alike[0])
+        if serving is not None:
+            silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False)
+            bound = min((_value(question, plan) for plan in silent if _meets(question, plan)), default=math.inf)
+            bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
+    found: list[Plan] = []
+    best, sorts = math.inf, set()
+    for bound, sort, serving, alike in sorted(bounds, key=lambda item: item[0]):
+        if bound > _HOPELESS * best and sort in sorts:
+            continue
+        sorts.add(sort)
+        for spec in alike:
+            plans = _plans(question, spec, serving.dispatched(spec.dispatch), finely=False)
+            found += plans
+            best = min([best, *(_value(question, plan) for plan in plans if _meets(question, plan))])
+    return found
+
+
+def _sort_of(question: Question, spec: Spec) -> str:
+    """A kind of split without its numbers, and whether layers are split between fabrics."""
+    kind = re.sub(r"\d", "", kind_of(spec, moe=question.config.moe is not None))
+    axes, domain = dict(spec.axes), question.hardware.scale_up_devices
+    return f"{kind} {group_of(spec.layout.split, axes, domain).across > 1}"
+
+
 def plans_of(question: Question, spec: Spec, *, finely: bool = False) -> list[Plan]:
     """One plan for each number of requests that may matter; none where the model does not fit. finely: more of them."""
-    return _plans_of_alike(question, [spec], finely=finely)
+    serving = serving_of(question, spec)
+    return [] if serving is None else _plans(question, spec, serving, finely=finely)
 
 
-def _plans_of_alike(question: Question, specs: list[Spec], *, finely: bool = False) -> list[Plan]:
-    """The same for specs that differ in dispatch alone."""
-    serving = serving_of(question, specs[0])
-    if serving is None:
-        return []
+def _plans(question: Question, spec: Spec, serving: Serving, *, finely: bool) -> list[Plan]:
     most = serving.most_requests(question.load)
-    counts = _concurrencies(question, most, step=1 if finely else 5)
-    found = []
-    for spec in specs:
-        one = serving if spec is specs[0] else serving.dispatched(spec.dispatch)
-        found += [
-            Plan(spec=spec, served=one.serve(question.load, count), serving=one, most_requests=most) for count in counts
-        ]
-    return found
+    return [
+        Plan(spec=spec, served=serving.serve(question.load, count), serving=serving, most_requests=most)
+        for count in _concurrencies(question, most, step=1 if finely else 5)
+    ]
+
+
+def kind_of(spec: Spec, *, moe: bool) -> str:
+    """A split in the field's words: TP8 PP2, EP16, DP8."""
+    sizes, layout = dict(spec.axes), spec.layout
+    degree = {
+        "TP": math.prod(sizes[axis] for axis in layout.split), "PP": sizes["pipeline"],
+        "CP": math.prod(sizes[axis] for axis in layout.context),
+        "EP": math.prod(sizes[axis] for axis in layout.experts) if moe else 1,
+    }  # fmt: skip
+    spread = [axis for axis in layout.batch if not (moe and axis in (*layout.experts, *layout.expert_width))]
+    degree["DP"] = math.prod(sizes[axis] for axis in spread)
+    return " ".join(f"{name}{size}" for name, size in degree.items() if size > 1) or "one device"
 
 
 def serving_of(question: Question, spec: Spec) -> Serving | None:

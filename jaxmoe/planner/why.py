@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.pools import Pools, beats
-from jaxmoe.planner.search import Found, Plan, Question, Spec
+from jaxmoe.planner.search import Found, Plan, Question, kind_of
 
 _BINDS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a node",
@@ -31,19 +31,6 @@ class Neighbours:
 
     half: Plan | None
     twice: Plan | None
-
-
-def kind_of(spec: Spec, *, moe: bool) -> str:
-    """A split in the field's words: TP8 PP2, EP16, DP8."""
-    sizes, layout = dict(spec.axes), spec.layout
-    degree = {
-        "TP": math.prod(sizes[axis] for axis in layout.split), "PP": sizes["pipeline"],
-        "CP": math.prod(sizes[axis] for axis in layout.context),
-        "EP": math.prod(sizes[axis] for axis in layout.experts) if moe else 1,
-    }  # fmt: skip
-    spread = [axis for axis in layout.batch if not (moe and axis in (*layout.experts, *layout.expert_width))]
-    degree["DP"] = math.prod(sizes[axis] for axis in spread)
-    return " ".join(f"{name}{size}" for name, size in degree.items() if size > 1) or "one device"
 
 
 def reasons(question: Question, found: Found, pools: Pools | None, neighbours: Neighbours) -> list[str]:

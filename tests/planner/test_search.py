@@ -16,9 +16,9 @@ from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.pools import best_pools
-from jaxmoe.planner.search import NoPlanError, Question, search, specs_of
+from jaxmoe.planner.search import NoPlanError, Question, kind_of, search, specs_of
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Neighbours, kind_of, reasons
+from jaxmoe.planner.why import Neighbours, reasons
 from scripts.score_planner import config_of
 
 PUBLISHED = Path(__file__).parent / "data" / "published_sample.csv"
