@@ -109,6 +109,10 @@ class Held:
         them out, its even part."""
         return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.parts("page_token")
 
+    @cached_property
+    def _widest(self) -> int:
+        return max(map(_width, self.blocks))
+
     def kv_bytes(self, block: Block) -> int:
         """Of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
@@ -120,7 +124,7 @@ class Held:
         activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
         config, moe = self.config, self.config.moe
         beside = self.placement.seen("beside")
-        wide = 2 * max(map(_width, self.blocks))
+        wide = 2 * self._widest
         rows = num_tokens / self.placement.parts("page_token")
         room = rows * (4 * config.hidden_size + wide) * self.itemsize
         if moe is not None:

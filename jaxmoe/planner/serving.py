@@ -13,6 +13,7 @@ from jaxmoe.planner.cost import Rows, Seconds, StepCost
 
 # Of what weights and a step leave, the share that pages may take.
 _PAGES = 0.9
+_MOST_ROWS = 4096  # of a rank
 _RESERVE = 0.02  # of a device's memory, for the runtime itself
 
 
@@ -45,10 +46,13 @@ class Serving:
     def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
         self.cost, self.held, self.chunk_tokens = cost, cost.held, chunk_tokens
         self.ranks = cost.placement.parts("batch")
+        self._most: dict[int, int] = {}
 
     def dispatched(self, dispatch: str) -> Serving:
         """The same, with tokens sent to experts another way."""
-        return Serving(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
+        other = Serving(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
+        other._most = self._most
+        return other
 
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
@@ -59,11 +63,12 @@ class Serving:
 
     def most_requests(self, load: Load) -> int:
         """Over all devices, each with room to its end."""
-        tokens = load.isl + load.osl
-        rows = 64
-        for _ in range(3):  # more rows need more room for their logits
-            rows = max(1, min(4096, int(self.pool_tokens(rows) / tokens)))
-        return int(min(4096, self.pool_tokens(rows) / tokens)) * self.ranks
+        tokens, rows = load.isl + load.osl, 64
+        if tokens not in self._most:
+            for _ in range(3):  # more rows need more room for their logits
+                rows = max(1, min(_MOST_ROWS, int(self.pool_tokens(rows) / tokens)))
+            self._most[tokens] = int(min(_MOST_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
+        return self._most[tokens]
 
     def serve(self, load: Load, concurrency: int, *, prefills: bool = True) -> Served:
         """With so many requests at once. prefills: whether their prompts are read here too."""
