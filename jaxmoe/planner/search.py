@@ -38,7 +38,7 @@ _ALIKE = 0.03
 _HOPELESS = 1.1
 # Axes are not looked at beyond these; a plan asked for with --mesh may have more.
 _MOST_STAGES, _MOST_TENSOR = 16, 64
-_LEADING = 24  # plans whose other options are looked at too
+_LEADING = 12  # plans whose other options are looked at too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,12 @@ def search(question: Question) -> Found:
     for spec in {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}:
         for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
             fine = replace(spec, chunk_tokens=chunk)
-            found += plans_of(question, fine, finely=True)
+            serving = serving_of(question, fine)
+            if serving is None:
+                continue
+            found += _plans(question, fine, serving, finely=True)
             if question.load.concurrency is None and question.objective == "latency":  # for the front alone
-                shown += plans_of(replace(question, objective="throughput"), fine)
+                shown += _plans(replace(question, objective="throughput"), fine, serving, finely=False)
     allowed = [plan for plan in found if _meets(question, plan)]
     if not allowed:
         raise NoPlanError(_out_of_reach(question, found), latency=True)
@@ -274,13 +277,8 @@ def _sort_of(question: Question, spec: Spec) -> str:
     return f"{kind} {group_of(spec.layout.split, axes, domain).across > 1}"
 
 
-def plans_of(question: Question, spec: Spec, *, finely: bool = False) -> list[Plan]:
-    """One plan for each number of requests that may matter; none where the model does not fit. finely: more of them."""
-    serving = serving_of(question, spec)
-    return [] if serving is None else _plans(question, spec, serving, finely=finely)
-
-
 def _plans(question: Question, spec: Spec, serving: Serving, *, finely: bool) -> list[Plan]:
+    """One plan for each number of requests that may matter; finely: more of them."""
     most = serving.most_requests(question.load)
     return [
         Plan(spec=spec, served=serving.serve(question.load, count), serving=serving, most_requests=most)
