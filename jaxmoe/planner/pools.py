@@ -6,7 +6,9 @@ other; how a plan says so is its business, jaxmoe runs each engine by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.search import Plan, Question, Spec, serving_of, specs_of
@@ -45,7 +47,7 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
     if engines < 2:
         return None
     small = replace(question, devices=engine_devices, axes=None, load=replace(question.load, concurrency=None))
-    servings = [(spec, serving) for spec in specs_of(small) if (serving := serving_of(small, spec)) is not None]
+    servings = list(_servings(small))
     prefills = [one for spec, serving in servings for one in _prefills(small, spec, serving)]
     if not prefills:
         return None
@@ -68,6 +70,15 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
     return max(found, key=lambda one: one.tokens_a_second, default=None)
 
 
+def _servings(question: Question) -> Iterator[tuple[Spec, Serving]]:
+    """Every spec that fits, with one way of sending tokens to experts: the last that the hardware has sends least."""
+    for _, same in groupby(specs_of(question), key=lambda spec: replace(spec, dispatch="")):
+        alike = list(same)
+        serving = serving_of(question, alike[0])
+        if serving is not None:
+            yield alike[-1], serving.dispatched(alike[-1].dispatch)
+
+
 def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill]:
     """What an engine that only reads prompts does, by the tokens of a step."""
     isl, found = question.load.isl, []
@@ -84,7 +95,7 @@ def _decode(question: Question, servings: list[tuple[Spec, Serving]]) -> tuple[S
     found = []
     for spec, serving in servings:
         most = serving.most_requests(question.load)
-        for count in {max(1, most >> power) for power in range(0, 8)}:
+        for count in {max(1, most >> power) for power in range(0, 8, 2)}:
             served = serving.serve(question.load, count, prefills=False)
             if question.tpot_limit is None or served.tpot <= question.tpot_limit:
                 found.append((spec, serving, served))
