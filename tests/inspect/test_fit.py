@@ -50,17 +50,6 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
         compile_step(runner, "decode", batch=8, context=32, page_size=8, chunk_tokens=16, turns=1)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler")
-def test_a_step_leaves_the_weights_where_they_lie_on_tpu7x(tiny_dir, tmp_path):
-    config = json.loads((tiny_dir(CASE) / "config.json").read_text())
-    config |= dict(hidden_size=1024, moe_intermediate_size=1024, intermediate_size=2048, head_dim=128)
-    config |= dict(num_hidden_layers=8, mlp_only_layers=[])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    changes = dict(config=str(tmp_path), target="tpu7x:1x1x1", mesh="expert=2", dtype="bfloat16")
-    answer = compile_for(question(tiny_dir, **changes))
-    assert answer["phases"]["decode"]["temp_bytes"] < answer["bytes"]["weights"] / 3  # 0.24; left to itself, 0.68
-
-
 def question(tiny_dir, **changes) -> Question:
     asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", batch=4, context=64)
     return Question(**(asked | changes))
