@@ -213,9 +213,10 @@ class StepCost:
         stage while all decode, several turns at a time, four a stage with prompts; the stages fill and empty."""
         stages, chunks = self.num_stages, self.placement.chunks
         groups = stages * (_MICRO_BATCHES if rows.prefill and stages > 1 else 1)
+        groups = min(groups, max(1, int(rows.tokens)))  # none is empty
         each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
-        passes = groups / stages  # of all layers, one group at a time
+        passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
         compute, memory, launch = (passes * one for one in self._work(each))
         link, out = passes * link, passes * out
         waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
@@ -319,6 +320,7 @@ class StepCost:
         """Of _MANY tokens, each sent once to every rank that has one of its experts, which are drawn at random."""
         moe = self.config.moe
         assert moe is not None
+        ranks = min(ranks, moe.num_experts)
         elsewhere = math.comb(moe.num_experts - moe.num_experts // ranks, moe.num_experts_per_tok)
         visited = ranks * (1 - elsewhere / math.comb(moe.num_experts, moe.num_experts_per_tok))
         return math.ceil(_MANY * visited * self.config.hidden_size * self.held.itemsize)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,13 +50,18 @@ def group_of(axes: tuple[str, ...], sizes: Mapping[str, int], domain: int) -> Gr
 
 @lru_cache(maxsize=4096)
 def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> Group:
-    places, stride, apart = [0], 1, 0
+    places, starts, stride, apart = [0], [0], 1, 0
     for axis, size in zip(reversed(AXES), reversed(sizes), strict=True):
+        steps = [stride * step for step in range(size)]
         if axis in axes and size > 1:
-            places = [place + stride * step for step in range(size) for place in places]
+            places = [place + step for step in steps for place in places]
             apart = apart or stride
+        else:  # where groups begin, as far as it matters to fabrics
+            starts = sorted({(start + step) % domain for step in steps for start in starts})
         stride *= size
-    return Group(len(places), sum(place < domain for place in places), apart or 1)
+    # The group that lies worst: the others wait for it.
+    inside = min(min(Counter((start + place) // domain for place in places).values()) for start in starts)
+    return Group(len(places), inside, apart or 1)
 
 
 class Links:

@@ -100,7 +100,7 @@ class Plan:
     @property
     def request_seconds(self) -> float:
         """From a request's arrival to its last token."""
-        return self.served.ttft + self.osl * self.served.tpot
+        return self.served.ttft + (self.osl - 1) * self.served.tpot
 
     @property
     def osl(self) -> int:
@@ -139,7 +139,10 @@ def search(question: Question) -> Found:
         raise NoPlanError(_no_room(question, specs))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
-    for spec in {plan.spec for plan in sorted(found, key=lambda plan: _value(question, plan))[:_LEADING]}:
+    for spec in {
+        plan.spec
+        for plan in sorted(found, key=lambda plan: (not _meets(question, plan), _value(question, plan)))[:_LEADING]
+    }:
         for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
             fine = replace(spec, chunk_tokens=chunk)
             serving = serving_of(question, fine)

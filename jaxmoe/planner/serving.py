@@ -7,6 +7,7 @@ in as many as its pages have room for to the end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jaxmoe.planner.cost import Rows, Seconds, StepCost
@@ -74,7 +75,7 @@ class Serving:
         """With so many requests at once. prefills: whether their prompts are read here too."""
         rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
         busy = concurrency / (rows * self.ranks)
-        chunk = min(self.chunk_tokens, load.isl) if rows <= 1 else self.chunk_tokens
+        chunk = min(self.chunk_tokens, math.ceil(rows * load.isl))  # no more than there are
         context, prompt = load.isl + load.osl / 2, load.isl / 2
         chunks = rows * load.isl / chunk * prefills  # turns of one request's `osl` that carry a chunk
         mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
@@ -85,8 +86,10 @@ class Serving:
             mixed.total if rows > 1 else self.cost.seconds(Rows(1, chunk, context, prompt)).total
         )
         waiting = 0.5 * max(0.0, chunks - load.isl / chunk) / load.osl * mixed.total  # behind others' chunks
+        own = load.isl / chunk * mixed.total if prefills else 0.0  # of the cycle, in which the request draws no token
         return Served(
-            concurrency=concurrency, ttft=first + waiting, tpot=cycle / load.osl,
+            concurrency=concurrency, ttft=first + waiting,
+            tpot=max(alone.total, (cycle - own) / max(1, load.osl - 1)),
             tokens_a_second=busy * rows * self.ranks * load.osl / cycle, turn=turns.mixed(1 / load.osl, turns, 0.0),
             chunk_tokens=self.chunk_tokens, osl=load.osl,
         )  # fmt: skip

@@ -30,6 +30,8 @@ def seconds(name: str, op: str, whole: float, group: Group, *, devices: int = 16
         (("expert", "tensor"), {"expert": 2, "tensor": 8}, Group(16, 8, 1)),
         (("data",), {"data": 4, "expert": 2, "tensor": 2}, Group(4, 2, 4)),
         (("tensor",), {"data": 8}, Group(1, 1, 1)),
+        (("tensor",), {"data": 2, "tensor": 6}, Group(6, 2, 1)),  # the second lies on both nodes
+        (("expert",), {"pipeline": 2, "expert": 5}, Group(5, 2, 1)),
     ],
 )
 def test_a_group_is_those_that_differ_along_its_axes(axes, sizes, wanted):
