@@ -154,6 +154,8 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
     if given is None and hardware.nodes > 1:
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
+        if given > _MOST_DEVICES:
+            raise MeshError(f"{given} devices of {hardware.device} are asked for; plans are made for {_MOST_DEVICES}")
         question = asked.question(config, hardware, given)
         try:
             return question, search(question)
@@ -282,7 +284,7 @@ def rule_of_thumb(config: ModelConfig, hardware: Hardware) -> dict[str, Any]:
 
 def rule_of_thumb_of(asked: PlanQuestion) -> dict[str, Any]:
     """The same of a question. Raises: as PlanQuestion.checked."""
-    return rule_of_thumb(*asked.checked())
+    return rule_of_thumb(*replace(asked, isl=1, osl=1).checked())  # of no load
 
 
 def _weights_dtype(config: ModelConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ _COLLECTIVES = ("collectives", "collectives_between_nodes")
 _RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
 
 _GIB = 1 << 30
+_LARGEST = 1e18  # of any number here
 # The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
 _HBM, _COMPUTE, _LINK = 0.8, 0.6, 0.8
 
@@ -201,7 +201,7 @@ def _presets_like(name: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:

@@ -27,6 +27,10 @@ def test_the_rule_of_thumb_is_the_users(capsys):
     assert "8 bits / 8 x 671 billion parameters x 1.8 = 1,208 GB -> 1,440 GB = 8 x b200" in outcome.out
 
 
+def test_the_rule_of_thumb_asks_for_no_load(capsys):
+    assert "rule of thumb" in jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb").out
+
+
 def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
     found = plan(capsys, "qwen3-30b-a3b", "--hardware", "h100", "--devices", "4", "--price", "2")
     chosen, memory = found["plan"], found["memory"]
