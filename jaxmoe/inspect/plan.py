@@ -16,9 +16,19 @@ from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_KINDS
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, read_hardware
-from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats, best_pools
-from jaxmoe.planner.search import OBJECTIVES, Found, NoPlanError, Objective, Plan, Question, kind_of, search
+from jaxmoe.planner.search import (
+    LATENCY_REQUESTS,
+    OBJECTIVES,
+    Found,
+    NoPlanError,
+    Objective,
+    Plan,
+    Question,
+    kind_of,
+    search,
+    value,
+)
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import count_parameters
 from jaxmoe.planner.why import Neighbours, reasons
@@ -102,8 +112,6 @@ class PlanQuestion:
             raise ConfigError(f"skew={self.skew} must lie in [0, 4]")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
-        if self.kv_dtype is not None and self.kv_dtype not in KV_ITEMSIZES:
-            raise ConfigError(f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(KV_ITEMSIZES)}")
         if self.dispatch is not None and self.dispatch not in DISPATCH_KINDS:
             raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_KINDS)}")
 
@@ -191,12 +199,8 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
         assert missed is not None
         raise missed
 
-    def value(one: tuple[Question, Found]) -> float:
-        plan = one[1].best
-        return plan.request_seconds if asked.objective == "latency" else plan.devices / plan.tokens_a_second
-
-    best = min(map(value, tried))
-    return next(one for one in tried if value(one) <= 1.1 * best)
+    best = min(value(question, found.best) for question, found in tried)
+    return next((question, found) for question, found in tried if value(question, found.best) <= 1.1 * best)
 
 
 def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
@@ -228,7 +232,7 @@ def _neighbours(asked: PlanQuestion, question: Question) -> Neighbours:
             return None
         load = question.load
         if question.objective == "latency" and load.concurrency is None:  # the same requests, not as many a device
-            load = replace(load, concurrency=4 * question.devices)
+            load = replace(load, concurrency=LATENCY_REQUESTS * question.devices)
         try:
             return search(replace(question, devices=devices, load=load)).best
         except NoPlanError:
@@ -258,13 +262,13 @@ def memory_of(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     requests, what a step needs, what is left; and how many tokens and requests have room."""
     held, serving, served = plan.serving.held, plan.serving, plan.served
     rows = max(1, -(-served.concurrency // serving.ranks))
-    step = held.step_bytes(serving.chunk_tokens + rows, rows) / serving.cost.num_stages
     tokens = serving.pool_tokens(rows)
     return {
         "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
         "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
-        "kv_bytes_a_token": held.kv_bytes_a_token, "pages": tokens * held.kv_bytes_a_token, "step": step,
-        "limit": hardware.hbm_bytes, "pool_tokens": int(tokens) * serving.ranks, "most_requests": plan.most_requests,
+        "kv_bytes_a_token": held.kv_bytes_a_token, "pages": tokens * held.kv_bytes_a_token,
+        "step": serving.step_bytes(rows), "limit": hardware.hbm_bytes, "pool_tokens": int(tokens) * serving.ranks,
+        "most_requests": plan.most_requests,
     }  # fmt: skip
 
 

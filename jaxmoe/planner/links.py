@@ -17,15 +17,7 @@ from functools import lru_cache
 
 from jaxmoe.mesh import AXES
 from jaxmoe.planner.hardware import Hardware, Points
-from jaxmoe.planner.traffic import Collective
-
-_SENT = {  # of the whole message, what one of n devices sends
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
-}
+from jaxmoe.planner.traffic import Collective, Op, sent_of
 
 
 @dataclass(frozen=True)
@@ -74,11 +66,11 @@ class Links:
 
     def seconds(self, collective: Collective, group: Group) -> float:
         """Of one collective among a group."""
-        op = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
-        whole = collective.result_bytes * (group.ranks if op == "reduce-scatter" else 1)
+        op: Op = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
+        whole = collective.whole_bytes(group.ranks)
         return self._price(op, whole, group) if group.ranks > 1 and whole else 0.0
 
-    def _price(self, op: str, whole: int, group: Group) -> float:
+    def _price(self, op: Op, whole: int, group: Group) -> float:
         inside, across = group.inside, group.across
         if across == 1:
             return self._within(op, whole, group)
@@ -92,12 +84,12 @@ class Links:
             return far
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
 
-    def _far(self, op: str, whole: float, ranks: int, *, times: int = 1) -> float:
+    def _far(self, op: Op, whole: float, ranks: int, *, times: int = 1) -> float:
         """Among devices of as many fabrics, each beside its neighbours of the same; of `times` such messages."""
         if tables := self.hardware.collectives_between_nodes.get(op):
             return self._measured(tables, op, whole * times, ranks)
         steps = 1 if op in ("collective-permute", "all-to-all") else ranks * (2 if op == "all-reduce" else 1)
-        return self._out(_SENT[op](ranks) * whole * times, steps)
+        return self._out(sent_of(op, whole * times, ranks), steps)
 
     def _out(self, sent: float, steps: int) -> float:
         """So many bytes of a device to other fabrics; steps grow a tree's way."""
@@ -105,7 +97,7 @@ class Links:
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
         return latency + sent / hardware.link_bytes_a_second(scale_out=True)
 
-    def _within(self, op: str, whole: float, group: Group) -> float:
+    def _within(self, op: Op, whole: float, group: Group) -> float:
         ranks = group.inside
         if tables := self.hardware.collectives.get(op):
             return self._measured(tables, op, whole, ranks)
@@ -113,15 +105,15 @@ class Links:
         latency = self.hardware.latency_us * 1e-6 * max(1.0, min(steps, 8.0))
         return latency + self._sent_seconds(op, whole, ranks)
 
-    def _measured(self, tables: Mapping[int, Points], op: str, whole: float, ranks: int) -> float:
+    def _measured(self, tables: Mapping[int, Points], op: Op, whole: float, ranks: int) -> float:
         """By the table of the nearest number of ranks: for another, as many bytes sent by a device, and latencies that
         grow a tree's way."""
         near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
-        sent = whole * _SENT[op](ranks) / _SENT[op](near)
+        sent = sent_of(op, whole, ranks) / sent_of(op, 1, near)
         more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
         return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
 
-    def _sent_seconds(self, op: str, whole: float, ranks: int) -> float:
+    def _sent_seconds(self, op: Op, whole: float, ranks: int) -> float:
         """By the bytes each device sends, over the links that the group can use."""
         hardware = self.hardware
         rate = hardware.link_bytes_a_second(scale_out=False)
@@ -132,7 +124,7 @@ class Links:
             rate *= dims / hardware.torus_dims
             if op == "all-to-all":  # every byte takes a quarter of a ring's hops along each dim, either way round
                 return whole * max(1.0, min(self._side, ranks) / 4) / rate
-        return whole * _SENT[op](ranks) / rate
+        return sent_of(op, whole, ranks) / rate
 
 
 def _read(points: Points, size: float) -> float:

@@ -6,12 +6,10 @@ other; how a plan says so is its business, jaxmoe runs each engine by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from jaxmoe.planner.cost import Rows
-from jaxmoe.planner.search import Plan, Question, Spec, serving_of, specs_of
+from jaxmoe.planner.search import Plan, Question, Spec, servings_of, specs_of
 from jaxmoe.planner.serving import Served, Serving
 
 _CHUNKS = (2048, 8192)
@@ -47,7 +45,10 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
     if engines < 2:
         return None
     small = replace(question, devices=engine_devices, axes=None, load=replace(question.load, concurrency=None))
-    servings = list(_servings(small))
+    # One way of sending tokens to experts: the last that the hardware has sends least.
+    servings = [
+        (alike[-1], serving.dispatched(alike[-1].dispatch)) for alike, serving in servings_of(small, specs_of(small))
+    ]
     prefills = [one for spec, serving in servings for one in _prefills(small, spec, serving)]
     if not prefills:
         return None
@@ -56,7 +57,7 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
     if second is None:
         return None
     spec, serving, served = second
-    transfer = _transfer(question, serving, engine_devices)
+    transfer = _transfer(question, serving)
     load, found = question.load, []
     for count in range(1, engines):
         rate = min(count * first.requests_a_second * load.osl, (engines - count) * served.tokens_a_second)
@@ -68,15 +69,6 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
         if question.ttft_limit is None or pools.ttft <= question.ttft_limit:
             found.append(pools)
     return max(found, key=lambda one: one.tokens_a_second, default=None)
-
-
-def _servings(question: Question) -> Iterator[tuple[Spec, Serving]]:
-    """Every spec that fits, with one way of sending tokens to experts: the last that the hardware has sends least."""
-    for _, same in groupby(specs_of(question), key=lambda spec: replace(spec, dispatch="")):
-        alike = list(same)
-        serving = serving_of(question, alike[0])
-        if serving is not None:
-            yield alike[-1], serving.dispatched(alike[-1].dispatch)
 
 
 def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill]:
@@ -102,7 +94,7 @@ def _decode(question: Question, servings: list[tuple[Spec, Serving]]) -> tuple[S
     return max(found, key=lambda one: one[2].tokens_a_second, default=None)
 
 
-def _transfer(question: Question, serving: Serving, engine_devices: int) -> float:
+def _transfer(question: Question, serving: Serving) -> float:
     """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
     held, hardware = serving.held, question.hardware
     near = question.devices <= hardware.scale_up_devices

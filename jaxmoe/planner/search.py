@@ -33,7 +33,7 @@ _CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
 # Requests a device at once where the lowest latency is asked for and nobody says how many there are.
 LATENCY_REQUESTS = 4
 # Plans whose values lie so near are as good as each other: prices are not that exact.
-_ALIKE = 0.03
+ALIKE = 0.03
 # Specs that would be so much worse than the best if they said nothing are not priced with what they say.
 _HOPELESS = 1.1
 # Axes are not looked at beyond these; a plan asked for with --mesh may have more.
@@ -141,7 +141,7 @@ def search(question: Question) -> Found:
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     for spec in {
         plan.spec
-        for plan in sorted(found, key=lambda plan: (not _meets(question, plan), _value(question, plan)))[:_LEADING]
+        for plan in sorted(found, key=lambda plan: (not _meets(question, plan), value(question, plan)))[:_LEADING]
     }:
         for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
             fine = replace(spec, chunk_tokens=chunk)
@@ -155,7 +155,7 @@ def search(question: Question) -> Found:
     if not allowed:
         raise NoPlanError(_out_of_reach(question, found), latency=True)
     best: dict[Spec, Plan] = {}
-    for plan in sorted(allowed, key=lambda plan: _value(question, plan)):
+    for plan in sorted(allowed, key=lambda plan: value(question, plan)):
         best.setdefault(plan.spec, plan)
     every = list(best.values())
     return Found(
@@ -253,13 +253,10 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
     """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
     then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
     bounds: list[tuple[float, str, Serving, list[Spec]]] = []
-    for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
-        alike = list(same)
-        serving = serving_of(question, alike[0])
-        if serving is not None:
-            silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False)
-            bound = min((_value(question, plan) for plan in silent if _meets(question, plan)), default=math.inf)
-            bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
+    for alike, serving in servings_of(question, specs):
+        silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False)
+        bound = min((value(question, plan) for plan in silent if _meets(question, plan)), default=math.inf)
+        bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
     found: list[Plan] = []
     best, sorts = math.inf, set()
     for bound, sort, serving, alike in sorted(bounds, key=lambda item: item[0]):
@@ -269,7 +266,7 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
         for spec in alike:
             plans = _plans(question, spec, serving.dispatched(spec.dispatch), finely=False)
             found += plans
-            best = min([best, *(_value(question, plan) for plan in plans if _meets(question, plan))])
+            best = min([best, *(value(question, plan) for plan in plans if _meets(question, plan))])
     return found
 
 
@@ -300,6 +297,15 @@ def kind_of(spec: Spec, *, moe: bool) -> str:
     spread = [axis for axis in layout.batch if not (moe and axis in (*layout.experts, *layout.expert_width))]
     degree["DP"] = math.prod(sizes[axis] for axis in spread)
     return " ".join(f"{name}{size}" for name, size in degree.items() if size > 1) or "one device"
+
+
+def servings_of(question: Question, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:
+    """Specs that differ in dispatch alone, and what they can serve, by the first's; those that fit."""
+    for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
+        alike = list(same)
+        serving = serving_of(question, alike[0])
+        if serving is not None:
+            yield alike, serving
 
 
 def serving_of(question: Question, spec: Spec) -> Serving | None:
@@ -338,7 +344,7 @@ def _meets(question: Question, plan: Plan) -> bool:
     )
 
 
-def _value(question: Question, plan: Plan) -> float:
+def value(question: Question, plan: Plan) -> float:
     """What the objective wants least of."""
     if question.objective == "latency":
         return plan.request_seconds
@@ -348,11 +354,11 @@ def _value(question: Question, plan: Plan) -> float:
 def _chosen(question: Question, plans: list[Plan]) -> Plan:
     """Of the plans as good as the best: the best in what was not asked for (a token's time, or tokens a second), then
     the one that leans least on links between fabrics, then the plainest."""
-    least = _value(question, plans[0])
-    alike = [plan for plan in plans if _value(question, plan) <= least * (1 + _ALIKE)]
+    least = value(question, plans[0])
+    alike = [plan for plan in plans if value(question, plan) <= least * (1 + ALIKE)]
     other = replace(question, objective="throughput" if question.objective == "latency" else "latency")
-    best = min(_value(other, plan) for plan in alike)
-    alike = [plan for plan in alike if _value(other, plan) <= best * (1 + _ALIKE)]
+    best = min(value(other, plan) for plan in alike)
+    alike = [plan for plan in alike if value(other, plan) <= best * (1 + ALIKE)]
     names = list(LAYOUTS.values())
 
     def plainness(plan: Plan) -> tuple[float, ...]:
@@ -360,7 +366,7 @@ def _chosen(question: Question, plans: list[Plan]) -> Plan:
         return (
             round(turn.scale_out / turn.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
             names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
-            _value(question, plan),
+            value(question, plan),
         )  # fmt: skip
 
     return min(alike, key=plainness)

@@ -55,11 +55,13 @@ class Serving:
         other._most = self._most
         return other
 
+    def step_bytes(self, rows: int) -> float:
+        """What a step of `rows` decoding requests of a rank and a chunk needs on a device."""
+        return self.held.step_bytes(self.chunk_tokens + rows, rows) / self.cost.num_stages
+
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
-        hardware = self.cost.hardware
-        step = self.held.step_bytes(self.chunk_tokens + rows, rows) / self.cost.num_stages
-        free = hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - step
+        free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - self.step_bytes(rows)
         return max(0.0, free * _PAGES / self.held.kv_bytes_a_token)
 
     def most_requests(self, load: Load) -> int:

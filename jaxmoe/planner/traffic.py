@@ -31,18 +31,20 @@ class Collective:
     axes: tuple[str, ...]
     result_bytes: int
 
+    def whole_bytes(self, num_ranks: int) -> int:
+        """Of the whole message: an all-reduce's buffer, an all-gather's result, what a reduce-scatter sums."""
+        return self.result_bytes * (num_ranks if self.op == "reduce-scatter" else 1)
+
     def sent_bytes(self, num_ranks: int) -> float:
         """Bytes one device sends: ring for all-reduce, directly for the others; a ragged one's, at most."""
-        share = (num_ranks - 1) / num_ranks
-        factor = {
-            "all-reduce": 2 * share,
-            "all-gather": share,
-            "reduce-scatter": num_ranks - 1,
-            "all-to-all": share,
-            "ragged-all-to-all": share,
-            "collective-permute": 1,
-        }
-        return factor[self.op] * self.result_bytes
+        return sent_of(self.op, self.whole_bytes(num_ranks), num_ranks)
+
+
+def sent_of(op: Op, whole_bytes: float, num_ranks: int) -> float:
+    """Of a whole message, the bytes that one of its ranks sends."""
+    if op == "collective-permute":
+        return whole_bytes
+    return (2 if op == "all-reduce" else 1) * whole_bytes * (num_ranks - 1) / num_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

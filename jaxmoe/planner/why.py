@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.pools import Pools, beats
-from jaxmoe.planner.search import Found, Plan, Question, kind_of
+from jaxmoe.planner.search import ALIKE, Found, Plan, Question, kind_of, value
 
 _BINDS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a node",
@@ -73,8 +73,8 @@ def _tensor(question: Question, found: Found) -> Iterator[str]:
     if _spans(question, best, best.spec.layout.split):
         yield "Layers are split between nodes: even so no other split is faster."
     elif outside:
-        other = min(outside, key=lambda plan: _measure(question, plan))
-        near = _measure(question, other) <= 1.03 * _measure(question, best)
+        other = min(outside, key=lambda plan: value(question, plan))
+        near = value(question, other) <= (1 + ALIKE) * value(question, best)
         verdict = "; as good on paper, and this one leans less on links between nodes" if near else ""
         yield (
             "Layers are split inside a node only: the best plan that splits them between nodes "
@@ -116,7 +116,7 @@ def _others(question: Question, found: Found) -> Iterator[str]:
     moe, best = question.config.moe is not None, found.best
     seen = {kind_of(best.spec, moe=moe)}
     shown = 0
-    for plan in sorted(found.every, key=lambda plan: _measure(question, plan)):
+    for plan in sorted(found.every, key=lambda plan: value(question, plan)):
         kind = kind_of(plan.spec, moe=moe)
         if kind in seen or shown == 3:
             continue
@@ -158,10 +158,6 @@ def _size(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[st
 
 def _slower(ratio: float, plan: Plan, best: Plan) -> str:
     return ": more devices make it slower here" if (plan.devices > best.devices) == (ratio > 1) else ""
-
-
-def _measure(question: Question, plan: Plan) -> float:
-    return plan.request_seconds if question.objective == "latency" else plan.devices / plan.tokens_a_second
 
 
 def _named(question: Question, plan: Plan) -> str:
