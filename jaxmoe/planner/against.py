@@ -130,23 +130,29 @@ def placed(parallelism: str, devices: int, *, moe: bool) -> tuple[dict[str, int]
 
 def _metric(facts: Mapping[str, str], plan: Plan, load: Load) -> float:
     """The prediction of a row's metric, in its unit."""
-    metric, unit, served = facts["metric"].lower(), facts.get("unit", "").lower(), plan.served
+    metric, served = facts["metric"].lower(), plan.served
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
         serving = plan.serving
         step = serving.cost.seconds(Rows(0, serving.chunk_tokens, 0, load.isl / 2)).total
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
+    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.tpot, tokens=plan.tokens_a_second)
+
+
+def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float, tpot: float, tokens: float) -> float:
+    """A row's metric, in its unit, of seconds to the first token, seconds a token, generated tokens a second of all."""
+    metric, unit = facts["metric"].lower(), facts.get("unit", "").lower()
+    seconds = 1.0 if unit == "s" else 1e3
     if any(word in metric for word in ("ttft", "first")):
-        return served.ttft * (1 if unit == "s" else 1e3)
+        return ttft * seconds
     if any(word in metric for word in ("tpot", "itl", "inter", "time_per")):
-        return served.tpot * (1 if unit == "s" else 1e3)
+        return tpot * seconds
     if "user" in metric or "user" in unit:
-        return 1 / served.tpot
-    tokens = plan.tokens_a_second
+        return 1 / tpot
     if "request" in metric:
         tokens /= load.osl
     elif "total_token" in metric or "input_output" in metric:
         tokens *= (load.isl + load.osl) / load.osl
-    return tokens / plan.devices if "per_gpu" in metric or "per_device" in metric or "gpu" in unit else tokens
+    return tokens / devices if "per_gpu" in metric or "per_device" in metric or "gpu" in unit else tokens
 
 
 def _light(
@@ -162,14 +168,8 @@ def _light(
     requests = load.concurrency or max(1, int(room / (kv * (load.isl + load.osl))))
     products = 2 * counts.active * requests * (1 + load.isl / load.osl) / rate
     read = (counts.total * width + requests * kv * (load.isl + load.osl / 2)) / (hardware.hbm_gbps * 1e9 * devices)
-    turn, metric, unit = max(products, read), facts["metric"].lower(), facts.get("unit", "").lower()
-    if "ttft" in metric or "first" in metric:
-        return 2 * counts.active * load.isl / rate * (1 if unit == "s" else 1e3)
-    if any(word in metric for word in ("tpot", "itl", "inter", "time_per")):
-        return turn * (1 if unit == "s" else 1e3)
-    if "user" in metric or "user" in unit:
-        return 1 / turn
-    return requests / turn / (devices if "per_gpu" in metric or "gpu" in unit else 1)
+    turn, first = max(products, read), 2 * counts.active * load.isl / rate
+    return _in_unit(facts, load, devices, ttft=first, tpot=turn, tokens=requests / turn)
 
 
 @lru_cache(maxsize=64)
