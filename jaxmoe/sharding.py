@@ -23,6 +23,10 @@ Dims = tuple[str, ...]
 # them; "beside" are all others (embedding, head, layers that no stage holds), split over pipeline as over tensor.
 View = Literal["staged", "within", "beside"]
 
+# Of tokens shared out between split regions a rank has so many at a time. XLA:TPU reduces and scatters whole tiles of
+# rows; of any other strip it makes an all-reduce, with twice the bytes.
+_STRIP_ROWS = {"tpu": 8}
+
 # How a step's tokens lie: inside layers, or between their split regions.
 TokenDim = Literal["token", "residual"]
 
@@ -79,9 +83,19 @@ class Placement:
 
     def lead(self, num_rows: int) -> TokenDim:
         """How so many rows of tokens lie between the split regions of layers: shared out there where that comes out
-        even."""
-        shared = self.layout.sequence and num_rows % self.parts("residual") == 0
+        even, in whole strips."""
+        shared = self.layout.sequence and num_rows % (self.parts("batch") * self.strip_tokens) == 0
         return "residual" if shared else "token"
+
+    @property
+    def strip_rows(self) -> int:
+        """Rows of tokens that a platform scatters together."""
+        return _STRIP_ROWS.get(self.platform, 1)
+
+    @property
+    def strip_tokens(self) -> int:
+        """What a rank's tokens must be a multiple of to be shared out between the split regions of layers."""
+        return self.strip_rows * self.parts("residual") // self.parts("batch")
 
     def exchanged(self, lead: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have other tokens and other experts."""

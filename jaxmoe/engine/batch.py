@@ -143,7 +143,7 @@ def _micro_batches(rows: int, blocks: int, stages: int) -> int:
 
 
 def bucket_of(
-    plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1
+    plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
 ) -> Bucket:  # fmt: skip
     """The bucket a plan runs in. Steps with prompts always have all rows, so that there are few programs."""
     size = limits.block_tokens
@@ -157,26 +157,37 @@ def bucket_of(
     else:
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
-    return bucket_with(rows, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares)
+    return bucket_with(
+        rows, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares, whole=whole
+    )  # fmt: skip
 
 
 def bucket_with(
-    rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1
-) -> Bucket:  # fmt: skip
+    rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
+) -> Bucket:
     """The bucket of so many rows and blocks, both multiples of the stages of the pipeline; rows, and tokens of a block,
-    also of the ranks that share out the tokens of a context."""
+    also of the ranks that share out the tokens of a context. whole: of what the tokens of a micro-batch should be a
+    multiple, so that they can be shared out between the regions of layers; a step with prompts has blocks added for
+    that."""
+
+    def even(blocks: int) -> bool:
+        parts = _micro_batches(rows // shares, blocks, stages)
+        return (rows + blocks * block_tokens) % (parts * whole) == 0
+
+    if blocks:
+        blocks = next(filter(even, range(blocks, blocks + whole * stages, stages)), blocks)
     parts = _micro_batches(rows // shares, blocks, stages)
     return Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 
 def all_buckets(
-    limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1
-) -> list[Bucket]:  # fmt: skip
+    limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
+) -> list[Bucket]:
     """Every bucket that bucket_of can give."""
     rows = row_buckets(least=least_rows, most=limits.rows)
     mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits, stages)]
     return [
-        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages, shares=shares)
+        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages, shares=shares, whole=whole)
         for r, b in [*((r, 0) for r in rows), *mixed]
     ]
 

@@ -130,7 +130,7 @@ class Core:
         runner = self.runner
         return {
             "least_rows": runner.least_rows, "pages": self._row_pages, "stages": runner.placement.num_stages,
-            "shares": runner.context_ranks,
+            "shares": runner.context_ranks, "whole": runner.placement.strip_tokens,
         }  # fmt: skip
 
     def _fresh_state(self) -> EngineState:

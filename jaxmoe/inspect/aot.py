@@ -84,6 +84,7 @@ def step_bucket(
     return bucket_with(
         runner.padded_rows(batch) // runner.num_ranks, -(-blocks // stages) * stages, block_tokens=block_tokens,
         pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
+        whole=runner.placement.strip_tokens,
     )  # fmt: skip
 
 

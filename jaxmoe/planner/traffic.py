@@ -284,7 +284,9 @@ class _Plan:
         for axes, sent, _, kind in reversed(levels):
             back = sent * self.config.hidden_size * self.itemsize
             if kind == "all_gather":
-                self.add(place, "reduce-scatter", axes, back, count)
+                whole = sent % place.strip_rows == 0
+                self.add(place, *(("reduce-scatter", axes, back) if whole else
+                                  ("all-reduce", axes, place.size(axes) * back)), count)  # fmt: skip
                 continue
             self.add(place, *self._carried(place, axes, kind, sent, back, self._most_ranks(place, axes, kind)), count)
 

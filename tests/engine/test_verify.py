@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
+from jaxmoe.families import read_config
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.mesh import build_mesh
 from jaxmoe.sharding import Placement, View
@@ -70,7 +71,7 @@ def test_a_trial_alone_is_of_the_default_layout(tiny_dir):
 
 
 def _trials(case, layout: str) -> list[Trial]:
-    moe = any(key in case.config for key in ("num_experts", "num_local_experts"))
+    moe = any(read_config(case.config).moe_layers)
     return [trial for trial in all_trials(all_meshes(8), moe=moe) if str(trial.layout) == layout]
 
 
@@ -84,9 +85,12 @@ def _trials(case, layout: str) -> list[Trial]:
         if _trials(case, layout)  # without experts tp-ep is ep-tp everywhere
     ],
 )
-def test_every_family_on_every_mesh_in_every_layout(case, layout, changed_dir):
+def test_every_family_on_every_mesh_in_every_layout(case, layout, changed_dir, record_property):
     trials = _trials(case, layout)
     directory = changed_dir(case.name, num_hidden_layers=8)  # one for each of the most stages
     checks = list(verify_trials(directory, trials=trials, max_tokens=8))
     assert [check.trial for check in checks] == trials
+    record_property("placements", len(checks))  # with --junitxml: what docs/verify.md tells
+    record_property("num_tokens", sum(check.num_tokens for check in checks))
+    record_property("max_logit_error", max(check.max_logit_error for check in checks))
     assert [check for check in checks if not check.passed] == []
