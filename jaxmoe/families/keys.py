@@ -38,14 +38,23 @@ class KeyNames:
     shared: str = "shared_expert"
 
 
-def _gated(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int, lead: Place = ()) -> Iterator[Piece]:
-    """Gate, up and down projections of one SwiGLU; lead: its expert, where experts are stacked."""
+_GATED = ("gate", "up", "down")
+
+
+def _gated(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int) -> Iterator[Piece]:
+    """Gate, up and down projections of one SwiGLU."""
+    for name, key in zip(_GATED, hf_keys, strict=True):
+        shape = (width, ffn) if name == "down" else (ffn, width)
+        yield whole(f"{key}.weight", shape, f"{path}/{name}", transpose=True)
+
+
+def _expert(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int, expert: int) -> Iterator[Piece]:
+    """The same of one expert, whose gate and up are one parameter."""
+    rows, columns = slice(0, width), slice(0, ffn)
     for part, key in enumerate(hf_keys[:2]):
-        rows, columns = slice(0, width), slice(0, ffn)
-        dst: Place = (*lead, part, rows, columns) if lead else (rows, part, columns)
+        dst: Place = (expert, part, rows, columns)
         yield whole(f"{key}.weight", (ffn, width), f"{path}/gate_up", transpose=True, dst=dst)
-    dst = (*lead, slice(0, ffn), slice(0, width))
-    yield whole(f"{hf_keys[2]}.weight", (width, ffn), f"{path}/down", transpose=True, dst=dst)
+    yield whole(f"{hf_keys[2]}.weight", (width, ffn), f"{path}/down", transpose=True, dst=(expert, columns, rows))
 
 
 def _projections(prefix: str) -> tuple[str, str, str]:
@@ -57,9 +66,8 @@ def _dense_mlp(config: ModelConfig, hf: str) -> Iterator[Piece]:
     width, ffn = config.hidden_size, config.intermediate_size
     yield from _gated(keys, path, width, ffn)
     if config.mlp_bias:
-        for part, key in enumerate(keys[:2]):
-            yield whole(f"{key}.bias", (ffn,), f"{path}/gate_up_bias", dst=(part, slice(0, ffn)))
-        yield whole(f"{keys[2]}.bias", (width,), f"{path}/down_bias")
+        for name, key in zip(_GATED, keys, strict=True):
+            yield whole(f"{key}.bias", (width if name == "down" else ffn,), f"{path}/{name}_bias")
 
 
 def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: Fused) -> Iterator[Piece]:
@@ -103,7 +111,7 @@ def _moe(config: ModelConfig, names: KeyNames, hf: str) -> Iterator[Piece]:
         for expert in range(moe.num_experts):
             parts = (names.expert_gate, names.expert_up, names.expert_down)
             gate, up, down = (f"{hf}.{part.format(e=expert)}" for part in parts)
-            yield from _gated((gate, up, down), f"{path}/experts", width, moe.intermediate_size, (expert,))
+            yield from _expert((gate, up, down), f"{path}/experts", width, moe.intermediate_size, expert)
     if moe.shared_intermediate_size:
         shared = f"{hf}.{names.shared}"
         yield from _gated(_projections(shared), f"{path}/shared", width, moe.shared_intermediate_size)

@@ -9,30 +9,34 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, zeros
-from jaxmoe.model.project import project
+from jaxmoe.model.project import project, together
 from jaxmoe.model.rows import gated
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement, TokenDim
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)); gate and up lie side by side in one matrix."""
+    """down(silu(gate(x)) * up(x)). Three matrices: XLA:TPU copies gates and ups that lie side by side into another
+    order at every step (docs/decisions/0002)."""
 
     def __init__(
         self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, make: Maker, init: Init
     ) -> None:
         self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
-        self.gate_up = make.matrix("mlp/gate_up", init, width=config.hidden_size, gate_or_up=2, ffn=ffn)
+        self.gate = make.matrix("mlp/gate", init, width=config.hidden_size, ffn=ffn)
+        self.up = make.matrix("mlp/up", init, width=config.hidden_size, ffn=ffn)
         self.down = make.matrix("mlp/down", init, ffn=ffn, width=config.hidden_size)
         if self.bias:
-            self.gate_up_bias = make(zeros, gate_or_up=2, ffn=ffn)
+            self.gate_bias = make(zeros, ffn=ffn)
+            self.up_bias = make(zeros, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)
 
     def __call__(self, x: jax.Array, at: At, used: jax.Array | None, lead: TokenDim) -> jax.Array:
         """x [B,S,D] -> [B,S,D], by the weights of layer `at`. used, lead: see project."""
         place, kind = self.placement, self.kernels.linear
-        both = project(x, self.gate_up, place, kind, at, used, lead=lead)
+        x = together(x, place, lead)
+        gate, up = (project(x, matrix, place, kind, at, used) for matrix in (self.gate, self.up))
         if self.bias:
-            both = both + at_layer(self.gate_up_bias, at)
-        y = project(gated(both, place, self.kernels.pointwise), self.down, place, kind, at, used, lead=lead)
+            gate, up = gate + at_layer(self.gate_bias, at), up + at_layer(self.up_bias, at)
+        y = project(gated(gate, up, place, self.kernels.pointwise), self.down, place, kind, at, used, lead=lead)
         return y + at_layer(self.down_bias, at) if self.bias else y

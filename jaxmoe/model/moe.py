@@ -21,7 +21,6 @@ from jaxmoe.ops.dispatch import MOST_RAGGED_GPUS, Exchange, combine, dispatch
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.quantised import as_matrices
 from jaxmoe.ops.route import RouteRule, at_places, mixed, route
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
@@ -40,10 +39,11 @@ class Experts(nnx.Module):
 
 
 class SharedExpert(nnx.Module):
-    """SwiGLU weights of the expert that every token visits; gate and up lie side by side, as in a dense layer."""
+    """SwiGLU weights of the expert that every token visits, as in a dense layer."""
 
     def __init__(self, width: int, ffn: int, *, make: Maker, init: Init) -> None:
-        self.gate_up = make.matrix("moe/shared/gate_up", init, width=width, gate_or_up=2, ffn=ffn)
+        self.gate = make.matrix("moe/shared/gate", init, width=width, ffn=ffn)
+        self.up = make.matrix("moe/shared/up", init, width=width, ffn=ffn)
         self.down = make.matrix("moe/shared/down", init, ffn=ffn, width=width)
 
 
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         if self.moe.biases:
             params |= {"gate_up_bias": self.experts.gate_up_bias, "down_bias": self.down_bias}
         if self.moe.shared_intermediate_size:
-            params |= {"shared_in": self.shared.gate_up, "shared_out": self.shared.down}
+            params |= {f"shared/{name}": getattr(self.shared, name) for name in ("gate", "up", "down")}
         names = {
             "router_bias": self.moe.router_bias,
             "selection_bias": self.moe.selection_bias,
@@ -206,9 +206,8 @@ def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):
 def _shared_expert(x, *, at, used, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
     kind = kernels.linear
-    both = linear(x, as_matrices(arrays["shared_in"], 1), at, used, kind=kind)
-    hidden = gated_unit(both.reshape(len(both), 2, -1), kind=kernels.pointwise)
-    y = linear(hidden, arrays["shared_out"], at, used, kind=kind)
+    gate, up = (linear(x, arrays[f"shared/{name}"], at, used, kind=kind) for name in ("gate", "up"))
+    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], at, used, kind=kind)
     if "shared_gate" not in arrays:
         return y
     return gated_rows(y, linear(x, arrays["shared_gate"], at, used, kind=kind), kind=kernels.pointwise)

@@ -91,13 +91,14 @@ def rotated(
     return place.locally(turn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
-def gated(both: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:
-    """silu(gate) * up of both [B,S,2,F]: [B,S,F]."""
+def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:
+    """silu(gate) * up of both [B,S,F]: [B,S,F]."""
 
-    def gate(both: jax.Array) -> jax.Array:
-        return gated_unit(both.reshape(-1, *both.shape[2:]), kind=kind).reshape(*both.shape[:2], both.shape[3])
+    def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
+        flat = (-1, gate.shape[2])
+        return gated_unit(gate.reshape(flat), up.reshape(flat), kind=kind).reshape(gate.shape)
 
-    lead = ("token", "length")
     if kind == "xla":
-        return gate(both)
-    return place.locally(gate, (both, (*lead, "gate_or_up", "ffn")), out=(*lead, "ffn"))
+        return unit(gate, up)
+    dims = ("token", "length", "ffn")
+    return place.locally(unit, (gate, dims), (up, dims), out=dims)

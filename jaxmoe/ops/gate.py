@@ -1,4 +1,4 @@
-"""Gates: one half of a row let through by the other, or a row by one number."""
+"""Gates: a row let through by another, number by number, or by one number."""
 
 # Dims: T tokens, F columns of an expert or MLP, D width.
 from __future__ import annotations
@@ -10,18 +10,20 @@ from jaxmoe.ops import native
 from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
 
 
-def gated_unit(both: Float[Array, "T 2 F"], *, kind: PointwiseKind = "xla") -> Float[Array, "T F"]:
-    """silu(gate) * up, which lie side by side. Source: Shazeer, GLU Variants Improve Transformer (2020)."""
-    return (_native_unit if kind == "native" else _unit)(both)
+def gated_unit(
+    gate: Float[Array, "T F"], up: Float[Array, "T F"], *, kind: PointwiseKind = "xla"
+) -> Float[Array, "T F"]:
+    """silu(gate) * up. Source: Shazeer, GLU Variants Improve Transformer (2020)."""
+    return (_native_unit if kind == "native" else _unit)(gate, up)
 
 
-def _unit(both):
-    return jax.nn.silu(both[:, 0]) * both[:, 1]
+def _unit(gate, up):
+    return jax.nn.silu(gate) * up
 
 
 @differentiated_as(_unit)
-def _native_unit(both):
-    return native.native_gated_unit(both)
+def _native_unit(gate, up):
+    return native.native_gated_unit(gate, up)
 
 
 def gated_rows(

@@ -74,7 +74,8 @@ def block_parameters(
     else:
         yield from _dense(config, sizes.ffn, "mlp", "dense mlp")
         if config.mlp_bias:
-            yield Parameter(path="mlp/gate_up_bias", part="dense mlp", dims={"gate_or_up": 2, "ffn": sizes.ffn})
+            for name in ("gate", "up"):
+                yield Parameter(path=f"mlp/{name}_bias", part="dense mlp", dims={"ffn": sizes.ffn})
             yield Parameter(path="mlp/down_bias", part="dense mlp", dims={"width": config.hidden_size})
 
 
@@ -123,7 +124,8 @@ def _latent(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
 
 def _dense(config: ModelConfig, ffn: int, path: str, part: Part) -> Iterator[Parameter]:
     width = config.hidden_size
-    yield Parameter(path=f"{path}/gate_up", part=part, dims={"width": width, "gate_or_up": 2, "ffn": ffn}, over=1)
+    for name in ("gate", "up"):
+        yield Parameter(path=f"{path}/{name}", part=part, dims={"width": width, "ffn": ffn}, over=1)
     yield Parameter(path=f"{path}/down", part=part, dims={"ffn": ffn, "width": width}, over=1)
 
 

@@ -16,7 +16,7 @@ from ..tiny.quantised import FORMS
 
 NAME = "qwen3_moe_mlp_only"
 ALL = {0: ["attention/out", "attention/qkv", "moe/experts/down", "moe/experts/gate_up"],
-       1: ["attention/out", "attention/qkv", "mlp/down", "mlp/gate_up"]}  # fmt: skip
+       1: ["attention/out", "attention/qkv", "mlp/down", "mlp/gate", "mlp/up"]}  # fmt: skip
 
 
 def config_of(settings: Any, name: str = NAME, **keys):
@@ -62,7 +62,7 @@ def test_blocks_of_packed_numbers_must_divide_inputs():
         ("fp8", ["model.layers.0.self_attn.q_proj"], 0, ["moe/experts/down", "moe/experts/gate_up", "attention/out"]),
         ("fp8", ["model.layers.0.self_attn"], 0, ["moe/experts/down", "moe/experts/gate_up"]),
         ("fp8", ["model.layers.0.self_att"], 0, ALL[0]),  # not up to a dot
-        ("fp8", ["down_proj"], 1, ["attention/out", "attention/qkv", "mlp/gate_up"]),
+        ("fp8", ["down_proj"], 1, ["attention/out", "attention/qkv", "mlp/gate", "mlp/up"]),
         ("int8-channel", ["re:.*experts\\.[3-5]\\.up_proj"], 0, ["attention/out", "attention/qkv", "moe/experts/down"]),
         ("int8-channel", ["model.layers.0"], 0, ALL[0]),  # the whole name alone
     ],

@@ -45,7 +45,8 @@ def rotation(kind, dtype, width):
 
 
 def unit(kind, dtype, width):
-    return (numbers(0, ROWS, 2, width, dtype=dtype),), partial(gated_unit, kind=kind)
+    both = numbers(0, ROWS, width, dtype=dtype), numbers(1, ROWS, width, dtype=dtype)
+    return both, partial(gated_unit, kind=kind)
 
 
 def rows(kind, dtype, width):

@@ -100,17 +100,21 @@ class Assembly:
             found |= {"q_norm": self._query(q) if full else q, "k_norm": self._key_value(k) if full else k}
         return found
 
-    def _gated(self, names: tuple[str, str, str], ffn: int, axis: int = 1) -> dict[str, np.ndarray]:
-        """axis: along which gate and up lie beside each other."""
+    def _gated(self, names: tuple[str, str, str], ffn: int) -> dict[str, np.ndarray]:
         gate, up, down = (self.tensors[f"{name}.weight"].T for name in names)
-        return {"gate_up": _pad(np.stack([gate, up], axis=axis), 2, ffn), "down": _pad(down, 0, ffn)}
+        return {"gate": _pad(gate, 1, ffn), "up": _pad(up, 1, ffn), "down": _pad(down, 0, ffn)}
+
+    def _expert(self, names: tuple[str, str, str]) -> dict[str, np.ndarray]:
+        found = self._gated(names, self.sizes.moe_ffn)
+        return {"gate_up": np.stack([found["gate"], found["up"]]), "down": found["down"]}
 
     def _mlp(self, prefix: str) -> dict[str, np.ndarray]:
         names = tuple(f"{prefix}.{name}_proj" for name in ("gate", "up", "down"))
         found = self._gated(names, self.sizes.ffn)
         if self.config.mlp_bias:
             gate, up, down = (self.tensors[f"{name}.bias"] for name in names)
-            found |= {"gate_up_bias": _pad(np.stack([gate, up]), 1, self.sizes.ffn), "down_bias": down}
+            ffn = self.sizes.ffn
+            found |= {"gate_bias": _pad(gate, 0, ffn), "up_bias": _pad(up, 0, ffn), "down_bias": down}
         return found
 
     def _moe(self, layer: str) -> dict[str, np.ndarray]:
@@ -121,8 +125,7 @@ class Assembly:
             found = self._fused_experts(prefix)
         else:
             experts = [
-                self._gated(tuple(f"{prefix}.experts.{e}.{name}" for name in names), self.sizes.moe_ffn, axis=0)
-                for e in range(moe.num_experts)
+                self._expert(tuple(f"{prefix}.experts.{e}.{name}" for name in names)) for e in range(moe.num_experts)
             ]
             found = {f"experts/{part}": np.stack([e[part] for e in experts]) for part in ("gate_up", "down")}
             found["router"] = self.tensors[f"{prefix}.gate.weight"].T

@@ -226,9 +226,9 @@ def native_rotate(
     return jax.ffi.ffi_call("jaxmoe_rotate", _like(x))(x, cos, sin)
 
 
-def native_gated_unit(both: Float[Array, "T 2 F"]) -> Float[Array, "T F"]:
+def native_gated_unit(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
     """As ops.gate.gated_unit's xla. bfloat16 or float32; call prepare() first."""
-    return jax.ffi.ffi_call("jaxmoe_gated_unit", _like(both[:, 0]))(both)
+    return jax.ffi.ffi_call("jaxmoe_gated_unit", _like(gate))(gate, up)
 
 
 def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Float[Array, "T D"]:

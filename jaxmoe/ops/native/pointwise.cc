@@ -115,15 +115,14 @@ void Rotate(const Call& call) {
   });
 }
 
-// silu(x[., 0]) * x[., 1] of x [rows, 2, columns].
+// silu(gate) * up of gate and up [rows, columns].
 template <typename T>
 void GatedUnit(const Call& call) {
-  const Array x = call.Argument(0);
-  const int64_t columns = x.Size(2);
-  const T* in = x.As<T>();
+  const Array gates = call.Argument(0);
+  const int64_t columns = gates.Size(1);
   T* out = call.Result().As<T>();
-  ForEachRow(call.Pool(), x.Size(0), 2 * columns, [&](int64_t row) {
-    const T *gate = in + row * 2 * columns, *up = gate + columns;
+  ForEachRow(call.Pool(), gates.Size(0), 2 * columns, [&](int64_t row) {
+    const T *gate = gates.As<T>() + row * columns, *up = call.Argument(1).As<T>() + row * columns;
     for (int64_t i = 0; i < columns; i += kLanes) {
       const Floats g = LoadSome(gate, i, columns);
       StoreSome(g * Sigmoid(g) * LoadSome(up, i, columns), out + row * columns, i, columns);
@@ -231,6 +230,6 @@ JAXMOE_KERNEL(JaxmoeNorm, 2, 1, (jaxmoe::ByKind<jaxmoe::Norm<uint16_t>, jaxmoe::
 JAXMOE_KERNEL(JaxmoeSquares, 1, 1, (jaxmoe::ByKind<jaxmoe::Squares<uint16_t>, jaxmoe::Squares<float>>))
 JAXMOE_KERNEL(JaxmoeScaled, 3, 1, (jaxmoe::ByKind<jaxmoe::Scaled<uint16_t>, jaxmoe::Scaled<float>>))
 JAXMOE_KERNEL(JaxmoeRotate, 3, 1, (jaxmoe::ByKind<jaxmoe::Rotate<uint16_t>, jaxmoe::Rotate<float>>))
-JAXMOE_KERNEL(JaxmoeGatedUnit, 1, 1, (jaxmoe::ByKind<jaxmoe::GatedUnit<uint16_t>, jaxmoe::GatedUnit<float>>))
+JAXMOE_KERNEL(JaxmoeGatedUnit, 2, 1, (jaxmoe::ByKind<jaxmoe::GatedUnit<uint16_t>, jaxmoe::GatedUnit<float>>))
 JAXMOE_KERNEL(JaxmoeGatedRows, 2, 1, (jaxmoe::ByKind<jaxmoe::GatedRows<uint16_t>, jaxmoe::GatedRows<float>>))
 JAXMOE_KERNEL(JaxmoeRoute, 3, 2, jaxmoe::Route)
