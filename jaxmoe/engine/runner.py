@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, Segment
-from jaxmoe.engine.batch import FLOAT_PARTS, Bucket
+from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
 from jaxmoe.engine.experts import Experts
 from jaxmoe.errors import RequestError
 from jaxmoe.mesh import compiler_options
@@ -175,11 +175,17 @@ class Runner:
         return EngineState(tokens, pages, token_pages)
 
     def padded_rows(self, num_rows: int) -> int:
-        """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have."""
-        rows = self.num_ranks * self.least_rows
-        while rows < num_rows:
+        """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have, and
+        as many more as it takes to share out tokens between the split regions of layers, where the layout does."""
+        rows = self.least_rows
+        while rows * self.num_ranks < num_rows:
             rows *= 2
-        return rows
+        place = self.placement
+        if place.shared("residual"):  # with blocks of prompts beside them, which bucket_with adds
+            even = math.gcd(place.strip_tokens, BLOCK_TOKENS) * place.num_stages
+            even = math.lcm(even, self.context_ranks * place.num_stages)
+            rows = -(-rows // even) * even
+        return rows * self.num_ranks
 
     def put(self, values: np.ndarray, *dims: str) -> jax.Array:
         """A host array laid out on the mesh by its logical dims."""

@@ -7,15 +7,21 @@ import math
 from dataclasses import replace
 from typing import get_args
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
 from jaxmoe.families import read_config
+from jaxmoe.inspect.aot import step_bucket
+from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
-from jaxmoe.mesh import build_mesh
+from jaxmoe.mesh import PlannedMesh, build_mesh
+from jaxmoe.model import moe, project
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.sharding import Placement, View
 
-from ..tiny.cases import QUICK_CASES
+from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 
 FIRST = "ep-tp", "tp-ep", "dp-ep", "tp"
 
@@ -68,6 +74,41 @@ def test_a_trial_alone_is_of_the_default_layout(tiny_dir):
     assert check.trial.layout == DEFAULT_LAYOUT
     assert not replace(check, max_logit_error=2e-4).passed
     assert not replace(check, num_equal=check.num_tokens - 1).passed
+
+
+SHARING = [name for name in LAYOUTS if name.endswith("-sp")]
+
+
+@pytest.mark.parametrize("axes", all_meshes(8), ids=lambda axes: "x".join(map(str, axes.values())))
+@pytest.mark.parametrize("layout", SHARING)
+def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layout, axes):
+    config = read_config(CASES_BY_NAME["mixtral_six_experts"].config | {"num_hidden_layers": 8})
+    mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
+    asked = ModelQuestion(config="", mesh=mesh, layout=layout, batch=3, context=64)
+    for platform in ("cpu", "gpu", "tpu"):
+        runner = asked.runner(config, PlannedMesh(axes, platform), Kernels())
+        place = runner.placement
+        if not place.shared("residual"):  # the layout's axis is of one device
+            continue
+        bucket = step_bucket(runner, "prefill", **asked.sizes, chunk_tokens=128)
+        tokens = bucket.num_tokens // bucket.micro_batches
+        assert place.lead(tokens * runner.num_ranks) == "residual"
+        assert tokens * runner.num_ranks % (place.strip_rows * place.parts("residual")) == 0
+        assert bucket.blocks <= 4 + 2 * place.strip_rows * axes["pipeline"]
+
+
+def test_tokens_that_are_shared_out_wrongly_are_found(tiny_dir, monkeypatch):
+    """The gather before split regions gives what it should not: a comparison in which no token is shared out passes."""
+    for module in (project, moe):
+        monkeypatch.setattr(
+            module,
+            "gather_rows",
+            lambda x, axes: jnp.tile(x, (jax.lax.axis_size(axes[0]), 1, 1)[: x.ndim]) if axes else x,
+        )
+    (check,) = verify_trials(
+        tiny_dir("mixtral_window"), trials=[Trial(mesh={"tensor": 2}, layout=LAYOUTS["tp-sp"])], max_tokens=2
+    )
+    assert not check.passed
 
 
 def _trials(case, layout: str) -> list[Trial]:
