@@ -2,8 +2,8 @@
 
 A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and chunks a stage v.
 Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
-(P - 1) / (v M + P - 1), and the median time of a whole pass. With --turns tokens are decoded one after another: the
-share of idle ticks once the pipeline is full, which is 1 - min(1, M / P).
+(P - 1) / (v M + P - 1), and the median time of a whole pass. With --turns N tokens are decoded one after another: idle
+is then of the ticks that N more turns take once the pipeline is full, and the formula 1 - min(1, M / P).
 """
 
 from __future__ import annotations
@@ -82,13 +82,23 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     )  # fmt: skip
 
 
+def count_steady_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int) -> Measured:
+    """Ticks and units that so many more turns take, once as many have filled the pipeline."""
+    first, both = (count_ticks(stages, micro_batches, chunks, turns=times * turns) for times in (1, 2))
+    ticks, busy = both.ticks - first.ticks, both.busy - first.busy
+    return Measured(
+        stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
+        idle=1 - busy / (stages * ticks), formula=1 - min(1.0, micro_batches / stages), seconds=0.0,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Print a line for every pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(range(1, 17)))
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--turns", type=int, default=1, help="tokens decoded one after another")
+    parser.add_argument("--turns", type=int, help="decode so many tokens one after another")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     from jaxmoe.mesh import emulate_devices
@@ -99,7 +109,9 @@ def main() -> None:
     for stages in arguments.stages:
         for chunks in arguments.chunks:
             for micro_batches in arguments.micro_batches:
-                one = count_ticks(stages, micro_batches, chunks, turns=arguments.turns, repeats=5)
+                of = stages, micro_batches, chunks
+                turns = arguments.turns
+                one = count_steady_ticks(*of, turns=turns) if turns else count_ticks(*of, repeats=5)
                 _say(one, arguments.json)
 
 

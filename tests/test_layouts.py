@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jax
 import numpy as np
@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from jaxmoe import LLM, Engine, SamplingParams
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import ConfigError, LayoutError
+from jaxmoe.families import read_config
 from jaxmoe.inspect.collectives import collectives
+from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
+from jaxmoe.mesh import PlannedMesh
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.ops.dispatch import DISPATCH_KINDS, HIERARCHICAL
 
 from .conftest import NATIVE, XLA, mesh_of
 from .engine.test_engine import requests_of, twice_with_pages_that_come_back
 from .inspect.programs import step_program
+from .tiny.cases import CASES_BY_NAME
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -128,6 +134,51 @@ def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name
     assert_planned(llm, rows=8, blocks=1)
 
 
+# Kinds of dispatch, in layouts whose experts lie over two axes; with a pipeline, and with strips of tokens.
+KINDS = [
+    pytest.param(kind, layout, mesh, marks=() if (number + at) % 4 == 0 else pytest.mark.sweep)
+    for at, kind in enumerate(DISPATCH_KINDS[1:])
+    for number, (layout, mesh) in enumerate(
+        [
+            ("dp-ep", "tensor=2,expert=4"),
+            ("tp-ep-sp", "pipeline=2,tensor=2,expert=2"),
+            ("dp-ep", "pipeline=2,tensor=2,expert=2"),
+            ("tp-ep-sp", "data=2,tensor=2,expert=2"),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize(("kind", "layout", "mesh"), KINDS)
+def test_every_dispatch_gives_what_one_device_gives_and_says_what_was_planned(kind, layout, mesh, changed_dir):
+    directory = changed_dir("mixtral_six_experts", num_hidden_layers=4)
+    one = _one_device(directory)
+    llm = LLM.load(
+        directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels={"dispatch": kind, "layers": "scan"}
+    )
+    assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == one[0]
+    np.testing.assert_allclose(llm.last_logits(PROMPTS), one[1], atol=1e-4)
+    assert_planned(llm, rows=8, blocks=1)
+    assert_planned(llm, rows=8, blocks=0, turns=2)
+
+
+@pytest.mark.parametrize("kind", HIERARCHICAL)
+def test_levels_along_one_axis_are_refused(kind, tiny_dir):
+    with pytest.raises(ConfigError, match=f"dispatch={kind} .* along expert alone: share them out over two"):
+        LLM.load(tiny_dir("mixtral_six_experts"), mesh=mesh_of("expert=8"), kernels={"dispatch": kind})
+
+
+def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
+    config = read_config(CASES_BY_NAME["mixtral_six_experts"].config)
+    asked = dict(config="", mesh="expert=16", batch=16, context=64)
+    for kind in ("ragged_all_to_all", "hierarchical_ragged"):
+        question = ModelQuestion(**asked, dispatch=kind, layout="ep-tp")
+        axes = {"expert": 16} if kind == "ragged_all_to_all" else {"data": 2, "expert": 2, "tensor": 16}
+        layout = question if kind == "ragged_all_to_all" else replace(question, layout="dp-ep")
+        with pytest.raises(ConfigError, match=f"dispatch={kind} reaches 8 GPUs at most, .* among 16"):
+            layout.runner(config, PlannedMesh(axes, "gpu"), Kernels(dispatch=kind))
+
+
 def assert_planned(llm, *, rows: int, blocks: int, turns: int = 1) -> None:
     """A step of so many rows for each rank of a context, and blocks for each stage, holds what is planned."""
     stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
@@ -189,9 +240,13 @@ def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_dir):
     assert found["all-to-all", ("expert",)][0] == 2 * layers
 
 
-@pytest.mark.parametrize("layout", ["ep-tp", "tp-ep", "dp-ep"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(layout, "all_to_all") for layout in ("ep-tp", "tp-ep", "dp-ep")]
+    + [("dp-ep", kind) for kind in ("ragged_all_to_all", "hierarchical_ragged")],
+)
 @pytest.mark.parametrize("towards", ["one expert", "one rank"])
-def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, towards, changed_dir):
+def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, kind, towards, changed_dir):
     """Weights of the router that make every token choose the same experts, whichever they are."""
     directory = changed_dir("mixtral_six_experts", num_experts_per_tok=1 if towards == "one expert" else 2)
     from safetensors.numpy import load_file, save_file
@@ -203,7 +258,9 @@ def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, towards, chan
                 tensors[key] = np.zeros_like(tensors[key])  # ties go to the lowest: experts 0 and 1, on one rank
         save_file(tensors, path)
     one = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
-    many = LLM.load(directory, mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32")
+    many = LLM.load(
+        directory, mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32", kernels={"dispatch": kind}
+    )
     tokens = [out.token_ids for out in one.generate(PROMPTS, PARAMS)]
     assert [out.token_ids for out in many.generate(PROMPTS, PARAMS)] == tokens
     np.testing.assert_allclose(many.last_logits(PROMPTS), one.last_logits(PROMPTS), atol=1e-4)

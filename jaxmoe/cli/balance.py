@@ -104,6 +104,8 @@ def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: 
     num_experts = loads.shape[1]
     if not 0 <= redundant <= 15 * num_experts:
         raise ConfigError(f"redundant_experts={redundant} must lie in [0, {15 * num_experts}]")
+    if ranks > 16 * num_experts:
+        raise ConfigError(f"--ranks {ranks} must lie in [1, {16 * num_experts}], 16 times the {num_experts} experts")
     places = -(-(num_experts + redundant) // ranks) * ranks
     wanted = planner.balance(loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
     share = -(-num_experts // ranks)
@@ -167,9 +169,14 @@ def _table(found: dict[str, Any]) -> Table:
 
 def _in_words(found: dict[str, Any]) -> str:
     forms = ", ".join(f"{name} {found[name]['balancedness']:.3f}" for name in _FORMS if name in found)
+    nodes, groups, placed = found["nodes"], found["groups"], ""
+    if nodes > 1:
+        placed = f"; groups of experts kept inside {nodes} nodes"
+        if not found["hierarchical"]:
+            placed = f"; placed over all {nodes} nodes alike, since {groups} groups of experts do not divide among them"
     return (
         f"{found['experts']} experts at {found['places']} places on {found['ranks']} ranks; balancedness (mean load "
-        f"over the fullest rank's, 1 is even): {forms}"
+        f"over the fullest rank's, 1 is even): {forms}{placed}"
     )
 
 

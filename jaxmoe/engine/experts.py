@@ -141,8 +141,11 @@ class Experts:
         One slot after the other: its experts go once round the ranks, and each takes what it needs.
         """
         place = self._place.holding(part)
-        axes, ranks = place.axes("moe_expert"), self.num_ranks
-        ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+        axes, ranks, shape = place.axes("moe_expert"), self.num_ranks, place.mesh.shape
+        ordered = tuple(axis for axis in shape if axis in axes)  # ppermute wants axes in the mesh's order
+        along = np.arange(ranks).reshape([shape[axis] for axis in ordered])
+        order = along.transpose([ordered.index(axis) for axis in axes]).reshape(-1).tolist()
+        ring = list(zip(order, order[1:] + order[:1], strict=True))
 
         def on_device(weights: jax.Array, source: jax.Array) -> jax.Array:
             share = weights.shape[1]
@@ -157,7 +160,7 @@ class Experts:
                     there = (here >= 0) & (here < share)
                     some = passing[jnp.clip(here, 0, share - 1)]
                     taken = jnp.where(there.reshape(-1, *(1,) * (some.ndim - 1)), some, taken)
-                    return jax.lax.ppermute(passing, axes, ring) if ranks > 1 else passing, taken
+                    return jax.lax.ppermute(passing, ordered, ring) if ranks > 1 else passing, taken
 
                 _, taken = jax.lax.fori_loop(0, ranks, turn, (weights[at], weights[at]))
                 return weights.at[at].set(taken)

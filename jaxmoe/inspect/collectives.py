@@ -16,6 +16,8 @@ from jaxmoe.planner.traffic import Collective, Op
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 _LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join(get_args(Op))})(?P<start>-start)?\(")
+# What else devices say to each other with, none of which a step holds.
+_OTHER = re.compile(r"= \(?.*?\)? (?P<op>collective-broadcast|ragged-all-gather|send|recv)(?:-start)?\(")
 _NESTED = re.compile(r"\(\([^()]*(?:\([^()]*\)[^()]*)*\), (.*)\)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _MESH_GROUPS = re.compile(
@@ -39,23 +41,31 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     """Every collective instruction in the text of a compiled program, with how often it runs.
 
     Inside a loop that means once a turn, where the compiler knows how many those are; other loops count as one turn.
-    Raises: ValueError for replica groups in a form not known here.
+    One among a part of the devices along its axes is told apart by the name of its axes. Raises: ValueError for
+    replica groups in a form not known here, and for other ways that devices may tell each other something.
     """
     found: Counter[Collective] = Counter()
     for line, times in _lines_run(compiled_text):
         match = _LINE.search(line)
         if match is None:
+            if other := _OTHER.search(line):
+                raise ValueError(f"a collective that is not known here, {other['op']}: {line.strip()[:300]}")
             continue
         op = match["op"]
         groups = _groups(line)
         axes = _axes(groups, mesh)
+        if op != "collective-permute" and groups.shape[1] != math.prod(mesh.shape[axis] for axis in axes):
+            axes = (f"{groups.shape[1]} ranks of {' x '.join(axes)}",)
         if not axes:
             continue
         result = match["result"]
         nested = match["start"] and _NESTED.match(result)  # ((operands), results)
         sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(nested[1] if nested else result)]
         if match["start"] and not nested and len(sizes) > 1:  # (operand, result, ...)
-            sizes = sizes[1:2] if op == "collective-permute" else sizes[len(sizes) // 2 :]
+            if op == "collective-permute":
+                sizes = sizes[1:2]
+            elif op != "all-reduce":  # whose tuple is of results alone
+                sizes = sizes[len(sizes) // 2 :]
         found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += times  # type: ignore[arg-type]
     return found
 

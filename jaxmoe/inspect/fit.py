@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from threading import Thread
 from typing import Any
 
 from jaxmoe.config import ModelConfig
@@ -19,7 +20,7 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
-from jaxmoe.mesh import build_mesh
+from jaxmoe.mesh import PlannedMesh, build_mesh
 
 # What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
 _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
@@ -62,8 +63,7 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            child.stdin.write(json.dumps(asdict(question)))
-            child.stdin.close()
+            print(json.dumps(asdict(question)), file=child.stdin, flush=True)  # and its end when this process ends
             for line in child.stdout:
                 if not line.startswith("{"):  # whatever a plugin prints
                     continue
@@ -89,7 +89,9 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     """In the process apart: compile each step."""
     config, target, axes = question.checked()
     kernels = question.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
-    runner = question.runner(config, build_mesh(axes, topology_devices(target)), kernels)
+    # Neither what is refused nor what has no room for weights and pages needs the target's compiler.
+    platform = "gpu" if target.device.platform == "cuda" else target.device.platform
+    runner = question.runner(config, PlannedMesh(axes, platform), kernels)
     weights, kv = held_bytes(runner, **question.sizes)
     size: dict[str, int | None]
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
@@ -101,8 +103,9 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
     }  # fmt: skip
-    if weights + kv > target.device.hbm_bytes:  # no program is needed to see that
+    if weights + kv > target.device.hbm_bytes:
         return answer
+    runner = question.runner(config, build_mesh(axes, topology_devices(target)), kernels)
     for phase in PHASES:
         say({"phase": phase})
         try:
@@ -148,8 +151,15 @@ def _no_room(error: str, held: int, limit: int) -> tuple[dict[str, Any], int]:
     return part | {"error": " ".join(error.split())[:300]}, limit
 
 
+def _end_with_stdin() -> None:
+    """End when the process that asked does, however that ends: nobody waits for what is being compiled."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def _main() -> None:
-    question = json.loads(sys.stdin.read())
+    question = json.loads(sys.stdin.readline())
+    Thread(target=_end_with_stdin, daemon=True).start()
     question["ignore_config_keys"] = tuple(question["ignore_config_keys"])
 
     def say(value: Mapping[str, Any]) -> None:

@@ -73,6 +73,7 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
         (["--loads", "HUGE", "--ranks", "2"], "numbers in [0, 1e18]"),
         (["--loads", "TEXT", "--ranks", "2"], "numbers in [0, 1e18]"),
         (["--loads", "LOADS", "--ranks", "8", "--redundant-experts", "99999999999"], "must lie in [0, 180]"),
+        (["--loads", "LOADS", "--ranks", "100000000000"], "--ranks 100000000000 must lie in [1, 192]"),
         (["--loads", "nowhere.json", "--ranks", "8"], "nowhere.json cannot be read"),
         (["--loads", "RAGGED", "--ranks", "8"], "a layer, as many in each"),
         (["--loads", "LOADS", "--ranks", "8", "--groups", "5"], "12 experts do not divide among 5 groups"),

@@ -57,6 +57,13 @@ def placement_of(expert_at, experts) -> ExpertPlacement:
         ("mixtral_six_experts", "data=2,tensor=2,expert=2", "ep-tp", 2, "all_to_all"),
         ("qwen2_moe_shared", "tensor=2,expert=2", "tp-ep", 0, "ragged_all_to_all"),
         ("qwen3_moe_sparse_step", "pipeline=2,tensor=2,expert=2", "tp-ep-sp", 5, "all_gather"),
+        (  # axes in an order of their own
+            "mixtral_six_experts",
+            "data=2,tensor=2,expert=2",
+            "batch=data+expert+tensor,experts=tensor+expert+data",
+            2,
+            "hierarchical",
+        ),
     ],
 )
 def test_moved_experts_give_the_same_and_nothing_is_compiled(name, mesh, layout, redundant, dispatch, changed_dir):

@@ -137,6 +137,34 @@ def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
     }
 
 
+def _program(*lines: str) -> str:
+    return "\n".join(["ENTRY %main (x: f32[8]) -> f32[8] {", *lines, "}"])
+
+
+_ALL, _PAIRS = "replica_groups=[1,8]<=[8]", "replica_groups=[4,2]<=[8]"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (f"%a = (f32[1000], f32[8]) all-reduce-start(%x, %y), {_ALL}", ("all-reduce", "tensor", 4032)),
+        (f"%a = (f32[8], f32[64]) all-gather-start(%x), {_ALL}", ("all-gather", "tensor", 256)),
+        (f"%a = ((f32[8], f32[4]), f32[64], f32[32]) all-gather-start(%x, %y), {_ALL}", ("all-gather", "tensor", 384)),
+        (f"%a = f32[8] all-reduce(%x), {_PAIRS}", ("all-reduce", "2 ranks of tensor", 32)),
+    ],
+)
+def test_joined_ones_count_whole_and_ones_of_a_few_ranks_are_told_apart(line, found):
+    """As compilers print several that they made into one, and what no layout plans."""
+    op, axis, size = found
+    assert collectives(_program(line), mesh_of("tensor=8")) == {Collective(op=op, axes=(axis,), result_bytes=size): 1}
+
+
+@pytest.mark.parametrize("op", ["collective-broadcast", "send", "recv"])
+def test_other_ways_to_tell_something_are_not_passed_over(op):
+    with pytest.raises(ValueError, match=f"a collective that is not known here, {op}"):
+        collectives(_program(f"%a = f32[1000000] {op}(%x), channel_id=1"), mesh_of("tensor=8"))
+
+
 def test_an_unplanned_collective_is_seen():
     """A weight gathered by mistake shows up, so the comparison above can fail."""
     mesh = mesh_of("tensor=8")

@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
+import psutil
 import pytest
 
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
@@ -72,6 +79,57 @@ def question(tiny_dir, **changes) -> Question:
 def test_questions_that_make_no_sense(changes, kind, words, tiny_dir):
     with pytest.raises(kind, match=words):
         compile_for(question(tiny_dir, **changes))
+
+
+def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, monkeypatch):
+    """The process apart would fail where it asks for the target's devices."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import jaxmoe.inspect.targets as targets; targets.topology_devices = None"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
+    answer = compile_for(Question(config="deepseek-v3", target="h100:1x8", mesh="expert=8", batch=8, context=64))
+    assert not answer["fits"]
+    assert answer["bytes"]["weights"] > answer["bytes"]["limit"]
+    with pytest.raises(ConfigError, match=r"dispatch=ragged_all_to_all reaches 8 GPUs at most"):
+        compile_for(question(tiny_dir, target="h200:2x8", mesh="expert=16", dispatch="ragged_all_to_all"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir, tmp_path):
+    """The process apart stands where it compiles; it ends with the one that waits for it."""
+    (tmp_path / "sitecustomize.py").write_text(_WAITING)
+    code = f"from jaxmoe.inspect.fit import Question, compile_for; compile_for({question(tiny_dir)!r})"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    waiting = tmp_path / "waiting"
+    told = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen([sys.executable, "-c", code], env=told) as asking:
+        child = _when(lambda: int(waiting.read_text()) if waiting.exists() and waiting.read_text() else 0)
+        asking.send_signal(how)
+        asking.wait()
+    assert _when(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+
+
+# In the process apart: say who it is, and wait for as long as a compiler would.
+_WAITING = """
+import os, sys
+if "jaxmoe.inspect.fit" in sys.orig_argv:
+    import time
+    import jaxmoe.inspect.targets as targets
+    def waits(target):
+        with open(os.environ["JAXMOE_TEST_WAITING"], "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(600)
+    targets.topology_devices = waits
+"""
+
+
+def _when(found, seconds: float = 120):
+    """What found() gives once it gives anything."""
+    for _ in range(int(seconds / 0.05)):
+        if value := found():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("nothing came")
 
 
 @pytest.mark.parametrize(("target", "package"), [("v5p:2x2x1", "libtpu"), ("h200:1x4", "jax_plugins.xla_cuda13")])

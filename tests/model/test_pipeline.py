@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
-from scripts.bench_pipeline import count_ticks
+from scripts.bench_pipeline import count_steady_ticks, count_ticks
 
 from ..conftest import NATIVE, XLA, mesh_of
 from ..engine.test_engine import all_together, requests_of, twice_with_pages_that_come_back
@@ -167,11 +168,28 @@ def test_stages_are_idle_as_often_as_the_formula_says(stages, micro_batches, chu
     assert found.idle == pytest.approx((stages - 1) / (chunks * micro_batches + stages - 1), abs=1e-12)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stages, chunks):
+    """Units counted one by one. With fewer micro-batches than stages and several chunks the last micro-batch enters in
+    tick M - 1 and is in no two chunks at once: stages x chunks ticks more are the least there can be."""
+    for micro_batches in range(1, 17):
+        schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+        ticks = schedule.ticks()
+        busy = sum(schedule.unit(tick, stage).busy for tick in range(ticks) for stage in range(stages))
+        assert busy == stages * chunks * micro_batches
+        if micro_batches >= stages or chunks == 1:
+            formula = Fraction(stages - 1, chunks * micro_batches + stages - 1)
+            assert 1 - Fraction(busy, stages * ticks) == schedule.idle() == formula
+        else:
+            assert ticks == micro_batches - 1 + stages * chunks
+
+
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 2, 1), (4, 2, 1), (4, 5, 2)])
 def test_decoding_stages_wait_only_while_the_pipeline_fills(stages, micro_batches, chunks):
-    short, long = (count_ticks(stages, micro_batches, chunks, turns=turns) for turns in (2, 5))
-    more = stages * (long.ticks - short.ticks)
-    assert (long.busy - short.busy) / more == pytest.approx(min(1, micro_batches / stages))
+    found = count_steady_ticks(stages, micro_batches, chunks, turns=2)
+    assert found.busy == 2 * stages * chunks * micro_batches
+    assert found.idle == found.formula == 1 - min(1, micro_batches / stages)
 
 
 def test_no_weight_is_copied_and_pages_are_donated(changed_dir):
