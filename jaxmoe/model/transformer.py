@@ -93,17 +93,21 @@ class Transformer(nnx.Module):
             x, carried = self._beside(0, len(self.parts), self.embedded(tokens), told, carried, asked)
             x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
         else:
-            x, carried = self._through_stages(self.embedded(tokens), work, carried, schedule, pick)
+            x, carried = self._through_stages(self.embedded(tokens, together=False), work, carried, schedule, pick)
         return self.normed(x), carried, routed
 
     def nothing_carried(self) -> Carried:
         """For attention that keeps nothing."""
         return Carried([(None,) * part.period for part in self.parts], None)
 
-    def embedded(self, tokens: jax.Array) -> jax.Array:
-        """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart."""
+    def embedded(self, tokens: jax.Array, *, together: bool = True) -> jax.Array:
+        """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
+
+        together: whether they are one micro-batch."""
         place, table = self.beside, self.embed[...]
-        lead = "batch" if place.num_stages > 1 else place.lead(tokens.shape[0])
+        between = place.lead(tokens.shape[0])
+        apart = place.num_stages > 1 and not (together and place.shared(between))
+        lead: TokenDim | Literal["batch"] = "batch" if apart else between
         axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
         if lead == "token" or not axes:
             tokens = place.constrain(tokens, lead, "length")

@@ -138,7 +138,10 @@ def planned_round_stops(
         return planned_stops(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)
     plan.where = "embedding"
-    plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
+    if placement.shared(plan.lead):
+        plan.sum(plan.beside, "vocab", plan.shared_rows * plan.hidden, 1)
+    else:
+        plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
     plan.layers(1)
     plan.send(1)
     plan.from_last(1)
