@@ -51,6 +51,10 @@ class Sink(Protocol):
         """What it takes on a disk."""
         ...
 
+    def num_files(self) -> int:
+        """Files and folders of it."""
+        ...
+
     def create(self) -> None:
         """Files that must be there first; those that are stay."""
         ...
@@ -74,12 +78,12 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A source tensor and what is made of it. expected: its sha256, where the source says it."""
+    """A source tensor and what is made of it. expected: sha256 of source tensors by name, where the source says it."""
 
     tensor: TensorInfo | Made
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
-    expected: str | None = None
+    expected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def granule(self) -> int:
@@ -165,7 +169,9 @@ class Stream:
         return found
 
     def _written(self, unit: Unit) -> Sums:
-        digests = [hashlib.sha256() for _ in unit.outputs]
+        self._check_sources(unit)
+        digests, read = [hashlib.sha256() for _ in unit.outputs], hashlib.sha256()
+        untouched = unit.outputs == (unit.spec,)
         step = self._slice_bytes(unit)
         total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
         with ExitStack() as stack:
@@ -177,6 +183,8 @@ class Stream:
                     return {}
                 part = buffer[: min(step, total - start)]
                 unit.tensor.read_bytes(start, memoryview(part))
+                if unit.expected and not untouched:
+                    read.update(part)
                 made = self.transform.apply(unit.spec, part.view(dtype))
                 for writer, digest, numbers in zip(writers, digests, made, strict=True):
                     content = memoryview(numbers.view(np.uint8))
@@ -184,15 +192,28 @@ class Stream:
                     writer.append(content)
                 self.on_bytes(unit.source_bytes(len(part)))
         sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
-        if unit.expected is not None and sums[unit.spec.name] != unit.expected:
-            raise CheckpointError(
-                f"tensor {unit.spec.name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
-            )
+        if isinstance(unit.tensor, TensorInfo):
+            _expect(unit.tensor, sums[unit.spec.name] if untouched else read.hexdigest(), unit.expected)
         self.record(unit.spec.name, sums)
         return sums
+
+    def _check_sources(self, unit: Unit) -> None:
+        """What a tensor is made of, against its checksums, before any of it is dequantised: scales are read often."""
+        if not (isinstance(unit.tensor, Made) and unit.expected):
+            return
+        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
+            for source in unit.tensor.sources:
+                _expect(source, sum_tensor(source, step_bytes=_SLICE_BYTES), unit.expected)
 
     def _slice_bytes(self, unit: Unit) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
         granule = math.lcm(self.transform.granule(unit.spec), unit.granule) * unit.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule
+
+
+def _expect(tensor: TensorInfo, found: str, expected: Mapping[str, str]) -> None:
+    if expected.get(tensor.name, found) != found:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
+        )
