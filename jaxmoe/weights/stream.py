@@ -86,6 +86,11 @@ class Unit:
     expected: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def untouched(self) -> bool:
+        """Whether its bits go through."""
+        return isinstance(self.tensor, TensorInfo) and self.outputs == (self.spec,)
+
+    @property
     def granule(self) -> int:
         """Slices begin at multiples of so many numbers."""
         return self.tensor.row_numbers if isinstance(self.tensor, Made) else 1
@@ -170,8 +175,7 @@ class Stream:
 
     def _written(self, unit: Unit) -> Sums:
         self._check_sources(unit)
-        digests, read = [hashlib.sha256() for _ in unit.outputs], hashlib.sha256()
-        untouched = unit.outputs == (unit.spec,)
+        digests = [hashlib.sha256() for _ in unit.outputs]
         step = self._slice_bytes(unit)
         total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
         with ExitStack() as stack:
@@ -183,8 +187,6 @@ class Stream:
                     return {}
                 part = buffer[: min(step, total - start)]
                 unit.tensor.read_bytes(start, memoryview(part))
-                if unit.expected and not untouched:
-                    read.update(part)
                 made = self.transform.apply(unit.spec, part.view(dtype))
                 for writer, digest, numbers in zip(writers, digests, made, strict=True):
                     content = memoryview(numbers.view(np.uint8))
@@ -192,18 +194,20 @@ class Stream:
                     writer.append(content)
                 self.on_bytes(unit.source_bytes(len(part)))
         sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
-        if isinstance(unit.tensor, TensorInfo):
-            _expect(unit.tensor, sums[unit.spec.name] if untouched else read.hexdigest(), unit.expected)
+        if unit.untouched:
+            _expect(unit.spec.name, sums[unit.spec.name], unit.expected)
         self.record(unit.spec.name, sums)
         return sums
 
     def _check_sources(self, unit: Unit) -> None:
-        """What a tensor is made of, against its checksums, before any of it is dequantised: scales are read often."""
-        if not (isinstance(unit.tensor, Made) and unit.expected):
+        """What other numbers are made of, against its checksums, before it is taken for numbers."""
+        made = unit.tensor
+        sources = made.sources if isinstance(made, Made) else () if unit.untouched else (made,)
+        if not (sources and unit.expected):
             return
         with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
-            for source in unit.tensor.sources:
-                _expect(source, sum_tensor(source, step_bytes=_SLICE_BYTES), unit.expected)
+            for source in sources:
+                _expect(source.name, sum_tensor(source, step_bytes=_SLICE_BYTES), unit.expected)
 
     def _slice_bytes(self, unit: Unit) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
@@ -212,8 +216,8 @@ class Stream:
         return max(1, room // granule) * granule
 
 
-def _expect(tensor: TensorInfo, found: str, expected: Mapping[str, str]) -> None:
-    if expected.get(tensor.name, found) != found:
+def _expect(name: str, found: str, expected: Mapping[str, str]) -> None:
+    if expected.get(name, found) != found:
         raise CheckpointError(
-            f"tensor {tensor.name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
+            f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
         )

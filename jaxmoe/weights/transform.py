@@ -86,7 +86,7 @@ class CastFloats(AsPublished):
         """Rounded to nearest, ties to even. Raises: CheckpointError where a finite number becomes infinite."""
         if self.outputs(tensor) == (tensor,):
             return (numbers,)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             cast = numbers.astype(DTYPES[self._to].numpy)
         if self._to == "F16" or tensor.dtype == "F64":
             lost = np.isinf(cast) & np.isfinite(numbers)
