@@ -13,16 +13,17 @@ from jaxmoe.cli.options import size_text, table_console
 
 @click.command("info")
 @click.argument("model")
+@click.option("--revision", help="branch, tag or commit of a hub model")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
-def info(model: str, ignore_config_keys: tuple[str, ...], as_json: bool) -> None:
-    """What MODEL is (a config.json, a folder with one, or a preset): family, layers, routing, parameters in all and
-    active for a token, bytes by part, keys and values of a token, quantisation. Where weights lie beside the config,
-    their bytes are those of the files."""
+def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool) -> None:
+    """What MODEL is (a config.json, a folder with one, a preset, or a hub id, whose config.json is fetched): family,
+    layers, routing, parameters in all and active for a token, bytes by part, keys and values of a token, quantisation.
+    Where weights lie beside the config, bytes are those of the files, and shapes are held against it."""
     from jaxmoe.inspect.info import model_info
     from jaxmoe.weights.source import find_config
 
-    found = model_info(find_config(model), ignore=ignore_config_keys)
+    found = model_info(find_config(model, hub=True, revision=revision), ignore=ignore_config_keys)
     if as_json:
         print(json.dumps(found), flush=True)
     else:
@@ -36,13 +37,15 @@ def _print(found: dict[str, Any]) -> None:
     for name in ("parameters", "bytes", "of all"):
         table.add_column(name, justify="right")
     for part, num_bytes in size["by_part"].items():
-        share = "" if num_bytes is None else f"{num_bytes / size['total']:.1%}"
+        share = f"{num_bytes / size['total']:.1%}" if num_bytes is not None and size["total"] else ""
         table.add_row(part, f"{parameters['by_part'].get(part, 0):,}", _size(num_bytes), share)
     table.add_section()
     table.add_row("all", f"{parameters['total']:,}", _size(size["total"]), "")
     table.add_row("active for a token", f"{parameters['active']:,}", "", "")
     table_console().print(table)
     print(f"bytes are those of {'the files' if size['measured'] else 'files as the config says'}; {_format(found)}")
+    if found["config_check"] is not None:
+        print(f"weights beside config.json: {found['config_check']}")
     print("layers: " + "; ".join(f"{count} {kind}" for kind, count in found["layers"].items()))
     for name in ("attention", "experts"):
         if found[name]:

@@ -35,14 +35,19 @@ FAMILIES: dict[str, Family] = {
     for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
 
+# What models hold in float32 whatever their dtype (model/params.py, Maker.exact), by the ends of its names.
+_EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values() if family.names.selection_bias})
+
 __all__ = [
     "FAMILIES",
     "Family",
     "Piece",
+    "is_exact",
     "may_stand_unused",
     "pieces",
     "quantised_keys",
     "read_config",
+    "read_published",
     "with_weights_dtype",
 ]
 
@@ -65,6 +70,11 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelC
     config = FAMILIES[name].read(reader)
     reader.finish(name)
     return as_published(config, published, FAMILIES[name].names)
+
+
+def is_exact(key: str) -> bool:
+    """Whether a tensor is of what models hold in float32 whatever their dtype, be it of a layer that none here runs."""
+    return key.endswith(_EXACT)
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelConfig:

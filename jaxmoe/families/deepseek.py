@@ -1,6 +1,7 @@
 """DeepSeek-V2, V3, R1, V3.1 and Kimi-K2: latent attention, a dense prefix, shared experts, group-limited routing.
 DeepSeek-V3.2, whose attention is sparse beside that, is read and not run.
 
+Where DeepSeek's own code and Hugging Face's take different things for an absent key, the key is needed.
 Source: the published configs and modeling code of DeepSeek-V2 and DeepSeek-V3; Hugging Face's DeepseekV2Config and
 DeepseekV3Config.
 """
@@ -15,6 +16,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.reader import (
+    REQUIRED,
     ConfigReader,
     read_decoder,
     read_dense_prefix,
@@ -43,9 +45,9 @@ def read_score_scale(reader: ConfigReader, head_dim: int) -> float:
     return scale * yarn_mscale(float(scaling["factor"]), all_dim) ** 2 if all_dim else scale
 
 
-def read_shared_experts(reader: ConfigReader, width: int) -> int:
+def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQUIRED) -> int:
     """Columns of the shared experts, which are one SwiGLU as wide as all of them."""
-    count = reader.whole("n_shared_experts", 0)
+    count = reader.whole("n_shared_experts", default)
     if count < 0:
         raise ConfigError(f"config key 'n_shared_experts' = {count} must be at least 0")
     return count * width
@@ -57,7 +59,7 @@ def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
     reader.expect("topk_method", "greedy", "group_limited_greedy")
     reader.expect("norm_topk_prob", False)
     grouped = reader.get("topk_method", "greedy") == "group_limited_greedy"
-    groups, best = reader.whole("n_group", 1), reader.whole("topk_group", 1)
+    groups, best = (reader.whole(key, REQUIRED if grouped else 1) for key in ("n_group", "topk_group"))
     return dict(
         norm_topk_prob=False,
         num_groups=groups if grouped else 1,
@@ -66,14 +68,17 @@ def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
     )
 
 
-def sigmoid_routing(reader: ConfigReader) -> dict[str, Any]:
-    """DeepSeek-V3: sigmoid; a bias takes part in the choice alone; of groups the two best experts count."""
+def sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any = REQUIRED) -> dict[str, Any]:
+    """DeepSeek-V3: sigmoid; a bias takes part in the choice alone; of groups the two best experts count.
+
+    groups, normed: where the file does not say.
+    """
     reader.expect("scoring_func", "sigmoid")
     reader.expect("topk_method", "noaux_tc")
     return dict(
-        norm_topk_prob=reader.flag("norm_topk_prob", True),
-        num_groups=reader.whole("n_group", 1),
-        top_groups=reader.whole("topk_group", 1),
+        norm_topk_prob=reader.flag("norm_topk_prob", normed),
+        num_groups=reader.whole("n_group", groups),
+        top_groups=reader.whole("topk_group", groups),
         group_best=2,
         scoring="sigmoid",
         selection_bias=True,
@@ -94,7 +99,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         num_experts_per_tok=reader.whole("num_experts_per_tok"),
         intermediate_size=width,
         shared_intermediate_size=read_shared_experts(reader, width),
-        routed_scaling=reader.number("routed_scaling_factor", 1.0),
+        routed_scaling=reader.number("routed_scaling_factor", REQUIRED if sigmoid else 1.0),
         **(sigmoid_routing if sigmoid else _softmax_routing)(reader),
     )
     return ModelConfig(
@@ -104,7 +109,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         indexer=_read_indexer(reader) if family == _SPARSE else None,
         score_scale=read_score_scale(reader, shared["head_dim"]),
         moe=moe,
-        moe_layers=read_dense_prefix(reader, num_layers=layers),
+        moe_layers=read_dense_prefix(reader, num_layers=layers, default=REQUIRED if sigmoid else 0),
         sliding_windows=(None,) * layers,
         mtp_layers=read_mtp_layers(reader),
     )

@@ -14,15 +14,15 @@ def read(reader: ConfigReader) -> ModelConfig:
         num_experts=read_num_experts(reader, "n_routed_experts", "num_local_experts"),
         num_experts_per_tok=reader.whole("num_experts_per_tok"),
         intermediate_size=width,
-        shared_intermediate_size=read_shared_experts(reader, width),
+        shared_intermediate_size=read_shared_experts(reader, width, default=1),
         routed_scaling=reader.number("routed_scaling_factor", 1.0),
-        **sigmoid_routing(reader),
+        **sigmoid_routing(reader, groups=1, normed=True),
     )
     return ModelConfig(
         family="glm4_moe",
         **shared,
         moe=moe,
-        moe_layers=read_dense_prefix(reader, num_layers=layers),
+        moe_layers=read_dense_prefix(reader, num_layers=layers, default=1),
         sliding_windows=(None,) * layers,
         qkv_bias=reader.flag("attention_bias"),
         qk_norm="head" if reader.flag("use_qk_norm") else "none",

@@ -8,10 +8,15 @@ from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_windows
 
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
 
 def read(reader: ConfigReader) -> ModelConfig:
     """Every layer routes, over experts of width intermediate_size; weights of the chosen ones sum to 1."""
-    shared = read_decoder(reader, default_eps=1e-5, default_theta=150000.0, default_head_dim=64)
+    shared = read_decoder(reader, default_eps=1e-5, default_theta=150000.0, default_head_dim=64, default_scaling=_YARN)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias", True)
     for key in ("experts_per_token", "initial_context_length"):  # said again by num_experts_per_tok and rope_scaling

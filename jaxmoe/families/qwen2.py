@@ -13,7 +13,9 @@ def read(reader: ConfigReader) -> ModelConfig:
         family="qwen2",
         **shared,
         moe_layers=(False,) * layers,
-        sliding_windows=read_windows(reader, num_layers=layers, rule="from max_window_layers", switched=True),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="from max_window_layers", switched=True, absent=4096
+        ),
         qkv_bias=True,
     )
 

@@ -22,7 +22,9 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe=moe,
         moe_layers=read_sparse_layers(reader, num_layers=layers),
-        sliding_windows=read_windows(reader, num_layers=layers, rule="even below max_window_layers", switched=True),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="even below max_window_layers", switched=True, absent=4096
+        ),
         qkv_bias=reader.flag("qkv_bias", True),
     )
 

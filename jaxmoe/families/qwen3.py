@@ -14,7 +14,9 @@ def read(reader: ConfigReader) -> ModelConfig:
         family="qwen3",
         **shared,
         moe_layers=(False,) * layers,
-        sliding_windows=read_windows(reader, num_layers=layers, rule="from max_window_layers", switched=True),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="from max_window_layers", switched=True, absent=4096
+        ),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",

@@ -21,7 +21,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe=moe,
         moe_layers=read_sparse_layers(reader, num_layers=layers),
-        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=True),
+        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=True, absent=4096),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxmoe.config import MLAConfig, RopeConfig
@@ -22,7 +23,7 @@ HARMLESS = frozenset({
     "use_bfloat16", "use_cache", "use_return_dict",
 })  # fmt: skip
 
-_REQUIRED = object()
+REQUIRED = object()  # in place of a default
 _MAX_WHOLE = 2**31 - 1
 _MAX_LAYERS = _MAX_HEADS = _MAX_EXPERTS = 10_000
 
@@ -43,12 +44,12 @@ class ConfigReader:
         self._raw = dict(raw)
         self._used = set(ignore)
 
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+    def get(self, key: str, default: Any = REQUIRED) -> Any:
         """The value of key; null counts as absent. Raises ConfigError where it is required and absent."""
         self._used.add(key)
         value = self._raw.get(key)
         if value is None:
-            if default is _REQUIRED:
+            if default is REQUIRED:
                 raise ConfigError(f"config.json has no {key!r}, which this family needs: add it")
             return default
         return value
@@ -57,7 +58,7 @@ class ConfigReader:
         """Whether the file names key at all, be it with null."""
         return key in self._raw
 
-    def whole(self, key: str, default: Any = _REQUIRED) -> Any:
+    def whole(self, key: str, default: Any = REQUIRED) -> Any:
         """A whole number (or the default)."""
         value = self.get(key, default)
         if value is default:
@@ -68,7 +69,7 @@ class ConfigReader:
             raise ConfigError(f"config key {key!r} = {str(value)[:20]}... must lie within +-{_MAX_WHOLE}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A finite number (or the default)."""
         value = self.get(key, default)
         if value is default:
@@ -77,7 +78,7 @@ class ConfigReader:
             raise ConfigError(f"config key {key!r} = {str(value)[:60]} must be a finite number")
         return float(value)
 
-    def flag(self, key: str, default: bool = False) -> bool:
+    def flag(self, key: str, default: Any = False) -> bool:
         """True or false (or the default)."""
         value = self.get(key, default)
         if not isinstance(value, bool):
@@ -125,12 +126,12 @@ _YARN_MAY = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_fa
 _ROPE_SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
-def rope_scaling(reader: ConfigReader) -> Mapping[str, Any]:
-    """The published rope_scaling, or the newer rope_parameters; {} where there is neither. Raises: ConfigError."""
+def rope_scaling(reader: ConfigReader, default: Mapping[str, Any] = MappingProxyType({})) -> Mapping[str, Any]:
+    """The published rope_scaling, or the newer rope_parameters; default where there is neither. Raises: ConfigError."""
     newer, published = reader.get("rope_parameters", None), reader.get("rope_scaling", None)
     if published is not None and newer is not None:
         raise ConfigError("config keys 'rope_scaling' and 'rope_parameters' are both given: keep one")
-    scaling = published if published is not None else newer if newer is not None else {}
+    scaling = published if published is not None else newer if newer is not None else default
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"config key 'rope_scaling' = {scaling!r} must be an object or null")
     return scaling
@@ -142,24 +143,25 @@ def read_rope(
     head_dim: int,
     default_theta: float = 10000.0,
     default_partial: float | None = None,
+    default_scaling: Mapping[str, Any] = MappingProxyType({}),
     interleaved: bool = False,
 ) -> RopeConfig:
     """Rotary settings in the published form (rope_theta, rope_scaling) or the newer one (rope_parameters).
 
     default_partial: the share of a head that is turned, where the file does not say; None where a family turns all.
+    default_scaling: a rope_scaling where the file has none.
     Raises: ConfigError for an unknown scaling, or a key of it that is unknown.
     """
     top_theta = reader.number("rope_theta", None)
-    scaling = rope_scaling(reader)
+    scaling = rope_scaling(reader, default_scaling)
     inner = ConfigReader(scaling)
     inner_theta = inner.number("rope_theta", None)
     theta = inner_theta if inner_theta is not None else top_theta if top_theta is not None else default_theta
-    partial = 1.0
-    for one in (inner, reader):
-        if default_partial is None:
+    if default_partial is None:
+        for one in (inner, reader):
             one.expect("partial_rotary_factor", 1, 1.0)
-        elif partial == 1.0:
-            partial = one.number("partial_rotary_factor", 1.0 if one is inner else default_partial)
+    said = [one.number("partial_rotary_factor", None) for one in (inner, reader)]
+    partial = next((one for one in said if one is not None), default_partial or 1.0)
     if not 0 < partial <= 1:
         raise ConfigError(f"config key 'partial_rotary_factor' = {partial} must lie above 0 and not above 1")
     kind = inner.get("rope_type", None) or inner.get("type", "default")
@@ -237,10 +239,12 @@ def read_decoder(
     default_eps: float = 1e-6,
     default_theta: float = 10000.0,
     default_partial: float | None = None,
+    default_scaling: Mapping[str, Any] = MappingProxyType({}),
     interleaved: bool = False,
     latent: MLAConfig | None = None,
 ) -> dict[str, Any]:
-    """What every Llama-like decoder shares, as keyword arguments of ModelConfig. default_partial: see read_rope.
+    """What every Llama-like decoder shares, as keyword arguments of ModelConfig. default_partial, default_scaling: see
+    read_rope.
 
     latent: of a family whose heads share one: their sizes are its own.
     """
@@ -266,7 +270,7 @@ def read_decoder(
         head_dim = hidden // heads
     rope = read_rope(
         reader, head_dim=head_dim if latent is None else latent.qk_rope_head_dim, default_theta=default_theta,
-        default_partial=default_partial, interleaved=interleaved,
+        default_partial=default_partial, default_scaling=default_scaling, interleaved=interleaved,
     )  # fmt: skip
     return dict(
         vocab_size=reader.whole("vocab_size"),
@@ -296,10 +300,10 @@ def read_layer_types(reader: ConfigReader, known: tuple[str, ...], *, num_layers
     return types
 
 
-def read_dense_prefix(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:
+def read_dense_prefix(reader: ConfigReader, *, num_layers: int, default: Any) -> tuple[bool, ...]:
     """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
     reader.expect("moe_layer_freq", 1)
-    dense = reader.whole("first_k_dense_replace", 0)
+    dense = reader.whole("first_k_dense_replace", default)
     if not 0 <= dense <= num_layers:
         raise ConfigError(f"config key 'first_k_dense_replace' = {dense} must lie in [0, {num_layers}]")
     return tuple(layer >= dense for layer in range(num_layers))

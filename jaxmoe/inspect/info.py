@@ -10,30 +10,34 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.errors import ConfigError
+from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
-
-_QUANTISATION = "quantization_config"
+from jaxmoe.weights.manifest import MANIFEST
+from jaxmoe.weights.published import config_check
+from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.transform import QUANTISATION
 
 
 def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     """All that `jaxmoe info --json` says of the model of a config.json.
 
-    A format of weights that cannot be run is named, and their bytes are then None. Raises: CheckpointError,
-    ConfigError.
+    A format of weights that cannot be run is named, and their bytes are then None. Weights that lie beside it are
+    held against it. Raises: CheckpointError, ConfigError.
     """
     raw, ignored = read_json(path), list(ignore)
     try:
         config, unknown = read_config(raw, ignore=ignored), None
     except ConfigError as error:
-        if _QUANTISATION not in raw or _QUANTISATION not in str(error):
+        if QUANTISATION not in raw or QUANTISATION not in str(error):
             raise
-        config = read_config({key: value for key, value in raw.items() if key != _QUANTISATION}, ignore=ignored)
+        config = read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignored)
         unknown = str(error)
     counts = count_parameters(config)
-    measured = _bytes_of_files(path.parent, config)
+    has_weights = any((path.parent / name).is_file() for name in (SINGLE, INDEX, MANIFEST))
+    tensors = open_tensors(path.parent) if has_weights else None
+    measured = None if tensors is None else _bytes_of_files(tensors, config)
     by_part: dict[Any, int | None] = {**(counts.num_bytes if measured is None else measured)}
     if unknown is not None and measured is None:
         by_part = dict.fromkeys(by_part)
@@ -43,7 +47,8 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
         "dtype": config.dtype,
         "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
         "bytes": {"total": sum(known) if known else None, "by_part": by_part, "measured": measured is not None},
-        "quantisation": _quantisation(config, raw.get(_QUANTISATION), runs=unknown is None),
+        "config_check": None if tensors is None else _check(path.parent, tensors, raw, ignored),
+        "quantisation": _quantisation(config, raw.get(QUANTISATION), runs=unknown is None),
         "layers": _layers(config),
         "attention": _attention(config),
         "experts": _experts(config),
@@ -53,14 +58,18 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def _bytes_of_files(directory: Path, config: ModelConfig) -> dict[str, int] | None:
-    """Bytes by part of the weights beside a config; None where there are none. Tensors the model does not use count as
-    unused."""
-    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        return None
+def _check(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignored: list[str]) -> str:
+    try:
+        return config_check(directory, tensors, raw, ignored)
+    except CheckpointError as error:
+        return str(error)
+
+
+def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, int]:
+    """Bytes by part of weights. Tensors the model does not use count as unused."""
     parts = {tensor.key: str(tensor.part) for tensor in published_tensors(config)}
     found: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
-    for key, tensor in open_tensors(directory).items():
+    for key, tensor in tensors.items():
         names = (key, *(key.removesuffix(end) for end in ("_scale_inv", "_scale", "_blocks", "_scales")))
         found[next((parts[name] for name in names if name in parts), "unused")] += tensor.num_bytes
     return dict(found)

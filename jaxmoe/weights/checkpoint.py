@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.weights.manifest import MANIFEST, read_manifest
+from jaxmoe.weights.inside import check_inside
+from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -33,35 +36,71 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     """All tensors of a published or converted checkpoint by name, headers checked, nothing read yet.
 
-    Raises: CheckpointError naming missing files, or tensors the index promises and the files lack.
+    Raises: CheckpointError naming missing files, links that leave the directory, or where index and files differ.
     """
     manifest = read_manifest(directory)
-    if manifest is not None and manifest.kind == "orbax":
+    tensors = open_converted(directory, manifest) if manifest is not None else _open_published(directory)
+    if not tensors:
+        raise CheckpointError(f"{directory} holds no tensors: fetch it again")
+    return tensors
+
+
+def open_converted(directory: Path, manifest: Manifest) -> dict[str, TensorInfo]:
+    """The tensors of the files that a manifest lists, whatever lies beside those. Raises: CheckpointError."""
+    if manifest.kind == "orbax":
         return open_store(directory, manifest)
-    if manifest is None:
-        _refuse_others(directory)
-    if (directory / INDEX).is_file():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{directory / INDEX} has no weight_map of tensor names to file names")
-        names = sorted(set(weight_map.values()))
-    else:
-        weight_map, names = {}, [SINGLE]
-    if outside := [name for name in names if Path(name).name != name]:
+    return _open_shards(directory, sorted(name for name in manifest.files if name.endswith(".safetensors")))
+
+
+def _open_published(directory: Path) -> dict[str, TensorInfo]:
+    """The tensors of the files that an index names, or of the only file."""
+    _refuse_others(directory)
+    if not (directory / INDEX).is_file():
+        return _open_shards(directory, [SINGLE])
+    check_inside(directory, directory / INDEX)
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{directory / INDEX} has no weight_map of tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    if outside := [name[:80] for name in names if Path(name).name != name]:
         raise CheckpointError(f"{INDEX} names files outside its directory: {outside[:4]}")
-    if missing := [name for name in names if not (directory / name).is_file()]:
+    tensors = _open_shards(directory, names)
+    _check_index(directory, weight_map, tensors)
+    return tensors
+
+
+def _open_shards(directory: Path, names: list[str]) -> dict[str, TensorInfo]:
+    if missing := [name[:80] for name in names if not os.path.isfile(directory / name)]:
         raise CheckpointError(
             f"{directory} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:8])}"
         )
+    for name in names:
+        check_inside(directory, directory / name)
     tensors: dict[str, TensorInfo] = {}
     for name in names:
         for key, info in read_header(directory / name).items():
             if key in tensors:
                 raise CheckpointError(f"tensor {key!r} stands in both {tensors[key].path.name} and {name}: remove one")
             tensors[key] = info
+    return tensors
+
+
+def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise a CheckpointError where an index and the files that it names differ, or where it names others than SINGLE,
+    which stands beside it."""
     if absent := sorted(set(weight_map) - set(tensors)):
         raise CheckpointError(f"{INDEX} names {len(absent)} tensors the files lack: {', '.join(absent[:8])}")
-    return tensors
+    if unnamed := sorted(set(tensors) - set(weight_map)):
+        raise CheckpointError(
+            f"{INDEX} leaves out {len(unnamed)} tensors that its files hold: {', '.join(unnamed[:8])}; fetch both again"
+        )
+    if strayed := [key for key, name in weight_map.items() if tensors[key].path.name != name]:
+        raise CheckpointError(
+            f"{INDEX} looks for {len(strayed)} tensors in the wrong files: {strayed[0]!r} in {weight_map[strayed[0]]}, "
+            f"it lies in {tensors[strayed[0]].path.name}; fetch both again"
+        )
+    if SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
+        raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove one")
 
 
 def _refuse_others(directory: Path) -> None:
@@ -73,7 +112,7 @@ def _refuse_others(directory: Path) -> None:
         )
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
         return
-    if pickles := sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES):
+    if pickles := sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES):
         raise CheckpointError(
             f"{directory} has pickled weights alone ({', '.join(pickles[:4])}), which can hold code and are never "
             f"loaded: have them saved as safetensors"

@@ -31,12 +31,13 @@ from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
-from jaxmoe.weights.transform import QUANTISATION, AsPublished, Transform
+from jaxmoe.weights.transform import QUANTISATION, Transform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0
 _RAM_LIMITS = (0.125, 2.0**20)
 _MARGIN_BYTES = 16 << 20  # of a disk, for the journal and the manifest
+_MARGIN_FILES = 8  # those, and folders they lie in
 OnProgress = Callable[[int, int], None]
 
 
@@ -94,9 +95,13 @@ def convert(
     kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
     options = {"to": kind, "mesh_devices": num_shares if kind == "orbax" else 1, "weights_dtype": weights_dtype}
     destination = Path(os.path.abspath(destination))
+    if not destination.name:
+        raise CheckpointError(f"destination {destination} exists: name another, or move it away")
     job = _Job(published=published, destination=destination, options=options, transform=transform, budget=budget)
     if end_published(destination, job.asked):
         num_resumed = len(job.outputs)
+        if verify:
+            check_whole(destination)
     else:
         _check_destination(published, destination)
         if verify and published.manifest is not None:
@@ -139,11 +144,12 @@ class _Job:
         self._published, self._destination, self._options = published, destination, options
         self._transform, self._budget = transform, budget
         self.asked = {"source": published.fingerprint(), **options}
-        sums = published.manifest.tensors if published.manifest and type(transform) is AsPublished else {}
+        known = published.manifest.tensors if published.manifest else {}
+        sums = {name: entry.sha256 for name, entry in known.items()}
         self._units = [
             Unit(
                 tensor=tensor, spec=spec, outputs=transform.outputs(spec),
-                expected=sums[spec.name].sha256 if spec.name in sums else None,
+                expected={name: sums[name] for name in _names_of(tensor) if name in sums},
             )
             for tensor, spec in _sources(published, plain=options["weights_dtype"] is not None)
         ]  # fmt: skip
@@ -221,14 +227,21 @@ class _Job:
 
     def _check_room(self, sink: Sink) -> None:
         """Raise a CheckpointError if the disk has no room for what is not there yet."""
-        there = _allocated_bytes(partial_of(self._destination))
-        side = sum(os.stat(self._published.directory / name).st_size for name in self._published.side_files)
-        needed = sink.disk_bytes() + side + _MARGIN_BYTES - there
+        bytes_there, files_there = _allocated(partial_of(self._destination))
+        side = [os.stat(self._published.directory / name).st_size for name in self._published.side_files]
+        needed = sink.disk_bytes() + sum(side) + _MARGIN_BYTES - bytes_there
         free = shutil.disk_usage(self._destination.parent).free
         if needed > free:
             raise CheckpointError(
                 f"destination {self._destination} needs {needed / 2**30:.3f} GiB more and its disk has "
                 f"{free / 2**30:.3f} GiB free: make room, or choose another disk"
+            )
+        num_files = sink.num_files() + len(side) + _MARGIN_FILES - files_there
+        disk = os.statvfs(self._destination.parent)
+        if disk.f_files and num_files > disk.f_favail:  # f_files is 0 where a disk makes them as it goes
+            raise CheckpointError(
+                f"destination {self._destination} needs {num_files} more files and its disk has room for "
+                f"{disk.f_favail}: remove some, or choose another disk"
             )
 
 
@@ -247,5 +260,12 @@ def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo 
         yield tensor, tensor.spec if isinstance(tensor, Made) else published.specs[tensor.name]
 
 
-def _allocated_bytes(folder: Path) -> int:
-    return sum(os.lstat(Path(at) / name).st_blocks * 512 for at, _, names in os.walk(folder) for name in names)
+def _names_of(tensor: TensorInfo | Made) -> Iterator[str]:
+    """The source tensors that one is made of."""
+    yield from (source.name for source in tensor.sources) if isinstance(tensor, Made) else (tensor.name,)
+
+
+def _allocated(folder: Path) -> tuple[int, int]:
+    """Bytes of a tree on its disk, and how many files and folders it has."""
+    paths = [Path(at) / name for at, _, names in os.walk(folder) for name in (".", *names)]
+    return sum(os.lstat(path).st_blocks * 512 for path in paths), len(paths)

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import Published
+from jaxmoe.formats import Format, Published
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.formats import Dequantised, Reshaped, Swapped, Tensor
-from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
 
 class Made:
-    """A tensor that is made of others, read as if a file held it. source_bytes: of those it is made of."""
+    """A tensor that is made of others, sources, read as if a file held it. source_bytes: of those."""
 
     def __init__(self, name: str, tensor: Tensor, source: TensorInfo, scales: TensorInfo) -> None:
         self.spec = TensorSpec(name=name, dtype="F32", shape=tensor.shape)
-        self.path, self.start = source.path, source.start
+        self.path, self.start, self.sources = source.path, source.start, (source, scales)
         self.num_bytes, self.source_bytes = self.spec.num_bytes, source.num_bytes + scales.num_bytes
         self._tensor = tensor
 
@@ -44,33 +44,55 @@ class Made:
 def plain_tensors(tensors: Mapping[str, TensorInfo], published: Published) -> Iterator[TensorInfo | Made]:
     """Every tensor of a checkpoint that is quantised as published, in place of numbers and scales their values.
 
-    Raises: CheckpointError for numbers without scales, or scales of another shape.
+    Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
     """
     form = published.format
+    packed = form.per_item > 1
     ends = {"fp8": ("", "_scale_inv"), "compressed-tensors": ("", "_scale"), "mxfp4": ("_blocks", "_scales")}
     of_numbers, of_scales = ends[published.method]
     number_dtype = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}[form.dtype]
+    stems = {
+        name: name.removesuffix(of_numbers)
+        for name, tensor in tensors.items()
+        if tensor.dtype_name == number_dtype and name.endswith(of_numbers)
+    }
+    all_scales = {stem + of_scales for stem in stems.values()}
     for name, tensor in tensors.items():
-        stem = name.removesuffix(of_numbers) if of_numbers else name
-        quantised = tensor.dtype_name == number_dtype and name.endswith(of_numbers) and name != f"{stem}{of_scales}"
-        if not quantised:
-            if not (name.endswith(of_scales) and name.removesuffix(of_scales) + of_numbers in tensors):
+        if name not in stems:
+            if name not in all_scales:
                 yield tensor
             continue
+        stem = stems[name]
         scales = tensors.get(stem + of_scales)
         if scales is None:
             raise CheckpointError(f"tensor {name!r} of dtype {number_dtype} has no scales, {stem + of_scales}")
-        items = tensor.shape if form.per_item == 1 else (*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1])
-        *lead, outputs, inputs = (*items[:-1], items[-1] * form.per_item)
+        *lead, outputs, inputs = _shape_of_values(tensor, form)
+        items = (*lead, outputs, inputs // form.per_item)
         blocks = (-(-outputs // form.outputs), 1 if form.inputs is None else -(-inputs // form.inputs))
-        if math.prod(scales.shape) != math.prod((*lead, *blocks)):
+        flat = [(*lead, blocks[0])] if published.method == "compressed-tensors" else []
+        if scales.shape not in ((*lead, *blocks), *flat):
             raise CheckpointError(
                 f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, that of {name!r} needs "
                 f"{[*lead, *blocks]}: fetch it again"
             )
+        scales.check_dtype(("U8",) if packed else (*FLOATS, "F8_E8M0"), why=f" (scales of {name!r})")
         values: Tensor = Dequantised(_shaped(tensor, items), _shaped(scales, (*lead, *blocks)), form)
         values = Swapped(values) if lead else values  # plain ones of all experts are published the other way round
         yield Made(stem, values, tensor, scales)
+
+
+def _shape_of_values(tensor: TensorInfo, form: Format) -> tuple[int, ...]:
+    """[out, in] or, of all experts, [expert, out, in]; packed numbers have a dim for a block's bytes beside that."""
+    shape = tensor.shape
+    if form.per_item > 1:
+        block = (form.inputs or 1) // form.per_item
+        shape = (*shape[:-2], shape[-2] * block * form.per_item) if len(shape) > 2 and shape[-1] == block else ()
+    if len(shape) not in (2, 3):
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is none of a quantised matrix, or of all "
+            f"experts': fetch it again"
+        )
+    return shape
 
 
 def _shaped(tensor: TensorInfo, shape: tuple[int, ...]) -> Tensor:

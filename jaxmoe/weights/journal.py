@@ -1,9 +1,9 @@
 """Work that a kill does not undo: a folder beside the destination, with a journal of what is finished.
 
 DESTINATION.partial/ holds the journal and whole/, which becomes the destination by one rename. The journal's first line
-says what was asked for; each further line is a source tensor whose outputs are written, with their checksums. A line
-may be torn, and its tensors may not have reached the disk when the machine lost power: a rerun reads them again before
-it believes the line.
+says what was asked for; each further line is a source tensor whose outputs are written, with their checksums, and the
+last, just before the rename, the manifest with its own. A line may be torn, and its tensors may not have reached the
+disk when the machine lost power: a rerun reads them again before it believes the line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.weights.manifest import JOURNAL, MANIFEST
+from jaxmoe.weights.manifest import JOURNAL, MANIFEST, sum_file
 
 SUFFIX, WHOLE = ".partial", "whole"
 _SYNCS = 32  # at once
@@ -91,6 +91,8 @@ class Partial:
     def publish(self) -> None:
         """Bring all to the disk, then give it the destination's name. Raises: CheckpointError if that is taken."""
         sync_tree(self.whole)
+        self._file.write(_published_line(self.whole) + b"\n")
+        os.fsync(self._file.fileno())
         if os.path.lexists(self._destination):
             raise CheckpointError(f"destination {self._destination} appeared meanwhile: move it away and run again")
         self.whole.rename(self._destination)
@@ -107,15 +109,20 @@ class Partial:
 
 
 def end_published(destination: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a process asked for the same was killed just after it had published; what it left is removed."""
+    """Whether a process asked for the same was killed just after it had published this very destination; what it left
+    is removed."""
     folder = partial_of(destination)
     if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():
         return False
-    with open(folder / JOURNAL, "rb") as file:
-        if file.readline() != json.dumps(asked, sort_keys=True).encode() + b"\n":
-            return False
+    lines = (folder / JOURNAL).read_bytes().split(b"\n")
+    if lines[0] != json.dumps(asked, sort_keys=True).encode() or lines[-2:] != [_published_line(destination), b""]:
+        return False
     shutil.rmtree(folder)
     return True
+
+
+def _published_line(whole: Path) -> bytes:
+    return json.dumps([MANIFEST, {MANIFEST: sum_file(whole / MANIFEST).sha256}]).encode()
 
 
 def _difference(begun: bytes, asked: str) -> str:

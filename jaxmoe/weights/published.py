@@ -14,15 +14,17 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.depth import segments
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import FAMILIES, read_config
+from jaxmoe.families import FAMILIES, read_config, read_published
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.load import assign_pieces
 from jaxmoe.weights.manifest import MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
+from jaxmoe.weights.transform import QUANTISATION
 
 CONFIG = "config.json"
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
@@ -51,13 +53,16 @@ class Published:
         return sum(spec.num_bytes for spec in self.specs.values())
 
     def fingerprint(self) -> str:
-        """Changes when a file does: names, sizes, times of change, headers and small files."""
+        """Changes when a file does: names, sizes, which files they are, times of change (one of which a copy cannot
+        bring along), headers."""
         digest = hashlib.sha256()
-        paths = {tensor.path for tensor in self.tensors.values() if tensor.path.is_file()}
-        names = {path.name for path in paths} | set(self.side_files) | ({MANIFEST} if self.manifest else set())
-        for name in sorted(names):
-            status = os.stat(self.directory / name)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        paths = {self.directory / name for name in (*self.side_files, *([MANIFEST] if self.manifest else []))}
+        for path in {tensor.path for tensor in self.tensors.values()}:
+            paths |= set(path.iterdir()) if path.is_dir() else {path}
+        for path in sorted(paths):
+            status = os.stat(path)
+            what = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+            digest.update(json.dumps([str(path.relative_to(self.directory)), what]).encode())
         for name in sorted(self.specs):
             tensor = self.tensors[name]
             spec = self.specs[name]
@@ -72,15 +77,12 @@ def open_published(
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     files = sorted(path for path in directory.iterdir() if not path.is_dir())
     for path in files:
-        _check_inside(directory, path)
+        check_inside(directory, path)
     config = read_json(directory / CONFIG)
     manifest = read_manifest(directory)
     tensors = open_tensors(directory)
-    if not tensors:
-        raise CheckpointError(f"{directory} holds no tensors: there is nothing to convert")
     specs = {}
     for name, tensor in tensors.items():
-        _check_inside(directory, tensor.path)
         specs[name] = spec = TensorSpec(name=check_name(name), dtype=tensor.dtype_name, shape=tensor.shape)
         if spec.num_bytes != tensor.num_bytes:
             raise CheckpointError(
@@ -90,49 +92,42 @@ def open_published(
     names = {path.name for path in files} | {MANIFEST, INDEX}
     if both := sorted(names & set(tensors)):
         raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
-    side, left = _side_files(directory, files, tensors if manifest and manifest.kind == "orbax" else ())
+    side, left = _side_files(directory, files, {tensor.path.name for tensor in tensors.values()})
     return Published(
         directory=directory, kind=manifest.kind if manifest else "hf", manifest=manifest, tensors=tensors, specs=specs,
         config=config, side_files=side, left_behind=left,
-        config_check=_check_config(directory, tensors, config, ignore) if check_config else "not checked",
+        config_check=config_check(directory, tensors, config, ignore) if check_config else "not checked",
     )  # fmt: skip
 
 
-def _check_inside(directory: Path, path: Path) -> None:
-    """Raise a CheckpointError for a link out of the directory. A hub's snapshot may link to the blobs beside it."""
-    if not path.is_symlink():
-        return
-    target, root = path.resolve(), directory.resolve()
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not target.exists():
-        raise CheckpointError(f"{path} is a link to nothing ({os.readlink(path)}): fetch it again")
-    if not any(target.is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(
-            f"{path} is a link that leaves the directory, to {target}: put the file itself there if it is meant"
-        )
-
-
-def _side_files(directory: Path, files: list[Path], tensors: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files that travel along (configs, tokenizers, licences), and of all else that is no weights."""
+def _side_files(directory: Path, files: list[Path], read: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the files that travel along (configs, tokenizers, licences), and of all else that is not read."""
     travel: list[str] = []
-    stay = [f"{path.name}/" for path in directory.iterdir() if path.is_dir() and path.name not in tensors]
+    stay = [f"{path.name}/" for path in directory.iterdir() if path.is_dir() and path.name not in read]
     for path in files:
-        if path.name in _STAY or path.suffix == ".safetensors":
+        if path.name in _STAY or path.name in read:
             continue
         known = path.suffix.lower() in _TRAVEL or path.name.upper().startswith(_LICENCES)
         (travel if known and path.name[0] != "." and path.is_file() else stay).append(path.name)
     return tuple(travel), tuple(sorted(stay))
 
 
-def _check_config(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignore: list[str]) -> str:
-    if raw.get("model_type") not in FAMILIES:
-        return f"not checked: model_type {str(raw.get('model_type'))[:40]!r} is no family known here"
+def config_check(
+    directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> str:
+    """Holds shapes against config.json: "shapes agree", or why that was not looked at.
+
+    Raises: CheckpointError where they differ; ConfigError for a config that cannot be, whatever quantises its weights.
+    """
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        return f"not checked: model_type {str(family)[:40]!r} is no family known here"
     try:
-        config = read_config(raw, ignore=ignore)
-    except ConfigError as error:
-        if raw.get("quantization_config"):  # bits go through, whatever they mean
-            return f"not checked: {error}"
-        raise
+        read_published(raw.get(QUANTISATION))
+    except ConfigError as error:  # bits go through, whatever they mean
+        read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignore)
+        return f"not checked: {error}"
+    config = read_config(raw, ignore=ignore)
     alone = AbstractMesh((1,) * len(AXES), AXES)
     parts = segments(config, "unroll")
     sizes = segment_sizes(config, Placement(mesh=alone), parts)  # type: ignore[arg-type]

@@ -100,6 +100,10 @@ class ShardSink:
         """What it takes on a disk."""
         return sum(len(shard.header()[0]) + shard.num_bytes for shard in self._shards) + 256 * len(self._specs)
 
+    def num_files(self) -> int:
+        """Files of it, an index among them."""
+        return len(self._shards) + 1
+
     def _path(self, shard: _Shard) -> Path:
         whole = self._directory / shard.name
         return whole if whole.exists() else self._directory / (shard.name + UNFINISHED)

@@ -36,18 +36,14 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     is_preset = text in preset_models()
     if text and (path.is_dir() or is_preset):
-        if revision is not None:
-            raise CheckpointError(
-                f"revision {revision!r} was given and model {text!r} is local: only hub models have revisions; "
-                f"leave it out"
-            )
+        _check_revision(text, revision)
         if path.is_dir() and (path / JOURNAL).exists():
             raise CheckpointError(f"{text} is an unfinished conversion: run the same jaxmoe convert again to finish it")
         return path if path.is_dir() else asset_dir("checkpoints") / text
     if text and path.exists():
         raise CheckpointError(f"{text} is a file; give the directory that holds config.json and the weights")
     if isinstance(model, str) and _HUB_ID.fullmatch(text):
-        return _fetch(text, revision)
+        return _fetch(text, revision, _HUB_FILES)
     raise CheckpointError(
         f"model {text!r} is not an existing directory, a preset ({', '.join(preset_models())}) or a hub id (org/name)"
     )
@@ -58,21 +54,34 @@ def preset_configs() -> list[str]:
     return sorted(path.stem for path in asset_dir("models").glob("*.json"))
 
 
-def find_config(model: str | Path) -> Path:
+def find_config(model: str | Path, *, hub: bool = False, revision: str | None = None) -> Path:
     """The config.json of a model: the file itself, that of a folder, or that of a preset, with weights or without.
 
+    hub: whether what is none of these may be a hub id, whose config.json alone is then fetched, at a revision.
     Raises: CheckpointError naming the value and what would be accepted.
     """
     name = str(model)
     if name in preset_configs():
+        _check_revision(name, revision)
         return asset_dir("models") / f"{name}.json"
     path = find_model(model) if name in preset_models() else Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
+    if hub and not path.exists() and path.suffix != ".json" and _HUB_ID.fullmatch(name):
+        return _fetch(name, revision, ["config.json"]) / "config.json"
     if not path.is_file():
         near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs()])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise CheckpointError(f"config {name!r} is no config.json, no folder with one and no preset ({known}){hint}")
+    _check_revision(name, revision)
     return path
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    """Raise a CheckpointError for a revision of a model that is local."""
+    if revision is not None:
+        raise CheckpointError(
+            f"revision {revision!r} was given and model {name!r} is local: only hub models have revisions; leave it out"
+        )
 
 
 def _nearest(path: Path) -> list[str]:
@@ -85,13 +94,13 @@ def _nearest(path: Path) -> list[str]:
     return [known[name] for name in difflib.get_close_matches(path.name.lower(), known, 3, 0.6)]
 
 
-def _fetch(repo_id: str, revision: str | None) -> Path:
+def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"hub model {repo_id!r} has no revision {revision!r}: name a branch, tag or commit"

@@ -17,6 +17,7 @@ from typing import IO, NamedTuple
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo, read_exactly
 from jaxmoe.weights.writing import write_all
@@ -129,13 +130,22 @@ class StoredTensor(TensorInfo):
 
 
 def open_store(directory: Path, manifest: Manifest) -> dict[str, TensorInfo]:
-    """All tensors of an Orbax checkpoint by name; nothing read yet. Raises: CheckpointError naming folders it lacks."""
+    """All tensors of an Orbax checkpoint by name; nothing read yet.
+
+    Raises: CheckpointError naming folders it lacks, or links that leave the directory.
+    """
     tensors: dict[str, TensorInfo] = {}
     for name, entry in manifest.tensors.items():
         assert entry.chunk is not None
         tensors[name] = StoredTensor(directory / name, entry.spec, entry.chunk)
     if missing := [name for name in tensors if not (directory / name / ZARRAY).is_file()]:
         raise CheckpointError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:8])}")
+    for name in tensors:
+        check_inside(directory, directory / name)
+        with os.scandir(directory / name) as inside:
+            for found in inside:
+                if found.is_symlink():
+                    check_inside(directory, Path(found.path))
     return tensors
 
 
@@ -223,6 +233,10 @@ class StoreSink:
             num_files = sum(1 for _ in grid.files())
             total += 2 * _BLOCK_BYTES + num_files * (-(-grid.chunk_bytes // _BLOCK_BYTES) * _BLOCK_BYTES)
         return total
+
+    def num_files(self) -> int:
+        """Files and folders of it."""
+        return 2 + sum(2 + sum(1 for _ in self._grid(name).files()) for name in self._specs)
 
     def _grid(self, name: str) -> ChunkGrid:
         spec, chunk = self._specs[name], self.chunks[name]

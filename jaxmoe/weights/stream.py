@@ -51,6 +51,10 @@ class Sink(Protocol):
         """What it takes on a disk."""
         ...
 
+    def num_files(self) -> int:
+        """Files and folders of it."""
+        ...
+
     def create(self) -> None:
         """Files that must be there first; those that are stay."""
         ...
@@ -74,12 +78,17 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A source tensor and what is made of it. expected: its sha256, where the source says it."""
+    """A source tensor and what is made of it. expected: sha256 of source tensors by name, where the source says it."""
 
     tensor: TensorInfo | Made
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
-    expected: str | None = None
+    expected: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether its bits go through."""
+        return isinstance(self.tensor, TensorInfo) and self.outputs == (self.spec,)
 
     @property
     def granule(self) -> int:
@@ -165,6 +174,7 @@ class Stream:
         return found
 
     def _written(self, unit: Unit) -> Sums:
+        self._check_sources(unit)
         digests = [hashlib.sha256() for _ in unit.outputs]
         step = self._slice_bytes(unit)
         total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
@@ -184,15 +194,30 @@ class Stream:
                     writer.append(content)
                 self.on_bytes(unit.source_bytes(len(part)))
         sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
-        if unit.expected is not None and sums[unit.spec.name] != unit.expected:
-            raise CheckpointError(
-                f"tensor {unit.spec.name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
-            )
+        if unit.untouched:
+            _expect(unit.spec.name, sums[unit.spec.name], unit.expected)
         self.record(unit.spec.name, sums)
         return sums
+
+    def _check_sources(self, unit: Unit) -> None:
+        """What other numbers are made of, against its checksums, before it is taken for numbers."""
+        made = unit.tensor
+        sources = made.sources if isinstance(made, Made) else () if unit.untouched else (made,)
+        if not (sources and unit.expected):
+            return
+        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
+            for source in sources:
+                _expect(source.name, sum_tensor(source, step_bytes=_SLICE_BYTES), unit.expected)
 
     def _slice_bytes(self, unit: Unit) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
         granule = math.lcm(self.transform.granule(unit.spec), unit.granule) * unit.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule
+
+
+def _expect(name: str, found: str, expected: Mapping[str, str]) -> None:
+    if expected.get(name, found) != found:
+        raise CheckpointError(
+            f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
+        )

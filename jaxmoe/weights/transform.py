@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
+from jaxmoe.families import is_exact
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 
 WEIGHTS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -26,7 +27,8 @@ class Transform(Protocol):
     """Most bytes that apply holds at once, for each byte of its slice."""
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
-        """What is made of a tensor. Raises: CheckpointError for one that it cannot take."""
+        """What is made of a tensor: where that is the tensor alone, bits go through. Raises: CheckpointError for one
+        that it cannot take."""
         ...
 
     def granule(self, tensor: TensorSpec) -> int:
@@ -65,7 +67,7 @@ class AsPublished:
 
 
 class CastFloats(AsPublished):
-    """Plain floating point becomes another; integers and all else stay."""
+    """Plain floating point becomes another; integers stay, and what models hold exactly, whatever their dtype."""
 
     working_ratio = 6.0  # float16 by way of float32, the result, and two masks
 
@@ -77,14 +79,14 @@ class CastFloats(AsPublished):
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
         """One, of the same name and shape."""
-        dtype = self._to if tensor.dtype in _PLAIN_FLOATS else tensor.dtype
+        dtype = self._to if tensor.dtype in _PLAIN_FLOATS and not is_exact(tensor.name) else tensor.dtype
         return (TensorSpec(name=tensor.name, dtype=dtype, shape=tensor.shape),)
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
         """Rounded to nearest, ties to even. Raises: CheckpointError where a finite number becomes infinite."""
-        if tensor.dtype not in _PLAIN_FLOATS or tensor.dtype == self._to:
+        if self.outputs(tensor) == (tensor,):
             return (numbers,)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             cast = numbers.astype(DTYPES[self._to].numpy)
         if self._to == "F16" or tensor.dtype == "F64":
             lost = np.isinf(cast) & np.isfinite(numbers)

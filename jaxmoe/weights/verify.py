@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.checkpoint import PICKLES, open_converted
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, Manifest, read_manifest, sum_file
-from jaxmoe.weights.safetensors_file import TensorInfo, read_header
-from jaxmoe.weights.store import array_problems, open_store
+from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.store import array_problems
 
 _MOST_WORKERS = 8
 
@@ -41,13 +42,9 @@ def problems(
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: only what jaxmoe convert wrote can be verified")
     found = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
-    tensors: Mapping[str, TensorInfo] = {}
+    found += _strays(directory, manifest)
     try:
-        if manifest.kind == "orbax":
-            tensors = open_store(directory, manifest)
-        else:
-            shards = [read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")]
-            tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+        tensors = open_converted(directory, manifest)
     except CheckpointError as error:
         return [*found, str(error)]
     total, done = sum(entry.spec.num_bytes for entry in manifest.tensors.values()), 0
@@ -74,6 +71,14 @@ def in_words(directory: Path, found: list[str]) -> str:
     """Problems in one line."""
     more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
     return f"{directory} is corrupt: {'; '.join(found[:8])}{more}; convert again or fetch it again"
+
+
+def _strays(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Weights and indices that others may take for the checkpoint's."""
+    for path in sorted(directory.iterdir()):
+        weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith(".index.json")
+        if weights and path.name not in manifest.files and path.name not in manifest.tensors:
+            yield f"file {path.name} is none that was written: remove it"
 
 
 def _file_problems(directory: Path, name: str, manifest: Manifest) -> Iterator[str]:

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxmoe.weights import store
+from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.verify import problems
 
+from ..tiny.cases import CASES_BY_NAME
 from ..weights.published import contents, random_tensor, write_file, write_published
 from .commands import jaxmoe
 
@@ -97,6 +100,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["good", "--verify", "--mesh", "tensor=2"], ["leave --mesh out"]),
     (["none", "out"], ["'none' is not an existing directory"]),
     (["good", "good"], ["destination", "good exists", "name another"]),
+    (["good", "/"], ["destination / exists", "name another"]),
     (["good", "good/out"], ["lies inside the source"]),
     (["good", "none/out"], ["none, which is no directory", "make it first"]),
     (["good", "good/config.json/out"], ["is no directory"]),
@@ -223,6 +227,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a config key": (_config(new_maths=3), ["new_maths"]),
     "a link that leaves": (_link("tokenizer.json", ETC), ["tokenizer.json is a link that leaves the directory", ETC]),
     "weights behind a link": (_link("model.safetensors", "../other.safetensors"), ["is a link that leaves"]),
+    "a link to itself": (_link("merges.txt", "merges.txt"), ["merges.txt is a link to nothing (merges.txt)"]),
     "a link to nothing": (_link("merges.txt", "gone"), ["merges.txt is a link to nothing (gone)"]),
 }
 
@@ -241,11 +246,29 @@ def test_bad_sources(name, capsys, work):
 def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(capsys, work):
     rng = np.random.default_rng(0)
     tensors = {"w": random_tensor(rng, "F8_E4M3", 8, 8), "w_scale_inv": random_tensor(rng, "F32", 1, 1)}
-    write_published(work / "fp8", tensors, model_type="mixtral", quantization_config={"quant_method": "fp8"})
+    config = CASES_BY_NAME[CASE].config | {"quantization_config": {"quant_method": "fp8"}}
+    write_published(work / "fp8", tensors, **config)
     _assert_refused(capsys, ["fp8", "out", "--weights-dtype", "bfloat16"], "has weight_block_size None")
     outcome = jaxmoe(capsys, "convert", "fp8", "out", "--json")
     assert json.loads(outcome.out)["config_check"].startswith("not checked: config key 'quantization_config' has ")
     assert (work / "out" / "w" / "0.0").read_bytes() == tensors["w"][2]
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [8, 8]}])
+def test_quantised_ones_must_have_a_config_that_can_be_all_the_same(settings, capsys, work):
+    _edit(work / "good" / "config.json", quantization_config=settings, num_local_experts="x")
+    _assert_refused(capsys, ["good", "out"], "'num_local_experts' = 'x' must be a whole number")
+    _edit(work / "good" / "config.json", num_local_experts=6, new_maths=3)
+    _assert_refused(capsys, ["good", "out"], "'new_maths' = 3")
+
+
+@pytest.mark.parametrize("model_type", [[], {}])
+def test_a_model_type_that_is_none(model_type, capsys, work):
+    _edit(work / "good" / "config.json", model_type=model_type)
+    outcome = jaxmoe(capsys, "convert", "good", "out", "--json")
+    assert json.loads(outcome.out)["config_check"] == (
+        f"not checked: model_type '{model_type}' is no family known here"
+    )
 
 
 def test_a_hub_snapshot_may_link_to_its_blobs(capsys, work):
@@ -267,6 +290,20 @@ def test_a_full_disk_is_said_before_anything_is_written(capsys, work, monkeypatc
     for to in ("orbax", "hf"):
         _assert_refused(capsys, ["good", "out", "--to", to], "needs 0.0", "GiB more", "0.001 GiB free", "make room")
     assert os.listdir() == ["good"]
+
+
+def test_a_disk_without_room_for_the_files(capsys, work, monkeypatch):
+    tensors = len(open_tensors(work / "good"))
+    disk = os.statvfs(work)
+    counts = [(0, 0), (10**6, 3 * tensors), (10**6, 3 * tensors + 20)]  # 0 of 0: made as they are needed
+    disks = [SimpleNamespace(f_files=total, f_favail=free, f_frsize=disk.f_frsize, f_bavail=disk.f_bavail,
+                             f_blocks=disk.f_blocks, f_bfree=disk.f_bfree) for total, free in counts]  # fmt: skip
+    monkeypatch.setattr(os, "statvfs", lambda path: disks[1])
+    words = f"needs {3 * tensors + 12} more files and its disk has room for {3 * tensors}"
+    _assert_refused(capsys, ["good", "out"], words, "choose another disk")
+    for number in (0, 2):
+        monkeypatch.setattr(os, "statvfs", lambda path, number=number: disks[number])
+        assert jaxmoe(capsys, "convert", "good", f"out{number}").code == 0
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from jaxmoe.weights.convert import convert
+
 from .commands import jaxmoe
 
 CONFIGS = Path(__file__).parent.parent / "families" / "configs"
@@ -74,7 +76,38 @@ def test_people_see_a_table(capsys):
         assert words in outcome.out
 
 
-@pytest.mark.parametrize("model", ["nothing/here", "README.md"])
+@pytest.mark.parametrize("form", ["orbax", "hf"])
+def test_a_converted_checkpoint_is_measured_too(form, capsys, tiny_dir, tmp_path):
+    convert(tiny_dir("deepseek_v3_groups"), tmp_path / "out", to=form)
+    assert info(capsys, tmp_path / "out") == info(capsys, tiny_dir("deepseek_v3_groups"))
+
+
+def test_weights_are_held_against_the_config(capsys, tiny_dir, tmp_path):
+    assert info(capsys, tiny_dir("llama_llama3"))["config_check"] == "shapes agree"
+    shutil.copytree(tiny_dir("llama_llama3"), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 98}))
+    words = "1 misshapen: model.embed_tokens.weight"
+    assert words in info(capsys, tmp_path / "model")["config_check"]
+    outcome = jaxmoe(capsys, "info", tmp_path / "model")
+    assert (outcome.code, words in outcome.out) == (0, True)
+    assert info(capsys, CONFIGS / "openai--gpt-oss-20b.json")["config_check"] is None
+
+
+def test_weights_that_are_none(capsys, tiny_dir, tmp_path):
+    shutil.copy(tiny_dir("llama_llama3") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    outcome = jaxmoe(capsys, "info", tmp_path)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "holds no tensors" in outcome.err
+
+
+def test_a_local_model_has_no_revisions(capsys):
+    outcome = jaxmoe(capsys, "info", "demo", "--revision", "main")
+    assert (outcome.code, "only hub models have revisions" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "none/config.json", "README.md"])
 def test_what_is_no_model_is_one_line(model, capsys):
     outcome = jaxmoe(capsys, "info", model)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)

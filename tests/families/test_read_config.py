@@ -244,6 +244,58 @@ def test_ignoring_does_not_hide_a_key_that_is_read():
         read_config(_changed("llama", rope_scaling={"type": "dynamic"}), ignore=["rope_scaling"])
 
 
+@pytest.mark.parametrize(
+    ("top", "inner", "dims"),
+    [(None, 1.0, 12), (0.25, 1.0, 12), (0.5, 1 / 3, 4), (1 / 3, None, 4), (None, None, 6), (1.0, None, 12)],
+)
+def test_the_share_of_a_head_that_is_turned(top, inner, dims):
+    """Of 12 numbers of a head: the newer form first, then the older, then the family's half."""
+    raw = _changed("glm4_moe", rope_theta=None, rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": inner})
+    assert read_config({**raw, "partial_rotary_factor": top}).rotary_dims == dims
+
+
+V3_NEEDS = ("routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob", "first_k_dense_replace")
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [(family, key) for family in ("deepseek_v3", "kimi_k2") for key in (*V3_NEEDS, "n_shared_experts")]
+    + [("deepseek_v2", "n_shared_experts")],
+)
+def test_an_absent_key_that_sources_read_differently_is_named(family, key):
+    with pytest.raises(ConfigError, match=f"config.json has no {key!r}, which this family needs: add it"):
+        read_config({k: v for k, v in QUICK[family].items() if k != key})
+
+
+@pytest.mark.parametrize("key", ["n_group", "topk_group"])
+def test_groups_that_are_asked_for_are_needed(key):
+    raw = CASES_BY_NAME["deepseek_v2_groups"].config
+    with pytest.raises(ConfigError, match=f"no {key!r}"):
+        read_config({k: v for k, v in raw.items() if k != key})
+
+
+def _without(family: str, *keys: str, **changes: Any) -> ModelConfig:
+    return read_config({k: v for k, v in _changed(family, **changes).items() if k not in keys})
+
+
+def test_absent_keys_mean_what_the_published_config_class_takes_them_for():
+    """Of transformers 5."""
+    rope = _without("gpt_oss", "rope_scaling").rope
+    assert (rope.scaling, rope.factor, rope.original_max_position_embeddings) == ("yarn", 32.0, 4096)
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate, rope.theta) == (32.0, 1.0, False, 150000.0)
+    assert _without("gpt_oss", "rope_scaling", rope_parameters={"rope_type": "default"}).rope.scaling == "none"
+    for family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
+        config = _without(family, "sliding_window", use_sliding_window=True, max_window_layers=1)
+        assert set(config.sliding_windows) == ({4096} if family == "qwen3_moe" else {4096, None})
+        assert set(_without(family, "sliding_window").sliding_windows) == {None}
+        null = _changed(family, use_sliding_window=True, sliding_window=None)
+        assert set(read_config(null).sliding_windows) == {None}
+    glm = _without("glm4_moe", *V3_NEEDS, "n_shared_experts", "partial_rotary_factor")
+    assert (glm.moe.num_groups, glm.moe.top_groups, glm.moe.norm_topk_prob) == (1, 1, True)
+    assert (glm.moe.routed_scaling, glm.moe.shared_intermediate_size) == (1.0, glm.moe.intermediate_size)
+    assert (glm.moe_layers, glm.rotary_dims) == ((False, True, True), 6)
+
+
 def test_all_unknown_keys_stand_in_one_error():
     with pytest.raises(ConfigError, match="'first' = 1, 'second' = 2"):
         read_config(_changed("qwen3_moe", second=2, first=1))

@@ -72,6 +72,54 @@ def test_an_index_that_names_no_file(sharded, name):
         open_tensors(_index(sharded, {"a": name}))
 
 
+def test_names_too_long_for_a_file(sharded):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 1 weight files: x{80}$"):
+        open_tensors(_index(sharded, {"a": "x" * 5000}))
+
+
+def test_tensors_that_an_index_leaves_out(sharded):
+    with pytest.raises(CheckpointError, match=r"leaves out 1 tensors that its files hold: b; fetch both again"):
+        open_tensors(_index(sharded, {"a": FILES[0], "c": FILES[1]}))
+
+
+def test_tensors_that_an_index_looks_for_elsewhere(sharded):
+    with pytest.raises(
+        CheckpointError, match=f"1 tensors in the wrong files: 'b' in {FILES[1]}, it lies in {FILES[0]}"
+    ):
+        open_tensors(_index(sharded, {"a": FILES[0], "b": FILES[1], "c": FILES[1]}))
+
+
+def test_an_index_and_a_single_file_that_it_does_not_name(sharded):
+    save_file({"a": np.ones(2, np.float32)}, sharded / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has both model.safetensors and model.safetensors.index.json.*remove"):
+        open_tensors(sharded)
+    for name in FILES:
+        (sharded / name).unlink()
+    assert list(open_tensors(_index(sharded, {"a": "model.safetensors"}))) == ["a"]
+
+
+def test_no_tensors(sharded):
+    with pytest.raises(CheckpointError, match="holds no tensors: fetch it again"):
+        open_tensors(_index(sharded, {}))
+
+
+@pytest.mark.parametrize("name", [FILES[1], "model.safetensors.index.json"])
+def test_links_that_leave_the_directory(sharded, name):
+    """Those to the blobs of a hub's cache may, those to anywhere else may not."""
+    snapshot = sharded / "models--org--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (sharded / "models--org--name" / "blobs").mkdir()
+    for path in [path for path in sharded.iterdir() if path.is_file()]:
+        path.rename(sharded / "models--org--name" / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert set(open_tensors(snapshot)) == {"a", "b", "c"}
+    (snapshot / name).unlink()
+    (sharded / "models--org--name" / "blobs" / name).rename(sharded / name)
+    (snapshot / name).symlink_to(sharded / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a link that leaves the directory, to {sharded / name}"):
+        open_tensors(snapshot)
+
+
 @pytest.mark.parametrize("weight_map", [None, [], "a", 5, {"a": 5}, {"a": None}, {"a": ["x"]}])
 def test_an_index_without_a_weight_map(sharded, weight_map):
     with pytest.raises(CheckpointError, match="has no weight_map of tensor names to file names"):

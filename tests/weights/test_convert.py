@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM
 from jaxmoe.assets import asset_dir
@@ -73,9 +75,7 @@ def test_several_shards_and_their_index(source, tmp_path, monkeypatch):
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     assert index["metadata"]["total_size"] == sum(len(content) for *_, content in bytes_of(source).values())
     assert bytes_of(tmp_path / "hf") == bytes_of(source)
-    from safetensors.numpy import load_file  # as others read it: numpy has no names for some dtypes
-
-    for name in names:
+    for name in names:  # as others read it: numpy has no names for some dtypes
         header = json.loads((tmp_path / "hf" / name).read_bytes()[8:].split(b"}}")[0] + b"}}")
         if not {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} & {"F8_E8M0"}:
             assert load_file(tmp_path / "hf" / name)
@@ -121,6 +121,40 @@ def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
     with pytest.raises(CheckpointError, match=r"o_proj.weight_scale_inv"):
         convert(tmp_path / "hf", tmp_path / "plain", weights_dtype="bfloat16")
     assert not (tmp_path / "plain").exists()
+
+
+def _fp8(directory: Path, **tensors: np.ndarray) -> Path:
+    """A checkpoint of no known family with a matrix a of 2 x 3 blocks, and others."""
+    directory.mkdir()
+    matrix = {"a": np.ones((256, 384), ml_dtypes.float8_e4m3fn), "a_scale_inv": np.ones((2, 3), np.float32)}
+    save_file(matrix | tensors, directory / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps({"model_type": "none", "quantization_config": settings}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"a_scale_inv": np.ones((3, 2), np.float32)}, r"'a_scale_inv' has shape \[3, 2\], .* needs \[2, 3\]"),
+        ({"a_scale_inv": np.ones(6, np.float32)}, r"'a_scale_inv' has shape \[6\], .* needs \[2, 3\]"),
+        ({"a_scale_inv": np.ones((2, 3), np.int32)}, r"'a_scale_inv' has dtype I32; use .*scales of 'a'"),
+        ({"a": np.ones(6, ml_dtypes.float8_e4m3fn)}, r"'a' has shape \[6\], which is none of a quantised matrix"),
+    ],
+)
+def test_scales_that_do_not_fit_are_said_before_anything_is_written(tensors, words, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        convert(_fp8(tmp_path / "source", **tensors), tmp_path / "out", weights_dtype="float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_plain_tensors_with_names_of_scales_are_kept(tmp_path):
+    plain = {"b": np.arange(3, dtype=np.float32), "b_scale_inv": np.arange(2, dtype=np.float32)}
+    convert(_fp8(tmp_path / "source", **plain), tmp_path / "out", to="hf", weights_dtype="float32")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == {"a", "b", "b_scale_inv"}
+    for name, value in plain.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 @pytest.mark.parametrize(("form", "case"), [("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window")])

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 
 from jaxmoe import LLM, CheckpointError
-from jaxmoe.weights.source import find_model
+from jaxmoe.weights.source import find_config, find_model
 
 from ..conftest import ONE_DEVICE, mesh_of
 from .hub_server import Hub, commit_of, serve
@@ -139,6 +139,16 @@ def test_a_fetched_model_is_found_without_the_hub(hub, monkeypatch):
     directory = find_model("org/tiny")
     _point_at("http://127.0.0.1:9", directory.parents[2], monkeypatch)
     assert find_model("org/tiny") == directory
+
+
+def test_a_config_alone_is_fetched(hub):
+    """find_config is told that what is no file may be a hub id; then nothing else comes."""
+    config = json.loads(find_config("org/tiny", hub=True, revision="v1").read_text())
+    assert (config["sliding_window"], hub.fetched()) == (7, ["config.json"])
+    with pytest.raises(CheckpointError, match=r"'org/tiny' is no config.json, no folder with one and no preset"):
+        find_config("org/tiny")
+    with pytest.raises(CheckpointError, match="the hub has no such model"):
+        find_config("org/none", hub=True)
 
 
 def test_the_command_fetches_too(hub, tmp_path):

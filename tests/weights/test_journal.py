@@ -125,3 +125,51 @@ def test_other_work_is_not_gone_on_with(options, words, source, tmp_path, monkey
     with pytest.raises(CheckpointError, match=f"was begun with {words}"):
         convert(source, tmp_path / "orbax", **(options or {}))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_another_source_of_the_same_sizes_and_times_is_not_gone_on_with(kind, source, tmp_path, monkeypatch):
+    """As cp -p brings it."""
+    convert(source, tmp_path / kind, to=kind)
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 3)
+        with pytest.raises(CheckpointError):
+            convert(tmp_path / kind, tmp_path / "out")
+    path = tmp_path / kind / ("model.safetensors" if kind == "hf" else "of.U8/0.0")
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="was begun with another source"):
+        convert(tmp_path / kind, tmp_path / "out")
+
+
+@pytest.fixture
+def killed_at_the_end(source, tmp_path, monkeypatch) -> Path:
+    """A destination of a process that was killed just after it had published."""
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxmoe.weights.journal.shutil.rmtree", lambda *_, **__: None)
+        convert(source, tmp_path / "out")
+    assert partial_of(tmp_path / "out").exists()
+    return tmp_path / "out"
+
+
+def test_what_a_killed_process_published_is_known(killed_at_the_end, source):
+    report = convert(source, killed_at_the_end, verify=True)
+    assert (report.resumed_tensors, report.verified) == (report.num_tensors, True)
+    assert not partial_of(killed_at_the_end).exists()
+
+
+def test_what_a_killed_process_published_is_verified_where_that_is_asked(killed_at_the_end, source):
+    chunk = killed_at_the_end / "of.U8" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    with pytest.raises(CheckpointError, match=r"tensor 'of.U8' differs from its checksum"):
+        convert(source, killed_at_the_end, verify=True)
+
+
+def test_another_checkpoint_is_not_what_a_killed_process_published(killed_at_the_end, source, tmp_path):
+    """Of the same tensors, dtypes and options, but other numbers."""
+    convert(every_dtype(tmp_path / "other", seed=1), tmp_path / "others")
+    shutil.rmtree(killed_at_the_end)
+    (tmp_path / "others").rename(killed_at_the_end)
+    with pytest.raises(CheckpointError, match=f"destination {killed_at_the_end} exists: name another"):
+        convert(source, killed_at_the_end)

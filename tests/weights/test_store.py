@@ -28,6 +28,7 @@ from jaxmoe.weights.store import (
     choose_chunk,
     tree_metadata,
 )  # fmt: skip
+from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from .published import every_dtype, random_tensor, write_published
@@ -165,6 +166,22 @@ def test_an_orbax_checkpoint_of_another_writer_is_refused(tmp_path):
         opened.save(tmp_path / "other", {"a": np.zeros(3)})
     with pytest.raises(CheckpointError, match=r"Orbax checkpoint without jaxmoe_manifest.json"):
         open_tensors(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["x/0.0", f"x/{ZARRAY}", "x"])
+def test_links_out_of_an_orbax_checkpoint_are_refused(name, tmp_path):
+    tensors = {"x": random_tensor(np.random.default_rng(0), "F32", 3, 4)}
+    convert(write_published(tmp_path / "source", tensors), tmp_path / "orbax")
+    path = tmp_path / "orbax" / name
+    path.rename(tmp_path / "outside")
+    path.symlink_to("../outside" if name == "x" else "../../outside")
+    words = f"orbax/{name} is a link that leaves the directory, to {tmp_path}/outside"
+    with pytest.raises(CheckpointError, match=words):
+        open_tensors(tmp_path / "orbax")
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "orbax", tmp_path / "hf")
+    assert words in problems(tmp_path / "orbax")[0]
+    assert not (tmp_path / "hf.partial").exists()
 
 
 def test_chunks_that_cut_two_dims_are_refused():

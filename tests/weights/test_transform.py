@@ -7,16 +7,25 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxmoe import LLM
 from jaxmoe.errors import CheckpointError
+from jaxmoe.families import is_exact, read_config
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import convert as convert_module
 from jaxmoe.weights import transform
+from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+from jaxmoe.weights.load import assign_pieces
+from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
+from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 from .published import Tensor, bytes_of, write_published
 
 CASE = "mixtral_window"
@@ -46,6 +55,28 @@ def test_plain_floats_become_another_dtype(dtype, to, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["torch_dtype"], config["text_config"]) == (to, {"dtype": to})
     assert problems(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("to", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["deepseek_v3_groups", "glm4_moe_groups"])
+def test_what_models_hold_exactly_stays(name, to, tiny_dir, tmp_path):
+    convert(tiny_dir(name), tmp_path / "out", weights_dtype=to)
+    before, after = bytes_of(tiny_dir(name)), bytes_of(tmp_path / "out")
+    exact = {key for key in before if key.endswith("e_score_correction_bias")}
+    assert exact
+    for key in before:
+        assert after[key] == before[key] if key in exact else after[key][0] == transform.WEIGHTS_DTYPES[to]
+
+
+@pytest.mark.parametrize("name", [case.name for case in QUICK_CASES])
+def test_what_models_hold_exactly_is_what_casts_leave(name, tiny_dir):
+    config, place = read_config(CASES_BY_NAME[name].config), Placement(mesh=mesh_of("data=1"))
+    model = abstract_model(config, place, dtype="bfloat16", kernels=Kernels())
+    exact = {info.path for info in parameter_table(nnx.state(model), place) if info.dtype == np.float32}
+    sizes = segment_sizes(config, place, model.parts)
+    parts = assign_pieces(tiny_dir(name), open_tensors(tiny_dir(name)), config, sizes, model.parts)
+    for path, pieces in parts.items():
+        assert {is_exact(piece.key) for piece in pieces} == {path in exact}
 
 
 def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):

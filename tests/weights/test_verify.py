@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 from jaxmoe import LLM
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights import shards
-from jaxmoe.weights.checkpoint import open_tensors
+from jaxmoe.weights.checkpoint import INDEX, open_tensors
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.manifest import MANIFEST, read_manifest
+from jaxmoe.weights.safetensors_file import read_header
 from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
-from .published import every_dtype, random_tensor, write_published
+from ..tiny.cases import CASES_BY_NAME
+from ..tiny.quantised import write_quantised
+from .published import bytes_of, every_dtype, random_tensor, write_file, write_published
 
 CASE = "mixtral_window"
 
@@ -26,7 +30,6 @@ def source(tmp_path) -> Path:
     return every_dtype(tmp_path / "source")
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf"])
 def _flipped(content: bytes, place: int, bit: int) -> bytes:
     return content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
 
@@ -85,6 +88,70 @@ def test_files_that_went_or_grew_are_reported(source, tmp_path):
     assert all(
         any(words in line for line in said) for words in ("'of.F32'", "tokenizer.json", "57 bytes instead of 56")
     )
+
+
+def _negated(source: Path, directory: Path) -> Path:
+    """The tensors of the only file of a checkpoint, all bits turned over."""
+    infos, content = read_header(source), source.read_bytes()
+    tensors = {
+        name: (
+            info.dtype_name,
+            info.shape,
+            bytes(255 - one for one in content[info.start : info.start + info.num_bytes]),
+        )
+        for name, info in infos.items()
+    }
+    write_file(directory, tensors)
+    return directory
+
+
+@pytest.mark.parametrize("limit", [700, 10**9], ids=["shards", "one file"])
+def test_weights_that_were_not_written_are_reported_and_not_read(limit, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.ShardSink.__init__, "__defaults__", (limit,))
+    whole = tmp_path / "out"
+    convert(source, whole, to="hf")
+    expected = bytes_of(source)
+    _negated(source / "model.safetensors", whole / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(expected, "other.safetensors")}
+    (whole / "other.index.json").write_text(json.dumps(index))
+    strays = ["other.index.json", "other.safetensors"]
+    if limit > 700:
+        (whole / INDEX).write_text(json.dumps(index))
+        strays.insert(0, INDEX)
+    assert bytes_of(whole) == expected
+    assert problems(whole) == [f"file {name} is none that was written: remove it" for name in strays]
+    assert "other.safetensors" in convert(whole, tmp_path / "orbax").left_behind
+
+
+def test_a_stray_file_beside_an_orbax_checkpoint_is_reported(source, tmp_path):
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    assert problems(tmp_path / "out") == ["file model.safetensors is none that was written: remove it"]
+
+
+def _reversed(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16", "int8", "fp8-block"])
+def test_a_corrupt_source_is_not_cast_or_quantised(weights_dtype, tiny_dir, tmp_path):
+    convert(tiny_dir(CASE), tmp_path / "orbax")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    _reversed(tmp_path / "orbax" / name / "0.0")
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' of the source differs from its checksum"):
+        convert(tmp_path / "orbax", tmp_path / "out", weights_dtype=weights_dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", ["", "_scale_inv"])
+def test_a_corrupt_source_is_not_dequantised(end, tmp_path):
+    write_quantised(CASES_BY_NAME["deepseek_v3_halves"], "fp8", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "orbax")
+    name = f"model.layers.0.mlp.up_proj.weight{end}"
+    chunk = tmp_path / "orbax" / name / "0.0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' of the source differs from its checksum"):
+        convert(tmp_path / "orbax", tmp_path / "out", weights_dtype="bfloat16")
 
 
 def test_a_corrupt_source_is_not_carried_on(source, tmp_path, tiny_dir):
