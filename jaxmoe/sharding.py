@@ -24,7 +24,7 @@ Dims = tuple[str, ...]
 View = Literal["staged", "within", "beside"]
 
 # Of tokens shared out between split regions a rank has so many at a time. XLA:TPU reduces and scatters whole tiles of
-# rows; of any other strip it makes an all-reduce, with twice the bytes.
+# rows; of smaller strips it makes an all-reduce, with twice the bytes, and larger ones it pads.
 _STRIP_ROWS = {"tpu": 8}
 
 # How a step's tokens lie: inside layers, or between their split regions.

@@ -88,9 +88,11 @@ def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def summed_over(y: jax.Array, axes: Sequence[str], scattered: Sequence[str]) -> jax.Array:
     """The sum of y [b,...] over mesh axes; along those that are scattered each rank keeps its strip of the rows.
 
-    Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left.
+    Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left. Strips are a dim of their
+    own: of tiled ones of many rows XLA:TPU makes an all-reduce.
     """
     if scattered:
-        y = jax.lax.psum_scatter(y, tuple(scattered), scatter_dimension=0, tiled=True)
+        strips = math.prod(jax.lax.axis_size(axis) for axis in scattered)
+        y = jax.lax.psum_scatter(y.reshape(strips, -1, *y.shape[1:]), tuple(scattered), scatter_dimension=0)
     left = tuple(axis for axis in axes if axis not in scattered)
     return jax.lax.psum(y, left) if left else y

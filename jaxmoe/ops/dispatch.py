@@ -116,7 +116,8 @@ def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> 
         outer, inner = exchange.levels()
         return combine(combine(y, sent, inner), None, outer)
     if exchange.kind == "all_gather":
-        return jax.lax.psum_scatter(y, exchange.axes, scatter_dimension=0, tiled=True)
+        # Ranks in a dim of their own: tiled ones of many rows XLA:TPU makes an all-reduce of.
+        return jax.lax.psum_scatter(y.reshape(exchange.num_ranks, -1, y.shape[1]), exchange.axes, scatter_dimension=0)
     if sent is not None:
         rows, num_tokens = sent.rows.size, y.shape[0] // exchange.num_ranks
         back = _ragged(y, rows, num_tokens, send=sent.came, to=sent.theirs, receive=sent.mine, exchange=exchange)

@@ -128,7 +128,10 @@ def _trials(case, layout: str) -> list[Trial]:
 )
 def test_every_family_on_every_mesh_in_every_layout(case, layout, changed_dir, record_property):
     trials = _trials(case, layout)
-    directory = changed_dir(case.name, num_hidden_layers=8)  # one for each of the most stages
+    keys: dict = {"num_hidden_layers": 8}  # one for each of the most stages
+    if types := case.config.get("layer_types"):
+        keys["layer_types"] = tuple(types) * (8 // len(types))
+    directory = changed_dir(case.name, **keys)
     checks = list(verify_trials(directory, trials=trials, max_tokens=8))
     assert [check.trial for check in checks] == trials
     record_property("placements", len(checks))  # with --junitxml: what docs/verify.md tells
