@@ -60,7 +60,10 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
             continue
         result = match["result"]
         nested = match["start"] and _NESTED.match(result)  # ((operands), results)
-        sizes = [_array_bytes(kind, shape) for kind, shape in _ARRAY.findall(nested[1] if nested else result)]
+        arrays = _ARRAY.findall(nested[1] if nested else result)
+        if nested:  # beside results, what the one that waits is told
+            arrays = [(kind, shape) for kind, shape in arrays if shape or kind not in ("u32", "s32")] or arrays
+        sizes = [_array_bytes(kind, shape) for kind, shape in arrays]
         if match["start"] and not nested and len(sizes) > 1:  # (operand, result, ...)
             if op == "collective-permute":
                 sizes = sizes[1:2]

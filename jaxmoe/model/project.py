@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -47,21 +48,21 @@ def project(
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     inside = "token" if lead == "residual" else lead
     before, after = ((lead if part == ("width",) else inside, "length", *part) for part in (summed, kept))
+    plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
     if kind == "xla" and lead != "residual" and not isinstance(weights, Quantised):
-        contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
-        matrix = layer_of(weights, at)
-        y = jax.lax.dot_general(x, matrix, (contracted, ((), ())), preferred_element_type=jnp.dtype(dtype or x.dtype))
-        return place.constrain(y, *after)
+        return place.constrain(plain(x, weights, at), *after)
     shared = place.shared(lead) if lead == "residual" else ()
     gathered, scattered = (shared if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
     def part(x: jax.Array, w: Weights, at: jax.Array, *used: jax.Array) -> jax.Array:
+        x = gather_rows(x, gathered)
+        if kind == "xla" and not isinstance(w, Quantised):
+            return summed_over(plain(x, w, at), axes, scattered)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = used[0][0] if used else None
-        x = gather_rows(x, gathered)
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
         y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered)
         return y
@@ -69,6 +70,13 @@ def project(
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
     arrays += [] if used is None else [(used, ("token",))]
     return place.locally(part, *arrays, out=after)
+
+
+def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, dtype: str | None) -> jax.Array:
+    """By the matrix as it lies: XLA:TPU would copy one whose dims are made two."""
+    contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
+    y_dtype = jnp.dtype(dtype or x.dtype)
+    return jax.lax.dot_general(x, layer_of(w, at), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
 def together(x: jax.Array, place: Placement, lead: TokenDim) -> jax.Array:

@@ -150,6 +150,10 @@ _ALL, _PAIRS = "replica_groups=[1,8]<=[8]", "replica_groups=[4,2]<=[8]"
         (f"%a = (f32[1000], f32[8]) all-reduce-start(%x, %y), {_ALL}", ("all-reduce", "tensor", 4032)),
         (f"%a = (f32[8], f32[64]) all-gather-start(%x), {_ALL}", ("all-gather", "tensor", 256)),
         (f"%a = ((f32[8], f32[4]), f32[64], f32[32]) all-gather-start(%x, %y), {_ALL}", ("all-gather", "tensor", 384)),
+        (
+            f"%a = ((f32[4], f32[4]), f32[64], u32[], u32[]) ragged-all-to-all-start(%x, %y), {_ALL}",
+            ("ragged-all-to-all", "tensor", 256),
+        ),
         (f"%a = f32[8] all-reduce(%x), {_PAIRS}", ("all-reduce", "2 ranks of tensor", 32)),
     ],
 )
