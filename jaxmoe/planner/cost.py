@@ -7,7 +7,7 @@ below, with where it comes from; docs/planner.md holds it against published meas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -24,14 +24,14 @@ from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 
 # A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory.
 # XLA's programs for TPUs are one launch.
-LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 3e-6, "tpu": 0.5e-6, "cpu": 2e-6}
+LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 7e-6, "tpu": 0.5e-6, "cpu": 2e-6}
 # Kernels of a layer's parts, as tuned programs fuse them.
 _KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
-# Products grouped by expert, and reading such experts, attain less than one large product: rows of an expert do not
-# fill tiles. And ranks that compute other tokens do not arrive at an exchange together (DeepEP's dispatch of 128 tokens
-# among 8 H800 takes 77 us, its combine 114, where their bytes take under 50). Calibrated on all rows of MoEs in
-# docs/planner.md together.
-_GROUPED_PRODUCTS, _GROUPED_READS, _WAIT_SECONDS = 0.5, 0.65, 80e-6
+# Rows of an expert are multiplied in tiles of 128 of which the last is half full; reading experts attains less of the
+# memory's rate than reading one matrix. Ranks that compute other tokens do not arrive at an exchange together: they
+# wait a part of what the layer takes, and as long again as the exchange's own kernels need to find each other.
+_TILE_ROWS, _GROUPED_READS, _UNEVEN, _WAIT_SECONDS = 128, 0.65, 0.3, 10e-6
+_OUTPUT_PRODUCTS, _ATTENTION, _UNPACKED = 768, 1.0, 0.6
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
@@ -92,22 +92,21 @@ class Seconds:
 
 @dataclass(frozen=True)
 class _Dense:
-    """Matrices that every token meets: products a token, bytes read once, bytes moved a token."""
+    """Matrices that every token meets: seconds of a token's products, bytes read once, bytes moved a token."""
 
-    flops: float
+    products: float
     num_bytes: float
     moved: float
-    rate: float
     kernels: int
 
 
 @dataclass(frozen=True)
 class _Experts:
-    """Of one device: experts it holds, products and bytes moved for a token that came to one of them, bytes of one
-    expert; reach: tokens of how many ranks may come, and how many devices share those out."""
+    """Of one device: experts it holds, seconds of products and bytes moved for a token that came to one of them, bytes
+    of one expert; reach: tokens of how many ranks may come, and how many devices share those out."""
 
     held: int
-    flops: float
+    products: float
     moved: float
     num_bytes: float
     reach: float
@@ -154,7 +153,7 @@ class StepCost:
             layer = self._layer(block)
             alike[layer] = alike.get(layer, 0) + block.run
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
-        self._worked: dict[Rows, tuple[float, float, float]] = {}
+        self._worked: dict[Rows, tuple[float, float, float, float]] = {}
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
     def dispatched(self, dispatch: str) -> StepCost:
@@ -174,7 +173,8 @@ class StepCost:
             return self._plain_rate
         if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
             return self.hardware.flops_a_second("fp4" if format == NVFP4 else "fp8")
-        return self.hardware.flops_a_second(_RATES[format.dtype])
+        rate = self.hardware.flops_a_second(_RATES[format.dtype])
+        return rate if _RATES[format.dtype] in self.hardware.tflops and format.dtype != "mxfp4" else rate * _UNPACKED
 
     def _layer(self, block: Block) -> _Layer:
         config, place = self.config, block.place
@@ -195,16 +195,27 @@ class StepCost:
         numbers = sum(_numbers(one, block) for one in matrices)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
-        return _Dense(2 * numbers, block.bytes_of(part), moved, self._rate(part), _KERNELS[part])
+        return _Dense(self._products(matrices, block), block.bytes_of(part), moved, _KERNELS[part])
+
+    def _products(self, matrices: Iterable[Parameter], block: Block) -> float:
+        """Seconds of a token's products with some matrices: their numbers, and what every output takes besides."""
+        seconds = 0.0
+        for one in matrices:
+            share = one.share(block.place)
+            outputs = math.prod(share) / math.prod(share[one.lead : one.lead + one.over]) if one.over else 0
+            seconds += 2 * math.prod(share) / self._rate(one.part) + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
+        return seconds
 
     def _experts(self, block: Block) -> _Experts:
         place, width = block.place, self.config.hidden_size
         parts = place.parts("moe_expert")
         held = block.sizes.moe_experts // parts
-        numbers = sum(_numbers(one, block) for one, _ in block.params if one.part == "experts" and one.lead) / held
+        matrices = [one for one, _ in block.params if one.part == "experts" and one.lead]
+        numbers = sum(_numbers(one, block) for one in matrices) / held
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
         reach = place.size(place.exchanged("token")) / self._context_ranks
-        return _Experts(held, 2 * numbers, moved, block.bytes_of("experts") / held, reach, parts)
+        products = self._products(matrices, block) / held
+        return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, parts)
 
     # --- what a step takes ---
 
@@ -217,44 +228,59 @@ class StepCost:
         each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
         passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
-        compute, memory, launch = (passes * one for one in self._work(each))
-        link, out = passes * link, passes * out
+        compute, memory, launch, _ = (passes * one for one in self._work(each))
+        link, out = passes * (link + self._waits(each)), passes * out
         waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
         bubble = (compute + memory + link + out + launch) / passes * waits
         return Seconds(compute, memory, link, out, launch, bubble)
 
-    def _work(self, each: Rows) -> tuple[float, float, float]:
-        """Seconds of products, memory and launches of one group of tokens through all layers."""
+    def _work(self, each: Rows) -> tuple[float, float, float, float]:
+        """Seconds of products, memory and launches of one group of tokens through all layers; and of all these, in
+        layers that exchange tokens."""
         if (known := self._worked.get(each)) is not None:
             return known
-        found = [0.0, 0.0, 0.0]  # compute, memory, launch
+        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of all three, in layers that exchange tokens
         self._outside(each, found)
         for layer in self._layers:
             one = [0.0, 0.0, 0.0]
             self._attend(layer, each, one)
             for dense in layer.dense:
                 tokens = each.tokens / self._context_ranks
-                moved = dense.num_bytes + dense.moved * tokens
-                self._pass(one, dense.flops * tokens, dense.rate, moved, dense.kernels)
+                self._pass(one, dense.products * tokens, dense.num_bytes, dense.kernels)
+                self._move(one, dense.moved * tokens)
             if layer.experts is not None:
                 self._meet_experts(layer.experts, each, one)
             for at, seconds in enumerate(one):
                 found[at] += layer.count * seconds
-        self._worked[each] = found[0], found[1], found[2]
+            if layer.exchanges:
+                found[3] += layer.count * sum(one)
+        self._worked[each] = found[0], found[1], found[2], found[3]
         return self._worked[each]
 
-    def _pass(self, found: list[float], flops: float, rate: float, num_bytes: float, kernels: int) -> None:
-        """Adds work whose products and whose passes over memory overlap: what takes longer binds."""
-        compute, memory = flops / rate, num_bytes / self._bandwidth
+    def _pass(self, found: list[float], compute: float, num_bytes: float, kernels: int) -> None:
+        """Adds work whose seconds of products and whose passes over memory overlap: what takes longer binds."""
+        memory = num_bytes / self._bandwidth
         found[compute <= memory] += max(compute, memory)
         found[2] += kernels * self._launch
+
+    def _move(self, found: list[float], num_bytes: float) -> None:
+        """Adds activations that kernels hand to each other: norms, quantising and the like run before a product or
+        after it, not beside."""
+        found[1] += num_bytes / self._bandwidth
+
+    def _waits(self, each: Rows) -> float:
+        """Seconds that one group of tokens waits at exchanges for ranks that are later."""
+        if self.dispatch == SILENT:
+            return 0.0
+        exchanges = sum(2 * layer.count for layer in self._layers if layer.exchanges)
+        return exchanges * _WAIT_SECONDS + _UNEVEN * self._work(each)[3]
 
     def _outside(self, rows: Rows, found: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
         width, item = self.config.hidden_size, self.held.itemsize
         vocab = self._vocab / self.placement.seen("beside").parts("vocab")
         moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
-        self._pass(found, 2 * vocab * width * rows.decode, self._plain_rate, moved, 4)
+        self._pass(found, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
 
     @cached_property
     def _vocab(self) -> int:
@@ -263,10 +289,11 @@ class StepCost:
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
         met = rows.decode * layer.seen(rows.context) / self._context_ranks
-        self._pass(found, met * layer.decode_flops, self._plain_rate, met * layer.kv_bytes, 2)
+        rate = self._plain_rate * _ATTENTION
+        self._pass(found, met * layer.decode_flops / rate, met * layer.kv_bytes, 2)
         if rows.prefill:
             met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
-            self._pass(found, met * layer.prefill_flops, self._plain_rate, 0.0, 1)
+            self._pass(found, met * layer.prefill_flops / rate, 0.0, 1)
 
     def _meet_experts(self, experts: _Experts, rows: Rows, found: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
@@ -275,9 +302,9 @@ class StepCost:
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
         active = experts.held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
-        moved = (experts.num_bytes * active + experts.moved * chosen) / _GROUPED_READS
-        flops = experts.flops * chosen / _GROUPED_PRODUCTS
-        self._pass(found, flops, self._rate("experts"), moved, _KERNELS["experts"])
+        products = experts.products * (chosen + active * _TILE_ROWS / 2)
+        self._pass(found, products, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
+        self._move(found, experts.moved * chosen)
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -290,8 +317,7 @@ class StepCost:
                 rows = tokens / _MANY if of_tokens else sampled
                 scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
                 found[group.across > 1] += count * self.links.seconds(scaled, group)
-            waits = sum(2 * layer.count * _WAIT_SECONDS for layer in self._layers if layer.exchanges)
-            seconds = self._said[tokens, sampled] = found[0] + waits, found[1]
+            seconds = self._said[tokens, sampled] = found[0], found[1]
         return seconds
 
     @cached_property
