@@ -30,6 +30,11 @@ COLUMNS = (
     "system", "model", "hardware", "num_gpus", "parallelism", "precision", "phase", "isl", "osl",
     "batch_or_concurrency", "metric", "value", "unit", "source",
 )  # fmt: skip
+# Rows on which no constant was chosen (docs/planner.md): whole models, and whole machines.
+_HELD_OUT = {
+    "model": ("Llama-3.1-405B", "gpt-oss-120b", "Qwen3-30B-A3B", "Mixtral-8x22B", "Kimi-K2-Instruct"),
+    "hardware": ("GB200", "A100"),
+}  # fmt: skip
 _CHUNK_TOKENS = 8192  # of a step, as serving systems set it where throughput is measured
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4}
 # Requests that NVIDIA's tables of trtllm-bench sent in all, by prompt and output tokens: docs/source/performance/
@@ -66,6 +71,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def held_out(facts: Mapping[str, str]) -> bool:
+    """Whether a row's model or machine is one of those on which no constant was chosen."""
+    return any(facts[column] in names for column, names in _HELD_OUT.items())
+
+
 def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -> Row:
     """What is predicted for a row. config_of: from the model's name. Raises: ConfigError, MeshError for a row that
     cannot be placed."""
@@ -78,7 +88,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
         facts["parallelism"], devices, moe=config.moe is not None, domain=hardware.scale_up_devices
     )  # fmt: skip
     kept = re.search(r"(bf16|fp8) KV|bf16 activations and KV", facts["precision"])
-    kv_dtype = "fp8" if kept and kept[1] == "fp8" or (kept is None and _BITS[precision] <= 8) else None
+    kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
     question = Question(
         config=config, hardware=hardware, devices=devices, load=load, kv_dtype=kv_dtype, chunk_tokens=_CHUNK_TOKENS,
         axes=check_axes(mesh) if mesh else None, layout=parse_layout(layout) if layout else None,
@@ -241,8 +251,10 @@ class Score:
 def score(rows: Sequence[Row], *, of: Callable[[Row], float] = lambda row: row.predicted) -> Score:
     """Of predictions, or of another number of each row."""
     errors = [abs(of(row) / row.measured - 1) for row in rows]
-    ranks = np.corrcoef(_ranks([of(row) for row in rows]), _ranks([row.measured for row in rows]))[0, 1]
-    return Score(len(rows), float(np.mean(errors)), float(ranks), _regret(rows, of))
+    places = _ranks([of(row) for row in rows]), _ranks([row.measured for row in rows])
+    with np.errstate(invalid="ignore"):  # of a single row
+        rank = float(np.corrcoef(*places)[0, 1]) if len(rows) > 1 else math.nan
+    return Score(len(rows), float(np.mean(errors)), rank, _regret(rows, of))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:

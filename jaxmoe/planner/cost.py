@@ -22,16 +22,27 @@ from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.sizes import Part
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 
-# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory.
-# XLA's programs for TPUs are one launch.
+# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory. Of
+# ROCm: chosen on rows of MI300X. XLA's programs for TPUs are one launch.
 LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 7e-6, "tpu": 0.5e-6, "cpu": 2e-6}
-# Kernels of a layer's parts, as tuned programs fuse them.
+# Kernels of a layer's parts, as tuned programs fuse them; of latent attention so many more.
 _KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
-# Rows of an expert are multiplied in tiles of 128 of which the last is half full; reading experts attains less of the
-# memory's rate than reading one matrix. Ranks that compute other tokens do not arrive at an exchange together: they
-# wait a part of what the layer takes, and as long again as the exchange's own kernels need to find each other.
-_TILE_ROWS, _GROUPED_READS, _UNEVEN, _WAIT_SECONDS = 128, 0.65, 0.3, 10e-6
-_OUTPUT_PRODUCTS, _ATTENTION, _UNPACKED = 768, 1.0, 0.6
+_LATENT_KERNELS = 5
+# The five that are called chosen were, on the calibration rows of docs/planner.md, all together.
+# A product's output takes as long as so many more inputs would in bf16, to fill the pipeline and to be written: narrow
+# shards, and numbers of few bits, attain less. Chosen.
+_OUTPUT_PRODUCTS = 768
+# Of the share that other products attain: by 4 bits (vllm-project/vllm#20646 on B200: 3,904 of 9,000 TFLOPS beside
+# 1,420 of 2,250 in bf16); by numbers of 4 bits that the hardware has to unpack first (chosen).
+_FOUR_BITS, _UNPACKED = 0.7, 0.5
+# Rows of an expert are multiplied in tiles, of which the last is half full: of 128 rows, smaller for fewer rows.
+_TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
+# Reading many experts attains less of the memory's rate than one matrix does. Chosen.
+_GROUPED_READS = 0.8
+# Ranks that compute other tokens do not arrive at an exchange together: they wait a part of what tokens take in that
+# layer (chosen; weights take all ranks as long), and for each other's kernels (chosen; DeepEP's dispatch of 128 tokens
+# among 8 H800 takes 77 us, its combine 114, of which bytes are the most).
+_UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
@@ -148,6 +159,9 @@ class StepCost:
         moe = self.config.moe
         ranks = max(block.place.parts("moe_expert") for block in held.blocks)
         self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
+        if moe:  # of each expert, how many tokens choose it
+            loads = _loads(moe.num_experts, skew)
+            self._popularity = np.minimum(moe.num_experts_per_tok * loads / loads.sum(), 1.0)
         alike: dict[_Layer, int] = {}
         for block in held.blocks:
             layer = self._layer(block)
@@ -171,10 +185,11 @@ class StepCost:
         format = self.config.quantisation.format if self.config.quantisation else None
         if format is None or part == "router":
             return self._plain_rate
+        attained = self.hardware.flops_a_second
         if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
-            return self.hardware.flops_a_second("fp4" if format == NVFP4 else "fp8")
-        rate = self.hardware.flops_a_second(_RATES[format.dtype])
-        return rate if _RATES[format.dtype] in self.hardware.tflops and format.dtype != "mxfp4" else rate * _UNPACKED
+            return _FOUR_BITS * attained("fp4") if format == NVFP4 else attained("fp8")
+        unpacked = format.dtype == "mxfp4" or _RATES[format.dtype] not in self.hardware.tflops
+        return attained(_RATES[format.dtype]) * (_UNPACKED if unpacked else 1.0)
 
     def _layer(self, block: Block) -> _Layer:
         config, place = self.config, block.place
@@ -195,7 +210,8 @@ class StepCost:
         numbers = sum(_numbers(one, block) for one in matrices)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
-        return _Dense(self._products(matrices, block), block.bytes_of(part), moved, _KERNELS[part])
+        kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
+        return _Dense(self._products(matrices, block), block.bytes_of(part), moved, kernels)
 
     def _products(self, matrices: Iterable[Parameter], block: Block) -> float:
         """Seconds of a token's products with some matrices: their numbers, and what every output takes besides."""
@@ -235,14 +251,15 @@ class StepCost:
         return Seconds(compute, memory, link, out, launch, bubble)
 
     def _work(self, each: Rows) -> tuple[float, float, float, float]:
-        """Seconds of products, memory and launches of one group of tokens through all layers; and of all these, in
-        layers that exchange tokens."""
+        """Seconds of products, memory and launches of one group of tokens through all layers; and what of these its
+        tokens decide, in layers that exchange them."""
         if (known := self._worked.get(each)) is not None:
             return known
-        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of all three, in layers that exchange tokens
+        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; what tokens decide in layers that exchange them
         self._outside(each, found)
+        found[3] = 0.0
         for layer in self._layers:
-            one = [0.0, 0.0, 0.0]
+            one = [0.0, 0.0, 0.0, 0.0]
             self._attend(layer, each, one)
             for dense in layer.dense:
                 tokens = each.tokens / self._context_ranks
@@ -250,23 +267,27 @@ class StepCost:
                 self._move(one, dense.moved * tokens)
             if layer.experts is not None:
                 self._meet_experts(layer.experts, each, one)
+            one[3] *= layer.exchanges
             for at, seconds in enumerate(one):
                 found[at] += layer.count * seconds
-            if layer.exchanges:
-                found[3] += layer.count * sum(one)
         self._worked[each] = found[0], found[1], found[2], found[3]
         return self._worked[each]
 
-    def _pass(self, found: list[float], compute: float, num_bytes: float, kernels: int) -> None:
-        """Adds work whose seconds of products and whose passes over memory overlap: what takes longer binds."""
-        memory = num_bytes / self._bandwidth
-        found[compute <= memory] += max(compute, memory)
+    def _pass(self, found: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
+        """Adds work whose seconds of products overlap with passes over bytes of weights, or of pages: what takes longer
+        binds, and near the corner both do."""
+        read = weights / self._bandwidth
+        memory = read + pages / self._bandwidth
+        seconds = math.hypot(compute, memory)
+        found[compute <= memory] += seconds
         found[2] += kernels * self._launch
+        found[3] += seconds - read
 
     def _move(self, found: list[float], num_bytes: float) -> None:
         """Adds activations that kernels hand to each other: norms, quantising and the like run before a product or
         after it, not beside."""
         found[1] += num_bytes / self._bandwidth
+        found[3] += num_bytes / self._bandwidth
 
     def _waits(self, each: Rows) -> float:
         """Seconds that one group of tokens waits at exchanges for ranks that are later."""
@@ -289,11 +310,10 @@ class StepCost:
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
         met = rows.decode * layer.seen(rows.context) / self._context_ranks
-        rate = self._plain_rate * _ATTENTION
-        self._pass(found, met * layer.decode_flops / rate, met * layer.kv_bytes, 2)
+        self._pass(found, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
         if rows.prefill:
             met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
-            self._pass(found, met * layer.prefill_flops / rate, 0.0, 1)
+            self._pass(found, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
     def _meet_experts(self, experts: _Experts, rows: Rows, found: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
@@ -301,10 +321,15 @@ class StepCost:
         assert moe is not None
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
-        active = experts.held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
-        products = experts.products * (chosen + active * _TILE_ROWS / 2)
+        active = experts.held * self._active(tokens)
+        tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / active))
+        products = experts.products * (chosen + active * tile / 2)
         self._pass(found, products, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
         self._move(found, experts.moved * chosen)
+
+    def _active(self, tokens: float) -> float:
+        """The share of experts that any of so many tokens chose."""
+        return float(np.mean(1 - (1 - self._popularity) ** tokens))
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -363,13 +388,17 @@ def _numbers(param: Parameter, block: Block) -> int:
     return math.prod(param.share(block.place))
 
 
+def _loads(num_experts: int, skew: float) -> np.ndarray:
+    return (1.0 + np.arange(num_experts)) ** -skew
+
+
 @lru_cache(maxsize=1024)
 def imbalance(num_experts: int, ranks: int, skew: float) -> float:
     """Load of the fullest of so many ranks over the mean, where experts' loads fall off as (1 + place) ** -skew and
     experts stand in no order: the mean of some deals, always the same ones."""
     if ranks <= 1 or skew == 0:
         return 1.0
-    loads = (1.0 + np.arange(num_experts)) ** -skew
+    loads = _loads(num_experts, skew)
     room = -(-num_experts // ranks)
     padded = np.zeros(room * ranks)
     padded[:num_experts] = loads

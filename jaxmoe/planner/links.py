@@ -19,10 +19,10 @@ from jaxmoe.mesh import AXES
 from jaxmoe.planner.hardware import Hardware, Points
 from jaxmoe.planner.traffic import Collective, Op, sent_of
 
-
 # Small all-reduces inside a node need no library: one kernel reads the message of every peer. vllm-project/vllm#37756
-# has 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X.
-_KERNEL_REDUCED, _KERNEL_SECONDS = ("cuda", "rocm"), 6.5e-6
+# has 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X; to which
+# comes a launch, as in cost.py.
+_KERNEL_PLATFORMS, _KERNEL_SECONDS, KERNEL_BYTES = ("cuda", "rocm"), 10e-6, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Links:
 
     def _within(self, op: Op, whole: float, group: Group) -> float:
         ranks = group.inside
-        if op == "all-reduce" and self.hardware.platform in _KERNEL_REDUCED:
+        if op == "all-reduce" and whole <= KERNEL_BYTES and self.hardware.platform in _KERNEL_PLATFORMS:
             return min(self._listed(op, whole, ranks), self._by_a_kernel(whole, ranks))
         return self._listed(op, whole, ranks)
 
