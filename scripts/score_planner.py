@@ -21,7 +21,7 @@ from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
 
 DATA = Path(__file__).parent.parent / "tests" / "planner" / "data"
-SAMPLE, MORE = DATA / "published_sample.csv", DATA / "published_more.csv"
+SAMPLE, MORE, LOADS = (DATA / f"published_{name}.csv" for name in ("sample", "more", "loads"))
 
 
 @cache
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             "sample": list(predicted(SAMPLE)),
             "calibration": [row for row in more if not held_out(row.facts)],
             "held out": [row for row in more if held_out(row.facts)],
+            "other loads": list(predicted(LOADS)),
         }
     found = [row for rows in sets.values() for row in rows]
     if options.all:
@@ -79,7 +80,8 @@ def _scores(sets: Mapping[str, Sequence[Row]]) -> None:
         cells = []
         for of in (lambda row: row.predicted, lambda row: row.speed_of_light):
             one = score(rows, of=of)
-            cells += [f"{one.mape:.1%}", f"{one.rank:.3f}", "-" if one.regret is None else f"{one.regret:.1%}"]
+            cells += [f"{one.mape:.1%}", f"{one.rank:.3f}" if one.rows > 2 else "-"]
+            cells.append("-" if one.regret is None else f"{one.regret:.1%}")
         print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
 
 

@@ -20,7 +20,7 @@ from jaxmoe.families.quantised import quantisation
 from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
-from jaxmoe.planner.cost import Rows
+from jaxmoe.planner.cost import SKEW, Rows
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, Plan, Question, search
 from jaxmoe.planner.serving import Load
@@ -89,9 +89,11 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     )  # fmt: skip
     kept = re.search(r"(bf16|fp8) KV|bf16 activations and KV", facts["precision"])
     kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
+    evened = "EPLB" in facts["system"]  # experts stand where their loads are even
     question = Question(
         config=config, hardware=hardware, devices=devices, load=load, kv_dtype=kv_dtype, chunk_tokens=_CHUNK_TOKENS,
         axes=check_axes(mesh) if mesh else None, layout=parse_layout(layout) if layout else None,
+        skew=0.0 if evened else SKEW,
     )  # fmt: skip
     try:
         plan = search(question).best
@@ -147,7 +149,8 @@ def placed(
     Devices beyond the split are replicas. Experts split by width among ranks that attend to other requests, as some
     systems have them with attention data parallelism, are priced as whole experts on these ranks.
     """
-    degrees = {name: int(number) for name, number in re.findall(r"\b(TEP|DEP|TP|PP|EP|DP)\s*=?\s*(\d+)", parallelism)}
+    said = re.sub(r"\(.*?\)", "", parallelism)
+    degrees = {name: int(number) for name, number in re.findall(r"\b(TEP|DEP|TP|PP|EP|DP)\s*=?\s*(\d+)", said)}
     if not degrees:
         return None, None
     spread = "DEP" in degrees or re.search(r"attention_dp|attn DP|DP attention|attention DP", parallelism) is not None
@@ -211,6 +214,8 @@ def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float,
         tokens /= load.osl
     elif "total_token" in metric or "input_output" in metric:
         tokens *= (load.isl + load.osl) / load.osl
+    elif "input" in metric:
+        tokens *= load.isl / load.osl
     return tokens / devices if "per_gpu" in metric or "per_device" in metric or "gpu" in unit else tokens
 
 

@@ -7,7 +7,7 @@ below, with where it comes from; docs/planner.md holds it against published meas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -158,10 +158,7 @@ class StepCost:
         self._context_ranks = self.placement.parts("page_token")
         moe = self.config.moe
         ranks = max(block.place.parts("moe_expert") for block in held.blocks)
-        self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
-        if moe:  # of each expert, how many tokens choose it
-            loads = _loads(moe.num_experts, skew)
-            self._popularity = np.minimum(moe.num_experts_per_tok * loads / loads.sum(), 1.0)
+        self.skew, self._skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0, skew
         alike: dict[_Layer, int] = {}
         for block in held.blocks:
             layer = self._layer(block)
@@ -207,30 +204,33 @@ class StepCost:
 
     def _dense(self, block: Block, part: Part) -> _Dense:
         matrices = [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
-        numbers = sum(_numbers(one, block) for one in matrices)
+        numbers, products = self._products(matrices, block)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
-        return _Dense(self._products(matrices, block), block.bytes_of(part), moved, kernels)
+        return _Dense(products, block.bytes_of(part), moved, kernels)
 
-    def _products(self, matrices: Iterable[Parameter], block: Block) -> float:
-        """Seconds of a token's products with some matrices: their numbers, and what every output takes besides."""
-        seconds = 0.0
+    def _products(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
+        """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
+        every output takes besides."""
+        found, outputs = 0, 0
         for one in matrices:
             share = one.share(block.place)
-            outputs = math.prod(share) / math.prod(share[one.lead : one.lead + one.over]) if one.over else 0
-            seconds += 2 * math.prod(share) / self._rate(one.part) + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
-        return seconds
+            numbers = math.prod(share)
+            found += numbers
+            if one.over:
+                outputs += numbers // math.prod(share[one.lead : one.lead + one.over])
+        rate = self._rate(matrices[0].part)
+        return found, 2 * found / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
     def _experts(self, block: Block) -> _Experts:
         place, width = block.place, self.config.hidden_size
         parts = place.parts("moe_expert")
         held = block.sizes.moe_experts // parts
         matrices = [one for one, _ in block.params if one.part == "experts" and one.lead]
-        numbers = sum(_numbers(one, block) for one in matrices) / held
+        numbers, products = (one / held for one in self._products(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
         reach = place.size(place.exchanged("token")) / self._context_ranks
-        products = self._products(matrices, block) / held
         return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, parts)
 
     # --- what a step takes ---
@@ -244,20 +244,22 @@ class StepCost:
         each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
         passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
-        compute, memory, launch, _ = (passes * one for one in self._work(each))
-        link, out = passes * (link + self._waits(each)), passes * out
+        compute, memory, launch, waiting = (passes * one for one in self._work(each))
+        link, out = passes * link, passes * out
+        if self.dispatch != SILENT:
+            link += waiting
         waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
         bubble = (compute + memory + link + out + launch) / passes * waits
         return Seconds(compute, memory, link, out, launch, bubble)
 
     def _work(self, each: Rows) -> tuple[float, float, float, float]:
-        """Seconds of products, memory and launches of one group of tokens through all layers; and what of these its
-        tokens decide, in layers that exchange them."""
+        """Seconds of products, memory and launches of one group of tokens through all layers; and of waiting at
+        exchanges for ranks that are later."""
         if (known := self._worked.get(each)) is not None:
             return known
-        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; what tokens decide in layers that exchange them
+        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, what tokens decide
         self._outside(each, found)
-        found[3] = 0.0
+        waiting = 0.0
         for layer in self._layers:
             one = [0.0, 0.0, 0.0, 0.0]
             self._attend(layer, each, one)
@@ -267,10 +269,11 @@ class StepCost:
                 self._move(one, dense.moved * tokens)
             if layer.experts is not None:
                 self._meet_experts(layer.experts, each, one)
-            one[3] *= layer.exchanges
+            if layer.exchanges:
+                waiting += layer.count * (_UNEVEN * one[3] + 2 * _WAIT_SECONDS)
             for at, seconds in enumerate(one):
                 found[at] += layer.count * seconds
-        self._worked[each] = found[0], found[1], found[2], found[3]
+        self._worked[each] = found[0], found[1], found[2], waiting
         return self._worked[each]
 
     def _pass(self, found: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
@@ -289,23 +292,16 @@ class StepCost:
         found[1] += num_bytes / self._bandwidth
         found[3] += num_bytes / self._bandwidth
 
-    def _waits(self, each: Rows) -> float:
-        """Seconds that one group of tokens waits at exchanges for ranks that are later."""
-        if self.dispatch == SILENT:
-            return 0.0
-        exchanges = sum(2 * layer.count for layer in self._layers if layer.exchanges)
-        return exchanges * _WAIT_SECONDS + _UNEVEN * self._work(each)[3]
-
     def _outside(self, rows: Rows, found: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
         width, item = self.config.hidden_size, self.held.itemsize
-        vocab = self._vocab / self.placement.seen("beside").parts("vocab")
+        vocab = self._vocab
         moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
         self._pass(found, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
 
     @cached_property
-    def _vocab(self) -> int:
-        return self.held.outer[0][0].dims["vocab"]
+    def _vocab(self) -> float:
+        return self.held.outer[0][0].dims["vocab"] / self.placement.seen("beside").parts("vocab")
 
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
@@ -321,15 +317,11 @@ class StepCost:
         assert moe is not None
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
-        active = experts.held * self._active(tokens)
-        tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / active))
+        active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
+        tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / max(active, 1e-9)))
         products = experts.products * (chosen + active * tile / 2)
         self._pass(found, products, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
         self._move(found, experts.moved * chosen)
-
-    def _active(self, tokens: float) -> float:
-        """The share of experts that any of so many tokens chose."""
-        return float(np.mean(1 - (1 - self._popularity) ** tokens))
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -384,12 +376,16 @@ def _grain(value: float) -> int:
     return -(-whole // step) * step
 
 
-def _numbers(param: Parameter, block: Block) -> int:
-    return math.prod(param.share(block.place))
-
-
 def _loads(num_experts: int, skew: float) -> np.ndarray:
     return (1.0 + np.arange(num_experts)) ** -skew
+
+
+@lru_cache(maxsize=1 << 16)
+def chosen_share(num_experts: int, top_k: int, skew: float, tokens: float) -> float:
+    """The share of experts that any of so many tokens chose, whose loads fall off as (1 + place) ** -skew."""
+    loads = _loads(num_experts, skew)
+    each = np.minimum(top_k * loads / loads.sum(), 1.0 - 1e-12)
+    return float(1 - np.exp(tokens * np.log1p(-each)).mean())
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from jaxmoe.planner.hardware import hardware_names, read_hardware
-from jaxmoe.planner.links import Group, Links, group_of
+from jaxmoe.planner.links import KERNEL_BYTES, Group, Links, group_of
 from jaxmoe.planner.traffic import Collective
 
 OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
