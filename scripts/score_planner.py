@@ -1,20 +1,27 @@
-"""Hold the planner against published measurements: python -m scripts.score_planner [ROWS.csv] [--worst N]."""
+"""Hold the planner against published measurements: python -m scripts.score_planner [ROWS.csv] [--worst N] [--all].
+
+Without a file: those of tests/planner/data, the calibration rows and the rows held out apart.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.families import read_config
-from jaxmoe.planner.against import Row, predict, read_rows, score
+from jaxmoe.planner.against import Row, held_out, predict, read_rows, score
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
 
-SAMPLE = Path(__file__).parent.parent / "tests" / "planner" / "data" / "published_sample.csv"
+DATA = Path(__file__).parent.parent / "tests" / "planner" / "data"
+SAMPLE, MORE, LOADS = (DATA / f"published_{name}.csv" for name in ("sample", "more", "loads"))
 
 
 @cache
@@ -27,39 +34,69 @@ def config_of(model: str) -> ModelConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print each row, the worst, and the scores."""
+    """Print the scores, by metric too, and the worst rows; or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path, nargs="?", default=SAMPLE)
-    parser.add_argument("--worst", type=int, default=5)
+    parser.add_argument("rows", type=Path, nargs="?")
+    parser.add_argument("--worst", type=int, default=10)
+    parser.add_argument("--all", action="store_true", help="print every row")
     options = parser.parse_args(arguments)
-    found: list[Row] = []
-    for facts in read_rows(options.rows):
-        try:
-            found.append(predict(facts, config_of))
-        except JaxmoeError as error:
-            print(f"left out: {facts['model']} on {facts['num_gpus']} x {facts['hardware']}: {error}", file=sys.stderr)
-    print("| model | hardware | split | precision | isl / osl | metric | measured | predicted | error |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in found:
-        print(_line(row))
-    print("\nworst:")
-    for row in sorted(found, key=lambda row: -abs(row.error))[: options.worst]:
-        print(_line(row))
-    for name, of in (("planner", lambda row: row.predicted), ("speed of light", lambda row: row.speed_of_light)):
-        one = score(found, of=of)
-        regret = "-" if one.regret is None else f"{one.regret:.1%}"
-        print(f"{name}: {one.rows} rows, MAPE {one.mape:.1%}, rank correlation {one.rank:.3f}, top-1 regret {regret}")
+    if options.rows is not None:
+        sets = {str(options.rows): list(predicted(options.rows))}
+    else:
+        more = list(predicted(MORE))
+        sets = {
+            "sample": list(predicted(SAMPLE)),
+            "calibration": [row for row in more if not held_out(row.facts)],
+            "held out": [row for row in more if held_out(row.facts)],
+            "other loads": list(predicted(LOADS)),
+        }
+    found = [row for rows in sets.values() for row in rows]
+    if options.all:
+        _table(found)
+    _scores({name: rows for name, rows in sets.items() if rows})
+    metrics = defaultdict(list)
+    for name, rows in sets.items():
+        for row in rows:
+            metrics[f"{name}: {row.facts['metric']}"].append(row)
+    print()
+    _scores({name: metrics[name] for name in sorted(metrics)})
+    print("\nworst:\n")
+    _table(sorted(found, key=lambda row: -abs(math.log(row.predicted / row.measured)))[: options.worst])
     return 0
 
 
-def _line(row: Row) -> str:
-    facts = row.facts
-    split = facts["parallelism"].split(" (")[0] + (" + attention DP" if "attention_dp" in facts["parallelism"] else "")
-    return (
-        f"| {facts['model']} | {facts['num_gpus']} x {facts['hardware']} | {split} | {facts['precision']} | "
-        f"{facts['isl']} / {facts['osl']} | {facts['metric']} | {row.measured:,.0f} | {row.predicted:,.0f} | "
-        f"{row.error:+.0%} |"
-    )
+def predicted(path: Path) -> Iterator[Row]:
+    """The rows of a file that can be placed; the others are named."""
+    for facts in read_rows(path):
+        try:
+            yield predict(facts, config_of)
+        except JaxmoeError as error:
+            print(f"left out: {facts['model']} on {facts['num_gpus']} x {facts['hardware']}: {error}", file=sys.stderr)
+
+
+def _scores(sets: Mapping[str, Sequence[Row]]) -> None:
+    print("| rows | number | MAPE | rank | regret | light: MAPE | rank | regret |\n|---|---|---|---|---|---|---|---|")
+    for name, rows in sets.items():
+        cells = []
+        for of in (lambda row: row.predicted, lambda row: row.speed_of_light):
+            one = score(rows, of=of)
+            cells += [f"{one.mape:.1%}", f"{one.rank:.3f}" if one.rows > 2 else "-"]
+            cells.append("-" if one.regret is None else f"{one.regret:.1%}")
+        print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+
+
+def _table(rows: Sequence[Row]) -> None:
+    print("| model | hardware | split | precision | isl / osl | load | metric | measured | predicted | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        facts = row.facts
+        spread = " + attention DP" if "attention_dp" in facts["parallelism"] else ""
+        split = facts["parallelism"].split(" (")[0].split(" + ")[0] + spread
+        print(
+            f"| {facts['model']} | {facts['num_gpus']} x {facts['hardware']} | {split} | {facts['precision']} | "
+            f"{facts['isl']} / {facts['osl']} | {facts['batch_or_concurrency'].split(' (')[0]} | {facts['metric']} | "
+            f"{row.measured:,.4g} | {row.predicted:,.4g} | {row.error:+.0%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from jaxmoe.families.quantised import quantisation
 from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
-from jaxmoe.planner.cost import Rows
+from jaxmoe.planner.cost import SKEW, Rows
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
-from jaxmoe.planner.search import Plan, Question, search
+from jaxmoe.planner.search import NoPlanError, Plan, Question, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
 
@@ -30,8 +30,20 @@ COLUMNS = (
     "system", "model", "hardware", "num_gpus", "parallelism", "precision", "phase", "isl", "osl",
     "batch_or_concurrency", "metric", "value", "unit", "source",
 )  # fmt: skip
+# Rows on which no constant was chosen (docs/planner.md): whole models, and whole machines.
+_HELD_OUT = {
+    "model": ("Llama-3.1-405B", "gpt-oss-120b", "Qwen3-30B-A3B", "Mixtral-8x22B", "Kimi-K2-Instruct"),
+    "hardware": ("GB200", "A100"),
+}  # fmt: skip
 _CHUNK_TOKENS = 8192  # of a step, as serving systems set it where throughput is measured
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4}
+# Requests that NVIDIA's tables of trtllm-bench sent in all, by prompt and output tokens: docs/source/performance/
+# perf-overview.md of NVIDIA/TensorRT-LLM@00f37686 (v0.14 to v1.0) and developer-guide/perf-overview.md@03e27c7d.
+_SENT = {
+    (128, 128): 30000, (128, 2048): 3000, (128, 4096): 1500, (500, 2000): 3000, (1000, 1000): 3000, (1000, 2000): 1500,
+    (2048, 128): 3000, (2048, 2048): 1500, (5000, 500): 1500, (20000, 2000): 1000, (1024, 1024): 3000,
+    (8192, 1024): 1500, (1024, 8192): 1500, (32768, 1024): 1000, (1024, 32768): 1000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def held_out(facts: Mapping[str, str]) -> bool:
+    """Whether a row's model or machine is one of those on which no constant was chosen."""
+    return any(facts[column] in names for column, names in _HELD_OUT.items())
+
+
 def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -> Row:
     """What is predicted for a row. config_of: from the model's name. Raises: ConfigError, MeshError for a row that
     cannot be placed."""
@@ -66,15 +83,33 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     precision = _precision(facts["precision"])
     config = _in_precision(config, precision)
     hardware = read_hardware(_hardware_name(facts["hardware"]))
-    asked = re.search(r"\d+", facts["batch_or_concurrency"])
-    load = Load(isl=int(facts["isl"]), osl=int(facts["osl"]), concurrency=int(asked[0]) if asked else None)
-    mesh, layout = placed(facts["parallelism"], devices, moe=config.moe is not None)
-    kv_dtype = "fp8" if _BITS[precision] <= 8 else None
-    plan = search(Question(
+    load = _load(facts)
+    mesh, layout = placed(
+        facts["parallelism"], devices, moe=config.moe is not None, domain=hardware.scale_up_devices
+    )  # fmt: skip
+    kept = re.search(r"(bf16|fp8) KV|bf16 activations and KV", facts["precision"])
+    kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
+    evened = "EPLB" in facts["system"]  # experts stand where their loads are even
+    question = Question(
         config=config, hardware=hardware, devices=devices, load=load, kv_dtype=kv_dtype, chunk_tokens=_CHUNK_TOKENS,
         axes=check_axes(mesh) if mesh else None, layout=parse_layout(layout) if layout else None,
-    )).best  # fmt: skip
+        skew=0.0 if evened else SKEW,
+    )  # fmt: skip
+    try:
+        plan = search(question).best
+    except NoPlanError:  # more requests than have room wait for it
+        plan = search(replace(question, load=replace(load, concurrency=None))).best
     return Row(facts, float(facts["value"]), _metric(facts, plan, load), _light(facts, config, hardware, devices, load))
+
+
+def _load(facts: Mapping[str, str]) -> Load:
+    """The requests a row was measured with; their mean lengths where they were drawn from a range."""
+    share = 1.0
+    if drawn := re.search(r"(\d+)-(\d+)% of isl", facts["system"]):
+        share = (int(drawn[1]) + int(drawn[2])) / 200
+    asked = re.search(r"\d+", facts["batch_or_concurrency"])
+    isl, osl = (max(1, round(share * int(facts[name]))) for name in ("isl", "osl"))
+    return Load(isl=isl, osl=osl, concurrency=int(asked[0]) if asked else None)
 
 
 def _precision(text: str) -> str:
@@ -99,29 +134,41 @@ def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
 
 
 def _hardware_name(text: str) -> str:
-    """The preset a table means: the longest whose name stands in the text."""
+    """The preset a table means: the longest whose name stands in the text as a word."""
     text = text.lower().replace("trillium", "v6e").replace("ironwood", "tpu7x").replace("tpu 7x", "tpu7x")
-    return max((name for name in hardware_names() if name in text), key=len, default=text)
+    words = [name for name in hardware_names() if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text)]
+    return max(words, key=len, default=text)
 
 
-def placed(parallelism: str, devices: int, *, moe: bool) -> tuple[dict[str, int] | None, str | None]:
-    """(axes, layout) of a split in the field's words, as TP8, TP8 PP2, DEP8, EP16; (None, None) where it says none.
+def placed(
+    parallelism: str, devices: int, *, moe: bool, domain: int = 8
+) -> tuple[dict[str, int] | None, str | None]:  # fmt: skip
+    """(axes, layout) of a split in the field's words, as TP8, TP8 PP2, DEP8, EP16, TP8 EP4; (None, None) where it says
+    none. domain: devices of one fast fabric; experts over several are exchanged between these and then inside.
 
-    Devices beyond the split are replicas.
+    Devices beyond the split are replicas. Experts split by width among ranks that attend to other requests, as some
+    systems have them with attention data parallelism, are priced as whole experts on these ranks.
     """
-    degrees = {name: int(number) for name, number in re.findall(r"\b(TEP|DEP|TP|PP|EP|DP)\s*=?\s*(\d+)", parallelism)}
+    said = re.sub(r"\(.*?\)", "", parallelism)
+    degrees = {name: int(number) for name, number in re.findall(r"\b(TEP|DEP|TP|PP|EP|DP)\s*=?\s*(\d+)", said)}
     if not degrees:
         return None, None
-    spread = "DEP" in degrees or re.search(r"attention_dp|attn DP|DP attention", parallelism) is not None
+    spread = "DEP" in degrees or re.search(r"attention_dp|attn DP|DP attention|attention DP", parallelism) is not None
     stages = degrees.get("PP", 1)
     split = degrees.get("TEP") or degrees.get("DEP") or degrees.get("TP", 1)
     experts = degrees.get("EP", 1)
     axes = {"pipeline": stages}
     layout = "ep-tp"
     if moe and (spread or (experts > 1 and "TP" not in degrees and "TEP" not in degrees)):
-        axes["expert"] = max(split, experts)
+        ranks = max(split, experts)
+        axes["expert"] = ranks
+        if ranks > domain and ranks % domain == 0:
+            axes["expert"], axes["tensor"], layout = ranks // domain, domain, "dp-ep"
     elif moe and ("TEP" in degrees or experts == split > 1):
         axes["tensor"], layout = split, "tp-ep"
+    elif moe and 1 < experts < split and split % experts == 0:
+        axes["expert"], axes["tensor"] = experts, split // experts
+        layout = "batch=data,split=expert+tensor,experts=expert,expert_width=tensor"
     else:
         axes["tensor"] = split
     replicas = devices // math.prod(axes.values())
@@ -135,7 +182,22 @@ def _metric(facts: Mapping[str, str], plan: Plan, load: Load) -> float:
         serving = plan.serving
         step = serving.cost.seconds(Rows(0, serving.chunk_tokens, 0, load.isl / 2)).total
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
-    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.tpot, tokens=plan.tokens_a_second)
+    if "decode" in facts["phase"].lower() and ("throughput" in metric or "disaggregated" in facts["system"].lower()):
+        served = plan.serving.serve(load, served.concurrency, prefills=False)  # prompts are read elsewhere
+    tokens = served.tokens_a_second
+    if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((load.isl, load.osl))):
+        tokens = _of_so_many(plan, load, sent)
+    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.tpot, tokens=tokens)
+
+
+def _of_so_many(plan: Plan, load: Load, sent: int) -> float:
+    """Tokens a second of so many requests in all: as many at once as the plan has, and at last those that are left."""
+    each = plan.served.concurrency
+    whole, rest = divmod(sent, each)
+    seconds = whole * each * load.osl / plan.served.tokens_a_second
+    if rest:
+        seconds += rest * load.osl / plan.serving.serve(load, rest).tokens_a_second
+    return sent * load.osl / seconds
 
 
 def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float, tpot: float, tokens: float) -> float:
@@ -152,6 +214,8 @@ def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float,
         tokens /= load.osl
     elif "total_token" in metric or "input_output" in metric:
         tokens *= (load.isl + load.osl) / load.osl
+    elif "input" in metric:
+        tokens *= load.isl / load.osl
     return tokens / devices if "per_gpu" in metric or "per_device" in metric or "gpu" in unit else tokens
 
 
@@ -192,8 +256,10 @@ class Score:
 def score(rows: Sequence[Row], *, of: Callable[[Row], float] = lambda row: row.predicted) -> Score:
     """Of predictions, or of another number of each row."""
     errors = [abs(of(row) / row.measured - 1) for row in rows]
-    ranks = np.corrcoef(_ranks([of(row) for row in rows]), _ranks([row.measured for row in rows]))[0, 1]
-    return Score(len(rows), float(np.mean(errors)), float(ranks), _regret(rows, of))
+    places = _ranks([of(row) for row in rows]), _ranks([row.measured for row in rows])
+    with np.errstate(invalid="ignore"):  # of a single row
+        rank = float(np.corrcoef(*places)[0, 1]) if len(rows) > 1 else math.nan
+    return Score(len(rows), float(np.mean(errors)), rank, _regret(rows, of))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
@@ -201,6 +267,9 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     ordered, where = np.unique(np.asarray(values), return_inverse=True)
     counts = np.bincount(where, minlength=len(ordered))
     return (np.cumsum(counts) - (counts - 1) / 2)[where]
+
+
+_LOAD = ("model", "precision", "isl", "osl", "system", "batch_or_concurrency", "metric")
 
 
 def _regret(rows: Sequence[Row], of: Callable[[Row], float]) -> float | None:
@@ -211,7 +280,7 @@ def _regret(rows: Sequence[Row], of: Callable[[Row], float]) -> float | None:
         if "throughput" not in facts["metric"]:
             continue
         each = 1 if "per_gpu" in facts["metric"] else int(facts["num_gpus"])
-        key = tuple(facts[name] for name in ("model", "precision", "isl", "osl", "system"))
+        key = tuple(facts[name] for name in _LOAD)
         groups.setdefault(key, []).append((of(row) / each, row.measured / each))
     lost = [1 - max(group)[1] / max(measured for _, measured in group) for group in groups.values() if len(group) > 1]
     return float(np.mean(lost)) if lost else None

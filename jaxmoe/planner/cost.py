@@ -7,7 +7,7 @@ below, with where it comes from; docs/planner.md holds it against published meas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -22,16 +22,27 @@ from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.sizes import Part
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 
-# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory.
-# XLA's programs for TPUs are one launch.
-LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 3e-6, "tpu": 0.5e-6, "cpu": 2e-6}
-# Kernels of a layer's parts, as tuned programs fuse them.
+# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory. Of
+# ROCm: chosen on rows of MI300X. XLA's programs for TPUs are one launch.
+LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 7e-6, "tpu": 0.5e-6, "cpu": 2e-6}
+# Kernels of a layer's parts, as tuned programs fuse them; of latent attention so many more.
 _KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
-# Products grouped by expert, and reading such experts, attain less than one large product: rows of an expert do not
-# fill tiles. And ranks that compute other tokens do not arrive at an exchange together (DeepEP's dispatch of 128 tokens
-# among 8 H800 takes 77 us, its combine 114, where their bytes take under 50). Calibrated on all rows of MoEs in
-# docs/planner.md together.
-_GROUPED_PRODUCTS, _GROUPED_READS, _WAIT_SECONDS = 0.5, 0.65, 80e-6
+_LATENT_KERNELS = 5
+# The five that are called chosen were, on the calibration rows of docs/planner.md, all together.
+# A product's output takes as long as so many more inputs would in bf16, to fill the pipeline and to be written: narrow
+# shards, and numbers of few bits, attain less. Chosen.
+_OUTPUT_PRODUCTS = 768
+# Of the share that other products attain: by 4 bits (vllm-project/vllm#20646 on B200: 3,904 of 9,000 TFLOPS beside
+# 1,420 of 2,250 in bf16); by numbers of 4 bits that the hardware has to unpack first (chosen).
+_FOUR_BITS, _UNPACKED = 0.7, 0.5
+# Rows of an expert are multiplied in tiles, of which the last is half full: of 128 rows, smaller for fewer rows.
+_TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
+# Reading many experts attains less of the memory's rate than one matrix does. Chosen.
+_GROUPED_READS = 0.8
+# Ranks that compute other tokens do not arrive at an exchange together: they wait a part of what tokens take in that
+# layer (chosen; weights take all ranks as long), and for each other's kernels (chosen; DeepEP's dispatch of 128 tokens
+# among 8 H800 takes 77 us, its combine 114, of which bytes are the most).
+_UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
@@ -92,22 +103,21 @@ class Seconds:
 
 @dataclass(frozen=True)
 class _Dense:
-    """Matrices that every token meets: products a token, bytes read once, bytes moved a token."""
+    """Matrices that every token meets: seconds of a token's products, bytes read once, bytes moved a token."""
 
-    flops: float
+    products: float
     num_bytes: float
     moved: float
-    rate: float
     kernels: int
 
 
 @dataclass(frozen=True)
 class _Experts:
-    """Of one device: experts it holds, products and bytes moved for a token that came to one of them, bytes of one
-    expert; reach: tokens of how many ranks may come, and how many devices share those out."""
+    """Of one device: experts it holds, seconds of products and bytes moved for a token that came to one of them, bytes
+    of one expert; reach: tokens of how many ranks may come, and how many devices share those out."""
 
     held: int
-    flops: float
+    products: float
     moved: float
     num_bytes: float
     reach: float
@@ -148,13 +158,13 @@ class StepCost:
         self._context_ranks = self.placement.parts("page_token")
         moe = self.config.moe
         ranks = max(block.place.parts("moe_expert") for block in held.blocks)
-        self.skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0
+        self.skew, self._skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0, skew
         alike: dict[_Layer, int] = {}
         for block in held.blocks:
             layer = self._layer(block)
             alike[layer] = alike.get(layer, 0) + block.run
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
-        self._worked: dict[Rows, tuple[float, float, float]] = {}
+        self._worked: dict[Rows, tuple[float, float, float, float]] = {}
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
     def dispatched(self, dispatch: str) -> StepCost:
@@ -172,9 +182,11 @@ class StepCost:
         format = self.config.quantisation.format if self.config.quantisation else None
         if format is None or part == "router":
             return self._plain_rate
+        attained = self.hardware.flops_a_second
         if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
-            return self.hardware.flops_a_second("fp4" if format == NVFP4 else "fp8")
-        return self.hardware.flops_a_second(_RATES[format.dtype])
+            return _FOUR_BITS * attained("fp4") if format == NVFP4 else attained("fp8")
+        unpacked = format.dtype == "mxfp4" or _RATES[format.dtype] not in self.hardware.tflops
+        return attained(_RATES[format.dtype]) * (_UNPACKED if unpacked else 1.0)
 
     def _layer(self, block: Block) -> _Layer:
         config, place = self.config, block.place
@@ -192,19 +204,34 @@ class StepCost:
 
     def _dense(self, block: Block, part: Part) -> _Dense:
         matrices = [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
-        numbers = sum(_numbers(one, block) for one in matrices)
+        numbers, products = self._products(matrices, block)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
-        return _Dense(2 * numbers, block.bytes_of(part), moved, self._rate(part), _KERNELS[part])
+        kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
+        return _Dense(products, block.bytes_of(part), moved, kernels)
+
+    def _products(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
+        """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
+        every output takes besides."""
+        found, outputs = 0, 0
+        for one in matrices:
+            share = one.share(block.place)
+            numbers = math.prod(share)
+            found += numbers
+            if one.over:
+                outputs += numbers // math.prod(share[one.lead : one.lead + one.over])
+        rate = self._rate(matrices[0].part)
+        return found, 2 * found / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
     def _experts(self, block: Block) -> _Experts:
         place, width = block.place, self.config.hidden_size
         parts = place.parts("moe_expert")
         held = block.sizes.moe_experts // parts
-        numbers = sum(_numbers(one, block) for one, _ in block.params if one.part == "experts" and one.lead) / held
+        matrices = [one for one, _ in block.params if one.part == "experts" and one.lead]
+        numbers, products = (one / held for one in self._products(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
         reach = place.size(place.exchanged("token")) / self._context_ranks
-        return _Experts(held, 2 * numbers, moved, block.bytes_of("experts") / held, reach, parts)
+        return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, parts)
 
     # --- what a step takes ---
 
@@ -217,56 +244,72 @@ class StepCost:
         each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
         passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
-        compute, memory, launch = (passes * one for one in self._work(each))
+        compute, memory, launch, waiting = (passes * one for one in self._work(each))
         link, out = passes * link, passes * out
+        if self.dispatch != SILENT:
+            link += waiting
         waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
         bubble = (compute + memory + link + out + launch) / passes * waits
         return Seconds(compute, memory, link, out, launch, bubble)
 
-    def _work(self, each: Rows) -> tuple[float, float, float]:
-        """Seconds of products, memory and launches of one group of tokens through all layers."""
+    def _work(self, each: Rows) -> tuple[float, float, float, float]:
+        """Seconds of products, memory and launches of one group of tokens through all layers; and of waiting at
+        exchanges for ranks that are later."""
         if (known := self._worked.get(each)) is not None:
             return known
-        found = [0.0, 0.0, 0.0]  # compute, memory, launch
+        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, what tokens decide
         self._outside(each, found)
+        waiting = 0.0
         for layer in self._layers:
-            one = [0.0, 0.0, 0.0]
+            one = [0.0, 0.0, 0.0, 0.0]
             self._attend(layer, each, one)
             for dense in layer.dense:
                 tokens = each.tokens / self._context_ranks
-                moved = dense.num_bytes + dense.moved * tokens
-                self._pass(one, dense.flops * tokens, dense.rate, moved, dense.kernels)
+                self._pass(one, dense.products * tokens, dense.num_bytes, dense.kernels)
+                self._move(one, dense.moved * tokens)
             if layer.experts is not None:
                 self._meet_experts(layer.experts, each, one)
+            if layer.exchanges:
+                waiting += layer.count * (_UNEVEN * one[3] + 2 * _WAIT_SECONDS)
             for at, seconds in enumerate(one):
                 found[at] += layer.count * seconds
-        self._worked[each] = found[0], found[1], found[2]
+        self._worked[each] = found[0], found[1], found[2], waiting
         return self._worked[each]
 
-    def _pass(self, found: list[float], flops: float, rate: float, num_bytes: float, kernels: int) -> None:
-        """Adds work whose products and whose passes over memory overlap: what takes longer binds."""
-        compute, memory = flops / rate, num_bytes / self._bandwidth
-        found[compute <= memory] += max(compute, memory)
+    def _pass(self, found: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
+        """Adds work whose seconds of products overlap with passes over bytes of weights, or of pages: what takes longer
+        binds, and near the corner both do."""
+        read = weights / self._bandwidth
+        memory = read + pages / self._bandwidth
+        seconds = math.hypot(compute, memory)
+        found[compute <= memory] += seconds
         found[2] += kernels * self._launch
+        found[3] += seconds - read
+
+    def _move(self, found: list[float], num_bytes: float) -> None:
+        """Adds activations that kernels hand to each other: norms, quantising and the like run before a product or
+        after it, not beside."""
+        found[1] += num_bytes / self._bandwidth
+        found[3] += num_bytes / self._bandwidth
 
     def _outside(self, rows: Rows, found: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
         width, item = self.config.hidden_size, self.held.itemsize
-        vocab = self._vocab / self.placement.seen("beside").parts("vocab")
+        vocab = self._vocab
         moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
-        self._pass(found, 2 * vocab * width * rows.decode, self._plain_rate, moved, 4)
+        self._pass(found, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
 
     @cached_property
-    def _vocab(self) -> int:
-        return self.held.outer[0][0].dims["vocab"]
+    def _vocab(self) -> float:
+        return self.held.outer[0][0].dims["vocab"] / self.placement.seen("beside").parts("vocab")
 
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
         met = rows.decode * layer.seen(rows.context) / self._context_ranks
-        self._pass(found, met * layer.decode_flops, self._plain_rate, met * layer.kv_bytes, 2)
+        self._pass(found, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
         if rows.prefill:
             met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
-            self._pass(found, met * layer.prefill_flops, self._plain_rate, 0.0, 1)
+            self._pass(found, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
     def _meet_experts(self, experts: _Experts, rows: Rows, found: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
@@ -274,10 +317,11 @@ class StepCost:
         assert moe is not None
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
-        active = experts.held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
-        moved = (experts.num_bytes * active + experts.moved * chosen) / _GROUPED_READS
-        flops = experts.flops * chosen / _GROUPED_PRODUCTS
-        self._pass(found, flops, self._rate("experts"), moved, _KERNELS["experts"])
+        active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
+        tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / max(active, 1e-9)))
+        products = experts.products * (chosen + active * tile / 2)
+        self._pass(found, products, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
+        self._move(found, experts.moved * chosen)
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -290,8 +334,7 @@ class StepCost:
                 rows = tokens / _MANY if of_tokens else sampled
                 scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
                 found[group.across > 1] += count * self.links.seconds(scaled, group)
-            waits = sum(2 * layer.count * _WAIT_SECONDS for layer in self._layers if layer.exchanges)
-            seconds = self._said[tokens, sampled] = found[0] + waits, found[1]
+            seconds = self._said[tokens, sampled] = found[0], found[1]
         return seconds
 
     @cached_property
@@ -333,8 +376,16 @@ def _grain(value: float) -> int:
     return -(-whole // step) * step
 
 
-def _numbers(param: Parameter, block: Block) -> int:
-    return math.prod(param.share(block.place))
+def _loads(num_experts: int, skew: float) -> np.ndarray:
+    return (1.0 + np.arange(num_experts)) ** -skew
+
+
+@lru_cache(maxsize=1 << 16)
+def chosen_share(num_experts: int, top_k: int, skew: float, tokens: float) -> float:
+    """The share of experts that any of so many tokens chose, whose loads fall off as (1 + place) ** -skew."""
+    loads = _loads(num_experts, skew)
+    each = np.minimum(top_k * loads / loads.sum(), 1.0 - 1e-12)
+    return float(1 - np.exp(tokens * np.log1p(-each)).mean())
 
 
 @lru_cache(maxsize=1024)
@@ -343,7 +394,7 @@ def imbalance(num_experts: int, ranks: int, skew: float) -> float:
     experts stand in no order: the mean of some deals, always the same ones."""
     if ranks <= 1 or skew == 0:
         return 1.0
-    loads = (1.0 + np.arange(num_experts)) ** -skew
+    loads = _loads(num_experts, skew)
     room = -(-num_experts // ranks)
     padded = np.zeros(room * ranks)
     padded[:num_experts] = loads

@@ -28,7 +28,7 @@ _RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "
 _GIB = 1 << 30
 _LARGEST = 1e18  # of any number here
 # The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
-_HBM, _COMPUTE, _LINK = 0.8, 0.6, 0.8
+_HBM, _COMPUTE, _LINK = 0.8, 0.8, 0.8
 
 
 class _FactError(MeshError):
