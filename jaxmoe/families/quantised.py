@@ -1,6 +1,7 @@
 """Which matrices of a checkpoint are quantised, and how: config.json's quantization_config, read strictly.
 
-Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme.
+Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme, the
+hf_quant_config.json of checkpoints that NVIDIA publishes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
 from jaxmoe.families.piece import Piece
 from jaxmoe.families.reader import ConfigReader
-from jaxmoe.formats import FORMATS, MXFP4, Format, Grain, Published, Quantisation
+from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
@@ -27,8 +28,9 @@ _PLAIN = ("router", "shared_gate", "key_up", "value_up")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 
-def read_published(value: Any) -> Published | None:
-    """The format that a quantization_config names; None where there is none.
+def read_published(value: Any, *, planned: bool = False) -> Published | None:
+    """The format that a quantization_config names; None where there is none. planned: also one that is sized and
+    planned with, and cannot be run.
 
     Raises: ConfigError for a quant_method that is not known, or a setting of it that is not.
     """
@@ -36,6 +38,14 @@ def read_published(value: Any) -> Published | None:
         return None
     method = value.get("quant_method") if isinstance(value, Mapping) else value
     readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
+    if isinstance(value, Mapping) and method == "modelopt":
+        published = _read_modelopt(ConfigReader(value, ignore=["quant_method"]))
+        if planned:
+            return published
+        raise ConfigError(
+            f"config key 'quantization_config' has quant_method 'modelopt', which is sized and planned (jaxmoe info, "
+            f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantised weights: use such a checkpoint"
+        )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         raise ConfigError(
             f"config key 'quantization_config' has quant_method {method!r}; supported are {', '.join(readers)}, and "
@@ -65,6 +75,17 @@ def _read_mxfp4(reader: ConfigReader) -> Published:
     _expect(reader, "dequantize", False, None)
     reader.finish("quantization_config of mxfp4")
     return Published(method="mxfp4", format=MXFP4, ignored=ignored)
+
+
+def _read_modelopt(reader: ConfigReader) -> Published:
+    """NVFP4: numbers of 4 bits, a scale of 8 for 16 of them along the inputs."""
+    _expect(reader, "quant_algo", "NVFP4")
+    _expect(reader, "group_size", 16, None)
+    for key in ("producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups"):
+        reader.get(key, None)  # who made it; --kv-dtype's business; the same said again
+    ignored = (*_names(reader, "exclude_modules"), *_names(reader, "ignore"))
+    reader.finish("quantization_config of modelopt")
+    return Published(method="modelopt", format=NVFP4, ignored=ignored)
 
 
 def _read_compressed(reader: ConfigReader) -> Published:

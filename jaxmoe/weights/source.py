@@ -33,7 +33,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     Raises: CheckpointError naming the value and what would be accepted.
     """
     text = str(model)
-    path = Path(model).expanduser()
+    path = _expanded(model)
     is_preset = text in preset_models()
     if text and (path.is_dir() or is_preset):
         if revision is not None:
@@ -66,13 +66,21 @@ def find_config(model: str | Path) -> Path:
     name = str(model)
     if name in preset_configs():
         return asset_dir("models") / f"{name}.json"
-    path = find_model(model) if name in preset_models() else Path(model).expanduser()
+    path = find_model(model) if name in preset_models() else _expanded(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs()])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise CheckpointError(f"config {name!r} is no config.json, no folder with one and no preset ({known}){hint}")
     return path
+
+
+def _expanded(model: str | Path) -> Path:
+    """With ~ as the home it means. Raises: CheckpointError where nobody of that name has one."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"model {str(model)!r} is no path: {error}") from error
 
 
 def _nearest(path: Path) -> list[str]:
