@@ -168,7 +168,7 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
         try:
             return question, search(question)
         except NoPlanError as error:
-            if error.latency or asked.mesh:
+            if error.lacks != "room" or asked.mesh:
                 raise
             least = _least(asked, config, hardware, above=given)
             more = f"; {least} devices would do" if least else "; no number of them does"
