@@ -135,6 +135,13 @@ class Hardware:
         return self.hbm_gib * _GIB
 
     @property
+    def fabric(self) -> str:
+        """What people call the devices of one fast fabric: a node of GPUs, a slice of TPUs, else a fabric."""
+        if self.scale_up == "torus":
+            return "slice"
+        return "node" if self.scale_up_devices <= self.devices_per_node else "fabric"
+
+    @property
     def bytes_a_second(self) -> float:
         """Of a device's memory, as programs attain it."""
         return self.hbm_gbps * 1e9 * self.attained.get("hbm", _HBM)

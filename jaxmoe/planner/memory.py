@@ -120,19 +120,24 @@ class Held:
         return slots * sum(dim * item + scale for dim in self.config.cached_dims)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
-        """What a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
+        """What a step needs besides, all parts of it together."""
+        return sum(self.step_parts(num_tokens, num_sampled).values())
+
+    def step_parts(self, num_tokens: int, num_sampled: int) -> dict[str, float]:
+        """The parts of what a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
         activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
         config, moe = self.config, self.config.moe
         beside = self.placement.seen("beside")
         wide = 2 * self._widest
         rows = num_tokens / self.placement.parts("page_token")
-        room = rows * (4 * config.hidden_size + wide) * self.itemsize
+        parts = {"activations": rows * (4 * config.hidden_size + wide) * self.itemsize}
         if moe is not None:
             ranks = self.placement.size(self.placement.exchanged("token"))
-            room += 2 * (ranks if ranks > 1 else 0) * rows * config.hidden_size * self.itemsize
-            room += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
+            parts["activations"] += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
+            if ranks > 1:
+                parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
         vocab = self.outer[0][0].dims["vocab"]
-        return room + num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))
+        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))}
 
 
 def _width(block: Block) -> int:

@@ -96,11 +96,12 @@ def search(question: Question) -> Found:
             if question.load.concurrency is None and (question.objective == "latency" or limited(question)):
                 # For the front alone.
                 free = replace(question, objective="throughput", ttft_limit=None, tpot_limit=None)
-                shown += _plans(free, fine, serving, finely=limited(question))
+                shown += _plans(free, fine, serving, finely=True)
     allowed = [plan for plan in found if meets(question, plan)]
     if not allowed:
         raise _out_of_reach(question, found)
-    best, of_spec = chosen(question, allowed), {}
+    best = chosen(question, allowed)
+    of_spec: dict[Spec, Plan] = {}
     for plan in sorted(allowed, key=lambda plan: order(question, plan)):
         if order(question, plan)[0] == order(question, best)[0]:
             of_spec.setdefault(plan.spec, plan)
