@@ -222,7 +222,7 @@ def _no_room(question: Question, specs: list[Spec]) -> str:
         try:
             held.append(Held(question.config, place).weight_bytes)
         except ConfigError as cannot:
-            error = cannot
+            error = error or cannot
     if error is not None and not held:  # it is not for lack of room
         raise error
     least = min(held)

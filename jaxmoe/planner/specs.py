@@ -155,9 +155,10 @@ def _why_not(dispatch: str, placement: Placement) -> str | None:
     if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
         other = "all_to_all" if dispatch == "ragged_all_to_all" else "hierarchical"
         return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
+    if dispatch != "all_to_all" and not exchanged:
+        return "sends tokens to the experts of other devices, and here none has others: leave it out"
     if dispatch in HIERARCHICAL and exchanged < 2:
-        along = "one axis" if exchanged else "none"
-        return f"goes along two axes or more, experts are exchanged along {along}: use all_to_all, or another mesh"
+        return "goes along two axes or more, experts are exchanged along one axis: use all_to_all, or another mesh"
     return None
 
 
