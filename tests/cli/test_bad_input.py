@@ -191,6 +191,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
         ["dispatch=ragged_all_to_all reaches 8 GPUs at most, experts are exchanged among 16: use all_to_all"],
     ),
     (
+        ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--devices", "1", "--dispatch", "all_gather"],
+        ["dispatch=all_gather sends tokens to the experts of other devices, and here none has others"],
+    ),
+    (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=8", "--dispatch", "hierarchical"],
         ["dispatch=hierarchical goes along two axes or more, experts are exchanged along one axis"],
     ),
