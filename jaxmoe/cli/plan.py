@@ -24,7 +24,11 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--devices", type=int, help="devices of it; without --nodes or this, the fewest that are worthwhile")
 @click.option("--isl", type=int, default=1024, show_default=True, help="tokens of a prompt")
 @click.option("--osl", type=int, default=1024, show_default=True, help="tokens to generate")
-@click.option("--concurrency", type=int, help="requests at once; by default as many as is best, 4 a device for latency")
+@click.option(
+    "--concurrency",
+    type=int,
+    help="requests at once; by default as many as is best, for latency 4 a device if they fit",
+)
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
 @click.option("--sla-ttft-ms", type=float, help="the longest time to the first token")
 @click.option("--sla-tpot-ms", type=float, help="the longest time a token")

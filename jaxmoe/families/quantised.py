@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig
@@ -144,18 +144,31 @@ def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
 
 def is_plain(module: str, published: Published) -> bool:
     """Whether the names that a checkpoint leaves unquantised cover a module, as the method reads them."""
+    ends, patterns = _plain_names(published)
+    return module.endswith(ends) or any(pattern.match(module) for pattern in patterns)
+
+
+def tells_layers(published: Published) -> bool:
+    """Whether the names that are left unquantised may tell a layer from others of its kind: those of letters and
+    wildcards cannot."""
+    return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in published.ignored)
+
+
+@lru_cache(maxsize=64)
+def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
+    """What names of modules end in, or match from their start, that are left unquantised."""
+    ends, patterns = [], []
     for name in published.ignored:
         try:
             if published.method == "compressed-tensors":
-                found = re.match(name[3:], module) if name.startswith("re:") else module == name
+                patterns.append(re.compile(name[3:] if name.startswith("re:") else rf"{re.escape(name)}\Z"))
             else:  # from its start up to a dot, or its end
                 pattern = name if published.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
-                found = module.endswith(name) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+                ends.append(name)
+                patterns.append(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"))
         except re.error as error:
             raise ConfigError(f"config key 'quantization_config' leaves out {name!r}: no pattern ({error})") from error
-        if found:
-            return True
-    return False
+    return tuple(ends), tuple(patterns)
 
 
 def is_quantised(piece: Piece, published: Published) -> bool:
@@ -170,7 +183,7 @@ def as_published(config: ModelConfig, published: Published | None, names: KeyNam
         return config
     plain = (lambda module: is_plain(module, published)) if published.ignored else None
     only = "moe/experts/" if published.method == "mxfp4" else ""
-    kept = quantisation(config, published.format, names, plain=plain, only=only)
+    kept = quantisation(config, published.format, names, plain=plain, only=only, apart=tells_layers(published))
     return replace(config, published=published, quantisation=kept)
 
 
@@ -212,16 +225,18 @@ def quantisation(
     *,
     plain: Callable[[str], bool] | None = None,
     only: str = "",
+    apart: bool = False,
 ) -> Quantisation | None:
     """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
-    router's, unless any of the tensors they come from is of a plain module. None where that is nothing.
+    router's, unless any of the tensors they come from is of a plain module. None where that is nothing. apart: whether
+    plain may tell layers of a kind apart.
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
     config = replace(config, published=None, quantisation=None)
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     # Where no name is told apart, layers of a kind keep the same.
-    chosen = None if plain else {kinds.index(kind) for kind in kinds}
+    chosen = None if apart else {kinds.index(kind) for kind in kinds}
     layers: dict[int, list[tuple[str, Grain]]] = defaultdict(list)
     grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
     for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
@@ -239,7 +254,13 @@ def quantisation(
     if not layers:
         return None
     kept = (layers[layer if chosen is None else kinds.index(kind)] for layer, kind in enumerate(kinds))
-    return Quantisation(format=format, layers=tuple(map(tuple, kept)))
+    return _one(Quantisation(format=format, layers=tuple(map(tuple, kept))))
+
+
+@lru_cache(maxsize=256)
+def _one(kept: Quantisation) -> Quantisation:
+    """The first of all that are equal: configs are keys of tables, and what is the same object is equal at once."""
+    return kept
 
 
 def _matrices(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmoe.config import ModelConfig
@@ -72,9 +72,9 @@ def weights_dtype_of(config: ModelConfig) -> str:
     return config.quantisation.format.name if config.quantisation else config.dtype
 
 
-def arguments_of(plan: Plan, given: Mapping[str, str | None]) -> str:
+def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
     """Options that generate, inspect, compile and map all take. given: those that were asked for, None where they say
-    nothing."""
+    nothing. ignored: keys of config.json to pass over."""
     spec, words = plan.spec, [f"--mesh {plan.spec.mesh}"]
     if str(spec.layout) != "ep-tp":
         words.append(f"--layout {spec.layout}")
@@ -82,7 +82,8 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None]) -> str:
         words.append(f"--dispatch {spec.dispatch}")
     if spec.stage_chunks > 1:
         words.append(f"--stage-chunks {spec.stage_chunks}")
-    return " ".join([*words, *(f"--{name} {value}" for name, value in given.items() if value is not None)])
+    return " ".join([*words, *(f"--{name} {value}" for name, value in given.items() if value is not None),
+                     *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
 
 
 def engine_of(plan: Plan, question: Question) -> dict[str, int]:

@@ -230,7 +230,7 @@ def _no_room(question: Question, specs: list[Spec]) -> str:
     has = f"a device has {hardware.hbm_gib:.1f} GiB"
     if least >= hardware.hbm_bytes:
         return f"{many}: the weights take at least {least / 2**30:.1f} GiB of every device, {has}"
-    asked = "one request" if load.concurrency is None else f"{load.concurrency} requests"
+    asked = "one request" if load.concurrency in (None, 1) else f"{load.concurrency} requests"
     return (
         f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {asked} of {load.isl + load.osl} "
         f"tokens; {has}"
