@@ -134,7 +134,7 @@ def _across(question: Question, found: Found) -> Iterator[str]:
     elif crossing == ["data"]:
         yield (
             f"Every replica lies inside a {fabric} and nothing crosses: do not reach for multi-{fabric} yet, "
-            f"{fabrics} {fabric}s serve as {fabrics} times one."
+            f"{fabrics} {fabric}s serve as {question.devices / hardware.scale_up_devices:.3g} times one."
         )
 
 
