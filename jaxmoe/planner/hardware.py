@@ -22,12 +22,7 @@ Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
 Points = tuple[tuple[float, float], ...]
 
-# Tables beside [hardware] and [axes], and the keys of those that are numbers by name
-_COLLECTIVES = ("collectives", "collectives_between_nodes")
-_RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
-
-_GIB = 1 << 30
-_LEAST, _LARGEST = 1e-9, 1e18  # of any number here that is not 0
+_LEAST = 1e-9  # of any number here that is not 0
 _MOST_TORUS_DIMS = 3
 _MORE_GIB = 1.1  # times hbm_gb: what is sold as 16 GB may be 16 GiB, not more
 # Facts by which links are priced where no table was measured: those of a preset are no longer true where a file changes
@@ -36,6 +31,13 @@ _LINK_FACTS = {
     "collectives": ("scale_up", "scale_up_gbps", "latency_us", "torus_dims"),
     "collectives_between_nodes": ("scale_out_gbps", "scale_out_latency_us"),
 }
+
+# Tables beside [hardware] and [axes], and the keys of those that are numbers by name
+_COLLECTIVES = ("collectives", "collectives_between_nodes")
+_RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
+
+_GIB = 1 << 30
+_LARGEST = 1e18  # of any number here
 # The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
 _HBM, _COMPUTE, _LINK = 0.8, 0.6, 0.8
 
