@@ -29,6 +29,7 @@ from jaxmoe.planner.pools import best_pools
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
     ALIKE,
+    LATENCY_REQUESTS,
     OBJECTIVES,
     Found,
     NoPlanError,
@@ -232,8 +233,16 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
         ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
         many = f"any number of {hardware.device} up to {devices // 2}"
         raise NoPlanError(missed(question, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+    least_halved = min(_halved(question, found.best) for question, found in tried)
+    tried = [(question, found) for question, found in tried if _halved(question, found.best) == least_halved]
     best = min(value(question, found.best) for question, found in tried)
     return next((question, found) for question, found in tried if value(question, found.best) <= 1.1 * best)
+
+
+def _halved(question: Question, best: Plan) -> float:
+    """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
+    assumed = question.objective == "latency" and question.load.concurrency is None
+    return LATENCY_REQUESTS * question.devices / best.served.concurrency if assumed else 1.0
 
 
 def _nearer(errors: list[NoPlanError]) -> bool:

@@ -135,7 +135,7 @@ def test_hosts_of_tpus_are_no_nodes(capsys):
 def test_nvfp4_is_planned_with_by_its_own_bits(capsys):
     """Half the bytes and twice the products of the same model in fp8."""
     half, whole = (
-        plan(capsys, name, "--hardware", "b200", "--nodes", "1", "--kv-dtype", "fp8")
+        plan(capsys, name, "--hardware", "b200", "--mesh", "expert=8", "--kv-dtype", "fp8")
         for name in ("deepseek-v3.1-nvfp4", "deepseek-v3.1")
     )
     assert (half["weights_dtype"], whole["weights_dtype"]) == ("nvfp4", "fp8")
@@ -185,3 +185,11 @@ def test_every_preset_of_hardware_plans(capsys, name):
     load = ["--isl", "64", "--osl", "64", "--chunk-tokens", "512"]
     found = plan(capsys, "demo", "--hardware", name, "--devices", "4", *load)
     assert found["plan"]["tokens_per_s"] > 0
+
+
+def test_devices_that_have_room_for_fewer_requests_are_not_faster_for_it(capsys):
+    """One H100 has room for two requests so long, where four a device are assumed; two have room for eight."""
+    long = ["--isl", "120000", "--osl", "1000", "--objective", "latency"]
+    found = plan(capsys, "llama-3.1-8b", "--hardware", "h100", *long)
+    assert found["devices"] > 1
+    assert found["plan"]["concurrency"] == 4 * found["devices"]
