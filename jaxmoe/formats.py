@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
-Method = Literal["fp8", "compressed-tensors", "mxfp4"]
+Method = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,16 @@ class Format:
     def per_item(self) -> int:
         """Numbers in one item of stored_dtype, along the inputs."""
         return 2 if self.dtype == "mxfp4" else 1
+
+    @property
+    def name(self) -> str:
+        """As people call it: fp8, int8, mxfp4 or nvfp4, whatever its blocks."""
+        return "nvfp4" if self == NVFP4 else {"float8_e4m3fn": "fp8"}.get(self.dtype, self.dtype)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What --weights-dtype may call it."""
+        return (self.name, f"{self.name}-block") if self.inputs and self.per_item == 1 else (self.name,)
 
 
 MXFP4 = Format(dtype="mxfp4", inputs=32, outputs=1)

@@ -64,7 +64,8 @@ def _format(found: dict[str, Any]) -> str:
     if form is None:
         return "not quantised"
     if not form["supported"]:
-        return f"quantised by {form['method']}, which jaxmoe does not read"
+        kind = f" ({form['dtype']})" if "dtype" in form else ""
+        return f"quantised by {form['method']}{kind}, which jaxmoe does not {'run' if kind else 'read'}"
     inputs = "all" if form["inputs_a_scale"] is None else form["inputs_a_scale"]
     scale = f"a scale for {inputs} inputs x {form['outputs_a_scale']} outputs"
     return f"quantised by {form['method']}: {form['dtype']}, {scale}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("map")
 @click.argument("model")
 @click.option("--mesh", required=True, help="axes, as in data=4,expert=16, or a preset such as b200-2x8")
-@click.option("-o", "--output", help="the page to write, as in map.html")
+@click.option("-o", "--output", help="the page to write, as in map.html; one that is there is replaced")
 @click.option(
     "--hardware", help="a preset (b200, v5p, ...) or a TOML file; the mesh preset's or the target's by default"
 )
@@ -50,7 +50,7 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
     from jaxmoe.inspect.map.page import check_page_path, write_page
 
     if output is not None:
-        check_page_path(output)
+        check_page_path(output, inputs=[one for one in (model, compiled, asked["hardware"]) if one])
     given = {name: value for name, value in asked.items() if value is not None}
     given.setdefault("context", usual_context(model, ignore=asked["ignore_config_keys"]))
     answer = None if compiled is None else read_answer(compiled)

@@ -12,6 +12,9 @@ from jaxmoe.cli.options import console, size_text, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.search import OBJECTIVES
+from jaxmoe.planner.why import counted
+
+_PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 
 
 @click.command("plan")
@@ -21,7 +24,11 @@ from jaxmoe.planner.search import OBJECTIVES
 @click.option("--devices", type=int, help="devices of it; without --nodes or this, the fewest that are worthwhile")
 @click.option("--isl", type=int, default=1024, show_default=True, help="tokens of a prompt")
 @click.option("--osl", type=int, default=1024, show_default=True, help="tokens to generate")
-@click.option("--concurrency", type=int, help="requests at once; by default as many as is best, 4 a device for latency")
+@click.option(
+    "--concurrency",
+    type=int,
+    help="requests at once; by default as many as is best, for latency 4 a device if they fit",
+)
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
 @click.option("--sla-ttft-ms", type=float, help="the longest time to the first token")
 @click.option("--sla-tpot-ms", type=float, help="the longest time a token")
@@ -39,13 +46,15 @@ from jaxmoe.planner.search import OBJECTIVES
 @click.option("--chunk-tokens", type=int, help="price so many prompt tokens of a step and rank alone")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")
-@click.option("--plot", help="a picture of the front, the memory and the turn, .png or .svg")
+@click.option("--plot", help="a picture of the front, the memory and the roofline, .png or .svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> None:
     """What fits, how to split it, why, and what it will serve: MODEL (a config.json, a folder with one, or a preset) on
     hardware that need not be there. Every mesh and layout is priced; the best comes as arguments to paste."""
     from jaxmoe.inspect.plan import PlanQuestion, plan_model, rule_of_thumb_of
 
+    if rule_of_thumb and plot is not None:
+        raise click.UsageError("--rule-of-thumb draws nothing: leave --plot out")
     question = PlanQuestion(**{name: value for name, value in asked.items() if value is not None})
     if plot is not None:
         check_plot_path(plot)
@@ -56,7 +65,7 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> 
     with console.status(f"{question.config} on {question.hardware}: pricing plans"):
         answer = plan_model(question)
     if plot is not None:
-        save_plot(plot, lambda figure: _draw(figure, answer), inches=(13.0, 4.2))
+        save_plot(plot, lambda figure: _draw(figure, answer), inches=(15.0, 4.6))
     if as_json:
         print(json.dumps(answer), flush=True)
     else:
@@ -66,21 +75,22 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> 
 def _thumb(thumb: dict[str, Any], hardware: str) -> str:
     devices = f"{thumb['devices']} x {hardware}"
     return (
-        f"rule of thumb: {thumb['bits']} bits / 8 x {thumb['billions']} billion parameters x 1.8 = {thumb['gb']:,} GB "
-        f"-> {thumb['devices_gb']:,g} GB = {devices}"
+        f"rule of thumb: {thumb['bits']} bits / 8 x {thumb['billions']:,} billion parameters x 1.8 = "
+        f"{thumb['gb']:,} GB -> {thumb['devices_gb']:,g} GB = {devices}"
     )
 
 
 def _print(answer: dict[str, Any]) -> None:
     plan, screen = answer["plan"], table_console()
     devices = f"{answer['devices']} x {answer['hardware']}"
-    nodes = f" ({answer['nodes']} nodes)" if answer["nodes"] > 1 else ""
+    nodes = f" ({counted(answer['nodes'], answer['node'])})" if answer["nodes"] > 1 else ""
     print(f"{answer['model']} on {devices}{nodes}: {plan['split']}")
     print(f"  {answer['arguments']}")
+    print(f"  engine: {', '.join(f'{name}={number}' for name, number in answer['engine'].items())}")
     print(
         f"  {plan['tokens_per_s']:,.0f} tokens/s, {plan['tokens_per_s_per_device']:,.0f} a device; "
         f"{plan['tokens_per_s_per_user']:.1f} a user; first token {plan['ttft_ms']:,.0f} ms, then "
-        f"{plan['tpot_ms']:.2f} ms a token; {plan['concurrency']:,} requests at once"
+        f"{plan['tpot_ms']:.2f} ms a token; {counted(plan['concurrency'], 'request')} at once"
     )
     if plan["dollars_per_million_tokens"] is not None:
         print(f"  {plan['dollars_per_million_tokens']:.3f} dollars a million generated tokens")
@@ -107,13 +117,15 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     table.add_section()
     row("weights", memory["weights"])
     row("  padding and copies in them", memory["padding_and_copies"])
-    row("pages", memory["pages"])
-    row("a step", memory["step"])
+    row(f"pages of {counted(answer['plan']['concurrency'], 'request')}", memory["pages"])
+    for part, num_bytes in memory["step_by_part"].items():
+        row(f"a step's {part}", num_bytes)
+    row("left", memory["left"])
     table.add_section()
     row("all of the device", memory["limit"])
     table.caption = (
-        f"pages: {memory['kv_bytes_a_token']:,.0f} bytes a token, {memory['pool_tokens']:,} tokens over all devices, "
-        f"{memory['most_requests']:,} requests"
+        f"pages: {memory['kv_bytes_a_token']:,.0f} bytes a token; there is room for {memory['pool_tokens']:,} tokens "
+        f"over all devices, {counted(memory['most_requests'], 'request')}"
     )
     return table
 
@@ -134,8 +146,8 @@ def _front_table(answer: dict[str, Any]) -> Table:
 
 
 def _draw(figure: Any, answer: dict[str, Any]) -> None:
-    """The front, a device's memory by part, a turn by what binds it."""
-    front, memory, turn = figure.subplots(1, 3)
+    """The front, a device's memory by part, and the roofline."""
+    front, memory, roof = figure.subplots(1, 3)
     plans, best = answer["front"], answer["plan"]
     users = [one["tokens_per_s_per_user"] for one in plans]
     front.plot(users, [one["tokens_per_s_per_device"] for one in plans], "o-", color="tab:blue")
@@ -146,17 +158,45 @@ def _draw(figure: Any, answer: dict[str, Any]) -> None:
     parts = {
         **answer["memory"]["weights_by_part"],
         "pages": answer["memory"]["pages"],
-        "step": answer["memory"]["step"],
+        **answer["memory"]["step_by_part"],
+        "left": answer["memory"]["left"],
     }
     base = 0.0
-    for name, num_bytes in parts.items():
-        memory.bar(["a device"], [num_bytes / 2**30], bottom=[base], label=name)
+    for place, (name, num_bytes) in enumerate(parts.items()):
+        look = {"color": f"C{place % 10}", "hatch": "//" if place >= 10 else None}
+        look = {"color": "none", "edgecolor": "gray"} if name == "left" else look
+        memory.bar(["a device"], [num_bytes / 2**30], bottom=[base], label=name, **look)
         base += num_bytes / 2**30
     memory.axhline(answer["memory"]["limit"] / 2**30, color="black", linestyle="--")
     memory.set_ylabel("GiB")
     memory.set_title("memory")
-    memory.legend(fontsize=7)
-    names = list(best["turn_ms"])
-    turn.barh(names, [best["turn_ms"][name] for name in names], color="tab:blue")
-    turn.set_xlabel("ms of a mean turn")
-    turn.set_title(best["split"])
+    memory.set_xlim(-0.5, 1.4)  # beside the bar there is room for its legend
+    memory.legend(fontsize=7, loc="center right")
+    _draw_roofline(roof, answer["roofline"])
+    roof.set_title(f"roofline of a device, {best['split']}")
+
+
+def _draw_roofline(roof: Any, found: dict[str, Any]) -> None:
+    """Both roofs, as attained and on paper (dotted); a point for each kind of work of both phases."""
+    points = found["points"]
+    reached = [one["flops_per_byte"] for one in points]
+    for facts, line in ((found, "-"), (found["on_paper"], ":")):
+        slope, rates = facts["bytes_a_second"], facts["flops_a_second"]
+        low, high = min(reached) / 4, 4 * max([*reached, *(rate / slope for rate in rates.values())])
+        for rate in set(rates.values()):
+            roof.plot([low, rate / slope, high], [low * slope, rate, rate], line, color="black", linewidth=1)
+            if line == "-":
+                names = ", ".join(name for name, other in rates.items() if other == rate)
+                roof.annotate(names, (high, rate), ha="right", va="bottom", fontsize=7)
+    works = list(dict.fromkeys(one["work"] for one in points))
+    for one in points:
+        marker, colour = _PHASES[one["phase"]], f"C{works.index(one['work'])}"
+        label = one["work"] if one["phase"] == "prefill" else None
+        roof.plot(
+            one["flops_per_byte"], one["flops_a_second"], marker, color=colour, label=label, markerfacecolor="none"
+        )
+    roof.set_xscale("log")
+    roof.set_yscale("log")
+    roof.set_xlabel("FLOPs a byte (circles: prefill, triangles: decode)")
+    roof.set_ylabel("FLOP/s attained")
+    roof.legend(fontsize=6)

@@ -101,7 +101,10 @@ def _quiet_output(wanted: bool) -> Iterator[None]:
 
 def _output_path(output: str, *, force: bool) -> Path:
     """Raises: RequestError for a file that cannot be written or is there already."""
-    path = Path(output).expanduser()
+    try:
+        path = Path(output).expanduser()
+    except RuntimeError as error:
+        raise RequestError(f"--output {output!r}: {error}") from error
     folder = path.resolve().parent
     if path.suffix != ".toml":
         raise RequestError(f"--output {output!r} must end in .toml")

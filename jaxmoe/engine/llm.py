@@ -32,7 +32,7 @@ from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.balance import ExpertPlacement, balance
 from jaxmoe.sharding import Placement, segment_sizes
-from jaxmoe.weights.checkpoint import open_tensors, read_json
+from jaxmoe.weights.checkpoint import open_tensors, read_config_json, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
@@ -81,7 +81,8 @@ class LLM:
         model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
         None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
         checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are kept: None as published, quantised
-        ones too; int8, fp8 (a scale for each output), int8-block, fp8-block (for 128x128) quantises plain ones;
+        ones too, as their own format's name does; int8, fp8 (a scale for each output), int8-block, fp8-block (for
+        128x128) quantises plain ones;
         float32, bfloat16 or float16, which is dtype's own, dequantises. kv_dtype: of cached keys and values: float32,
         bfloat16, fp8, int8, or dtype's own (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what
         it does not name is what runs fastest here: on a CPU the native kernels where there is a C++ compiler.
@@ -94,7 +95,7 @@ class LLM:
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
-        config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
+        config = read_config(read_config_json(directory / "config.json"), ignore=ignore_config_keys)
         config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
@@ -398,20 +399,26 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
 def choose_dtypes(
     config: ModelConfig, *, dtype: str | None, weights_dtype: str | None, kv_dtype: str | None
 ) -> tuple[ModelConfig, str]:
-    """The config of a model that keeps its matrices as asked, and the dtype of its activations.
+    """The config of a model that keeps its matrices as asked, and the dtype of its activations. A weights_dtype that
+    is what the checkpoint has keeps that.
 
     Raises: ConfigError for a dtype that is not known, or plain weights of another dtype than activations.
     """
-    config = with_weights_dtype(config, weights_dtype)
+    config = with_weights_dtype(config, None if is_published(config, weights_dtype) else weights_dtype)
     plain = weights_dtype if weights_dtype in DTYPES else None
     if dtype is not None and plain is not None and dtype != plain:
         raise ConfigError(
             f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; "
             f"give one of them"
         )
-    dtype = dtype or plain or config.dtype
+    dtype = plain or config.dtype if dtype is None else dtype
     check_dtypes(dtype, kv_dtype)
     return config, dtype
+
+
+def is_published(config: ModelConfig, weights_dtype: str | None) -> bool:
+    """Whether a weights_dtype names the format that a quantised checkpoint has anyway."""
+    return config.published is not None and weights_dtype in config.published.format.names
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

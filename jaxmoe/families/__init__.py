@@ -52,10 +52,11 @@ __all__ = [
 ]
 
 
-def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelConfig:
+def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: bool = False) -> ModelConfig:
     """The ModelConfig of a parsed config.json.
 
-    ignore: keys to pass over although they are not understood.
+    ignore: keys to pass over although they are not understood. planned: also of a checkpoint whose format of weights
+    is planned with and cannot be run.
     Raises: ConfigError for an unknown model_type, a bad value, or a key that may change the maths.
     """
     name = raw.get("model_type")
@@ -64,7 +65,7 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> ModelC
             f"config.json has model_type {name!r}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    published = read_published(raw.get("quantization_config"))
+    published = read_published(raw.get("quantization_config"), planned=planned)
     ignored = [ignore] if isinstance(ignore, str) else ignore
     reader = ConfigReader(_of_text(raw, FAMILIES[name].part), ignore=["quantization_config", *ignored])
     config = FAMILIES[name].read(reader)

@@ -1,6 +1,7 @@
 """Which matrices of a checkpoint are quantised, and how: config.json's quantization_config, read strictly.
 
-Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme.
+Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme, the
+hf_quant_config.json of checkpoints that NVIDIA publishes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig
@@ -19,7 +20,7 @@ from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
 from jaxmoe.families.piece import Piece
 from jaxmoe.families.reader import ConfigReader
-from jaxmoe.formats import FORMATS, MXFP4, Format, Grain, Published, Quantisation
+from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
@@ -27,8 +28,9 @@ _PLAIN = ("router", "shared_gate", "key_up", "value_up")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 
-def read_published(value: Any) -> Published | None:
-    """The format that a quantization_config names; None where there is none.
+def read_published(value: Any, *, planned: bool = False) -> Published | None:
+    """The format that a quantization_config names; None where there is none. planned: also one that is sized and
+    planned with, and cannot be run.
 
     Raises: ConfigError for a quant_method that is not known, or a setting of it that is not.
     """
@@ -36,6 +38,14 @@ def read_published(value: Any) -> Published | None:
         return None
     method = value.get("quant_method") if isinstance(value, Mapping) else value
     readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
+    if isinstance(value, Mapping) and method == "modelopt":
+        published = _read_modelopt(ConfigReader(value, ignore=["quant_method"]))
+        if planned:
+            return published
+        raise ConfigError(
+            f"config key 'quantization_config' has quant_method 'modelopt', which is sized and planned (jaxmoe info, "
+            f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantised weights: use such a checkpoint"
+        )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         raise ConfigError(
             f"config key 'quantization_config' has quant_method {method!r}; supported are {', '.join(readers)}, and "
@@ -65,6 +75,17 @@ def _read_mxfp4(reader: ConfigReader) -> Published:
     _expect(reader, "dequantize", False, None)
     reader.finish("quantization_config of mxfp4")
     return Published(method="mxfp4", format=MXFP4, ignored=ignored)
+
+
+def _read_modelopt(reader: ConfigReader) -> Published:
+    """NVFP4: numbers of 4 bits, a scale of 8 for 16 of them along the inputs."""
+    _expect(reader, "quant_algo", "NVFP4")
+    _expect(reader, "group_size", 16, None)
+    for key in ("producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups"):
+        reader.get(key, None)  # who made it; --kv-dtype's business; the same said again
+    ignored = (*_names(reader, "exclude_modules"), *_names(reader, "ignore"))
+    reader.finish("quantization_config of modelopt")
+    return Published(method="modelopt", format=NVFP4, ignored=ignored)
 
 
 def _read_compressed(reader: ConfigReader) -> Published:
@@ -123,18 +144,31 @@ def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
 
 def is_plain(module: str, published: Published) -> bool:
     """Whether the names that a checkpoint leaves unquantised cover a module, as the method reads them."""
+    ends, patterns = _plain_names(published)
+    return module.endswith(ends) or any(pattern.match(module) for pattern in patterns)
+
+
+def tells_layers(published: Published) -> bool:
+    """Whether the names that are left unquantised may tell a layer from others of its kind: those of letters and
+    wildcards cannot."""
+    return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in published.ignored)
+
+
+@lru_cache(maxsize=64)
+def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
+    """What names of modules end in, or match from their start, that are left unquantised."""
+    ends, patterns = [], []
     for name in published.ignored:
         try:
             if published.method == "compressed-tensors":
-                found = re.match(name[3:], module) if name.startswith("re:") else module == name
+                patterns.append(re.compile(name[3:] if name.startswith("re:") else rf"{re.escape(name)}\Z"))
             else:  # from its start up to a dot, or its end
                 pattern = name if published.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
-                found = module.endswith(name) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+                ends.append(name)
+                patterns.append(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"))
         except re.error as error:
             raise ConfigError(f"config key 'quantization_config' leaves out {name!r}: no pattern ({error})") from error
-        if found:
-            return True
-    return False
+    return tuple(ends), tuple(patterns)
 
 
 def is_quantised(piece: Piece, published: Published) -> bool:
@@ -149,7 +183,7 @@ def as_published(config: ModelConfig, published: Published | None, names: KeyNam
         return config
     plain = (lambda module: is_plain(module, published)) if published.ignored else None
     only = "moe/experts/" if published.method == "mxfp4" else ""
-    kept = quantisation(config, published.format, names, plain=plain, only=only)
+    kept = quantisation(config, published.format, names, plain=plain, only=only, apart=tells_layers(published))
     return replace(config, published=published, quantisation=kept)
 
 
@@ -191,16 +225,18 @@ def quantisation(
     *,
     plain: Callable[[str], bool] | None = None,
     only: str = "",
+    apart: bool = False,
 ) -> Quantisation | None:
     """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
-    router's, unless any of the tensors they come from is of a plain module. None where that is nothing.
+    router's, unless any of the tensors they come from is of a plain module. None where that is nothing. apart: whether
+    plain may tell layers of a kind apart.
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
     config = replace(config, published=None, quantisation=None)
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     # Where no name is told apart, layers of a kind keep the same.
-    chosen = None if plain else {kinds.index(kind) for kind in kinds}
+    chosen = None if apart else {kinds.index(kind) for kind in kinds}
     layers: dict[int, list[tuple[str, Grain]]] = defaultdict(list)
     grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
     for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
@@ -218,7 +254,13 @@ def quantisation(
     if not layers:
         return None
     kept = (layers[layer if chosen is None else kinds.index(kind)] for layer, kind in enumerate(kinds))
-    return Quantisation(format=format, layers=tuple(map(tuple, kept)))
+    return _one(Quantisation(format=format, layers=tuple(map(tuple, kept))))
+
+
+@lru_cache(maxsize=256)
+def _one(kept: Quantisation) -> Quantisation:
+    """The first of all that are equal: configs are keys of tables, and what is the same object is equal at once."""
+    return kept
 
 
 def _matrices(

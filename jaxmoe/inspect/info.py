@@ -13,7 +13,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
-from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
+from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_config_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.published import config_check
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -26,9 +26,9 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     A format of weights that cannot be run is named, and their bytes are then None. Weights that lie beside it are
     held against it. Raises: CheckpointError, ConfigError.
     """
-    raw, ignored = read_json(path), list(ignore)
+    raw, ignored = read_config_json(path), list(ignore)
     try:
-        config, unknown = read_config(raw, ignore=ignored), None
+        config, unknown = read_config(raw, ignore=ignored, planned=True), None
     except ConfigError as error:
         if QUANTISATION not in raw or QUANTISATION not in str(error):
             raise
@@ -81,10 +81,10 @@ def _quantisation(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any
     method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
     if config.published is None:
         return {"method": method, "supported": runs}
-    form = config.published.format
+    form, runs = config.published.format, runs and config.published.method != "modelopt"
     return {
-        "method": method, "supported": runs, "dtype": form.dtype, "inputs_a_scale": form.inputs,
-        "outputs_a_scale": form.outputs,
+        "method": method, "supported": runs, "dtype": form.name if form.per_item > 1 else form.dtype,
+        "inputs_a_scale": form.inputs, "outputs_a_scale": form.outputs,
     }  # fmt: skip
 
 

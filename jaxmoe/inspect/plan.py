@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.llm import choose_dtypes
+from jaxmoe.engine.llm import check_stage_chunks, choose_dtypes, is_published
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
+from jaxmoe.inspect.map.data import model_name
+from jaxmoe.inspect.plan_rows import (
+    arguments_of,
+    engine_of,
+    memory_of,
+    plan_row,
+    pools_row,
+    rule_of_thumb,
+    weights_dtype_of,
+)
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_KINDS
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, read_hardware
-from jaxmoe.planner.pools import Pools, beats, best_pools
+from jaxmoe.planner.pools import best_pools
+from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
+    ALIKE,
     LATENCY_REQUESTS,
     OBJECTIVES,
     Found,
@@ -25,20 +36,20 @@ from jaxmoe.planner.search import (
     Objective,
     Plan,
     Question,
-    kind_of,
+    missed,
     search,
+    servings_of,
+    specs_of,
     value,
 )
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.sizes import count_parameters
-from jaxmoe.planner.why import Neighbours, reasons
-from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.planner.why import Lacks, Neighbours, reasons
+from jaxmoe.weights.checkpoint import read_config_json
 from jaxmoe.weights.source import find_config
 
 _MOST_DEVICES = 8192
-_SHORT = {"float8_e4m3fn": ("fp8", "fp8-block"), "int8": ("int8", "int8-block"), "mxfp4": ("mxfp4",)}
-_BITS = {"float8_e4m3fn": 8, "int8": 8, "mxfp4": 4}
 _NEIGHBOURS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
+_TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latency are not met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +86,11 @@ class PlanQuestion:
     def checked(self) -> tuple[ModelConfig, Hardware]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
-        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys)
-        form = config.published.format.dtype if config.published else None
-        asked = None if form and self.weights_dtype in _SHORT[form] else self.weights_dtype
-        config, dtype = choose_dtypes(config, dtype=self.dtype, weights_dtype=asked, kv_dtype=self.kv_dtype)
+        config = read_config(read_config_json(find_config(self.config)), ignore=self.ignore_config_keys, planned=True)
+        config, dtype = choose_dtypes(
+            config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
+        )  # fmt: skip
         config = replace(config, dtype=dtype)
-        if config.indexer is not None:
-            raise ConfigError(f"config {self.config!r}: sparse latent attention is sized (jaxmoe info), not planned")
         hardware = read_hardware(self.hardware)
         if self.price is not None:
             hardware = replace(hardware, dollars_an_hour=self.price)
@@ -114,10 +123,21 @@ class PlanQuestion:
             raise ConfigError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
         if self.dispatch is not None and self.dispatch not in DISPATCH_KINDS:
             raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_KINDS)}")
+        if self.dispatch is not None and config.moe is None:
+            raise ConfigError(
+                f"dispatch={self.dispatch} sends tokens to experts, and {config.family} has none: leave it out"
+            )
+        if self.stage_chunks is not None and self.mesh is not None:
+            check_stage_chunks(self.stage_chunks, stages=parse_mesh(self.mesh)["pipeline"])
+
+    def dtypes(self, config: ModelConfig) -> dict[str, str | None]:
+        """Those that were asked for, by option; None for what the checkpoint has anyway."""
+        weights = None if is_published(config, self.weights_dtype) else self.weights_dtype
+        return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
 
     def question(self, config: ModelConfig, hardware: Hardware, devices: int) -> Question:
         """For the search."""
-        axes = parse_mesh(self.mesh) if self.mesh else None
+        axes = None if self.mesh is None else parse_mesh(self.mesh)
         if axes and math.prod(axes.values()) != devices:
             meant = math.prod(axes.values())
             raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
@@ -126,7 +146,7 @@ class PlanQuestion:
             load=Load(isl=self.isl, osl=self.osl, concurrency=self.concurrency), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms else None,
-            layout=parse_layout(self.layout) if self.layout else None, dispatch=self.dispatch,
+            layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
             stage_chunks=self.stage_chunks, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
 
@@ -140,24 +160,33 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     config, hardware = asked.checked()
     question, found = _found(asked, config, hardware)
     best = found.best
-    pools = best_pools(question, engine_devices=_engine_devices(best)) if asked.mesh is None else None
-    around = _neighbours(asked, question) if asked.mesh is None else Neighbours(half=None, twice=None)
+    pools, around = None, Neighbours(half=None, twice=None)
+    if asked.mesh is None:
+        told = best.served.concurrency if asked.objective == "latency" else asked.concurrency
+        pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=told)
+        around = _neighbours(question, best)
     return {
-        "model": asked.config, "family": config.family, "hardware": hardware.device, "devices": question.devices,
-        "nodes": -(-question.devices // hardware.devices_per_node), "isl": asked.isl, "osl": asked.osl,
-        "objective": asked.objective, "weights_dtype": _weights_dtype(config), "kv_dtype": best.serving.held.kv_dtype,
-        "plan": plan_row(best, hardware, config), "arguments": _arguments(asked, best),
-        "memory": memory_of(best, hardware), "rule_of_thumb": rule_of_thumb(config, hardware),
+        "model": model_name(asked.config), "config": asked.config, "family": config.family,
+        "hardware": hardware.device, "devices": question.devices,
+        "nodes": -(-question.devices // hardware.devices_per_node),
+        "node": "host" if hardware.platform == "tpu" else "node", "isl": asked.isl, "osl": asked.osl,
+        "objective": asked.objective, "weights_dtype": weights_dtype_of(config),
+        "kv_dtype": best.serving.held.kv_dtype, "plan": plan_row(best, hardware, config),
+        "arguments": arguments_of(best, asked.dtypes(config), ignored=asked.ignore_config_keys),
+        "engine": engine_of(best, question), "memory": memory_of(best, question),
+        "rule_of_thumb": rule_of_thumb(config, hardware),
         "reasons": reasons(question, found, pools, around),
         "front": [plan_row(plan, hardware, config) for plan in found.front],
-        "pools": _pools_row(pools, best, question) if pools else None, "specs_tried": found.tried,
+        "pools": pools_row(pools, best, question) if pools else None,
+        "roofline": roofline(best.serving, question.load, concurrency=best.served.concurrency),
+        "specs_tried": found.tried,
     }  # fmt: skip
 
 
 def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tuple[Question, Found]:
     """For the devices asked for, or the fewest that do."""
     given = asked.devices or (asked.nodes * hardware.devices_per_node if asked.nodes else None)
-    if given is None and asked.mesh:
+    if given is None and asked.mesh is not None:
         given = math.prod(parse_mesh(asked.mesh).values())
     if given is None and hardware.nodes > 1:
         given = hardware.nodes * hardware.devices_per_node
@@ -168,39 +197,60 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
         try:
             return question, search(question)
         except NoPlanError as error:
-            if error.latency or asked.mesh:
+            if error.lacks != "room" or asked.mesh is not None:
                 raise
             least = _least(asked, config, hardware, above=given)
             more = f"; {least} devices would do" if least else "; no number of them does"
-            raise NoPlanError(f"{error}{more}, or a shorter --weights-dtype or --kv-dtype") from error
+            short = f"{error}{more}, or a shorter --weights-dtype or --kv-dtype"
+            raise NoPlanError(short, lacks="room") from error
     least = _least(asked, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
             f"{asked.config} fits on no number of {hardware.device} up to {_MOST_DEVICES}: a shorter --weights-dtype "
-            f"or --kv-dtype, or fewer tokens, may do"
+            f"or --kv-dtype, or fewer tokens, may do",
+            lacks="room",
         )
     return _worthwhile(asked, config, hardware, least)
 
 
 def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, least: int) -> tuple[Question, Found]:
     """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
-    far less each."""
+    far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
     tried: list[tuple[Question, Found]] = []
-    missed: NoPlanError | None = None
-    devices = least
-    while devices <= max(2 * least, hardware.devices_per_node):
+    errors: list[NoPlanError] = []
+    devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MOST_DEVICES)
+    while devices <= usual or (not tried and devices <= _TRIED_AT_MOST and _nearer(errors)):
         question = asked.question(config, hardware, devices)
         try:
             tried.append((question, search(question)))
         except NoPlanError as error:
-            missed = error
+            errors.append(error)
         devices *= 2
     if not tried:
-        assert missed is not None
-        raise missed
-
+        late = [error for error in errors if error.lacks == "latency"]
+        if not late:
+            raise errors[-1]
+        ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
+        many = f"any number of {hardware.device} up to {devices // 2}"
+        raise NoPlanError(missed(question, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+    least_halved = min(_halved(question, found.best) for question, found in tried)
+    tried = [(question, found) for question, found in tried if _halved(question, found.best) == least_halved]
     best = min(value(question, found.best) for question, found in tried)
     return next((question, found) for question, found in tried if value(question, found.best) <= 1.1 * best)
+
+
+def _halved(question: Question, best: Plan) -> float:
+    """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
+    assumed = question.objective == "latency" and question.load.concurrency is None
+    return LATENCY_REQUESTS * question.devices / best.served.concurrency if assumed else 1.0
+
+
+def _nearer(errors: list[NoPlanError]) -> bool:
+    """Whether the last doubling of the devices made either time shorter by more than prices are exact."""
+    if len(errors) < 2 or errors[-1].lacks != "latency":
+        return True
+    before, last = errors[-2:]
+    return last.ttft < (1 - ALIKE) * before.ttft or last.tpot < (1 - ALIKE) * before.tpot
 
 
 def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
@@ -226,96 +276,31 @@ def _engine_devices(best: Plan) -> int:
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
-def _neighbours(asked: PlanQuestion, question: Question) -> Neighbours:
-    def best(devices: int) -> Plan | None:
-        if not 1 <= devices <= _NEIGHBOURS_OF_AT_MOST or devices == question.devices:
-            return None
-        load = question.load
-        if question.objective == "latency" and load.concurrency is None:  # the same requests, not as many a device
-            load = replace(load, concurrency=LATENCY_REQUESTS * question.devices)
-        try:
-            return search(replace(question, devices=devices, load=load)).best
-        except NoPlanError:
-            return None
-
-    return Neighbours(half=best(question.devices // 2), twice=best(question.devices * 2))
-
-
-def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
-    """One plan and what it is predicted to serve."""
-    spec, served = plan.spec, plan.served
-    dollars = hardware.dollars_an_hour
-    return {
-        "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
-        "dispatch": spec.dispatch, "stage_chunks": spec.stage_chunks, "chunk_tokens": spec.chunk_tokens,
-        "concurrency": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
-        "tpot_ms": served.tpot * 1e3, "tokens_per_s_per_user": 1 / served.tpot,
-        "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
-        "turn_ms": {name: value * 1e3 for name, value in served.turn.parts().items()},
-        "dollars_per_million_tokens":
-            None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_a_second * 1e6,
-    }  # fmt: skip
+def _neighbours(question: Question, best: Plan) -> Neighbours:
+    """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
+    load, found, lacks = question.load, [], []
+    if question.objective == "latency":
+        load = replace(load, concurrency=best.served.concurrency)
+    for devices in (question.devices // 2, question.devices * 2):
+        other, plan, lack = replace(question, devices=devices, load=load), None, None
+        if 1 <= devices <= _NEIGHBOURS_OF_AT_MOST:
+            try:
+                plan = search(other).best
+            except NoPlanError as error:
+                lack = _lack(other, error)
+        found.append(plan)
+        lacks.append(lack)
+    return Neighbours(half=found[0], twice=found[1], half_lacks=lacks[0])
 
 
-def memory_of(plan: Plan, hardware: Hardware) -> dict[str, Any]:
-    """Bytes of one device: weights by part at their own width, padding and copies in them, pages of the plan's
-    requests, what a step needs, what is left; and how many tokens and requests have room."""
-    held, serving, served = plan.serving.held, plan.serving, plan.served
-    rows = max(1, -(-served.concurrency // serving.ranks))
-    tokens = serving.pool_tokens(rows)
-    return {
-        "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
-        "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
-        "kv_bytes_a_token": held.kv_bytes_a_token, "pages": tokens * held.kv_bytes_a_token,
-        "step": serving.step_bytes(rows), "limit": hardware.hbm_bytes, "pool_tokens": int(tokens) * serving.ranks,
-        "most_requests": plan.most_requests,
-    }  # fmt: skip
-
-
-def rule_of_thumb(config: ModelConfig, hardware: Hardware) -> dict[str, Any]:
-    """bits / 8 x billions of parameters x 1.8 GB, on the next of 1, 2, 4, 8 devices (then whole nodes, doubled)."""
-    form = config.published or config.quantisation
-    bits = _BITS[form.format.dtype] if form else 32 if config.dtype == "float32" else 16
-    billions = round(count_parameters(config).total / 1e9)
-    needed = round(bits / 8 * billions * 1.8)
-    devices = 1
-    while devices * hardware.hbm_gb < needed:
-        devices *= 2
-    return {
-        "bits": bits, "billions": billions, "gb": needed, "devices": devices, "devices_gb": devices * hardware.hbm_gb,
-    }  # fmt: skip
+def _lack(question: Question, error: NoPlanError) -> Lacks | None:
+    """What the devices of a question have not."""
+    if error.lacks != "room":
+        return "limits" if error.lacks == "latency" else None
+    alone = replace(question, load=replace(question.load, concurrency=1))
+    return "model" if next(servings_of(alone, specs_of(alone)), None) is None else "requests"
 
 
 def rule_of_thumb_of(asked: PlanQuestion) -> dict[str, Any]:
-    """The same of a question. Raises: as PlanQuestion.checked."""
+    """The rule of thumb of a question. Raises: as PlanQuestion.checked."""
     return rule_of_thumb(*replace(asked, isl=1, osl=1).checked())  # of no load
-
-
-def _weights_dtype(config: ModelConfig) -> str:
-    return config.quantisation.format.dtype if config.quantisation else config.dtype
-
-
-def _arguments(asked: PlanQuestion, best: Plan) -> str:
-    """Options of a command that runs the plan."""
-    spec, words = best.spec, []
-    words.append(f"--mesh {spec.mesh}")
-    if str(spec.layout) != "ep-tp":
-        words.append(f"--layout {spec.layout}")
-    if spec.dispatch != "all_to_all":
-        words.append(f"--dispatch {spec.dispatch}")
-    if spec.stage_chunks > 1:
-        words.append(f"--stage-chunks {spec.stage_chunks}")
-    words += [f"--{name.replace('_', '-')} {value}" for name in ("weights_dtype", "kv_dtype")
-              if (value := getattr(asked, name))]  # fmt: skip
-    return " ".join(words)
-
-
-def _pools_row(pools: Pools, best: Plan, question: Question) -> Mapping[str, Any]:
-    return {
-        "engine_devices": pools.engine_devices, "prefill_engines": pools.prefill_engines,
-        "decode_engines": pools.decode_engines, "prefill_mesh": pools.prefill.mesh,
-        "prefill_layout": str(pools.prefill.layout), "decode_mesh": pools.decode.mesh,
-        "decode_layout": str(pools.decode.layout), "concurrency": pools.concurrency, "ttft_ms": pools.ttft * 1e3,
-        "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_a_second,
-        "better": beats(pools, best, question),
-    }  # fmt: skip

@@ -101,6 +101,8 @@ def summed_over(y: jax.Array, axes: Sequence[str], scattered: Sequence[str]) -> 
     """
     if scattered:
         strips = math.prod(jax.lax.axis_size(axis) for axis in scattered)
-        y = jax.lax.psum_scatter(y.reshape(strips, -1, *y.shape[1:]), tuple(scattered), scatter_dimension=0)
+        shape = y.shape
+        y = jax.lax.psum_scatter(y.reshape(strips, -1, shape[-1]), tuple(scattered), scatter_dimension=0)
+        y = y.reshape(-1, *shape[1:])
     left = tuple(axis for axis in axes if axis not in scattered)
     return jax.lax.psum(y, left) if left else y

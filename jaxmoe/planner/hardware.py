@@ -14,12 +14,23 @@ from typing import Any, Literal, get_args
 
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import MeshError
+from jaxmoe.mesh import AXES
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 Topology = Literal["switch", "torus", "peers"]
 Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
 Points = tuple[tuple[float, float], ...]
+
+_LEAST = 1e-9  # of any number here that is not 0
+_MOST_TORUS_DIMS = 3
+_MORE_GIB = 1.1  # times hbm_gb: what is sold as 16 GB may be 16 GiB, not more
+# Facts by which links are priced where no table was measured: those of a preset are no longer true where a file changes
+# one. A share of rates attained is one of both.
+_LINK_FACTS = {
+    "collectives": ("scale_up", "scale_up_gbps", "latency_us", "torus_dims"),
+    "collectives_between_nodes": ("scale_out_gbps", "scale_out_latency_us"),
+}
 
 # Tables beside [hardware] and [axes], and the keys of those that are numbers by name
 _COLLECTIVES = ("collectives", "collectives_between_nodes")
@@ -89,6 +100,17 @@ class Hardware:
                 raise _FactError(f"hardware {name}={value!r} must be {what} of at least 0", "hardware", name)
             if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
                 raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
+            if 0 < value < _LEAST:
+                raise _FactError(f"hardware {name}={value!r} must be at least {_LEAST:g}", "hardware", name)
+        if self.torus_dims > _MOST_TORUS_DIMS:
+            raise _FactError(
+                f"hardware torus_dims={self.torus_dims} must lie in [1, {_MOST_TORUS_DIMS}]", "hardware", "torus_dims"
+            )
+        if self.hbm_gib > _MORE_GIB * self.hbm_gb:
+            raise _FactError(
+                f"hardware hbm_gib={self.hbm_gib:g} must not exceed what is sold, hbm_gb={self.hbm_gb:g}: it is what a "
+                f"program may use of that", "hardware", "hbm_gib",
+            )  # fmt: skip
         for name, value, known in (
             ("platform", self.platform, get_args(Platform)), ("scale_up", self.scale_up, get_args(Topology)),
         ):  # fmt: skip
@@ -102,6 +124,10 @@ class Hardware:
                     raise _FactError(f"hardware [{name}] {key}: there are {', '.join(names)}", name, key)
                 if not _is_number(rate) or rate <= 0:
                     raise _FactError(f"hardware [{name}] {key}={rate!r} must be a number above 0", name, key)
+                if rate < _LEAST:
+                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be at least {_LEAST:g}", name, key)
+                if name == "attained" and rate > 1:
+                    raise _FactError(f"hardware [{name}] {key}={rate!r} is a share of a rate: at most 1", name, key)
         if not self.scale_up_devices:
             object.__setattr__(self, "scale_up_devices", self.devices_per_node)
 
@@ -109,6 +135,13 @@ class Hardware:
     def hbm_bytes(self) -> float:
         """What a program may use of a device's memory."""
         return self.hbm_gib * _GIB
+
+    @property
+    def fabric(self) -> str:
+        """What people call the devices of one fast fabric: a node of GPUs, a slice of TPUs, else a fabric."""
+        if self.scale_up == "torus":
+            return "slice"
+        return "node" if self.scale_up_devices <= self.devices_per_node else "fabric"
 
     @property
     def bytes_a_second(self) -> float:
@@ -138,7 +171,10 @@ def read_hardware(name: str) -> Hardware:
     """
     if name in hardware_presets():
         return _hardware(hardware_presets()[name], name)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise MeshError(f"hardware {name} cannot be read: {error}") from error
     if path.suffix != ".toml" and not path.is_file():
         raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name)}")
     try:
@@ -146,11 +182,13 @@ def read_hardware(name: str) -> Hardware:
     except (OSError, UnicodeDecodeError) as error:
         raise MeshError(f"hardware {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
-        return _hardware(tomllib.loads(text), name)
-    except tomllib.TOMLDecodeError as error:
-        raise MeshError(_not_toml(text, name, str(error))) from error
+        raw = tomllib.loads(text)
     except RecursionError as error:
         raise MeshError(f"hardware {name}: not TOML: lists too deep") from error
+    except ValueError as error:  # a TOMLDecodeError, or a number of more digits than Python reads
+        raise MeshError(_not_toml(text, name, str(error))) from error
+    try:
+        return _hardware(raw, name)
     except _FactError as error:
         line = line_of(text, *error.place)
         raise MeshError(f"{name}{f' line {line}' * bool(line)}: {error}") from error
@@ -189,7 +227,11 @@ def _not_toml(text: str, name: str, said: str) -> str:
     """What the parser said of a file, with the line and what stands there."""
     lines = text.splitlines() or [""]
     at = re.search(r"\(at line (\d+), column \d+\)", said)
-    number = min(int(at[1]), len(lines)) if at else len(lines)
+    if "integer string conversion" in said:
+        number = next((place for place, line in enumerate(lines, 1) if re.search(r"[\d_]{4300}", line)), len(lines))
+        said = "a number of too many digits"
+    else:
+        number = min(int(at[1]), len(lines)) if at else len(lines)
     return f"{name} line {number}: not TOML: {said}: {lines[number - 1].strip()[:60]!r}"
 
 
@@ -211,6 +253,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
             raise _FactError(f"unknown table [{table}]; there are {', '.join(tables)}", table)
         if not isinstance(raw[table], Mapping):
             raise _FactError(f"{table} must be a table, as in meshes/h100.toml", table)
+    _check_axes(raw.get("axes", {}))
     if "hardware" not in raw:
         raise _FactError(f"hardware {name} has no table [hardware]: add it, as in meshes/h100.toml")
     facts, based = dict(raw["hardware"]), {}
@@ -232,7 +275,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
     for table in _COLLECTIVES:
         if table in raw:
             facts[table] = _collectives(raw[table], table)
-    facts = based | facts
+    facts = _not_contradicted(based, facts) | facts
     optional = ("scale_up", "scale_up_devices", "torus_dims", "nodes", "latency_us", "scale_out_latency_us",
                 "dollars_an_hour")  # fmt: skip
     for key in [*known, "tflops"]:
@@ -242,6 +285,28 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
     return Hardware(**facts)
 
 
+def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a preset's facts, those that still hold beside a file's own: measured times of links until a fact of such
+    links is another, and a fast fabric of as many devices as a node has until a node has others."""
+    kept = dict(based)
+    changed = {key for key, value in facts.items() if key in based and value != based[key]}
+    link = "attained" in changed and facts["attained"].get("link") != based["attained"].get("link")
+    for table, names in _LINK_FACTS.items():
+        if link or changed.intersection(names):
+            kept.pop(table, None)
+    if "devices_per_node" in changed and based["scale_up"] != "torus":
+        kept.pop("scale_up_devices")
+    return kept
+
+
+def _check_axes(axes: Mapping[str, Any]) -> None:
+    for axis, size in axes.items():
+        if axis not in AXES:
+            raise _FactError(f"[axes] {axis}: there are {', '.join(AXES)}", "axes", axis)
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < _LARGEST:
+            raise _FactError(f"[axes] {axis}={size!r} must be a whole number of at least 1", "axes", axis)
+
+
 def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int, Points]]:
     found: dict[str, Mapping[int, Points]] = {}
     for op, tables in raw.items():
@@ -249,15 +314,15 @@ def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int
             raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(Op))}", table, op)
         by_ranks = {}
         for ranks, points in tables.items():
-            where, place = f"[{table}.{op}] {ranks}", (table, op, ranks)
+            where, place = f"[{table}.{op}] {ranks[:20]}", (table, op, ranks)
             pairs = points if isinstance(points, list) and points else [None]
             for pair in pairs:
-                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) > 0
+                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) >= _LEAST
                 if not right:
                     shown = f": {pair!r}"[:40] if pair is not None else ""
                     raise _FactError(f"{where} must be a list of [bytes, microseconds], both above 0{shown}", *place)
-            if not ranks.isascii() or not ranks.isdigit() or int(ranks) < 2:
-                raise _FactError(f"{where}: {ranks!r} must be a number of ranks of at least 2", *place)
+            if not re.fullmatch(r"[0-9]{1,9}", ranks) or int(ranks) < 2:
+                raise _FactError(f"{where}: {ranks[:20]!r} must be a number of ranks of at least 2", *place)
             by_ranks[int(ranks)] = tuple(sorted((float(size), float(us)) for size, us in pairs))
         found[op] = MappingProxyType(dict(sorted(by_ranks.items())))
     return MappingProxyType(found)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 from jax.sharding import Mesh
@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment, segments
 from jaxmoe.mesh import PlannedMesh
-from jaxmoe.planner.parameters import Parameter, block_parameters, held_layers, itemsize_of, outer_parameters
+from jaxmoe.planner.parameters import (
+    Parameter,
+    Split,
+    block_parameters,
+    held_layers,
+    itemsize_of,
+    outer_parameters,
+)
 from jaxmoe.planner.sizes import Part
 from jaxmoe.sharding import Placement, array_sizes, segment_sizes
 
@@ -67,18 +74,10 @@ class Held:
         config, place, layer = self.config, self.placement.of_segment(part), part.first + block
         like = (config.kind(layer), place.view)
         if like not in self._known:
-            self._known[like] = tuple(self._params(layer, sizes, place))
+            placed = self.placement.redundant_experts is not None
+            self._known[like] = _params(config, layer, sizes, Split.of(place), self.itemsize, placed)
         params = self._known[like]
         return Block(layer, held_layers(part), part.repeats, sizes, place, params)
-
-    def _params(self, layer: int, sizes: ArraySizes, place: Placement) -> Iterator[tuple[Parameter, int]]:
-        config = self.config
-        kept = config.quantisation.of(layer) if config.quantisation else {}
-        format = config.quantisation.format if config.quantisation else None
-        placed = self.placement.redundant_experts is not None
-        for one in block_parameters(config, sizes, layer, placed=placed):
-            grain = kept.get(one.path)
-            yield one, one.device_bytes(place, itemsize=self.itemsize, format=format, grain=grain)
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
@@ -120,19 +119,37 @@ class Held:
         return slots * sum(dim * item + scale for dim in self.config.cached_dims)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
-        """What a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
+        """What a step needs besides, all parts of it together."""
+        return sum(self.step_parts(num_tokens, num_sampled).values())
+
+    def step_parts(self, num_tokens: int, num_sampled: int) -> dict[str, float]:
+        """The parts of what a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
         activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
         config, moe = self.config, self.config.moe
         beside = self.placement.seen("beside")
         wide = 2 * self._widest
         rows = num_tokens / self.placement.parts("page_token")
-        room = rows * (4 * config.hidden_size + wide) * self.itemsize
+        parts = {"activations": rows * (4 * config.hidden_size + wide) * self.itemsize}
         if moe is not None:
             ranks = self.placement.size(self.placement.exchanged("token"))
-            room += 2 * (ranks if ranks > 1 else 0) * rows * config.hidden_size * self.itemsize
-            room += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
+            parts["activations"] += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
+            if ranks > 1:
+                parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
         vocab = self.outer[0][0].dims["vocab"]
-        return room + num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))
+        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))}
+
+
+@lru_cache(maxsize=4096)
+def _params(
+    config: ModelConfig, layer: int, sizes: ArraySizes, split: Split, itemsize: int, placed: bool
+) -> tuple[tuple[Parameter, int], ...]:  # fmt: skip
+    """Those of a layer with their bytes on a device; many placements split a layer alike."""
+    kept = config.quantisation.of(layer) if config.quantisation else {}
+    format = config.quantisation.format if config.quantisation else None
+    return tuple(
+        (one, one.device_bytes(split, itemsize=itemsize, format=format, grain=kept.get(one.path)))
+        for one in block_parameters(config, sizes, layer, placed=placed)
+    )
 
 
 def _width(block: Block) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
@@ -16,6 +17,33 @@ from jaxmoe.planner.sizes import Part
 from jaxmoe.sharding import Placement
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Parted(Protocol):
+    """What says how many parts a logical dim is split in: a Placement, or less."""
+
+    def parts(self, dim: str, /) -> int:
+        """Of one dim."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of the dims of a block's parameters that any layout splits; of all others there is one."""
+
+    kv_head: int
+    ffn: int
+    moe_expert: int
+    moe_ffn: int
+
+    @classmethod
+    def of(cls, place: Placement) -> Split:
+        """As a placement has them."""
+        return cls(*(place.parts(one.name) for one in fields(cls)))
+
+    def parts(self, dim: str, /) -> int:
+        """Of one dim."""
+        return getattr(self, dim, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +61,11 @@ class Parameter:
     over: int = 0
     itemsize: int | None = None
 
-    def share(self, place: Placement) -> list[int]:
+    def share(self, place: Parted) -> list[int]:
         """What one device has of each dim."""
         return [size // place.parts(dim) for dim, size in self.dims.items()]
 
-    def device_bytes(self, place: Placement, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
+    def device_bytes(self, place: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
         """Bytes of one layer's on one device; format, grain: where it is quantised."""
         share = self.share(place)
         if format is None or grain is None:

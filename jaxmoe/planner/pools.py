@@ -6,13 +6,16 @@ other; how a plan says so is its business, jaxmoe runs each engine by itself.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.search import Plan, Question, Spec, servings_of, specs_of
 from jaxmoe.planner.serving import Served, Serving
 
-_CHUNKS = (2048, 8192)
+_CHUNKS = (512, 2048, 8192)
+_SHARES = 64  # ways to share out engines that are looked at, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,12 @@ class Pools:
     tpot: float
     transfer: float
     tokens_a_second: float
+    osl: int
+
+    @property
+    def request_seconds(self) -> float:
+        """From a request's arrival to its last token."""
+        return self.ttft + (self.osl - 1) * self.tpot
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,13 @@ class _Prefill:
     seconds: float  # of one prompt
 
 
-def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
+_Decode = tuple[Spec, Serving, Served]
+
+
+def best_pools(question: Question, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
     """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds
-    too little, or no limit of latency can be met."""
+    too little, or no limit of latency can be met. concurrency: requests at once over all of them; as many as are best
+    by default."""
     engines = question.devices // engine_devices
     if engines < 2:
         return None
@@ -50,47 +63,76 @@ def best_pools(question: Question, *, engine_devices: int) -> Pools | None:
         (alike[-1], serving.dispatched(alike[-1].dispatch)) for alike, serving in servings_of(small, specs_of(small))
     ]
     prefills = [one for spec, serving in servings for one in _prefills(small, spec, serving)]
-    if not prefills:
-        return None
-    first = max(prefills, key=lambda one: one.requests_a_second)
-    second = _decode(small, servings)
-    if second is None:
-        return None
-    spec, serving, served = second
-    transfer = _transfer(question, serving)
-    load, found = question.load, []
-    for count in range(1, engines):
-        rate = min(count * first.requests_a_second * load.osl, (engines - count) * served.tokens_a_second)
-        pools = Pools(
-            engine_devices=engine_devices, prefill_engines=count, decode_engines=engines - count, prefill=first.spec,
-            decode=spec, concurrency=served.concurrency * (engines - count), ttft=first.seconds + transfer,
-            tpot=served.tpot, transfer=transfer, tokens_a_second=rate,
-        )  # fmt: skip
-        if question.ttft_limit is None or pools.ttft <= question.ttft_limit:
-            found.append(pools)
+    found, second = [], _decode(small, servings, None) if concurrency is None else None
+    for count in range(1, engines, math.ceil(engines / _SHARES)):
+        if concurrency is not None:
+            second = _decode(small, servings, math.ceil(concurrency / (engines - count)))
+        first = None if second is None else _first(question, prefills, _transfer(question, second[1]))
+        if first is not None and second is not None:
+            shared = engine_devices, count, engines - count
+            found.append(_pools(question, first, second, shared, concurrency))
+    limit = math.inf if question.ttft_limit is None else question.ttft_limit
+    found = [pools for pools in found if pools.ttft <= limit * (1 + 1e-9)]
+    if question.objective == "latency":
+        return min(found, key=lambda one: one.request_seconds, default=None)
     return max(found, key=lambda one: one.tokens_a_second, default=None)
 
 
+def _pools(
+    question: Question, first: _Prefill, second: _Decode, shared: tuple[int, int, int], concurrency: int | None
+) -> Pools:  # fmt: skip
+    """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
+    number of requests those that neither kind has begun with wait for their prompts to be read."""
+    (spec, serving, served), (size, prefilling, decoding) = second, shared
+    transfer, osl = _transfer(question, serving), question.load.osl
+    ttft = first.seconds + transfer
+    rate = min(prefilling * first.requests_a_second * osl, decoding * served.tokens_a_second)
+    if concurrency is not None:
+        decoding_seconds = (osl - 1) * served.tpot
+        rate = min(rate, concurrency * osl / (ttft + decoding_seconds))
+        ttft = max(ttft, concurrency * osl / rate - decoding_seconds)
+    return Pools(
+        engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
+        prefill=first.spec, decode=spec, concurrency=concurrency or served.concurrency * decoding, ttft=ttft,
+        tpot=served.tpot, transfer=transfer, tokens_a_second=rate, osl=osl,
+    )  # fmt: skip
+
+
 def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill]:
-    """What an engine that only reads prompts does, by the tokens of a step."""
+    """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
+    with it."""
     isl, found = question.load.isl, []
-    for chunk in _CHUNKS:
+    for chunk in [question.chunk_tokens] if question.chunk_tokens else sorted({*_CHUNKS, min(isl, _CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
-        found.append(
-            _Prefill(replace(spec, chunk_tokens=chunk), serving.ranks * chunk / isl / step, step * isl / chunk)
-        )
+        rate = serving.ranks * chunk / isl / step
+        found.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
     return found
 
 
-def _decode(question: Question, servings: list[tuple[Spec, Serving]]) -> tuple[Spec, Serving, Served] | None:
-    """The engine that decodes most, with prompts already there."""
-    found = []
+def _first(question: Question, prefills: Iterable[_Prefill], transfer: float) -> _Prefill | None:
+    """The engine that reads most prompts within the limit of the first token's time; for latency the fastest."""
+    limit = math.inf if question.ttft_limit is None else question.ttft_limit
+    kept = [one for one in prefills if one.seconds + transfer <= limit]
+    if question.objective == "latency":
+        return min(kept, key=lambda one: one.seconds, default=None)
+    return max(kept, key=lambda one: one.requests_a_second, default=None)
+
+
+def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
+    """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
+    found: list[_Decode] = []
     for spec, serving in servings:
         most = serving.most_requests(question.load)
-        for count in {max(1, most >> power) for power in range(0, 8, 2)}:
+        if rows is not None:
+            counts = {rows} if rows <= most else set()
+        else:
+            counts = {max(1, most >> power) for power in range(0, 8, 2)}
+        for count in counts:
             served = serving.serve(question.load, count, prefills=False)
             if question.tpot_limit is None or served.tpot <= question.tpot_limit:
                 found.append((spec, serving, served))
+    if question.objective == "latency":
+        return min(found, key=lambda one: one[2].tpot, default=None)
     return max(found, key=lambda one: one[2].tokens_a_second, default=None)
 
 
@@ -105,5 +147,5 @@ def _transfer(question: Question, serving: Serving) -> float:
 def beats(pools: Pools, plan: Plan, question: Question) -> bool:
     """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
     if question.objective == "latency":
-        return pools.ttft + plan.osl * pools.tpot < 0.95 * plan.request_seconds
+        return pools.request_seconds < 0.95 * plan.request_seconds
     return pools.tokens_a_second > 1.05 * plan.tokens_a_second

@@ -57,7 +57,12 @@ class Serving:
 
     def step_bytes(self, rows: int) -> float:
         """What a step of `rows` decoding requests of a rank and a chunk needs on a device."""
-        return self.held.step_bytes(self.chunk_tokens + rows, rows) / self.cost.num_stages
+        return sum(self.step_parts(rows).values())
+
+    def step_parts(self, rows: int) -> dict[str, float]:
+        """The same, by what it is for."""
+        parts = self.held.step_parts(self.chunk_tokens + rows, rows)
+        return {name: num_bytes / self.cost.num_stages for name, num_bytes in parts.items()}
 
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""

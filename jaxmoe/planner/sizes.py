@@ -12,7 +12,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import segments
 from jaxmoe.families import FAMILIES, Piece, pieces
 from jaxmoe.families.held import oriented
-from jaxmoe.families.quantised import is_quantised
+from jaxmoe.families.quantised import is_quantised, tells_layers
 
 Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
 _QUANTISED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")
@@ -94,7 +94,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     by_part: Counter[Part] = Counter()
     num_bytes: Counter[Part] = Counter()
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
-    alike = config.published is None or not config.published.ignored  # names tell no layer from another
+    alike = config.published is None or not tells_layers(config.published)
     for tensor in published_tensors(config, layers={kinds.index(kind) for kind in kinds} if alike else None):
         times = kinds.count(kinds[tensor.layer]) if alike and tensor.layer is not None else 1
         by_part[tensor.part] += times * tensor.num_params

@@ -5,50 +5,72 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from jaxmoe.planner.choose import limited
+from jaxmoe.planner.lift import remedies
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.pools import Pools, beats
 from jaxmoe.planner.search import ALIKE, Found, Plan, Question, kind_of, value
 
 _BINDS = {
-    "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a node",
-    "scale_out": "collectives between nodes", "launch": "launching kernels", "bubble": "stages that wait",
+    "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
+    "scale_out": "collectives between {fabric}s", "launch": "launching kernels", "bubble": "stages that wait",
 }  # fmt: skip
-_LIFTS = {
-    "compute": "shorter numbers in products (--weights-dtype fp8 where the hardware has such), or more devices",
-    "memory": "more requests at once for the same weights, shorter weights or pages (--weights-dtype, --kv-dtype), or "
-    "more devices to split them over",
-    "link": "fewer ranks that split a layer, or more replicas",
-    "scale_out": "keeping every split inside a node, by replicas or a pipeline between nodes",
-    "launch": "more requests at once: a step's launches are the same",
-    "bubble": "more chunks a stage (--stage-chunks), or fewer stages",
-}
+# What so many devices have no room for, or cannot keep.
+Lacks = Literal["model", "requests", "limits"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """The best plans for half and twice the devices; None where there is none."""
+    """The best plans for half and twice the devices; None where there is none, for what half of them lack."""
 
     half: Plan | None
     twice: Plan | None
+    half_lacks: Lacks | None = None
 
 
 def reasons(question: Question, found: Found, pools: Pools | None, neighbours: Neighbours) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
-        *_binding(found.best), *_memory(question, found.best), *_tensor(question, found), *_across(question, found),
-        *_others(question, found), *_pools(question, found.best, pools), *_size(question, found.best, neighbours),
+        *_binding(question, found.best, neighbours), *_approximated(question), *_memory(question, found.best),
+        *_tensor(question, found), *_across(question, found), *_others(question, found),
+        *_pools(question, found.best, pools), *_size(question, found.best, neighbours),
     ]  # fmt: skip
 
 
-def _binding(best: Plan) -> Iterator[str]:
-    turn = best.served.turn
+def counted(number: int, word: str) -> str:
+    """1 request, 2 requests."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def _binds(question: Question, name: str) -> str:
+    return _BINDS[name].format(fabric=question.hardware.fabric)
+
+
+def _binding(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[str]:
+    turn, twice = best.served.turn, neighbours.twice
     parts = sorted(turn.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
+    then = f"; then {_binds(question, second)}, {next_most / turn.total:.0%}" if next_most else ""
+    more = twice is not None and value(question, twice) < (1 - ALIKE) * value(question, best)
+    lifts = remedies(question, best, first, more_devices=more)
+    lift = f"What would lift it next: {', or '.join(lifts)}." if lifts else "Other hardware alone would lift it."
     yield (
-        f"What binds: {_BINDS[first]}, {most / turn.total:.0%} of a mean turn of {turn.total * 1e3:.1f} ms; then "
-        f"{_BINDS[second]}, {next_most / turn.total:.0%}. What would lift it next: {_LIFTS[first]}."
+        f"What binds: {_binds(question, first)}, {most / turn.total:.0%} of a mean turn of {turn.total * 1e3:.1f} ms"
+        f"{then}. {lift}"
     )
+
+
+def _approximated(question: Question) -> Iterator[str]:
+    """What is priced as something else."""
+    indexer = question.config.indexer
+    if indexer is not None:
+        met = f"{question.load.isl + question.load.osl:,}"
+        yield (
+            f"Priced as dense latent attention: a token attends to all of up to {met} tokens before it, not to the "
+            f"{indexer.top_k:,} that its indexer chooses; the indexer's own weights, products and cache are left out."
+        )
 
 
 def _memory(question: Question, best: Plan) -> Iterator[str]:
@@ -56,58 +78,63 @@ def _memory(question: Question, best: Plan) -> Iterator[str]:
     share, tokens = held.weight_bytes / hardware.hbm_bytes, question.load.isl + question.load.osl
     yield (
         f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
-        f"pages have room for {best.most_requests:,} requests of {tokens:,} tokens at once."
+        f"pages have room for {counted(best.most_requests, 'request')} of {tokens:,} tokens at once."
     )
 
 
-def _spans(question: Question, plan: Plan, axes: tuple[str, ...]) -> bool:
-    return group_of(axes, dict(plan.spec.axes), question.hardware.scale_up_devices).across > 1
+def _spans(question: Question, plan: Plan, axes: tuple[str, ...]) -> int:
+    """Fast fabrics that take part along some axes."""
+    return group_of(axes, dict(plan.spec.axes), question.hardware.scale_up_devices).across
 
 
 def _tensor(question: Question, found: Found) -> Iterator[str]:
-    """Why tensor stays inside a node, or that it does not."""
-    best = found.best
+    """Why layers are split inside a fast fabric only, or that they are not."""
+    best, fabric = found.best, question.hardware.fabric
     if question.devices <= question.hardware.scale_up_devices:
         return
-    outside = [plan for plan in found.every if _spans(question, plan, plan.spec.layout.split)]
-    if _spans(question, best, best.spec.layout.split):
-        yield "Layers are split between nodes: even so no other split is faster."
+    outside = [plan for plan in found.every if _spans(question, plan, plan.spec.layout.split) > 1]
+    if _spans(question, best, best.spec.layout.split) > 1:
+        yield f"Layers are split between {fabric}s: even so no other split was found better by more than {ALIKE:.0%}."
     elif outside:
         other = min(outside, key=lambda plan: value(question, plan))
-        near = value(question, other) <= (1 + ALIKE) * value(question, best)
-        verdict = "; as good on paper, and this one leans less on links between nodes" if near else ""
+        verdict = f"; {_as_good(question, other, best)}" if _alike(question, other, best) else ""
+        theirs, here = _part(other, best, "scale_out")
         yield (
-            "Layers are split inside a node only: the best plan that splits them between nodes "
-            f"({_named(question, other)}) {_compared(question, other, best)}; its collectives between nodes take "
-            f"{other.served.turn.scale_out * 1e3:.1f} ms of a turn, {best.served.turn.scale_out * 1e3:.1f} here"
-            f"{verdict}."
+            f"Layers are split inside a {fabric} only: the best plan that splits them between {fabric}s "
+            f"({_named(question, other)}) {_compared(question, other, best)}; its collectives between {fabric}s take "
+            f"{theirs}, {here} here{verdict}."
         )
 
 
 def _across(question: Question, found: Found) -> Iterator[str]:
-    """What lies between nodes."""
+    """What lies between fast fabrics."""
     best, hardware = found.best, question.hardware
+    fabric = hardware.fabric
     if question.devices <= hardware.scale_up_devices:
         if question.devices > 1:
             yield f"All {question.devices} devices are on one fast fabric: nothing has to cross a slower one."
         return
-    sizes, nodes = dict(best.spec.axes), math.ceil(question.devices / hardware.scale_up_devices)
-    crossing = [axis for axis, size in sizes.items() if size > 1 and _spans(question, best, (axis,))]
-    exchanged = best.spec.layout.experts if question.config.moe else ()
-    if any(axis in exchanged for axis in crossing):
+    sizes, fabrics = dict(best.spec.axes), math.ceil(question.devices / hardware.scale_up_devices)
+    crossing = [axis for axis, size in sizes.items() if size > 1 and _spans(question, best, (axis,)) > 1]
+    experts = best.spec.layout.experts if question.config.moe else ()
+    if any(axis in experts for axis in crossing):
+        across = _spans(question, best, experts)
+        every = "both" if fabrics == 2 else f"all {fabrics}"
+        where = f"{every} {fabric}s," if across >= fabrics else f"{across} of {fabrics} {fabric}s,"
+        rest = "" if across >= fabrics else "; replicas of them lie across the rest"
         yield (
-            f"Experts are shared out over all {nodes} nodes, so that every device reads fewer of them in a turn and "
-            f"more tokens meet each; that sends between nodes for {best.served.turn.scale_out * 1e3:.1f} ms of a turn."
+            f"Experts are shared out over {where} so that every device reads fewer of them in a turn and more tokens "
+            f"meet each{rest}; collectives between {fabric}s take {best.served.turn.scale_out * 1e3:.1f} ms of a turn."
         )
     elif "pipeline" in crossing:
         yield (
-            "Stages of the pipeline lie between nodes: of all splits theirs sends least, hidden states of a "
-            f"micro-batch once a stage, {best.served.turn.scale_out * 1e3:.2f} ms of a turn."
+            f"Stages of the pipeline lie between {fabric}s: what they send there is the hidden states of a micro-batch "
+            f"once a stage, {best.served.turn.scale_out * 1e3:.2f} ms of a turn."
         )
     elif crossing == ["data"]:
         yield (
-            f"Every replica lies inside a node and nothing crosses: do not reach for multi-node yet, {nodes} nodes "
-            f"serve as {nodes} times one."
+            f"Every replica lies inside a {fabric} and nothing crosses: do not reach for multi-{fabric} yet, "
+            f"{fabrics} {fabric}s serve as {question.devices / hardware.scale_up_devices:.3g} times one."
         )
 
 
@@ -115,29 +142,62 @@ def _others(question: Question, found: Found) -> Iterator[str]:
     """The best of the other kinds of split."""
     moe, best = question.config.moe is not None, found.best
     seen = {kind_of(best.spec, moe=moe)}
-    shown = 0
     for plan in sorted(found.every, key=lambda plan: value(question, plan)):
         kind = kind_of(plan.spec, moe=moe)
-        if kind in seen or shown == 3:
+        if kind in seen or len(seen) == 4:
             continue
         seen.add(kind)
-        shown += 1
-        worst = max(
-            ((name, value - best.served.turn.parts()[name]) for name, value in plan.served.turn.parts().items()),
-            key=lambda item: item[1],
-        )
-        loses = f"; it loses {worst[1] * 1e3:.1f} ms a turn to {_BINDS[worst[0]]}" if worst[1] > 0 else ""
-        yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(question, plan, best)}{loses}."
+        if _alike(question, plan, best):
+            verdict = f"; {_as_good(question, plan, best)}"
+        else:
+            name = max(plan.served.turn.parts(), key=lambda name: _a_token(plan, name) - _a_token(best, name))
+            theirs, here = _part(plan, best, name)
+            verdict = f"; {theirs} go to {_binds(question, name)}, {here} here"
+        yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(question, plan, best)}{verdict}."
+
+
+def _alike(question: Question, plan: Plan, best: Plan) -> bool:
+    return value(question, plan) <= (1 + ALIKE) * value(question, best)
+
+
+def _as_good(question: Question, plan: Plan, best: Plan) -> str:
+    """Why the best was taken before a plan as good as it."""
+    seconds, tokens = (one.request_seconds for one in (plan, best)), (_each(plan), _each(best))
+    theirs, mine = seconds
+    leaned = [one.served.turn.scale_out / one.served.turn.total for one in (plan, best)]
+    if question.objective != "latency" and mine < theirs:
+        why = f"a request takes {mine:.2f} s here and {theirs:.2f} there"
+    elif question.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
+        why = f"{tokens[1]:,.0f} tokens/s a device are served here and {tokens[0]:,.0f} there"
+    elif leaned[1] < leaned[0]:
+        why = f"{leaned[1]:.1%} of a turn lie between {question.hardware.fabric}s here and {leaned[0]:.1%} there"
+    else:
+        why = "its axes and options are plainer"
+    return f"as good on paper; this one was taken because {why}"
+
+
+def _a_token(plan: Plan, name: str) -> float:
+    """Seconds of a turn that one part takes, a token generated in it."""
+    return plan.served.turn.parts()[name] / plan.served.concurrency
+
+
+def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
+    """What a part takes of both: of a turn where these carry as many requests, else of a token."""
+    if plan.served.concurrency == best.served.concurrency:
+        theirs, here = (one.served.turn.parts()[name] * 1e3 for one in (plan, best))
+        return f"{theirs:.1f} ms of a turn", f"{here:.1f}"
+    theirs, here = (_a_token(one, name) * 1e6 for one in (plan, best))
+    return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 
 
 def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]:
     if pools is None:
         return
-    size = pools.engine_devices
-    engines = f"{pools.prefill_engines} engines of {size} devices for prompts, {pools.decode_engines} to decode"
+    first = counted(pools.prefill_engines, "engine")
+    engines = f"{first} of {counted(pools.engine_devices, 'device')} for prompts, {pools.decode_engines} to decode"
     does = (
         f"{pools.tokens_a_second:,.0f} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
-        f"{pools.tpot * 1e3:.1f} ms a token"
+        f"{pools.tpot * 1e3:.1f} ms a token, with {counted(pools.concurrency, 'request')} at once"
     )
     verdict = "serve more than engines that do both" if beats(pools, best, question) else "do not pay here"
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
@@ -145,6 +205,8 @@ def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]
 
 def _size(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[str]:
     """What fewer and more devices would do."""
+    if neighbours.half_lacks is not None:
+        yield _too_few(question, best, neighbours.half_lacks)
     for plan, words in ((neighbours.half, "Half the devices"), (neighbours.twice, "Twice the devices")):
         if plan is None:
             continue
@@ -152,12 +214,29 @@ def _size(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[st
             ratio = plan.request_seconds / best.request_seconds
             yield f"{words} would take {ratio:.2f} times as long for a request{_slower(ratio, plan, best)}."
         else:
-            ratio = plan.tokens_a_second / plan.devices / (best.tokens_a_second / best.devices)
+            ratio = _each(plan) / _each(best)
             yield f"{words} would serve {ratio:.2f} times as many tokens a second and device."
 
 
+def _too_few(question: Question, best: Plan, lacks: Lacks) -> str:
+    half, fabric = question.devices // 2, question.hardware.fabric
+    size = question.hardware.scale_up_devices
+    small = f": one {fabric} is too small" if half == size else ""
+    what = {
+        "model": f"cannot hold the model{small}",
+        "requests": f"hold the model, and have no room for {counted(best.served.concurrency, 'request')}{small}",
+        "limits": f"keep no such limits{small if limited(question) else ''}",
+    }  # fmt: skip
+    return f"Half the devices, {half}, {what[lacks]}."
+
+
 def _slower(ratio: float, plan: Plan, best: Plan) -> str:
-    return ": more devices make it slower here" if (plan.devices > best.devices) == (ratio > 1) else ""
+    more = ratio if plan.devices > best.devices else 1 / ratio
+    return ": more devices make it slower here" if more > 1 + ALIKE else ""
+
+
+def _each(plan: Plan) -> float:
+    return plan.tokens_a_second / plan.devices
 
 
 def _named(question: Question, plan: Plan) -> str:
@@ -167,5 +246,4 @@ def _named(question: Question, plan: Plan) -> str:
 def _compared(question: Question, plan: Plan, best: Plan) -> str:
     if question.objective == "latency":
         return f"takes {plan.request_seconds:.2f} s for a request in place of {best.request_seconds:.2f}"
-    mine, other = (one.tokens_a_second / one.devices for one in (best, plan))
-    return f"gives {other:,.0f} tokens/s a device in place of {mine:,.0f}"
+    return f"gives {_each(plan):,.0f} tokens/s a device in place of {_each(best):,.0f}"

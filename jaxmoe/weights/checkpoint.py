@@ -33,6 +33,18 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     return value
 
 
+def read_config_json(path: Path) -> dict[str, Any]:
+    """A config.json; with the quantization_config that NVIDIA's checkpoints have in a hf_quant_config.json beside it.
+
+    Raises: CheckpointError.
+    """
+    raw, beside = read_json(path), path.parent / "hf_quant_config.json"
+    if path.name == "config.json" and "quantization_config" not in raw and beside.is_file():
+        how = read_json(beside).get("quantization")
+        raw["quantization_config"] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
+    return raw
+
+
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     """All tensors of a published or converted checkpoint by name, headers checked, nothing read yet.
 

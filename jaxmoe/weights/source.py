@@ -11,6 +11,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.manifest import JOURNAL
 
 DEFAULT_MODEL = "demo"
+_ONLY_PLANNED = ("deepseek-v3.1-nvfp4", "deepseek-v3.2")  # of preset_configs
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = [
     "config.json",
@@ -33,7 +34,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     Raises: CheckpointError naming the value and what would be accepted.
     """
     text = str(model)
-    path = Path(model).expanduser()
+    path = _expanded(model)
     is_preset = text in preset_models()
     if text and (path.is_dir() or is_preset):
         _check_revision(text, revision)
@@ -49,9 +50,11 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     )
 
 
-def preset_configs() -> list[str]:
-    """Names of the published configs that travel with the package, without weights."""
-    return sorted(path.stem for path in asset_dir("models").glob("*.json"))
+def preset_configs(*, planned: bool = False) -> list[str]:
+    """Names of the published configs that travel with the package, without weights. planned: also of models that are
+    sized and planned with, and cannot be run."""
+    names = sorted(path.stem for path in asset_dir("models").glob("*.json"))
+    return [name for name in names if planned or name not in _ONLY_PLANNED]
 
 
 def find_config(model: str | Path, *, hub: bool = False, revision: str | None = None) -> Path:
@@ -61,15 +64,15 @@ def find_config(model: str | Path, *, hub: bool = False, revision: str | None = 
     Raises: CheckpointError naming the value and what would be accepted.
     """
     name = str(model)
-    if name in preset_configs():
+    if name in preset_configs(planned=True):
         _check_revision(name, revision)
         return asset_dir("models") / f"{name}.json"
-    path = find_model(model) if name in preset_models() else Path(model).expanduser()
+    path = find_model(model) if name in preset_models() else _expanded(model)
     path = path / "config.json" if path.is_dir() else path
     if hub and not path.exists() and path.suffix != ".json" and _HUB_ID.fullmatch(name):
         return _fetch(name, revision, ["config.json"]) / "config.json"
     if not path.is_file():
-        near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs()])
+        near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs(planned=True)])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise CheckpointError(f"config {name!r} is no config.json, no folder with one and no preset ({known}){hint}")
     _check_revision(name, revision)
@@ -84,13 +87,21 @@ def _check_revision(name: str, revision: str | None) -> None:
         )
 
 
+def _expanded(model: str | Path) -> Path:
+    """With ~ as the home it means. Raises: CheckpointError where nobody of that name has one."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"model {str(model)!r} is no path: {error}") from error
+
+
 def _nearest(path: Path) -> list[str]:
     """Presets, and what lies beside path and may be a config, that are called nearly so."""
     try:
         beside = {one.name: str(one) for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()}
     except OSError:
         beside = {}
-    known = beside | {name: name for name in (*preset_models(), *preset_configs())}
+    known = beside | {name: name for name in (*preset_models(), *preset_configs(planned=True))}
     return [known[name] for name in difflib.get_close_matches(path.name.lower(), known, 3, 0.6)]
 
 

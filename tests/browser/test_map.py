@@ -159,6 +159,21 @@ def test_routes_on_a_torus_are_the_shortest(chromium, drawn):
             assert page.evaluate("ids => ids.every(id => drawn.links.has(id))", links)
 
 
+def test_a_last_slice_of_fewer_devices_has_links_of_its_own(chromium, drawn, tmp_path):
+    """24 devices on slices of 16: 4 x 4, then 2 x 4."""
+    hardware = tmp_path / "small.toml"
+    hardware.write_text('[hardware]\npreset = "v5e"\nscale_up_devices = 16\n')
+    path, _, data = drawn("data=6,expert=4", hardware=str(hardware))
+    assert (data["fabric"]["shape"], data["fabric"]["last_shape"]) == ([4, 4], [2, 4])
+    with opened(chromium, path) as page:
+        inside = page.evaluate("[...drawn.links.keys()].filter(id => id.startsWith('torus'))")
+        assert len(inside) == 2 * (3 * 4) + (4 + 2 * 3)
+        used = page.evaluate(
+            "range(24).flatMap(a => range(24).filter(b => b !== a).flatMap(b => route(a, b).map(([id]) => id)))"
+        )
+        assert {link for link in used if link.startswith("torus")} == set(inside)
+
+
 def test_toggles_colour_devices_and_dim_links(chromium, drawn):
     path, _, _ = drawn("expert=8,tensor=2", hardware="b200", layout="ep-tp-sp")
     hues = "all => all.map(one => one.classList.contains('coloured') ? one.style.getPropertyValue('--hue') : '')"

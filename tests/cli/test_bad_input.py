@@ -40,6 +40,7 @@ def work(tmp_path, tiny_dir, monkeypatch) -> Path:
     }.items():
         (directory / f"{name}.jsonl").write_text(text)
     (directory / "latin.jsonl").write_bytes(b"[1] \xff")
+    (directory / "page.html").write_text("{}")
     monkeypatch.chdir(directory)
     return directory
 
@@ -156,6 +157,52 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--skew", "-1"], ["skew=-1.0 must lie in [0, 4]"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--plot", "plan.txt"], ["must end in .png or .svg"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--objective", "fun"], ["--objective", "fun"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", ""], ["mesh '' is neither axes"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", ""], ["layout '' is none of"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--dtype", ""], ["dtype='' must be one of"]),
+    (["plan", "llama-3.1-8b", "--hardware", ""], ["hardware '' is no preset"]),
+    (["plan", "llama-3.1-8b", "--hardware", "~nobody-of-this-name/h.toml"], ["~nobody-of-this-name/h.toml cannot be"]),
+    (
+        ["plan", "~nobody-of-this-name/config.json", "--hardware", "h100"],
+        ["~nobody-of-this-name/config.json' is no path"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--rule-of-thumb", "--plot", "x.png"],
+        ["--rule-of-thumb draws nothing: leave --plot out"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "pipeline=64"],
+        ["pipeline=64 needs at least 64 alike layers", "use fewer stages"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "tensor=2", "--stage-chunks", "2"],
+        ["stage_chunks=2 needs stages: the mesh has pipeline=1"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--stage-chunks", "2"],
+        ["stage_chunks=2 needs stages: no mesh of 1 device has any"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "all_gather"],
+        ["dispatch=all_gather sends tokens to experts, and llama has none: leave it out"],
+    ),
+    (
+        ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=16", "--dispatch", "ragged_all_to_all"],
+        ["dispatch=ragged_all_to_all reaches 8 GPUs at most, experts are exchanged among 16: use all_to_all"],
+    ),
+    (
+        ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--devices", "1", "--dispatch", "all_gather"],
+        ["dispatch=all_gather sends tokens to the experts of other devices, and here none has others"],
+    ),
+    (
+        ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=8", "--dispatch", "hierarchical"],
+        ["dispatch=hierarchical goes along two axes or more, experts are exchanged along one axis"],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-tpot-ms", "0.01"],
+        ["any number of h100 up to", "a token is"],
+    ),
+    (["probe", "-o", "~nobody-of-this-name/x.toml"], ["--output '~nobody-of-this-name/x.toml'"]),
     # devices, mesh, numbers, kernels
     ([*GENERATE, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
     ([*GENERATE, "--devices", "-8"], ["devices=-8 must lie in [1, 512]"]),
@@ -239,6 +286,13 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp"]),
     ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*MAP, "--batch", "0"], ["batch=0 must lie in [1, "]),
+    ([*MAP, "--hardware", ""], ["hardware '' is no preset"]),
+    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware ~nobody-of-this-name/h.toml cannot be read"]),
+    ([*MAP, "--hardware", "a100", "--target", "v5e:16x8"], ["hardware a100 and target v5e:16x8 differ"]),
+    ([*MAP[:-1], "map.txt"], ["output map.txt must end in .html"]),
+    ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
+    ([*MAP[:-1], "page.html", "--compiled", "page.html"], ["output page.html is what the map is made of"]),
+    (["map", "page.html", *MAP[2:-1], "page.html"], ["output page.html is what the map is made of"]),
     ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is no folder"]),
     ([*MAP[:-1], "good"], ["output good is a folder: name a file"]),
     ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is no folder open to you"]),

@@ -111,3 +111,23 @@ def test_a_local_model_has_no_revisions(capsys):
 def test_what_is_no_model_is_one_line(model, capsys):
     outcome = jaxmoe(capsys, "info", model)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+
+
+def test_what_nvidia_publishes_is_sized_though_not_run(capsys, tmp_path):
+    """NVIDIA says how matrices are quantised in a file beside config.json."""
+    raw = json.loads((CONFIGS / "nvidia--DeepSeek-V3.1-NVFP4.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    plain = info(capsys, tmp_path)
+    excluded = ["lm_head", "model.layers.*.self_attn*", "model.layers.*.mlp.gate"]
+    how = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": excluded}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(how))
+    found = info(capsys, tmp_path)
+    assert found["quantisation"] == {
+        "method": "modelopt", "supported": False, "dtype": "nvfp4", "inputs_a_scale": 16, "outputs_a_scale": 1,
+    }  # fmt: skip
+    assert found["bytes"]["by_part"]["experts"] == plain["bytes"]["by_part"]["experts"] * (4 + 8 / 16) / 16
+    assert found["bytes"]["by_part"]["attention"] == plain["bytes"]["by_part"]["attention"]
+    assert info(capsys, "deepseek-v3.1-nvfp4")["bytes"] == found["bytes"]
+    refused = jaxmoe(capsys, "compile", tmp_path, "--target", "b200:1x8", "--mesh", "expert=8")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "quant_method 'modelopt', which is sized and planned" in refused.err

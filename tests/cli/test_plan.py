@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
+from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.planner.hardware import hardware_names
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
@@ -27,8 +29,26 @@ def test_the_rule_of_thumb_is_the_users(capsys):
     assert "8 bits / 8 x 671 billion parameters x 1.8 = 1,208 GB -> 1,440 GB = 8 x b200" in outcome.out
 
 
-def test_the_rule_of_thumb_asks_for_no_load(capsys):
-    assert "rule of thumb" in jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb").out
+def test_the_rule_of_thumb_asks_for_no_load_and_keeps_decimals_of_small_models(capsys):
+    told = jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb").out
+    assert "bits / 8 x 0.0" in told
+    assert "= 0 GB" not in told
+    found = json.loads(jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb", "--json").out)
+    assert found["gb"] == pytest.approx(found["bits"] / 8 * found["billions"] * 1.8, rel=0.01)
+    assert found["devices"] == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "weights_dtype", "bits"),
+    [
+        ("deepseek-v3.1", None, 8), ("deepseek-v3.1", "bfloat16", 16), ("llama-3.1-8b", "fp8", 8),
+        ("gpt-oss-20b", "mxfp4", 4), ("gpt-oss-20b", "float32", 32), ("deepseek-v3.1-nvfp4", None, 4),
+    ],
+)  # fmt: skip
+def test_the_rule_of_thumb_counts_the_bits_that_were_chosen(capsys, model, weights_dtype, bits):
+    words = ["plan", model, "--hardware", "b200", "--rule-of-thumb", "--json"]
+    told = jaxmoe(capsys, *words, *(["--weights-dtype", weights_dtype] if weights_dtype else []))
+    assert json.loads(told.out)["bits"] == bits
 
 
 def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
@@ -39,8 +59,16 @@ def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
     assert sum(chosen["turn_ms"].values()) >= 0.999 * chosen["tpot_ms"]
     assert chosen["dollars_per_million_tokens"] == pytest.approx(8 / 3600 / chosen["tokens_per_s"] * 1e6)
     assert sum(memory["weights_by_part"].values()) == memory["weights"]
-    assert memory["weights"] + memory["pages"] + memory["step"] < memory["limit"]
-    assert memory["pool_tokens"] >= chosen["concurrency"] * 2048
+    assert sum(memory["step_by_part"].values()) == memory["step"]
+    assert memory["weights"] + memory["pages"] + memory["step"] + memory["left"] == pytest.approx(memory["limit"])
+    rows = memory["pages"] / memory["kv_bytes_a_token"] / 2048  # of a rank
+    assert chosen["concurrency"] / 4 <= rows <= chosen["concurrency"]
+    assert memory["left"] >= 0
+    assert memory["pool_tokens"] >= memory["most_requests"] * 2048 >= chosen["concurrency"] * 2048
+    assert {"activations", "logits"} <= set(memory["step_by_part"])
+    assert (found["model"], found["config"]) == ("qwen3-30b-a3b", "qwen3-30b-a3b")
+    asked = {"max_requests": chosen["concurrency"], "context": 2048, "chunk_tokens": chosen["chunk_tokens"]}
+    assert found["engine"] == asked
     assert found["arguments"].startswith(f"--mesh {chosen['mesh']}")
     assert found["reasons"]
     assert chosen["tokens_per_s_per_device"] == pytest.approx(found["front"][-1]["tokens_per_s_per_device"], rel=0.05)
@@ -52,6 +80,68 @@ def test_the_arguments_run_elsewhere(capsys):
     words = found["arguments"].split()
     again = plan(capsys, "qwen3-30b-a3b", "--hardware", "h100", *words, "--chunk-tokens", found["plan"]["chunk_tokens"])
     assert again["plan"] == found["plan"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "left_out"),
+    [
+        ("deepseek-v3.1", ["--weights-dtype", "fp8", "--kv-dtype", "fp8"], ["--weights-dtype"]),
+        ("gpt-oss-20b", ["--weights-dtype", "mxfp4"], ["--weights-dtype"]),
+        ("llama-3.1-8b", ["--weights-dtype", "fp8", "--dtype", "bfloat16"], []),
+    ],
+)
+def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, left_out):
+    """Those that read a config.json check it in one place."""
+    found = plan(capsys, model, "--hardware", "b200", "--nodes", "1", *options)
+    words = found["arguments"].split()
+    assert all((option in words) != (option in left_out) for option in options[::2])
+    given = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+    engine = found["engine"]
+    question = ModelQuestion(
+        config=model, batch=engine["max_requests"], context=engine["context"], chunk_tokens=engine["chunk_tokens"],
+        **given,
+    )  # fmt: skip
+    assert question.checked_model()[0].quantisation is not None
+    asked = ModelQuestion(config=model, mesh="data=1", batch=1, context=1, weights_dtype=options[1])
+    assert asked.checked_model()[0].quantisation is not None
+
+
+def test_a_path_is_called_by_its_model(capsys, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(find_config("llama-3.1-8b").read_text())
+    outcome = jaxmoe(capsys, "plan", folder / "config.json", "--hardware", "h100", "--devices", "1")
+    assert outcome.out.startswith("mine on 1 x h100: one device\n  --mesh data=1\n  engine: max_requests=")
+    assert "1 engines" not in outcome.out
+    assert "1 requests" not in outcome.out
+
+
+def test_limits_that_few_devices_miss_are_met_by_more(capsys):
+    """One H100 decodes Llama-3.1-8B in some ms a token; four layers' weights on each of several take less."""
+    alone = plan(capsys, "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--concurrency", "1")
+    limit = 1.1 * alone["plan"]["tpot_ms"]
+    small = ["--objective", "latency", "--concurrency", "1", "--sla-tpot-ms", limit]
+    found = plan(capsys, "llama-3.1-8b", "--hardware", "h100", *small)
+    assert found["devices"] > 1
+    assert found["plan"]["tpot_ms"] <= limit
+
+
+def test_hosts_of_tpus_are_no_nodes(capsys):
+    found = jaxmoe(capsys, "plan", "llama-3.1-8b", "--hardware", "v5e", "--devices", "16", "--isl", "64", "--osl", "64")
+    assert "on 16 x v5e (2 hosts)" in found.out
+
+
+def test_nvfp4_is_planned_with_by_its_own_bits(capsys):
+    """Half the bytes and twice the products of the same model in fp8."""
+    half, whole = (
+        plan(capsys, name, "--hardware", "b200", "--mesh", "expert=8", "--kv-dtype", "fp8")
+        for name in ("deepseek-v3.1-nvfp4", "deepseek-v3.1")
+    )
+    assert (half["weights_dtype"], whole["weights_dtype"]) == ("nvfp4", "fp8")
+    experts = [one["memory"]["weights_by_part"]["experts"] for one in (half, whole)]
+    assert experts[0] / experts[1] == pytest.approx(4.5 / 8, rel=0.01)
+    assert half["plan"]["tokens_per_s"] > whole["plan"]["tokens_per_s"]
 
 
 def test_without_devices_the_fewest_worthwhile_are_taken(capsys):
@@ -78,9 +168,16 @@ def test_a_users_own_hardware_is_planned_for(capsys, tmp_path):
     assert found["memory"]["limit"] == 20 * 2**30
 
 
-@pytest.mark.parametrize("name", preset_configs())
-def test_every_preset_model_reads(name):
-    assert read_config(read_json(find_config(name))).num_hidden_layers > 0
+@pytest.mark.parametrize("name", preset_configs(planned=True))
+def test_every_preset_model_reads_and_runs_but_for_those_that_are_only_planned(name):
+    raw = read_json(find_config(name))
+    config = read_config(raw, planned=True)
+    assert config.num_hidden_layers > 0
+    runs = config.indexer is None and (config.published is None or config.published.method != "modelopt")
+    assert runs == (name in preset_configs())
+    if config.published is not None and config.published.method == "modelopt":
+        with pytest.raises(ConfigError, match="sized and planned"):
+            read_config(raw)
 
 
 @pytest.mark.parametrize("name", hardware_names())
@@ -88,3 +185,11 @@ def test_every_preset_of_hardware_plans(capsys, name):
     load = ["--isl", "64", "--osl", "64", "--chunk-tokens", "512"]
     found = plan(capsys, "demo", "--hardware", name, "--devices", "4", *load)
     assert found["plan"]["tokens_per_s"] > 0
+
+
+def test_devices_that_have_room_for_fewer_requests_are_not_faster_for_it(capsys):
+    """One H100 has room for two requests so long, where four a device are assumed; two have room for eight."""
+    long = ["--isl", "120000", "--osl", "1000", "--objective", "latency"]
+    found = plan(capsys, "llama-3.1-8b", "--hardware", "h100", *long)
+    assert found["devices"] > 1
+    assert found["plan"]["concurrency"] == 4 * found["devices"]

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from jaxmoe.engine.llm import choose_dtypes
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.formats import MXFP4, Format
+from jaxmoe.formats import MXFP4, NVFP4, Format
 
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantised import FORMS
 
 NAME = "qwen3_moe_mlp_only"
+NVFP4_SETTINGS = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["model.layers.*.self_attn*"]}
 ALL = {0: ["attention/out", "attention/qkv", "moe/experts/down", "moe/experts/gate_up"],
        1: ["attention/out", "attention/qkv", "mlp/down", "mlp/gate", "mlp/up"]}  # fmt: skip
 
@@ -51,6 +53,33 @@ def test_mxfp4_holds_experts_alone():
     assert kept(config, 0) == ["moe/experts/down", "moe/experts/gate_up"]
 
 
+def test_nvfp4_is_read_to_be_planned_with_and_leaves_out_what_it_says():
+    case = CASES_BY_NAME["mixtral_six_experts"].config | {"hidden_size": 96, "intermediate_size": 64}
+    config = read_config(case | {"quantization_config": NVFP4_SETTINGS}, planned=True)
+    assert config.quantisation.format == config.published.format == NVFP4
+    assert kept(config, 0) == ["moe/experts/down", "moe/experts/gate_up"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("fp8", "fp8 fp8-block"), ("int8-channel", "int8"), ("fp8-channel", "fp8"), ("mxfp4", "mxfp4")],
+)
+def test_the_name_of_the_published_format_keeps_it(name, words):
+    moe = {"hidden_size": 96, "intermediate_size": 64} if name == "mxfp4" else {}
+    config = config_of(form(name), "mixtral_six_experts" if moe else NAME, **moe)
+    chosen = dict(dtype=None, kv_dtype=None)
+    assert config.published.format.names == tuple(words.split())
+    for word in words.split():
+        assert choose_dtypes(config, weights_dtype=word, **chosen) == (config, config.dtype)
+    with pytest.raises(ConfigError, match=r"weights_dtype=int8-block quantises plain checkpoints"):
+        choose_dtypes(config, weights_dtype="int8-block", **chosen)
+
+
+def test_an_empty_dtype_is_no_dtype():
+    with pytest.raises(ConfigError, match=r"dtype='' must be one of"):
+        choose_dtypes(config_of(form("fp8")), dtype="", weights_dtype=None, kv_dtype=None)
+
+
 def test_blocks_of_packed_numbers_must_divide_inputs():
     with pytest.raises(ConfigError, match=r"moe/experts/down has 44 inputs.*blocks of 32"):
         config_of(form("mxfp4"), "mixtral_six_experts", hidden_size=96)
@@ -81,6 +110,10 @@ def compressed(**weights) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (NVFP4_SETTINGS, "quant_method 'modelopt', which is sized and planned (jaxmoe info, jaxmoe plan), not run"),
+        (NVFP4_SETTINGS | {"quant_algo": "FP8"}, "quant_algo 'FP8'; only 'NVFP4' is supported"),
+        (NVFP4_SETTINGS | {"group_size": 32}, "group_size 32; only 16"),
+        (NVFP4_SETTINGS | {"rotation": "hadamard"}, "'rotation' = hadamard"),
         ({"quant_method": "gptq"}, "quant_method 'gptq'; supported are fp8, mxfp4, compressed-tensors"),
         ({"bits": 4}, "quant_method None"),
         ("int8", "quant_method 'int8'"),

@@ -160,6 +160,10 @@ def test_an_answer_to_another_question_is_refused(changes, words, changed_dir):
     [
         (dict(hardware="b20"), MeshError, "did you mean b200"),
         (dict(hardware="v5p", target="h100:1x8"), ConfigError, "hardware v5p and target h100:1x8 differ"),
+        (dict(hardware="a100", target="v5e:2x4"), ConfigError, "hardware a100 and target v5e:2x4 differ"),
+        (dict(hardware="mi300x", target="h100:1x8"), ConfigError, "hardware mi300x and target h100:1x8 differ"),
+        (dict(hardware=""), MeshError, "hardware '' is no preset"),
+        (dict(target=""), ConfigError, "unknown device ''"),
         (dict(micro_batches=4), ConfigError, "micro_batches=4 needs stages"),
         (dict(micro_batches=99, mesh="pipeline=2,tensor=4"), ConfigError, r"micro_batches=99 must lie in \[1, 64\]"),
         (dict(mesh="data=2048"), ConfigError, "the map draws at most 1024"),
@@ -179,8 +183,19 @@ def test_devices_stand_on_their_fabric():
     assert (v5p.shape, v5p.wraps, v5p.node) == ((4, 4, 4), (True,) * 3, 4)
     assert fabric_of(read_hardware("v5e"), 32).wraps == (False, False)
     assert fabric_of(read_hardware("v5p"), 16, shape=(2, 2, 4)).wraps == (False, False, True)
+    assert (v5p.last_shape, v5p.last_wraps) == (v5p.shape, v5p.wraps)
+    part = fabric_of(read_hardware("v5e"), 300)
+    assert (part.domain, part.shape, part.last_shape) == (256, (16, 16), (4, 11))  # 44 devices are no 16 x 16
+    assert part.as_json()["last_wraps"] == [False, False]
     plain = fabric_of(None, 32)
     assert (plain.given, plain.node, plain.hbm_bytes) == (False, 32, None)
+
+
+def test_the_timeline_goes_up_to_the_chunks_there_are(changed_dir):
+    for layers, chunks, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
+        config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
+        found = map_data(MapQuestion(config=config, mesh="pipeline=2", batch=8, context=32, stage_chunks=chunks))
+        assert [part["most_chunks"] for part in found["segments"] if part["stages"] > 1] == [most]
 
 
 def test_a_mesh_preset_brings_its_hardware(changed_dir):

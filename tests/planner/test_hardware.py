@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import parse_mesh, preset_names
-from jaxmoe.planner.hardware import Hardware, hardware_names, line_of, read_hardware
+from jaxmoe.planner.hardware import Hardware, _not_contradicted, hardware_names, line_of, read_hardware
 
 GOOD = """\
 # One kind of device.
@@ -122,6 +122,16 @@ def test_unknown_names_are_told_the_nearest():
         ("2 = [[512, 5.0], [1024, 6.0]]", "2 = [[512, -5.0]]", 16, "both above 0: [512, -5.0]"),
         ("2 = [[512, 5.0], [1024, 6.0]]", "2 = []", 16, "must be a list of [bytes, microseconds]"),
         ("2 = [", "1 = [", 16, "'1' must be a number of ranks of at least 2"),
+        ("2 = [", f"{'7' * 5000} = [", 16, "must be a number of ranks of at least 2"),
+        ("hbm_gbps = 1000", f"hbm_gbps = {'7' * 5000}", 8, "not TOML: a number of too many digits"),
+        ("hbm_gbps = 1000", "hbm_gbps = 1e-320", 8, "hbm_gbps=1e-320 must be at least 1e-09"),
+        ("bf16 = 50", "bf16 = 1e-320", 13, "[tflops] bf16=1e-320 must be at least 1e-09"),
+        ("2 = [[512, 5.0], [1024, 6.0]]", "2 = [[512, 1e-320]]", 16, "both above 0: [512, 1e-320]"),
+        ("bf16 = 50", "bf16 = 50\n[attained]\nhbm = 1.5", 15, "[attained] hbm=1.5 is a share of a rate: at most 1"),
+        ("hbm_gib = 39.5", "hbm_gib = 395", 7, "hbm_gib=395 must not exceed what is sold, hbm_gb=40"),
+        ("hbm_gbps = 1000", "hbm_gbps = 1000\ntorus_dims = 60", 9, "torus_dims=60 must lie in [1, 3]"),
+        ("[tflops]", "[axes]\nrows = 2\n[tflops]", 13, "[axes] rows: there are data, pipeline, expert, tensor"),
+        ("[tflops]", '[axes]\ntensor = "x"\n[tflops]', 13, "[axes] tensor='x' must be a whole number of at least 1"),
         ("2 = [", "two = [", 16, "'two' must be a number of ranks of at least 2"),
     ],
 )  # fmt: skip
@@ -165,3 +175,46 @@ def test_lines_of_keys():
     assert line_of(text, "x", "y-z", "missing") == 3
     assert line_of(text, "other", "k") == 7
     assert line_of(text, "nothing") is None
+
+
+PRESET = '[hardware]\npreset = "h100"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "dropped"),
+    [
+        ("", ["collectives"], []),
+        ("scale_up_gbps = 450\n", ["collectives"], []),  # as the preset has it
+        ("scale_up_gbps = 45\n", [], ["collectives"]),
+        ("latency_us = 100\n", [], ["collectives"]),
+        ('scale_up = "peers"\n', [], ["collectives"]),
+        ("scale_out_gbps = 100\n", ["collectives"], []),
+        ("hbm_gbps = 3000\n", ["collectives"], []),
+        ("scale_up_gbps = 45\n[collectives.all-gather]\n2 = [[512, 5.0]]\n", ["collectives"], []),
+        ("[attained]\nlink = 0.1\n", [], ["collectives"]),
+        ("[attained]\nhbm = 0.7\n", ["collectives"], []),
+    ],
+)
+def test_a_fact_of_links_is_not_contradicted_by_a_presets_measured_times(read, text, kept, dropped):
+    mine = read(PRESET + text)
+    assert all(getattr(mine, table) for table in kept)
+    assert not any(getattr(mine, table) for table in dropped)
+
+
+def test_measured_times_between_nodes_go_with_the_facts_between_nodes():
+    facts = {"scale_out_gbps": 50.0, "scale_up_gbps": 450.0, "devices_per_node": 8, "scale_up": "switch"}
+    based = facts | {"collectives": 1, "collectives_between_nodes": 2, "scale_up_devices": 8, "attained": {}}
+    assert "collectives_between_nodes" not in _not_contradicted(based, {"scale_out_gbps": 25.0})
+    assert _not_contradicted(based, {"scale_up_gbps": 45.0})["collectives_between_nodes"] == 2
+
+
+def test_a_node_of_other_devices_is_a_fabric_of_other_devices(read):
+    assert read(PRESET + "devices_per_node = 4\n").scale_up_devices == 4
+    assert read(PRESET + "devices_per_node = 4\nscale_up_devices = 16\n").scale_up_devices == 16
+    assert read('[hardware]\npreset = "v5e"\ndevices_per_node = 4\n').scale_up_devices == 256  # a slice's, not a host's
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/h.toml", "~nobody-of-this-name"])
+def test_a_home_that_nobody_has_is_one_line(path):
+    with pytest.raises(MeshError, match=r"hardware ~nobody-of-this-name.* cannot be read"):
+        read_hardware(path)

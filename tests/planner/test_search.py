@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from jaxmoe.errors import ConfigError
 from jaxmoe.layouts import LAYOUTS, parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.against import predict, read_rows, score
-from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
-from jaxmoe.planner.pools import best_pools
-from jaxmoe.planner.search import NoPlanError, Question, kind_of, search, specs_of
+from jaxmoe.planner.search import NoPlanError, kind_of, search, specs_of
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Neighbours, reasons
 from scripts.score_planner import config_of
 
+from .plans import LOAD, found, question
+
 PUBLISHED = Path(__file__).parent / "data" / "published_sample.csv"
-LOAD = Load(isl=1024, osl=1024)
-
-
-@cache
-def question(model: str, hardware: str, devices: int, objective: str = "throughput") -> Question:
-    kv_dtype = "fp8" if model.startswith("deepseek") else None
-    return Question(
-        config=config_of(model), hardware=read_hardware(hardware), devices=devices, load=LOAD, objective=objective,
-        kv_dtype=kv_dtype,
-    )  # fmt: skip
-
-
-@cache
-def found(model: str, hardware: str, devices: int, objective: str = "throughput"):
-    return search(question(model, hardware, devices, objective))
 
 
 def kind(model: str, *rest) -> str:
@@ -71,11 +56,12 @@ def test_a_model_that_fits_one_node_stays_there():
 
 
 def test_the_front_trades_tokens_a_second_for_time_a_token():
-    front = found("deepseek-v3.1", "b200", 8).front
-    assert len(front) > 3
-    for fast, full in pairwise(front):
-        assert fast.served.tpot < full.served.tpot
-        assert fast.tokens_a_second < full.tokens_a_second
+    for one in (found("deepseek-v3.1", "b200", 8), found("llama-3.1-405b", "h100", 16, "latency")):
+        assert len(one.front) > 3
+        assert one.best in one.front
+        for fast, full in pairwise(one.front):
+            assert fast.served.tpot < full.served.tpot
+            assert fast.tokens_a_second < full.tokens_a_second
 
 
 def test_no_plan_found_is_better_than_the_best_by_more_than_prices_are_exact():
@@ -111,6 +97,65 @@ def test_what_is_asked_for_is_kept():
     assert (spec.stage_chunks, spec.chunk_tokens) == (2, 1024)
 
 
+def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
+    """A H100 has room for three requests so long beside Llama-3.1-8B; four are assumed for the lowest latency."""
+    asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), load=Load(isl=120_000, osl=1000))
+    best = search(asked).best
+    assert (best.served.concurrency, best.most_requests) == (2, 3)
+    with pytest.raises(NoPlanError, match="no room for 4 requests"):
+        search(replace(asked, load=Load(isl=120_000, osl=1000, concurrency=4)))
+
+
+def test_limits_beside_latency_keep_the_requests_assumed_while_they_are_kept():
+    asked = question("llama-3.1-8b", "h100", 8, "latency")
+    fastest = {
+        count: min(plan.served.tpot for plan in search(replace(asked, load=replace(LOAD, concurrency=count))).every)
+        for count in (32, 16)
+    }
+    for limit, requests in ((None, 32), (1.01 * fastest[32], 32), (0.99 * fastest[32], 16), (0.99 * fastest[16], 8)):
+        one = search(replace(asked, tpot_limit=limit))
+        assert one.best.served.concurrency == requests
+        assert limit is None or one.best.served.tpot <= limit
+        assert {plan.served.concurrency for plan in one.every} == {requests}
+
+
+def test_requests_are_as_many_as_a_limit_lets_in():
+    """Not a power of two of them: some more would be too many."""
+    asked = replace(question("llama-3.1-8b", "h100", 1), axes=check_axes({}))
+    limit = 1.7 * search(replace(asked, load=replace(LOAD, concurrency=1))).best.served.tpot
+    best = search(replace(asked, tpot_limit=limit)).best
+    more = best.serving.serve(LOAD, round(1.1 * best.served.concurrency))
+    assert best.served.tpot <= limit < more.tpot
+
+
+@pytest.mark.parametrize(("hardware", "devices"), [("a100", 1), ("h100", 8)])
+def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
+    one = search(question("llama-3.1-8b", hardware, devices))
+    most = max(plan.tokens_a_second for plan in one.every)
+    assert one.best.tokens_a_second >= most / 1.03
+    for count in (1 << power for power in range(one.best.most_requests.bit_length() - 1)):
+        served = one.best.serving.serve(LOAD, count)
+        if served.tokens_a_second >= most / 1.03:
+            assert one.best.request_seconds <= 1.03 * (served.ttft + (LOAD.osl - 1) * served.tpot)
+
+
+def test_chunks_of_stages_and_dispatches_asked_for_are_looked_at_where_they_mean_something():
+    asked = question("qwen3-30b-a3b", "h100", 8)
+    assert all(dict(spec.axes)["pipeline"] > 1 for spec in specs_of(replace(asked, stage_chunks=2)))
+    for dispatch in ("hierarchical", "all_gather"):
+        layouts = [spec.layout for spec in specs_of(replace(asked, dispatch=dispatch))]
+        assert layouts
+        assert all(layout.experts for layout in layouts)
+    with pytest.raises(NoPlanError, match="stage_chunks=2 needs stages: no mesh of 1 device has any"):
+        search(replace(asked, devices=1, stage_chunks=2))
+
+
+def test_a_pipeline_that_cannot_be_cut_says_why():
+    asked = replace(question("llama-3.1-8b", "h100", 64), axes=check_axes({"pipeline": 64}))
+    with pytest.raises(ConfigError, match="pipeline=64 needs at least 64 alike layers"):
+        search(asked)
+
+
 def test_a_model_too_large_is_told_by_its_bytes():
     with pytest.raises(
         NoPlanError, match=r"8 x h100: the weights take at least 9\d\.\d GiB of every device, .* 79\.1 GiB"
@@ -122,29 +167,8 @@ def test_limits_of_latency_bound_the_plan_or_name_the_best_possible():
     asked = question("llama-3.1-70b", "h100", 8)
     limited = search(replace(asked, tpot_limit=0.02))
     assert limited.best.served.tpot <= 0.02 < search(asked).best.served.tpot
-    with pytest.raises(NoPlanError, match=r"--sla-tpot-ms 0\.1 cannot be met by 8 x h100: .* best time a token \d"):
+    with pytest.raises(NoPlanError, match=r"--sla-tpot-ms 0\.1 cannot be met by 8 x h100: .* best time a token is \d"):
         search(replace(asked, tpot_limit=0.0001))
-
-
-def test_pools_share_out_what_they_serve():
-    asked = question("llama-3.1-70b", "h100", 16)
-    pools = best_pools(asked, engine_devices=4)
-    assert pools is not None
-    assert pools.prefill_engines + pools.decode_engines == 4
-    assert pools.tokens_a_second < 2 * found("llama-3.1-70b", "h100", 16).best.tokens_a_second
-    # No prompt in the way: a token takes less than beside prompts, for as many requests.
-    assert pools.transfer > 0
-    assert best_pools(asked, engine_devices=16) is None
-
-
-def test_reasons_hold_numbers_and_what_binds():
-    asked, one = question("llama-3.1-405b", "h100", 16, "latency"), found("llama-3.1-405b", "h100", 16, "latency")
-    said = reasons(asked, one, None, Neighbours(half=None, twice=one.best))
-    assert said[0].startswith("What binds: reading weights and pages from memory")
-    assert any(line.startswith("Layers are split inside a node only") and "TP16" in line for line in said)
-    assert any(line.startswith("Stages of the pipeline lie between nodes") for line in said)
-    assert any(line.startswith("Twice the devices") for line in said)
-    assert all(any(letter.isdigit() for letter in line) for line in said)
 
 
 def test_published_measurements_are_met_without_a_constant_of_any_model():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.depth import Segment
 from jaxmoe.engine.batch import PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
@@ -27,11 +28,11 @@ from jaxmoe.model.attend import PAGE_DIMS
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.hardware import Hardware, read_hardware
 from jaxmoe.planner.sizes import part_of
-from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.checkpoint import read_config_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config
 
-_MOST_DEVICES, _MOST_MICRO_BATCHES, _USUAL_CONTEXT = 1024, 64, 4096
+_MOST_DEVICES, _MOST_MICRO_BATCHES, _MOST_CHUNKS, _USUAL_CONTEXT = 1024, 64, 8, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,14 @@ class MapQuestion(ModelQuestion):
 
     def checked_hardware(self) -> Hardware | None:
         """Raises: MeshError as read_hardware, ConfigError where target is another kind of device."""
-        target = self.target and parse_target(self.target)
-        if target:
-            chosen = read_hardware(self.hardware or target.name)
-            if chosen.device in DEVICES and chosen.device != target.name:
+        if self.target is not None:
+            target = parse_target(self.target)
+            chosen = read_hardware(target.name if self.hardware is None else self.hardware)
+            other = chosen.device in DEVICES and chosen.device != target.name
+            if other or chosen.platform != target.device.platform:
                 raise ConfigError(f"hardware {self.hardware} and target {target} differ: name one of them")
             return chosen
-        name = self.hardware or (self.mesh.strip() if self.mesh.strip() in preset_names() else None)
+        name = self.mesh.strip() if self.hardware is None and self.mesh.strip() in preset_names() else self.hardware
         return None if name is None else read_hardware(name)
 
     def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], Fabric]:
@@ -64,7 +66,7 @@ class MapQuestion(ModelQuestion):
         if count > _MOST_DEVICES:
             raise ConfigError(f"mesh {self.mesh} is of {count} devices, the map draws at most {_MOST_DEVICES}")
         shape: tuple[int, ...] = ()
-        if self.target and (target := parse_target(self.target)).device.platform == "tpu":
+        if self.target is not None and (target := parse_target(self.target)).device.platform == "tpu":
             *outer, last = target.shape
             shape = (*outer, last * target.device.devices_per_chip)
         return config, axes, fabric_of(self.checked_hardware(), count, shape=shape)
@@ -93,9 +95,9 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
         "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
-            asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "kv_slots": size.kv_slots,
-                            "kv_copies": size.kv_copies, "moe": [config.moe_layers[part.first + block]
-                                                                for block in range(part.period)]}
+            asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "most_chunks": _most_chunks(part),
+                            "kv_slots": size.kv_slots, "kv_copies": size.kv_copies,
+                            "moe": [config.moe_layers[part.first + block] for block in range(part.period)]}
             for part, size in zip(runner.parts, runner.sizes, strict=True)
         ],
         "arrays": [*_parameters(runner), *_pages(runner, question)],
@@ -114,7 +116,7 @@ def model_name(config: str) -> str:
 
 def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
     """Tokens of a request where nobody says: 4096, or the model's most. Raises: as ModelQuestion.checked_model."""
-    most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
+    most = read_config(read_config_json(find_config(config)), ignore=ignore).max_position_embeddings
     return min(_USUAL_CONTEXT, most)
 
 
@@ -127,6 +129,11 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         )
     if not 1 <= micro_batches <= _MOST_MICRO_BATCHES:
         raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
+
+
+def _most_chunks(part: Segment) -> int:
+    """Chunks a stage that the timeline of stages goes up to: those there are, or a few more where layers allow it."""
+    return max(part.chunks, min(_MOST_CHUNKS, part.repeats // part.stages))
 
 
 def _facts(config: ModelConfig) -> dict[str, int]:

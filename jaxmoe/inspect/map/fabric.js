@@ -12,21 +12,25 @@ function route(from, to) {
   if (fabric.kind === "peers") return [[`peer:${Math.min(from, to)}-${Math.max(from, to)}`, from < to ? 0 : 1]];
   return torusRoute(from, to);
 }
+// A torus's shape and the dims that are closed to rings; the last domain may have fewer devices than the others.
+const isLast = domain => domain === numDomains - 1;
+const shapeOf = domain => isLast(domain) ? fabric.last_shape : fabric.shape;
+const wrapsOf = domain => isLast(domain) ? fabric.last_wraps : fabric.wraps;
 const torusAt = device => {
   let rest = device % fabric.domain;
-  return [...fabric.shape].reverse().map(size => {
+  return [...shapeOf(domainOf(device))].reverse().map(size => {
     const at = rest % size;
     rest = Math.floor(rest / size);
     return at;
   }).reverse();
 };
 const torusIndex = (at, domain) =>
-  at.reduce((index, one, dim) => index * fabric.shape[dim] + one, 0) + domain * fabric.domain;
+  at.reduce((index, one, dim) => index * shapeOf(domain)[dim] + one, 0) + domain * fabric.domain;
 function torusRoute(from, to) {  // dim by dim, the shorter way round
   const at = torusAt(from), goal = torusAt(to), links = [], domain = domainOf(from);
-  fabric.shape.forEach((size, dim) => {
+  shapeOf(domain).forEach((size, dim) => {
     while (at[dim] !== goal[dim]) {
-      const ahead = modulo(goal[dim] - at[dim], size), ring = fabric.wraps[dim];
+      const ahead = modulo(goal[dim] - at[dim], size), ring = wrapsOf(domain)[dim];
       const step = (ring ? ahead <= size / 2 : goal[dim] > at[dim]) ? 1 : -1, before = torusIndex(at, domain);
       at[dim] = modulo(at[dim] + step, size);
       const after = torusIndex(at, domain), low = step > 0 ? before : after;
@@ -53,7 +57,9 @@ function loads(event, chosen) {
 
 // { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }: of all domains, side by side.
 function geometry(room) {
-  const one = { switch: switchDomain, peers: peersDomain, torus: torusDomain }[fabric.kind](room);
+  const draw = { switch: switchDomain, peers: peersDomain, torus: torusDomain }[fabric.kind];
+  const first = draw(room, 0), last = fabric.kind === "torus" ? draw(room, numDomains - 1) : first;
+  const one = { ...first, width: Math.max(first.width, last.width), height: Math.max(first.height, last.height) };
   const across = Math.max(1, Math.min(numDomains, Math.floor((room + 20) / (one.width + 20))));
   const rows = Math.ceil(numDomains / across);
   const gutter = numDomains > 1 ? 46 : 8, left = numDomains > 1 ? 14 : 0;
@@ -62,16 +68,16 @@ function geometry(room) {
   const lines = [];
   range(numDomains).forEach(domain => {
     const x = left + domain % across * (one.width + 20), y = Math.floor(domain / across) * (one.height + gutter);
-    const mine = members(domain);
+    const mine = members(domain), drawn = isLast(domain) ? last : first;
     figure.boxes.push({ x, y, width: one.width, height: one.height, name: boxName(domain) });
-    mine.forEach((device, i) => figure.devices[device] = { x: x + one.devices[i].x, y: y + one.devices[i].y });
+    mine.forEach((device, i) => figure.devices[device] = { x: x + drawn.devices[i].x, y: y + drawn.devices[i].y });
     const moved = path => path.replace(/([ML])([-\d.]+) ([-\d.]+)/g, (_, kind, a, b) => `${kind}${x + +a} ${y + +b}`);
-    one.links(mine, domain).forEach(link => figure.links.push({ ...link, d: moved(link.d) }));
+    drawn.links(mine, domain).forEach(link => figure.links.push({ ...link, d: moved(link.d) }));
     if (numDomains > 1) {
-      const trunk = x + one.width - 14, bottom = y + one.height;
-      figure.links.push(...one.out(mine, domain).map(link => ({ ...link, d: moved(link.d) })));
+      const trunk = x + drawn.width - 14, bottom = y + one.height;
+      figure.links.push(...drawn.out(mine, domain).map(link => ({ ...link, d: moved(link.d) })));
       lines.push([trunk, bottom]);
-      figure.links.find(link => link.id === `rail:${domain}`).d += ` M${trunk} ${bottom - 10} L${trunk} ${bottom + 22}`;
+      figure.links.find(link => link.id === `rail:${domain}`).d += ` M${trunk} ${y + drawn.height - 10} L${trunk} ${bottom + 22}`;
     }
   });
   if (numDomains > 1) {
@@ -138,28 +144,29 @@ function peersDomain() {
       })],
   };
 }
-function torusDomain(room) {  // the longest dim goes right, the next down, the third away from the reader
-  const order = range(fabric.shape.length).sort((a, b) => fabric.shape[b] - fabric.shape[a] || a - b);
+function torusDomain(room, drawn) {  // the longest dim goes right, the next down, the third away from the reader
+  const shape = shapeOf(drawn), order = range(shape.length).sort((a, b) => shape[b] - shape[a] || a - b);
   const [right, down, away] = order;
-  const depth = away === undefined ? 1 : fabric.shape[away], dx = 27, dy = 25;
-  const stepX = Math.max(46, Math.min((depth - 1) * dx + 52, room / fabric.shape[right]));
+  const depth = away === undefined ? 1 : shape[away], dx = 27, dy = 25;
+  const stepX = Math.max(46, Math.min((depth - 1) * dx + 52, room / shape[right]));
   const stepY = Math.max(46, (depth - 1) * dy + 44);
   const place = at => {
     const z = away === undefined ? 0 : at[away];
     return { x: 38 + at[right] * stepX + z * dx, y: 50 + (at[down] || 0) * stepY + (depth - 1 - z) * dy };
   };
-  const devices = range(fabric.domain).map(i => place(torusAt(i)));
+  const devices = members(drawn).map(device => place(torusAt(device)));
   const width = Math.max(...devices.map(one => one.x)) + 38, height = Math.max(...devices.map(one => one.y)) + 40;
   const toward = (a, b, part) => `M${a.x} ${a.y} L${a.x + (b.x - a.x) * part} ${a.y + (b.y - a.y) * part}`;
   return {
     width, height, devices, round: true,
-    links: (mine, domain) => mine.flatMap((device, i) => fabric.shape.flatMap((size, dim) => {
+    links: (mine, domain) => mine.flatMap((device, i) => shape.flatMap((size, dim) => {
       const at = torusAt(device), next = [...at], end = at[dim] === size - 1;
-      if (size === 1 || end && (!fabric.wraps[dim] || size === 2)) return [];
+      if (size === 1 || end && (!wrapsOf(domain)[dim] || size === 2)) return [];
       next[dim] = (at[dim] + 1) % size;
-      const other = torusIndex(next, 0), a = devices[i], b = devices[other], share = 20 / Math.hypot(b.x - a.x, b.y - a.y);
+      const other = torusIndex(next, domain), a = devices[i], b = devices[other % fabric.domain];
+      const share = 20 / Math.hypot(b.x - a.x, b.y - a.y);
       const d = end ? `${toward(a, b, -share * 1.2)} ${toward(b, a, -share * 1.2)}` : toward(a, b, 1);
-      const name = `device ${device} to device ${other + domain * fabric.domain}${end ? ", round the ring" : ""}`;
+      const name = `device ${device} to device ${other}${end ? ", round the ring" : ""}`;
       return [{ id: `torus:${dim}:${device}`, kind: "up", name, d }];
     })),
     out: (mine, domain) => [

@@ -17,8 +17,8 @@ class Fabric:
     """Devices in the order of the mesh: node devices on each host, domain devices on each fast fabric.
 
     kind: "switch", "torus" or "peers" (each pair of a domain has a link). shape, wraps: of a domain's torus, and which
-    of its dims are closed to rings. hbm_bytes, *_gbps: of one device, None where no hardware was named. given: whether
-    it was.
+    of its dims are closed to rings; last_shape, last_wraps: of the last domain's, which may have fewer devices.
+    hbm_bytes, *_gbps: of one device, None where no hardware was named. given: whether it was.
     """
 
     name: str
@@ -29,13 +29,15 @@ class Fabric:
     kind: str
     shape: tuple[int, ...] = ()
     wraps: tuple[bool, ...] = ()
+    last_shape: tuple[int, ...] = ()
+    last_wraps: tuple[bool, ...] = ()
     hbm_bytes: float | None = None
     scale_up_gbps: float | None = None
     scale_out_gbps: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As the page reads it."""
-        return asdict(self) | {"shape": list(self.shape), "wraps": list(self.wraps)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, ...] = ()) -> Fabric:
@@ -47,10 +49,13 @@ def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, 
     domain = min(num_devices, hardware.scale_up_devices)
     torus = hardware.scale_up == "torus"
     shape = (shape or torus_shape(domain, hardware.torus_dims)) if torus else ()
+    rest = num_devices % domain
+    last = torus_shape(rest, hardware.torus_dims) if torus and rest else shape
     return Fabric(
         name=hardware.device, given=True, platform=_PLATFORMS[hardware.platform],
         node=min(num_devices, hardware.devices_per_node), domain=domain, kind=hardware.scale_up, shape=shape,
-        wraps=tuple(_wraps(size, len(shape)) for size in shape), hbm_bytes=hardware.hbm_bytes,
+        wraps=tuple(_wraps(size, len(shape)) for size in shape), last_shape=last,
+        last_wraps=tuple(_wraps(size, len(last)) for size in last), hbm_bytes=hardware.hbm_bytes,
         scale_up_gbps=hardware.scale_up_gbps, scale_out_gbps=hardware.scale_out_gbps,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from jaxmoe.engine.trace import write_whole
 from jaxmoe.errors import RequestError
 
+_SUFFIXES = (".html", ".htm")
 _SCRIPTS = ("model.js", "fabric.js", "mesh.js", "play.js", "stages.js", "main.js")
 
 
@@ -24,13 +25,19 @@ def as_page(data: Mapping[str, Any]) -> str:
     return page.replace("/*DATA*/", text)
 
 
-def check_page_path(path: str | Path) -> Path:
-    """The path of a page. Raises: RequestError for one that is a folder, or lies in none open to us."""
+def check_page_path(path: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """The path of a page. Raises: RequestError for one that is a folder, lies in none open to us, is no page's, or is
+    one of the inputs."""
     target = Path(path)
     if target.is_dir():
         raise RequestError(f"output {target} is a folder: name a file such as map.html")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         raise RequestError(f"output {target} cannot be written: {target.parent} is no folder open to you")
+    if target.suffix.lower() not in _SUFFIXES:
+        raise RequestError(f"output {target} must end in {' or '.join(_SUFFIXES)}: it is a page")
+    for one in map(Path, inputs):
+        if target.exists() and one.exists() and target.samefile(one):
+            raise RequestError(f"output {target} is what the map is made of: name another file")
     return target
 
 

@@ -7,11 +7,10 @@ function drawStages() {
     return;
   }
   const part = data.segments.find(one => one.stages > 1);
-  const most = Math.max(1, Math.min(8, Math.floor(part.repeats / stages)));
   const first = data.micro_batches || data.steps.prefill.micro_batches;
   const sliders = [
     slider("micro-batches M", "M", 1, Math.max(32, first), first),
-    slider("chunks a stage v", "v", 1, most, part.chunks), slider("turns", "turns", 1, 8, 1)];
+    slider("chunks a stage v", "v", 1, part.most_chunks, part.chunks), slider("turns", "turns", 1, 8, 1)];
   const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Stages and ticks" });
   const formula = html("p", { id: "idle", "aria-live": "polite" });
   const redraw = () => {

@@ -1,0 +1,108 @@
+"""What `jaxmoe plan --json` says of a plan: what it serves, what a device holds, the options that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.pools import Pools, beats
+from jaxmoe.planner.search import Plan, Question, kind_of
+from jaxmoe.planner.sizes import count_parameters
+
+_BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
+
+
+def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
+    """One plan and what it is predicted to serve."""
+    spec, served = plan.spec, plan.served
+    dollars = hardware.dollars_an_hour
+    return {
+        "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
+        "dispatch": spec.dispatch, "stage_chunks": spec.stage_chunks, "chunk_tokens": spec.chunk_tokens,
+        "concurrency": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
+        "tpot_ms": served.tpot * 1e3, "tokens_per_s_per_user": 1 / served.tpot,
+        "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
+        "turn_ms": {name: value * 1e3 for name, value in served.turn.parts().items()},
+        "dollars_per_million_tokens":
+            None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_a_second * 1e6,
+    }  # fmt: skip
+
+
+def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
+    """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
+    to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
+    and as requests."""
+    held, serving, served, limit = plan.serving.held, plan.serving, plan.served, question.hardware.hbm_bytes
+    rows = max(1, -(-served.concurrency // serving.ranks))
+    pages = rows * (question.load.isl + question.load.osl) * held.kv_bytes_a_token
+    parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
+    return {
+        "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
+        "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
+        "kv_bytes_a_token": held.kv_bytes_a_token, "pages": pages, "step_by_part": parts,
+        "step": sum(parts.values()), "left": limit - held.weight_bytes - pages - sum(parts.values()),
+        "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "most_requests": plan.most_requests,
+    }  # fmt: skip
+
+
+def rule_of_thumb(config: ModelConfig, hardware: Hardware) -> dict[str, Any]:
+    """bits / 8 x billions of parameters x 1.8 GB, on the next of 1, 2, 4, 8 devices (then whole nodes, doubled). bits:
+    of the numbers that most weights are kept in."""
+    kept = config.quantisation
+    bits = _BITS[kept.format.name] if kept else 32 if config.dtype == "float32" else 16
+    billions = _rounded(count_parameters(config).total / 1e9)
+    needed = _rounded(bits / 8 * billions * 1.8)
+    devices = 1
+    while devices * hardware.hbm_gb < needed:
+        devices *= 2
+    return {
+        "bits": bits, "billions": billions, "gb": needed, "devices": devices, "devices_gb": devices * hardware.hbm_gb,
+    }  # fmt: skip
+
+
+def _rounded(number: float) -> float:
+    """Whole from 1 on, three digits below."""
+    return round(number) if number >= 1 else float(f"{number:.3g}")
+
+
+def weights_dtype_of(config: ModelConfig) -> str:
+    """What the matrices are kept in."""
+    return config.quantisation.format.name if config.quantisation else config.dtype
+
+
+def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
+    """Options that generate, inspect, compile and map all take. given: those that were asked for, None where they say
+    nothing. ignored: keys of config.json to pass over."""
+    spec, words = plan.spec, [f"--mesh {plan.spec.mesh}"]
+    if str(spec.layout) != "ep-tp":
+        words.append(f"--layout {spec.layout}")
+    if spec.dispatch != "all_to_all":
+        words.append(f"--dispatch {spec.dispatch}")
+    if spec.stage_chunks > 1:
+        words.append(f"--stage-chunks {spec.stage_chunks}")
+    return " ".join([*words, *(f"--{name} {value}" for name, value in given.items() if value is not None),
+                     *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
+
+
+def engine_of(plan: Plan, question: Question) -> dict[str, int]:
+    """What an Engine is told besides: generate takes the first as --max-batch, compile and map take all, the first as
+    --batch."""
+    return {
+        "max_requests": plan.served.concurrency, "context": question.load.isl + question.load.osl,
+        "chunk_tokens": plan.spec.chunk_tokens,
+    }  # fmt: skip
+
+
+def pools_row(pools: Pools, best: Plan, question: Question) -> Mapping[str, Any]:
+    """Separate pools, and whether they are better than the plan."""
+    return {
+        "engine_devices": pools.engine_devices, "prefill_engines": pools.prefill_engines,
+        "decode_engines": pools.decode_engines, "prefill_mesh": pools.prefill.mesh,
+        "prefill_layout": str(pools.prefill.layout), "prefill_chunk_tokens": pools.prefill.chunk_tokens,
+        "decode_mesh": pools.decode.mesh,
+        "decode_layout": str(pools.decode.layout), "concurrency": pools.concurrency, "ttft_ms": pools.ttft * 1e3,
+        "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_a_second,
+        "better": beats(pools, best, question),
+    }  # fmt: skip

@@ -1,0 +1,121 @@
+"""Which plan is the best, of those as good as the best, and which are the front of throughput against latency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from jaxmoe.layouts import LAYOUTS
+from jaxmoe.planner.serving import Served, Serving
+from jaxmoe.planner.specs import Question, Spec
+
+# Plans whose values lie so near are as good as each other: prices are not that exact.
+ALIKE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
+
+    spec: Spec
+    served: Served
+    serving: Serving
+    most_requests: int
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Generated, over all devices."""
+        return self.served.tokens_a_second
+
+    @property
+    def devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(size for _, size in self.spec.axes)
+
+    @property
+    def request_seconds(self) -> float:
+        """From a request's arrival to its last token."""
+        return self.served.ttft + (self.osl - 1) * self.served.tpot
+
+    @property
+    def osl(self) -> int:
+        """Tokens each request generates."""
+        return self.served.osl
+
+
+def limited(question: Question) -> bool:
+    """Whether a limit of latency was asked for."""
+    return question.ttft_limit is not None or question.tpot_limit is not None
+
+
+def meets(question: Question, plan: Plan) -> bool:
+    """Whether a plan keeps the limits of latency."""
+    return (question.ttft_limit is None or plan.served.ttft <= question.ttft_limit) and (
+        question.tpot_limit is None or plan.served.tpot <= question.tpot_limit
+    )
+
+
+def value(question: Question, plan: Plan) -> float:
+    """What the objective wants least of."""
+    if question.objective == "latency":
+        return plan.request_seconds
+    return plan.devices / plan.tokens_a_second
+
+
+def order(question: Question, plan: Plan) -> tuple[int, float]:
+    """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
+    requests, fewer of them come later: of one request alone all latencies are low."""
+    assumed = question.objective == "latency" and question.load.concurrency is None
+    return (-plan.served.concurrency if assumed else 0, value(question, plan))
+
+
+def chosen(question: Question, plans: list[Plan]) -> Plan:
+    """Of the plans as good as the best: the best in what was not asked for (a request's time, or tokens a second), then
+    the one that leans least on links between fabrics, then the plainest."""
+    first, least = min(order(question, plan) for plan in plans)
+    alike = [plan for plan in plans if order(question, plan) <= (first, least * (1 + ALIKE))]
+    other = replace(question, objective="throughput" if question.objective == "latency" else "latency")
+    best = min(value(other, plan) for plan in alike)
+    alike = [plan for plan in alike if value(other, plan) <= best * (1 + ALIKE)]
+    names = list(LAYOUTS.values())
+
+    def plainness(plan: Plan) -> tuple[float, ...]:
+        spec, turn = plan.spec, plan.served.turn
+        return (
+            round(turn.scale_out / turn.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
+            names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
+            value(question, plan),
+        )  # fmt: skip
+
+    return min(alike, key=plainness)
+
+
+def front_of(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
+    """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
+    `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
+    found: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.served.tpot, -_each(plan))):
+        if not found or _each(plan) > _each(found[-1]):
+            found.append(plan)
+    if best not in found:
+        found = [one for one in found if one.served.tpot > best.served.tpot or _each(one) < _each(best)]
+        found.append(best)
+    shown: list[Plan] = [best]
+    for plan in sorted(found, key=lambda plan: plan.served.tpot / _each(plan)):
+        if plan is not best and not any(_doubles(plan, one) for one in shown):
+            shown.append(plan)
+    return sorted(shown, key=lambda plan: plan.served.tpot)
+
+
+def _each(plan: Plan) -> float:
+    """Tokens a second of a device."""
+    return plan.tokens_a_second / plan.devices
+
+
+def _doubles(plan: Plan, other: Plan) -> bool:
+    """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
+    if replace(plan.spec, chunk_tokens=0) != replace(other.spec, chunk_tokens=0):
+        return False
+    ratios = plan.served.tpot / other.served.tpot, _each(plan) / _each(other)
+    return plan.spec != other.spec and all(1 / (1 + ALIKE) <= ratio <= 1 + ALIKE for ratio in ratios)

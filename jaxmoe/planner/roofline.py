@@ -1,0 +1,117 @@
+"""The roofline of a plan: products of each kind of work against the bytes it moves, of prompts and of decoding.
+
+Work is counted as it would be with nothing done twice: every weight met is read once, every cached token once, the
+activations that go into a matrix and come out of it. What programs lose beside that is in the price (cost.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmoe.planner.cost import Rows, StepCost
+from jaxmoe.planner.memory import Block
+from jaxmoe.planner.parameters import Parameter
+from jaxmoe.planner.serving import Load, Serving
+from jaxmoe.planner.sizes import Part
+
+_MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one device and layer: products, bytes, and the products a second that the hardware attains in its dtype."""
+
+    kind: str
+    flops: float
+    num_bytes: float
+    rate: float
+
+    @property
+    def intensity(self) -> float:
+        """Products a byte."""
+        return self.flops / self.num_bytes
+
+
+def roofline(serving: Serving, load: Load, *, concurrency: int) -> dict[str, Any]:
+    """Both roofs of a device, as attained and as on paper, and a point for each kind of work of a step of prompts and
+    of a turn that decodes so many requests, whose products a second are what the lower roof lets it attain."""
+    cost, hardware = serving.cost, serving.cost.hardware
+    rows = max(1.0, concurrency / serving.ranks)
+    context = load.isl + load.osl / 2
+    steps = {
+        "prefill": Rows(0, min(serving.chunk_tokens, math.ceil(rows * load.isl)), 0, load.isl / 2),
+        "decode": Rows(rows, 0, context),
+    }
+    return {
+        "bytes_a_second": hardware.bytes_a_second,
+        "flops_a_second": {name: hardware.flops_a_second(name) for name in hardware.tflops},
+        "on_paper": {"bytes_a_second": hardware.hbm_gbps * 1e9,
+                     "flops_a_second": {name: rate * 1e12 for name, rate in hardware.tflops.items()}},
+        "points": [
+            {"phase": phase, "work": work.kind, "flops_per_byte": work.intensity,
+             "flops_a_second": min(work.rate, work.intensity * hardware.bytes_a_second)}
+            for phase, step in steps.items() for work in works(cost, step)
+        ],
+    }  # fmt: skip
+
+
+def works(cost: StepCost, rows: Rows) -> Iterator[Work]:
+    """Each kind of work of a step of one rank of the batch, once: of the first layer that has such."""
+    seen: set[str] = set()
+    stages = cost.num_stages
+    each = Rows(rows.decode / stages, rows.prefill / stages, rows.context, rows.prompt)
+    for block in cost.held.blocks:
+        for work in (*_dense(cost, block, each), *_attention(cost, block, each), *_experts(cost, block, each)):
+            if work.kind not in seen and work.flops:
+                seen.add(work.kind)
+                yield work
+
+
+def _numbers(params: list[Parameter], block: Block) -> float:
+    return float(sum(math.prod(one.share(block.place)) for one in params))
+
+
+def _dense(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+    """Matrices that every token meets."""
+    width, item = cost.config.hidden_size, cost.held.itemsize
+    tokens = rows.tokens / block.place.parts("page_token")
+    for part in _MATRICES:
+        numbers = _numbers([one for one, _ in block.params if one.part == part and len(one.dims) > 1], block)
+        if numbers:
+            moved = tokens * (width + numbers / width) * item
+            yield Work(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost._rate(part))
+
+
+def _attention(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+    """Of queries over keys and values: those of pages, or a prompt's own."""
+    config, mla = cost.config, cost.config.mla
+    heads = block.sizes.kv_slots // block.place.parts("kv_head") * block.sizes.group_slots
+    most = min(config.sliding_windows[block.layer] or math.inf, config.chunk(block.layer) or math.inf)
+    ranks = block.place.parts("page_token")
+    met = rows.decode * min(rows.context, most) + rows.prefill * min(rows.prompt, most)
+    if rows.decode:
+        dims = 2 * config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank
+        num_bytes = rows.decode * min(rows.context, most) * cost.held.kv_bytes(block)
+    else:
+        dims = 2 * config.head_dim if mla is None else config.head_dim + mla.v_head_dim
+        num_bytes = rows.prefill * heads * 2 * dims * cost.held.itemsize
+    yield Work("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost._rate("router"))
+
+
+def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+    """The experts that a mean rank's tokens choose."""
+    moe, place = cost.config.moe, block.place
+    if moe is None or not cost.config.moe_layers[block.layer]:
+        return
+    parts = place.parts("moe_expert")
+    held = block.sizes.moe_experts // parts
+    numbers = _numbers([one for one, _ in block.params if one.part == "experts" and one.lead], block) / held
+    tokens = rows.tokens * place.size(place.exchanged("token")) / place.parts("page_token")
+    chosen = tokens * moe.num_experts_per_tok / parts
+    active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
+    moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize
+    num_bytes = active * block.bytes_of("experts") / held + moved
+    yield Work("experts", 2 * numbers * chosen, num_bytes, cost._rate("experts"))

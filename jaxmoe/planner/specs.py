@@ -1,0 +1,202 @@
+"""Every way to split a model over some devices: a mesh, a layout and a few options, as `--mesh` and `--layout` take
+them.
+
+Nothing here knows which split suits which model: what the field advises must come out of the prices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from jax.sharding import Mesh
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.layouts import LAYOUTS, Layout
+from jaxmoe.mesh import PlannedMesh
+from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS
+from jaxmoe.planner.cost import SKEW
+from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.serving import Load
+from jaxmoe.sharding import Placement
+
+Objective = Literal["latency", "throughput", "cost"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
+_CHUNKS = 2048  # prompt tokens of a step and rank, at first
+# Axes are not looked at beyond these; a plan asked for with --mesh may have more.
+_MOST_STAGES, _MOST_TENSOR = 16, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned. ttft_limit, tpot_limit: seconds. The last five: as asked for; searched where None."""
+
+    config: ModelConfig
+    hardware: Hardware
+    devices: int
+    load: Load
+    objective: Objective = "throughput"
+    ttft_limit: float | None = None
+    tpot_limit: float | None = None
+    kv_dtype: str | None = None
+    skew: float = SKEW
+    axes: Mapping[str, int] | None = None
+    layout: Layout | None = None
+    dispatch: str | None = None
+    stage_chunks: int | None = None
+    chunk_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One way to split a model."""
+
+    axes: tuple[tuple[str, int], ...]
+    layout: Layout
+    dispatch: str
+    stage_chunks: int
+    chunk_tokens: int
+
+    @property
+    def mesh(self) -> str:
+        """As --mesh takes it."""
+        shown = [f"{axis}={size}" for axis, size in self.axes if size > 1]
+        return ",".join(shown) or "data=1"
+
+
+def specs_of(question: Question) -> Iterator[Spec]:
+    """Every way to split the model over the devices; those that place it alike once."""
+    config, moe = question.config, question.config.moe is not None
+    layouts = [question.layout] if question.layout else list(LAYOUTS.values())
+    all_axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, config))
+    seen: set[tuple[object, ...]] = set()
+    for axes in all_axes:
+        sizes = dict(axes)
+        for layout in layouts:
+            if not question.layout and not _worth(config, layout, sizes):
+                continue
+            for stage_chunks in _stage_chunks(question, sizes):
+                for dispatch in _dispatches(question, placement_of(question.hardware, axes, layout)):
+                    means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, stage_chunks)
+                    if means not in seen:
+                        seen.add(means)
+                        yield Spec(
+                            axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
+                            chunk_tokens=question.chunk_tokens or _CHUNKS,
+                        )  # fmt: skip
+
+
+def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
+    """What the axes of a layout do, outermost first: neighbours that do the same are one, unless they are levels of
+    an exchange (apart)."""
+    found: list[tuple[object, int]] = []
+    experts = (layout.experts, layout.expert_width) if moe else ()
+    parts = (layout.batch, layout.split, layout.context, layout.sequence, *experts)
+    for axis, size in axes:
+        does = axis == "pipeline" or tuple(axis in part for part in parts)
+        if size == 1:
+            continue
+        if found and found[-1][0] == does and not (apart and axis in layout.experts):
+            size *= found.pop()[1]
+        found.append((does, size))
+    return tuple(found)
+
+
+def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Sizes of data, pipeline, expert and tensor that multiply to the devices; without experts the expert axis would
+    be another data axis."""
+    for pipeline in _divisors(devices):
+        if pipeline > min(config.num_hidden_layers, _MOST_STAGES):
+            continue
+        for tensor in [one for one in _divisors(devices // pipeline) if one <= _MOST_TENSOR]:
+            rest = devices // pipeline // tensor
+            for expert in _divisors(rest) if config.moe else [1]:
+                sizes = {"data": rest // expert, "pipeline": pipeline, "expert": expert, "tensor": tensor}
+                if config.moe is None or expert <= config.moe.num_experts:
+                    yield tuple(sizes.items())
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> bool:
+    """Whether a layout splits heads no finer than there are any, and a context not too finely."""
+    split = math.prod(sizes[axis] for axis in layout.split)
+    context = math.prod(sizes[axis] for axis in layout.context)
+    return split <= config.num_attention_heads and context <= 16
+
+
+def _exchanged(placement: Placement) -> list[str]:
+    """Axes of several ranks along which tokens go to their experts."""
+    return [axis for axis in placement.exchanged("residual") if placement.mesh.shape[axis] > 1]
+
+
+def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
+    """Those that differ, and that the hardware has."""
+    exchanged = _exchanged(placement)
+    if question.dispatch:
+        if _why_not(question.dispatch, placement) is None:
+            yield question.dispatch
+        return
+    yield "all_to_all"
+    if question.config.moe is None or not exchanged:
+        return
+    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(exchanged) > 1 else ())]
+    most = {"tpu": math.inf, "cuda": MOST_RAGGED_GPUS}.get(question.hardware.platform, 1)
+    yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
+
+
+def _why_not(dispatch: str, placement: Placement) -> str | None:
+    """Why a dispatch that is asked for is none of a placement's; None where it is."""
+    peers, exchanged = placement.ragged_peers(dispatch), len(_exchanged(placement))
+    if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+        other = "all_to_all" if dispatch == "ragged_all_to_all" else "hierarchical"
+        return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
+    if dispatch != "all_to_all" and not exchanged:
+        return "sends tokens to the experts of other devices, and here none has others: leave it out"
+    if dispatch in HIERARCHICAL and exchanged < 2:
+        return "goes along two axes or more, experts are exchanged along one axis: use all_to_all, or another mesh"
+    return None
+
+
+def why_none(question: Question) -> str:
+    """Why no spec is as asked."""
+    axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, question.config))
+    layouts = [question.layout] if question.layout else list(LAYOUTS.values())
+    many = f"{question.devices} device{'s' * (question.devices > 1)}"
+    if question.stage_chunks and all(dict(one)["pipeline"] == 1 for one in axes):
+        return f"stage_chunks={question.stage_chunks} needs stages: no mesh of {many} has any; leave it out"
+    assert question.dispatch is not None
+    places = (placement_of(question.hardware, one, layout) for one in axes for layout in layouts)
+    why = next(filter(None, (_why_not(question.dispatch, place) for place in places)), f"suits no mesh of {many}")
+    return f"dispatch={question.dispatch} {why}"
+
+
+def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
+    if question.stage_chunks:
+        return [question.stage_chunks] if question.stage_chunks == 1 or sizes["pipeline"] > 1 else []
+    return [1, 2] if sizes["pipeline"] > 1 else [1]
+
+
+def kind_of(spec: Spec, *, moe: bool) -> str:
+    """A split in the field's words: TP8 PP2, EP16, DP8."""
+    sizes, layout = dict(spec.axes), spec.layout
+    degree = {
+        "TP": math.prod(sizes[axis] for axis in layout.split), "PP": sizes["pipeline"],
+        "CP": math.prod(sizes[axis] for axis in layout.context),
+        "EP": math.prod(sizes[axis] for axis in layout.experts) if moe else 1,
+    }  # fmt: skip
+    spread = [axis for axis in layout.batch if not (moe and axis in (*layout.experts, *layout.expert_width))]
+    degree["DP"] = math.prod(sizes[axis] for axis in spread)
+    return " ".join(f"{name}{size}" for name, size in degree.items() if size > 1) or "one device"
+
+
+def placement_of(
+    hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, chunks: int = 1
+) -> Placement:  # fmt: skip
+    """On devices of a kind that need not be there."""
+    platform = "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
+    return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, chunks=chunks)

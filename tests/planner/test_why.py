@@ -1,0 +1,131 @@
+"""Reasons: every sentence agrees with the numbers it is made of, and no remedy is so already."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from jaxmoe.families import read_config, with_weights_dtype
+from jaxmoe.mesh import check_axes
+from jaxmoe.planner.hardware import read_hardware
+from jaxmoe.planner.lift import remedies
+from jaxmoe.planner.search import ALIKE, kind_of, search, value
+from jaxmoe.planner.serving import Load
+from jaxmoe.planner.why import Neighbours, counted, reasons
+from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.source import find_config
+
+from .plans import found, question
+
+ALONE = Neighbours(half=None, twice=None)
+CASES = [
+    ("llama-3.1-405b", "h100", 16, "latency"), ("deepseek-v3", "h100", 16), ("deepseek-v3", "h200", 64),
+    ("qwen3-30b-a3b", "v5e", 16), ("llama-3.1-8b", "h100", 8),
+]  # fmt: skip
+
+
+def said(case, neighbours: Neighbours = ALONE) -> list[str]:
+    return reasons(question(*case), found(*case), None, neighbours)
+
+
+def test_reasons_hold_numbers_and_what_binds():
+    case = CASES[0]
+    lines = said(case, Neighbours(half=None, twice=found(*case).best))
+    assert lines[0].startswith("What binds: reading weights and pages from memory")
+    assert any(line.startswith("Layers are split inside a node only") and "TP16" in line for line in lines)
+    assert any(line.startswith("Stages of the pipeline lie between nodes") for line in lines)
+    assert any(line.startswith("Twice the devices") for line in lines)
+    assert all(any(letter.isdigit() for letter in line) for line in lines)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_what_is_as_good_is_said_to_be_and_what_loses_loses(case):
+    asked, one = question(*case), found(*case)
+    best = value(asked, one.best)
+    for line in said(case):
+        if not (match := re.match(r"Instead (.+?) \((\S+), ", line)):
+            continue
+        plan = next(plan for plan in sorted(one.every, key=lambda plan: value(asked, plan))
+                    if kind_of(plan.spec, moe=asked.config.moe is not None) == match[1])  # fmt: skip
+        assert plan.spec.mesh == match[2]
+        assert ("as good on paper" in line) == (value(asked, plan) <= (1 + ALIKE) * best)
+        if "as good" not in line:
+            theirs, here = (float(number) for number in re.findall(r"([\d.]+) (?:ms of|us for|here)", line))
+            assert theirs >= here
+            same = plan.served.concurrency == one.best.served.concurrency
+            assert ("of a turn" in line) == same
+
+
+def test_experts_over_fewer_nodes_than_there_are_say_so():
+    asked = question("deepseek-v3", "h100", 32)
+    fixed = replace(asked, axes=check_axes({"data": 2, "expert": 16}))
+    one = search(fixed)
+    across = next(line for line in reasons(fixed, one, None, ALONE) if line.startswith("Experts are shared out"))
+    assert "over 2 of 4 nodes, so" in across
+    assert "replicas of them lie across the rest" in across
+    both = next(line for line in said(("deepseek-v3", "h100", 16)) if line.startswith("Experts are shared out"))
+    assert "over both nodes, so" in both
+
+
+def test_slices_are_no_nodes():
+    lines = said(("llama-3.1-8b", "v5e", 512))
+    assert any("multi-slice" in line for line in lines)
+    assert not any("node" in line for line in lines)
+
+
+def binds(model: str, hardware: str, part: str, weights_dtype: str | None = None, **changes) -> str:
+    config = with_weights_dtype(read_config(read_json(find_config(model))), weights_dtype)
+    asked = replace(question("llama-3.1-8b", "h100", 8), config=config, hardware=read_hardware(hardware), **changes)
+    return ", ".join(remedies(asked, search(asked).best, part, more_devices=False))
+
+
+def test_remedies_differ_from_what_is():
+    assert "--weights-dtype fp8" in binds("llama-3.1-8b", "h100", "compute")
+    assert "--weights-dtype" not in binds("llama-3.1-8b", "h100", "compute", "fp8")
+    assert "--weights-dtype int8" in binds("llama-3.1-8b", "a100", "compute")
+    assert "fp8" not in binds("deepseek-v3", "b200", "compute")
+    assert binds("llama-3.1-8b", "v4", "compute") == ""  # which multiplies nothing shorter
+    assert "--kv-dtype fp8" in binds("llama-3.1-8b", "h100", "memory")
+    assert "--kv-dtype" not in binds("llama-3.1-8b", "h100", "memory", kv_dtype="int8")
+    few = Load(isl=1024, osl=1024, concurrency=8)
+    assert "--concurrency, up to" in binds("llama-3.1-8b", "h100", "memory", load=few)
+    assert "requests" not in binds("llama-3.1-8b", "h100", "memory")  # as many as are best
+    assert "requests" not in binds("llama-3.1-8b", "h100", "memory", load=few, objective="latency")
+    assert "looser limits" in binds("llama-3.1-8b", "h100", "launch", tpot_limit=0.01)
+    assert binds("llama-3.1-8b", "h100", "scale_out") == "faster links between nodes than 50 GB/s a device"
+    assert "leave out --mesh" in binds("llama-3.1-8b", "h100", "link", axes=check_axes({"tensor": 8}))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        ("model", "Half the devices, 8, cannot hold the model: one node is too small."),
+        ("requests", "Half the devices, 8, hold the model, and have no room for 64 requests: one node is too small."),
+        ("limits", "Half the devices, 8, keep no such limits."),
+    ],
+)
+def test_what_half_the_devices_lack_is_said(lacks, words):
+    assert words in said(CASES[0], Neighbours(half=None, twice=None, half_lacks=lacks))
+
+
+@pytest.mark.parametrize(("factor", "slower"), [(1.02, False), (1.05, True)])
+def test_more_devices_are_slower_beyond_noise_alone(factor, slower):
+    """The same plan on twice the devices, with every request so many times as long."""
+    best = found(*CASES[0]).best
+    axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.spec.axes)
+    served = replace(best.served, ttft=factor * best.served.ttft, tpot=factor * best.served.tpot)
+    twice = replace(best, spec=replace(best.spec, axes=axes), served=served)
+    line = next(line for line in said(CASES[0], Neighbours(half=None, twice=twice)) if line.startswith("Twice"))
+    assert ("more devices make it slower here" in line) == slower
+
+
+def test_what_is_priced_as_something_else_is_said():
+    asked = question("deepseek-v3.2", "b200", 8)
+    lines = reasons(asked, search(asked), None, ALONE)
+    assert any(line.startswith("Priced as dense latent attention") and "2,048" in line for line in lines)
+
+
+def test_one_is_no_plural():
+    assert (counted(1, "engine"), counted(2000, "request")) == ("1 engine", "2,000 requests")
