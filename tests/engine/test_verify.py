@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmoe.depth import segments
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
+from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import step_bucket
 from jaxmoe.inspect.question import ModelQuestion
@@ -116,6 +118,20 @@ def _trials(case, layout: str) -> list[Trial]:
     return [trial for trial in all_trials(all_meshes(8), moe=moe) if str(trial.layout) == layout]
 
 
+def _deep(case) -> dict:
+    """Keys of the fewest layers that eight stages can share out."""
+    for layers in range(8, 65):
+        keys: dict = {"num_hidden_layers": layers}
+        if types := case.config.get("layer_types"):
+            keys["layer_types"] = tuple(types[at % len(types)] for at in range(layers))
+        try:
+            segments(read_config(case.config | keys), "scan", stages=8)
+        except ConfigError:
+            continue
+        return keys
+    raise AssertionError(f"{case.name} repeats no layers")
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     ("case", "layout"),
@@ -128,10 +144,7 @@ def _trials(case, layout: str) -> list[Trial]:
 )
 def test_every_family_on_every_mesh_in_every_layout(case, layout, changed_dir, record_property):
     trials = _trials(case, layout)
-    keys: dict = {"num_hidden_layers": 8}  # one for each of the most stages
-    if types := case.config.get("layer_types"):
-        keys["layer_types"] = tuple(types) * (8 // len(types))
-    directory = changed_dir(case.name, **keys)
+    directory = changed_dir(case.name, **_deep(case))
     checks = list(verify_trials(directory, trials=trials, max_tokens=8))
     assert [check.trial for check in checks] == trials
     record_property("placements", len(checks))  # with --junitxml: what docs/verify.md tells
