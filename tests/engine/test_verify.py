@@ -123,12 +123,12 @@ def _deep(case) -> dict:
     for layers in range(8, 65):
         keys: dict = {"num_hidden_layers": layers}
         if types := case.config.get("layer_types"):
-            keys["layer_types"] = tuple(types[at % len(types)] for at in range(layers))
+            keys["layer_types"] = [types[at % len(types)] for at in range(layers)]
         try:
             segments(read_config(case.config | keys), "scan", stages=8)
         except ConfigError:
             continue
-        return keys
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
     raise AssertionError(f"{case.name} repeats no layers")
 
 
