@@ -183,7 +183,7 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
 )
 def test_an_error_names_the_target_once(said, told, tiny_dir, tmp_path, monkeypatch):
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\ncat > {tmp_path}/question\necho '{json.dumps({'error': said})}'\n")
+    child.write_text(f"#!/bin/sh\nhead -n 1 > {tmp_path}/question\necho '{json.dumps({'error': said})}'\n")
     child.chmod(0o755)
     monkeypatch.setattr(fit.sys, "executable", str(child))
     asked = fit.Question(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", batch=4, context=64)
