@@ -101,11 +101,15 @@ class Placement:
         """Axes along which ranks have other tokens and other experts."""
         return tuple(axis for axis in self.axes("moe_expert") if axis in self.axes(lead))
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Of the axes along which tokens may go to their experts, those of several ranks, outermost first."""
+        return tuple(axis for axis in self.exchanged("residual") if self.mesh.shape[axis] > 1)
+
     def ragged_peers(self, dispatch: str) -> int:
         """Ranks among which a dispatch exchanges rows of uneven numbers; 1 where it does not."""
-        axes = tuple(axis for axis in self.exchanged("residual") if self.mesh.shape[axis] > 1)
         skipped = {"ragged_all_to_all": 0, "hierarchical_ragged": 1}.get(dispatch)
-        return 1 if skipped is None else self.size(axes[skipped:])
+        return 1 if skipped is None else self.size(self.levels[skipped:])
 
     def held(self, lead: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have the same tokens and other experts."""

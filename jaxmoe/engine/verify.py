@@ -15,11 +15,8 @@ from jaxmoe.depth import segments
 from jaxmoe.engine.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError
-from jaxmoe.families import read_config
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
 from jaxmoe.mesh import build_mesh
-from jaxmoe.weights.checkpoint import read_json
-from jaxmoe.weights.source import find_model
 
 _TEXTS = (
     "def fibonacci(n):\n    ",
@@ -113,17 +110,16 @@ def verify_trials(
         )  # fmt: skip
         prompts = prompts or sample_prompts(llm)
         tokens = [out.token_ids for out in llm.generate(prompts, params)]
-        return prompts, llm.last_logits(prompts), tokens
+        return llm.config, prompts, llm.last_logits(prompts), tokens
 
-    config = read_config(read_json(find_model(model) / "config.json"), ignore=ignore_config_keys)
-    prompts, logits, tokens = outcome(Trial(mesh={}), None)
+    config, prompts, logits, tokens = outcome(Trial(mesh={}), None)
     for trial in trials:
         try:
             segments(config, "scan", stages=trial.mesh.get("pipeline", 1))
         except ConfigError as error:  # more stages than layers: nothing else keeps a model from a mesh
             yield MeshCheck(trial=trial, refused=str(error))
             continue
-        _, mesh_logits, mesh_tokens = outcome(trial, prompts)
+        *_, mesh_logits, mesh_tokens = outcome(trial, prompts)
         pairs = [pair for a, b in zip(tokens, mesh_tokens, strict=True) for pair in zip(a, b, strict=True)]
         yield MeshCheck(
             trial=trial,

@@ -15,9 +15,9 @@ from jaxmoe.planner.traffic import Collective, Op
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
-_LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join(get_args(Op))})(?P<start>-start)?\(")
 # What else devices say to each other with, none of which a step holds.
-_OTHER = re.compile(r"= \(?.*?\)? (?P<op>collective-broadcast|ragged-all-gather|send|recv)(?:-start)?\(")
+_UNKNOWN = ("collective-broadcast", "ragged-all-gather", "send", "recv")
+_LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(Op), *_UNKNOWN))})(?P<start>-start)?\(")
 _NESTED = re.compile(r"\(\([^()]*(?:\([^()]*\)[^()]*)*\), (.*)\)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _MESH_GROUPS = re.compile(
@@ -48,10 +48,10 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     for line, times in _lines_run(compiled_text):
         match = _LINE.search(line)
         if match is None:
-            if other := _OTHER.search(line):
-                raise ValueError(f"a collective that is not known here, {other['op']}: {line.strip()[:300]}")
             continue
         op = match["op"]
+        if op in _UNKNOWN:
+            raise ValueError(f"a collective that is not known here, {op}: {line.strip()[:300]}")
         groups = _groups(line)
         axes = _axes(groups, mesh)
         if op != "collective-permute" and groups.shape[1] != math.prod(mesh.shape[axis] for axis in axes):

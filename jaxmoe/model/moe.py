@@ -17,7 +17,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, Matrix, dims_of, weights_of, zeros
 from jaxmoe.model.project import gather_rows, summed_over
 from jaxmoe.model.rows import Real, hidden_dims
-from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS, Exchange, combine, dispatch
+from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
@@ -70,7 +70,8 @@ class MoE(nnx.Module):
     ) -> None:
         assert config.moe is not None
         self.moe, self.placement, self.kernels = config.moe, placement, kernels
-        _check_dispatch(placement, kernels)
+        if why := why_refused(kernels.dispatch, placement):
+            raise ConfigError(f"dispatch={kernels.dispatch} {why}")
         width = config.hidden_size
         moe = config.moe
         self.router = make(init, width=width, router_expert=moe.num_experts)
@@ -127,23 +128,6 @@ class MoE(nnx.Module):
             "placed": self.placement.redundant_experts is not None,
         }
         return params | {name: getattr(self, name) for name, there in names.items() if there}
-
-
-def _check_dispatch(place: Placement, kernels: Kernels) -> None:
-    """Raises: ConfigError for a way to send tokens that the platform or the mesh has no use for."""
-    peers = place.ragged_peers(kernels.dispatch)
-    if place.platform == "gpu" and peers > MOST_RAGGED_GPUS:
-        raise ConfigError(
-            f"dispatch={kernels.dispatch} reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among "
-            f"{peers}: use {'all_to_all' if kernels.dispatch == 'ragged_all_to_all' else 'hierarchical'}"
-        )
-    levels = [axis for axis in place.exchanged("residual") if place.mesh.shape[axis] > 1]
-    if kernels.dispatch in HIERARCHICAL and len(levels) == 1:
-        raise ConfigError(
-            f"dispatch={kernels.dispatch} sends tokens along one mesh axis and then along others, experts are "
-            f"exchanged along {levels[0]} alone: share them out over two, as expert=2,tensor=8 in layout dp-ep does, "
-            "or use all_to_all"
-        )
 
 
 def _on_device(x, real, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim):

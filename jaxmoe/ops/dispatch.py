@@ -27,12 +27,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.sharding import Placement
+
 DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
 DISPATCH_KINDS: tuple[DispatchKind, ...] = (
     "all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged",
 )  # fmt: skip
 HIERARCHICAL: tuple[DispatchKind, ...] = ("hierarchical", "hierarchical_ragged")
 MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
+
+
+def why_refused(kind: str, place: Placement) -> str | None:
+    """Why a platform or a mesh has no use for a kind; None where it has."""
+    peers, levels = place.ragged_peers(kind), place.levels
+    if place.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+        other = "all_to_all" if kind == "ragged_all_to_all" else "hierarchical"
+        return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
+    if kind in HIERARCHICAL and len(levels) == 1:
+        return (
+            f"goes along two axes or more, experts are exchanged along one axis, along {levels[0]} alone: share them "
+            "out over two, as expert=2,tensor=8 in layout dp-ep does, or use all_to_all"
+        )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

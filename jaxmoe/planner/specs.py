@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh
-from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS
+from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS, why_refused
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.serving import Load
@@ -129,37 +129,25 @@ def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> boo
     return split <= config.num_attention_heads and context <= 16
 
 
-def _exchanged(placement: Placement) -> list[str]:
-    """Axes of several ranks along which tokens go to their experts."""
-    return [axis for axis in placement.exchanged("residual") if placement.mesh.shape[axis] > 1]
-
-
 def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
     """Those that differ, and that the hardware has."""
-    exchanged = _exchanged(placement)
     if question.dispatch:
         if _why_not(question.dispatch, placement) is None:
             yield question.dispatch
         return
     yield "all_to_all"
-    if question.config.moe is None or not exchanged:
+    if question.config.moe is None or not placement.levels:
         return
-    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(exchanged) > 1 else ())]
+    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(placement.levels) > 1 else ())]
     most = {"tpu": math.inf, "cuda": MOST_RAGGED_GPUS}.get(question.hardware.platform, 1)
     yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 
 def _why_not(dispatch: str, placement: Placement) -> str | None:
     """Why a dispatch that is asked for is none of a placement's; None where it is."""
-    peers, exchanged = placement.ragged_peers(dispatch), len(_exchanged(placement))
-    if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
-        other = "all_to_all" if dispatch == "ragged_all_to_all" else "hierarchical"
-        return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
-    if dispatch != "all_to_all" and not exchanged:
+    if dispatch != "all_to_all" and not placement.levels:
         return "sends tokens to the experts of other devices, and here none has others: leave it out"
-    if dispatch in HIERARCHICAL and exchanged < 2:
-        return "goes along two axes or more, experts are exchanged along one axis: use all_to_all, or another mesh"
-    return None
+    return why_refused(dispatch, placement)
 
 
 def why_none(question: Question) -> str:
