@@ -10,6 +10,7 @@ import click
 
 from jaxmoe.cli.options import console, loading_bar
 from jaxmoe.errors import RequestError
+from jaxmoe.paths import expanded
 
 
 @click.command()
@@ -46,9 +47,10 @@ def convert(
         ]:
             raise RequestError(f"without DST nothing is written: leave {', '.join(asked)} out, or name DST")
         return _verify(directory, as_json)
+    wanted = expanded(destination, "DST", RequestError)
     with loading_bar(f"converting {directory.name}", show=not as_json) as on_progress:
         report = run(
-            directory, Path(destination).expanduser(), to=to, mesh=mesh, weights_dtype=weights_dtype, ram_gib=ram_gib,
+            directory, wanted, to=to, mesh=mesh, weights_dtype=weights_dtype, ram_gib=ram_gib,
             verify=verify, ignore_config_keys=ignore_config_keys, on_progress=on_progress,
         )  # fmt: skip
     if as_json:

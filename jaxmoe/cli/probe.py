@@ -17,6 +17,7 @@ from rich.table import Table
 from jaxmoe.cli.options import console, size_text, start_jax, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import MeshError, RequestError
+from jaxmoe.paths import expanded
 
 if TYPE_CHECKING:
     from jaxmoe.inspect.probe import Point, Probed
@@ -101,10 +102,7 @@ def _quiet_output(wanted: bool) -> Iterator[None]:
 
 def _output_path(output: str, *, force: bool) -> Path:
     """Raises: RequestError for a file that cannot be written or is there already."""
-    try:
-        path = Path(output).expanduser()
-    except RuntimeError as error:
-        raise RequestError(f"--output {output!r}: {error}") from error
+    path = expanded(output, "--output", RequestError)
     folder = path.resolve().parent
     if path.suffix != ".toml":
         raise RequestError(f"--output {output!r} must end in .toml")

@@ -8,13 +8,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import AXES
+from jaxmoe.paths import expanded
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 Topology = Literal["switch", "torus", "peers"]
@@ -171,10 +171,7 @@ def read_hardware(name: str) -> Hardware:
     """
     if name in hardware_presets():
         return _hardware(hardware_presets()[name], name)
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise MeshError(f"hardware {name} cannot be read: {error}") from error
+    path = expanded(name, "hardware", MeshError)
     if path.suffix != ".toml" and not path.is_file():
         raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name)}")
     try:

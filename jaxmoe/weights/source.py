@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import CheckpointError
+from jaxmoe.paths import expanded
 from jaxmoe.weights.manifest import JOURNAL
 
 DEFAULT_MODEL = "demo"
@@ -34,7 +35,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     Raises: CheckpointError naming the value and what would be accepted.
     """
     text = str(model)
-    path = _expanded(model)
+    path = expanded(model, "model", CheckpointError)
     is_preset = text in preset_models()
     if text and (path.is_dir() or is_preset):
         _check_revision(text, revision)
@@ -67,7 +68,7 @@ def find_config(model: str | Path, *, hub: bool = False, revision: str | None = 
     if name in preset_configs(planned=True):
         _check_revision(name, revision)
         return asset_dir("models") / f"{name}.json"
-    path = find_model(model) if name in preset_models() else _expanded(model)
+    path = find_model(model) if name in preset_models() else expanded(model, "model", CheckpointError)
     path = path / "config.json" if path.is_dir() else path
     if hub and not path.exists() and path.suffix != ".json" and _HUB_ID.fullmatch(name):
         return _fetch(name, revision, ["config.json"]) / "config.json"
@@ -85,14 +86,6 @@ def _check_revision(name: str, revision: str | None) -> None:
         raise CheckpointError(
             f"revision {revision!r} was given and model {name!r} is local: only hub models have revisions; leave it out"
         )
-
-
-def _expanded(model: str | Path) -> Path:
-    """With ~ as the home it means. Raises: CheckpointError where nobody of that name has one."""
-    try:
-        return Path(model).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"model {str(model)!r} is no path: {error}") from error
 
 
 def _nearest(path: Path) -> list[str]:

@@ -161,7 +161,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", ""], ["layout '' is none of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--dtype", ""], ["dtype='' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", ""], ["hardware '' is no preset"]),
-    (["plan", "llama-3.1-8b", "--hardware", "~nobody-of-this-name/h.toml"], ["~nobody-of-this-name/h.toml cannot be"]),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "~nobody-of-this-name/h.toml"],
+        ["~nobody-of-this-name/h.toml' is no path"],
+    ),
     (
         ["plan", "~nobody-of-this-name/config.json", "--hardware", "h100"],
         ["~nobody-of-this-name/config.json' is no path"],
@@ -287,7 +290,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*MAP, "--batch", "0"], ["batch=0 must lie in [1, "]),
     ([*MAP, "--hardware", ""], ["hardware '' is no preset"]),
-    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware ~nobody-of-this-name/h.toml cannot be read"]),
+    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware '~nobody-of-this-name/h.toml' is no path"]),
     ([*MAP, "--hardware", "a100", "--target", "v5e:16x8"], ["hardware a100 and target v5e:16x8 differ"]),
     ([*MAP[:-1], "map.txt"], ["output map.txt must end in .html"]),
     ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
