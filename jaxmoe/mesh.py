@@ -156,6 +156,11 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
 
 
+def device_platform(backend: str) -> str:
+    """What devices of a JAX backend say their platform is: "gpu" of "cuda" and "rocm", the backend's own name else."""
+    return "gpu" if backend in ("cuda", "rocm") else backend
+
+
 @dataclass(frozen=True)
 class PlannedDevice:
     """A device that need not be there. platform: "cpu", "gpu" or "tpu"; nothing is compiled for it."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.inspect.fit import Question, compile_for
 from jaxmoe.layouts import parse_layout
-from jaxmoe.mesh import PlannedMesh
+from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.planner.memory import Held
 from jaxmoe.sharding import Placement
 
@@ -42,8 +42,8 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
         config=model, target=target, mesh=mesh, layout=layout, batch=batch, context=context, dispatch=dispatch
     )
     answer = compile_for(question)
-    config, _, axes = question.checked()
-    platform = "tpu" if target.startswith(("v", "tpu")) else "gpu"
+    config, machine, axes = question.checked()
+    platform = device_platform(machine.device.platform)
     held = Held(config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout)))
     ranks = held.placement.parts("batch")
     rows = -(-batch // ranks)

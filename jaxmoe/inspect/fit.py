@@ -20,7 +20,7 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
-from jaxmoe.mesh import PlannedMesh, build_mesh
+from jaxmoe.mesh import PlannedMesh, build_mesh, device_platform
 
 # What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
 _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
@@ -90,8 +90,7 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     config, target, axes = question.checked()
     kernels = question.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
     # Neither what is refused nor what has no room for weights and pages needs the target's compiler.
-    platform = "gpu" if target.device.platform == "cuda" else target.device.platform
-    runner = question.runner(config, PlannedMesh(axes, platform), kernels)
+    runner = question.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
     weights, kv = held_bytes(runner, **question.sizes)
     size: dict[str, int | None]
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layouts import LAYOUTS, Layout
-from jaxmoe.mesh import PlannedMesh
+from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS, why_refused
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware
@@ -186,5 +186,5 @@ def placement_of(
     hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, chunks: int = 1
 ) -> Placement:  # fmt: skip
     """On devices of a kind that need not be there."""
-    platform = "gpu" if hardware.platform in ("cuda", "rocm") else hardware.platform
+    platform = device_platform(hardware.platform)
     return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, chunks=chunks)

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from jaxmoe.mesh import device_platform
 from jaxmoe.planner.hardware import Hardware
-
-_PLATFORMS = {"cuda": "gpu", "rocm": "gpu", "tpu": "tpu", "cpu": "cpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, 
     rest = num_devices % domain
     last = torus_shape(rest, hardware.torus_dims) if torus and rest else shape
     return Fabric(
-        name=hardware.device, given=True, platform=_PLATFORMS[hardware.platform],
+        name=hardware.device, given=True, platform=device_platform(hardware.platform),
         node=min(num_devices, hardware.devices_per_node), domain=domain, kind=hardware.scale_up, shape=shape,
         wraps=tuple(_wraps(size, len(shape)) for size in shape), last_shape=last,
         last_wraps=tuple(_wraps(size, len(last)) for size in last), hbm_bytes=hardware.hbm_bytes,
