@@ -7,7 +7,7 @@ A bucket fixes the shapes of a step, and so which compiled program runs it. Ther
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class Told:
 
 
 def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
-    """(chunk_tokens rounded up to whole blocks, tokens of a block: a multiple of the ranks that share them out)."""
+    """(chunk_tokens rounded up to whole blocks, tokens of a block: a multiple of `shares`)."""
     block_tokens = -(-min(BLOCK_TOKENS, chunk_tokens) // shares) * shares
     return -(-chunk_tokens // block_tokens) * block_tokens, block_tokens
 
@@ -134,12 +134,13 @@ def _block_buckets(limits: Limits, stages: int) -> list[int]:
     return sorted({-(-size // stages) * stages for size in sizes})
 
 
-def _micro_batches(rows: int, blocks: int, stages: int) -> int:
-    """One a stage keeps decoding stages busy; of steps with prompts up to four times as many, so that fewer wait."""
-    parts = stages
-    while stages > 1 and blocks and parts < 4 * stages and rows % (2 * parts) == 0 and blocks % (2 * parts) == 0:
+def _micro_batches(rows: int, blocks: int, stages: int) -> Iterator[int]:
+    """One a stage keeps decoding stages busy; steps with prompts may have up to four times that, so that fewer wait."""
+    yield stages
+    parts = 2 * stages
+    while stages > 1 and blocks and parts <= 4 * stages and rows % parts == 0 and blocks % parts == 0:
+        yield parts
         parts *= 2
-    return parts
 
 
 def bucket_of(
@@ -168,15 +169,17 @@ def bucket_with(
     """The bucket of so many rows and blocks, both multiples of the stages of the pipeline; rows, and tokens of a block,
     also of the ranks that share out the tokens of a context. whole: of what the tokens of a micro-batch should be a
     multiple, so that they can be shared out between the regions of layers; a step with prompts has blocks added for
-    that."""
+    that, or fewer micro-batches, whichever takes less time."""
 
-    def even(blocks: int) -> bool:
-        parts = _micro_batches(rows // shares, blocks, stages)
-        return (rows + blocks * block_tokens) % (parts * whole) == 0
+    def tokens_waited(blocks: int, parts: int) -> float:
+        """What a stage computes or waits for: each of the parts, and as many more as there are stages before it."""
+        return (rows + blocks * block_tokens) / parts * (parts + stages - 1)
 
-    if blocks:
-        blocks = next(filter(even, range(blocks, blocks + whole * stages, stages)), blocks)
-    parts = _micro_batches(rows // shares, blocks, stages)
+    more = range(blocks, blocks + whole * stages, stages) if blocks else [0]
+    choices = [(count, parts) for count in more for parts in _micro_batches(rows // shares, count, stages)]
+    even = [(count, parts) for count, parts in choices if (rows + count * block_tokens) % (parts * whole) == 0]
+    as_they_are = [choice for choice in choices if choice[0] == blocks]
+    blocks, parts = min(even or as_they_are, key=lambda choice: tokens_waited(*choice))
     return Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 

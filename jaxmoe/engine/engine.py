@@ -301,7 +301,7 @@ def _limits(
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
     page_size *= runner.context_ranks
     rows = runner.padded_rows(max_requests) // runner.num_ranks
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     return Limits(
         num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
         num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size, context=context, turns=turns,

@@ -358,7 +358,7 @@ class LLM:
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
-        chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.context_ranks)
+        chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
         needed = Limits(
             num_ranks=ranks, rows=rows, block_tokens=block_tokens, context=length, page_size=page_size, turns=TURNS,
             chunk_tokens=chunk_tokens, num_pages=rows * -(-length // page_size),

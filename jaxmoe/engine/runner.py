@@ -121,6 +121,13 @@ class Runner:
         return self.placement.parts("page_token")
 
     @property
+    def block_shares(self) -> int:
+        """What the tokens of a block of a prompt are a multiple of: the ranks of a context, and what is shared out
+        together between the split regions of layers, or a part of it that is no more than a block."""
+        whole = self.placement.strip_tokens
+        return math.lcm(self.context_ranks, whole if whole <= BLOCK_TOKENS else math.gcd(whole, BLOCK_TOKENS))
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one number of the activations."""
         return jnp.dtype(self.dtype).itemsize
@@ -182,8 +189,7 @@ class Runner:
             rows *= 2
         place = self.placement
         if place.shared("residual"):  # with blocks of prompts beside them, which bucket_with adds
-            even = math.gcd(place.strip_tokens, BLOCK_TOKENS) * place.num_stages
-            even = math.lcm(even, self.context_ranks * place.num_stages)
+            even = self.block_shares * place.num_stages
             rows = -(-rows // even) * even
         return rows * self.num_ranks
 

@@ -78,7 +78,7 @@ def step_bucket(
     runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int
 ) -> Bucket:  # fmt: skip
     """The shapes of that step of an engine, as compile_step compiles it."""
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.context_ranks)
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
     return bucket_with(

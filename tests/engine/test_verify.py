@@ -18,7 +18,7 @@ from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import step_bucket
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
-from jaxmoe.mesh import PlannedMesh, build_mesh
+from jaxmoe.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.model import moe, project
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.sharding import Placement, View
@@ -79,10 +79,16 @@ def test_a_trial_alone_is_of_the_default_layout(tiny_dir):
 
 
 SHARING = [name for name in LAYOUTS if name.endswith("-sp")]
+CONTEXT_SHARING = "batch=expert,context=data,split=tensor,sequence=tensor,experts=expert,expert_width=tensor"
+ODD = [({"tensor": 3}, "tp-sp"), ({"pipeline": 3, "tensor": 2}, "tp-sp"), ({"data": 3, "tensor": 2}, CONTEXT_SHARING)]
 
 
-@pytest.mark.parametrize("axes", all_meshes(8), ids=lambda axes: "x".join(map(str, axes.values())))
-@pytest.mark.parametrize("layout", SHARING)
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [(layout, axes) for layout in SHARING for axes in all_meshes(8)]
+    + [(layout, check_axes(axes)) for axes, layout in ODD],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.values())),
+)
 def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layout, axes):
     config = read_config(CASES_BY_NAME["mixtral_six_experts"].config | {"num_hidden_layers": 8})
     mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
@@ -92,11 +98,12 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
         place = runner.placement
         if not place.shared("residual"):  # the layout's axis is of one device
             continue
-        bucket = step_bucket(runner, "prefill", **asked.sizes, chunk_tokens=128)
-        tokens = bucket.num_tokens // bucket.micro_batches
-        assert place.lead(tokens * runner.num_ranks) == "residual"
-        assert tokens * runner.num_ranks % (place.strip_rows * place.parts("residual")) == 0
-        assert bucket.blocks <= 4 + 2 * place.strip_rows * axes["pipeline"]
+        for chunk in (1, 7, 24, 31, 128):
+            bucket = step_bucket(runner, "prefill", **asked.sizes, chunk_tokens=chunk)
+            tokens = bucket.num_tokens // bucket.micro_batches
+            assert place.lead(tokens * runner.num_ranks) == "residual"
+            assert tokens * runner.num_ranks % (place.strip_rows * place.parts("residual")) == 0
+            assert bucket.num_tokens <= 2 * (bucket.rows + place.num_stages * max(chunk, 2 * place.strip_tokens))
 
 
 def test_tokens_that_are_shared_out_wrongly_are_found(tiny_dir, monkeypatch):
