@@ -139,10 +139,30 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = tuple(axes.values())
     types = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        ordered = jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
     except NotImplementedError:  # no axis of the torus is as long as this: parts of several, and longer ways
         ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-        return Mesh(ordered, AXES, axis_types=types)
+    return Mesh(in_rings(ordered), AXES, axis_types=types)
+
+
+def in_rings(devices: np.ndarray) -> np.ndarray:
+    """Devices of a mesh [...], those along an axis of four that lie on a square in the order of its edge.
+
+    Along a ring XLA:TPU scatters sums without padding; in the order of rows and columns it does not.
+    """
+    if not hasattr(devices.flat[0], "coords"):
+        return devices
+    for axis in [at for at, size in enumerate(devices.shape) if size == 4]:
+        around = devices.take([0, 1, 3, 2], axis)
+        if not _is_ring(devices, axis) and _is_ring(around, axis):
+            devices = around
+    return devices
+
+
+def _is_ring(devices: np.ndarray, axis: int) -> bool:
+    """Whether each has a link to the next along an axis, and the last to the first."""
+    coords = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)
+    return bool((abs(coords - np.roll(coords, 1, axis)).sum(-1) <= 1).all())
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

@@ -14,6 +14,7 @@ from jaxmoe.mesh import (
     compiler_options,
     default_axes,
     emulate_devices,
+    in_rings,
     parse_mesh,
     preset_names,
 )
@@ -89,3 +90,24 @@ def test_a_planned_mesh_is_of_more_devices_than_there_are():
     assert Placement(mesh=PlannedMesh({"expert": 128})).sharding("moe_expert").shard_shape((256,)) == (2,)
     with pytest.raises(MeshError, match="unknown mesh axis 'rows'"):
         PlannedMesh({"rows": 2})
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4, 2), (4, 4)])
+def test_devices_of_a_square_stand_along_its_edge(shape):
+    """Along an axis of four each has a link to the next one, over a square that was in rows."""
+    squares = np.array([(x, y) for x in range(2) for y in range(2)])
+    coords = [[(*squares[at], *squares[other]) for at in range(shape[1])] for other in range(shape[0])]
+    devices = np.empty(shape, object)
+    for at in np.ndindex(shape):
+        devices[at] = SimpleNamespace(coords=coords[at[0]][at[1]])
+    found = in_rings(devices)
+    assert sorted(device.coords for device in found.flat) == sorted(device.coords for device in devices.flat)
+    for axis in [at for at, size in enumerate(shape) if size == 4]:
+        places = np.array([device.coords for device in found.flat]).reshape(*shape, -1)
+        assert (abs(places - np.roll(places, 1, axis)).sum(-1) == 1).all()
+
+
+def test_devices_of_a_line_and_those_without_places_stay_as_they_are():
+    line = np.array([SimpleNamespace(coords=(at, 0)) for at in range(4)])
+    for devices in (line, np.arange(4)):
+        assert (in_rings(devices) == devices).all()

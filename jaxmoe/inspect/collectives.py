@@ -43,9 +43,12 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     Inside a loop that means once a turn, where the compiler knows how many those are; other loops count as one turn.
     One among a part of the devices along its axes is told apart by the name of its axes. Raises: ValueError for
     replica groups in a form not known here, and for other ways that devices may tell each other something.
+
+    XLA:TPU prints some reduce-scatters as a fusion of an all-reduce and the slice of it that stays, in a computation
+    called all-reduce-scatter; what goes over links is a reduce-scatter (docs/clusters.md).
     """
     found: Counter[Collective] = Counter()
-    for line, times in _lines_run(compiled_text):
+    for name, line, times in _lines_run(compiled_text):
         match = _LINE.search(line)
         if match is None:
             continue
@@ -69,12 +72,15 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
                 sizes = sizes[1:2]
             elif op != "all-reduce":  # whose tuple is of results alone
                 sizes = sizes[len(sizes) // 2 :]
-        found[Collective(op=op, axes=axes, result_bytes=sum(sizes))] += times  # type: ignore[arg-type]
+        num_bytes = sum(sizes)
+        if op == "all-reduce" and name.startswith("all-reduce-scatter"):
+            op, num_bytes = "reduce-scatter", num_bytes // groups.shape[1]
+        found[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
     return found
 
 
-def _lines_run(compiled_text: str) -> Iterator[tuple[str, int]]:
-    """Every line of every computation, and how often it runs."""
+def _lines_run(compiled_text: str) -> Iterator[tuple[str, str, int]]:
+    """The name of a computation, a line of it, and how often it runs: every line of every computation."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in compiled_text.splitlines():
@@ -95,7 +101,7 @@ def _lines_run(compiled_text: str) -> Iterator[tuple[str, int]]:
                     visit(callee, times * turns)
 
     visit(entry, 1)
-    return ((line, runs[name]) for name, body in lines.items() for line in body if runs[name])
+    return ((name, line, runs[name]) for name, body in lines.items() for line in body if runs[name])
 
 
 def _turns(loop: str, lines: Mapping[str, list[str]]) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxmoe.errors import ConfigError
@@ -17,16 +18,19 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A kind of device. hbm_bytes: of one device of the mesh; devices_per_chip: how many of them a chip shows."""
+    """A kind of device. hbm_bytes: of one device of the mesh; devices_per_chip: how many of them a chip shows; options:
+    what makes a topology of it show them so."""
 
     platform: Literal["tpu", "cuda"]
     hbm_bytes: int
     devices_per_chip: int = 1
+    options: Mapping[str, str] = MappingProxyType({})
 
 
 # Memory: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); of GPUs what a program may use (gpus/*.txtpb).
 DEVICES: dict[str, Device] = {
-    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB),
+    # its two cores as one device, as JAX shows them where there are some
+    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB, options=MappingProxyType({"chip_config_name": "megacore"})),
     "v5e": Device(platform="tpu", hbm_bytes=16 * _GIB),
     "v5p": Device(platform="tpu", hbm_bytes=95 * _GIB),
     "v6e": Device(platform="tpu", hbm_bytes=32 * _GIB),
@@ -36,6 +40,7 @@ DEVICES: dict[str, Device] = {
     "b200": Device(platform="cuda", hbm_bytes=191514411008),
 }
 _FLAT = ("v5e", "v6e")  # TPUs whose slices have two dims
+_MOST_DEVICES = 1 << 16
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
 
@@ -69,7 +74,12 @@ def parse_target(text: str) -> Target:
     dims = len(example.split("x"))
     if not _SHAPE.fullmatch(shape) or len(sizes := tuple(map(int, shape.split("x")))) != dims:
         raise ConfigError(f"target {text!r}: {name} needs {dims} sizes, as in {name}:{example}")
-    return Target(name=name, shape=sizes)
+    target = Target(name=name, shape=sizes)
+    if target.num_devices > _MOST_DEVICES:
+        raise ConfigError(
+            f"target {text!r} is of {target.num_devices} devices; at most {_MOST_DEVICES} are compiled for"
+        )
+    return target
 
 
 def environment(target: Target) -> Mapping[str, str]:
@@ -93,7 +103,7 @@ def topology_devices(target: Target) -> list[Any]:
     shape = "x".join(map(str, target.shape))
     try:
         if target.device.platform == "tpu":
-            found = get_topology_desc(platform="tpu", topology_name=f"{target.name}:{shape}")
+            found = get_topology_desc(platform="tpu", topology_name=f"{target.name}:{shape}", **target.device.options)
         else:
             config = Path(__file__).parent / "gpus" / f"{target.name}.txtpb"
             found = get_topology_desc(platform="cuda", topology=f"1x{shape}", target_config=config.read_text())

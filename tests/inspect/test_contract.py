@@ -137,6 +137,27 @@ def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
     }
 
 
+_SCATTER_TEXT = """
+%all-reduce-scatter.1 (input: bf16[4,136,1024]) -> bf16[136,8,128] {
+  %all-reduce.1 = bf16[544,8,128]{2,1,0} all-reduce(%bitcast.2), replica_groups={{0,1,2,3}}
+  ROOT %slice = bf16[136,8,128]{2,1,0} dynamic-slice(%all-reduce.1, %at, %zero, %zero), dynamic_slice_sizes={136,8,128}
+}
+
+ENTRY %main (x: bf16[4,136,1024]) -> bf16[136,1024] {
+  %fusion = bf16[136,8,128]{2,1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce = bf16[544,8,128]{2,1,0} all-reduce(%y), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_slice_stays_is_a_reduce_scatter():
+    """As the TPU compiler prints those along a square that is no ring to it."""
+    assert collectives(_SCATTER_TEXT, mesh_of("tensor=4")) == {
+        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=136 * 1024 * 2): 1,
+        Collective(op="all-reduce", axes=("tensor",), result_bytes=4 * 136 * 1024 * 2): 1,
+    }
+
+
 def _program(*lines: str) -> str:
     return "\n".join(["ENTRY %main (x: f32[8]) -> f32[8] {", *lines, "}"])
 

@@ -29,6 +29,7 @@ def test_devices_of_a_target(text, devices):
         ("v5p:4x0x4", "needs 3 sizes"),
         ("v5p:4x-4x4", "needs 3 sizes"),
         ("", "unknown device ''"),
+        ("h200:99999999999x8", "is of 799999999992 devices; at most 65536"),
     ],
 )
 def test_what_is_no_target_is_named(text, words):
