@@ -65,6 +65,8 @@ def _print(answer: dict[str, Any]) -> None:
     for phase, part in answer["phases"].items():
         if "error" in part:
             print(f"{phase}: {part['error']}")
+        if padding := part.get("scatter_padding"):
+            print(f"{phase}: the compiler pads reduce-scatters by {padding:.1%} of their bytes")
     if answer["fits"]:
         print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
     else:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
 from jaxmoe.engine.runner import EngineState, Runner
-from jaxmoe.inspect.collectives import collectives
+from jaxmoe.inspect.collectives import collectives_and_padding
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.traffic import Collective
@@ -32,13 +32,15 @@ class CompiledStep:
 
     total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
     do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a turn, or
-    where stages decode in a tick. optimal_seconds: the compiler's own estimate of that, where it gives one.
+    where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as a share.
+    optimal_seconds: the compiler's own estimate of a turn or tick, where it gives one.
     """
 
     temp_bytes: int
     total_bytes: int
     found: Counter[Collective]
     planned: Counter[Collective]
+    scatter_padding: float
     optimal_seconds: float | None
     compile_seconds: float
 
@@ -104,12 +106,12 @@ def compile_step(
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    mesh = runner.placement.mesh
+    found, padding = collectives_and_padding(compiled.as_text(), runner.placement.mesh)
     return CompiledStep(
         temp_bytes=memory.temp_size_in_bytes,
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
-        found=collectives(compiled.as_text(), mesh),
+        found=found, scatter_padding=padding,
         planned=runner.planned(bucket) if turns == 1 else runner.planned_round(bucket),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,

@@ -34,6 +34,13 @@ _NAMES = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
 _COMPARED = re.compile(r"ROOT %\S+ = \S+ compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
+# XLA:TPU prints some reduce-scatters as a fusion of an all-reduce and the slice of it that stays, in a computation of
+# this name; over links goes a reduce-scatter (docs/clusters.md). Some it pads, and sends on slices of the result.
+_SCATTER = "all-reduce-scatter"
+_OPERAND = re.compile(r"= ([^ ]*) parameter\(0\)")
+_SCATTERED = re.compile(rf"%(?P<result>[\w.-]+) = .* calls=%{_SCATTER}")
+_SLICED = re.compile(r"%(?P<part>[\w.-]+) = \S+ slice\(%(?P<whole>[\w.-]+)\)")
+_PERMUTED = re.compile(r" collective-permute(?:-start)?\(%([\w.-]+)\)")
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
@@ -43,12 +50,18 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     Inside a loop that means once a turn, where the compiler knows how many those are; other loops count as one turn.
     One among a part of the devices along its axes is told apart by the name of its axes. Raises: ValueError for
     replica groups in a form not known here, and for other ways that devices may tell each other something.
-
-    XLA:TPU prints some reduce-scatters as a fusion of an all-reduce and the slice of it that stays, in a computation
-    called all-reduce-scatter; what goes over links is a reduce-scatter (docs/clusters.md).
     """
+    return collectives_and_padding(compiled_text, mesh)[0]
+
+
+def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Collective], float]:
+    """The collectives with the bytes asked for, and what reduce-scatters send besides, as a share of theirs: XLA:TPU
+    pads some. Raises: as collectives."""
     found: Counter[Collective] = Counter()
-    for name, line, times in _lines_run(compiled_text):
+    added = 0
+    lines, entry = _computations(compiled_text)
+    realigned = _scattered_slices(lines)
+    for name, line, times in _lines_run(lines, entry):
         match = _LINE.search(line)
         if match is None:
             continue
@@ -73,14 +86,29 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
             elif op != "all-reduce":  # whose tuple is of results alone
                 sizes = sizes[len(sizes) // 2 :]
         num_bytes = sum(sizes)
-        if op == "all-reduce" and name.startswith("all-reduce-scatter"):
-            op, num_bytes = "reduce-scatter", num_bytes // groups.shape[1]
+        if op == "collective-permute" and (permuted := _PERMUTED.search(line)) and permuted[1] in realigned:
+            added += num_bytes * times
+            continue
+        if op == "all-reduce" and name.startswith(_SCATTER):
+            operand = _OPERAND.search("\n".join(lines[name]))
+            asked = sum(_array_bytes(*array) for array in _ARRAY.findall(operand[1])) if operand else num_bytes
+            added += (num_bytes - asked) // groups.shape[1] * times
+            op, num_bytes = "reduce-scatter", asked // groups.shape[1]
         found[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
-    return found
+    asked = sum(one.result_bytes * times for one, times in found.items() if one.op == "reduce-scatter")
+    return found, added / asked if added else 0.0
 
 
-def _lines_run(compiled_text: str) -> Iterator[tuple[str, str, int]]:
-    """The name of a computation, a line of it, and how often it runs: every line of every computation."""
+def _scattered_slices(lines: Mapping[str, list[str]]) -> set[str]:
+    """Names of values that are slices of what such a fusion gave."""
+    every = [line for body in lines.values() for line in body]
+    results = {match["result"] for line in every if (match := _SCATTERED.search(line))}
+    sliced = [match for line in every if (match := _SLICED.search(line))]
+    return {match["part"] for match in sliced if match["whole"] in results}
+
+
+def _computations(compiled_text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, by its name; and the name of the one that is run."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in compiled_text.splitlines():
@@ -90,6 +118,11 @@ def _lines_run(compiled_text: str) -> Iterator[tuple[str, str, int]]:
             entry = name if header["entry"] else entry
         elif name:
             lines[name].append(line)
+    return lines, entry
+
+
+def _lines_run(lines: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, str, int]]:
+    """The name of a computation, a line of it, and how often it runs: every line of every computation."""
     runs: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:

@@ -57,6 +57,15 @@ def test_what_fits_and_is_as_planned(told):
     assert all(size in outcome.out for size in ("30.00", "10.00", "1.00", "41.00", "95.00", "2,048"))
     assert "DIFFERS" not in outcome.out
     assert "planned:" not in outcome.out
+    assert "pads" not in outcome.out
+
+
+def test_what_the_compiler_pads_is_said(told):
+    outcome = told(answer(phases={"prefill": part(scatter_padding=0.0088), "decode": part(scatter_padding=0.0)}))
+    assert outcome.code == 0
+    assert [line for line in outcome.out.splitlines() if "pads" in line] == [
+        "prefill: the compiler pads reduce-scatters by 0.9% of their bytes"
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])

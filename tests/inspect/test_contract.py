@@ -8,7 +8,7 @@ import pytest
 
 from jaxmoe.engine.batch import Bucket
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.collectives import collectives
+from jaxmoe.inspect.collectives import collectives, collectives_and_padding
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
@@ -139,23 +139,40 @@ def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
 
 _SCATTER_TEXT = """
 %all-reduce-scatter.1 (input: bf16[4,136,1024]) -> bf16[136,8,128] {
+  %input = bf16[4,136,1024]{2,1,0} parameter(0)
   %all-reduce.1 = bf16[544,8,128]{2,1,0} all-reduce(%bitcast.2), replica_groups={{0,1,2,3}}
-  ROOT %slice = bf16[136,8,128]{2,1,0} dynamic-slice(%all-reduce.1, %at, %zero, %zero), dynamic_slice_sizes={136,8,128}
+  ROOT %part = bf16[136,8,128]{2,1,0} dynamic-slice(%all-reduce.1, %at, %zero), dynamic_slice_sizes={136,8,128}
+}
+
+%all-reduce-scatter.2 (input.1: bf16[4,520,7168]) -> bf16[3648,8,128] {
+  %input.1 = bf16[4,520,7168]{2,1,0} parameter(0)
+  %pad = bf16[14592,8,128]{2,1,0} pad(%bitcast.3, %none), padding=0_32x0_0x0_0
+  %all-reduce.2 = bf16[14592,8,128]{2,1,0} all-reduce(%pad), replica_groups={{0,1,2,3}}
+  ROOT %part.1 = bf16[3648,8,128]{2,1,0} dynamic-slice(%all-reduce.2, %at, %zero), dynamic_slice_sizes={3648,8,128}
 }
 
 ENTRY %main (x: bf16[4,136,1024]) -> bf16[136,1024] {
   %fusion = bf16[136,8,128]{2,1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %all-reduce = bf16[544,8,128]{2,1,0} all-reduce(%y), replica_groups={{0,1,2,3}}
+  %fusion.1 = bf16[3648,8,128]{2,1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.2
+  %slice = bf16[24,8,128]{2,1,0} slice(%fusion.1), slice={[3624:3648], [0:8], [0:128]}
+  %moved = (bf16[24,8,128], bf16[24,8,128], u32[], u32[]) collective-permute-start(%slice), source_target_pairs={{0,1}}
+  %other = bf16[8,128]{1,0} collective-permute(%y), source_target_pairs={{0,1}}
 }
 """
 
 
 def test_an_all_reduce_of_which_a_slice_stays_is_a_reduce_scatter():
-    """As the TPU compiler prints those along a square that is no ring to it."""
-    assert collectives(_SCATTER_TEXT, mesh_of("tensor=4")) == {
-        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=136 * 1024 * 2): 1,
-        Collective(op="all-reduce", axes=("tensor",), result_bytes=4 * 136 * 1024 * 2): 1,
+    """As the TPU compiler prints them: without padding, and with it and what then moves on to the next device."""
+    found, padding = collectives_and_padding(_SCATTER_TEXT, mesh_of("tensor=4"))
+    even, padded = 136 * 1024 * 2, 520 * 7168 * 2
+    assert found == {
+        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=even): 1,
+        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=padded): 1,
+        Collective(op="all-reduce", axes=("tensor",), result_bytes=4 * even): 1,
+        Collective(op="collective-permute", axes=("tensor",), result_bytes=8 * 128 * 2): 1,
     }
+    assert padding == (3648 - 3640 + 24) * 8 * 128 * 2 / (even + padded)
 
 
 def _program(*lines: str) -> str:
