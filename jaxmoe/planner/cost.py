@@ -166,14 +166,15 @@ class StepCost:
             layer = self._layer(block)
             alike[layer] = alike.get(layer, 0) + block.run
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
-        self._worked: dict[Rows, tuple[float, float, float, float]] = {}
+        decides = (*self._layers, moe, skew, self.skew, self._vocab, self._context_ranks, self.config.hidden_size)
+        self._worked: dict[Rows, tuple[float, float, float, float]] = hardware.priced.setdefault(
+            ("work", *decides, held.itemsize), {}
+        )
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
     def dispatched(self, dispatch: str) -> StepCost:
         """The same, with tokens sent to experts another way; by SILENT with no collective at all, which bounds what
         any other can reach."""
-        if dispatch != SILENT:
-            _ = self._of_rows  # alike for all of them
         other = copy(self)
         other.dispatch, other._said = dispatch, {}
         other.__dict__.pop("_planned", None)

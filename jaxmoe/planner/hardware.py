@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -132,6 +132,11 @@ class Hardware:
                     raise _FactError(f"hardware [{name}] {key}={rate!r} is a share of a rate: at most 1", name, key)
         if not self.scale_up_devices:
             object.__setattr__(self, "scale_up_devices", self.devices_per_node)
+
+    @cached_property
+    def priced(self) -> dict[tuple[Hashable, ...], dict[Any, Any]]:
+        """What was priced on it before: collectives (links.py) and work (cost.py), each by all that decides it."""
+        return {}
 
     @property
     def hbm_bytes(self) -> float:
