@@ -99,7 +99,7 @@ def _print(answer: dict[str, Any]) -> None:
     plan, screen = answer["plan"], table_console()
     devices = f"{answer['devices']} x {answer['hardware']}"
     nodes = f" ({counted(answer['nodes'], answer['node'])})" if answer["nodes"] > 1 else ""
-    then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:.2f} ms a token"
+    then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:,.2f} ms a token"
     print(f"{answer['model']} on {devices}{nodes}: {plan['split']}")
     print(f"  {answer['arguments']}")
     print(f"  engine: {', '.join(f'{name}={number}' for name, number in answer['engine'].items())}")
@@ -156,7 +156,7 @@ def _front_table(answer: dict[str, Any]) -> Table:
         )
         table.add_row(
             plan["split"], words, f"{plan['concurrency']:,}", f"{plan['ttft_ms']:,.0f}",
-            "-" if plan["tpot_ms"] is None else f"{plan['tpot_ms']:.2f}", digits(plan["tokens_per_s_per_device"]),
+            "-" if plan["tpot_ms"] is None else f"{plan['tpot_ms']:,.2f}", digits(plan["tokens_per_s_per_device"]),
         )  # fmt: skip
     return table
 
