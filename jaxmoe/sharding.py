@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import jax
@@ -52,7 +52,11 @@ class Placement:
 
     def seen(self, view: View) -> Placement:
         """The same, for arrays that stand otherwise to the pipeline."""
-        return replace(self, view=view)
+        if view == self.view:
+            return self
+        if view not in self._views:
+            self._views[view] = replace(self, view=view)
+        return self._views[view]
 
     def of_segment(self, part: Segment) -> Placement:
         """The same, as the layers of a segment see it."""
@@ -153,7 +157,19 @@ class Placement:
 
     def parts(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
-        return self.size(self.axes(dim))
+        if dim not in self._parts:
+            self._parts[dim] = self.size(self.axes(dim))
+        return self._parts[dim]
+
+    # What was asked before: a search asks the same of every placement many times.
+
+    @cached_property
+    def _parts(self) -> dict[str, int]:
+        return {}
+
+    @cached_property
+    def _views(self) -> dict[View, Placement]:
+        return {}
 
     def spec(self, *dims: str) -> P:
         """The PartitionSpec of an array whose dims are these."""

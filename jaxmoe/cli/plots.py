@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,17 @@ def check_plot_path(path: str) -> None:
 
 
 def save_plot(path: str, draw: Callable[[Any], None], *, inches: tuple[float, float] = (10.0, 5.0)) -> None:
-    """The picture that draw makes of an empty figure, at path. Raises: OSError where it cannot be written."""
+    """The picture that draw makes of an empty figure, whole at path or not at all. Raises: RequestError naming the path
+    if it cannot be written."""
     from matplotlib.figure import Figure
+
+    from jaxmoe.engine.trace import write_whole
 
     figure = Figure(figsize=inches, layout="constrained")
     draw(figure)
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:])
+    try:
+        write_whole(Path(path), picture.getvalue())
+    except OSError as error:
+        raise RequestError(f"--plot {path!r} cannot be written: {error.strerror or error}") from error

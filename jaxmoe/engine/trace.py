@@ -260,12 +260,12 @@ def check_trace_path(path: str | Path) -> Path:
     return target
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file with this text, or none: written beside it and renamed. Raises: OSError."""
+def write_whole(path: Path, text: str | bytes) -> None:
+    """A file with this text, or these bytes, or none: written beside it and renamed. Raises: OSError."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:

@@ -24,7 +24,7 @@ from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_KINDS
 from jaxmoe.planner.cost import SKEW
-from jaxmoe.planner.hardware import Hardware, read_hardware
+from jaxmoe.planner.hardware import Hardware, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_pools
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
@@ -47,8 +47,13 @@ from jaxmoe.planner.why import Lacks, Neighbours, reasons
 from jaxmoe.weights.checkpoint import read_config_json
 from jaxmoe.weights.source import find_config
 
+_PLANNED_ONLY = (
+    "Planned only: generate, inspect, compile and map refuse this model, so that these arguments run nowhere."
+)
 _MOST_DEVICES = 8192
+_MOST_NUMBER = 1e12  # milliseconds, dollars an hour
 _NEIGHBOURS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
+_WORTHWHILE = 0.1  # of what is served for each, or of a request's time: fewer devices are taken for it, not for cost
 _TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latency are not met
 
 
@@ -92,10 +97,18 @@ class PlanQuestion:
         )  # fmt: skip
         config = replace(config, dtype=dtype)
         hardware = read_hardware(self.hardware)
+        self._check_numbers(config)
         if self.price is not None:
             hardware = replace(hardware, dollars_an_hour=self.price)
-        self._check_numbers(config)
         return config, hardware
+
+    def runs(self) -> bool:
+        """Whether other commands take the model, or it is planned with alone. Raises: CheckpointError."""
+        raw = read_config_json(find_config(self.config))
+        try:
+            return read_config(raw, ignore=self.ignore_config_keys).indexer is None
+        except ConfigError:  # which a reading for plans passed over
+            return False
 
     def _check_numbers(self, config: ModelConfig) -> None:
         if self.nodes is not None and self.devices is not None:
@@ -115,8 +128,8 @@ class PlanQuestion:
             )
         for name in ("sla_ttft_ms", "sla_tpot_ms", "price"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value} must be above 0")
+            if value is not None and not 0 < value <= _MOST_NUMBER:
+                raise ConfigError(f"{name}={value} must be above 0, and at most {_MOST_NUMBER:g}")
         if not 0 <= self.skew <= 4:
             raise ConfigError(f"skew={self.skew} must lie in [0, 4]")
         if self.objective not in OBJECTIVES:
@@ -145,7 +158,7 @@ class PlanQuestion:
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
             load=Load(isl=self.isl, osl=self.osl, concurrency=self.concurrency), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
-            tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms else None,
+            tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # of one token: kept
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
             stage_chunks=self.stage_chunks, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
@@ -175,7 +188,7 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
         "arguments": arguments_of(best, asked.dtypes(config), ignored=asked.ignore_config_keys),
         "engine": engine_of(best, question), "memory": memory_of(best, question),
         "rule_of_thumb": rule_of_thumb(config, hardware),
-        "reasons": reasons(question, found, pools, around),
+        "reasons": [*reasons(question, found, pools, around), *([] if asked.runs() else [_PLANNED_ONLY])],
         "front": [plan_row(plan, hardware, config) for plan in found.front],
         "pools": pools_row(pools, best, question) if pools else None,
         "roofline": roofline(best.serving, question.load, concurrency=best.served.concurrency),
@@ -188,7 +201,7 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
     given = asked.devices or (asked.nodes * hardware.devices_per_node if asked.nodes else None)
     if given is None and asked.mesh is not None:
         given = math.prod(parse_mesh(asked.mesh).values())
-    if given is None and hardware.nodes > 1:
+    if given is None and names_nodes(asked.hardware):
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
         if given > _MOST_DEVICES:
@@ -200,9 +213,12 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
             if error.lacks != "room" or asked.mesh is not None:
                 raise
             least = _least(asked, config, hardware, above=given)
-            more = f"; {least} devices would do" if least else "; no number of them does"
-            short = f"{error}{more}, or a shorter --weights-dtype or --kv-dtype"
-            raise NoPlanError(short, lacks="room") from error
+            remedies = [
+                *([f"{least} devices would do"] if least else []),
+                *([f"fewer requests (--concurrency, at most {error.most})"] if error.most else []),
+                f"a shorter --weights-dtype or --kv-dtype{'' if least else ' may do'}",
+            ]
+            raise NoPlanError(f"{error}; {', or '.join(remedies)}", lacks="room") from error
     least = _least(asked, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
@@ -236,7 +252,8 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
     least_halved = min(_halved(question, found.best) for question, found in tried)
     tried = [(question, found) for question, found in tried if _halved(question, found.best) == least_halved]
     best = min(value(question, found.best) for question, found in tried)
-    return next((question, found) for question, found in tried if value(question, found.best) <= 1.1 * best)
+    alike = ALIKE if asked.objective == "cost" else _WORTHWHILE
+    return next((question, found) for question, found in tried if value(question, found.best) <= (1 + alike) * best)
 
 
 def _halved(question: Question, best: Plan) -> float:
@@ -258,15 +275,11 @@ def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, abov
     devices = 1
     while devices <= _MOST_DEVICES:
         if devices > above:
-            question = replace(
-                asked.question(config, hardware, devices), ttft_limit=None, tpot_limit=None, chunk_tokens=512,
-                stage_chunks=1, dispatch="all_to_all", objective="throughput",
-            )  # fmt: skip
-            try:
-                search(question)
+            question = asked.question(config, hardware, devices)
+            if not asked.dispatch and not asked.stage_chunks:  # others need no less room
+                question = replace(question, dispatch="all_to_all", stage_chunks=1)
+            if next(servings_of(question, specs_of(question)), None) is not None:
                 return devices
-            except NoPlanError:
-                pass
         devices *= 2
     return None
 

@@ -15,14 +15,14 @@ _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 
 
 def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
-    """One plan and what it is predicted to serve."""
+    """One plan and what it is predicted to serve; no time a token where no token follows the first."""
     spec, served = plan.spec, plan.served
     dollars = hardware.dollars_an_hour
     return {
         "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
         "dispatch": spec.dispatch, "stage_chunks": spec.stage_chunks, "chunk_tokens": spec.chunk_tokens,
         "concurrency": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
-        "tpot_ms": served.tpot * 1e3, "tokens_per_s_per_user": 1 / served.tpot,
+        "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
         "turn_ms": {name: value * 1e3 for name, value in served.turn.parts().items()},
         "dollars_per_million_tokens":

@@ -187,7 +187,7 @@ def _metric(facts: Mapping[str, str], plan: Plan, load: Load) -> float:
     tokens = served.tokens_a_second
     if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((load.isl, load.osl))):
         tokens = _of_so_many(plan, load, sent)
-    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.tpot, tokens=tokens)
+    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.pace, tokens=tokens)
 
 
 def _of_so_many(plan: Plan, load: Load, sent: int) -> float:

@@ -36,7 +36,7 @@ class Plan:
     @property
     def request_seconds(self) -> float:
         """From a request's arrival to its last token."""
-        return self.served.ttft + (self.osl - 1) * self.served.tpot
+        return self.served.request_seconds
 
     @property
     def osl(self) -> int:
@@ -95,17 +95,17 @@ def front_of(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
     """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
     `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
     found: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (plan.served.tpot, -_each(plan))):
+    for plan in sorted(plans, key=lambda plan: (plan.served.pace, -_each(plan))):
         if not found or _each(plan) > _each(found[-1]):
             found.append(plan)
     if best not in found:
-        found = [one for one in found if one.served.tpot > best.served.tpot or _each(one) < _each(best)]
+        found = [one for one in found if one.served.pace > best.served.pace or _each(one) < _each(best)]
         found.append(best)
     shown: list[Plan] = [best]
-    for plan in sorted(found, key=lambda plan: plan.served.tpot / _each(plan)):
+    for plan in sorted(found, key=lambda plan: plan.served.pace / _each(plan)):
         if plan is not best and not any(_doubles(plan, one) for one in shown):
             shown.append(plan)
-    return sorted(shown, key=lambda plan: plan.served.tpot)
+    return sorted(shown, key=lambda plan: plan.served.pace)
 
 
 def _each(plan: Plan) -> float:
@@ -117,5 +117,5 @@ def _doubles(plan: Plan, other: Plan) -> bool:
     """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
     if replace(plan.spec, chunk_tokens=0) != replace(other.spec, chunk_tokens=0):
         return False
-    ratios = plan.served.tpot / other.served.tpot, _each(plan) / _each(other)
+    ratios = plan.served.pace / other.served.pace, _each(plan) / _each(other)
     return plan.spec != other.spec and all(1 / (1 + ALIKE) <= ratio <= 1 + ALIKE for ratio in ratios)

@@ -48,7 +48,7 @@ SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
 # (engine/batch.py).
 _MICRO_BATCHES, TURNS = 4, 4
-_MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
+MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
 SILENT = "silent"  # in place of a dispatch
 _MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens
@@ -89,9 +89,11 @@ class Seconds:
 
     def mixed(self, share: float, other: Seconds, rest: float) -> Seconds:
         """So much of this and so much of another."""
-        return Seconds(*(
-            share * one + rest * two for one, two in zip(self.parts().values(), other.parts().values(), strict=True)
-        ))  # fmt: skip
+        return Seconds(
+            share * self.compute + rest * other.compute, share * self.memory + rest * other.memory,
+            share * self.link + rest * other.link, share * self.scale_out + rest * other.scale_out,
+            share * self.launch + rest * other.launch, share * self.bubble + rest * other.bubble,
+        )  # fmt: skip
 
     def parts(self) -> dict[str, float]:
         """By name."""
@@ -164,7 +166,10 @@ class StepCost:
             layer = self._layer(block)
             alike[layer] = alike.get(layer, 0) + block.run
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
-        self._worked: dict[Rows, tuple[float, float, float, float]] = {}
+        decides = (*self._layers, moe, skew, self.skew, self._vocab, self._context_ranks, self.config.hidden_size)
+        self._worked: dict[Rows, tuple[float, float, float, float]] = hardware.priced.setdefault(
+            ("work", *decides, held.itemsize), {}
+        )
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
     def dispatched(self, dispatch: str) -> StepCost:
@@ -177,7 +182,7 @@ class StepCost:
 
     # --- what layers are, once a placement ---
 
-    def _rate(self, part: Part) -> float:
+    def rate(self, part: Part) -> float:
         """Products a second with a part's matrices: in their own dtype where the hardware has such products."""
         format = self.config.quantisation.format if self.config.quantisation else None
         if format is None or part == "router":
@@ -190,12 +195,10 @@ class StepCost:
 
     def _layer(self, block: Block) -> _Layer:
         config, place = self.config, block.place
-        heads = block.sizes.kv_slots // place.parts("kv_head") * block.sizes.group_slots
-        mla, window, chunk = config.mla, config.sliding_windows[block.layer], config.chunk(block.layer)
-        decode = 2 * config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank
-        prefill = 2 * config.head_dim if mla is None else config.head_dim + mla.v_head_dim
+        heads, decode, prefill = attention_dims(config, block)
+        window, chunk = config.sliding_windows[block.layer], config.chunk(block.layer)
         return _Layer(
-            count=0, dense=tuple(self._dense(block, part) for part in _MATRICES if block.bytes_of(part)),
+            count=0, dense=tuple(self._dense(block, part) for part in MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
             exchanges=config.moe_layers[block.layer] and place.size(place.exchanged("token")) > 1,
             decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
@@ -203,8 +206,7 @@ class StepCost:
         )  # fmt: skip
 
     def _dense(self, block: Block, part: Part) -> _Dense:
-        matrices = [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
-        numbers, products = self._products(matrices, block)
+        numbers, products = self._products(matrices_of(block, part), block)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
@@ -215,23 +217,21 @@ class StepCost:
         every output takes besides."""
         found, outputs = 0, 0
         for one in matrices:
-            share = one.share(block.place)
+            share = one.share(block.split)
             numbers = math.prod(share)
             found += numbers
             if one.over:
                 outputs += numbers // math.prod(share[one.lead : one.lead + one.over])
-        rate = self._rate(matrices[0].part)
+        rate = self.rate(matrices[0].part)
         return found, 2 * found / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
     def _experts(self, block: Block) -> _Experts:
         place, width = block.place, self.config.hidden_size
-        parts = place.parts("moe_expert")
-        held = block.sizes.moe_experts // parts
-        matrices = [one for one, _ in block.params if one.part == "experts" and one.lead]
+        held, matrices = experts_of(block)
         numbers, products = (one / held for one in self._products(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
         reach = place.size(place.exchanged("token")) / self._context_ranks
-        return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, parts)
+        return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
 
     # --- what a step takes ---
 
@@ -367,6 +367,26 @@ class StepCost:
         elsewhere = math.comb(moe.num_experts - moe.num_experts // ranks, moe.num_experts_per_tok)
         visited = ranks * (1 - elsewhere / math.comb(moe.num_experts, moe.num_experts_per_tok))
         return math.ceil(_MANY * visited * self.config.hidden_size * self.held.itemsize)
+
+
+def attention_dims(config: ModelConfig, block: Block) -> tuple[int, int, int]:
+    """Heads of a layer on a device, and for each of them the products of a query and a token it attends to: of a cached
+    one, and of a prompt's own."""
+    heads, mla = block.sizes.kv_slots // block.split.kv_head * block.sizes.group_slots, config.mla
+    if mla is None:
+        return heads, 2 * config.head_dim, 2 * config.head_dim
+    return heads, mla.cached_dim + mla.kv_lora_rank, config.head_dim + mla.v_head_dim
+
+
+def matrices_of(block: Block, part: Part) -> list[Parameter]:
+    """Of a part that every token meets."""
+    return [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
+
+
+def experts_of(block: Block) -> tuple[int, list[Parameter]]:
+    """How many experts a device holds of a layer, and the matrices of all of them."""
+    held = block.sizes.moe_experts // block.split.moe_expert
+    return held, [one for one, _ in block.params if one.part == "experts" and one.lead]
 
 
 def _grain(value: float) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -96,8 +96,8 @@ class Hardware:
                 continue
             whole = name in ("devices_per_node", "scale_up_devices", "torus_dims", "nodes")
             if not _is_number(value) or value < 0 or (whole and not isinstance(value, int)):
-                what = "a whole number" if whole else "a number"
-                raise _FactError(f"hardware {name}={value!r} must be {what} of at least 0", "hardware", name)
+                what = f"{'a whole number' if whole else 'a number'} of at least 0 and below {_LARGEST:g}"
+                raise _FactError(f"hardware {name}={value!r} must be {what}", "hardware", name)
             if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
                 raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
             if 0 < value < _LEAST:
@@ -123,13 +123,20 @@ class Hardware:
                 if key not in names:
                     raise _FactError(f"hardware [{name}] {key}: there are {', '.join(names)}", name, key)
                 if not _is_number(rate) or rate <= 0:
-                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be a number above 0", name, key)
+                    raise _FactError(
+                        f"hardware [{name}] {key}={rate!r} must be a number above 0 and below {_LARGEST:g}", name, key
+                    )
                 if rate < _LEAST:
                     raise _FactError(f"hardware [{name}] {key}={rate!r} must be at least {_LEAST:g}", name, key)
                 if name == "attained" and rate > 1:
                     raise _FactError(f"hardware [{name}] {key}={rate!r} is a share of a rate: at most 1", name, key)
         if not self.scale_up_devices:
             object.__setattr__(self, "scale_up_devices", self.devices_per_node)
+
+    @cached_property
+    def priced(self) -> dict[tuple[Hashable, ...], dict[Any, Any]]:
+        """What was priced on it before: collectives (links.py) and work (cost.py), each by all that decides it."""
+        return {}
 
     @property
     def hbm_bytes(self) -> float:
@@ -159,6 +166,14 @@ class Hardware:
         return rate * 1e9 * self.attained.get("link", _LINK)
 
 
+def names_nodes(name: str) -> bool:
+    """Whether hardware that read_hardware reads says how many nodes there are; one is a number of them, too."""
+    raw = hardware_presets().get(name)
+    if raw is None:
+        raw = tomllib.loads(expanded(name, "hardware", MeshError).read_text(encoding="utf-8"))
+    return "nodes" in raw["hardware"]
+
+
 def hardware_names() -> list[str]:
     """Presets of meshes/ that say what hardware is, sorted."""
     return sorted(name for name, raw in hardware_presets().items() if "device" in raw.get("hardware", {}))
@@ -173,7 +188,8 @@ def read_hardware(name: str) -> Hardware:
         return _hardware(hardware_presets()[name], name)
     path = expanded(name, "hardware", MeshError)
     if path.suffix != ".toml" and not path.is_file():
-        raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name)}")
+        names = sorted(key for key, raw in hardware_presets().items() if "hardware" in raw)
+        raise MeshError(f"hardware {name!r} is no preset and no TOML file; {_presets_like(name, names)}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,8 +248,7 @@ def _not_toml(text: str, name: str, said: str) -> str:
     return f"{name} line {number}: not TOML: {said}: {lines[number - 1].strip()[:60]!r}"
 
 
-def _presets_like(name: str) -> str:
-    names = sorted(key for key, raw in hardware_presets().items() if "hardware" in raw)
+def _presets_like(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}presets: {', '.join(hardware_names())}"
@@ -257,25 +272,28 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
     if "preset" in facts:
         base = facts.pop("preset")
         if base not in hardware_names():
-            raise _FactError(f"hardware preset={base!r} is no preset; {_presets_like(str(base))}", "hardware", "preset")
+            what = "a mesh" if str(base) in hardware_presets() else "no preset"
+            known = _presets_like(str(base), hardware_names())
+            raise _FactError(f"hardware preset={base!r} is {what}; {known}", "hardware", "preset")
         read = read_hardware(base)
         based = {one.name: getattr(read, one.name) for one in fields(read)}
-    known = [one.name for one in fields(Hardware) if one.name not in (*_RATES, *_COLLECTIVES)]
+    keys = [one.name for one in fields(Hardware) if one.name not in (*_RATES, *_COLLECTIVES)]
     for key in facts:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"
             raise _FactError(f"unknown key {key!r} in [hardware]; {hint}", "hardware", key)
     for table in _RATES:
         if table in raw:
-            facts[table] = MappingProxyType(dict(raw[table]))
+            facts[table] = MappingProxyType({**based.get(table, {}), **raw[table]})
+    kept = _not_contradicted(based, facts)
     for table in _COLLECTIVES:
         if table in raw:
-            facts[table] = _collectives(raw[table], table)
-    facts = _not_contradicted(based, facts) | facts
+            facts[table] = MappingProxyType({**kept.get(table, {}), **_collectives(raw[table], table)})
+    facts = kept | facts
     optional = ("scale_up", "scale_up_devices", "torus_dims", "nodes", "latency_us", "scale_out_latency_us",
                 "dollars_an_hour")  # fmt: skip
-    for key in [*known, "tflops"]:
+    for key in [*keys, "tflops"]:
         if key not in facts and key not in optional:
             where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"
             raise _FactError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml", "hardware")
@@ -284,7 +302,8 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
 
 def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Of a preset's facts, those that still hold beside a file's own: measured times of links until a fact of such
-    links is another, and a fast fabric of as many devices as a node has until a node has others."""
+    links is another, a fast fabric of as many devices as a node has until a node has others, and the share of memory
+    that a program may use."""
     kept = dict(based)
     changed = {key for key, value in facts.items() if key in based and value != based[key]}
     link = "attained" in changed and facts["attained"].get("link") != based["attained"].get("link")
@@ -293,6 +312,8 @@ def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dic
             kept.pop(table, None)
     if "devices_per_node" in changed and based["scale_up"] != "torus":
         kept.pop("scale_up_devices")
+    if "hbm_gb" in changed and "hbm_gib" not in facts and _is_number(facts["hbm_gb"]):
+        kept["hbm_gib"] = based["hbm_gib"] * facts["hbm_gb"] / based["hbm_gb"]
     return kept
 
 

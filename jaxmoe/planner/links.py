@@ -68,12 +68,17 @@ class Links:
         """devices: of the whole mesh; a torus is taken as near to a cube as they are."""
         self.hardware = hardware
         self._side = max(2.0, devices ** (1 / hardware.torus_dims))
+        self._priced: dict[tuple[Op, int, Group], float] = hardware.priced.setdefault(("links", self._side), {})
 
     def seconds(self, collective: Collective, group: Group) -> float:
         """Of one collective among a group."""
         op: Op = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
         whole = collective.whole_bytes(group.ranks)
-        return self._price(op, whole, group) if group.ranks > 1 and whole else 0.0
+        if group.ranks == 1 or not whole:
+            return 0.0
+        if (found := self._priced.get((op, whole, group))) is None:
+            found = self._priced[op, whole, group] = self._price(op, whole, group)
+        return found
 
     def _price(self, op: Op, whole: int, group: Group) -> float:
         inside, across = group.inside, group.across

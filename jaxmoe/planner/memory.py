@@ -40,6 +40,7 @@ class Block:
     run: int
     sizes: ArraySizes
     place: Placement
+    split: Split
     params: tuple[tuple[Parameter, int], ...]  # with the bytes of one layer's on one device
 
     def bytes_of(self, *parts: Part) -> int:
@@ -73,11 +74,11 @@ class Held:
     def _block(self, part: Segment, block: int, sizes: ArraySizes) -> Block:
         config, place, layer = self.config, self.placement.of_segment(part), part.first + block
         like = (config.kind(layer), place.view)
+        split = Split.of(place)
         if like not in self._known:
             placed = self.placement.redundant_experts is not None
-            self._known[like] = _params(config, layer, sizes, Split.of(place), self.itemsize, placed)
-        params = self._known[like]
-        return Block(layer, held_layers(part), part.repeats, sizes, place, params)
+            self._known[like] = _params(config, layer, sizes, split, self.itemsize, placed)
+        return Block(layer, held_layers(part), part.repeats, sizes, place, split, self._known[like])
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
@@ -157,6 +158,6 @@ def _width(block: Block) -> int:
     widest = 0
     for param, _ in block.params:
         if param.over and not param.lead:
-            share = param.share(block.place)
+            share = param.share(block.split)
             widest = max(widest, math.prod(share[: param.over]), math.prod(share[param.over :]))
     return widest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
@@ -39,7 +39,7 @@ class Split:
     @classmethod
     def of(cls, place: Placement) -> Split:
         """As a placement has them."""
-        return cls(*(place.parts(one.name) for one in fields(cls)))
+        return cls(place.parts("kv_head"), place.parts("ffn"), place.parts("moe_expert"), place.parts("moe_ffn"))
 
     def parts(self, dim: str, /) -> int:
         """Of one dim."""

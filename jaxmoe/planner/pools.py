@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.search import Plan, Question, Spec, servings_of, specs_of
 from jaxmoe.planner.serving import Served, Serving
+from jaxmoe.planner.specs import CHUNKS
 
-_CHUNKS = (512, 2048, 8192)
 _SHARES = 64  # ways to share out engines that are looked at, at most
 
 
@@ -51,11 +51,11 @@ _Decode = tuple[Spec, Serving, Served]
 
 
 def best_pools(question: Question, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
-    """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds
-    too little, or no limit of latency can be met. concurrency: requests at once over all of them; as many as are best
-    by default."""
+    """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds too
+    little, nothing is decoded, or no limit of latency can be met. concurrency: requests at once over all of them; as
+    many as are best by default."""
     engines = question.devices // engine_devices
-    if engines < 2:
+    if engines < 2 or question.load.osl == 1:
         return None
     small = replace(question, devices=engine_devices, axes=None, load=replace(question.load, concurrency=None))
     # One way of sending tokens to experts: the last that the hardware has sends least.
@@ -91,9 +91,11 @@ def _pools(
         decoding_seconds = (osl - 1) * served.tpot
         rate = min(rate, concurrency * osl / (ttft + decoding_seconds))
         ttft = max(ttft, concurrency * osl / rate - decoding_seconds)
+    else:  # those on their way to the first token too
+        concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * served.tpot))
     return Pools(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
-        prefill=first.spec, decode=spec, concurrency=concurrency or served.concurrency * decoding, ttft=ttft,
+        prefill=first.spec, decode=spec, concurrency=concurrency, ttft=ttft,
         tpot=served.tpot, transfer=transfer, tokens_a_second=rate, osl=osl,
     )  # fmt: skip
 
@@ -102,7 +104,7 @@ def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
     isl, found = question.load.isl, []
-    for chunk in [question.chunk_tokens] if question.chunk_tokens else sorted({*_CHUNKS, min(isl, _CHUNKS[-1])}):
+    for chunk in [question.chunk_tokens] if question.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
         found.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))

@@ -11,13 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.planner.cost import Rows, StepCost
+from jaxmoe.planner.cost import MATRICES, Rows, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import Block
 from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.serving import Load, Serving
-from jaxmoe.planner.sizes import Part
-
-_MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
 
 
 @dataclass(frozen=True)
@@ -71,34 +68,33 @@ def works(cost: StepCost, rows: Rows) -> Iterator[Work]:
 
 
 def _numbers(params: list[Parameter], block: Block) -> float:
-    return float(sum(math.prod(one.share(block.place)) for one in params))
+    return float(sum(math.prod(one.share(block.split)) for one in params))
 
 
 def _dense(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     """Matrices that every token meets."""
     width, item = cost.config.hidden_size, cost.held.itemsize
     tokens = rows.tokens / block.place.parts("page_token")
-    for part in _MATRICES:
-        numbers = _numbers([one for one, _ in block.params if one.part == part and len(one.dims) > 1], block)
+    for part in MATRICES:
+        numbers = _numbers(matrices_of(block, part), block)
         if numbers:
             moved = tokens * (width + numbers / width) * item
-            yield Work(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost._rate(part))
+            yield Work(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost.rate(part))
 
 
 def _attention(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     """Of queries over keys and values: those of pages, or a prompt's own."""
-    config, mla = cost.config, cost.config.mla
-    heads = block.sizes.kv_slots // block.place.parts("kv_head") * block.sizes.group_slots
+    config = cost.config
+    heads, decode, prefill = attention_dims(config, block)
     most = min(config.sliding_windows[block.layer] or math.inf, config.chunk(block.layer) or math.inf)
     ranks = block.place.parts("page_token")
     met = rows.decode * min(rows.context, most) + rows.prefill * min(rows.prompt, most)
+    dims = decode if rows.decode else prefill
     if rows.decode:
-        dims = 2 * config.head_dim if mla is None else mla.cached_dim + mla.kv_lora_rank
         num_bytes = rows.decode * min(rows.context, most) * cost.held.kv_bytes(block)
     else:
-        dims = 2 * config.head_dim if mla is None else config.head_dim + mla.v_head_dim
         num_bytes = rows.prefill * heads * 2 * dims * cost.held.itemsize
-    yield Work("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost._rate("router"))
+    yield Work("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost.rate("router"))
 
 
 def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
@@ -106,12 +102,11 @@ def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     moe, place = cost.config.moe, block.place
     if moe is None or not cost.config.moe_layers[block.layer]:
         return
-    parts = place.parts("moe_expert")
-    held = block.sizes.moe_experts // parts
-    numbers = _numbers([one for one, _ in block.params if one.part == "experts" and one.lead], block) / held
+    held, matrices = experts_of(block)
+    numbers = _numbers(matrices, block) / held
     tokens = rows.tokens * place.size(place.exchanged("token")) / place.parts("page_token")
-    chosen = tokens * moe.num_experts_per_tok / parts
+    chosen = tokens * moe.num_experts_per_tok / block.split.moe_expert
     active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
     moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize
     num_bytes = active * block.bytes_of("experts") / held + moved
-    yield Work("experts", 2 * numbers * chosen, num_bytes, cost._rate("experts"))
+    yield Work("experts", 2 * numbers * chosen, num_bytes, cost.rate("experts"))

@@ -19,7 +19,17 @@ from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
 from jaxmoe.planner.serving import Load, Serving
-from jaxmoe.planner.specs import OBJECTIVES, Objective, Question, Spec, kind_of, placement_of, specs_of, why_none
+from jaxmoe.planner.specs import (
+    CHUNKS,
+    OBJECTIVES,
+    Objective,
+    Question,
+    Spec,
+    kind_of,
+    placement_of,
+    specs_of,
+    why_none,
+)
 
 __all__ = [
     "ALIKE",
@@ -33,14 +43,12 @@ __all__ = [
     "Spec",
     "kind_of",
     "search",
-    "serving_of",
     "servings_of",
     "specs_of",
     "value",
 ]
 
 Lack = Literal["room", "latency", "split"]
-_CHUNKS = (512, 2048, 8192)  # prompt tokens of a step and rank
 # Requests a device at once where the lowest latency is asked for and nobody says how many there are: halved while no
 # split has room for them, or keeps the limits asked for.
 LATENCY_REQUESTS = 4
@@ -64,12 +72,15 @@ class Found:
 class NoPlanError(ConfigError):
     """No split of the devices holds the model, keeps limits of latency, or is as asked: `lacks` says which.
 
-    ttft, tpot: the least there are, where limits of latency are not kept.
+    ttft, tpot: the least there are, where limits of latency are not kept; most: requests that have room, where those
+    asked for have none.
     """
 
-    def __init__(self, message: str, *, lacks: Lack, ttft: float = math.inf, tpot: float = math.inf) -> None:
+    def __init__(
+        self, message: str, *, lacks: Lack, ttft: float = math.inf, tpot: float = math.inf, most: int = 0
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.lacks, self.ttft, self.tpot = lacks, ttft, tpot
+        self.lacks, self.ttft, self.tpot, self.most = lacks, ttft, tpot, most
 
 
 def search(question: Question) -> Found:
@@ -82,16 +93,12 @@ def search(question: Question) -> Found:
         raise NoPlanError(why_none(question), lacks="split")
     found = _priced(question, specs)
     if not found:
-        raise NoPlanError(_no_room(question, specs), lacks="room")
+        raise NoPlanError(_no_room(question, specs), lacks="room", most=_most_requests(question))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     leading = sorted(found, key=lambda plan: (not meets(question, plan), order(question, plan)))
     for spec in dict.fromkeys(plan.spec for plan in leading[:_LEADING]):
-        for chunk in [question.chunk_tokens] if question.chunk_tokens else _CHUNKS:
-            fine = replace(spec, chunk_tokens=chunk)
-            serving = serving_of(question, fine)
-            if serving is None:
-                continue
+        for fine, serving in _servings(question, spec, [question.chunk_tokens] if question.chunk_tokens else CHUNKS):
             found += _plans(question, fine, serving, finely=True)
             if question.load.concurrency is None and (question.objective == "latency" or limited(question)):
                 # For the front alone.
@@ -119,7 +126,7 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
     worst = (1, math.inf)
     bounds: list[tuple[tuple[int, float], str, Serving, list[Spec]]] = []
     for alike, serving in servings_of(question, specs):
-        silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False)
+        silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
         bound = min((order(question, plan) for plan in silent if meets(question, plan)), default=worst)
         bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
     found: list[Plan] = []
@@ -142,15 +149,18 @@ def _sort_of(question: Question, spec: Spec) -> str:
     return f"{kind} {group_of(spec.layout.split, axes, domain).across > 1}"
 
 
-def _plans(question: Question, spec: Spec, serving: Serving, *, finely: bool) -> list[Plan]:
-    """Plans for the numbers of requests that may matter; finely: for more of them."""
+def _plans(
+    question: Question, spec: Spec, serving: Serving, *, finely: bool, fully: bool = False
+) -> list[Plan]:  # fmt: skip
+    """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
+    largest two, which are the best where requests say nothing to each other."""
     most, load = serving.most_requests(question.load), question.load
 
     def plan(count: int) -> Plan:
         return Plan(spec=spec, served=serving.serve(load, count), serving=serving, most_requests=most)
 
     if load.concurrency is not None:
-        return [plan(load.concurrency)] if load.concurrency <= most else []
+        return [plan(load.concurrency)]
     if question.objective == "latency":
         assumed = LATENCY_REQUESTS * question.devices
         counts = [assumed >> halved for halved in range(assumed.bit_length()) if assumed >> halved <= most]
@@ -161,7 +171,8 @@ def _plans(question: Question, spec: Spec, serving: Serving, *, finely: bool) ->
         return found + _between(question, plan, found, finely=finely)
     if finely:
         powers = sorted({*powers, *(3 * power for power in powers if 3 * power < most)})
-    return [plan(count) for count in [*(powers if finely else powers[::5]), most]]
+    counts = [*(powers if finely else powers[::5]), most]
+    return [plan(count) for count in (counts[-2:] if fully else counts)]
 
 
 def _down_to_limits(question: Question, plan: Callable[[int], Plan], counts: list[int]) -> list[Plan]:
@@ -190,26 +201,41 @@ def _between(question: Question, plan: Callable[[int], Plan], down: list[Plan], 
 
 
 def servings_of(question: Question, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:
-    """Specs that differ in dispatch alone, and what they can serve, by the first's; those that fit."""
+    """Specs that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
+    requests, where the first chunk of prompts leaves too little by the smallest."""
     for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
         alike = list(same)
-        serving = serving_of(question, alike[0])
-        if serving is not None:
-            yield alike, serving
+        first = alike[0].chunk_tokens
+        fitting = _servings(question, alike[0], [first, *([] if question.chunk_tokens else [min(CHUNKS)])])
+        for spec, serving in fitting:
+            yield [replace(one, chunk_tokens=spec.chunk_tokens) for one in alike], serving
+            break
 
 
-def serving_of(question: Question, spec: Spec) -> Serving | None:
-    """What a spec can serve; None where it has too few layers for its stages, or too little memory for one request."""
+def _servings(question: Question, spec: Spec, chunks: Iterable[int]) -> Iterator[tuple[Spec, Serving]]:
+    """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
+    or too little memory for the requests (of an unknown number for one)."""
     placement = placement_of(question.hardware, spec.axes, spec.layout, chunks=spec.stage_chunks)
     try:
         held = Held(question.config, placement, kv_dtype=question.kv_dtype)
     except ConfigError:
-        return None
+        return
     if held.weight_bytes >= question.hardware.hbm_bytes:
-        return None
+        return
     cost = StepCost(held, question.hardware, dispatch=spec.dispatch, skew=question.skew)
-    serving = Serving(cost, chunk_tokens=spec.chunk_tokens)
-    return serving if serving.most_requests(question.load) >= 1 else None
+    for chunk in chunks:
+        serving = Serving(cost, chunk_tokens=chunk)
+        if serving.most_requests(question.load) >= (question.load.concurrency or 1):
+            yield replace(spec, chunk_tokens=chunk), serving
+
+
+def _most_requests(question: Question) -> int:
+    """Those that any spec has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
+    if question.load.concurrency is None:
+        return 0
+    load = replace(question.load, concurrency=None)
+    free = replace(question, load=load, chunk_tokens=question.chunk_tokens or min(CHUNKS))
+    return max((serving.most_requests(load) for _, serving in servings_of(free, specs_of(free))), default=0)
 
 
 def _no_room(question: Question, specs: list[Spec]) -> str:

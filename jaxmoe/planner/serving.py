@@ -1,7 +1,7 @@
 """What a placement serves: requests at once, time to the first token, time a token, tokens a second.
 
 Requests of equal lengths, always as many at once, chunked prefill beside decoding: of `b` requests of a rank,
-b * isl / chunk of a request's `osl` turns carry a chunk of some prompt; the others decode alone. The controller takes
+b * isl / chunk of a request's turns carry a chunk of some prompt; the others decode alone. The controller takes
 in as many as its pages have room for to the end.
 """
 
@@ -29,16 +29,27 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """Of one placement under one load; seconds. tokens_a_second: generated ones, over all devices. turn: of the mean
-    turn, by what binds it."""
+    """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_a_second: generated
+    ones, over all devices. turn: of the mean turn, by what binds it; turns: that a request takes."""
 
     concurrency: int
     ttft: float
     tpot: float
     tokens_a_second: float
     turn: Seconds
+    turns: float
     chunk_tokens: int
     osl: int
+
+    @property
+    def request_seconds(self) -> float:
+        """From a request's arrival to its last token."""
+        return self.ttft + (self.osl - 1) * self.tpot
+
+    @property
+    def pace(self) -> float:
+        """Seconds that a user waits for a token: each after the first, or the only one."""
+        return self.tpot or self.ttft
 
 
 class Serving:
@@ -79,24 +90,29 @@ class Serving:
         return self._most[tokens]
 
     def serve(self, load: Load, concurrency: int, *, prefills: bool = True) -> Served:
-        """With so many requests at once. prefills: whether their prompts are read here too."""
+        """With so many requests at once. prefills: whether their prompts are read here too. A request takes as long as
+        all requests of a rank take to come by once: what it does not decode in, it waits for its first token."""
         rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
-        busy = concurrency / (rows * self.ranks)
         chunk = min(self.chunk_tokens, math.ceil(rows * load.isl))  # no more than there are
-        context, prompt = load.isl + load.osl / 2, load.isl / 2
-        chunks = rows * load.isl / chunk * prefills  # turns of one request's `osl` that carry a chunk
-        mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
+        context, prompt, later = load.isl + load.osl / 2, load.isl / 2, load.osl - 1
         alone = self.cost.seconds(Rows(rows, 0, context))
-        turns = mixed.mixed(chunks, alone, max(0.0, load.osl - chunks))
-        cycle = turns.total
-        first = max(1.0, load.isl / chunk) * (
-            mixed.total if rows > 1 else self.cost.seconds(Rows(1, chunk, context, prompt)).total
-        )
-        waiting = 0.5 * max(0.0, chunks - load.isl / chunk) / load.osl * mixed.total  # behind others' chunks
-        own = load.isl / chunk * mixed.total if prefills else 0.0  # of the cycle, in which the request draws no token
+        if not prefills:
+            return self._served(load, concurrency, alone.mixed(load.osl, alone, 0.0), load.osl, tpot=alone.total)
+        mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
+        own = max(1.0, load.isl / chunk)  # turns that read a request's prompt, the last of which draws a token
+        chunks = max(own, rows * load.isl / chunk)  # turns that read anyone's
+        seconds = mixed.mixed(chunks, alone, max(0.0, own + later - chunks))
+        waiting = 0.5 * (chunks - own) / load.osl * mixed.total  # behind others' chunks
+        tpot = 0.0
+        if later:
+            tpot = (seconds.total - own * mixed.total - waiting) / later
+            tpot = min(max(tpot, alone.total), max(mixed.total, alone.total))
+        return self._served(load, concurrency, seconds, max(chunks, own + later), tpot=tpot)
+
+    def _served(self, load: Load, concurrency: int, seconds: Seconds, turns: float, *, tpot: float) -> Served:
+        """What is served where a request takes so many seconds, in so many turns."""
         return Served(
-            concurrency=concurrency, ttft=first + waiting,
-            tpot=max(alone.total, (cycle - own) / max(1, load.osl - 1)),
-            tokens_a_second=busy * rows * self.ranks * load.osl / cycle, turn=turns.mixed(1 / load.osl, turns, 0.0),
-            chunk_tokens=self.chunk_tokens, osl=load.osl,
+            concurrency=concurrency, ttft=seconds.total - (load.osl - 1) * tpot, tpot=tpot,
+            tokens_a_second=concurrency * load.osl / seconds.total, turn=seconds.mixed(1 / turns, seconds, 0.0),
+            turns=turns, chunk_tokens=self.chunk_tokens, osl=load.osl,
         )  # fmt: skip

@@ -24,7 +24,8 @@ from jaxmoe.sharding import Placement
 
 Objective = Literal["latency", "throughput", "cost"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
-_CHUNKS = 2048  # prompt tokens of a step and rank, at first
+# Prompt tokens of a step and rank that are looked at, unless they are asked for; where to begin.
+CHUNKS, FIRST_CHUNK = (512, 2048, 8192), 2048
 # Axes are not looked at beyond these; a plan asked for with --mesh may have more.
 _MOST_STAGES, _MOST_TENSOR = 16, 64
 
@@ -84,7 +85,7 @@ def specs_of(question: Question) -> Iterator[Spec]:
                         seen.add(means)
                         yield Spec(
                             axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
-                            chunk_tokens=question.chunk_tokens or _CHUNKS,
+                            chunk_tokens=question.chunk_tokens or FIRST_CHUNK,
                         )  # fmt: skip
 
 

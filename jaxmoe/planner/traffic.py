@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxmoe.config import ModelConfig
+from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Schedule, segments
 from jaxmoe.sharding import Placement, array_sizes
 
@@ -175,6 +175,13 @@ class _Plan:
         self.where: Where = "embedding"
         self.layer: tuple[int, int] | None = None
         self.found: list[Stop] = []
+        self._sizes: dict[str, ArraySizes] = {}
+
+    def sizes(self, place: Placement) -> ArraySizes:
+        """Padded as seen from a place."""
+        if place.view not in self._sizes:
+            self._sizes[place.view] = array_sizes(self.config, place)
+        return self._sizes[place.view]
 
     def add(self, place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
         """One kind of collective over a dim's axes, or over axes."""
@@ -210,7 +217,7 @@ class _Plan:
     def logits(self, rows: int) -> None:
         """float32."""
         self.where = "head"
-        self.add(self.beside, "all-gather", "vocab", rows * array_sizes(self.config, self.beside).vocab * 4)
+        self.add(self.beside, "all-gather", "vocab", rows * self.sizes(self.beside).vocab * 4)
 
     def layers(self, ticks: int) -> None:
         """All layers, as often as they run."""
@@ -237,7 +244,7 @@ class _Plan:
         found."""
         self.where = "attention"
         self.gather(place, place.shared(self.lead), self.shared_rows, count)
-        config, sizes = self.config, array_sizes(self.config, place)
+        config, sizes = self.config, self.sizes(place)
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
         slots = self.tokens * sizes.kv_slots // place.parts("kv_head")
@@ -267,7 +274,7 @@ class _Plan:
         """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
         over = tuple(axis for axis in place.exchanged(self.lead) if place.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
-        places = array_sizes(self.config, place).moe_experts // place.size(place.held(self.lead))
+        places = self.sizes(place).moe_experts // place.size(place.held(self.lead))
         levels = [(over, rows, places, self.dispatch)]
         if self.dispatch.startswith("hierarchical"):
             inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"

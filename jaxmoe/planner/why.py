@@ -17,6 +17,7 @@ _BINDS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
     "scale_out": "collectives between {fabric}s", "launch": "launching kernels", "bubble": "stages that wait",
 }  # fmt: skip
+_NOTHING = f"Of what was asked for, no change was found that lifts it by more than {ALIKE:.0%}."
 # What so many devices have no room for, or cannot keep.
 Lacks = Literal["model", "requests", "limits"]
 
@@ -44,6 +45,15 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
+def digits(number: float) -> str:
+    """Whole from 100 on, three digits that count below."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f}" if seconds >= 1 else f"{seconds:.3g}"
+
+
 def _binds(question: Question, name: str) -> str:
     return _BINDS[name].format(fabric=question.hardware.fabric)
 
@@ -55,7 +65,7 @@ def _binding(question: Question, best: Plan, neighbours: Neighbours) -> Iterator
     then = f"; then {_binds(question, second)}, {next_most / turn.total:.0%}" if next_most else ""
     more = twice is not None and value(question, twice) < (1 - ALIKE) * value(question, best)
     lifts = remedies(question, best, first, more_devices=more)
-    lift = f"What would lift it next: {', or '.join(lifts)}." if lifts else "Other hardware alone would lift it."
+    lift = f"What would lift it next: {'; or '.join(lifts)}." if lifts else _NOTHING
     yield (
         f"What binds: {_binds(question, first)}, {most / turn.total:.0%} of a mean turn of {turn.total * 1e3:.1f} ms"
         f"{then}. {lift}"
@@ -166,9 +176,9 @@ def _as_good(question: Question, plan: Plan, best: Plan) -> str:
     theirs, mine = seconds
     leaned = [one.served.turn.scale_out / one.served.turn.total for one in (plan, best)]
     if question.objective != "latency" and mine < theirs:
-        why = f"a request takes {mine:.2f} s here and {theirs:.2f} there"
+        why = f"a request takes {_seconds(mine)} s here and {_seconds(theirs)} there"
     elif question.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
-        why = f"{tokens[1]:,.0f} tokens/s a device are served here and {tokens[0]:,.0f} there"
+        why = f"{digits(tokens[1])} tokens/s a device are served here and {digits(tokens[0])} there"
     elif leaned[1] < leaned[0]:
         why = f"{leaned[1]:.1%} of a turn lie between {question.hardware.fabric}s here and {leaned[0]:.1%} there"
     else:
@@ -177,8 +187,9 @@ def _as_good(question: Question, plan: Plan, best: Plan) -> str:
 
 
 def _a_token(plan: Plan, name: str) -> float:
-    """Seconds of a turn that one part takes, a token generated in it."""
-    return plan.served.turn.parts()[name] / plan.served.concurrency
+    """Seconds that one part takes, a token generated."""
+    served = plan.served
+    return served.turn.parts()[name] * served.turns / (served.concurrency * served.osl)
 
 
 def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
@@ -196,7 +207,7 @@ def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]
     first = counted(pools.prefill_engines, "engine")
     engines = f"{first} of {counted(pools.engine_devices, 'device')} for prompts, {pools.decode_engines} to decode"
     does = (
-        f"{pools.tokens_a_second:,.0f} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
+        f"{digits(pools.tokens_a_second)} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
         f"{pools.tpot * 1e3:.1f} ms a token, with {counted(pools.concurrency, 'request')} at once"
     )
     verdict = "serve more than engines that do both" if beats(pools, best, question) else "do not pay here"
@@ -245,5 +256,5 @@ def _named(question: Question, plan: Plan) -> str:
 
 def _compared(question: Question, plan: Plan, best: Plan) -> str:
     if question.objective == "latency":
-        return f"takes {plan.request_seconds:.2f} s for a request in place of {best.request_seconds:.2f}"
-    return f"gives {_each(plan):,.0f} tokens/s a device in place of {_each(best):,.0f}"
+        return f"takes {_seconds(plan.request_seconds)} s for a request in place of {_seconds(best.request_seconds)}"
+    return f"gives {digits(_each(plan))} tokens/s a device in place of {digits(_each(best))}"

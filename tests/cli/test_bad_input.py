@@ -134,6 +134,12 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-tpot-ms", "-1"], ["sla_tpot_ms=-1.0 must be above 0"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-ttft-ms", "nan"], ["sla_ttft_ms=nan must be above 0"]),
     (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-ttft-ms", "inf"],
+        ["inf must be above 0, and at most 1e+12"],
+    ),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--price", "-1"], ["price=-1.0 must be above 0, and at most"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--price", "nan"], ["price=nan must be above 0, and at most"]),
+    (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--sla-tpot-ms", "0.1"],
         ["--sla-tpot-ms 0.1 cannot be met by 1 x h100", "the best time a token"],
     ),
@@ -143,7 +149,14 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--concurrency", "100000"],
-        ["there is no room for 100000 requests of 2048 tokens", "devices would do"],
+        [
+            "there is no room for 100000 requests of 2048 tokens",
+            "devices would do, or fewer requests (--concurrency, at ",
+        ],
+    ),
+    (
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--concurrency", "16777216"],
+        ["GiB; fewer requests (--concurrency, at most 224), or a shorter --weights-dtype or --kv-dtype may do"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--mesh", "tensor=4"],

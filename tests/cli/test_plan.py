@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -149,6 +150,62 @@ def test_without_devices_the_fewest_worthwhile_are_taken(capsys):
     found = plan(capsys, "deepseek-v3.1", "--hardware", "b200", "--kv-dtype", "fp8")
     assert (found["devices"], found["nodes"]) == (8, 1)
     assert plan(capsys, "llama-3.1-8b", "--hardware", "h100")["devices"] == 1
+
+
+def test_cost_takes_the_cheapest_number_of_devices(capsys):
+    """Four H100 serve Qwen3-30B-A3B 5% cheaper than two, and two 57% cheaper than one."""
+    words = ["qwen3-30b-a3b", "--hardware", "h100", "--objective", "cost", "--price", "2"]
+    dollars = [plan(capsys, *words, "--devices", count)["plan"]["dollars_per_million_tokens"] for count in (2, 4)]
+    found = plan(capsys, *words)
+    assert found["plan"]["dollars_per_million_tokens"] <= 1.03 * min(dollars)
+
+
+@pytest.mark.parametrize(("hardware", "devices"), [("h200-8", 8), ("b200-2x8", 16), ("h200", 1)])
+def test_nodes_that_hardware_names_are_all_planned_for(capsys, hardware, devices):
+    assert plan(capsys, "demo", "--hardware", hardware, "--isl", "32", "--osl", "32")["devices"] == devices
+
+
+@pytest.mark.parametrize(("model", "runs"), [("deepseek-v3.2", False), ("deepseek-v3.1-nvfp4", False), ("demo", True)])
+def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs):
+    length = ["--isl", "32", "--osl", "32", "--mesh", "expert=8"]
+    said = plan(capsys, model, "--hardware", "b200", *length)["reasons"]
+    assert any(line.startswith("Planned only: generate, inspect, compile and map refuse") for line in said) != runs
+    read = ModelQuestion(config=model, mesh="data=1", batch=1, context=1)
+    if runs:
+        assert read.checked_model()
+    elif model != "deepseek-v3.2":  # whose layers refuse it, later
+        with pytest.raises(ConfigError):
+            read.checked_model()
+
+
+def test_of_one_token_no_time_between_tokens_is_told_or_limited(capsys):
+    words = ["llama-3.1-70b", "--hardware", "h100", "--devices", "8", "--isl", "4096", "--osl", "1"]
+    free, limited = plan(capsys, *words), plan(capsys, *words, "--sla-tpot-ms", "20")
+    assert free["plan"] == limited["plan"]
+    assert free["plan"]["tpot_ms"] is None
+    assert free["plan"]["tokens_per_s_per_user"] == pytest.approx(1e3 / free["plan"]["ttft_ms"])
+    out = jaxmoe(capsys, "plan", *words).out
+    assert "ms a token;" not in out
+    assert "ms; " in out
+
+
+def test_small_rates_keep_their_digits(capsys):
+    out = jaxmoe(capsys, "plan", "llama-3.1-8b", "--hardware", "cpu-8", "--weights-dtype", "int8").out
+    assert "x cpu-8" in out
+    assert " 0 a device" not in out
+    assert " 0.0 a user" not in out
+
+
+def test_a_picture_that_cannot_be_written_leaves_none(capsys, tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("jaxmoe.engine.trace.os.replace", full)
+    words = ["demo", "--hardware", "h100", "--devices", "2", "--isl", "32", "--osl", "32"]
+    outcome = jaxmoe(capsys, "plan", *words, "--plot", tmp_path / "p.svg")
+    assert outcome.code == 2
+    assert f"--plot '{tmp_path / 'p.svg'}' cannot be written: File too large" in outcome.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_people_see_the_plan_a_table_and_reasons_and_a_picture(capsys, tmp_path):

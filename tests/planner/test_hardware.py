@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import parse_mesh, preset_names
-from jaxmoe.planner.hardware import Hardware, _not_contradicted, hardware_names, line_of, read_hardware
+from jaxmoe.planner.hardware import Hardware, _not_contradicted, hardware_names, line_of, names_nodes, read_hardware
 
 GOOD = """\
 # One kind of device.
@@ -47,6 +47,7 @@ def test_every_preset_is_hardware_and_a_mesh_it_can_hold(name):
         devices *= size
     assert devices <= max(hardware.scale_up_devices, hardware.devices_per_node * hardware.nodes)
     assert hardware.hbm_gib <= hardware.hbm_gb
+    assert hardware.device in hardware_names()  # as --hardware takes it
     assert hardware.bytes_a_second <= hardware.hbm_gbps * 1e9
     assert (name in hardware_names()) == (read_hardware(name).nodes == 1 and name != "h200-8")
 
@@ -79,7 +80,44 @@ def test_what_lies_between_nodes_is_read_beside_what_lies_within(read):
 
 def test_a_preset_gives_what_a_file_leaves_out(read):
     mine = read('[hardware]\npreset = "b200"\nnodes = 3\n[tflops]\nbf16 = 7\n')
-    assert (mine.nodes, mine.hbm_gbps, mine.tflops) == (3, read_hardware("b200").hbm_gbps, {"bf16": 7})
+    b200 = read_hardware("b200")
+    assert (mine.nodes, mine.hbm_gbps, mine.tflops) == (3, b200.hbm_gbps, {**b200.tflops, "bf16": 7})
+
+
+@pytest.mark.parametrize(
+    ("preset", "text", "table", "changed"),
+    [
+        ("h100", "[tflops]\nbf16 = 800\n", "tflops", {"bf16": 800}),
+        ("mi300x", "[attained]\nhbm = 0.9\n", "attained", {"hbm": 0.9}),
+        ("mi300x", "[attained]\ncompute = 0.3\n", "attained", {"compute": 0.3}),
+        ("cpu-8", "[attained]\nhbm = 0.9\n", "attained", {"hbm": 0.9}),
+        ("cpu-8", "[attained]\nhbm = 0.9\n", "collectives", {}),
+        ("h100", "[collectives.all-reduce]\n2 = [[512, 5]]\n", "collectives", {"all-reduce": {2: ((512, 5),)}}),
+    ],
+)
+def test_what_a_file_gives_of_a_table_leaves_the_rest_to_the_preset(read, preset, text, table, changed):
+    base, mine = getattr(read_hardware(preset), table), getattr(read(f'[hardware]\npreset = "{preset}"\n{text}'), table)
+    assert base
+    assert mine == {**base, **changed}
+
+
+def test_tables_measured_on_other_links_are_not_merged(read):
+    mine = read(PRESET + "scale_up_gbps = 45\n[collectives.all-gather]\n2 = [[512, 5]]\n")
+    assert list(mine.collectives) == ["all-gather"]
+
+
+@pytest.mark.parametrize("gb", [40, 141])
+def test_other_memory_of_a_preset_is_usable_in_the_same_share(read, gb):
+    h100 = read_hardware("h100")
+    assert read(PRESET + f"hbm_gb = {gb}\n").hbm_gib == pytest.approx(h100.hbm_gib * gb / h100.hbm_gb)
+    assert read(PRESET + f"hbm_gb = {gb}\nhbm_gib = 30\n").hbm_gib == 30
+
+
+def test_one_node_is_a_number_of_nodes(tmp_path):
+    (tmp_path / "mine.toml").write_text(PRESET + "nodes = 1\n")
+    for name in ("h200-8", "b200-2x8", str(tmp_path / "mine.toml")):
+        assert names_nodes(name)
+    assert not names_nodes("h200")
 
 
 def test_unknown_names_are_told_the_nearest():
@@ -102,13 +140,16 @@ def test_unknown_names_are_told_the_nearest():
         ("hbm_gbps = 1000", "hbm_gbps = '1000'", 8, "hbm_gbps='1000' must be a number of at least 0"),
         ("hbm_gbps = 1000", "hbm_gbps = 0", 8, "hbm_gbps=0 must be above 0"),
         ("hbm_gbps = 1000", "hbm_gbps = nan", 8, "hbm_gbps=nan must be a number"),
-        ("hbm_gbps = 1000", "hbm_gbps = inf", 8, "hbm_gbps=inf must be a number"),
+        ("hbm_gbps = 1000", "hbm_gbps = inf", 8, "hbm_gbps=inf must be a number of at least 0 and below 1e+18"),
+        ("bf16 = 50", "bf16 = inf", 13, "[tflops] bf16=inf must be a number above 0 and below 1e+18"),
         ("hbm_gib = 39.5", "hbm_gib = -1", 7, "hbm_gib=-1 must be a number of at least 0"),
         ("devices_per_node = 4", "devices_per_node = 4.5", 5, "devices_per_node=4.5 must be a whole number"),
         ('platform = "cuda"', 'platform = "gpu"', 4, "platform='gpu' must be one of cuda, rocm, tpu, cpu"),
         ('device = "mine"', "device = 3", 3, "device=3 must be a name"),
         ('device = "mine"', 'preset = "b20"', 3, "preset='b20' is no preset; did you mean"),
         ('device = "mine"', 'preset = "mine.toml"', 3, "preset='mine.toml' is no preset"),
+        ('device = "mine"', 'preset = "b200-2x8"', 3, "preset='b200-2x8' is a mesh; did you mean b200 or gb200"),
+        ('device = "mine"', "preset = [1]", 3, "preset=[1] is no preset"),
         ("hbm_gbps = 1000\n", "", 2, "has no key 'hbm_gbps' in [hardware]: add it"),
         ("[tflops]\nbf16 = 50\n", "", 2, "has no table [tflops]: add it"),
         ("bf16 = 50", "fp8 = 50", 12, "[tflops] must give bf16"),
@@ -216,5 +257,5 @@ def test_a_node_of_other_devices_is_a_fabric_of_other_devices(read):
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/h.toml", "~nobody-of-this-name"])
 def test_a_home_that_nobody_has_is_one_line(path):
-    with pytest.raises(MeshError, match=r"hardware ~nobody-of-this-name.* cannot be read"):
+    with pytest.raises(MeshError, match=r"hardware '~nobody-of-this-name.*' is no path"):
         read_hardware(path)

@@ -61,6 +61,20 @@ def test_requests_at_once_bound_what_pools_serve():
     assert pools.tokens_a_second < best_pools(asked, engine_devices=8).tokens_a_second
 
 
+@pytest.mark.parametrize("osl", [8, 1024])
+def test_requests_on_their_way_to_the_first_token_are_counted(osl):
+    """Little's law."""
+    asked = replace(question("llama-3.1-70b", "h100", 16), load=Load(isl=8192, osl=osl))
+    pools = best_pools(asked, engine_devices=4)
+    assert pools is not None
+    assert pools.concurrency == math.ceil(pools.tokens_a_second / osl * pools.request_seconds)
+
+
+def test_one_token_needs_no_pool_that_decodes():
+    asked = replace(question("llama-3.1-70b", "h100", 16), load=Load(isl=8192, osl=1))
+    assert best_pools(asked, engine_devices=4) is None
+
+
 def test_pools_of_as_many_requests_are_compared_with_the_plan():
     asked = replace(question("llama-3.1-405b", "h200", 64, "latency"))
     best = found("llama-3.1-405b", "h200", 64, "latency").best

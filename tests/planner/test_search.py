@@ -106,6 +106,42 @@ def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
         search(replace(asked, load=Load(isl=120_000, osl=1000, concurrency=4)))
 
 
+@pytest.mark.parametrize("case", [("llama-3.1-8b", "h100", 1), ("llama-3.1-8b", "v5e", 4), ("gpt-oss-120b", "h100", 2)])
+def test_as_many_requests_as_are_said_to_have_room_are_planned_for(case):
+    """By the smallest chunks of prompts where others leave too little; served nearly as well as those that are best."""
+    best = found(*case).best
+    full = search(replace(question(*case), load=replace(LOAD, concurrency=best.most_requests))).best
+    assert full.served.concurrency == best.most_requests
+    assert full.tokens_a_second > 0.9 * best.tokens_a_second
+    with pytest.raises(NoPlanError, match="no room for") as caught:
+        search(replace(question(*case), load=replace(LOAD, concurrency=1 << 24)))
+    most = replace(LOAD, concurrency=caught.value.most)  # of any split
+    assert search(replace(question(*case), load=most)).best.served.concurrency >= best.most_requests
+    with pytest.raises(NoPlanError, match="no room for"):
+        search(replace(question(*case), load=replace(LOAD, concurrency=caught.value.most + 1)))
+
+
+@pytest.mark.parametrize("load", [(4096, 1), (512, 2), (128, 8), (8192, 2), (8192, 16), (1024, 1024)])
+@pytest.mark.parametrize("count", [1, 7, 48])
+def test_times_agree_with_tokens_a_second(load, count):
+    """So many requests, always at once, each as long as its tokens take (Little's law)."""
+    asked = Load(isl=load[0], osl=load[1], concurrency=count)
+    served = search(replace(question("llama-3.1-70b", "h100", 8), load=asked)).best.served
+    assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_a_second)
+    assert served.turn.total * served.turns == pytest.approx(served.request_seconds)
+    assert served.ttft > 0
+    assert (served.tpot == 0) == (served.osl == 1)
+    assert served.pace == (served.tpot or served.ttft)
+
+
+def test_the_front_of_single_tokens_trades_their_time():
+    one = search(replace(question("llama-3.1-8b", "h100", 8), load=Load(isl=1024, osl=1)))
+    assert len(one.front) > 3
+    for fast, full in pairwise(one.front):
+        assert fast.served.ttft < full.served.ttft
+        assert fast.tokens_a_second < full.tokens_a_second
+
+
 def test_limits_beside_latency_keep_the_requests_assumed_while_they_are_kept():
     asked = question("llama-3.1-8b", "h100", 8, "latency")
     fastest = {
