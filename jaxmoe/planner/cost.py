@@ -7,6 +7,7 @@ below, with where it comes from; docs/planner.md holds it against published meas
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -347,8 +348,13 @@ class StepCost:
         return self._planned_for(0, 1)
 
     def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, Group, int, bool]]:
-        shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
-        planned = planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
+        def planned_of(sampled: int) -> Counter[Collective]:
+            shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
+            return planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
+
+        planned = planned_of(sampled)
+        if not tokens:  # how many tokens come is told even where none do; that goes with the tokens
+            planned -= planned_of(0)
         found = []
         for one, count in planned.items():
             if not one.result_bytes:

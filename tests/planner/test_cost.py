@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -84,6 +85,21 @@ def test_collectives_are_those_planned(mesh, layout, dispatch):
     work = priced.compute + priced.memory + priced.launch
     waits = priced.link + priced.scale_out - wanted
     assert 0.9 * 2 * 48 * 10e-6 <= waits <= 2 * 48 * 10e-6 + 0.5 * work
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ragged_all_to_all", "hierarchical_ragged"])
+def test_each_collective_is_priced_once(dispatch):
+    """Those that a dispatch sends ahead, too, which do not grow with tokens."""
+    cost = cost_of("qwen3-30b-a3b", "expert=2,tensor=4", layout="dp-ep", dispatch=dispatch)
+    shape = StepShape(num_tokens=1024, num_sampled=1024, itemsize=2, picked=True)
+    planned = planned_collectives(cost.config, cost.placement, shape, dispatch=dispatch)
+    priced: Counter[str] = Counter()
+    for one, _, count, _ in cost._planned:
+        priced[one.op] += count
+    wanted: Counter[str] = Counter()
+    for one, count in planned.items():
+        wanted[one.op] += count
+    assert priced == wanted
 
 
 def test_stages_wait_less_with_more_chunks():
