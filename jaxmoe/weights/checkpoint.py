@@ -26,7 +26,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     Raises: CheckpointError, also where either of those two is a link that leaves its directory.
     """
     value = _read_object(path, required=required)
-    if path.name == CONFIG and "quantization_config" not in value and (beside := path.with_name(BESIDE)).exists():
+    if path.name == CONFIG and "quantization_config" not in value and (beside := path.with_name(BESIDE)).is_file():
         how = _read_object(beside, required=True).get("quantization")
         value["quantization_config"] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
-_MOST_LISTED = 1000  # missing tensors
+_MOST_LISTED, _MOST_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
 _MOST_WORKERS = 8  # that read and turn tensors
@@ -263,20 +263,26 @@ def _check_count(
     sizes: Sequence[ArraySizes],
     segments: tuple[Segment, ...],
 ) -> None:
-    """Raise a CheckpointError where a config asks for many more tensors than there are, before they are listed: by a
-    layer of each kind, so that time and memory follow the files and not the config."""
-    kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
-    counts, names = Counter(kinds), FAMILIES[config.family].names
-    outside = {piece.key for piece in pieces(config, sizes, names, segments, layers=())}
-    total, limit = len(outside), len(tensors) + _MOST_LISTED
-    for kind, count in counts.items():
-        layers = (kinds.index(kind),)
-        total += count * len({piece.key for piece in pieces(config, sizes, names, segments, layers=layers)} - outside)
-        if total > limit:
+    """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its pieces
+    are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
+    kinds, names = [config.kind(layer) for layer in range(config.num_hidden_layers)], FAMILIES[config.family].names
+
+    def asked(layers: Collection[int]) -> dict[str, int]:
+        """Numbers of each tensor of some layers, and of those outside all."""
+        found = pieces(config, sizes, names, segments, layers=layers)
+        return {piece.key: math.prod(piece.key_shape) for piece in found}
+
+    outside, num_bytes = asked(()), sum(tensor.num_bytes for tensor in tensors.values())
+    num_tensors, num_numbers = len(outside), sum(outside.values())
+    for kind, count in Counter(kinds).items():
+        inside = asked((kinds.index(kind),))
+        num_tensors += count * (len(inside) - len(outside))
+        num_numbers += count * (sum(inside.values()) - sum(outside.values()))
+        if num_tensors > len(tensors) + _MOST_LISTED or num_numbers > 2 * num_bytes + _MOST_NUMBERS:  # of 4 bits
             raise CheckpointError(
-                f"{directory} does not match its config.json (family {config.family}): that asks for {total} "
-                f"tensors or more, the files hold {len(tensors)}; check that config.json and the weight files belong "
-                f"together"
+                f"{directory} does not match its config.json (family {config.family}): that asks for {num_tensors} "
+                f"tensors of {num_numbers} numbers or more, the files hold {len(tensors)} of {num_bytes} bytes; check "
+                f"that config.json and the weight files belong together"
             )
 
 

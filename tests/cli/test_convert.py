@@ -243,10 +243,6 @@ SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["names 2 tensors the files lack: '\\x1b[31m', '\\u202eb'"],
     ),
     "many dims": (_named("x", shape=(1,) * 140), ["tensor 'x' has 140 dims", "may have 32", "--to hf"]),
-    "far too many layers and experts": (
-        _config(num_hidden_layers=10000, num_local_experts=10000),
-        ["that asks for 300070002 tensors or more, the files hold"],
-    ),
     "too few layers": (_config(num_hidden_layers=1), ["unused"]),
     "a config key": (_config(new_maths=3), ["new_maths"]),
     "a link that leaves": (_link("tokenizer.json", ETC), ["tokenizer.json is a link that leaves the directory", ETC]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +115,27 @@ def test_quantised_checkpoints_become_plain_ones(form, name, to, tmp_path):
     assert found.keys() == values.keys()
     for key, value in values.items():
         np.testing.assert_array_equal(found[key].read_rows(0, value.shape[0]), value.astype(np.float32), err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (CASE, {"num_hidden_layers": 10000, "num_local_experts": 10000}, "asks for 300070002 tensors of"),
+        (
+            "gpt_oss_window",
+            {"num_hidden_layers": 80, "num_local_experts": 10000, "layer_types": None},
+            "numbers or more",
+        ),
+    ],
+)
+def test_a_config_far_beyond_its_files_is_said_at_once(name, changes, words, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir(name), tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert time.process_time() - started < 5
 
 
 def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
