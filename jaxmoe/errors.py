@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class JaxmoeError(ValueError):
     """Base of every error a person can cause and mend: one line with the name, value, limit and remedy."""
@@ -29,3 +31,9 @@ class RequestError(JaxmoeError):
 
 class StepError(JaxmoeError):
     """A step of the engine failed on the devices; the requests in it ended, the engine goes on."""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of names that a file gave, and how many more there are; quoted where a terminal would not show them."""
+    shown = [name[:200] if name[:200].isprintable() else repr(name[:200]) for name in names[:most]]
+    return ", ".join(shown) + (f", and {len(names) - most} more" if len(names) > most else "")

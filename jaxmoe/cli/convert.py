@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import click
+from rich.markup import escape
 
 from jaxmoe.cli.options import console, loading_bar
-from jaxmoe.errors import RequestError
+from jaxmoe.errors import RequestError, listed
 from jaxmoe.paths import expanded
 
 
@@ -67,7 +68,7 @@ def convert(
     )
     print(f"config.json: {report.config_check}" + ("; checksums hold" if report.verified else ""))
     if report.left_behind:
-        console.print(f"[dim]left behind: {', '.join(report.left_behind)}[/dim]")
+        console.print(f"[dim]left behind: {escape(listed(report.left_behind, len(report.left_behind)))}[/dim]")
     return 0
 
 

@@ -32,7 +32,7 @@ from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.balance import ExpertPlacement, balance
 from jaxmoe.sharding import Placement, segment_sizes
-from jaxmoe.weights.checkpoint import open_tensors, read_config_json, read_json
+from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
@@ -95,7 +95,7 @@ class LLM:
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
-        config = read_config(read_config_json(directory / "config.json"), ignore=ignore_config_keys)
+        config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
         config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxmoe.config import ModelConfig
@@ -29,6 +30,7 @@ from jaxmoe.families.piece import Piece
 from jaxmoe.families.quantised import as_published, read_published
 from jaxmoe.families.reader import ConfigReader
 
+_QUANTISATION = "quantization_config"
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -57,7 +59,8 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: 
 
     ignore: keys to pass over although they are not understood. planned: also of a checkpoint whose format of weights
     is planned with and cannot be run.
-    Raises: ConfigError for an unknown model_type, a bad value, or a key that may change the maths.
+    Raises: ConfigError for an unknown model_type, a bad value, a key that may change the maths, or one to ignore that
+    is not there.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -65,11 +68,13 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: 
             f"config.json has model_type {name!r}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    published = read_published(raw.get("quantization_config"), planned=planned)
-    ignored = [ignore] if isinstance(ignore, str) else ignore
-    reader = ConfigReader(_of_text(raw, FAMILIES[name].part), ignore=["quantization_config", *ignored])
+    published = read_published(raw.get(_QUANTISATION), planned=planned)
+    text = _of_text(raw, FAMILIES[name].part)
+    ignored = [_QUANTISATION, *([ignore] if isinstance(ignore, str) else ignore)]
+    _check_ignored(ignored[1:], {_QUANTISATION, *raw, *text})
+    reader = ConfigReader(text, ignore=ignored)
     config = FAMILIES[name].read(reader)
-    reader.finish(name)
+    reader.finish(f"of family {name!r}", "if harmless, pass them as ignore_config_keys (--ignore-config-key)")
     return as_published(config, published, FAMILIES[name].names)
 
 
@@ -88,6 +93,14 @@ def quantised_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
     return quantising.quantised_keys(config, weights_dtype, FAMILIES[config.family].names)
 
 
+def _check_ignored(ignored: Iterable[str], known: Collection[str]) -> None:
+    """Raise a ConfigError for a key that is to be passed over and is not there."""
+    for key in ignored:
+        if key not in known:
+            near = "".join(f", did you mean {one!r}?" for one in difflib.get_close_matches(key, known, 1))
+            raise ConfigError(f"--ignore-config-key {key!r} names no key of config.json: leave it out{near}")
+
+
 def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
     """The text model's config, with what the whole file says of its numbers."""
     if part is None:
@@ -95,4 +108,9 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
     text = raw.get(part)
     if not isinstance(text, Mapping):
         raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
+    if text.get(_QUANTISATION) is not None:
+        raise ConfigError(
+            f"config key {_QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
+            f"config.json"
+        )
     return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}

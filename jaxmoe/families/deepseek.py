@@ -16,8 +16,10 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.reader import (
+    MAX_LAYERS,
     REQUIRED,
     ConfigReader,
+    read_agreed,
     read_decoder,
     read_dense_prefix,
     read_num_experts,
@@ -30,7 +32,7 @@ def read_latent(reader: ConfigReader) -> MLAConfig:
     """The sizes of the latents."""
     return MLAConfig(
         kv_lora_rank=reader.whole("kv_lora_rank"),
-        q_lora_rank=reader.whole("q_lora_rank", None),
+        q_lora_rank=reader.whole("q_lora_rank", None, absent=1536),
         qk_nope_head_dim=reader.whole("qk_nope_head_dim"),
         qk_rope_head_dim=reader.whole("qk_rope_head_dim"),
         v_head_dim=reader.whole("v_head_dim"),
@@ -92,7 +94,8 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
     latent = read_latent(reader)
     shared = read_decoder(reader, latent=latent, interleaved=interleaved)
     layers, width = shared["num_hidden_layers"], reader.whole("moe_intermediate_size")
-    for key in ("aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim"):
+    reader.expect("qk_head_dim", shared["head_dim"])
+    for key in ("aux_loss_alpha", "seq_aux", "ep_size"):
         reader.get(key, None)
     moe = MoEConfig(
         num_experts=read_num_experts(reader, "n_routed_experts", "num_local_experts", "num_experts"),
@@ -111,7 +114,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         moe=moe,
         moe_layers=read_dense_prefix(reader, num_layers=layers, default=REQUIRED if sigmoid else 0),
         sliding_windows=(None,) * layers,
-        mtp_layers=read_mtp_layers(reader),
+        mtp_layers=read_mtp_layers(reader, absent=1 if sigmoid else 0),
     )
 
 
@@ -120,13 +123,13 @@ def _read_indexer(reader: ConfigReader) -> IndexerConfig:
     return IndexerConfig(**{name: reader.whole(key) for name, key in names.items()})
 
 
-def read_mtp_layers(reader: ConfigReader) -> int:
+def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
     """Layers of multi-token prediction that checkpoints carry after all others."""
-    reader.get("num_mtp_layers", None)
-    return reader.whole("num_nextn_predict_layers", 0)
+    keys = "num_nextn_predict_layers", "num_mtp_layers"  # as published, and as transformers writes it
+    return read_agreed(reader, "layers of multi-token prediction", *keys, default=0, absent=absent, within=_MTP_LAYERS)
 
 
-_SPARSE = "deepseek_v32"
+_SPARSE, _MTP_LAYERS = "deepseek_v32", (0, MAX_LAYERS)
 NAMES = KeyNames(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
 FAMILIES = tuple(
     Family(name=name, read=partial(_read, family=name, sigmoid=sigmoid), names=NAMES)

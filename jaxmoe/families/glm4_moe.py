@@ -26,7 +26,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         sliding_windows=(None,) * layers,
         qkv_bias=reader.flag("attention_bias"),
         qk_norm="head" if reader.flag("use_qk_norm") else "none",
-        mtp_layers=read_mtp_layers(reader),
+        mtp_layers=read_mtp_layers(reader, absent=1),
     )
 
 

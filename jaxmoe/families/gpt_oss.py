@@ -6,7 +6,7 @@ Source: Hugging Face's GptOssConfig and modeling_gpt_oss.
 from jaxmoe.config import Clamp, ModelConfig, MoEConfig
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_windows
+from jaxmoe.families.reader import ConfigReader, read_agreed, read_decoder, read_num_experts, read_windows
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -19,11 +19,10 @@ def read(reader: ConfigReader) -> ModelConfig:
     shared = read_decoder(reader, default_eps=1e-5, default_theta=150000.0, default_head_dim=64, default_scaling=_YARN)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias", True)
-    for key in ("experts_per_token", "initial_context_length"):  # said again by num_experts_per_tok and rope_scaling
-        reader.get(key, None)
+    reader.get("initial_context_length", None)  # said again by rope_scaling
     moe = MoEConfig(
         num_experts=read_num_experts(reader, "num_local_experts", "num_experts"),
-        num_experts_per_tok=reader.whole("num_experts_per_tok"),
+        num_experts_per_tok=read_agreed(reader, "experts a token", "num_experts_per_tok", "experts_per_token"),
         intermediate_size=shared["intermediate_size"],
         norm_topk_prob=True,
         router_bias=True,

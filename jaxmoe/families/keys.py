@@ -6,6 +6,7 @@ Published matrices are [out, in], fused ones of all experts [expert, in, out]; p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -163,11 +164,10 @@ def may_stand_unused(key: str, config: ModelConfig, names: KeyNames) -> bool:
     """Tensors that published checkpoints carry and inference does not need: rotary tables, a tied head's copy, layers
     of multi-token prediction, models beside the text's."""
     own = key.removeprefix(names.prefix)
-    layers = config.num_hidden_layers
-    extra = tuple(f"model.layers.{layer}." for layer in range(layers, layers + config.mtp_layers))
+    layer = re.match(r"model\.layers\.([1-9][0-9]{0,8})\.", own)
     return (
         own.endswith("rotary_emb.inv_freq")
         or (config.tie_word_embeddings and own == "lm_head.weight")
-        or own.startswith(extra)
+        or (layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < config.mtp_layers)
         or key.startswith(names.others)
     )

@@ -47,7 +47,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
     reader.expect("for_llm_compressor", False)
     rope = _rope_layers(reader, layers)
     types = read_layer_types(reader, ("full_attention", "chunked_attention"), num_layers=layers)
-    chunk = reader.whole("attention_chunk_size", 8192 if not reader.has("attention_chunk_size") else None)
+    chunk = reader.whole("attention_chunk_size", None, absent=8192)
     chunked = rope if types is None else tuple(kind == "chunked_attention" for kind in types)
     tuned = reader.get("attn_temperature_tuning", True)  # published as true or as 4
     if type(tuned) not in (bool, int):

@@ -25,6 +25,9 @@ from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quan
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
 _PLAIN = ("router", "shared_gate", "key_up", "value_up")
+# Of compressed-tensors: who wrote it and how far they got; how scales were found, and dtypes that tensors have anyway.
+_OF_WRITERS = ("global_compression_ratio", "quantization_status", "version")
+_OF_SCALES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 
@@ -34,7 +37,7 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
 
     Raises: ConfigError for a quant_method that is not known, or a setting of it that is not.
     """
-    if not value:
+    if value is None or value == {}:
         return None
     method = value.get("quant_method") if isinstance(value, Mapping) else value
     readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
@@ -65,7 +68,7 @@ def _read_fp8(reader: ConfigReader) -> Published:
             f"config key 'quantization_config' has weight_block_size {block!r}; two whole numbers are supported, as in "
             f"[128, 128]"
         )
-    reader.finish("quantization_config of fp8")
+    _finish(reader, "fp8")
     numbers = Format(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
     return Published(method="fp8", format=numbers, ignored=ignored)
 
@@ -73,7 +76,7 @@ def _read_fp8(reader: ConfigReader) -> Published:
 def _read_mxfp4(reader: ConfigReader) -> Published:
     ignored = _names(reader, "modules_to_not_convert")
     _expect(reader, "dequantize", False, None)
-    reader.finish("quantization_config of mxfp4")
+    _finish(reader, "mxfp4")
     return Published(method="mxfp4", format=MXFP4, ignored=ignored)
 
 
@@ -84,7 +87,7 @@ def _read_modelopt(reader: ConfigReader) -> Published:
     for key in ("producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups"):
         reader.get(key, None)  # who made it; --kv-dtype's business; the same said again
     ignored = (*_names(reader, "exclude_modules"), *_names(reader, "ignore"))
-    reader.finish("quantization_config of modelopt")
+    _finish(reader, "modelopt")
     return Published(method="modelopt", format=NVFP4, ignored=ignored)
 
 
@@ -93,22 +96,23 @@ def _read_compressed(reader: ConfigReader) -> Published:
     groups = reader.get("config_groups", None)
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise ConfigError("config key 'quantization_config' must have one group in config_groups")
-    group = next(iter(groups.values()))
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
+    inner = next(iter(groups.values()))
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("weights"), Mapping):
         raise ConfigError("config key 'quantization_config' has a group without weights")
-    form = reader.get("format", None) or group.get("format")
+    group, weights = ConfigReader(inner), ConfigReader(inner["weights"])
+    forms = [form for one in (reader, group) if (form := one.get("format", None)) is not None]
+    kind = weights.get("type", None)
     found = {
-        "format": form, "targets": group.get("targets"), "type": weights.get("type"),
-        "num_bits": weights.get("num_bits"), "strategy": weights.get("strategy"),
-        "symmetric": weights.get("symmetric", True), "dynamic": weights.get("dynamic", False),
+        "targets": group.get("targets", None), "num_bits": weights.get("num_bits", None),
+        "strategy": weights.get("strategy", None), "symmetric": weights.get("symmetric", True),
+        "dynamic": weights.get("dynamic", False),
     }  # fmt: skip
-    dtype = _NUMBERS.get((str(form), str(found["type"])))
     wanted = {"targets": ["Linear"], "num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
     wrong = [f"{key} {found[key]!r}" for key, value in wanted.items() if found[key] != value]
-    if dtype is None:
-        wrong.insert(0, f"format {form!r} of type {found['type']!r}")
-    if group.get("output_activations"):
+    dtypes = {_NUMBERS.get((str(form), str(kind))) for form in forms or [None]}
+    if len(dtypes) > 1 or None in dtypes:
+        wrong.insert(0, f"format {' and '.join(map(repr, forms)) or None} of type {kind!r}")
+    if group.get("output_activations", None):
         wrong.append("output_activations")
     if wrong:
         raise ConfigError(
@@ -118,14 +122,18 @@ def _read_compressed(reader: ConfigReader) -> Published:
         )
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         setting = reader.get(key, None)
-        if setting and not (
-            isinstance(setting, Mapping) and setting.get("format") in ("dense", None) and key[0] == "s"
-        ):
+        dense = key == "sparsity_config" and isinstance(setting, Mapping) and setting.get("format") == "dense"
+        if setting and not dense:
             raise ConfigError(
                 f"config key 'quantization_config' has {key}, which is not supported: {str(setting)[:60]}"
             )
-    numbers = Format(dtype=dtype, inputs=None, outputs=1)  # type: ignore[arg-type]
-    return Published(method="compressed-tensors", format=numbers, ignored=_names(reader, "ignore"))
+    numbers = Format(dtype=dtypes.pop(), inputs=None, outputs=1)  # type: ignore[arg-type]
+    ignored = _names(reader, "ignore")
+    for part, passed in ((reader, _OF_WRITERS), (group, ("weights", "input_activations")), (weights, _OF_SCALES)):
+        for key in passed:
+            part.get(key, None)
+        _finish(part, "compressed-tensors")
+    return Published(method="compressed-tensors", format=numbers, ignored=ignored)
 
 
 def _expect(reader: ConfigReader, key: str, *allowed: Any) -> None:
@@ -133,6 +141,10 @@ def _expect(reader: ConfigReader, key: str, *allowed: Any) -> None:
     if value not in allowed:
         choices = " or ".join(repr(one) for one in allowed if one is not None)
         raise ConfigError(f"config key 'quantization_config' has {key} {value!r}; only {choices} is supported")
+
+
+def _finish(reader: ConfigReader, method: str) -> None:
+    reader.finish(f"with a quantization_config of {method}", "use a checkpoint without them")
 
 
 def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
@@ -246,7 +258,7 @@ def quantisation(
             continue
         inputs = oriented(group[0]).key_shape[-1]
         if format.per_item > 1 and inputs % (format.inputs or 1):
-            raise ConfigError(f"{path} has {inputs} inputs, of which {format.dtype} makes blocks of {format.inputs}")
+            raise ConfigError(f"{path} has {inputs} inputs, of which {format.name} makes blocks of {format.inputs}")
         like = kinds[layer], path
         if like not in grains:
             grains[like] = reduce(joined, (grain_of(piece, format) for piece in group))

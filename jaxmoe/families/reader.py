@@ -24,8 +24,10 @@ HARMLESS = frozenset({
 })  # fmt: skip
 
 REQUIRED = object()  # in place of a default
+_AS_NULL = object()
 _MAX_WHOLE = 2**31 - 1
-_MAX_LAYERS = _MAX_HEADS = _MAX_EXPERTS = 10_000
+MAX_LAYERS = 10_000
+_MAX_HEADS = _MAX_EXPERTS = 10_000
 
 
 def _is_finite(value: Any) -> bool:
@@ -44,29 +46,33 @@ class ConfigReader:
         self._raw = dict(raw)
         self._used = set(ignore)
 
-    def get(self, key: str, default: Any = REQUIRED) -> Any:
-        """The value of key; null counts as absent. Raises ConfigError where it is required and absent."""
+    def get(self, key: str, default: Any = REQUIRED, *, absent: Any = _AS_NULL) -> Any:
+        """The value of key; default where it is null. absent: what a file without the key means, by default the same.
+
+        Raises: ConfigError where it is required and not there.
+        """
         self._used.add(key)
         value = self._raw.get(key)
         if value is None:
+            default = default if absent is _AS_NULL or key in self._raw else absent
             if default is REQUIRED:
                 raise ConfigError(f"config.json has no {key!r}, which this family needs: add it")
             return default
         return value
 
-    def has(self, key: str) -> bool:
-        """Whether the file names key at all, be it with null."""
-        return key in self._raw
-
-    def whole(self, key: str, default: Any = REQUIRED) -> Any:
-        """A whole number (or the default)."""
-        value = self.get(key, default)
-        if value is default:
+    def whole(
+        self, key: str, default: Any = REQUIRED, *, absent: Any = _AS_NULL, within: tuple[int, int] | None = None
+    ) -> Any:
+        """A whole number (or the default), within limits. absent: see get."""
+        value = self.get(key, default, absent=absent)
+        if value is default or value is absent:
             return value
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"config key {key!r} = {value!r} must be a whole number")
         if abs(value) > _MAX_WHOLE:
             raise ConfigError(f"config key {key!r} = {str(value)[:20]}... must lie within +-{_MAX_WHOLE}")
+        if within is not None and not within[0] <= value <= within[1]:
+            raise ConfigError(f"config key {key!r} = {value} must lie in [{within[0]}, {within[1]}]")
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
@@ -92,8 +98,8 @@ class ConfigReader:
             choices = " or ".join(repr(a) for a in allowed)
             raise ConfigError(f"config key {key!r} = {value!r} changes the maths and only {choices} is supported")
 
-    def finish(self, family: str) -> None:
-        """Raise ConfigError for any key nobody asked for that could change the maths."""
+    def finish(self, where: str, remedy: str) -> None:
+        """Raise ConfigError for any key nobody asked for that could change the maths. where: whose keys these are."""
         unknown = sorted(
             key
             for key, value in self._raw.items()
@@ -102,14 +108,14 @@ class ConfigReader:
         if unknown:
             shown = ", ".join(f"{key!r} = {str(self._raw[key])[:60]}" for key in unknown)
             raise ConfigError(
-                f"config.json of family {family!r} has keys that may change the maths and are not supported: {shown}; "
-                f"if harmless, pass them as ignore_config_keys (--ignore-config-key)"
+                f"config.json {where} has keys that may change the maths and are not supported: {shown}; {remedy}"
             )
 
 
 def read_dtype(reader: ConfigReader) -> str:
     """The dtype the checkpoint was published in ("bfloat16" when it does not say)."""
-    dtype = str(reader.get("torch_dtype", None) or reader.get("dtype", "bfloat16")).removeprefix("torch.")
+    said = reader.get("torch_dtype", None)
+    dtype = str(reader.get("dtype", "bfloat16") if said is None else said).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"config key 'torch_dtype' = {dtype!r} must be bfloat16, float16 or float32")
     return dtype
@@ -164,7 +170,8 @@ def read_rope(
     partial = next((one for one in said if one is not None), default_partial or 1.0)
     if not 0 < partial <= 1:
         raise ConfigError(f"config key 'partial_rotary_factor' = {partial} must lie above 0 and not above 1")
-    kind = inner.get("rope_type", None) or inner.get("type", "default")
+    kind = inner.get("rope_type", None)
+    kind = inner.get("type", "default") if kind is None else kind
     kind = "none" if kind == "default" else kind
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise ConfigError(
@@ -215,7 +222,7 @@ def read_windows(
     switched: a window counts only with use_sliding_window true. max_window_layers is 28 where absent. absent: the
     window where the key does not stand at all; null and 0 mean none.
     """
-    window = (reader.whole("sliding_window", None) if reader.has("sliding_window") else absent) or None
+    window = reader.whole("sliding_window", None, absent=absent) or None
     enabled = reader.flag("use_sliding_window") if switched else True
     limit = reader.whole("max_window_layers", 28) if "max_window_layers" in rule or switched else 0
     types = read_layer_types(reader, ("full_attention", "sliding_attention"), num_layers=num_layers)
@@ -249,12 +256,8 @@ def read_decoder(
     latent: of a family whose heads share one: their sizes are its own.
     """
     reader.expect("hidden_act", "silu", default="silu")
-    layers = reader.whole("num_hidden_layers")
-    if not 1 <= layers <= _MAX_LAYERS:
-        raise ConfigError(f"config key 'num_hidden_layers' = {layers} must lie in [1, {_MAX_LAYERS}]")
-    heads = reader.whole("num_attention_heads")
-    if heads > _MAX_HEADS:
-        raise ConfigError(f"config key 'num_attention_heads' = {heads} must lie in [1, {_MAX_HEADS}]")
+    layers = reader.whole("num_hidden_layers", within=(1, MAX_LAYERS))
+    heads = reader.whole("num_attention_heads", within=(1, _MAX_HEADS))
     hidden = reader.whole("hidden_size")
     head_dim = reader.whole("head_dim", default_head_dim)
     kv_heads = reader.whole("num_key_value_heads", heads)
@@ -263,7 +266,7 @@ def read_decoder(
             raise ConfigError(f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in this family")
         head_dim, kv_heads = latent.qk_nope_head_dim + latent.qk_rope_head_dim, 1
     if head_dim is None:
-        if heads < 1 or hidden % heads:
+        if hidden % heads:
             raise ConfigError(
                 f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}, or give head_dim"
             )
@@ -303,9 +306,7 @@ def read_layer_types(reader: ConfigReader, known: tuple[str, ...], *, num_layers
 def read_dense_prefix(reader: ConfigReader, *, num_layers: int, default: Any) -> tuple[bool, ...]:
     """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
     reader.expect("moe_layer_freq", 1)
-    dense = reader.whole("first_k_dense_replace", default)
-    if not 0 <= dense <= num_layers:
-        raise ConfigError(f"config key 'first_k_dense_replace' = {dense} must lie in [0, {num_layers}]")
+    dense = reader.whole("first_k_dense_replace", default, within=(0, num_layers))
     return tuple(layer >= dense for layer in range(num_layers))
 
 
@@ -320,13 +321,15 @@ def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, 
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
-def read_num_experts(reader: ConfigReader, *keys: str) -> int:
-    """How many experts there are, under whichever of the keys the file uses; those it uses must agree."""
-    used = [key for key in keys if reader.whole(key, None) is not None] or keys[:1]
-    counts = {key: reader.whole(key) for key in used}
+def read_agreed(reader: ConfigReader, what: str, *keys: str, **how: Any) -> Any:
+    """A whole number under whichever of the keys the file uses; they must agree. how: of ConfigReader.whole."""
+    used = [key for key in keys if reader.get(key, None) is not None] or keys[:1]
+    counts = {key: reader.whole(key, **how) for key in used}
     if len(set(counts.values())) != 1:
-        raise ConfigError(f"config.json gives different numbers of experts: {counts}")
-    count = counts[used[0]]
-    if count > _MAX_EXPERTS:
-        raise ConfigError(f"config key {used[0]!r} = {count} must lie in [1, {_MAX_EXPERTS}]")
-    return count
+        raise ConfigError(f"config.json gives different numbers of {what}: {counts}; keep one")
+    return counts[used[0]]
+
+
+def read_num_experts(reader: ConfigReader, *keys: str) -> int:
+    """How many experts there are, as read_agreed."""
+    return read_agreed(reader, "experts", *keys, within=(1, _MAX_EXPERTS))

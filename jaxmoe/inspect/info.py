@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
-from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_config_json
+from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.published import config_check
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -26,7 +27,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     A format of weights that cannot be run is named, and their bytes are then None. Weights that lie beside it are
     held against it. Raises: CheckpointError, ConfigError.
     """
-    raw, ignored = read_config_json(path), list(ignore)
+    raw, ignored = read_json(path), list(ignore)
     try:
         config, unknown = read_config(raw, ignore=ignored, planned=True), None
     except ConfigError as error:
@@ -67,7 +68,9 @@ def _check(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str,
 
 def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, int]:
     """Bytes by part of weights. Tensors the model does not use count as unused."""
-    parts = {tensor.key: str(tensor.part) for tensor in published_tensors(config)}
+    numbers = (re.search(r"\blayers\.([0-9]{1,9})\.", key) for key in tensors)
+    layers = {int(number[1]) for number in numbers if number}
+    parts = {tensor.key: str(tensor.part) for tensor in published_tensors(config, layers=layers)}
     found: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
     for key, tensor in tensors.items():
         names = (key, *(key.removesuffix(end) for end in ("_scale_inv", "_scale", "_blocks", "_scales")))

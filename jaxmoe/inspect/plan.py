@@ -44,7 +44,7 @@ from jaxmoe.planner.search import (
 )
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Lacks, Neighbours, reasons
-from jaxmoe.weights.checkpoint import read_config_json
+from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
 _PLANNED_ONLY = (
@@ -91,7 +91,7 @@ class PlanQuestion:
     def checked(self) -> tuple[ModelConfig, Hardware]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
-        config = read_config(read_config_json(find_config(self.config)), ignore=self.ignore_config_keys, planned=True)
+        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys, planned=True)
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )  # fmt: skip

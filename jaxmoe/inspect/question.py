@@ -20,7 +20,7 @@ from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
-from jaxmoe.weights.checkpoint import read_config_json
+from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
 _MOST = 1 << 20  # of requests, and of a chunk's tokens
@@ -71,7 +71,7 @@ class ModelQuestion:
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
-        config = read_config(read_config_json(find_config(self.config)), ignore=self.ignore_config_keys)
+        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys)
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )

@@ -94,9 +94,10 @@ def count_parameters(config: ModelConfig) -> Counts:
     by_part: Counter[Part] = Counter()
     num_bytes: Counter[Part] = Counter()
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
+    counts = Counter(kinds)
     alike = config.published is None or not tells_layers(config.published)
     for tensor in published_tensors(config, layers={kinds.index(kind) for kind in kinds} if alike else None):
-        times = kinds.count(kinds[tensor.layer]) if alike and tensor.layer is not None else 1
+        times = counts[kinds[tensor.layer]] if alike and tensor.layer is not None else 1
         by_part[tensor.part] += times * tensor.num_params
         num_bytes[tensor.part] += times * tensor.num_bytes
     total, idle, moe = sum(by_part.values()), 0, config.moe

@@ -8,18 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CONFIG, BESIDE = "config.json", "hf_quant_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object from a file; {} where it is absent and not required. Raises: CheckpointError."""
+    """A JSON object from a file; {} where it is absent and not required. A config.json has the quantization_config that
+    NVIDIA's checkpoints have in a hf_quant_config.json beside it.
+
+    Raises: CheckpointError, also where either of those two is a link that leaves its directory.
+    """
+    value = _read_object(path, required=required)
+    if path.name == CONFIG and "quantization_config" not in value and (beside := path.with_name(BESIDE)).is_file():
+        how = _read_object(beside, required=True).get("quantization")
+        value["quantization_config"] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
+    return value
+
+
+def _read_object(path: Path, *, required: bool) -> dict[str, Any]:
+    if path.name in (CONFIG, BESIDE):
+        check_inside(path.parent, path)
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path.parent} has no {path.name}: give a Hugging Face checkpoint directory")
@@ -31,18 +46,6 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
     return value
-
-
-def read_config_json(path: Path) -> dict[str, Any]:
-    """A config.json; with the quantization_config that NVIDIA's checkpoints have in a hf_quant_config.json beside it.
-
-    Raises: CheckpointError.
-    """
-    raw, beside = read_json(path), path.parent / "hf_quant_config.json"
-    if path.name == "config.json" and "quantization_config" not in raw and beside.is_file():
-        how = read_json(beside).get("quantization")
-        raw["quantization_config"] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
-    return raw
 
 
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
@@ -57,11 +60,22 @@ def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def open_converted(directory: Path, manifest: Manifest) -> dict[str, TensorInfo]:
-    """The tensors of the files that a manifest lists, whatever lies beside those. Raises: CheckpointError."""
+def open_converted(directory: Path, manifest: Manifest, *, whole: bool = True) -> dict[str, TensorInfo]:
+    """The tensors of the files that a manifest lists, whatever lies beside those. whole: see open_store.
+
+    Raises: CheckpointError, also where headers say anything else than the manifest.
+    """
     if manifest.kind == "orbax":
-        return open_store(directory, manifest)
-    return _open_shards(directory, sorted(name for name in manifest.files if name.endswith(".safetensors")))
+        return open_store(directory, manifest, whole=whole)
+    tensors = _open_shards(directory, sorted(name for name in manifest.files if name.endswith(".safetensors")))
+    found = {name: (tensor.dtype_name, tensor.shape) for name, tensor in tensors.items()}
+    written = {name: (entry.spec.dtype, entry.spec.shape) for name, entry in manifest.tensors.items()}
+    if others := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
+        raise CheckpointError(
+            f"{directory} has headers of {len(others)} tensors that differ from its {MANIFEST}: {listed(others)}; "
+            f"convert again or fetch it again"
+        )
+    return tensors
 
 
 def _open_published(directory: Path) -> dict[str, TensorInfo]:
@@ -83,9 +97,7 @@ def _open_published(directory: Path) -> dict[str, TensorInfo]:
 
 def _open_shards(directory: Path, names: list[str]) -> dict[str, TensorInfo]:
     if missing := [name[:80] for name in names if not os.path.isfile(directory / name)]:
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:8])}"
-        )
+        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} weight files: {listed(missing)}")
     for name in names:
         check_inside(directory, directory / name)
     tensors: dict[str, TensorInfo] = {}
@@ -101,15 +113,16 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mappin
     """Raise a CheckpointError where an index and the files that it names differ, or where it names others than SINGLE,
     which stands beside it."""
     if absent := sorted(set(weight_map) - set(tensors)):
-        raise CheckpointError(f"{INDEX} names {len(absent)} tensors the files lack: {', '.join(absent[:8])}")
+        raise CheckpointError(f"{INDEX} names {len(absent)} tensors the files lack: {listed(absent)}")
     if unnamed := sorted(set(tensors) - set(weight_map)):
         raise CheckpointError(
-            f"{INDEX} leaves out {len(unnamed)} tensors that its files hold: {', '.join(unnamed[:8])}; fetch both again"
+            f"{INDEX} leaves out {len(unnamed)} tensors that its files hold: {listed(unnamed)}; fetch both again"
         )
     if strayed := [key for key, name in weight_map.items() if tensors[key].path.name != name]:
+        said, found = weight_map[strayed[0]], tensors[strayed[0]].path.name
         raise CheckpointError(
-            f"{INDEX} looks for {len(strayed)} tensors in the wrong files: {strayed[0]!r} in {weight_map[strayed[0]]}, "
-            f"it lies in {tensors[strayed[0]].path.name}; fetch both again"
+            f"{INDEX} looks for {len(strayed)} tensors in the wrong files: {strayed[0]!r} in {listed([said])}, "
+            f"it lies in {listed([found])}; fetch both again"
         )
     if SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
         raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove one")

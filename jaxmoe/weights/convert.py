@@ -21,11 +21,12 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families.quantised import read_published
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.checkpoint import BESIDE, CONFIG
 from jaxmoe.weights.dequantise import Made, plain_tensors
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
 from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
-from jaxmoe.weights.published import CONFIG, Published, open_published
+from jaxmoe.weights.published import Published, open_published
 from jaxmoe.weights.quantise import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
@@ -35,6 +36,7 @@ from jaxmoe.weights.transform import QUANTISATION, Transform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0
+_MAX_DEVICES = 2**20
 _RAM_LIMITS = (0.125, 2.0**20)
 _MARGIN_BYTES = 16 << 20  # of a disk, for the journal and the manifest
 _MARGIN_FILES = 8  # those, and folders they lie in
@@ -86,17 +88,26 @@ def convert(
     """
     started, rss_before = time.perf_counter(), resident_bytes()
     budget = Budget(_half(ram_gib))
-    num_shares = math.prod(parse_mesh(mesh).values()) if mesh is not None else 1
+    num_shares = _num_devices(mesh)
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
     published = open_published(source, ignore_config_keys=ignore)
     transform = transform_of(weights_dtype, published, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
-    options = {"to": kind, "mesh_devices": num_shares if kind == "orbax" else 1, "weights_dtype": weights_dtype}
+    if mesh is not None and kind != "orbax":
+        raise CheckpointError(
+            f"mesh={mesh!r} cuts the chunks of an orbax checkpoint, to={kind!r} has none: leave it out"
+        )
+    options = {"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype}
     destination = Path(os.path.abspath(destination))
     if not destination.name:
         raise CheckpointError(f"destination {destination} exists: name another, or move it away")
+    if source.resolve().is_relative_to(partial_of(destination).resolve()):
+        raise CheckpointError(
+            f"destination {destination} has its unfinished work in {partial_of(destination)}, where the source lies: "
+            f"name another"
+        )
     job = _Job(published=published, destination=destination, options=options, transform=transform, budget=budget)
     if end_published(destination, job.asked):
         num_resumed = len(job.outputs)
@@ -114,6 +125,13 @@ def convert(
         buffer_bytes=budget.peak_bytes, rss_before_bytes=rss_before, peak_rss_bytes=resident_bytes(peak=True),
         config_check=published.config_check, left_behind=published.left_behind, verified=verify,
     )  # fmt: skip
+
+
+def _num_devices(mesh: str | None) -> int:
+    count = math.prod(parse_mesh(mesh).values()) if mesh is not None else 1
+    if count > _MAX_DEVICES:
+        raise CheckpointError(f"mesh={mesh!r} has {count} devices, it may have {_MAX_DEVICES}: name fewer")
+    return count
 
 
 def _half(ram_gib: float) -> int:
@@ -144,15 +162,10 @@ class _Job:
         self._published, self._destination, self._options = published, destination, options
         self._transform, self._budget = transform, budget
         self.asked = {"source": published.fingerprint(), **options}
-        known = published.manifest.tensors if published.manifest else {}
-        sums = {name: entry.sha256 for name, entry in known.items()}
         self._units = [
-            Unit(
-                tensor=tensor, spec=spec, outputs=transform.outputs(spec),
-                expected={name: sums[name] for name in _names_of(tensor) if name in sums},
-            )
+            Unit(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
             for tensor, spec in _sources(published, plain=options["weights_dtype"] is not None)
-        ]  # fmt: skip
+        ]
         self.outputs: dict[str, TensorSpec] = {}
         for unit in self._units:
             for output in unit.outputs:
@@ -188,8 +201,10 @@ class _Job:
     def _into(self, partial: Partial, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
         sink = self._sink(partial.whole)
         sink.create()
+        known = self._published.manifest
         stream = Stream(
             sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
+            expected=None if known is None else {name: entry.sha256 for name, entry in known.tensors.items()},
             finished=partial.finished, record=partial.record, on_bytes=on_bytes,
         )  # fmt: skip
         try:
@@ -200,21 +215,23 @@ class _Job:
         if verify:
             check_whole(partial.whole)
         if open_published(self._published.directory, check_config=False).fingerprint() != self.asked["source"]:
-            raise CheckpointError(f"{self._published.directory} changed meanwhile: run again once it is at rest")
+            raise CheckpointError(
+                f"{self._published.directory} changed meanwhile: remove {partial.folder} and run again once it is at "
+                f"rest"
+            )
         partial.publish()
         return stream.num_resumed
 
     def _finish(self, whole: Path, sink: Sink, sums: dict[str, str]) -> None:
         """What stands beside the tensors; the manifest is last."""
         files: dict[str, FileEntry] = {}
+        changed = self._transform.config(dict(self._published.config))
         for name in self._published.side_files:
-            if name == CONFIG:
-                changed = self._transform.config(dict(self._published.config))
-                if changed != self._published.config:
-                    text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-                    (whole / name).write_text(text, encoding="utf-8")
+            if name in (CONFIG, BESIDE) and changed != self._published.config:
+                if name == CONFIG:
+                    (whole / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
                     files[name] = sum_file(whole / name)
-                    continue
+                continue
             shutil.copyfile(self._published.directory / name, whole / name)
             files[name] = sum_file(whole / name)
         files |= sink.finish()
@@ -258,11 +275,6 @@ def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo 
         return
     for tensor in plain_tensors(published.tensors, how):
         yield tensor, tensor.spec if isinstance(tensor, Made) else published.specs[tensor.name]
-
-
-def _names_of(tensor: TensorInfo | Made) -> Iterator[str]:
-    """The source tensors that one is made of."""
-    yield from (source.name for source in tensor.sources) if isinstance(tensor, Made) else (tensor.name,)
 
 
 def _allocated(folder: Path) -> tuple[int, int]:

@@ -11,8 +11,11 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.formats import Format, Published
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.formats import Dequantised, Reshaped, Swapped, Tensor
-from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
+from jaxmoe.weights.formats import Dequantised, Swapped, Tensor
+from jaxmoe.weights.held import NUMBER_NAMES, published_names, shaped, wanted_scales
+from jaxmoe.weights.safetensors_file import TensorInfo
+
+_SCALES = ("_scale", "_scale_inv", "_scales")  # what names of scales end in, of any format
 
 
 class Made:
@@ -46,11 +49,8 @@ def plain_tensors(tensors: Mapping[str, TensorInfo], published: Published) -> It
 
     Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
     """
-    form = published.format
-    packed = form.per_item > 1
-    ends = {"fp8": ("", "_scale_inv"), "compressed-tensors": ("", "_scale"), "mxfp4": ("_blocks", "_scales")}
-    of_numbers, of_scales = ends[published.method]
-    number_dtype = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}[form.dtype]
+    form, number_dtype = published.format, NUMBER_NAMES[published.format.dtype]
+    of_numbers, of_scales = published_names("", published)  # what their names end in
     stems = {
         name: name.removesuffix(of_numbers)
         for name, tensor in tensors.items()
@@ -60,25 +60,42 @@ def plain_tensors(tensors: Mapping[str, TensorInfo], published: Published) -> It
     for name, tensor in tensors.items():
         if name not in stems:
             if name not in all_scales:
+                _check_plain(tensor, tensors, published)
                 yield tensor
             continue
         stem = stems[name]
         scales = tensors.get(stem + of_scales)
         if scales is None:
             raise CheckpointError(f"tensor {name!r} of dtype {number_dtype} has no scales, {stem + of_scales}")
-        *lead, outputs, inputs = _shape_of_values(tensor, form)
-        items = (*lead, outputs, inputs // form.per_item)
-        blocks = (-(-outputs // form.outputs), 1 if form.inputs is None else -(-inputs // form.inputs))
-        flat = [(*lead, blocks[0])] if published.method == "compressed-tensors" else []
-        if scales.shape not in ((*lead, *blocks), *flat):
+        shape = _shape_of_values(tensor, form)
+        wanted = wanted_scales(shape, published, why=f" (scales of {name!r})")
+        if scales.shape not in wanted.shapes:
             raise CheckpointError(
                 f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, that of {name!r} needs "
-                f"{[*lead, *blocks]}: fetch it again"
+                f"{list(wanted.shapes[0])}: fetch it again"
             )
-        scales.check_dtype(("U8",) if packed else (*FLOATS, "F8_E8M0"), why=f" (scales of {name!r})")
-        values: Tensor = Dequantised(_shaped(tensor, items), _shaped(scales, (*lead, *blocks)), form)
-        values = Swapped(values) if lead else values  # plain ones of all experts are published the other way round
-        yield Made(stem, values, tensor, scales)
+        scales.check_dtype(wanted.dtypes, why=wanted.why)
+        items = (*shape[:-1], shape[-1] // form.per_item)
+        values: Tensor = Dequantised(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
+        # plain ones of all experts are published the other way round
+        yield Made(stem, values if len(shape) == 2 else Swapped(values), tensor, scales)
+
+
+def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], published: Published) -> None:
+    """Raise a CheckpointError for what looks like scales, or like numbers with some, and is of no matrix."""
+    of_numbers, of_scales = published_names("", published)
+    number_dtype, stem = NUMBER_NAMES[published.format.dtype], tensor.name.removesuffix(of_scales)
+    # What ends in "_scale" may be a plain parameter.
+    sure = stem + of_numbers in tensors or stem.endswith(".weight") or of_scales != "_scale"
+    scales = tensor.name.endswith(of_scales) and sure
+    stem = tensor.name.removesuffix("_blocks")
+    few_bits = tensor.dtype_name in ("I8", "U8") or tensor.dtype_name.startswith("F8_")
+    if scales or (few_bits and any(stem + end in tensors for end in _SCALES)):
+        raise CheckpointError(
+            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of quant_method {published.method}, "
+            f"which has numbers NAME{of_numbers} of dtype {number_dtype} beside scales NAME{of_scales}: fetch the "
+            f"checkpoint again"
+        )
 
 
 def _shape_of_values(tensor: TensorInfo, form: Format) -> tuple[int, ...]:
@@ -93,7 +110,3 @@ def _shape_of_values(tensor: TensorInfo, form: Format) -> tuple[int, ...]:
             f"experts': fetch it again"
         )
     return shape
-
-
-def _shaped(tensor: TensorInfo, shape: tuple[int, ...]) -> Tensor:
-    return tensor if tensor.shape == shape else Reshaped(tensor, shape)

@@ -40,6 +40,14 @@ def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
 
 
+def wanted_scales(shape: Sequence[int], published: Published, why: str) -> Wanted:
+    """The scales of a matrix [..., out, in]: compressed-tensors' may be without their last dim, of 1."""
+    scales = scale_shape(shape, published.format)
+    flat = (scales[:-1],) if published.method == "compressed-tensors" else ()
+    dtypes = ("U8",) if published.format.per_item > 1 else (*FLOATS, "F8_E8M0")
+    return Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
+
+
 def _is_quantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None, *, kept: bool) -> bool:
     """Whether files hold a piece's tensor as numbers and scales, or ought to."""
     if published is None or not is_matrix(piece):
@@ -61,14 +69,11 @@ def wanted_tensors(
             continue
         assert published is not None
         shape, format = oriented(piece).key_shape, published.format
-        scales = scale_shape(shape, format)
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.per_item > 1 else shape
         names = published_names(piece.key, published)
         why = f" (quant_method {published.method})"
         found[names[0]] = Wanted(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
-        flat = (scales[:-1],) if scales[-1] == 1 and published.method == "compressed-tensors" else ()
-        dtypes = ("U8",) if format.per_item > 1 else (*FLOATS, "F8_E8M0")
-        found[names[1]] = Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
+        found[names[1]] = wanted_scales(shape, published, why)
     return found
 
 
@@ -129,10 +134,11 @@ def _opened(
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in published_names(key, published))
     items = (*shape[:-1], shape[-1] // published.format.per_item)
-    return _shaped(numbers, items), _shaped(scales, scale_shape(shape, published.format))
+    return shaped(numbers, items), shaped(scales, scale_shape(shape, published.format))
 
 
-def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same numbers in another shape."""
     return tensor if tensor.shape == shape else Reshaped(tensor, shape)
 
 

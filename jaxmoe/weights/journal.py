@@ -41,7 +41,8 @@ class Partial:
         self._destination, self.folder = destination, partial_of(destination)
         self.whole = self.folder / WHOLE
         self.finished: dict[str, dict[str, str]] = {}
-        if self.folder.exists() and not (self.folder / JOURNAL).is_file() and any(self.folder.iterdir()):
+        strange = os.path.lexists(self.folder) and not self.folder.is_dir()
+        if strange or (self.folder.exists() and not (self.folder / JOURNAL).is_file() and any(self.folder.iterdir())):
             raise CheckpointError(
                 f"{self.folder} is in the way and is no unfinished conversion: remove it, or choose another destination"
             )
@@ -76,9 +77,9 @@ class Partial:
             for line in lines[:-1]:
                 try:
                     name, sums = json.loads(line)
-                except (ValueError, TypeError):
+                    self.finished[name] = dict(sums)
+                except (ValueError, TypeError, RecursionError):
                     break
-                self.finished[name] = dict(sums)
                 good += len(line) + 1
             self._file.truncate(good)
         self.whole.mkdir(exist_ok=True)
@@ -130,7 +131,7 @@ def _difference(begun: bytes, asked: str) -> str:
         before, now = json.loads(begun), json.loads(asked)
         key = next(key for key in now if before.get(key) != now[key])
         return "another source" if key == "source" else f"{key}={before.get(key)!r}, this asks for {key}={now[key]!r}"
-    except (ValueError, AttributeError, StopIteration):
+    except (ValueError, AttributeError, StopIteration, RecursionError):
         return "something else"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.formats import Tensor
 from jaxmoe.weights.held import Wanted, held, wanted_tensors
@@ -24,6 +24,7 @@ from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
+_MOST_LISTED, _MOST_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
 _MOST_WORKERS = 8  # that read and turn tensors
@@ -47,8 +48,7 @@ def check_keys(
     problems = []
     for name, keys in (("missing", missing), ("unused", unused), ("misshapen", misshapen)):
         if keys:
-            more = f", and {len(keys) - 20} more" if len(keys) > 20 else ""
-            problems.append(f"{len(keys)} {name}: {', '.join(keys[:20])}{more}")
+            problems.append(f"{len(keys)} {name}: {listed(keys, 20)}")
     if problems:
         raise CheckpointError(
             f"{directory} does not match its config.json (family {config.family}): {'; '.join(problems)}; "
@@ -246,6 +246,7 @@ def assign_pieces(
 
     Raises: CheckpointError if any key is missing, unused, misshapen or of another dtype.
     """
+    _check_count(directory, tensors, config, sizes, segments)
     parts: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         parts[piece.path].append(piece)
@@ -253,6 +254,36 @@ def assign_pieces(
     wanted = wanted_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
     check_keys(tensors, wanted, config, directory)
     return parts
+
+
+def _check_count(
+    directory: Path,
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    sizes: Sequence[ArraySizes],
+    segments: tuple[Segment, ...],
+) -> None:
+    """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its pieces
+    are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
+    kinds, names = [config.kind(layer) for layer in range(config.num_hidden_layers)], FAMILIES[config.family].names
+
+    def asked(layers: Collection[int]) -> dict[str, int]:
+        """Numbers of each tensor of some layers, and of those outside all."""
+        found = pieces(config, sizes, names, segments, layers=layers)
+        return {piece.key: math.prod(piece.key_shape) for piece in found}
+
+    outside, num_bytes = asked(()), sum(tensor.num_bytes for tensor in tensors.values())
+    num_tensors, num_numbers = len(outside), sum(outside.values())
+    for kind, count in Counter(kinds).items():
+        inside = asked((kinds.index(kind),))
+        num_tensors += count * (len(inside) - len(outside))
+        num_numbers += count * (sum(inside.values()) - sum(outside.values()))
+        if num_tensors > len(tensors) + _MOST_LISTED or num_numbers > 2 * num_bytes + _MOST_NUMBERS:  # of 4 bits
+            raise CheckpointError(
+                f"{directory} does not match its config.json (family {config.family}): that asks for {num_tensors} "
+                f"tensors of {num_numbers} numbers or more, the files hold {len(tensors)} of {num_bytes} bytes; check "
+                f"that config.json and the weight files belong together"
+            )
 
 
 def _kept_paths(config: ModelConfig, segments: tuple[Segment, ...]) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import TensorSpec
+from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.safetensors_file import read_exactly
 
 MANIFEST = "jaxmoe_manifest.json"
@@ -79,8 +80,10 @@ def check_name(name: str) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory, None where there is none. Raises: CheckpointError if it is not as it was written."""
+    """The manifest of a directory, None where there is none. Raises: CheckpointError if it is not as it was written, or
+    a link that leaves the directory."""
     path = directory / MANIFEST
+    check_inside(directory, path)
     if not path.is_file():
         return None
     try:

@@ -17,7 +17,7 @@ from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, read_config, read_published
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
-from jaxmoe.weights.checkpoint import INDEX, open_tensors, read_json
+from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.load import assign_pieces
@@ -26,7 +26,6 @@ from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
 from jaxmoe.weights.transform import QUANTISATION
 
-CONFIG = "config.json"
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _STAY = (INDEX, MANIFEST, TREE, CHECKPOINT, "commit_success.txt")

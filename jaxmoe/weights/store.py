@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
@@ -25,6 +25,7 @@ from jaxmoe.weights.writing import write_all
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
 CHUNK_BYTES = 32 << 20
 _LEAST_CHUNK_BYTES = 1 << 20  # into which a mesh's share is cut
+_MAX_DIMS = 32  # numpy's before version 2; names of chunks have a number for each
 _BLOCK_BYTES = 4096  # a file system's
 
 
@@ -107,7 +108,7 @@ def choose_chunk(spec: TensorSpec, num_shares: int = 1, limit: int = CHUNK_BYTES
     share = extent // num_shares if cut == 0 and extent % num_shares == 0 else extent
     if share * row_bytes < _LEAST_CHUNK_BYTES:
         share = extent
-    least = -(-share * row_bytes // limit)
+    least = -(-share // max(1, limit // row_bytes))
     exact = next((share // n for n in range(least, share + 1) if share % n == 0), 1)
     rows = exact if exact * row_bytes >= min(_LEAST_CHUNK_BYTES, share * row_bytes) else -(-share // least)
     return (*(1 for _ in spec.shape[:cut]), max(1, rows), *spec.shape[cut + 1 :])
@@ -129,24 +130,37 @@ class StoredTensor(TensorInfo):
             done += run.num_bytes
 
 
-def open_store(directory: Path, manifest: Manifest) -> dict[str, TensorInfo]:
-    """All tensors of an Orbax checkpoint by name; nothing read yet.
+def open_store(directory: Path, manifest: Manifest, *, whole: bool = True) -> dict[str, TensorInfo]:
+    """All tensors of an Orbax checkpoint by name; nothing read yet. whole: whether each must have its chunks, of the
+    right sizes.
 
-    Raises: CheckpointError naming folders it lacks, or links that leave the directory.
+    Raises: CheckpointError naming folders it lacks, chunks that are not right, or links that leave the directory.
     """
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in manifest.tensors.items():
         assert entry.chunk is not None
         tensors[name] = StoredTensor(directory / name, entry.spec, entry.chunk)
     if missing := [name for name in tensors if not (directory / name / ZARRAY).is_file()]:
-        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:8])}")
-    for name in tensors:
+        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {listed(missing)}")
+    wrong: list[str] = []
+    for name, tensor in tensors.items():
         check_inside(directory, directory / name)
+        sizes = {}
         with os.scandir(directory / name) as inside:
             for found in inside:
                 if found.is_symlink():
                     check_inside(directory, Path(found.path))
-    return tensors
+                if whole:
+                    sizes[found.name] = found.stat().st_size
+        num_bytes = tensor.grid.chunk_bytes
+        if whole and any(sizes.get(run.file) != num_bytes for run in tensor.grid.files()):
+            wrong.append(name)
+    if wrong:
+        raise CheckpointError(
+            f"{directory} lacks chunks of {len(wrong)} tensors, or they are not as long as written: {listed(wrong)}; "
+            f"convert again or fetch it again"
+        )
+    return {**tensors}
 
 
 def array_metadata(spec: TensorSpec, chunk: tuple[int, ...]) -> bytes:
@@ -221,6 +235,12 @@ class StoreSink:
 
     def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], num_shares: int) -> None:
         self._directory, self._specs = directory, specs
+        for spec in specs.values():
+            if len(spec.shape) > _MAX_DIMS:
+                raise CheckpointError(
+                    f"tensor {spec.name!r} has {len(spec.shape)} dims, an orbax checkpoint's may have {_MAX_DIMS}: "
+                    f"convert with --to hf"
+                )
         self.chunks: Mapping[str, tuple[int, ...] | None] = {
             check_name(name): choose_chunk(spec, num_shares) for name, spec in specs.items()
         }

@@ -78,12 +78,16 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A source tensor and what is made of it. expected: sha256 of source tensors by name, where the source says it."""
+    """A source tensor and what is made of it."""
 
     tensor: TensorInfo | Made
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
-    expected: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The tensors of files that it is made of."""
+        return self.tensor.sources if isinstance(self.tensor, Made) else (self.tensor,)
 
     @property
     def untouched(self) -> bool:
@@ -98,18 +102,20 @@ class Unit:
     def source_bytes(self, num_bytes: int) -> int:
         """Bytes of files that so many of the tensor's come from, as near as a progress bar needs."""
         made = self.tensor
-        return num_bytes * made.source_bytes // made.num_bytes if isinstance(made, Made) else num_bytes
+        return num_bytes * made.source_bytes // max(1, made.num_bytes) if isinstance(made, Made) else num_bytes
 
 
 @dataclass(kw_only=True)
 class Stream:
-    """finished: what a journal says is written, read again before it is believed. record: told of each unit's sums.
-    on_bytes: told of source bytes done. ram_bytes: by how much resident memory may grow; budget: of buffers."""
+    """expected: sha256 of every source tensor, where the source says it. finished: what a journal says is written, read
+    again before it is believed. record: told of each unit's sums. on_bytes: told of source bytes done. ram_bytes: by
+    how much resident memory may grow; budget: of buffers."""
 
     sink: Sink
     transform: Transform
     budget: Budget
     ram_bytes: int
+    expected: Sums | None
     finished: Mapping[str, Sums]
     record: Callable[[str, Sums], None]
     on_bytes: Callable[[int], None]
@@ -174,7 +180,7 @@ class Stream:
         return found
 
     def _written(self, unit: Unit) -> Sums:
-        self._check_sources(unit)
+        self._check(unit)
         digests = [hashlib.sha256() for _ in unit.outputs]
         step = self._slice_bytes(unit)
         total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
@@ -194,30 +200,26 @@ class Stream:
                     writer.append(content)
                 self.on_bytes(unit.source_bytes(len(part)))
         sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
-        if unit.untouched:
-            _expect(unit.spec.name, sums[unit.spec.name], unit.expected)
+        self._check(unit, sums)
         self.record(unit.spec.name, sums)
         return sums
 
-    def _check_sources(self, unit: Unit) -> None:
-        """What other numbers are made of, against its checksums, before it is taken for numbers."""
-        made = unit.tensor
-        sources = made.sources if isinstance(made, Made) else () if unit.untouched else (made,)
-        if not (sources and unit.expected):
+    def _check(self, unit: Unit, written: Sums | None = None) -> None:
+        """Hold a source that says its checksums against them: before other numbers are made of it, or by what was
+        written where its bits went through. Raises: CheckpointError."""
+        if self.expected is None or unit.untouched != (written is not None):
             return
-        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
-            for source in sources:
-                _expect(source.name, sum_tensor(source, step_bytes=_SLICE_BYTES), unit.expected)
+        if written is None:
+            with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
+                written = {source.name: sum_tensor(source, step_bytes=_SLICE_BYTES) for source in unit.sources}
+        for name, found in written.items():
+            if self.expected[name] != found:
+                raise CheckpointError(
+                    f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
+                )
 
     def _slice_bytes(self, unit: Unit) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
-        granule = math.lcm(self.transform.granule(unit.spec), unit.granule) * unit.spec.itemsize
+        granule = max(1, math.lcm(self.transform.granule(unit.spec), unit.granule)) * unit.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule
-
-
-def _expect(name: str, found: str, expected: Mapping[str, str]) -> None:
-    if expected.get(name, found) != found:
-        raise CheckpointError(
-            f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
@@ -86,14 +87,16 @@ class CastFloats(AsPublished):
         """Rounded to nearest, ties to even. Raises: CheckpointError where a finite number becomes infinite."""
         if self.outputs(tensor) == (tensor,):
             return (numbers,)
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = numbers.astype(DTYPES[self._to].numpy)
-        if self._to == "F16" or tensor.dtype == "F64":
-            lost = np.isinf(cast) & np.isfinite(numbers)
-            if lost.any():
+        to = DTYPES[self._to].numpy
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            near = _odd_float32(numbers) if (tensor.dtype, self._to) == ("F64", "BF16") else numbers
+            cast = near.astype(to)
+        if float(ml_dtypes.finfo(to).max) < float(ml_dtypes.finfo(numbers.dtype).max):
+            infinite = _is_infinite(cast)
+            if infinite.any() and (lost := infinite & np.isfinite(numbers)).any():
                 raise CheckpointError(
                     f"tensor {tensor.name!r} holds {float(numbers[lost][0]):.4g}, beyond what {self._name} reaches: "
-                    f"choose float32 or bfloat16"
+                    f"choose one that does, or leave it out to keep every bit"
                 )
         return (cast,)
 
@@ -102,6 +105,22 @@ class CastFloats(AsPublished):
         raw = {key: value for key, value in raw.items() if key != QUANTISATION}
         changed = _named(raw, self._name)
         return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
+
+
+def _is_infinite(numbers: np.ndarray) -> np.ndarray:
+    """Which are, by their bits but the sign's: several times as fast as np.isinf for 16 of them."""
+    whole = np.dtype(f"u{numbers.itemsize}")
+    return numbers.view(whole) << 1 == np.array([np.inf], numbers.dtype).view(whole) << 1
+
+
+def _odd_float32(numbers: np.ndarray) -> np.ndarray:
+    """float32 of float64: cut off, and the last bit set where that loses something. Numbers rounded again, to fewer
+    bits, are then the nearest of those; rounded twice they need not be."""
+    near = numbers.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= np.abs(near) > np.abs(numbers)
+    bits |= near != numbers
+    return near
 
 
 def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:

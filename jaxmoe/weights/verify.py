@@ -10,7 +10,6 @@ from pathlib import Path
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.checkpoint import PICKLES, open_converted
-from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, Manifest, read_manifest, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import array_problems
@@ -44,7 +43,7 @@ def problems(
     found = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
     found += _strays(directory, manifest)
     try:
-        tensors = open_converted(directory, manifest)
+        tensors = open_converted(directory, manifest, whole=False)
     except CheckpointError as error:
         return [*found, str(error)]
     total, done = sum(entry.spec.num_bytes for entry in manifest.tensors.values()), 0
@@ -99,14 +98,8 @@ def _tensor_problems(
     if manifest.kind == "orbax" and (found := list(array_problems(directory, name, manifest))):
         yield from found
         return
-    if name not in tensors:
-        yield f"tensor {name!r} is missing"
-        return
-    tensor = tensors[name]
     try:
-        if TensorSpec(name=name, dtype=tensor.dtype_name, shape=tensor.shape) != entry.spec:
-            yield f"tensor {name!r} is {tensor.dtype_name} {list(tensor.shape)}, not as written"
-        elif sum_tensor(tensor) != entry.sha256:
+        if sum_tensor(tensors[name]) != entry.sha256:
             yield f"tensor {name!r} differs from its checksum"
     except CheckpointError as error:
         yield f"tensor {name!r}: {error}"

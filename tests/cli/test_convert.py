@@ -107,6 +107,15 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["good", "good/config.json/out"], ["is no directory"]),
     (["good", "out", "--to", "zip"], ["to='zip' must be one of orbax, hf"]),
     (["good", "out", "--mesh", "rows=2"], ["unknown mesh axis 'rows'"]),
+    (
+        ["good", "out", "--mesh", "expert=99999999999999999999"],
+        ["has 99999999999999999999 devices", "may have 1048576"],
+    ),
+    (
+        ["good", "out", "--to", "hf", "--mesh", "expert=8"],
+        ["mesh='expert=8' cuts the chunks of an orbax", "leave it out"],
+    ),
+    (["good", "out", "--ignore-config-key", "nokey"], ["--ignore-config-key 'nokey' names no key of config.json"]),
     (["good", "out", "--weights-dtype", "int4"], ["weights_dtype='int4' must be one of float32, bfloat16, float16"]),
     (["good", "out", "--weights-dtype", "int8-block"], ["int8-block has no published form", "int8, fp8, fp8-block"]),
     (["good", "out", "--ram-gib", "0"], ["ram_gib=0.0 must lie in [0.125,"]),
@@ -148,6 +157,11 @@ def _remove(pattern: str) -> Callable[[Path], None]:
 
 def _config(**changes: object) -> Callable[[Path], None]:
     return lambda good: _edit(good / "config.json", **changes)
+
+
+def _folder_with_a_file(path: Path) -> None:
+    path.mkdir()
+    (path / "mine").write_text("")
 
 
 def _cut(good: Path) -> None:
@@ -224,6 +238,11 @@ SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a long name": (_named("x" * 300), ["of 1 to 240 bytes"]),
     "no tensors": (lambda good: _raw_header(good, {}, 0), ["holds no tensors"]),
     "shapes": (_config(vocab_size=98), ["misshapen", "model.embed_tokens.weight"]),
+    "names that steer a terminal": (
+        _shards({**IN_A, "\x1b[31m": "a.safetensors", "\u202eb": "a.safetensors"}, a="a"),
+        ["names 2 tensors the files lack: '\\x1b[31m', '\\u202eb'"],
+    ),
+    "many dims": (_named("x", shape=(1,) * 140), ["tensor 'x' has 140 dims", "may have 32", "--to hf"]),
     "too few layers": (_config(num_hidden_layers=1), ["unused"]),
     "a config key": (_config(new_maths=3), ["new_maths"]),
     "a link that leaves": (_link("tokenizer.json", ETC), ["tokenizer.json is a link that leaves the directory", ETC]),
@@ -242,6 +261,30 @@ def test_bad_sources(name, capsys, work):
     assert not (work / "out").exists()
     assert not (work / "out.partial").exists()
     assert not (work / "good" / "pwned").exists()
+
+
+def test_links_that_leave_are_refused_whoever_reads(capsys, work):
+    assert jaxmoe(capsys, "convert", "good", "orbax").code == 0
+    for name, commands in {
+        MANIFEST: [["convert", "orbax", "--verify"], ["info", "orbax"]],
+        "config.json": [["info", "orbax"], ["info", "orbax/config.json"]],
+    }.items():
+        (work / "orbax" / name).rename(work / name)
+        (work / "orbax" / name).symlink_to(work / name)
+        for command in commands:
+            outcome = jaxmoe(capsys, *command)
+            assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+            assert f"{name} is a link that leaves the directory" in outcome.err
+        (work / "orbax" / name).unlink()
+        (work / name).rename(work / "orbax" / name)
+
+
+def test_names_of_what_is_left_behind_are_shown_as_they_are(capsys, work):
+    for name in ("[bold]x.bin", "\x1b[31m.bin"):
+        (work / "good" / name).write_bytes(b"")
+    outcome = jaxmoe(capsys, "convert", "good", "out")
+    assert outcome.code == 0
+    assert "left behind: '\\x1b[31m.bin', [bold]x.bin" in " ".join(outcome.err.split())
 
 
 def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(capsys, work):
@@ -349,9 +392,15 @@ def test_a_destination_that_cannot_be_written(capsys, work, monkeypatch):
     _assert_refused(capsys, ["good", "out"], "Read-only file system")
 
 
-def test_work_in_the_way(capsys, work):
-    (work / "out.partial").mkdir()
-    (work / "out.partial" / "mine").write_text("")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: _folder_with_a_file(path), lambda path: path.write_text(""), lambda path: path.symlink_to("gone"),
+    ],
+    ids=["folder", "file", "link"],
+)  # fmt: skip
+def test_work_in_the_way(make, capsys, work):
+    make(work / "out.partial")
     _assert_refused(capsys, ["good", "out"], "out.partial is in the way and is no unfinished conversion")
 
 

@@ -81,6 +81,9 @@ def test_an_empty_dtype_is_no_dtype():
 
 
 def test_blocks_of_packed_numbers_must_divide_inputs():
+    case = CASES_BY_NAME["mixtral_six_experts"].config | {"hidden_size": 96, "intermediate_size": 56}
+    with pytest.raises(ConfigError, match=r"56 inputs, of which nvfp4 makes blocks of 16"):
+        read_config(case | {"quantization_config": NVFP4_SETTINGS}, planned=True)
     with pytest.raises(ConfigError, match=r"moe/experts/down has 44 inputs.*blocks of 32"):
         config_of(form("mxfp4"), "mixtral_six_experts", hidden_size=96)
 
@@ -107,6 +110,25 @@ def compressed(**weights) -> dict[str, Any]:
     return settings
 
 
+def grouped(**keys) -> dict[str, Any]:
+    settings = form("int8-channel")
+    settings["config_groups"]["group_0"] |= keys
+    return settings
+
+
+def test_what_compressed_tensors_writes_beside_a_format_is_passed_over():
+    settings = compressed(
+        observer="minmax", observer_kwargs={"a": 1}, group_size=None, actorder=None, block_structure=None,
+        scale_dtype=None, zp_dtype="torch.int8",
+    )  # fmt: skip
+    settings["config_groups"]["group_0"] |= {"format": "int-quantized", "output_activations": None}
+    settings |= {
+        "version": "0.13.0", "global_compression_ratio": 1.2, "kv_cache_scheme": None, "transform_config": {},
+        "sparsity_config": {"format": "dense", "sparsity_structure": "unstructured"},
+    }  # fmt: skip
+    assert config_of(settings) == config_of(form("int8-channel"))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -131,6 +153,13 @@ def compressed(**weights) -> dict[str, Any]:
         (form("int8-channel", config_groups={}), "one group in config_groups"),
         (form("int8-channel", kv_cache_scheme={"num_bits": 8}), "has kv_cache_scheme"),
         (form("int8-channel", ignore=["re:("]), "no pattern"),
+        (form("int8-channel", rotation="hadamard"), "'rotation' = hadamard"),
+        (form("int8-channel", sparsity_config={"sparsity_structure": "2:4"}), "has sparsity_config"),
+        (compressed(zero_point=3), "'zero_point' = 3"),
+        (compressed(group_size=64), "'group_size' = 64"),
+        (compressed(actorder="group"), "'actorder' = group"),
+        (grouped(format="pack-quantized"), "format 'int-quantized' and 'pack-quantized' of type 'int'"),
+        (grouped(rotation="hadamard"), "'rotation' = hadamard"),
     ],
 )
 def test_what_is_not_known_is_one_line(settings, words):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jaxmoe import ConfigError
 from jaxmoe.config import Clamp, MLAConfig, ModelConfig
-from jaxmoe.families import read_config
+from jaxmoe.families import may_stand_unused, read_config
+from jaxmoe.families.keys import KeyNames
 
 from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
 
@@ -175,7 +176,7 @@ def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
         ("qwen3_moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' = 0 must be at least 1"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "'shared_expert_intermediate_size' = 64"),
         ("mixtral", {"num_experts_per_tok": 7}, r"num_experts_per_tok=7 must lie in \[1, num_experts=6\]"),
-        ("mixtral", {"num_local_experts": 0}, "num_experts=0 must be at least 1"),
+        ("mixtral", {"num_local_experts": 0}, r"'num_local_experts' = 0 must lie in \[1, 10000\]"),
         ("mixtral", {"num_local_experts": None}, "no 'num_local_experts', which this family needs"),
         ("olmoe", {"clip_qkv": 0}, "clip_qkv=0.0 must be above 0"),
         ("llama", {"vocab_size": 10**30}, "'vocab_size' = 1000.* must lie within"),
@@ -188,6 +189,18 @@ def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
         ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank=0 must be a whole number of at least 1"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2 must equal num_attention_heads=4"),
         ("deepseek_v3", {"first_k_dense_replace": 9}, r"'first_k_dense_replace' = 9 must lie in \[0, 4\]"),
+        ("deepseek_v3", {"num_nextn_predict_layers": -1}, r"'num_nextn_predict_layers' = -1 must lie in \[0, 10000\]"),
+        ("glm4_moe", {"num_nextn_predict_layers": 2 * 10**9}, r"= 2000000000 must lie in \[0, 10000\]"),
+        ("glm4_moe", {"num_mtp_layers": 2}, "different numbers of layers of multi-token prediction"),
+        ("deepseek_v3", {"qk_head_dim": 1}, "'qk_head_dim' = 1 changes the maths"),
+        ("gpt_oss", {"experts_per_token": 1}, "different numbers of experts a token"),
+        ("llama", {"torch_dtype": 0}, "'torch_dtype' = '0' must be"),
+        ("llama", {"torch_dtype": []}, r"'torch_dtype' = '\[\]' must be"),
+        ("llama", {"rope_scaling": {"rope_type": 0}}, "has rope_type 0; supported"),
+        ("llama", {"rope_scaling": {"rope_type": []}}, r"has rope_type \[\]; supported"),
+        ("llama", {"quantization_config": []}, r"has quant_method \[\]; supported"),
+        ("llama", {"quantization_config": ""}, "has quant_method ''; supported"),
+        ("llama", {"quantization_config": 0}, "has quant_method 0; supported"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "'topk_method' = 'noaux_tc' changes the maths"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0.0 must be above 0"),
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be 1 where weights multiply"),
@@ -227,6 +240,8 @@ def test_the_text_model_of_several_is_read():
     text = _changed("llama4_text")
     whole = {"model_type": "llama4", "text_config": text, "vision_config": {"hidden_act": "gelu"}}
     assert read_config(whole) == replace(read_config(text), family="llama4")
+    with pytest.raises(ConfigError, match=r"'quantization_config' stands in 'text_config', .*: move it to the top"):
+        read_config(whole | {"text_config": text | {"quantization_config": {"quant_method": "awq"}}})
     with pytest.raises(ConfigError, match="of family 'llama4' has no object 'text_config'"):
         read_config({"model_type": "llama4"})
 
@@ -237,6 +252,10 @@ def test_ignored_keys_are_passed_over_and_no_others():
     with pytest.raises(ConfigError, match="not supported: 'other' = 2; if harmless") as caught:
         read_config(raw, ignore=["unheard_of"])
     assert "unheard_of" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"'unheard_off' names no key of .*, did you mean 'unheard_of'"):
+        read_config(raw, ignore=["unheard_off"])
+    with pytest.raises(ConfigError, match=r"'' names no key of config.json: leave it out$"):
+        read_config(raw, ignore=[""])
 
 
 def test_ignoring_does_not_hide_a_key_that_is_read():
@@ -294,6 +313,19 @@ def test_absent_keys_mean_what_the_published_config_class_takes_them_for():
     assert (glm.moe.num_groups, glm.moe.top_groups, glm.moe.norm_topk_prob) == (1, 1, True)
     assert (glm.moe.routed_scaling, glm.moe.shared_intermediate_size) == (1.0, glm.moe.intermediate_size)
     assert (glm.moe_layers, glm.rotary_dims) == ((False, True, True), 6)
+    for family, mtp_layers in (("deepseek_v2", 0), ("deepseek_v3", 1), ("kimi_k2", 1), ("glm4_moe", 1)):
+        assert _without(family, "num_nextn_predict_layers").mtp_layers == mtp_layers
+        assert read_config(_changed(family, num_nextn_predict_layers=None)).mtp_layers == 0
+        assert _without(family, "num_nextn_predict_layers", num_mtp_layers=2).mtp_layers == 2
+    for family in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+        assert _without(family, "q_lora_rank").mla.q_lora_rank == 1536
+        assert read_config(_changed(family, q_lora_rank=None)).mla.q_lora_rank is None
+
+
+@pytest.mark.parametrize(("layer", "may"), [(2, False), (3, True), (4, False), ("03", False), (10**12, False)])
+def test_layers_of_multi_token_prediction_may_stand_unused(layer, may):
+    config = read_config(_changed("glm4_moe", num_nextn_predict_layers=1))
+    assert may_stand_unused(f"model.layers.{layer}.eh_proj.weight", config, KeyNames()) == may
 
 
 def test_all_unknown_keys_stand_in_one_error():

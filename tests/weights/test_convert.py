@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM
 from jaxmoe.assets import asset_dir
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.weights import shards
-from jaxmoe.weights.checkpoint import INDEX, open_tensors
+from jaxmoe.weights.checkpoint import BESIDE, INDEX, open_tensors, read_json
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.journal import partial_of
 from jaxmoe.weights.manifest import read_manifest
@@ -24,7 +26,7 @@ from jaxmoe.weights.verify import problems
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantised import write_quantised
-from .published import WIDTHS, bytes_of, contents, every_dtype
+from .published import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_published
 
 CASE = "mixtral_window"
 
@@ -115,6 +117,27 @@ def test_quantised_checkpoints_become_plain_ones(form, name, to, tmp_path):
         np.testing.assert_array_equal(found[key].read_rows(0, value.shape[0]), value.astype(np.float32), err_msg=key)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (CASE, {"num_hidden_layers": 10000, "num_local_experts": 10000}, "asks for 300070002 tensors of"),
+        (
+            "gpt_oss_window",
+            {"num_hidden_layers": 80, "num_local_experts": 10000, "layer_types": None},
+            "numbers or more",
+        ),
+    ],
+)
+def test_a_config_far_beyond_its_files_is_said_at_once(name, changes, words, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir(name), tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert time.process_time() - started < 5
+
+
 def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
     drop = lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight_scale_inv")  # noqa: E731
     write_quantised(CASES_BY_NAME["llama_llama3"], "fp8", tmp_path / "hf", change=drop)
@@ -123,13 +146,15 @@ def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 def _fp8(directory: Path, **tensors: np.ndarray) -> Path:
     """A checkpoint of no known family with a matrix a of 2 x 3 blocks, and others."""
     directory.mkdir()
     matrix = {"a": np.ones((256, 384), ml_dtypes.float8_e4m3fn), "a_scale_inv": np.ones((2, 3), np.float32)}
     save_file(matrix | tensors, directory / "model.safetensors")
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (directory / "config.json").write_text(json.dumps({"model_type": "none", "quantization_config": settings}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "none", "quantization_config": FP8}))
     return directory
 
 
@@ -140,6 +165,14 @@ def _fp8(directory: Path, **tensors: np.ndarray) -> Path:
         ({"a_scale_inv": np.ones(6, np.float32)}, r"'a_scale_inv' has shape \[6\], .* needs \[2, 3\]"),
         ({"a_scale_inv": np.ones((2, 3), np.int32)}, r"'a_scale_inv' has dtype I32; use .*scales of 'a'"),
         ({"a": np.ones(6, ml_dtypes.float8_e4m3fn)}, r"'a' has shape \[6\], which is none of a quantised matrix"),
+        (
+            {"a": np.ones((256, 384), ml_dtypes.float8_e5m2)},
+            r"is of no matrix of quant_method fp8, .* of dtype F8_E4M3",
+        ),
+        ({"a": np.ones((256, 384), np.float32)}, r"'a_scale_inv' of dtype F32 is of no matrix of quant_method fp8"),
+        ({"b_scale_inv": np.ones(2, np.float32)}, r"'b_scale_inv' of dtype F32 is of no matrix"),
+        ({"b": np.ones(2, np.int8), "b_scale": np.ones(2, np.float32)}, r"'b' of dtype I8 is of no matrix"),
+        ({"b_blocks": np.ones(2, np.uint8), "b_scales": np.ones(2, np.uint8)}, r"'b_blocks' of dtype U8 is of no"),
     ],
 )
 def test_scales_that_do_not_fit_are_said_before_anything_is_written(tensors, words, tmp_path):
@@ -149,12 +182,66 @@ def test_scales_that_do_not_fit_are_said_before_anything_is_written(tensors, wor
 
 
 def test_plain_tensors_with_names_of_scales_are_kept(tmp_path):
-    plain = {"b": np.arange(3, dtype=np.float32), "b_scale_inv": np.arange(2, dtype=np.float32)}
+    plain = {"b": np.arange(3, dtype=np.float32), "b_scale": np.arange(2, dtype=np.float32)}
     convert(_fp8(tmp_path / "source", **plain), tmp_path / "out", to="hf", weights_dtype="float32")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(found) == {"a", "b", "b_scale_inv"}
+    assert set(found) == {"a", "b", "b_scale"}
     for name, value in plain.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+CHANNELS = {"strategy": "channel", "num_bits": 8, "type": "int"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors", "format": "int-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": CHANNELS}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "shape"),
+    [
+        ({"a": ("I8", (4, 0)), "a_scale": ("F32", (4, 1))}, COMPRESSED, (4, 0)),
+        ({"a": ("I8", (0, 4)), "a_scale": ("F32", (0, 1))}, COMPRESSED, (0, 4)),
+        ({"a": ("F8_E4M3", (4, 0)), "a_scale_inv": ("F32", (1, 0))}, FP8, (4, 0)),
+        ({"a_blocks": ("U8", (2, 0, 1, 16)), "a_scales": ("U8", (2, 0, 1))}, {"quant_method": "mxfp4"}, (2, 32, 0)),
+    ],
+)
+def test_quantised_matrices_without_numbers(tensors, settings, shape, tmp_path):
+    rng = np.random.default_rng(0)
+    made = {name: random_tensor(rng, dtype, *extents) for name, (dtype, extents) in tensors.items()}
+    write_published(tmp_path / "source", made, quantization_config=settings)
+    convert(tmp_path / "source", tmp_path / "out", weights_dtype="float32")
+    assert bytes_of(tmp_path / "out") == {"a": ("F32", shape, b"")}
+
+
+def test_a_config_of_any_text_is_written_again(tmp_path):
+    source = write_published(tmp_path / "source", {"a": ("F32", (1,), bytes(4))})
+    text = '{"model_type": "none", "half": "\\ud800", "word": "\u00e9"}'
+    (source / "config.json").write_text(text, encoding="utf-8")
+    convert(source, tmp_path / "out", weights_dtype="float32")
+    found = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert found == json.loads(text) | {"torch_dtype": "float32"}
+
+
+def test_what_nvidia_says_in_a_file_beside_config_is_read(source, tmp_path):
+    beside = source / BESIDE
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    convert(source, tmp_path / "bits")
+    for name in ("config.json", BESIDE):
+        assert (tmp_path / "bits" / name).read_bytes() == (source / name).read_bytes()
+    with pytest.raises(ConfigError, match="quant_method 'modelopt', which is sized and planned"):
+        convert(source, tmp_path / "out", weights_dtype="float32")
+    beside.write_text("{")
+    with pytest.raises(CheckpointError, match=f"{BESIDE} is not readable JSON"):
+        convert(source, tmp_path / "out")
+
+
+def test_what_nvidia_says_does_not_stand_beside_values(tmp_path):
+    source = _fp8(tmp_path / "source")
+    (source / BESIDE).write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    convert(source, tmp_path / "out", weights_dtype="float32")
+    assert not (tmp_path / "out" / BESIDE).exists()
+    assert read_json(tmp_path / "out" / "config.json") == {"model_type": "none", "torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize(("form", "case"), [("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window")])

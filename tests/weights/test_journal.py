@@ -105,6 +105,41 @@ def test_what_a_journal_says_is_read_before_it_is_believed(source, tmp_path, mon
     assert bytes_of(tmp_path / "orbax") == bytes_of(source)
 
 
+@pytest.mark.parametrize("line", ['["a", 5]', '[["x"], {}]', '["a", "xy"]', "[" * 100_000, '["of.U8"]'])
+def test_lines_that_are_none_are_not_believed(line, source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        _stop_after(patched, 3)
+        with pytest.raises(CheckpointError):
+            convert(source, tmp_path / "orbax")
+    journal = partial_of(tmp_path / "orbax") / JOURNAL
+    journal.write_bytes(journal.read_bytes() + line.encode() + b"\n")
+    assert convert(source, tmp_path / "orbax").resumed_tensors == 3
+    assert bytes_of(tmp_path / "orbax") == bytes_of(source)
+
+
+def test_a_source_that_changes_meanwhile_says_what_to_remove(source, tmp_path, monkeypatch):
+    finish = convert_module.ShardSink.finish
+
+    def changing(self):
+        os.utime(source / "model.safetensors", ns=(1, 1))
+        return finish(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_module.ShardSink, "finish", changing)
+        with pytest.raises(CheckpointError, match=f"changed meanwhile: remove {partial_of(tmp_path / 'hf')} and run"):
+            convert(source, tmp_path / "hf", to="hf")
+    shutil.rmtree(partial_of(tmp_path / "hf"))
+    convert(source, tmp_path / "hf", to="hf")
+
+
+def test_a_source_is_not_taken_for_unfinished_work(source, tmp_path):
+    source = source.rename(tmp_path / "out.partial")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"out has its unfinished work in .*out.partial, where the source lies"):
+        convert(source, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -140,6 +140,7 @@ def test_a_share_of_a_mesh_is_whole_chunks():
         assert rows * 14336 * 2 <= 32 << 20
     assert choose_chunk(TensorSpec(name="x", dtype="BF16", shape=(64, 64)), 8) == (64, 64)  # too little to cut
     assert choose_chunk(TensorSpec(name="x", dtype="BF16", shape=(9973, 8192)), 8)[0] == 1995  # a prime: five chunks
+    assert choose_chunk(TensorSpec(name="x", dtype="U8", shape=(10007, 204393)))[0] * 204393 <= 32 << 20
 
 
 def test_rows_are_read_across_chunks(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -84,12 +85,39 @@ def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
     assert LLM.load(tmp_path / "out", mesh=mesh_of("data=1")).config.dtype == "float16"
 
 
-def test_numbers_out_of_reach_are_said(tmp_path):
-    large = np.array([1.0, 70000.0], np.float32)
-    source = write_published(tmp_path / "source", {"x": ("F32", (2,), large.tobytes())})
-    with pytest.raises(CheckpointError, match=r"tensor 'x' holds 7e\+04, beyond what float16 reaches"):
-        convert(source, tmp_path / "out", weights_dtype="float16")
+@pytest.mark.parametrize(
+    ("dtype", "to", "large"),
+    [("F32", "float16", 7e4), ("BF16", "float16", 7.014e4), ("F32", "bfloat16", 3.4e38), ("F64", "bfloat16", 3.4e38),
+     ("F64", "float32", 1e39)],
+)  # fmt: skip
+def test_numbers_out_of_reach_are_said(dtype, to, large, tmp_path):
+    numbers = np.array([1.0, np.inf, large], DTYPES[dtype].numpy)
+    source = write_published(tmp_path / "source", {"x": (dtype, (3,), numbers.tobytes())})
+    with pytest.raises(CheckpointError, match=re.escape(f"tensor 'x' holds {large:.4g}, beyond what {to} reaches")):
+        convert(source, tmp_path / "out", weights_dtype=to)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_rounded_once(tmp_path):
+    """What float32 rounds to the middle of two neighbours of bfloat16, on either side of it; and numbers at random."""
+    ulp = 2.0**-7
+    middles = np.array([1 + ulp / 2, 1 + 3 * ulp / 2, 2.0**-134, 0.0, -0.0, np.inf, -np.inf, np.nan])
+    near = [middles, middles + 2.0**-40, middles - 2.0**-40, middles * (1 + 2.0**-45)]
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([*near, rng.standard_normal(500) * 2.0 ** rng.integers(-150, 120, 500)])
+    numbers = np.concatenate([numbers, -numbers])
+    source = write_published(tmp_path / "source", {"x": ("F64", numbers.shape, numbers.tobytes())})
+    convert(source, tmp_path / "out", weights_dtype="bfloat16")
+    found = np.frombuffer(bytes_of(tmp_path / "out")["x"][2], ml_dtypes.bfloat16).astype(np.float64)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    every = np.unique(bits[bits & 0x7F80 != 0x7F80].view(ml_dtypes.bfloat16).astype(np.float64))
+    finite = np.isfinite(numbers)
+    np.testing.assert_array_equal(found[~finite], numbers[~finite])
+    distance = np.abs(every - numbers[finite, None])
+    np.testing.assert_array_equal(np.abs(found[finite] - numbers[finite]), distance.min(axis=1))
+    tied = (distance == distance.min(axis=1)[:, None]).sum(axis=1) > 1
+    assert tied.any()
+    assert not (found[finite][tied].astype(ml_dtypes.bfloat16).view(np.uint16) & 1).any()
 
 
 class _Blocks(transform.AsPublished):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from jaxmoe.weights.verify import problems
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantised import write_quantised
-from .published import bytes_of, every_dtype, random_tensor, write_file, write_published
+from .published import Tensor, bytes_of, every_dtype, random_tensor, write_file, write_published
 
 CASE = "mixtral_window"
 
@@ -75,6 +77,57 @@ def test_every_byte_of_a_manifest_counts(tmp_path):
         path.write_bytes(_flipped(content, place, 0))
         with pytest.raises(CheckpointError, match=MANIFEST):
             read_manifest(tmp_path / "out")
+
+
+def _of_dtype_f16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: ("F16" if dtype == "BF16" else dtype, *rest) for name, (dtype, *rest) in tensors.items()}
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"other" if name == "scalar" else name: tensor for name, tensor in tensors.items()}
+
+
+def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (dtype, shape[::-1], content) for name, (dtype, shape, content) in tensors.items()}
+
+
+def _replaced(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"q": ("F32", (1,), b"abcd")}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (_of_dtype_f16, "1 tensors .*: of.BF16"), (_renamed, "2 tensors .*: other, scalar"),
+        (_turned, "18 tensors .*: cube, empty, "), (_replaced, "20 tensors .* and 12 more"),
+    ],
+)  # fmt: skip
+def test_headers_that_are_not_as_written_are_no_source(change, names, source, tmp_path):
+    """Of the same bytes of numbers, which no checksum of theirs tells apart."""
+    whole = tmp_path / "hf"
+    convert(source, whole, to="hf")
+    write_file(whole / "model.safetensors", change(bytes_of(whole)))
+    words = f"has headers of {names}"
+    for read in (open_tensors, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=words):
+            read(whole)
+    with pytest.raises(CheckpointError, match=words):
+        convert(whole, tmp_path / "out", weights_dtype="float32")
+    assert re.search(words, " ".join(problems(whole)))
+    assert not (tmp_path / "out").exists()
+
+
+def _one_byte_longer(chunk: Path) -> None:
+    chunk.write_bytes(chunk.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, _one_byte_longer])
+def test_chunks_that_went_or_grew_are_said_before_anything_is_written(change, source, tmp_path):
+    convert(source, tmp_path / "orbax")
+    change(tmp_path / "orbax" / "of.F32" / "0.0")
+    with pytest.raises(CheckpointError, match=r"lacks chunks of 1 tensors, or .* as long as written: of.F32; convert"):
+        convert(tmp_path / "orbax", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["orbax", "source"]
 
 
 def test_files_that_went_or_grew_are_reported(source, tmp_path):

@@ -28,7 +28,7 @@ from jaxmoe.model.attend import PAGE_DIMS
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.hardware import Hardware, read_hardware
 from jaxmoe.planner.sizes import part_of
-from jaxmoe.weights.checkpoint import read_config_json
+from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config
 
@@ -116,7 +116,7 @@ def model_name(config: str) -> str:
 
 def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
     """Tokens of a request where nobody says: 4096, or the model's most. Raises: as ModelQuestion.checked_model."""
-    most = read_config(read_config_json(find_config(config)), ignore=ignore).max_position_embeddings
+    most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
     return min(_USUAL_CONTEXT, most)
 
 
