@@ -91,7 +91,8 @@ def _check_revision(name: str, revision: str | None) -> None:
 def _nearest(path: Path) -> list[str]:
     """Presets, and what lies beside path and may be a config, that are called nearly so."""
     try:
-        beside = {one.name: str(one) for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()}
+        near = [one for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()]
+        beside = {one.name: str(one) for one in near if one.name != path.name}
     except OSError:
         beside = {}
     known = beside | {name: name for name in (*preset_models(), *preset_configs(planned=True))}

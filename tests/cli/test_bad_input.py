@@ -405,3 +405,12 @@ def test_in_a_process_of_its_own(work, arguments, words):
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words)
     assert _files(work) == before
+
+
+def test_a_folder_without_a_config_is_not_offered_in_its_own_place(capsys, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    outcome = jaxmoe(capsys, "plan", empty, "--hardware", "h100")
+    assert outcome.code == 2
+    assert f"config '{empty}' is no config.json" in outcome.err
+    assert "did you mean" not in outcome.err
