@@ -104,7 +104,7 @@ class PlanQuestion:
 
     def runs(self) -> bool:
         """Whether other commands take the model, or it is planned with alone. Raises: CheckpointError."""
-        raw = read_config_json(find_config(self.config))
+        raw = read_json(find_config(self.config))
         try:
             return read_config(raw, ignore=self.ignore_config_keys).indexer is None
         except ConfigError:  # which a reading for plans passed over

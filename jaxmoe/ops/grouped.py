@@ -86,8 +86,8 @@ class Blocks(NamedTuple):
 
     full_ends: Int[Array, "E"]
     by_size: Int[Array, "E"]
-    rest_starts: Int[Array, "sizes"]
-    rest_ends: Int[Array, "sizes"]
+    rest_starts: Int[Array, " sizes"]
+    rest_ends: Int[Array, " sizes"]
 
 
 def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:

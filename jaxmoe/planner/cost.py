@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from jaxmoe.config import ModelConfig
 from jaxmoe.formats import NVFP4
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.links import Group, Links, group_of

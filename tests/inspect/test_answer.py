@@ -41,7 +41,7 @@ NO_ROOM = {
 def step(temp_gib: int = 1, total_gib: int = 2, found: Counter[Collective] = PLAN) -> CompiledStep:
     return CompiledStep(
         temp_bytes=temp_gib * GIB, total_bytes=total_gib * GIB, found=found, planned=PLAN,
-        optimal_seconds=total_gib / 100, compile_seconds=1.5,
+        scatter_padding=0.0, optimal_seconds=total_gib / 100, compile_seconds=1.5,
     )  # fmt: skip
 
 
