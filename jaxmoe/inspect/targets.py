@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxmoe.errors import ConfigError
@@ -24,13 +23,13 @@ class Device:
     platform: Literal["tpu", "cuda"]
     hbm_bytes: int
     devices_per_chip: int = 1
-    options: Mapping[str, str] = MappingProxyType({})
+    options: tuple[tuple[str, str], ...] = ()
 
 
 # Memory: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); of GPUs what a program may use (gpus/*.txtpb).
 DEVICES: dict[str, Device] = {
     # its two cores as one device, as JAX shows them where there are some
-    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB, options=MappingProxyType({"chip_config_name": "megacore"})),
+    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB, options=(("chip_config_name", "megacore"),)),
     "v5e": Device(platform="tpu", hbm_bytes=16 * _GIB),
     "v5p": Device(platform="tpu", hbm_bytes=95 * _GIB),
     "v6e": Device(platform="tpu", hbm_bytes=32 * _GIB),
@@ -103,7 +102,9 @@ def topology_devices(target: Target) -> list[Any]:
     shape = "x".join(map(str, target.shape))
     try:
         if target.device.platform == "tpu":
-            found = get_topology_desc(platform="tpu", topology_name=f"{target.name}:{shape}", **target.device.options)
+            found = get_topology_desc(
+                platform="tpu", topology_name=f"{target.name}:{shape}", **dict(target.device.options)
+            )
         else:
             config = Path(__file__).parent / "gpus" / f"{target.name}.txtpb"
             found = get_topology_desc(platform="cuda", topology=f"1x{shape}", target_config=config.read_text())
