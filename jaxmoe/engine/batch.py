@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,7 @@ def bucket_of(
     )  # fmt: skip
 
 
+@cache  # asked before every step
 def bucket_with(
     rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
 ) -> Bucket:
