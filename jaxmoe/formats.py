@@ -11,6 +11,8 @@ from typing import Literal
 NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
 Method = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
+QUANTISATION = "quantization_config"  # of config.json: the format its weights are published in
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:

@@ -29,8 +29,8 @@ from jaxmoe.families.keys import may_stand_unused, pieces
 from jaxmoe.families.piece import Piece
 from jaxmoe.families.quantised import as_published, read_published
 from jaxmoe.families.reader import ConfigReader
+from jaxmoe.formats import QUANTISATION
 
-_QUANTISATION = "quantization_config"
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -68,10 +68,10 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: 
             f"config.json has model_type {name!r}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    published = read_published(raw.get(_QUANTISATION), planned=planned)
+    published = read_published(raw.get(QUANTISATION), planned=planned)
     text = _of_text(raw, FAMILIES[name].part)
-    ignored = [_QUANTISATION, *([ignore] if isinstance(ignore, str) else ignore)]
-    _check_ignored(ignored[1:], {_QUANTISATION, *raw, *text})
+    ignored = [QUANTISATION, *([ignore] if isinstance(ignore, str) else ignore)]
+    _check_ignored(ignored[1:], {QUANTISATION, *raw, *text})
     reader = ConfigReader(text, ignore=ignored)
     config = FAMILIES[name].read(reader)
     reader.finish(f"of family {name!r}", "if harmless, pass them as ignore_config_keys (--ignore-config-key)")
@@ -108,9 +108,9 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
     text = raw.get(part)
     if not isinstance(text, Mapping):
         raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
-    if text.get(_QUANTISATION) is not None:
+    if text.get(QUANTISATION) is not None:
         raise ConfigError(
-            f"config key {_QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
+            f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
     return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}

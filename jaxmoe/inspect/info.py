@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import read_config
+from jaxmoe.formats import QUANTISATION
 from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.published import config_check
 from jaxmoe.weights.safetensors_file import TensorInfo
-from jaxmoe.weights.transform import QUANTISATION
 
 
 def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:

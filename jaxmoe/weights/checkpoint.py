@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError, listed
+from jaxmoe.formats import QUANTISATION
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
@@ -26,9 +27,9 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     Raises: CheckpointError, also where either of those two is a link that leaves its directory.
     """
     value = _read_object(path, required=required)
-    if path.name == CONFIG and "quantization_config" not in value and (beside := path.with_name(BESIDE)).is_file():
+    if path.name == CONFIG and QUANTISATION not in value and (beside := path.with_name(BESIDE)).is_file():
         how = _read_object(beside, required=True).get("quantization")
-        value["quantization_config"] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
+        value[QUANTISATION] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
     return value
 
 

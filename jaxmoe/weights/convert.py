@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families.quantised import read_published
+from jaxmoe.formats import QUANTISATION
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
@@ -32,7 +33,7 @@ from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
-from jaxmoe.weights.transform import QUANTISATION, Transform
+from jaxmoe.weights.transform import Transform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0

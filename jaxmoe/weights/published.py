@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from jaxmoe.depth import segments
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, read_config, read_published
+from jaxmoe.formats import QUANTISATION
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
@@ -24,7 +25,6 @@ from jaxmoe.weights.load import assign_pieces
 from jaxmoe.weights.manifest import MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
-from jaxmoe.weights.transform import QUANTISATION
 
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")

@@ -10,12 +10,12 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, quantised_keys, read_config
 from jaxmoe.families.quantising import METHODS, quantization_config, written_as
-from jaxmoe.formats import FORMATS
+from jaxmoe.formats import FORMATS, QUANTISATION
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.formats import quantised, scales_of
 from jaxmoe.weights.held import NUMBER_NAMES, published_names, scale_shape
 from jaxmoe.weights.published import Published
-from jaxmoe.weights.transform import QUANTISATION, WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
+from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
 
 _WEIGHT = ".weight"
 

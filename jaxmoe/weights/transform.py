@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact
+from jaxmoe.formats import QUANTISATION
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 
 WEIGHTS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-QUANTISATION = "quantization_config"
 _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
