@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxmoe import LLM, SamplingParams
@@ -10,6 +12,22 @@ from .tiny.cases import NUM_GREEDY_TOKENS, Case
 from .tiny.golden import Reference
 
 LOGIT_TOLERANCE = 2e-4
+
+
+Answers = tuple[list[list[int]], list[list[float]]]
+
+
+def answers(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams | list[SamplingParams]) -> Answers:
+    """Return the tokens of each prompt's answer, and their log-probabilities."""
+    outputs = llm.generate(prompts, params)
+    return [out.token_ids for out in outputs], [out.logprobs for out in outputs]
+
+
+def assert_same_answers(found: Answers, wanted: Answers, *, atol: float = 1e-4) -> None:
+    """Equal tokens, and log-probabilities within atol."""
+    assert found[0] == wanted[0]
+    for one, other in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
 def assert_agrees(llm: LLM, case: Case, reference: Reference) -> None:

@@ -31,6 +31,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 from jaxmoe import LLM  # noqa: E402
 from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
 from jaxmoe.model.kernels import NATIVE_STEPS, Kernels  # noqa: E402
+from jaxmoe.ops import grouped  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402
@@ -53,6 +54,12 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
     for size in axes.values():
         count *= size
     return build_mesh(axes, jax.devices()[:count])
+
+
+@pytest.fixture
+def few_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sizes of expert blocks in place of up to five, for tests whose subject is elsewhere: a third less to compile."""
+    monkeypatch.setattr(grouped, "_SIZES", {1 << 62: (1, 8)})
 
 
 @pytest.fixture(scope="session")

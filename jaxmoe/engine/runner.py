@@ -432,8 +432,7 @@ class Runner:
             (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "one")
         )
         with self._precisely():
-            flags = jax.ShapeDtypeStruct((3,), jnp.bool_, sharding=self.placement.sharding("one"))
-            count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.placement.sharding())
+            flags, count = np.zeros(3, np.bool_), np.int32(1)  # host values, as `step` passes them
             return self.step_fn.lower(
                 self.leaves, state, packed, flags, count, bucket=bucket, turns=turns, traced=False
             )

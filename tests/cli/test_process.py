@@ -12,7 +12,7 @@ GENERATE = [sys.executable, "-m", "jaxmoe", "generate", "--prompt", "import", "-
 
 
 def environment(cache: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    kept = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     return kept | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
 
 

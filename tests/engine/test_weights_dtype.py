@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.report import parameter_reports, total_bytes
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.ops import grouped, quantised
+from jaxmoe.ops import quantised
 
 from ..conftest import XLA, mesh_of
 from ..inspect.test_report import reports_of
@@ -26,9 +26,8 @@ ALL = "data=2,tensor=2,expert=2"
 
 
 @pytest.fixture(autouse=True)
-def few_sizes(monkeypatch):
-    """Fewer sizes of experts' blocks to compile, and several tiles of small matrices."""
-    monkeypatch.setattr(grouped, "_SIZES", {1 << 62: (1, 8)})
+def several_tiles(monkeypatch, few_block_sizes):
+    """Several tiles of small matrices, and few sizes of blocks."""
     monkeypatch.setattr(quantised, "_TILE_BYTES", 1 << 14)
 
 

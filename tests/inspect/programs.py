@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from jaxmoe.engine.batch import Bucket
+from jaxmoe.inspect.collectives import collectives
 
 _PAGES, _PAGE_SIZE = 8, 16
 
@@ -14,6 +15,22 @@ def step_program(llm, bucket: Bucket, *, turns: int = 1):
     state = llm.runner.abstract_state(bucket.rows, _PAGES, _PAGE_SIZE * llm.runner.context_ranks)
     with jax.default_matmul_precision("highest"):
         return llm.runner.lower(state, bucket, turns=turns).compile()
+
+
+def assert_steps_hold_what_is_planned(llm) -> None:
+    """Compare the collectives of every program that `generate` ran with the plan, prefill and decode.
+
+    The programs are those in JAX's caches: nothing is compiled anew.
+    """
+    core, runner = llm._core, llm.runner
+    assert any(bucket.blocks for bucket in core.buckets)
+    assert any(not bucket.blocks for bucket in core.buckets)
+    for bucket in core.buckets:
+        turns = 1 if bucket.blocks else core.limits.turns
+        with runner._precisely():
+            program = runner.lower(core._state, bucket, turns=turns).compile()
+        planned = runner.planned(bucket) if turns == 1 else runner.planned_round(bucket)
+        assert collectives(program.as_text(), llm.mesh) == planned
 
 
 def assert_nothing_is_copied(llm, program) -> None:

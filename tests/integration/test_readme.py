@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.cli.main import run
+from jaxmoe.engine import verify
 from jaxmoe.planner.hardware import read_hardware
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +47,10 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             run(["convert", "demo", "demo-orbax"])
         capsys.readouterr()
+    if " verify" in command:  # two of the twenty meshes: `make test-all` runs them all
+        monkeypatch.setattr(
+            verify, "all_meshes", lambda num_devices: [{"data": 2, "tensor": 2, "expert": 2}, {"tensor": 8}]
+        )
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
     out, err = capsys.readouterr()
@@ -91,6 +96,16 @@ def test_command(command, capsys, tmp_path, monkeypatch):
             assert (tmp_path / "run.html").exists()
     else:
         assert "2x16x4" in out
+
+
+@pytest.mark.sweep
+def test_verify_on_every_mesh(capsys):
+    """The README's command as it stands, on all twenty meshes."""
+    (command,) = [command for command in COMMANDS if command.startswith("jaxmoe verify")]
+    with pytest.raises(SystemExit) as stopped:
+        run(shlex.split(command)[1:])
+    assert stopped.value.code == 0
+    assert "20 of 20 placements give what one device gives" in capsys.readouterr().out
 
 
 def test_make_demo(tmp_path):

@@ -20,10 +20,12 @@ from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
 from scripts.bench_pipeline import count_steady_ticks, count_ticks
 
+from ..agreement import answers, assert_same_answers
 from ..conftest import NATIVE, XLA, mesh_of
 from ..engine.test_engine import all_together, requests_of, twice_with_pages_that_come_back
-from ..inspect.programs import assert_nothing_is_copied, step_program
+from ..inspect.programs import assert_nothing_is_copied, assert_steps_hold_what_is_planned, step_program
 
+pytestmark = pytest.mark.usefixtures("few_block_sizes")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 3, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]
 DEEP = "qwen3_moe_norm", {"num_hidden_layers": 9}
 AROUND = "qwen2_moe_mlp_only", {"num_hidden_layers": 7, "mlp_only_layers": (0, 5)}  # layers before and after stages
@@ -49,7 +51,7 @@ def one_device(changed_dir):
 
 def outcome(llm):
     params = [SamplingParams(max_tokens=6 + i, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i in range(5)]
-    return [out.token_ids for out in llm.generate(PROMPTS, params)], llm.last_logits(PROMPTS)
+    return answers(llm, PROMPTS, params)
 
 
 def loaded(changed_dir, model, mesh, **options) -> LLM:
@@ -76,16 +78,24 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
     ],
 )
 def test_stages_give_what_one_device_gives(model, mesh, options, changed_dir, one_device):
-    tokens, logits = one_device(model)
     llm = loaded(changed_dir, model, mesh, **options)
     assert any(part.stages == llm.mesh.shape["pipeline"] for part in llm.runner.parts)
-    found_tokens, found_logits = outcome(llm)
-    assert found_tokens == tokens
-    np.testing.assert_allclose(found_logits, logits, atol=1e-4)
+    assert_same_answers(outcome(llm), one_device(model))
+    assert_steps_hold_what_is_planned(llm)
+
+
+def test_scores_of_stages_are_those_of_one_device(changed_dir):
+    """The program that scores whole prompts, in micro-batches."""
+    one, llm = (loaded(changed_dir, AROUND, mesh, kernels=XLA) for mesh in ("data=1", "data=2,pipeline=2,tensor=2"))
+    np.testing.assert_allclose(llm.last_logits(PROMPTS), one.last_logits(PROMPTS), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "without"), [("pipeline=2,tensor=2,expert=2", "tensor=2,expert=2"), ("pipeline=4", "data=1")]
+    ("mesh", "without"),
+    [
+        pytest.param("pipeline=2,tensor=2,expert=2", "tensor=2,expert=2", marks=pytest.mark.sweep),
+        ("pipeline=4", "data=1"),
+    ],
 )
 def test_stages_change_no_bit_in_bfloat16(mesh, without, changed_dir):
     if find_compiler() is None:  # then no such promise is made
@@ -101,7 +111,12 @@ def test_stages_change_no_bit_in_bfloat16(mesh, without, changed_dir):
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "kernels"), [(DEEP, "pipeline=2,tensor=2", XLA), (AROUND, "data=2,pipeline=2", NATIVE)]
+    ("model", "mesh", "kernels"),
+    [
+        pytest.param(DEEP, "pipeline=2,tensor=2", XLA, marks=pytest.mark.sweep),
+        pytest.param(AROUND, "data=2,pipeline=2", NATIVE, marks=pytest.mark.sweep),
+        (AROUND, "data=2,pipeline=2", XLA),
+    ],
 )
 def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir):
     """Layers beside the stages, which are split over them, too."""
@@ -115,14 +130,20 @@ def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir):
     assert len(llm.generate(PROMPTS[:2], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
 
 
-@pytest.mark.parametrize("blocks", [0, 4])
+STEPS = [
+    (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": XLA}),
+    (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": NATIVE}),
+    (DEEP, "data=2,pipeline=4", {"kernels": XLA, "stage_chunks": 2}),
+    (AROUND, "pipeline=4,tensor=2", {"kernels": XLA}),
+]
+
+
 @pytest.mark.parametrize(
-    ("model", "mesh", "options"),
+    ("model", "mesh", "options", "blocks"),
     [
-        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": XLA}),
-        (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": NATIVE}),
-        (DEEP, "data=2,pipeline=4", {"kernels": XLA, "stage_chunks": 2}),
-        (AROUND, "pipeline=4,tensor=2", {"kernels": XLA}),
+        pytest.param(*step, blocks, marks=() if (at, blocks) in {(2, 4), (3, 0)} else pytest.mark.sweep)
+        for at, step in enumerate(STEPS)
+        for blocks in (0, 4)
     ],
 )
 def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, blocks, changed_dir):
@@ -135,7 +156,7 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
 @pytest.mark.parametrize(
     ("model", "mesh", "layout"),
     [
-        (DEEP, "pipeline=2,tensor=2,expert=2", "ep-tp"),
+        pytest.param(DEEP, "pipeline=2,tensor=2,expert=2", "ep-tp", marks=pytest.mark.sweep),
         (AROUND, "pipeline=4,tensor=2", "tp-ep-sp"),
         (DEEP, "data=2,pipeline=2,tensor=2", "cp-ep-tp"),
     ],

@@ -133,8 +133,17 @@ def biased_value_and_grads(arrays, bias, cotangent, kind, clamp):
     return y, *grads
 
 
-@pytest.mark.parametrize("clamp", [None, Clamp(limit=1.5)])
-@pytest.mark.parametrize("num_tokens", [1, 30, 300])
+@pytest.mark.parametrize(
+    ("num_tokens", "clamp"),
+    [
+        pytest.param(1, None, marks=pytest.mark.sweep),
+        (1, Clamp(limit=1.5)),
+        pytest.param(30, None, marks=pytest.mark.sweep),
+        pytest.param(30, Clamp(limit=1.5), marks=pytest.mark.sweep),
+        (300, None),
+        pytest.param(300, Clamp(limit=1.5), marks=pytest.mark.sweep),
+    ],
+)
 @pytest.mark.parametrize("kind", [kind for kind in GROUPED_KINDS if kind != "dense"])
 def test_biases_and_clamps(kind, num_tokens, clamp):
     """The oracle takes every token through each of its experts by itself."""
