@@ -58,7 +58,7 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
 
 @pytest.fixture
 def few_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sizes of expert blocks in place of up to five, for tests whose subject is elsewhere: a third less to compile."""
+    """Two sizes of expert blocks in place of up to seven, for tests whose subject is elsewhere."""
     monkeypatch.setattr(grouped, "_SIZES", {1 << 62: (1, 8)})
 
 

@@ -63,7 +63,11 @@ def test_generate_for_people_prints_each_request(capsys, tiny_dir, tiny_llm, ids
 
 
 @pytest.mark.parametrize(
-    "options", [["--no-native", "--layers", "unroll"], ["--layers", "scan", "--pointwise", "xla", "--sampling", "xla"]]
+    "options",
+    [
+        pytest.param(["--no-native", "--layers", "unroll"], marks=pytest.mark.sweep),
+        ["--layers", "scan", "--pointwise", "xla", "--sampling", "xla"],
+    ],
 )
 def test_kernels_that_were_chosen_give_the_same_tokens(options, capsys, tiny_dir, tiny_llm, ids):
     command = ["generate", tiny_dir(CASE), "--prompt-ids", ids, "--mesh", MESH, "--dtype", "float32"]

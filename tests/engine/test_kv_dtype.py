@@ -30,7 +30,7 @@ def test_logprobs_stay_near_those_of_full_precision(kv_dtype, tiny_dir, tiny_llm
         assert np.abs(out.logprobs - scored[-12:]).mean() <= NEAR[kv_dtype]
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+@pytest.mark.parametrize("kv_dtype", [pytest.param("fp8", marks=pytest.mark.sweep), "int8"])
 def test_every_mesh_and_kernel_gives_the_same(kv_dtype, tiny_dir):
     wanted = load(tiny_dir, kv_dtype, kernels={"attention": "loop"}).generate(PROMPTS, PARAMS)
     for found in (

@@ -29,7 +29,7 @@ MESH = "data=2,tensor=2,expert=2"
 CASE = "qwen3_moe_sparse_step"
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize("layers", ["scan", pytest.param("unroll", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_do(phase, layers, tiny_dir, tiny_llm):
     config = read_config(json.loads((tiny_dir(CASE) / "config.json").read_text()))

@@ -25,8 +25,17 @@ from ..tiny.cases import CASES_BY_NAME
 LENGTH, PAGE_SIZE = 23, 4
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "tensor=2"])
-@pytest.mark.parametrize("name", ["deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves"])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("deepseek_v2_groups", "data=1"),
+        pytest.param("deepseek_v2_groups", "tensor=2", marks=pytest.mark.sweep),
+        ("deepseek_v2_lite", "tensor=2"),
+        pytest.param("deepseek_v2_lite", "data=1", marks=pytest.mark.sweep),
+        ("deepseek_v3_halves", "tensor=2"),
+        pytest.param("deepseek_v3_halves", "data=1", marks=pytest.mark.sweep),
+    ],
+)
 def test_absorbed_attention_is_the_plain_form(name, mesh):
     """In chunks of 1, 9 and 13 tokens over pages, and all at once over keys and values of every head."""
     config = read_config(CASES_BY_NAME[name].config)
