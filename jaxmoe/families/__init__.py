@@ -158,6 +158,6 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
             f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
-    outer = {key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}
-    own = {key: value for key, value in text.items() if key not in outer or value is not None}
-    return {**({} if "torch_dtype" in own or "dtype" in own else outer), **own}
+    dtypes = ("torch_dtype", "dtype")
+    outer = {} if any(text.get(key) is not None for key in dtypes) else {key: raw.get(key) for key in dtypes}
+    return {**text, **outer}
