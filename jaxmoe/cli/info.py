@@ -42,7 +42,10 @@ def _print(found: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", f"{parameters['total']:,}", _size(size["total"]), "")
     table.add_row("active for a token", f"{parameters['active']:,}", "", "")
+    table.add_row("  without the embedding", f"{parameters['active_without_embedding']:,}", "", "")
     table_console().print(table)
+    for note in found["not_understood"]:
+        print(f"not understood: {note}")
     print(f"bytes are those of {'the files' if size['measured'] else 'files as the config says'}; {_format(found)}")
     if found["config_check"] is not None:
         print(f"weights beside config.json: {found['config_check']}")

@@ -63,6 +63,8 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> 
         check_plot_path(plot)
     if rule_of_thumb:
         thumb = rule_of_thumb_of(question)
+        for note in [] if as_json else question.not_understood():
+            print(f"not understood: {note}")
         print(json.dumps(thumb) if as_json else _thumb(thumb, question.hardware), flush=True)
         return
     with console.status(f"{question.config} on {question.hardware}: pricing plans"), _uncollected():
@@ -100,6 +102,8 @@ def _print(answer: dict[str, Any]) -> None:
     devices = f"{answer['devices']} x {answer['hardware']}"
     nodes = f" ({counted(answer['nodes'], answer['node'])})" if answer["nodes"] > 1 else ""
     then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:,.2f} ms a token"
+    for note in answer["not_understood"]:
+        print(f"not understood: {note}")
     print(f"{answer['model']} on {devices}{nodes}: {plan['split']}")
     print(f"  {answer['arguments']}")
     print(f"  engine: {', '.join(f'{name}={number}' for name, number in answer['engine'].items())}")

@@ -28,7 +28,15 @@ from jaxmoe.families.family import Family
 from jaxmoe.families.keys import may_stand_unused, pieces
 from jaxmoe.families.piece import Piece
 from jaxmoe.families.quantised import as_published, read_published
+from jaxmoe.families.quantizer import (
+    QUANTISATION_KEYS,
+    check_other_keys,
+    quantisation_key,
+    quantizer_name,
+    without_quantisation,
+)
 from jaxmoe.families.reader import ConfigReader
+from jaxmoe.families.refused import foreign_keys, refusal, suspicious_keys
 from jaxmoe.formats import QUANTISATION
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
@@ -44,21 +52,32 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Piece",
+    "check_other_keys",
     "is_exact",
     "may_stand_unused",
     "pieces",
+    "quantisation_key",
     "quantised_keys",
+    "quantizer_name",
     "read_config",
     "read_published",
     "with_weights_dtype",
+    "without_quantisation",
 ]
 
 
-def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: bool = False) -> ModelConfig:
+def read_config(
+    raw: Mapping[str, Any],
+    *,
+    ignore: Iterable[str] = (),
+    planned: bool = False,
+    not_understood: list[str] | None = None,
+) -> ModelConfig:
     """The ModelConfig of a parsed config.json.
 
     ignore: keys to pass over although they are not understood. planned: also of a checkpoint whose format of weights
-    is planned with and cannot be run.
+    is planned with and cannot be run. not_understood: a list that receives "key = value" of each setting that may
+    change the computation, and no size, in place of an error: for reports on a model that is not run.
     Raises: ConfigError for an unknown model_type, a bad value, a key that may change the maths, or one to ignore that
     is not there.
     """
@@ -68,14 +87,40 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: 
             f"config.json has model_type {name!r}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
+    family = FAMILIES[name]
     published = read_published(raw.get(QUANTISATION), planned=planned)
-    text = _of_text(raw, FAMILIES[name].part)
-    ignored = [QUANTISATION, *([ignore] if isinstance(ignore, str) else ignore)]
-    _check_ignored(ignored[1:], {QUANTISATION, *raw, *text})
-    reader = ConfigReader(text, ignore=ignored)
-    config = FAMILIES[name].read(reader)
-    reader.finish(f"of family {name!r}", "if harmless, pass them as ignore_config_keys (--ignore-config-key)")
-    return as_published(config, published, FAMILIES[name].names)
+    check_other_keys(raw)
+    text = _of_text(raw, family.part)
+    ignored = [ignore] if isinstance(ignore, str) else list(ignore)
+    _check_ignored(ignored, {QUANTISATION, *raw, *text})
+    reader = ConfigReader(text, ignore=[*QUANTISATION_KEYS, *ignored], lenient=not_understood is not None)
+    refused = {key: value for key, value in foreign_keys(raw, family).items() if key not in ignored}
+    _check_causal(reader)
+    try:
+        config = family.read(reader)
+    except ConfigError as error:
+        if refused and not_understood is None:  # of two faults that of another model altogether
+            raise refusal(family, refused) from error
+        raise
+    refused |= suspicious_keys(reader)
+    if not_understood is not None:
+        found = {**reader.passed_over, **refused}
+        not_understood += [f"{key} = {str(value)[:60]}" for key, value in found.items()]
+    elif refused:
+        raise refusal(family, refused)
+    return as_published(config, published, family.names)
+
+
+def _check_causal(reader: ConfigReader) -> None:
+    """Raise a ConfigError where is_causal is anything but true: transformers then attends in both directions."""
+    causal = reader.get("is_causal", False, absent=True)
+    if causal is not True:
+        reader.unsupported(
+            "is_causal",
+            causal,
+            f"config key 'is_causal' = {str(causal)[:60]} makes attention bidirectional, as embedding models have it; "
+            f"only causal attention is supported: use a language model",
+        )
 
 
 def is_exact(key: str) -> bool:
@@ -113,4 +158,6 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
             f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
-    return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}
+    dtypes = ("torch_dtype", "dtype")
+    outer = {} if any(text.get(key) is not None for key in dtypes) else {key: raw.get(key) for key in dtypes}
+    return {**text, **outer}

@@ -11,21 +11,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.decoder import read_decoder, read_dense_prefix, read_layer_types
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import (
-    MAX_LAYERS,
-    REQUIRED,
-    ConfigReader,
-    read_agreed,
-    read_decoder,
-    read_dense_prefix,
-    read_num_experts,
-    rope_scaling,
-    yarn_mscale,
-)
+from jaxmoe.families.reader import MAX_LAYERS, REQUIRED, ConfigReader, read_agreed, read_num_experts
+from jaxmoe.families.rope_keys import rope_scaling, yarn_mscale
+
+_SPARSE = "deepseek_v32"
 
 
 def read_latent(reader: ConfigReader) -> MLAConfig:
@@ -39,12 +33,11 @@ def read_latent(reader: ConfigReader) -> MLAConfig:
     )
 
 
-def read_score_scale(reader: ConfigReader, head_dim: int) -> float:
+def read_score_scale(reader: ConfigReader, head_dim: int, rope: RopeConfig) -> float:
     """Of attention scores: YaRN's mscale_all_dim sharpens them twice over."""
-    scaling = rope_scaling(reader)
-    all_dim = ConfigReader(scaling).number("mscale_all_dim", 0.0)
+    all_dim = ConfigReader(rope_scaling(reader)).number("mscale_all_dim", 0.0)
     scale = head_dim**-0.5
-    return scale * yarn_mscale(float(scaling["factor"]), all_dim) ** 2 if all_dim else scale
+    return scale * yarn_mscale(rope.factor, all_dim) ** 2 if rope.scaling == "yarn" and all_dim else scale
 
 
 def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQUIRED) -> int:
@@ -92,7 +85,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
     reader.expect("attention_bias", False)
     reader.expect("mlp_bias", False)
     latent = read_latent(reader)
-    shared = read_decoder(reader, latent=latent, interleaved=interleaved)
+    shared = read_decoder(reader, latent=latent, interleaved=interleaved, absent_kv_heads="as heads")
     layers, width = shared["num_hidden_layers"], reader.whole("moe_intermediate_size")
     reader.expect("qk_head_dim", shared["head_dim"])
     for key in ("aux_loss_alpha", "seq_aux", "ep_size"):
@@ -110,12 +103,25 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         **shared,
         mla=latent,
         indexer=_read_indexer(reader) if family == _SPARSE else None,
-        score_scale=read_score_scale(reader, shared["head_dim"]),
+        score_scale=read_score_scale(reader, shared["head_dim"], shared["rope"]),
         moe=moe,
-        moe_layers=read_dense_prefix(reader, num_layers=layers, default=REQUIRED if sigmoid else 0),
+        moe_layers=_moe_layers(reader, layers, family=family),
         sliding_windows=(None,) * layers,
         mtp_layers=read_mtp_layers(reader, absent=1 if sigmoid else 0),
     )
+
+
+def _moe_layers(reader: ConfigReader, layers: int, *, family: str) -> tuple[bool, ...]:
+    """All layers but a dense prefix. DeepSeek-V3.2's class in transformers also lists the kinds of layers."""
+    if family != _SPARSE:
+        return read_dense_prefix(reader, num_layers=layers, default=0 if family == "deepseek_v2" else REQUIRED)
+    read_layer_types(reader, ("indexed_attention", "deepseek_sparse_attention"), num_layers=layers)
+    kinds = read_layer_types(reader, ("dense", "sparse"), num_layers=layers, key="mlp_layer_types")
+    if kinds is None:
+        return read_dense_prefix(reader, num_layers=layers, default=REQUIRED)
+    reader.expect("moe_layer_freq", 1)
+    reader.get("first_k_dense_replace", None)  # of the two the list counts
+    return tuple(kind == "sparse" for kind in kinds)
 
 
 def _read_indexer(reader: ConfigReader) -> IndexerConfig:
@@ -129,9 +135,18 @@ def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
     return read_agreed(reader, "layers of multi-token prediction", *keys, default=0, absent=absent, within=_MTP_LAYERS)
 
 
-_SPARSE, _MTP_LAYERS = "deepseek_v32", (0, MAX_LAYERS)
+_MTP_LAYERS = (0, MAX_LAYERS)
 NAMES = KeyNames(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
+_ARCHITECTURES = {
+    "deepseek_v2": ("DeepseekV2ForCausalLM",),
+    "deepseek_v3": ("DeepseekV3ForCausalLM",),
+    _SPARSE: ("DeepseekV32ForCausalLM",),
+    "kimi_k2": ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
+}
 FAMILIES = tuple(
-    Family(name=name, read=partial(_read, family=name, sigmoid=sigmoid), names=NAMES)
-    for name, sigmoid in (("deepseek_v2", False), ("deepseek_v3", True), (_SPARSE, True), ("kimi_k2", True))
-)
+    Family(
+        name=name, read=partial(_read, family=name, sigmoid=name != "deepseek_v2"), names=NAMES,
+        architectures=architectures, own_code=True,
+    )
+    for name, architectures in _ARCHITECTURES.items()
+)  # fmt: skip

@@ -14,10 +14,14 @@ from jaxmoe.families.reader import ConfigReader
 class Family:
     """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys.
 
-    part: the key of config.json whose object is the text model's, where there are other models beside it.
+    architectures: what config.json calls its causal language model. part: the key of config.json whose object is the
+    text model's, where there are other models beside it. own_code: whether published files point to modeling code of
+    their own that this family is read from.
     """
 
     name: str
     read: Callable[[ConfigReader], ModelConfig]
+    architectures: tuple[str, ...]
     names: KeyNames = KeyNames()
     part: str | None = None
+    own_code: bool = False

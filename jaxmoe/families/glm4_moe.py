@@ -1,9 +1,10 @@
 """GLM-4.5: half of each head turned, QK norms by choice, DeepSeek-V3's routing. Source: Hugging Face, Glm4MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder, read_dense_prefix
 from jaxmoe.families.deepseek import NAMES, read_mtp_layers, read_shared_experts, sigmoid_routing
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_dense_prefix, read_num_experts
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -30,4 +31,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="glm4_moe", read=read, names=NAMES)
+FAMILY = Family(name="glm4_moe", read=read, names=NAMES, architectures=("Glm4MoeForCausalLM",))

@@ -4,9 +4,10 @@ Source: Hugging Face's GptOssConfig and modeling_gpt_oss.
 """
 
 from jaxmoe.config import Clamp, ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import ConfigReader, read_agreed, read_decoder, read_num_experts, read_windows
+from jaxmoe.families.reader import ConfigReader, read_agreed, read_num_experts
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -34,7 +35,9 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe=moe,
         moe_layers=(True,) * layers,
-        sliding_windows=read_windows(reader, num_layers=layers, rule="even layers", switched=False, absent=128),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="even layers", switched=False, typed=True, absent=128
+        ),
         qkv_bias=bias,
         out_bias=bias,
         sinks=True,
@@ -42,4 +45,4 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 NAMES = KeyNames(router="router", fused="interleaved")
-FAMILY = Family(name="gpt_oss", read=read, names=NAMES)
+FAMILY = Family(name="gpt_oss", read=read, names=NAMES, architectures=("GptOssForCausalLM",))

@@ -1,13 +1,15 @@
 """Llama 2 and 3.x. Source: Hugging Face's LlamaConfig and modeling_llama (keys and defaults)."""
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.families.decoder import read_decoder
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder
+from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Full attention, dense MLP; attention_bias puts a bias on q, k, v and o, mlp_bias on gate, up and down."""
-    shared = read_decoder(reader)
+    """Full attention, dense MLP. A file without max_position_embeddings, as Llama 1 has it, means 2048; attention_bias
+    puts a bias on q, k, v and o, mlp_bias on gate, up and down."""
+    shared = read_decoder(reader, absent_kv_heads="as heads", absent_positions=2048)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     return ModelConfig(
@@ -21,4 +23,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="llama", read=read)
+FAMILY = Family(name="llama", read=read, architectures=("LlamaForCausalLM",))

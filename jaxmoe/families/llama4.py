@@ -10,9 +10,10 @@ from functools import partial
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.decoder import read_decoder, read_layer_types
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_layer_types, read_num_experts
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def _rope_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
@@ -78,7 +79,8 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
 
 
 def _text(family: str, names: KeyNames, part: str | None) -> Family:
-    return Family(name=family, read=partial(_read, family=family), names=names, part=part)
+    named = ("Llama4ForCausalLM", *(("Llama4ForConditionalGeneration",) if part else ()))
+    return Family(name=family, read=partial(_read, family=family), names=names, part=part, architectures=named)
 
 
 FAMILIES = (

@@ -1,8 +1,9 @@
 """Mistral: Llama with a sliding window in every layer. Source: Hugging Face's MistralConfig."""
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -13,8 +14,10 @@ def read(reader: ConfigReader) -> ModelConfig:
         family="mistral",
         **shared,
         moe_layers=(False,) * layers,
-        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=False, absent=4096),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="every layer", switched=False, typed=False, absent=4096
+        ),
     )
 
 
-FAMILY = Family(name="mistral", read=read)
+FAMILY = Family(name="mistral", read=read, architectures=("MistralForCausalLM",))

@@ -1,9 +1,10 @@
 """Mixtral: Mistral with an MoE in every layer. Source: Hugging Face's MixtralConfig and modeling_mixtral."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_windows
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -21,11 +22,11 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe=moe,
         moe_layers=(True,) * layers,
-        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=False),
+        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=False, typed=False),
     )
 
 
 NAMES = KeyNames(
     moe="block_sparse_moe", expert_gate="experts.{e}.w1", expert_up="experts.{e}.w3", expert_down="experts.{e}.w2"
 )
-FAMILY = Family(name="mixtral", read=read, names=NAMES)
+FAMILY = Family(name="mixtral", read=read, names=NAMES, architectures=("MixtralForCausalLM",))

@@ -1,13 +1,15 @@
 """OLMoE: norms over the whole query and key, optional clipping of q, k and v. Source: Hugging Face's OlmoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     """Every layer routes, over experts of width intermediate_size."""
-    shared = read_decoder(reader, default_eps=1e-5)
+    shared = read_decoder(reader, default_eps=1e-5, absent_kv_heads="as heads")
+    reader.expect("use_qk_norm", True)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     moe = MoEConfig(
@@ -29,4 +31,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="olmoe", read=read)
+FAMILY = Family(name="olmoe", read=read, architectures=("OlmoeForCausalLM",))

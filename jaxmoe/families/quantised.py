@@ -19,6 +19,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
 from jaxmoe.families.piece import Piece
+from jaxmoe.families.quantizer import quantizer_name
 from jaxmoe.families.reader import ConfigReader
 from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
 
@@ -50,9 +51,11 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
             f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantised weights: use such a checkpoint"
         )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
+        named = isinstance(value, Mapping) and method is None
+        which = f"no quant_method, it is the format of {quantizer_name(value)}" if named else f"quant_method {method!r}"
         raise ConfigError(
-            f"config key 'quantization_config' has quant_method {method!r}; supported are {', '.join(readers)}, and "
-            f"unquantised weights: use such a checkpoint"
+            f"config key 'quantization_config' has {which}; supported are {', '.join(readers)}, and unquantised "
+            f"weights: use such a checkpoint"
         )
     return readers[method](ConfigReader(value, ignore=["quant_method"]))
 

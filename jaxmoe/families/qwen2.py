@@ -1,8 +1,9 @@
 """Qwen2 and Qwen2.5: biases on q, k and v, none on o. Source: Hugging Face's Qwen2Config and modeling_qwen2."""
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -14,10 +15,10 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe_layers=(False,) * layers,
         sliding_windows=read_windows(
-            reader, num_layers=layers, rule="from max_window_layers", switched=True, absent=4096
+            reader, num_layers=layers, rule="from max_window_layers", switched=True, typed=True, absent=4096
         ),
         qkv_bias=True,
     )
 
 
-FAMILY = Family(name="qwen2", read=read)
+FAMILY = Family(name="qwen2", read=read, architectures=("Qwen2ForCausalLM",))

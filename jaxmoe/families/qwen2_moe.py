@@ -1,8 +1,9 @@
 """Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate. Source: Hugging Face's Qwen2MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_sparse_layers, read_windows
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -23,10 +24,10 @@ def read(reader: ConfigReader) -> ModelConfig:
         moe=moe,
         moe_layers=read_sparse_layers(reader, num_layers=layers),
         sliding_windows=read_windows(
-            reader, num_layers=layers, rule="even below max_window_layers", switched=True, absent=4096
+            reader, num_layers=layers, rule="even below max_window_layers", switched=True, typed=True, absent=4096
         ),
         qkv_bias=reader.flag("qkv_bias", True),
     )
 
 
-FAMILY = Family(name="qwen2_moe", read=read)
+FAMILY = Family(name="qwen2_moe", read=read, architectures=("Qwen2MoeForCausalLM",))

@@ -1,13 +1,15 @@
 """Qwen3: an RMS norm over each query and key head. Source: Hugging Face's Qwen3Config and modeling_qwen3."""
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_windows
+from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     """Dense layers; head_dim is 128 where the config does not say."""
     shared = read_decoder(reader, default_head_dim=128)
+    reader.expect("use_qk_norm", True)  # as these models always are
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     return ModelConfig(
@@ -15,7 +17,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe_layers=(False,) * layers,
         sliding_windows=read_windows(
-            reader, num_layers=layers, rule="from max_window_layers", switched=True, absent=4096
+            reader, num_layers=layers, rule="from max_window_layers", switched=True, typed=True, absent=4096
         ),
         qkv_bias=bias,
         out_bias=bias,
@@ -23,4 +25,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="qwen3", read=read)
+FAMILY = Family(name="qwen3", read=read, architectures=("Qwen3ForCausalLM",))

@@ -1,13 +1,15 @@
 """Qwen3-MoE: Qwen3's attention, an MoE without shared expert. Source: Hugging Face's Qwen3MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
+from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
 from jaxmoe.families.family import Family
-from jaxmoe.families.reader import ConfigReader, read_decoder, read_num_experts, read_sparse_layers, read_windows
+from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     """Layers may be dense by decoder_sparse_step and mlp_only_layers."""
     shared = read_decoder(reader)
+    reader.expect("use_qk_norm", True)  # as these models always are
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     moe = MoEConfig(
@@ -21,11 +23,13 @@ def read(reader: ConfigReader) -> ModelConfig:
         **shared,
         moe=moe,
         moe_layers=read_sparse_layers(reader, num_layers=layers),
-        sliding_windows=read_windows(reader, num_layers=layers, rule="every layer", switched=True, absent=4096),
+        sliding_windows=read_windows(
+            reader, num_layers=layers, rule="every layer", switched=True, typed=False, absent=4096
+        ),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
     )
 
 
-FAMILY = Family(name="qwen3_moe", read=read)
+FAMILY = Family(name="qwen3_moe", read=read, architectures=("Qwen3MoeForCausalLM",))

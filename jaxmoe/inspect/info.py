@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import read_config
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.families import quantisation_key, quantizer_name, read_config, without_quantisation
 from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
@@ -24,32 +23,39 @@ from jaxmoe.weights.safetensors_file import TensorInfo
 def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     """All that `jaxmoe info --json` says of the model of a config.json.
 
-    A format of weights that cannot be run is named, and their bytes are then None. Weights that lie beside it are
-    held against it. Raises: CheckpointError, ConfigError.
+    A format of weights that cannot be run is named, and their bytes are then None. Settings that are not understood and
+    change no size are listed. Weights that lie beside it are held against it. Raises: CheckpointError, ConfigError.
     """
     raw, ignored = read_json(path), list(ignore)
+    key, notes = quantisation_key(raw), list[str]()
     try:
-        config, unknown = read_config(raw, ignore=ignored, planned=True), None
-    except ConfigError as error:
-        if QUANTISATION not in raw or QUANTISATION not in str(error):
+        config, runs = read_config(raw, ignore=ignored, planned=True, not_understood=notes), True
+    except ConfigError:
+        if key is None:
             raise
-        config = read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignored)
-        unknown = str(error)
+        notes.clear()  # a format of weights that is not known, or another fault, which is then raised again
+        config, runs = read_config(without_quantisation(raw), ignore=ignored, not_understood=notes), False
     counts = count_parameters(config)
     has_weights = any((path.parent / name).is_file() for name in (SINGLE, INDEX, MANIFEST))
     tensors = open_tensors(path.parent) if has_weights else None
     measured = None if tensors is None else _bytes_of_files(tensors, config)
     by_part: dict[Any, int | None] = {**(counts.num_bytes if measured is None else measured)}
-    if unknown is not None and measured is None:
+    if not runs and measured is None:
         by_part = dict.fromkeys(by_part)
     known = [one for one in by_part.values() if one is not None]
     return {
         "family": config.family,
         "dtype": config.dtype,
-        "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "active_without_embedding": counts.active_without_embedding,
+            "by_part": counts.by_part,
+        },
         "bytes": {"total": sum(known) if known else None, "by_part": by_part, "measured": measured is not None},
         "config_check": None if tensors is None else _check(path.parent, tensors, raw, ignored),
-        "quantisation": _quantisation(config, raw.get(QUANTISATION), runs=unknown is None),
+        "quantisation": None if key is None else _quantisation(config, raw[key], runs=runs),
+        "not_understood": notes,
         "layers": _layers(config),
         "attention": _attention(config),
         "experts": _experts(config),
@@ -62,7 +68,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
 def _check(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignored: list[str]) -> str:
     try:
         return config_check(directory, tensors, raw, ignored)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         return str(error)
 
 
@@ -78,10 +84,8 @@ def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> d
     return dict(found)
 
 
-def _quantisation(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any] | None:
-    if not raw:
-        return None
-    method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
+def _quantisation(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any]:
+    method = quantizer_name(raw)
     if config.published is None:
         return {"method": method, "supported": runs}
     form, runs = config.published.format, runs and config.published.method != "modelopt"

@@ -91,7 +91,7 @@ class PlanQuestion:
     def checked(self) -> tuple[ModelConfig, Hardware]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
-        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys, planned=True)
+        config, _ = self._read()
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )  # fmt: skip
@@ -101,6 +101,17 @@ class PlanQuestion:
         if self.price is not None:
             hardware = replace(hardware, dollars_an_hour=self.price)
         return config, hardware
+
+    def _read(self) -> tuple[ModelConfig, list[str]]:
+        """The config, and "key = value" of what is not understood of its file. Raises: CheckpointError, ConfigError."""
+        notes: list[str] = []
+        raw = read_json(find_config(self.config))
+        config = read_config(raw, ignore=self.ignore_config_keys, planned=True, not_understood=notes)
+        return config, notes
+
+    def not_understood(self) -> list[str]:
+        """Return "key = value" of each setting of config.json that is planned without. Raises: as checked."""
+        return self._read()[1]
 
     def runs(self) -> bool:
         """Whether other commands take the model, or it is planned with alone. Raises: CheckpointError."""
@@ -180,6 +191,7 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
         around = _neighbours(question, best)
     return {
         "model": model_name(asked.config), "config": asked.config, "family": config.family,
+        "not_understood": asked.not_understood(),
         "hardware": hardware.device, "devices": question.devices,
         "nodes": -(-question.devices // hardware.devices_per_node),
         "node": "host" if hardware.platform == "tpu" else "node", "isl": asked.isl, "osl": asked.osl,

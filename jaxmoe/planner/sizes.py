@@ -80,13 +80,15 @@ def part_of(path: str) -> Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Parameters of a model: by part; those in all; those that work for one token, embedding and head included.
-    num_bytes: of checkpoint files, by part."""
+    """Parameters of a model: by part; those in all; those that work for one token, embedding and head included, and
+    without the embedding, as publishers often count, where the head has a matrix of its own. num_bytes: of checkpoint
+    files, by part."""
 
     by_part: dict[Part, int]
     num_bytes: dict[Part, int]
     total: int
     active: int
+    active_without_embedding: int
 
 
 def count_parameters(config: ModelConfig) -> Counts:
@@ -107,6 +109,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     return Counts(
         by_part={part: by_part[part] for part in there}, num_bytes={part: num_bytes[part] for part in there},
         total=total, active=total - idle,
+        active_without_embedding=total - idle - (0 if config.tie_word_embeddings else by_part["embedding"]),
     )  # fmt: skip
 
 

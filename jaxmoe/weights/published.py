@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.depth import segments
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import FAMILIES, read_config, read_published
+from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantisation
 from jaxmoe.formats import QUANTISATION
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
@@ -123,8 +123,9 @@ def config_check(
         return f"not checked: model_type {str(family)[:40]!r} is no family known here"
     try:
         read_published(raw.get(QUANTISATION))
+        check_other_keys(raw)
     except ConfigError as error:  # bits go through, whatever they mean
-        read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignore)
+        read_config(without_quantisation(raw), ignore=ignore)
         return f"not checked: {error}"
     config = read_config(raw, ignore=ignore)
     alone = AbstractMesh((1,) * len(AXES), AXES)

@@ -69,10 +69,50 @@ def test_a_format_that_cannot_be_read_is_named_and_the_rest_is_said(capsys, tmp_
     assert (outcome.code, "quantised by gptq, which jaxmoe does not read" in outcome.out) == (0, True)
 
 
+def test_a_setting_that_is_not_understood_is_named_and_the_rest_is_said(capsys, tmp_path):
+    raw = json.loads((CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text(encoding="utf-8"))
+    odd = {"attn_gate": 2, "architectures": ["Qwen3MoeModel"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(raw | odd))
+    found = info(capsys, tmp_path)
+    named = ["rope_scaling = dynamic", "architectures = ['Qwen3MoeModel']", "attn_gate = 2"]
+    assert found["not_understood"] == named
+    assert found["parameters"]["total"] == 30_532_122_624
+    assert found["parameters"]["active"] - found["parameters"]["active_without_embedding"] == 151936 * 2048
+    outcome = jaxmoe(capsys, "info", tmp_path)
+    assert outcome.code == 0
+    assert [line for line in outcome.out.splitlines() if line.startswith("not understood")] == [
+        f"not understood: {note}" for note in named
+    ]
+    refused = jaxmoe(capsys, "compile", tmp_path, "--target", "b200:1x8", "--mesh", "expert=8")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "another model than Qwen3MoeForCausalLM" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+    ],
+)
+def test_a_format_without_a_name_is_that_of_its_producer(settings, method, capsys, tmp_path):
+    raw = json.loads((CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(raw | settings))
+    assert info(capsys, tmp_path)["quantisation"] == {"method": method, "supported": False}
+
+
 def test_people_see_a_table(capsys):
     outcome = jaxmoe(capsys, "info", CONFIGS / "openai--gpt-oss-120b.json")
     assert outcome.code == 0
-    for words in ("116,829,156,672", "5,711,982,912", "60.8 GiB", "18 MoE, window of 128; 18 MoE", "mxfp4"):
+    for words in (
+        "116,829,156,672",
+        "5,711,982,912",
+        "5,132,849,472",
+        "60.8 GiB",
+        "18 MoE, window of 128; 18 MoE",
+        "mxfp4",
+    ):
         assert words in outcome.out
 
 

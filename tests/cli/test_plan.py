@@ -237,6 +237,20 @@ def test_every_preset_model_reads_and_runs_but_for_those_that_are_only_planned(n
             read_config(raw)
 
 
+def test_what_is_not_understood_is_said_and_planned_without(capsys, tmp_path):
+    raw = read_json(find_config("demo")) | {"attn_gate": 2, "is_causal": False}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    words = [tmp_path, "--hardware", "h100", "--devices", "1", "--isl", "64", "--osl", "64"]
+    found = plan(capsys, *words)
+    assert found["not_understood"] == ["is_causal = False", "attn_gate = 2"]
+    assert found["plan"] == plan(capsys, "demo", *words[1:])["plan"]
+    assert any(reason.startswith("Planned only") for reason in found["reasons"])
+    thumb = jaxmoe(capsys, "plan", *words[:3], "--rule-of-thumb")
+    assert (thumb.code, thumb.out.splitlines()[:2]) == (
+        0, ["not understood: is_causal = False", "not understood: attn_gate = 2"]
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", hardware_names())
 def test_every_preset_of_hardware_plans(capsys, name):
     load = ["--isl", "64", "--osl", "64", "--chunk-tokens", "512"]

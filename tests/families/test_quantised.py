@@ -137,7 +137,7 @@ def test_what_compressed_tensors_writes_beside_a_format_is_passed_over():
         (NVFP4_SETTINGS | {"group_size": 32}, "group_size 32; only 16"),
         (NVFP4_SETTINGS | {"rotation": "hadamard"}, "'rotation' = hadamard"),
         ({"quant_method": "gptq"}, "quant_method 'gptq'; supported are fp8, mxfp4, compressed-tensors"),
-        ({"bits": 4}, "quant_method None"),
+        ({"bits": 4}, "no quant_method, it is the format of an unnamed tool (settings bits)"),
         ("int8", "quant_method 'int8'"),
         (form("fp8", weight_block_size=None), "weight_block_size None; two whole numbers"),
         (form("fp8", weight_block_size=[128, 0]), "weight_block_size [128, 0]"),

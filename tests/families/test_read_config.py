@@ -148,7 +148,7 @@ SUPPORTED_LLAMA3 = {
         ("attn_logit_softcapping", 30.0, "'attn_logit_softcapping' = 30.0"),
         ("final_logit_softcapping", 30.0, "'final_logit_softcapping' = 30.0"),
         ("embedding_multiplier", 12, "'embedding_multiplier' = 12"),
-        ("unheard_of", "x", "'unheard_of' = x"),
+        ("unheard_of_gate", "x", "'unheard_of_gate' = x"),
     ],
 )
 def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
@@ -212,7 +212,7 @@ def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
         ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' = 1000.* must be a finite number"),
         ("llama", {"torch_dtype": "float8_e4m3fn"}, "'torch_dtype' = 'float8_e4m3fn' must be"),
         ("llama", {"attention_bias": 1}, "'attention_bias' = 1 must be true or false"),
-        ("llama", {"rope_parameters": SUPPORTED_LLAMA3}, "'rope_scaling' and 'rope_parameters' are both given"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'rope_parameters' differ in factor, "),
     ],
 )
 def test_a_value_that_cannot_be(family, changes, words):
@@ -222,7 +222,7 @@ def test_a_value_that_cannot_be(family, changes, words):
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
 def test_a_key_that_is_needed_and_absent(key):
-    raw = {k: v for k, v in QUICK["llama"].items() if k != key}
+    raw = {k: v for k, v in QUICK["mistral"].items() if k != key}
     with pytest.raises(ConfigError, match=f"config.json has no {key!r}, which this family needs: add it"):
         read_config(raw)
 
@@ -247,13 +247,13 @@ def test_the_text_model_of_several_is_read():
 
 
 def test_ignored_keys_are_passed_over_and_no_others():
-    raw = _changed("llama", unheard_of=1, other=2)
-    assert read_config(raw, ignore=["unheard_of", "other"]) == read_config(QUICK["llama"])
-    with pytest.raises(ConfigError, match="not supported: 'other' = 2; if harmless") as caught:
-        read_config(raw, ignore=["unheard_of"])
-    assert "unheard_of" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"'unheard_off' names no key of .*, did you mean 'unheard_of'"):
-        read_config(raw, ignore=["unheard_off"])
+    raw = _changed("llama", unheard_gate=1, other_gate=2)
+    assert read_config(raw, ignore=["unheard_gate", "other_gate"]) == read_config(QUICK["llama"])
+    with pytest.raises(ConfigError, match="not supported: 'other_gate' = 2; if harmless") as caught:
+        read_config(raw, ignore=["unheard_gate"])
+    assert "unheard_gate" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"'unheard_gates' names no key of .*, did you mean 'unheard_gate'"):
+        read_config(raw, ignore=["unheard_gates"])
     with pytest.raises(ConfigError, match=r"'' names no key of config.json: leave it out$"):
         read_config(raw, ignore=[""])
 
@@ -329,8 +329,8 @@ def test_layers_of_multi_token_prediction_may_stand_unused(layer, may):
 
 
 def test_all_unknown_keys_stand_in_one_error():
-    with pytest.raises(ConfigError, match="'first' = 1, 'second' = 2"):
-        read_config(_changed("qwen3_moe", second=2, first=1))
+    with pytest.raises(ConfigError, match="'first_gate' = 1, 'second_gate' = 2"):
+        read_config(_changed("qwen3_moe", second_gate=2, first_gate=1))
 
 
 def test_the_two_forms_of_rope_mean_the_same():

@@ -1,0 +1,146 @@
+"""Reading what families of decoders share: sizes, attention windows, which layers are MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from jaxmoe.config import MLAConfig
+from jaxmoe.errors import ConfigError
+from jaxmoe.families.reader import MAX_HEADS, MAX_LAYERS, REQUIRED, ConfigReader, read_dtype
+from jaxmoe.families.rope_keys import context_length, read_rope
+
+WindowRule = Literal["every layer", "even layers", "from max_window_layers", "even below max_window_layers"]
+
+
+def read_windows(
+    reader: ConfigReader,
+    *,
+    num_layers: int,
+    rule: WindowRule,
+    switched: bool,
+    typed: bool,
+    absent: int | None = None,
+) -> tuple[int | None, ...]:
+    """The sliding window of each layer: those the rule names, or layer by layer what layer_types says.
+
+    switched: a window counts only with use_sliding_window true. max_window_layers is 28 where absent. typed: whether
+    the family has layer_types. absent: the window where the key does not stand at all; null and 0 mean none.
+    """
+    window = reader.whole("sliding_window", None, absent=absent) or None
+    enabled = reader.flag("use_sliding_window") if switched else True
+    limit = reader.whole("max_window_layers", 28) if "max_window_layers" in rule or switched else 0
+    known = ("full_attention", "sliding_attention")
+    types = read_layer_types(reader, known, num_layers=num_layers) if typed else None
+    if types is None:
+        windowed = {
+            "every layer": lambda layer: True,
+            "from max_window_layers": lambda layer: layer >= limit,
+            "even layers": lambda layer: layer % 2 == 0,
+            "even below max_window_layers": lambda layer: layer % 2 == 0 and layer < limit,
+        }[rule]
+        return tuple(window if enabled and windowed(layer) else None for layer in range(num_layers))
+    if "sliding_attention" in types and (window is None or not enabled):
+        raise ConfigError("config key 'layer_types' names sliding_attention but no sliding_window is switched on")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def read_decoder(
+    reader: ConfigReader,
+    *,
+    default_head_dim: int | None = None,
+    default_eps: float = 1e-6,
+    default_theta: float = 10000.0,
+    default_partial: float | None = None,
+    default_scaling: Mapping[str, Any] = MappingProxyType({}),
+    interleaved: bool = False,
+    latent: MLAConfig | None = None,
+    absent_kv_heads: Literal["needed", "as heads"] = "needed",
+    absent_positions: Any = REQUIRED,
+) -> dict[str, Any]:
+    """What every Llama-like decoder shares, as keyword arguments of ModelConfig. default_partial, default_scaling: see
+    read_rope.
+
+    latent: of a family whose heads share one: their sizes are its own. absent_kv_heads: where num_key_value_heads does
+    not stand at all, which transformers takes for a number of the family's own; null is num_attention_heads.
+    absent_positions: max_position_embeddings where that does not stand at all.
+    """
+    _check_activation(reader)
+    layers = reader.whole("num_hidden_layers", within=(1, MAX_LAYERS))
+    heads = reader.whole("num_attention_heads", within=(1, MAX_HEADS))
+    hidden = reader.whole("hidden_size")
+    head_dim = reader.whole("head_dim", default_head_dim)
+    absent_heads = heads if absent_kv_heads == "as heads" else REQUIRED
+    kv_heads = reader.whole("num_key_value_heads", heads, absent=absent_heads)
+    positions = reader.whole("max_position_embeddings", absent=absent_positions)
+    if positions < 1:
+        raise ConfigError(f"max_position_embeddings={positions} must be a whole number of at least 1")
+    if latent is not None:
+        if kv_heads != heads:
+            raise ConfigError(f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in this family")
+        head_dim, kv_heads = latent.qk_nope_head_dim + latent.qk_rope_head_dim, 1
+    if head_dim is None:
+        if hidden % heads:
+            raise ConfigError(
+                f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}, or give head_dim"
+            )
+        head_dim = hidden // heads
+    rope = read_rope(
+        reader, head_dim=head_dim if latent is None else latent.qk_rope_head_dim, max_positions=positions,
+        default_theta=default_theta, default_partial=default_partial, default_scaling=default_scaling,
+        interleaved=interleaved,
+    )  # fmt: skip
+    return dict(
+        vocab_size=reader.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=reader.whole("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=context_length(rope, positions),
+        rms_norm_eps=reader.number("rms_norm_eps", default_eps),
+        rope=rope if latent is None else replace(rope, dims=latent.qk_rope_head_dim),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        dtype=read_dtype(reader),
+    )
+
+
+def _check_activation(reader: ConfigReader) -> None:
+    """Raise a ConfigError for a hidden_act other than silu, which transformers also calls swish."""
+    value = reader.get("hidden_act", "silu")
+    if value not in ("silu", "swish"):
+        message = f"config key 'hidden_act' = {value!r} changes the maths and only 'silu' is supported"
+        reader.unsupported("hidden_act", value, message)
+
+
+def read_layer_types(
+    reader: ConfigReader, known: tuple[str, ...], *, num_layers: int, key: str = "layer_types"
+) -> list[str] | None:
+    """What layer_types says of each layer, None where it is absent. Raises: ConfigError for a kind not in known."""
+    types = reader.get(key, None)
+    if types is not None and (
+        not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types)
+    ):
+        raise ConfigError(f"config key {key!r} = {types} must hold one of {known} for each of {num_layers} layers")
+    return types
+
+
+def read_dense_prefix(reader: ConfigReader, *, num_layers: int, default: Any) -> tuple[bool, ...]:
+    """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
+    reader.expect("moe_layer_freq", 1)
+    dense = reader.whole("first_k_dense_replace", default, within=(0, num_layers))
+    return tuple(layer >= dense for layer in range(num_layers))
+
+
+def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:
+    """Qwen's rule: layer i is MoE unless it stands in mlp_only_layers, and (i + 1) % decoder_sparse_step == 0."""
+    step = reader.whole("decoder_sparse_step", 1)
+    dense = reader.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ConfigError(f"config key 'mlp_only_layers' = {dense} must be a list of whole numbers")
+    if step < 1:
+        raise ConfigError(f"config key 'decoder_sparse_step' = {step} must be at least 1")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))

@@ -1,0 +1,65 @@
+"""Which tool quantised a checkpoint, as far as its config.json tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.formats import QUANTISATION
+
+# Where else a config.json describes quantised weights: MLX's key (which NVIDIA's tools used, too) and that of
+# compressed-tensors before it moved into quantization_config.
+_OTHER_KEYS = ("quantization", "compression_config")
+QUANTISATION_KEYS = (QUANTISATION, *_OTHER_KEYS)
+# Settings that one tool alone writes, any of which decides; MLX's are all needed.
+_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("NVIDIA ModelOpt", ("quant_algo",)),
+    ("compressed-tensors", ("config_groups", "quantization_status")),
+    ("AMD Quark", ("global_quant_config", "layer_quant_config")),
+    ("bitsandbytes", ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_threshold")),
+    ("GPTQ", ("desc_act", "damp_percent", "true_sequential")),
+    ("AWQ", ("w_bit", "q_group_size", "zero_point")),
+    ("fine-grained FP8", ("weight_block_size", "activation_scheme")),
+)
+_MLX = ("group_size", "bits")
+
+
+def quantisation_key(raw: Mapping[str, Any]) -> str | None:
+    """Return the key of a config.json that describes quantised weights; None where weights are plain."""
+    if raw.get(QUANTISATION) not in (None, {}):
+        return QUANTISATION
+    return next((key for key in _OTHER_KEYS if raw.get(key)), None)
+
+
+def without_quantisation(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json as if its weights were plain."""
+    return {key: value for key, value in raw.items() if key not in QUANTISATION_KEYS}
+
+
+def quantizer_name(value: Any) -> str:
+    """Return what a description of quantised weights says it was made by: its quant_method, else the tool that writes
+    such settings."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    if value.get("quant_method") is not None:
+        return str(value["quant_method"])
+    producer = value.get("producer")
+    if isinstance(producer, Mapping) and isinstance(producer.get("name"), str):
+        return str(producer["name"])
+    for name, keys in _SIGNS:
+        if any(key in value for key in keys):
+            return name
+    if all(key in value for key in _MLX):
+        return "MLX"
+    return f"an unnamed tool (settings {', '.join(sorted(map(str, value))[:6])})"
+
+
+def check_other_keys(raw: Mapping[str, Any]) -> None:
+    """Raise a ConfigError where quantised weights are described elsewhere than in quantization_config."""
+    for key in _OTHER_KEYS:
+        if raw.get(key):
+            raise ConfigError(
+                f"config key {key!r} = {str(raw[key])[:60]} is the format of {quantizer_name(raw[key])}, which is not "
+                f"supported: use the checkpoint that it was made from"
+            )

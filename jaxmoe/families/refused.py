@@ -1,0 +1,69 @@
+"""Which keys of a config.json are refused although the rest is read: another model, code of its own, unknown keys."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from jaxmoe.errors import ConfigError
+from jaxmoe.families.family import Family
+from jaxmoe.families.known_keys import is_suspicious
+from jaxmoe.families.reader import ConfigReader
+
+_log = logging.getLogger("jaxmoe")
+_NO_MODEL = ("AutoFeatureExtractor", "AutoImageProcessor", "AutoProcessor", "AutoTokenizer", "AutoVideoProcessor")
+
+
+def foreign_keys(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return `architectures` and `auto_map` where they name a model other than the family's causal language model, or
+    modeling code that comes with the checkpoint."""
+    found: dict[str, Any] = {}
+    named = raw.get("architectures")
+    known = {name.lower() for name in family.architectures}
+    for one in named if isinstance(named, list) else [named] if named else []:
+        if not isinstance(one, str) or one.lower() not in known:
+            found["architectures"] = named
+    code = raw.get("auto_map")
+    if isinstance(code, Mapping):
+        code = {key: value for key, value in code.items() if key not in _NO_MODEL}
+    if code and not family.own_code:
+        found["auto_map"] = code
+    return found
+
+
+def suspicious_keys(reader: ConfigReader) -> dict[str, Any]:
+    """Return the unknown keys that by their names may change the computation; log a line for each of the others."""
+    unknown = reader.unknown()
+    for key, value in unknown.items():
+        if not is_suspicious(key):
+            _log_once(f"config.json: key {key!r} = {str(value)[:60]} is not known and is passed over")
+    return {key: value for key, value in unknown.items() if is_suspicious(key)}
+
+
+def refusal(family: Family, refused: Mapping[str, Any]) -> ConfigError:
+    """Return the error for keys of foreign_keys and suspicious_keys, which ends in the options that pass over them."""
+    unknown = {key: value for key, value in refused.items() if key not in ("architectures", "auto_map")}
+    reasons = []
+    if "architectures" in refused:
+        reasons.append(
+            f"architectures {str(refused['architectures'])[:80]}, another model than {family.architectures[0]}"
+        )
+    if "auto_map" in refused:
+        reasons.append(f"modeling code of its own (auto_map {str(refused['auto_map'])[:80]}), which is not run")
+    if unknown:
+        shown = ", ".join(f"{key!r} = {str(value)[:60]}" for key, value in unknown.items())
+        reasons.append(f"keys that may change the maths and are not supported: {shown}")
+    paste = " ".join(f"--ignore-config-key {shlex.quote(str(key))}" for key in refused)
+    return ConfigError(
+        f"config.json of family {family.name!r} has {'; '.join(reasons)}; if harmless, pass ignore_config_keys, or "
+        f"{paste}"
+    )
+
+
+@lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    """Log a warning the first time that it comes: a command reads its config.json more than once."""
+    _log.warning(message)
