@@ -13,6 +13,16 @@ QKNorm = Literal["none", "head", "full", "unit"]
 Scoring = Literal["softmax", "sigmoid"]
 
 
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def canonical_dtype(name: str) -> str:
+    """Return the full name of a dtype given as an alias (bf16, fp16, half, fp32, float, torch.bfloat16); any other
+    name is returned as it is."""
+    short = name.removeprefix("torch.")
+    return _DTYPE_ALIASES.get(short, short)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

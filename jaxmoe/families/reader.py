@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jaxmoe.config import MLAConfig, RopeConfig
+from jaxmoe.config import MLAConfig, RopeConfig, canonical_dtype
 from jaxmoe.errors import ConfigError
 
 # Keys that do not change the maths of inference: training settings, token ids (the tokenizer's and generation_config's
@@ -115,7 +115,7 @@ class ConfigReader:
 def read_dtype(reader: ConfigReader) -> str:
     """The dtype the checkpoint was published in ("bfloat16" when it does not say)."""
     said = reader.get("torch_dtype", None)
-    dtype = str(reader.get("dtype", "bfloat16") if said is None else said).removeprefix("torch.")
+    dtype = canonical_dtype(str(reader.get("dtype", "bfloat16") if said is None else said))
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"config key 'torch_dtype' = {dtype!r} must be bfloat16, float16 or float32")
     return dtype
