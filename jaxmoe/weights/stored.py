@@ -79,12 +79,12 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
     step = max(1, _COMPARED_BYTES * num_rows // max(1, one.num_bytes, other.num_bytes))
     for first in range(0, num_rows, step):
         last = min(first + step, num_rows)
-        rows = [tensor.read_rows(first, last) for tensor in (one, other)]
+        rows, others = one.read_rows(first, last), other.read_rows(first, last)
         if one.dtype_name == other.dtype_name:
-            rows = [part.view(np.uint8) for part in rows]  # bits: not-a-number equals itself
+            rows, others = rows.view(np.uint8), others.view(np.uint8)  # bits: not-a-number equals itself
         else:
-            rows = [part.astype(np.float32) for part in rows]
-        if not np.array_equal(*rows):
+            rows, others = rows.astype(np.float32), others.astype(np.float32)
+        if not np.array_equal(rows, others):
             return False
     return True
 

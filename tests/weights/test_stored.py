@@ -70,7 +70,7 @@ def test_stacked_experts_are_converted_under_their_names(tiny_dir, tmp_path):
 
 def test_stacked_experts_are_quantised_on_load_and_not_by_convert(tiny_dir, tmp_path):
     directory = write_stacked(tiny_dir("qwen3_moe_norm"), tmp_path / "stacked")
-    options = {"weights_dtype": "int8-block"}
+    options = {"weights_dtype": "int8"}
     assert_same(leaves_of(directory, **options), leaves_of(tiny_dir("qwen3_moe_norm"), **options))
     with pytest.raises(ConfigError, match=r"family qwen3_moe holds .* in one tensor \(model.layers.0.mlp.experts"):
         convert(directory, tmp_path / "out", weights_dtype="int8")
