@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.llm import check_stage_chunks, choose_dtypes, is_published
+from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_published
+from jaxmoe.engine.llm import check_stage_chunks
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.map.data import model_name
@@ -46,6 +47,7 @@ from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Lacks, Neighbours, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
+from jaxmoe.weights.stored import read_stored_config
 
 _PLANNED_ONLY = (
     "Planned only: generate, inspect, compile and map refuse this model, so that these arguments run nowhere."
@@ -88,6 +90,10 @@ class PlanQuestion:
     chunk_tokens: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("dtype", "weights_dtype", "kv_dtype"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+
     def checked(self) -> tuple[ModelConfig, Hardware]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
@@ -105,9 +111,8 @@ class PlanQuestion:
     def _read(self) -> tuple[ModelConfig, list[str]]:
         """The config, and "key = value" of what is not understood of its file. Raises: CheckpointError, ConfigError."""
         notes: list[str] = []
-        raw = read_json(find_config(self.config))
-        config = read_config(raw, ignore=self.ignore_config_keys, planned=True, not_understood=notes)
-        return config, notes
+        path, ignored = find_config(self.config), self.ignore_config_keys
+        return read_stored_config(path, ignore=ignored, planned=True, not_understood=notes), notes
 
     def not_understood(self) -> list[str]:
         """Return "key = value" of each setting of config.json that is planned without. Raises: as checked."""
