@@ -22,6 +22,7 @@ from jaxmoe.weights.checkpoint import read_json
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA, _LEGACY_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _END = "eos_token"
 _DECODER = "added_tokens_decoder"
 
@@ -134,7 +135,7 @@ def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
     """A token from an object with its text and settings. Raises: CheckpointError for anything else."""
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         try:
-            return AddedToken(**{key: one for key, one in value.items() if key != "__type"} | fixed)
+            return AddedToken(value["content"], **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
         except TypeError:
             pass
     raise CheckpointError(

@@ -31,6 +31,7 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
     configured = _ids(CONFIG, config) | (
         _ids(f"{CONFIG}: text_config", nested) if isinstance(nested, Mapping) else set()
     )
+    configured = {one for one in configured if 0 <= one < vocab_size}
     if tokenizer is None:
         settings = read_json(directory / TOKENIZER_CONFIG, required=False)
         named = read_added_tokens(directory, settings).end_ids(None)
