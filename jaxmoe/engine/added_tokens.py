@@ -29,19 +29,20 @@ _DECODER = "added_tokens_decoder"
 
 @dataclass(frozen=True, kw_only=True)
 class AddedTokens:
-    """named: special tokens by name ("eos_token"). extra: special tokens without one. by_id: all that have an id, and
-    listed_in, the file that says so. ends: texts of end tokens, of whichever file."""
+    """named: texts of special tokens by name ("eos_token"). extra: of special tokens without one. special: both as
+    tokens, in the order they are added. by_id: all tokens that have an id, and listed_in, the file that says so. ends:
+    texts of end tokens, of whichever file."""
 
-    named: Mapping[str, AddedToken]
-    extra: tuple[AddedToken, ...]
+    named: Mapping[str, str]
+    extra: tuple[str, ...]
+    special: tuple[AddedToken, ...]
     by_id: Mapping[int, AddedToken]
     listed_in: str
     ends: tuple[str, ...]
 
     def variables(self) -> dict[str, Any]:
         """What a chat template may name: the text of every named token, and the list of the others."""
-        texts: dict[str, Any] = {name: token.content for name, token in self.named.items()}
-        return texts | ({_LEGACY_EXTRA: [token.content for token in self.extra]} if self.extra else {})
+        return dict(self.named) | ({_LEGACY_EXTRA: list(self.extra)} if self.extra else {})
 
     def add_to(self, tokenizer: HFTokenizer) -> None:
         """Add to a tokenizer what it lacks. Raises: CheckpointError where it would give a token another id."""
@@ -49,13 +50,9 @@ class AddedTokens:
         same = {repr(token) for token in there.values()}
         new = [token for _, token in sorted(self.by_id.items()) if repr(token) not in same]
         known = {token.content for token in (*there.values(), *new)}
-        names = {token.content for token in self.named.values()}
-        for token in (*self.named.values(), *self.extra):
-            if token.content not in known:
-                known.add(token.content)
-                new.append(token)
+        new += [token for token in self.special if token.content not in known]
         for token in new:
-            token.special = token.special or token.content in names
+            token.special = token.special or token.content in self.named.values()
         tokenizer.add_tokens(new)
         for token_id, token in sorted(self.by_id.items()):
             if (found := tokenizer.token_to_id(token.content)) != token_id:
@@ -87,18 +84,21 @@ def added_tokens(
     named = {name: values[name] for name in _NAMES if values.get(name) is not None}
     named |= {name: value for name, value in values.items() if name.endswith("_token") and _is_token(value)}
     named |= values[_EXTRA] if isinstance(values[_EXTRA], Mapping) else {}  # a model's own names, such as image_token
-    tokens = {name: _special(name, value) for name, value in named.items()}
-    extra = tuple(_special(_EXTRA, value) for value in _as_list(values[_EXTRA]))
+    extra = _as_list(values[_EXTRA])
+    # A text may stand several times, with other settings each: then the last ones hold.
+    tokens: dict[tuple[bool, str], AddedToken] = {}
+    for name, value in (*named.items(), *((_EXTRA, one) for one in extra)):
+        token = _special(name, value)
+        tokens.setdefault((isinstance(value, str), repr(token)), token)
+    texts = {name: _text(value) for name, value in named.items()}
     if is_listed:
         by_id = _listed(settings[_DECODER])
     else:
-        special = {token.content for token in (*extra, *(tokens[name] for name in _NAMES if name in tokens))}
-        by_id = _legacy_listed(ids, special)
-    as_listed = {token.content: token for token in by_id.values()}
+        by_id = _legacy_listed(ids, {_text(one) for one in extra} | {texts[name] for name in _NAMES if name in texts})
     ends = [_special(_END, file[_END]).content for file in (settings, special_map) if file.get(_END)]
     return AddedTokens(
-        named={name: as_listed.get(token.content, token) for name, token in tokens.items()}, extra=extra,
-        by_id=by_id, listed_in=CONFIG if is_listed else ADDED, ends=tuple(dict.fromkeys(ends)),
+        named=texts, extra=tuple(map(_text, extra)), special=tuple(tokens.values()), by_id=by_id,
+        listed_in=CONFIG if is_listed else ADDED, ends=tuple(dict.fromkeys(ends)),
     )  # fmt: skip
 
 
@@ -122,6 +122,10 @@ def _is_token(value: Any) -> bool:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else value["content"]
 
 
 def _special(name: str, value: Any) -> AddedToken:
