@@ -16,7 +16,7 @@ SPACE = "\u2581"
 LETTERS = ["a", "b", "cd", "é", "世", "🦙", "\ufffd", ".", ",", "'s", "##x"]
 WORDS = [SPACE, SPACE + SPACE, SPACE + "a", SPACE + "world", SPACE * 3 + "b", "b" + SPACE, *LETTERS]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-MULTIBYTE = "é世界🦙ü\ufffd".encode()
+MULTIBYTE = f"é世界🦙ü\ufffd{SPACE}".encode()
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 BYTE_OF = {  # the byte-level alphabet: printable Latin-1 stands for itself, other bytes for U+0100 and what follows
     letter: byte for byte in range(256) if (letter := chr(byte)) in ALPHABET
@@ -204,6 +204,7 @@ def test_a_stream_continues_the_text_of_the_prompt_however_drawn(seed):
         ("byte fallback", ["b", "<0xE4>"], ["<0xB8>", "<0x96>"], "世"),
         ("WordPiece", [], ["hello", None, "a", "##s"], "hello as"),
         ("WordPiece", ["hello", "<s>"], ["##ing", "a"], "ing a"),
+        ("bytes before Metaspace", ["b"], ["<0xE2>", "<0x96>", "<0x81>"] * 20, " " * 20),
         ("byte-level", ["Ġa"], ["<s>", "Ġa", None, "world"], " aworld"),
     ],
 )
