@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
+from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams
 from jaxmoe.engine.runner import Drawn, EngineState, Runner
 from jaxmoe.engine.scheduler import Chunk as PromptChunk
@@ -197,7 +198,8 @@ class Core:
         """
         room = max(0, self.limits.context - len(ids))
         most = len(ids) + min(params.max_tokens, room)
-        ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos))
+        special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
+        ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
         queued = []
         for sample in range(params.n):
             sequence = Sequence(
@@ -206,7 +208,7 @@ class Core:
             self.scheduler.add(sequence)
             request = Request(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
-                stream=TextStream(self.tokenizer, params.stop),
+                stream=TextStream(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens),
             )  # fmt: skip
             if self.trace is not None:
                 full = name if params.n == 1 else f"{name}, sample {sample}"

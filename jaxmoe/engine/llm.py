@@ -19,6 +19,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
+from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
@@ -108,7 +109,7 @@ class LLM:
         check_stage_chunks(stage_chunks, stages=placement.num_stages)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
-        eos = _eos_ids(directory, config)
+        eos = eos_ids(directory, tokenizer, vocab_size=config.vocab_size)
         tensors = open_tensors(directory)
         config = as_stored(config, tensors, raw)
         config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
@@ -175,15 +176,27 @@ class LLM:
         """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
         return self._events(self._asked(_listed(prompts), params), [])
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams = SamplingParams()) -> RequestOutput:
-        """The assistant's answer to a conversation, by the model's chat template. Raises: RequestError without one."""
-        return self.generate([self.chat_prompt(messages)], params)[0]
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams = SamplingParams(), *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RequestOutput:  # fmt: skip
+        """The assistant's answer to a conversation, by the model's chat template. tools: as in chat_prompt.
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation by the model's chat template. Raises: RequestError without one."""
+        Raises: RequestError without a template.
+        """
+        return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]
+
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template. tools: JSON schemas of functions that the answer
+        may call.
+
+        Raises: RequestError without a template.
+        """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer.json: give token ids")
-        return self.tokenizer.encode(self.tokenizer.chat(messages), special=False)
+        return self.tokenizer.encode(self.tokenizer.chat(messages, tools), special=False)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of each token given those before it: float32 [T - 1] for each list of T ids.
@@ -241,7 +254,8 @@ class LLM:
         if self.tokenizer is None and any(p.stop for p in each):
             raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
         for p in each:
-            p.check_token_ids(vocab_size=self.config.vocab_size, num_eos=len(self.eos))
+            special = special_stop_ids(self.tokenizer, p.stop, vocab_size=self.config.vocab_size)
+            p.check_token_ids(vocab_size=self.config.vocab_size, num_eos=len(self.eos.union(special)))
         checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
         return list(zip(checked, each, strict=True))
 
@@ -428,15 +442,3 @@ def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -
             )
         axes = parse_mesh(mesh) if isinstance(mesh, str) else check_axes(mesh)
     return build_mesh(axes)
-
-
-def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:
-    """End tokens: those of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(directory / name, required=False).get("eos_token_id")
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(i) is int for i in ids):
-                raise ConfigError(f"{name} has eos_token_id {value!r}; it must be a whole number or a list of them")
-            return frozenset(i for i in ids if 0 <= i < config.vocab_size)  # others, such as -1, never come
-    return frozenset()

@@ -28,9 +28,10 @@ class SamplingParams:
     zero) the logits of tokens seen in prompt or answer; presence_penalty is taken from those seen in the answer,
     frequency_penalty as often as they were. logit_bias: added to the logits of these token ids. seed: same seed and
     prompt, same tokens, whatever else runs beside; sample i of n draws by seed + i.
-    stop: strings that end the text (not part of it). stop_token_ids: tokens that end it. ignore_eos goes on past the
-    end token. min_tokens: neither an end token nor a stop token comes before so many. top_logprobs: how many of the
-    likeliest tokens are reported at each place.
+    stop: strings that end the text (not part of it); the text of a special token stands for its id. stop_token_ids:
+    tokens that end it. ignore_eos goes on past the end token. min_tokens: neither an end token nor a stop token comes
+    before so many, and no stop string ends the text within them. top_logprobs: how many of the likeliest tokens are
+    reported at each place.
     Raises: RequestError naming the value and its limits.
 
     Source: repetition penalty as in CTRL (Keskar et al., 2019); the others as in OpenAI's API.

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
+from jaxmoe.engine.added_tokens import AddedTokens, added_tokens, read_added_tokens
+from jaxmoe.engine.chat import DEFAULT, Message, read_templates, render
+from jaxmoe.engine.detokenize import Detokenizer, TokenDecoder
 from jaxmoe.errors import CheckpointError, RequestError
-
-Message = Mapping[str, str]
 
 
 class Tokenizer:
-    """tokenizer.json with the settings beside it."""
+    """tokenizer.json with the settings beside it. chat_template: one, or several by name; added: the tokens that the
+    settings add, which the tokenizer has already."""
 
-    def __init__(self, tokenizer: HFTokenizer, settings: Mapping[str, Any], chat_template: str | None) -> None:
-        self._tokenizer, self._settings, self._template = tokenizer, settings, chat_template
+    def __init__(
+        self,
+        tokenizer: HFTokenizer,
+        settings: Mapping[str, Any],
+        chat_template: str | Mapping[str, str] | None,
+        added: AddedTokens | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._templates = {DEFAULT: chat_template} if isinstance(chat_template, str) else chat_template or {}
+        self._added = added_tokens(settings) if added is None else added
+        self.decoder = TokenDecoder(tokenizer)
 
     @classmethod
     def load(cls, directory: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
-        """The tokenizer of a checkpoint directory, None if it has none. settings: its tokenizer_config.json."""
+        """The tokenizer of a checkpoint directory, None if it has none. settings: its tokenizer_config.json.
+
+        Raises: CheckpointError for a file that cannot be read, or files that contradict each other.
+        """
         path = directory / "tokenizer.json"
         if not path.is_file():
             return None
@@ -35,7 +45,10 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
         tokenizer.no_truncation()  # files may carry settings of their training
         tokenizer.no_padding()
-        return cls(tokenizer, settings, _read_template(directory, settings))
+        tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+        added = read_added_tokens(directory, settings)
+        added.add_to(tokenizer)
+        return cls(tokenizer, settings, read_templates(directory, settings), added)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of text; special adds the tokens the tokenizer puts around every text.
@@ -52,73 +65,45 @@ class Tokenizer:
         """Text of ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[Message]) -> str:
+    def chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The prompt text of a conversation, ready for the assistant's answer; encode it with special=False.
 
-        Raises: RequestError if there is no template or it refuses the messages.
+        tools: JSON schemas of functions that the answer may call. Raises: RequestError if there is no template or it
+        refuses the messages.
         """
-        if self._template is None:
-            raise RequestError("this model has no chat template: give plain prompts")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        return render(self._templates, messages, variables=self._added.variables(), tools=tools)
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that has exactly this text, None if there is none."""
+        token_id = self._tokenizer.token_to_id(text)
+        return None if token_id is None or self.is_text(token_id) else token_id
 
-        # What published templates expect besides the messages.
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        try:
-            template = environment.from_string(self._template)
-            return template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._special_tokens(),
-            )
-        except Exception as error:  # the template is foreign code, and may fail in any way
-            raise RequestError(f"the chat template refused the messages: {error}") from error
+    def is_text(self, token_id: int) -> bool:
+        """Whether an id is part of decoded text: known, and not special."""
+        return self.decoder.token(token_id) is not None
 
-    def _special_tokens(self) -> dict[str, str]:
-        tokens = {}
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            value = self._settings.get(name)
-            value = value.get("content") if isinstance(value, Mapping) else value
-            if value is not None:
-                tokens[name] = str(value)
-        return tokens
-
-
-def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, else that of tokenizer_config.json. Raises: CheckpointError."""
-    beside = directory / "chat_template.jinja"
-    if beside.is_file():
-        try:
-            return beside.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{beside} is not readable text: {error}; fetch it again") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones: the default
-        named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{directory / 'tokenizer_config.json'} has a chat_template that is not text")
-    return template
+    @property
+    def end_ids(self) -> set[int]:
+        """Ids of the end tokens that the tokenizer's files name."""
+        return self._added.end_ids(self._tokenizer)
 
 
 class TextStream:
-    """Text of a growing list of ids: gives out what no later token can change, and watches for stop strings."""
+    """The text of an answer as it grows: gives out what no later token can change, and ends at stop strings.
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        # Text of ids before _read is settled. Decoding starts at _context, the clean boundary before it: what an id
-        # reads as may depend on its neighbour, and bytes of one character may be spread over several ids.
-        self._context = self._read = 0
-        self._pending = ""  # settled, but it may be the start of a stop string
+    The texts of prompt and answer, joined, are what the tokenizer makes of the ids of both, special tokens left out.
+    prompt: its ids. stop: strings that end the text and are not part of it. min_tokens: a stop string ends the text
+    where a token beyond so many completes it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: Sequence[str], *, prompt: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer.decoder, prompt)
+        self._stop = tuple(stop)
+        self._num_unchecked = min_tokens  # tokens to come before stop strings count
+        self._pending = ""  # final, but it may be the start of a stop string
+        self._checked_from = 0  # a stop string must end beyond this place of _pending
         self._shown: list[str] = []
         self.stopped = False
 
@@ -129,41 +114,44 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The new final text after one more token; sets `stopped` once a stop string has come."""
-        self._ids.append(token)
-        return self._advance(last=False)
+        if self._detokenizer is None:
+            return ""
+        self._pending += self._detokenizer.push(token)
+        if self._num_unchecked:
+            self._num_unchecked -= 1
+            self._checked_from = len(self._pending)
+        return self._give(last=False)
 
     def finish(self) -> str:
         """Whatever text was still held back."""
-        return "" if self.stopped else self._advance(last=True)
-
-    def _advance(self, *, last: bool) -> str:
-        if self._tokenizer is None:
+        if self._detokenizer is None or self.stopped:
             return ""
-        self._settle(last=last)
+        self._pending += self._detokenizer.finish()
+        if self._num_unchecked:
+            self._checked_from = len(self._pending)
+        return self._give(last=True)
+
+    def _give(self, *, last: bool) -> str:
         pending = self._pending
-        found = [at for at in (pending.find(s) for s in self._stop) if at >= 0]
+        found = [at for at in map(self._find, self._stop) if at >= 0]
         if found:
             self.stopped = True
             delta = pending[: min(found)]
         else:
             delta = pending if last else pending[: len(pending) - self._held_back(pending)]
         self._pending = pending[len(delta) :]
+        self._checked_from = max(0, self._checked_from - len(delta))
         self._shown.append(delta)
         return delta
 
-    def _settle(self, *, last: bool) -> None:
-        """Take up the text of new ids, unless it ends inside a character (then wait, except at the last)."""
-        assert self._tokenizer is not None
-        before = self._tokenizer.decode(self._ids[self._context : self._read])
-        text = self._tokenizer.decode(self._ids[self._context :])
-        if last or not text.endswith("\ufffd"):
-            self._pending += text[len(before) :]
-            self._context, self._read = self._read, len(self._ids)
+    def _find(self, stop: str) -> int:
+        """Return where a stop string stands in the pending text, -1 if nowhere."""
+        return self._pending.find(stop, max(0, self._checked_from - len(stop) + 1))
 
     def _held_back(self, text: str) -> int:
         """How many last characters might be the start of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
         for count in range(min(longest, len(text)), 0, -1):
-            if any(s.startswith(text[-count:]) for s in self._stop):
+            if any(len(s) > count and s.startswith(text[-count:]) for s in self._stop):
                 return count
         return 0

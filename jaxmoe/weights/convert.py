@@ -236,6 +236,7 @@ class _Job:
                     (whole / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
                     files[name] = sum_file(whole / name)
                 continue
+            (whole / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._published.directory / name, whole / name)
             files[name] = sum_file(whole / name)
         files |= sink.finish()

@@ -20,6 +20,7 @@ from jaxmoe.weights.safetensors_file import read_exactly
 
 MANIFEST = "jaxmoe_manifest.json"
 JOURNAL = "jaxmoe_journal.jsonl"
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of files that may travel along
 KINDS = ("orbax", "hf")
 READ_BYTES = 4 << 20
 _VERSION = 1
@@ -118,7 +119,7 @@ def _parse(body: Any) -> Manifest:
             raise ValueError(name)
         tensors[name] = TensorEntry(spec=spec, sha256=_sum(entry["sha256"]), chunk=chunk)
     for name, (num_bytes, head_bytes, digest) in body["files"].items():
-        if Path(name).name != name:
+        if Path(alone := name.removeprefix(f"{CHAT_TEMPLATES}/")).name != alone or not alone:
             raise ValueError(name)
         (total, head) = _sizes([num_bytes, head_bytes])
         files[name] = FileEntry(num_bytes=total, head_bytes=head, sha256=_sum(digest))

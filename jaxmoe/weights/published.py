@@ -22,7 +22,7 @@ from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.load import assign_pieces
-from jaxmoe.weights.manifest import MANIFEST, Manifest, check_name, read_manifest
+from jaxmoe.weights.manifest import CHAT_TEMPLATES, MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
 from jaxmoe.weights.stored import as_stored
@@ -89,7 +89,7 @@ def open_published(
                 f"{tensor.path.name}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs "
                 f"{spec.num_bytes} bytes, has {tensor.num_bytes}: fetch it again"
             )
-    names = {path.name for path in files} | {MANIFEST, INDEX}
+    names = {path.name for path in files} | {MANIFEST, INDEX, CHAT_TEMPLATES}
     if both := sorted(names & set(tensors)):
         raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
     side, left = _side_files(directory, files, {tensor.path.name for tensor in tensors.values()})
@@ -102,14 +102,23 @@ def open_published(
 
 def _side_files(directory: Path, files: list[Path], read: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the files that travel along (configs, tokenizers, licences), and of all else that is not read."""
-    travel: list[str] = []
-    stay = [f"{path.name}/" for path in directory.iterdir() if path.is_dir() and path.name not in read]
+    travel = [str(path.relative_to(directory)) for path in _chat_templates(directory)]
+    not_read = [path.name for path in directory.iterdir() if path.is_dir() and path.name not in read]
+    stay = [f"{name}/" for name in not_read if not (travel and name == CHAT_TEMPLATES)]
     for path in files:
         if path.name in _STAY or path.name in read:
             continue
         known = path.suffix.lower() in _TRAVEL or path.name.upper().startswith(_LICENCES)
         (travel if known and path.name[0] != "." and path.is_file() else stay).append(path.name)
     return tuple(travel), tuple(sorted(stay))
+
+
+def _chat_templates(directory: Path) -> list[Path]:
+    """The templates in a folder of their own. Raises: CheckpointError for a link that leaves the directory."""
+    paths = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
+    for path in (directory / CHAT_TEMPLATES, *paths):
+        check_inside(directory, path)
+    return [path for path in paths if path.is_file() and path.name[0] != "."]
 
 
 def config_check(

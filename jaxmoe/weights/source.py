@@ -9,7 +9,8 @@ from pathlib import Path
 from jaxmoe.assets import asset_dir
 from jaxmoe.errors import CheckpointError
 from jaxmoe.paths import expanded
-from jaxmoe.weights.manifest import JOURNAL
+from jaxmoe.weights.checkpoint import BESIDE
+from jaxmoe.weights.manifest import CHAT_TEMPLATES, JOURNAL
 
 DEFAULT_MODEL = "demo"
 _ONLY_PLANNED = ("deepseek-v3.1-nvfp4", "deepseek-v3.2")  # of preset_configs
@@ -18,7 +19,11 @@ _HUB_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template*",
+    f"{CHAT_TEMPLATES}/*.jinja",
+    BESIDE,
     "*.safetensors",
     "*.safetensors.index.json",
 ]

@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe import LLM, RequestError, SamplingParams
 from jaxmoe.engine.runner import bucket
+from jaxmoe.engine.tokenizer import Tokenizer
 
 from ..conftest import ONE_DEVICE, mesh_of
 
@@ -89,6 +92,33 @@ def test_any_eos_of_generation_config_ends_a_request(tiny_dir, tiny_llm, tmp_pat
     out = LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32").generate([PROMPTS[1]], params)[0]
     assert out.token_ids == free.token_ids[: first + 1]
     assert out.finish_reason == "stop"
+
+
+def test_text_goes_on_from_the_prompt_and_ends_at_stop_strings(tiny_llm):
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    free = llm.generate([PROMPTS[1]], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
+    special = free[max(range(6), key=lambda at: free.index(free[at]))]  # the id of the first six that first comes last
+    words = HFTokenizer(models.WordLevel({f"\u2581{i}": i for i in range(llm.config.vocab_size)}, "\u25810"))
+    words.decoder = decoders.Metaspace()
+    words.add_special_tokens([AddedToken(f"\u2581{special}")])
+    tokenizer = Tokenizer(words, {}, None)
+    llm = LLM(llm.runner, tokenizer=tokenizer, eos=frozenset())
+
+    def answer(**options) -> tuple[list[int], str, str]:
+        params = SamplingParams(max_tokens=8, **options)
+        (out,) = llm.generate([PROMPTS[1]], params)
+        assert "".join(chunk.text for chunk in llm.stream([PROMPTS[1]], params)) == out.text
+        return out.token_ids, out.text, out.finish_reason
+
+    shown = [f" {i}" for i in free if i != special]
+    assert answer() == (free, "".join(shown), "length")
+    assert tokenizer.decode(PROMPTS[1] + free) == tokenizer.decode(PROMPTS[1]) + "".join(shown)
+    assert answer(stop=(f"{free[0]}",)) == (free[:1], " ", "stop")
+    ids, text, reason = answer(stop=(" ",), min_tokens=4)  # every token's text has a space
+    assert (ids, text, reason) == (free[:5], "".join(f" {i}" for i in free[:4] if i != special), "stop")
+    end = free.index(special)
+    ids, text, reason = answer(stop=(f"\u2581{special}",))
+    assert (ids, text, reason) == (free[: end + 1], "".join(f" {i}" for i in free[:end]), "stop")
 
 
 def test_a_request_ends_where_the_context_is_full(tiny_llm):

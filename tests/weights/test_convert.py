@@ -59,7 +59,8 @@ def test_every_dtype_both_ways_and_what_travels_along(source, tmp_path):
     for kind in ("orbax", "hf", "again"):
         assert bytes_of(tmp_path / kind) == expected
         assert problems(tmp_path / kind) == []
-        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        templates = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
+        for name in ("config.json", "tokenizer.json", "special_tokens_map.json", *templates):
             assert (tmp_path / kind / name).read_bytes() == before[name]
         assert not (tmp_path / kind / "modeling.py").exists()
         assert not (tmp_path / kind / "training_args.bin").exists()

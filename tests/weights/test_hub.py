@@ -21,6 +21,11 @@ from .hub_server import Hub, commit_of, serve
 
 CASE = "mistral_window"  # two weight files and an index
 UNNEEDED = {"pytorch_model.bin": b"torch", "model.pt": b"torch", "README.md": b"# read", "original/params.json": b"{}"}
+TEXT = {  # what text needs of a repository, and how its weights are quantised
+    "config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}", "chat_template.jinja": b"x", "chat_template.json": b"{}",
+    "additional_chat_templates/rag.jinja": b"x", "hf_quant_config.json": b"{}",
+}  # fmt: skip
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -31,7 +36,9 @@ def hub(tiny_dir, tmp_path, monkeypatch) -> Iterator[Hub]:
     config = {**json.loads(main["config.json"]), "sliding_window": 7}
     v1 = {**main, "config.json": json.dumps(config).encode()}
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(Hub({"org/tiny": {"main": {**main, **UNNEEDED}, "v1": v1}})) as hub:
+    with serve(
+        Hub({"org/tiny": {"main": {**main, **UNNEEDED}, "v1": v1}, "org/text": {"main": {**TEXT, **UNNEEDED}}})
+    ) as hub:
         _point_at(hub.url, tmp_path / "cache", monkeypatch)
         yield hub
     huggingface_hub.close_session()
@@ -73,6 +80,11 @@ def test_what_arrives_is_what_was_published_and_comes_once(hub, tiny_dir):
     hub.requests.clear()
     assert find_model("org/tiny") == directory
     assert hub.fetched() == []
+
+
+def test_every_file_that_text_needs_is_fetched(hub):
+    directory = find_model("org/text")
+    assert {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} == set(TEXT)
 
 
 @pytest.mark.parametrize("revision", ["v1", commit_of("v1")], ids=["tag", "commit"])

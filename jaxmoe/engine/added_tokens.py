@@ -1,0 +1,173 @@
+"""Tokens that the files beside tokenizer.json add to it, as transformers reads them.
+
+tokenizer_config.json names the special tokens (eos_token, extra_special_tokens, ...) and may list all added tokens by
+id (added_tokens_decoder). Where it does not, as in files of older versions, special_tokens_map.json goes before its
+names and added_tokens.json lists ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
+
+from jaxmoe.errors import CheckpointError
+from jaxmoe.weights.checkpoint import read_json
+
+CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _LEGACY_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_END = "eos_token"
+_DECODER = "added_tokens_decoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedTokens:
+    """named: texts of special tokens by name ("eos_token"). extra: of special tokens without one. special: both as
+    tokens, in the order they are added. by_id: all tokens that have an id, and listed_in, the file that says so. ends:
+    texts of end tokens, of whichever file."""
+
+    named: Mapping[str, str]
+    extra: tuple[str, ...]
+    special: tuple[AddedToken, ...]
+    by_id: Mapping[int, AddedToken]
+    listed_in: str
+    ends: tuple[str, ...]
+
+    def variables(self) -> dict[str, Any]:
+        """What a chat template may name: the text of every named token, and the list of the others."""
+        return dict(self.named) | ({_LEGACY_EXTRA: list(self.extra)} if self.extra else {})
+
+    def add_to(self, tokenizer: HFTokenizer) -> None:
+        """Add to a tokenizer what it lacks. Raises: CheckpointError where it would give a token another id."""
+        there = tokenizer.get_added_tokens_decoder()
+        same = {repr(token) for token in there.values()}
+        new = [token for _, token in sorted(self.by_id.items()) if repr(token) not in same]
+        known = {token.content for token in (*there.values(), *new)}
+        new += [token for token in self.special if token.content not in known]
+        for token in new:
+            token.special = token.special or token.content in self.named.values()
+        tokenizer.add_tokens(new)
+        for token_id, token in sorted(self.by_id.items()):
+            if (found := tokenizer.token_to_id(token.content)) != token_id:
+                raise CheckpointError(
+                    f"{self.listed_in} gives the token {token.content[:60]!r} the id {token_id}, with tokenizer.json "
+                    f"it gets {found}: the two files do not belong together; fetch both again"
+                )
+
+    def end_ids(self, tokenizer: HFTokenizer | None) -> set[int]:
+        """Ids of the end tokens, by a tokenizer or, without one, by the list of added tokens."""
+        ids = {token.content: token_id for token_id, token in self.by_id.items()}
+        found = {ids.get(end) if tokenizer is None else tokenizer.token_to_id(end) for end in self.ends}
+        return {token_id for token_id in found if token_id is not None}
+
+
+def read_added_tokens(directory: Path, settings: Mapping[str, Any]) -> AddedTokens:
+    """Read the added tokens of a checkpoint directory. settings: its tokenizer_config.json. Raises: CheckpointError."""
+    special_map, ids = (read_json(directory / name, required=False) for name in (SPECIAL_MAP, ADDED))
+    return added_tokens(settings, special_map, ids)
+
+
+def added_tokens(
+    settings: Mapping[str, Any], special_map: Mapping[str, Any] = MappingProxyType({}),
+    ids: Mapping[str, Any] = MappingProxyType({}),
+) -> AddedTokens:  # fmt: skip
+    """Gather the added tokens of the three files. Raises: CheckpointError naming an entry that is no token."""
+    is_listed = settings.get(_DECODER) is not None
+    values = _merged(settings, {} if is_listed else special_map)
+    named = {name: values[name] for name in _NAMES if values.get(name) is not None}
+    named |= {name: value for name, value in values.items() if name.endswith("_token") and _is_token(value)}
+    named |= values[_EXTRA] if isinstance(values[_EXTRA], Mapping) else {}  # a model's own names, such as image_token
+    extra = _as_list(values[_EXTRA])
+    # A text may stand several times, with other settings each: then the last ones hold.
+    tokens: dict[tuple[bool, str], AddedToken] = {}
+    for name, value in (*named.items(), *((_EXTRA, one) for one in extra)):
+        token = _special(name, value)
+        tokens.setdefault((isinstance(value, str), repr(token)), token)
+    texts = {name: _text(value) for name, value in named.items()}
+    if is_listed:
+        by_id = _listed(settings[_DECODER])
+    else:
+        by_id = _legacy_listed(ids, {_text(one) for one in extra} | {texts[name] for name in _NAMES if name in texts})
+    ends = [_special(_END, file[_END]).content for file in (settings, special_map) if file.get(_END)]
+    return AddedTokens(
+        named=texts, extra=tuple(map(_text, extra)), special=tuple(tokens.values()), by_id=by_id,
+        listed_in=CONFIG if is_listed else ADDED, ends=tuple(dict.fromkeys(ends)),
+    )  # fmt: skip
+
+
+def _merged(settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json's values with those of special_tokens_map.json, which win, put over them."""
+    values = dict(settings)
+    if not values.get(_EXTRA) and _LEGACY_EXTRA in values:
+        values[_EXTRA] = values.pop(_LEGACY_EXTRA)
+    both = [*_as_list(values.get(_EXTRA)), *_as_list(special_map.get(_EXTRA))]
+    values |= special_map
+    if isinstance(special_map.get(_EXTRA), list):
+        values[_EXTRA] = both
+    if _EXTRA not in values:
+        values[_EXTRA] = values.get(_LEGACY_EXTRA)
+    return values
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else value["content"]
+
+
+def _special(name: str, value: Any) -> AddedToken:
+    """A special token from its text, or from an object with its settings."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    return _token(f"{name} {str(value)[:60]}", value, special=True)
+
+
+def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
+    """A token from an object with its text and settings. Raises: CheckpointError for anything else."""
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+        try:
+            return AddedToken(value["content"], **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
+        except TypeError:
+            pass
+    raise CheckpointError(
+        f"{CONFIG} or {SPECIAL_MAP} has {what}: a token is text, or an object with content and lstrip, rstrip, "
+        f"single_word, normalized and special; fetch it again"
+    )
+
+
+def _listed(decoder: Any) -> dict[int, AddedToken]:
+    """The tokens of an added_tokens_decoder. Raises: CheckpointError."""
+    if not isinstance(decoder, Mapping):
+        raise CheckpointError(f"{CONFIG} has {_DECODER} {str(decoder)[:40]!r}: it must map ids to tokens")
+    tokens = {}
+    for token_id, value in decoder.items():
+        if not (token_id.isascii() and token_id.isdigit() and len(token_id) < 10):
+            raise CheckpointError(f"{CONFIG} has {_DECODER} key {token_id[:40]!r}: it must be a token id")
+        tokens[int(token_id)] = _token(f"{_DECODER}[{token_id}] = {str(value)[:60]}", value)
+    return tokens
+
+
+def _legacy_listed(ids: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    """The tokens of an added_tokens.json. Raises: CheckpointError."""
+    tokens = {}
+    for content, token_id in ids.items():
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise CheckpointError(
+                f"{ADDED} gives {content[:40]!r} the id {str(token_id)[:40]!r}: it must be a token id"
+            )
+        is_special = content in special
+        tokens[token_id] = AddedToken(content, normalized=not is_special, special=is_special)
+    return tokens

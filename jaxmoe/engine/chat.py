@@ -1,0 +1,173 @@
+"""Chat templates: where a checkpoint has them, and how they are rendered; both as transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jaxmoe.errors import CheckpointError, RequestError
+from jaxmoe.weights.checkpoint import read_json
+from jaxmoe.weights.manifest import CHAT_TEMPLATES
+
+Message = Mapping[str, Any]
+DEFAULT, _WITH_TOOLS = "default", "tool_use"
+_BESIDE, _OF_PROCESSOR = "chat_template.jinja", "chat_template.json"
+
+
+def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a checkpoint directory by name; the one used by default is "default".
+
+    Those in files of their own (chat_template.jinja, additional_chat_templates/NAME.jinja) replace those of
+    tokenizer_config.json (settings), which replace that of chat_template.json. Raises: CheckpointError.
+    """
+    files = {DEFAULT: directory / _BESIDE} if (directory / _BESIDE).is_file() else {}
+    files |= {path.stem: path for path in sorted((directory / CHAT_TEMPLATES).glob("*.jinja")) if path.is_file()}
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    template, where = settings.get("chat_template"), "tokenizer_config.json"
+    if template is None:
+        template, where = read_json(directory / _OF_PROCESSOR, required=False).get("chat_template"), _OF_PROCESSOR
+    if template is None:
+        return {}
+    if isinstance(template, list) and all(isinstance(one, Mapping) for one in template):
+        named = {one.get("name"): one.get("template") for one in template}
+    else:
+        named = template if isinstance(template, Mapping) else {DEFAULT: template}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise CheckpointError(f"{directory / where} has a chat_template that is not text")
+    return dict(named)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable text: {error}; fetch it again") from error
+
+
+def render(
+    templates: Mapping[str, str], messages: Sequence[Message], *, variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:  # fmt: skip
+    """Return the prompt of a conversation, ready for the assistant's answer.
+
+    templates: by name; with tools (JSON schemas) that called tool_use is taken where there is one. variables: what a
+    template may name besides, such as bos_token. A message's content is text, or a list of parts {"type": "text",
+    "text": ...}; for templates that know no parts they are joined by line breaks.
+    Raises: RequestError if there is no template or it refuses the messages.
+    """
+    template = _compiled(_choose(templates, tools))
+    messages = _checked(messages)
+
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        return template.render(
+            messages=messages, add_generation_prompt=True, tools=None if tools is None else list(tools),
+            documents=None, **variables,
+        )  # fmt: skip
+
+    listed = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    try:
+        text = rendered(messages)
+        if _has_all(text, listed):
+            return text
+    except Exception as error:  # the template is foreign code, and may fail in any way
+        if not listed:
+            raise RequestError(f"the chat template refused the messages: {error}") from error
+    try:
+        return rendered([_with_joined_parts(message) for message in messages])
+    except Exception as error:
+        raise RequestError(f"the chat template refused the messages: {error}") from error
+
+
+def _choose(templates: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None) -> str:
+    if not templates:
+        raise RequestError("this model has no chat template: give plain prompts")
+    name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in templates else DEFAULT
+    if name not in templates:
+        raise RequestError(
+            f"this model has several chat templates ({', '.join(sorted(templates))}) and none is the default: render "
+            f"one of them and give the text as a plain prompt"
+        )
+    return templates[name]
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages without keys whose value is None. Raises: RequestError for what is no conversation of texts."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError(f"messages must be a list of at least one message, not {messages!r:.60}")
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestError(f"message {at} is {message!r:.60}; it must be a mapping with role and content")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        for part in parts:
+            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise RequestError(
+                    f"message {at} has a content part {part!r:.60}; only {{'type': 'text', 'text': ...}} is supported"
+                )
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _has_all(text: str, listed: Sequence[list[Mapping[str, str]]]) -> bool:
+    """Whether a rendered text has the text of all parts of these contents, and none of them printed as a list."""
+    texts = all(part["text"].strip() in text for content in listed for part in content)
+    return texts and not any(str(content) in text for content in listed if content)
+
+
+def _with_joined_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return message | {"content": "\n".join(part["text"] for part in content)}
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: marks the assistant's text for training; renders what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements inside the block, in a scope of their own as those of transformers are."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Scope(body, lineno=line)]
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> Template:
+    """Compile a template. Raises: RequestError if it is no template."""
+    environment: Environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    # What published templates expect besides the messages.
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    environment.filters["tojson"] = _to_json
+    try:
+        return environment.from_string(text)
+    except Exception as error:  # the template is foreign code
+        raise RequestError(f"the chat template is not readable: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+) -> str:  # fmt: skip
+    """Write value as JSON, unescaped, with what jinja2's own filter does not take."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,58 @@
+"""Which token ids end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.engine.added_tokens import CONFIG as TOKENIZER_CONFIG
+from jaxmoe.engine.added_tokens import read_added_tokens
+from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.errors import ConfigError
+from jaxmoe.weights.checkpoint import CONFIG, read_json
+
+_GENERATION = "generation_config.json"
+_KEY = "eos_token_id"
+
+
+def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> frozenset[int]:
+    """Return every end token that the files of a checkpoint directory name.
+
+    Those are eos_token_id of generation_config.json, of config.json and of its text_config, and the eos_token of
+    tokenizer_config.json and special_tokens_map.json. An id of config.json that the tokenizer writes as ordinary text
+    does not count where generation_config.json names others: it is a default that nobody changed. Neither do ids
+    outside the vocabulary, such as -1: they never come.
+    Raises: ConfigError for a value that is no id, CheckpointError for a file that cannot be read.
+    """
+    config = read_json(directory / CONFIG)
+    nested = config.get("text_config")
+    generation = _ids(_GENERATION, read_json(directory / _GENERATION, required=False))
+    configured = _ids(CONFIG, config) | (
+        _ids(f"{CONFIG}: text_config", nested) if isinstance(nested, Mapping) else set()
+    )
+    configured = {one for one in configured if 0 <= one < vocab_size}
+    if tokenizer is None:
+        settings = read_json(directory / TOKENIZER_CONFIG, required=False)
+        named = read_added_tokens(directory, settings).end_ids(None)
+    else:
+        named = tokenizer.end_ids
+        if generation or named:
+            configured = {one for one in configured if not tokenizer.is_text(one)}
+    return frozenset(one for one in generation | configured | named if 0 <= one < vocab_size)
+
+
+def special_stop_ids(tokenizer: Tokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:
+    """Return the ids of stop strings that are special tokens: those have no text that could be searched."""
+    found = [] if tokenizer is None else [tokenizer.special_id(text) for text in stop]
+    return frozenset(one for one in found if one is not None and one < vocab_size)
+
+
+def _ids(name: str, values: Mapping[str, Any]) -> set[int]:
+    value = values.get(_KEY)
+    if value is None:
+        return set()
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(one) is int for one in ids):
+        raise ConfigError(f"{name} has {_KEY} {str(value)[:60]!r}; it must be a whole number or a list of them")
+    return set(ids)
