@@ -11,6 +11,7 @@ from jaxmoe.formats import Published, Quantisation
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]
 Scoring = Literal["softmax", "sigmoid"]
+TopKOf = Literal["scores", "logits"]
 
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -134,7 +135,8 @@ class MoEConfig:
     shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate where shared_gate
     (Qwen2-MoE). num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the
     sum of its group_best most likely experts (n_group and topk_group of DeepSeek's configs). scoring: what makes scores
-    of the router's logits. router_bias: added to the logits; selection_bias: added to scores for the choice alone.
+    of the router's logits. top_k_of: whether experts are chosen by their scores, or by the logits before scoring, which
+    never saturate. router_bias: added to the logits; selection_bias: added to scores for the choice alone.
     routed_scaling: what weights are multiplied by. weigh_input: whether an expert's input is weighted, not its output.
     biases: of the experts' three matrices. clamp: in place of SwiGLU.
     """
@@ -148,6 +150,7 @@ class MoEConfig:
     top_groups: int = 1
     group_best: int = 1
     scoring: Scoring = "softmax"
+    top_k_of: TopKOf = "scores"
     router_bias: bool = False
     selection_bias: bool = False
     routed_scaling: float = 1.0

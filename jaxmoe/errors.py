@@ -30,7 +30,8 @@ class RequestError(JaxmoeError):
 
 
 class StepError(JaxmoeError):
-    """A step of the engine failed on the devices; the requests in it ended, the engine goes on."""
+    """A step of the engine failed on the devices and the requests in it ended, or the logits of one request are not
+    finite and it alone ended; the engine goes on."""
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

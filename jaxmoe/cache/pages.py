@@ -221,6 +221,20 @@ class PagePool:
         else:
             self._blank.append(page)
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """Forget those of these pages that nobody holds, and the shared pages after them: all become blank."""
+        for page in pages:
+            if page not in self._idle:
+                continue
+            falling = [self._shared[page]]
+            self._forget(falling[0])
+            while falling:  # who holds a page holds those before it: nobody holds these
+                gone = falling.pop()
+                falling += gone.children.values()
+                if gone.page >= 0:
+                    del self._idle[gone.page], self._shared[gone.page]
+                    self._blank.append(gone.page)
+
     def check(self) -> None:
         """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""
         assert len(set(self._blank)) == len(self._blank)

@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxmoe.cli.options import ModelOptions, console, load_model, model_options, read_id_lines, start_jax
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import ConfigError, RequestError
+from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,7 @@ def balance(
     if plot is not None:
         save_plot(plot, lambda figure: _draw(figure, found))
     if as_json:
-        print(json.dumps(found), flush=True)
+        print(json_text(found), flush=True)
         return
     Console().print(_table(found))
     print(_in_words(found))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import click
 from rich.table import Table
 
 from jaxmoe.cli.options import ModelOptions, load_model, model_options, start_jax
+from jaxmoe.jsontext import json_text
 
 _CASES = "1x128x64,8x128x64,32x128x64,32x512x1"
 
@@ -32,7 +32,7 @@ def bench(model: str | None, cases: str, repeats: int, options: ModelOptions, as
     for case in wanted:
         result = run_case(llm, case, repeats=repeats, startup_s=startup_s)
         if as_json:
-            print(json.dumps(result.as_json()), flush=True)
+            print(json_text(result.as_json()), flush=True)
         table.add_row(
             result.case,
             f"{result.seconds:.3f}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
 from jaxmoe.cli.options import console, table_console
+from jaxmoe.jsontext import json_text
 
 
 @click.command("compile")
@@ -42,7 +42,7 @@ def compile_model(as_json: bool, **asked: Any) -> int:
     with console.status(f"{question.target}: preparing") as status:
         answer = compile_for(question, lambda phase: status.update(f"{question.target}: compiling {phase}"))
     if as_json:
-        print(json.dumps(answer), flush=True)
+        print(json_text(answer), flush=True)
     else:
         _print(answer)
     return 0 if answer["fits"] and answer["as_planned"] else 1

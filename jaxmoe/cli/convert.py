@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.markup import escape
 
 from jaxmoe.cli.options import console, loading_bar
 from jaxmoe.errors import RequestError, listed
+from jaxmoe.jsontext import json_text
 from jaxmoe.paths import expanded
 
 
@@ -55,7 +55,7 @@ def convert(
             verify=verify, ignore_config_keys=ignore_config_keys, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(report.as_json() | {"bytes_per_second": report.num_bytes / report.seconds}), flush=True)
+        print(json_text(report.as_json() | {"bytes_per_second": report.num_bytes / report.seconds}), flush=True)
         return 0
     resumed = f" ({report.resumed_tensors} were there already)" if report.resumed_tensors else ""
     print(
@@ -79,7 +79,7 @@ def _verify(directory: Path, as_json: bool) -> int:
     with loading_bar(f"verifying {directory.name}", show=not as_json) as on_progress:
         found = problems(directory, on_progress)
     if as_json:
-        print(json.dumps({"source": str(directory), "whole": not found, "problems": found}), flush=True)
+        print(json_text({"source": str(directory), "whole": not found, "problems": found}), flush=True)
     elif not found:
         print(f"{directory}: every tensor and file is as written ({time.perf_counter() - started:.1f} s)")
     if found:

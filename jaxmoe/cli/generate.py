@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jaxmoe.cli.options import ModelOptions, console, load_model, model_options, read_id_lines, start_jax
 from jaxmoe.errors import RequestError
+from jaxmoe.jsontext import json_text
+
+if TYPE_CHECKING:
+    from jaxmoe.engine.timing import StepClock
 
 _DEMO_PROMPT = "def read_lines(path):\n"
 
@@ -24,10 +26,10 @@ _DEMO_PROMPT = "def read_lines(path):\n"
 @model_options
 @click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy")
-@click.option("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 for all")
+@click.option("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 or -1 for all")
 @click.option("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this probability")
 @click.option("--min-p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=int, help="of the draws, 64 bits; drawn anew by default, and printed with --json")
 @click.option("--stop", multiple=True, help="end at this text (may be given several times)")
 @click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="end at this token (several times)")
 @click.option("--min-tokens", type=int, default=0, help="no end before so many tokens")
@@ -70,7 +72,7 @@ def generate(
     with nullcontext() if trace is None else llm.trace(trace):
         if as_json:
             for output in llm.generate(prompts, params):
-                print(json.dumps(_as_json(output)), flush=True)
+                print(json_text(_as_json(output)), flush=True)
         else:
             _stream_to_terminal(llm, prompts, params)
     if trace is not None:
@@ -94,7 +96,7 @@ def _as_json(output: Any) -> dict[str, Any]:
     samples = [
         {
             "text": sample.text, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
-            "finish_reason": sample.finish_reason,
+            "finish_reason": sample.finish_reason, "seed": sample.seed,
         }
         | ({"top_logprobs": sample.top_logprobs} if sample.top_logprobs else {})
         for sample in output.samples
@@ -112,17 +114,11 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
     tokens, num_bytes = llm.pool_for(prompts, params)
     pool = f"pages for {tokens} tokens of {num_bytes} bytes ({tokens * num_bytes / 2**20:.1f} MiB)"
     console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (kept for next time)...[/dim]")
-    started = time.perf_counter()
     if single and isinstance(prompts[0], str):
         print(prompts[0], end="", flush=True)
     texts: dict[tuple[int, int], str] = {}
     ids: dict[tuple[int, int], list[int]] = {}
-    first_at = last_at = started
-    count = 0
     for chunk in chunks:
-        last_at = time.perf_counter()
-        first_at = last_at if count == 0 else first_at
-        count += 1
         which = (chunk.index, chunk.sample)
         texts[which] = texts.get(which, "") + chunk.text
         ids.setdefault(which, []).append(chunk.token_id)
@@ -135,6 +131,16 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
         for index, sample in sorted(ids):
             name = f"{index}" if params.n == 1 else f"{index}.{sample}"
             print(f"[{name}] {texts[index, sample] if llm.tokenizer else ids[index, sample]}")
-    rest = count - len(ids)
-    rate = f", then {rest / (last_at - first_at):.1f} tokens/s" if rest > 0 and last_at > first_at else ""
-    console.print(f"[dim]{count} tokens; first after {first_at - started:.1f} s (compiling included){rate}[/dim]")
+    console.print(f"[dim]{_rates(llm.timing, sum(map(len, ids.values())))}[/dim]", soft_wrap=True)
+
+
+def _rates(timing: StepClock, num_new: int) -> str:
+    """Return tokens and tokens/s of prompts and of answers, and how long compiling took, for people."""
+
+    def rate(tok_s: float | None) -> str:
+        return "" if tok_s is None else f" at {tok_s:.1f} tokens/s"
+
+    return (
+        f"{timing.num_prompt_tokens} prompt tokens{rate(timing.prompt_tok_s)}, {num_new} new tokens"
+        f"{rate(timing.decode_tok_s)}; compiling took {timing.compile_s:.1f} s"
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 from rich.table import Table
 
 from jaxmoe.cli.options import size_text, table_console
+from jaxmoe.jsontext import json_text
 
 
 @click.command("info")
@@ -25,7 +25,7 @@ def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], 
 
     found = model_info(find_config(model, hub=True, revision=revision), ignore=ignore_config_keys)
     if as_json:
-        print(json.dumps(found), flush=True)
+        print(json_text(found), flush=True)
     else:
         _print(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
 from jaxmoe.cli.options import console, size_text, start_jax, table_console
+from jaxmoe.jsontext import json_text
 
 
 @click.command("inspect")
@@ -42,7 +42,7 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) 
     with console.status("preparing") as status:
         found = report(question, lambda phase: status.update(f"compiling {phase}"))
     if as_json:
-        print(json.dumps(found), flush=True)
+        print(json_text(found), flush=True)
     else:
         _print(found)
     return 0 if found["as_planned"] else 1

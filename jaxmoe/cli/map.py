@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jaxmoe.cli.options import console, size_text
+from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
     from jaxmoe.inspect.map.data import MapQuestion
@@ -62,7 +62,7 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
         answer = _compile(question)
     data = map_data(question, answer=answer)
     if as_json:
-        print(json.dumps(data), flush=True)
+        print(json_text(data), flush=True)
     else:
         assert output is not None
         written, size = write_page(output, data), data["bytes"]

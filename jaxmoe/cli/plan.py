@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from jaxmoe.cli.options import console, size_text, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
+from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.search import OBJECTIVES
 from jaxmoe.planner.why import counted, digits
@@ -65,14 +65,14 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> 
         thumb = rule_of_thumb_of(question)
         for note in [] if as_json else question.not_understood():
             print(f"not understood: {note}")
-        print(json.dumps(thumb) if as_json else _thumb(thumb, question.hardware), flush=True)
+        print(json_text(thumb) if as_json else _thumb(thumb, question.hardware), flush=True)
         return
     with console.status(f"{question.config} on {question.hardware}: pricing plans"), _uncollected():
         answer = plan_model(question)
     if plot is not None:
         save_plot(plot, lambda figure: _draw(figure, answer), inches=(15.0, 4.6))
     if as_json:
-        print(json.dumps(answer), flush=True)
+        print(json_text(answer), flush=True)
     else:
         _print(answer)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from rich.table import Table
 from jaxmoe.cli.options import console, size_text, start_jax, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import MeshError, RequestError
+from jaxmoe.jsontext import json_text
 from jaxmoe.paths import expanded
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def probe(
     if plot is not None:
         save_plot(plot, lambda figure: _draw(figure, found.points))
     if as_json:
-        print(json.dumps(_as_json(found, path)), flush=True)
+        print(json_text(_as_json(found, path)), flush=True)
     else:
         _print(found, path)
 

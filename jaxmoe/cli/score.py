@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import click
 
 from jaxmoe.cli.options import ModelOptions, load_model, model_options, read_id_lines, start_jax
+from jaxmoe.jsontext import json_text
+
+_LEAST_MEAN = -700.0  # of logprobs: the perplexity of less is more than a float holds
 
 
 @click.command()
@@ -23,7 +25,8 @@ def score(model: str, ids: str, options: ModelOptions, as_json: bool) -> None:
     for index, logprobs in enumerate(llm.score(rows)):
         total = float(logprobs.sum())
         if as_json:
-            print(json.dumps({"index": index, "logprobs": logprobs.tolist(), "total": total}), flush=True)
+            print(json_text({"index": index, "logprobs": logprobs.tolist(), "total": total}), flush=True)
         else:
             mean = total / max(1, len(logprobs))
-            print(f"[{index}] {len(rows[index])} tokens, total {total:.4f}, perplexity {math.exp(-mean):.4f}")
+            perplexity = math.exp(-mean) if mean > _LEAST_MEAN else math.inf
+            print(f"[{index}] {len(rows[index])} tokens, total {total:.4f}, perplexity {perplexity:.4f}")

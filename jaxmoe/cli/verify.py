@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from jaxmoe.cli.options import console, start_jax, table_console
+from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
     from jaxmoe.engine.verify import MeshCheck
@@ -62,7 +62,7 @@ def verify(
             ran, same = ran + (not check.refused), same + check.passed
             table.add_row(*_cells(check))
             if as_json:
-                print(json.dumps(_as_json(check)), flush=True)
+                print(json_text(_as_json(check)), flush=True)
     if not as_json:
         table_console().print(table)
         more = f"; {len(trials) - ran} cannot hold this model" if ran < len(trials) else ""

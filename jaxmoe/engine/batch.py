@@ -71,6 +71,7 @@ class Bucket:
             "top_p": rows,
             "min_p": rows,
             "seed": rows,
+            "seed_high": rows,
             "repetition": rows,
             "presence": rows,
             "frequency": rows,
@@ -212,7 +213,8 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
         parts["table"][at][: len(sequence.pages)] = sequence.pages
         request = told(sequence.request_id)
         params = request.params
-        parts["seed"][at] = np.uint32(request.seed).view(np.int32)
+        high, low = divmod(request.seed % 2**64, 2**32)
+        parts["seed"][at], parts["seed_high"][at] = np.array([low, high], np.uint32).view(np.int32)
         parts["top_k"][at], parts["prompt_length"][at] = params.top_k, request.num_prompt
         for name in ("temperature", "top_p", "min_p"):
             floats[name][at] = getattr(params, name)

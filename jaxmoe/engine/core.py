@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,11 +15,12 @@ import numpy as np
 from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
-from jaxmoe.engine.request import Chunk, Sample, SamplingParams
+from jaxmoe.engine.request import Chunk, Sample, SamplingParams, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import Drawn, EngineState, Runner
 from jaxmoe.engine.scheduler import Chunk as PromptChunk
 from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tier import HostTier
+from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
 from jaxmoe.errors import StepError
@@ -47,6 +50,7 @@ class Request:
     stream: TextStream
     num_prompt: int
     ends: tuple[int, ...]  # tokens that end it
+    seed: int
     record: RequestRecord | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -60,8 +64,7 @@ class Request:
 
     def told(self) -> Told:
         """What a step needs to know of it."""
-        seed = (self.params.seed + self.sample) % 2**32
-        return Told(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=seed)
+        return Told(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
 
     def push(self, token: int, logprob: float, top: dict[int, float]) -> Chunk:
         """Take the newest token; decides whether it was the last."""
@@ -77,7 +80,7 @@ class Request:
                 self.finish_reason, text = "length", text + self.stream.finish()
         return Chunk(
             index=self.index, sample=self.sample, token_id=token, logprob=logprob, top_logprobs=top, text=text,
-            finish_reason=self.finish_reason,
+            finish_reason=self.finish_reason, seed=self.seed,
         )  # fmt: skip
 
     def output(self) -> Sample:
@@ -86,16 +89,28 @@ class Request:
         return Sample(
             token_ids=self.token_ids, logprobs=self.logprobs,
             top_logprobs=self.top_logprobs if self.params.top_logprobs else [],
-            text=self.stream.text, finish_reason=self.finish_reason,
+            text=self.stream.text, finish_reason=self.finish_reason, seed=self.seed,
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+def not_finite(runner: Runner, where: str) -> StepError:
+    """Return the error of logits that hold NaN or plus infinity, or minus infinity alone. where: whose they are."""
+    others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
+    remedy = f"load it with dtype {others[runner.dtype]}, or check" if runner.dtype in others else "check"
+    return StepError(
+        f"the logits of {where} are not finite: {runner.config.family} in {runner.dtype} overflowed, or its weights "
+        f"hold NaN; {remedy} the checkpoint's weights"
+    )
+
+
+@dataclass(kw_only=True)
 class _InFlight:
     plan: StepPlan
     places: list[tuple[int, int]]  # rank and row of each of plan.sampled()
     drawn: Drawn
     record: StepRecord | None
+    sent: float  # after its program was compiled
+    done_at: float | None = None  # where that is known before its tokens are taken
 
 
 class Core:
@@ -117,6 +132,7 @@ class Core:
         self.buckets: set[Bucket] = set()
         self.sealed = False
         self.num_new_tokens = 0
+        self.timing = StepClock()
         self.trace = trace
         self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (place_loads)
         self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
@@ -196,8 +212,8 @@ class Core:
 
         Raises: RequestError if it can never fit.
         """
-        room = max(0, self.limits.context - len(ids))
-        most = len(ids) + min(params.max_tokens, room)
+        most = self.limits.most_total(len(ids), params.max_tokens)
+        seed = drawn_seed() if params.seed is None else params.seed
         special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
         ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
         queued = []
@@ -209,6 +225,7 @@ class Core:
             request = Request(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
                 stream=TextStream(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens),
+                seed=seed_of_sample(seed, sample),
             )  # fmt: skip
             if self.trace is not None:
                 full = name if params.n == 1 else f"{name}, sample {sample}"
@@ -227,7 +244,7 @@ class Core:
 
     def _end(self, sequence: Sequence, reason: str, error: StepError | None = None) -> None:
         request = self.requests.pop(sequence.request_id)
-        self.scheduler.finish(sequence)
+        self.scheduler.finish(sequence, discard=error is not None)
         request.finish_reason = reason
         self._trace_end(request)
         request.events.append(Ended(index=request.index, sample=request.sample, finish_reason=reason, error=error))
@@ -291,10 +308,23 @@ class Core:
         for rank, move in plan.moves:
             assert self._tier is not None
             self._state = self._tier.run(self._state, rank, move)
+        known = bucket in self.buckets
+        start = sent if known else self._settle()
         self._state, drawn = self._step(packed, wanted, bucket, plan.turns)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
-        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn, record=record))
+        if not known:  # what the call took was compiling: steps are only queued
+            self.timing.compile_s, start = self.timing.compile_s + self._clock() - start, self._clock()
+        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn, record=record, sent=start))
+
+    def _settle(self) -> float:
+        """Wait for the steps in flight, so that they do not count as compiling nor compiling as them. Returns now."""
+        with contextlib.suppress(Exception):  # a step that failed says so when its tokens are taken
+            jax.block_until_ready(self._state)
+        now = self._clock()
+        for step in self._in_flight:
+            step.done_at = now
+        return now
 
     def _trace_step(self, plan: StepPlan, bucket: Bucket, sent: float) -> StepRecord | None:
         if self.trace is None:
@@ -328,6 +358,7 @@ class Core:
 
     def _complete(self, step: _InFlight) -> list[Request]:
         tokens, logprobs = np.asarray(step.drawn.sampled.tokens), np.asarray(step.drawn.sampled.logprobs)
+        done_at = self._clock() if step.done_at is None else step.done_at
         sampled = list(step.plan.sampled())
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
@@ -341,6 +372,11 @@ class Core:
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
             turn[which] += 1
+            if math.isnan(logprobs[at]):
+                where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
+                self._end(sequence, "error", not_finite(self.runner, where))
+                told.append(request)
+                continue
             chunk = request.push(
                 token, float(logprobs[at]), self._top(step.drawn.sampled, at, request.params.top_logprobs)
             )
@@ -353,6 +389,8 @@ class Core:
                 self._trace_end(request)
                 self.scheduler.finish(sequence)
                 del self.requests[sequence.request_id]
+        num_prompt = sum(chunk.count for chunk in step.plan.chunks)
+        self.timing.done(sent=step.sent, at=done_at, num_prompt=num_prompt, num_new=len(told))
         return told
 
     @staticmethod

@@ -114,11 +114,11 @@ class Engine:
 
         priority: lower is served first. timeout_s: seconds from now after which the request ends.
         Raises: RequestError at the call for a prompt or value out of range, an id that is in use, or a request that can
-        never fit; StepError while listening if a step failed with it or the engine ended it.
+        never fit; StepError while listening if a step failed with it, its logits are not finite, or the engine ended
+        it.
         """
         ids = self.llm.checked_prompt(prompt, params)
-        room = self._limits.context - len(ids)
-        self._core.scheduler.check(len(ids), len(ids) + max(1, min(params.max_tokens, room)))
+        self._core.scheduler.check(len(ids), max(len(ids) + 1, self._limits.most_total(len(ids), params.max_tokens)))
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")
         if timeout_s is not None and not (is_finite(timeout_s) and timeout_s >= 0):

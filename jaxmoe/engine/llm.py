@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
-from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.core import Core, Ended, Request, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.scheduler import Limits
+from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
@@ -44,6 +45,7 @@ from jaxmoe.weights.verify import check_whole
 Prompt = str | Sequence[int]
 _MAX_PREFILL_TOKENS = 65536  # scored at once
 _CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens of a step and rank
+_OPEN_TOKENS = 1024  # new ones that there are pages for, of each request that may go on to the end of the context
 
 
 class LLM:
@@ -154,12 +156,18 @@ class LLM:
         """The device mesh the weights lie on."""
         return self.runner.placement.mesh
 
+    @property
+    def timing(self) -> StepClock | None:
+        """How long the steps of generate and stream took since their pages were laid out; None before any."""
+        return None if self._core is None else self._core.timing
+
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or token ids); results in the order of the prompts.
 
-        Raises: RequestError before anything runs if any prompt or value is out of range.
+        Raises: RequestError before anything runs if any prompt or value is out of range; StepError if a step that held
+        one of them failed, or the logits of one are not finite.
         """
         asked = self._asked(_listed(prompts), params)
         requests: list[list[Request]] = []
@@ -201,13 +209,25 @@ class LLM:
     def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of each token given those before it: float32 [T - 1] for each list of T ids.
 
-        Raises: RequestError for an empty list, one longer than the context, or an id out of range.
+        Raises: RequestError for an empty list, one longer than the context, or an id out of range; StepError where the
+        logits of a place are not finite.
         """
-        return [logprobs for logprobs, _ in self._scored(prompts)]
+        found = []
+        for index, (logprobs, _) in enumerate(self._scored(prompts)):
+            wrong = np.flatnonzero(np.isnan(logprobs))
+            if wrong.size:
+                raise not_finite(self.runner, f"prompt {index} after {wrong[0] + 1} tokens")
+            found.append(logprobs)
+        return found
 
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [P, vocab_size] of the token after each of P lists of ids, float32. Raises: as score."""
-        return np.stack([logits for _, logits in self._scored(prompts)])
+        found = []
+        for index, (_, logits) in enumerate(self._scored(prompts)):
+            if not np.isfinite(logits.max()):
+                raise not_finite(self.runner, f"the last token of prompt {index}")
+            found.append(logits)
+        return np.stack(found)
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         checked = self._checked(_listed(prompts), room=0)
@@ -262,7 +282,8 @@ class LLM:
     def _events(self, asked: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]) -> Iterator[Chunk]:
         """The chunks of these requests as they come, to the last; `requests` receives them.
 
-        Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed.
+        Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed, or
+        its logits are not finite.
         """
         with self._lock:
             core = self._core_for(asked)
@@ -369,16 +390,18 @@ class LLM:
     def _limits_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Limits:
         """Room for these requests, and for what there is room for already."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
-        longest = max(min(context, len(ids) + p.max_tokens) for ids, p in asked)
+        longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in asked)
+        expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in asked)
         rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_batch)) // ranks
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks
+        row_pages = -(-length // page_size)
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
         chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
         needed = Limits(
             num_ranks=ranks, rows=rows, block_tokens=block_tokens, context=length, page_size=page_size, turns=TURNS,
-            chunk_tokens=chunk_tokens, num_pages=rows * -(-length // page_size),
+            chunk_tokens=chunk_tokens, num_pages=max(rows * -(-min(bucket(expected), length) // page_size), row_pages),
         )  # fmt: skip
         if self._core is None:
             return needed

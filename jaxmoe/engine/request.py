@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -15,7 +16,7 @@ def _require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
-MOST_LISTED = 64  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
+MOST_LISTED = 384  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
 MOST_TOP_LOGPROBS = 20
 _MOST_SAMPLES = 128
 
@@ -24,10 +25,12 @@ _MOST_SAMPLES = 128
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    temperature 0 is greedy. top_k 0 (all), top_p 1 and min_p 0 are off. repetition_penalty divides (multiplies, below
+    max_tokens: of the answer; None goes on to the end of the context. temperature 0 is greedy. top_k 0 or -1 (all),
+    top_p 1 and min_p 0 are off. repetition_penalty divides (multiplies, below
     zero) the logits of tokens seen in prompt or answer; presence_penalty is taken from those seen in the answer,
     frequency_penalty as often as they were. logit_bias: added to the logits of these token ids. seed: same seed and
-    prompt, same tokens, whatever else runs beside; sample i of n draws by seed + i.
+    prompt, same tokens, whatever else runs beside; of 64 bits, signed or not; sample i of n draws by seed + i. None
+    draws a seed for every request, which its Sample names.
     stop: strings that end the text (not part of it); the text of a special token stands for its id. stop_token_ids:
     tokens that end it. ignore_eos goes on past the end token. min_tokens: neither an end token nor a stop token comes
     before so many, and no stop string ends the text within them. top_logprobs: how many of the likeliest tokens are
@@ -37,7 +40,7 @@ class SamplingParams:
     Source: repetition penalty as in CTRL (Keskar et al., 2019); the others as in OpenAI's API.
     """
 
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     min_tokens: int = 0
     n: int = 1
     temperature: float = 0.0
@@ -48,7 +51,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0
+    seed: int | None = None
     stop: Sequence[str] = field(default=())
     stop_token_ids: Sequence[int] = field(default=())
     ignore_eos: bool = False
@@ -62,23 +65,27 @@ class SamplingParams:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs"):
             value = getattr(self, name)
+            if value is None and name in ("max_tokens", "seed"):
+                continue
             _require(type(value) is int, f"{name}={value!r} must be a whole number")
         for name in (
             "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(is_finite(value), f"{name}={value!r:.60} must be a finite number")
-        _require(1 <= self.max_tokens < 2**31, f"max_tokens={self.max_tokens} must be at least 1, and below 2^31")
+        most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
+        _require(1 <= most < 2**31, f"max_tokens={most} must be at least 1, and below 2^31")
         _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]",
+            0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]"
         )
         _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
         _require(
             self.temperature == 0 or 1e-6 <= self.temperature <= 100,
             f"temperature={self.temperature} must be 0 (greedy) or lie in [0.000001, 100]",
         )
-        _require(0 <= self.top_k < 2**31, f"top_k={self.top_k} must lie in [0, 2^31); 0 keeps all tokens")
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _require(0 <= self.top_k < 2**31, f"top_k={self.top_k} must lie in [0, 2^31); 0 and -1 keep all tokens")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]; 0 keeps all tokens")
         _require(
@@ -88,7 +95,10 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(-100 <= value <= 100, f"{name}={value} must lie in [-100, 100]; 0 is off")
-        _require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        _require(
+            self.seed is None or -(2**63) <= self.seed < 2**64,
+            f"seed={self.seed} must lie in [-2^63, 2^64); None draws one",
+        )
         _require(
             0 <= self.top_logprobs <= MOST_TOP_LOGPROBS,
             f"top_logprobs={self.top_logprobs} must lie in [0, {MOST_TOP_LOGPROBS}]",
@@ -128,6 +138,16 @@ class SamplingParams:
         )
 
 
+def drawn_seed() -> int:
+    """Draw a seed for a request that names none, below 2^53: every reader of JSON holds it exactly."""
+    return secrets.randbits(53)
+
+
+def seed_of_sample(seed: int, sample: int) -> int:
+    """Return the seed of one sample of a request of this seed; past the largest it goes on from 0."""
+    return seed + sample if seed + sample < 2**64 else seed + sample - 2**64
+
+
 def is_finite(value: object) -> bool:
     """Whether value is a number, and a float can hold it."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -148,7 +168,7 @@ class Sample:
 
     top_logprobs: for each new token the likeliest tokens and their logprobs, likeliest first; none if not asked for.
     text is "" where the model has no tokenizer. finish_reason: "stop" (end token, stop token or stop string) or
-    "length".
+    "length". seed: what it was drawn by; SamplingParams(seed=...) with it draws the same tokens after the same prompt.
     """
 
     token_ids: list[int]
@@ -156,11 +176,12 @@ class Sample:
     top_logprobs: list[dict[int, float]]
     text: str
     finish_reason: str
+    seed: int = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """One finished request: its n samples; token_ids, logprobs, text and finish_reason are those of the first."""
+    """One finished request: its n samples; token_ids, logprobs, text, finish_reason and seed are those of the first."""
 
     index: int
     prompt_token_ids: list[int]
@@ -186,12 +207,17 @@ class RequestOutput:
         """Of the first sample."""
         return self.samples[0].finish_reason
 
+    @property
+    def seed(self) -> int:
+        """Of the first sample; with n as it was it repeats all of them."""
+        return self.samples[0].seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """One new token of one sample of one request, as it comes.
 
-    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs: as in Sample.
+    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs, seed: as in Sample.
     """
 
     index: int
@@ -201,6 +227,7 @@ class Chunk:
     top_logprobs: dict[int, float]
     text: str
     finish_reason: str | None
+    seed: int = field(compare=False)
 
 
 def check_prompt(ids: Sequence[int], *, index: int, vocab_size: int, context: int) -> list[int]:

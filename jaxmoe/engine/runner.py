@@ -325,7 +325,8 @@ class Runner:
         values = {name: told[name] for name in SamplingArrays._fields}
         for name in FLOAT_PARTS:
             values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
-        values["seed"] = jax.lax.bitcast_convert_type(values["seed"], jnp.uint32)
+        for name in ("seed", "seed_high"):
+            values[name] = jax.lax.bitcast_convert_type(values[name], jnp.uint32)
         names = list(values)
 
         def on_rank(logits, token_pages, table, positions, wanted, *arrays):
@@ -357,7 +358,8 @@ class Runner:
             logits = model.logits(hidden[:, part])
             logits = self.placement.constrain(logits, "batch", "length", "one")
             picked = jnp.take_along_axis(logits, target[:, part, None], axis=-1)[..., 0]
-            strips.append(picked - jax.nn.logsumexp(logits, axis=-1))
+            total = jax.nn.logsumexp(logits, axis=-1)
+            strips.append(picked - jnp.where(jnp.isfinite(total), total, jnp.nan))
         logits = model.logits(_last(hidden, lengths))[:, 0, : self.config.vocab_size]
         return jnp.concatenate(strips, axis=1), self.placement.constrain(logits, "batch", "one")
 

@@ -55,6 +55,13 @@ class Limits:
         """The larger of each."""
         return Limits(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
+    def most_total(self, num_prompt: int, max_new: int | None) -> int:
+        """Return how many tokens a request has at most, its prompt's included: max_new new ones within the context, or
+        (None) as many as the context and the pages of one rank have room for."""
+        if max_new is None:
+            return max(num_prompt, min(self.context, self.pool_tokens))
+        return max(num_prompt, min(self.context, num_prompt + max_new))
+
     @property
     def pool_tokens(self) -> int:
         """Tokens that the pages of one rank hold."""
@@ -194,13 +201,17 @@ class Scheduler:
         sequence.queued_at = self.num_steps
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """End a request, whatever its state: its pages are free from now on, its results are ignored."""
+    def finish(self, sequence: Sequence, *, discard: bool = False) -> None:
+        """End a request, whatever its state: its pages are free from now on, its results are ignored. discard: what its
+        pages hold is not to be found by later prompts."""
         if sequence.finished:
             return
         sequence.finished = True
         if sequence in self.running:
+            pool, pages = self.pools[sequence.rank], sequence.pages
             self._leave(sequence)
+            if discard:
+                pool.discard(pages)
         else:
             self.waiting.remove(sequence)
 

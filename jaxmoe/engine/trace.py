@@ -8,7 +8,6 @@ tokens each rank of the expert axis got in each layer.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections import deque
@@ -23,6 +22,7 @@ import numpy as np
 from jaxmoe.engine.batch import Bucket
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import RequestError
+from jaxmoe.jsontext import json_text
 from jaxmoe.planner.traffic import Collective
 
 _MOST_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
@@ -231,7 +231,7 @@ class Trace:
             for request in self.requests
         ]
         data = {"facts": self.facts | self._dropped(), "steps": steps, "requests": requests}
-        text = json.dumps(data).replace("<", "\\u003c")  # no name may end the script, or begin one
+        text = json_text(data).replace("<", "\\u003c")  # no name may end the script, or begin one
         template = resources.files("jaxmoe.engine").joinpath("timeline.html").read_text(encoding="utf-8")
         return template.replace("/*DATA*/null", text)
 
@@ -243,7 +243,7 @@ class Trace:
         target = check_trace_path(path)
         page = target.with_suffix(".html")
         try:
-            write_whole(target, json.dumps(self.as_chrome()))
+            write_whole(target, json_text(self.as_chrome()))
             write_whole(page, self.as_page())
         except OSError as error:
             raise RequestError(f"trace {target} cannot be written: {error.strerror or error}") from error

@@ -26,6 +26,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         num_experts_per_tok=read_agreed(reader, "experts a token", "num_experts_per_tok", "experts_per_token"),
         intermediate_size=shared["intermediate_size"],
         norm_topk_prob=True,
+        top_k_of="logits",
         router_bias=True,
         biases=True,
         clamp=Clamp(limit=reader.number("swiglu_limit", 7.0), alpha=reader.number("swiglu_alpha", 1.702)),

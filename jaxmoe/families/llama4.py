@@ -62,6 +62,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
         intermediate_size=width,
         norm_topk_prob=False,
         scoring="sigmoid",
+        top_k_of="logits",
         weigh_input=True,
         shared_intermediate_size=width,
     )

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MASKED = -1e30
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
@@ -42,7 +40,7 @@ class Sight:
 def _softmax_times(scores: Array, allowed: Array, v: Array, sinks: Array | None) -> Array:
     """Softmax of scores [...,R,C] where allowed, and of sinks [...,R,1] beside them, over values [...,C,V]: [...,R,V]
     in v's dtype; float32 sums."""
-    scores = jnp.where(allowed, scores, MASKED)
+    scores = jnp.where(allowed, scores, -jnp.inf)
     best = jnp.max(scores, axis=-1, keepdims=True)
     best = best if sinks is None else jnp.maximum(best, sinks)
     shares = jnp.exp(scores - best)

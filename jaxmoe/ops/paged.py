@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
-from jaxmoe.ops.attention import MASKED, Sight
+from jaxmoe.ops.attention import Sight
 from jaxmoe.ops.quantize import LARGEST, quantize
 from jaxmoe.ops.stack import At
 
@@ -88,7 +88,9 @@ def paged_attention(
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
-    return (mixed / jnp.maximum(total, 1e-30)).astype(q.dtype)
+    real = (jnp.arange(q.shape[1]) < counts[:, None])[:, :, None, None, None]
+    # Scores that are all minus infinity have no softmax; tokens past `counts` see nothing.
+    return jnp.where(total > 0, mixed / total, jnp.where(real, jnp.nan, 0.0)).astype(q.dtype)
 
 
 def _with_sinks(best: Array, sinks: Float[Array, "K G"]) -> tuple[Array, Array]:
@@ -96,6 +98,11 @@ def _with_sinks(best: Array, sinks: Float[Array, "K G"]) -> tuple[Array, Array]:
     sinks = sinks.astype(jnp.float32)[..., None]
     higher = jnp.maximum(best, sinks)
     return jnp.exp(best - higher), jnp.exp(sinks - higher)
+
+
+def _finite(best: Array) -> Array:
+    """The best score, 0 where no key was seen yet: what exponentials subtract."""
+    return jnp.where(best == -jnp.inf, 0.0, best)
 
 
 def partial_attention(
@@ -115,7 +122,7 @@ def partial_attention(
     """
     mixed, total, best = _loop(q, pages, table, positions, counts, at, sight, value_dim, share)
     some = jnp.maximum(total, 1e-30)
-    return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), MASKED)], axis=-1)
+    return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
 
 def merge_attention(
@@ -124,12 +131,12 @@ def merge_attention(
     """What attention over all keys gives, from partial_attention over each rank's. float32."""
     mixed, weight = parts[..., :-1], parts[..., -1:]
     best = jnp.max(weight, axis=0)
-    share = jnp.exp(weight - best)
+    share = jnp.exp(weight - _finite(best))
     mixed, total = jnp.sum(mixed * share, axis=0), jnp.sum(share, axis=0)
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
-    return mixed / total
+    return mixed / jnp.maximum(total, 1e-30)  # of tokens that see nothing: 0
 
 
 def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Array | None, Array | None]:
@@ -166,10 +173,9 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
             scores = scores * gathered(k_scales, turn)
         keys = turn * span * share.of + key_at
         allowed = sight.visible(query_at, keys)
-        scores = jnp.where(allowed, scores, MASKED)
+        scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
-        shrunk = jnp.exp(best - higher)
-        shares = jnp.where(allowed, jnp.exp(scores - higher), 0.0)
+        shrunk, shares = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
         written = (keys < (positions + counts)[:, None])[:, None, :, None]
         values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, turn)
         values = jnp.where(written, values, 0)  # what lies beyond is anything, NaN too
@@ -180,7 +186,7 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
         return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
 
     shape = (num_blocks, slots, group * tokens)
-    start = (jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
+    start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
     turns = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
     best, total, mixed = jax.lax.fori_loop(0, turns, attend, start)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.config import MoEConfig, Scoring
+from jaxmoe.config import MoEConfig, Scoring, TopKOf
 from jaxmoe.ops import native
 from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
 
@@ -20,7 +20,9 @@ _TINY = 1e-20  # DeepSeek-V3's: keeps a sum of sigmoids from being zero
 class RouteRule:
     """How a token's experts are chosen, and what they weigh.
 
-    normalise: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. num_groups > 1: a
+    normalise: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. top_k_of: the
+    experts with the highest scores, or with the highest logits, are chosen: scores of unlike logits may be equal in
+    float32 (sigmoids from 17 up are 1, softmax's from 104 below the highest are 0). num_groups > 1: a
     token chooses among the experts of its top_groups best groups of neighbours, so that it visits no more nodes than
     that where each holds whole groups; a group is as good as the sum of its group_best best experts.
     Source: DeepSeek-V2 (arXiv 2405.04434), group_best=1; DeepSeek-V3 (arXiv 2412.19437), group_best=2.
@@ -29,6 +31,7 @@ class RouteRule:
     top_k: int
     normalise: bool
     scoring: Scoring = "softmax"
+    top_k_of: TopKOf = "scores"
     scaling: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
@@ -38,7 +41,7 @@ class RouteRule:
     def of(cls, moe: MoEConfig) -> RouteRule:
         """The rule of a model."""
         return cls(
-            top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, scoring=moe.scoring,
+            top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, scoring=moe.scoring, top_k_of=moe.top_k_of,
             scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups, group_best=moe.group_best,
         )  # fmt: skip
 
@@ -60,9 +63,10 @@ def route(
 
 def _xla(logits, active, bias, *, rule):
     scores = jax.nn.sigmoid(logits) if rule.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    choice = scores if bias is None else scores + bias.astype(jnp.float32)
+    choice = logits if rule.top_k_of == "logits" else scores
+    choice = choice if bias is None else choice + bias.astype(jnp.float32)
     choice = choice if rule.num_groups == 1 else _of_best_groups(choice, rule)
-    _, experts = jax.lax.top_k(choice, rule.top_k)
+    _, experts = jax.lax.top_k(_nan_first(choice), rule.top_k)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
     if rule.normalise:
         chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + (_TINY if rule.scoring == "sigmoid" else 0))
@@ -71,11 +75,16 @@ def _xla(logits, active, bias, *, rule):
     return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), scores
 
 
+def _nan_first(choice):
+    """choice with every NaN positive: top_k puts those first and negative ones last, which would hide them."""
+    return jnp.where(jnp.isnan(choice), jnp.nan, choice)
+
+
 def _of_best_groups(choice, rule):
     """choice [T,E], minus infinity outside each token's best groups."""
     by_group = choice.reshape(len(choice), rule.num_groups, -1)
-    score = jnp.sum(jax.lax.top_k(by_group, min(rule.group_best, by_group.shape[2]))[0], axis=-1)
-    _, best = jax.lax.top_k(score, rule.top_groups)
+    score = jnp.sum(jax.lax.top_k(_nan_first(by_group), min(rule.group_best, by_group.shape[2]))[0], axis=-1)
+    _, best = jax.lax.top_k(_nan_first(score), rule.top_groups)
     among = jnp.any(best[:, :, None] == jnp.arange(rule.num_groups), axis=1)
     return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(choice.shape)
 

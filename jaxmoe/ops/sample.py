@@ -26,8 +26,9 @@ MOST_TOP = 20
 class SamplingArrays(NamedTuple):
     """Per-row sampling values. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalties 1, 0, 0 are off.
 
-    prompt_length: tokens of the prompt. listed: token ids with a bias, past the vocabulary where unused; the first
-    num_banned of them cannot come while the new token stands before place banned_until.
+    seed and seed_high: the low and the high half of a seed of 64 bits. prompt_length: tokens of the prompt. listed:
+    token ids with a bias, past the vocabulary where unused; the first num_banned of them cannot come while the new
+    token stands before place banned_until.
     """
 
     temperature: Float[Array, "B"]
@@ -35,6 +36,7 @@ class SamplingArrays(NamedTuple):
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
     seed: UInt32[Array, "B"]
+    seed_high: UInt32[Array, "B"]
     repetition: Float[Array, "B"]
     presence: Float[Array, "B"]
     frequency: Float[Array, "B"]
@@ -46,7 +48,11 @@ class SamplingArrays(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The next token of every row, its log-probability under the model, and the likeliest tokens with theirs."""
+    """The next token of every row, its log-probability under the model, and the likeliest tokens with theirs.
+
+    logprobs is NaN where the row's logits are not finite: one is NaN or plus infinity, or all are minus infinity. The
+    token is then to be ignored.
+    """
 
     tokens: Int[Array, "B"]
     logprobs: Float[Array, "B"]
@@ -107,16 +113,21 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
 
 
 def gumbel_noise(
-    seed: UInt32[Array, "B"], positions: Int[Array, "B"], vocab_size: int
+    seed: UInt32[Array, "B"], seed_high: UInt32[Array, "B"], positions: Int[Array, "B"], vocab_size: int
 ) -> Float[Array, "B {vocab_size}"]:
-    """Noise that a row's seed and position alone decide, by Threefry-2x32; the same on every backend."""
+    """Noise that a row's seed and position alone decide, by Threefry-2x32; the same on every backend.
 
-    def row(seed: Array, position: Array) -> Array:
-        bits = threefry_2x32((seed, position.astype(jnp.uint32)), jnp.arange(vocab_size, dtype=jnp.uint32))
+    The key is the seed and the position; of a seed above 32 bits, Threefry of the position under the seed.
+    """
+
+    def row(low: Array, high: Array, position: Array) -> Array:
+        first, second = threefry_2x32((low, high), jnp.stack([position, jnp.zeros_like(position)]))
+        key = jnp.where(high == 0, low, first), jnp.where(high == 0, position, second)
+        bits = threefry_2x32(key, jnp.arange(vocab_size, dtype=jnp.uint32))
         uniform = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0 + 2.0**-24
         return -jnp.log(-jnp.log(uniform))
 
-    return jax.vmap(row)(seed, positions)
+    return jax.vmap(row)(seed, seed_high, positions.astype(jnp.uint32))
 
 
 def sample(
@@ -149,12 +160,13 @@ def _xla(logits, rows, token_pages, table, positions, wanted, num_top):
     best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        noise = gumbel_noise(rows.seed, positions, logits.shape[-1])
+        noise = gumbel_noise(rows.seed, rows.seed_high, positions, logits.shape[-1])
         drawn = jnp.argmax(filter_logits(adjusted, rows) + noise, axis=-1)
         return jnp.where(rows.temperature > 0, drawn.astype(jnp.int32), best)
 
     tokens = jax.lax.cond(wanted.drawn, draw, lambda: best)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    total = jnp.where(jnp.isfinite(total), total, jnp.nan)
     picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
 
     def likeliest() -> tuple[Array, Array]:

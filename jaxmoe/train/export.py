@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, pieces
+from jaxmoe.jsontext import json_text
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.train.tokenizer import END_OF_TEXT
 from jaxmoe.weights.checkpoint import SINGLE
@@ -119,7 +119,7 @@ def write_checkpoint(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """value as indented JSON with a last newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_facts(directory: Path) -> dict[str, dict[str, Any]]:

@@ -131,3 +131,22 @@ def test_as_many_come_back_as_there_is_room_for():
 def test_sizes_check_themselves(sizes):
     with pytest.raises(ValueError, match="must be at least 1"):
         PagePool(num_pages=sizes[0], page_size=sizes[1])
+
+
+def test_discarded_pages_are_found_no_more_nor_those_after_them():
+    pool = PagePool(num_pages=8, page_size=2)
+    shared, other = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8]
+    mine = pool.take(3)
+    pool.share(mine, shared, start=0, stop=3)
+    theirs = pool.take(3)
+    pool.share(theirs, other, start=0, stop=3)
+    pool.release(mine)
+    pool.discard(mine)  # the first two are held by the other
+    assert pool.match(shared, limit=6) == theirs[:2] == mine[:2]
+    assert pool.match(other, limit=6) == theirs
+    pool.check()
+    pool.release(theirs)
+    pool.discard(theirs[:1])
+    assert pool.match(other, limit=6) == []
+    assert pool.num_held == 0
+    pool.check()

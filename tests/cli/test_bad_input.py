@@ -113,9 +113,9 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--top-p", "0"], ["top_p=0.0 must lie in (0, 1]"]),
     ([*GENERATE, "--top-p", "1.5"], ["top_p=1.5 must lie in (0, 1]"]),
     ([*GENERATE, "--min-p", "2"], ["min_p=2.0 must lie in [0, 1]"]),
-    ([*GENERATE, "--top-k", "-1"], ["top_k=-1 must lie in"]),
-    ([*GENERATE, "--seed", "-1"], ["seed=-1 must lie in"]),
-    ([*GENERATE, "--seed", str(2**32)], [f"seed={2**32} must lie in"]),
+    ([*GENERATE, "--top-k", "-2"], ["top_k=-2 must lie in"]),
+    ([*GENERATE, "--seed", str(-(2**63) - 1)], [f"seed={-(2**63) - 1} must lie in"]),
+    ([*GENERATE, "--seed", str(2**64)], [f"seed={2**64} must lie in"]),
     ([*GENERATE, "--stop", ""], ["stop=('',) must be non-empty strings"]),
     # plans
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -47,6 +48,7 @@ def test_generate_prints_one_object_a_request(capsys, tiny_dir, ids):
         assert len(found["token_ids"]) == len(found["logprobs"]) == 3
         assert max(found["logprobs"]) <= 0
         assert (found["text"], found["finish_reason"]) == ("", "length")
+        assert 0 <= found["seed"] < 2**53
 
 
 def test_generate_for_people_prints_each_request(capsys, tiny_dir, tiny_llm, ids):
@@ -55,7 +57,8 @@ def test_generate_for_people_prints_each_request(capsys, tiny_dir, tiny_llm, ids
     assert outcome.code == 0
     assert [line[:4] for line in outcome.out.splitlines()] == ["[0] ", "[1] "]
     assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in outcome.err
-    assert "6 tokens" in outcome.err
+    rates = r"6 prompt tokens at [\d.]+ tokens/s, 6 new tokens at [\d.]+ tokens/s; compiling took [\d.]+ s"
+    assert re.search(rates, outcome.err.splitlines()[-1])
     runner = tiny_llm(CASE, MESH).runner
     pool, num_bytes = 4 * runner.least_rows * 16, runner.bytes_a_token  # ranks, rows of each, a page for each
     said = f"pages for {pool} tokens of {num_bytes} bytes ({pool * num_bytes / 2**20:.1f} MiB)"
@@ -179,6 +182,16 @@ def test_verify_exits_1_where_one_mesh_differs(capsys, tiny_dir, monkeypatch):
     good, bad = _objects(outcome)
     assert (good["passed"], bad["passed"]) == (True, False)
     assert bad["max_logit_error"] > 1e-4
+
+
+def test_verify_counts_a_mesh_whose_logits_are_not_finite_as_different(capsys, tiny_dir, monkeypatch):
+    monkeypatch.setattr(verify, "all_meshes", lambda num_devices: TWO_MESHES[1:])
+    _break_one_weight(monkeypatch, float("nan"))
+    outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp", "--json")
+    assert outcome.code == 1
+    (found,) = _objects(outcome)
+    assert (found["passed"], found["num_equal"], found["num_tokens"]) == (False, 0, 12)
+    assert found["max_logit_error"] is None
 
 
 def test_verify_counts_tokens_that_differ(capsys, tiny_dir, monkeypatch):

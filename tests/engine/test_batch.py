@@ -50,7 +50,7 @@ def test_what_is_packed_reads_back():
         frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
     )  # fmt: skip
     told = [
-        Told(params=drawing, num_prompt=6, ends=(0, 5), seed=2**32 - 1),
+        Told(params=drawing, num_prompt=6, ends=(0, 5), seed=-2),
         Told(params=SamplingParams(), num_prompt=3, ends=(0,), seed=0),
     ]
     for index, length in enumerate((6, 3)):
@@ -72,7 +72,7 @@ def test_what_is_packed_reads_back():
     assert (np.delete(drawn_from[0], first.slot) == -1).all()
     at = (0, first.slot)
     assert parts["table"][at][:2].tolist() == first.pages
-    assert parts["seed"][at].view(np.uint32) == 2**32 - 1
+    assert [parts[name][at].view(np.uint32) for name in ("seed", "seed_high")] == [2**32 - 2, 2**32 - 1]
     found = {name: parts[name][at].view(np.float32).tolist() for name in FLOAT_PARTS if name != "bias"}
     assert found == dict(temperature=0.5, top_p=0.25, min_p=0.125, repetition=1.5, presence=-2.0, frequency=0.75)
     assert parts["listed"][at][:5].tolist() == [0, 5, 3, 9, np.iinfo(np.int32).max]

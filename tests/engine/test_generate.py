@@ -209,8 +209,9 @@ def test_prompts_may_come_from_any_iterable(tiny_llm):
     "values",
     [
         dict(max_tokens=0), dict(max_tokens=1.5), dict(temperature=float("nan")), dict(temperature=-1),
-        dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.01), dict(min_p=-0.1), dict(top_k=-1),
-        dict(seed=-1), dict(seed=2**32), dict(stop=("",)), dict(stop=(1,)), dict(temperature="hot"), dict(top_k=True),
+        dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.01), dict(min_p=-0.1), dict(top_k=-2),
+        dict(seed=-(2**63) - 1), dict(seed=2**64), dict(seed="x"), dict(stop=("",)), dict(stop=(1,)),
+        dict(temperature="hot"), dict(top_k=True),
     ],
 )  # fmt: skip
 def test_bad_sampling_values_name_themselves(values):

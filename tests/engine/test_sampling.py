@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,9 +177,50 @@ def test_a_small_temperature_is_greedy_and_a_ban_outweighs_a_bias(llm):
     [
         ({"stop_token_ids": [10**6]}, "stop_token_ids has token id 1000000"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias has token id 1000000"),
-        ({"stop_token_ids": [1] * 65}, "may have"),
+        ({"stop_token_ids": [1] * 385}, "may have"),
     ],
 )
 def test_ids_outside_the_vocabulary_are_refused_before_anything_runs(tiny_llm, options, said):
     with pytest.raises(RequestError, match=said):
         tiny_llm(CASE, ONE_DEVICE).generate([PROMPT], SamplingParams(**options))
+
+
+def test_values_that_clients_send(tiny_llm):
+    """top_k=-1 keeps all tokens; max_tokens=None goes on to the end of the context; seeds have 64 bits."""
+    llm, drawn = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "ignore_eos": True}
+    every, minus = (llm.generate([PROMPT], SamplingParams(top_k=k, seed=3, **drawn)) for k in (0, -1))
+    assert minus == every
+    (out,) = llm.generate([PROMPT], SamplingParams(max_tokens=None, ignore_eos=True))
+    assert len(out.token_ids) == llm.config.max_position_embeddings - len(PROMPT)
+    assert out.finish_reason == "length"
+    seeds = (-(2**63), -1, 0, 1, 2**32, 2**33 + 1, 2**63, 2**64 - 1)
+    params = [SamplingParams(seed=seed, **drawn) for seed in seeds]
+    outputs = llm.generate([PROMPT] * len(seeds), params)
+    assert [out.seed for out in outputs] == list(seeds)
+    assert len({tuple(out.token_ids) for out in outputs}) == len(seeds) - 2
+    assert (outputs[0], outputs[1]) == (replace(outputs[6], index=0), replace(outputs[7], index=1))  # the same 64 bits
+
+
+def test_a_seed_that_nobody_gave_is_drawn_anew_and_told(tiny_llm):
+    llm, drawn = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "n": 2, "ignore_eos": True}
+    first, other = llm.generate([PROMPT] * 2, SamplingParams(**drawn))
+    (again,) = llm.generate([PROMPT], SamplingParams(**drawn))
+    assert len({out.seed for out in (first, other, again)}) == 3
+    assert len({tuple(s.token_ids) for out in (first, other, again) for s in out.samples}) == 6
+    assert [sample.seed for sample in again.samples] == [again.seed, again.seed + 1]
+    chunks = list(llm.stream([PROMPT], SamplingParams(**drawn | {"n": 1, "seed": again.samples[1].seed})))
+    assert [chunk.token_id for chunk in chunks] == again.samples[1].token_ids
+    assert {chunk.seed for chunk in chunks} == {again.samples[1].seed}
+
+
+def test_three_hundred_biases_are_taken_beside_stop_tokens(tiny_llm):
+    """OpenAI's API allows so many. All tokens but one are banned by them."""
+    llm = tiny_llm(CASE, ONE_DEVICE)
+    vocab = llm.config.vocab_size
+    assert vocab == 131
+    bias = {token: -1000.0 for token in range(vocab) if token != 77}
+    (out,) = llm.generate([PROMPT], greedy(3, logit_bias=bias, stop_token_ids=list(range(60))))
+    assert out.token_ids == [77] * 3
+    SamplingParams(logit_bias=dict.fromkeys(range(300), 1.0), stop_token_ids=range(80)).check_token_ids(
+        vocab_size=1000, num_eos=4
+    )

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.families import read_config
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import POINTWISE_KINDS
 from jaxmoe.ops.rope import rotate
 from jaxmoe.ops.route import RouteRule, route
 
+from ..tiny.cases import CASES_BY_NAME
 from .test_linear import compiler_found
 
 ROWS = 700
@@ -140,3 +142,30 @@ def test_ties_go_to_the_lower_expert(kind):
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, -1e30, -1e30, -1e30]])
     weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalise=True), kind=kind)
     np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", POINTWISE_KINDS)
+@pytest.mark.parametrize(
+    ("name", "logits", "bias", "weights"),
+    [
+        # By transformers 5.24, float32. Sigmoids from 17 up are 1: Llama-4 chooses by logits.
+        ("llama4_text_scout", [17, 18, 30, 19, 0, -5], None, {2: 1.0}),
+        ("llama4_text_scout", [-120, -30, -31, -50, -60, -70], None, {1: 9.3576e-14}),
+        # Shares of a softmax far below the best are 0: GPT-OSS chooses by logits.
+        ("gpt_oss_window", [200, 0, 50, 90, 100, -5], None, {0: 1.0, 4: 0.0, 3: 0.0}),
+        ("gpt_oss_window", [3, 2, 1, 0, 2.5, -5], None, {0: 0.5064804, 4: 0.30719593, 1: 0.18632373}),
+        # A sum of sigmoids gets 1e-20 added before it divides (DeepSeek-V3, GLM-4.5).
+        ("deepseek_v3_halves", [-50, -51, -52, -53, -60, -61], 0.5, {0: 0.0188, 1: 0.0069}),
+        ("glm4_moe_groups", [-50, -51, -52, -60, -60, -61], 0.5, {0: 0.0188, 1: 0.0069}),
+        # Mixtral and Qwen choose by softmax, as published.
+        ("qwen3_moe_sparse_step", [2, 1, 0, -1, 3, -2], None, {4: 0.66524096, 0: 0.24472847, 1: 0.09003057}),
+    ],
+)  # fmt: skip
+def test_a_family_routes_as_published(name, logits, bias, weights, kind):
+    if kind == "native" and not compiler_found():
+        return
+    moe = read_config(CASES_BY_NAME[name].config).moe
+    biases = None if bias is None else jnp.full(len(logits), bias)
+    found, _ = route(jnp.array([logits], jnp.float32), jnp.array([True]), biases, rule=RouteRule.of(moe), kind=kind)
+    expected = [weights.get(expert, 0.0) * moe.routed_scaling for expert in range(len(logits))]
+    np.testing.assert_allclose(found[0], expected, rtol=5e-3, atol=1e-30)

@@ -22,13 +22,13 @@ def rows(*values: tuple[float, int, float, float, int], **changes) -> SamplingAr
     others = dict(
         repetition=np.ones(count), presence=np.zeros(count), frequency=np.zeros(count), prompt_length=np.zeros(count),
         listed=np.full((count, 3), 2**31 - 1), bias=np.zeros((count, 3)), num_banned=np.zeros(count),
-        banned_until=np.zeros(count),
+        banned_until=np.zeros(count), seed_high=np.zeros(count),
     )  # fmt: skip
     parts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed) | others | changes
     whole = ("top_k", "prompt_length", "listed", "num_banned", "banned_until")
-    dtypes = {"seed": jnp.uint32} | dict.fromkeys(whole, jnp.int32)
+    dtypes = {"seed": jnp.uint32, "seed_high": jnp.uint32} | dict.fromkeys(whole, jnp.int32)
     return SamplingArrays(
-        **{name: jnp.array(part).astype(dtypes.get(name, jnp.float32)) for name, part in parts.items()}
+        **{name: jnp.asarray(np.array(part).astype(dtypes.get(name, np.float32))) for name, part in parts.items()}
     )
 
 
@@ -95,9 +95,10 @@ def drawn_by(kind, logits, values, positions, history=None, wanted=ALL, **change
     presence=st.sampled_from([-0.7, 0.0, 1.1]),
     frequency=st.sampled_from([0.0, 0.4]),
     banned=st.integers(0, 2),
+    high=st.sampled_from([0, 1, 2**32 - 1]),
 )
 def test_both_kinds_draw_the_same(
-    seed, vocab, temperature, top_k, top_p, min_p, repetition, presence, frequency, banned
+    seed, vocab, temperature, top_k, top_p, min_p, repetition, presence, frequency, banned, high
 ):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (3, vocab)).astype(np.float32)
@@ -106,7 +107,7 @@ def test_both_kinds_draw_the_same(
     changes = dict(
         repetition=[repetition] * 3, presence=[presence] * 3, frequency=[frequency] * 3, prompt_length=[2, 0, 6],
         listed=[[0, past, past], [vocab - 1, 0, past], [past] * 3], bias=rng.normal(0, 3, (3, 3)),
-        num_banned=[banned] * 3, banned_until=[9, 9, 3],
+        num_banned=[banned] * 3, banned_until=[9, 9, 3], seed_high=[high] * 3,
     )  # fmt: skip
     if vocab == 1 and banned:
         return  # nothing is left to choose
@@ -142,11 +143,12 @@ def test_a_row_draws_the_same_whatever_its_neighbours(draw):
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("change", [dict(seed=8), dict(position=4)])
+@pytest.mark.parametrize("change", [dict(seed=8), dict(position=4), dict(high=1), dict(high=2**31)])
 def test_another_seed_or_position_draws_anew(change, draw):
     flat = np.zeros((1, 4096), np.float32)
     first, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, 7)], [3])
-    other, *_ = draw(flat, [(1.0, 0, 1.0, 0.0, change.get("seed", 7))], [change.get("position", 3)])
+    row, position = (1.0, 0, 1.0, 0.0, change.get("seed", 7)), change.get("position", 3)
+    other, *_ = draw(flat, [row], [position], seed_high=[change.get("high", 0)])
     assert first[0] != other[0]
 
 

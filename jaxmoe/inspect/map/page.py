@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 
 from jaxmoe.engine.trace import write_whole
 from jaxmoe.errors import RequestError
+from jaxmoe.jsontext import json_text
 
 _SUFFIXES = (".html", ".htm")
 _SCRIPTS = ("model.js", "fabric.js", "mesh.js", "play.js", "stages.js", "main.js")
@@ -20,7 +20,7 @@ def as_page(data: Mapping[str, Any]) -> str:
     """The page of what map_data gives."""
     folder = resources.files("jaxmoe.inspect.map")
     read = lambda name: folder.joinpath(name).read_text(encoding="utf-8")  # noqa: E731
-    text = json.dumps(data).replace("<", "\\u003c")  # no name may end the script
+    text = json_text(data).replace("<", "\\u003c")  # no name may end the script
     page = read("page.html").replace("/*STYLE*/", read("style.css")).replace("/*SCRIPT*/", "".join(map(read, _SCRIPTS)))
     return page.replace("/*DATA*/", text)
 

@@ -244,6 +244,7 @@ def native_route(
     names = ("top_k", "normalise", "num_groups", "top_groups")
     numbers = {name: np.int64(getattr(rule, name)) for name in names}
     numbers |= dict(best=np.int64(rule.group_best), sigmoid=np.int64(rule.scoring == "sigmoid"))
+    numbers["by_logits"] = np.int64(rule.top_k_of == "logits")
     own = jnp.zeros(0) if bias is None else bias.astype(jnp.float32)
     weights, scores = call(logits, active, own, scaling=np.float32(rule.scaling), **numbers)
     return weights, scores

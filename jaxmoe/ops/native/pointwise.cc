@@ -144,36 +144,53 @@ void GatedRows(const Call& call) {
   });
 }
 
-// Experts a token may choose: all, or those of its best groups; ties go to the lower index.
+// A whole number for each float, in the order of XLA's top-k: NaN above all, minus zero below zero.
+inline int32_t OrderOf(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return value != value ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+// The indices of the `top` largest of `count` values, largest first, ties by the lower index. Valid until the thread's
+// next call.
+inline const int32_t* TopOf(const float* values, int64_t count, int64_t top) {
+  static thread_local std::vector<int32_t> order;
+  order.resize(count);
+  for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(i);
+  std::partial_sort(order.begin(), order.begin() + top, order.end(), [&](int32_t a, int32_t b) {
+    const int32_t x = OrderOf(values[a]), y = OrderOf(values[b]);
+    return x > y || (x == y && a < b);
+  });
+  return order.data();
+}
+
+// Experts a token may choose: all, or those of its best groups.
 struct Limit {
   int64_t groups, top, best;
 
-  // shares [experts] of the best groups, minus infinity for others.
-  void Keep(const float* shares, int64_t experts, float* kept) const {
-    const int64_t size = experts / groups;
+  // kept [experts] = choice of the best groups, minus infinity for others.
+  void Keep(const float* choice, int64_t experts, float* kept) const {
+    const int64_t size = experts / groups, best_few = std::min(best, size);
     std::fill_n(kept, experts, -INFINITY);
     std::vector<float> scores(groups, 0.0f);
-    std::vector<float> sorted(size);
     for (int64_t g = 0; g < groups; ++g) {
-      std::copy_n(shares + g * size, size, sorted.begin());
-      const int64_t best_few = std::min(best, size);
-      std::partial_sort(sorted.begin(), sorted.begin() + best_few, sorted.end(), std::greater<float>());
-      for (int64_t i = 0; i < best_few; ++i) scores[g] += sorted[i];
+      const int32_t* few = TopOf(choice + g * size, size, best_few);
+      for (int64_t i = 0; i < best_few; ++i) scores[g] += choice[g * size + few[i]];
     }
-    for (int64_t k = 0; k < top; ++k) {
-      const int64_t at = std::max_element(scores.begin(), scores.end()) - scores.begin();
-      std::copy_n(shares + at * size, size, kept + at * size);
-      scores[at] = -INFINITY;
-    }
+    const int32_t* among = TopOf(scores.data(), groups, top);
+    for (int64_t k = 0; k < top; ++k) std::copy_n(choice + among[k] * size, size, kept + among[k] * size);
   }
 };
 
-// Scores of logits [tokens, experts], and the weights of each token's best, by score and bias: zero for others, and where
-// not active.
+constexpr float kTiny = 1e-20f;  // DeepSeek-V3's: keeps a sum of sigmoids from being zero
+
+// Scores of logits [tokens, experts], and the weights of each token's best, by score (or logit) and bias: zero for others,
+// and where not active.
 void RouteAll(const Call& call) {
   const Array logits = call.Argument(0), active = call.Argument(1), bias = call.Argument(2);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
   const bool normalise = call.Attribute<int64_t>("normalise") != 0, sigmoid = call.Attribute<int64_t>("sigmoid") != 0;
+  const bool by_logits = call.Attribute<int64_t>("by_logits") != 0;
   const float scaling = call.Attribute<float>("scaling");
   const Limit limit{call.Attribute<int64_t>("num_groups"), call.Attribute<int64_t>("top_groups"),
                     call.Attribute<int64_t>("best")};
@@ -191,22 +208,22 @@ void RouteAll(const Call& call) {
     }
     std::fill_n(weights, experts, 0.0f);
     if (!active.As<const bool>()[row]) return;
-    std::vector<float> choice(shares, shares + experts), kept(experts);
+    const float* compared = by_logits ? from : shares;
+    std::vector<float> choice(compared, compared + experts), kept(experts);
     if (bias.Size(0) > 0)
       for (int64_t e = 0; e < experts; ++e) choice[e] += bias.As<float>()[e];
     if (limit.groups > 1) {
       limit.Keep(choice.data(), experts, kept.data());
       choice.swap(kept);
     }
-    float sum = 0.0f;
-    for (int64_t k = 0; k < chosen; ++k) {  // ties go to the lower index
-      const int64_t at = std::max_element(choice.begin(), choice.end()) - choice.begin();
-      choice[at] = -INFINITY;
-      weights[at] = shares[at];
-      sum += shares[at];
+    const int32_t* top = TopOf(choice.data(), experts, chosen);
+    float divisor = 1.0f;
+    if (normalise) {
+      divisor = 0.0f;
+      for (int64_t k = 0; k < chosen; ++k) divisor += shares[top[k]];
+      if (sigmoid) divisor += kTiny;
     }
-    const float divisor = normalise && sum > 0.0f ? sum : 1.0f;
-    for (int64_t e = 0; e < experts; ++e) weights[e] = weights[e] / divisor * scaling;
+    for (int64_t k = 0; k < chosen; ++k) weights[top[k]] = shares[top[k]] / divisor * scaling;
   });
 }
 

@@ -43,6 +43,7 @@ inline float Widen(Float8 value) {
   uint32_t wide = (rest << 20) + (120u << 23);
   const float small = static_cast<float>(rest) * 0x1p-9f;  // below the smallest normal number
   if (rest < 8) std::memcpy(&wide, &small, 4);
+  if (rest == 0x7f) wide = 0x7fc00000u;  // NaN
   wide |= sign;
   float result;
   std::memcpy(&result, &wide, 4);
@@ -105,7 +106,8 @@ inline Floats Load(const Float8* from) {
   const Words bits = __builtin_convertvector(bytes, Words), rest = bits & 0x7f;
   const Words small = reinterpret_cast<Words>(__builtin_convertvector(rest, Floats) * 0x1p-9f);
   const Words normal = (rest << 20) + (120u << 23);
-  return reinterpret_cast<Floats>((rest < 8 ? small : normal) | ((bits & 0x80) << 24));
+  const Words number = rest < 8 ? small : normal, nan = Words{} + 0x7fc00000u;
+  return reinterpret_cast<Floats>((rest == 0x7f ? nan : number) | ((bits & 0x80) << 24));
 }
 inline void Store(Floats values, float* to) { std::memcpy(to, &values, sizeof(values)); }
 
@@ -142,9 +144,10 @@ inline Floats Spread(float x) {
 }
 inline Floats MultiplyAdd(float x, Floats y, Floats sum) { return MultiplyAdd(Spread(x), y, sum); }
 
-// e^x to two units in the last place; 0 below -87, infinite above 88. Source: the polynomial of Cephes' expf (Moshier).
+// e^x to two units in the last place, over the whole range of float32: 0 below -104, infinite above 88.7228. Source: the
+// polynomial of Cephes' expf (Moshier).
 inline Floats Exp(Floats x) {
-  const Floats zero = {}, low = zero - 87.0f, high = zero + 88.0f, shift = zero + 12582912.0f;  // 1.5 * 2^23: rounds
+  const Floats zero = {}, low = zero - 104.0f, high = zero + 88.72283f, shift = zero + 12582912.0f;  // 1.5 * 2^23: rounds
   const auto small = x < low, large = x > high;
   const Floats whole = (x * 1.44269504f + shift) - shift;
   const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -156,7 +159,8 @@ inline Floats Exp(Floats x) {
   y = y * rest + 5.0000001201e-1f;
   y = y * rest * rest + rest + 1.0f;
   const auto power = __builtin_convertvector(small || large ? zero : whole, Signed);
-  y = y * reinterpret_cast<Floats>((power + 127) << 23);
+  const auto half = power >> 1;  // 2^power by two factors, since it alone may be no normal number
+  y = y * reinterpret_cast<Floats>((half + 127) << 23) * reinterpret_cast<Floats>((power - half + 127) << 23);
   return small ? zero : large ? zero + __builtin_inff() : y;
 }
 

@@ -41,7 +41,7 @@ struct Rows {
   const bool* wanted;  // draws, adjusts, likeliest
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
   const int32_t *top_k, *prompt_length, *listed, *num_banned, *banned_until;
-  const uint32_t* seed;
+  const uint32_t *seed, *seed_high;
   int64_t vocab, page_size, pages_of_row, num_listed, num_top;
   int32_t *tokens, *top_tokens;
   float *logprobs, *top_logprobs;
@@ -108,7 +108,12 @@ struct Rows {
     const bool filters = top_k[row] > 0 || top_p[row] < 1.0f || min_p[row] > 0.0f;
     const float lowest = filters ? Lowest(row, scaled.data()) : kNever;
     const int64_t half = (vocab + 1) / 2;
-    const uint32_t position = static_cast<uint32_t>(positions[row]);
+    uint32_t key0 = seed[row], key1 = static_cast<uint32_t>(positions[row]);
+    if (seed_high[row] != 0) {  // a seed of 64 bits
+      uint32_t x0 = key1, x1 = 0;
+      Threefry(seed[row], seed_high[row], &x0, &x1);
+      key0 = x0, key1 = x1;
+    }
     int64_t drawn = -1;
     float highest = kNever;
     auto offer = [&](int64_t token, uint32_t bits) {
@@ -120,14 +125,15 @@ struct Rows {
       const int64_t second = token + half;
       if (!(scaled[token] >= lowest) && (second >= vocab || !(scaled[second] >= lowest))) continue;
       uint32_t x0 = static_cast<uint32_t>(token), x1 = second < vocab ? static_cast<uint32_t>(second) : 0;
-      Threefry(seed[row], position, &x0, &x1);
+      Threefry(key0, key1, &x0, &x1);
       offer(token, x0);
       if (second < vocab) offer(second, x1);
     }
     return static_cast<int32_t>(drawn < 0 ? 0 : drawn);
   }
 
-  // log of the sum of e^logits, the highest taken off first; strips are added in order.
+  // log of the sum of e^logits, the highest taken off first; strips are added in order. NaN where one of them is NaN or
+  // infinite, or all are minus infinity.
   float LogSum(const float* from, float best) const {
     Floats sums = {};
     int64_t i = 0;
@@ -185,6 +191,7 @@ XLA_FFI_Error* Sample(const Call& call) {
   rows.top_p = floats();
   rows.min_p = floats();
   rows.seed = call.Argument(next++).As<uint32_t>();
+  rows.seed_high = call.Argument(next++).As<uint32_t>();
   rows.repetition = floats();
   rows.presence = floats();
   rows.frequency = floats();
@@ -211,4 +218,4 @@ XLA_FFI_Error* Sample(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeSample, 18, 4, jaxmoe::Sample)
+JAXMOE_KERNEL(JaxmoeSample, 19, 4, jaxmoe::Sample)
