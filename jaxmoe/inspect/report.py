@@ -111,7 +111,7 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
 
     Steps of bfloat16 on a CPU are compiled in float32, for that compiler sends every bfloat16 as one. on_phase is told
     the name of each step before it is compiled. Raises: as ModelQuestion.checked_model, and MeshError for a mesh of
-    more or fewer devices than there are.
+    more devices than there are.
     """
     config, axes = question.checked_model()
     mesh, dtype = build_mesh(axes), config.dtype

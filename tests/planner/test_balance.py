@@ -67,8 +67,8 @@ def test_no_rank_has_an_expert_twice_and_balancedness_is_that_of_the_published_a
         below, more, twice = below + (got < had - 1e-9), more + (got > had + 1e-9), twice + bool(duplicates(published))
         again = balance(loads, **how)
         np.testing.assert_array_equal(found.expert_at, again.expert_at)
-    # Two replicas of three on one rank split an expert in thirds, which no placement without duplicates can do: in about
-    # one draw of a hundred that alone comes out a little more even.
+    # Two replicas of three on one rank split an expert in thirds, which no placement without duplicates can do: in one
+    # draw of a hundred that alone comes out a little more even.
     assert below <= 2
     assert more > 100
     assert twice > 100
