@@ -156,12 +156,12 @@ def conform_mesh(mesh: Mesh) -> Mesh:
     """Return a user's Mesh with all four axes in the order of AXES; every device keeps its coordinates along each axis.
 
     Axes that the mesh lacks are added with size 1, and every axis type becomes Auto.
-    Raises: MeshError for a mesh without axes, or with an axis of another name.
+    Raises: MeshError for a mesh without devices, or with an axis of another name.
     """
     if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
         return mesh
-    if mesh.empty:
-        raise MeshError("the Mesh has no axes: name at least one of data, tensor, pipeline, expert")
+    if mesh.devices.size == 0 or mesh.devices.flat[0] is None:
+        raise MeshError("the Mesh has no devices: make one of jax.devices()")
     axes = check_axes(dict(mesh.shape))
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     devices = mesh.devices.transpose(order).reshape(tuple(axes.values()))

@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams
 from jaxmoe.engine.runner import Drawn, EngineState, Runner
 from jaxmoe.engine.scheduler import Chunk as PromptChunk
-from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
@@ -201,8 +202,9 @@ class Core:
         queued = []
         for sample in range(params.n):
             sequence = Sequence(
-                request_id=self._next_id, tokens=list(ids), max_total=most, priority=priority, deadline=deadline
-            )
+                request_id=self._next_id, tokens=list(ids), max_total=most, keeps_all=params.reads_history,
+                priority=priority, deadline=deadline,
+            )  # fmt: skip
             self.scheduler.add(sequence)
             request = Request(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
