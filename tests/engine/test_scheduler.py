@@ -190,7 +190,7 @@ def test_random_schedules(**schedule):
     run_schedule(**schedule)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(**(SCHEDULE | SIGHT))
 def test_random_schedules_behind_windows(**schedule):
     run_schedule(**schedule)

@@ -68,14 +68,18 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
 
 
 def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm):
-    limits = replace(LIMITS, num_pages=8)
-    core, (first,) = answers(llm, limits, PROMPTS[:1], SamplingParams(max_tokens=20, ignore_eos=True))
-    before = core.scheduler.num_cached_tokens
-    prompt = first.sequence.tokens[:38]
-    (again,) = core.submit(1, prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    core, (first,) = answers(llm, LIMITS, PROMPTS[:1], params)
+    core.submit(1, PROMPTS[2], params)  # 8 pages: the 6 that are blank, and 2 of the first request's 9
     while core.busy:
         core.advance()
-    assert core.scheduler.num_cached_tokens - before == 36
+    prompt = first.sequence.tokens[:38]
+    assert core.scheduler.num_evicted == 2
+    assert core.scheduler.pools[0].find(prompt, limit=37, whole=True).num_pages == 0
+    (again,) = core.submit(2, prompt, params)
+    while core.busy:
+        core.advance()
+    assert core.scheduler.num_cached_tokens == 36
     (scored,) = llm.score([again.sequence.tokens])
     np.testing.assert_allclose(scored[len(prompt) - 1 :], again.logprobs, atol=2e-4)
 

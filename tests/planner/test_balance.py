@@ -57,7 +57,7 @@ def draws(count: int):
 
 def test_no_rank_has_an_expert_twice_and_balancedness_is_that_of_the_published_algorithm_or_more():
     below, more, twice = 0, 0, 0
-    for loads, fits, how in draws(200):
+    for loads, fits, how in draws(120):
         found, published = balance(loads, **how), balance(loads, **how, algorithm="eplb")
         got, had = (balancedness(one.rank_loads(loads)) for one in (found, published))
         assert not (fits and duplicates(found)), how
@@ -70,8 +70,8 @@ def test_no_rank_has_an_expert_twice_and_balancedness_is_that_of_the_published_a
     # Two replicas of three on one rank split an expert in thirds, which no placement without duplicates can do: in one
     # draw of a hundred that alone comes out a little more even.
     assert below <= 2
-    assert more > 100
-    assert twice > 100
+    assert more > 60
+    assert twice > 60
 
 
 def test_all_load_on_one_expert_is_shared_by_every_rank():
@@ -97,7 +97,7 @@ def test_balancedness_sums_over_ranks_never_over_layers():
     assert balancedness(np.zeros((2, 4))) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     layers=st.integers(1, 3),
@@ -122,7 +122,7 @@ def test_every_expert_has_a_place_and_groups_stay_inside_nodes(seed, layers, nod
         assert all(not (a & b) for layer in homes for i, a in enumerate(layer) for b in layer[:i])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**16), spare=st.integers(0, 3))
 def test_skewed_loads_come_out_more_even(seed, spare):
     loads = np.random.default_rng(seed).zipf(1.5, (4, 16)).clip(max=1000)
