@@ -323,6 +323,23 @@ class ModelConfig:
         """Positions of an attention chunk of a layer; None where it has none."""
         return self.attention_chunks[layer] if self.attention_chunks else None
 
+    @property
+    def visible_span(self) -> tuple[int, int]:
+        """(window, chunk): no layer sees more than the last `window` tokens, or than those of its own chunk of so many
+        positions, whichever reaches further back. 0 where no layer is so limited; (0, 0) where some layer sees all."""
+        chunks = self.attention_chunks or (None,) * self.num_hidden_layers
+        if not all(window or chunk for window, chunk in zip(self.sliding_windows, chunks, strict=True)):
+            return 0, 0
+        windows = [window for window in self.sliding_windows if window]
+        alone = [chunk for window, chunk in zip(self.sliding_windows, chunks, strict=True) if chunk and not window]
+        return max(windows, default=0), max(alone, default=0)
+
+    def cached_tokens(self, num_tokens: int, chunk_tokens: int) -> int:
+        """Tokens of a request of num_tokens whose keys and values are cached at once at most, where prompts are read
+        chunk_tokens at a time: all, or where every layer has a window those of the widest and a chunk."""
+        furthest = max(self.visible_span)
+        return min(num_tokens, furthest + chunk_tokens) if furthest else num_tokens
+
     def has_rope(self, layer: int) -> bool:
         """Whether a layer embeds positions."""
         return not self.rope_layers or self.rope_layers[layer]

@@ -5,6 +5,7 @@ Tensor is innermost because its all-reduces are the most frequent: neighbours sh
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from jaxmoe.errors import MeshError
 
 AXES = ("data", "pipeline", "expert", "tensor")
 
+_log = logging.getLogger("jaxmoe")
 _HOST_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
@@ -125,17 +128,21 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
 
 
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A Mesh with all four axes, devices in the order of the machine's topology.
+    """Build a Mesh with all four axes, devices in the order of the machine's topology.
 
-    Raises: MeshError if the axes do not multiply to the number of devices.
+    devices: those to choose from, all of every process by default. Where the axes need fewer, the mesh takes those of
+    nearest_devices and a warning is logged.
+    Raises: MeshError if the axes need more devices than there are, or leave a process without any.
     """
     axes = check_axes(axes)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(axes.values())
-    if wanted != len(devices):
-        shown = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+    shown = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+    if wanted > len(devices):
         remedy = f"; on CPU emulate them with --devices {wanted}" if devices[0].platform == "cpu" else ""
         raise MeshError(f"mesh {shown} needs {wanted} devices and there are {len(devices)}{remedy}")
+    if wanted < len(devices):
+        devices = _some_devices(devices, wanted, shown)
     shape = tuple(axes.values())
     types = (AxisType.Auto,) * len(AXES)
     try:
@@ -143,6 +150,74 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     except NotImplementedError:  # no axis of the torus is as long as this: parts of several, and longer ways
         ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     return Mesh(in_rings(ordered), AXES, axis_types=types)
+
+
+def conform_mesh(mesh: Mesh) -> Mesh:
+    """Return a user's Mesh with all four axes in the order of AXES; every device keeps its coordinates along each axis.
+
+    Axes that the mesh lacks are added with size 1, and every axis type becomes Auto.
+    Raises: MeshError for a mesh without devices, or with an axis of another name.
+    """
+    if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh
+    if mesh.devices.size == 0 or mesh.devices.flat[0] is None:
+        raise MeshError("the Mesh has no devices: make one of jax.devices()")
+    axes = check_axes(dict(mesh.shape))
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    devices = mesh.devices.transpose(order).reshape(tuple(axes.values()))
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def nearest_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """Pick `count` of the devices that lie well together: the first ones, as jax.make_mesh does; of a TPU slice the
+    first full box of chips with the shortest way between its corners, where one has `count` devices."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    for members in slices.values():
+        if len(members) >= count and all(hasattr(device, "coords") for device in members):
+            box = _first_box(members, count)
+            if box is not None:
+                return box
+    return list(devices[:count])
+
+
+def _first_box(devices: Sequence[Any], count: int) -> list[Any] | None:
+    """The devices of the first full box of `count` in one slice, in their own order; None where there is none."""
+    places = {(*device.coords, getattr(device, "core_on_chip", 0)): device for device in devices}
+    low, high = ([edge(axis) for axis in zip(*places, strict=True)] for edge in (min, max))
+    extents = [last - first + 1 for first, last in zip(low, high, strict=True)]
+    for shape in sorted(_boxes(count, extents), key=lambda shape: (sum(shape[:-1]), shape)):
+        starts = (
+            range(first, first + extent - size + 1) for first, extent, size in zip(low, extents, shape, strict=True)
+        )
+        for start in product(*starts):
+            inside = set(product(*(range(at, at + size) for at, size in zip(start, shape, strict=True))))
+            if inside <= places.keys():
+                return [device for place, device in places.items() if place in inside]
+    return None
+
+
+def _boxes(count: int, extents: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every way to write count as a product of one number for each extent that does not exceed it."""
+    if not extents:
+        return [()] if count == 1 else []
+    sizes = [size for size in range(1, min(count, extents[0]) + 1) if count % size == 0]
+    return [(size, *rest) for size in sizes for rest in _boxes(count // size, extents[1:])]
+
+
+def _some_devices(devices: Sequence[jax.Device], count: int, mesh: str) -> list[jax.Device]:
+    """nearest_devices, with a warning that names them. Raises: MeshError if a process would have none of them."""
+    chosen = nearest_devices(devices, count)
+    idle = {device.process_index for device in devices} - {device.process_index for device in chosen}
+    if idle:
+        raise MeshError(
+            f"mesh {mesh} takes {count} of {len(devices)} devices and leaves process {min(idle)} without any: use "
+            f"larger axes, or start fewer processes"
+        )
+    ids = ", ".join(str(device.id) for device in chosen[:8]) + (", ..." if count > 8 else "")
+    _log.warning("jaxmoe: mesh %s takes %d of %d %s devices (%s)", mesh, count, len(devices), chosen[0].platform, ids)
+    return chosen
 
 
 def in_rings(devices: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout
-from jaxmoe.mesh import PlannedMesh
+from jaxmoe.mesh import PlannedMesh, conform_mesh
 
 Dims = tuple[str, ...]
 
@@ -38,8 +38,9 @@ _INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
 class Placement:
     """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
 
-    mesh: a PlannedMesh does as well for all but running. chunks: of neighbouring layers that a stage of the pipeline
-    holds, interleaved with those of the others.
+    mesh: any Mesh over some of the four axes, in any order (mesh.conform_mesh gives the one kept here); a PlannedMesh
+    does as well for all but running. chunks: of neighbouring layers that a stage of the pipeline holds, interleaved
+    with those of the others.
     redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
     program knows it; where given, it is told where they stand (planner/balance.py).
     """
@@ -49,6 +50,10 @@ class Placement:
     chunks: int = 1
     view: View = "staged"
     redundant_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mesh, Mesh):
+            object.__setattr__(self, "mesh", conform_mesh(self.mesh))
 
     def seen(self, view: View) -> Placement:
         """The same, for arrays that stand otherwise to the pipeline."""

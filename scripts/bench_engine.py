@@ -119,7 +119,7 @@ def _pool(arguments: argparse.Namespace) -> None:
 
     from jaxmoe.engine.batch import Bucket
     from jaxmoe.engine.core import Core
-    from jaxmoe.engine.scheduler import Limits
+    from jaxmoe.engine.limits import Limits
 
     llm = _start(arguments)
     pages = 16 * arguments.rows

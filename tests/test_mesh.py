@@ -12,9 +12,11 @@ from jaxmoe.mesh import (
     PlannedMesh,
     build_mesh,
     compiler_options,
+    conform_mesh,
     default_axes,
     emulate_devices,
     in_rings,
+    nearest_devices,
     parse_mesh,
     preset_names,
 )
@@ -48,9 +50,79 @@ def test_every_preset_reads_and_is_named_for_hardware():
     assert all(set(parse_mesh(name)) == set(AXES) for name in preset_names())
 
 
-def test_a_mesh_must_multiply_to_the_devices():
-    with pytest.raises(MeshError, match=r"needs 6 devices and there are 8.*--devices 6"):
-        build_mesh(parse_mesh("data=2,tensor=3"))
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(MeshError, match=r"needs 12 devices and there are 8.*--devices 12"):
+        build_mesh(parse_mesh("data=2,tensor=6"))
+
+
+def test_a_mesh_of_fewer_devices_takes_the_first_and_says_so(caplog):
+    mesh = build_mesh(parse_mesh("data=2,tensor=3"))
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3, 4, 5]
+    (said,) = caplog.messages
+    assert "data=2 x pipeline=1 x expert=1 x tensor=3 takes 6 of 8 cpu devices (0, 1, 2, 3, 4, 5)" in said
+    build_mesh(parse_mesh("data=8"))
+    assert len(caplog.messages) == 1
+
+
+def torus(*extents: int, cores: int = 1) -> list[SimpleNamespace]:
+    """Chips of a slice in JAX's order, the first coordinate changing fastest, their cores beside each other."""
+    places = [place[::-1] for place in np.ndindex(*extents[::-1])]
+    return [
+        SimpleNamespace(id=number * cores + core, coords=place, core_on_chip=core, process_index=0, platform="tpu")
+        for number, place in enumerate(places) for core in range(cores)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "corners"),
+    [
+        (torus(4, 4, 1), 4, [(0, 0, 0), (1, 1, 0)]), (torus(2, 4, 1), 4, [(0, 0, 0), (1, 1, 0)]),
+        (torus(4, 4, 4), 8, [(0, 0, 0), (1, 1, 1)]), (torus(4, 4, 1), 3, [(0, 0, 0), (0, 2, 0)]),
+        (torus(2, 2, 1, cores=2), 4, [(0, 0, 0), (0, 1, 0)]), (torus(4, 4, 1)[1:], 4, [(0, 1, 0), (1, 2, 0)]),
+    ],
+)  # fmt: skip
+def test_of_a_torus_a_full_box_is_taken(devices, count, corners):
+    chosen = nearest_devices(devices, count)
+    assert len(chosen) == count
+    assert [
+        tuple(edge(at) for at in zip(*(one.coords for one in chosen), strict=True)) for edge in (min, max)
+    ] == corners
+    assert chosen == [one for one in devices if one in chosen]
+
+
+def test_where_no_box_has_so_many_the_first_are_taken():
+    assert [one.id for one in nearest_devices(torus(2, 2, 1), 3)] == [0, 1, 2]
+
+
+def test_a_mesh_leaves_no_process_without_devices():
+    devices = [SimpleNamespace(id=at, process_index=at // 4, platform="cpu") for at in range(8)]
+    with pytest.raises(MeshError, match="takes 4 of 8 devices and leaves process 1 without any"):
+        build_mesh({"tensor": 4}, devices)
+
+
+def test_a_mesh_of_ones_own_keeps_every_device_at_its_coordinates():
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = Placement(mesh=jax.sharding.Mesh(devices, ("tensor", "data"))).mesh
+    assert (mesh.axis_names, dict(mesh.shape)) == (AXES, {"data": 2, "pipeline": 1, "expert": 1, "tensor": 4})
+    assert [[device.id for device in group] for group in mesh.devices.reshape(2, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert Placement(mesh=mesh).mesh is mesh
+
+
+def test_a_mesh_of_ones_own_may_hold_some_axes_and_devices_in_any_order():
+    devices = np.array(jax.devices())
+    explicit = jax.sharding.Mesh(devices[[5, 2]], ("expert",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = conform_mesh(explicit)
+    assert dict(mesh.shape) == {"data": 1, "pipeline": 1, "expert": 2, "tensor": 1}
+    assert [device.id for device in mesh.devices.flat] == [5, 2]
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    three = conform_mesh(jax.sharding.Mesh(devices.reshape(2, 2, 2), ("tensor", "pipeline", "data")))
+    assert [device.id for device in three.devices[:, 0, 0, 1]] == [4, 5]
+    with pytest.raises(MeshError, match="unknown mesh axis 'model'"):
+        conform_mesh(jax.sharding.Mesh(devices, ("model",)))
+    assert conform_mesh(jax.sharding.Mesh(devices[3], ())).devices.flat[0].id == 3
+    with pytest.raises(MeshError, match="no devices"):
+        conform_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def test_defaults_put_whole_experts_on_devices():

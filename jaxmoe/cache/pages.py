@@ -5,6 +5,10 @@ are known is *shared*: it hangs in a tree under the page before it, and a later 
 takes it instead of computing it. Pages nobody holds stay in the tree until room is needed; then the one that was
 released longest ago, of those with no page after them, is taken first.
 
+Where every layer has a window, pages behind it are released while their request runs on, and may be taken before those
+that follow them. The tree keeps the tokens of such a page, so that those after it are still found: a prompt that begins
+with them needs no more than the pages that its next token sees.
+
 With places in host memory, a page that is taken so moves there and stays in the tree; a prompt that begins with it
 brings it back. `moves` says what is to be copied, in the order in which it must be.
 
@@ -14,9 +18,9 @@ Source of the idea: vLLM's block manager (Kwon et al., 2023) and SGLang's radix 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Tokens = tuple[int, ...]
 
@@ -32,7 +36,8 @@ class Move:
 
 @dataclass(eq=False)
 class _Shared:
-    """A page in the tree of known beginnings: on the device, or (page -1) at a place in host memory."""
+    """A page in the tree of known beginnings: on the device, or (page -1) at a place in host memory; neither (place -1)
+    where it was given up and pages after it are still known."""
 
     page: int
     tokens: Tokens
@@ -44,18 +49,35 @@ class _Shared:
         """Whether no page after it is on the device."""
         return all(child.page < 0 for child in self.children.values())
 
+    def is_gone(self) -> bool:
+        """Whether neither the device nor host memory has it."""
+        return self.page < 0 and self.place < 0
+
+
+class Prefix(NamedTuple):
+    """The longest known beginning of a prompt: its pages in all; how many of them the next token does not see any more;
+    those of the others that are on the device."""
+
+    num_pages: int
+    num_behind: int
+    on_device: list[int]
+
 
 class PagePool:
     """num_pages pages of page_size tokens, and num_places for pages in host memory. Both are numbered from 0.
 
+    first_visible: the first position that the token at a position, or any later one, sees; None where all are seen.
     Raises: ValueError for sizes below 1.
     """
 
-    def __init__(self, *, num_pages: int, page_size: int, num_places: int = 0) -> None:
+    def __init__(
+        self, *, num_pages: int, page_size: int, num_places: int = 0,
+        first_visible: Callable[[int], int] | None = None,
+    ) -> None:  # fmt: skip
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages, self.page_size, self._first_visible = num_pages, page_size, first_visible
         self._blank = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
         self._root = _Shared(-1, (), None)
@@ -81,35 +103,46 @@ class PagePool:
         """Pages that requests hold."""
         return self.num_pages - self.num_free
 
-    def match(self, tokens: Sequence[int], *, limit: int) -> list[int]:
-        """The shared pages on the device whose tokens `tokens` begins with, at most `limit` tokens. Holds none."""
-        return [node.page for node in self._walk(tokens, limit) if node.page >= 0]
+    def find(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> Prefix:
+        """Find the longest known beginning of `tokens`, at most `limit` tokens. Holds none.
 
-    def num_matched_on_host(self, tokens: Sequence[int], *, limit: int) -> int:
-        """How many pages that follow those of match are in host memory."""
-        return sum(node.page < 0 for node in self._walk(tokens, limit))
-
-    def bring_back(self, tokens: Sequence[int], *, limit: int) -> list[int]:
-        """Pages of one's own that the pages counted by num_matched_on_host move into; they are shared, and held.
-
-        The caller holds the pages before them. As many as there is room for.
+        whole: none of its pages may be missing, whether the next token sees them or not.
         """
-        nodes = [node for node in self._walk(tokens, limit) if node.page < 0]
+        nodes, num_behind = self._known(tokens, limit, whole)
+        return Prefix(len(nodes), num_behind, [node.page for node in nodes[num_behind:] if node.page >= 0])
+
+    def hold_known(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> list[int]:
+        """Hold what find finds, and bring back what of it is in host memory, for which the caller knows of room: its
+        pages in order, -1 for each that the next token does not see."""
+        nodes, num_behind = self._known(tokens, limit, whole)
+        seen = nodes[num_behind:]
+        self.hold([node.page for node in seen if node.page >= 0])
+        self._bring_back([node for node in seen if node.page < 0])
+        return [-1] * num_behind + [node.page for node in seen]
+
+    def _bring_back(self, nodes: Sequence[_Shared]) -> None:
+        """Pages in host memory move into some of one's own; they are shared, and held. There must be room for them."""
         for node in nodes:
             del self._on_host[node.place]  # none of them may make room for another
-        pages = []
-        for index, node in enumerate(nodes):
+        for node in nodes:
             taken = self.take(1)
-            if taken is None:
-                self._on_host |= {left.place: left for left in nodes[index:]}
-                break
+            assert taken is not None, "there is no room for pages in host memory"
             self.moves.append(Move("in", taken[0], node.place))
             self._blank_places.append(node.place)
             node.page, node.place = taken[0], -1
             self._shared[node.page] = node
-            pages += taken
-        self.num_brought_back += len(pages)
-        return pages
+        self.num_brought_back += len(nodes)
+
+    def _known(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_Shared], int]:
+        """The pages of the longest known beginning, and how many of them its next token does not see."""
+        nodes = self._walk(tokens, limit)
+        first_visible = None if whole else self._first_visible
+        while True:
+            num_behind = first_visible(len(nodes) * self.page_size) // self.page_size if first_visible else 0
+            gone = next((at for at in range(len(nodes) - 1, num_behind - 1, -1) if nodes[at].is_gone()), None)
+            if gone is None:
+                return nodes, num_behind
+            del nodes[gone:]
 
     def _walk(self, tokens: Sequence[int], limit: int) -> list[_Shared]:
         node, found = self._root, []
@@ -142,48 +175,65 @@ class PagePool:
         return pages
 
     def _evict(self) -> int:
-        """The page that was idle longest of those with nothing on the device hanging under them, off the device."""
-        page = next(page for page in self._idle if self._shared[page].is_last())
+        """The page that was idle longest off the device; where all tokens are seen, of those with nothing on the device
+        hanging under them."""
+        if self._first_visible is None:
+            page = next(page for page in self._idle if self._shared[page].is_last())
+        else:
+            page = next(iter(self._idle))
         node = self._shared.pop(page)
         del self._idle[page]
         self.num_evicted += 1
-        place = self._take_place()
+        place = self._take_place() if node.is_last() else None
+        node.page = -1
         if place is None:
             self._forget(node)
         else:
             self.moves.append(Move("out", page, place))
-            node.page, node.place = -1, place
+            node.place = place
             self._on_host[place] = node
         return page
 
     def _take_place(self) -> int | None:
         """A place in host memory, that of the page longest there where all are taken."""
         if not self._blank_places:
-            oldest = next((node for node in self._on_host.values() if not node.children), None)
+            windowed = self._first_visible is not None
+            oldest = next((node for node in self._on_host.values() if windowed or not node.children), None)
             if oldest is not None:
                 self._forget(oldest)
         return self._blank_places.pop() if self._blank_places else None
 
     def _forget(self, node: _Shared) -> None:
-        """Out of the tree, with what hangs under it in host memory."""
-        assert node.parent is not None
-        del node.parent.children[node.tokens]
+        """Give up a page that is not on the device. Where all tokens are seen, what hangs under it in host memory goes
+        too; else it stays in the tree while anything does."""
         falling = [node]
         while falling:
             gone = falling.pop()
-            falling += gone.children.values()
+            if self._first_visible is None:
+                falling += gone.children.values()
             if gone.place >= 0:
                 del self._on_host[gone.place]
                 self._blank_places.append(gone.place)
+                gone.place = -1
+        if self._first_visible is None:
+            node.children.clear()
+        self._prune(node)
+
+    def _prune(self, node: _Shared) -> None:
+        """Out of the tree with a page that is gone and has none after it, and with those before it that are so then."""
+        while node.parent is not None and node.is_gone() and not node.children:
+            del node.parent.children[node.tokens]
+            node = node.parent
 
     def share(self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True) -> int:
         """Make known that pages [start, stop) of the caller's hold the tokens there; those before start are known.
 
+        Pages that the caller does not hold any more are -1.
         Where the tree already has a page with the same tokens, that one takes the place of the caller's own in `pages`,
         which becomes blank; without replace (the caller's is still being written) sharing ends before it. Returns up to
         where pages are shared now.
         """
-        node = self._shared[pages[start - 1]] if start else self._root
+        node = self._before(pages, tokens, start)
         for index in range(start, stop):
             part = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
             child = node.children.get(part)
@@ -191,25 +241,43 @@ class PagePool:
             if child is None:
                 child = _Shared(page, part, node)
                 node.children[part] = child
-                self._shared[page] = child
-            elif child.page < 0:  # known in host memory: the one here takes its place
-                del self._on_host[child.place]
-                self._blank_places.append(child.place)
+                if page >= 0:
+                    self._shared[page] = child
+            elif page < 0:
+                pass  # the caller does not hold it any more
+            elif child.page < 0:  # known in host memory or given up: the one here takes its place
+                if child.place >= 0:
+                    del self._on_host[child.place]
+                    self._blank_places.append(child.place)
                 child.page, child.place = page, -1
                 self._shared[page] = child
             elif child.page != page:
                 if not replace:
-                    return index
+                    stop = index
+                    break
                 self.hold([child.page])
                 self._release_one(page)
                 pages[index] = child.page
             node = child
+        self._prune(node)
         return max(start, stop)
 
+    def _before(self, pages: list[int], tokens: Sequence[int], start: int) -> _Shared:
+        """The page before the caller's page `start` in the tree."""
+        if start and pages[start - 1] >= 0:
+            return self._shared[pages[start - 1]]
+        node = self._root
+        for index in range(start):
+            part = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+            node = node.children.setdefault(part, _Shared(-1, part, node))
+        return node
+
     def release(self, pages: Sequence[int]) -> None:
-        """One holder fewer for each. Shared pages nobody holds stay known; the last of a prompt goes first."""
+        """One holder fewer for each that is not -1. Shared pages nobody holds stay known; the last of a prompt goes
+        first."""
         for page in reversed(pages):
-            self._release_one(page)
+            if page >= 0:
+                self._release_one(page)
 
     def _release_one(self, page: int) -> None:
         assert self._holders[page] > 0, f"page {page} is held by nobody"
@@ -247,13 +315,20 @@ class PagePool:
         assert not set(self._blank_places) & set(self._on_host)
         for place, node in self._on_host.items():
             assert (node.page, node.place) == (-1, place)
-            assert node.is_last()
-            assert node.parent is not None
-            assert node.parent.children[node.tokens] is node
+            assert node.is_last() or self._first_visible is not None
         for page, node in self._shared.items():
             assert node.page == page
             assert node.place == -1
-            assert node.parent is not None
-            assert node.parent.children[node.tokens] is node
-            if self._holders[page] and node.parent is not self._root:  # who holds a page holds those before it
-                assert self._holders[node.parent.page] > 0
+            if self._first_visible is None and self._holders[page] and node.parent is not self._root:
+                assert node.parent is not None
+                assert self._holders[node.parent.page] > 0  # who holds a page holds those before it
+        reached, found = [self._root], 0
+        while reached:
+            node = reached.pop()
+            for tokens, child in node.children.items():
+                assert child.parent is node
+                assert child.tokens == tokens
+                assert not child.is_gone() or (child.children and self._first_visible is not None)
+                found += not child.is_gone()
+                reached.append(child)
+        assert found == len(self._shared) + len(self._on_host)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxmoe.engine.llm import LLM
+    from jaxmoe.planner.balance import Algorithm
 
 _BAR = 12  # characters
 _FORMS = ("before", "planned", "after")
@@ -33,13 +34,20 @@ _FORMS = ("before", "planned", "after")
 @click.option("--redundant-experts", type=int, default=0, show_default=True, help="replicas beyond one of each expert")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="that the ranks are on")
 @click.option("--groups", type=click.IntRange(1), help="of experts, to keep inside nodes; the model's own by default")
+@click.option(
+    "--algorithm",
+    default="distinct",
+    show_default=True,
+    help="distinct (no two replicas of an expert on one rank) or eplb (as DeepSeek published it)",
+)
 @click.option("--loads", metavar="FILE.json", help="tokens of each expert, [layer][expert]: plan for them, run nothing")
 @click.option("--ranks", type=click.IntRange(1), help="of experts, with --loads")
 @click.option("--plot", metavar="FILE", help="write a picture (.png or .svg) of every rank's load")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def balance(
     model: str | None, options: ModelOptions, prompt_ids: str | None, max_tokens: int, redundant_experts: int,
-    nodes: int, groups: int | None, loads: str | None, ranks: int | None, plot: str | None, as_json: bool,
+    nodes: int, groups: int | None, algorithm: Algorithm, loads: str | None, ranks: int | None, plot: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Count where MODEL's tokens go, place its experts by that (EPLB), and count again.
 
@@ -53,12 +61,12 @@ def balance(
         asked = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
         if asked:
             raise RequestError(f"--loads runs no model: leave {', '.join(asked)} out")
-        found = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks)
+        found = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks, algorithm)
     else:
         rows = read_id_lines(prompt_ids) if prompt_ids is not None else None
         start_jax(options.devices)
         llm = load_model(model, options, quiet=as_json, redundant_experts=redundant_experts)
-        found = _measured(llm, rows, max_tokens, groups, nodes)
+        found = _measured(llm, rows, max_tokens, groups, nodes, algorithm)
     if plot is not None:
         save_plot(plot, lambda figure: _draw(figure, found))
     if as_json:
@@ -96,7 +104,9 @@ def _read_loads(path: str) -> np.ndarray:
     return np.array(rows, np.float64)
 
 
-def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int) -> dict[str, Any]:
+def _planned(
+    loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int, algorithm: Algorithm
+) -> dict[str, Any]:
     """Loads of experts as they would fall on ranks, in order and balanced."""
     import numpy as np
 
@@ -108,15 +118,17 @@ def _planned(loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: 
     if ranks > 16 * num_experts:
         raise ConfigError(f"--ranks {ranks} must lie in [1, {16 * num_experts}], 16 times the {num_experts} experts")
     places = -(-(num_experts + redundant) // ranks) * ranks
-    wanted = planner.balance(loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
+    wanted = planner.balance(
+        loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks, algorithm=algorithm
+    )
     share = -(-num_experts // ranks)
     padded = np.pad(loads, ((0, 0), (0, share * ranks - num_experts)))
     by_rank = {"before": padded.reshape(len(loads), ranks, share).sum(axis=2), "planned": wanted.rank_loads(loads)}
-    return _report(by_rank, wanted, nodes=nodes, groups=groups)
+    return _report(by_rank, wanted, nodes=nodes, groups=groups, algorithm=algorithm)
 
 
 def _measured(
-    llm: LLM, rows: list[list[int]] | None, max_tokens: int, groups: int | None, nodes: int
+    llm: LLM, rows: list[list[int]] | None, max_tokens: int, groups: int | None, nodes: int, algorithm: Algorithm
 ) -> dict[str, Any]:  # fmt: skip
     """Loads of ranks while the model completes prompts: as loaded, as planned for these, and once experts moved."""
     from jaxmoe.engine.request import SamplingParams
@@ -131,17 +143,20 @@ def _measured(
         before = llm.expert_loads(prompts, params)
         loads = before.by_expert
         wanted = planner.balance(
-            loads, num_replicas=experts.num_places, num_groups=groups, num_nodes=nodes, num_ranks=experts.num_ranks
-        )
+            loads, num_replicas=experts.num_places, num_groups=groups, num_nodes=nodes, num_ranks=experts.num_ranks,
+            algorithm=algorithm,
+        )  # fmt: skip
         llm.place_experts(wanted)
         after = llm.expert_loads(prompts, params)
     by_rank = {
         "before": before.by_rank, "planned": wanted.rank_loads(loads), "after": after.by_rank
     }  # fmt: skip
-    return _report(by_rank, wanted, nodes=nodes, groups=groups)
+    return _report(by_rank, wanted, nodes=nodes, groups=groups, algorithm=algorithm)
 
 
-def _report(by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: int) -> dict[str, Any]:
+def _report(
+    by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: int, algorithm: Algorithm
+) -> dict[str, Any]:
     from jaxmoe.planner.balance import balancedness
 
     layers, num_experts = wanted.replicas.shape
@@ -154,7 +169,8 @@ def _report(by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: 
     }  # fmt: skip
     return {
         "layers": layers, "experts": num_experts, "places": wanted.expert_at.shape[1], "ranks": wanted.num_ranks,
-        "nodes": nodes, "groups": groups, "hierarchical": nodes > 1 and groups % nodes == 0, **forms,
+        "nodes": nodes, "groups": groups, "hierarchical": nodes > 1 and groups % nodes == 0,
+        "algorithm": algorithm, **forms,
         "placement": {"expert_at": wanted.expert_at.tolist(), "replicas": wanted.replicas.tolist()},
     }  # fmt: skip
 

@@ -53,12 +53,16 @@ def _gib(num_bytes: float | None) -> str:
 
 
 def _print(answer: dict[str, Any]) -> None:
+    from jaxmoe.planner.sizes import behind_words
+
     size, screen = answer["bytes"], table_console()
     table = Table(title=f"{answer['target']}, GiB of each device", title_justify="left")
     for name in ("weights", "kv", "temp", "total", "limit"):
         table.add_column(name, justify="right")
     table.add_row(*(_gib(size[name]) for name in ("weights", "kv", "temp", "total", "limit")))
     screen.print(table)
+    if answer["behind_windows"] is not None:
+        print(behind_words(answer["behind_windows"]))
     if answer["collectives"]:
         screen.print(collectives_table(answer["collectives"]))
     print_differing(answer["collectives"])

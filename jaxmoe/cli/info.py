@@ -31,6 +31,8 @@ def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], 
 
 
 def _print(found: dict[str, Any]) -> None:
+    from jaxmoe.planner.sizes import behind_words
+
     size, parameters = found["bytes"], found["parameters"]
     table = Table(title=f"{found['family']}, {found['dtype']}", title_justify="left")
     table.add_column("part")
@@ -56,6 +58,8 @@ def _print(found: dict[str, Any]) -> None:
     cached, context = found["kv_bytes_a_token"], found["context"]
     print(f"keys and values: {cached:,} bytes a token in {found['dtype']}")
     print(f"context: {context:,} tokens ({_size(cached * context)}); vocabulary: {found['vocabulary']:,}")
+    if found["behind_windows"] is not None:
+        print(behind_words(found["behind_windows"]))
 
 
 def _size(num_bytes: int | None) -> str:

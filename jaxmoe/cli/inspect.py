@@ -57,6 +57,8 @@ _MEANINGS = {
 
 
 def _print(found: dict[str, Any]) -> None:
+    from jaxmoe.planner.sizes import behind_words
+
     screen = table_console()
     axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     place = f"{axes} on {found['devices']} {found['platform']} device(s), layout {found['layout']}"
@@ -77,6 +79,8 @@ def _print(found: dict[str, Any]) -> None:
     for part, meaning in _MEANINGS.items():
         if part in shown:
             print(f"{_PARTS[part]}: {meaning}")
+    if found["behind_windows"] is not None:
+        print(behind_words(found["behind_windows"]))
     if found["collectives"]:
         screen.print(collectives_table(found["collectives"]))
     if found["steps"]["dtype"] != found["dtype"]:

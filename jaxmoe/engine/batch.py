@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import MOST_LISTED, SamplingParams
-from jaxmoe.engine.scheduler import Chunk, Limits, StepPlan
+from jaxmoe.engine.scheduler import Chunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
 # What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; turns: tokens a request
@@ -211,6 +212,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
         """Fill in a row, whether it decodes or has blocks."""
         at = sequence.rank, sequence.slot
         parts["table"][at][: len(sequence.pages)] = sequence.pages
+        parts["table"][at][: sequence.num_behind] = 0  # any page: what lies there is not read, or not used
         request = told(sequence.request_id)
         params = request.params
         high, low = divmod(request.seed % 2**64, 2**32)

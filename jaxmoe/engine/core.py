@@ -15,10 +15,11 @@ import numpy as np
 from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import Drawn, EngineState, Runner
 from jaxmoe.engine.scheduler import Chunk as PromptChunk
-from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
@@ -212,15 +213,16 @@ class Core:
 
         Raises: RequestError if it can never fit.
         """
-        most = self.limits.most_total(len(ids), params.max_tokens)
+        most = self.limits.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
         special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
         ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
         queued = []
         for sample in range(params.n):
             sequence = Sequence(
-                request_id=self._next_id, tokens=list(ids), max_total=most, priority=priority, deadline=deadline
-            )
+                request_id=self._next_id, tokens=list(ids), max_total=most, keeps_all=params.reads_history,
+                priority=priority, deadline=deadline,
+            )  # fmt: skip
             self.scheduler.add(sequence)
             request = Request(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.llm import LLM, Prompt
 from jaxmoe.engine.request import Chunk, SamplingParams, is_finite
-from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL
@@ -118,7 +118,8 @@ class Engine:
         it.
         """
         ids = self.llm.checked_prompt(prompt, params)
-        self._core.scheduler.check(len(ids), max(len(ids) + 1, self._limits.most_total(len(ids), params.max_tokens)))
+        most = self._limits.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
+        self._core.scheduler.check(len(ids), max(len(ids) + 1, most), keeps_all=params.reads_history)
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")
         if timeout_s is not None and not (is_finite(timeout_s) and timeout_s >= 0):
@@ -305,6 +306,7 @@ def _limits(
     return Limits(
         num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
         num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size, context=context, turns=turns,
+        window=runner.config.visible_span[0], attention_chunk=runner.config.visible_span[1],
         num_places=int(host_gib * 2**30 / (runner.bytes_a_token * page_size * runner.num_ranks)),
     )  # fmt: skip
 

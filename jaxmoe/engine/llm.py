@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,16 +22,16 @@ from jaxmoe.engine.core import Core, Ended, Request, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
-from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
-from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
+from jaxmoe.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.balance import ExpertPlacement, balance
@@ -81,14 +82,15 @@ class LLM:
     ) -> LLM:
         """Read a checkpoint, as Hugging Face publishes it or as jaxmoe convert wrote it, onto a device mesh.
 
-        model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh;
-        None puts all devices on expert (MoE) or tensor (dense). dtype: of weights and activations; None keeps the
-        checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are kept: None as published, quantised
-        ones too, as their own format's name does; int8, fp8 (a scale for each output), int8-block, fp8-block (for
-        128x128) quantises plain ones;
-        float32, bfloat16 or float16, which is dtype's own, dequantises. kv_dtype: of cached keys and values: float32,
-        bfloat16, fp8, int8, or dtype's own (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what
-        it does not name is what runs fastest here: on a CPU the native kernels where there is a C++ compiler.
+        model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh
+        over some of these axes, whose devices keep their coordinates; axes that need fewer devices than there are take
+        the nearest ones and log a warning; None puts all devices on expert (MoE) or tensor (dense). dtype: of weights
+        and activations; None keeps the checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are
+        kept: None as published, quantised ones too, as their own format's name does; int8, fp8 (a scale for each
+        output), int8-block, fp8-block (for 128x128) quantises plain ones; float32, bfloat16 or float16, which is
+        dtype's own, dequantises. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
+        (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest
+        here: on a CPU the native kernels where there is a C++ compiler.
         max_batch: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
         layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
@@ -396,13 +398,16 @@ class LLM:
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks
-        row_pages = -(-length // page_size)
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
         chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
         needed = Limits(
             num_ranks=ranks, rows=rows, block_tokens=block_tokens, context=length, page_size=page_size, turns=TURNS,
-            chunk_tokens=chunk_tokens, num_pages=max(rows * -(-min(bucket(expected), length) // page_size), row_pages),
+            chunk_tokens=chunk_tokens, num_pages=1, window=self.config.visible_span[0],
+            attention_chunk=self.config.visible_span[1],
         )  # fmt: skip
+        keeps_all = any(p.reads_history for _, p in asked)
+        usual, most = (needed.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
+        needed = replace(needed, num_pages=max(rows * usual, most))
         if self._core is None:
             return needed
         return self._core.limits if self._core.limits.cover(needed) else needed.joined(self._core.limits)
@@ -455,7 +460,7 @@ def _listed(prompts: Iterable[Any]) -> list[Any]:
 
 def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -> Mesh:
     if isinstance(mesh, Mesh):
-        return build_mesh(check_axes(dict(mesh.shape)), list(mesh.devices.flat))
+        return conform_mesh(mesh)
     if mesh is None:
         axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
     else:

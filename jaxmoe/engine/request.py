@@ -124,6 +124,11 @@ class SamplingParams:
             or self.min_tokens
         )  # fmt: skip
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether penalties read all tokens before the next one."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def check_token_ids(self, *, vocab_size: int, num_eos: int) -> None:
         """Raises: RequestError if a token id of these is outside the vocabulary, or they are too many with the end
         tokens of the model."""

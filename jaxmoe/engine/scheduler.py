@@ -5,6 +5,9 @@ token a step; what is left of the budget goes to prompts in chunks, so that a lo
 Where pages run out the request that came last (of the least urgent ones) gives its pages back and is computed again
 later: the first always goes on, so all end.
 
+Where every layer has a window (or chunks of attention), a request gives the pages back that none of its next tokens
+sees, and holds no more than a window and a chunk of its prompt need.
+
 The host runs ahead: a step is planned before the tokens of the one before are known. `complete` brings them.
 """
 
@@ -15,73 +18,29 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 from jaxmoe.cache.pages import Move, PagePool
+from jaxmoe.engine.limits import Limits
 from jaxmoe.errors import RequestError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one rank of the batch can take, and how many ranks there are.
-
-    rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
-    num_pages pages of page_size tokens, and places for num_places more in host memory. context: tokens of a request at
-    most. turns: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of age that
-    make up for one step of priority.
-    """
-
-    num_ranks: int
-    rows: int
-    chunk_tokens: int
-    block_tokens: int
-    num_pages: int
-    page_size: int
-    context: int
-    num_places: int = 0
-    turns: int = 1
-    aging_steps: int = 256
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "num_places" else 1
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if self.chunk_tokens % self.block_tokens:
-            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
-
-    def cover(self, other: Limits) -> bool:
-        """Whether all that fits into the others fits into these."""
-        return self == self.joined(other)
-
-    def joined(self, other: Limits) -> Limits:
-        """The larger of each."""
-        return Limits(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
-
-    def most_total(self, num_prompt: int, max_new: int | None) -> int:
-        """Return how many tokens a request has at most, its prompt's included: max_new new ones within the context, or
-        (None) as many as the context and the pages of one rank have room for."""
-        if max_new is None:
-            return max(num_prompt, min(self.context, self.pool_tokens))
-        return max(num_prompt, min(self.context, num_prompt + max_new))
-
-    @property
-    def pool_tokens(self) -> int:
-        """Tokens that the pages of one rank hold."""
-        return self.num_pages * self.page_size
 
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One request's tokens, and where it stands. `tokens` holds the prompt and what is known of the answer."""
+    """One request's tokens, and where it stands. `tokens` holds the prompt and what is known of the answer.
+
+    keeps_all: it needs the token ids in all of its pages, so that none is given back before it ends.
+    """
 
     request_id: int
     tokens: list[int]
     max_total: int
+    keeps_all: bool = False
     priority: int = 0
     deadline: float | None = None
     arrival: int = 0
     queued_at: int = 0
     rank: int = -1
     slot: int = -1
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # -1 for each of the first num_behind, which were given back
+    num_behind: int = 0
     num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
     num_pending: int = 0  # tokens that steps planned so far will bring
     num_cached: int = 0  # prompt tokens that were found in shared pages
@@ -170,7 +129,10 @@ class Scheduler:
     def _new_pool(self) -> PagePool:
         limits = self.limits
         places = limits.num_places if self.brings_back else 0
-        return PagePool(num_pages=limits.num_pages, page_size=limits.page_size, num_places=places)
+        return PagePool(
+            num_pages=limits.num_pages, page_size=limits.page_size, num_places=places,
+            first_visible=limits.first_visible if limits.frees_pages else None,
+        )  # fmt: skip
 
     def keep_on_host(self, brings_back: bool) -> None:
         """Whether pages taken for others go to host memory, to be brought back. Nothing may be running."""
@@ -179,7 +141,7 @@ class Scheduler:
 
     # --- requests come and go ---
 
-    def check(self, num_prompt: int, max_total: int) -> None:
+    def check(self, num_prompt: int, max_total: int, *, keeps_all: bool = False) -> None:
         """Raises: RequestError with the numbers for a request that could never run to its end."""
         limits = self.limits
         if max_total > limits.context:
@@ -187,16 +149,18 @@ class Scheduler:
                 f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the context "
                 f"holds {limits.context}: shorten the prompt or lower max_tokens"
             )
-        if max_total > limits.pool_tokens:
+        needed = limits.most_pages(max_total, keeps_all=keeps_all)
+        if needed > limits.num_pages:
+            at_once = f", {needed} pages at once" if needed * limits.page_size < max_total else ""
             raise RequestError(
-                f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the pool "
-                f"holds {limits.pool_tokens} ({limits.num_pages} pages of {limits.page_size}): lower max_tokens or "
-                f"give the pool more memory"
+                f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens{at_once}, "
+                f"the pool holds {limits.pool_tokens} ({limits.num_pages} pages of {limits.page_size}): lower "
+                f"max_tokens or give the pool more memory"
             )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request. Raises: RequestError if it can never fit."""
-        self.check(len(sequence.tokens), sequence.max_total)
+        self.check(len(sequence.tokens), sequence.max_total, keeps_all=sequence.keeps_all)
         sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         sequence.queued_at = self.num_steps
         self.waiting.append(sequence)
@@ -221,7 +185,7 @@ class Scheduler:
         self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few rows are computed
         self.pools[sequence.rank].release(sequence.pages)
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
-        sequence.decoding, sequence.num_shared = False, 0
+        sequence.decoding, sequence.num_shared, sequence.num_behind = False, 0, 0
 
     def expired(self, now: float) -> list[Sequence]:
         """Requests whose deadline has passed; the caller finishes them."""
@@ -233,6 +197,8 @@ class Scheduler:
         """What to compute next; empty where nothing can be (every token of every request is planned, or none waits)."""
         self.num_steps += 1
         self.running.sort(key=self._urgency)
+        for sequence in self.running:
+            self._free_behind(sequence)
         ready = [sequence for sequence in list(self.running) if self._make_room(sequence)]
         ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
         chunks = self._plan_chunks()
@@ -256,19 +222,42 @@ class Scheduler:
         age = self.num_steps - sequence.queued_at
         return sequence.priority - age // self.limits.aging_steps, sequence.arrival
 
+    def _free_behind(self, sequence: Sequence) -> None:
+        """Give the pages back that no token computed from now on sees. Steps on their way come before any that writes
+        to them again."""
+        if sequence.keeps_all or not self.limits.frees_pages:
+            return
+        behind = min(self.limits.first_visible(sequence.num_written) // self.limits.page_size, len(sequence.pages))
+        if behind > sequence.num_behind:
+            freed = slice(sequence.num_behind, behind)
+            self.pools[sequence.rank].release(sequence.pages[freed])
+            sequence.pages[freed] = [-1] * (behind - sequence.num_behind)
+            sequence.num_behind = behind
+
+    def _prompt_pages(self, sequence: Sequence) -> int:
+        """How many pages, from the first, a sequence has or has given back while its next chunk is computed."""
+        limits, num_tokens = self.limits, len(sequence.tokens)
+        most = limits.most_pages(num_tokens, keeps_all=sequence.keeps_all)
+        return min(-(-num_tokens // limits.page_size), sequence.num_behind + most)
+
     def _make_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence decodes now; finds a page for its token, at the cost of later ones where need be."""
-        if sequence.slot < 0 or not sequence.decoding or sequence.num_total >= sequence.max_total:
+        """Whether the sequence decodes now; finds pages for its next token or chunk, at the cost of later ones where
+        need be."""
+        if sequence.slot < 0 or (sequence.decoding and sequence.num_total >= sequence.max_total):
             return False
-        if sequence.num_written < len(sequence.pages) * self.limits.page_size:
-            return True
-        while (page := self.pools[sequence.rank].take(1)) is None:
+        needed = self._prompt_pages(sequence)
+        if sequence.decoding:
+            needed = sequence.num_written // self.limits.page_size + 1
+        while len(sequence.pages) < needed:
+            page = self.pools[sequence.rank].take(1)
+            if page is not None:
+                sequence.pages += page
+                continue
             victim = max((s for s in self.running if s.rank == sequence.rank), key=self._urgency)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.pages += page
-        return True
+        return sequence.decoding
 
     def _plan_decode(self, sequence: Sequence, turns: int) -> Decode:
         """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
@@ -302,23 +291,26 @@ class Scheduler:
         return chunks
 
     def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
-        """Give a waiting sequence a slot on the rank that knows most of its beginning, and pages for all its tokens."""
+        """Give a waiting sequence a slot on the rank that knows most of its beginning, and pages for all its tokens, or
+        for as many as it ever holds at once."""
         tokens, size = sequence.tokens, self.limits.page_size
+        limit, whole = len(tokens) - 1, sequence.keeps_all
         choices = []
         for rank, pool in enumerate(self.pools):
-            matched = pool.match(tokens, limit=len(tokens) - 1)
-            on_host = pool.num_matched_on_host(tokens, limit=len(tokens) - 1)
-            spare = pool.num_free - pool.num_idle_of(matched) - (-(-len(tokens) // size) - len(matched))
+            prefix = pool.find(tokens, limit=limit, whole=whole)
+            sequence.num_behind = prefix.num_behind
+            new = self._prompt_pages(sequence) - prefix.num_behind - len(prefix.on_device)
+            spare = pool.num_free - pool.num_idle_of(prefix.on_device) - new
             if self._free_slots[rank] and blocks_left[rank] and spare >= 0:
-                choices.append((len(matched) + on_host, spare, -rank, matched))
+                choices.append((prefix.num_pages, spare, -rank, prefix.num_behind))
+        sequence.num_behind = 0
         if not choices:
             return False
-        _, _, minus_rank, matched = max(choices)
+        _, _, minus_rank, sequence.num_behind = max(choices)
         rank = -minus_rank
         pool = self.pools[rank]
-        pool.hold(matched)
-        known = matched + pool.bring_back(tokens, limit=len(tokens) - 1)
-        taken = pool.take(-(-len(tokens) // size) - len(known))
+        known = pool.hold_known(tokens, limit=limit, whole=whole)
+        taken = pool.take(self._prompt_pages(sequence) - len(known))
         assert taken is not None
         sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), known + taken
         sequence.num_written = sequence.num_cached = len(known) * size
@@ -332,7 +324,9 @@ class Scheduler:
     def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[Chunk]:
         size = self.limits.block_tokens
         start, total = sequence.num_written, len(sequence.tokens)
-        count = min(total - start, blocks_left[sequence.rank] * size)
+        count = min(
+            total - start, blocks_left[sequence.rank] * size, len(sequence.pages) * self.limits.page_size - start
+        )
         if count <= 0:
             return []
         blocks_left[sequence.rank] -= -(-count // size)

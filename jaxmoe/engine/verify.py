@@ -16,7 +16,7 @@ from jaxmoe.engine.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError, StepError
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
-from jaxmoe.mesh import build_mesh
+from jaxmoe.mesh import build_mesh, nearest_devices
 
 _TEXTS = (
     "def fibonacci(n):\n    ",
@@ -106,7 +106,7 @@ def verify_trials(
     def outcome(trial: Trial, prompts: list[list[int]] | None):
         count = math.prod(trial.mesh.values())
         llm = LLM.load(
-            model, mesh=build_mesh(trial.mesh, devices[:count]), layout=trial.layout, dtype="float32",
+            model, mesh=build_mesh(trial.mesh, nearest_devices(devices, count)), layout=trial.layout, dtype="float32",
             weights_dtype=weights_dtype, ignore_config_keys=ignore_config_keys,
         )  # fmt: skip
         prompts = prompts or sample_prompts(llm)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives_and_padding
 from jaxmoe.model.kernels import Kernels
@@ -58,18 +59,23 @@ def abstract_runner(
     return Runner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
 
 
-def engine_state(runner: Runner, *, batch: int, context: int, page_size: int) -> EngineState:
-    """The rows an engine has for `batch` requests, and pages for `context` tokens of each."""
-    requests = -(-batch // runner.num_ranks)
+def engine_state(runner: Runner, *, batch: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
+    """The rows an engine has for `batch` requests, and pages for `context` tokens of each, or where every layer has a
+    window for as many as a request holds at once."""
+    requests, rows = -(-batch // runner.num_ranks), runner.padded_rows(batch) // runner.num_ranks
     page_size *= runner.context_ranks
-    return runner.abstract_state(
-        runner.padded_rows(batch) // runner.num_ranks, requests * -(-context // page_size), page_size
-    )
+    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
+    window, attention_chunk = runner.config.visible_span
+    limits = Limits(
+        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens, num_pages=1,
+        page_size=page_size, context=context, window=window, attention_chunk=attention_chunk,
+    )  # fmt: skip
+    return runner.abstract_state(rows, requests * limits.most_pages(context), page_size)
 
 
-def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int) -> tuple[int, int]:
+def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int, chunk_tokens: int) -> tuple[int, int]:
     """Bytes of weights, and of keys and values of `batch` requests of `context` tokens each, on one device."""
-    state = engine_state(runner, batch=batch, context=context, page_size=page_size)
+    state = engine_state(runner, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens)
     weights, pages = (
         sum(map(_bytes_of_one_device, arrays)) for arrays in (runner.leaves, jax.tree.leaves(state.pages))
     )
@@ -95,7 +101,7 @@ def compile_step(
 ) -> CompiledStep:
     """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to `turns` turns of
     decoding, or one with chunk_tokens of prompts a rank beside it."""
-    state = engine_state(runner, batch=batch, context=context, page_size=page_size)
+    state = engine_state(runner, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens)
     bucket = step_bucket(
         runner, phase, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )  # fmt: skip

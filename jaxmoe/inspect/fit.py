@@ -21,6 +21,7 @@ from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_st
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
 from jaxmoe.mesh import PlannedMesh, build_mesh, device_platform
+from jaxmoe.planner.sizes import behind_windows
 
 # What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
 _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
@@ -101,6 +102,10 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
+        "behind_windows": behind_windows(
+            config, question.context, chunk_tokens=question.chunk_tokens,
+            num_bytes=runner.bytes_a_token / config.num_hidden_layers,
+        ),
     }  # fmt: skip
     if weights + kv > target.device.hbm_bytes:
         return answer
@@ -108,7 +113,7 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **question.sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
+            step = compile_step(runner, phase, **question.sizes, turns=TURNS)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.engine.batch import CHUNK_TOKENS
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import quantisation_key, quantizer_name, read_config, without_quantisation
-from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
+from jaxmoe.planner.sizes import behind_windows, count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.published import config_check
@@ -44,6 +45,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     by_part: dict[Any, int | None] = {**(counts.num_bytes if measured is None else measured)}
     if not runs and measured is None:
         by_part = dict.fromkeys(by_part)
+    kv_bytes = kv_numbers(config) * jnp.dtype(config.dtype).itemsize
     known = [one for one in by_part.values() if one is not None]
     return {
         "family": config.family,
@@ -63,7 +65,13 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
         "experts": _experts(config),
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
-        "kv_bytes_a_token": kv_numbers(config) * jnp.dtype(config.dtype).itemsize,
+        "kv_bytes_a_token": kv_bytes,
+        "behind_windows": behind_windows(
+            config,
+            config.max_position_embeddings,
+            chunk_tokens=CHUNK_TOKENS,
+            num_bytes=kv_bytes / config.num_hidden_layers,
+        ),
     }
 
 

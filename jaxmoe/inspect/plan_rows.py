@@ -36,12 +36,14 @@ def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
     and as requests."""
     held, serving, served, limit = plan.serving.held, plan.serving, plan.served, question.hardware.hbm_bytes
     rows = max(1, -(-served.concurrency // serving.ranks))
-    pages = rows * (question.load.isl + question.load.osl) * held.kv_bytes_a_token
+    tokens_each = held.config.cached_tokens(question.load.isl + question.load.osl, serving.chunk_tokens)
+    pages = rows * tokens_each * held.kv_bytes_a_token
     parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
     return {
         "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
         "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
-        "kv_bytes_a_token": held.kv_bytes_a_token, "pages": pages, "step_by_part": parts,
+        "kv_bytes_a_token": held.kv_bytes_a_token, "tokens_a_request": tokens_each, "pages": pages,
+        "step_by_part": parts,
         "step": sum(parts.values()), "left": limit - held.weight_bytes - pages - sum(parts.values()),
         "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "most_requests": plan.most_requests,
     }  # fmt: skip

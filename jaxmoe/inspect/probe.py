@@ -73,7 +73,7 @@ def probe(
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Probed:
-    """Measures all devices there are, of every process, along the axes given or in groups of every size.
+    """Measures all devices there are, of every process, in groups of every size, or those of a mesh along its axes.
 
     most_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
     Raises: MeshError for axes that do not fit, messages too large or too small, or a platform not known.

@@ -68,7 +68,9 @@ class ModelQuestion:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the engine, as held_bytes and compile_step are told."""
-        return {"batch": self.batch, "context": self.context, "page_size": PAGE_SIZE}
+        return {
+            "batch": self.batch, "context": self.context, "page_size": PAGE_SIZE, "chunk_tokens": self.chunk_tokens
+        }  # fmt: skip
 
     def checked_model(self) -> tuple[ModelConfig, dict[str, int]]:
         """The config, whose dtype and formats are those asked for, and the axes.

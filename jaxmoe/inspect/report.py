@@ -18,6 +18,7 @@ from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.mesh import build_mesh
 from jaxmoe.model.kernels import Kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.planner.sizes import behind_windows
 from jaxmoe.weights.params import ParamInfo, parameter_table
 
 
@@ -111,7 +112,7 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
 
     Steps of bfloat16 on a CPU are compiled in float32, for that compiler sends every bfloat16 as one. on_phase is told
     the name of each step before it is compiled. Raises: as ModelQuestion.checked_model, and MeshError for a mesh of
-    more or fewer devices than there are.
+    more devices than there are.
     """
     config, axes = question.checked_model()
     mesh, dtype = build_mesh(axes), config.dtype
@@ -124,13 +125,17 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     collectives: list[dict[str, Any]] = []
     for phase in PHASES:
         on_phase(phase)
-        step = compile_step(steps, phase, **question.sizes, chunk_tokens=question.chunk_tokens, turns=TURNS)
+        step = compile_step(steps, phase, **question.sizes, turns=TURNS)
         collectives += collective_rows(phase, step)
     return {
         "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,
         "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks, "dtype": dtype,
         "dispatch": runner.kernels.dispatch, "parameters": [one.as_json() for one in parameters],
         "bytes": vars(total_bytes(parameters)),
+        "behind_windows": behind_windows(
+            config, question.context, chunk_tokens=question.chunk_tokens,
+            num_bytes=runner.bytes_a_token / config.num_hidden_layers,
+        ),
         "steps": {
             "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "batch": question.batch, "context": question.context,
             "chunk_tokens": question.chunk_tokens,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,21 @@ class Sight:
             seen &= query_at // self.chunk == key_at // self.chunk
         return seen
 
-    def first(self, query_at: int) -> int:
-        """The first position that a query sees."""
-        first = 0 if self.window is None else max(0, query_at - self.window + 1)
-        return first if self.chunk is None else max(first, query_at // self.chunk * self.chunk)
+    @property
+    def sees_all(self) -> bool:
+        """Whether a query sees all tokens up to its own."""
+        return self.window is None and self.chunk is None
+
+    def first(self, query_at: Any) -> Any:
+        """The first position that a query at a position (one, or an array of them) sees."""
+        first = 0 * query_at if self.window is None else query_at - self.window + 1
+        if self.chunk is not None:
+            return _larger(first, query_at // self.chunk * self.chunk)
+        return _larger(first, 0)
+
+
+def _larger(one: Any, other: Any) -> Any:
+    return max(one, other) if isinstance(one, int) else jnp.maximum(one, other)
 
 
 def _softmax_times(scores: Array, allowed: Array, v: Array, sinks: Array | None) -> Array:

@@ -159,6 +159,7 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
     key_at = each // page_size * (page_size * share.of) + share.part * page_size + each % page_size
     rows = (q * sight.scale).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
+    first = sight.first(positions)
 
     def gathered(pool, turn):
         part = pool[at, jax.lax.dynamic_slice_in_dim(table, turn * group_pages, group_pages, axis=1)]
@@ -176,12 +177,15 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
         scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         shrunk, shares = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
-        written = (keys < (positions + counts)[:, None])[:, None, :, None]
+        read = keys < (positions + counts)[:, None]
+        if not sight.sees_all:
+            read &= keys >= first[:, None]
+        read = read[:, None, :, None]
         values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, turn)
-        values = jnp.where(written, values, 0)  # what lies beyond is anything, NaN too
+        values = jnp.where(read, values, 0)  # what lies beyond, or behind what is seen, is anything, NaN too
         weights = shares
         if v_scales is not None:
-            weights = shares * jnp.where(written[..., 0][:, :, None], gathered(v_scales, turn), 0)
+            weights = shares * jnp.where(read[..., 0][:, :, None], gathered(v_scales, turn), 0)
         more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
 
@@ -189,7 +193,8 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
     start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
     turns = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
-    best, total, mixed = jax.lax.fori_loop(0, turns, attend, start)
+    skipped = 0 if sight.sees_all else jnp.min(jnp.where(counts > 0, first // whole, turns))
+    best, total, mixed = jax.lax.fori_loop(skipped, turns, attend, start)
     by_token = (
         part.reshape(num_blocks, slots, group, tokens, -1).transpose(0, 3, 1, 2, 4) for part in (mixed, total, best)
     )

@@ -2,17 +2,29 @@
 
 Loads [layers, experts] -> a placement of replicas on ranks. Hierarchical where groups of experts divide among nodes:
 each group stays inside one node, so that group-limited routing keeps a token there; global otherwise.
-Source: DeepSeek-AI, Expert Parallelism Load Balancer (2025), whose published example it reproduces.
+
+- distinct: no rank has two replicas of one expert, as long as there are no more places on a rank than experts to fill
+  them; see planner/spread.py.
+- eplb: the published algorithm, which may put several replicas of an expert on one rank, where they are of no use.
+Source of the latter: DeepSeek-AI, Expert Parallelism Load Balancer (2025), whose published example it reproduces.
 """
 
 # Dims: X rows packed by themselves (layers, or layers x nodes), N items of a row, E experts, R replicas in all.
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations, islice
+from typing import Literal
 
 import numpy as np
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.planner.spread import gain_of, rank_loads, spread
+
+Algorithm = Literal["distinct", "eplb"]
+_MOST_EXCHANGES = 64  # of groups between nodes, for each layer
+ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +56,15 @@ def balancedness(rank_loads: np.ndarray) -> float:
 
 
 def balance(
-    loads: np.ndarray, *, num_replicas: int, num_groups: int = 1, num_nodes: int = 1, num_ranks: int
-) -> ExpertPlacement:
-    """The placement of num_replicas replicas on num_ranks ranks that evens out loads [layers, experts].
+    loads: np.ndarray, *, num_replicas: int, num_groups: int = 1, num_nodes: int = 1, num_ranks: int,
+    algorithm: Algorithm = "distinct",
+) -> ExpertPlacement:  # fmt: skip
+    """Place num_replicas replicas on num_ranks ranks so that loads [layers, experts] come out even.
 
-    Raises: ConfigError for numbers that do not divide as they must, naming them.
+    Raises: ConfigError for an unknown algorithm, or numbers that do not divide as they must, naming them.
     """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}")
     loads = np.asarray(loads, np.float64)
     num_experts = loads.shape[1]
     for what, value, by, parts in (
@@ -67,11 +82,14 @@ def balance(
         num_groups = num_nodes = 1
 
     in_node, node_experts = _groups_to_nodes(loads, num_groups, num_nodes)
-    local, replica, counts = _replicate(in_node, num_replicas // num_nodes)
-    load_at = np.take_along_axis(in_node / counts, local, axis=1)
-    rank, place = _pack(load_at, num_ranks // num_nodes)
-    order = np.argsort(rank * (load_at.shape[1] // (num_ranks // num_nodes)) + place, axis=1)
-    local, replica = np.take_along_axis(local, order, axis=1), np.take_along_axis(replica, order, axis=1)
+    sizes = num_replicas // num_nodes, num_ranks // num_nodes
+    local, replica, counts = _eplb(in_node, *sizes)
+    if algorithm == "distinct":
+        for layer, row in enumerate(range(0, len(node_experts), num_nodes)):
+            rows = slice(row, row + num_nodes)
+            experts, held = _distinct(loads[layer], node_experts[rows], local[rows], num_groups // num_nodes, sizes[1])
+            node_experts[rows], counts[rows] = experts, held.sum(axis=1)
+            local[rows], replica[rows] = _numbered(held)
 
     layers = len(loads)
     expert_at = np.take_along_axis(node_experts, local, axis=1).reshape(layers, -1)
@@ -80,6 +98,72 @@ def balance(
     return ExpertPlacement(
         expert_at=expert_at, replica_at=replica.reshape(layers, -1), replicas=replicas, num_ranks=num_ranks
     )
+
+
+def _eplb(loads: np.ndarray, num_replicas: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The published placement of each row: (expert at each place [X,R], which of its replicas [X,R], replicas of each
+    expert [X,N])."""
+    local, replica, counts = _replicate(loads, num_replicas)
+    load_at = np.take_along_axis(loads / counts, local, axis=1)
+    rank, place = _pack(load_at, num_ranks)
+    order = np.argsort(rank * (num_replicas // num_ranks) + place, axis=1)
+    return np.take_along_axis(local, order, axis=1), np.take_along_axis(replica, order, axis=1), counts
+
+
+def _distinct(
+    loads: np.ndarray, experts: np.ndarray, published: np.ndarray, num_groups: int, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spread the experts of one layer: (experts of each node [M,N], replicas of each on the node's ranks [M,R,N]).
+
+    loads [E]. experts [M,N]: of each node, in num_groups groups. published [M,P]: what _eplb puts at each place. Where
+    the fullest rank has more than there, other nodes for the groups are tried, two groups exchanged at a time.
+    """
+
+    def spread_over(experts: np.ndarray, local: np.ndarray) -> tuple[float, np.ndarray]:
+        held = []
+        for own, by_rank in zip(loads[experts], local.reshape(len(experts), num_ranks, -1), strict=True):
+            other = np.stack([np.bincount(at, minlength=len(own)) for at in by_rank])
+            held.append(spread(own, by_rank.shape[1], num_ranks, other))
+        return max(float(rank_loads(*pair).max()) for pair in zip(held, loads[experts], strict=True)), np.stack(held)
+
+    counts = np.stack([np.bincount(at, minlength=experts.shape[1]) for at in published])
+    carried = np.take_along_axis(loads[experts] / counts, published, axis=1)
+    most = float(carried.reshape(len(experts) * num_ranks, -1).sum(axis=1).max())
+    most += gain_of(loads, len(experts) * num_ranks)
+    best, (fullest, held) = experts, spread_over(experts, published)
+    for other in islice(_exchanged(experts, num_groups), _MOST_EXCHANGES):
+        if fullest <= most:
+            break
+        local, _, _ = _eplb(loads[other], published.shape[1], num_ranks)
+        now, found = spread_over(other, local)
+        if now < fullest:
+            best, fullest, held = other, now, found
+    return best, held
+
+
+def _exchanged(experts: np.ndarray, num_groups: int) -> Iterator[np.ndarray]:
+    """The experts of each node [M,N] with one group of num_groups each exchanged between two nodes, every such pair."""
+    nodes = len(experts)
+    by_group = experts.reshape(nodes * num_groups, -1)
+    for one, two in combinations(range(len(by_group)), 2):
+        if one // num_groups != two // num_groups:
+            order = np.arange(len(by_group))
+            order[[one, two]] = two, one
+            yield by_group[order].reshape(nodes, -1)
+
+
+def _numbered(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(expert at each place [M,P], which of its replicas) of replicas on ranks [M,R,N], numbered in their order."""
+    local, replica = [], []
+    for ranks in held:
+        local.append(np.concatenate([np.repeat(np.arange(len(own)), own) for own in ranks]))
+        seen = np.zeros(ranks.shape[1], np.int64)
+        numbers = []
+        for expert in local[-1]:
+            numbers.append(seen[expert])
+            seen[expert] += 1
+        replica.append(np.array(numbers))
+    return np.stack(local), np.stack(replica)
 
 
 def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:

@@ -143,7 +143,7 @@ def _transfer(question: Question, serving: Serving) -> float:
     held, hardware = serving.held, question.hardware
     near = question.devices <= hardware.scale_up_devices
     rate = hardware.link_bytes_a_second(scale_out=not near)
-    return question.load.isl * held.kv_bytes_a_token / rate
+    return held.config.cached_tokens(question.load.isl, 0) * held.kv_bytes_a_token / rate
 
 
 def beats(pools: Pools, plan: Plan, question: Question) -> bool:

@@ -81,8 +81,8 @@ class Serving:
         return max(0.0, free * _PAGES / self.held.kv_bytes_a_token)
 
     def most_requests(self, load: Load) -> int:
-        """Over all devices, each with room to its end."""
-        tokens, rows = load.isl + load.osl, 64
+        """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
+        tokens, rows = self.held.config.cached_tokens(load.isl + load.osl, self.chunk_tokens), 64
         if tokens not in self._most:
             for _ in range(3):  # more rows need more room for their logits
                 rows = max(1, min(_MOST_ROWS, int(self.pool_tokens(rows) / tokens)))

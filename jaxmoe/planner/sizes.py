@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import segments
@@ -111,6 +111,46 @@ def count_parameters(config: ModelConfig) -> Counts:
         total=total, active=total - idle,
         active_without_embedding=total - idle - (0 if config.tie_word_embeddings else by_part["embedding"]),
     )  # fmt: skip
+
+
+def behind_windows(
+    config: ModelConfig, num_tokens: int, *, chunk_tokens: int, num_bytes: float
+) -> dict[str, int | bool] | None:
+    """Describe what becomes of pages behind the windows of a request of num_tokens; None of a model without windows.
+
+    num_bytes: of one token's keys and values in one layer. layers: those with a window or attention chunk. freed: every
+    layer has one, so that pages no layer sees go to other requests; if not, pages keep all tokens for all layers, of
+    which kept_bytes are seen by no layer any more. held_tokens: of the request, at once at most.
+    """
+    spans = [_span(config, layer) for layer in range(config.num_hidden_layers)]
+    limited = [span for span in spans if span is not None]
+    if not limited:
+        return None
+    freed = any(config.visible_span)
+    kept = 0 if freed else sum(max(0, num_tokens - span) for span in limited)
+    return {
+        "tokens": num_tokens, "layers": len(limited), "of_layers": len(spans), "freed": freed,
+        "held_tokens": config.cached_tokens(num_tokens, chunk_tokens), "kept_bytes": round(kept * num_bytes),
+    }  # fmt: skip
+
+
+def behind_words(found: Mapping[str, Any]) -> str:
+    """behind_windows in one sentence."""
+    if found["freed"]:
+        return (
+            f"Pages behind the windows are freed: a request of {found['tokens']:,} tokens holds up to "
+            f"{found['held_tokens']:,} at once."
+        )
+    return (
+        f"Pages behind the windows of {found['layers']} of {found['of_layers']} layers are kept: "
+        f"{found['kept_bytes'] / 2**20:,.1f} MiB of a request of {found['tokens']:,} tokens."
+    )
+
+
+def _span(config: ModelConfig, layer: int) -> int | None:
+    """Tokens that a layer sees at most; None where it sees all."""
+    both = (config.sliding_windows[layer], config.chunk(layer))
+    return min((span for span in both if span), default=None)
 
 
 def kv_numbers(config: ModelConfig) -> int:

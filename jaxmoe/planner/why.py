@@ -10,8 +10,10 @@ from typing import Literal
 from jaxmoe.planner.choose import limited
 from jaxmoe.planner.lift import remedies
 from jaxmoe.planner.links import group_of
+from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats
 from jaxmoe.planner.search import ALIKE, Found, Plan, Question, kind_of, value
+from jaxmoe.planner.sizes import behind_windows, behind_words
 
 _BINDS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
@@ -90,6 +92,11 @@ def _memory(question: Question, best: Plan) -> Iterator[str]:
         f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
         f"pages have room for {counted(best.most_requests, 'request')} of {tokens:,} tokens at once."
     )
+    config, (item, scale) = question.config, KV_ITEMSIZES[held.kv_dtype]
+    layer_bytes = config.num_key_value_heads * sum(dim * item + scale for dim in config.cached_dims)
+    behind = behind_windows(config, tokens, chunk_tokens=best.serving.chunk_tokens, num_bytes=layer_bytes)
+    if behind is not None:
+        yield behind_words(behind)
 
 
 def _spans(question: Question, plan: Plan, axes: tuple[str, ...]) -> int:

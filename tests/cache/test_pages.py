@@ -7,6 +7,15 @@ import pytest
 from jaxmoe.cache.pages import Move, PagePool
 
 
+def match(pool: PagePool, tokens: list[int], limit: int) -> list[int]:
+    return pool.find(tokens, limit=limit).on_device
+
+
+def num_on_host(pool: PagePool, tokens: list[int], limit: int) -> int:
+    prefix = pool.find(tokens, limit=limit)
+    return prefix.num_pages - prefix.num_behind - len(prefix.on_device)
+
+
 def test_pages_are_taken_all_or_none():
     pool = PagePool(num_pages=3, page_size=2)
     assert pool.take(4) is None
@@ -25,10 +34,10 @@ def test_a_known_beginning_is_found_page_by_page():
     pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=1)
     pool.share(mine, [1, 2, 3, 4, 5], start=1, stop=2)  # the third page is not full
     assert mine == before
-    assert pool.match([1, 2, 3, 4, 9], limit=5) == mine[:2]
-    assert pool.match([1, 2, 3, 4], limit=3) == mine[:1]
-    assert pool.match([1, 9, 3, 4], limit=4) == []
-    assert pool.match([3, 4], limit=2) == []  # the same tokens after another beginning are another page
+    assert match(pool, [1, 2, 3, 4, 9], 5) == mine[:2]
+    assert match(pool, [1, 2, 3, 4], 3) == mine[:1]
+    assert match(pool, [1, 9, 3, 4], 4) == []
+    assert match(pool, [3, 4], 2) == []  # the same tokens after another beginning are another page
     pool.check()
 
 
@@ -42,7 +51,7 @@ def test_the_same_tokens_are_kept_once():
     assert pool.num_free == 1
     pool.check()
     pool.release(first)
-    assert pool.match([1, 2, 7, 8], limit=4) == [first[0], second[1]]
+    assert match(pool, [1, 2, 7, 8], 4) == [first[0], second[1]]
     pool.release([first[0], second[1]])
     assert pool.num_free == 4
     pool.check()
@@ -56,8 +65,8 @@ def test_the_longest_idle_end_of_a_prompt_goes_first():
     pool.release(old)
     pool.release(new)
     assert pool.take(1) == [old[1]]
-    assert pool.match([1, 2], limit=2) == old[:1]
-    assert pool.match([3, 4], limit=2) == new
+    assert match(pool, [1, 2], 2) == old[:1]
+    assert match(pool, [3, 4], 2) == new
     assert pool.num_evicted == 1
     pool.check()
 
@@ -67,7 +76,7 @@ def test_held_pages_are_never_evicted():
     mine = pool.take(2)
     pool.share(mine, [1, 2], start=0, stop=2)
     pool.release(mine)
-    pool.hold(pool.match([1], limit=1))
+    pool.hold(match(pool, [1], 1))
     assert pool.take(2) is None
     assert pool.take(1) == [mine[1]]
     pool.check()
@@ -80,14 +89,14 @@ def test_a_page_that_must_go_moves_to_host_memory_and_back():
     pool.release(first)
     other = pool.take(2)
     assert pool.moves == [Move("out", first[1], 0), Move("out", first[0], 1)]
-    assert pool.match([1, 2], limit=2) == []
-    assert (pool.num_matched_on_host([1, 2, 3], limit=3), pool.num_on_host) == (2, 2)
+    assert match(pool, [1, 2], 2) == []
+    assert (num_on_host(pool, [1, 2, 3], 3), pool.num_on_host) == (2, 2)
     pool.check()
     pool.release(other)
     pool.moves.clear()
-    back = pool.bring_back([1, 2, 3], limit=3)
+    back = pool.hold_known([1, 2, 3], limit=3)
     assert [(move.way, move.page, move.place) for move in pool.moves] == [("in", back[0], 1), ("in", back[1], 0)]
-    assert pool.match([1, 2], limit=2) == back
+    assert match(pool, [1, 2], 2) == back
     assert (pool.num_held, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
     pool.check()
 
@@ -99,8 +108,8 @@ def test_host_memory_is_bounded_and_the_longest_there_goes_first():
         pool.share(page, [token], start=0, stop=1)
         pool.release(page)
         pool.check()
-    assert [pool.num_matched_on_host([token], limit=1) for token in (1, 2, 3)] == [0, 1, 1]
-    assert pool.match([4], limit=1)
+    assert [num_on_host(pool, [token], 1) for token in (1, 2, 3)] == [0, 1, 1]
+    assert match(pool, [4], 1)
 
 
 def test_what_is_computed_again_takes_the_place_of_what_lies_on_the_host():
@@ -110,20 +119,59 @@ def test_what_is_computed_again_takes_the_place_of_what_lies_on_the_host():
     pool.release(first)
     again = pool.take(2)
     pool.share(again, [1, 2], start=0, stop=2)
-    assert (pool.num_on_host, pool.match([1, 2], limit=2)) == (0, again)
+    assert (pool.num_on_host, match(pool, [1, 2], 2)) == (0, again)
     pool.check()
 
 
-def test_as_many_come_back_as_there_is_room_for():
-    pool = PagePool(num_pages=3, page_size=1, num_places=8)
+def in_windows(num_pages: int, window: int, **more: int) -> PagePool:
+    """A pool of pages of one token, where a token sees the last `window`."""
+    return PagePool(
+        num_pages=num_pages, page_size=1, first_visible=lambda position: max(0, position - window + 1), **more
+    )
+
+
+def test_pages_behind_a_window_are_taken_first_and_those_after_them_still_found():
+    pool = in_windows(5, window=3)
+    mine = pool.take(5)
+    pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=5)
+    pool.release(mine[:2])
+    assert (pool.num_free, pool.num_held) == (2, 3)
+    assert pool.take(2) == [mine[1], mine[0]]  # nobody holds them; the last was released first
+    pool.check()
+    # A sixth token sees the fourth and fifth, which are there; a fourth sees the second, which is not.
+    assert pool.find([1, 2, 3, 4, 5, 6], limit=5) == (5, 3, mine[3:])
+    assert pool.find([1, 2, 3, 9], limit=3) == (0, 0, [])
+    assert pool.find([1, 2, 3, 4, 5, 6], limit=5, whole=True) == (0, 0, [])
+    assert pool.hold_known([1, 2, 3, 4, 5, 6], limit=5) == [-1, -1, -1, *mine[3:]]
+    pool.release([-1, -1, -1, *mine[3:]])
+    pool.release(mine[2:])
+    pool.check()
+    assert pool.take(3) is not None  # nothing is known any more, and no part of the tree is left
+    assert pool.find([1, 2, 3, 4, 5, 6], limit=5) == (0, 0, [])
+    pool.check()
+
+
+def test_a_page_given_up_is_known_again_once_it_is_computed_again():
+    pool = in_windows(4, window=2)
     mine = pool.take(3)
     pool.share(mine, [1, 2, 3], start=0, stop=3)
-    pool.release(mine)
-    held = pool.take(3)
-    pool.release(held[:2])
-    back = pool.bring_back([1, 2, 3], limit=3)
-    assert len(back) == 2
-    assert pool.num_matched_on_host([1, 2, 3], limit=3) == 1
+    pool.release(mine[:2])
+    other = pool.take(3)
+    assert pool.find([1, 2, 3, 4], limit=3) == (3, 2, mine[2:])
+    assert pool.find([1, 5], limit=1) == (0, 0, [])
+    pool.share(other, [1, 5, 6], start=0, stop=3)
+    assert pool.find([1, 5], limit=1) == (1, 0, other[:1])
+    pool.check()
+
+
+def test_pages_are_shared_after_those_that_were_given_back_unshared():
+    pool = in_windows(4, window=1)
+    mine = pool.take(4)
+    pool.release(mine[:3])
+    pool.share([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=0, stop=3)
+    pool.check()
+    pool.share([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=3, stop=4)
+    assert pool.find([1, 2, 3, 4, 5], limit=4) == (4, 4, [])
     pool.check()
 
 

@@ -30,8 +30,8 @@ def test_every_documented_exception_is_a_value_error():
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
-        ("data=3", "data=3 .* needs 3 devices and there are 8"),
-        ({"data": 3}, "needs 3 devices and there are 8"),
+        ("data=9", "data=9 .* needs 9 devices and there are 8"),
+        ({"data": 9}, "needs 9 devices and there are 8"),
         ({"model": 8}, "unknown mesh axis 'model'; the axes are data, tensor, pipeline, expert"),
         ({"data": 0}, "mesh axis data=0 must be a whole number of at least 1"),
         ({"data": True}, "mesh axis data=True must be a whole number"),

@@ -27,12 +27,22 @@ def test_loads_of_a_file_are_placed_as_published(capsys, tmp_path, example):
     redundant = example["num_replicas"] - len(example["weight"][0])
     outcome = jaxmoe(
         capsys, "balance", "--loads", path, "--ranks", example["num_gpus"], "--redundant-experts", redundant,
-        "--nodes", example["num_nodes"], "--groups", example["num_groups"], "--json",
+        "--nodes", example["num_nodes"], "--groups", example["num_groups"], "--algorithm", "eplb", "--json",
     )  # fmt: skip
     found = json.loads(outcome.out)
     assert (outcome.code, found["placement"]["expert_at"]) == (0, example["phy2log"])
     np.testing.assert_allclose(found["planned"]["by_layer"], example["balancedness_mean_over_max_per_layer"])
     assert found["before"]["balancedness"] < found["planned"]["balancedness"]
+
+
+def test_loads_of_a_file_are_placed_without_duplicates_by_default(capsys, tmp_path):
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps([[0, 0, 0, 7, *[0] * 60]]))
+    asked = ("balance", "--loads", path, "--ranks", 8, "--redundant-experts", 8, "--json")
+    default, published = (json.loads(jaxmoe(capsys, *asked, *more).out) for more in ([], ["--algorithm", "eplb"]))
+    assert (default["algorithm"], published["algorithm"]) == ("distinct", "eplb")
+    assert default["planned"]["balancedness"] == 1.0
+    assert published["planned"]["balancedness"] == 0.5625
 
 
 def test_a_model_is_counted_balanced_and_counted_again(capsys, tiny_dir, tmp_path):
@@ -77,6 +87,7 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
         (["--loads", "nowhere.json", "--ranks", "8"], "nowhere.json cannot be read"),
         (["--loads", "RAGGED", "--ranks", "8"], "a layer, as many in each"),
         (["--loads", "LOADS", "--ranks", "8", "--groups", "5"], "12 experts do not divide among 5 groups"),
+        (["--loads", "LOADS", "--ranks", "8", "--algorithm", "best"], "must be one of distinct, eplb"),
         (["--loads", "LOADS", "--ranks", "8", "--nodes", "3"], "8 ranks do not divide among 3 nodes"),
         (["--loads", "LOADS", "--ranks", "8", "--redundant-experts", "-1"], "redundant_experts=-1"),
         (["--loads", "LOADS", "--ranks", "8", "--plot", "loads.pdf"], "must end in .png or .svg"),

@@ -45,6 +45,27 @@ def test_kinds_of_layers_are_counted(capsys):
     assert info(capsys, CONFIGS / "openai--gpt-oss-20b.json")["layers"] == {"MoE, window of 128": 12, "MoE": 12}
 
 
+def test_pages_behind_windows_are_kept_where_some_layer_sees_all(capsys):
+    found = info(capsys, CONFIGS / "openai--gpt-oss-20b.json")
+    assert found["behind_windows"] == {
+        "tokens": 131072, "layers": 12, "of_layers": 24, "freed": False, "held_tokens": 131072,
+        "kept_bytes": 12 * (131072 - 128) * 8 * 64 * 2 * 2,
+    }  # fmt: skip
+    said = jaxmoe(capsys, "info", CONFIGS / "openai--gpt-oss-20b.json").out
+    assert "Pages behind the windows of 12 of 24 layers are kept: 3,069.0 MiB of a request of 131,072 tokens." in said
+    assert info(capsys, CONFIGS / "deepseek-ai--DeepSeek-V3.json")["behind_windows"] is None
+
+
+def test_pages_behind_windows_are_freed_where_every_layer_has_one(capsys, tiny_dir, tmp_path):
+    found = info(capsys, tiny_dir("mistral_window"))  # of 9 tokens, in a context of 128
+    assert found["behind_windows"]["freed"]
+    assert found["behind_windows"]["held_tokens"] == 128
+    raw = json.loads((tiny_dir("mistral_window") / "config.json").read_text(encoding="utf-8"))
+    (config := tmp_path / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 32768}))
+    said = jaxmoe(capsys, "info", config).out
+    assert "Pages behind the windows are freed: a request of 32,768 tokens holds up to 521 at once." in said
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3_groups", "gpt_oss_window", "llama_llama3"])
 def test_bytes_are_those_of_the_files_where_there_are_any(name, capsys, tiny_dir, tmp_path):
     found = info(capsys, tiny_dir(name))

@@ -79,7 +79,7 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
         (["-o", "mine.yaml"], "must end in .toml"),
         (["-o", "folder.toml"], "is a folder"),
         (["-o", "/proc/mine.toml"], "'/proc/mine.toml': its folder cannot be written: "),
-        (["--mesh", "tensor=3"], "needs 3 devices and there are 8"),
+        (["--mesh", "tensor=9"], "needs 9 devices and there are 8"),
         (["--mesh", "model=8"], "unknown mesh axis 'model'"),
         (["--mesh", "nothing"], "'nothing' is neither axes"),
         (["--devices", "0"], "devices=0 must lie in [1, 512]"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, Told, all_buckets, bucket_of, pack, row_buckets
+from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence
+from jaxmoe.engine.scheduler import Scheduler, Sequence
 
 LIMITS = Limits(num_ranks=2, rows=8, chunk_tokens=32, block_tokens=4, num_pages=40, page_size=4, context=40)
 

@@ -41,6 +41,29 @@ def test_the_same_seed_gives_the_same_tokens_on_any_mesh(tiny_llm):
     assert outputs[0] == outputs[1]
 
 
+def test_a_mesh_of_ones_own_is_loaded_as_it_stands(tiny_llm, tiny_dir):
+    devices, axis_types = np.array(jax.devices())[[5, 2]], (jax.sharding.AxisType.Explicit,)
+    llm = LLM.load(tiny_dir(CASE), mesh=jax.sharding.Mesh(devices, ("tensor",), axis_types=axis_types), dtype="float32")
+    assert [device.id for device in llm.mesh.devices.flat] == [5, 2]
+    assert llm.mesh.shape["tensor"] == 2
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    found, alone = (each.generate(PROMPTS[:2], params) for each in (llm, tiny_llm(CASE, ONE_DEVICE)))
+    assert [out.token_ids for out in found] == [out.token_ids for out in alone]
+
+
+def test_axes_of_a_mesh_of_ones_own_may_stand_in_any_order(tiny_dir):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("tensor", "data"))
+    llm = LLM.load(tiny_dir(CASE), mesh=mesh, dtype="float32")
+    groups = llm.mesh.devices.reshape(2, 4)
+    assert [[device.id for device in group] for group in groups] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_a_mesh_of_fewer_devices_than_there_are_is_loaded(tiny_dir, caplog):
+    llm = LLM.load(tiny_dir(CASE), mesh="tensor=2", dtype="float32")
+    assert [device.id for device in llm.mesh.devices.flat] == [0, 1]
+    assert any("tensor=2 takes 2 of 8 cpu devices (0, 1)" in message for message in caplog.messages)
+
+
 def test_logprobs_are_those_of_score(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
     for out in llm.generate(PROMPTS, drawn(5)):

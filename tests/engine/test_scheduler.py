@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.engine.scheduler import Limits, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
 from jaxmoe.errors import RequestError
 
 
@@ -28,9 +29,12 @@ class Device:
         page, place = pages[at // self.limits.page_size], at % self.limits.page_size
         self.pages.setdefault((rank, page), [None] * self.limits.page_size)[place] = token
 
-    def _read(self, rank: int, pages: list[int], count: int) -> list[int]:
+    def _read(self, sequence: Sequence, count: int) -> list[int]:
+        """The last of `count` tokens and what it sees before it; all of a sequence that gives nothing back."""
         size = self.limits.page_size
-        found = [self.pages[(rank, pages[at // size])][at % size] for at in range(count)]
+        first = 0 if sequence.keeps_all else self.limits.first_visible(count - 1)
+        places = [(sequence.pages[at // size], at % size) for at in range(first, count)]
+        found = [self.pages[(sequence.rank, page)][place] for page, place in places]
         assert None not in found
         return found
 
@@ -65,15 +69,15 @@ class Device:
                 self._write(sequence, sequence.rank, sequence.pages, start + offset, token)
         for sequence, start, part, sampled in work:
             if sampled:
-                token = next_token(self._read(sequence.rank, sequence.pages, start + len(part)))
+                token = next_token(self._read(sequence, start + len(part)))
                 self.last[(sequence.rank, sequence.slot)] = token
                 drawn[id(sequence)].append(token)
 
 
-def alone(prompt: list[int], max_total: int) -> list[int]:
+def alone(prompt: list[int], max_total: int, limits: Limits, *, keeps_all: bool) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < max_total:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens[0 if keeps_all else limits.first_visible(len(tokens) - 1) :]))
     return tokens
 
 
@@ -98,12 +102,19 @@ SCHEDULE = dict(
     places=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
+SIGHT = dict(
+    window=st.sampled_from([0, 1, 2, 5, 7, 16]), attention_chunk=st.sampled_from([0, 0, 3, 8]),
+    keeping=st.sets(st.integers(0, 24), max_size=3), num_pages=st.integers(3, 30),
+)  # fmt: skip
 
 
-def run_schedule(requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing):
+def run_schedule(
+    requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing, window=0, attention_chunk=0, keeping=(),
+):  # fmt: skip
+    """keeping: which requests give no pages back."""
     limits = Limits(
         num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
-        context=44, turns=turns, num_places=places, aging_steps=8,
+        context=44, turns=turns, num_places=places, aging_steps=8, window=window, attention_chunk=attention_chunk,
     )  # fmt: skip
     scheduler, device = Scheduler(limits), Device(limits)
     sequences, failed, cancelled = [], set(), set()
@@ -118,10 +129,19 @@ def run_schedule(requests, ranks, rows, num_pages, blocks, ahead, turns, places,
     while todo or any(not s.finished for s in sequences):
         while todo and todo[0][0] <= step:
             _, prompt, max_total, priority, _ = todo[0]
-            sequence = Sequence(request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority)
-            scheduler.add(sequence)
+            sequence = Sequence(
+                request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority,
+                keeps_all=len(sequences) in keeping,
+            )  # fmt: skip
             sequences.append(sequence)
             todo.pop(0)
+            if limits.most_pages(max_total, keeps_all=sequence.keeps_all) <= num_pages:
+                scheduler.add(sequence)
+                continue
+            with pytest.raises(RequestError, match=f"{num_pages} pages"):
+                scheduler.add(sequence)
+            sequence.finished = True
+            cancelled.add(sequence.request_id)
         for sequence in sequences:
             if arrivals[sequence.request_id][4] == step and not sequence.finished:
                 scheduler.finish(sequence)
@@ -149,7 +169,11 @@ def run_schedule(requests, ranks, rows, num_pages, blocks, ahead, turns, places,
                     scheduler.finish(sequence)
         for pool in scheduler.pools:
             pool.check()
-            assert pool.num_held <= len({p for s in scheduler.running for p in s.pages})
+        for rank, pool in enumerate(scheduler.pools):
+            assert pool.num_held == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
+        for sequence in scheduler.running:
+            most = limits.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
+            assert len(sequence.pages) - sequence.num_behind <= most + turns
         step += 1
         assert step < 5000, "somebody starves"
     for pool in scheduler.pools:
@@ -157,7 +181,7 @@ def run_schedule(requests, ranks, rows, num_pages, blocks, ahead, turns, places,
         assert pool.num_free == num_pages
     for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
         if sequence.request_id not in failed | cancelled:
-            assert sequence.tokens == alone(prompt, max_total)
+            assert sequence.tokens == alone(prompt, max_total, limits, keeps_all=sequence.keeps_all)
 
 
 @settings(max_examples=300, deadline=None)
@@ -166,11 +190,38 @@ def test_random_schedules(**schedule):
     run_schedule(**schedule)
 
 
+@settings(max_examples=200, deadline=None)
+@given(**(SCHEDULE | SIGHT))
+def test_random_schedules_behind_windows(**schedule):
+    run_schedule(**schedule)
+
+
+@pytest.mark.sweep
+@settings(max_examples=10_000, deadline=None)
+@given(**(SCHEDULE | SIGHT))
+def test_thousands_of_random_schedules_behind_windows(**schedule):
+    run_schedule(**schedule)
+
+
 @pytest.mark.sweep
 @settings(max_examples=10_000, deadline=None)
 @given(**SCHEDULE)
 def test_thousands_of_random_schedules(**schedule):
     run_schedule(**schedule)
+
+
+def test_what_lies_behind_every_window_is_given_back():
+    limits = limits_of(window=9, num_pages=7, chunk_tokens=8, context=400)
+    assert limits.most_pages(400) == (8 + 8 + 2) // 4 + 1
+    scheduler = Scheduler(limits)
+    long = Sequence(request_id=0, tokens=list(range(60)), max_total=400)
+    scheduler.add(long)
+    while not long.finished:
+        run(scheduler, 1)
+        assert len(long.pages) - long.num_behind <= 5
+    assert (len(long.tokens), scheduler.num_preemptions) == (400, 0)
+    with pytest.raises(RequestError, match=r"is 400 tokens, the pool holds 28 \(7 pages of 4\)"):
+        scheduler.add(Sequence(request_id=1, tokens=[1], max_total=400, keeps_all=True))
 
 
 def limits_of(**changes) -> Limits:

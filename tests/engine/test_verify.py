@@ -99,7 +99,7 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
         if not place.shared("residual"):  # the layout's axis is of one device
             continue
         for chunk in (1, 7, 24, 31, 128):
-            bucket = step_bucket(runner, "prefill", **asked.sizes, chunk_tokens=chunk)
+            bucket = step_bucket(runner, "prefill", **(asked.sizes | {"chunk_tokens": chunk}))
             tokens = bucket.num_tokens // bucket.micro_batches
             assert place.lead(tokens * runner.num_ranks) == "residual"
             assert tokens * runner.num_ranks % (place.strip_rows * place.parts("residual")) == 0

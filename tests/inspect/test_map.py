@@ -77,7 +77,7 @@ def test_slices_are_those_jax_gives_each_device_and_tile_every_array(drawn):
 def test_what_is_played_sums_to_what_is_planned(drawn):
     question, data, runner = drawn
     for phase, step in data["steps"].items():
-        bucket = step_bucket(runner, phase, **question.sizes, chunk_tokens=question.chunk_tokens)
+        bucket = step_bucket(runner, phase, **question.sizes)
         planned = runner.planned(bucket) if phase == "prefill" else runner.planned_round(bucket)
         played: Counter[Collective] = Counter()
         for stop in step["stops"]:

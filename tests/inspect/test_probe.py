@@ -228,7 +228,7 @@ def test_rates_are_measured_on_all_devices(monkeypatch):
     [
         ({"most_bytes": 511}, r"largest message 511 bytes must lie in \[512, "),
         ({"most_bytes": 1 << 60}, "a program holds up to 6 of them in"),
-        ({"axes": {"tensor": 3}}, "needs 3 devices and there are 8"),
+        ({"axes": {"tensor": 9}}, "needs 9 devices and there are 8"),
         ({"axes": {"model": 8}}, "unknown mesh axis 'model'"),
     ],
 )

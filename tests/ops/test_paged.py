@@ -81,6 +81,32 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
             )
 
 
+@pytest.mark.parametrize("kind", PAGED_KINDS)
+@pytest.mark.parametrize("sight", SIGHTS[2:4])
+def test_what_lies_behind_all_that_is_seen_may_be_anything(sight, kind):
+    """The table names a page full of NaN in place of those given back."""
+    if not kind_runs(kind, "float32"):
+        return
+    (prompt, other), (k_pages, v_pages), table = pool_of([70, 33], 4, "float32")
+    k_pages, v_pages = (jnp.concatenate([part, jnp.full_like(part[:1], jnp.nan)]) for part in (k_pages, v_pages))
+    behind = jnp.array([sight.first(64), sight.first(30)])[:, None] // 4
+    table = jnp.where(jnp.arange(table.shape[1]) < behind, len(k_pages) - 1, table)
+    q = jnp.stack([prompt[0][64:70], jnp.pad(other[0][30:33], ((0, 3), (0, 0), (0, 0), (0, 0)))])
+    found = jax.jit(paged_attention, static_argnames=("sight", "kind"))(
+        q,
+        (stacked(k_pages), stacked(v_pages)),
+        table,
+        jnp.array([64, 30]),
+        jnp.array([6, 3]),
+        AT,
+        sight=sight,
+        kind=kind,
+    )
+    for row, (parts, count) in enumerate(((prompt, 6), (other, 3))):
+        whole = causal_attention(*(part[None] for part in parts), sight=sight)[0, -count:]
+        np.testing.assert_allclose(found[row, :count], whole, atol=1e-5)
+
+
 def test_writing_changes_the_named_places_alone():
     rng = np.random.default_rng(0)
     pages = rng.normal(0, 1, (5, SLOTS, 4, HEAD_DIM)).astype(np.float32)

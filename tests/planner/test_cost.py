@@ -134,6 +134,21 @@ def test_pages_fill_what_weights_leave():
     assert serving.most_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.most_requests(load) > 0
 
 
+def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
+    cost, load = cost_of("llama-3.1-8b", "data=1"), Load(isl=16000, osl=16000)
+    windowed = replace(cost.held.config, sliding_windows=(4096,) * 32)
+    half = replace(windowed, sliding_windows=(4096, None) * 16)
+    found = [
+        Serving(StepCost(Held(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512)
+        for config in (cost.held.config, half, windowed)
+    ]
+    whole, mixed, freed = (serving.most_requests(load) for serving in found)
+    assert whole == mixed
+    assert freed == pytest.approx(whole * 32000 / (4096 + 512), rel=0.05)
+    short = Load(isl=100, osl=100)
+    assert found[0].most_requests(short) == found[2].most_requests(short)
+
+
 def test_more_requests_serve_more_tokens_and_each_slower():
     serving = Serving(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
     found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]

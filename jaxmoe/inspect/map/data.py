@@ -183,7 +183,7 @@ def _split(sharding: Any) -> list[list[str]]:
 def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, Any]:
     """The shapes of a step of one rank of the batch, and every collective at its place."""
     place = runner.placement
-    bucket = step_bucket(runner, phase, **question.sizes, chunk_tokens=question.chunk_tokens)
+    bucket = step_bucket(runner, phase, **question.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
     sharing = [axis for axis in place.sharing(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1]
     return {
