@@ -26,4 +26,4 @@ for devices in "--devices 1" "--devices 8 --mesh data=2,tensor=2,pipeline=2"; do
     # shellcheck disable=SC2086
     answer "chat-$count" $devices --chat --prompt "$(prompt CHAT)"
 done
-"$venv/bin/python" -m scripts.real_model "$answers"/*.json
+"$venv/bin/python" -m scripts.real_model "$model" "$answers"/*.json
