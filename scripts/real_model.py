@@ -51,7 +51,9 @@ class Oracle:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.initialization import no_init_weights
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         config = AutoConfig.from_pretrained(directory)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

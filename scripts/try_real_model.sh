@@ -5,25 +5,21 @@ set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 model=.cache/smollm2-135m-instruct
-make --no-print-directory "$venv/oracle.stamp" VENV="$venv"
+make --silent "$venv/oracle.stamp" VENV="$venv"
 "$venv/bin/python" -m scripts.gguf_to_hf "$model"
 answers=$(mktemp -d)
 trap 'rm -rf "$answers"' EXIT
-prompt() {
-    "$venv/bin/python" -c "from scripts import real_model; print(real_model.$1)"
+answer() { # FILE PROMPT OPTIONS...
+    file=$1 prompt=$2
+    shift 2
+    set -- "$@" --max-tokens 60 --ignore-eos --dtype float32 --json
+    echo "\$ jaxmoe generate $model --prompt \"$prompt\" $*"
+    "$venv/bin/jaxmoe" generate "$model" --prompt "$prompt" "$@" >"$answers/$file.json"
 }
-answer() { # NAME OPTIONS...: the answer, and the command that gives it
-    name=$1
-    shift
-    echo "\$ jaxmoe generate $model --max-tokens 60 --ignore-eos --dtype float32 $*"
-    "$venv/bin/jaxmoe" generate "$model" --max-tokens 60 --ignore-eos --dtype float32 --json "$@" >"$answers/$name.json"
-}
-for devices in "--devices 1" "--devices 8 --mesh data=2,tensor=2,pipeline=2"; do
-    count=${devices#--devices }
-    count=${count%% *}
-    # shellcheck disable=SC2086
-    answer "plain-$count" $devices --prompt "$(prompt PLAIN)"
-    # shellcheck disable=SC2086
-    answer "chat-$count" $devices --chat --prompt "$(prompt CHAT)"
-done
+plain=$("$venv/bin/python" -c "from scripts.real_model import PLAIN; print(PLAIN)")
+chat=$("$venv/bin/python" -c "from scripts.real_model import CHAT; print(CHAT)")
+answer plain-1 "$plain" --devices 1
+answer chat-1 "$chat" --chat --devices 1
+answer plain-8 "$plain" --devices 8 --mesh data=2,tensor=2,pipeline=2
+answer chat-8 "$chat" --chat --devices 8 --mesh data=2,tensor=2,pipeline=2
 "$venv/bin/python" -m scripts.real_model "$model" "$answers"/*.json
