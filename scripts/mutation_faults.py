@@ -1,0 +1,350 @@
+"""Seeded faults for scripts/mutation_check.py: each is one small, exact replacement in a source file.
+
+Every fault imports and runs; what it changes are values. `tests` names what is run first: the files most likely to find
+it. A fault whose old text no longer stands exactly once in its file is stale and must be rewritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUPS = ("routing", "masks", "sharding", "paging", "sampling", "loading", "conversion", "planning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One replacement: old text (once in file, a path within the repository) by new. tests: pytest arguments."""
+
+    name: str
+    group: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _faults(group: str, *rows: tuple[str, str, str, str, str]) -> tuple[Fault, ...]:
+    """Return the faults of a group from (name, file, old, new, files below tests/ and perhaps -k EXPRESSION)."""
+    found = []
+    for name, file, old, new, tests in rows:
+        files, _, names = tests.partition(" -k ")
+        arguments = tuple(f"tests/{one}" for one in files.split()) + (("-k", names) if names else ())
+        found.append(Fault(name=name, group=group, file=file, old=old, new=new, tests=arguments))
+    return tuple(found)
+
+
+ROUTING = _faults(
+    "routing",
+    (
+        "norm-topk-prob-ignored-with-groups",
+        "jaxmoe/ops/route.py",
+        "    if rule.normalise:\n",
+        "    if rule.normalise and rule.num_groups == 1:\n",
+        "ops/test_dispatch.py ops/test_pointwise.py integration/test_goldens.py",
+    ),
+    (
+        "group-score-is-its-best-expert-alone",
+        "jaxmoe/ops/route.py",
+        "jax.lax.top_k(_nan_first(by_group), min(rule.group_best, by_group.shape[2]))",
+        "jax.lax.top_k(_nan_first(by_group), 1)",
+        "ops/test_dispatch.py ops/test_pointwise.py integration/test_goldens.py",
+    ),
+    (
+        "selection-bias-weighs-experts",
+        "jaxmoe/ops/route.py",
+        "chosen = jnp.take_along_axis(scores, experts, axis=-1)",
+        "chosen = jnp.take_along_axis(choice, experts, axis=-1)",
+        "ops/test_dispatch.py ops/test_pointwise.py",
+    ),
+    (
+        "native-top-k-ties-to-the-higher-expert",
+        "jaxmoe/ops/native/pointwise.cc",
+        "return x > y || (x == y && a < b);",
+        "return x > y || (x == y && a > b);",
+        "ops/test_pointwise.py",
+    ),
+    (
+        "last-block-of-an-expert-takes-a-row-of-the-next",
+        "jaxmoe/ops/grouped.py",
+        "real = at < plan.ends[expert]",
+        "real = at <= plan.ends[expert]",
+        "ops/test_grouped.py",
+    ),
+)
+
+MASKS = _faults(
+    "masks",
+    (
+        "window-sees-one-token-more",
+        "jaxmoe/ops/attention.py",
+        "seen &= distance < self.window",
+        "seen &= distance <= self.window",
+        "ops/test_attention.py ops/test_paged.py",
+    ),
+    (
+        "native-window-sees-one-token-more",
+        "jaxmoe/ops/native/paged.cc",
+        "std::max<int64_t>(0, at - window + 1)",
+        "std::max<int64_t>(0, at - window)",
+        "ops/test_paged.py integration/test_goldens.py",
+    ),
+    (
+        "chunk-slides-as-a-window",
+        "jaxmoe/ops/attention.py",
+        "seen &= query_at // self.chunk == key_at // self.chunk",
+        "seen &= distance < self.chunk",
+        "ops/test_attention.py ops/test_paged.py",
+    ),
+    (
+        "native-sink-of-the-first-head-for-its-group",
+        "jaxmoe/ops/native/paged.cc",
+        "sinks != nullptr ? sinks[head * group + r % group] : row[from]",
+        "sinks != nullptr ? sinks[head * group] : row[from]",
+        "ops/test_paged.py integration/test_goldens.py",
+    ),
+    (
+        "padding-token-writes-its-key",
+        "jaxmoe/model/attend.py",
+        "real = jnp.arange(length) < counts[:, None]",
+        "real = jnp.arange(length) <= counts[:, None]",
+        "engine/test_generate.py engine/test_engine.py",
+    ),
+)
+
+SHARDING = _faults(
+    "sharding",
+    (
+        "norm-over-all-heads-lacks-its-psum",
+        "jaxmoe/model/rows.py",
+        "return jax.lax.psum(means, axes) if axes else means",
+        "return means",
+        "inspect/test_contract.py -k olmoe",
+    ),
+    (
+        "every-rank-adds-the-down-bias",
+        "jaxmoe/model/moe.py",
+        "return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))",
+        "return jnp.dot(weights_tE, bias_ED.astype(jnp.float32))",
+        "integration/test_goldens.py -k gpt_oss and turn",
+    ),
+    (
+        "hierarchical-exchange-along-the-inner-axis-first",
+        "jaxmoe/ops/dispatch.py",
+        "outer = next(axis for axis in self.axes if sizes[axis] > 1)",
+        "outer = next(axis for axis in reversed(self.axes) if sizes[axis] > 1)",
+        "ops/test_dispatch.py",
+    ),
+    (
+        "uneven-experts-padded-at-the-wrong-end",
+        "jaxmoe/model/moe.py",
+        "((0, 0), (0, share * ranks * others - moe.num_experts))",
+        "((0, 0), (share * ranks * others - moe.num_experts, 0))",
+        "integration/test_goldens.py -k mixtral_six_experts",
+    ),
+    (
+        "interleaved-stage-files-its-micro-batch-one-late",
+        "jaxmoe/model/pipeline.py",
+        "back = schedule.unit(tick - 1, schedule.stages - 1, turns).micro_batch",
+        "back = schedule.unit(tick, schedule.stages - 1, turns).micro_batch",
+        "model/test_pipeline.py",
+    ),
+)
+
+PAGING = _faults(
+    "paging",
+    (
+        "page-freed-with-one-holder-left",
+        "jaxmoe/cache/pages.py",
+        "        if self._holders[page]:\n            return\n        if page in self._shared:",
+        "        if self._holders[page] > 1:\n            return\n        if page in self._shared:",
+        "cache engine/test_scheduler.py",
+    ),
+    (
+        "prefix-known-without-its-parent",
+        "jaxmoe/cache/pages.py",
+        "return self._shared[pages[start - 1]]",
+        "return self._root",
+        "cache engine/test_scheduler.py",
+    ),
+    (
+        "page-loop-ends-before-a-chunk-that-crosses-a-group",
+        "jaxmoe/ops/paged.py",
+        "(positions + counts + whole - 1) // whole",
+        "(positions + whole) // whole",
+        "ops/test_paged.py",
+    ),
+    (
+        "values-come-back-from-the-host-as-keys",
+        "jaxmoe/engine/tier.py",
+        "values = new[which // self._each][0, layer : layer + len(array), which % self._each]",
+        "values = new[which // self._each][0, layer : layer + len(array), 0]",
+        "engine/test_tier.py",
+    ),
+    (
+        "page-released-last-is-evicted-first",
+        "jaxmoe/cache/pages.py",
+        "page = next(page for page in self._idle if self._shared[page].is_last())",
+        "page = next(page for page in reversed(self._idle) if self._shared[page].is_last())",
+        "cache engine/test_scheduler.py",
+    ),
+)
+
+SAMPLING = _faults(
+    "sampling",
+    (
+        "presence-and-frequency-count-the-prompt",
+        "jaxmoe/ops/sample.py",
+        "answered = counted(known & (place >= rows.prompt_length[:, None]))",
+        "answered = counted(known)",
+        "ops/test_sample.py",
+    ),
+    (
+        "native-first-answered-token-is-not-counted",
+        "jaxmoe/ops/native/sample.cc",
+        "if (place >= prompt_length[row]) ++answered[token];",
+        "if (place > prompt_length[row]) ++answered[token];",
+        "ops/test_sample.py",
+    ),
+    (
+        "top-p-leaves-out-the-token-that-reaches-it",
+        "jaxmoe/ops/sample.py",
+        "before = jnp.cumsum(share, axis=-1) - share",
+        "before = jnp.cumsum(share, axis=-1)",
+        "ops/test_sample.py",
+    ),
+    (
+        "native-repetition-divides-negative-logits",
+        "jaxmoe/ops/native/sample.cc",
+        "out[token] = out[token] > 0 ? out[token] / repetition[row] : out[token] * repetition[row];",
+        "out[token] = out[token] / repetition[row];",
+        "ops/test_sample.py",
+    ),
+    (
+        "logprobs-are-of-the-penalised-logits",
+        "jaxmoe/ops/sample.py",
+        "total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)",
+        "total = jax.nn.logsumexp(adjusted, axis=-1, keepdims=True)",
+        "ops/test_sample.py",
+    ),
+)
+
+LOADING = _faults(
+    "loading",
+    (
+        "interleaved-gate-and-up-swapped",
+        "jaxmoe/families/keys.py",
+        'slice(part, 2 * ffn, 2) if fused == "interleaved"',
+        'slice(1 - part, 2 * ffn, 2) if fused == "interleaved"',
+        "integration/test_goldens.py -k gpt_oss and one_device",
+    ),
+    (
+        "rotary-halves-swapped-where-published-interleaved",
+        "jaxmoe/families/attention_keys.py",
+        "slice(first + start + part, first + start + dims, 2)",
+        "slice(first + start + 1 - part, first + start + dims, 2)",
+        "integration/test_goldens.py -k deepseek and one_device",
+    ),
+    (
+        "scale-block-counted-from-the-first-row-read",
+        "jaxmoe/weights/formats.py",
+        "scales, self._format, first=start % block)",
+        "scales, self._format, first=0)",
+        "weights/test_formats.py weights/test_load.py",
+    ),
+    (
+        "mxfp4-high-half-first",
+        "jaxmoe/weights/formats.py",
+        "for shift in (0, 4)]",
+        "for shift in (4, 0)]",
+        "weights/test_formats.py engine/test_weights_dtype.py",
+    ),
+    (
+        "only-the-first-copy-of-a-key-head-is-loaded",
+        "jaxmoe/config.py",
+        "return range(kv_head * self.kv_copies, (kv_head + 1) * self.kv_copies)",
+        "return range(kv_head * self.kv_copies, kv_head * self.kv_copies + 1)",
+        "integration/test_goldens.py -k llama_llama3 or qwen2_tied",
+    ),
+)
+
+CONVERSION = _faults(
+    "conversion",
+    (
+        "manifest-checksum-not-compared",
+        "jaxmoe/weights/verify.py",
+        "if sum_tensor(tensors[name]) != entry.sha256:",
+        "if len(sum_tensor(tensors[name])) != len(entry.sha256):",
+        "weights/test_verify.py",
+    ),
+    (
+        "journal-believed-without-reading-again",
+        "jaxmoe/weights/stream.py",
+        "        if found != said:\n",
+        "        if found.keys() != said.keys():\n",
+        "weights/test_journal.py weights/test_convert.py",
+    ),
+    (
+        "float64-rounded-twice-to-bfloat16",
+        "jaxmoe/weights/transform.py",
+        "    bits |= near != numbers\n",
+        "",
+        "weights/test_transform.py",
+    ),
+    (
+        "last-chunk-of-a-line-runs-into-the-next",
+        "jaxmoe/weights/store.py",
+        "num_bytes = min(stop - start, self.chunk_bytes - first, line_bytes - within)",
+        "num_bytes = min(stop - start, self.chunk_bytes - first)",
+        "weights/test_store.py",
+    ),
+    (
+        "selection-bias-cast-with-the-rest",
+        "jaxmoe/weights/transform.py",
+        "tensor.dtype in _PLAIN_FLOATS and not is_exact(tensor.name)",
+        "tensor.dtype in _PLAIN_FLOATS",
+        "weights/test_transform.py weights/test_convert.py",
+    ),
+)
+
+PLANNING = _faults(
+    "planning",
+    (
+        "all-reduce-counted-once-a-layer",
+        "jaxmoe/planner/traffic.py",
+        '        self.sum(place, "ffn", self.shared_rows * self.hidden, count)\n',
+        '        self.sum(place, "ffn", self.shared_rows * self.hidden, 0)\n',
+        "inspect/test_contract.py",
+    ),
+    (
+        "cached-tokens-without-their-scales",
+        "jaxmoe/planner/memory.py",
+        "return slots * sum(dim * item + scale for dim in self.config.cached_dims)",
+        "return slots * sum(dim * item for dim in self.config.cached_dims)",
+        "planner/test_parameters.py",
+    ),
+    (
+        "bubble-ignores-interleaved-chunks",
+        "jaxmoe/planner/cost.py",
+        "waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))",
+        "waits = (stages - 1) / (stages * (1 if rows.prefill else TURNS))",
+        "planner/test_cost.py",
+    ),
+    (
+        "all-reduce-sends-its-message-once",
+        "jaxmoe/planner/traffic.py",
+        'return (2 if op == "all-reduce" else 1) * whole_bytes * (num_ranks - 1) / num_ranks',
+        "return whole_bytes * (num_ranks - 1) / num_ranks",
+        "planner inspect/test_contract.py",
+    ),
+    (
+        "active-parameters-lack-an-expert",
+        "jaxmoe/planner/sizes.py",
+        "moe.num_experts * (moe.num_experts - moe.num_experts_per_tok)",
+        "moe.num_experts * (moe.num_experts - moe.num_experts_per_tok + 1)",
+        "planner/test_sizes.py",
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    *ROUTING, *MASKS, *SHARDING, *PAGING, *SAMPLING, *LOADING, *CONVERSION, *PLANNING,
+)  # fmt: skip
