@@ -290,18 +290,26 @@ class PagePool:
             self._blank.append(page)
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Forget those of these pages that nobody holds, and the shared pages after them: all become blank."""
+        """Remove those of these pages that nobody holds from the prefix cache, and the pages after them, which were
+        computed from theirs. A later page that a request still holds stays until it is released."""
         for page in pages:
             if page not in self._idle:
                 continue
-            falling = [self._shared[page]]
-            self._forget(falling[0])
-            while falling:  # who holds a page holds those before it: nobody holds these
-                gone = falling.pop()
-                falling += gone.children.values()
-                if gone.page >= 0:
-                    del self._idle[gone.page], self._shared[gone.page]
-                    self._blank.append(gone.page)
+            below = [self._shared[page]]
+            for node in below:
+                below += node.children.values()
+            for node in reversed(below):
+                if node.is_gone():
+                    continue  # with what hung under it
+                if node.page in self._idle:
+                    del self._idle[node.page], self._shared[node.page]
+                    self._blank.append(node.page)
+                    node.page = -1
+                elif node.place >= 0:
+                    del self._on_host[node.place]
+                    self._blank_places.append(node.place)
+                    node.place = -1
+                self._prune(node)
 
     def check(self) -> None:
         """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""

@@ -190,11 +190,33 @@ def test_discarded_pages_are_found_no_more_nor_those_after_them():
     pool.share(theirs, other, start=0, stop=3)
     pool.release(mine)
     pool.discard(mine)  # the first two are held by the other
-    assert pool.match(shared, limit=6) == theirs[:2] == mine[:2]
-    assert pool.match(other, limit=6) == theirs
+    assert pool.find(shared, limit=6).on_device == theirs[:2] == mine[:2]
+    assert pool.find(other, limit=6).on_device == theirs
     pool.check()
     pool.release(theirs)
     pool.discard(theirs[:1])
-    assert pool.match(other, limit=6) == []
+    assert pool.find(other, limit=6) == (0, 0, [])
     assert pool.num_held == 0
+    pool.check()
+
+
+def test_with_windows_discarded_pages_leave_later_ones_to_their_holders():
+    pool = PagePool(num_pages=8, page_size=1, first_visible=lambda position: max(0, position - 1))
+    mine = pool.take(4)
+    pool.share(mine, [1, 2, 3, 4], start=0, stop=4)
+    pool.release(mine[:2])  # behind the window: pages 2 and 3 are still held
+    pool.discard(mine[:1])
+    pool.check()
+    assert pool.num_held == 2
+    pool.release(mine[2:])
+    pool.check()
+    pool.discard(mine[2:])
+    assert pool.num_held == 0
+    assert pool.find([1, 2, 3, 4, 5], limit=4) == (0, 0, [])
+    whole = pool.take(3)
+    pool.share([whole[0], -1, whole[2]], [1, 2, 3], start=0, stop=3)  # the second was given back before
+    pool.release(whole)
+    pool.discard(whole[:1])
+    pool.check()
+    assert pool.find([1, 2, 3, 4], limit=3) == (0, 0, [])
     pool.check()
