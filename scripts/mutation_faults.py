@@ -203,7 +203,7 @@ SAMPLING = _faults(
         "jaxmoe/ops/native/sample.cc",
         "if (place >= prompt_length[row]) ++answered[token];",
         "if (place > prompt_length[row]) ++answered[token];",
-        "ops/test_sample.py -k penalties",
+        "ops/test_sample.py -k both_kinds",
     ),
     (
         "top-p-leaves-out-the-token-that-reaches-it",
@@ -217,7 +217,7 @@ SAMPLING = _faults(
         "jaxmoe/ops/native/sample.cc",
         "out[token] = out[token] > 0 ? out[token] / repetition[row] : out[token] * repetition[row];",
         "out[token] = out[token] / repetition[row];",
-        "ops/test_sample.py -k penalties",
+        "ops/test_sample.py -k both_kinds",
     ),
     (
         "logprobs-are-of-the-penalised-logits",
