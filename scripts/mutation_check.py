@@ -32,6 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SELECTION = "not sweep and not oracle and not browser"
 NATIVE = "jaxmoe/ops/native/"
 _NONE_COLLECTED = 5  # exit status of pytest
+# A pytest plugin: the first failing example is enough, a smaller one takes minutes to find.
+_NO_SHRINKING = """from hypothesis import Phase, settings
+settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("no shrinking")
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,8 @@ def copy_tree(to: Path) -> None:
 def environment(tree: Path, *, own_kernels: bool) -> dict[str, str]:
     """Environment of tests of a tree: its own package, compiled programs shared with all others."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "tests")
-    env = os.environ | {"PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = f"{tree}{os.pathsep}{tree / '.cache'}"
+    env = os.environ | {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": "1"}
     return env | {"XDG_CACHE_HOME": str(tree / ".cache" / "home")} if own_kernels else env
 
 
@@ -94,7 +100,9 @@ def run_pytest(tree: Path, arguments: Sequence[str], env: dict[str, str], timeou
     report = tree / ".cache" / "report.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", f"--junitxml={report}"]
+    (tree / ".cache" / "no_shrinking.py").write_text(_NO_SHRINKING, encoding="utf-8")
+    plugins = ["-p", "no:cacheprovider", "-p", "no_shrinking"]
+    command = [sys.executable, "-m", "pytest", *plugins, "--tb=line", f"--junitxml={report}"]
     process = subprocess.Popen(
         [*command, *arguments], cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,

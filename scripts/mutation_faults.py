@@ -196,14 +196,14 @@ SAMPLING = _faults(
         "jaxmoe/ops/sample.py",
         "answered = counted(known & (place >= rows.prompt_length[:, None]))",
         "answered = counted(known)",
-        "ops/test_sample.py",
+        "ops/test_sample.py -k penalties",
     ),
     (
         "native-first-answered-token-is-not-counted",
         "jaxmoe/ops/native/sample.cc",
         "if (place >= prompt_length[row]) ++answered[token];",
         "if (place > prompt_length[row]) ++answered[token];",
-        "ops/test_sample.py",
+        "ops/test_sample.py -k both_kinds",
     ),
     (
         "top-p-leaves-out-the-token-that-reaches-it",
@@ -217,14 +217,14 @@ SAMPLING = _faults(
         "jaxmoe/ops/native/sample.cc",
         "out[token] = out[token] > 0 ? out[token] / repetition[row] : out[token] * repetition[row];",
         "out[token] = out[token] / repetition[row];",
-        "ops/test_sample.py",
+        "ops/test_sample.py -k both_kinds",
     ),
     (
         "logprobs-are-of-the-penalised-logits",
         "jaxmoe/ops/sample.py",
         "total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)",
         "total = jax.nn.logsumexp(adjusted, axis=-1, keepdims=True)",
-        "ops/test_sample.py",
+        "ops/test_sample.py -k logprobs",
     ),
 )
 
