@@ -53,7 +53,7 @@ def _resolved(reader: ConfigReader, scaling: Mapping[str, Any]) -> dict[str, Any
     said = {key: value for key, value in scaling.items() if value is not None and key not in ("type", "finetuned")}
     beside = {key: reader.get(key, None) for key in ("rope_theta", "partial_rotary_factor")}
     if kind == "yarn":
-        beside |= _YARN_DEFAULTS
+        beside |= _YARN_DEFAULTS | ({"truncate": False} if scaling.get("truncate", True) is None else {})
     if kind in ("llama3", "yarn"):
         beside[_ORIGINAL] = reader.get("max_position_embeddings", None)
     return {key: value for key, value in (beside | said | {"rope_type": kind}).items() if value is not None}
@@ -97,7 +97,7 @@ def read_rope(
     dims = int(head_dim * partial)
     common: dict[str, Any] = dict(theta=theta, dims=0 if dims == head_dim else dims, interleaved=interleaved)
     kind = _checked_kind(reader, scaling)
-    values = {key: scaling.get(key) for key in (*_NEEDS[kind], *_MAY.get(kind, ()))}
+    values = {key: scaling[key] for key in (*_NEEDS[kind], *_MAY.get(kind, ())) if key in scaling}
     if original is not None:  # beside rope_scaling, where transformers prefers it
         values[_ORIGINAL] = original
     if kind == "yarn":
@@ -143,7 +143,7 @@ def _yarn(scaling: ConfigReader, max_positions: int) -> dict[str, Any]:
     default = yarn_mscale(factor, 1.0)
     if mscale and all_dim:
         default = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-    truncate = scaling.get("truncate", True)
+    truncate = scaling.get("truncate", False, absent=True)  # null is false, as transformers takes it
     if not isinstance(truncate, bool):
         raise ConfigError(f"config key 'truncate' = {truncate!r} must be true, false or null")
     return dict(
