@@ -54,7 +54,7 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
 
     with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, turns=3) as engine:
         asyncio.run(scene(engine))
-        assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_held"] == 0
 
 
 def test_generate_score_and_last_logits_say_so(llm):
