@@ -216,9 +216,8 @@ class LLM:
         """
         found = []
         for index, (logprobs, _) in enumerate(self._scored(prompts)):
-            wrong = np.flatnonzero(np.isnan(logprobs))
-            if wrong.size:
-                raise not_finite(self.runner, f"prompt {index} after {wrong[0] + 1} tokens")
+            if np.isnan(logprobs).any():
+                raise not_finite(self.runner, f"prompt {index}")
             found.append(logprobs)
         return found
 

@@ -18,7 +18,7 @@ from ..conftest import ONE_DEVICE
 CASE, BAD = "qwen3_moe_norm", 100
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 PROMPTS = [[1, 5, 9, 2, 6, 5, 3], [3, 1, 4], [5, 8]]
-SAID = r"prompt 0 after 6 tokens are not finite: qwen3_moe in float32 overflowed, or its weights hold NaN; check"
+SAID = "are not finite: qwen3_moe in float32 overflowed, or its weights hold NaN; check"
 
 
 @pytest.fixture
@@ -54,17 +54,17 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
 
     with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, turns=3) as engine:
         asyncio.run(scene(engine))
-        assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_held"] == 0
 
 
 def test_generate_score_and_last_logits_say_so(llm):
     bad = [*PROMPTS[0][:5], BAD]
-    with pytest.raises(StepError, match=SAID):
+    with pytest.raises(StepError, match=f"prompt 0 after 6 tokens {SAID}"):
         llm.generate([bad, *PROMPTS[1:]], GREEDY)
     assert len(llm.generate(PROMPTS, GREEDY)) == 3
-    with pytest.raises(StepError, match=SAID):
-        llm.score([[*bad, 7]])
-    assert len(llm.score([bad])[0]) == 5
+    with pytest.raises(StepError, match=f"prompt 1 {SAID}"):
+        llm.score([PROMPTS[0], [*bad, 7]])
+    assert len(llm.score(PROMPTS)) == 3
     with pytest.raises(StepError, match="the last token of prompt 1 are not finite"):
         llm.last_logits([PROMPTS[0], bad])
     assert np.isfinite(llm.last_logits(PROMPTS)).all()
