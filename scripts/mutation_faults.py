@@ -334,7 +334,7 @@ PLANNING = _faults(
         "jaxmoe/planner/traffic.py",
         'return (2 if op == "all-reduce" else 1) * whole_bytes * (num_ranks - 1) / num_ranks',
         "return whole_bytes * (num_ranks - 1) / num_ranks",
-        "planner inspect/test_contract.py",
+        "planner/test_links.py",
     ),
     (
         "active-parameters-lack-an-expert",

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.planner.hardware import hardware_names, read_hardware
 from jaxmoe.planner.links import KERNEL_BYTES, Group, Links, group_of
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.planner.traffic import Collective, sent_of
 
 OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
@@ -94,3 +94,10 @@ def test_times_measured_between_nodes_are_taken_where_there_are_any():
 
 def test_the_collective_of_one_device_is_free():
     assert seconds("h100", "all-reduce", 1 << 20, Group(1, 1)) == 0
+
+
+def test_a_device_sends_what_a_ring_or_an_exchange_needs():
+    """Of 96 bytes among 4: three quarters, twice for an all-reduce; all of them to the next stage."""
+    assert {op: sent_of(op, 96, 4) for op in OPS} == {
+        "all-reduce": 144, "all-gather": 72, "reduce-scatter": 72, "all-to-all": 72, "collective-permute": 96,
+    }  # fmt: skip
