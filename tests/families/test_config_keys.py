@@ -140,7 +140,7 @@ def test_not_understood_is_listed_where_nothing_is_run():
     notes: list[str] = []
     changes = {"hidden_act": "gelu", "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_gate": 1}
     config = read_config(QUICK["qwen3"] | changes | {"is_causal": False}, not_understood=notes)
-    assert notes == ["is_causal = False", "hidden_act = gelu", "rope_scaling = dynamic", "attn_gate = 1"]
+    assert notes == ["is_causal = False", "hidden_act = 'gelu'", "rope_scaling = 'dynamic'", "attn_gate = 1"]
     assert config.num_hidden_layers == read_config(QUICK["qwen3"]).num_hidden_layers
 
 
