@@ -292,7 +292,7 @@ def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(caps
     tensors = {"w": random_tensor(rng, "F8_E4M3", 8, 8), "w_scale_inv": random_tensor(rng, "F32", 1, 1)}
     config = CASES_BY_NAME[CASE].config | {"quantization_config": {"quant_method": "fp8"}}
     write_published(work / "fp8", tensors, **config)
-    _assert_refused(capsys, ["fp8", "out", "--weights-dtype", "bfloat16"], "has weight_block_size None")
+    _assert_refused(capsys, ["fp8", "out", "--weights-dtype", "bfloat16"], "has weight_block_size null")
     outcome = jaxmoe(capsys, "convert", "fp8", "out", "--json")
     assert json.loads(outcome.out)["config_check"].startswith("not checked: config key 'quantization_config' has ")
     assert (work / "out" / "w" / "0.0").read_bytes() == tensors["w"][2]
