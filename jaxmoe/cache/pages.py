@@ -311,6 +311,10 @@ class PagePool:
                     node.place = -1
                 self._prune(node)
 
+    def discard_prefix(self, tokens: Sequence[int]) -> None:
+        """Remove the pages of a cached prefix of `tokens` that nobody holds, as `discard` does."""
+        self.discard([node.page for node in self._walk(tokens, len(tokens)) if node.page >= 0])
+
     def check(self) -> None:
         """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""
         assert len(set(self._blank)) == len(self._blank)

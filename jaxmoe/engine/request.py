@@ -75,9 +75,8 @@ class SamplingParams:
             _require(is_finite(value), f"{name}={value!r:.60} must be a finite number")
         most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
         _require(1 <= most < 2**31, f"max_tokens={most} must be at least 1, and below 2^31")
-        _require(
-            0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]"
-        )
+        limit = "2^31)" if self.max_tokens is None else f"max_tokens={self.max_tokens}]"
+        _require(0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, {limit}")
         _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
         _require(
             self.temperature == 0 or 1e-6 <= self.temperature <= 100,

@@ -15,17 +15,19 @@ _MOST_TRIES = 128  # of a changed placement, for each row
 _LEAST_GAIN = 1e-12  # of the load of an even rank: less is rounding
 
 
-def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray) -> np.ndarray:
+def spread(
+    loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *, max_tries: int = _MOST_TRIES
+) -> np.ndarray:
     """Place replicas of experts with `loads` [N] at `places` places of each rank: `held` [R,N].
 
     No rank has two replicas of one expert where places <= N. other [R,N]: a placement to improve on as well, and to be
-    no less even than: while the fullest rank has more than there, up to _MOST_TRIES changed placements are tried.
+    no less even than: while the fullest rank has more than there, up to max_tries changed placements are tried.
     """
     counts = _capped_counts(loads, places * num_ranks, num_ranks)
     most = float(rank_loads(other, loads).max()) + gain_of(loads, num_ranks)
     best, least = other, np.inf
     rng = np.random.default_rng(0)
-    for attempt in range(2 + _MOST_TRIES):
+    for attempt in range(2 + max_tries):
         if attempt == 0:
             held = _greedy(loads, counts, places, num_ranks)
         elif attempt == 1:
