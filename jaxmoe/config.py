@@ -190,6 +190,19 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointLayout:
+    """Which tensors a checkpoint stores, where config.json does not tell.
+
+    stacked_experts: the experts of a layer lie in one tensor for gate and up [E, 2F, D] and one for down [E, D, F], as
+    transformers 5 saves them with save_original_format=False. head_is_embedding: a tied embedding is stored under the
+    output head's name alone.
+    """
+
+    stacked_experts: bool = False
+    head_is_embedding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
@@ -202,6 +215,7 @@ class ModelConfig:
     mla: in place of grouped-query attention; head_dim is then that of queries, num_key_value_heads 1. sinks: a logit of
     every query head that takes part in its softmax and adds nothing. score_scale: of attention scores, head_dim ** -0.5
     where None. mtp_layers: those of multi-token prediction, which checkpoints carry and inference leaves out.
+    checkpoint: names and shapes of the stored tensors, where they are not the published ones.
     Raises: ConfigError naming the value and its limit.
     """
 
@@ -236,6 +250,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     published: Published | None = None
     quantisation: Quantisation | None = None
+    checkpoint: CheckpointLayout = CheckpointLayout()
 
     def __post_init__(self) -> None:
         for name in (

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.experts import Counted
 from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
@@ -25,7 +26,7 @@ from jaxmoe.engine.scheduler import Limits
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
-from jaxmoe.families import read_config, with_weights_dtype
+from jaxmoe.families import read_config
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
@@ -36,10 +37,9 @@ from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_pieces, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
+from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.verify import check_whole
 
-DTYPES = ("float32", "bfloat16", "float16")
-KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 Prompt = str | Sequence[int]
 _MAX_PREFILL_TOKENS = 65536  # scored at once
 _CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens of a step and rank
@@ -95,8 +95,9 @@ class LLM:
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
-        config = read_config(read_json(directory / "config.json"), ignore=ignore_config_keys)
-        config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
+        raw = read_json(directory / "config.json")
+        config = read_config(raw, ignore=ignore_config_keys)
+        choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)  # refused before files open
         if type(max_batch) is not int or max_batch < 1:
             raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
@@ -105,13 +106,15 @@ class LLM:
             redundant_experts=_check_redundant(redundant_experts, config),
         )  # fmt: skip
         check_stage_chunks(stage_chunks, stages=placement.num_stages)
-        chosen = choose_kernels(
-            dtype, kernels, shared_pages=placement.parts("page_token") > 1, quantisation=config.quantisation
-        )
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = _eos_ids(directory, config)
         tensors = open_tensors(directory)
+        config = as_stored(config, tensors, raw)
+        config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
+        chosen = choose_kernels(
+            dtype, kernels, shared_pages=placement.parts("page_token") > 1, quantisation=config.quantisation
+        )
         if verify:
             check_whole(directory)
 
@@ -133,7 +136,7 @@ class LLM:
                 layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
-        runner = Runner(whole, dtype=dtype, kv_dtype=KV_DTYPES.get(kv_dtype or ""))
+        runner = Runner(whole, dtype=dtype, kv_dtype=kv_array_dtype(kv_dtype))
         if redundant_experts is not None:
             own = runner.experts
             even = np.ones((own.num_layers, own.num_experts))
@@ -394,39 +397,6 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
     if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
         raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
     return redundant_experts
-
-
-def choose_dtypes(
-    config: ModelConfig, *, dtype: str | None, weights_dtype: str | None, kv_dtype: str | None
-) -> tuple[ModelConfig, str]:
-    """The config of a model that keeps its matrices as asked, and the dtype of its activations. A weights_dtype that
-    is what the checkpoint has keeps that.
-
-    Raises: ConfigError for a dtype that is not known, or plain weights of another dtype than activations.
-    """
-    config = with_weights_dtype(config, None if is_published(config, weights_dtype) else weights_dtype)
-    plain = weights_dtype if weights_dtype in DTYPES else None
-    if dtype is not None and plain is not None and dtype != plain:
-        raise ConfigError(
-            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; "
-            f"give one of them"
-        )
-    dtype = plain or config.dtype if dtype is None else dtype
-    check_dtypes(dtype, kv_dtype)
-    return config, dtype
-
-
-def is_published(config: ModelConfig, weights_dtype: str | None) -> bool:
-    """Whether a weights_dtype names the format that a quantised checkpoint has anyway."""
-    return config.published is not None and weights_dtype in config.published.format.names
-
-
-def check_dtypes(dtype: str, kv_dtype: str | None) -> None:
-    """Raises: ConfigError for a dtype of weights, or of cached keys and values (None: the same), that is not known."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    if kv_dtype not in (None, *KV_DTYPES):
-        raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
 
 
 def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:

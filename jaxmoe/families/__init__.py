@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from jaxmoe.config import ModelConfig
+from jaxmoe.config import CheckpointLayout, ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import (
     deepseek,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
 
+_DTYPE_KEYS = ("torch_dtype", "dtype")
 # What models hold in float32 whatever their dtype (model/params.py, Maker.exact), by the ends of its names.
 _EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values() if family.names.selection_bias})
 
@@ -50,6 +52,8 @@ __all__ = [
     "quantised_keys",
     "read_config",
     "read_published",
+    "states_dtype",
+    "with_layout",
     "with_weights_dtype",
 ]
 
@@ -76,6 +80,20 @@ def read_config(raw: Mapping[str, Any], *, ignore: Iterable[str] = (), planned: 
     config = FAMILIES[name].read(reader)
     reader.finish(f"of family {name!r}", "if harmless, pass them as ignore_config_keys (--ignore-config-key)")
     return as_published(config, published, FAMILIES[name].names)
+
+
+def states_dtype(raw: Mapping[str, Any]) -> bool:
+    """Return whether a parsed config.json of a known family gives the dtype of its weights."""
+    text = _of_text(raw, FAMILIES[raw["model_type"]].part)
+    return any(text.get(key) is not None for key in _DTYPE_KEYS)
+
+
+def with_layout(config: ModelConfig, layout: CheckpointLayout) -> ModelConfig:
+    """Return the config of a checkpoint stored in a layout. What it keeps quantised follows the stored tensors."""
+    if layout == config.checkpoint:
+        return config
+    plain = replace(config, checkpoint=layout, published=None, quantisation=None)
+    return as_published(plain, config.published, FAMILIES[config.family].names)
 
 
 def is_exact(key: str) -> bool:
@@ -113,4 +131,4 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
             f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
-    return {**{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}, **text}
+    return {**{key: raw[key] for key in _DTYPE_KEYS if key in raw}, **text}

@@ -24,12 +24,14 @@ class KeyNames:
     """The names in which families differ; {e} is the expert.
 
     prefix: of every key. others: prefixes of keys of other models in the checkpoint. fused: all experts in one tensor.
+    stacked_moe: the module of an MoE block in checkpoints with stacked experts (config.CheckpointLayout).
     """
 
     prefix: str = ""
     others: tuple[str, ...] = ()
     dense: str = "mlp"
     moe: str = "mlp"
+    stacked_moe: str = "mlp"
     router: str = "gate"
     selection_bias: str = ""
     expert_gate: str = "experts.{e}.gate_proj"
@@ -39,6 +41,8 @@ class KeyNames:
     shared: str = "shared_expert"
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"  # of all experts of a layer
 _GATED = ("gate", "up", "down")
 
 
@@ -71,6 +75,23 @@ def _dense_mlp(config: ModelConfig, hf: str) -> Iterator[Piece]:
             yield whole(f"{key}.bias", (width if name == "down" else ffn,), f"{path}/{name}_bias")
 
 
+def _stacked_experts(moe: MoEConfig, width: int, hf: str) -> Iterator[Piece]:
+    """Yield the pieces of experts stored as one tensor for gate and up [E, 2F, D] and one for down [E, D, F]."""
+    count, ffn, path = moe.num_experts, moe.intermediate_size, "moe/experts"
+    rows, columns = slice(0, width), slice(0, ffn)
+    for expert in range(count):
+        for part in (0, 1):
+            yield Piece(
+                key=f"{hf}.{GATE_UP}", key_shape=(count, 2 * ffn, width),
+                src=(expert, slice(part * ffn, (part + 1) * ffn), rows), path=f"{path}/gate_up",
+                dst=(expert, part, rows, columns), transpose=True,
+            )  # fmt: skip
+        yield Piece(
+            key=f"{hf}.{DOWN}", key_shape=(count, width, ffn), src=(expert, rows, columns), path=f"{path}/down",
+            dst=(expert, columns, rows), transpose=True,
+        )  # fmt: skip
+
+
 def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: Fused) -> Iterator[Piece]:
     """Experts of one tensor each for gate and up [E, D, 2F] and for down [E, F, D], and their biases."""
     count, ffn, path = moe.num_experts, moe.intermediate_size, "moe/experts"
@@ -81,21 +102,21 @@ def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: Fused) -> Iterato
     for expert in range(count):
         for part, src in enumerate(parts):
             yield Piece(
-                key=f"{hf}.gate_up_proj", key_shape=(count, width, 2 * ffn), src=(expert, rows, src),
+                key=f"{hf}.{GATE_UP}", key_shape=(count, width, 2 * ffn), src=(expert, rows, src),
                 path=f"{path}/gate_up", dst=(expert, part, rows, columns),
             )  # fmt: skip
         yield Piece(
-            key=f"{hf}.down_proj", key_shape=(count, ffn, width), src=(expert, columns, rows), path=f"{path}/down",
+            key=f"{hf}.{DOWN}", key_shape=(count, ffn, width), src=(expert, columns, rows), path=f"{path}/down",
             dst=(expert, columns, rows),
         )  # fmt: skip
     if moe.biases:
         experts = slice(0, count)
         for part, src in enumerate(parts):
             yield Piece(
-                key=f"{hf}.gate_up_proj_bias", key_shape=(count, 2 * ffn), src=(experts, src),
+                key=f"{hf}.{GATE_UP}_bias", key_shape=(count, 2 * ffn), src=(experts, src),
                 path=f"{path}/gate_up_bias", dst=(experts, part, columns),
             )  # fmt: skip
-        yield whole(f"{hf}.down_proj_bias", (count, width), "moe/down_bias")
+        yield whole(f"{hf}.{DOWN}_bias", (count, width), "moe/down_bias")
 
 
 def _moe(config: ModelConfig, names: KeyNames, hf: str) -> Iterator[Piece]:
@@ -107,7 +128,9 @@ def _moe(config: ModelConfig, names: KeyNames, hf: str) -> Iterator[Piece]:
     if moe.selection_bias:
         yield whole(f"{hf}.{names.selection_bias}", (moe.num_experts,), f"{path}/selection_bias")
     if names.fused:
-        yield from _fused_experts(moe, width, f"{hf}.experts", names.fused)
+        yield from _fused_experts(moe, width, hf, names.fused)
+    elif config.checkpoint.stacked_experts:
+        yield from _stacked_experts(moe, width, hf)
     else:
         for expert in range(moe.num_experts):
             parts = (names.expert_gate, names.expert_up, names.expert_down)
@@ -128,7 +151,8 @@ def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) 
     attention = grouped_attention if config.mla is None else latent_attention
     yield from attention(config, sizes, f"{hf}.self_attn")
     if config.moe_layers[layer]:
-        yield from _moe(config, names, f"{hf}.{names.moe}")
+        module = names.stacked_moe if config.checkpoint.stacked_experts else names.moe
+        yield from _moe(config, names, f"{hf}.{module}")
     else:
         yield from _dense_mlp(config, f"{hf}.{names.dense}")
 
@@ -148,7 +172,7 @@ def pieces(
     def named(piece: Piece) -> Piece:
         return replace(piece, key=names.prefix + piece.key) if names.prefix else piece
 
-    yield named(whole("model.embed_tokens.weight", (vocab, width), "embed"))
+    yield named(whole(HEAD if config.checkpoint.head_is_embedding else EMBEDDING, (vocab, width), "embed"))
     for layer in range(config.num_hidden_layers):
         if layers is not None and layer not in layers:
             continue
@@ -157,7 +181,7 @@ def pieces(
             yield named(replace(piece, path=f"{place.path}/{piece.path}", dst=(place.slot, *piece.dst)))
     yield named(whole("model.norm.weight", (width,), "final_norm"))
     if not config.tie_word_embeddings:
-        yield named(whole("lm_head.weight", (vocab, width), "head", transpose=True))
+        yield named(whole(HEAD, (vocab, width), "head", transpose=True))
 
 
 def may_stand_unused(key: str, config: ModelConfig, names: KeyNames) -> bool:
@@ -167,7 +191,7 @@ def may_stand_unused(key: str, config: ModelConfig, names: KeyNames) -> bool:
     layer = re.match(r"model\.layers\.([1-9][0-9]{0,8})\.", own)
     return (
         own.endswith("rotary_emb.inv_freq")
-        or (config.tie_word_embeddings and own == "lm_head.weight")
+        or (config.tie_word_embeddings and own == HEAD)
         or (layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < config.mtp_layers)
         or key.startswith(names.others)
     )

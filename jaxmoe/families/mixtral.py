@@ -26,6 +26,10 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 NAMES = KeyNames(
-    moe="block_sparse_moe", expert_gate="experts.{e}.w1", expert_up="experts.{e}.w3", expert_down="experts.{e}.w2"
+    moe="block_sparse_moe",
+    stacked_moe="mlp",
+    expert_gate="experts.{e}.w1",
+    expert_up="experts.{e}.w3",
+    expert_down="experts.{e}.w2",
 )
 FAMILY = Family(name="mixtral", read=read, names=NAMES)

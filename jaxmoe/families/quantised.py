@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache, reduce
 from typing import Any
 
-from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
 from jaxmoe.depth import segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
@@ -207,6 +207,7 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
     """
     if weights_dtype is None:
         return config
+    weights_dtype = canonical_dtype(weights_dtype)
     if weights_dtype in FLOATS:
         return replace(config, quantisation=None)
     if weights_dtype not in FORMATS:

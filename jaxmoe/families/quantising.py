@@ -34,7 +34,7 @@ def quantised_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> 
     kept = kept_pieces(with_weights_dtype(config, weights_dtype, names), names)
     if fused := next((piece.key for piece in kept if len(piece.key_shape) != 2), None):
         raise ConfigError(
-            f"family {config.family} holds the matrices of all experts in one tensor ({fused}), "
+            f"the checkpoint of family {config.family} holds the matrices of all experts in one tensor ({fused}), "
             f"{', '.join(METHODS)} are written of one matrix a tensor: keep the plain one and quantise it on load"
         )
     return {piece.key for piece in kept}

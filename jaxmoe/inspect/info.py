@@ -19,6 +19,7 @@ from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.published import config_check
 from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.stored import as_stored
 
 
 def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
@@ -35,9 +36,10 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
             raise
         config = read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignored)
         unknown = str(error)
-    counts = count_parameters(config)
     has_weights = any((path.parent / name).is_file() for name in (SINGLE, INDEX, MANIFEST))
     tensors = open_tensors(path.parent) if has_weights else None
+    config = config if tensors is None else as_stored(config, tensors, raw)
+    counts = count_parameters(config)
     measured = None if tensors is None else _bytes_of_files(tensors, config)
     by_part: dict[Any, int | None] = {**(counts.num_bytes if measured is None else measured)}
     if unknown is not None and measured is None:

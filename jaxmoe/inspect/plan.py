@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.llm import check_stage_chunks, choose_dtypes, is_published
+from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_published
+from jaxmoe.engine.llm import check_stage_chunks
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.map.data import model_name
@@ -46,6 +47,7 @@ from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Lacks, Neighbours, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
+from jaxmoe.weights.stored import read_stored_config
 
 _PLANNED_ONLY = (
     "Planned only: generate, inspect, compile and map refuse this model, so that these arguments run nowhere."
@@ -88,10 +90,14 @@ class PlanQuestion:
     chunk_tokens: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("dtype", "weights_dtype", "kv_dtype"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+
     def checked(self) -> tuple[ModelConfig, Hardware]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
-        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys, planned=True)
+        config = read_stored_config(find_config(self.config), ignore=self.ignore_config_keys, planned=True)
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )  # fmt: skip

@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
-from jaxmoe.engine.llm import KV_DTYPES, check_stage_chunks, choose_dtypes
+from jaxmoe.engine.dtypes import canonical, choose_dtypes, kv_array_dtype
+from jaxmoe.engine.llm import check_stage_chunks
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
-from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.model.kernels import Kernels, choose_kernels
 from jaxmoe.sharding import Placement
-from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
+from jaxmoe.weights.stored import read_stored_config
 
 _MOST = 1 << 20  # of requests, and of a chunk's tokens
 
@@ -47,6 +47,10 @@ class ModelQuestion:
     stage_chunks: int = 1
     ignore_config_keys: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("dtype", "weights_dtype", "kv_dtype"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+
     def chosen_kernels(
         self, config: ModelConfig, dtype: str, axes: Mapping[str, int], *, platform: str | None = None
     ) -> Kernels:
@@ -71,7 +75,7 @@ class ModelQuestion:
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
-        config = read_config(read_json(find_config(self.config)), ignore=self.ignore_config_keys)
+        config = read_stored_config(find_config(self.config), ignore=self.ignore_config_keys)
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )
@@ -93,5 +97,5 @@ class ModelQuestion:
         """A Runner of shapes: it can be compiled where the mesh has devices, not run. dtype: the config's own by
         default."""
         placement = Placement(mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), chunks=self.stage_chunks)
-        kv_dtype = KV_DTYPES.get(self.kv_dtype or "")
+        kv_dtype = kv_array_dtype(self.kv_dtype)
         return abstract_runner(config, placement, dtype=dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from jaxmoe.assets import asset_dir
+from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import AXES
 from jaxmoe.paths import expanded
@@ -35,6 +36,7 @@ _LINK_FACTS = {
 # Tables beside [hardware] and [axes], and the keys of those that are numbers by name
 _COLLECTIVES = ("collectives", "collectives_between_nodes")
 _RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
+_RATE_NAMES = {"bfloat16": "bf16", "float16": "bf16", "float32": "f32"}  # of dtypes, in [tflops]
 
 _GIB = 1 << 30
 _LARGEST = 1e18  # of any number here
@@ -285,7 +287,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
             raise _FactError(f"unknown key {key!r} in [hardware]; {hint}", "hardware", key)
     for table in _RATES:
         if table in raw:
-            facts[table] = MappingProxyType({**based.get(table, {}), **raw[table]})
+            facts[table] = MappingProxyType({**based.get(table, {}), **_rates(raw[table], table)})
     kept = _not_contradicted(based, facts)
     for table in _COLLECTIVES:
         if table in raw:
@@ -298,6 +300,18 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
             where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"
             raise _FactError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml", "hardware")
     return Hardware(**facts)
+
+
+def _rates(raw: Mapping[str, Any], table: str) -> dict[str, Any]:
+    """A table of rates, its dtypes by the names that Hardware has for them; float16 is as fast as bfloat16."""
+    found: dict[str, Any] = {}
+    for key, rate in raw.items():
+        name = _RATE_NAMES.get(canonical_dtype(key), key) if table == "tflops" else key
+        if found.setdefault(name, rate) != rate:
+            raise _FactError(
+                f"hardware [{table}] {key}={rate!r} and {name}={found[name]!r} differ: keep one", table, key
+            )
+    return found
 
 
 def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:

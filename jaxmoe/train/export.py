@@ -23,6 +23,7 @@ from jaxmoe.families import FAMILIES, pieces
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.train.tokenizer import END_OF_TEXT
 from jaxmoe.weights.checkpoint import SINGLE
+from jaxmoe.weights.dtypes import check_reach
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
@@ -37,6 +38,7 @@ def published_tensors(
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
         block = arrays[piece.path][piece.dst]
+        check_reach(piece.key, block, tensor.dtype, "train on from an earlier step, or export in float32")
         tensor[piece.src] = block.T if piece.transpose else block
     return tensors
 

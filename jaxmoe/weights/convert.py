@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
+from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantised import read_published
 from jaxmoe.formats import QUANTISATION
 from jaxmoe.mesh import parse_mesh
@@ -94,6 +96,7 @@ def convert(
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
     published = open_published(source, ignore_config_keys=ignore)
+    weights_dtype = None if weights_dtype is None else canonical_dtype(weights_dtype)
     transform = transform_of(weights_dtype, published, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
     if mesh is not None and kind != "orbax":
@@ -274,7 +277,9 @@ def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo 
     if how is None:
         yield from ((published.tensors[name], spec) for name, spec in published.specs.items())
         return
-    for tensor in plain_tensors(published.tensors, how):
+    family = FAMILIES.get(str(published.config.get("model_type")))
+    turn_experts = family is None or family.names.fused is not None
+    for tensor in plain_tensors(published.tensors, how, turn_experts=turn_experts):
         yield tensor, tensor.spec if isinstance(tensor, Made) else published.specs[tensor.name]
 
 

@@ -44,8 +44,11 @@ class Made:
             numbers[index] = self._tensor.at(first + index).read_rows(0, self.spec.shape[1])
 
 
-def plain_tensors(tensors: Mapping[str, TensorInfo], published: Published) -> Iterator[TensorInfo | Made]:
+def plain_tensors(
+    tensors: Mapping[str, TensorInfo], published: Published, *, turn_experts: bool = True
+) -> Iterator[TensorInfo | Made]:
     """Every tensor of a checkpoint that is quantised as published, in place of numbers and scales their values.
+    turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
 
     Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
     """
@@ -77,8 +80,8 @@ def plain_tensors(tensors: Mapping[str, TensorInfo], published: Published) -> It
         scales.check_dtype(wanted.dtypes, why=wanted.why)
         items = (*shape[:-1], shape[-1] // form.per_item)
         values: Tensor = Dequantised(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
-        # plain ones of all experts are published the other way round
-        yield Made(stem, values if len(shape) == 2 else Swapped(values), tensor, scales)
+        turned = turn_experts and len(shape) == 3
+        yield Made(stem, Swapped(values) if turned else values, tensor, scales)
 
 
 def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], published: Published) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -39,6 +40,9 @@ DTYPES: dict[str, StoredDtype] = {
     )
 }  # fmt: skip
 
+# Plain floating point that models run in: as safetensors names it, and as users do.
+FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
@@ -61,3 +65,50 @@ class TensorSpec:
     def num_bytes(self) -> int:
         """Bytes of all numbers."""
         return math.prod(self.shape) * self.itemsize
+
+
+def check_reach(name: str, numbers: np.ndarray, to: np.dtype, remedy: str) -> None:
+    """Raise a CheckpointError, with a remedy, where a finite number of a tensor becomes infinite in the dtype `to`."""
+    found = _first_beyond(numbers, to)
+    if found is not None:
+        raise beyond_reach(name, found, to.name, remedy)
+
+
+def beyond_reach(name: str, number: float, dtype: str, remedy: str) -> CheckpointError:
+    """Return the error of a tensor that holds a number too large for a dtype."""
+    return CheckpointError(f"tensor {name!r} holds {number:.4g}, beyond what {dtype} reaches: {remedy}")
+
+
+def _first_beyond(numbers: np.ndarray, to: np.dtype) -> float | None:
+    """The first finite number that is infinite in another dtype. Two passes over bits as whole numbers, which take far
+    less time than a cast."""
+    limit = _reach(numbers.dtype, to)
+    if limit is None or numbers.size == 0:
+        return None
+    bits = numbers.view(f"u{numbers.itemsize}")
+    sign = 1 << (8 * numbers.itemsize - 1)
+    if numbers.view(f"i{numbers.itemsize}").max() <= limit and bits.max() <= sign | limit:
+        return None
+    beyond = (bits & bits.dtype.type(sign - 1) > limit) & np.isfinite(numbers)
+    return float(numbers[beyond][0]) if beyond.any() else None
+
+
+@cache
+def _reach(numbers: np.dtype, to: np.dtype) -> int | None:
+    """The bits of the largest number of a dtype that is finite in another; None where all finite ones are."""
+    floats = [DTYPES[name].numpy for name in FLOAT_NAMES]
+    if numbers == to or numbers not in floats or to not in floats:
+        return None
+    whole = np.dtype(f"u{numbers.itemsize}")
+
+    def finite(bits: int) -> bool:
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(np.array([bits], whole).view(numbers).astype(to))[0])
+
+    low, high = 0, int(np.array([ml_dtypes.finfo(numbers).max], numbers).view(whole)[0])
+    if finite(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if finite(middle) else (low, middle)
+    return low

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxmoe.errors import CheckpointError
 from jaxmoe.formats import Format
 from jaxmoe.ops.quantize import LARGEST
 
@@ -187,6 +188,12 @@ def scales_of(values: np.ndarray, format: Format) -> np.ndarray:
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 
+def check_quantisable(name: str, scales: np.ndarray) -> None:
+    """Raise a CheckpointError where scales of a tensor tell of a number that is not finite."""
+    if not np.isfinite(scales).all():
+        raise CheckpointError(f"tensor {name!r} holds a number that is not finite: it cannot be quantised")
+
+
 def quantised(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
     """Numbers of float32 values [out, in], which it writes over: divided by the scales of their blocks, rounded to
     nearest, ties to even."""
@@ -207,10 +214,11 @@ def quantised(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndar
 class Quantiser:
     """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantised give them."""
 
-    def __init__(self, source: Tensor, format: Format) -> None:
+    def __init__(self, source: Tensor, format: Format, name: str) -> None:
+        """name: of the tensor, for errors."""
         assert format.per_item == 1
         *lead, outputs, inputs = source.shape
-        self.source, self.format = source, format
+        self.source, self.format, self.name = source, format, name
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)
         self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
         self._entries: dict[int, Quantiser] = {}
@@ -229,7 +237,7 @@ class Quantiser:
 
     def at(self, index: int) -> Quantiser:
         """Of one entry of the first dim."""
-        return self._entries.setdefault(index, Quantiser(self.source.at(index), self.format))
+        return self._entries.setdefault(index, Quantiser(self.source.at(index), self.format, self.name))
 
     def numbers_of(self, start: int, stop: int) -> np.ndarray:
         """Numbers of rows start..stop."""
@@ -245,10 +253,11 @@ class Quantiser:
         return self._scales[first:last]
 
     def _find(self, first: int, last: int) -> np.ndarray:
-        """The values of rows first..last of blocks, whose scales are then known."""
+        """The values of rows first..last of blocks, whose scales are then known. Raises: CheckpointError."""
         high = self.format.outputs
         values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
-        self._scales[first:last] = scales_of(values, self.format)
+        self._scales[first:last] = scales = scales_of(values, self.format)
+        check_quantisable(self.name, scales)
         self._known[first:last] = True
         return values
 

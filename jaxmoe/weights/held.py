@@ -109,9 +109,9 @@ def held(
         cells = cells_of(numbers[0], blocks)
         found[to[0]] = [replace(piece, path=to[0], key=_made(piece.key, NUMBERS)) for piece in numbers]
         found[to[1]] = []
-        for piece in numbers:
+        for piece, plain in zip(numbers, pieces, strict=True):
             if _made(piece.key, NUMBERS) not in sources:
-                sources |= _kept(piece, tensors, config, format)
+                sources |= _kept(piece, tensors, config, format, turned=oriented(plain) is not plain)
         for piece in scale_pieces(numbers, blocks):
             key = _made(piece.key, cells)
             if key not in sources:
@@ -147,17 +147,20 @@ def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Pub
     assert published is not None
     opened = _opened(piece.key, oriented(piece).key_shape, tensors, published)
     values = Dequantised(*opened, published.format)
-    return values if piece.lead is None else Swapped(values)
+    return values if oriented(piece) is piece else Swapped(values)
 
 
-def _kept(piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format) -> dict[str, Tensor]:
-    """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones."""
+def _kept(
+    piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format, *, turned: bool
+) -> dict[str, Tensor]:
+    """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones.
+    turned: whether the plain one is stored [..., in, out]."""
     if config.published is not None:
         shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.per_item)
         numbers, scales = _opened(piece.key, shape, tensors, config.published)
     else:
         plain: Tensor = tensors[piece.key]
-        made = Quantiser(plain if piece.lead is None else Swapped(plain), format)
+        made = Quantiser(Swapped(plain) if turned else plain, format, piece.key)
         numbers, scales = made.numbers, made.scales
     numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
     return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}

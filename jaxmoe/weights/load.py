@@ -18,6 +18,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
+from jaxmoe.weights.dtypes import check_reach
 from jaxmoe.weights.formats import Tensor
 from jaxmoe.weights.held import Wanted, held, wanted_tensors
 from jaxmoe.weights.params import ParamInfo
@@ -30,6 +31,7 @@ _READ_BYTES = 32 << 20  # of one tensor, at once
 _MOST_WORKERS = 8  # that read and turn tensors
 _TILE_BYTES = 32
 _ALIGNMENT = 64
+_IN_REACH = "load it in one that does (dtype, --dtype), such as float32"
 
 
 def check_keys(
@@ -93,6 +95,7 @@ def _fill(
     def read(source: Source, first: int, last: int) -> int:
         """The bytes of the windows that the rows gave."""
         rows, num_bytes = opened[source].read_rows(first, last), 0
+        check_reach(source[0], rows, dtype, _IN_REACH)
         for (span, *others), destination in found[source]:
             low, high = (-(-(max(at, span.start) - span.start) // span.step) for at in (first, min(last, span.stop)))
             if low < high:

@@ -25,6 +25,7 @@ from jaxmoe.weights.load import assign_pieces
 from jaxmoe.weights.manifest import MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
+from jaxmoe.weights.stored import as_stored
 
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
@@ -126,7 +127,7 @@ def config_check(
     except ConfigError as error:  # bits go through, whatever they mean
         read_config({key: value for key, value in raw.items() if key != QUANTISATION}, ignore=ignore)
         return f"not checked: {error}"
-    config = read_config(raw, ignore=ignore)
+    config = as_stored(read_config(raw, ignore=ignore), tensors, raw, compare=False)
     alone = AbstractMesh((1,) * len(AXES), AXES)
     parts = segments(config, "unroll")
     sizes = segment_sizes(config, Placement(mesh=alone), parts)  # type: ignore[arg-type]

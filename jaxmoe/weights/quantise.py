@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
-from jaxmoe.families import FAMILIES, quantised_keys, read_config
+from jaxmoe.families import FAMILIES, quantised_keys, read_config, with_layout
+from jaxmoe.families.keys import HEAD
 from jaxmoe.families.quantising import METHODS, quantization_config, written_as
 from jaxmoe.formats import FORMATS, QUANTISATION
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.formats import quantised, scales_of
+from jaxmoe.weights.formats import check_quantisable, quantised, scales_of
 from jaxmoe.weights.held import NUMBER_NAMES, published_names, scale_shape
 from jaxmoe.weights.published import Published
+from jaxmoe.weights.stored import stored_layout
 from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
 
 _WEIGHT = ".weight"
@@ -54,8 +57,7 @@ class Quantise(AsPublished):
             return (numbers,)
         values = numbers.reshape(-1, tensor.shape[1]).astype(np.float32)
         scales = scales_of(values, self._published.format)
-        if not np.isfinite(scales).all():
-            raise CheckpointError(f"tensor {tensor.name!r} holds a number that is not finite: it cannot be quantised")
+        check_quantisable(tensor.name, scales)
         return quantised(values, scales, self._published.format).reshape(-1), scales.reshape(-1)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +74,15 @@ def transform_of(
     """
     if weights_dtype is None:
         return AsPublished()
+    weights_dtype = canonical_dtype(weights_dtype)
     if weights_dtype in WEIGHTS_DTYPES:
         return CastFloats(weights_dtype)
     if weights_dtype not in FORMATS:
         known = ", ".join((*WEIGHTS_DTYPES, *METHODS))
         raise CheckpointError(f"weights_dtype={weights_dtype!r} must be one of {known}")
     config = read_config(published.config, ignore=ignore_config_keys)
+    config = with_layout(config, stored_layout(config, published.tensors))
     keys = quantised_keys(config, weights_dtype)
-    return Quantise(published.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + "lm_head")
+    return Quantise(
+        published.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + HEAD.removesuffix(_WEIGHT)
+    )

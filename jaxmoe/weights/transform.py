@@ -15,9 +15,9 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact
 from jaxmoe.formats import QUANTISATION
-from jaxmoe.weights.dtypes import DTYPES, TensorSpec
+from jaxmoe.weights.dtypes import DTYPES, FLOAT_NAMES, TensorSpec, beyond_reach
 
-WEIGHTS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+WEIGHTS_DTYPES = {name: stored for stored, name in FLOAT_NAMES.items()}
 _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -94,10 +94,8 @@ class CastFloats(AsPublished):
         if float(ml_dtypes.finfo(to).max) < float(ml_dtypes.finfo(numbers.dtype).max):
             infinite = _is_infinite(cast)
             if infinite.any() and (lost := infinite & np.isfinite(numbers)).any():
-                raise CheckpointError(
-                    f"tensor {tensor.name!r} holds {float(numbers[lost][0]):.4g}, beyond what {self._name} reaches: "
-                    f"choose one that does, or leave it out to keep every bit"
-                )
+                remedy = "choose one that does, or leave it out to keep every bit"
+                raise beyond_reach(tensor.name, float(numbers[lost][0]), self._name, remedy)
         return (cast,)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_a_jax_mesh_with_another_axis(tiny_dir):
         LLM.load(tiny_dir(CASE), mesh=mesh)
 
 
-@pytest.mark.parametrize("dtype", ["float8", "int8", "bf16"])
+@pytest.mark.parametrize("dtype", ["float8", "int8", "bf61"])
 def test_a_dtype_that_is_none(tiny_dir, dtype):
     with pytest.raises(ConfigError, match=f"dtype='{dtype}' must be one of float32, bfloat16, float16"):
         LLM.load(tiny_dir(CASE), mesh="data=8", dtype=dtype)

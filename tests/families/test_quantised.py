@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from jaxmoe.engine.llm import choose_dtypes
+from jaxmoe.engine.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.formats import MXFP4, NVFP4, Format
+from jaxmoe.inspect.question import ModelQuestion
 
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantised import FORMS
@@ -182,3 +183,22 @@ def test_weights_dtype_says_what_is_kept():
         with_weights_dtype(published, "int8")
     with pytest.raises(ConfigError, match=r"weights_dtype='int4' must be one of float32, .*fp8-block"):
         with_weights_dtype(plain, "int4")
+
+
+ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_short_names_of_dtypes_are_the_long_ones(alias):
+    config, name = config_of(form("fp8")), ALIASES[alias]
+    asked = {"dtype": None, "weights_dtype": None, "kv_dtype": None}
+    for option in ("dtype", "weights_dtype"):
+        short, long = (choose_dtypes(config, **asked | {option: one}) for one in (alias, name))
+        assert short == long
+        assert short[1] == name
+    choose_dtypes(config, dtype=name, weights_dtype=alias, kv_dtype=None)  # the same twice
+    if name in KV_DTYPES:
+        choose_dtypes(config, **asked | {"kv_dtype": alias})
+        assert kv_array_dtype(alias) == name
+    question = ModelQuestion(config="", mesh="", batch=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias)
+    assert (question.dtype, question.weights_dtype, question.kv_dtype) == (name, name, name)

@@ -85,6 +85,17 @@ def test_a_preset_gives_what_a_file_leaves_out(read):
 
 
 @pytest.mark.parametrize(
+    ("text", "tflops"),
+    [
+        ("bfloat16 = 50\nfp32 = 5", {"bf16": 50, "f32": 5}), ("fp16 = 50\nfloat = 5", {"bf16": 50, "f32": 5}),
+        ("half = 50\nbf16 = 50", {"bf16": 50}),
+    ],
+)  # fmt: skip
+def test_rates_are_read_by_every_name_of_a_dtype(read, text, tflops):
+    assert read(GOOD.replace("bf16 = 50", text)).tflops == tflops
+
+
+@pytest.mark.parametrize(
     ("preset", "text", "table", "changed"),
     [
         ("h100", "[tflops]\nbf16 = 800\n", "tflops", {"bf16": 800}),
@@ -154,6 +165,7 @@ def test_unknown_names_are_told_the_nearest():
         ("[tflops]\nbf16 = 50\n", "", 2, "has no table [tflops]: add it"),
         ("bf16 = 50", "fp8 = 50", 12, "[tflops] must give bf16"),
         ("bf16 = 50", "bf16 = 50\nbf61 = 50", 14, "[tflops] bf61: there are bf16, f32, fp8, int8, fp4"),
+        ("bf16 = 50", "bf16 = 50\nfp16 = 51", 14, "[tflops] fp16=51 and bf16=50 differ: keep one"),
         ("bf16 = 50", "bf16 = 0", 13, "[tflops] bf16=0 must be a number above 0"),
         ("bf16 = 50", "bf16 = 50\n[attained]\nhbm = -0.5", 15, "[attained] hbm=-0.5 must be a number above 0"),
         ("[collectives.all-reduce]", "[collectives.all-reduces]", 15, "must be a table of one of all-reduce"),

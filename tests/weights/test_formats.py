@@ -206,7 +206,7 @@ def test_fused_tensors_of_all_experts_are_read_by_expert():
     cells = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
     np.testing.assert_array_equal(cells.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
     plain = rng.normal(size=(3, 10, 64)).astype(np.float32)
-    whole, each = (Quantiser(Rows(array), FORMATS["int8-block"]) for array in (plain, plain[1]))
+    whole, each = (Quantiser(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
     np.testing.assert_array_equal(whole.scales.at(1).read_rows(0, 1), each.scales.read_rows(0, 1))
     np.testing.assert_array_equal(whole.numbers.at(1).read_rows(0, 10), each.numbers.read_rows(0, 10))
 

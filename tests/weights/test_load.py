@@ -279,10 +279,8 @@ def test_a_transposed_tensor_is_misshapen_even_if_its_size_fits(tiny_dir, tmp_pa
 
 
 def test_rotary_tables_and_a_tied_heads_copy_may_stand_unused(tiny_dir, tmp_path):
-    tied = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
-        "lm_head.weight": np.ones((97, 36), np.float32),
-    }
+    embedding = load_file(tiny_dir("mixtral_window") / "model.safetensors")["model.embed_tokens.weight"]
+    tied = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32), "lm_head.weight": embedding}
     assert _load(_changed(tiny_dir, tmp_path, "mixtral_window", add=tied)).config.tie_word_embeddings
 
 
@@ -306,3 +304,41 @@ def test_a_truncated_file_is_an_error_before_anything_lands(tiny_dir, tmp_path):
     with pytest.raises(CheckpointError, match=r"model.safetensors.*fetch it again"):
         _load(tmp_path)
     assert len(jax.live_arrays()) <= before
+
+
+# --- numbers that a dtype does not hold ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [("float16", 65520, "6.552e+04"), ("float16", -7e4, "-7e+04"), ("bfloat16", 3.3961776e38, "3.396e+38")],
+)
+def test_a_number_beyond_the_dtype_is_named(dtype, value, said, tiny_dir, tmp_path):
+    """6.552e+04 is the least number that float16 rounds to infinity."""
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensor = load_file(tiny_dir("llama_mha") / "model.safetensors")[key].copy()
+    tensor[3, 5] = value
+    directory = _changed(tiny_dir, tmp_path, "llama_mha", replace={key: tensor})
+    with pytest.raises(CheckpointError) as caught:
+        LLM.load(directory, mesh=mesh_of("tensor=2"), dtype=dtype)
+    words = f"tensor {key!r} holds {said}, beyond what {dtype} reaches: load it in one that does (dtype, --dtype)"
+    assert str(caught.value).startswith(words)
+    assert LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32").config
+
+
+def test_infinities_of_the_file_and_numbers_that_fit_are_kept(tiny_dir, tmp_path):
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensor = load_file(tiny_dir("llama_mha") / "model.safetensors")[key].copy()
+    tensor[0, :4] = np.inf, -np.inf, np.nan, np.nextafter(np.float32(65520), np.float32(0))
+    prepared = _prepare(_changed(tiny_dir, tmp_path, "llama_mha", replace={key: tensor}), ONE_DEVICE, "float16")
+    with np.errstate(over="ignore"):
+        _assert_loads_as_assembled(prepared)
+
+
+def test_a_number_that_is_not_finite_is_not_quantised_on_load(tiny_dir, tmp_path):
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensor = load_file(tiny_dir("llama_mha") / "model.safetensors")[key].copy()
+    tensor[3, 5] = np.inf
+    directory = _changed(tiny_dir, tmp_path, "llama_mha", replace={key: tensor})
+    with pytest.raises(CheckpointError, match=f"tensor '{key}' holds a number that is not finite"):
+        LLM.load(directory, mesh=mesh_of(ONE_DEVICE), weights_dtype="int8")

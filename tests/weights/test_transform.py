@@ -22,6 +22,7 @@ from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.load import assign_pieces
+from jaxmoe.weights.manifest import read_manifest
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.verify import problems
 
@@ -81,7 +82,8 @@ def test_what_models_hold_exactly_is_what_casts_leave(name, tiny_dir):
 
 
 def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
-    convert(tiny_dir(CASE), tmp_path / "out", weights_dtype="float16")
+    convert(tiny_dir(CASE), tmp_path / "out", weights_dtype="fp16")
+    assert read_manifest(tmp_path / "out").options["weights_dtype"] == "float16"
     assert LLM.load(tmp_path / "out", mesh=mesh_of("data=1")).config.dtype == "float16"
 
 

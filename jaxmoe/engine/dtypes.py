@@ -1,0 +1,57 @@
+"""Dtypes of weights, activations and cached keys and values, as users name them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from jaxmoe.config import ModelConfig, canonical_dtype
+from jaxmoe.errors import ConfigError
+from jaxmoe.families import with_weights_dtype
+
+DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
+Name = TypeVar("Name")
+
+
+def canonical(name: Name) -> Name:
+    """Return the full name of a dtype given as an alias (bf16, fp16, half, fp32, float); anything else as it is."""
+    return canonical_dtype(name) if isinstance(name, str) else name  # type: ignore[return-value]
+
+
+def choose_dtypes(
+    config: ModelConfig, *, dtype: str | None, weights_dtype: str | None, kv_dtype: str | None
+) -> tuple[ModelConfig, str]:
+    """The config of a model that keeps its matrices as asked, and the dtype of its activations. A weights_dtype that
+    is what the checkpoint has keeps that.
+
+    Raises: ConfigError for a dtype that is not known, or plain weights of another dtype than activations.
+    """
+    dtype, weights_dtype = canonical(dtype), canonical(weights_dtype)
+    config = with_weights_dtype(config, None if is_published(config, weights_dtype) else weights_dtype)
+    plain = weights_dtype if weights_dtype in DTYPES else None
+    if dtype is not None and plain is not None and dtype != plain:
+        raise ConfigError(
+            f"weights_dtype={weights_dtype} and dtype={dtype} differ: plain weights have the dtype of activations; "
+            f"give one of them"
+        )
+    dtype = plain or config.dtype if dtype is None else dtype
+    check_dtypes(dtype, kv_dtype)
+    return config, dtype
+
+
+def is_published(config: ModelConfig, weights_dtype: str | None) -> bool:
+    """Whether a weights_dtype names the format that a quantised checkpoint has anyway."""
+    return config.published is not None and weights_dtype in config.published.format.names
+
+
+def check_dtypes(dtype: str, kv_dtype: str | None) -> None:
+    """Raises: ConfigError for a dtype of weights, or of cached keys and values (None: the same), that is not known."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if canonical(kv_dtype) not in (None, *KV_DTYPES):
+        raise ConfigError(f"kv_dtype={kv_dtype!r} must be one of {', '.join(KV_DTYPES)}")
+
+
+def kv_array_dtype(kv_dtype: str | None) -> str | None:
+    """Return the dtype of arrays of cached keys and values; None for that of activations."""
+    return None if kv_dtype is None else KV_DTYPES[canonical(kv_dtype)]
