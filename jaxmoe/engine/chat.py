@@ -39,7 +39,7 @@ def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, st
     if template is None:
         return {}
     if isinstance(template, list) and all(isinstance(one, Mapping) for one in template):
-        named = {one.get("name"): one.get("template") for one in template}
+        named: Mapping[Any, Any] = {one.get("name"): one.get("template") for one in template}
     else:
         named = template if isinstance(template, Mapping) else {DEFAULT: template}
     if not all(isinstance(text, str) for pair in named.items() for text in pair):
