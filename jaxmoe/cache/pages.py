@@ -184,7 +184,7 @@ class PagePool:
         node = self._shared.pop(page)
         del self._idle[page]
         self.num_evicted += 1
-        place = self._take_place() if node.is_last() else None
+        place = self._take_place()
         node.page = -1
         if place is None:
             self._forget(node)
