@@ -104,6 +104,11 @@ class SamplingParams:
         )
         strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, f"stop={self.stop!r} must be non-empty strings")
+        for text in self.stop:
+            _require(
+                not any("\ud800" <= letter <= "\udfff" for letter in text),
+                f"stop has {text[:40]!r}, which is not valid Unicode: no answer holds a lone surrogate",
+            )
         ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
         _require(ids, f"stop_token_ids={self.stop_token_ids!r} must be token ids")
         _require(
