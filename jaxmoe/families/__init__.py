@@ -36,8 +36,8 @@ from jaxmoe.families.quantizer import (
     quantizer_name,
     without_quantisation,
 )
-from jaxmoe.families.reader import ConfigReader
-from jaxmoe.families.refused import foreign_keys, refusal, suspicious_keys
+from jaxmoe.families.reader import ConfigReader, shown
+from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
 from jaxmoe.formats import QUANTISATION
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
@@ -88,7 +88,7 @@ def read_config(
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"config.json has model_type {name!r}, which is not a supported family; supported: "
+            f"config.json has model_type {shown(name)}, which is not a supported family; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[name]
@@ -98,7 +98,8 @@ def read_config(
     ignored = [ignore] if isinstance(ignore, str) else list(ignore)
     _check_ignored(ignored, {QUANTISATION, *raw, *text})
     reader = ConfigReader(text, ignore=[*QUANTISATION_KEYS, *ignored], lenient=not_understood is not None)
-    refused = {key: value for key, value in foreign_keys(raw, family).items() if key not in ignored}
+    foreign = {**foreign_keys(text, family), **foreign_keys(raw, family)}
+    refused = {key: value for key, value in foreign.items() if key not in ignored}
     _check_causal(reader)
     try:
         config = family.read(reader)
@@ -109,7 +110,7 @@ def read_config(
     refused |= suspicious_keys(reader)
     if not_understood is not None:
         found = {**reader.passed_over, **refused}
-        not_understood += [f"{key} = {str(value)[:60]}" for key, value in found.items()]
+        not_understood += noted(found)
     elif refused:
         raise refusal(family, refused)
     return as_published(config, published, family.names)
@@ -117,12 +118,12 @@ def read_config(
 
 def _check_causal(reader: ConfigReader) -> None:
     """Raise a ConfigError where is_causal is anything but true: transformers then attends in both directions."""
-    causal = reader.get("is_causal", False, absent=True)
-    if causal is not True:
+    if reader.get("is_causal", False, absent=True) is not True:
+        stated = reader.stated("is_causal")
         reader.unsupported(
             "is_causal",
-            causal,
-            f"config key 'is_causal' = {str(causal)[:60]} makes attention bidirectional, as embedding models have it; "
+            stated,
+            f"config key 'is_causal' = {shown(stated)} makes attention bidirectional, as embedding models have it; "
             f"only causal attention is supported: use a language model",
         )
 
@@ -160,8 +161,8 @@ def _check_ignored(ignored: Iterable[str], known: Collection[str]) -> None:
     """Raise a ConfigError for a key that is to be passed over and is not there."""
     for key in ignored:
         if key not in known:
-            near = "".join(f", did you mean {one!r}?" for one in difflib.get_close_matches(key, known, 1))
-            raise ConfigError(f"--ignore-config-key {key!r} names no key of config.json: leave it out{near}")
+            near = "".join(f", did you mean {shown(one)}?" for one in difflib.get_close_matches(key, known, 1))
+            raise ConfigError(f"--ignore-config-key {shown(key)} names no key of config.json: leave it out{near}")
 
 
 def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
@@ -176,5 +177,6 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
             f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
+    check_other_keys(text)
     outer = {} if any(text.get(key) is not None for key in _DTYPE_KEYS) else {key: raw.get(key) for key in _DTYPE_KEYS}
     return {**text, **outer}

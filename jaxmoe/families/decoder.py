@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from jaxmoe.config import MLAConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.reader import MAX_HEADS, MAX_LAYERS, REQUIRED, ConfigReader, read_dtype
+from jaxmoe.families.reader import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    REQUIRED,
+    ConfigReader,
+    only_supported,
+    read_dtype,
+    shown,
+)
 from jaxmoe.families.rope_keys import context_length, read_rope
 
 WindowRule = Literal["every layer", "even layers", "from max_window_layers", "even below max_window_layers"]
@@ -43,7 +51,14 @@ def read_windows(
         }[rule]
         return tuple(window if enabled and windowed(layer) else None for layer in range(num_layers))
     if "sliding_attention" in types and (window is None or not enabled):
-        raise ConfigError("config key 'layer_types' names sliding_attention but no sliding_window is switched on")
+        switch = " with use_sliding_window true" if switched else ""
+        reader.unsupported(
+            "layer_types",
+            types,
+            f"config key 'layer_types' names sliding_attention but no sliding_window is switched on: give "
+            f"sliding_window{switch}, or name full_attention",
+        )
+        return (None,) * num_layers
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -112,25 +127,37 @@ def _check_activation(reader: ConfigReader) -> None:
     """Raise a ConfigError for a hidden_act other than silu, which transformers also calls swish."""
     value = reader.get("hidden_act", "silu")
     if value not in ("silu", "swish"):
-        message = f"config key 'hidden_act' = {value!r} changes the maths and only 'silu' is supported"
-        reader.unsupported("hidden_act", value, message)
+        reader.unsupported("hidden_act", value, only_supported("hidden_act", value, "'silu'"))
 
 
 def read_layer_types(
-    reader: ConfigReader, known: tuple[str, ...], *, num_layers: int, key: str = "layer_types"
+    reader: ConfigReader,
+    known: tuple[str, ...],
+    *,
+    num_layers: int,
+    key: str = "layer_types",
+    sized: bool = False,
 ) -> list[str] | None:
-    """What layer_types says of each layer, None where it is absent. Raises: ConfigError for a kind not in known."""
+    """What layer_types says of each layer, None where it is absent. sized: see ConfigReader.expect. Raises: ConfigError
+    for a kind not in known; a lenient reader takes the key as absent."""
     types = reader.get(key, None)
-    if types is not None and (
-        not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types)
-    ):
-        raise ConfigError(f"config key {key!r} = {types} must hold one of {known} for each of {num_layers} layers")
-    return types
+    if types is None or (isinstance(types, list) and len(types) == num_layers and all(kind in known for kind in types)):
+        return types
+    has = f" (it has {len(types)})" if isinstance(types, list) and len(types) != num_layers else ""
+    odd = next((kind for kind in types if kind not in known), None) if isinstance(types, list) else None
+    message = (
+        f"config key {key!r} = {shown(types)} must hold one of {known} for each of {num_layers} layers{has}"
+        f"{'' if odd is None else f', not {shown(odd)}: use a model with these alone'}"
+    )
+    if sized:
+        raise ConfigError(message)
+    reader.unsupported(key, types, message)
+    return None
 
 
 def read_dense_prefix(reader: ConfigReader, *, num_layers: int, default: Any) -> tuple[bool, ...]:
     """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
-    reader.expect("moe_layer_freq", 1)
+    reader.expect("moe_layer_freq", 1, sized=True)
     dense = reader.whole("first_k_dense_replace", default, within=(0, num_layers))
     return tuple(layer >= dense for layer in range(num_layers))
 
@@ -140,7 +167,7 @@ def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, 
     step = reader.whole("decoder_sparse_step", 1)
     dense = reader.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise ConfigError(f"config key 'mlp_only_layers' = {dense} must be a list of whole numbers")
+        raise ConfigError(f"config key 'mlp_only_layers' = {shown(dense)} must be a list of whole numbers")
     if step < 1:
         raise ConfigError(f"config key 'decoder_sparse_step' = {step} must be at least 1")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))

@@ -17,7 +17,7 @@ from jaxmoe.families.decoder import read_decoder, read_dense_prefix, read_layer_
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.reader import MAX_LAYERS, REQUIRED, ConfigReader, read_agreed, read_num_experts
-from jaxmoe.families.rope_keys import rope_scaling, yarn_mscale
+from jaxmoe.families.rope_keys import check_agree, rope_scalings, yarn_mscale
 
 _SPARSE = "deepseek_v32"
 
@@ -35,7 +35,10 @@ def read_latent(reader: ConfigReader) -> MLAConfig:
 
 def read_score_scale(reader: ConfigReader, head_dim: int, rope: RopeConfig) -> float:
     """Of attention scores: YaRN's mscale_all_dim sharpens them twice over."""
-    all_dim = ConfigReader(rope_scaling(reader)).number("mscale_all_dim", 0.0)
+    said = {key: ConfigReader(one).number("mscale_all_dim", 0.0) for key, one in rope_scalings(reader).items()}
+    if len(set(said.values())) > 1:
+        check_agree(reader, ["mscale_all_dim"])
+    all_dim = next(iter(said.values()), 0.0)
     scale = head_dim**-0.5
     return scale * yarn_mscale(rope.factor, all_dim) ** 2 if rope.scaling == "yarn" and all_dim else scale
 
@@ -82,12 +85,12 @@ def sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any
 
 def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
     interleaved = reader.flag("rope_interleave", True)
-    reader.expect("attention_bias", False)
-    reader.expect("mlp_bias", False)
+    reader.expect("attention_bias", False, sized=True)
+    reader.expect("mlp_bias", False, sized=True)
     latent = read_latent(reader)
     shared = read_decoder(reader, latent=latent, interleaved=interleaved, absent_kv_heads="as heads")
     layers, width = shared["num_hidden_layers"], reader.whole("moe_intermediate_size")
-    reader.expect("qk_head_dim", shared["head_dim"])
+    reader.expect("qk_head_dim", shared["head_dim"], sized=True)
     for key in ("aux_loss_alpha", "seq_aux", "ep_size"):
         reader.get(key, None)
     moe = MoEConfig(
@@ -116,10 +119,10 @@ def _moe_layers(reader: ConfigReader, layers: int, *, family: str) -> tuple[bool
     if family != _SPARSE:
         return read_dense_prefix(reader, num_layers=layers, default=0 if family == "deepseek_v2" else REQUIRED)
     read_layer_types(reader, ("indexed_attention", "deepseek_sparse_attention"), num_layers=layers)
-    kinds = read_layer_types(reader, ("dense", "sparse"), num_layers=layers, key="mlp_layer_types")
+    kinds = read_layer_types(reader, ("dense", "sparse"), num_layers=layers, key="mlp_layer_types", sized=True)
     if kinds is None:
         return read_dense_prefix(reader, num_layers=layers, default=REQUIRED)
-    reader.expect("moe_layer_freq", 1)
+    reader.expect("moe_layer_freq", 1, sized=True)
     reader.get("first_k_dense_replace", None)  # of the two the list counts
     return tuple(kind == "sparse" for kind in kinds)
 

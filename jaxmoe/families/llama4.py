@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.decoder import read_decoder, read_layer_types
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.reader import ConfigReader, read_num_experts
+from jaxmoe.families.reader import ConfigReader, read_num_experts, shown
 
 
 def _rope_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
@@ -25,7 +25,7 @@ def _rope_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
             raise ConfigError(f"config key 'no_rope_layer_interval' = {interval} must be at least 1")
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
     if not isinstance(said, list) or len(said) < layers or any(one not in (0, 1) for one in said):
-        raise ConfigError(f"config key 'no_rope_layers' = {said} must hold 0 or 1 for each of {layers} layers")
+        raise ConfigError(f"config key 'no_rope_layers' = {shown(said)} must hold 0 or 1 for each of {layers} layers")
     return tuple(bool(one) for one in said[:layers])
 
 
@@ -37,14 +37,14 @@ def _moe_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
             raise ConfigError(f"config key 'interleave_moe_layer_step' = {step} must be at least 1")
         said = list(range(step - 1, layers, step))
     if not isinstance(said, list) or any(type(one) is not int or not 0 <= one < layers for one in said):
-        raise ConfigError(f"config key 'moe_layers' = {said} must name layers below {layers}")
+        raise ConfigError(f"config key 'moe_layers' = {shown(said)} must name layers below {layers}")
     return tuple(layer in said for layer in range(layers))
 
 
 def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
     shared = read_decoder(reader, default_eps=1e-5, default_theta=500000.0, default_head_dim=128, interleaved=True)
     layers = shared["num_hidden_layers"]
-    reader.expect("attention_bias", False)
+    reader.expect("attention_bias", False, sized=True)
     reader.expect("for_llm_compressor", False)
     rope = _rope_layers(reader, layers)
     types = read_layer_types(reader, ("full_attention", "chunked_attention"), num_layers=layers)
@@ -52,7 +52,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
     chunked = rope if types is None else tuple(kind == "chunked_attention" for kind in types)
     tuned = reader.get("attn_temperature_tuning", True)  # published as true or as 4
     if type(tuned) not in (bool, int):
-        raise ConfigError(f"config key 'attn_temperature_tuning' = {tuned!r} must be true or false")
+        raise ConfigError(f"config key 'attn_temperature_tuning' = {shown(tuned)} must be true or false")
     temperature = (reader.number("attn_scale", 0.1), reader.whole("floor_scale", 8192))
     width = shared["intermediate_size"]
     shared["intermediate_size"] = reader.whole("intermediate_size_mlp", 16384)

@@ -20,7 +20,7 @@ from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
 from jaxmoe.families.piece import Piece
 from jaxmoe.families.quantizer import quantizer_name
-from jaxmoe.families.reader import ConfigReader
+from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -52,7 +52,11 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
         )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         named = isinstance(value, Mapping) and method is None
-        which = f"no quant_method, it is the format of {quantizer_name(value)}" if named else f"quant_method {method!r}"
+        which = (
+            f"no quant_method, it is the format of {quantizer_name(value)}"
+            if named
+            else f"quant_method {shown(method)}"
+        )
         raise ConfigError(
             f"config key 'quantization_config' has {which}; supported are {', '.join(readers)}, and unquantised "
             f"weights: use such a checkpoint"
@@ -68,8 +72,8 @@ def _read_fp8(reader: ConfigReader) -> Published:
     block = reader.get("weight_block_size", None)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
         raise ConfigError(
-            f"config key 'quantization_config' has weight_block_size {block!r}; two whole numbers are supported, as in "
-            f"[128, 128]"
+            f"config key 'quantization_config' has weight_block_size {shown(block)}; two whole numbers are supported, "
+            f"as in [128, 128]"
         )
     _finish(reader, "fp8")
     numbers = Format(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
@@ -111,10 +115,10 @@ def _read_compressed(reader: ConfigReader) -> Published:
         "dynamic": weights.get("dynamic", False),
     }  # fmt: skip
     wanted = {"targets": ["Linear"], "num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
-    wrong = [f"{key} {found[key]!r}" for key, value in wanted.items() if found[key] != value]
+    wrong = [f"{key} {shown(found[key])}" for key, value in wanted.items() if found[key] != value]
     dtypes = {_NUMBERS.get((str(form), str(kind))) for form in forms or [None]}
     if len(dtypes) > 1 or None in dtypes:
-        wrong.insert(0, f"format {' and '.join(map(repr, forms)) or None} of type {kind!r}")
+        wrong.insert(0, f"format {' and '.join(map(shown, forms)) or None} of type {shown(kind)}")
     if group.get("output_activations", None):
         wrong.append("output_activations")
     if wrong:
@@ -127,9 +131,7 @@ def _read_compressed(reader: ConfigReader) -> Published:
         setting = reader.get(key, None)
         dense = key == "sparsity_config" and isinstance(setting, Mapping) and setting.get("format") == "dense"
         if setting and not dense:
-            raise ConfigError(
-                f"config key 'quantization_config' has {key}, which is not supported: {str(setting)[:60]}"
-            )
+            raise ConfigError(f"config key 'quantization_config' has {key}, which is not supported: {shown(setting)}")
     numbers = Format(dtype=dtypes.pop(), inputs=None, outputs=1)  # type: ignore[arg-type]
     ignored = _names(reader, "ignore")
     for part, passed in ((reader, _OF_WRITERS), (group, ("weights", "input_activations")), (weights, _OF_SCALES)):
@@ -143,7 +145,7 @@ def _expect(reader: ConfigReader, key: str, *allowed: Any) -> None:
     value = reader.get(key, None)
     if value not in allowed:
         choices = " or ".join(repr(one) for one in allowed if one is not None)
-        raise ConfigError(f"config key 'quantization_config' has {key} {value!r}; only {choices} is supported")
+        raise ConfigError(f"config key 'quantization_config' has {key} {shown(value)}; only {choices} is supported")
 
 
 def _finish(reader: ConfigReader, method: str) -> None:
@@ -153,7 +155,7 @@ def _finish(reader: ConfigReader, method: str) -> None:
 def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
     names = reader.get(key, None) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"config key 'quantization_config' has {key} {names!r:.60}; it must be a list of names")
+        raise ConfigError(f"config key 'quantization_config' has {key} {shown(names)}; it must be a list of names")
     return tuple(names)
 
 
@@ -182,7 +184,9 @@ def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Patter
                 ends.append(name)
                 patterns.append(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"))
         except re.error as error:
-            raise ConfigError(f"config key 'quantization_config' leaves out {name!r}: no pattern ({error})") from error
+            raise ConfigError(
+                f"config key 'quantization_config' leaves out {shown(name)}: no pattern ({error})"
+            ) from error
     return tuple(ends), tuple(patterns)
 
 

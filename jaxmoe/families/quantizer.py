@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.reader import shown
 from jaxmoe.formats import QUANTISATION
 
 # Where else a config.json describes quantised weights: MLX's key (which NVIDIA's tools used, too) and that of
@@ -41,18 +42,23 @@ def quantizer_name(value: Any) -> str:
     """Return what a description of quantised weights says it was made by: its quant_method, else the tool that writes
     such settings."""
     if not isinstance(value, Mapping):
-        return str(value)
+        return _printable(value)
     if value.get("quant_method") is not None:
-        return str(value["quant_method"])
+        return _printable(value["quant_method"])
     producer = value.get("producer")
     if isinstance(producer, Mapping) and isinstance(producer.get("name"), str):
-        return str(producer["name"])
+        return _printable(producer["name"])
     for name, keys in _SIGNS:
         if any(key in value for key in keys):
             return name
     if all(key in value for key in _MLX):
         return "MLX"
-    return f"an unnamed tool (settings {', '.join(sorted(map(str, value))[:6])})"
+    return f"an unnamed tool (settings {', '.join(sorted(map(_printable, value))[:6])})"
+
+
+def _printable(name: Any) -> str:
+    """Return a name as it is where it can be shown on one line, else as a quoted string."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def check_other_keys(raw: Mapping[str, Any]) -> None:
@@ -60,6 +66,6 @@ def check_other_keys(raw: Mapping[str, Any]) -> None:
     for key in _OTHER_KEYS:
         if raw.get(key):
             raise ConfigError(
-                f"config key {key!r} = {str(raw[key])[:60]} is the format of {quantizer_name(raw[key])}, which is not "
+                f"config key {key!r} = {shown(raw[key])} is the format of {quantizer_name(raw[key])}, which is not "
                 f"supported: use the checkpoint that it was made from"
             )

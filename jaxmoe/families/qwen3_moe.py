@@ -9,7 +9,7 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 def read(reader: ConfigReader) -> ModelConfig:
     """Layers may be dense by decoder_sparse_step and mlp_only_layers."""
     shared = read_decoder(reader)
-    reader.expect("use_qk_norm", True)  # as these models always are
+    reader.expect("use_qk_norm", True, sized=True)  # as these models always are
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     moe = MoEConfig(

@@ -14,11 +14,42 @@ _AS_NULL = object()
 MAX_WHOLE = 2**31 - 1
 MAX_LAYERS = 10_000
 MAX_HEADS = _MAX_EXPERTS = 10_000
+MAX_SHOWN = 10  # keys that an error names; of more it says how many
 
 
 def is_finite(value: Any) -> bool:
     """Tell whether a value is a number that a float can hold; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Return a value of a config.json for an error or a note: on one line, without control characters, cut at a
+    limit of characters, and null as the file has it."""
+    if value is None:
+        return "null"
+    try:
+        return f"{value!r:.{limit}}"
+    except ValueError:  # Python converts no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def shown_settings(settings: Mapping[Any, Any]) -> str:
+    """Return "'key' = value" of the first settings and how many more there are."""
+    first = ", ".join(f"{shown(key)} = {shown(value)}" for key, value in list(settings.items())[:MAX_SHOWN])
+    return first + and_more(len(settings))
+
+
+def and_more(count: int) -> str:
+    """Return how many of count items are not among the first MAX_SHOWN, as the end of a list of these."""
+    return f" and {count - MAX_SHOWN:,} more" if count > MAX_SHOWN else ""
+
+
+def only_supported(key: str, value: Any, choices: str) -> str:
+    """Return the message for a value that the computation here does not implement."""
+    return (
+        f"config key {key!r} = {shown(value)} changes the maths and only {choices} is supported: use a model that has "
+        f"it, or correct config.json where the value is a mistake"
+    )
 
 
 class ConfigReader:
@@ -31,6 +62,16 @@ class ConfigReader:
         self._used = set(ignore)
         self._lenient = lenient
         self.passed_over: dict[str, Any] = {}
+
+    def inside(self, raw: Mapping[str, Any]) -> ConfigReader:
+        """Return a reader of an object within the file, as lenient as this one, that lists in the same place."""
+        inner = ConfigReader(raw, lenient=self._lenient)
+        inner.passed_over = self.passed_over
+        return inner
+
+    def stated(self, key: str) -> Any:
+        """Return the value of a key as the file has it; None where it is null or absent."""
+        return self._raw.get(key)
 
     def get(self, key: str, default: Any = REQUIRED, *, absent: Any = _AS_NULL) -> Any:
         """The value of key; default where it is null. absent: what a file without the key means, by default the same.
@@ -54,9 +95,9 @@ class ConfigReader:
         if value is default or value is absent:
             return value
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"config key {key!r} = {value!r} must be a whole number")
+            raise ConfigError(f"config key {key!r} = {shown(value)} must be a whole number")
         if abs(value) > MAX_WHOLE:
-            raise ConfigError(f"config key {key!r} = {str(value)[:20]}... must lie within +-{MAX_WHOLE}")
+            raise ConfigError(f"config key {key!r} = {shown(value, 20)}... must lie within +-{MAX_WHOLE}")
         if within is not None and not within[0] <= value <= within[1]:
             raise ConfigError(f"config key {key!r} = {value} must lie in [{within[0]}, {within[1]}]")
         return value
@@ -67,22 +108,26 @@ class ConfigReader:
         if value is default:
             return value
         if not is_finite(value):
-            raise ConfigError(f"config key {key!r} = {str(value)[:60]} must be a finite number")
+            raise ConfigError(f"config key {key!r} = {shown(value)} must be a finite number")
         return float(value)
 
     def flag(self, key: str, default: Any = False) -> bool:
         """True or false (or the default)."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"config key {key!r} = {value!r} must be true or false")
+            raise ConfigError(f"config key {key!r} = {shown(value)} must be true or false")
         return value
 
-    def expect(self, key: str, *allowed: Any, default: Any = None) -> None:
-        """Insist on one of the values the family implements. Raises ConfigError naming key, value and choices."""
-        value = self.get(key, default)
-        if value is not None and value not in allowed:
-            choices = " or ".join(repr(a) for a in allowed)
-            raise ConfigError(f"config key {key!r} = {value!r} changes the maths and only {choices} is supported")
+    def expect(self, key: str, *allowed: Any, sized: bool = False) -> None:
+        """Insist on one of the values the family implements. sized: whether shapes depend on the key, so that a lenient
+        reader raises, too. Raises ConfigError naming key, value, choices and remedy."""
+        value = self.get(key, None)
+        if value is None or value in allowed:
+            return
+        message = only_supported(key, value, " or ".join(repr(a) for a in allowed))
+        if sized:
+            raise ConfigError(message)
+        self.unsupported(key, value, message)
 
     def unsupported(self, key: str, value: Any, message: str) -> None:
         """Raise a ConfigError with a message, unless the reader is lenient. value: the part of key's that is meant."""
@@ -101,9 +146,9 @@ class ConfigReader:
     def finish(self, where: str, remedy: str) -> None:
         """Raise ConfigError for any key nobody asked for that could change the maths. where: whose keys these are."""
         if unknown := self.unknown():
-            shown = ", ".join(f"{key!r} = {str(value)[:60]}" for key, value in unknown.items())
             raise ConfigError(
-                f"config.json {where} has keys that may change the maths and are not supported: {shown}; {remedy}"
+                f"config.json {where} has keys that may change the maths and are not supported: "
+                f"{shown_settings(unknown)}; {remedy}"
             )
 
 
@@ -112,7 +157,7 @@ def read_dtype(reader: ConfigReader) -> str:
     key = "torch_dtype" if reader.get("dtype", None) is None else "dtype"  # of both the newer, as transformers does
     dtype = canonical_dtype(str(reader.get(key, "bfloat16")))
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise ConfigError(f"config key {key!r} = {dtype!r} must be bfloat16, float16 or float32")
+        raise ConfigError(f"config key {key!r} = {shown(dtype)} must be bfloat16, float16 or float32")
     return dtype
 
 

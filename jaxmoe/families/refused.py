@@ -11,7 +11,7 @@ from typing import Any
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.family import Family
 from jaxmoe.families.known_keys import is_suspicious
-from jaxmoe.families.reader import ConfigReader
+from jaxmoe.families.reader import MAX_SHOWN, ConfigReader, and_more, shown, shown_settings
 
 _log = logging.getLogger("jaxmoe")
 _NO_MODEL = ("AutoFeatureExtractor", "AutoImageProcessor", "AutoProcessor", "AutoTokenizer", "AutoVideoProcessor")
@@ -37,10 +37,12 @@ def foreign_keys(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def suspicious_keys(reader: ConfigReader) -> dict[str, Any]:
     """Return the unknown keys that by their names may change the computation; log a line for each of the others."""
     unknown = reader.unknown()
-    for key, value in unknown.items():
-        if not is_suspicious(key):
-            _log_once(f"config.json: key {key!r} = {str(value)[:60]} is not known and is passed over")
-    return {key: value for key, value in unknown.items() if is_suspicious(key)}
+    harmless = {key: value for key, value in unknown.items() if not is_suspicious(key)}
+    for key, value in list(harmless.items())[:MAX_SHOWN]:
+        _log_once(f"config.json: key {shown(key)} = {shown(value)} is not known and is passed over")
+    if more := and_more(len(harmless)):
+        _log_once(f"config.json:{more} keys are not known and are passed over")
+    return {key: value for key, value in unknown.items() if key not in harmless}
 
 
 def refusal(family: Family, refused: Mapping[str, Any]) -> ConfigError:
@@ -49,18 +51,27 @@ def refusal(family: Family, refused: Mapping[str, Any]) -> ConfigError:
     reasons = []
     if "architectures" in refused:
         reasons.append(
-            f"architectures {str(refused['architectures'])[:80]}, another model than {family.architectures[0]}"
+            f"architectures {shown(refused['architectures'], 80)}, another model than {family.architectures[0]}"
         )
     if "auto_map" in refused:
-        reasons.append(f"modeling code of its own (auto_map {str(refused['auto_map'])[:80]}), which is not run")
+        reasons.append(f"modeling code of its own (auto_map {shown(refused['auto_map'], 80)}), which is not run")
     if unknown:
-        shown = ", ".join(f"{key!r} = {str(value)[:60]}" for key, value in unknown.items())
-        reasons.append(f"keys that may change the maths and are not supported: {shown}")
-    paste = " ".join(f"--ignore-config-key {shlex.quote(str(key))}" for key in refused)
+        reasons.append(f"keys that may change the maths and are not supported: {shown_settings(unknown)}")
+    options = [f"--ignore-config-key {shlex.quote(str(key))}" for key in refused if _can_be_pasted(key)]
+    paste = ", or " + " ".join(options[:MAX_SHOWN]) + and_more(len(options)) if options else ""
     return ConfigError(
-        f"config.json of family {family.name!r} has {'; '.join(reasons)}; if harmless, pass ignore_config_keys, or "
-        f"{paste}"
+        f"config.json of family {family.name!r} has {'; '.join(reasons)}; if harmless, pass ignore_config_keys{paste}"
     )
+
+
+def noted(settings: Mapping[str, Any]) -> list[str]:
+    """Return "key = value" of each setting for a report, without control characters."""
+    return [f"{key if _can_be_pasted(key) else shown(key)} = {shown(value)}" for key, value in settings.items()]
+
+
+def _can_be_pasted(key: Any) -> bool:
+    """Tell whether a key is one that people can read and give as an option."""
+    return isinstance(key, str) and key.isprintable() and len(key) <= 60
 
 
 @lru_cache(maxsize=256)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
 from jaxmoe.config import RopeConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.reader import MAX_WHOLE, ConfigReader, is_finite
+from jaxmoe.families.reader import MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, is_finite, shown, shown_settings
 
 _ORIGINAL = "original_max_position_embeddings"
 # What a rope_scaling of each kind needs, and may have beside it.
@@ -23,46 +24,38 @@ _MAY: dict[str, tuple[str, ...]] = {
     "llama3": (_ORIGINAL,),
     "yarn": (_ORIGINAL, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
 }
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+_FIELDS = {
+    kind: (*needed, *(key for key in _MAY.get(kind, ()) if not key.startswith("mscale")))
+    for kind, needed in _NEEDS.items()
+}  # of RopeConfig
+_FORMS = ("rope_scaling", "rope_parameters")  # the published key and the newer one
 _SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")  # of any kind; a label, the last
 
 
-def rope_scaling(reader: ConfigReader, default: Mapping[str, Any] = MappingProxyType({})) -> Mapping[str, Any]:
-    """Return the published rope_scaling, the newer rope_parameters, or both where they say the same; default where
-    there is neither.
+def rope_scalings(reader: ConfigReader) -> dict[str, Mapping[str, Any]]:
+    """Return the published rope_scaling and the newer rope_parameters by their keys, those that the file has.
 
-    Raises: ConfigError where one is no object, or they differ.
+    Raises: ConfigError where one is no object.
     """
-    newer, published = reader.get("rope_parameters", None), reader.get("rope_scaling", None)
-    for key, value in (("rope_scaling", published), ("rope_parameters", newer)):
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"config key {key!r} = {str(value)[:60]!r} must be an object or null")
-    if published and newer:
-        one, other = _resolved(reader, published), _resolved(reader, newer)
-        if differ := sorted(str(key) for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
-            raise ConfigError(
-                f"config keys 'rope_scaling' and 'rope_parameters' differ in {', '.join(differ)}: keep one of them"
-            )
-        return {**newer, **published}
-    return published or (newer if newer is not None else default)
+    found: dict[str, Mapping[str, Any]] = {}
+    for key in _FORMS:
+        value = reader.get(key, None)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config key {key!r} = {shown(value)} must be an object or null")
+        if value or (key == "rope_parameters" and not found):
+            found[key] = value
+    return found
 
 
-def _resolved(reader: ConfigReader, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of the two says, with what it leaves to defaults and to keys beside it; nulls left out."""
-    kind = _kind(scaling)
-    said = {key: value for key, value in scaling.items() if value is not None and key not in ("type", "finetuned")}
-    beside = {key: reader.get(key, None) for key in ("rope_theta", "partial_rotary_factor")}
-    if kind == "yarn":
-        beside |= _YARN_DEFAULTS | ({"truncate": False} if scaling.get("truncate", True) is None else {})
-    if kind in ("llama3", "yarn"):
-        beside[_ORIGINAL] = reader.get("max_position_embeddings", None)
-    return {key: value for key, value in (beside | said | {"rope_type": kind}).items() if value is not None}
-
-
-def _kind(scaling: Mapping[str, Any]) -> Any:
-    kind = scaling.get("rope_type")
-    kind = scaling.get("type") if kind is None else kind
-    return "none" if kind in (None, "default") else kind
+def check_agree(reader: ConfigReader, differ: Sequence[str]) -> None:
+    """Raise a ConfigError, unless the reader is lenient, for settings in which the two forms differ."""
+    reader.unsupported(
+        _FORMS[1],
+        reader.stated(_FORMS[1]),
+        f"config keys 'rope_scaling' and 'rope_parameters' differ in {', '.join(differ)}: keep one of them",
+    )
 
 
 def read_rope(
@@ -75,18 +68,53 @@ def read_rope(
     default_scaling: Mapping[str, Any] = MappingProxyType({}),
     interleaved: bool = False,
 ) -> RopeConfig:
-    """Read rotary settings in the published form (rope_theta, rope_scaling) or the newer one (rope_parameters).
+    """Read rotary settings in the published form (rope_theta, rope_scaling), the newer one (rope_parameters), or both
+    where they mean the same.
 
     max_positions: max_position_embeddings as the file has it. default_partial: the share of a head that is turned,
     where the file does not say; None where a family turns all. default_scaling: a rope_scaling where the file has none.
-    Raises: ConfigError for an unknown scaling, or a key of it that is unknown.
+    Raises: ConfigError for an unknown scaling, a key of it that is unknown, or two forms that differ.
     """
-    top_theta = reader.number("rope_theta", None)
+    forms = rope_scalings(reader)
+    first, *others = (
+        _read_form(
+            reader, key, scaling, head_dim=head_dim, max_positions=max_positions, default_theta=default_theta,
+            default_partial=default_partial, interleaved=interleaved,
+        )
+        for key, scaling in (forms or {_FORMS[0]: default_scaling}).items()
+    )  # fmt: skip
+    for other in others:
+        if differ := _differences(first, other, forms):
+            check_agree(reader, differ)
+    return first
+
+
+def _differences(one: RopeConfig, other: RopeConfig, forms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the settings in which two differ, by the names of config.json; an attention_factor that only follows from
+    others is left out."""
+    names = {"theta": "rope_theta", "scaling": "rope_type", "dims": "partial_rotary_factor"}
+    differ = {field.name for field in fields(one) if getattr(one, field.name) != getattr(other, field.name)}
+    if len(differ) > 1 and not any("attention_factor" in form for form in forms.values()):
+        differ.discard("attention_factor")
+    return sorted(names.get(name, name) for name in differ)
+
+
+def _read_form(
+    reader: ConfigReader,
+    form: str,
+    scaling: Mapping[str, Any],
+    *,
+    head_dim: int,
+    max_positions: int,
+    default_theta: float,
+    default_partial: float | None,
+    interleaved: bool,
+) -> RopeConfig:
+    """What one of the two forms means with the keys beside it. form: its key in config.json."""
     original = reader.whole(_ORIGINAL, None)
-    scaling = rope_scaling(reader, default_scaling)
-    inner = ConfigReader(scaling)
-    inner_theta = inner.number("rope_theta", None)
-    theta = inner_theta if inner_theta is not None else top_theta if top_theta is not None else default_theta
+    inner = reader.inside(scaling)
+    thetas = [one.number("rope_theta", None) for one in (inner, reader)]
+    theta = next((one for one in thetas if one is not None), default_theta)
     if default_partial is None:
         for one in (inner, reader):
             one.expect("partial_rotary_factor", 1, 1.0)
@@ -95,37 +123,63 @@ def read_rope(
     if not 0 < partial <= 1:
         raise ConfigError(f"config key 'partial_rotary_factor' = {partial} must lie above 0 and not above 1")
     dims = int(head_dim * partial)
-    common: dict[str, Any] = dict(theta=theta, dims=0 if dims == head_dim else dims, interleaved=interleaved)
-    kind = _checked_kind(reader, scaling)
+    kind = _checked_kind(reader, form, scaling)
     values = {key: scaling[key] for key in (*_NEEDS[kind], *_MAY.get(kind, ())) if key in scaling}
     if original is not None:  # beside rope_scaling, where transformers prefers it
         values[_ORIGINAL] = original
     if kind == "yarn":
-        return RopeConfig(scaling=kind, **_yarn(ConfigReader(values), max_positions), **common)
-    if kind == "llama3":
+        values = _yarn(ConfigReader(values), max_positions)
+    elif kind == "llama3":
         values[_ORIGINAL] = ConfigReader(values).whole(_ORIGINAL, max_positions)
-    return RopeConfig(scaling=kind, **{key: values[key] for key in (*_NEEDS[kind], *_MAY.get(kind, ()))}, **common)
+    known: dict[str, Any] = {key: values[key] for key in _FIELDS[kind]}
+    return RopeConfig(
+        scaling=kind,
+        theta=theta,
+        dims=0 if dims == head_dim else dims,
+        interleaved=interleaved,
+        **known,
+    )
 
 
-def _checked_kind(reader: ConfigReader, scaling: Mapping[str, Any]) -> str:
+def _kind(scaling: Mapping[str, Any]) -> Any:
+    kind = scaling.get("rope_type")
+    kind = scaling.get("type") if kind is None else kind
+    return "none" if kind in (None, "default") else kind
+
+
+def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -> str:
     """The kind of a rope_scaling whose keys are known. Raises: ConfigError; a lenient reader takes it as "none"."""
     kind = _kind(scaling)
+    kinds = ", ".join(name for name in _NEEDS if name != "none")
     if not isinstance(kind, str) or kind not in _NEEDS:
         reader.unsupported(
-            "rope_scaling",
+            form,
             kind,
-            f"config key 'rope_scaling' has rope_type {kind!r}; supported are default, "
-            f"{', '.join(name for name in _NEEDS if name != 'none')}",
+            f"config key {form!r} has rope_type {shown(kind)}; supported are default, {kinds}: use a model with one of "
+            f"these",
         )
         return "none"
     known = (*_NEEDS[kind], *_MAY.get(kind, ()), *_SETTINGS)
     if extra := sorted(str(key) for key, value in scaling.items() if key not in known and value is not None):
-        message = f"config key 'rope_scaling' has unsupported keys {extra} for rope_type {kind!r}"
-        reader.unsupported("rope_scaling", {key: scaling.get(key) for key in extra}, message)
+        which = shown(extra[:MAX_SHOWN]) + and_more(len(extra))
+        if kind != "none":
+            message = f"has unsupported keys {which} for rope_type {kind!r}: leave them out, or give another rope_type"
+        elif scaling.get("rope_type", scaling.get("type")) is None:
+            message = f"has {which} and no rope_type: add it ({kinds}), or leave them out"
+        else:
+            message = f"has unsupported keys {which} for rope_type 'default': leave them out, or give {kinds}"
+        said = {key: scaling.get(key) for key in extra}
+        reader.unsupported(form, said, f"config key {form!r} {message}")
     null_factor = kind == "yarn" and "factor" in scaling and scaling["factor"] is None  # the ratio of lengths
     needed = () if null_factor else _NEEDS[kind]
-    if missing := [key for key in needed if not is_finite(scaling.get(key))]:
-        raise ConfigError(f"config key 'rope_scaling' of rope_type {kind!r} lacks the numbers {missing}")
+    wrong = {key: scaling[key] for key in needed if scaling.get(key) is not None and not is_finite(scaling[key])}
+    if wrong:
+        raise ConfigError(
+            f"config key {form!r} of rope_type {kind!r} has {shown_settings(wrong)}: give a finite number, without "
+            f"quotes"
+        )
+    if missing := [key for key in needed if scaling.get(key) is None]:
+        raise ConfigError(f"config key {form!r} of rope_type {kind!r} lacks the numbers {missing}: add them")
     return kind
 
 
@@ -138,14 +192,21 @@ def _yarn(scaling: ConfigReader, max_positions: int) -> dict[str, Any]:
     original = scaling.whole(_ORIGINAL, max_positions)
     if original < 1:
         raise ConfigError(f"rope_scaling {_ORIGINAL}={original} must be above 0 for rope_type yarn")
-    factor = scaling.number("factor", max_positions / original)
+    factor = scaling.number("factor", None)
+    if factor is None:
+        factor = max_positions / original
+        if factor < 1:
+            raise ConfigError(
+                f"rope_scaling factor null means max_position_embeddings={max_positions} divided by {_ORIGINAL}="
+                f"{original}, {factor:.4g}, which must be at least 1: give a factor, or correct the lengths"
+            )
     mscale, all_dim = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
     default = yarn_mscale(factor, 1.0)
     if mscale and all_dim:
         default = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
     truncate = scaling.get("truncate", False, absent=True)  # null is false, as transformers takes it
     if not isinstance(truncate, bool):
-        raise ConfigError(f"config key 'truncate' = {truncate!r} must be true, false or null")
+        raise ConfigError(f"config key 'truncate' = {shown(truncate)} must be true, false or null")
     return dict(
         factor=factor,
         original_max_position_embeddings=original,

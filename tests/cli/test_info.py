@@ -95,7 +95,7 @@ def test_a_setting_that_is_not_understood_is_named_and_the_rest_is_said(capsys, 
     odd = {"attn_gate": 2, "architectures": ["Qwen3MoeModel"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(raw | odd))
     found = info(capsys, tmp_path)
-    named = ["rope_scaling = dynamic", "architectures = ['Qwen3MoeModel']", "attn_gate = 2"]
+    named = ["rope_scaling = 'dynamic'", "architectures = ['Qwen3MoeModel']", "attn_gate = 2"]
     assert found["not_understood"] == named
     assert found["parameters"]["total"] == 30_532_122_624
     assert found["parameters"]["active"] - found["parameters"]["active_without_embedding"] == 151936 * 2048

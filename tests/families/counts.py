@@ -42,7 +42,7 @@ def main() -> None:
     for row in rows:
         if "refused" not in row:
             row["parameters"] = transformers_count(transformers_config(row["config"]))
-    order = ("repository", "read_in", "parameters", "refused", "config")
+    order = ("repository", "read_in", "published", "left_out", "parameters", "refused", "config")
     text = "".join(json.dumps({key: row[key] for key in order if key in row}) + "\n" for row in rows)
     PUBLISHED.write_text(text, encoding="utf-8")
 

@@ -10,6 +10,7 @@ from jaxmoe import ConfigError
 from jaxmoe.config import canonical_dtype
 from jaxmoe.families import FAMILIES, quantizer_name, read_config
 from jaxmoe.families.refused import _log_once
+from jaxmoe.planner.sizes import count_parameters
 
 from ..tiny.cases import QUICK_CASES
 
@@ -65,11 +66,11 @@ def test_a_key_passes_at_what_the_family_does_anyway(family, key, usual, other):
         _read(family, **{key: other})
 
 
-@pytest.mark.parametrize("value", [False, None, 0, "no"])
+@pytest.mark.parametrize(("value", "said"), [(False, "False"), (None, "null"), (0, "0"), ("no", "'no'")])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v3", "gpt_oss"])
-def test_attention_in_both_directions_is_refused(family, value):
+def test_attention_in_both_directions_is_refused(family, value, said):
     """transformers takes null for false here."""
-    with pytest.raises(ConfigError, match=r"'is_causal' = .* makes attention bidirectional"):
+    with pytest.raises(ConfigError, match=f"'is_causal' = {said} makes attention bidirectional"):
         read_config(QUICK[family] | {"is_causal": value}, ignore=["is_causal"])
 
 
@@ -140,8 +141,119 @@ def test_not_understood_is_listed_where_nothing_is_run():
     notes: list[str] = []
     changes = {"hidden_act": "gelu", "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_gate": 1}
     config = read_config(QUICK["qwen3"] | changes | {"is_causal": False}, not_understood=notes)
-    assert notes == ["is_causal = False", "hidden_act = gelu", "rope_scaling = dynamic", "attn_gate = 1"]
+    assert notes == ["is_causal = False", "hidden_act = 'gelu'", "rope_scaling = 'dynamic'", "attn_gate = 1"]
     assert config.num_hidden_layers == read_config(QUICK["qwen3"]).num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "note"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, None),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        (
+            "qwen3",
+            {"layer_types": ["chunked_attention"] * 3},
+            "layer_types = ['chunked_attention', 'chunked_attention', ",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types = ['sliding_attention', "),
+        ("llama4_text", {"for_llm_compressor": True}, "for_llm_compressor = True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_parameters = {'rope_type': 'linear', ",
+        ),
+        ("deepseek_v3", {"attention_bias": True}, None),
+        ("deepseek_v3", {"moe_layer_freq": 2}, None),
+        ("qwen3", {"use_qk_norm": False}, None),
+    ],
+)
+def test_what_changes_no_size_is_listed_and_what_does_is_refused(family, changes, note):
+    raw = QUICK[family] | changes
+    with pytest.raises(ConfigError):
+        read_config(raw)
+    notes: list[str] = []
+    if note is None:
+        with pytest.raises(ConfigError):
+            read_config(raw, not_understood=notes)
+        return
+    config = read_config(raw, not_understood=notes)
+    assert [one[: len(note)] for one in notes] == [note]
+    assert count_parameters(config) == count_parameters(read_config(QUICK[family]))
+
+
+def test_values_in_errors_are_on_one_line_and_cut():
+    with pytest.raises(ConfigError, match="'vocab_size' = a number of thousands of digits"):
+        _read("llama", vocab_size=10**5000)
+    with pytest.raises(ConfigError) as caught:
+        _read("llama", attn_x="a\nb\x1b[31m", **{"attn\n\x1b": "c" * 1000})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).endswith("or --ignore-config-key attn_x")
+    with pytest.raises(ConfigError, match=r" and 9,990 more; .* and 9,990 more$") as caught:
+        _read("llama", **{f"attn_{number}": number for number in range(10_000)})
+    assert len(str(caught.value)) < 1000
+    notes: list[str] = []
+    read_config(QUICK["llama"] | {"attn_x": "a\nb\x1b[31m", "attn\n": 1}, not_understood=notes)
+    assert notes == [r"'attn\n' = 1", r"attn_x = 'a\nb\x1b[31m'"]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "hidden_size", "a\nb" * 100),
+        ("llama", "architectures", ["a\x1b[31m"] * 100),
+        ("llama", "model_type", "a\nb" * 100),
+        ("llama", "hidden_act", "a\nb" * 100),
+        ("llama", "torch_dtype", "a\nb" * 100),
+        ("llama", "attention_bias", "a\nb" * 100),
+        ("llama", "quantization_config", {"quant_method": "a\nb" * 100}),
+        ("llama", "quantization_config", {"a\nb" * 100: 1}),
+        ("llama", "rope_scaling", {"type": "a\nb" * 100}),
+        ("llama", "rope_scaling", {"a\nb" * 100: 1}),
+        ("qwen3", "layer_types", ["a\nb"] * 10_000),
+        ("qwen3_moe", "mlp_only_layers", ["a\nb"] * 10_000),
+        ("deepseek_v3", "scoring_func", "a\nb" * 100),
+        ("llama4_text", "no_rope_layers", ["a\nb"] * 10_000),
+        ("llama4_text", "moe_layers", ["a\nb"] * 10_000),
+    ],
+)
+def test_every_value_in_an_error_is_on_one_line_and_cut(family, key, value):
+    with pytest.raises(ConfigError) as caught:
+        _read(family, **{key: value})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 450
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "only 'silu' is supported: use a model that has it, or correct config.json"),
+        ("deepseek_v3", {"topk_method": "x"}, "only 'noaux_tc' is supported: use a model that has it, or correct"),
+        ("qwen3", {"use_qk_norm": False}, "only True is supported: use a model that has it, or correct config.json"),
+    ],
+)
+def test_a_value_that_is_not_supported_has_a_remedy(family, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        _read(family, **changes)
+
+
+def test_what_the_text_part_says_of_another_model_is_looked_at():
+    def whole(**changes):
+        return {"model_type": "llama4", "text_config": QUICK["llama4_text"] | changes}
+
+    for key, value, words in (
+        ("quantization", {"group_size": 64, "bits": 4}, "'quantization' = .* is the format of MLX, which is not supp"),
+        ("compression_config", {"config_groups": {}}, "'compression_config' = .* the format of compressed-tensors"),
+        ("architectures", ["Llama4ForSequenceClassification"], "has architectures .*, another model than Llama4ForC"),
+        ("auto_map", {"AutoModel": "modeling_x.X"}, "modeling code of its own"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_config(whole(**{key: value}))
+    assert read_config(whole(architectures=["Llama4ForCausalLM"], auto_map={"AutoTokenizer": "x"})) is not None
+    assert read_config(whole(architectures=["LlamaModel"]), ignore=["architectures"]) is not None
 
 
 ABSENT_HEADS = ("mistral", "mixtral", "gpt_oss", "glm4_moe", "llama4_text", "qwen3_moe", "qwen2", "qwen3", "qwen2_moe")

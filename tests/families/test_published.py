@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ def _rows() -> list[dict[str, Any]]:
     counts = csv.DictReader((CONFIGS / "parameters.csv").read_text(encoding="utf-8").splitlines())
     totals = {row["config"]: int(row["total"]) for row in counts}
     files = [
-        {"repository": path.stem, "parameters": totals[path.stem], "config": json.loads(path.read_text("utf-8"))}
+        {
+            "repository": path.stem.replace("--", "/"),
+            "published": True,
+            "parameters": totals[path.stem],
+            "config": json.loads(path.read_text("utf-8")),
+        }
         for path in sorted(CONFIGS.glob("*.json"))
     ]
     return [*map(json.loads, lines), *files]
@@ -44,9 +50,26 @@ def _read(raw: dict[str, Any]) -> ModelConfig:
 
 
 def test_there_are_enough_of_all_families():
-    types = {row["config"]["model_type"] for row in ROWS}
-    assert len({json.dumps(row["config"], sort_keys=True) for row in ROWS}) >= 60
-    assert set(FAMILIES) - types == {"olmoe", "llama4_text"}  # of which no whole published text was found
+    published = [row for row in ROWS if row["published"]]
+    assert len({row["repository"] for row in published}) == len(published) >= 60
+    assert len({json.dumps(row["config"], sort_keys=True) for row in published}) >= 60
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", row["repository"]) for row in published)
+    types = {row["config"]["model_type"] for row in published}
+    assert set(FAMILIES) - types == {"glm4_moe", "olmoe", "llama4_text"}  # of which no whole published text was found
+    assert set(FAMILIES) - {row["config"]["model_type"] for row in ROWS} == {"llama4_text"}
+
+
+def test_some_were_saved_by_transformers_5():
+    newer = [row["config"] for row in ROWS if row["config"].get("transformers_version", "").startswith("5.")]
+    assert len([config for config in newer if "rope_parameters" in config and "dtype" in config]) >= 3
+
+
+def test_each_says_where_it_was_read_and_holds_no_path_of_a_person():
+    for row in ROWS[: -len(list(CONFIGS.glob("*.json")))]:
+        assert re.match(r"github [\w.-]+/[\w.-]+ [^ ]+$|\w+ [\d.]+ \(PyPI\), [^ ]+$", row["read_in"]), row["read_in"]
+        for part in (row["config"], row["config"].get("text_config", {})):
+            assert "_name_or_path" not in row.get("left_out", []) or "_name_or_path" not in part
+            assert not str(part.get("_name_or_path", "")).startswith(("/", "~", ".")), row["repository"]
 
 
 def test_each_is_read_as_transformers_counts_it_or_refused():

@@ -148,7 +148,7 @@ SUPPORTED_LLAMA3 = {
         ("attn_logit_softcapping", 30.0, "'attn_logit_softcapping' = 30.0"),
         ("final_logit_softcapping", 30.0, "'final_logit_softcapping' = 30.0"),
         ("embedding_multiplier", 12, "'embedding_multiplier' = 12"),
-        ("unheard_of_gate", "x", "'unheard_of_gate' = x"),
+        ("unheard_of_gate", "x", "'unheard_of_gate' = 'x'"),
     ],
 )
 def test_a_key_that_changes_the_maths_is_named(family, key, value, words):

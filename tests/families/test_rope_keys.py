@@ -84,7 +84,27 @@ def test_llama3_and_linear_are_what_transformers_computes():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_scaling": {"rope_type": "yarn"}}, r"lacks the numbers \['factor'\]"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"lacks the numbers \['factor'\]: add them"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "2"}},
+            "of rope_type 'linear' has 'factor' = '2': give a finite number, without quotes",
+        ),
+        (
+            {"rope_scaling": {"factor": 2.0}},
+            r"'rope_scaling' has \['factor'\] and no rope_type: add it \(linear, llama3, yarn\), or leave them out",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+            r"unsupported keys \['factor'\] for rope_type 'default': leave them out, or give linear, llama3, yarn",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "ntk"}},
+            "'rope_parameters' has rope_type 'ntk'; .*: use a model with one of",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 128}},
+            "=64 divided by original_max_position_embeddings=128, 0.5, which must be at least 1: give a factor",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": None}}, r"lacks the numbers \['factor'\]"),
         ({"rope_scaling": {**YARN, "factor": 1e12}}, "makes a context of 6.4e"),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "=0 must be above 0 for rope_type yarn"),
@@ -100,6 +120,40 @@ def test_llama3_and_linear_are_what_transformers_computes():
 def test_what_cannot_be_is_named(changes, words):
     with pytest.raises(ConfigError, match=words):
         _read(**changes)
+
+
+_TO_256 = {"max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rope_scaling", "rope_parameters"),
+    [
+        ({}, {"type": "linear", "factor": 2}, {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}),
+        ({}, YARN, {**YARN, "rope_theta": 10000.0}),
+        ({}, YARN, {**YARN, "attention_factor": _SHARPER}),
+        ({}, YARN, {**YARN, "beta_fast": 0, "truncate": True, "mscale": None, "original_max_position_embeddings": 64}),
+        (
+            _TO_256,
+            {"type": "yarn", "factor": None, "original_max_position_embeddings": 64},
+            {**YARN, "original_max_position_embeddings": 64},
+        ),
+        ({}, LLAMA3, {**LLAMA3, "original_max_position_embeddings": 64}),
+        ({}, {"rope_type": "default"}, {"rope_theta": 10000}),
+    ],
+)
+def test_two_forms_that_mean_the_same_are_one(changes, rope_scaling, rope_parameters):
+    config = _read(**changes, rope_scaling=rope_scaling, rope_parameters=rope_parameters)
+    assert config == _read(**changes, rope_scaling=rope_scaling) == _read(**changes, rope_parameters=rope_parameters)
+
+
+def test_two_forms_that_differ_in_what_deepseek_reads_alone():
+    scaling = {**YARN, "mscale": 0.5, "original_max_position_embeddings": 64}
+    changes = {"rope_scaling": scaling, "rope_parameters": {**scaling, "mscale_all_dim": 0}}
+    raw = QUICK["deepseek_v3"] | {"rope_theta": 10000.0}
+    assert read_config(raw | changes) == read_config(raw | {"rope_scaling": scaling})
+    changes["rope_parameters"] = {**scaling, "mscale": None, "mscale_all_dim": 1.0}
+    with pytest.raises(ConfigError, match="differ in mscale_all_dim: keep one of them"):
+        read_config(raw | changes)
 
 
 def test_the_context_of_published_configs_is_not_lengthened_twice():
