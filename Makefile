@@ -15,8 +15,10 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_JOBS ?= -n 2 --dist worksteal
 # What depends on the versions of Python and JAX: compiled programs of every family and kind of mesh, kernels, training,
 # Orbax, commands in processes of their own. `make check` holds all of the source against Python 3.11.
-OLDEST_TESTS = tests/integration tests/inspect/test_contract.py tests/model tests/ops tests/train tests/engine/test_engine.py \
-	tests/engine/test_experts.py tests/weights/test_store.py tests/weights/test_convert.py tests/cli/test_commands.py \
+OLDEST_TESTS = tests/integration tests/model tests/ops tests/train tests/test_mesh.py tests/test_sharding.py \
+	tests/test_layouts.py tests/inspect/test_contract.py tests/inspect/test_fit.py tests/engine/test_engine.py \
+	tests/engine/test_experts.py tests/engine/test_kv_dtype.py tests/engine/test_not_finite.py tests/weights/test_load.py \
+	tests/weights/test_store.py tests/weights/test_convert.py tests/cli/test_commands.py tests/cli/test_compile.py \
 	tests/cli/test_process.py
 BIN = $(VENV)/bin
 

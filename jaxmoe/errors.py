@@ -25,6 +25,10 @@ class CheckpointError(JaxmoeError):
     """A checkpoint is missing, truncated, corrupt, or its keys and shapes differ from what the model needs."""
 
 
+class MissingWeightsError(CheckpointError):
+    """A checkpoint directory has no weights that can be read, or not all of their files."""
+
+
 class RequestError(JaxmoeError):
     """A prompt or a sampling value lies outside what the model or the engine accepts."""
 

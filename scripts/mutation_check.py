@@ -105,13 +105,13 @@ def run_pytest(tree: Path, arguments: Sequence[str], env: dict[str, str], timeou
     command = [sys.executable, "-m", "pytest", *plugins, "--tb=line", f"--junitxml={report}"]
     process = subprocess.Popen(
         [*command, *arguments], cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        errors="replace",
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
         if isinstance(error, subprocess.TimeoutExpired):
             return Run(None, (), f"no end after {timeout:.0f} s")
         raise
@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="of one pytest process")
     parser.add_argument("--stale", action="store_true", help="check that every fault can be seeded, run nothing")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that copies of the tree are removed
     if unknown := set(asked.only) - {fault.name for fault in FAULTS} - set(GROUPS):
         parser.error(f"--only {sorted(unknown)[0]} is neither a fault nor one of {', '.join(GROUPS)}")
     faults = [fault for fault in FAULTS if not asked.only or {fault.name, fault.group} & set(asked.only)]

@@ -111,29 +111,36 @@ LAYOUT_MESHES = [
     ),
 ]
 LONGER = (1, 3, 4, 5, 6, 8, 13, 14, 16, 17)  # like others that are run
+CONTEXT = 12  # cp-ep-tp
 WITH_NATIVE = (0, 9, 11, 15)  # half of those that are run have the kernels of this machine, half those of accelerators
 FASTEST = {"layers": "scan"}
 # Every layout with one kind of model; all with all in the sweep.
 ONE_EACH = [
-    pytest.param(name, layout, mesh, FASTEST if number in WITH_NATIVE else XLA)
+    pytest.param(name, layout, mesh, FASTEST if number in WITH_NATIVE else XLA, number in (*WITH_NATIVE, CONTEXT))
     if (number - at) % len(CASES) == 0 and number not in LONGER
-    else pytest.param(name, layout, mesh, XLA, marks=pytest.mark.sweep)
+    else pytest.param(name, layout, mesh, XLA, True, marks=pytest.mark.sweep)
     for number, (layout, mesh) in enumerate(LAYOUT_MESHES)
     for at, name in enumerate(CASES)
 ]
 FRONTIER = [
-    pytest.param(name, layout, mesh, XLA, marks=pytest.mark.sweep)
+    pytest.param(name, layout, mesh, XLA, True, marks=pytest.mark.sweep)
     for name in ("deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout", "glm4_moe_norm")
     for layout, mesh in LAYOUT_MESHES
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "mesh", "kernels"), ONE_EACH + FRONTIER)
-def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(name, layout, mesh, kernels, changed_dir):
+@pytest.mark.parametrize(("name", "layout", "mesh", "kernels", "scored"), ONE_EACH + FRONTIER)
+def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(
+    name, layout, mesh, kernels, scored, changed_dir
+):
+    """scored: the program that scores whole prompts, too."""
     directory = changed_dir(name, num_hidden_layers=4)
     llm = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=kernels)
-    assert_same_answers(answers(llm, PROMPTS, PARAMS), _one_device(directory))
+    wanted, logits = _one_device(directory)
+    assert_same_answers(answers(llm, PROMPTS, PARAMS), wanted)
     assert_steps_hold_what_is_planned(llm)
+    if scored:
+        np.testing.assert_allclose(llm.last_logits(PROMPTS), logits, atol=1e-4)
 
 
 # Kinds of dispatch, in layouts whose experts lie over two axes; with a pipeline, and with strips of tokens.
@@ -157,7 +164,7 @@ def test_every_dispatch_gives_what_one_device_gives_and_says_what_was_planned(ki
     llm = LLM.load(
         directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels={"dispatch": kind, "layers": "scan"}
     )
-    assert_same_answers(answers(llm, PROMPTS, PARAMS), _one_device(directory))
+    assert_same_answers(answers(llm, PROMPTS, PARAMS), _one_device(directory)[0])
     assert_steps_hold_what_is_planned(llm)
 
 
@@ -207,7 +214,8 @@ _FOUND: dict = {}
 
 def _one_device(directory):
     if directory not in _FOUND:
-        _FOUND[directory] = answers(LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32"), PROMPTS, PARAMS)
+        llm = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
+        _FOUND[directory] = answers(llm, PROMPTS, PARAMS), llm.last_logits(PROMPTS)
     return _FOUND[directory]
 
 

@@ -184,7 +184,7 @@ class PagePool:
         node = self._shared.pop(page)
         del self._idle[page]
         self.num_evicted += 1
-        place = self._take_place() if node.is_last() else None
+        place = self._take_place()
         node.page = -1
         if place is None:
             self._forget(node)
@@ -310,6 +310,10 @@ class PagePool:
                     self._blank_places.append(node.place)
                     node.place = -1
                 self._prune(node)
+
+    def discard_prefix(self, tokens: Sequence[int]) -> None:
+        """Remove the pages of a cached prefix of `tokens` that nobody holds, as `discard` does."""
+        self.discard([node.page for node in self._walk(tokens, len(tokens)) if node.page >= 0])
 
     def check(self) -> None:
         """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""

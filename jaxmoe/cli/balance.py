@@ -53,6 +53,9 @@ def balance(
 
     Experts move between steps and nothing is compiled for it. With --loads only the placement is planned.
     """
+    from jaxmoe.planner.balance import check_algorithm
+
+    check_algorithm(algorithm)
     if plot is not None:
         check_plot_path(plot)
     if (loads is None) != (ranks is None):

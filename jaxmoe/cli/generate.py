@@ -118,8 +118,11 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
         print(prompts[0], end="", flush=True)
     texts: dict[tuple[int, int], str] = {}
     ids: dict[tuple[int, int], list[int]] = {}
+    seeds: dict[int, int] = {}  # of each prompt's first sample, where tokens are drawn
     for chunk in chunks:
         which = (chunk.index, chunk.sample)
+        if params.temperature > 0 and chunk.sample == 0:
+            seeds[chunk.index] = chunk.seed
         texts[which] = texts.get(which, "") + chunk.text
         ids.setdefault(which, []).append(chunk.token_id)
         shown = chunk.text if llm.tokenizer else f"{chunk.token_id} "
@@ -131,7 +134,16 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
         for index, sample in sorted(ids):
             name = f"{index}" if params.n == 1 else f"{index}.{sample}"
             print(f"[{name}] {texts[index, sample] if llm.tokenizer else ids[index, sample]}")
-    console.print(f"[dim]{_rates(llm.timing, sum(map(len, ids.values())))}[/dim]", soft_wrap=True)
+    rates = _rates(llm.timing, sum(map(len, ids.values())))
+    console.print(f"[dim]{rates}{_seeds(list(seeds.values()))}[/dim]", soft_wrap=True)
+
+
+def _seeds(seeds: list[int]) -> str:
+    """Return the seeds that --seed takes to draw these answers again, for people."""
+    if not seeds:
+        return ""
+    shown = ", ".join(map(str, dict.fromkeys(seeds[:4]))) + (", ... (--json gives all)" if len(seeds) > 4 else "")
+    return f"; seed{'s' if len(set(seeds)) > 1 else ''} {shown}"
 
 
 def _rates(timing: StepClock, num_new: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.weights.checkpoint import read_json
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -45,7 +45,14 @@ class AddedTokens:
         return dict(self.named) | ({_LEGACY_EXTRA: list(self.extra)} if self.extra else {})
 
     def add_to(self, tokenizer: HFTokenizer) -> None:
-        """Add to a tokenizer what it lacks. Raises: CheckpointError where it would give a token another id."""
+        """Add to a tokenizer what it lacks. A token that it has keeps its id, whatever these files say.
+
+        Raises: CheckpointError where a token that it lacks would get an id that none of the files' entries gives.
+        """
+        lacking: dict[str, set[int]] = {}
+        for token_id, token in self.by_id.items():
+            if tokenizer.token_to_id(token.content) is None:
+                lacking.setdefault(token.content, set()).add(token_id)
         there = tokenizer.get_added_tokens_decoder()
         same = {repr(token) for token in there.values()}
         new = [token for _, token in sorted(self.by_id.items()) if repr(token) not in same]
@@ -54,10 +61,10 @@ class AddedTokens:
         for token in new:
             token.special = token.special or token.content in self.named.values()
         tokenizer.add_tokens(new)
-        for token_id, token in sorted(self.by_id.items()):
-            if (found := tokenizer.token_to_id(token.content)) != token_id:
+        for content, ids in lacking.items():
+            if (found := tokenizer.token_to_id(content)) not in ids:
                 raise CheckpointError(
-                    f"{self.listed_in} gives the token {token.content[:60]!r} the id {token_id}, with tokenizer.json "
+                    f"{self.listed_in} gives the token {content[:60]!r} the id {min(ids)}, with tokenizer.json "
                     f"it gets {found}: the two files do not belong together; fetch both again"
                 )
 
@@ -80,6 +87,8 @@ def added_tokens(
 ) -> AddedTokens:  # fmt: skip
     """Gather the added tokens of the three files. Raises: CheckpointError naming an entry that is no token."""
     is_listed = settings.get(_DECODER) is not None
+    for name, file in ((CONFIG, settings), (SPECIAL_MAP, {} if is_listed else special_map)):
+        _check_extra(name, file)
     values = _merged(settings, {} if is_listed else special_map)
     named = {name: values[name] for name in _NAMES if values.get(name) is not None}
     named |= {name: value for name, value in values.items() if name.endswith("_token") and _is_token(value)}
@@ -95,7 +104,7 @@ def added_tokens(
         by_id = _listed(settings[_DECODER])
     else:
         by_id = _legacy_listed(ids, {_text(one) for one in extra} | {texts[name] for name in _NAMES if name in texts})
-    ends = [_special(_END, file[_END]).content for file in (settings, special_map) if file.get(_END)]
+    ends = [_special(_END, file[_END]).content for file in (settings, special_map) if file.get(_END) is not None]
     return AddedTokens(
         named=texts, extra=tuple(map(_text, extra)), special=tuple(tokens.values()), by_id=by_id,
         listed_in=CONFIG if is_listed else ADDED, ends=tuple(dict.fromkeys(ends)),
@@ -116,6 +125,14 @@ def _merged(settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict
     return values
 
 
+def _check_extra(name: str, file: Mapping[str, Any]) -> None:
+    for key in (_EXTRA, _LEGACY_EXTRA):
+        if not isinstance(value := file.get(key), list | Mapping | None):
+            raise CheckpointError(
+                f"{name} has {key} {value!r:.60}: it must be a list of tokens, or map names to tokens; fetch it again"
+            )
+
+
 def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
 
@@ -130,33 +147,45 @@ def _text(value: Any) -> str:
 
 def _special(name: str, value: Any) -> AddedToken:
     """A special token from its text, or from an object with its settings."""
+    what = f"{listed([name])} {value!r:.60}"
     if isinstance(value, str):
-        return AddedToken(value, special=True)
-    return _token(f"{name} {str(value)[:60]}", value, special=True)
+        return _token(what, {"content": value}, special=True)
+    return _token(what, value, special=True)
 
 
 def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
     """A token from an object with its text and settings. Raises: CheckpointError for anything else."""
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+    if isinstance(value, Mapping) and isinstance(content := value.get("content"), str) and _is_unicode(content):
         try:
-            return AddedToken(value["content"], **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
+            return AddedToken(content, **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
         except TypeError:
             pass
     raise CheckpointError(
-        f"{CONFIG} or {SPECIAL_MAP} has {what}: a token is text, or an object with content and lstrip, rstrip, "
-        f"single_word, normalized and special; fetch it again"
+        f"{CONFIG} or {SPECIAL_MAP} has {what}: a token is text without lone surrogates, or an object with content "
+        f"and lstrip, rstrip, single_word, normalized and special; fetch it again"
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text is valid Unicode: JSON escapes can spell lone surrogates, which no encoding takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(decoder: Any) -> dict[int, AddedToken]:
     """The tokens of an added_tokens_decoder. Raises: CheckpointError."""
     if not isinstance(decoder, Mapping):
-        raise CheckpointError(f"{CONFIG} has {_DECODER} {str(decoder)[:40]!r}: it must map ids to tokens")
+        raise CheckpointError(f"{CONFIG} has {_DECODER} {decoder!r:.40}: it must map ids to tokens; fetch it again")
     tokens = {}
     for token_id, value in decoder.items():
         if not (token_id.isascii() and token_id.isdigit() and len(token_id) < 10):
-            raise CheckpointError(f"{CONFIG} has {_DECODER} key {token_id[:40]!r}: it must be a token id")
-        tokens[int(token_id)] = _token(f"{_DECODER}[{token_id}] = {str(value)[:60]}", value)
+            raise CheckpointError(
+                f"{CONFIG} has {_DECODER} key {token_id[:40]!r}: it must be a token id; fetch it again"
+            )
+        tokens[int(token_id)] = _token(f"{_DECODER}[{token_id}] = {value!r:.60}", value)
     return tokens
 
 
@@ -166,7 +195,11 @@ def _legacy_listed(ids: Mapping[str, Any], special: set[str]) -> dict[int, Added
     for content, token_id in ids.items():
         if type(token_id) is not int or not 0 <= token_id < 2**31:
             raise CheckpointError(
-                f"{ADDED} gives {content[:40]!r} the id {str(token_id)[:40]!r}: it must be a token id"
+                f"{ADDED} gives {content[:40]!r} the id {token_id!r:.40}: it must be a token id; fetch it again"
+            )
+        if not _is_unicode(content):
+            raise CheckpointError(
+                f"{ADDED} has {content[:40]!r}: a token is text without lone surrogates; fetch it again"
             )
         is_special = content in special
         tokens[token_id] = AddedToken(content, normalized=not is_special, special=is_special)

@@ -38,13 +38,17 @@ def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, st
         template, where = read_json(directory / _OF_PROCESSOR, required=False).get("chat_template"), _OF_PROCESSOR
     if template is None:
         return {}
+    pairs: list[tuple[Any, Any]]
     if isinstance(template, list) and all(isinstance(one, Mapping) for one in template):
-        named = {one.get("name"): one.get("template") for one in template}
+        pairs = [(one.get("name"), one.get("template")) for one in template]
     else:
-        named = template if isinstance(template, Mapping) else {DEFAULT: template}
-    if not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise CheckpointError(f"{directory / where} has a chat_template that is not text")
-    return dict(named)
+        pairs = list(template.items()) if isinstance(template, Mapping) else [(DEFAULT, template)]
+    if wrong := [pair for pair in pairs if not all(isinstance(text, str) for text in pair)]:
+        raise CheckpointError(
+            f"{directory / where} has a chat_template that is not text: {wrong[0][1]!r:.60} named {wrong[0][0]!r:.60}; "
+            f"fetch it again"
+        )
+    return dict(pairs)
 
 
 def _read_text(path: Path) -> str:

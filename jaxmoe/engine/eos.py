@@ -20,26 +20,28 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
     """Return every end token that the files of a checkpoint directory name.
 
     Those are eos_token_id of generation_config.json, of config.json and of its text_config, and the eos_token of
-    tokenizer_config.json and special_tokens_map.json. An id of config.json that the tokenizer writes as ordinary text
-    does not count where generation_config.json names others: it is a default that nobody changed. Neither do ids
-    outside the vocabulary, such as -1: they never come.
+    tokenizer_config.json and special_tokens_map.json. Ids outside the vocabulary, such as -1, are left out: they never
+    come. So is a lone id of config.json (or of its text_config) where generation_config.json names other ids of the
+    vocabulary and the id is an ordinary word piece, neither added nor special: config classes write such a default (2
+    for Llama) into files whose vocabulary is another, and answers would end in the middle of a sentence.
     Raises: ConfigError for a value that is no id, CheckpointError for a file that cannot be read.
     """
     config = read_json(directory / CONFIG)
     nested = config.get("text_config")
-    generation = _ids(_GENERATION, read_json(directory / _GENERATION, required=False))
-    configured = _ids(CONFIG, config) | (
-        _ids(f"{CONFIG}: text_config", nested) if isinstance(nested, Mapping) else set()
-    )
-    configured = {one for one in configured if 0 <= one < vocab_size}
+    vocabulary = range(vocab_size)
+    generation = _ids(_GENERATION, read_json(directory / _GENERATION, required=False)).intersection(vocabulary)
+    places = [_ids(CONFIG, config)]
+    if isinstance(nested, Mapping):
+        places.append(_ids(f"{CONFIG}: text_config", nested))
     if tokenizer is None:
         settings = read_json(directory / TOKENIZER_CONFIG, required=False)
         named = read_added_tokens(directory, settings).end_ids(None)
     else:
         named = tokenizer.end_ids
-        if generation or named:
-            configured = {one for one in configured if not tokenizer.is_text(one)}
-    return frozenset(one for one in generation | configured | named if 0 <= one < vocab_size)
+        if generation:
+            defaults = [ids for ids in places if len(ids) == 1 and all(map(tokenizer.is_word_piece, ids))]
+            places = [ids for ids in places if ids not in defaults]
+    return frozenset(generation.union(named, *places).intersection(vocabulary))
 
 
 def special_stop_ids(tokenizer: Tokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:

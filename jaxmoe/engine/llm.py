@@ -405,11 +405,9 @@ class LLM:
             attention_chunk=self.config.visible_span[1],
         )  # fmt: skip
         keeps_all = any(p.reads_history for _, p in asked)
-        usual, most = (needed.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
-        needed = replace(needed, num_pages=max(rows * usual, most))
-        if self._core is None:
-            return needed
-        return self._core.limits if self._core.limits.cover(needed) else needed.joined(self._core.limits)
+        whole = needed if self._core is None else needed.joined(self._core.limits)  # larger chunks need more pages
+        usual, most = (whole.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
+        return replace(whole, num_pages=max(whole.num_pages, rows * usual, most))
 
     def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""

@@ -75,9 +75,8 @@ class SamplingParams:
             _require(is_finite(value), f"{name}={value!r:.60} must be a finite number")
         most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
         _require(1 <= most < 2**31, f"max_tokens={most} must be at least 1, and below 2^31")
-        _require(
-            0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, max_tokens={self.max_tokens}]"
-        )
+        limit = "2^31)" if self.max_tokens is None else f"max_tokens={self.max_tokens}]"
+        _require(0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, {limit}")
         _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
         _require(
             self.temperature == 0 or 1e-6 <= self.temperature <= 100,
@@ -105,6 +104,11 @@ class SamplingParams:
         )
         strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, f"stop={self.stop!r} must be non-empty strings")
+        for text in self.stop:
+            _require(
+                not any("\ud800" <= letter <= "\udfff" for letter in text),
+                f"stop has {text[:40]!r}, which is not valid Unicode: no answer holds a lone surrogate",
+            )
         ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
         _require(ids, f"stop_token_ids={self.stop_token_ids!r} must be token ids")
         _require(

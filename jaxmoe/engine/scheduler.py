@@ -178,6 +178,8 @@ class Scheduler:
                 pool.discard(pages)
         else:
             self.waiting.remove(sequence)
+            for pool in self.pools if discard else ():  # a preempted request's pages
+                pool.discard_prefix(sequence.tokens)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.engine.added_tokens import AddedTokens, added_tokens, read_added_tokens
+from jaxmoe.engine.added_tokens import CONFIG, AddedTokens, added_tokens, read_added_tokens
 from jaxmoe.engine.chat import DEFAULT, Message, read_templates, render
 from jaxmoe.engine.detokenize import Detokenizer, TokenDecoder
 from jaxmoe.errors import CheckpointError, RequestError
@@ -45,7 +45,12 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
         tokenizer.no_truncation()  # files may carry settings of their training
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+        split = settings.get("split_special_tokens")
+        if not isinstance(split, bool | None):
+            raise CheckpointError(
+                f"{directory / CONFIG} has split_special_tokens {split!r:.60}: it must be true or false; fetch it again"
+            )
+        tokenizer.encode_special_tokens = split is True
         added = read_added_tokens(directory, settings)
         added.add_to(tokenizer)
         return cls(tokenizer, settings, read_templates(directory, settings), added)
@@ -81,6 +86,10 @@ class Tokenizer:
     def is_text(self, token_id: int) -> bool:
         """Whether an id is part of decoded text: known, and not special."""
         return self.decoder.token(token_id) is not None
+
+    def is_word_piece(self, token_id: int) -> bool:
+        """Return whether an id belongs to the base vocabulary: known, and neither added nor special."""
+        return self.is_text(token_id) and token_id not in self._tokenizer.get_added_tokens_decoder()
 
     @property
     def end_ids(self) -> set[int]:

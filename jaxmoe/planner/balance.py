@@ -20,10 +20,11 @@ from typing import Literal
 import numpy as np
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.spread import gain_of, rank_loads, spread
+from jaxmoe.planner.spread import MOST_TRIES, gain_of, rank_loads, spread
 
 Algorithm = Literal["distinct", "eplb"]
 _MOST_EXCHANGES = 64  # of groups between nodes, for each layer
+_FEWER_TRIES = 8  # of other placements, for each of these
 ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 
 
@@ -63,8 +64,7 @@ def balance(
 
     Raises: ConfigError for an unknown algorithm, or numbers that do not divide as they must, naming them.
     """
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+    check_algorithm(algorithm)
     loads = np.asarray(loads, np.float64)
     num_experts = loads.shape[1]
     for what, value, by, parts in (
@@ -100,6 +100,12 @@ def balance(
     )
 
 
+def check_algorithm(algorithm: str) -> None:
+    """Raise a ConfigError for a name of no algorithm."""
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+
+
 def _eplb(loads: np.ndarray, num_replicas: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The published placement of each row: (expert at each place [X,R], which of its replicas [X,R], replicas of each
     expert [X,N])."""
@@ -119,23 +125,23 @@ def _distinct(
     the fullest rank has more than there, other nodes for the groups are tried, two groups exchanged at a time.
     """
 
-    def spread_over(experts: np.ndarray, local: np.ndarray) -> tuple[float, np.ndarray]:
+    def spread_over(experts: np.ndarray, local: np.ndarray, tries: int) -> tuple[float, np.ndarray]:
         held = []
         for own, by_rank in zip(loads[experts], local.reshape(len(experts), num_ranks, -1), strict=True):
             other = np.stack([np.bincount(at, minlength=len(own)) for at in by_rank])
-            held.append(spread(own, by_rank.shape[1], num_ranks, other))
+            held.append(spread(own, by_rank.shape[1], num_ranks, other, tries=tries))
         return max(float(rank_loads(*pair).max()) for pair in zip(held, loads[experts], strict=True)), np.stack(held)
 
     counts = np.stack([np.bincount(at, minlength=experts.shape[1]) for at in published])
     carried = np.take_along_axis(loads[experts] / counts, published, axis=1)
     most = float(carried.reshape(len(experts) * num_ranks, -1).sum(axis=1).max())
     most += gain_of(loads, len(experts) * num_ranks)
-    best, (fullest, held) = experts, spread_over(experts, published)
+    best, (fullest, held) = experts, spread_over(experts, published, MOST_TRIES)
     for other in islice(_exchanged(experts, num_groups), _MOST_EXCHANGES):
         if fullest <= most:
             break
         local, _, _ = _eplb(loads[other], published.shape[1], num_ranks)
-        now, found = spread_over(other, local)
+        now, found = spread_over(other, local, _FEWER_TRIES)
         if now < fullest:
             best, fullest, held = other, now, found
     return best, held

@@ -11,21 +11,22 @@ from __future__ import annotations
 import numpy as np
 
 _MOST_STEPS = 2000  # of improvement
-_MOST_TRIES = 128  # of a changed placement, for each row
+MOST_TRIES = 128  # of a changed placement, for each row
 _LEAST_GAIN = 1e-12  # of the load of an even rank: less is rounding
 
 
-def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray) -> np.ndarray:
+def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *, tries: int = MOST_TRIES) -> np.ndarray:
     """Place replicas of experts with `loads` [N] at `places` places of each rank: `held` [R,N].
 
     No rank has two replicas of one expert where places <= N. other [R,N]: a placement to improve on as well, and to be
-    no less even than: while the fullest rank has more than there, up to _MOST_TRIES changed placements are tried.
+    no less even than: while the fullest rank has more than there, up to `tries` changed placements are tried; where a
+    rank has more places than there are experts `other` itself will do.
     """
     counts = _capped_counts(loads, places * num_ranks, num_ranks)
     most = float(rank_loads(other, loads).max()) + gain_of(loads, num_ranks)
-    best, least = other, np.inf
+    best, least = other, np.inf if places <= len(loads) else most
     rng = np.random.default_rng(0)
-    for attempt in range(2 + _MOST_TRIES):
+    for attempt in range(2 + tries):
         if attempt == 0:
             held = _greedy(loads, counts, places, num_ranks)
         elif attempt == 1:
@@ -129,11 +130,11 @@ def _separate(held: np.ndarray, loads: np.ndarray) -> None:
                 if best is None or (fullest, int(other), int(back)) < best:
                     best = fullest, int(other), int(back)
         assert best is not None
-        _, other, back = best
+        _, to, taken = best
         held[rank, expert] -= 1
-        held[other, expert] += 1
-        held[other, back] -= 1
-        held[rank, back] += 1
+        held[to, expert] += 1
+        held[to, taken] -= 1
+        held[rank, taken] += 1
 
 
 def _improve(held: np.ndarray, loads: np.ndarray) -> None:
@@ -193,7 +194,7 @@ def _replace(held: np.ndarray, loads: np.ndarray, weight: np.ndarray, fullest: i
             best = float(most.flat[at]), rank, int(gives[give]), int(takes[take])
     if best is None:
         return False
-    _, rank, give, take = best
-    held[rank, give] -= 1
-    held[rank, take] += 1
+    _, at_rank, given, taken = best
+    held[at_rank, given] -= 1
+    held[at_rank, taken] += 1
     return True

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.errors import CheckpointError, listed
+from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.formats import QUANTISATION
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
@@ -52,7 +52,8 @@ def _read_object(path: Path, *, required: bool) -> dict[str, Any]:
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     """All tensors of a published or converted checkpoint by name, headers checked, nothing read yet.
 
-    Raises: CheckpointError naming missing files, links that leave the directory, or where index and files differ.
+    Raises: CheckpointError naming links that leave the directory, or where index and files differ; its subclass
+    MissingWeightsError where there are no weights, or files are missing.
     """
     manifest = read_manifest(directory)
     tensors = open_converted(directory, manifest) if manifest is not None else _open_published(directory)
@@ -98,7 +99,7 @@ def _open_published(directory: Path) -> dict[str, TensorInfo]:
 
 def _open_shards(directory: Path, names: list[str]) -> dict[str, TensorInfo]:
     if missing := [name[:80] for name in names if not os.path.isfile(directory / name)]:
-        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} weight files: {listed(missing)}")
+        raise MissingWeightsError(f"{directory} lacks {len(missing)} of {len(names)} weight files: {listed(missing)}")
     for name in names:
         check_inside(directory, directory / name)
     tensors: dict[str, TensorInfo] = {}
@@ -130,16 +131,17 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mappin
 
 
 def _refuse_others(directory: Path) -> None:
-    """Raise a CheckpointError for what is an Orbax checkpoint but not a whole one of ours, and for pickles alone."""
+    """Raise a MissingWeightsError for what is an Orbax checkpoint but not a whole one of ours, and for pickles
+    alone."""
     if any((directory / name).exists() for name in (TREE, CHECKPOINT)):
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"{directory} is an Orbax checkpoint without {MANIFEST}: unfinished, or not written by jaxmoe convert; "
             f"convert the published checkpoint"
         )
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
         return
     if pickles := sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES):
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"{directory} has pickled weights alone ({', '.join(pickles[:4])}), which can hold code and are never "
             f"loaded: have them saved as safetensors"
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from jaxmoe.errors import CheckpointError, listed
+from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
@@ -134,15 +134,17 @@ def open_store(directory: Path, manifest: Manifest, *, whole: bool = True) -> di
     """All tensors of an Orbax checkpoint by name; nothing read yet. whole: whether each must have its chunks, of the
     right sizes.
 
-    Raises: CheckpointError naming folders it lacks, chunks that are not right, or links that leave the directory.
+    Raises: CheckpointError naming chunks that are not right, or links that leave the directory; MissingWeightsError
+    naming folders it lacks, or chunks where no other fault is found.
     """
     tensors: dict[str, StoredTensor] = {}
     for name, entry in manifest.tensors.items():
         assert entry.chunk is not None
         tensors[name] = StoredTensor(directory / name, entry.spec, entry.chunk)
     if missing := [name for name in tensors if not (directory / name / ZARRAY).is_file()]:
-        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {listed(missing)}")
+        raise MissingWeightsError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {listed(missing)}")
     wrong: list[str] = []
+    is_damaged = False  # rather than incomplete
     for name, tensor in tensors.items():
         check_inside(directory, directory / name)
         sizes = {}
@@ -155,8 +157,9 @@ def open_store(directory: Path, manifest: Manifest, *, whole: bool = True) -> di
         num_bytes = tensor.grid.chunk_bytes
         if whole and any(sizes.get(run.file) != num_bytes for run in tensor.grid.files()):
             wrong.append(name)
+            is_damaged |= any(sizes.get(run.file, num_bytes) != num_bytes for run in tensor.grid.files())
     if wrong:
-        raise CheckpointError(
+        raise (CheckpointError if is_damaged else MissingWeightsError)(
             f"{directory} lacks chunks of {len(wrong)} tensors, or they are not as long as written: {listed(wrong)}; "
             f"convert again or fetch it again"
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.config import CheckpointLayout, ModelConfig
-from jaxmoe.errors import CheckpointError
+from jaxmoe.errors import MissingWeightsError
 from jaxmoe.families import FAMILIES, is_exact, read_config, states_dtype, with_layout
 from jaxmoe.families.keys import DOWN, EMBEDDING, GATE_UP, HEAD
 from jaxmoe.weights.checkpoint import CONFIG, open_tensors, read_json
@@ -48,7 +48,7 @@ def read_stored_config(
     """Return the config of a config.json, with what the weights beside it tell where all their files are there.
     ignore, planned, not_understood: see read_config.
 
-    Raises: CheckpointError, ConfigError.
+    Raises: CheckpointError, also for weights that are all there and damaged or contradictory; ConfigError.
     """
     raw = read_json(path)
     config = read_config(raw, ignore=ignore, planned=planned, not_understood=not_understood)
@@ -56,7 +56,7 @@ def read_stored_config(
         return config
     try:
         tensors = open_tensors(path.parent)
-    except CheckpointError:  # no weights, or a part of them: the config alone was asked about
+    except MissingWeightsError:  # none, or a part of them: the config alone was asked about
         return config
     return as_stored(config, tensors, raw)
 

@@ -28,11 +28,19 @@ def answer(**changes: Any) -> dict[str, Any]:
     """What compile_for gives; `bytes` are changed one by one."""
     size = {"weights": 30 * GIB, "kv": 10 * GIB, "temp": GIB, "total": 41 * GIB, "limit": 95 * GIB}
     plain = {
-        "target": "v5p:2x2x1", "fits": True, "as_planned": True, "compile_seconds": 3.2,
+        "target": "v5p:2x2x1", "fits": True, "as_planned": True, "compile_seconds": 3.2, "behind_windows": None,
         "collectives": [row("prefill", "all-reduce", 4, 4), row("decode", "all-reduce", 4, 4)],
         "phases": {"prefill": part(), "decode": part()},
     }  # fmt: skip
     return plain | changes | {"bytes": size | changes.get("bytes", {})}
+
+
+def test_pages_that_are_kept_behind_windows_are_said(told):
+    found = {
+        "tokens": 4096, "layers": 12, "of_layers": 24, "freed": False, "held_tokens": 4096, "kept_bytes": 3 * 2**20
+    }  # fmt: skip
+    said = told(answer(behind_windows=found)).out
+    assert "Pages behind the windows of 12 of 24 layers are kept: 3.0 MiB of a request of 4,096 tokens." in said
 
 
 @pytest.fixture

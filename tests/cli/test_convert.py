@@ -244,7 +244,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "many dims": (_named("x", shape=(1,) * 140), ["tensor 'x' has 140 dims", "may have 32", "--to hf"]),
     "too few layers": (_config(num_hidden_layers=1), ["unused"]),
-    "a config key": (_config(new_maths=3), ["new_maths"]),
+    "a config key": (_config(new_gate=3), ["new_gate"]),
     "a link that leaves": (_link("tokenizer.json", ETC), ["tokenizer.json is a link that leaves the directory", ETC]),
     "weights behind a link": (_link("model.safetensors", "../other.safetensors"), ["is a link that leaves"]),
     "a link to itself": (_link("merges.txt", "merges.txt"), ["merges.txt is a link to nothing (merges.txt)"]),
@@ -302,8 +302,8 @@ def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(caps
 def test_quantised_ones_must_have_a_config_that_can_be_all_the_same(settings, capsys, work):
     _edit(work / "good" / "config.json", quantization_config=settings, num_local_experts="x")
     _assert_refused(capsys, ["good", "out"], "'num_local_experts' = 'x' must be a whole number")
-    _edit(work / "good" / "config.json", num_local_experts=6, new_maths=3)
-    _assert_refused(capsys, ["good", "out"], "'new_maths' = 3")
+    _edit(work / "good" / "config.json", num_local_experts=6, new_gate=3)
+    _assert_refused(capsys, ["good", "out"], "'new_gate' = 3")
 
 
 @pytest.mark.parametrize("model_type", [[], {}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,32 @@ def test_generate_score_and_last_logits_say_so(llm):
     with pytest.raises(StepError, match="the last token of prompt 1 are not finite"):
         llm.last_logits([PROMPTS[0], bad])
     assert np.isfinite(llm.last_logits(PROMPTS)).all()
+
+
+def test_no_request_of_another_rank_fails_on_a_mesh(tiny_llm):
+    """Tokens travel to the experts of other ranks beside the one that has no number."""
+    llm = tiny_llm(CASE, "data=2,tensor=2,expert=2")
+    expected = [out.token_ids for out in llm.generate(PROMPTS, GREEDY)]
+    at = next(i for i, leaf in enumerate(llm.runner.leaves) if leaf.shape[0] == llm.runner.sizes[0].vocab)
+    whole, llm._core = llm.runner.leaves[at], None
+    llm.runner.leaves[at] = jax.device_put(whole.at[BAD].set(jnp.nan), whole.sharding)
+    try:
+        chunks = {}
+        with Engine(llm, max_requests=8, context=32, page_size=4, chunk_tokens=16) as engine:
+
+            async def heard(index, prompt):
+                chunks[index] = [chunk.token_id async for chunk in engine.stream(prompt, GREEDY)]
+
+            async def scene():
+                bad = [heard("bad", [*PROMPTS[0][:5], BAD]), heard("worse", [BAD])]
+                good = [heard(index, prompt) for index, prompt in enumerate(PROMPTS)]
+                return await asyncio.gather(*bad, *good, return_exceptions=True)
+
+            failed = asyncio.run(scene())
+        assert [isinstance(one, StepError) for one in failed] == [True, True, False, False, False]
+        assert [chunks[index] for index in range(len(PROMPTS))] == expected
+    finally:
+        llm.runner.leaves[at], llm._core = whole, None
 
 
 def test_the_remedy_is_a_wider_dtype_where_there_is_one(llm, monkeypatch):

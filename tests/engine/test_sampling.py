@@ -146,6 +146,7 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, turns):
         ({"frequency_penalty": 1e9}, "frequency_penalty"), ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias has 'a'"), ({"logit_bias": {1: float("inf")}}, r"logit_bias\[1\]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": "ab"}, "stop_token_ids"),
+        ({"stop": ["a", "b\ud800"]}, r"stop has 'b\\ud800', which is not valid Unicode"),
         ({"top_logprobs": 21}, "top_logprobs=21"), ({"max_tokens": 2**31}, "max_tokens=2147483648"),
         ({"logit_bias": {1: 10**400}}, r"logit_bias\[1\]"), ({"logit_bias": {1: 1e300}}, r"logit_bias\[1\]"),
         ({"temperature": 1e-38}, "temperature=1e-38"), ({"temperature": 10**400}, "temperature="),

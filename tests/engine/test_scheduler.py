@@ -144,7 +144,7 @@ def run_schedule(
             cancelled.add(sequence.request_id)
         for sequence in sequences:
             if arrivals[sequence.request_id][4] == step and not sequence.finished:
-                scheduler.finish(sequence)
+                scheduler.finish(sequence, discard=sequence.request_id % 2 == 0)
                 cancelled.add(sequence.request_id)
         plan = scheduler.plan()
         assert len(plan.decodes) <= rows * ranks

@@ -62,7 +62,9 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
         stats = engine.stats()
         assert engine._core.copy_s > 0
         assert engine._core.compute_s > 0
-    assert stats["pages_brought_back"] >= 12 * 7
+    window = llm.config.sliding_windows[0]
+    assert stats["pages_brought_back"] >= 12 * (window // 4)  # of each beginning what its next token sees
+    assert stats["cached_prompt_tokens"] >= 12 * 28
     assert stats["pages_on_host"] > 0
     assert stats["pages_held"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from jaxmoe import LLM, SamplingParams
 from jaxmoe.engine.core import Core, Request
 from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.scheduler import Scheduler
 
 from ..conftest import ONE_DEVICE, mesh_of
 
@@ -92,3 +94,18 @@ def test_generate_asks_for_no_more_pages_than_windows_need(changed_dir):
     assert tokens == rows * 16 * ((8 + 128 + 14) // 16 + 1)
     tokens, _ = llm.pool_for(prompts, replace(long, repetition_penalty=1.1))  # which reads all tokens before
     assert tokens >= rows * 403
+
+
+def test_a_longer_prompt_before_leaves_room_for_what_had_room(changed_dir):
+    """Larger chunks of prompts need more pages at once, and an LLM keeps the larger of what it was asked for."""
+    llm = LLM.load(changed_dir("mistral_window", max_position_embeddings=4096), mesh=mesh_of("data=1"), dtype="float32")
+    asked = [([1] * 100, SamplingParams(max_tokens=3000))]
+    for before in ([], [([1] * 2000, SamplingParams(max_tokens=10))]):
+        for others in (asked, before, asked):
+            if others:
+                llm._core = SimpleNamespace(limits=llm._limits_for(others))
+        limits = llm._limits_for(asked)
+        Scheduler(limits).check(100, 3100)
+        assert limits.most_pages(limits.context) <= limits.num_pages < 300
+        assert limits == llm._core.limits
+    assert limits.chunk_tokens == 2048

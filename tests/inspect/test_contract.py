@@ -85,8 +85,10 @@ def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
     assert_as_planned(llm, bucket_for(llm, 8))
 
 
-@pytest.mark.optimised
-@pytest.mark.parametrize("mesh", ["data=2,tensor=2,expert=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param("data=2,tensor=2,expert=2", marks=pytest.mark.optimised), pytest.param("tensor=8", marks=SWEEP)],
+)
 def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", mesh, XLA)
     assert_as_planned(llm, bucket_for(llm, 8, blocks=2))

@@ -46,8 +46,13 @@ def test_a_case_of_every_family_on_meshes_in_turn(name, mesh, tiny_llm):
     assert_steps_hold_what_is_planned(llm)
 
 
-@pytest.mark.parametrize("index", [index for index, name in enumerate(NAMES) if name not in QUICK][::4])
-def test_every_fourth_of_the_other_cases_on_a_mesh_in_turn(index, tiny_llm):
+OTHERS = [index for index, name in enumerate(NAMES) if name not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "index", [pytest.param(index, marks=pytest.mark.sweep if at % 4 else ()) for at, index in enumerate(OTHERS)]
+)
+def test_other_cases_on_a_mesh_in_turn(index, tiny_llm):
     case = CASES[index]
     assert_agrees(tiny_llm(case.name, MIXED_MESHES[index % len(MIXED_MESHES)], XLA), case, load_golden(case))
 
@@ -65,6 +70,8 @@ def test_every_case_on_every_mesh(name, mesh, kernels, tiny_llm):
     [
         ("mixtral_six_experts", Kernels(dispatch="all_gather")),
         ("qwen2_moe_shared", Kernels(grouped="ragged")),
+        pytest.param("qwen2_moe_shared", Kernels(dispatch="all_gather"), marks=pytest.mark.sweep),
+        pytest.param("mixtral_six_experts", Kernels(grouped="ragged"), marks=pytest.mark.sweep),
     ],
 )
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):

@@ -19,6 +19,7 @@ SOME = {row["config"]["model_type"]: row for row in ROWS if "parameters" in row}
 _NEEDED = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "glm4_moe": {"head_dim": 128},  # without which 96 heads do not divide its 4096
 }
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from jaxmoe import LLM
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.inspect.info import model_info
+from jaxmoe.inspect.plan import PlanQuestion
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.weights import stored
 from jaxmoe.weights.checkpoint import open_tensors
@@ -221,6 +222,31 @@ def test_a_config_alone_keeps_the_default(tiny_dir, tmp_path):
     del raw["torch_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert model_info(tmp_path / "config.json")["dtype"] == "bfloat16"
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')  # the rest is not fetched yet
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1-of-1.safetensors"}}')  # which is not fetched yet
     asked = ModelQuestion(config=str(tmp_path), mesh="data=1", batch=1, context=8)
     assert asked.checked_model()[0].dtype == "bfloat16"
+    index.unlink()
+    (tmp_path / "pytorch_model.bin").touch()
+    assert asked.checked_model()[0].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"\xff" * 20, "truncated or not safetensors"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"{}", "holds no tensors"),
+        ("model.safetensors.index.json", b"{", "not readable JSON"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', "outside its directory"),
+        ("jaxmoe_manifest.json", b"{}", "not as jaxmoe convert wrote it"),
+    ],
+)  # fmt: skip
+def test_damaged_weights_beside_a_config_are_refused(file, content, message, tiny_dir, tmp_path):
+    raw = json.loads((tiny_dir(PLAIN) / "config.json").read_text())
+    del raw["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        ModelQuestion(config=str(tmp_path), mesh="data=1", batch=1, context=8).checked_model()
+    with pytest.raises(CheckpointError, match=message):
+        PlanQuestion(config=str(tmp_path), hardware="h100").checked()
