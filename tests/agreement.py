@@ -30,11 +30,16 @@ def assert_same_answers(found: Answers, wanted: Answers, *, atol: float = 1e-4) 
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-def assert_agrees(llm: LLM, case: Case, reference: Reference) -> None:
-    """Logits within LOGIT_TOLERANCE and every greedy token equal."""
+def assert_agrees(llm: LLM, case: Case, reference: Reference, *, scored: bool = True) -> None:
+    """Logits within LOGIT_TOLERANCE (where scored) and every greedy token equal."""
     prompts = [list(prompt) for prompt in case.prompts]
+    if scored:
+        _assert_scores_agree(llm, prompts, reference)
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_GREEDY_TOKENS, ignore_eos=True))
+    assert [out.token_ids for out in outputs] == reference.greedy.tolist()
+
+
+def _assert_scores_agree(llm: LLM, prompts: list[list[int]], reference: Reference) -> None:
     np.testing.assert_allclose(llm.last_logits(prompts), reference.last_logits, rtol=0, atol=LOGIT_TOLERANCE)
     for scored, expected in zip(llm.score(prompts), reference.prompt_logprobs, strict=True):
         np.testing.assert_allclose(scored, expected, rtol=0, atol=LOGIT_TOLERANCE)
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_GREEDY_TOKENS, ignore_eos=True))
-    assert [out.token_ids for out in outputs] == reference.greedy.tolist()

@@ -286,7 +286,7 @@ def test_a_router_that_sends_all_tokens_one_way_drops_none(layout, kind, towards
     assert_same_answers(answers(many, PROMPTS, PARAMS), answers(one, PROMPTS, PARAMS))
 
 
-@pytest.mark.parametrize("layout", ["cp-ep-tp", "tp-ep-sp"])
+@pytest.mark.parametrize("layout", ["cp-ep-tp", pytest.param("tp-ep-sp", marks=pytest.mark.sweep)])
 def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
     """With keys and values of eight bits, pages that wait in host memory, and beginnings that are known."""
     llm = LLM.load(

@@ -57,7 +57,7 @@ def flops_of_one_row(dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 8, 32, 512])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(8, marks=pytest.mark.sweep), 32, 512])
 def test_products_run_are_those_of_the_active_experts(dtype, num_tokens):
     trips = trips_by_size(num_tokens)
     flops_by_rows: Counter[int] = Counter()

@@ -118,16 +118,16 @@ def test_stages_change_no_bit_in_bfloat16(mesh, without, changed_dir):
         (AROUND, "data=2,pipeline=2", XLA),
     ],
 )
-def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir):
+def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir, one_device):
     """Layers beside the stages, which are split over them, too."""
     if kernels == NATIVE and find_compiler() is None:
         kernels = XLA
     directory = changed_dir(model[0], **model[1])
     llm = LLM.load(directory, mesh=mesh_of(mesh), dtype="bfloat16", kernels=kernels)
-    one = LLM.load(directory, mesh=mesh_of("data=1"), dtype="float32")
-    near = np.abs(llm.last_logits(PROMPTS) - one.last_logits(PROMPTS))
-    assert near.mean() < 0.2 < one.last_logits(PROMPTS).std()
-    assert len(llm.generate(PROMPTS[:2], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+    (tokens, logprobs), (wanted, exact) = outcome(llm), one_device(model)
+    firsts = [at for at in range(len(PROMPTS)) if tokens[at][0] == wanted[at][0]]
+    assert len(firsts) >= 3
+    assert max(abs(logprobs[at][0] - exact[at][0]) for at in firsts) < 0.2
 
 
 STEPS = [
@@ -219,6 +219,7 @@ def test_no_weight_is_copied_and_pages_are_donated(changed_dir):
     assert_nothing_is_copied(llm, step_program(llm, bucket))
 
 
+@pytest.mark.sweep
 def test_requests_that_come_and_go_give_what_each_gives_alone(changed_dir):
     """With penalties and drawn tokens."""
     llm = loaded(changed_dir, AROUND, "data=2,pipeline=2,tensor=2")

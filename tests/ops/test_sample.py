@@ -83,10 +83,10 @@ def drawn_by(kind, logits, values, positions, history=None, wanted=ALL, **change
     return tuple(np.asarray(part) for part in drawn)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
-    vocab=st.sampled_from([1, 7, VOCAB, 50]),
+    vocab=st.sampled_from([1, VOCAB, 50]),
     temperature=st.sampled_from([0.0, 0.4, 1.3]),
     top_k=st.integers(0, VOCAB),
     top_p=st.sampled_from([0.3, 0.83, 1.0]),

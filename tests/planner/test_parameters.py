@@ -52,7 +52,7 @@ def of_abstract_model(config, placement: Placement) -> Counter[str]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case):
-    config = read_config({**case.config, "torch_dtype": "float32"})
+    config = read_config({**case.config, "torch_dtype": "float32", "dtype": "float32"})
     mesh, layout = MESHES[sum(map(ord, case.name)) % len(MESHES)]
     place = dict(layout=parse_layout(layout))
     mine = by_path(Held(config, Placement(mesh=planned(mesh), **place)))
@@ -62,7 +62,7 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("name", ["qwen2_moe_shared", "deepseek_v3_groups"])
 def test_every_layout_splits_them_alike(name, layout):
-    config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32"})
+    config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
     for mesh in ("data=2,expert=2,tensor=2", "pipeline=2,expert=2,tensor=2"):
         held = Held(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
         assert by_path(held) == of_abstract_model(config, Placement(mesh=mesh_of(mesh), layout=LAYOUTS[layout]))
@@ -71,7 +71,9 @@ def test_every_layout_splits_them_alike(name, layout):
 @pytest.mark.parametrize("weights_dtype", ["int8", "fp8", "int8-block", "fp8-block"])
 @pytest.mark.parametrize("name", ["mixtral_six_experts", "llama4_text_maverick"])
 def test_quantised_ones_with_their_scales(name, weights_dtype):
-    config = with_weights_dtype(read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32"}), weights_dtype)
+    config = with_weights_dtype(
+        read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"}), weights_dtype
+    )
     mesh = "expert=2,tensor=4"
     mine = by_path(Held(config, Placement(mesh=planned(mesh))))
     assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh)))
@@ -81,7 +83,7 @@ def test_quantised_ones_with_their_scales(name, weights_dtype):
 @pytest.mark.parametrize("name", ["qwen3_moe_norm", "deepseek_v2_lite", "gpt_oss_window"])
 @pytest.mark.parametrize(("mesh", "layout"), [("data=2,tensor=4", "ep-tp"), ("data=4,tensor=2", "cp-ep-tp")])
 def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
-    config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32"})
+    config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
     place = Placement(mesh=mesh_of(mesh), layout=parse_layout(layout))
     kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=place.parts("page_token") > 1)
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
@@ -95,7 +97,7 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
 
 
 def test_padding_and_copies_are_what_an_even_share_lacks():
-    config = read_config({**CASES_BY_NAME["mixtral_six_experts"].config, "torch_dtype": "float32"})
+    config = read_config({**CASES_BY_NAME["mixtral_six_experts"].config, "torch_dtype": "float32", "dtype": "float32"})
     alone = Held(config, Placement(mesh=planned("data=1")))
     assert alone.unpadded_bytes == alone.weight_bytes
     copies = Held(config, Placement(mesh=planned("data=8")))

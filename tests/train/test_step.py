@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import jax
 import numpy as np
@@ -44,6 +45,7 @@ RECIPE = Recipe(
 ONE, EIGHT = "data=1", "data=2,tensor=2,expert=2"
 
 
+@cache  # its step is compiled once
 def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: Kernels = Kernels()) -> Trainer:
     return Trainer(recipe, Placement(mesh=mesh_of(mesh)), kernels=kernels)
 
