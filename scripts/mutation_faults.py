@@ -118,7 +118,7 @@ SHARDING = _faults(
         "jaxmoe/model/rows.py",
         "return jax.lax.psum(means, axes) if axes else means",
         "return means",
-        "inspect/test_contract.py -k olmoe",
+        "integration/test_goldens.py -k olmoe and turn",
     ),
     (
         "every-rank-adds-the-down-bias",
@@ -139,7 +139,7 @@ SHARDING = _faults(
         "jaxmoe/model/moe.py",
         "((0, 0), (0, share * ranks * others - moe.num_experts))",
         "((0, 0), (share * ranks * others - moe.num_experts, 0))",
-        "integration/test_goldens.py -k qwen3_moe_norm and turn",
+        "integration/test_goldens.py -k kimi and turn",
     ),
     (
         "interleaved-stage-files-its-micro-batch-one-late",
