@@ -211,13 +211,17 @@ class PagePool:
             gone = falling.pop()
             if self._first_visible is None:
                 falling += gone.children.values()
-            if gone.place >= 0:
-                del self._on_host[gone.place]
-                self._blank_places.append(gone.place)
-                gone.place = -1
+            self._leave_host(gone)
         if self._first_visible is None:
             node.children.clear()
         self._prune(node)
+
+    def _leave_host(self, node: _Shared) -> None:
+        """Free the host memory of a page, if it has any."""
+        if node.place >= 0:
+            del self._on_host[node.place]
+            self._blank_places.append(node.place)
+            node.place = -1
 
     def _prune(self, node: _Shared) -> None:
         """Out of the tree with a page that is gone and has none after it, and with those before it that are so then."""
@@ -246,10 +250,8 @@ class PagePool:
             elif page < 0:
                 pass  # the caller does not hold it any more
             elif child.page < 0:  # known in host memory or given up: the one here takes its place
-                if child.place >= 0:
-                    del self._on_host[child.place]
-                    self._blank_places.append(child.place)
-                child.page, child.place = page, -1
+                self._leave_host(child)
+                child.page = page
                 self._shared[page] = child
             elif child.page != page:
                 if not replace:
@@ -305,10 +307,7 @@ class PagePool:
                     del self._idle[node.page], self._shared[node.page]
                     self._blank.append(node.page)
                     node.page = -1
-                elif node.place >= 0:
-                    del self._on_host[node.place]
-                    self._blank_places.append(node.place)
-                    node.place = -1
+                self._leave_host(node)
                 self._prune(node)
 
     def discard_prefix(self, tokens: Sequence[int]) -> None:

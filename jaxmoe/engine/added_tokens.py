@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
+from jaxmoe.engine.request import is_unicode
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.weights.checkpoint import read_json
 
@@ -155,7 +156,7 @@ def _special(name: str, value: Any) -> AddedToken:
 
 def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
     """A token from an object with its text and settings. Raises: CheckpointError for anything else."""
-    if isinstance(value, Mapping) and isinstance(content := value.get("content"), str) and _is_unicode(content):
+    if isinstance(value, Mapping) and isinstance(content := value.get("content"), str) and is_unicode(content):
         try:
             return AddedToken(content, **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
         except TypeError:
@@ -164,15 +165,6 @@ def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
         f"{CONFIG} or {SPECIAL_MAP} has {what}: a token is text without lone surrogates, or an object with content "
         f"and lstrip, rstrip, single_word, normalized and special; fetch it again"
     )
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text is valid Unicode: JSON escapes can spell lone surrogates, which no encoding takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _listed(decoder: Any) -> dict[int, AddedToken]:
@@ -197,7 +189,7 @@ def _legacy_listed(ids: Mapping[str, Any], special: set[str]) -> dict[int, Added
             raise CheckpointError(
                 f"{ADDED} gives {content[:40]!r} the id {token_id!r:.40}: it must be a token id; fetch it again"
             )
-        if not _is_unicode(content):
+        if not is_unicode(content):
             raise CheckpointError(
                 f"{ADDED} has {content[:40]!r}: a token is text without lone surrogates; fetch it again"
             )

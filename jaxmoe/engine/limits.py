@@ -38,10 +38,6 @@ class Limits:
         if self.chunk_tokens % self.block_tokens:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
 
-    def cover(self, other: Limits) -> bool:
-        """Whether all that fits into the others fits into these."""
-        return self == self.joined(other)
-
     def joined(self, other: Limits) -> Limits:
         """The larger of each."""
         return Limits(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})

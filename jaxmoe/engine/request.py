@@ -106,7 +106,7 @@ class SamplingParams:
         _require(strings, f"stop={self.stop!r} must be non-empty strings")
         for text in self.stop:
             _require(
-                not any("\ud800" <= letter <= "\udfff" for letter in text),
+                is_unicode(text),
                 f"stop has {text[:40]!r}, which is not valid Unicode: no answer holds a lone surrogate",
             )
         ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
@@ -155,6 +155,15 @@ def drawn_seed() -> int:
 def seed_of_sample(seed: int, sample: int) -> int:
     """Return the seed of one sample of a request of this seed; past the largest it goes on from 0."""
     return seed + sample if seed + sample < 2**64 else seed + sample - 2**64
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text is valid Unicode: JSON escapes can spell lone surrogates, which no encoding takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_finite(value: object) -> bool:
