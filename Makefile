@@ -13,13 +13,15 @@ REAL_MODEL_DIR = .cache/smollm2-135m-instruct
 PYTHON ?= $(shell scripts/find_python.sh)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_JOBS ?= -n 2 --dist worksteal
-# What depends on the versions of Python and JAX: compiled programs of every family and kind of mesh, kernels, training,
-# Orbax, commands in processes of their own. `make check` holds all of the source against Python 3.11.
-OLDEST_TESTS = tests/integration tests/model tests/ops tests/train tests/test_mesh.py tests/test_sharding.py \
+# What depends on the versions of Python and JAX: kernels, every kind of collective and layout, stages, training, Orbax, the
+# wheel and commands in processes of their own. `make oracle` runs every family there, `make check` holds all of the source
+# against Python 3.11.
+OLDEST_TESTS = tests/integration/test_wheel.py tests/ops/test_native.py tests/ops/test_dispatch.py tests/ops/test_paged.py \
+	tests/ops/test_sample.py tests/ops/test_grouped.py tests/model tests/train tests/test_mesh.py tests/test_sharding.py \
 	tests/test_layouts.py tests/inspect/test_contract.py tests/inspect/test_fit.py tests/engine/test_engine.py \
-	tests/engine/test_experts.py tests/engine/test_kv_dtype.py tests/engine/test_not_finite.py tests/weights/test_load.py \
-	tests/weights/test_store.py tests/weights/test_convert.py tests/cli/test_commands.py tests/cli/test_compile.py \
+	tests/engine/test_experts.py tests/engine/test_kv_dtype.py tests/weights/test_store.py tests/weights/test_convert.py \
 	tests/cli/test_process.py
+OPTIMISED_TESTS = $(shell grep -rl --include='*.py' 'mark\.optimised' tests)
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-all check browser oracle test-oldest clean
@@ -49,7 +51,7 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle and not browser"
-	JAXMOE_TESTS_OPTIMISED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimised
+	JAXMOE_TESTS_OPTIMISED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimised $(OPTIMISED_TESTS)
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle and not browser"

@@ -57,7 +57,14 @@ def placement_of(expert_at, experts) -> ExpertPlacement:
     [
         ("mixtral_six_experts", "data=2,tensor=2,expert=2", "ep-tp", 2, "all_to_all"),
         pytest.param("qwen2_moe_shared", "tensor=2,expert=2", "tp-ep", 0, "ragged_all_to_all", marks=pytest.mark.sweep),
-        ("qwen3_moe_sparse_step", "pipeline=2,tensor=2,expert=2", "tp-ep-sp", 5, "all_gather"),
+        pytest.param(
+            "qwen3_moe_sparse_step",
+            "pipeline=2,tensor=2,expert=2",
+            "tp-ep-sp",
+            5,
+            "all_gather",
+            marks=pytest.mark.sweep,
+        ),
         (  # axes in an order of their own
             "mixtral_six_experts",
             "data=2,tensor=2,expert=2",

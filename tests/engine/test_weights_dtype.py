@@ -62,7 +62,7 @@ DEEPSEEK = ("fp8", "deepseek_v3_groups")
         pytest.param(GPT_OSS, "data=2,pipeline=2,tensor=2", "tp-sp", marks=pytest.mark.sweep),
         pytest.param(DEEPSEEK, ALL, "tp-ep", marks=pytest.mark.sweep),
         pytest.param(DEEPSEEK, "data=2,tensor=2", "cp-ep-tp", marks=pytest.mark.sweep),
-        (("int8-channel", "llama_mha"), "pipeline=2,tensor=4", "tp-sp"),
+        pytest.param(("int8-channel", "llama_mha"), "pipeline=2,tensor=4", "tp-sp", marks=pytest.mark.sweep),
         pytest.param(MXFP4, "pipeline=2,tensor=4", "tp-sp", marks=pytest.mark.sweep),
         pytest.param(MXFP4, ALL, "tp-ep", marks=pytest.mark.sweep),
         pytest.param(FP8, "pipeline=2,tensor=2,expert=2", "dp-ep", marks=pytest.mark.sweep),

@@ -18,7 +18,12 @@ ALTERNATING = {
 }
 
 
-@pytest.fixture(params=sorted(ALTERNATING))
+@pytest.fixture(
+    params=[
+        "qwen3_moe_sparse_step",
+        pytest.param("qwen2_layer_types", marks=pytest.mark.sweep),
+    ]  # the other on stages, too
+)
 def directory(request, changed_dir):
     return changed_dir(request.param, **ALTERNATING[request.param])
 

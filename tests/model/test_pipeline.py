@@ -115,7 +115,7 @@ def test_stages_change_no_bit_in_bfloat16(mesh, without, changed_dir):
     [
         pytest.param(DEEP, "pipeline=2,tensor=2", XLA, marks=pytest.mark.sweep),
         pytest.param(AROUND, "data=2,pipeline=2", NATIVE, marks=pytest.mark.sweep),
-        (AROUND, "data=2,pipeline=2", XLA),
+        pytest.param(AROUND, "data=2,pipeline=2", XLA, marks=pytest.mark.sweep),
     ],
 )
 def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir, one_device):
