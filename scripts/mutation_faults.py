@@ -235,14 +235,14 @@ LOADING = _faults(
         "jaxmoe/families/keys.py",
         'slice(part, 2 * ffn, 2) if fused == "interleaved"',
         'slice(1 - part, 2 * ffn, 2) if fused == "interleaved"',
-        "integration/test_goldens.py -k gpt_oss and one_device",
+        "integration/test_goldens.py -k gpt_oss and turn",
     ),
     (
         "rotary-halves-swapped-where-published-interleaved",
         "jaxmoe/families/attention_keys.py",
         "slice(first + start + part, first + start + dims, 2)",
         "slice(first + start + 1 - part, first + start + dims, 2)",
-        "integration/test_goldens.py -k deepseek and one_device",
+        "integration/test_goldens.py -k deepseek and turn",
     ),
     (
         "scale-block-counted-from-the-first-row-read",
