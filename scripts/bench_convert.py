@@ -1,6 +1,6 @@
 """What conversion costs beside cp, how much memory it takes, and what kills do to it.
 
-python -m scripts.bench_convert DIRECTORY [--gb 6] [--ram-gib 1] [--turns 3] [--kills 20] [--seed 0]
+python -m scripts.bench_convert DIRECTORY [--gb 6] [--ram-gib 1] [--repeats 3] [--kills 20] [--seed 0]
 
 DIRECTORY needs room for three times the checkpoint; all that is made there is removed. Prints a table and, at the end,
 one JSON object.
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--gb", type=float, default=6.0, help="of the checkpoint, in 1e9 bytes")
     parser.add_argument("--ram-gib", type=float, default=1.0)
-    parser.add_argument("--turns", type=int, default=3, help="cp and both conversions, by turns")
+    parser.add_argument("--repeats", type=int, default=3, help="cp and both conversions, in alternation")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -162,25 +162,27 @@ def main() -> None:
             print(f"{name:26} {seconds:6.1f} s {rate:6.0f} MB/s, CPU {used:5.1f} s  {note}", flush=True)
 
         floor = interpreter_bytes()
-        for turn in range(1, asked.turns + 1):
+        for repeat in range(1, asked.repeats + 1):
             os.sync()
-            row(f"cp, {turn}", timed(["cp", "-r", str(source), str(copy)]))
-            row(f"sync after it, {turn}", timed(["sync"]))
+            row(f"cp, {repeat}", timed(["cp", "-r", str(source), str(copy)]))
+            row(f"sync after it, {repeat}", timed(["sync"]))
             shutil.rmtree(copy)
             for name, start, end in (("hf -> orbax", source, store), ("orbax -> hf", store, back)):
                 seconds, report = converted(start, end, asked.ram_gib)
                 over = (report["peak_rss_bytes"] - floor) / 2**20
-                rows[f"{name}, MiB over the interpreter, {turn}"] = over
+                rows[f"{name}, MiB over the interpreter, {repeat}"] = over
                 buffers = report["buffer_bytes"] / 2**20
                 row(
-                    f"{name}, {turn}", seconds, f"peak RSS {over:.0f} MiB over the interpreter's, buffers {buffers:.0f}"
+                    f"{name}, {repeat}",
+                    seconds,
+                    f"peak RSS {over:.0f} MiB over the interpreter's, buffers {buffers:.0f}",
                 )
-            row(f"verify orbax, {turn}", timed([*CONVERT, str(store), "--verify"]))
+            row(f"verify orbax, {repeat}", timed([*CONVERT, str(store), "--verify"]))
             shutil.rmtree(back)
-            if turn < asked.turns:
+            if repeat < asked.repeats:
                 shutil.rmtree(store)
         if asked.kills:
-            seconds = rows[f"hf -> orbax, {asked.turns}"]
+            seconds = rows[f"hf -> orbax, {asked.repeats}"]
             moments = kill_and_resume(source, back, asked.ram_gib, seconds, asked.kills, asked.seed)
             cpu_s = children_cpu_s()
             last, report = converted(source, back, asked.ram_gib)

@@ -77,8 +77,8 @@ def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunk
     slots = [place_of(layer, (part,)).slot for layer in range(layers)]
     assert len(set(slots)) == layers
     passed = [slot // held for slot in slots]  # the stage of every layer, first to last
-    turns = [stage for stage, before in zip(passed, [None, *passed], strict=False) if stage != before]
-    assert turns == list(range(stages)) * chunks
+    visits = [stage for stage, before in zip(passed, [None, *passed], strict=False) if stage != before]
+    assert visits == list(range(stages)) * chunks
 
 
 def test_what_does_not_repeat_stands_beside_the_stages():

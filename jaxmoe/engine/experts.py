@@ -154,7 +154,7 @@ class Experts:
             def slot(at: Any, weights: jax.Array) -> jax.Array:
                 own = jax.lax.dynamic_slice_in_dim(source[at], me * share, share)
 
-                def turn(step: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                def ring_step(step: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                     passing, taken = carry
                     here = own - (me - step) % ranks * share
                     there = (here >= 0) & (here < share)
@@ -162,7 +162,7 @@ class Experts:
                     taken = jnp.where(there.reshape(-1, *(1,) * (some.ndim - 1)), some, taken)
                     return jax.lax.ppermute(passing, ordered, ring) if ranks > 1 else passing, taken
 
-                _, taken = jax.lax.fori_loop(0, ranks, turn, (weights[at], weights[at]))
+                _, taken = jax.lax.fori_loop(0, ranks, ring_step, (weights[at], weights[at]))
                 return weights.at[at].set(taken)
 
             return jax.lax.fori_loop(0, len(weights), slot, weights)

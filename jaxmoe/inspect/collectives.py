@@ -47,7 +47,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     """Every collective instruction in the text of a compiled program, with how often it runs.
 
-    Inside a loop that means once a turn, where the compiler knows how many those are; other loops count as one turn.
+    Inside a loop that means once an iteration, where the compiler knows the trip count; other loops count once.
     One among a part of the devices along its axes is told apart by the name of its axes. Raises: ValueError for
     replica groups in a form not known here, and for other ways that devices may tell each other something.
     """
@@ -129,16 +129,17 @@ def _lines_run(lines: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str
         runs[name] += times
         for line in lines[name]:
             for role, names in _CALLED.findall(line):
-                turns = _turns(line, lines) if role == "body" else 1
+                trip_count = _trip_count(line, lines) if role == "body" else 1
                 for callee in _NAMES.findall(names):
-                    visit(callee, times * turns)
+                    visit(callee, times * trip_count)
 
     visit(entry, 1)
     return ((name, line, runs[name]) for name, body in lines.items() for line in body if runs[name])
 
 
-def _turns(loop: str, lines: Mapping[str, list[str]]) -> int:
-    """How often a loop turns: as the compiler says, or up to the constant its condition compares with; else 1."""
+def _trip_count(loop: str, lines: Mapping[str, list[str]]) -> int:
+    """Return how often a loop iterates: as the compiler says, or up to the constant its condition compares with; else
+    1."""
     if known := _TRIPS.search(loop):
         return int(known[1])
     condition = _CONDITION.search(loop)

@@ -22,7 +22,7 @@ _GIB = 1 << 30
 _LEAST_BYTES, _STEP = 512, 4
 _BUFFERS = 6  # of one message, that a program and its compiler may hold
 _WIDTHS = (256, 16384)  # of products: tried by doubling until one takes _PRODUCT_SECONDS
-_PRODUCT_SECONDS, _PRODUCT_TURNS, _MEMORY_TURNS = 0.01, 4, 8
+_PRODUCT_SECONDS, _PRODUCT_ITERATIONS, _MEMORY_ITERATIONS = 0.01, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +167,16 @@ def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str
     """One collective timed, or why it could not be."""
     ranks = mesh.shape[axis]
     size = timed.message_bytes(size, ranks, mesh)
-    turns, asked = timed.turns_of(size), f"{op} of {size:,} bytes over {ranks} ranks"
+    iterations, asked = timed.num_iterations(size), f"{op} of {size:,} bytes over {ranks} ranks"
     try:
-        program, argument = timed.collective_program(op, axis, size, mesh, turns)
-        if held := timed.differing(program, timed.expected(op, axis, size, ranks), turns, mesh):
-            return f"{asked}: the compiler makes {held} of {turns}"
+        program, argument = timed.collective_program(op, axis, size, mesh, iterations)
+        if held := timed.differing(program, timed.expected(op, axis, size, ranks), iterations, mesh):
+            return f"{asked}: the compiler makes {held} of {iterations}"
         seconds = timed.median_seconds(program, argument, repeats)
     except RuntimeError as error:  # of XLA: not implemented here, or no room
         return f"{asked}: {_first_line(error)}"
     return Point(
-        op=op, axis=axis, ranks=ranks, where=_where(mesh, axis), num_bytes=size, us=_short(seconds / turns * 1e6)
+        op=op, axis=axis, ranks=ranks, where=_where(mesh, axis), num_bytes=size, us=_short(seconds / iterations * 1e6)
     )
 
 
@@ -191,8 +191,8 @@ def _rates(
         while width <= _WIDTHS[1]:
             on_progress(f"{dtype} products of {width} x {width} matrices")
             try:
-                program, argument = timed.product_program(dtype, width, mesh, _PRODUCT_TURNS)
-                seconds = timed.median_seconds(program, argument, repeats) / _PRODUCT_TURNS
+                program, argument = timed.product_program(dtype, width, mesh, _PRODUCT_ITERATIONS)
+                seconds = timed.median_seconds(program, argument, repeats) / _PRODUCT_ITERATIONS
             except RuntimeError as error:  # of XLA: not implemented here, or no room
                 left_out.append(f"{dtype} products of width {width}: {_first_line(error)}")
                 break
@@ -203,8 +203,8 @@ def _rates(
     on_progress("memory")
     least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # beyond what caches hold
     num_bytes = min(max(most_bytes, least), memory // _BUFFERS) // 512 * 512
-    seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_TURNS), repeats)
-    return Rates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_TURNS / seconds / 1e9))
+    seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_ITERATIONS), repeats)
+    return Rates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_ITERATIONS / seconds / 1e9))
 
 
 def _hardware(

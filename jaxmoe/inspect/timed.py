@@ -1,6 +1,6 @@
 """Programs whose time is a fact of the hardware: one collective, product or pass over memory, many times in one loop.
 
-Every turn reads a number that the turn before wrote, so none can be left out, run early or run beside another.
+Every iteration reads a number that the one before wrote, so none can be left out, run early or run beside another.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from jaxmoe.planner.traffic import Collective
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _ROW = 1024  # numbers of a message lie in rows, as those of activations do
-# Small messages turn often, so that a call costs nothing beside them; large ones so that a call's fresh memory does.
-_LEAST_TURNS, _MOST_TURNS, _TURNS_BYTES = 8, 256, 32 << 20
+# Small messages are sent often, so that a call costs nothing beside them; large ones so that a call's fresh memory
+# does.
+_MIN_ITERATIONS, _MAX_ITERATIONS, _ITERATIONS_BYTES = 8, 256, 32 << 20
 
 
-def turns_of(num_bytes: int) -> int:
-    """Turns of a loop over one message: the more, the smaller it is."""
-    return max(_LEAST_TURNS, min(_MOST_TURNS, _TURNS_BYTES // num_bytes))
+def num_iterations(num_bytes: int) -> int:
+    """Return the iterations of a loop over one message: the more, the smaller it is."""
+    return max(_MIN_ITERATIONS, min(_MAX_ITERATIONS, _ITERATIONS_BYTES // num_bytes))
 
 
 def median_seconds(program: Callable[[Any], Any], argument: Any, repeats: int) -> float:
@@ -60,8 +61,8 @@ def expected(op: Op, axis: str, num_bytes: int, ranks: int) -> Collective:
     return Collective(op=op, axes=(axis,), result_bytes=result)
 
 
-def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: op along axis in all of the mesh's groups at once, turns times.
+def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: op along axis in all of the mesh's groups at once, so many times.
 
     num_bytes, of the whole message: the buffer of an all-reduce, the result of an all-gather, what a rank gives to a
     reduce-scatter or an all-to-all, what one permute sends.
@@ -78,38 +79,39 @@ def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, turns: int
         "collective-permute": lambda x: lax.ppermute(x, axis, [(at, (at + 1) % ranks) for at in range(ranks)]),
     }
 
-    def turn(_: Any, x: jax.Array) -> jax.Array:
+    def body(_: Any, x: jax.Array) -> jax.Array:
         return x.at[0, 0].set(send[op](x)[-1, -1])  # the next message waits for the end of this one
 
-    return _compiled(lambda x: lax.fori_loop(0, turns, turn, x), mesh, (held // width, width), dtype)
+    return _compiled(lambda x: lax.fori_loop(0, iterations, body, x), mesh, (held // width, width), dtype)
 
 
-def differing(program: Any, wanted: Collective, turns: int, mesh: Mesh) -> str:
-    """What a compiled program holds in place of turns times the wanted collective; nothing if it holds just that."""
+def differing(program: Any, wanted: Collective, iterations: int, mesh: Mesh) -> str:
+    """What a compiled program holds in place of iterations times the wanted collective; nothing if it holds just
+    that."""
     found = collectives(program.as_text(), mesh)
-    if found == {wanted: turns}:
+    if found == {wanted: iterations}:
         return ""
     return ", ".join(f"{count} {one.op} of {one.result_bytes} bytes" for one, count in found.items()) or "no collective"
 
 
-def product_program(dtype: str, width: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: on every device, turns products of width x width matrices, each of the last."""
+def product_program(dtype: str, width: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: on every device, iterations products of width x width matrices, each of the last."""
     kind = DTYPES[dtype]
     total = jnp.int32 if kind == jnp.int8 else jnp.float32
 
     def local(x: jax.Array) -> jax.Array:
-        def turn(_: Any, held: jax.Array) -> jax.Array:
+        def body(_: Any, held: jax.Array) -> jax.Array:
             return jnp.dot(held, x, preferred_element_type=total).astype(kind)
 
-        return lax.fori_loop(0, turns, turn, x)
+        return lax.fori_loop(0, iterations, body, x)
 
     return _compiled(local, mesh, (width, width), kind, products=True)
 
 
-def memory_program(num_bytes: int, mesh: Mesh, turns: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: every device reads and writes num_bytes, turns times."""
+def memory_program(num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
+    """Compiled, with its argument: every device reads and writes num_bytes, so many times."""
     return _compiled(
-        lambda x: lax.fori_loop(0, turns, lambda _, held: held * 0.5 + 1, x), mesh, (num_bytes // 4,), jnp.float32
+        lambda x: lax.fori_loop(0, iterations, lambda _, held: held * 0.5 + 1, x), mesh, (num_bytes // 4,), jnp.float32
     )
 
 

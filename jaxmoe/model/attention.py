@@ -125,8 +125,8 @@ class Attention(nnx.Module):
         """Query and key as their positions turn them, or stretch queries."""
         config, place, kind = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
-            turn = seen.cos, seen.sin
-            return rotated(q, *turn, QUERY_DIMS, place, kind), rotated(k, *turn, KEY_DIMS, place, kind)
+            rotary = seen.cos, seen.sin
+            return rotated(q, *rotary, QUERY_DIMS, place, kind), rotated(k, *rotary, KEY_DIMS, place, kind)
         if config.temperature is not None:
             scale, floor = config.temperature
             stretch = 1 + scale * jnp.log1p((seen.real.positions + 1) // floor)

@@ -64,16 +64,16 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any, lead: TokenDim) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
         place, kernels, mla = self.placement, self.kernels, self.mla
-        used, turn = seen.real.used, (seen.cos, seen.sin)
+        used, rotary = seen.real.used, (seen.cos, seen.sin)
         x = together(x, place, lead)
         down = project(x, self.kv_down, place, kernels.linear, at, used)
         latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
-        turned = rotated(down[..., mla.kv_lora_rank :], *turn, _LATENT, place, kernels.pointwise)
+        turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, place, kernels.pointwise)
         if mla.q_lora_rank is not None:
             x = self._normed(project(x, self.q_down, place, kernels.linear, at, used), self.q_norm, at)
         q = project(x, self.q, place, kernels.linear, at, used)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
-        q_turned = rotated(q_turned, *turn, QUERY_DIMS, place, kernels.pointwise)
+        q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
         over = self._over_latents if seen.attend.keeps else self._over_heads
         mixed, kept = over(plain, q_turned, latent, turned, at, seen, kept)
         y = project(mixed, self.out, place, kernels.linear, at, used, over=3, lead=lead)

@@ -85,10 +85,10 @@ def rotated(
     x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, place: Placement, kind: PointwiseKind
 ) -> jax.Array:
     """Rotary embedding of x [B,S,...,H] by cos and sin [B,S,H/2]."""
-    turn = partial(rotate, kind=kind)
+    rotate_fn = partial(rotate, kind=kind)
     if kind == "xla":
-        return turn(x, cos, sin)
-    return place.locally(turn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
+        return rotate_fn(x, cos, sin)
+    return place.locally(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
 def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:

@@ -27,7 +27,7 @@ from jaxmoe.ops.stack import At
 
 PagedKind = Literal["loop", "native"]
 PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
-_GROUP_TOKENS = 128  # keys of one turn of the loop
+_GROUP_TOKENS = 128  # keys of one iteration of the loop
 
 
 class Share(NamedTuple):
@@ -161,18 +161,18 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
     first = sight.first(positions)
 
-    def gathered(pool, turn):
-        part = pool[at, jax.lax.dynamic_slice_in_dim(table, turn * group_pages, group_pages, axis=1)]
+    def gathered(pool, iteration):
+        part = pool[at, jax.lax.dynamic_slice_in_dim(table, iteration * group_pages, group_pages, axis=1)]
         part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[4:])
         return part.astype(q.dtype) if pool.ndim == 5 else part[:, :, None, :]
 
-    def attend(turn, carry):
+    def attend(iteration, carry):
         best, total, mixed = carry
-        these = gathered(k_pages, turn)
+        these = gathered(k_pages, iteration)
         scores = jnp.einsum("nkrh,nkch->nkrc", rows, these, preferred_element_type=jnp.float32)
         if k_scales is not None:
-            scores = scores * gathered(k_scales, turn)
-        keys = turn * span * share.of + key_at
+            scores = scores * gathered(k_scales, iteration)
+        keys = iteration * span * share.of + key_at
         allowed = sight.visible(query_at, keys)
         scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
@@ -181,20 +181,20 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
         if not sight.sees_all:
             read &= keys >= first[:, None]
         read = read[:, None, :, None]
-        values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, turn)
+        values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, iteration)
         values = jnp.where(read, values, 0)  # what lies beyond, or behind what is seen, is anything, NaN too
         weights = shares
         if v_scales is not None:
-            weights = shares * jnp.where(read[..., 0][:, :, None], gathered(v_scales, turn), 0)
+            weights = shares * jnp.where(read[..., 0][:, :, None], gathered(v_scales, iteration), 0)
         more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
 
     shape = (num_blocks, slots, group * tokens)
     start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
-    turns = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
-    skipped = 0 if sight.sees_all else jnp.min(jnp.where(counts > 0, first // whole, turns))
-    best, total, mixed = jax.lax.fori_loop(skipped, turns, attend, start)
+    num_iterations = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
+    skipped = 0 if sight.sees_all else jnp.min(jnp.where(counts > 0, first // whole, num_iterations))
+    best, total, mixed = jax.lax.fori_loop(skipped, num_iterations, attend, start)
     by_token = (
         part.reshape(num_blocks, slots, group, tokens, -1).transpose(0, 3, 1, 2, 4) for part in (mixed, total, best)
     )

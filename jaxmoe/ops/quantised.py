@@ -108,16 +108,16 @@ def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Flo
     columns = w.numbers.shape[-1]
     step = math.lcm(columns // w.scales.shape[-1], _LANES)
     tile = max(step, _TILE_BYTES // (x.shape[1] * x.dtype.itemsize) // step * step)
-    turns = max(-(-columns // tile), min(2, columns // step))
-    if turns <= 1:
+    num_tiles = max(-(-columns // tile), min(2, columns // step))
+    if num_tiles <= 1:
         return _times(x, _columns(w, index, 0, columns))
-    tile = -(-columns // turns // step) * step
+    tile = -(-columns // num_tiles // step) * step
 
-    def turn(i, y):
+    def compute_tile(i, y):
         first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice
         return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile)), (0, first))
 
-    return jax.lax.fori_loop(0, -(-columns // tile), turn, jnp.zeros((x.shape[0], columns), jnp.float32))
+    return jax.lax.fori_loop(0, -(-columns // tile), compute_tile, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
 def _columns(w: Quantised, index: tuple[At, ...], first: At, count: int) -> Quantised:

@@ -21,12 +21,12 @@ def inverse_frequencies(rope: RopeConfig, rotary_dims: int) -> np.ndarray:
     if rope.scaling == "linear":
         frequency = frequency / rope.factor
     if rope.scaling == "llama3":
-        turns = rope.original_max_position_embeddings * frequency / (2 * np.pi)
+        rotations = rope.original_max_position_embeddings * frequency / (2 * np.pi)
         width = rope.high_freq_factor - rope.low_freq_factor
-        blend = (turns - rope.low_freq_factor) / width if width else turns >= rope.low_freq_factor
+        blend = (rotations - rope.low_freq_factor) / width if width else rotations >= rope.low_freq_factor
         frequency = _blended(np.clip(blend, 0.0, 1.0), frequency, rope.factor)
     if rope.scaling == "yarn":
-        first, last = (_yarn_pair(rope, turns, rotary_dims) for turns in (rope.beta_fast, rope.beta_slow))
+        first, last = (_yarn_pair(rope, rotations, rotary_dims) for rotations in (rope.beta_fast, rope.beta_slow))
         if rope.truncate:
             first, last = np.floor(first), np.ceil(last)
         first, last = max(first, 0), min(last, rotary_dims - 1)
@@ -40,9 +40,9 @@ def _blended(kept: np.ndarray, frequency: np.ndarray, factor: float) -> np.ndarr
     return kept * frequency + (1.0 - kept) * frequency / factor
 
 
-def _yarn_pair(rope: RopeConfig, turns: float, rotary_dims: int) -> float:
-    """The pair, as a broken number, that makes so many turns within the original context."""
-    wavelength = rope.original_max_position_embeddings / (turns * 2 * np.pi)
+def _yarn_pair(rope: RopeConfig, rotations: float, rotary_dims: int) -> float:
+    """The pair, as a broken number, that makes so many rotations within the original context."""
+    wavelength = rope.original_max_position_embeddings / (rotations * 2 * np.pi)
     return rotary_dims * np.log(wavelength) / (2 * np.log(rope.theta))
 
 
@@ -63,10 +63,10 @@ def rotate(
 ) -> Float[Array, "B S ... H"]:
     """x with each pair (i, i + R/2) of its first R numbers turned by its angle, the others as they are; computed in
     float32, returned in x's dtype."""
-    turn, dims = _native if kind == "native" else _xla, 2 * cos.shape[-1]
+    rotate_fn, dims = _native if kind == "native" else _xla, 2 * cos.shape[-1]
     if dims == x.shape[-1]:
-        return turn(x, cos, sin)
-    return jnp.concatenate([turn(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)
+        return rotate_fn(x, cos, sin)
+    return jnp.concatenate([rotate_fn(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)
 
 
 def _xla(x, cos, sin):

@@ -23,8 +23,8 @@ QUICK = ["probe", "--mesh", "data=2,tensor=4", "--most-mib", "0.0005", "--repeat
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Two turns of each collective, and rates at once, in a folder of its own."""
-    monkeypatch.setattr(timed, "turns_of", lambda num_bytes: 2)
+    """Two iterations of each collective, and rates at once, in a folder of its own."""
+    monkeypatch.setattr(timed, "num_iterations", lambda num_bytes: 2)
     monkeypatch.setattr(probing, "_rates", lambda *_: Rates(tflops={"bf16": 2.0, "f32": 1.0}, hbm_gbps=100.0))
     monkeypatch.chdir(tmp_path)
 

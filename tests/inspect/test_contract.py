@@ -99,7 +99,7 @@ def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
     assert_nothing_is_copied(llm, step_program(llm, bucket_for(llm, 8), turns=2))
 
 
-def test_a_loop_counts_as_often_as_it_turns():
+def test_a_loop_counts_as_often_as_it_iterates():
     mesh = mesh_of("tensor=8")
     split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("tensor",), ()))
 
@@ -107,10 +107,10 @@ def test_a_loop_counts_as_often_as_it_turns():
         def layer(x, _):
             return jax.lax.with_sharding_constraint(x @ w, whole), None
 
-        def turn(_, x):
+        def body(_, x):
             return jax.lax.scan(layer, x, None, length=3)[0]
 
-        return jax.lax.fori_loop(0, 2, turn, x)
+        return jax.lax.fori_loop(0, 2, body, x)
 
     x = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=whole)
     w = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=split)

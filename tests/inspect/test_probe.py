@@ -33,7 +33,7 @@ def test_a_timed_program_holds_its_collective_as_often_as_it_turns_and_nothing_e
     assert collectives(program.as_text(), mesh) == {Collective(op=op, axes=(axis,), result_bytes=RESULTS[op]): 7}
     assert timed.differing(program, timed.expected(op, axis, 4096, 4), 7, mesh) == ""
     first = argument.dtype.type(0.5)
-    result = np.asarray(program(argument)).reshape(8, -1)  # the first number of each is what the last turn gave
+    result = np.asarray(program(argument)).reshape(8, -1)  # the first number of each is what the last iteration gave
     grown = op in ("all-reduce", "reduce-scatter")
     np.testing.assert_array_equal(result[:, 0], np.full(8, 4 * first if grown else first))
     np.testing.assert_array_equal(result[:, 1:], first)
@@ -72,8 +72,8 @@ def test_memory_is_read_and_written_as_often_as_it_is_counted():
 
 
 def test_small_messages_turn_often_and_sizes_are_even_shares():
-    assert timed.turns_of(512) == 256
-    assert timed.turns_of(1 << 30) == 8
+    assert timed.num_iterations(512) == 256
+    assert timed.num_iterations(1 << 30) == 8
     assert timed.message_bytes(512, 6, mesh_of("data=2")) == 528
     assert timed.message_bytes(512, 8, mesh_of("data=2")) == 512
 
@@ -88,8 +88,8 @@ def test_the_median_counts_calls_after_the_first(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A probe of the real collectives, two turns each, with rates at once."""
-    monkeypatch.setattr(timed, "turns_of", lambda num_bytes: 2)
+    """A probe of the real collectives, two iterations each, with rates at once."""
+    monkeypatch.setattr(timed, "num_iterations", lambda num_bytes: 2)
     monkeypatch.setattr(probing, "_rates", lambda *_: RATES)
 
 
@@ -196,15 +196,15 @@ def test_what_a_platform_cannot_do_is_left_out_by_name(quick, monkeypatch):
 def test_rates_grow_products_until_one_takes_its_time(monkeypatch):
     tried = []
 
-    def program(dtype, width, mesh, turns):
+    def program(dtype, width, mesh, iterations):
         tried.append((dtype, width))
         if dtype == "fp8":
             raise NotImplementedError("no fp8 here")
-        return width, turns
+        return width, iterations
 
     seconds = {256: 0.004, 512: 0.02, 1024: 0.2}  # of four products, and of eight passes over memory
     monkeypatch.setattr(timed, "product_program", program)
-    monkeypatch.setattr(timed, "memory_program", lambda num_bytes, mesh, turns: (1024, num_bytes))
+    monkeypatch.setattr(timed, "memory_program", lambda num_bytes, mesh, iterations: (1024, num_bytes))
     monkeypatch.setattr(timed, "median_seconds", lambda program, argument, repeats: seconds[program])
     left_out: list[str] = []
     rates = probing._rates(32 << 20, 1 << 40, 1, lambda text: None, left_out)

@@ -62,8 +62,8 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
 
     def seen(first: int, rows: tuple[int, int], attend) -> Seen:
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
-        turn = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
-        return Seen(*turn, real_tokens(positions >= 0, positions, place, count=False), attend)
+        rotary = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
+        return Seen(*rotary, real_tokens(positions >= 0, positions, place, count=False), attend)
 
     plain = scored(weights, x)
     ((kept,),) = empty_pages(
