@@ -108,13 +108,13 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
     devices: to emulate on the CPU in this process.
     Raises: MeshError for numbers that cannot be, or where the processes do not find each other.
     """
-    told: tuple[str | None, int | None, int | None] = (None, None, None)
+    process_args: tuple[str | None, int | None, int | None] = (None, None, None)
     if coordinator != "auto":
         if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
             raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
         if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
             raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
-        told = (coordinator, num_processes, process_id)
+        process_args = (coordinator, num_processes, process_id)
     if devices is not None and not 1 <= devices <= 512:
         raise MeshError(f"devices={devices} must lie in [1, 512]")
     try:
@@ -122,7 +122,7 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", devices)
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(*told)
+        jax.distributed.initialize(*process_args)
     except (RuntimeError, ValueError) as error:
         raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
 

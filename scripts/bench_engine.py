@@ -133,13 +133,13 @@ def _pool(arguments: argparse.Namespace) -> None:
             core = Core(llm.runner, limits.joined(Limits(**{**vars(limits), "num_pages": pages * times})),
                         tokenizer=None, eos=frozenset())  # fmt: skip
             bucket = Bucket(rows=arguments.rows, blocks=0, block_tokens=32, pages=16)
-            told = np.zeros((limits.num_ranks, bucket.length), np.int32)
-            parts = bucket.split(told)
+            metadata = np.zeros((limits.num_ranks, bucket.length), np.int32)
+            parts = bucket.split(metadata)
             parts["positions"][:], parts["counts"][:] = 200, 1
             parts["table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()
-                core._state, drawn = llm.runner.step(core._state, told, (False,) * 3, bucket, count=1, turns=1)
+                core._state, drawn = llm.runner.step(core._state, metadata, (False,) * 3, bucket, count=1, turns=1)
                 np.asarray(drawn.sampled.tokens)
                 found.append(time.perf_counter() - begin)
             del core

@@ -49,7 +49,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
     ticks = schedule.ticks(turns)
 
-    def through(weights, unit, slots, filled, x, counts, told):
+    def through(weights, unit, slots, filled, x, counts, step_inputs):
         x = jnp.where(unit.busy, jnp.tanh(x @ weights[slots[0]]), x)
         return x, counts.at[slots[0]].add(jnp.where(unit.busy, 1, 0))
 

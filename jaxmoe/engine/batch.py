@@ -103,7 +103,7 @@ FLOAT_PARTS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class RequestMetadata:
     """What a step needs to know of one request beside its tokens. num_prompt: tokens of its prompt. ends: tokens that
     end it, which may not come before its min_tokens."""
 
@@ -199,8 +199,8 @@ def all_buckets(
     ]
 
 
-def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], Told]) -> np.ndarray:
-    """What every rank is told of the plan, [r, length] int32. told: of a request, by its id."""
+def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[int], RequestMetadata]) -> np.ndarray:
+    """What every rank is told of the plan, [r, length] int32. metadata_of: of a request, by its id."""
     packed = np.zeros((limits.num_ranks, bucket.length), np.int32)
     parts = bucket.split(packed)
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
@@ -208,12 +208,12 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
     parts["drawn_from"][:] = _NOWHERE
     parts["listed"][:] = np.iinfo(np.int32).max
 
-    def tell(sequence: Running) -> tuple[int, int]:
+    def write_request(sequence: Running) -> tuple[int, int]:
         """Fill in a row, whether it decodes or has blocks."""
         at = sequence.rank, sequence.slot
         parts["table"][at][: len(sequence.pages)] = sequence.pages
         parts["table"][at][: sequence.num_behind] = 0  # any page: what lies there is not read, or not used
-        request = told(sequence.request_id)
+        request = metadata_of(sequence.request_id)
         params = request.params
         high, low = divmod(request.seed % 2**64, 2**32)
         parts["seed"][at], parts["seed_high"][at] = np.array([low, high], np.uint32).view(np.int32)
@@ -232,12 +232,12 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, told: Callable[[int], T
         return at
 
     for decode in plan.decodes:
-        at = tell(decode.sequence)
+        at = write_request(decode.sequence)
         parts["positions"][at], parts["counts"][at] = decode.start, decode.count
         parts["drawn_from"][at] = bucket.row_token(at[1])
     next_block = [0] * limits.num_ranks
     for chunk in plan.chunks:
-        at = tell(chunk.sequence)
+        at = write_request(chunk.sequence)
         last = _pack_chunk(chunk, bucket, parts, next_block)
         if chunk.last:
             parts["drawn_from"][at], parts["positions"][at] = last, chunk.start + chunk.count - 1

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxmoe.cache.pages import Move
-from jaxmoe.engine.batch import Bucket, Told, all_buckets, bucket_of, pack
+from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams, drawn_seed, seed_of_sample
@@ -63,9 +63,9 @@ class Request:
         """The answer so far."""
         return self.sequence.tokens[self.num_prompt :]
 
-    def told(self) -> Told:
+    def metadata(self) -> RequestMetadata:
         """What a step needs to know of it."""
-        return Told(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
+        return RequestMetadata(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
 
     def push(self, token: int, logprob: float, top: dict[int, float]) -> Chunk:
         """Take the newest token; decides whether it was the last."""
@@ -160,7 +160,7 @@ class Core:
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
             nothing = pack(
-                StepPlan(decodes=[], chunks=[]), bucket, self.limits, lambda index: self.requests[index].told()
+                StepPlan(decodes=[], chunks=[]), bucket, self.limits, lambda index: self.requests[index].metadata()
             )
             self._state, drawn = self._step(nothing, (False, False, False), bucket, 1)
             jax.block_until_ready(drawn)
@@ -189,8 +189,8 @@ class Core:
         pages = list(range(-(-count // limits.page_size)))
         sequence = Sequence(request_id=-1, tokens=[0] * count, max_total=count + 1, rank=0, slot=0, pages=pages)
         plan = StepPlan(decodes=[], chunks=[PromptChunk(sequence=sequence, start=0, count=count, last=True)])
-        told = Told(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
-        packed, seconds = pack(plan, bucket, limits, lambda index: told), []
+        metadata = RequestMetadata(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
+        packed, seconds = pack(plan, bucket, limits, lambda index: metadata), []
         for _ in range(_TIMINGS):  # what is written lies on pages that nobody holds yet
             start = self._clock()
             self._state, drawn = self._step(packed, (False, False, False), bucket, 1)
@@ -255,7 +255,7 @@ class Core:
 
     def advance(self) -> list[Request]:
         """Send the next step off and take what the one before brought: the requests that have new events."""
-        told: list[Request] = []
+        updated: list[Request] = []
         try:
             for sequence in self.scheduler.expired(self._clock()):
                 self._end(sequence, "deadline")
@@ -264,11 +264,11 @@ class Core:
                 self._guarded(plan, lambda: self._dispatch(plan))
             if self._in_flight and (len(self._in_flight) > 1 or not plan):
                 step = self._in_flight.popleft()
-                self._guarded(step.plan, lambda: told.extend(self._complete(step)), step.record)
+                self._guarded(step.plan, lambda: updated.extend(self._complete(step)), step.record)
         except BaseException:  # an interruption in the middle: what was planned may or may not have been sent
             self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
             raise
-        return told
+        return updated
 
     def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
         """The plan's requests end, fault is told each; the others are computed again on fresh pages."""
@@ -304,7 +304,7 @@ class Core:
             any(p.adjusts_logits for p in params),
             any(p.top_logprobs for p in params),
         )
-        packed = pack(plan, bucket, self.limits, self._told)
+        packed = pack(plan, bucket, self.limits, self._request_metadata)
         places = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
         sent = self._clock()
         for rank, move in plan.moves:
@@ -350,8 +350,8 @@ class Core:
         if request.record is not None:
             Trace.ended(request.record, request.finish_reason or "", now=self._clock())
 
-    def _told(self, request_id: int) -> Told:
-        return self.requests[request_id].told()
+    def _request_metadata(self, request_id: int) -> RequestMetadata:
+        return self.requests[request_id].metadata()
 
     def _step(self, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket, count: int):
         turns = 1 if bucket.blocks else self.limits.turns
@@ -370,20 +370,20 @@ class Core:
             self.on_loads(loads)
         if loads is not None and self.trace is not None and step.record is not None:
             self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
-        told = []
+        updated = []
         for sequence, which, token in self.scheduler.complete(step.plan, drawn):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
             turn[which] += 1
             if math.isnan(logprobs[at]):
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
                 self._end(sequence, "error", not_finite(self.runner, where))
-                told.append(request)
+                updated.append(request)
                 continue
             chunk = request.push(
                 token, float(logprobs[at]), self._top(step.drawn.sampled, at, request.params.top_logprobs)
             )
             request.events.append(chunk)
-            told.append(request)
+            updated.append(request)
             self.num_new_tokens += 1
             if request.record is not None and step.record is not None:
                 request.record.add_token(step.record.index)
@@ -392,8 +392,8 @@ class Core:
                 self.scheduler.finish(sequence)
                 del self.requests[sequence.request_id]
         num_prompt = sum(chunk.count for chunk in step.plan.chunks)
-        self.timing.done(sent=step.sent, at=done_at, num_prompt=num_prompt, num_new=len(told))
-        return told
+        self.timing.done(sent=step.sent, at=done_at, num_prompt=num_prompt, num_new=len(updated))
+        return updated
 
     @staticmethod
     def _top(drawn: Sampled, at: tuple[int, ...], count: int) -> dict[int, float]:

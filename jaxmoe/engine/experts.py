@@ -94,11 +94,11 @@ class Experts:
         for layer, at in enumerate(self._layers):
             slots, block = self._parts[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
-            told = placed.setdefault(block, np.zeros((slots, 3, self.num_places), np.int32))
+            indices = placed.setdefault(block, np.zeros((slots, 3, self.num_places), np.int32))
             old = as_loaded if self.placement is None else self.placement.expert_at[layer]
             new = wanted.expert_at[layer]
             source[at.slot] = sources_of(old, new, self.num_places // self.num_ranks)
-            told[at.slot] = new, wanted.replica_at[layer], wanted.replicas[layer][new]
+            indices[at.slot] = new, wanted.replica_at[layer], wanted.replicas[layer][new]
         moves: list[tuple[int, Callable[..., Any], np.ndarray]] = []
         for index, info in enumerate(self._table):
             at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
@@ -109,8 +109,8 @@ class Experts:
                 moves.append((index, self._moves[index], sources[at_block]))
             elif "placed" in info.dims:
                 moves.append((index, partial(_put, info=info), placed[at_block]))
-        for index, run, told in moves:  # whatever can fail has been compiled
-            leaves[index] = run(leaves[index], told)
+        for index, run, indices in moves:  # whatever can fail has been compiled
+            leaves[index] = run(leaves[index], indices)
         self.placement = wanted
 
     def _check(self, wanted: ExpertPlacement) -> None:

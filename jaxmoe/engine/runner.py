@@ -26,9 +26,9 @@ from jaxmoe.mesh import compiler_options
 from jaxmoe.model.attend import (
     PAGE_DIMS,
     TOKEN_PAGE_DIMS,
+    DensePrefillInputs,
     KVPages,
-    PagedTokens,
-    Prompts,
+    PagedStepInputs,
     Section,
     empty_pages,
     micro_batch_of,
@@ -102,10 +102,10 @@ class Runner:
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
         self._precision = "highest" if dtype == "float32" else None
-        told = compiler_options(self.placement.mesh)
+        options = compiler_options(self.placement.mesh)
         static = ("bucket", "turns", "traced")
-        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=told)
-        self.score_fn = jax.jit(self._score, compiler_options=told)
+        self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=options)
+        self.score_fn = jax.jit(self._score, compiler_options=options)
         table = parameter_table(state, self.placement)
         self.experts = Experts(self.config, self.placement, self.parts, self.sizes, table)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
@@ -208,12 +208,12 @@ class Runner:
         In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several
         turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
-        model, told, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
+        model, metadata, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
         loads = self._no_loads(bucket) if traced else None
         if turns == 1:
-            return self._one_turn(model, state, loads, told, wanted, bucket)
+            return self._one_turn(model, state, loads, metadata, wanted, bucket)
         assert not bucket.blocks
-        return self._decode(model, state, loads, told, wanted, bucket, count, turns)
+        return self._decode(model, state, loads, metadata, wanted, bucket, count, turns)
 
     def _no_loads(self, bucket: Bucket) -> Loads:
         """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
@@ -234,56 +234,56 @@ class Runner:
         return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=micro_batches)
 
     def _one_turn(
-        self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket
+        self, model: Transformer, state: EngineState, loads: Loads | None, metadata, wanted: Wanted, bucket: Bucket
     ):
         place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
-        sections = [Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])]
+        sections = [Section(num_tokens=1, rows=None, positions=metadata["positions"], counts=metadata["counts"])]
         tokens, pick = [state.tokens[:, : bucket.rows]], None
         if bucket.blocks:
-            blocks = {name: told[f"block_{name}"] for name in ("rows", "positions", "counts")}
+            blocks = {name: metadata[f"block_{name}"] for name in ("rows", "positions", "counts")}
             sections.append(Section(num_tokens=bucket.block_tokens, **blocks))
-            tokens.append(told["block_tokens"])
-            pick = partial(at_rows, index=jnp.maximum(told["drawn_from"], 0))
-        work = PagedTokens(table=told["table"], sections=tuple(sections), kind=self.kernels.attention)
-        whole = work.attend(0, 1)
+            tokens.append(metadata["block_tokens"])
+            pick = partial(at_rows, index=jnp.maximum(metadata["drawn_from"], 0))
+        step_inputs = PagedStepInputs(table=metadata["table"], sections=tuple(sections), kind=self.kernels.attention)
+        whole = step_inputs.attend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
         token_pages = whole.write_tokens(state.token_pages, together, place)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
         by_part = place.constrain(by_part, "batch", "length")
         carried = Carried(list(state.pages), loads)
-        hidden, carried, _ = model(by_part, work, carried, schedule=self._schedule(parts), pick=pick)
-        sampled = self._drawn(model, hidden, told, token_pages, told["positions"], wanted)
-        kept = jnp.where(told["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
+        hidden, carried, _ = model(by_part, step_inputs, carried, schedule=self._schedule(parts), pick=pick)
+        sampled = self._drawn(model, hidden, metadata, token_pages, metadata["positions"], wanted)
+        kept = jnp.where(metadata["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
         state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
         return state, Drawn(Sampled(*(part[None] for part in sampled)), carried.loads)
 
     def _decode(
-        self, model: Transformer, state: EngineState, loads: Loads | None, told, wanted: Wanted, bucket: Bucket,
+        self, model: Transformer, state: EngineState, loads: Loads | None, metadata, wanted: Wanted, bucket: Bucket,
         count, turns: int,
     ):  # fmt: skip
         place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
-        section = Section(num_tokens=1, rows=None, positions=told["positions"], counts=told["counts"])
-        work = PagedTokens(table=told["table"], sections=(section,), kind=self.kernels.attention)
+        section = Section(num_tokens=1, rows=None, positions=metadata["positions"], counts=metadata["counts"])
+        step_inputs = PagedStepInputs(table=metadata["table"], sections=(section,), kind=self.kernels.attention)
 
         def tick(number, carry):
             state, loads, flow, room = carry
             first = schedule.unit(number, 0, count)
             enters = first.micro_batch, of, first.turn, first.busy & (first.chunk == 0)
-            entering = work.part(*enters)
+            entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
-            token_pages = work.attend(*enters).write_tokens(state.token_pages, tokens, place)
+            token_pages = step_inputs.attend(*enters).write_tokens(state.token_pages, tokens, place)
             x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
             last, leaves = first, first.busy
             if schedule.stages > 1:
-                flow, carried = model.tick(flow, x, work, carried, number, schedule, count)
+                flow, carried = model.tick(flow, x, step_inputs, carried, number, schedule, count)
                 last = schedule.unit(number, schedule.stages - 1, count)
                 leaves = last.busy & (last.chunk == schedule.chunks - 1)
-                leaving = work.part(last.micro_batch, of, last.turn, leaves)
+                leaving = step_inputs.part(last.micro_batch, of, last.turn, leaves)
                 x, carried = model.after(model.from_last(flow.sent), leaving, carried)
-            own = {name: split_rows(part, last.micro_batch, of) for name, part in told.items()}
+            own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.turn
             drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
             draws = leaves & (own["drawn_from"] >= 0) & (own["counts"] > last.turn)
@@ -311,18 +311,24 @@ class Runner:
         )  # fmt: skip
 
     def _drawn(
-        self, model: Transformer, hidden: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
+        self,
+        model: Transformer,
+        hidden: jax.Array,
+        metadata,
+        token_pages: jax.Array,
+        positions: jax.Array,
+        wanted: Wanted,
     ) -> Sampled:
         """A token a row, after hidden [r*d,1,D] of tokens at positions [r,d]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
-        return self._sampled(logits, told, token_pages, positions + 1, wanted)
+        return self._sampled(logits, metadata, token_pages, positions + 1, wanted)
 
     def _sampled(
-        self, logits: jax.Array, told, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
+        self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
     ) -> Sampled:
         """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
-        values = {name: told[name] for name in SamplingArrays._fields}
+        values = {name: metadata[name] for name in SamplingArrays._fields}
         for name in FLOAT_PARTS:
             values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
         for name in ("seed", "seed_high"):
@@ -338,7 +344,7 @@ class Runner:
         per_row = ("batch", "block")
         drawn = self.placement.locally(
             on_rank,
-            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (told["table"], (*per_row, "one")),
+            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["table"], (*per_row, "one")),
             (positions, per_row), (jnp.stack(wanted), ("one",)),
             *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
             out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
@@ -348,9 +354,9 @@ class Runner:
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        work = Prompts(active=positions < lengths[:, None], num_ranks=self.num_ranks)
+        step_inputs = DensePrefillInputs(active=positions < lengths[:, None], num_ranks=self.num_ranks)
         parts = math.gcd(tokens.shape[0] // self.num_ranks // self.context_ranks, self.placement.num_stages)
-        hidden, *_ = model(tokens, work, schedule=self._schedule(parts))
+        hidden, *_ = model(tokens, step_inputs, schedule=self._schedule(parts))
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
         for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once
@@ -388,11 +394,11 @@ class Runner:
         wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
         """
         with self._precisely():
-            told = self.put(packed, "batch", "one")
+            metadata = self.put(packed, "batch", "one")
             flags = np.array(wanted, np.bool_)
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
             with self._leaves_lock:
-                return self.step_fn(self.leaves, state, told, flags, np.int32(count), **static)
+                return self.step_fn(self.leaves, state, metadata, flags, np.int32(count), **static)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
         """Move experts to where they are to stand; steps sent from now on read there. Raises: as Experts.move."""

@@ -191,8 +191,8 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     best = found.best
     pools, around = None, Neighbours(half=None, twice=None)
     if asked.mesh is None:
-        told = best.served.concurrency if asked.objective == "latency" else asked.concurrency
-        pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=told)
+        pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.concurrency
+        pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
         around = _neighbours(question, best)
     return {
         "model": model_name(asked.config), "config": asked.config, "family": config.family,

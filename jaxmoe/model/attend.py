@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
-from jaxmoe.model.attention import Told
+from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import Sight, causal_attention
 from jaxmoe.ops.paged import (
@@ -90,11 +90,11 @@ class CausalAttend:
         del at, value_dim
         assert v is not None
         attend = partial(causal_attention, sight=sight)
-        arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_told_sinks(sinks)]
+        arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
         return place.locally(attend, *arrays, out=QUERY_DIMS), kept
 
 
-def _told_sinks(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
+def _sinks_with_dims(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
     return [] if sinks is None else [(sinks, ("kv_head", "head_slot"))]
 
 
@@ -104,18 +104,18 @@ def _register(data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[type[T
 
 @_register(["active"], ["num_ranks"])
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class DensePrefillInputs:
     """Whole prompts, of which nothing is kept. active [B,S]: False for padding."""
 
     active: jax.Array
     num_ranks: int
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
-        """See Work. There is one turn."""
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
+        """See StepInputs. There is one turn."""
         del turn
         active = micro_batch_of(self.active, micro_batch, of, self.num_ranks) & busy
         positions = jnp.broadcast_to(jnp.arange(active.shape[1], dtype=jnp.int32), active.shape)
-        return Told(positions, active, CausalAttend())
+        return LayerInputs(positions, active, CausalAttend())
 
 
 @_register(["rows", "positions", "counts"], ["num_tokens"])
@@ -145,7 +145,7 @@ class Section:
 
 @_register(["table", "sections"], ["kind"])
 @dataclass(frozen=True, kw_only=True)
-class PagedTokens:
+class PagedStepInputs:
     """New tokens [r*t,1] over pages: those of every rank's sections, one section after the other.
 
     table [r,d,p]: the pages of every row.
@@ -159,10 +159,10 @@ class PagedTokens:
         """How the tokens of `part` meet the pages."""
         return PagedAttend(self.table, [s.part(micro_batch, of, turn, busy) for s in self.sections], self.kind)
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
-        """See Work."""
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
+        """See StepInputs."""
         attend = self.attend(micro_batch, of, turn, busy)
-        return Told(*attend.places(), attend)
+        return LayerInputs(*attend.places(), attend)
 
 
 class PagedAttend:
@@ -183,7 +183,7 @@ class PagedAttend:
             active.append((each < section.counts[..., None]).reshape(ranks, -1))
         return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(active, axis=1).reshape(-1, 1)
 
-    def _told(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
+    def _metadata(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
         """The arrays that say where things are, with their dims."""
         arrays = [
             part for section in self._sections for part in (section.rows, section.positions, section.counts)
@@ -205,11 +205,11 @@ class PagedAttend:
         if place.parts("page_token") > 1:
             over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
-        own = _told_sinks(sinks)
+        own = _sinks_with_dims(sinks)
         counts = Counts(new=len(new), pages=len(kept), sinks=len(own))
         mixed, *pages = place.locally(
             partial(over, layout=self._layout(), counts=counts, sight=sight, value_dim=value_dim),
-            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._told(),
+            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)
@@ -217,19 +217,19 @@ class PagedAttend:
     def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, place: Placement) -> jax.Array:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
-        def write(token_pages, tokens, *told):
-            table, sections = _sections(told, self._layout())
+        def write(token_pages, tokens, *metadata):
+            table, sections = _sections(metadata, self._layout())
             page, offset = _places(table, sections, page_size=token_pages.shape[1], num_pages=token_pages.shape[0])
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
         return place.locally(
-            write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._told(), out=TOKEN_PAGE_DIMS
+            write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._metadata(), out=TOKEN_PAGE_DIMS
         )
 
 
-def _sections(told, layout):
+def _sections(metadata, layout):
     """One rank's table [d,p], and for each section its length, table, positions and counts."""
-    parts = iter(part[0] for part in told)
+    parts = iter(part[0] for part in metadata)
     table = next(parts)
     sections = []
     for length, has_rows in layout:
@@ -266,8 +266,8 @@ class Counts(NamedTuple):
 def _over_pages(q, at, *arrays, layout, counts, sight, value_dim, attend, share=Share()):
     """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
-    new, pages, sinks, told = counts.split(arrays)
-    table, sections = _sections(told, layout)
+    new, pages, sinks, metadata = counts.split(arrays)
+    table, sections = _sections(metadata, layout)
     here = pages[0].shape[3]
     page, offset = _places(table, sections, page_size=here * share.of, num_pages=pages[0].shape[1])
     if share.of > 1:
@@ -287,14 +287,14 @@ def _over_pages(q, at, *arrays, layout, counts, sight, value_dim, attend, share=
 def _over_shared_pages(q, at, *arrays, axes, ranks, counts, **how):
     """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
     all tokens to what they have, and each merges what they found for its own."""
-    new, pages, sinks, told = counts.split(arrays)
+    new, pages, sinks, metadata = counts.split(arrays)
     together = jnp.concatenate([q, *(one[:, :, :, None] for one in new)], axis=3)
     together = jax.lax.all_gather(together, axes, axis=0, tiled=True)
     group = q.shape[3]
     new = [together[:, :, :, group + number] for number in range(len(new))]
     share = Share(jax.lax.axis_index(axes), ranks)
     parts, *pages = _over_pages(
-        together[:, :, :, :group], at, *new, *pages, *told, counts=counts._replace(sinks=0), **how,
+        together[:, :, :, :group], at, *new, *pages, *metadata, counts=counts._replace(sinks=0), **how,
         attend=partial(partial_attention, share=share), share=share,
     )  # fmt: skip
     parts = parts.reshape(ranks, -1, *parts.shape[2:])

@@ -37,8 +37,8 @@ class Attend(Protocol):
         ...
 
 
-class Told(NamedTuple):
-    """What layers are told of the tokens they get: positions [B,S]; active [B,S], False for padding, which visits no
+class LayerInputs(NamedTuple):
+    """Per-token metadata that every layer receives: positions [B,S]; active [B,S], False for padding, which visits no
     expert; how they attend."""
 
     positions: jax.Array
@@ -46,16 +46,16 @@ class Told(NamedTuple):
     attend: Attend
 
 
-class Work(Protocol):
-    """All tokens of a step: a tree of arrays, which every stage of a pipeline is told."""
+class StepInputs(Protocol):
+    """Inputs of all tokens of a step: a tree of arrays, which every stage of a pipeline receives."""
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> Told:
+    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
         """What is to be known of one of `of` even parts, in one turn. Unless busy none of its tokens is real."""
         ...
 
 
-class Seen(NamedTuple):
-    """What one pass through layers has to know: rotation [B,S,R/2], which tokens are real, how they attend."""
+class ForwardContext(NamedTuple):
+    """Metadata shared by all layers of one forward pass: rotation [B,S,R/2], which tokens are real, how they attend."""
 
     cos: jax.Array
     sin: jax.Array
@@ -105,9 +105,11 @@ class Attention(nnx.Module):
         if config.sinks:
             self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
-    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any, lead: TokenDim) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, at: At, context: ForwardContext, kept: Any, lead: TokenDim
+    ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
-        config, place, used = self.config, self.placement, seen.real.used
+        config, place, used = self.config, self.placement, context.real.used
         qkv = project(x, self.qkv, place, self.kernels.linear, at, used, lead=lead)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
@@ -115,21 +117,21 @@ class Attention(nnx.Module):
         q, k = self._normed(q, k, at)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
-        q, k = self._placed(q, k, seen)
+        q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
-        mixed, kept = seen.attend(kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place)
+        mixed, kept = context.attend(kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place)
         y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 
-    def _placed(self, q: jax.Array, k: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array]:
+    def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""
         config, place, kind = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
-            rotary = seen.cos, seen.sin
+            rotary = context.cos, context.sin
             return rotated(q, *rotary, QUERY_DIMS, place, kind), rotated(k, *rotary, KEY_DIMS, place, kind)
         if config.temperature is not None:
             scale, floor = config.temperature
-            stretch = 1 + scale * jnp.log1p((seen.real.positions + 1) // floor)
+            stretch = 1 + scale * jnp.log1p((context.real.positions + 1) // floor)
             q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
         return q, k
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.attention import Attention, Seen
+from jaxmoe.model.attention import Attention, ForwardContext
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
@@ -44,18 +44,20 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
-    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any) -> tuple[jax.Array, Any, Routed | None]:
+    def __call__(
+        self, x: jax.Array, at: At, context: ForwardContext, kept: Any
+    ) -> tuple[jax.Array, Any, Routed | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
         went."""
         lead = self.placement.lead(x.shape[0])
         h = self._normed(x, self.input_layernorm, at)
-        y, kept = self.attention(h, at, seen, kept, lead)
+        y, kept = self.attention(h, at, context, kept, lead)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, routed = self.moe(h, at, seen.real, lead)
+            y, routed = self.moe(h, at, context.real, lead)
             return x + y, kept, routed
-        return x + self.mlp(h, at, seen.real.used, lead), kept, None
+        return x + self.mlp(h, at, context.real.used, lead), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         dims = hidden_dims(self.placement.lead(x.shape[0]))

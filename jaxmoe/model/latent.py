@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.attention import Seen, sight_of
+from jaxmoe.model.attention import ForwardContext, sight_of
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project, together
@@ -61,10 +61,12 @@ class LatentAttention(nnx.Module):
         if config.out_bias:
             self.out_bias = make(zeros, width=config.hidden_size)
 
-    def __call__(self, x: jax.Array, at: At, seen: Seen, kept: Any, lead: TokenDim) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, at: At, context: ForwardContext, kept: Any, lead: TokenDim
+    ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
         place, kernels, mla = self.placement, self.kernels, self.mla
-        used, rotary = seen.real.used, (seen.cos, seen.sin)
+        used, rotary = context.real.used, (context.cos, context.sin)
         x = together(x, place, lead)
         down = project(x, self.kv_down, place, kernels.linear, at, used)
         latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
@@ -74,29 +76,29 @@ class LatentAttention(nnx.Module):
         q = project(x, self.q, place, kernels.linear, at, used)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
-        over = self._over_latents if seen.attend.keeps else self._over_heads
-        mixed, kept = over(plain, q_turned, latent, turned, at, seen, kept)
+        over = self._over_latents if context.attend.keeps else self._over_heads
+        mixed, kept = over(plain, q_turned, latent, turned, at, context, kept)
         y = project(mixed, self.out, place, kernels.linear, at, used, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kept
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         return normed(x, at_layer(weight, at), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
 
-    def _over_latents(self, plain, q_turned, latent, turned, at: At, seen: Seen, kept: Any):
+    def _over_latents(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kept: Any):
         """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""
         place = self.placement
         lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, at))
         q = place.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
         key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
         key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
-        mixed, kept = seen.attend(
+        mixed, kept = context.attend(
             kept, at, q, key, None, sight=sight_of(self.config, self.layer), sinks=None, place=place,
             value_dim=self.mla.kv_lora_rank,
         )  # fmt: skip
         values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, at))
         return place.constrain(values, *QUERY_DIMS), kept
 
-    def _over_heads(self, plain, q_turned, latent, turned, at: At, seen: Seen, kept: Any):
+    def _over_heads(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kept: Any):
         """The same with a key and a value of every head."""
         place = self.placement
         keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, at))
@@ -108,7 +110,7 @@ class LatentAttention(nnx.Module):
         def by_head(part: jax.Array) -> jax.Array:
             return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
-        mixed, kept = seen.attend(
+        mixed, kept = context.attend(
             kept, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
             sight=sight_of(self.config, self.layer),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, Segment, segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
-from jaxmoe.model.attention import Seen, Told, Work
+from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
 from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
@@ -26,7 +26,7 @@ from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
 Kept = list[tuple[Any, ...]]  # of every segment, of every block
-# Some rows of [B,S,D], as the placement sees it, whose rows lie as told.
+# Some rows of [B,S,D], as the placement sees it, whose rows lie as the third argument says.
 Pick = Callable[[jax.Array, Placement, Any], jax.Array]
 Loads = list[
     tuple[jax.Array | None, ...]
@@ -78,9 +78,15 @@ class Transformer(nnx.Module):
         return Block(self.config, sizes, place, self.kernels, part.first + block, make=make)
 
     def __call__(
-        self, tokens: jax.Array, work: Work, carried: Carried | None = None, *, schedule: Schedule = Schedule(),
-        pick: Pick | None = None, probabilities: bool = False,
-    ) -> tuple[jax.Array, Carried, list[jax.Array]]:  # fmt: skip
+        self,
+        tokens: jax.Array,
+        step_inputs: StepInputs,
+        carried: Carried | None = None,
+        *,
+        schedule: Schedule = Schedule(),
+        pick: Pick | None = None,
+        probabilities: bool = False,
+    ) -> tuple[jax.Array, Carried, list[jax.Array]]:
         """Normed hidden states [B,S,D] of tokens [B,S], or of those that pick takes of them; what is carried on; and
         where asked the router probabilities [B,S,E] of each MoE layer, in a model without a pipeline.
 
@@ -89,11 +95,13 @@ class Transformer(nnx.Module):
         carried = self.nothing_carried() if carried is None else carried
         routed: list[jax.Array] = []
         if self.placement.num_stages == 1:
-            told, asked = work.part(0, 1), routed if probabilities else None
-            x, carried = self._beside(0, len(self.parts), self.embedded(tokens), told, carried, asked)
+            layer_inputs, asked = step_inputs.part(0, 1), routed if probabilities else None
+            x, carried = self._beside(0, len(self.parts), self.embedded(tokens), layer_inputs, carried, asked)
             x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
         else:
-            x, carried = self._through_stages(self.embedded(tokens, together=False), work, carried, schedule, pick)
+            x, carried = self._through_stages(
+                self.embedded(tokens, together=False), step_inputs, carried, schedule, pick
+            )
         return self.normed(x), carried, routed
 
     def nothing_carried(self) -> Carried:
@@ -137,20 +145,26 @@ class Transformer(nnx.Module):
         """The segment that stages share out; one past the last where there are no stages."""
         return next((n for n, part in enumerate(self.parts) if part.stages > 1), len(self.parts))
 
-    def before(self, x: jax.Array, told: Told, carried: Carried) -> tuple[jax.Array, Carried]:
+    def before(self, x: jax.Array, layer_inputs: LayerInputs, carried: Carried) -> tuple[jax.Array, Carried]:
         """x [B,S,D] through the layers before those of the stages."""
-        return self._beside(0, self.staged, x, told, carried)
+        return self._beside(0, self.staged, x, layer_inputs, carried)
 
-    def after(self, x: jax.Array, told: Told, carried: Carried) -> tuple[jax.Array, Carried]:
+    def after(self, x: jax.Array, layer_inputs: LayerInputs, carried: Carried) -> tuple[jax.Array, Carried]:
         """x [B,S,D] through the layers after those of the stages."""
-        return self._beside(self.staged + 1, len(self.parts), x, told, carried)
+        return self._beside(self.staged + 1, len(self.parts), x, layer_inputs, carried)
 
     def _beside(
-        self, first: int, last: int, x: jax.Array, told: Told, carried: Carried, routed: list[jax.Array] | None = None
+        self,
+        first: int,
+        last: int,
+        x: jax.Array,
+        layer_inputs: LayerInputs,
+        carried: Carried,
+        routed: list[jax.Array] | None = None,
     ) -> tuple[jax.Array, Carried]:
         if first >= last:
             return x, carried
-        seen = self._seen(told, self.beside)
+        context = self._forward_context(layer_inputs, self.beside)
         x = self.beside.constrain(x, *hidden_dims(self.beside.lead(x.shape[0])))
         kept: list[Any] = list(carried.kept)
         loads: list[Any] | None = None if carried.loads is None else list(carried.loads)
@@ -158,7 +172,7 @@ class Transformer(nnx.Module):
             part, blocks = self.parts[number], self.segments[number]
 
             def repeat(carry, at, blocks=blocks, asked=routed is not None):
-                x, kept, loads, choices = _through(blocks, seen, at, *carry)
+                x, kept, loads, choices = _through(blocks, context, at, *carry)
                 found = [choice.probabilities for choice in choices if choice is not None] if asked else None
                 return (x, kept, loads), found
 
@@ -176,13 +190,15 @@ class Transformer(nnx.Module):
                 loads[number] = carry[2]
         return x, Carried(kept, loads)
 
-    def _seen(self, told: Told, place: Placement) -> Seen:
-        positions, active = (place.constrain(part, "batch", "length") for part in (told.positions, told.active))
+    def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
+        positions, active = (
+            place.constrain(part, "batch", "length") for part in (layer_inputs.positions, layer_inputs.active)
+        )
         rope = self.config.rope
         frequencies = inverse_frequencies(rope, self.config.rotary_dims)
         cos, sin = rotation(positions, frequencies, rope.attention_factor)
         real = real_tokens(active, positions, place, count=self.kernels.linear == "native")
-        return Seen(cos, sin, real, told.attend)
+        return ForwardContext(cos, sin, real, layer_inputs.attend)
 
     # --- stages of a pipeline ---
 
@@ -193,7 +209,7 @@ class Transformer(nnx.Module):
         return empty_flow(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
 
     def tick(
-        self, flow: Flow, enters: jax.Array, work: Work, carried: Carried, tick: Any, schedule: Schedule,
+        self, flow: Flow, enters: jax.Array, step_inputs: StepInputs, carried: Carried, tick: Any, schedule: Schedule,
         turns: Any = 1,
     ) -> tuple[Flow, Carried]:  # fmt: skip
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is flow.sent of the last."""
@@ -204,12 +220,14 @@ class Transformer(nnx.Module):
         enters = self.placement.constrain(enters, *dims)
         kept, loads = list(carried.kept), carried.loads
 
-        def through(weights, unit, slots, filled, x, held, work):
+        def through(weights, unit, slots, filled, x, held, step_inputs):
             blocks = nnx.merge(graph, weights)
-            seen = self._seen(work.part(unit.micro_batch, schedule.micro_batches, unit.turn, unit.busy), place)
+            context = self._forward_context(
+                step_inputs.part(unit.micro_batch, schedule.micro_batches, unit.turn, unit.busy), place
+            )
 
             def layer(carry, at):
-                new, *held, _ = _through(blocks, seen, at, *carry)
+                new, *held, _ = _through(blocks, context, at, *carry)
                 new = new if filled is None else jnp.where(at - slots[0] < filled, new, carry[0])
                 return (new, *held), None
 
@@ -219,7 +237,17 @@ class Transformer(nnx.Module):
 
         held = kept[number], None if loads is None else loads[number]
         flow, (kept[number], load) = tick_stages(
-            through, weights, flow, enters, held, work, tick, turns, part=part, schedule=schedule, place=self.placement
+            through,
+            weights,
+            flow,
+            enters,
+            held,
+            step_inputs,
+            tick,
+            turns,
+            part=part,
+            schedule=schedule,
+            place=self.placement,
         )
         return flow, Carried(kept, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
 
@@ -230,7 +258,7 @@ class Transformer(nnx.Module):
         return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *dims))
 
     def _through_stages(
-        self, x: jax.Array, work: Work, carried: Carried, schedule: Schedule, pick: Pick | None
+        self, x: jax.Array, step_inputs: StepInputs, carried: Carried, schedule: Schedule, pick: Pick | None
     ) -> tuple[jax.Array, Carried]:
         """x [B,S,D], all micro-batches, through all layers: once around."""
         ranks, count = self.placement.parts("batch"), schedule.micro_batches
@@ -242,13 +270,13 @@ class Transformer(nnx.Module):
             first, last = schedule.unit(tick, 0), schedule.unit(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
             if self.staged:
-                told = work.part(first.micro_batch, count, 0, first.busy & (first.chunk == 0))
-                enters, carried = self.before(enters, told, carried)
-            flow, carried = self.tick(flow, enters, work, carried, tick, schedule)
+                layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.busy & (first.chunk == 0))
+                enters, carried = self.before(enters, layer_inputs, carried)
+            flow, carried = self.tick(flow, enters, step_inputs, carried, tick, schedule)
             leaves, y = last.busy & (last.chunk == schedule.chunks - 1), flow.sent
             if after:
-                told = work.part(last.micro_batch, count, 0, leaves)
-                y, carried = self.after(self.from_last(y), told, carried)
+                layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
+                y, carried = self.after(self.from_last(y), layer_inputs, carried)
             place = jnp.where(leaves, last.micro_batch, count)
             return flow, carried, done.at[place].set(y, mode="drop")
 
@@ -300,12 +328,17 @@ def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch
 
 
 def _through(
-    blocks: Sequence[Block], seen: Seen, at: Any, x: jax.Array, kept: Sequence[Any], loads: Sequence[Any] | None
+    blocks: Sequence[Block],
+    context: ForwardContext,
+    at: Any,
+    x: jax.Array,
+    kept: Sequence[Any],
+    loads: Sequence[Any] | None,
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
     """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
     kept_now, loads_now, choices = [], [], []
     for number, block in enumerate(blocks):
-        x, own, choice = block(x, at, seen, kept[number])
+        x, own, choice = block(x, at, context, kept[number])
         kept_now.append(own)
         choices.append(choice)
         if loads is not None:

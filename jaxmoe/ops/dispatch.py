@@ -171,13 +171,13 @@ def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Arra
     packet = jnp.concatenate(
         [x.at[token].get(mode="fill", fill_value=0), by_rank.at[token, rank].get(mode="fill", fill_value=0)], axis=1
     )
-    told = _to_every_rank(jnp.stack([sizes, starts], axis=1), exchange)
+    received = _to_every_rank(jnp.stack([sizes, starts], axis=1), exchange)
     strips = jnp.arange(ranks, dtype=jnp.int32) * num_tokens
-    mine, came = Slices(starts, sizes), Slices(strips, told[:, 0])
+    mine, came = Slices(starts, sizes), Slices(strips, received[:, 0])
     to = jnp.full((ranks,), jax.lax.axis_index(exchange.axes) * num_tokens, jnp.int32)
     packet = _ragged(packet, ranks * num_tokens, num_tokens, send=mine, to=to, receive=came, exchange=exchange)
     own = jnp.sort(row, axis=1)[:, : exchange.most_ranks]
-    return packet, Sent(own, mine, came, told[:, 1])
+    return packet, Sent(own, mine, came, received[:, 1])
 
 
 def _ragged(

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import MeshError
-from jaxmoe.model.attend import Prompts
+from jaxmoe.model.attend import DensePrefillInputs
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import Transformer, abstract_model
 from jaxmoe.sharding import Placement, array_sizes
@@ -119,8 +119,8 @@ class Trainer:
         """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        work = Prompts(active=active, num_ranks=self.placement.parts("batch"))
-        hidden, _, routed = model(inputs, work, probabilities=True)
+        step_inputs = DensePrefillInputs(active=active, num_ranks=self.placement.parts("batch"))
+        hidden, _, routed = model(inputs, step_inputs, probabilities=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
     def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:

@@ -35,16 +35,16 @@ def answer(**changes: Any) -> dict[str, Any]:
     return plain | changes | {"bytes": size | changes.get("bytes", {})}
 
 
-def test_pages_that_are_kept_behind_windows_are_said(told):
+def test_pages_that_are_kept_behind_windows_are_said(run_compile):
     found = {
         "tokens": 4096, "layers": 12, "of_layers": 24, "freed": False, "held_tokens": 4096, "kept_bytes": 3 * 2**20
     }  # fmt: skip
-    said = told(answer(behind_windows=found)).out
+    said = run_compile(answer(behind_windows=found)).out
     assert "Pages behind the windows of 12 of 24 layers are kept: 3.0 MiB of a request of 4,096 tokens." in said
 
 
 @pytest.fixture
-def told(capsys, monkeypatch):
+def run_compile(capsys, monkeypatch):
     """(answer, options) -> what the command does with it."""
 
     def run(given: dict[str, Any], *options: object) -> Outcome:
@@ -58,8 +58,8 @@ def last_line(outcome: Outcome) -> str:
     return outcome.out.splitlines()[-1]
 
 
-def test_what_fits_and_is_as_planned(told):
-    outcome = told(answer())
+def test_what_fits_and_is_as_planned(run_compile):
+    outcome = run_compile(answer())
     assert outcome.code == 0
     assert last_line(outcome) == "fits; compiled in 3 s"
     assert all(size in outcome.out for size in ("30.00", "10.00", "1.00", "41.00", "95.00", "2,048"))
@@ -68,8 +68,8 @@ def test_what_fits_and_is_as_planned(told):
     assert "pads" not in outcome.out
 
 
-def test_what_the_compiler_pads_is_said(told):
-    outcome = told(answer(phases={"prefill": part(scatter_padding=0.0088), "decode": part(scatter_padding=0.0)}))
+def test_what_the_compiler_pads_is_said(run_compile):
+    outcome = run_compile(answer(phases={"prefill": part(scatter_padding=0.0088), "decode": part(scatter_padding=0.0)}))
     assert outcome.code == 0
     assert [line for line in outcome.out.splitlines() if "pads" in line] == [
         "prefill: the compiler pads reduce-scatters by 0.9% of their bytes"
@@ -77,26 +77,26 @@ def test_what_the_compiler_pads_is_said(told):
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
-def test_a_step_that_is_not_as_planned_is_said_marked_and_an_error(count, told):
+def test_a_step_that_is_not_as_planned_is_said_marked_and_an_error(count, run_compile):
     given = answer(
         as_planned=False,
         phases={"prefill": part(), "decode": part(as_planned=False)},
         collectives=[*answer()["collectives"], row("decode", "all-gather", count, 4)],
     )
-    outcome = told(given)
+    outcome = run_compile(given)
     assert outcome.code == 1
     assert "decode is not as planned: 1 of 2 collectives differ" in outcome.out
     assert "prefill is not" not in outcome.out
     (marked,) = [line for line in outcome.out.splitlines() if "DIFFERS" in line]
     assert "all-gather" in marked
     assert last_line(outcome) == "fits; compiled in 3 s"
-    assert told(given, "--json").code == 1
+    assert run_compile(given, "--json").code == 1
 
 
-def test_a_shortage_that_is_known_is_said_in_numbers(told):
+def test_a_shortage_that_is_known_is_said_in_numbers(run_compile):
     size = {"temp": 81 * GIB, "total": 121 * GIB, "limit": 94.5 * GIB}
     failed = part(fits=False, as_planned=None, error="RESOURCE_EXHAUSTED: Used 121.00G of 94.50G hbm.")
-    outcome = told(answer(fits=False, bytes=size, phases={"prefill": part(), "decode": failed}))
+    outcome = run_compile(answer(fits=False, bytes=size, phases={"prefill": part(), "decode": failed}))
     assert outcome.code == 1
     assert "decode: RESOURCE_EXHAUSTED" in outcome.out
     assert last_line(outcome).startswith(
@@ -104,9 +104,9 @@ def test_a_shortage_that_is_known_is_said_in_numbers(told):
     )
 
 
-def test_a_shortage_that_is_not_known_is_said_without_a_ratio(told):
+def test_a_shortage_that_is_not_known_is_said_without_a_ratio(run_compile):
     failed = part(fits=False, as_planned=None, temp_bytes=None, total_bytes=None, error="RESOURCE_EXHAUSTED: smem")
-    outcome = told(
+    outcome = run_compile(
         answer(fits=False, bytes={"total": None}, phases={"prefill": part(), "decode": failed}, as_planned=None)
     )
     assert outcome.code == 1
@@ -117,9 +117,9 @@ def test_a_shortage_that_is_not_known_is_said_without_a_ratio(told):
     assert "times" not in outcome.out
 
 
-def test_weights_and_pages_that_alone_are_too_much(told):
+def test_weights_and_pages_that_alone_are_too_much(run_compile):
     size = {"temp": None, "total": None, "limit": 19.5 * GIB}
-    outcome = told(answer(fits=False, as_planned=None, bytes=size, phases={}, collectives=[]))
+    outcome = run_compile(answer(fits=False, as_planned=None, bytes=size, phases={}, collectives=[]))
     assert outcome.code == 1
     assert last_line(outcome).startswith(
         "does not fit: weights and pages take 40.00 of the 19.50 GiB of a device; more than 2.1 times the devices, "
@@ -127,8 +127,8 @@ def test_weights_and_pages_that_alone_are_too_much(told):
 
 
 @pytest.mark.parametrize("given", [answer(), answer(fits=False), answer(as_planned=False)])
-def test_json_is_the_answer_and_nothing_else(given, told):
-    outcome = told(given, "--json")
+def test_json_is_the_answer_and_nothing_else(given, run_compile):
+    outcome = run_compile(given, "--json")
     assert json.loads(outcome.out) == given
     assert outcome.out.count("\n") == 1
     assert outcome.code == (0 if given["fits"] and given["as_planned"] else 1)

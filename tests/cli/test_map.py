@@ -27,17 +27,17 @@ def test_the_page_is_one_file_with_all_it_needs(capsys, tiny_dir, tmp_path):
     assert outcome.out.startswith(f"{path}: a device holds ")
     assert os.listdir(tmp_path) == ["map.html"]
     page = path.read_text(encoding="utf-8")
-    told = jaxmoe(capsys, "map", tiny_dir(CASE), *OPTIONS, "--json")
-    assert (told.code, told.out.count("\n")) == (0, 1)
-    assert data_of(page) == json.loads(told.out)
+    printed = jaxmoe(capsys, "map", tiny_dir(CASE), *OPTIONS, "--json")
+    assert (printed.code, printed.out.count("\n")) == (0, 1)
+    assert data_of(page) == json.loads(printed.out)
     rest = page.replace("http://www.w3.org/2000/svg", "")
     assert not [word for word in ("http:", "https:", "//cdn", "import ", "url(h", "src=", "/*DATA*/") if word in rest]
 
 
 def test_a_context_that_nobody_names_is_one_the_model_has(capsys, tiny_dir):
-    told = json.loads(jaxmoe(capsys, "map", tiny_dir(CASE), *OPTIONS, "--json").out)
-    assert told["context"] == 128
-    assert (told["fabric"]["given"], told["fabric"]["node"]) == (False, 128)
+    printed = json.loads(jaxmoe(capsys, "map", tiny_dir(CASE), *OPTIONS, "--json").out)
+    assert printed["context"] == 128
+    assert (printed["fabric"]["given"], printed["fabric"]["node"]) == (False, 128)
 
 
 def test_no_name_ends_the_script(capsys, tiny_dir, tmp_path):
@@ -62,11 +62,11 @@ def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
     asked: list[fit.Question] = []
     monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer_to(question))
     options = ["--mesh", "expert=16", "--target", "b200:2x8", "--batch", 8, "--context", 256, "--kv-dtype", "fp8"]
-    told = json.loads(jaxmoe(capsys, "map", "demo", *options, "--json").out)
+    printed = json.loads(jaxmoe(capsys, "map", "demo", *options, "--json").out)
     plain = {"config": "demo", "target": "b200:2x8", "mesh": "expert=16", "batch": 8}
     assert asked == [fit.Question(**plain, context=256, kv_dtype="fp8")]
-    assert (told["compiled"]["target"], told["fabric"]["name"]) == ("b200:2x8", "b200")
-    compiled = [row["compiled"] for row in told["collectives"] if row["phase"] == "decode"]
+    assert (printed["compiled"]["target"], printed["fabric"]["name"]) == ("b200:2x8", "b200")
+    compiled = [row["compiled"] for row in printed["collectives"] if row["phase"] == "decode"]
     assert compiled == [0] * (len(compiled) - 1) + [3]
 
 
@@ -77,9 +77,9 @@ def test_an_answer_in_a_file_is_shown(capsys, tmp_path, tiny_dir):
     answer = {"target": "h100:16x8", "mesh": plain["mesh"], "bytes": size, "collectives": rows}
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     command = ["map", tiny_dir(CASE), *OPTIONS, "--json", "--compiled", tmp_path / "answer.json"]
-    told = json.loads(jaxmoe(capsys, *command).out)
-    assert all(row["compiled"] == row["planned"] for row in told["collectives"])
-    assert told["fabric"]["name"] == "h100"
+    printed = json.loads(jaxmoe(capsys, *command).out)
+    assert all(row["compiled"] == row["planned"] for row in printed["collectives"])
+    assert printed["fabric"]["name"] == "h100"
     refused = jaxmoe(capsys, *command, "--hardware", "v5p")
     assert "hardware v5p and target h100:16x8 differ" in refused.err
     answer["mesh"] = plain["mesh"] | {"data": 8}

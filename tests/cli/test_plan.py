@@ -31,9 +31,9 @@ def test_the_rule_of_thumb_is_the_users(capsys):
 
 
 def test_the_rule_of_thumb_asks_for_no_load_and_keeps_decimals_of_small_models(capsys):
-    told = jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb").out
-    assert "bits / 8 x 0.0" in told
-    assert "= 0 GB" not in told
+    printed = jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb").out
+    assert "bits / 8 x 0.0" in printed
+    assert "= 0 GB" not in printed
     found = json.loads(jaxmoe(capsys, "plan", "demo", "--hardware", "h100", "--rule-of-thumb", "--json").out)
     assert found["gb"] == pytest.approx(found["bits"] / 8 * found["billions"] * 1.8, rel=0.01)
     assert found["devices"] == 1
@@ -48,8 +48,8 @@ def test_the_rule_of_thumb_asks_for_no_load_and_keeps_decimals_of_small_models(c
 )  # fmt: skip
 def test_the_rule_of_thumb_counts_the_bits_that_were_chosen(capsys, model, weights_dtype, bits):
     words = ["plan", model, "--hardware", "b200", "--rule-of-thumb", "--json"]
-    told = jaxmoe(capsys, *words, *(["--weights-dtype", weights_dtype] if weights_dtype else []))
-    assert json.loads(told.out)["bits"] == bits
+    printed = jaxmoe(capsys, *words, *(["--weights-dtype", weights_dtype] if weights_dtype else []))
+    assert json.loads(printed.out)["bits"] == bits
 
 
 def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, Told, all_buckets, bucket_of, pack, row_buckets
+from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, RequestMetadata, all_buckets, bucket_of, pack, row_buckets
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.engine.scheduler import Scheduler, Sequence
@@ -50,15 +50,15 @@ def test_what_is_packed_reads_back():
         temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-2.0,
         frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
     )  # fmt: skip
-    told = [
-        Told(params=drawing, num_prompt=6, ends=(0, 5), seed=-2),
-        Told(params=SamplingParams(), num_prompt=3, ends=(0,), seed=0),
+    request_metadata = [
+        RequestMetadata(params=drawing, num_prompt=6, ends=(0, 5), seed=-2),
+        RequestMetadata(params=SamplingParams(), num_prompt=3, ends=(0,), seed=0),
     ]
     for index, length in enumerate((6, 3)):
         scheduler.add(Sequence(request_id=index, tokens=list(range(1, length + 1)), max_total=12))
     plan = scheduler.plan()
     bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
-    packed = pack(plan, bucket, LIMITS, told.__getitem__)
+    packed = pack(plan, bucket, LIMITS, request_metadata.__getitem__)
     assert packed.shape == (2, bucket.length)
     parts = bucket.split(packed)
     assert [chunk.sequence.rank for chunk in plan.chunks] == [0, 1]  # the second goes where most is free
@@ -86,7 +86,7 @@ def test_what_is_packed_reads_back():
     bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
     assert bucket == Bucket(rows=1, blocks=0, block_tokens=4, pages=10)
     assert plan.turns == 3
-    parts = bucket.split(pack(plan, bucket, LIMITS, told.__getitem__))
+    parts = bucket.split(pack(plan, bucket, LIMITS, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
     np.testing.assert_array_equal(parts["counts"], [[3], [3]])
     np.testing.assert_array_equal(parts["drawn_from"], [[0], [0]])

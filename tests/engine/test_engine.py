@@ -229,10 +229,10 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
     llm, sizes = tiny_llm(CASE, "data=1"), dict(max_requests=2, context=48, page_size=4, chunk_tokens=16)
-    told = []
-    with Engine(llm, **sizes, on_compile=lambda done, total: told.append((done, total))):
-        total = told[0][1]
-        assert told == [(done, total) for done in range(total + 1)]
+    progress = []
+    with Engine(llm, **sizes, on_compile=lambda done, total: progress.append((done, total))):
+        total = progress[0][1]
+        assert progress == [(done, total) for done in range(total + 1)]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
     with Engine(llm, **sizes) as engine:

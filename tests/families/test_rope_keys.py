@@ -164,5 +164,5 @@ def test_the_context_of_published_configs_is_not_lengthened_twice():
 def test_deepseek_sharpens_by_the_ratio_where_the_factor_is_null():
     raw = QUICK["deepseek_v3"] | {"max_position_embeddings": 128}
     scaling = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32}
-    null, told = (read_config(raw | {"rope_scaling": scaling | {"factor": factor}}) for factor in (None, 4.0))
-    assert null == told
+    null, given = (read_config(raw | {"rope_scaling": scaling | {"factor": factor}}) for factor in (None, 4.0))
+    assert null == given

@@ -137,10 +137,10 @@ def test_a_compiler_that_fails_otherwise_is_not_taken_for_one_without_room(answe
     ids=["unplanned", "missing", "another number"],
 )
 def test_what_is_not_as_planned_is_listed(found, differs, answer):
-    told = answer(step(), step(found=found))
-    assert (told["fits"], told["as_planned"]) == (True, False)
-    assert [part["as_planned"] for part in told["phases"].values()] == [True, False]
-    listed = [one for one in told["collectives"] if one["count"] != one["planned"]]
+    combined = answer(step(), step(found=found))
+    assert (combined["fits"], combined["as_planned"]) == (True, False)
+    assert [part["as_planned"] for part in combined["phases"].values()] == [True, False]
+    listed = [one for one in combined["collectives"] if one["count"] != one["planned"]]
     assert [(one["phase"], one["op"], one["count"], one["planned"]) for one in listed] == [("decode", *differs)]
 
 
@@ -175,13 +175,13 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "message"),
     [
         ("target v5p:2x2x1 cannot be compiled for here", "target v5p:2x2x1 cannot be compiled for here"),
         ("INTERNAL: fault", "target v5p:2x2x1: INTERNAL: fault"),
     ],
 )
-def test_an_error_names_the_target_once(said, told, tiny_dir, tmp_path, monkeypatch):
+def test_an_error_names_the_target_once(said, message, tiny_dir, tmp_path, monkeypatch):
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\nhead -n 1 > {tmp_path}/question\necho '{json.dumps({'error': said})}'\n")
     child.chmod(0o755)
@@ -189,4 +189,4 @@ def test_an_error_names_the_target_once(said, told, tiny_dir, tmp_path, monkeypa
     asked = fit.Question(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", batch=4, context=64)
     with pytest.raises(ConfigError) as caught:
         fit.compile_for(asked)
-    assert str(caught.value) == told
+    assert str(caught.value) == message

@@ -101,8 +101,8 @@ def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir,
     code = f"from jaxmoe.inspect.fit import Question, compile_for; compile_for({question(tiny_dir)!r})"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     waiting = tmp_path / "waiting"
-    told = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen([sys.executable, "-c", code], env=told) as asking:
+    environment = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as asking:
         child = _when(lambda: int(waiting.read_text()) if waiting.exists() and waiting.read_text() else 0)
         asking.send_signal(how)
         asking.wait()

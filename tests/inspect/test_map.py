@@ -64,8 +64,8 @@ def test_slices_are_those_jax_gives_each_device_and_tile_every_array(drawn):
     mesh = runner.placement.mesh
     for array, leaf in zip(data["arrays"], real, strict=True):
         assert array["shape"] == list(leaf.shape), array["path"]
-        told = NamedSharding(mesh, PartitionSpec(*(tuple(axes) or None for axes in array["axes"])))
-        places = told.devices_indices_map(leaf.shape)
+        sharding = NamedSharding(mesh, PartitionSpec(*(tuple(axes) or None for axes in array["axes"])))
+        places = sharding.devices_indices_map(leaf.shape)
         assert places == leaf.sharding.devices_indices_map(leaf.shape), array["path"]
         held = np.zeros(leaf.shape, np.int32)
         for place in places.values():

@@ -28,8 +28,8 @@ def make_dry_run(target: str) -> str:
     stamps = [arg for name in ("core", "dev") for arg in ("-o", f".venv/{name}.stamp")]
     command = ["make", "--dry-run", "--no-print-directory", *stamps, target]
     # Tests that make itself started inherit what it was told, such as VENV=.venv-oldest.
-    told = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON", "PYTEST_JOBS")
-    environment = {key: value for key, value in os.environ.items() if key not in told}
+    inherited = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON", "PYTEST_JOBS")
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

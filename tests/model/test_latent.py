@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoe.families import read_config
 from jaxmoe.model.attend import CausalAttend, PagedAttend, Section, empty_pages
-from jaxmoe.model.attention import Seen
+from jaxmoe.model.attention import ForwardContext
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.params import Maker, normal
@@ -48,7 +48,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
 
     @jax.jit
     def scored(weights, x):
-        return nnx.merge(graph, weights)(x[None], 0, seen(0, (1, LENGTH), CausalAttend()), None, "token")[0][0]
+        return nnx.merge(graph, weights)(x[None], 0, make_context(0, (1, LENGTH), CausalAttend()), None, "token")[0][0]
 
     @jax.jit
     def over_pages(weights, x, kept, first):
@@ -56,14 +56,14 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
         section = Section(
             num_tokens=count, rows=None, positions=jnp.full((1, 1), first), counts=jnp.full((1, 1), count, jnp.int32)
         )
-        told = seen(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [section], "loop"))
-        y, kept = nnx.merge(graph, weights)(x[:, None], 0, told, kept, "token")
+        context = make_context(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [section], "loop"))
+        y, kept = nnx.merge(graph, weights)(x[:, None], 0, context, kept, "token")
         return y[:, 0], kept
 
-    def seen(first: int, rows: tuple[int, int], attend) -> Seen:
+    def make_context(first: int, rows: tuple[int, int], attend) -> ForwardContext:
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
         rotary = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
-        return Seen(*rotary, real_tokens(positions >= 0, positions, place, count=False), attend)
+        return ForwardContext(*rotary, real_tokens(positions >= 0, positions, place, count=False), attend)
 
     plain = scored(weights, x)
     ((kept,),) = empty_pages(

@@ -74,8 +74,8 @@ def test_hierarchical_goes_along_one_axis_and_then_along_the_other(kind, mesh, r
     weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
     np.testing.assert_allclose(layer(x, weights, factors), x * (weights @ factors)[:, None], rtol=1e-5)
     compiled = layer.lower(x, weights, factors).compile().as_text()
-    told = kind == "hierarchical_ragged" and "tensor=1" not in mesh  # how many rows come
-    assert compiled.count(" all-to-all(") == (2 if "tensor=1" in mesh else 5 if told else 4)
+    sends_counts = kind == "hierarchical_ragged" and "tensor=1" not in mesh  # how many rows come
+    assert compiled.count(" all-to-all(") == (2 if "tensor=1" in mesh else 5 if sends_counts else 4)
 
 
 @pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])

@@ -202,11 +202,11 @@ def test_sinks_take_part_once_where_ranks_share_pages_out():
     prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, "float32")
     positions = jnp.array(lengths) - 1
     q = jnp.stack([prompt[0][length - 1 :] for prompt, length in zip(prompts, lengths, strict=True)])
-    told = table, positions, jnp.ones(2, jnp.int32), AT
+    metadata = table, positions, jnp.ones(2, jnp.int32), AT
     pages = stacked(k_pages), stacked(v_pages)
-    whole = paged_attention(q, pages, *told, SINKS, sight=SIGHTS[3])
+    whole = paged_attention(q, pages, *metadata, SINKS, sight=SIGHTS[3])
     parts = [
-        partial_attention(q, tuple(part[:, :, :, 4 * rank : 4 * rank + 4] for part in pages), *told,
+        partial_attention(q, tuple(part[:, :, :, 4 * rank : 4 * rank + 4] for part in pages), *metadata,
                           share=Share(rank, 2), sight=SIGHTS[3])
         for rank in range(2)
     ]  # fmt: skip

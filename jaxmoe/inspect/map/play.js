@@ -21,10 +21,10 @@ function setPhase(name) {
   choose(chosen);
   showStep();
 }
-function go(to, told = true) {
+function go(to, announce = true) {
   at = Math.max(0, Math.min(path.length - 1, to));
   if (at === path.length - 1) pause();
-  showEvent(told);
+  showEvent(announce);
 }
 function play() {
   if (at === path.length - 1) at = -1;
@@ -47,10 +47,10 @@ function pause() {
 }
 const playing = () => timer !== null;
 
-// told: whether a screen reader is to read it out; while it plays by itself it is not.
-function showEvent(told = true) {
+// announce: whether a screen reader is to read it out; while it plays by itself it is not.
+function showEvent(announce = true) {
   const event = path[at], all = event.op === null ? [] : groups(event), own = all.filter(group => group.includes(chosen));
-  byId("event").setAttribute("aria-live", told ? "polite" : "off");
+  byId("event").setAttribute("aria-live", announce ? "polite" : "off");
   byId("position").value = at;
   const of = event.layer === null ? "" : ` of layer ${event.layer}`;
   byId("position").setAttribute("aria-valuetext", `${at + 1} of ${path.length}: ${verbs[event.where]}${of}`);

@@ -51,9 +51,9 @@ function stageGrid(plan, stages, microBatches, chunks, turns) {
     for (const tick of range(plan.ticks)) {
       const unit = plan.unit(tick, stage);
       const box = { x: left + tick * wide, y: stage * high + 2, width: wide - 1, height: high - 4, rx: 2 };
-      const told = unit.busy ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, turn ${unit.turn}` : "bubble";
+      const label = unit.busy ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, turn ${unit.turn}` : "bubble";
       const cell = svg("rect", { ...box, class: unit.busy ? "unit" : "bubble" },
-        worded("title", {}, `stage ${stage}, tick ${tick}: ${told}`));
+        worded("title", {}, `stage ${stage}, tick ${tick}: ${label}`));
       cell.style.setProperty("--hue", Math.round(250 + 360 * unit.microBatch / microBatches) % 360);
       cell.style.setProperty("--chunk", unit.chunk / Math.max(1, chunks - 1));
       root.append(cell);

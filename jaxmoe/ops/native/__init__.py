@@ -187,7 +187,7 @@ def native_paged(
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
-    told = (table, positions, counts, jnp.int32(at))
+    block_metadata = (table, positions, counts, jnp.int32(at))
     dim = pages[1].shape[4] if value_dim is None else value_dim
     kept = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
     kept = (*kept, kept[2]) if len(kept) == 3 else kept
@@ -195,7 +195,7 @@ def native_paged(
     own = jnp.zeros((0, 0)) if sinks is None else sinks.astype(jnp.float32)
     call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct((*q.shape[:-1], dim), q.dtype))
     limits = dict(window=np.int64(sight.window or 0), chunk=np.int64(sight.chunk or 0), value_dim=np.int64(dim))
-    return call(q, *kept, *told, own, scale=np.float32(sight.scale), **limits)
+    return call(q, *kept, *block_metadata, own, scale=np.float32(sight.scale), **limits)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

@@ -110,13 +110,13 @@ inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, in
                              XLA_FFI_Error* (*kernel)(const Call&)) {
   const Call call{frame};
   if (frame->extension_start != nullptr && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata* told = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
-    told->api_version = XLA_FFI_Api_Version{};
-    told->api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
-    told->api_version.major_version = XLA_FFI_API_MAJOR;
-    told->api_version.minor_version = XLA_FFI_API_MINOR;
-    told->traits = 0;
-    told->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+    XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
+    metadata->api_version = XLA_FFI_Api_Version{};
+    metadata->api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    metadata->traits = 0;
+    metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
     return nullptr;
   }
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->args.size != num_arguments ||
