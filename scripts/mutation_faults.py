@@ -105,8 +105,8 @@ MASKS = _faults(
     (
         "padding-token-writes-its-key",
         "jaxmoe/model/attend.py",
-        "real = jnp.arange(length) < counts[:, None]",
-        "real = jnp.arange(length) <= counts[:, None]",
+        "valid = jnp.arange(length) < counts[:, None]",
+        "valid = jnp.arange(length) <= counts[:, None]",
         "engine/test_generate.py engine/test_engine.py",
     ),
 )

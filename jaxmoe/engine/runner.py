@@ -354,7 +354,7 @@ class Runner:
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        step_inputs = DensePrefillInputs(active=positions < lengths[:, None], num_ranks=self.num_ranks)
+        step_inputs = DensePrefillInputs(valid=positions < lengths[:, None], num_ranks=self.num_ranks)
         parts = math.gcd(tokens.shape[0] // self.num_ranks // self.context_ranks, self.placement.num_stages)
         hidden, *_ = model(tokens, step_inputs, schedule=self._schedule(parts))
         target = jnp.roll(tokens, -1, axis=1)

@@ -102,20 +102,20 @@ def _register(data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[type[T
     return lambda cls: jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(meta))
 
 
-@_register(["active"], ["num_ranks"])
+@_register(["valid"], ["num_ranks"])
 @dataclass(frozen=True, kw_only=True)
 class DensePrefillInputs:
-    """Whole prompts, of which nothing is kept. active [B,S]: False for padding."""
+    """Whole prompts, of which nothing is kept. valid [B,S]: False for padding."""
 
-    active: jax.Array
+    valid: jax.Array
     num_ranks: int
 
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
         """See StepInputs. There is one turn."""
         del turn
-        active = micro_batch_of(self.active, micro_batch, of, self.num_ranks) & busy
-        positions = jnp.broadcast_to(jnp.arange(active.shape[1], dtype=jnp.int32), active.shape)
-        return LayerInputs(positions, active, CausalAttend())
+        valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & busy
+        positions = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
+        return LayerInputs(positions, valid, CausalAttend())
 
 
 @_register(["rows", "positions", "counts"], ["num_tokens"])
@@ -175,13 +175,13 @@ class PagedAttend:
 
     def places(self) -> tuple[jax.Array, jax.Array]:
         """Where the tokens stand [r*t,1], and which of them are real."""
-        positions, active = [], []
+        positions, valid = [], []
         for section in self._sections:
             each = jnp.arange(section.num_tokens, dtype=jnp.int32)
             ranks = section.counts.shape[0]
             positions.append((section.positions[..., None] + each).reshape(ranks, -1))
-            active.append((each < section.counts[..., None]).reshape(ranks, -1))
-        return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(active, axis=1).reshape(-1, 1)
+            valid.append((each < section.counts[..., None]).reshape(ranks, -1))
+        return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(valid, axis=1).reshape(-1, 1)
 
     def _metadata(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
         """The arrays that say where things are, with their dims."""
@@ -243,9 +243,9 @@ def _places(table, sections, *, page_size, num_pages):
     page, offset = [], []
     for length, table, positions, counts in sections:
         at = positions[:, None] + jnp.arange(length)
-        real = jnp.arange(length) < counts[:, None]
+        valid = jnp.arange(length) < counts[:, None]
         own = jnp.take_along_axis(table, jnp.clip(at // page_size, 0, table.shape[1] - 1), axis=1)
-        page.append(jnp.where(real, own, num_pages).reshape(-1))
+        page.append(jnp.where(valid, own, num_pages).reshape(-1))
         offset.append((at % page_size).reshape(-1))
     return jnp.concatenate(page), jnp.concatenate(offset)
 

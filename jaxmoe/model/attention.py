@@ -13,7 +13,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, Real, mean_squares, normed, rotated, scaled
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, mean_squares, normed, rotated, scaled
 from jaxmoe.ops.attention import Sight
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement, TokenDim
@@ -38,11 +38,11 @@ class Attend(Protocol):
 
 
 class LayerInputs(NamedTuple):
-    """Per-token metadata that every layer receives: positions [B,S]; active [B,S], False for padding, which visits no
+    """Per-token metadata that every layer receives: positions [B,S]; valid [B,S], False for padding, which visits no
     expert; how they attend."""
 
     positions: jax.Array
-    active: jax.Array
+    valid: jax.Array
     attend: Attend
 
 
@@ -59,7 +59,7 @@ class ForwardContext(NamedTuple):
 
     cos: jax.Array
     sin: jax.Array
-    real: Real
+    token_mask: TokenMask
     attend: Attend
 
 
@@ -109,8 +109,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, at: At, context: ForwardContext, kept: Any, lead: TokenDim
     ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
-        config, place, used = self.config, self.placement, context.real.used
-        qkv = project(x, self.qkv, place, self.kernels.linear, at, used, lead=lead)
+        config, place, num_valid = self.config, self.placement, context.token_mask.num_valid
+        qkv = project(x, self.qkv, place, self.kernels.linear, at, num_valid, lead=lead)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
         mixed, kept = context.attend(kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place)
-        y = project(mixed, self.out, place, self.kernels.linear, at, used, over=3, lead=lead)
+        y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 
     def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
@@ -131,7 +131,7 @@ class Attention(nnx.Module):
             return rotated(q, *rotary, QUERY_DIMS, place, kind), rotated(k, *rotary, KEY_DIMS, place, kind)
         if config.temperature is not None:
             scale, floor = config.temperature
-            stretch = 1 + scale * jnp.log1p((context.real.positions + 1) // floor)
+            stretch = 1 + scale * jnp.log1p((context.token_mask.positions + 1) // floor)
             q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
         return q, k
 

@@ -55,9 +55,9 @@ class Block(nnx.Module):
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, routed = self.moe(h, at, context.real, lead)
+            y, routed = self.moe(h, at, context.token_mask, lead)
             return x + y, kept, routed
-        return x + self.mlp(h, at, context.real.used, lead), kept, None
+        return x + self.mlp(h, at, context.token_mask.num_valid, lead), kept, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         dims = hidden_dims(self.placement.lead(x.shape[0]))

@@ -66,19 +66,19 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
         place, kernels, mla = self.placement, self.kernels, self.mla
-        used, rotary = context.real.used, (context.cos, context.sin)
+        num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
         x = together(x, place, lead)
-        down = project(x, self.kv_down, place, kernels.linear, at, used)
+        down = project(x, self.kv_down, place, kernels.linear, at, num_valid)
         latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
         turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, place, kernels.pointwise)
         if mla.q_lora_rank is not None:
-            x = self._normed(project(x, self.q_down, place, kernels.linear, at, used), self.q_norm, at)
-        q = project(x, self.q, place, kernels.linear, at, used)
+            x = self._normed(project(x, self.q_down, place, kernels.linear, at, num_valid), self.q_norm, at)
+        q = project(x, self.q, place, kernels.linear, at, num_valid)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
         over = self._over_latents if context.attend.keeps else self._over_heads
         mixed, kept = over(plain, q_turned, latent, turned, at, context, kept)
-        y = project(mixed, self.out, place, kernels.linear, at, used, over=3, lead=lead)
+        y = project(mixed, self.out, place, kernels.linear, at, num_valid, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kept
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, Matrix, dims_of, weights_of, zeros
 from jaxmoe.model.project import gather_rows, summed_over
-from jaxmoe.model.rows import Real, hidden_dims
+from jaxmoe.model.rows import TokenMask, hidden_dims
 from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
@@ -89,29 +89,29 @@ class MoE(nnx.Module):
         if moe.shared_gate:
             self.shared_gate = make(init, width=width, one=1)
 
-    def __call__(self, x: jax.Array, at: At, real: Real, lead: TokenDim) -> tuple[jax.Array, Routed]:
+    def __call__(self, x: jax.Array, at: At, token_mask: TokenMask, lead: TokenDim) -> tuple[jax.Array, Routed]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
         no expert. lead: how rows of x lie."""
         place = self.placement
         params = self._params()
         arrays = {name: weights_of(param) for name, param in params.items()}
         specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
-        used = [] if real.used is None else [real.used]
+        num_valid = [] if token_mask.num_valid is None else [token_mask.num_valid]
         routed = place.routed(lead)
         y, probabilities, load = place.manual(
-            lambda x, real, at, arrays, *used: _on_device(
-                x, real, at, used[0][0] if used else None, arrays,
+            lambda x, token_mask, at, arrays, *num_valid: _on_device(
+                x, token_mask, at, num_valid[0][0] if num_valid else None, arrays,
                 moe=self.moe, kernels=self.kernels, place=place, lead=lead,
             ),
             in_specs=(
                 place.spec(*hidden_dims(lead)), (place.spec(routed, "length"),) * 2, place.spec(), specs,
-                *(place.spec("token") for _ in used),
+                *(place.spec("token") for _ in num_valid),
             ),
             out_specs=(
                 place.spec(*hidden_dims(lead)), place.spec(routed, "length", "router_expert"),
                 place.spec(routed, "router_expert"),
             ),
-        )(x, (real.active, real.positions), jnp.int32(at), arrays, *used)  # fmt: skip
+        )(x, (token_mask.valid, token_mask.positions), jnp.int32(at), arrays, *num_valid)  # fmt: skip
         return y, Routed(probabilities, load)
 
     def _params(self) -> dict[str, Matrix]:
@@ -130,37 +130,39 @@ class MoE(nnx.Module):
         return params | {name: getattr(self, name) for name, there in names.items() if there}
 
 
-def _on_device(x, real, at, used, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim):
+def _on_device(
+    x, token_mask, at, num_valid, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim
+):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     x_bD = x.reshape(-1, x.shape[-1])
     gathered, together = place.gathered(lead), place.shared(lead)
     left = tuple(axis for axis in place.summed_experts(lead) if axis not in gathered)
     x_tD = gather_rows(x_bD, gathered)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
-    own_used = used if place.routed(lead) == "token" else None
-    y, probabilities, load = _routed_experts(x_tD, real, at, own_used, arrays, moe, kernels, place, lead)
-    shared = partial(_shared_expert, at=at, used=used, arrays=arrays, kernels=kernels)
+    own_num_valid = num_valid if place.routed(lead) == "token" else None
+    y, probabilities, load = _routed_experts(x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, place, lead)
+    shared = partial(_shared_expert, at=at, num_valid=num_valid, arrays=arrays, kernels=kernels)
     if moe.shared_intermediate_size and together == gathered:
         y = y + shared(x_tD)
     y = summed_over(y, (), gathered)
     if moe.shared_intermediate_size and together != gathered:
         y = y + summed_over(shared(gather_rows(x_bD, together)), (), together)
     y = summed_over(y, left, ())  # those of split that share out no tokens, for experts of every kind
-    return y.reshape(x.shape), probabilities.reshape(*real[0].shape, -1), load
+    return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), load
 
 
 def _routed_experts(
-    x_tD, real, at, used, arrays, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim
+    x_tD, token_mask, at, num_valid, arrays, moe: MoEConfig, kernels: Kernels, place: Placement, lead: TokenDim
 ):  # fmt: skip
     """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
-    active, positions = (part.reshape(-1) for part in real)
+    valid, positions = (part.reshape(-1) for part in token_mask)
     exchanged, held = place.exchanged(lead), place.held(lead)
     ranks, others = place.size(exchanged), place.size(held)
-    logits = linear(x_tD, arrays["router"], at, used, kind=kernels.linear, dtype="float32")
+    logits = linear(x_tD, arrays["router"], at, num_valid, kind=kernels.linear, dtype="float32")
     if moe.router_bias:
         logits = logits + layer_of(arrays["router_bias"], at)
     bias = layer_of(arrays["selection_bias"], at) if moe.selection_bias else None
-    weights_tE, probabilities = route(logits, active, bias, rule=RouteRule.of(moe), kind=kernels.pointwise)
+    weights_tE, probabilities = route(logits, valid, bias, rule=RouteRule.of(moe), kind=kernels.pointwise)
     chosen_tE = weights_tE
     if moe.weigh_input:
         x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
@@ -199,11 +201,11 @@ def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 
 
-def _shared_expert(x, *, at, used, arrays, kernels: Kernels):
+def _shared_expert(x, *, at, num_valid, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
     kind = kernels.linear
-    gate, up = (linear(x, arrays[f"shared/{name}"], at, used, kind=kind) for name in ("gate", "up"))
-    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], at, used, kind=kind)
+    gate, up = (linear(x, arrays[f"shared/{name}"], at, num_valid, kind=kind) for name in ("gate", "up"))
+    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], at, num_valid, kind=kind)
     if "shared_gate" not in arrays:
         return y
-    return gated_rows(y, linear(x, arrays["shared_gate"], at, used, kind=kind), kind=kernels.pointwise)
+    return gated_rows(y, linear(x, arrays["shared_gate"], at, num_valid, kind=kind), kind=kernels.pointwise)

@@ -24,7 +24,7 @@ def project(
     place: Placement,
     kind: LinearKind,
     at: At | None = None,
-    used: jax.Array | None = None,
+    num_valid: jax.Array | None = None,
     *,
     over: int = 1,
     transposed: bool = False,
@@ -34,8 +34,8 @@ def project(
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
     transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
-    used: see Real. lead: how rows lie where they have the model's width; "residual" ones are gathered before the
-    product, or scattered after it.
+    num_valid: see TokenMask. lead: how rows lie where they have the model's width; "residual" ones are gathered before
+    the product, or scattered after it.
 
     One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside or is not
     to split a loop over tiles of a quantised matrix.
@@ -55,20 +55,20 @@ def project(
     gathered, scattered = (shared if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
-    def part(x: jax.Array, w: Weights, at: jax.Array, *used: jax.Array) -> jax.Array:
+    def part(x: jax.Array, w: Weights, at: jax.Array, *num_valid: jax.Array) -> jax.Array:
         x = gather_rows(x, gathered)
         if kind == "xla" and not isinstance(w, Quantised):
             return summed_over(plain(x, w, at), axes, scattered)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
-        count = used[0][0] if used else None
+        count = num_valid[0][0] if num_valid else None
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
         y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered)
         return y
 
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
-    arrays += [] if used is None else [(used, ("token",))]
+    arrays += [] if num_valid is None else [(num_valid, ("token",))]
     return place.locally(part, *arrays, out=after)
 
 

@@ -25,24 +25,24 @@ def hidden_dims(lead: str) -> Dims:
     return (lead, *HIDDEN[1:])
 
 
-class Real(NamedTuple):
-    """Which tokens are real, and where. active, positions [B,S]; used [n]: of the tokens that lie together, how many to
-    the last real one, where kernels can leave out those that follow."""
+class TokenMask(NamedTuple):
+    """Which tokens are real, and where. valid, positions [B,S]; num_valid [n]: of the tokens that lie together, how
+    many to the last real one, where kernels can leave out those that follow."""
 
-    active: jax.Array
+    valid: jax.Array
     positions: jax.Array
-    used: jax.Array | None
+    num_valid: jax.Array | None
 
 
-def real_tokens(active: jax.Array, positions: jax.Array, place: Placement, *, count: bool) -> Real:
-    """Real tokens of active [B,S] at positions [B,S]; counted where `count`."""
+def make_token_mask(valid: jax.Array, positions: jax.Array, place: Placement, *, count: bool) -> TokenMask:
+    """Real tokens of valid [B,S] at positions [B,S]; counted where `count`."""
 
-    def last(active: jax.Array) -> jax.Array:
-        place = jnp.arange(1, active.size + 1, dtype=jnp.int32)
-        return jnp.max(jnp.where(active.reshape(-1), place, 0), keepdims=True)
+    def last(valid: jax.Array) -> jax.Array:
+        place = jnp.arange(1, valid.size + 1, dtype=jnp.int32)
+        return jnp.max(jnp.where(valid.reshape(-1), place, 0), keepdims=True)
 
-    used = place.locally(last, (active, ("token", "length")), out=("token",)) if count else None
-    return Real(active, positions, used)
+    num_valid = place.locally(last, (valid, ("token", "length")), out=("token",)) if count else None
+    return TokenMask(valid, positions, num_valid)
 
 
 _HALVES = ("token", "length", "one")

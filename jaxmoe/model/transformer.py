@@ -21,7 +21,7 @@ from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import Maker, normal, ones
 from jaxmoe.model.pipeline import Flow, empty_flow, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, summed_over
-from jaxmoe.model.rows import HIDDEN, hidden_dims, normed, real_tokens
+from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
@@ -191,14 +191,14 @@ class Transformer(nnx.Module):
         return x, Carried(kept, loads)
 
     def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
-        positions, active = (
-            place.constrain(part, "batch", "length") for part in (layer_inputs.positions, layer_inputs.active)
+        positions, valid = (
+            place.constrain(part, "batch", "length") for part in (layer_inputs.positions, layer_inputs.valid)
         )
         rope = self.config.rope
         frequencies = inverse_frequencies(rope, self.config.rotary_dims)
         cos, sin = rotation(positions, frequencies, rope.attention_factor)
-        real = real_tokens(active, positions, place, count=self.kernels.linear == "native")
-        return ForwardContext(cos, sin, real, layer_inputs.attend)
+        token_mask = make_token_mask(valid, positions, place, count=self.kernels.linear == "native")
+        return ForwardContext(cos, sin, token_mask, layer_inputs.attend)
 
     # --- stages of a pipeline ---
 

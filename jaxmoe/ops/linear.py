@@ -30,7 +30,7 @@ def linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"] | Quantised,
     at: At = 0,
-    used: At | None = None,
+    num_valid: At | None = None,
     *,
     kind: LinearKind = "xla",
     transposed: bool = False,
@@ -38,14 +38,14 @@ def linear(
 ) -> Float[Array, "T N"]:
     """x W, or x W^T where transposed, W being layer `at` of w, in dtype (x's by default); sums are float32.
 
-    used: rows of x that matter, the first ones; what the others give is anything finite.
+    num_valid: rows of x that matter, the first ones; what the others give is anything finite.
     """
     dtype = x.dtype.name if dtype is None else dtype
     if isinstance(w, Quantised):
         assert not transposed
         return multiply(x, w, (at,)).astype(dtype)
     if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
-        return _native(transposed, dtype, x, w, at, x.shape[0] if used is None else used)
+        return _native(transposed, dtype, x, w, at, x.shape[0] if num_valid is None else num_valid)
     return _xla(transposed, dtype, x, w, at)
 
 
@@ -55,12 +55,12 @@ def _xla(transposed: bool, dtype: str, x, w, at):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _native(transposed: bool, dtype: str, x, w, at, used):
-    return native.native_linear(x, w, at, used, transposed=transposed, dtype=dtype)
+def _native(transposed: bool, dtype: str, x, w, at, num_valid):
+    return native.native_linear(x, w, at, num_valid, transposed=transposed, dtype=dtype)
 
 
-def _native_fwd(transposed: bool, dtype: str, x, w, at, used):
-    return _native(transposed, dtype, x, w, at, used), (x, w, at)
+def _native_fwd(transposed: bool, dtype: str, x, w, at, num_valid):
+    return _native(transposed, dtype, x, w, at, num_valid), (x, w, at)
 
 
 def _native_bwd(transposed: bool, dtype: str, saved, dy):

@@ -48,20 +48,20 @@ class RouteRule:
 
 def route(
     logits: Float[Array, "T E"],
-    active: Bool[Array, "T"],
+    valid: Bool[Array, "T"],
     bias: Float[Array, "E"] | None = None,
     *,
     rule: RouteRule,
     kind: PointwiseKind = "xla",
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """Combine weights (zero for experts not chosen, and for tokens not active) and the scores, float32.
+    """Combine weights (zero for experts not chosen, and for tokens not valid) and the scores, float32.
 
     bias: added to scores for the choice alone. Ties go to the lower index, of experts and of groups.
     """
-    return (_native if kind == "native" else _xla)(logits, active, bias, rule=rule)
+    return (_native if kind == "native" else _xla)(logits, valid, bias, rule=rule)
 
 
-def _xla(logits, active, bias, *, rule):
+def _xla(logits, valid, bias, *, rule):
     scores = jax.nn.sigmoid(logits) if rule.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = logits if rule.top_k_of == "logits" else scores
     choice = choice if bias is None else choice + bias.astype(jnp.float32)
@@ -70,7 +70,7 @@ def _xla(logits, active, bias, *, rule):
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
     if rule.normalise:
         chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + (_TINY if rule.scoring == "sigmoid" else 0))
-    chosen = jnp.where(active[:, None], chosen * rule.scaling, 0.0)
+    chosen = jnp.where(valid[:, None], chosen * rule.scaling, 0.0)
     one_hot = experts[:, :, None] == jnp.arange(logits.shape[1])
     return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), scores
 
@@ -90,8 +90,8 @@ def _of_best_groups(choice, rule):
 
 
 @differentiated_as(_xla)
-def _native(logits, active, bias, *, rule):
-    return native.native_route(logits, active, bias, rule=rule)
+def _native(logits, valid, bias, *, rule):
+    return native.native_route(logits, valid, bias, rule=rule)
 
 
 def mixed(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:

@@ -115,11 +115,11 @@ class Trainer:
         params = tuple(jax.tree.leaves(nnx.split(model)[1]))
         return TrainState(params, self._optimizer.init(params))
 
-    def _forward(self, params, tokens, active) -> tuple[jax.Array, list[jax.Array]]:
+    def _forward(self, params, tokens, valid) -> tuple[jax.Array, list[jax.Array]]:
         """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        step_inputs = DensePrefillInputs(active=active, num_ranks=self.placement.parts("batch"))
+        step_inputs = DensePrefillInputs(valid=valid, num_ranks=self.placement.parts("batch"))
         hidden, _, routed = model(inputs, step_inputs, probabilities=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
@@ -139,9 +139,9 @@ class Trainer:
         return TrainState(params, optimizer), Metrics(loss, balance, grad_norm)
 
     def _nats(self, params, tokens, lengths) -> jax.Array:
-        active = jnp.arange(tokens.shape[1] - 1) < lengths[:, None]
-        nats, _ = self._forward(params, tokens, active)
-        return jnp.sum(jnp.where(active, nats, 0.0), axis=1)
+        valid = jnp.arange(tokens.shape[1] - 1) < lengths[:, None]
+        nats, _ = self._forward(params, tokens, valid)
+        return jnp.sum(jnp.where(valid, nats, 0.0), axis=1)
 
 
 def _check_mesh(recipe: Recipe, placement: Placement) -> None:

@@ -14,7 +14,7 @@ from jaxmoe.model.attention import ForwardContext
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.params import Maker, normal
-from jaxmoe.model.rows import real_tokens
+from jaxmoe.model.rows import make_token_mask
 from jaxmoe.model.transformer import segments
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
@@ -63,7 +63,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
     def make_context(first: int, rows: tuple[int, int], attend) -> ForwardContext:
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
         rotary = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
-        return ForwardContext(*rotary, real_tokens(positions >= 0, positions, place, count=False), attend)
+        return ForwardContext(*rotary, make_token_mask(positions >= 0, positions, place, count=False), attend)
 
     plain = scored(weights, x)
     ((kept,),) = empty_pages(

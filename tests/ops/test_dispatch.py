@@ -113,12 +113,12 @@ def test_gradients_go_back_the_way_tokens_came(kind):
 def test_route(normalise):
     rng = np.random.default_rng(1)
     x, router = rng.normal(0, 1, (6, WIDTH)).astype(np.float32), rng.normal(0, 1, (WIDTH, EXPERTS)).astype(np.float32)
-    active = jnp.array([True, True, False, True, True, True])
-    weights, probabilities = route(x @ router, active, rule=RouteRule(top_k=3, normalise=normalise))
+    valid = jnp.array([True, True, False, True, True, True])
+    weights, probabilities = route(x @ router, valid, rule=RouteRule(top_k=3, normalise=normalise))
     softmax = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, softmax, rtol=1e-4)
     for token in range(6):
-        best = np.argsort(-softmax[token])[:3] if active[token] else np.array([], int)
+        best = np.argsort(-softmax[token])[:3] if valid[token] else np.array([], int)
         expected = np.zeros(EXPERTS)
         expected[best] = softmax[token, best] / (softmax[token, best].sum() if normalise else 1)
         np.testing.assert_allclose(weights[token], expected, rtol=1e-4, atol=1e-7)

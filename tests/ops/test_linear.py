@@ -60,15 +60,15 @@ def test_numbers_that_are_none_stay_so():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("used", [0, 1, 5, 40])
-def test_rows_past_those_used_are_zero_and_change_nothing(used, transposed):
+@pytest.mark.parametrize("num_valid", [0, 1, 5, 40])
+def test_rows_past_those_used_are_zero_and_change_nothing(num_valid, transposed):
     if not compiler_found():
         return
     x, w = arrays(40, 24, 70, "float32", transposed=transposed)
     run = jax.jit(partial(linear, kind="native", transposed=transposed))
-    found, whole = run(x.at[used:].set(jnp.nan), stacked(w), AT, used), run(x, stacked(w), AT)
-    np.testing.assert_array_equal(found[:used], whole[:used])
-    np.testing.assert_array_equal(found[used:], 0)
+    found, whole = run(x.at[num_valid:].set(jnp.nan), stacked(w), AT, num_valid), run(x, stacked(w), AT)
+    np.testing.assert_array_equal(found[:num_valid], whole[:num_valid])
+    np.testing.assert_array_equal(found[num_valid:], 0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -57,38 +57,38 @@ def rows(kind, dtype, width):
 
 def routing(kind, dtype, width):
     del dtype  # always float32
-    active = jnp.arange(ROWS) % 5 > 0
+    valid = jnp.arange(ROWS) % 5 > 0
     choose = partial(route, rule=RouteRule(top_k=min(3, width), normalise=width % 2 == 0), kind=kind)
-    return (numbers(0, ROWS, width), active), lambda *arrays: choose(*arrays)[0]
+    return (numbers(0, ROWS, width), valid), lambda *arrays: choose(*arrays)[0]
 
 
 def limited_routing(kind, dtype, width):
     """Among the best two of as many groups as divide the experts."""
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
-    (logits, active), _ = routing(kind, dtype, width)
+    (logits, valid), _ = routing(kind, dtype, width)
     top_groups = min(2, num_groups)
     rule = RouteRule(
         top_k=min(3, width // num_groups * top_groups), normalise=True, num_groups=num_groups, top_groups=top_groups,
         group_best=2,
     )  # fmt: skip
-    return (logits, active), lambda *a: route(*a, rule=rule, kind=kind)[0]
+    return (logits, valid), lambda *a: route(*a, rule=rule, kind=kind)[0]
 
 
 def biased_routing(kind, dtype, width):
     """The same by sigmoids, with a bias in the choice that makes some of it negative."""
-    (logits, active), _ = limited_routing(kind, dtype, width)
+    (logits, valid), _ = limited_routing(kind, dtype, width)
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
     rule = RouteRule(
         top_k=1, normalise=True, scoring="sigmoid", scaling=2.5, num_groups=num_groups, top_groups=1, group_best=2
     )
     bias = jnp.linspace(-2, 0.5, width)
-    return (logits, active), lambda *a: route(*a, bias, rule=rule, kind=kind)[0]
+    return (logits, valid), lambda *a: route(*a, bias, rule=rule, kind=kind)[0]
 
 
 def shares(kind, dtype, width):
     rule = RouteRule(top_k=1, normalise=False)
-    (logits, active), _ = routing(kind, dtype, width)
-    return (logits,), lambda logits: route(logits, active[: len(logits)], rule=rule, kind=kind)[1]
+    (logits, valid), _ = routing(kind, dtype, width)
+    return (logits,), lambda logits: route(logits, valid[: len(logits)], rule=rule, kind=kind)[1]
 
 
 WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, limited_routing, biased_routing, shares]

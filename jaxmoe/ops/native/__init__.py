@@ -163,7 +163,7 @@ def native_linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"],
     at: At,
-    used: At,
+    num_valid: At,
     *,
     transposed: bool,
     dtype: str,
@@ -171,7 +171,7 @@ def native_linear(
     """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
     columns = w.shape[1 if transposed else 2]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
-    return call(x, w, jnp.int32(at), jnp.int32(used), transposed=transposed)
+    return call(x, w, jnp.int32(at), jnp.int32(num_valid), transposed=transposed)
 
 
 def native_paged(
@@ -237,7 +237,7 @@ def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Flo
 
 
 def native_route(
-    logits: Float[Array, "T E"], active: Bool[Array, "T"], bias: Float[Array, "E"] | None, *, rule: Any
+    logits: Float[Array, "T E"], valid: Bool[Array, "T"], bias: Float[Array, "E"] | None, *, rule: Any
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """As ops.route's xla. Call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
@@ -246,7 +246,7 @@ def native_route(
     numbers |= dict(best=np.int64(rule.group_best), sigmoid=np.int64(rule.scoring == "sigmoid"))
     numbers["by_logits"] = np.int64(rule.top_k_of == "logits")
     own = jnp.zeros(0) if bias is None else bias.astype(jnp.float32)
-    weights, scores = call(logits, active, own, scaling=np.float32(rule.scaling), **numbers)
+    weights, scores = call(logits, valid, own, scaling=np.float32(rule.scaling), **numbers)
     return weights, scores
 
 

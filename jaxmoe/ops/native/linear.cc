@@ -104,9 +104,9 @@ template <typename T, typename Out>
 XLA_FFI_Error* RunLinear(const Call& call) {
   const Array x = call.Argument(0), w = call.Argument(1), y = call.Result();
   const T* layer = w.As<T>() + *call.Argument(2).As<int32_t>() * w.Stride(0);
-  const int64_t used = std::clamp<int64_t>(*call.Argument(3).As<int32_t>(), 0, x.Size(0));
-  std::fill(y.As<Out>() + used * y.Size(1), y.As<Out>() + x.Size(0) * y.Size(1), Out{});
-  Product<T, Out>{x.As<T>(), layer, y.As<Out>(), used, x.Size(1), y.Size(1), call.Attribute<bool>("transposed")}
+  const int64_t num_valid = std::clamp<int64_t>(*call.Argument(3).As<int32_t>(), 0, x.Size(0));
+  std::fill(y.As<Out>() + num_valid * y.Size(1), y.As<Out>() + x.Size(0) * y.Size(1), Out{});
+  Product<T, Out>{x.As<T>(), layer, y.As<Out>(), num_valid, x.Size(1), y.Size(1), call.Attribute<bool>("transposed")}
       .RunAll(call.Pool());
   return nullptr;
 }

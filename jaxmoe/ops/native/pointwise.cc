@@ -185,9 +185,9 @@ struct Limit {
 constexpr float kTiny = 1e-20f;  // DeepSeek-V3's: keeps a sum of sigmoids from being zero
 
 // Scores of logits [tokens, experts], and the weights of each token's best, by score (or logit) and bias: zero for others,
-// and where not active.
+// and where not valid.
 void RouteAll(const Call& call) {
-  const Array logits = call.Argument(0), active = call.Argument(1), bias = call.Argument(2);
+  const Array logits = call.Argument(0), valid = call.Argument(1), bias = call.Argument(2);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
   const bool normalise = call.Attribute<int64_t>("normalise") != 0, sigmoid = call.Attribute<int64_t>("sigmoid") != 0;
   const bool by_logits = call.Attribute<int64_t>("by_logits") != 0;
@@ -207,7 +207,7 @@ void RouteAll(const Call& call) {
       for (int64_t e = 0; e < experts; ++e) shares[e] /= total;
     }
     std::fill_n(weights, experts, 0.0f);
-    if (!active.As<const bool>()[row]) return;
+    if (!valid.As<const bool>()[row]) return;
     const float* compared = by_logits ? from : shares;
     std::vector<float> choice(compared, compared + experts), kept(experts);
     if (bias.Size(0) > 0)
