@@ -135,7 +135,7 @@ def _pool(arguments: argparse.Namespace) -> None:
             bucket = Bucket(rows=arguments.rows, blocks=0, block_tokens=32, pages=16)
             metadata = np.zeros((limits.num_ranks, bucket.length), np.int32)
             parts = bucket.split(metadata)
-            parts["positions"][:], parts["counts"][:] = 200, 1
+            parts["positions"][:], parts["query_lens"][:] = 200, 1
             parts["table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()

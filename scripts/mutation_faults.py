@@ -105,8 +105,8 @@ MASKS = _faults(
     (
         "padding-token-writes-its-key",
         "jaxmoe/model/attend.py",
-        "valid = jnp.arange(length) < counts[:, None]",
-        "valid = jnp.arange(length) <= counts[:, None]",
+        "valid = jnp.arange(length) < query_lens[:, None]",
+        "valid = jnp.arange(length) <= query_lens[:, None]",
         "engine/test_generate.py engine/test_engine.py",
     ),
 )
@@ -169,7 +169,7 @@ PAGING = _faults(
     (
         "page-loop-ends-before-a-chunk-that-crosses-a-group",
         "jaxmoe/ops/paged.py",
-        "(positions + counts + whole - 1) // whole",
+        "(positions + query_lens + whole - 1) // whole",
         "(positions + whole) // whole",
         "ops/test_paged.py",
     ),

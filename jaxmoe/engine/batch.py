@@ -60,13 +60,13 @@ class Bucket:
         listed = (self.rows, MOST_LISTED)
         return {
             "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
-            "counts": rows,  # tokens the row decodes, one a turn; 0 where it does not
+            "query_lens": rows,  # tokens the row decodes, one a turn; 0 where it does not
             "drawn_from": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
             "table": (self.rows, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
-            "block_rows": blocks,
+            "block_seq_slots": blocks,
             "block_positions": blocks,
-            "block_counts": blocks,
+            "block_query_lens": blocks,
             "temperature": rows,
             "top_k": rows,
             "top_p": rows,
@@ -233,7 +233,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
 
     for decode in plan.decodes:
         at = write_request(decode.sequence)
-        parts["positions"][at], parts["counts"][at] = decode.start, decode.count
+        parts["positions"][at], parts["query_lens"][at] = decode.start, decode.count
         parts["drawn_from"][at] = bucket.row_token(at[1])
     next_block = [0] * limits.num_ranks
     for chunk in plan.chunks:
@@ -254,8 +254,8 @@ def _pack_chunk(chunk: Chunk, bucket: Bucket, parts: dict[str, Any], next_block:
         block = next_block[rank]
         next_block[rank] += 1
         parts["block_tokens"][rank, block, : len(part)] = part
-        parts["block_rows"][rank, block] = sequence.slot
+        parts["block_seq_slots"][rank, block] = sequence.slot
         parts["block_positions"][rank, block] = chunk.start + first
-        parts["block_counts"][rank, block] = len(part)
+        parts["block_query_lens"][rank, block] = len(part)
         last = bucket.block_token(block, len(part) - 1)
     return last

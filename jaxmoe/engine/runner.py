@@ -29,7 +29,7 @@ from jaxmoe.model.attend import (
     DensePrefillInputs,
     KVPages,
     PagedStepInputs,
-    Section,
+    QueryBlocks,
     empty_pages,
     micro_batch_of,
     split_rows,
@@ -237,14 +237,20 @@ class Runner:
         self, model: Transformer, state: EngineState, loads: Loads | None, metadata, wanted: Wanted, bucket: Bucket
     ):
         place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
-        sections = [Section(num_tokens=1, rows=None, positions=metadata["positions"], counts=metadata["counts"])]
+        query_blocks = [
+            QueryBlocks(
+                num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
+            )
+        ]
         tokens, pick = [state.tokens[:, : bucket.rows]], None
         if bucket.blocks:
-            blocks = {name: metadata[f"block_{name}"] for name in ("rows", "positions", "counts")}
-            sections.append(Section(num_tokens=bucket.block_tokens, **blocks))
+            blocks = {name: metadata[f"block_{name}"] for name in ("seq_slots", "positions", "query_lens")}
+            query_blocks.append(QueryBlocks(num_tokens=bucket.block_tokens, **blocks))
             tokens.append(metadata["block_tokens"])
             pick = partial(at_rows, index=jnp.maximum(metadata["drawn_from"], 0))
-        step_inputs = PagedStepInputs(table=metadata["table"], sections=tuple(sections), kind=self.kernels.attention)
+        step_inputs = PagedStepInputs(
+            table=metadata["table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
+        )
         whole = step_inputs.attend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
         token_pages = whole.write_tokens(state.token_pages, together, place)
@@ -264,8 +270,10 @@ class Runner:
     ):  # fmt: skip
         place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
-        section = Section(num_tokens=1, rows=None, positions=metadata["positions"], counts=metadata["counts"])
-        step_inputs = PagedStepInputs(table=metadata["table"], sections=(section,), kind=self.kernels.attention)
+        blocks = QueryBlocks(
+            num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
+        )
+        step_inputs = PagedStepInputs(table=metadata["table"], query_blocks=(blocks,), kind=self.kernels.attention)
 
         def tick(number, carry):
             state, loads, flow, room = carry
@@ -286,7 +294,7 @@ class Runner:
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.turn
             drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
-            draws = leaves & (own["drawn_from"] >= 0) & (own["counts"] > last.turn)
+            draws = leaves & (own["drawn_from"] >= 0) & (own["query_lens"] > last.turn)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
             old = split_rows(state.tokens[:, :rows], last.micro_batch, of)

@@ -118,51 +118,53 @@ class DensePrefillInputs:
         return LayerInputs(positions, valid, CausalAttend())
 
 
-@_register(["rows", "positions", "counts"], ["num_tokens"])
+@_register(["seq_slots", "positions", "query_lens"], ["num_tokens"])
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class QueryBlocks:
     """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
 
-    rows [r,n]: the row of the table a block belongs to; None where block i belongs to row i. positions [r,n]: of its
-    first token. counts [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens of them.
+    seq_slots [r,n]: the row of the table a block belongs to; None where block i belongs to row i. positions [r,n]: of
+    its first token. query_lens [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens of them.
     """
 
     num_tokens: int
-    rows: jax.Array | None
+    seq_slots: jax.Array | None
     positions: jax.Array
-    counts: jax.Array
+    query_lens: jax.Array
 
-    def part(self, micro_batch: Any, of: int, turn: Any, busy: Any) -> Section:
+    def part(self, micro_batch: Any, of: int, turn: Any, busy: Any) -> QueryBlocks:
         """The blocks of one micro-batch in one turn, none of them real unless busy."""
-        rows = self.rows
-        if rows is None and of > 1:
-            rows = jnp.broadcast_to(jnp.arange(self.counts.shape[1], dtype=jnp.int32), self.counts.shape)
-        rows, positions, counts = (split_rows(part, micro_batch, of) for part in (rows, self.positions, self.counts))
+        seq_slots = self.seq_slots
+        if seq_slots is None and of > 1:
+            seq_slots = jnp.broadcast_to(jnp.arange(self.query_lens.shape[1], dtype=jnp.int32), self.query_lens.shape)
+        seq_slots, positions, query_lens = (
+            split_rows(part, micro_batch, of) for part in (seq_slots, self.positions, self.query_lens)
+        )
         done = turn * self.num_tokens
-        counts = jnp.where(busy, jnp.clip(counts - done, 0, self.num_tokens), 0)
-        return replace(self, rows=rows, positions=positions + done, counts=counts)
+        query_lens = jnp.where(busy, jnp.clip(query_lens - done, 0, self.num_tokens), 0)
+        return replace(self, seq_slots=seq_slots, positions=positions + done, query_lens=query_lens)
 
 
-@_register(["table", "sections"], ["kind"])
+@_register(["table", "query_blocks"], ["kind"])
 @dataclass(frozen=True, kw_only=True)
 class PagedStepInputs:
-    """New tokens [r*t,1] over pages: those of every rank's sections, one section after the other.
+    """New tokens [r*t,1] over pages: those of every rank's query blocks, one kind after the other.
 
     table [r,d,p]: the pages of every row.
     """
 
     table: jax.Array
-    sections: tuple[Section, ...]
+    query_blocks: tuple[QueryBlocks, ...]
     kind: PagedKind
 
     def attend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttend:
         """How the tokens of `part` meet the pages."""
-        return PagedAttend(self.table, [s.part(micro_batch, of, turn, busy) for s in self.sections], self.kind)
+        return PagedAttend(self.table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind)
 
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
         """See StepInputs."""
         attend = self.attend(micro_batch, of, turn, busy)
-        return LayerInputs(*attend.places(), attend)
+        return LayerInputs(*attend.token_positions(), attend)
 
 
 class PagedAttend:
@@ -170,29 +172,29 @@ class PagedAttend:
 
     keeps = True
 
-    def __init__(self, table: jax.Array, sections: Sequence[Section], kind: PagedKind) -> None:
-        self._table, self._sections, self._kind = table, tuple(sections), kind
+    def __init__(self, table: jax.Array, query_blocks: Sequence[QueryBlocks], kind: PagedKind) -> None:
+        self._table, self._query_blocks, self._kind = table, tuple(query_blocks), kind
 
-    def places(self) -> tuple[jax.Array, jax.Array]:
+    def token_positions(self) -> tuple[jax.Array, jax.Array]:
         """Where the tokens stand [r*t,1], and which of them are real."""
         positions, valid = [], []
-        for section in self._sections:
-            each = jnp.arange(section.num_tokens, dtype=jnp.int32)
-            ranks = section.counts.shape[0]
-            positions.append((section.positions[..., None] + each).reshape(ranks, -1))
-            valid.append((each < section.counts[..., None]).reshape(ranks, -1))
+        for blocks in self._query_blocks:
+            each = jnp.arange(blocks.num_tokens, dtype=jnp.int32)
+            ranks = blocks.query_lens.shape[0]
+            positions.append((blocks.positions[..., None] + each).reshape(ranks, -1))
+            valid.append((each < blocks.query_lens[..., None]).reshape(ranks, -1))
         return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(valid, axis=1).reshape(-1, 1)
 
     def _metadata(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
         """The arrays that say where things are, with their dims."""
         arrays = [
-            part for section in self._sections for part in (section.rows, section.positions, section.counts)
+            part for blocks in self._query_blocks for part in (blocks.seq_slots, blocks.positions, blocks.query_lens)
             if part is not None
         ]  # fmt: skip
         return [(self._table, _TABLE_DIMS), *((array, ("batch", "block")) for array in arrays)]
 
     def _layout(self) -> tuple[tuple[int, bool], ...]:
-        return tuple((section.num_tokens, section.rows is not None) for section in self._sections)
+        return tuple((blocks.num_tokens, blocks.seq_slots is not None) for blocks in self._query_blocks)
 
     def __call__(
         self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
@@ -206,9 +208,9 @@ class PagedAttend:
             over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
         own = _sinks_with_dims(sinks)
-        counts = Counts(new=len(new), pages=len(kept), sinks=len(own))
+        array_counts = ArrayCounts(new=len(new), pages=len(kept), sinks=len(own))
         mixed, *pages = place.locally(
-            partial(over, layout=self._layout(), counts=counts, sight=sight, value_dim=value_dim),
+            partial(over, layout=self._layout(), array_counts=array_counts, sight=sight, value_dim=value_dim),
             (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
@@ -218,8 +220,10 @@ class PagedAttend:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
         def write(token_pages, tokens, *metadata):
-            table, sections = _sections(metadata, self._layout())
-            page, offset = _places(table, sections, page_size=token_pages.shape[1], num_pages=token_pages.shape[0])
+            table, query_blocks = _split_metadata(metadata, self._layout())
+            page, offset = _slot_mapping(
+                table, query_blocks, page_size=token_pages.shape[1], num_pages=token_pages.shape[0]
+            )
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
         return place.locally(
@@ -227,30 +231,30 @@ class PagedAttend:
         )
 
 
-def _sections(metadata, layout):
-    """One rank's table [d,p], and for each section its length, table, positions and counts."""
+def _split_metadata(metadata, layout):
+    """One rank's table [d,p], and for each kind of query blocks its length, table, positions and counts."""
     parts = iter(part[0] for part in metadata)
     table = next(parts)
-    sections = []
-    for length, has_rows in layout:
-        own = table[next(parts)] if has_rows else table
-        sections.append((length, own, next(parts), next(parts)))
-    return table, sections
+    query_blocks = []
+    for length, has_slots in layout:
+        own = table[next(parts)] if has_slots else table
+        query_blocks.append((length, own, next(parts), next(parts)))
+    return table, query_blocks
 
 
-def _places(table, sections, *, page_size, num_pages):
+def _slot_mapping(table, query_blocks, *, page_size, num_pages):
     """Page and offset of every token of one rank; a page past the last for those that are not real."""
     page, offset = [], []
-    for length, table, positions, counts in sections:
+    for length, table, positions, query_lens in query_blocks:
         at = positions[:, None] + jnp.arange(length)
-        valid = jnp.arange(length) < counts[:, None]
+        valid = jnp.arange(length) < query_lens[:, None]
         own = jnp.take_along_axis(table, jnp.clip(at // page_size, 0, table.shape[1] - 1), axis=1)
         page.append(jnp.where(valid, own, num_pages).reshape(-1))
         offset.append((at % page_size).reshape(-1))
     return jnp.concatenate(page), jnp.concatenate(offset)
 
 
-class Counts(NamedTuple):
+class ArrayCounts(NamedTuple):
     """How many of the arrays that follow each other are what: keys and values of new tokens, pages, sinks."""
 
     new: int
@@ -263,38 +267,38 @@ class Counts(NamedTuple):
         return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
 
 
-def _over_pages(q, at, *arrays, layout, counts, sight, value_dim, attend, share=Share()):
+def _over_pages(q, at, *arrays, layout, array_counts, sight, value_dim, attend, share=Share()):
     """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
-    new, pages, sinks, metadata = counts.split(arrays)
-    table, sections = _sections(metadata, layout)
+    new, pages, sinks, metadata = array_counts.split(arrays)
+    table, query_blocks = _split_metadata(metadata, layout)
     here = pages[0].shape[3]
-    page, offset = _places(table, sections, page_size=here * share.of, num_pages=pages[0].shape[1])
+    page, offset = _slot_mapping(table, query_blocks, page_size=here * share.of, num_pages=pages[0].shape[1])
     if share.of > 1:
         page = jnp.where(offset // here == share.part, page, pages[0].shape[1])
         offset = offset % here
     pages = write_pages(pages, [one[:, 0] for one in new], page, offset, at)
     mixed, start = [], 0
-    for length, table, positions, lengths in sections:
+    for length, table, positions, query_lens in query_blocks:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = attend(part, pages, table, positions, lengths, at, *sinks, sight=sight, value_dim=value_dim)
+        part = attend(part, pages, table, positions, query_lens, at, *sinks, sight=sight, value_dim=value_dim)
         mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages
 
 
-def _over_shared_pages(q, at, *arrays, axes, ranks, counts, **how):
+def _over_shared_pages(q, at, *arrays, axes, ranks, array_counts, **how):
     """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
     all tokens to what they have, and each merges what they found for its own."""
-    new, pages, sinks, metadata = counts.split(arrays)
+    new, pages, sinks, metadata = array_counts.split(arrays)
     together = jnp.concatenate([q, *(one[:, :, :, None] for one in new)], axis=3)
     together = jax.lax.all_gather(together, axes, axis=0, tiled=True)
     group = q.shape[3]
     new = [together[:, :, :, group + number] for number in range(len(new))]
     share = Share(jax.lax.axis_index(axes), ranks)
     parts, *pages = _over_pages(
-        together[:, :, :, :group], at, *new, *pages, *metadata, counts=counts._replace(sinks=0), **how,
+        together[:, :, :, :group], at, *new, *pages, *metadata, array_counts=array_counts._replace(sinks=0), **how,
         attend=partial(partial_attention, share=share), share=share,
     )  # fmt: skip
     parts = parts.reshape(ranks, -1, *parts.shape[2:])

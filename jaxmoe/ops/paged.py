@@ -68,7 +68,7 @@ def paged_attention(
     pages: Pages,
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
-    counts: Int[Array, "N"],
+    query_lens: Int[Array, "N"],
     at: At = 0,
     sinks: Float[Array, "K G"] | None = None,
     *,
@@ -76,20 +76,20 @@ def paged_attention(
     value_dim: int | None = None,
     kind: PagedKind = "loop",
 ) -> Float[Array, "N Q K G V"]:
-    """Each of a block's first `counts` tokens, at `positions` and following, over those tokens of layer `at` up to
+    """Each of a block's first `query_lens` tokens, at `positions` and following, over those tokens of layer `at` up to
     itself that it sees.
 
     sinks: logits that take part in the softmax and add nothing. value_dim: V, where no values are kept. What comes of a
     block's other tokens is not to be used.
     """
     if kind == "native":
-        return native.native_paged(q, pages, table, positions, counts, at, sinks, sight=sight, value_dim=value_dim)
-    mixed, total, best = _loop(q, pages, table, positions, counts, at, sight, value_dim, Share())
+        return native.native_paged(q, pages, table, positions, query_lens, at, sinks, sight=sight, value_dim=value_dim)
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, sight, value_dim, Share())
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
-    real = (jnp.arange(q.shape[1]) < counts[:, None])[:, :, None, None, None]
-    # Scores that are all minus infinity have no softmax; tokens past `counts` see nothing.
+    real = (jnp.arange(q.shape[1]) < query_lens[:, None])[:, :, None, None, None]
+    # Scores that are all minus infinity have no softmax; tokens past `query_lens` see nothing.
     return jnp.where(total > 0, mixed / total, jnp.where(real, jnp.nan, 0.0)).astype(q.dtype)
 
 
@@ -110,7 +110,7 @@ def partial_attention(
     pages: Pages,
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
-    counts: Int[Array, "N"],
+    query_lens: Int[Array, "N"],
     at: At = 0,
     *,
     share: Share,
@@ -120,7 +120,7 @@ def partial_attention(
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, table, positions, counts, at, sight, value_dim, share)
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
@@ -146,7 +146,7 @@ def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Arra
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
-def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
+def _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share):
     """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
@@ -177,7 +177,7 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
         scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         shrunk, shares = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
-        read = keys < (positions + counts)[:, None]
+        read = keys < (positions + query_lens)[:, None]
         if not sight.sees_all:
             read &= keys >= first[:, None]
         read = read[:, None, :, None]
@@ -192,8 +192,8 @@ def _loop(q, pages, table, positions, counts, at, sight, value_dim, share):
     shape = (num_blocks, slots, group * tokens)
     start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
-    num_iterations = jnp.max(jnp.where(counts > 0, (positions + counts + whole - 1) // whole, 0))
-    skipped = 0 if sight.sees_all else jnp.min(jnp.where(counts > 0, first // whole, num_iterations))
+    num_iterations = jnp.max(jnp.where(query_lens > 0, (positions + query_lens + whole - 1) // whole, 0))
+    skipped = 0 if sight.sees_all else jnp.min(jnp.where(query_lens > 0, first // whole, num_iterations))
     best, total, mixed = jax.lax.fori_loop(skipped, num_iterations, attend, start)
     by_token = (
         part.reshape(num_blocks, slots, group, tokens, -1).transpose(0, 3, 1, 2, 4) for part in (mixed, total, best)

@@ -65,8 +65,8 @@ def test_what_is_packed_reads_back():
     first, second = (chunk.sequence for chunk in plan.chunks)
     np.testing.assert_array_equal(parts["block_tokens"][0, :2], [[1, 2, 3, 4], [5, 6, 0, 0]])
     np.testing.assert_array_equal(parts["block_positions"][0, :2], [0, 4])
-    np.testing.assert_array_equal(parts["block_counts"][:, :2], [[4, 2], [3, 0]])
-    assert parts["block_rows"][0, :2].tolist() == [first.slot] * 2
+    np.testing.assert_array_equal(parts["block_query_lens"][:, :2], [[4, 2], [3, 0]])
+    assert parts["block_seq_slots"][0, :2].tolist() == [first.slot] * 2
     drawn_from = parts["drawn_from"]
     assert drawn_from[0, first.slot] == bucket.rows + 4 + 1
     assert drawn_from[1, second.slot] == bucket.rows + 2
@@ -88,5 +88,5 @@ def test_what_is_packed_reads_back():
     assert plan.turns == 3
     parts = bucket.split(pack(plan, bucket, LIMITS, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
-    np.testing.assert_array_equal(parts["counts"], [[3], [3]])
+    np.testing.assert_array_equal(parts["query_lens"], [[3], [3]])
     np.testing.assert_array_equal(parts["drawn_from"], [[0], [0]])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxmoe.families import read_config
-from jaxmoe.model.attend import CausalAttend, PagedAttend, Section, empty_pages
+from jaxmoe.model.attend import CausalAttend, PagedAttend, QueryBlocks, empty_pages
 from jaxmoe.model.attention import ForwardContext
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
@@ -53,10 +53,13 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
     @jax.jit
     def over_pages(weights, x, kept, first):
         count = len(x)
-        section = Section(
-            num_tokens=count, rows=None, positions=jnp.full((1, 1), first), counts=jnp.full((1, 1), count, jnp.int32)
+        blocks = QueryBlocks(
+            num_tokens=count,
+            seq_slots=None,
+            positions=jnp.full((1, 1), first),
+            query_lens=jnp.full((1, 1), count, jnp.int32),
         )
-        context = make_context(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [section], "loop"))
+        context = make_context(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [blocks], "loop"))
         y, kept = nnx.merge(graph, weights)(x[:, None], 0, context, kept, "token")
         return y[:, 0], kept
 

@@ -63,16 +63,24 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
     if not kind_runs(kind, dtype):
         return
     lengths = [tokens + 9, tokens, tokens + 110, tokens + 2]
-    counts = [tokens, max(1, tokens - 3), tokens, 0]
+    query_lens = [tokens, max(1, tokens - 3), tokens, 0]
     prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, dtype)
     positions = jnp.array([length - tokens for length in lengths])
-    lengths = [int(at) + count for at, count in zip(positions, counts, strict=True)]
+    lengths = [int(at) + count for at, count in zip(positions, query_lens, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
     sinks = jnp.asarray(SINKS) if sight.chunk else None
     found = jax.jit(paged_attention, static_argnames=("sight", "kind"))(
-        q, (stacked(k_pages), stacked(v_pages)), table, positions, jnp.array(counts), AT, sinks, sight=sight, kind=kind
+        q,
+        (stacked(k_pages), stacked(v_pages)),
+        table,
+        positions,
+        jnp.array(query_lens),
+        AT,
+        sinks,
+        sight=sight,
+        kind=kind,
     )
-    for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, counts, strict=True)):
+    for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, query_lens, strict=True)):
         if count:
             whole = causal_attention(*(part[None, :length] for part in (q_row, k, v)), sinks, sight=sight)[0, -count:]
             tolerance = 1e-5 if dtype == "float32" else 0.03
@@ -147,8 +155,10 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
             ).all()
             wide[index] = wide[index].at[places[0], :, places[1]].set(kept)
     q = jnp.asarray(rng.normal(0, 1, (3, 1, SLOTS, GROUP, HEAD_DIM)), dtype)
-    counts = jnp.ones(3, jnp.int32)
-    ask = partial(paged_attention, table=table, positions=jnp.array(lengths) - 1, counts=counts, at=AT, sight=SIGHTS[0])
+    query_lens = jnp.ones(3, jnp.int32)
+    ask = partial(
+        paged_attention, table=table, positions=jnp.array(lengths) - 1, query_lens=query_lens, at=AT, sight=SIGHTS[0]
+    )
     found = ask(q, tuple(pages), kind=kind)
     expected = ask(q.astype("float32"), tuple(stacked(part) for part in wide), kind="loop")
     scale = 10.0 ** np.arange(3).reshape(3, 1, 1, 1, 1)
@@ -163,9 +173,11 @@ def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(sight, dtype):
         return
     ((q, _, _),), pages, table = pool_of([70], 16, dtype)
     ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), sight=sight, kind="native")
-    whole = ask(q[None], table=table, positions=jnp.array([0]), counts=jnp.array([70]))
+    whole = ask(q[None], table=table, positions=jnp.array([0]), query_lens=jnp.array([70]))
     for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
-        part = ask(q[None, start : start + count], table=table, positions=jnp.array([start]), counts=jnp.array([count]))
+        part = ask(
+            q[None, start : start + count], table=table, positions=jnp.array([start]), query_lens=jnp.array([count])
+        )
         np.testing.assert_array_equal(
             np.asarray(part[0], np.float32), np.asarray(whole[0, start : start + count], np.float32)
         )

@@ -179,7 +179,7 @@ def native_paged(
     pages: tuple[Array, ...],
     table: Int[Array, "N P"],
     positions: Int[Array, "N"],
-    counts: Int[Array, "N"],
+    query_lens: Int[Array, "N"],
     at: At,
     sinks: Float[Array, "K G"] | None,
     *,
@@ -187,7 +187,7 @@ def native_paged(
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
-    block_metadata = (table, positions, counts, jnp.int32(at))
+    block_metadata = (table, positions, query_lens, jnp.int32(at))
     dim = pages[1].shape[4] if value_dim is None else value_dim
     kept = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
     kept = (*kept, kept[2]) if len(kept) == 3 else kept

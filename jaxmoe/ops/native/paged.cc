@@ -48,7 +48,7 @@ struct Paged {
   const void *q, *k_pages, *v_pages;
   const float *k_scales, *v_scales;  // null where pages have none
   const float* sinks;                // of every head of queries; null where there are none
-  const int32_t *table, *positions, *counts;
+  const int32_t *table, *positions, *query_lens;
   void* out;
   int64_t blocks, tokens, heads, group, head_dim, value_dim, value_stride, pages_of_row, page_size, window, chunk;
   float scale;
@@ -140,9 +140,9 @@ struct Paged {
     std::memset(out, 0, blocks * tokens * heads * group * value_dim * numbers.bytes);
     const int64_t tile = std::clamp<int64_t>(kMostRows / group, 1, kTile);
     for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t low = 0; low < counts[block]; low += tile)
+      for (int64_t low = 0; low < query_lens[block]; low += tile)
         for (int64_t head = 0; head < heads; ++head)
-          items.push_back({block, head, low, std::min<int64_t>(low + tile, counts[block])});
+          items.push_back({block, head, low, std::min<int64_t>(low + tile, query_lens[block])});
     const int64_t count = static_cast<int64_t>(items.size());
     ForEach(pool, count, count < 4 ? 1 : pool.Count(), [&](int64_t item, int64_t) {
       Run(items[item].block, items[item].head, items[item].low, items[item].high);
