@@ -251,7 +251,7 @@ class Runner:
         step_inputs = PagedStepInputs(
             table=metadata["table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
         )
-        whole = step_inputs.attend(0, 1)
+        whole = step_inputs.attention_backend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
         token_pages = whole.write_tokens(state.token_pages, together, place)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
@@ -282,7 +282,7 @@ class Runner:
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
-            token_pages = step_inputs.attend(*enters).write_tokens(state.token_pages, tokens, place)
+            token_pages = step_inputs.attention_backend(*enters).write_tokens(state.token_pages, tokens, place)
             x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
             last, leaves = first, first.busy
             if schedule.stages > 1:

@@ -77,16 +77,16 @@ def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) 
     return parts.reshape(-1, *array.shape[1:])
 
 
-class CausalAttend:
+class CausalAttention:
     """Every token over those before it; nothing kept. Rows and heads are independent, so each device does its own."""
 
-    keeps = False
+    uses_kv_cache = False
 
     def __call__(
         self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
-        """See Attend. Values are given."""
+        """See AttentionBackend. Values are given."""
         del at, value_dim
         assert v is not None
         attend = partial(causal_attention, sight=sight)
@@ -115,7 +115,7 @@ class DensePrefillInputs:
         del turn
         valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & busy
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
-        return LayerInputs(positions, valid, CausalAttend())
+        return LayerInputs(positions, valid, CausalAttention())
 
 
 @_register(["seq_slots", "positions", "query_lens"], ["num_tokens"])
@@ -157,20 +157,20 @@ class PagedStepInputs:
     query_blocks: tuple[QueryBlocks, ...]
     kind: PagedKind
 
-    def attend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttend:
+    def attention_backend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttention:
         """How the tokens of `part` meet the pages."""
-        return PagedAttend(self.table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind)
+        return PagedAttention(self.table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind)
 
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
         """See StepInputs."""
-        attend = self.attend(micro_batch, of, turn, busy)
-        return LayerInputs(*attend.token_positions(), attend)
+        attention_backend = self.attention_backend(micro_batch, of, turn, busy)
+        return LayerInputs(*attention_backend.token_positions(), attention_backend)
 
 
-class PagedAttend:
+class PagedAttention:
     """Attention of new tokens over pages; what it keeps are the pages of a block's layers."""
 
-    keeps = True
+    uses_kv_cache = True
 
     def __init__(self, table: jax.Array, query_blocks: Sequence[QueryBlocks], kind: PagedKind) -> None:
         self._table, self._query_blocks, self._kind = table, tuple(query_blocks), kind
@@ -200,7 +200,7 @@ class PagedAttend:
         self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
-        """See Attend."""
+        """See AttentionBackend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
         how = partial(paged_attention, kind=self._kind)
         over = partial(_over_pages, attend=how)

@@ -19,10 +19,11 @@ from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement, TokenDim
 
 
-class Attend(Protocol):
-    """How queries meet keys and values: within a prompt, or against a cache that grows. keeps: whether it is that."""
+class AttentionBackend(Protocol):
+    """How queries meet keys and values: within a prompt, or against a cache that grows. uses_kv_cache: whether it is
+    that."""
 
-    keeps: bool
+    uses_kv_cache: bool
 
     def __call__(
         self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
@@ -43,7 +44,7 @@ class LayerInputs(NamedTuple):
 
     positions: jax.Array
     valid: jax.Array
-    attend: Attend
+    attention_backend: AttentionBackend
 
 
 class StepInputs(Protocol):
@@ -60,7 +61,7 @@ class ForwardContext(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     token_mask: TokenMask
-    attend: Attend
+    attention_backend: AttentionBackend
 
 
 def sight_of(config: ModelConfig, layer: int) -> Sight:
@@ -119,7 +120,9 @@ class Attention(nnx.Module):
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
-        mixed, kept = context.attend(kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place)
+        mixed, kept = context.attention_backend(
+            kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place
+        )
         y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
 

@@ -76,7 +76,7 @@ class LatentAttention(nnx.Module):
         q = project(x, self.q, place, kernels.linear, at, num_valid)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
-        over = self._over_latents if context.attend.keeps else self._over_heads
+        over = self._over_latents if context.attention_backend.uses_kv_cache else self._over_heads
         mixed, kept = over(plain, q_turned, latent, turned, at, context, kept)
         y = project(mixed, self.out, place, kernels.linear, at, num_valid, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kept
@@ -91,7 +91,7 @@ class LatentAttention(nnx.Module):
         q = place.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
         key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
         key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
-        mixed, kept = context.attend(
+        mixed, kept = context.attention_backend(
             kept, at, q, key, None, sight=sight_of(self.config, self.layer), sinks=None, place=place,
             value_dim=self.mla.kv_lora_rank,
         )  # fmt: skip
@@ -110,7 +110,7 @@ class LatentAttention(nnx.Module):
         def by_head(part: jax.Array) -> jax.Array:
             return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
-        mixed, kept = context.attend(
+        mixed, kept = context.attention_backend(
             kept, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
             sight=sight_of(self.config, self.layer),
         )  # fmt: skip

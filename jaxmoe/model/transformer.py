@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
         frequencies = inverse_frequencies(rope, self.config.rotary_dims)
         cos, sin = rotation(positions, frequencies, rope.attention_factor)
         token_mask = make_token_mask(valid, positions, place, count=self.kernels.linear == "native")
-        return ForwardContext(cos, sin, token_mask, layer_inputs.attend)
+        return ForwardContext(cos, sin, token_mask, layer_inputs.attention_backend)
 
     # --- stages of a pipeline ---
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxmoe.families import read_config
-from jaxmoe.model.attend import CausalAttend, PagedAttend, QueryBlocks, empty_pages
+from jaxmoe.model.attend import CausalAttention, PagedAttention, QueryBlocks, empty_pages
 from jaxmoe.model.attention import ForwardContext
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
@@ -48,7 +48,9 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
 
     @jax.jit
     def scored(weights, x):
-        return nnx.merge(graph, weights)(x[None], 0, make_context(0, (1, LENGTH), CausalAttend()), None, "token")[0][0]
+        return nnx.merge(graph, weights)(x[None], 0, make_context(0, (1, LENGTH), CausalAttention()), None, "token")[0][
+            0
+        ]
 
     @jax.jit
     def over_pages(weights, x, kept, first):
@@ -59,14 +61,16 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
             positions=jnp.full((1, 1), first),
             query_lens=jnp.full((1, 1), count, jnp.int32),
         )
-        context = make_context(first, (count, 1), PagedAttend(jnp.arange(8)[None, None], [blocks], "loop"))
+        context = make_context(first, (count, 1), PagedAttention(jnp.arange(8)[None, None], [blocks], "loop"))
         y, kept = nnx.merge(graph, weights)(x[:, None], 0, context, kept, "token")
         return y[:, 0], kept
 
-    def make_context(first: int, rows: tuple[int, int], attend) -> ForwardContext:
+    def make_context(first: int, rows: tuple[int, int], attention_backend) -> ForwardContext:
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
         rotary = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
-        return ForwardContext(*rotary, make_token_mask(positions >= 0, positions, place, count=False), attend)
+        return ForwardContext(
+            *rotary, make_token_mask(positions >= 0, positions, place, count=False), attention_backend
+        )
 
     plain = scored(weights, x)
     ((kept,),) = empty_pages(
