@@ -17,7 +17,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import Segment
 from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
-from jaxmoe.ops.attention import Sight, causal_attention
+from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged import (
     PagedKind,
     Pages,
@@ -83,13 +83,13 @@ class CausalAttention:
     uses_kv_cache = False
 
     def __call__(
-        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
         """See AttentionBackend. Values are given."""
         del at, value_dim
         assert v is not None
-        attend = partial(causal_attention, sight=sight)
+        attend = partial(causal_attention, mask_spec=mask_spec)
         arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
         return place.locally(attend, *arrays, out=QUERY_DIMS), kept
 
@@ -197,7 +197,7 @@ class PagedAttention:
         return tuple((blocks.num_tokens, blocks.seq_slots is not None) for blocks in self._query_blocks)
 
     def __call__(
-        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See AttentionBackend."""
@@ -210,7 +210,7 @@ class PagedAttention:
         own = _sinks_with_dims(sinks)
         array_counts = ArrayCounts(new=len(new), pages=len(kept), sinks=len(own))
         mixed, *pages = place.locally(
-            partial(over, layout=self._layout(), array_counts=array_counts, sight=sight, value_dim=value_dim),
+            partial(over, layout=self._layout(), array_counts=array_counts, mask_spec=mask_spec, value_dim=value_dim),
             (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
@@ -267,7 +267,7 @@ class ArrayCounts(NamedTuple):
         return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
 
 
-def _over_pages(q, at, *arrays, layout, array_counts, sight, value_dim, attend, share=Share()):
+def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, attend, share=Share()):
     """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
     new, pages, sinks, metadata = array_counts.split(arrays)
@@ -282,7 +282,7 @@ def _over_pages(q, at, *arrays, layout, array_counts, sight, value_dim, attend, 
     for length, table, positions, query_lens in query_blocks:
         stop = start + length * table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = attend(part, pages, table, positions, query_lens, at, *sinks, sight=sight, value_dim=value_dim)
+        part = attend(part, pages, table, positions, query_lens, at, *sinks, mask_spec=mask_spec, value_dim=value_dim)
         mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages

@@ -14,7 +14,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, mean_squares, normed, rotated, scaled
-from jaxmoe.ops.attention import Sight
+from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.stack import At
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -26,7 +26,7 @@ class AttentionBackend(Protocol):
     uses_kv_cache: bool
 
     def __call__(
-        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, sight: Sight,
+        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and what is kept now.
@@ -64,9 +64,9 @@ class ForwardContext(NamedTuple):
     attention_backend: AttentionBackend
 
 
-def sight_of(config: ModelConfig, layer: int) -> Sight:
-    """What a layer's queries see."""
-    return Sight(scale=config.scale, window=config.sliding_windows[layer], chunk=config.chunk(layer))
+def layer_mask_spec(config: ModelConfig, layer: int) -> MaskSpec:
+    """Return the attention mask of a layer."""
+    return MaskSpec(scale=config.scale, window=config.sliding_windows[layer], chunk=config.chunk(layer))
 
 
 class Attention(nnx.Module):
@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
         mixed, kept = context.attention_backend(
-            kept, at, q, k, v, sight=sight_of(config, self.layer), sinks=sinks, place=place
+            kept, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, place=place
         )
         y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, lead=lead)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.attention import ForwardContext, sight_of
+from jaxmoe.model.attention import ForwardContext, layer_mask_spec
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project, together
@@ -92,7 +92,7 @@ class LatentAttention(nnx.Module):
         key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
         key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
         mixed, kept = context.attention_backend(
-            kept, at, q, key, None, sight=sight_of(self.config, self.layer), sinks=None, place=place,
+            kept, at, q, key, None, mask_spec=layer_mask_spec(self.config, self.layer), sinks=None, place=place,
             value_dim=self.mla.kv_lora_rank,
         )  # fmt: skip
         values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, at))
@@ -112,6 +112,6 @@ class LatentAttention(nnx.Module):
 
         mixed, kept = context.attention_backend(
             kept, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
-            sight=sight_of(self.config, self.layer),
+            mask_spec=layer_mask_spec(self.config, self.layer),
         )  # fmt: skip
         return mixed.reshape(values.shape), kept

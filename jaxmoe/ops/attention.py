@@ -14,30 +14,30 @@ from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
-    """What a query sees of the tokens up to its own: the last `window` of them, those of its own chunk of so many
-    positions, all where None; and what its scores are multiplied by."""
+class MaskSpec:
+    """Attention mask, causal, and scale. A query sees of the tokens up to its own the last `window` of them, those of
+    its own chunk of so many positions, all where None; and what its scores are multiplied by."""
 
     scale: float
     window: int | None = None
     chunk: int | None = None
 
-    def visible(self, query_at: Array, key_at: Array) -> Array:
+    def mask(self, query_at: Array, key_at: Array) -> Array:
         """Whether a query at one position may see a key at another."""
         distance = query_at - key_at
-        seen = distance >= 0
+        allowed = distance >= 0
         if self.window is not None:
-            seen &= distance < self.window
+            allowed &= distance < self.window
         if self.chunk is not None:
-            seen &= query_at // self.chunk == key_at // self.chunk
-        return seen
+            allowed &= query_at // self.chunk == key_at // self.chunk
+        return allowed
 
     @property
-    def sees_all(self) -> bool:
+    def is_full_causal(self) -> bool:
         """Whether a query sees all tokens up to its own."""
         return self.window is None and self.chunk is None
 
-    def first(self, query_at: Any) -> Any:
+    def first_visible(self, query_at: Any) -> Any:
         """The first position that a query at a position (one, or an array of them) sees."""
         first = 0 * query_at if self.window is None else query_at - self.window + 1
         if self.chunk is not None:
@@ -68,7 +68,7 @@ def causal_attention(
     v: Float[Array, "B S K V"],
     sinks: Float[Array, "K G"] | None = None,
     *,
-    sight: Sight,
+    mask_spec: MaskSpec,
     query_block: int = 128,
 ) -> Float[Array, "B S K G V"]:
     """Each token over itself and those before it that it sees. sinks: logits that take part and add nothing.
@@ -76,19 +76,19 @@ def causal_attention(
     One prompt at a time, query_block queries at a time, each block over no more keys than it can see: scores stay in a
     core's cache and never hold S x S.
     """
-    each = partial(_causal_row, sinks=sinks, sight=sight, query_block=query_block)
+    each = partial(_causal_row, sinks=sinks, mask_spec=mask_spec, query_block=query_block)
     return jax.lax.map(lambda row: each(*row), (q, k, v))
 
 
-def _causal_row(q, k, v, *, sinks, sight: Sight, query_block: int):
+def _causal_row(q, k, v, *, sinks, mask_spec: MaskSpec, query_block: int):
     """One prompt: q [S,K,G,H], k [S,K,H], v [S,K,V] -> [S,K,G,V]."""
     length, slots, group, head_dim = q.shape
-    q, k, v = q.transpose(1, 2, 0, 3) * sight.scale, k.swapaxes(0, 1), v.swapaxes(0, 1)
+    q, k, v = q.transpose(1, 2, 0, 3) * mask_spec.scale, k.swapaxes(0, 1), v.swapaxes(0, 1)
     blocks = []
     for start in range(0, length, query_block):
         stop = min(start + query_block, length)
-        first = sight.first(start)
-        allowed = sight.visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None])
+        first = mask_spec.first_visible(start)
+        allowed = mask_spec.mask(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None])
         rows = q[:, :, start:stop].reshape(slots, group * (stop - start), head_dim)
         scores = jnp.einsum("krh,kch->krc", rows, k[:, first:stop], preferred_element_type=jnp.float32)
         own = None if sinks is None else jnp.repeat(sinks.astype(jnp.float32), stop - start, axis=1)[..., None]

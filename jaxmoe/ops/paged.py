@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
-from jaxmoe.ops.attention import Sight
+from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.quantize import LARGEST, quantize
 from jaxmoe.ops.stack import At
 
@@ -72,7 +72,7 @@ def paged_attention(
     at: At = 0,
     sinks: Float[Array, "K G"] | None = None,
     *,
-    sight: Sight,
+    mask_spec: MaskSpec,
     value_dim: int | None = None,
     kind: PagedKind = "loop",
 ) -> Float[Array, "N Q K G V"]:
@@ -83,8 +83,10 @@ def paged_attention(
     block's other tokens is not to be used.
     """
     if kind == "native":
-        return native.native_paged(q, pages, table, positions, query_lens, at, sinks, sight=sight, value_dim=value_dim)
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, sight, value_dim, Share())
+        return native.native_paged(
+            q, pages, table, positions, query_lens, at, sinks, mask_spec=mask_spec, value_dim=value_dim
+        )
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, Share())
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
@@ -114,13 +116,13 @@ def partial_attention(
     at: At = 0,
     *,
     share: Share,
-    sight: Sight,
+    mask_spec: MaskSpec,
     value_dim: int | None = None,
 ) -> Float[Array, "N Q K G V+1"]:
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share)
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, share)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
@@ -146,7 +148,7 @@ def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Arra
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
-def _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share):
+def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, share):
     """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
@@ -157,9 +159,9 @@ def _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share):
     span = group_pages * page_size
     each = jnp.arange(span)
     key_at = each // page_size * (page_size * share.of) + share.part * page_size + each % page_size
-    rows = (q * sight.scale).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
+    rows = (q * mask_spec.scale).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
-    first = sight.first(positions)
+    first = mask_spec.first_visible(positions)
 
     def gathered(pool, iteration):
         part = pool[at, jax.lax.dynamic_slice_in_dim(table, iteration * group_pages, group_pages, axis=1)]
@@ -173,12 +175,12 @@ def _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share):
         if k_scales is not None:
             scores = scores * gathered(k_scales, iteration)
         keys = iteration * span * share.of + key_at
-        allowed = sight.visible(query_at, keys)
+        allowed = mask_spec.mask(query_at, keys)
         scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
         shrunk, shares = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
         read = keys < (positions + query_lens)[:, None]
-        if not sight.sees_all:
+        if not mask_spec.is_full_causal:
             read &= keys >= first[:, None]
         read = read[:, None, :, None]
         values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, iteration)
@@ -193,7 +195,7 @@ def _loop(q, pages, table, positions, query_lens, at, sight, value_dim, share):
     start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
     whole = span * share.of
     num_iterations = jnp.max(jnp.where(query_lens > 0, (positions + query_lens + whole - 1) // whole, 0))
-    skipped = 0 if sight.sees_all else jnp.min(jnp.where(query_lens > 0, first // whole, num_iterations))
+    skipped = 0 if mask_spec.is_full_causal else jnp.min(jnp.where(query_lens > 0, first // whole, num_iterations))
     best, total, mixed = jax.lax.fori_loop(skipped, num_iterations, attend, start)
     by_token = (
         part.reshape(num_blocks, slots, group, tokens, -1).transpose(0, 3, 1, 2, 4) for part in (mixed, total, best)

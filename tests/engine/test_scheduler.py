@@ -102,7 +102,7 @@ SCHEDULE = dict(
     places=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
-SIGHT = dict(
+MASKS = dict(
     window=st.sampled_from([0, 1, 2, 5, 7, 16]), attention_chunk=st.sampled_from([0, 0, 3, 8]),
     keeping=st.sets(st.integers(0, 24), max_size=3), num_pages=st.integers(3, 30),
 )  # fmt: skip
@@ -191,14 +191,14 @@ def test_random_schedules(**schedule):
 
 
 @settings(max_examples=200, deadline=None)
-@given(**(SCHEDULE | SIGHT))
+@given(**(SCHEDULE | MASKS))
 def test_random_schedules_behind_windows(**schedule):
     run_schedule(**schedule)
 
 
 @pytest.mark.sweep
 @settings(max_examples=10_000, deadline=None)
-@given(**(SCHEDULE | SIGHT))
+@given(**(SCHEDULE | MASKS))
 def test_thousands_of_random_schedules_behind_windows(**schedule):
     run_schedule(**schedule)
 

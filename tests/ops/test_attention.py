@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxmoe.ops.attention import Sight, causal_attention
+from jaxmoe.ops.attention import MaskSpec, causal_attention
 
 SCALE = 8**-0.5
 
@@ -38,7 +38,7 @@ def draw(length, value_dim=8):
 @pytest.mark.parametrize("query_block", [4, 7, 256])
 def test_causal_attention(window, query_block):
     q, k, v = draw(18)
-    got = causal_attention(q, k, v, sight=Sight(scale=SCALE, window=window), query_block=query_block)
+    got = causal_attention(q, k, v, mask_spec=MaskSpec(scale=SCALE, window=window), query_block=query_block)
     np.testing.assert_allclose(got, oracle(q, k, v, window), atol=1e-5)
 
 
@@ -47,6 +47,6 @@ def test_causal_attention(window, query_block):
 def test_chunks_sinks_and_values_of_another_width(window, chunk, query_block):
     q, k, v = draw(18, value_dim=5)
     sinks = np.random.default_rng(1).normal(0, 2, (2, 3)).astype(np.float32)
-    sight = Sight(scale=0.7, window=window, chunk=chunk)
-    got = causal_attention(q, k, v, sinks, sight=sight, query_block=query_block)
+    mask_spec = MaskSpec(scale=0.7, window=window, chunk=chunk)
+    got = causal_attention(q, k, v, sinks, mask_spec=mask_spec, query_block=query_block)
     np.testing.assert_allclose(got, oracle(q, k, v, window, chunk, sinks, 0.7), atol=1e-5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops.attention import Sight, causal_attention
+from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
@@ -72,7 +72,7 @@ def pages(kind: str, *, kept: str = "float32", sinks: np.ndarray | None = None):
     q = np.ones((2 * count, 1, 1, 2, 1), np.float32)
     q[:, :, :, 1] = -1
     scales = () if kept == "float32" else (np.ones((1, 4 * count, 1, 2), np.float32),) * 2
-    run = partial(paged_attention, sight=Sight(scale=1.0), kind="loop" if kind == "xla" else kind)
+    run = partial(paged_attention, mask_spec=MaskSpec(scale=1.0), kind="loop" if kind == "xla" else kind)
     pool = (*(jnp.asarray(part).astype(kept) for part in (keys, values)), *scales)
     where = np.full(2 * count, 2, np.int32), np.ones(2 * count, np.int32)
     return run, (q, pool, table, *where, 0, sinks)
@@ -146,5 +146,5 @@ def test_scores_below_any_mask_are_still_a_softmax():
     """Keys that lie after a query weigh nothing, however low the scores of those it sees."""
     q, k = np.full((1, 4, 1, 1, 1), 1e16, np.float32), np.full((1, 4, 1, 1), -1e16, np.float32)
     v = np.arange(1.0, 5, dtype=np.float32).reshape(1, 4, 1, 1)
-    found = causal_attention(q, k, v, sight=Sight(scale=1.0), query_block=4)
+    found = causal_attention(q, k, v, mask_spec=MaskSpec(scale=1.0), query_block=4)
     np.testing.assert_allclose(np.ravel(found), [1, 1.5, 2, 2.5])

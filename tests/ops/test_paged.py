@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops.attention import Sight, causal_attention
+from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged import PAGED_KINDS, Share, merge_attention, paged_attention, partial_attention, write_pages
 
 from .stacks import AT, stacked
@@ -42,24 +42,26 @@ def pool_of(lengths: list[int], page_size: int, dtype: str):
 
 
 SCALE = HEAD_DIM**-0.5
-SIGHTS = [Sight(scale=SCALE, window=window) for window in (None, 1, 6)]
-SIGHTS += [Sight(scale=0.5, chunk=7), Sight(scale=SCALE, window=4, chunk=16)]
+MASK_SPECS = [MaskSpec(scale=SCALE, window=window) for window in (None, 1, 6)]
+MASK_SPECS += [MaskSpec(scale=0.5, chunk=7), MaskSpec(scale=SCALE, window=4, chunk=16)]
 SINKS = np.random.default_rng(2).normal(0, 2, (SLOTS, GROUP)).astype(np.float32)
 
 
 PAGES = [(4, 1), (4, 5), (16, 40), (3, 17)]
 # Every mask with one size of pages and prompts in turn, in each dtype; all with all in the sweep.
 LAST_TOKENS = [
-    pytest.param(kind, *pages, sight, dtype, marks=() if (at + number + wide) % len(PAGES) == 0 else pytest.mark.sweep)
+    pytest.param(
+        kind, *pages, mask_spec, dtype, marks=() if (at + number + wide) % len(PAGES) == 0 else pytest.mark.sweep
+    )
     for kind in PAGED_KINDS
     for at, pages in enumerate(PAGES)
-    for number, sight in enumerate(SIGHTS)
+    for number, mask_spec in enumerate(MASK_SPECS)
     for wide, dtype in enumerate(("float32", "bfloat16"))
 ]
 
 
-@pytest.mark.parametrize(("kind", "page_size", "tokens", "sight", "dtype"), LAST_TOKENS)
-def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
+@pytest.mark.parametrize(("kind", "page_size", "tokens", "mask_spec", "dtype"), LAST_TOKENS)
+def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
     if not kind_runs(kind, dtype):
         return
     lengths = [tokens + 9, tokens, tokens + 110, tokens + 2]
@@ -68,8 +70,8 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
     positions = jnp.array([length - tokens for length in lengths])
     lengths = [int(at) + count for at, count in zip(positions, query_lens, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
-    sinks = jnp.asarray(SINKS) if sight.chunk else None
-    found = jax.jit(paged_attention, static_argnames=("sight", "kind"))(
+    sinks = jnp.asarray(SINKS) if mask_spec.chunk else None
+    found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
         table,
@@ -77,12 +79,14 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
         jnp.array(query_lens),
         AT,
         sinks,
-        sight=sight,
+        mask_spec=mask_spec,
         kind=kind,
     )
     for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, query_lens, strict=True)):
         if count:
-            whole = causal_attention(*(part[None, :length] for part in (q_row, k, v)), sinks, sight=sight)[0, -count:]
+            whole = causal_attention(*(part[None, :length] for part in (q_row, k, v)), sinks, mask_spec=mask_spec)[
+                0, -count:
+            ]
             tolerance = 1e-5 if dtype == "float32" else 0.03
             np.testing.assert_allclose(
                 np.asarray(found[row, :count], np.float32), np.asarray(whole, np.float32), atol=tolerance
@@ -90,28 +94,28 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, sight, dtype):
 
 
 @pytest.mark.parametrize("kind", PAGED_KINDS)
-@pytest.mark.parametrize("sight", SIGHTS[2:4])
-def test_what_lies_behind_all_that_is_seen_may_be_anything(sight, kind):
+@pytest.mark.parametrize("mask_spec", MASK_SPECS[2:4])
+def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, kind):
     """The table names a page full of NaN in place of those given back."""
     if not kind_runs(kind, "float32"):
         return
     (prompt, other), (k_pages, v_pages), table = pool_of([70, 33], 4, "float32")
     k_pages, v_pages = (jnp.concatenate([part, jnp.full_like(part[:1], jnp.nan)]) for part in (k_pages, v_pages))
-    behind = jnp.array([sight.first(64), sight.first(30)])[:, None] // 4
+    behind = jnp.array([mask_spec.first_visible(64), mask_spec.first_visible(30)])[:, None] // 4
     table = jnp.where(jnp.arange(table.shape[1]) < behind, len(k_pages) - 1, table)
     q = jnp.stack([prompt[0][64:70], jnp.pad(other[0][30:33], ((0, 3), (0, 0), (0, 0), (0, 0)))])
-    found = jax.jit(paged_attention, static_argnames=("sight", "kind"))(
+    found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
         table,
         jnp.array([64, 30]),
         jnp.array([6, 3]),
         AT,
-        sight=sight,
+        mask_spec=mask_spec,
         kind=kind,
     )
     for row, (parts, count) in enumerate(((prompt, 6), (other, 3))):
-        whole = causal_attention(*(part[None] for part in parts), sight=sight)[0, -count:]
+        whole = causal_attention(*(part[None] for part in parts), mask_spec=mask_spec)[0, -count:]
         np.testing.assert_allclose(found[row, :count], whole, atol=1e-5)
 
 
@@ -157,7 +161,12 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     q = jnp.asarray(rng.normal(0, 1, (3, 1, SLOTS, GROUP, HEAD_DIM)), dtype)
     query_lens = jnp.ones(3, jnp.int32)
     ask = partial(
-        paged_attention, table=table, positions=jnp.array(lengths) - 1, query_lens=query_lens, at=AT, sight=SIGHTS[0]
+        paged_attention,
+        table=table,
+        positions=jnp.array(lengths) - 1,
+        query_lens=query_lens,
+        at=AT,
+        mask_spec=MASK_SPECS[0],
     )
     found = ask(q, tuple(pages), kind=kind)
     expected = ask(q.astype("float32"), tuple(stacked(part) for part in wide), kind="loop")
@@ -167,12 +176,12 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sight", [SIGHTS[0], Sight(scale=SCALE, window=7), Sight(scale=SCALE, chunk=20)])
-def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(sight, dtype):
+@pytest.mark.parametrize("mask_spec", [MASK_SPECS[0], MaskSpec(scale=SCALE, window=7), MaskSpec(scale=SCALE, chunk=20)])
+def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtype):
     if not kind_runs("native", dtype):
         return
     ((q, _, _),), pages, table = pool_of([70], 16, dtype)
-    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), sight=sight, kind="native")
+    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), mask_spec=mask_spec, kind="native")
     whole = ask(q[None], table=table, positions=jnp.array([0]), query_lens=jnp.array([70]))
     for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
         part = ask(
@@ -201,11 +210,11 @@ def test_values_that_are_the_first_numbers_of_keys(kind, kept_in):
         jnp.array([0]),
         jnp.array([37]),
         AT,
-        sight=SIGHTS[0],
+        mask_spec=MASK_SPECS[0],
         value_dim=5,
         kind=kind,
     )
-    expected = causal_attention(q[None], k[None], k[None, ..., :5], sight=SIGHTS[0])
+    expected = causal_attention(q[None], k[None], k[None, ..., :5], mask_spec=MASK_SPECS[0])
     np.testing.assert_allclose(found, expected, atol=1e-5 if kept_in == "float32" else 0.03)
 
 
@@ -216,10 +225,10 @@ def test_sinks_take_part_once_where_ranks_share_pages_out():
     q = jnp.stack([prompt[0][length - 1 :] for prompt, length in zip(prompts, lengths, strict=True)])
     metadata = table, positions, jnp.ones(2, jnp.int32), AT
     pages = stacked(k_pages), stacked(v_pages)
-    whole = paged_attention(q, pages, *metadata, SINKS, sight=SIGHTS[3])
+    whole = paged_attention(q, pages, *metadata, SINKS, mask_spec=MASK_SPECS[3])
     parts = [
         partial_attention(q, tuple(part[:, :, :, 4 * rank : 4 * rank + 4] for part in pages), *metadata,
-                          share=Share(rank, 2), sight=SIGHTS[3])
+                          share=Share(rank, 2), mask_spec=MASK_SPECS[3])
         for rank in range(2)
     ]  # fmt: skip
     merged = merge_attention(jnp.stack(parts)[:, :, 0], SINKS)

@@ -183,7 +183,7 @@ def native_paged(
     at: At,
     sinks: Float[Array, "K G"] | None,
     *,
-    sight: Any,
+    mask_spec: Any,
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
@@ -194,8 +194,8 @@ def native_paged(
     kept = kept if len(kept) == 4 else (*kept, jnp.zeros(0), jnp.zeros(0))
     own = jnp.zeros((0, 0)) if sinks is None else sinks.astype(jnp.float32)
     call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct((*q.shape[:-1], dim), q.dtype))
-    limits = dict(window=np.int64(sight.window or 0), chunk=np.int64(sight.chunk or 0), value_dim=np.int64(dim))
-    return call(q, *kept, *block_metadata, own, scale=np.float32(sight.scale), **limits)
+    limits = dict(window=np.int64(mask_spec.window or 0), chunk=np.int64(mask_spec.chunk or 0), value_dim=np.int64(dim))
+    return call(q, *kept, *block_metadata, own, scale=np.float32(mask_spec.scale), **limits)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
