@@ -19,9 +19,9 @@ from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged import (
+    ContextShard,
     PagedKind,
     Pages,
-    Share,
     merge_attention,
     paged_attention,
     partial_attention,
@@ -267,15 +267,15 @@ class ArrayCounts(NamedTuple):
         return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
 
 
-def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, attend, share=Share()):
+def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, attend, shard=ContextShard()):
     """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
     new, pages, sinks, metadata = array_counts.split(arrays)
     table, query_blocks = _split_metadata(metadata, layout)
     here = pages[0].shape[3]
-    page, offset = _slot_mapping(table, query_blocks, page_size=here * share.of, num_pages=pages[0].shape[1])
-    if share.of > 1:
-        page = jnp.where(offset // here == share.part, page, pages[0].shape[1])
+    page, offset = _slot_mapping(table, query_blocks, page_size=here * shard.num_ranks, num_pages=pages[0].shape[1])
+    if shard.num_ranks > 1:
+        page = jnp.where(offset // here == shard.rank, page, pages[0].shape[1])
         offset = offset % here
     pages = write_pages(pages, [one[:, 0] for one in new], page, offset, at)
     mixed, start = [], 0
@@ -296,10 +296,10 @@ def _over_shared_pages(q, at, *arrays, axes, ranks, array_counts, **how):
     together = jax.lax.all_gather(together, axes, axis=0, tiled=True)
     group = q.shape[3]
     new = [together[:, :, :, group + number] for number in range(len(new))]
-    share = Share(jax.lax.axis_index(axes), ranks)
+    shard = ContextShard(jax.lax.axis_index(axes), ranks)
     parts, *pages = _over_pages(
         together[:, :, :, :group], at, *new, *pages, *metadata, array_counts=array_counts._replace(sinks=0), **how,
-        attend=partial(partial_attention, share=share), share=share,
+        attend=partial(partial_attention, shard=shard), shard=shard,
     )  # fmt: skip
     parts = parts.reshape(ranks, -1, *parts.shape[2:])
     parts = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0, tiled=True)

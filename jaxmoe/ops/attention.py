@@ -55,10 +55,10 @@ def _softmax_times(scores: Array, allowed: Array, v: Array, sinks: Array | None)
     scores = jnp.where(allowed, scores, -jnp.inf)
     best = jnp.max(scores, axis=-1, keepdims=True)
     best = best if sinks is None else jnp.maximum(best, sinks)
-    shares = jnp.exp(scores - best)
-    total = jnp.sum(shares, axis=-1, keepdims=True)
+    exp_scores = jnp.exp(scores - best)
+    total = jnp.sum(exp_scores, axis=-1, keepdims=True)
     total = total if sinks is None else total + jnp.exp(sinks - best)
-    mixed = jnp.einsum("...rc,...ch->...rh", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("...rc,...ch->...rh", exp_scores.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (mixed / total).astype(v.dtype)
 
 

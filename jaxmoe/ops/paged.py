@@ -30,11 +30,11 @@ PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one iteration of the loop
 
 
-class Share(NamedTuple):
-    """Which part of every page lies here, where ranks share pages out: number `part` of `of` even ones."""
+class ContextShard(NamedTuple):
+    """Which part of every page lies here, where ranks share pages out: number `rank` of `num_ranks` even ones."""
 
-    part: int | Array = 0
-    of: int = 1
+    rank: int | Array = 0
+    num_ranks: int = 1
 
 
 # Keys [L,M,K,S,H], and values [L,M,K,S,V] where they are kept; their scales [L,M,K,S] follow where those are of eight
@@ -86,7 +86,7 @@ def paged_attention(
         return native.native_paged(
             q, pages, table, positions, query_lens, at, sinks, mask_spec=mask_spec, value_dim=value_dim
         )
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, Share())
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, ContextShard())
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
@@ -115,14 +115,14 @@ def partial_attention(
     query_lens: Int[Array, "N"],
     at: At = 0,
     *,
-    share: Share,
+    shard: ContextShard,
     mask_spec: MaskSpec,
     value_dim: int | None = None,
 ) -> Float[Array, "N Q K G V+1"]:
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, share)
+    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shard)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
@@ -133,8 +133,8 @@ def merge_attention(
     """What attention over all keys gives, from partial_attention over each rank's. float32."""
     mixed, weight = parts[..., :-1], parts[..., -1:]
     best = jnp.max(weight, axis=0)
-    share = jnp.exp(weight - _finite(best))
-    mixed, total = jnp.sum(mixed * share, axis=0), jnp.sum(share, axis=0)
+    rank_weight = jnp.exp(weight - _finite(best))
+    mixed, total = jnp.sum(mixed * rank_weight, axis=0), jnp.sum(rank_weight, axis=0)
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
@@ -148,7 +148,7 @@ def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Arra
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
-def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, share):
+def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shard):
     """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
@@ -158,7 +158,7 @@ def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shar
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
     span = group_pages * page_size
     each = jnp.arange(span)
-    key_at = each // page_size * (page_size * share.of) + share.part * page_size + each % page_size
+    key_at = each // page_size * (page_size * shard.num_ranks) + shard.rank * page_size + each % page_size
     rows = (q * mask_spec.scale).transpose(0, 2, 3, 1, 4).reshape(num_blocks, slots, group * tokens, head_dim)
     query_at = jnp.tile(positions[:, None] + jnp.arange(tokens), (1, group))[:, None, :, None]
     first = mask_spec.first_visible(positions)
@@ -174,26 +174,26 @@ def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shar
         scores = jnp.einsum("nkrh,nkch->nkrc", rows, these, preferred_element_type=jnp.float32)
         if k_scales is not None:
             scores = scores * gathered(k_scales, iteration)
-        keys = iteration * span * share.of + key_at
+        keys = iteration * span * shard.num_ranks + key_at
         allowed = mask_spec.mask(query_at, keys)
         scores = jnp.where(allowed, scores, -jnp.inf)
         higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
-        shrunk, shares = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
+        shrunk, exp_scores = jnp.exp(best - _finite(higher)), jnp.exp(scores - _finite(higher))
         read = keys < (positions + query_lens)[:, None]
         if not mask_spec.is_full_causal:
             read &= keys >= first[:, None]
         read = read[:, None, :, None]
         values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, iteration)
         values = jnp.where(read, values, 0)  # what lies beyond, or behind what is seen, is anything, NaN too
-        weights = shares
+        weights = exp_scores
         if v_scales is not None:
-            weights = shares * jnp.where(read[..., 0][:, :, None], gathered(v_scales, iteration), 0)
+            weights = exp_scores * jnp.where(read[..., 0][:, :, None], gathered(v_scales, iteration), 0)
         more = jnp.einsum("nkrc,nkch->nkrh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-        return higher, total * shrunk + jnp.sum(shares, axis=-1, keepdims=True), mixed * shrunk + more
+        return higher, total * shrunk + jnp.sum(exp_scores, axis=-1, keepdims=True), mixed * shrunk + more
 
     shape = (num_blocks, slots, group * tokens)
     start = (jnp.full((*shape, 1), -jnp.inf), jnp.zeros((*shape, 1)), jnp.zeros((*shape, value_dim)))
-    whole = span * share.of
+    whole = span * shard.num_ranks
     num_iterations = jnp.max(jnp.where(query_lens > 0, (positions + query_lens + whole - 1) // whole, 0))
     skipped = 0 if mask_spec.is_full_causal else jnp.min(jnp.where(query_lens > 0, first // whole, num_iterations))
     best, total, mixed = jax.lax.fori_loop(skipped, num_iterations, attend, start)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.attention import MaskSpec, causal_attention
-from jaxmoe.ops.paged import PAGED_KINDS, Share, merge_attention, paged_attention, partial_attention, write_pages
+from jaxmoe.ops.paged import PAGED_KINDS, ContextShard, merge_attention, paged_attention, partial_attention, write_pages
 
 from .stacks import AT, stacked
 from .test_linear import compiler_found
@@ -228,7 +228,7 @@ def test_sinks_take_part_once_where_ranks_share_pages_out():
     whole = paged_attention(q, pages, *metadata, SINKS, mask_spec=MASK_SPECS[3])
     parts = [
         partial_attention(q, tuple(part[:, :, :, 4 * rank : 4 * rank + 4] for part in pages), *metadata,
-                          share=Share(rank, 2), mask_spec=MASK_SPECS[3])
+                          shard=ContextShard(rank, 2), mask_spec=MASK_SPECS[3])
         for rank in range(2)
     ]  # fmt: skip
     merged = merge_attention(jnp.stack(parts)[:, :, 0], SINKS)
