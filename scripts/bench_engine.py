@@ -136,7 +136,7 @@ def _pool(arguments: argparse.Namespace) -> None:
             metadata = np.zeros((limits.num_ranks, bucket.length), np.int32)
             parts = bucket.split(metadata)
             parts["positions"][:], parts["query_lens"][:] = 200, 1
-            parts["table"][:] = np.arange(pages).reshape(arguments.rows, 16)
+            parts["block_table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()
                 core._state, drawn = llm.runner.step(core._state, metadata, (False,) * 3, bucket, count=1, turns=1)

@@ -62,7 +62,7 @@ class Bucket:
             "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
             "query_lens": rows,  # tokens the row decodes, one a turn; 0 where it does not
             "drawn_from": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
-            "table": (self.rows, self.pages),
+            "block_table": (self.rows, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
             "block_seq_slots": blocks,
             "block_positions": blocks,
@@ -211,8 +211,8 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     def write_request(sequence: Running) -> tuple[int, int]:
         """Fill in a row, whether it decodes or has blocks."""
         at = sequence.rank, sequence.slot
-        parts["table"][at][: len(sequence.pages)] = sequence.pages
-        parts["table"][at][: sequence.num_behind] = 0  # any page: what lies there is not read, or not used
+        parts["block_table"][at][: len(sequence.pages)] = sequence.pages
+        parts["block_table"][at][: sequence.num_behind] = 0  # any page: what lies there is not read, or not used
         request = metadata_of(sequence.request_id)
         params = request.params
         high, low = divmod(request.seed % 2**64, 2**32)

@@ -249,7 +249,7 @@ class Runner:
             tokens.append(metadata["block_tokens"])
             pick = partial(at_rows, index=jnp.maximum(metadata["drawn_from"], 0))
         step_inputs = PagedStepInputs(
-            table=metadata["table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
+            block_table=metadata["block_table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
         )
         whole = step_inputs.attention_backend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
@@ -273,7 +273,9 @@ class Runner:
         blocks = QueryBlocks(
             num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
         )
-        step_inputs = PagedStepInputs(table=metadata["table"], query_blocks=(blocks,), kind=self.kernels.attention)
+        step_inputs = PagedStepInputs(
+            block_table=metadata["block_table"], query_blocks=(blocks,), kind=self.kernels.attention
+        )
 
         def tick(number, carry):
             state, loads, flow, room = carry
@@ -343,16 +345,16 @@ class Runner:
             values[name] = jax.lax.bitcast_convert_type(values[name], jnp.uint32)
         names = list(values)
 
-        def on_rank(logits, token_pages, table, positions, wanted, *arrays):
+        def on_rank(logits, token_pages, block_table, positions, wanted, *arrays):
             rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
             kind = self.kernels.sampling
-            drawn = sample(logits[0], rows, token_pages, table[0], positions[0], Wanted(*wanted), kind=kind)
+            drawn = sample(logits[0], rows, token_pages, block_table[0], positions[0], Wanted(*wanted), kind=kind)
             return tuple(part[None] for part in drawn)
 
         per_row = ("batch", "block")
         drawn = self.placement.locally(
             on_rank,
-            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["table"], (*per_row, "one")),
+            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["block_table"], (*per_row, "one")),
             (positions, per_row), (jnp.stack(wanted), ("one",)),
             *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
             out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),

@@ -1,7 +1,7 @@
 """The ways queries meet keys: within a prompt, or over pages into which the new keys are written first."""
 
 # Dims: B batch, S length, K key/value head slots, G query heads a slot, H head dim, V that of values; r ranks of the
-# batch, each with t tokens, n blocks of them, d rows of the table with p pages each.
+# batch, each with t tokens, n blocks of them, d rows of the block table with p pages each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ from jaxmoe.sharding import Placement
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
 TOKEN_PAGE_DIMS = ("page", "one")
-_TABLE_DIMS = ("batch", "block", "one")
+_BLOCK_TABLE_DIMS = ("batch", "block", "one")
 T = TypeVar("T")
 
 
@@ -123,8 +123,9 @@ class DensePrefillInputs:
 class QueryBlocks:
     """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
 
-    seq_slots [r,n]: the row of the table a block belongs to; None where block i belongs to row i. positions [r,n]: of
-    its first token. query_lens [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens of them.
+    seq_slots [r,n]: the row of the block table a block belongs to; None where block i belongs to row i. positions
+    [r,n]: of its first token. query_lens [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens
+    of them.
     """
 
     num_tokens: int
@@ -145,21 +146,23 @@ class QueryBlocks:
         return replace(self, seq_slots=seq_slots, positions=positions + done, query_lens=query_lens)
 
 
-@_register(["table", "query_blocks"], ["kind"])
+@_register(["block_table", "query_blocks"], ["kind"])
 @dataclass(frozen=True, kw_only=True)
 class PagedStepInputs:
     """New tokens [r*t,1] over pages: those of every rank's query blocks, one kind after the other.
 
-    table [r,d,p]: the pages of every row.
+    block_table [r,d,p]: the pages of every row.
     """
 
-    table: jax.Array
+    block_table: jax.Array
     query_blocks: tuple[QueryBlocks, ...]
     kind: PagedKind
 
     def attention_backend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttention:
         """How the tokens of `part` meet the pages."""
-        return PagedAttention(self.table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind)
+        return PagedAttention(
+            self.block_table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind
+        )
 
     def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
         """See StepInputs."""
@@ -172,8 +175,8 @@ class PagedAttention:
 
     uses_kv_cache = True
 
-    def __init__(self, table: jax.Array, query_blocks: Sequence[QueryBlocks], kind: PagedKind) -> None:
-        self._table, self._query_blocks, self._kind = table, tuple(query_blocks), kind
+    def __init__(self, block_table: jax.Array, query_blocks: Sequence[QueryBlocks], kind: PagedKind) -> None:
+        self._block_table, self._query_blocks, self._kind = block_table, tuple(query_blocks), kind
 
     def token_positions(self) -> tuple[jax.Array, jax.Array]:
         """Where the tokens stand [r*t,1], and which of them are real."""
@@ -191,7 +194,7 @@ class PagedAttention:
             part for blocks in self._query_blocks for part in (blocks.seq_slots, blocks.positions, blocks.query_lens)
             if part is not None
         ]  # fmt: skip
-        return [(self._table, _TABLE_DIMS), *((array, ("batch", "block")) for array in arrays)]
+        return [(self._block_table, _BLOCK_TABLE_DIMS), *((array, ("batch", "block")) for array in arrays)]
 
     def _layout(self) -> tuple[tuple[int, bool], ...]:
         return tuple((blocks.num_tokens, blocks.seq_slots is not None) for blocks in self._query_blocks)
@@ -220,9 +223,9 @@ class PagedAttention:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
         def write(token_pages, tokens, *metadata):
-            table, query_blocks = _split_metadata(metadata, self._layout())
+            block_table, query_blocks = _split_metadata(metadata, self._layout())
             page, offset = _slot_mapping(
-                table, query_blocks, page_size=token_pages.shape[1], num_pages=token_pages.shape[0]
+                block_table, query_blocks, page_size=token_pages.shape[1], num_pages=token_pages.shape[0]
             )
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
@@ -232,23 +235,23 @@ class PagedAttention:
 
 
 def _split_metadata(metadata, layout):
-    """One rank's table [d,p], and for each kind of query blocks its length, table, positions and counts."""
+    """One rank's block_table [d,p], and for each kind of query blocks its length, table, positions and counts."""
     parts = iter(part[0] for part in metadata)
-    table = next(parts)
+    block_table = next(parts)
     query_blocks = []
     for length, has_slots in layout:
-        own = table[next(parts)] if has_slots else table
+        own = block_table[next(parts)] if has_slots else block_table
         query_blocks.append((length, own, next(parts), next(parts)))
-    return table, query_blocks
+    return block_table, query_blocks
 
 
-def _slot_mapping(table, query_blocks, *, page_size, num_pages):
+def _slot_mapping(block_table, query_blocks, *, page_size, num_pages):
     """Page and offset of every token of one rank; a page past the last for those that are not real."""
     page, offset = [], []
-    for length, table, positions, query_lens in query_blocks:
+    for length, block_table, positions, query_lens in query_blocks:
         at = positions[:, None] + jnp.arange(length)
         valid = jnp.arange(length) < query_lens[:, None]
-        own = jnp.take_along_axis(table, jnp.clip(at // page_size, 0, table.shape[1] - 1), axis=1)
+        own = jnp.take_along_axis(block_table, jnp.clip(at // page_size, 0, block_table.shape[1] - 1), axis=1)
         page.append(jnp.where(valid, own, num_pages).reshape(-1))
         offset.append((at % page_size).reshape(-1))
     return jnp.concatenate(page), jnp.concatenate(offset)
@@ -271,18 +274,22 @@ def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, atte
     """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
     new, pages, sinks, metadata = array_counts.split(arrays)
-    table, query_blocks = _split_metadata(metadata, layout)
+    block_table, query_blocks = _split_metadata(metadata, layout)
     here = pages[0].shape[3]
-    page, offset = _slot_mapping(table, query_blocks, page_size=here * shard.num_ranks, num_pages=pages[0].shape[1])
+    page, offset = _slot_mapping(
+        block_table, query_blocks, page_size=here * shard.num_ranks, num_pages=pages[0].shape[1]
+    )
     if shard.num_ranks > 1:
         page = jnp.where(offset // here == shard.rank, page, pages[0].shape[1])
         offset = offset % here
     pages = write_pages(pages, [one[:, 0] for one in new], page, offset, at)
     mixed, start = [], 0
-    for length, table, positions, query_lens in query_blocks:
-        stop = start + length * table.shape[0]
+    for length, block_table, positions, query_lens in query_blocks:
+        stop = start + length * block_table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
-        part = attend(part, pages, table, positions, query_lens, at, *sinks, mask_spec=mask_spec, value_dim=value_dim)
+        part = attend(
+            part, pages, block_table, positions, query_lens, at, *sinks, mask_spec=mask_spec, value_dim=value_dim
+        )
         mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages

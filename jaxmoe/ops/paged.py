@@ -1,7 +1,7 @@
 """Attention of new tokens over keys and values that lie in pages.
 
 New tokens come in blocks of one request each: a block of one token for a decoding request, longer ones for a prompt's
-chunks. A block attends to the pages of its row of the table, of which its own tokens have been written already.
+chunks. A block attends to the pages of its row of the block table, of which its own tokens have been written already.
 Pages may hold numbers of eight bits: a scale of each token and head multiplies its score, and its share of the values.
 Where no values are kept (latent attention), they are the first numbers of the keys.
 
@@ -66,7 +66,7 @@ def write_pages(
 def paged_attention(
     q: Float[Array, "N Q K G H"],
     pages: Pages,
-    table: Int[Array, "N P"],
+    block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
     at: At = 0,
@@ -84,9 +84,9 @@ def paged_attention(
     """
     if kind == "native":
         return native.native_paged(
-            q, pages, table, positions, query_lens, at, sinks, mask_spec=mask_spec, value_dim=value_dim
+            q, pages, block_table, positions, query_lens, at, sinks, mask_spec=mask_spec, value_dim=value_dim
         )
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, ContextShard())
+    mixed, total, best = _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, ContextShard())
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
@@ -110,7 +110,7 @@ def _finite(best: Array) -> Array:
 def partial_attention(
     q: Float[Array, "N Q K G H"],
     pages: Pages,
-    table: Int[Array, "N P"],
+    block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
     at: At = 0,
@@ -122,7 +122,7 @@ def partial_attention(
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shard)
+    mixed, total, best = _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, shard)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
@@ -148,14 +148,14 @@ def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Arra
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
-def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shard):
+def _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, shard):
     """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
     value_dim = v_pages.shape[4] if value_dim is None else value_dim
     page_size = k_pages.shape[3]
-    group_pages = max(1, min(table.shape[1], _GROUP_TOKENS // page_size))
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % group_pages)))
+    group_pages = max(1, min(block_table.shape[1], _GROUP_TOKENS // page_size))
+    block_table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % group_pages)))
     span = group_pages * page_size
     each = jnp.arange(span)
     key_at = each // page_size * (page_size * shard.num_ranks) + shard.rank * page_size + each % page_size
@@ -164,7 +164,7 @@ def _loop(q, pages, table, positions, query_lens, at, mask_spec, value_dim, shar
     first = mask_spec.first_visible(positions)
 
     def gathered(pool, iteration):
-        part = pool[at, jax.lax.dynamic_slice_in_dim(table, iteration * group_pages, group_pages, axis=1)]
+        part = pool[at, jax.lax.dynamic_slice_in_dim(block_table, iteration * group_pages, group_pages, axis=1)]
         part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[4:])
         return part.astype(q.dtype) if pool.ndim == 5 else part[:, :, None, :]
 

@@ -134,13 +134,14 @@ def sample(
     logits: Float[Array, "B V"],
     rows: SamplingArrays,
     token_pages: Int[Array, "M S"],
-    table: Int[Array, "B P"],
+    block_table: Int[Array, "B P"],
     positions: Int[Array, "B"],
     wanted: Wanted,
     *,
     kind: SamplingKind = "xla",
 ) -> Sampled:
-    """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its table.
+    """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its block
+    table.
 
     Draws depend on the row's seed and position alone, never on its neighbours.
     """
@@ -148,13 +149,13 @@ def sample(
     num_top = min(MOST_TOP, logits.shape[-1])
     if kind == "native":
         flags = jnp.stack(wanted)
-        return Sampled(*native.native_sample(logits, token_pages, table, positions, flags, rows, num_top=num_top))
-    return _xla(logits, rows, token_pages, table, positions, wanted, num_top)
+        return Sampled(*native.native_sample(logits, token_pages, block_table, positions, flags, rows, num_top=num_top))
+    return _xla(logits, rows, token_pages, block_table, positions, wanted, num_top)
 
 
-def _xla(logits, rows, token_pages, table, positions, wanted, num_top):
+def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
     def adjust() -> Array:
-        return adjust_logits(logits, rows, token_pages[table].reshape(len(table), -1), positions)
+        return adjust_logits(logits, rows, token_pages[block_table].reshape(len(block_table), -1), positions)
 
     adjusted = jax.lax.cond(wanted.adjusted, adjust, lambda: logits)
     best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)

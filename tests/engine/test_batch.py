@@ -72,7 +72,7 @@ def test_what_is_packed_reads_back():
     assert drawn_from[1, second.slot] == bucket.rows + 2
     assert (np.delete(drawn_from[0], first.slot) == -1).all()
     at = (0, first.slot)
-    assert parts["table"][at][:2].tolist() == first.pages
+    assert parts["block_table"][at][:2].tolist() == first.pages
     assert [parts[name][at].view(np.uint32) for name in ("seed", "seed_high")] == [2**32 - 2, 2**32 - 1]
     found = {name: parts[name][at].view(np.float32).tolist() for name in FLOAT_PARTS if name != "bias"}
     assert found == dict(temperature=0.5, top_p=0.25, min_p=0.125, repetition=1.5, presence=-2.0, frequency=0.75)

@@ -68,14 +68,14 @@ def pages(kind: str, *, kept: str = "float32", sinks: np.ndarray | None = None):
     first = 2 * np.arange(count)
     keys[0, first, 0, 0, 0] = keys[0, first, 0, 1, 0] = keys[0, first + 1, 0, 0, 0] = NUMBERS
     values[0, 2 * count + first, 0, 0, 0] = NUMBERS
-    table = np.arange(4 * count, dtype=np.int32).reshape(-1, 2)
+    block_table = np.arange(4 * count, dtype=np.int32).reshape(-1, 2)
     q = np.ones((2 * count, 1, 1, 2, 1), np.float32)
     q[:, :, :, 1] = -1
     scales = () if kept == "float32" else (np.ones((1, 4 * count, 1, 2), np.float32),) * 2
     run = partial(paged_attention, mask_spec=MaskSpec(scale=1.0), kind="loop" if kind == "xla" else kind)
     pool = (*(jnp.asarray(part).astype(kept) for part in (keys, values)), *scales)
     where = np.full(2 * count, 2, np.int32), np.ones(2 * count, np.int32)
-    return run, (q, pool, table, *where, 0, sinks)
+    return run, (q, pool, block_table, *where, 0, sinks)
 
 
 def products(kind: str):

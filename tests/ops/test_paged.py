@@ -28,17 +28,17 @@ def pool_of(lengths: list[int], page_size: int, dtype: str):
     rng = np.random.default_rng(0)
     shuffled = iter(rng.permutation(NUM_PAGES))
     pages = np.full((2, NUM_PAGES, SLOTS, page_size, HEAD_DIM), np.nan, np.float32)
-    table = np.zeros((len(lengths), -(-max(lengths) // page_size) + 2), np.int32)
+    block_table = np.zeros((len(lengths), -(-max(lengths) // page_size) + 2), np.int32)
     prompts = []
     for row, length in enumerate(lengths):
         q = rng.normal(0, 1, (length, SLOTS, GROUP, HEAD_DIM)).astype(np.float32)
         kv = rng.normal(0, 1, (2, length, SLOTS, HEAD_DIM)).astype(np.float32)
         for page in range(-(-length // page_size)):
-            table[row, page] = next(shuffled)
+            block_table[row, page] = next(shuffled)
             part = kv[:, page * page_size : (page + 1) * page_size].swapaxes(1, 2)
-            pages[:, table[row, page], :, : part.shape[2]] = part
+            pages[:, block_table[row, page], :, : part.shape[2]] = part
         prompts.append(tuple(jnp.asarray(a, dtype) for a in (q, *kv)))
-    return prompts, jnp.asarray(pages, dtype), jnp.asarray(table)
+    return prompts, jnp.asarray(pages, dtype), jnp.asarray(block_table)
 
 
 SCALE = HEAD_DIM**-0.5
@@ -66,7 +66,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
         return
     lengths = [tokens + 9, tokens, tokens + 110, tokens + 2]
     query_lens = [tokens, max(1, tokens - 3), tokens, 0]
-    prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, dtype)
+    prompts, (k_pages, v_pages), block_table = pool_of(lengths, page_size, dtype)
     positions = jnp.array([length - tokens for length in lengths])
     lengths = [int(at) + count for at, count in zip(positions, query_lens, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
@@ -74,7 +74,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
     found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
-        table,
+        block_table,
         positions,
         jnp.array(query_lens),
         AT,
@@ -99,15 +99,15 @@ def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, kind):
     """The table names a page full of NaN in place of those given back."""
     if not kind_runs(kind, "float32"):
         return
-    (prompt, other), (k_pages, v_pages), table = pool_of([70, 33], 4, "float32")
+    (prompt, other), (k_pages, v_pages), block_table = pool_of([70, 33], 4, "float32")
     k_pages, v_pages = (jnp.concatenate([part, jnp.full_like(part[:1], jnp.nan)]) for part in (k_pages, v_pages))
     behind = jnp.array([mask_spec.first_visible(64), mask_spec.first_visible(30)])[:, None] // 4
-    table = jnp.where(jnp.arange(table.shape[1]) < behind, len(k_pages) - 1, table)
+    block_table = jnp.where(jnp.arange(block_table.shape[1]) < behind, len(k_pages) - 1, block_table)
     q = jnp.stack([prompt[0][64:70], jnp.pad(other[0][30:33], ((0, 3), (0, 0), (0, 0), (0, 0)))])
     found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
-        table,
+        block_table,
         jnp.array([64, 30]),
         jnp.array([6, 3]),
         AT,
@@ -143,11 +143,11 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     pages = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), 1, kept_in) for _ in range(2)]
     pages += [jnp.full((NUM_PAGES, SLOTS, page_size), jnp.nan) for _ in range(2)]
     pages = [stacked(part) for part in pages]
-    table = jnp.asarray(rng.permutation(NUM_PAGES)[:15].reshape(3, 5), jnp.int32)
+    block_table = jnp.asarray(rng.permutation(NUM_PAGES)[:15].reshape(3, 5), jnp.int32)
     wide = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), jnp.nan, "float32") for _ in range(2)]
     for row, length in enumerate(lengths):
         k, v = (jnp.asarray(rng.normal(0, 10.0**row, (length, SLOTS, HEAD_DIM)), dtype) for _ in range(2))
-        places = table[row, np.arange(length) // page_size], jnp.arange(length) % page_size
+        places = block_table[row, np.arange(length) // page_size], jnp.arange(length) % page_size
         pages = write_pages(tuple(pages), (k, v), *places, AT)
         for index, new in enumerate((k, v)):
             kept = pages[index][AT, places[0], :, places[1]].astype("float32")
@@ -162,7 +162,7 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     query_lens = jnp.ones(3, jnp.int32)
     ask = partial(
         paged_attention,
-        table=table,
+        block_table=block_table,
         positions=jnp.array(lengths) - 1,
         query_lens=query_lens,
         at=AT,
@@ -180,12 +180,15 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
 def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtype):
     if not kind_runs("native", dtype):
         return
-    ((q, _, _),), pages, table = pool_of([70], 16, dtype)
+    ((q, _, _),), pages, block_table = pool_of([70], 16, dtype)
     ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), mask_spec=mask_spec, kind="native")
-    whole = ask(q[None], table=table, positions=jnp.array([0]), query_lens=jnp.array([70]))
+    whole = ask(q[None], block_table=block_table, positions=jnp.array([0]), query_lens=jnp.array([70]))
     for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
         part = ask(
-            q[None, start : start + count], table=table, positions=jnp.array([start]), query_lens=jnp.array([count])
+            q[None, start : start + count],
+            block_table=block_table,
+            positions=jnp.array([start]),
+            query_lens=jnp.array([count]),
         )
         np.testing.assert_array_equal(
             np.asarray(part[0], np.float32), np.asarray(whole[0, start : start + count], np.float32)
@@ -220,10 +223,10 @@ def test_values_that_are_the_first_numbers_of_keys(kind, kept_in):
 
 def test_sinks_take_part_once_where_ranks_share_pages_out():
     lengths, page_size = [29, 8], 8
-    prompts, (k_pages, v_pages), table = pool_of(lengths, page_size, "float32")
+    prompts, (k_pages, v_pages), block_table = pool_of(lengths, page_size, "float32")
     positions = jnp.array(lengths) - 1
     q = jnp.stack([prompt[0][length - 1 :] for prompt, length in zip(prompts, lengths, strict=True)])
-    metadata = table, positions, jnp.ones(2, jnp.int32), AT
+    metadata = block_table, positions, jnp.ones(2, jnp.int32), AT
     pages = stacked(k_pages), stacked(v_pages)
     whole = paged_attention(q, pages, *metadata, SINKS, mask_spec=MASK_SPECS[3])
     parts = [

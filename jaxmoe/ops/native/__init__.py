@@ -177,7 +177,7 @@ def native_linear(
 def native_paged(
     q: Float[Array, "N Q K G H"],
     pages: tuple[Array, ...],
-    table: Int[Array, "N P"],
+    block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
     at: At,
@@ -187,7 +187,7 @@ def native_paged(
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
-    block_metadata = (table, positions, query_lens, jnp.int32(at))
+    block_metadata = (block_table, positions, query_lens, jnp.int32(at))
     dim = pages[1].shape[4] if value_dim is None else value_dim
     kept = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
     kept = (*kept, kept[2]) if len(kept) == 3 else kept
@@ -253,7 +253,7 @@ def native_route(
 def native_sample(
     logits: Float[Array, "B V"],
     token_pages: Int[Array, "M S"],
-    table: Int[Array, "B P"],
+    block_table: Int[Array, "B P"],
     positions: Int[Array, "B"],
     wanted: Bool[Array, "3"],
     rows: Sequence[Array],
@@ -265,5 +265,5 @@ def native_sample(
     one, many = (count,), (count, num_top)
     results = tuple(jax.ShapeDtypeStruct(shape, t) for shape in (one, many) for t in (jnp.int32, jnp.float32))
     call = jax.ffi.ffi_call("jaxmoe_sample", results)
-    tokens, logprobs, top_tokens, top_logprobs = call(logits, token_pages, table, positions, wanted, *rows)
+    tokens, logprobs, top_tokens, top_logprobs = call(logits, token_pages, block_table, positions, wanted, *rows)
     return tokens, logprobs, top_tokens, top_logprobs

@@ -48,7 +48,7 @@ struct Paged {
   const void *q, *k_pages, *v_pages;
   const float *k_scales, *v_scales;  // null where pages have none
   const float* sinks;                // of every head of queries; null where there are none
-  const int32_t *table, *positions, *query_lens;
+  const int32_t *block_table, *positions, *query_lens;
   void* out;
   int64_t blocks, tokens, heads, group, head_dim, value_dim, value_stride, pages_of_row, page_size, window, chunk;
   float scale;
@@ -83,7 +83,7 @@ struct Paged {
       for (int64_t i = 0; i < head_dim; ++i) in[r * head_dim + i] *= scale;
       rounded(in + r * head_dim, head_dim);
     }
-    auto first_token = [&](int64_t page) { return (table[block * pages_of_row + page] * heads + head) * page_size; };
+    auto first_token = [&](int64_t page) { return (block_table[block * pages_of_row + page] * heads + head) * page_size; };
     auto wide = [&](const void* pool, int64_t page, int64_t stride) {
       const char* from = static_cast<const char*>(pool) + first_token(page) * stride * kept.bytes;
       if (kept.bytes == 4) return reinterpret_cast<const float*>(from);
@@ -151,7 +151,7 @@ struct Paged {
 };
 
 XLA_FFI_Error* PagedAttention(const Call& call) {
-  const Array q = call.Argument(0), k_pages = call.Argument(1), v_pages = call.Argument(2), table = call.Argument(5);
+  const Array q = call.Argument(0), k_pages = call.Argument(1), v_pages = call.Argument(2), block_table = call.Argument(5);
   const Array sinks = call.Argument(9);
   if (q.Kind() != kBfloat16 && q.Kind() != kFloat32) return call.Refuse("attention=native takes bfloat16 or float32");
   Numbers kept;
@@ -169,9 +169,9 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
     return kept.bytes == 1 ? all.As<const float>() + layer * all.Stride(0) : nullptr;
   };
   Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), pages(k_pages),
-        pages(v_pages), scales(3), scales(4), sinks.Size(0) > 0 ? sinks.As<float>() : nullptr, table.As<int32_t>(),
+        pages(v_pages), scales(3), scales(4), sinks.Size(0) > 0 ? sinks.As<float>() : nullptr, block_table.As<int32_t>(),
         call.Argument(6).As<int32_t>(), call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1),
-        q.Size(2), q.Size(3), q.Size(4), call.Attribute<int64_t>("value_dim"), v_pages.Size(4), table.Size(1),
+        q.Size(2), q.Size(3), q.Size(4), call.Attribute<int64_t>("value_dim"), v_pages.Size(4), block_table.Size(1),
         k_pages.Size(3), call.Attribute<int64_t>("window"), call.Attribute<int64_t>("chunk"),
         call.Attribute<float>("scale")}
       .RunAll(call.Pool());

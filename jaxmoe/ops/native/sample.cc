@@ -37,7 +37,7 @@ inline float Gumbel(uint32_t bits) {
 
 struct Rows {
   const float* logits;
-  const int32_t *token_pages, *table, *positions;
+  const int32_t *token_pages, *block_table, *positions;
   const bool* wanted;  // draws, adjusts, likeliest
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
   const int32_t *top_k, *prompt_length, *listed, *num_banned, *banned_until;
@@ -52,7 +52,7 @@ struct Rows {
       std::vector<int32_t> seen(vocab, 0), answered(vocab, 0);
       const int64_t known = std::min<int64_t>(positions[row], pages_of_row * page_size);
       for (int64_t place = 0; place < known; ++place) {
-        const int64_t page = table[row * pages_of_row + place / page_size];
+        const int64_t page = block_table[row * pages_of_row + place / page_size];
         const int32_t token = token_pages[page * page_size + place % page_size];
         if (token < 0 || token >= vocab) continue;
         seen[token] = 1;
@@ -175,7 +175,7 @@ struct Rows {
 };
 
 XLA_FFI_Error* Sample(const Call& call) {
-  const Array logits = call.Argument(0), pages = call.Argument(1), table = call.Argument(2);
+  const Array logits = call.Argument(0), pages = call.Argument(1), block_table = call.Argument(2);
   if (logits.Kind() != kFloat32) return call.Refuse("sampling=native takes logits of float32");
   int64_t next = 5;
   auto floats = [&] { return call.Argument(next++).As<const float>(); };
@@ -183,7 +183,7 @@ XLA_FFI_Error* Sample(const Call& call) {
   Rows rows;
   rows.logits = logits.As<float>();
   rows.token_pages = pages.As<int32_t>();
-  rows.table = table.As<int32_t>();
+  rows.block_table = block_table.As<int32_t>();
   rows.positions = call.Argument(3).As<int32_t>();
   rows.wanted = call.Argument(4).As<bool>();
   rows.temperature = floats();
@@ -203,7 +203,7 @@ XLA_FFI_Error* Sample(const Call& call) {
   rows.banned_until = ints();
   rows.vocab = logits.Size(1);
   rows.page_size = pages.Size(1);
-  rows.pages_of_row = table.Size(1);
+  rows.pages_of_row = block_table.Size(1);
   rows.num_top = call.Result(2).Size(1);
   rows.tokens = call.Result(0).As<int32_t>();
   rows.logprobs = call.Result(1).As<float>();
