@@ -259,9 +259,9 @@ class Runner:
         carried = Carried(list(state.pages), loads)
         hidden, carried, _ = model(by_part, step_inputs, carried, schedule=self._schedule(parts), pick=pick)
         sampled = self._drawn(model, hidden, metadata, token_pages, metadata["positions"], wanted)
-        kept = jnp.where(metadata["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
-        kept = jax.lax.dynamic_update_slice(state.tokens, kept, (0, 0))
-        state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
+        last_tokens = jnp.where(metadata["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
+        last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
+        state = EngineState(place.constrain(last_tokens, "batch", "one"), carried.kv_cache, token_pages)
         return state, Drawn(Sampled(*(part[None] for part in sampled)), carried.loads)
 
     def _decode(
@@ -301,8 +301,8 @@ class Runner:
             by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
             old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
             by_part = by_part.at[:, mine].set(jnp.where(draws, drawn.tokens, old), mode="drop")
-            kept = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
-            state = EngineState(place.constrain(kept, "batch", "one"), carried.kept, token_pages)
+            last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
+            state = EngineState(place.constrain(last_tokens, "batch", "one"), carried.kv_cache, token_pages)
             room = tuple(all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True))
             return state, carried.loads, flow, room
 

@@ -83,7 +83,7 @@ class CausalAttention:
     uses_kv_cache = False
 
     def __call__(
-        self, kept: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
         """See AttentionBackend. Values are given."""
@@ -91,7 +91,7 @@ class CausalAttention:
         assert v is not None
         attend = partial(causal_attention, mask_spec=mask_spec)
         arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
-        return place.locally(attend, *arrays, out=QUERY_DIMS), kept
+        return place.locally(attend, *arrays, out=QUERY_DIMS), kv_cache
 
 
 def _sinks_with_dims(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
@@ -200,21 +200,21 @@ class PagedAttention:
         return tuple((blocks.num_tokens, blocks.seq_slots is not None) for blocks in self._query_blocks)
 
     def __call__(
-        self, kept: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See AttentionBackend."""
-        dims = tuple(PAGE_DIMS[: array.ndim] for array in kept)
+        dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
         how = partial(paged_attention, kind=self._kind)
         over = partial(_over_pages, attend=how)
         if place.parts("page_token") > 1:
             over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
         own = _sinks_with_dims(sinks)
-        array_counts = ArrayCounts(new=len(new), pages=len(kept), sinks=len(own))
+        array_counts = ArrayCounts(new=len(new), pages=len(kv_cache), sinks=len(own))
         mixed, *pages = place.locally(
             partial(over, layout=self._layout(), array_counts=array_counts, mask_spec=mask_spec, value_dim=value_dim),
-            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kept, dims, strict=True), *own, *self._metadata(),
+            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kv_cache, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)

@@ -26,12 +26,12 @@ class AttentionBackend(Protocol):
     uses_kv_cache: bool
 
     def __call__(
-        self, kept: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and what is kept now.
+        """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and the new kv_cache.
 
-        kept: what there is of earlier tokens, of all layers of this block of a segment; at: which of them this is.
+        kv_cache: keys and values of earlier tokens, stacked over the layers of this block; at: index into that stack.
         sinks [K,G]: logits that take part and add nothing. value_dim: V, where v is None: values are the first numbers
         of keys.
         """
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
             self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kept: Any, lead: TokenDim
+        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, lead: TokenDim
     ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
         config, place, num_valid = self.config, self.placement, context.token_mask.num_valid
@@ -120,11 +120,11 @@ class Attention(nnx.Module):
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
-        mixed, kept = context.attention_backend(
-            kept, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, place=place
+        mixed, kv_cache = context.attention_backend(
+            kv_cache, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, place=place
         )
         y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, lead=lead)
-        return (y + at_layer(self.out_bias, at) if config.out_bias else y), kept
+        return (y + at_layer(self.out_bias, at) if config.out_bias else y), kv_cache
 
     def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""

@@ -45,19 +45,19 @@ class Block(nnx.Module):
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kept: Any
+        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any
     ) -> tuple[jax.Array, Any, Routed | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
         went."""
         lead = self.placement.lead(x.shape[0])
         h = self._normed(x, self.input_layernorm, at)
-        y, kept = self.attention(h, at, context, kept, lead)
+        y, kv_cache = self.attention(h, at, context, kv_cache, lead)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
             y, routed = self.moe(h, at, context.token_mask, lead)
-            return x + y, kept, routed
-        return x + self.mlp(h, at, context.token_mask.num_valid, lead), kept, None
+            return x + y, kv_cache, routed
+        return x + self.mlp(h, at, context.token_mask.num_valid, lead), kv_cache, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         dims = hidden_dims(self.placement.lead(x.shape[0]))

@@ -62,7 +62,7 @@ class LatentAttention(nnx.Module):
             self.out_bias = make(zeros, width=config.hidden_size)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kept: Any, lead: TokenDim
+        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, lead: TokenDim
     ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
         place, kernels, mla = self.placement, self.kernels, self.mla
@@ -77,28 +77,28 @@ class LatentAttention(nnx.Module):
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
         over = self._over_latents if context.attention_backend.uses_kv_cache else self._over_heads
-        mixed, kept = over(plain, q_turned, latent, turned, at, context, kept)
+        mixed, kv_cache = over(plain, q_turned, latent, turned, at, context, kv_cache)
         y = project(mixed, self.out, place, kernels.linear, at, num_valid, over=3, lead=lead)
-        return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kept
+        return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kv_cache
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
         return normed(x, at_layer(weight, at), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
 
-    def _over_latents(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kept: Any):
+    def _over_latents(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kv_cache: Any):
         """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""
         place = self.placement
         lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, at))
         q = place.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
         key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
         key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
-        mixed, kept = context.attention_backend(
-            kept, at, q, key, None, mask_spec=layer_mask_spec(self.config, self.layer), sinks=None, place=place,
+        mixed, kv_cache = context.attention_backend(
+            kv_cache, at, q, key, None, mask_spec=layer_mask_spec(self.config, self.layer), sinks=None, place=place,
             value_dim=self.mla.kv_lora_rank,
         )  # fmt: skip
         values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, at))
-        return place.constrain(values, *QUERY_DIMS), kept
+        return place.constrain(values, *QUERY_DIMS), kv_cache
 
-    def _over_heads(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kept: Any):
+    def _over_heads(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kv_cache: Any):
         """The same with a key and a value of every head."""
         place = self.placement
         keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, at))
@@ -110,8 +110,8 @@ class LatentAttention(nnx.Module):
         def by_head(part: jax.Array) -> jax.Array:
             return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
-        mixed, kept = context.attention_backend(
-            kept, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
+        mixed, kv_cache = context.attention_backend(
+            kv_cache, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), place=place, sinks=None,
             mask_spec=layer_mask_spec(self.config, self.layer),
         )  # fmt: skip
-        return mixed.reshape(values.shape), kept
+        return mixed.reshape(values.shape), kv_cache

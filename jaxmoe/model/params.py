@@ -66,7 +66,7 @@ def dims_of(param: Matrix) -> Dims:
     return tuple(one.get_metadata()["dims"])
 
 
-class Kept(NamedTuple):
+class QuantizedMatrices(NamedTuple):
     """The matrices of a block that are quantised, by their paths, in a format; where they lie."""
 
     format: Format
@@ -83,18 +83,18 @@ class Maker:
         dtype: jnp.dtype,
         lead: Mapping[str, int] = MappingProxyType({}),
         view: View = "beside",
-        kept: Kept | None = None,
+        quantized: QuantizedMatrices | None = None,
     ) -> None:
-        self._rngs, self._dtype, self._lead, self._view, self._kept = rngs, dtype, lead, view, kept
+        self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
     def stacked(self, part: Segment, block: int, config: ModelConfig, place: Placement) -> Maker:
         """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. place: as they
         see it."""
-        kept = None
+        quantized = None
         if config.quantisation is not None:
-            kept = Kept(config.quantisation.format, config.quantisation.of(part.first + block), place)
+            quantized = QuantizedMatrices(config.quantisation.format, config.quantisation.of(part.first + block), place)
         view: View = "staged" if part.stages > 1 else "beside"
-        return Maker(self._rngs, self._dtype, {"layer": part.slots}, view, kept)
+        return Maker(self._rngs, self._dtype, {"layer": part.slots}, view, quantized)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
@@ -105,11 +105,13 @@ class Maker:
     def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
         """The same for matrices, which may be quantised: after `lead` dims of them come `over` dims of their inputs,
         then those of their outputs. path: within the block."""
-        if self._kept is None or path not in self._kept.grains:
+        if self._quantized is None or path not in self._quantized.grains:
             return self(init, **dims)
-        format, place = self._kept.format, self._kept.place
+        format, place = self._quantized.format, self._quantized.place
         shares = [size // place.parts(dim) for dim, size in dims.items()]
-        counts = cells(list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._kept.grains[path])
+        counts = cells(
+            list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._quantized.grains[path]
+        )
         packed = list(dims)[lead + over - 1]
         items = dims | {packed: dims[packed] // format.per_item}
         scales = dict(zip(dims, counts, strict=True))

@@ -36,8 +36,8 @@ def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Pl
     return Flow(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
 
 
-# One micro-batch through one chunk: (weights, unit, which slots, how many of them are filled, x, what layers keep,
-# step inputs) -> x, kept.
+# One micro-batch through one chunk: (weights, unit, which slots, how many of them are filled, x, layer state,
+# step inputs) -> x, layer state.
 Through = Callable[[Any, Unit, jax.Array, jax.Array | None, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
@@ -46,7 +46,7 @@ def tick_stages(
     weights: Any,
     flow: Flow,
     enters: jax.Array,
-    kept: Any,
+    layer_state: Any,
     step_inputs: Any,
     tick: Any,
     turns: Any,
@@ -57,12 +57,12 @@ def tick_stages(
 ) -> tuple[Flow, Any]:
     """One tick of all stages; what each computed is `sent` of the flow that comes of it.
 
-    weights, kept: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's first
-    chunk. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only micro-batches that
-    are real travel between stages; else those of idle stages too.
+    weights, layer_state: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's
+    first chunk. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only micro-batches
+    that are real travel between stages; else those of idle stages too.
     """
 
-    def stage(weights, flow, enters, kept, step_inputs, tick, turns):
+    def stage(weights, flow, enters, layer_state, step_inputs, tick, turns):
         at = jax.lax.axis_index(STAGE)
         unit = schedule.unit(tick, at, turns)
         came, waiting = _sent_on(flow.sent[0], pairs), flow.waiting
@@ -75,8 +75,10 @@ def tick_stages(
         chunk = jnp.where(unit.busy, unit.chunk, 0)
         slots = chunk * part.chunk_slots + jnp.arange(part.chunk_slots, dtype=jnp.int32)
         even = part.repeats == part.slots
-        x, kept = through(weights, unit, slots, None if even else part.filled(at, chunk), x, kept, step_inputs)
-        return Flow(x[None], waiting), kept
+        x, layer_state = through(
+            weights, unit, slots, None if even else part.filled(at, chunk), x, layer_state, step_inputs
+        )
+        return Flow(x[None], waiting), layer_state
 
     ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
     ring = ring if schedule.chunks > 1 else ring[:-1]
@@ -90,7 +92,7 @@ def tick_stages(
         out_specs=(staged, staged),
         check_vma=False,
     )
-    return region(weights, flow, enters, kept, step_inputs, jnp.int32(tick), jnp.int32(turns))
+    return region(weights, flow, enters, layer_state, step_inputs, jnp.int32(tick), jnp.int32(turns))
 
 
 def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:

@@ -25,7 +25,7 @@ from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
-Kept = list[tuple[Any, ...]]  # of every segment, of every block
+LayerCaches = list[tuple[Any, ...]]  # of every segment, of every block
 # Some rows of [B,S,D], as the placement sees it, whose rows lie as the third argument says.
 Pick = Callable[[jax.Array, Placement, Any], jax.Array]
 Loads = list[
@@ -37,7 +37,7 @@ class Carried(NamedTuple):
     """What layers hand from one token to later ones: what attend keeps, and the loads of experts so far; None where
     they are not counted."""
 
-    kept: Kept
+    kv_cache: LayerCaches
     loads: Loads | None
 
 
@@ -166,17 +166,17 @@ class Transformer(nnx.Module):
             return x, carried
         context = self._forward_context(layer_inputs, self.beside)
         x = self.beside.constrain(x, *hidden_dims(self.beside.lead(x.shape[0])))
-        kept: list[Any] = list(carried.kept)
+        kv_cache: list[Any] = list(carried.kv_cache)
         loads: list[Any] | None = None if carried.loads is None else list(carried.loads)
         for number in range(first, last):
             part, blocks = self.parts[number], self.segments[number]
 
             def repeat(carry, at, blocks=blocks, asked=routed is not None):
-                x, kept, loads, choices = _through(blocks, context, at, *carry)
+                x, kv_cache, loads, choices = _through(blocks, context, at, *carry)
                 found = [choice.probabilities for choice in choices if choice is not None] if asked else None
-                return (x, kept, loads), found
+                return (x, kv_cache, loads), found
 
-            carry = x, kept[number], None if loads is None else loads[number]
+            carry = x, kv_cache[number], None if loads is None else loads[number]
             if part.repeats == 1:
                 carry, found = repeat(carry, 0)
                 found = [] if found is None else found
@@ -185,10 +185,10 @@ class Transformer(nnx.Module):
                 found = [one[index] for index in range(part.repeats) for one in stacked or ()]
             if routed is not None:
                 routed += found
-            x, kept[number] = carry[:2]
+            x, kv_cache[number] = carry[:2]
             if loads is not None:
                 loads[number] = carry[2]
-        return x, Carried(kept, loads)
+        return x, Carried(kv_cache, loads)
 
     def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
         positions, valid = (
@@ -218,30 +218,30 @@ class Transformer(nnx.Module):
         place = self.placement.of_segment(part)
         dims = hidden_dims(place.lead(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
-        kept, loads = list(carried.kept), carried.loads
+        kv_cache, loads = list(carried.kv_cache), carried.loads
 
-        def through(weights, unit, slots, filled, x, held, step_inputs):
+        def through(weights, unit, slots, filled, x, layer_state, step_inputs):
             blocks = nnx.merge(graph, weights)
             context = self._forward_context(
                 step_inputs.part(unit.micro_batch, schedule.micro_batches, unit.turn, unit.busy), place
             )
 
             def layer(carry, at):
-                new, *held, _ = _through(blocks, context, at, *carry)
+                new, *layer_state, _ = _through(blocks, context, at, *carry)
                 new = new if filled is None else jnp.where(at - slots[0] < filled, new, carry[0])
-                return (new, *held), None
+                return (new, *layer_state), None
 
-            carry = (place.constrain(x, *dims), *held)
+            carry = (place.constrain(x, *dims), *layer_state)
             carry = layer(carry, slots[0])[0] if len(slots) == 1 else jax.lax.scan(layer, carry, slots)[0]
             return carry[0], carry[1:]
 
-        held = kept[number], None if loads is None else loads[number]
-        flow, (kept[number], load) = tick_stages(
+        layer_state = kv_cache[number], None if loads is None else loads[number]
+        flow, (kv_cache[number], load) = tick_stages(
             through,
             weights,
             flow,
             enters,
-            held,
+            layer_state,
             step_inputs,
             tick,
             turns,
@@ -249,7 +249,7 @@ class Transformer(nnx.Module):
             schedule=schedule,
             place=self.placement,
         )
-        return flow, Carried(kept, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
+        return flow, Carried(kv_cache, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
 
     def from_last(self, sent: jax.Array) -> jax.Array:
         """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
@@ -332,19 +332,19 @@ def _through(
     context: ForwardContext,
     at: Any,
     x: jax.Array,
-    kept: Sequence[Any],
+    kv_cache: Sequence[Any],
     loads: Sequence[Any] | None,
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
     """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
-    kept_now, loads_now, choices = [], [], []
+    new_kv_cache, loads_now, choices = [], [], []
     for number, block in enumerate(blocks):
-        x, own, choice = block(x, at, context, kept[number])
-        kept_now.append(own)
+        x, own, choice = block(x, at, context, kv_cache[number])
+        new_kv_cache.append(own)
         choices.append(choice)
         if loads is not None:
             load = loads[number]
             loads_now.append(load if choice is None else load.at[at].add(choice.load))
-    return x, tuple(kept_now), None if loads is None else tuple(loads_now), choices
+    return x, tuple(new_kv_cache), None if loads is None else tuple(loads_now), choices
 
 
 def abstract_model(

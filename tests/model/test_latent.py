@@ -53,7 +53,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
         ]
 
     @jax.jit
-    def over_pages(weights, x, kept, first):
+    def over_pages(weights, x, kv_cache, first):
         count = len(x)
         blocks = QueryBlocks(
             num_tokens=count,
@@ -62,8 +62,8 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
             query_lens=jnp.full((1, 1), count, jnp.int32),
         )
         context = make_context(first, (count, 1), PagedAttention(jnp.arange(8)[None, None], [blocks], "loop"))
-        y, kept = nnx.merge(graph, weights)(x[:, None], 0, context, kept, "token")
-        return y[:, 0], kept
+        y, kv_cache = nnx.merge(graph, weights)(x[:, None], 0, context, kv_cache, "token")
+        return y[:, 0], kv_cache
 
     def make_context(first: int, rows: tuple[int, int], attention_backend) -> ForwardContext:
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
@@ -73,13 +73,13 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
         )
 
     plain = scored(weights, x)
-    ((kept,),) = empty_pages(
+    ((kv_cache,),) = empty_pages(
         config, [sizes], segments(config, "scan")[:1], num_pages=8, page_size=PAGE_SIZE, dtype="float32"
     )
-    assert len(kept) == 1  # a latent, no values
+    assert len(kv_cache) == 1  # a latent, no values
     first, found = 0, []
     for count in (1, 9, 13):
-        y, kept = over_pages(weights, x[first : first + count], kept, jnp.int32(first))
+        y, kv_cache = over_pages(weights, x[first : first + count], kv_cache, jnp.int32(first))
         found.append(y)
         first += count
     np.testing.assert_allclose(jnp.concatenate(found), plain, atol=2e-5)

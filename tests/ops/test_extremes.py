@@ -61,7 +61,7 @@ def experts(kind: str):
     return run, (x, weights, *(stacked(jnp.asarray(a, jnp.float32)) for a in (gate_up, down)), AT)
 
 
-def pages(kind: str, *, kept: str = "float32", sinks: np.ndarray | None = None):
+def pages(kind: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None = None):
     """Three tokens on pages of two; the keys of each block hold one of NUMBERS, or values do."""
     count, rng = len(NUMBERS), np.random.default_rng(3)
     keys, values = rng.normal(0, 1, (2, 1, 4 * count, 1, 2, 1)).astype(np.float32)
@@ -71,9 +71,9 @@ def pages(kind: str, *, kept: str = "float32", sinks: np.ndarray | None = None):
     block_table = np.arange(4 * count, dtype=np.int32).reshape(-1, 2)
     q = np.ones((2 * count, 1, 1, 2, 1), np.float32)
     q[:, :, :, 1] = -1
-    scales = () if kept == "float32" else (np.ones((1, 4 * count, 1, 2), np.float32),) * 2
+    scales = () if cache_dtype == "float32" else (np.ones((1, 4 * count, 1, 2), np.float32),) * 2
     run = partial(paged_attention, mask_spec=MaskSpec(scale=1.0), kind="loop" if kind == "xla" else kind)
-    pool = (*(jnp.asarray(part).astype(kept) for part in (keys, values)), *scales)
+    pool = (*(jnp.asarray(part).astype(cache_dtype) for part in (keys, values)), *scales)
     where = np.full(2 * count, 2, np.int32), np.ones(2 * count, np.int32)
     return run, (q, pool, block_table, *where, 0, sinks)
 
@@ -107,7 +107,7 @@ WORK = {
     "experts": experts,
     "attention": pages,
     "attention with sinks": partial(pages, sinks=np.array([[-1e30, 5e3]], np.float32)),
-    "attention over float8": partial(pages, kept="float8_e4m3fn"),
+    "attention over float8": partial(pages, cache_dtype="float8_e4m3fn"),
     "products": products,
 }
 

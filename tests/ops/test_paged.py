@@ -131,16 +131,16 @@ def test_writing_changes_the_named_places_alone():
     np.testing.assert_array_equal(found[1], stacked(-expected))
 
 
-@pytest.mark.parametrize("kept_in", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", PAGED_KINDS)
-def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, kept_in):
+def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, cache_dtype):
     """Attention over them is attention over what they stand for, and that is near what was written."""
     if not kind_runs(kind, dtype):
         return
     rng = np.random.default_rng(0)
     lengths, page_size = [21, 3, 34], 8
-    pages = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), 1, kept_in) for _ in range(2)]
+    pages = [jnp.full((NUM_PAGES, SLOTS, page_size, HEAD_DIM), 1, cache_dtype) for _ in range(2)]
     pages += [jnp.full((NUM_PAGES, SLOTS, page_size), jnp.nan) for _ in range(2)]
     pages = [stacked(part) for part in pages]
     block_table = jnp.asarray(rng.permutation(NUM_PAGES)[:15].reshape(3, 5), jnp.int32)
@@ -155,7 +155,7 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
             largest = np.abs(np.asarray(new, np.float32)).max(-1, keepdims=True)
             assert (
                 np.abs(kept - np.asarray(new, np.float32))
-                <= largest * (1 / 254 + 1e-6 if kept_in == "int8" else 1 / 16)
+                <= largest * (1 / 254 + 1e-6 if cache_dtype == "int8" else 1 / 16)
             ).all()
             wide[index] = wide[index].at[places[0], :, places[1]].set(kept)
     q = jnp.asarray(rng.normal(0, 1, (3, 1, SLOTS, GROUP, HEAD_DIM)), dtype)
@@ -195,16 +195,16 @@ def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtyp
         )
 
 
-@pytest.mark.parametrize("kept_in", ["float32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("kind", PAGED_KINDS)
-def test_values_that_are_the_first_numbers_of_keys(kind, kept_in):
+def test_values_that_are_the_first_numbers_of_keys(kind, cache_dtype):
     """As latent attention keeps them: one array, and one scale."""
     if not kind_runs(kind, "float32"):
         return
     ((q, k, _),), _, _ = pool_of([37], 8, "float32")
     places = jnp.arange(37) // 8 + 3, jnp.arange(37) % 8
     shape = (NUM_PAGES, SLOTS, 8, HEAD_DIM)
-    pages = [jnp.zeros(shape, kept_in), *([jnp.zeros(shape[:-1])] if kept_in == "int8" else [])]
+    pages = [jnp.zeros(shape, cache_dtype), *([jnp.zeros(shape[:-1])] if cache_dtype == "int8" else [])]
     pages = write_pages(tuple(stacked(part) for part in pages), (k,), *places, AT)
     found = paged_attention(
         q[None],
@@ -218,7 +218,7 @@ def test_values_that_are_the_first_numbers_of_keys(kind, kept_in):
         kind=kind,
     )
     expected = causal_attention(q[None], k[None], k[None, ..., :5], mask_spec=MASK_SPECS[0])
-    np.testing.assert_allclose(found, expected, atol=1e-5 if kept_in == "float32" else 0.03)
+    np.testing.assert_allclose(found, expected, atol=1e-5 if cache_dtype == "float32" else 0.03)
 
 
 def test_sinks_take_part_once_where_ranks_share_pages_out():

@@ -189,13 +189,13 @@ def native_paged(
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
     block_metadata = (block_table, positions, query_lens, jnp.int32(at))
     dim = pages[1].shape[4] if value_dim is None else value_dim
-    kept = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
-    kept = (*kept, kept[2]) if len(kept) == 3 else kept
-    kept = kept if len(kept) == 4 else (*kept, jnp.zeros(0), jnp.zeros(0))
+    cache = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
+    cache = (*cache, cache[2]) if len(cache) == 3 else cache
+    cache = cache if len(cache) == 4 else (*cache, jnp.zeros(0), jnp.zeros(0))
     own = jnp.zeros((0, 0)) if sinks is None else sinks.astype(jnp.float32)
     call = jax.ffi.ffi_call("jaxmoe_paged", jax.ShapeDtypeStruct((*q.shape[:-1], dim), q.dtype))
     limits = dict(window=np.int64(mask_spec.window or 0), chunk=np.int64(mask_spec.chunk or 0), value_dim=np.int64(dim))
-    return call(q, *kept, *block_metadata, own, scale=np.float32(mask_spec.scale), **limits)
+    return call(q, *cache, *block_metadata, own, scale=np.float32(mask_spec.scale), **limits)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

@@ -44,7 +44,7 @@ void Shares(float* row, int64_t count, float best) {
 }
 
 struct Paged {
-  Numbers numbers, kept;  // of queries and results, and of pages
+  Numbers numbers, cache;  // of queries and results, and of pages
   const void *q, *k_pages, *v_pages;
   const float *k_scales, *v_scales;  // null where pages have none
   const float* sinks;                // of every head of queries; null where there are none
@@ -85,9 +85,9 @@ struct Paged {
     }
     auto first_token = [&](int64_t page) { return (block_table[block * pages_of_row + page] * heads + head) * page_size; };
     auto wide = [&](const void* pool, int64_t page, int64_t stride) {
-      const char* from = static_cast<const char*>(pool) + first_token(page) * stride * kept.bytes;
-      if (kept.bytes == 4) return reinterpret_cast<const float*>(from);
-      kept.widen(from, page_size * stride, widened.data());
+      const char* from = static_cast<const char*>(pool) + first_token(page) * stride * cache.bytes;
+      if (cache.bytes == 4) return reinterpret_cast<const float*>(from);
+      cache.widen(from, page_size * stride, widened.data());
       return static_cast<const float*>(widened.data());
     };
     for (int64_t page = first; page < end; ++page)
@@ -154,21 +154,21 @@ XLA_FFI_Error* PagedAttention(const Call& call) {
   const Array q = call.Argument(0), k_pages = call.Argument(1), v_pages = call.Argument(2), block_table = call.Argument(5);
   const Array sinks = call.Argument(9);
   if (q.Kind() != kBfloat16 && q.Kind() != kFloat32) return call.Refuse("attention=native takes bfloat16 or float32");
-  Numbers kept;
+  Numbers cache;
   switch (k_pages.Kind()) {
-    case XLA_FFI_DataType_BF16: kept = NumbersOf<uint16_t>(); break;
-    case XLA_FFI_DataType_F32: kept = NumbersOf<float>(); break;
-    case XLA_FFI_DataType_S8: kept = NumbersOf<int8_t>(); break;
-    case XLA_FFI_DataType_F8E4M3FN: kept = NumbersOf<Float8>(); break;
+    case XLA_FFI_DataType_BF16: cache = NumbersOf<uint16_t>(); break;
+    case XLA_FFI_DataType_F32: cache = NumbersOf<float>(); break;
+    case XLA_FFI_DataType_S8: cache = NumbersOf<int8_t>(); break;
+    case XLA_FFI_DataType_F8E4M3FN: cache = NumbersOf<Float8>(); break;
     default: return call.Refuse("attention=native takes pages of bfloat16, float32, int8 or float8_e4m3fn");
   }
   const int64_t layer = *call.Argument(8).As<int32_t>();
-  auto pages = [&](const Array& all) { return all.As<const char>() + layer * all.Stride(0) * kept.bytes; };
+  auto pages = [&](const Array& all) { return all.As<const char>() + layer * all.Stride(0) * cache.bytes; };
   auto scales = [&](int64_t index) -> const float* {
     const Array all = call.Argument(index);
-    return kept.bytes == 1 ? all.As<const float>() + layer * all.Stride(0) : nullptr;
+    return cache.bytes == 1 ? all.As<const float>() + layer * all.Stride(0) : nullptr;
   };
-  Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), kept, q.As<void>(), pages(k_pages),
+  Paged{q.Kind() == kBfloat16 ? NumbersOf<uint16_t>() : NumbersOf<float>(), cache, q.As<void>(), pages(k_pages),
         pages(v_pages), scales(3), scales(4), sinks.Size(0) > 0 ? sinks.As<float>() : nullptr, block_table.As<int32_t>(),
         call.Argument(6).As<int32_t>(), call.Argument(7).As<int32_t>(), call.Result().As<void>(), q.Size(0), q.Size(1),
         q.Size(2), q.Size(3), q.Size(4), call.Attribute<int64_t>("value_dim"), v_pages.Size(4), block_table.Size(1),
