@@ -365,7 +365,7 @@ class Core:
         drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
         turn = [0] * len(drawn)
         experts = self.runner.experts
-        loads = None if step.drawn.loads is None else experts.place_loads(step.drawn.loads)
+        loads = None if step.drawn.tokens_per_expert is None else experts.place_loads(step.drawn.tokens_per_expert)
         if loads is not None and self.on_loads is not None:
             self.on_loads(loads)
         if loads is not None and self.trace is not None and step.record is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerPlace, Segment, place_of
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.transformer import Loads
+from jaxmoe.model.transformer import TokensPerExpert
 from jaxmoe.planner.balance import ExpertPlacement, sources_of
 from jaxmoe.sharding import Dims, Placement
 from jaxmoe.weights.params import ParamInfo
@@ -57,9 +57,9 @@ class Experts:
 
     # --- how many tokens they got ---
 
-    def place_loads(self, loads: Loads) -> np.ndarray:
+    def place_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
         """Tokens that went to each place in a traced step: [layers,R]."""
-        counts: Any = loads
+        counts: Any = tokens_per_expert
         found = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
         return np.stack(found) if found else np.zeros((0, self.num_places), np.int32)
 

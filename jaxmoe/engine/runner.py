@@ -34,7 +34,7 @@ from jaxmoe.model.attend import (
     micro_batch_of,
     split_rows,
 )
-from jaxmoe.model.transformer import Carried, Loads, Transformer, at_rows
+from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
 from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
 from jaxmoe.planner.balance import ExpertPlacement
@@ -79,10 +79,10 @@ class EngineState(NamedTuple):
 
 class Drawn(NamedTuple):
     """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens went to each
-    place of an expert in all turns, as in Carried; None unless traced."""
+    place of an expert in all turns, as in ForwardState; None unless traced."""
 
     sampled: Sampled
-    loads: Loads | None
+    tokens_per_expert: TokensPerExpert | None
 
 
 class Runner:
@@ -209,13 +209,13 @@ class Runner:
         turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
         model, metadata, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
-        loads = self._no_loads(bucket) if traced else None
+        tokens_per_expert = self._zero_tokens_per_expert(bucket) if traced else None
         if turns == 1:
-            return self._one_turn(model, state, loads, metadata, wanted, bucket)
+            return self._one_turn(model, state, tokens_per_expert, metadata, wanted, bucket)
         assert not bucket.blocks
-        return self._decode(model, state, loads, metadata, wanted, bucket, count, turns)
+        return self._decode(model, state, tokens_per_expert, metadata, wanted, bucket, count, turns)
 
-    def _no_loads(self, bucket: Bucket) -> Loads:
+    def _zero_tokens_per_expert(self, bucket: Bucket) -> TokensPerExpert:
         """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
         rows = self.num_ranks * bucket.num_tokens // bucket.micro_batches
 
@@ -234,7 +234,13 @@ class Runner:
         return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=micro_batches)
 
     def _one_turn(
-        self, model: Transformer, state: EngineState, loads: Loads | None, metadata, wanted: Wanted, bucket: Bucket
+        self,
+        model: Transformer,
+        state: EngineState,
+        tokens_per_expert: TokensPerExpert | None,
+        metadata,
+        wanted: Wanted,
+        bucket: Bucket,
     ):
         place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
         query_blocks = [
@@ -256,18 +262,25 @@ class Runner:
         token_pages = whole.write_tokens(state.token_pages, together, place)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
         by_part = place.constrain(by_part, "batch", "length")
-        carried = Carried(list(state.pages), loads)
-        hidden, carried, _ = model(by_part, step_inputs, carried, schedule=self._schedule(parts), pick=pick)
+        forward_state = ForwardState(list(state.pages), tokens_per_expert)
+        hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
         sampled = self._drawn(model, hidden, metadata, token_pages, metadata["positions"], wanted)
         last_tokens = jnp.where(metadata["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
-        state = EngineState(place.constrain(last_tokens, "batch", "one"), carried.kv_cache, token_pages)
-        return state, Drawn(Sampled(*(part[None] for part in sampled)), carried.loads)
+        state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
+        return state, Drawn(Sampled(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
-        self, model: Transformer, state: EngineState, loads: Loads | None, metadata, wanted: Wanted, bucket: Bucket,
-        count, turns: int,
-    ):  # fmt: skip
+        self,
+        model: Transformer,
+        state: EngineState,
+        tokens_per_expert: TokensPerExpert | None,
+        metadata,
+        wanted: Wanted,
+        bucket: Bucket,
+        count,
+        turns: int,
+    ):
         place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         blocks = QueryBlocks(
@@ -278,21 +291,23 @@ class Runner:
         )
 
         def tick(number, carry):
-            state, loads, flow, room = carry
+            state, tokens_per_expert, flow, room = carry
             first = schedule.unit(number, 0, count)
             enters = first.micro_batch, of, first.turn, first.busy & (first.chunk == 0)
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
             token_pages = step_inputs.attention_backend(*enters).write_tokens(state.token_pages, tokens, place)
-            x, carried = model.before(model.embedded(tokens), entering, Carried(list(state.pages), loads))
+            x, forward_state = model.before(
+                model.embedded(tokens), entering, ForwardState(list(state.pages), tokens_per_expert)
+            )
             last, leaves = first, first.busy
             if schedule.stages > 1:
-                flow, carried = model.tick(flow, x, step_inputs, carried, number, schedule, count)
+                flow, forward_state = model.tick(flow, x, step_inputs, forward_state, number, schedule, count)
                 last = schedule.unit(number, schedule.stages - 1, count)
                 leaves = last.busy & (last.chunk == schedule.chunks - 1)
                 leaving = step_inputs.part(last.micro_batch, of, last.turn, leaves)
-                x, carried = model.after(model.from_last(flow.sent), leaving, carried)
+                x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.turn
             drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
@@ -302,15 +317,15 @@ class Runner:
             old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
             by_part = by_part.at[:, mine].set(jnp.where(draws, drawn.tokens, old), mode="drop")
             last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
-            state = EngineState(place.constrain(last_tokens, "batch", "one"), carried.kv_cache, token_pages)
+            state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
             room = tuple(all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True))
-            return state, carried.loads, flow, room
+            return state, forward_state.tokens_per_expert, flow, room
 
         flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
-        carry = state, loads, flow, self._room(turns, of, rows)
-        state, loads, _, room = jax.lax.fori_loop(0, schedule.ticks(count), tick, carry)
+        carry = state, tokens_per_expert, flow, self._room(turns, of, rows)
+        state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(count), tick, carry)
         sampled = Sampled(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
-        return state, Drawn(sampled, loads)
+        return state, Drawn(sampled, tokens_per_expert)
 
     def _room(self, turns: int, of: int, rows: int) -> tuple[jax.Array, ...]:
         """For what is drawn, by turn, rank, micro-batch and row."""

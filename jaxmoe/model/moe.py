@@ -52,7 +52,7 @@ class Routed(NamedTuple):
     place of an expert [n,R]."""
 
     probabilities: jax.Array
-    load: jax.Array
+    tokens_per_expert: jax.Array
 
 
 class MoE(nnx.Module):
@@ -98,7 +98,7 @@ class MoE(nnx.Module):
         specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
         num_valid = [] if token_mask.num_valid is None else [token_mask.num_valid]
         routed = place.routed(lead)
-        y, probabilities, load = place.manual(
+        y, probabilities, tokens_per_expert = place.manual(
             lambda x, token_mask, at, arrays, *num_valid: _on_device(
                 x, token_mask, at, num_valid[0][0] if num_valid else None, arrays,
                 moe=self.moe, kernels=self.kernels, place=place, lead=lead,
@@ -112,7 +112,7 @@ class MoE(nnx.Module):
                 place.spec(routed, "router_expert"),
             ),
         )(x, (token_mask.valid, token_mask.positions), jnp.int32(at), arrays, *num_valid)  # fmt: skip
-        return y, Routed(probabilities, load)
+        return y, Routed(probabilities, tokens_per_expert)
 
     def _params(self) -> dict[str, Matrix]:
         """All that a device needs a part of, by the names it knows them by."""
@@ -140,7 +140,9 @@ def _on_device(
     x_tD = gather_rows(x_bD, gathered)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
     own_num_valid = num_valid if place.routed(lead) == "token" else None
-    y, probabilities, load = _routed_experts(x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, place, lead)
+    y, probabilities, tokens_per_expert = _routed_experts(
+        x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, place, lead
+    )
     shared = partial(_shared_expert, at=at, num_valid=num_valid, arrays=arrays, kernels=kernels)
     if moe.shared_intermediate_size and together == gathered:
         y = y + shared(x_tD)
@@ -148,7 +150,7 @@ def _on_device(
     if moe.shared_intermediate_size and together != gathered:
         y = y + summed_over(shared(gather_rows(x_bD, together)), (), together)
     y = summed_over(y, left, ())  # those of split that share out no tokens, for experts of every kind
-    return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), load
+    return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), tokens_per_expert
 
 
 def _routed_experts(
@@ -174,7 +176,7 @@ def _routed_experts(
         weights_tE = at_places(weights_tE, layer_of(arrays["placed"], at), mixed(rows, positions))
     else:
         weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
-    load = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
+    tokens_per_expert = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
     if others > 1:  # of the ranks that have the same tokens, each looks after its own experts
         by_rank = weights_tE.reshape(-1, ranks, others, share)
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(held), axis=2, keepdims=False)
@@ -191,7 +193,7 @@ def _routed_experts(
     y_tD = combine(y_TD, sent, exchange)
     if moe.biases:
         y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], at), place, lead).astype(y_tD.dtype)
-    return y_tD, probabilities, load
+    return y_tD, probabilities, tokens_per_expert
 
 
 def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):

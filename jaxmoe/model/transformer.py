@@ -28,17 +28,17 @@ from jaxmoe.sharding import Placement, TokenDim, array_sizes
 LayerCaches = list[tuple[Any, ...]]  # of every segment, of every block
 # Some rows of [B,S,D], as the placement sees it, whose rows lie as the third argument says.
 Pick = Callable[[jax.Array, Placement, Any], jax.Array]
-Loads = list[
+TokensPerExpert = list[
     tuple[jax.Array | None, ...]
 ]  # tokens of each rank that went to each place of an expert [slots,n,R], where counted
 
 
-class Carried(NamedTuple):
-    """What layers hand from one token to later ones: what attend keeps, and the loads of experts so far; None where
-    they are not counted."""
+class ForwardState(NamedTuple):
+    """Model state threaded through a step: the KV cache, and tokens per expert so far; None where those are not
+    counted."""
 
     kv_cache: LayerCaches
-    loads: Loads | None
+    tokens_per_expert: TokensPerExpert | None
 
 
 class Transformer(nnx.Module):
@@ -81,32 +81,35 @@ class Transformer(nnx.Module):
         self,
         tokens: jax.Array,
         step_inputs: StepInputs,
-        carried: Carried | None = None,
+        forward_state: ForwardState | None = None,
         *,
         schedule: Schedule = Schedule(),
         pick: Pick | None = None,
         probabilities: bool = False,
-    ) -> tuple[jax.Array, Carried, list[jax.Array]]:
-        """Normed hidden states [B,S,D] of tokens [B,S], or of those that pick takes of them; what is carried on; and
+    ) -> tuple[jax.Array, ForwardState, list[jax.Array]]:
+        """Normed hidden states [B,S,D] of tokens [B,S], or of those that pick takes of them; the new state; and
         where asked the router probabilities [B,S,E] of each MoE layer, in a model without a pipeline.
 
-        Tokens come in the order of the schedule's micro-batches, within every rank. carried: None where nothing is.
+        Tokens come in the order of the schedule's micro-batches, within every rank. forward_state: None where nothing
+        is kept.
         """
-        carried = self.nothing_carried() if carried is None else carried
+        forward_state = self.empty_forward_state() if forward_state is None else forward_state
         routed: list[jax.Array] = []
         if self.placement.num_stages == 1:
             layer_inputs, asked = step_inputs.part(0, 1), routed if probabilities else None
-            x, carried = self._beside(0, len(self.parts), self.embedded(tokens), layer_inputs, carried, asked)
+            x, forward_state = self._beside(
+                0, len(self.parts), self.embedded(tokens), layer_inputs, forward_state, asked
+            )
             x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
         else:
-            x, carried = self._through_stages(
-                self.embedded(tokens, together=False), step_inputs, carried, schedule, pick
+            x, forward_state = self._through_stages(
+                self.embedded(tokens, together=False), step_inputs, forward_state, schedule, pick
             )
-        return self.normed(x), carried, routed
+        return self.normed(x), forward_state, routed
 
-    def nothing_carried(self) -> Carried:
+    def empty_forward_state(self) -> ForwardState:
         """For attention that keeps nothing."""
-        return Carried([(None,) * part.period for part in self.parts], None)
+        return ForwardState([(None,) * part.period for part in self.parts], None)
 
     def embedded(self, tokens: jax.Array, *, together: bool = True) -> jax.Array:
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
@@ -145,13 +148,17 @@ class Transformer(nnx.Module):
         """The segment that stages share out; one past the last where there are no stages."""
         return next((n for n, part in enumerate(self.parts) if part.stages > 1), len(self.parts))
 
-    def before(self, x: jax.Array, layer_inputs: LayerInputs, carried: Carried) -> tuple[jax.Array, Carried]:
+    def before(
+        self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
+    ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D] through the layers before those of the stages."""
-        return self._beside(0, self.staged, x, layer_inputs, carried)
+        return self._beside(0, self.staged, x, layer_inputs, forward_state)
 
-    def after(self, x: jax.Array, layer_inputs: LayerInputs, carried: Carried) -> tuple[jax.Array, Carried]:
+    def after(
+        self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
+    ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D] through the layers after those of the stages."""
-        return self._beside(self.staged + 1, len(self.parts), x, layer_inputs, carried)
+        return self._beside(self.staged + 1, len(self.parts), x, layer_inputs, forward_state)
 
     def _beside(
         self,
@@ -159,24 +166,26 @@ class Transformer(nnx.Module):
         last: int,
         x: jax.Array,
         layer_inputs: LayerInputs,
-        carried: Carried,
+        forward_state: ForwardState,
         routed: list[jax.Array] | None = None,
-    ) -> tuple[jax.Array, Carried]:
+    ) -> tuple[jax.Array, ForwardState]:
         if first >= last:
-            return x, carried
+            return x, forward_state
         context = self._forward_context(layer_inputs, self.beside)
         x = self.beside.constrain(x, *hidden_dims(self.beside.lead(x.shape[0])))
-        kv_cache: list[Any] = list(carried.kv_cache)
-        loads: list[Any] | None = None if carried.loads is None else list(carried.loads)
+        kv_cache: list[Any] = list(forward_state.kv_cache)
+        tokens_per_expert: list[Any] | None = (
+            None if forward_state.tokens_per_expert is None else list(forward_state.tokens_per_expert)
+        )
         for number in range(first, last):
             part, blocks = self.parts[number], self.segments[number]
 
             def repeat(carry, at, blocks=blocks, asked=routed is not None):
-                x, kv_cache, loads, choices = _through(blocks, context, at, *carry)
+                x, kv_cache, tokens_per_expert, choices = _through(blocks, context, at, *carry)
                 found = [choice.probabilities for choice in choices if choice is not None] if asked else None
-                return (x, kv_cache, loads), found
+                return (x, kv_cache, tokens_per_expert), found
 
-            carry = x, kv_cache[number], None if loads is None else loads[number]
+            carry = x, kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
             if part.repeats == 1:
                 carry, found = repeat(carry, 0)
                 found = [] if found is None else found
@@ -186,9 +195,9 @@ class Transformer(nnx.Module):
             if routed is not None:
                 routed += found
             x, kv_cache[number] = carry[:2]
-            if loads is not None:
-                loads[number] = carry[2]
-        return x, Carried(kv_cache, loads)
+            if tokens_per_expert is not None:
+                tokens_per_expert[number] = carry[2]
+        return x, ForwardState(kv_cache, tokens_per_expert)
 
     def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
         positions, valid = (
@@ -209,16 +218,22 @@ class Transformer(nnx.Module):
         return empty_flow(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
 
     def tick(
-        self, flow: Flow, enters: jax.Array, step_inputs: StepInputs, carried: Carried, tick: Any, schedule: Schedule,
+        self,
+        flow: Flow,
+        enters: jax.Array,
+        step_inputs: StepInputs,
+        forward_state: ForwardState,
+        tick: Any,
+        schedule: Schedule,
         turns: Any = 1,
-    ) -> tuple[Flow, Carried]:  # fmt: skip
+    ) -> tuple[Flow, ForwardState]:
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is flow.sent of the last."""
         part, number = self.parts[self.staged], self.staged
         graph, weights = nnx.split(self.segments[number])
         place = self.placement.of_segment(part)
         dims = hidden_dims(place.lead(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
-        kv_cache, loads = list(carried.kv_cache), carried.loads
+        kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
 
         def through(weights, unit, slots, filled, x, layer_state, step_inputs):
             blocks = nnx.merge(graph, weights)
@@ -235,8 +250,8 @@ class Transformer(nnx.Module):
             carry = layer(carry, slots[0])[0] if len(slots) == 1 else jax.lax.scan(layer, carry, slots)[0]
             return carry[0], carry[1:]
 
-        layer_state = kv_cache[number], None if loads is None else loads[number]
-        flow, (kv_cache[number], load) = tick_stages(
+        layer_state = kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
+        flow, (kv_cache[number], counts) = tick_stages(
             through,
             weights,
             flow,
@@ -249,7 +264,12 @@ class Transformer(nnx.Module):
             schedule=schedule,
             place=self.placement,
         )
-        return flow, Carried(kv_cache, loads if loads is None else [*loads[:number], load, *loads[number + 1 :]])
+        return flow, ForwardState(
+            kv_cache,
+            tokens_per_expert
+            if tokens_per_expert is None
+            else [*tokens_per_expert[:number], counts, *tokens_per_expert[number + 1 :]],
+        )
 
     def from_last(self, sent: jax.Array) -> jax.Array:
         """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
@@ -258,33 +278,33 @@ class Transformer(nnx.Module):
         return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *dims))
 
     def _through_stages(
-        self, x: jax.Array, step_inputs: StepInputs, carried: Carried, schedule: Schedule, pick: Pick | None
-    ) -> tuple[jax.Array, Carried]:
+        self, x: jax.Array, step_inputs: StepInputs, forward_state: ForwardState, schedule: Schedule, pick: Pick | None
+    ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D], all micro-batches, through all layers: once around."""
         ranks, count = self.placement.parts("batch"), schedule.micro_batches
         rows = x.shape[0] // count
         after = self.staged + 1 < len(self.parts)
 
         def one_tick(tick, carry):
-            flow, carried, done = carry
+            flow, forward_state, done = carry
             first, last = schedule.unit(tick, 0), schedule.unit(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
             if self.staged:
                 layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.busy & (first.chunk == 0))
-                enters, carried = self.before(enters, layer_inputs, carried)
-            flow, carried = self.tick(flow, enters, step_inputs, carried, tick, schedule)
+                enters, forward_state = self.before(enters, layer_inputs, forward_state)
+            flow, forward_state = self.tick(flow, enters, step_inputs, forward_state, tick, schedule)
             leaves, y = last.busy & (last.chunk == schedule.chunks - 1), flow.sent
             if after:
                 layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
-                y, carried = self.after(self.from_last(y), layer_inputs, carried)
+                y, forward_state = self.after(self.from_last(y), layer_inputs, forward_state)
             place = jnp.where(leaves, last.micro_batch, count)
-            return flow, carried, done.at[place].set(y, mode="drop")
+            return flow, forward_state, done.at[place].set(y, mode="drop")
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
         lead = self.placement.lead(rows)
         dims = ("one", *(() if after else ("stage",)), *hidden_dims(lead))
-        carry = self.empty_flow(schedule, rows, x.shape[1]), carried, self.placement.constrain(room, *dims)
-        _, carried, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
+        carry = self.empty_flow(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
+        _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
 
         within = self.placement.seen("beside" if after else "within")
 
@@ -295,8 +315,8 @@ class Transformer(nnx.Module):
             return done if pick is None else pick(done, within, "batch")
 
         if after:
-            return in_order(done), carried
-        return from_last_stage(done.swapaxes(0, 1), self.placement, in_order), carried
+            return in_order(done), forward_state
+        return from_last_stage(done.swapaxes(0, 1), self.placement, in_order), forward_state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
@@ -333,18 +353,18 @@ def _through(
     at: Any,
     x: jax.Array,
     kv_cache: Sequence[Any],
-    loads: Sequence[Any] | None,
+    tokens_per_expert: Sequence[Any] | None,
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
     """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
-    new_kv_cache, loads_now, choices = [], [], []
+    new_kv_cache, new_counts, choices = [], [], []
     for number, block in enumerate(blocks):
         x, own, choice = block(x, at, context, kv_cache[number])
         new_kv_cache.append(own)
         choices.append(choice)
-        if loads is not None:
-            load = loads[number]
-            loads_now.append(load if choice is None else load.at[at].add(choice.load))
-    return x, tuple(new_kv_cache), None if loads is None else tuple(loads_now), choices
+        if tokens_per_expert is not None:
+            counts = tokens_per_expert[number]
+            new_counts.append(counts if choice is None else counts.at[at].add(choice.tokens_per_expert))
+    return x, tuple(new_kv_cache), None if tokens_per_expert is None else tuple(new_counts), choices
 
 
 def abstract_model(
