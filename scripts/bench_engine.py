@@ -139,8 +139,8 @@ def _pool(arguments: argparse.Namespace) -> None:
             parts["block_table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()
-                core._state, drawn = llm.runner.step(core._state, metadata, (False,) * 3, bucket, count=1, turns=1)
-                np.asarray(drawn.sampled.tokens)
+                core._state, output = llm.runner.step(core._state, metadata, (False,) * 3, bucket, count=1, turns=1)
+                np.asarray(output.sampled.tokens)
                 found.append(time.perf_counter() - begin)
             del core
     medians = {times: statistics.median(found[2:]) for times, found in sizes.items()}

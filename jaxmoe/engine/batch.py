@@ -61,7 +61,7 @@ class Bucket:
         return {
             "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
             "query_lens": rows,  # tokens the row decodes, one a turn; 0 where it does not
-            "drawn_from": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
+            "logits_indices": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
             "block_table": (self.rows, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
             "block_seq_slots": blocks,
@@ -205,7 +205,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     parts = bucket.split(packed)
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
     floats["top_p"][:] = floats["repetition"][:] = 1.0
-    parts["drawn_from"][:] = _NOWHERE
+    parts["logits_indices"][:] = _NOWHERE
     parts["listed"][:] = np.iinfo(np.int32).max
 
     def write_request(sequence: Running) -> tuple[int, int]:
@@ -234,13 +234,13 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     for decode in plan.decodes:
         at = write_request(decode.sequence)
         parts["positions"][at], parts["query_lens"][at] = decode.start, decode.count
-        parts["drawn_from"][at] = bucket.row_token(at[1])
+        parts["logits_indices"][at] = bucket.row_token(at[1])
     next_block = [0] * limits.num_ranks
     for chunk in plan.chunks:
         at = write_request(chunk.sequence)
         last = _pack_chunk(chunk, bucket, parts, next_block)
         if chunk.last:
-            parts["drawn_from"][at], parts["positions"][at] = last, chunk.start + chunk.count - 1
+            parts["logits_indices"][at], parts["positions"][at] = last, chunk.start + chunk.count - 1
     return packed
 
 

@@ -17,7 +17,7 @@ from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of,
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import Chunk, Sample, SamplingParams, drawn_seed, seed_of_sample
-from jaxmoe.engine.runner import Drawn, EngineState, Runner
+from jaxmoe.engine.runner import EngineState, Runner, StepOutput
 from jaxmoe.engine.scheduler import Chunk as PromptChunk
 from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tier import HostTier
@@ -25,7 +25,7 @@ from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
 from jaxmoe.errors import StepError
-from jaxmoe.ops.sample import Sampled
+from jaxmoe.ops.sample import SamplerOutput
 
 _TIMINGS = 3
 
@@ -108,7 +108,7 @@ def not_finite(runner: Runner, where: str) -> StepError:
 class _InFlight:
     plan: StepPlan
     places: list[tuple[int, int]]  # rank and row of each of plan.sampled()
-    drawn: Drawn
+    output: StepOutput
     record: StepRecord | None
     sent: float  # after its program was compiled
     done_at: float | None = None  # where that is known before its tokens are taken
@@ -162,8 +162,8 @@ class Core:
             nothing = pack(
                 StepPlan(decodes=[], chunks=[]), bucket, self.limits, lambda index: self.requests[index].metadata()
             )
-            self._state, drawn = self._step(nothing, (False, False, False), bucket, 1)
-            jax.block_until_ready(drawn)
+            self._state, output = self._step(nothing, (False, False, False), bucket, 1)
+            jax.block_until_ready(output)
             self.buckets.add(bucket)
             on_progress(done, len(buckets))
         if self._tier is not None:
@@ -193,8 +193,8 @@ class Core:
         packed, seconds = pack(plan, bucket, limits, lambda index: metadata), []
         for _ in range(_TIMINGS):  # what is written lies on pages that nobody holds yet
             start = self._clock()
-            self._state, drawn = self._step(packed, (False, False, False), bucket, 1)
-            jax.block_until_ready(drawn)
+            self._state, output = self._step(packed, (False, False, False), bucket, 1)
+            jax.block_until_ready(output)
             seconds.append(self._clock() - start)
         return min(seconds) / len(pages)
 
@@ -312,12 +312,12 @@ class Core:
             self._state = self._tier.run(self._state, rank, move)
         known = bucket in self.buckets
         start = sent if known else self._settle()
-        self._state, drawn = self._step(packed, wanted, bucket, plan.turns)
+        self._state, output = self._step(packed, wanted, bucket, plan.turns)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
         if not known:  # what the call took was compiling: steps are only queued
             self.timing.compile_s, start = self.timing.compile_s + self._clock() - start, self._clock()
-        self._in_flight.append(_InFlight(plan=plan, places=places, drawn=drawn, record=record, sent=start))
+        self._in_flight.append(_InFlight(plan=plan, places=places, output=output, record=record, sent=start))
 
     def _settle(self) -> float:
         """Wait for the steps in flight, so that they do not count as compiling nor compiling as them. Returns now."""
@@ -359,19 +359,21 @@ class Core:
         return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns, traced=traced)
 
     def _complete(self, step: _InFlight) -> list[Request]:
-        tokens, logprobs = np.asarray(step.drawn.sampled.tokens), np.asarray(step.drawn.sampled.logprobs)
+        tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)
         done_at = self._clock() if step.done_at is None else step.done_at
         sampled = list(step.plan.sampled())
-        drawn = [tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)]
-        turn = [0] * len(drawn)
+        sampled_tokens = [
+            tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)
+        ]
+        turn = [0] * len(sampled_tokens)
         experts = self.runner.experts
-        loads = None if step.drawn.tokens_per_expert is None else experts.place_loads(step.drawn.tokens_per_expert)
+        loads = None if step.output.tokens_per_expert is None else experts.place_loads(step.output.tokens_per_expert)
         if loads is not None and self.on_loads is not None:
             self.on_loads(loads)
         if loads is not None and self.trace is not None and step.record is not None:
             self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
         updated = []
-        for sequence, which, token in self.scheduler.complete(step.plan, drawn):
+        for sequence, which, token in self.scheduler.complete(step.plan, sampled_tokens):
             request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
             turn[which] += 1
             if math.isnan(logprobs[at]):
@@ -380,7 +382,7 @@ class Core:
                 updated.append(request)
                 continue
             chunk = request.push(
-                token, float(logprobs[at]), self._top(step.drawn.sampled, at, request.params.top_logprobs)
+                token, float(logprobs[at]), self._top(step.output.sampled, at, request.params.top_logprobs)
             )
             request.events.append(chunk)
             updated.append(request)
@@ -396,9 +398,9 @@ class Core:
         return updated
 
     @staticmethod
-    def _top(drawn: Sampled, at: tuple[int, ...], count: int) -> dict[int, float]:
+    def _top(sampled: SamplerOutput, at: tuple[int, ...], count: int) -> dict[int, float]:
         """The likeliest `count` tokens at one place, with their logprobs."""
         if not count:
             return {}
-        tokens, logprobs = np.asarray(drawn.top_tokens)[at], np.asarray(drawn.top_logprobs)[at]
+        tokens, logprobs = np.asarray(sampled.top_tokens)[at], np.asarray(sampled.top_logprobs)[at]
         return dict(zip(tokens[:count].tolist(), logprobs[:count].tolist(), strict=True))

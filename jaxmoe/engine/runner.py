@@ -36,7 +36,7 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
-from jaxmoe.ops.sample import MOST_TOP, Sampled, SamplingArrays, Wanted, sample
+from jaxmoe.ops.sample import MOST_TOP, SamplerOutput, SamplingArrays, Wanted, sample
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
     Collective,
@@ -77,11 +77,11 @@ class EngineState(NamedTuple):
     token_pages: jax.Array
 
 
-class Drawn(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens went to each
     place of an expert in all turns, as in ForwardState; None unless traced."""
 
-    sampled: Sampled
+    sampled: SamplerOutput
     tokens_per_expert: TokensPerExpert | None
 
 
@@ -253,7 +253,7 @@ class Runner:
             blocks = {name: metadata[f"block_{name}"] for name in ("seq_slots", "positions", "query_lens")}
             query_blocks.append(QueryBlocks(num_tokens=bucket.block_tokens, **blocks))
             tokens.append(metadata["block_tokens"])
-            pick = partial(at_rows, index=jnp.maximum(metadata["drawn_from"], 0))
+            pick = partial(at_rows, index=jnp.maximum(metadata["logits_indices"], 0))
         step_inputs = PagedStepInputs(
             block_table=metadata["block_table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
         )
@@ -264,11 +264,11 @@ class Runner:
         by_part = place.constrain(by_part, "batch", "length")
         forward_state = ForwardState(list(state.pages), tokens_per_expert)
         hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
-        sampled = self._drawn(model, hidden, metadata, token_pages, metadata["positions"], wanted)
-        last_tokens = jnp.where(metadata["drawn_from"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
+        sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], wanted)
+        last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
         state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
-        return state, Drawn(Sampled(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
+        return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
         self,
@@ -310,22 +310,24 @@ class Runner:
                 x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.turn
-            drawn = self._drawn(model, model.normed(x), own, token_pages, positions, wanted)
-            draws = leaves & (own["drawn_from"] >= 0) & (own["query_lens"] > last.turn)
+            sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, wanted)
+            draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.turn)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
             old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
-            by_part = by_part.at[:, mine].set(jnp.where(draws, drawn.tokens, old), mode="drop")
+            by_part = by_part.at[:, mine].set(jnp.where(draws, sampled.tokens, old), mode="drop")
             last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
             state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
-            room = tuple(all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, drawn, strict=True))
+            room = tuple(
+                all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
+            )
             return state, forward_state.tokens_per_expert, flow, room
 
         flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
         carry = state, tokens_per_expert, flow, self._room(turns, of, rows)
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(count), tick, carry)
-        sampled = Sampled(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
-        return state, Drawn(sampled, tokens_per_expert)
+        sampled = SamplerOutput(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
+        return state, StepOutput(sampled, tokens_per_expert)
 
     def _room(self, turns: int, of: int, rows: int) -> tuple[jax.Array, ...]:
         """For what is drawn, by turn, rank, micro-batch and row."""
@@ -335,7 +337,7 @@ class Runner:
             jnp.zeros((*per_row, top)),
         )  # fmt: skip
 
-    def _drawn(
+    def _sample_hidden(
         self,
         model: Transformer,
         hidden: jax.Array,
@@ -343,15 +345,15 @@ class Runner:
         token_pages: jax.Array,
         positions: jax.Array,
         wanted: Wanted,
-    ) -> Sampled:
+    ) -> SamplerOutput:
         """A token a row, after hidden [r*d,1,D] of tokens at positions [r,d]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
-        return self._sampled(logits, metadata, token_pages, positions + 1, wanted)
+        return self._sample_logits(logits, metadata, token_pages, positions + 1, wanted)
 
-    def _sampled(
+    def _sample_logits(
         self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
-    ) -> Sampled:
+    ) -> SamplerOutput:
         """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
         values = {name: metadata[name] for name in SamplingArrays._fields}
         for name in FLOAT_PARTS:
@@ -363,18 +365,18 @@ class Runner:
         def on_rank(logits, token_pages, block_table, positions, wanted, *arrays):
             rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
             kind = self.kernels.sampling
-            drawn = sample(logits[0], rows, token_pages, block_table[0], positions[0], Wanted(*wanted), kind=kind)
-            return tuple(part[None] for part in drawn)
+            sampled = sample(logits[0], rows, token_pages, block_table[0], positions[0], Wanted(*wanted), kind=kind)
+            return tuple(part[None] for part in sampled)
 
         per_row = ("batch", "block")
-        drawn = self.placement.locally(
+        sampled = self.placement.locally(
             on_rank,
             (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["block_table"], (*per_row, "one")),
             (positions, per_row), (jnp.stack(wanted), ("one",)),
             *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
             out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
         )  # fmt: skip
-        return Sampled(*drawn)
+        return SamplerOutput(*sampled)
 
     def _score(self, leaves, tokens, lengths):
         model = self._merge(leaves)
@@ -413,7 +415,7 @@ class Runner:
     def step(
         self, state: EngineState, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket,
         *, count: int, turns: int, traced: bool = False,
-    ) -> tuple[EngineState, Drawn]:  # fmt: skip
+    ) -> tuple[EngineState, StepOutput]:  # fmt: skip
         """One step of `count` turns where there is room for `turns` (one where there are blocks). state is donated.
 
         wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.

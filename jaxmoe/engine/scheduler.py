@@ -346,8 +346,8 @@ class Scheduler:
 
         Pages that are full of known tokens become known to later prompts.
         """
-        for index, ((sequence, _), drawn) in enumerate(zip(plan.sampled(), tokens, strict=True)):
-            for token in drawn:
+        for index, ((sequence, _), sampled) in enumerate(zip(plan.sampled(), tokens, strict=True)):
+            for token in sampled:
                 if sequence.finished:
                     break
                 sequence.num_pending -= 1

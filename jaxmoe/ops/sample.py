@@ -47,7 +47,7 @@ class SamplingArrays(NamedTuple):
     banned_until: Int[Array, "B"]
 
 
-class Sampled(NamedTuple):
+class SamplerOutput(NamedTuple):
     """The next token of every row, its log-probability under the model, and the likeliest tokens with theirs.
 
     logprobs is NaN where the row's logits are not finite: one is NaN or plus infinity, or all are minus infinity. The
@@ -139,7 +139,7 @@ def sample(
     wanted: Wanted,
     *,
     kind: SamplingKind = "xla",
-) -> Sampled:
+) -> SamplerOutput:
     """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its block
     table.
 
@@ -149,7 +149,9 @@ def sample(
     num_top = min(MOST_TOP, logits.shape[-1])
     if kind == "native":
         flags = jnp.stack(wanted)
-        return Sampled(*native.native_sample(logits, token_pages, block_table, positions, flags, rows, num_top=num_top))
+        return SamplerOutput(
+            *native.native_sample(logits, token_pages, block_table, positions, flags, rows, num_top=num_top)
+        )
     return _xla(logits, rows, token_pages, block_table, positions, wanted, num_top)
 
 
@@ -162,8 +164,8 @@ def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
 
     def draw() -> Array:
         noise = gumbel_noise(rows.seed, rows.seed_high, positions, logits.shape[-1])
-        drawn = jnp.argmax(filter_logits(adjusted, rows) + noise, axis=-1)
-        return jnp.where(rows.temperature > 0, drawn.astype(jnp.int32), best)
+        random_tokens = jnp.argmax(filter_logits(adjusted, rows) + noise, axis=-1)
+        return jnp.where(rows.temperature > 0, random_tokens.astype(jnp.int32), best)
 
     tokens = jax.lax.cond(wanted.drawn, draw, lambda: best)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -176,4 +178,4 @@ def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
 
     shape = (len(tokens), num_top)
     top = jax.lax.cond(wanted.top, likeliest, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
-    return Sampled(tokens, picked[:, 0], *top)
+    return SamplerOutput(tokens, picked[:, 0], *top)

@@ -37,8 +37,8 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
         bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
         assert bucket in listed
         seen.add(bucket)
-        drawn = [rng.integers(9, size=count).tolist() for _, count in plan.sampled()]
-        for sequence, _, _ in scheduler.complete(plan, drawn):
+        sampled_tokens = [rng.integers(9, size=count).tolist() for _, count in plan.sampled()]
+        for sequence, _, _ in scheduler.complete(plan, sampled_tokens):
             if len(sequence.tokens) >= sequence.max_total:
                 scheduler.finish(sequence)
     assert seen == set(listed)
@@ -67,10 +67,10 @@ def test_what_is_packed_reads_back():
     np.testing.assert_array_equal(parts["block_positions"][0, :2], [0, 4])
     np.testing.assert_array_equal(parts["block_query_lens"][:, :2], [[4, 2], [3, 0]])
     assert parts["block_seq_slots"][0, :2].tolist() == [first.slot] * 2
-    drawn_from = parts["drawn_from"]
-    assert drawn_from[0, first.slot] == bucket.rows + 4 + 1
-    assert drawn_from[1, second.slot] == bucket.rows + 2
-    assert (np.delete(drawn_from[0], first.slot) == -1).all()
+    logits_indices = parts["logits_indices"]
+    assert logits_indices[0, first.slot] == bucket.rows + 4 + 1
+    assert logits_indices[1, second.slot] == bucket.rows + 2
+    assert (np.delete(logits_indices[0], first.slot) == -1).all()
     at = (0, first.slot)
     assert parts["block_table"][at][:2].tolist() == first.pages
     assert [parts[name][at].view(np.uint32) for name in ("seed", "seed_high")] == [2**32 - 2, 2**32 - 1]
@@ -89,4 +89,4 @@ def test_what_is_packed_reads_back():
     parts = bucket.split(pack(plan, bucket, LIMITS, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
     np.testing.assert_array_equal(parts["query_lens"], [[3], [3]])
-    np.testing.assert_array_equal(parts["drawn_from"], [[0], [0]])
+    np.testing.assert_array_equal(parts["logits_indices"], [[0], [0]])

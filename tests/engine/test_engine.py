@@ -72,11 +72,11 @@ def requests_of(count: int, vocab: int) -> list[tuple[list[int], SamplingParams]
     made = []
     for index in range(count):
         own = [rng.randrange(vocab) for _ in range(rng.randrange(1, 20))]
-        drawn = {"temperature": 0.9, "top_p": 0.9, "seed": index} if index % 3 == 0 else {}
+        random_params = {"temperature": 0.9, "top_p": 0.9, "seed": index} if index % 3 == 0 else {}
         prompt = shared[: rng.randrange(13)] + own
         if index % 5 == 1:
-            drawn |= {"repetition_penalty": 1.3, "logit_bias": {3: 1.0}, "top_logprobs": 2}
-        made.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 14), ignore_eos=True, **drawn)))
+            random_params |= {"repetition_penalty": 1.3, "logit_bias": {3: 1.0}, "top_logprobs": 2}
+        made.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 14), ignore_eos=True, **random_params)))
     return made
 
 

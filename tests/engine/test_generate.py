@@ -21,14 +21,14 @@ MESH = "data=2,tensor=2,expert=2"
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5, 8], [9, 7, 9, 3, 2], [3, 8, 4, 6, 2]]
 
 
-def drawn(seed: int, tokens: int = 12) -> SamplingParams:
+def random_params(seed: int, tokens: int = 12) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=1.0, top_p=0.9, seed=seed, ignore_eos=True)
 
 
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
 def test_no_neighbour_changes_an_output(mesh, tiny_llm):
     llm = tiny_llm(CASE, mesh)
-    params = [drawn(seed) if seed % 2 else SamplingParams(max_tokens=12, ignore_eos=True) for seed in range(5)]
+    params = [random_params(seed) if seed % 2 else SamplingParams(max_tokens=12, ignore_eos=True) for seed in range(5)]
     together = [out.token_ids for out in llm.generate(PROMPTS, params)]
     alone = [llm.generate([p], s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
     assert together == alone
@@ -36,7 +36,8 @@ def test_no_neighbour_changes_an_output(mesh, tiny_llm):
 
 def test_the_same_seed_gives_the_same_tokens_on_any_mesh(tiny_llm):
     outputs = [
-        [out.token_ids for out in tiny_llm(CASE, mesh).generate(PROMPTS, drawn(11))] for mesh in (ONE_DEVICE, MESH)
+        [out.token_ids for out in tiny_llm(CASE, mesh).generate(PROMPTS, random_params(11))]
+        for mesh in (ONE_DEVICE, MESH)
     ]
     assert outputs[0] == outputs[1]
 
@@ -66,7 +67,7 @@ def test_a_mesh_of_fewer_devices_than_there_are_is_loaded(tiny_dir, caplog):
 
 def test_logprobs_are_those_of_score(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    for out in llm.generate(PROMPTS, drawn(5)):
+    for out in llm.generate(PROMPTS, random_params(5)):
         (scored,) = llm.score([out.prompt_token_ids + out.token_ids])
         np.testing.assert_allclose(scored[-len(out.token_ids) :], out.logprobs, atol=2e-4)
 
@@ -75,12 +76,12 @@ def test_logprobs_are_those_of_score(tiny_llm):
 def test_pool_for_says_what_generate_holds(mesh, tiny_llm):
     llm = tiny_llm(CASE, mesh)
     llm._core = None  # a core there is already may be larger
-    tokens, num_bytes = llm.pool_for(PROMPTS, drawn(1, tokens=40))
+    tokens, num_bytes = llm.pool_for(PROMPTS, random_params(1, tokens=40))
     assert llm._core is None
-    llm.generate(PROMPTS, drawn(1, tokens=40))
+    llm.generate(PROMPTS, random_params(1, tokens=40))
     assert tokens * num_bytes == sum(part.nbytes for part in jax.tree.leaves(llm._core._state.pages))
     assert tokens >= sum(len(prompt) + 40 for prompt in PROMPTS)
-    assert llm.pool_for(PROMPTS[:1], drawn(1)) == (tokens, num_bytes)  # the pool there is has room for that
+    assert llm.pool_for(PROMPTS[:1], random_params(1)) == (tokens, num_bytes)  # the pool there is has room for that
     with pytest.raises(RequestError, match="prompt 0 is empty"):
         llm.pool_for([[]])
 
@@ -163,29 +164,29 @@ def test_a_context_that_is_no_round_number_is_kept(tiny_dir, tmp_path):
 
 def test_a_stream_nobody_listens_to_costs_nothing(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    (wanted,) = llm.generate([PROMPTS[0]], drawn(1))
-    dropped = [llm.stream(PROMPTS, drawn(2)) for _ in range(5)]
-    begun = llm.stream(PROMPTS, drawn(3))
+    (wanted,) = llm.generate([PROMPTS[0]], random_params(1))
+    dropped = [llm.stream(PROMPTS, random_params(2)) for _ in range(5)]
+    begun = llm.stream(PROMPTS, random_params(3))
     next(begun)
     begun.close()
     before = llm._core.scheduler.num_steps
-    assert llm.generate([PROMPTS[0]], drawn(1))[0].token_ids == wanted.token_ids
+    assert llm.generate([PROMPTS[0]], random_params(1))[0].token_ids == wanted.token_ids
     assert llm._core.scheduler.num_steps - before < 20
     assert len(dropped) == 5
 
 
 def test_threads_may_share_a_model(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    wanted = [out.token_ids for out in llm.generate(PROMPTS, drawn(4))]
+    wanted = [out.token_ids for out in llm.generate(PROMPTS, random_params(4))]
     with ThreadPoolExecutor(5) as threads:
-        found = list(threads.map(lambda prompt: llm.generate([prompt], drawn(4))[0].token_ids, PROMPTS * 4))
+        found = list(threads.map(lambda prompt: llm.generate([prompt], random_params(4))[0].token_ids, PROMPTS * 4))
     assert found == wanted * 4
 
 
 def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    wanted = llm.generate([PROMPTS[0]], drawn(4))[0].token_ids
-    other = llm.stream([PROMPTS[0]], drawn(4))
+    wanted = llm.generate([PROMPTS[0]], random_params(4))[0].token_ids
+    other = llm.stream([PROMPTS[0]], random_params(4))
     heard = [next(other).token_id]
     real = llm.runner.step
 
@@ -195,9 +196,9 @@ def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
 
     monkeypatch.setattr(llm.runner, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([PROMPTS[1]], drawn(4))
+        llm.generate([PROMPTS[1]], random_params(4))
     monkeypatch.undo()
-    assert llm.generate([PROMPTS[0]], drawn(4))[0].token_ids == wanted
+    assert llm.generate([PROMPTS[0]], random_params(4))[0].token_ids == wanted
     assert heard + [chunk.token_id for chunk in other] == wanted
 
 

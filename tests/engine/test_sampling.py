@@ -188,10 +188,10 @@ def test_ids_outside_the_vocabulary_are_refused_before_anything_runs(tiny_llm, o
 
 def test_values_that_clients_send(tiny_llm):
     """top_k=-1 keeps all tokens; max_tokens=None goes on to the end of the context; seeds have 64 bits."""
-    llm, drawn = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "ignore_eos": True}
+    llm, random_params = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "ignore_eos": True}
     seeds = (-(2**63), -1, 0, 1, 2**33 + 1, 2**63, 2**64 - 1)
-    params = [SamplingParams(seed=seed, **drawn) for seed in seeds]
-    params += [SamplingParams(top_k=-1, seed=1, **drawn), SamplingParams(max_tokens=None, ignore_eos=True)]
+    params = [SamplingParams(seed=seed, **random_params) for seed in seeds]
+    params += [SamplingParams(top_k=-1, seed=1, **random_params), SamplingParams(max_tokens=None, ignore_eos=True)]
     *outputs, minus, whole = llm.generate([PROMPT] * len(params), params)
     assert minus == replace(outputs[3], index=minus.index)
     assert len(whole.token_ids) == llm.config.max_position_embeddings - len(PROMPT)
@@ -202,13 +202,13 @@ def test_values_that_clients_send(tiny_llm):
 
 
 def test_a_seed_that_nobody_gave_is_drawn_anew_and_told(tiny_llm):
-    llm, drawn = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "n": 2, "ignore_eos": True}
-    first, other = llm.generate([PROMPT] * 2, SamplingParams(**drawn))
-    (again,) = llm.generate([PROMPT], SamplingParams(**drawn))
+    llm, random_params = tiny_llm(CASE, ONE_DEVICE), {"max_tokens": 8, "temperature": 1.0, "n": 2, "ignore_eos": True}
+    first, other = llm.generate([PROMPT] * 2, SamplingParams(**random_params))
+    (again,) = llm.generate([PROMPT], SamplingParams(**random_params))
     assert len({out.seed for out in (first, other, again)}) == 3
     assert len({tuple(s.token_ids) for out in (first, other, again) for s in out.samples}) == 6
     assert [sample.seed for sample in again.samples] == [again.seed, again.seed + 1]
-    chunks = list(llm.stream([PROMPT], SamplingParams(**drawn | {"n": 1, "seed": again.samples[1].seed})))
+    chunks = list(llm.stream([PROMPT], SamplingParams(**random_params | {"n": 1, "seed": again.samples[1].seed})))
     assert [chunk.token_id for chunk in chunks] == again.samples[1].token_ids
     assert {chunk.seed for chunk in chunks} == {again.samples[1].seed}
 

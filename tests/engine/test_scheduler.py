@@ -46,12 +46,12 @@ class Device:
             else:
                 self.pages[rank, move.page] = self.host.pop((rank, move.place))
         assert len(self.host) <= self.limits.num_places * self.limits.num_ranks
-        drawn: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
+        sampled_tokens: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
         for turn in range(plan.turns):
-            self._turn(plan, turn, drawn)
-        return list(drawn.values())
+            self._turn(plan, turn, sampled_tokens)
+        return list(sampled_tokens.values())
 
-    def _turn(self, plan: StepPlan, turn: int, drawn: dict[int, list[int]]) -> None:
+    def _turn(self, plan: StepPlan, turn: int, sampled_tokens: dict[int, list[int]]) -> None:
         written = set()
         work = []
         for decode in plan.decodes:
@@ -71,7 +71,7 @@ class Device:
             if sampled:
                 token = next_token(self._read(sequence, start + len(part)))
                 self.last[(sequence.rank, sequence.slot)] = token
-                drawn[id(sequence)].append(token)
+                sampled_tokens[id(sequence)].append(token)
 
 
 def alone(prompt: list[int], max_total: int, limits: Limits, *, keeps_all: bool) -> list[int]:

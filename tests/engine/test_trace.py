@@ -118,8 +118,8 @@ def test_a_step_that_fails_is_marked(tiny_llm, tmp_path, monkeypatch):
 
     def step(*arguments, **named):
         calls.append(1)
-        state, drawn = real(*arguments, **named)
-        return state, drawn._replace(sampled=1 / 0 if len(calls) == 3 else drawn.sampled)
+        state, output = real(*arguments, **named)
+        return state, output._replace(sampled=1 / 0 if len(calls) == 3 else output.sampled)
 
     monkeypatch.setattr(llm.runner, "step", step)
     with llm.trace(tmp_path / "trace.json") as trace, pytest.raises(StepError):

@@ -20,7 +20,7 @@ from jaxmoe.ops.route import RouteRule, route
 
 from .stacks import AT, stacked
 from .test_linear import compiler_found
-from .test_sample import drawn_by
+from .test_sample import sampled_by
 
 INF, NAN = np.inf, np.nan
 NUMBERS = np.array(
@@ -134,7 +134,7 @@ def test_both_samplers_say_which_logits_are_not_finite():
     for temperature in (0.0, 0.7):
         row = (temperature, 3, 0.9, 0.0, 7)
         for kind in ("native", "xla"):
-            tokens, logprobs, *_ = drawn_by(
+            tokens, logprobs, *_ = sampled_by(
                 kind, logits, [row] * 7, [0] * 7, listed=[[3, 0, 2**31 - 1]] * 7, bias=[[0.0, 5.0, 0.0]] * 7,
                 num_banned=[1] * 7, banned_until=[9] * 7,
             )  # fmt: skip

@@ -68,19 +68,19 @@ ALL = Wanted(*(jnp.bool_(True),) * 3)
 
 @pytest.fixture(params=SAMPLING_KINDS)
 def draw(request):
-    return partial(drawn_by, request.param)
+    return partial(sampled_by, request.param)
 
 
-def drawn_by(kind, logits, values, positions, history=None, wanted=ALL, **changes):
+def sampled_by(kind, logits, values, positions, history=None, wanted=ALL, **changes):
     """Tokens and logprobs, and the likeliest tokens with theirs. history: a page of tokens for every row."""
     if kind == "native" and not compiler_found():
         kind = "xla"
     history = np.zeros((len(logits), 4)) if history is None else history
-    drawn = sample(
+    output = sample(
         jnp.array(logits), rows(*values, **changes), jnp.array(history, jnp.int32)[::-1],
         jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), wanted, kind=kind,
     )  # fmt: skip
-    return tuple(np.asarray(part) for part in drawn)
+    return tuple(np.asarray(part) for part in output)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -112,7 +112,7 @@ def test_both_kinds_draw_the_same(
     if vocab == 1 and banned:
         return  # nothing is left to choose
     history = rng.integers(0, vocab, (3, 8))
-    found, wanted = (drawn_by(kind, logits, [row] * 3, [5, 8, 7], history, **changes) for kind in ("native", "xla"))
+    found, wanted = (sampled_by(kind, logits, [row] * 3, [5, 8, 7], history, **changes) for kind in ("native", "xla"))
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     np.testing.assert_array_equal(found[2], wanted[2])

@@ -114,12 +114,12 @@ struct Rows {
       Threefry(seed[row], seed_high[row], &x0, &x1);
       key0 = x0, key1 = x1;
     }
-    int64_t drawn = -1;
+    int64_t sampled = -1;
     float highest = kNever;
     auto offer = [&](int64_t token, uint32_t bits) {
       if (!(scaled[token] >= lowest) || scaled[token] == kNever) return;
       const float value = scaled[token] + Gumbel(bits);
-      if (drawn < 0 || value > highest || (value == highest && token < drawn)) highest = value, drawn = token;
+      if (sampled < 0 || value > highest || (value == highest && token < sampled)) highest = value, sampled = token;
     };
     for (int64_t token = 0; token < half; ++token) {
       const int64_t second = token + half;
@@ -129,7 +129,7 @@ struct Rows {
       offer(token, x0);
       if (second < vocab) offer(second, x1);
     }
-    return static_cast<int32_t>(drawn < 0 ? 0 : drawn);
+    return static_cast<int32_t>(sampled < 0 ? 0 : sampled);
   }
 
   // log of the sum of e^logits, the highest taken off first; strips are added in order. NaN where one of them is NaN or
