@@ -299,7 +299,7 @@ class Core:
                 f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
             )
         params = [self.requests[sequence.request_id].params for sequence, _ in plan.sampled()]
-        wanted = (
+        features = (
             any(p.temperature > 0 for p in params),
             any(p.adjusts_logits for p in params),
             any(p.top_logprobs for p in params),
@@ -312,7 +312,7 @@ class Core:
             self._state = self._tier.run(self._state, rank, move)
         known = bucket in self.buckets
         start = sent if known else self._settle()
-        self._state, output = self._step(packed, wanted, bucket, plan.turns)
+        self._state, output = self._step(packed, features, bucket, plan.turns)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
         if not known:  # what the call took was compiling: steps are only queued
@@ -353,10 +353,10 @@ class Core:
     def _request_metadata(self, request_id: int) -> RequestMetadata:
         return self.requests[request_id].metadata()
 
-    def _step(self, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket, count: int):
+    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket, count: int):
         turns = 1 if bucket.blocks else self.limits.turns
         traced = self.trace is not None or self.on_loads is not None
-        return self.runner.step(self._state, packed, wanted, bucket, count=count, turns=turns, traced=traced)
+        return self.runner.step(self._state, packed, features, bucket, count=count, turns=turns, traced=traced)
 
     def _complete(self, step: _InFlight) -> list[Request]:
         tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)

@@ -36,7 +36,7 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
-from jaxmoe.ops.sample import MOST_TOP, SamplerOutput, SamplingArrays, Wanted, sample
+from jaxmoe.ops.sample import MOST_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
     Collective,
@@ -203,17 +203,18 @@ class Runner:
         self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count,
         *, bucket: Bucket, turns: int, traced: bool,
     ):  # fmt: skip
-        """flags: of Wanted; count: turns to take, of `turns` there is room for. Each row that draws gets one a turn.
+        """flags: of SamplingFeatures; count: turns to take, of `turns` there is room for. Each row that draws gets one
+        a turn.
 
         In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several
         turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
         """
-        model, metadata, wanted = self._merge(leaves), bucket.split(packed), Wanted(*flags)
+        model, metadata, features = self._merge(leaves), bucket.split(packed), SamplingFeatures(*flags)
         tokens_per_expert = self._zero_tokens_per_expert(bucket) if traced else None
         if turns == 1:
-            return self._one_turn(model, state, tokens_per_expert, metadata, wanted, bucket)
+            return self._one_turn(model, state, tokens_per_expert, metadata, features, bucket)
         assert not bucket.blocks
-        return self._decode(model, state, tokens_per_expert, metadata, wanted, bucket, count, turns)
+        return self._decode(model, state, tokens_per_expert, metadata, features, bucket, count, turns)
 
     def _zero_tokens_per_expert(self, bucket: Bucket) -> TokensPerExpert:
         """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
@@ -239,7 +240,7 @@ class Runner:
         state: EngineState,
         tokens_per_expert: TokensPerExpert | None,
         metadata,
-        wanted: Wanted,
+        features: SamplingFeatures,
         bucket: Bucket,
     ):
         place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
@@ -264,7 +265,7 @@ class Runner:
         by_part = place.constrain(by_part, "batch", "length")
         forward_state = ForwardState(list(state.pages), tokens_per_expert)
         hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
-        sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], wanted)
+        sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], features)
         last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
         state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
@@ -276,7 +277,7 @@ class Runner:
         state: EngineState,
         tokens_per_expert: TokensPerExpert | None,
         metadata,
-        wanted: Wanted,
+        features: SamplingFeatures,
         bucket: Bucket,
         count,
         turns: int,
@@ -310,7 +311,7 @@ class Runner:
                 x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.turn
-            sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, wanted)
+            sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, features)
             draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.turn)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
@@ -344,15 +345,15 @@ class Runner:
         metadata,
         token_pages: jax.Array,
         positions: jax.Array,
-        wanted: Wanted,
+        features: SamplingFeatures,
     ) -> SamplerOutput:
         """A token a row, after hidden [r*d,1,D] of tokens at positions [r,d]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
-        return self._sample_logits(logits, metadata, token_pages, positions + 1, wanted)
+        return self._sample_logits(logits, metadata, token_pages, positions + 1, features)
 
     def _sample_logits(
-        self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, wanted: Wanted
+        self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures
     ) -> SamplerOutput:
         """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
         values = {name: metadata[name] for name in SamplingArrays._fields}
@@ -362,17 +363,19 @@ class Runner:
             values[name] = jax.lax.bitcast_convert_type(values[name], jnp.uint32)
         names = list(values)
 
-        def on_rank(logits, token_pages, block_table, positions, wanted, *arrays):
+        def on_rank(logits, token_pages, block_table, positions, features, *arrays):
             rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
             kind = self.kernels.sampling
-            sampled = sample(logits[0], rows, token_pages, block_table[0], positions[0], Wanted(*wanted), kind=kind)
+            sampled = sample(
+                logits[0], rows, token_pages, block_table[0], positions[0], SamplingFeatures(*features), kind=kind
+            )
             return tuple(part[None] for part in sampled)
 
         per_row = ("batch", "block")
         sampled = self.placement.locally(
             on_rank,
             (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["block_table"], (*per_row, "one")),
-            (positions, per_row), (jnp.stack(wanted), ("one",)),
+            (positions, per_row), (jnp.stack(features), ("one",)),
             *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
             out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
         )  # fmt: skip
@@ -413,16 +416,16 @@ class Runner:
             ) from error
 
     def step(
-        self, state: EngineState, packed: np.ndarray, wanted: tuple[bool, bool, bool], bucket: Bucket,
+        self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket,
         *, count: int, turns: int, traced: bool = False,
     ) -> tuple[EngineState, StepOutput]:  # fmt: skip
         """One step of `count` turns where there is room for `turns` (one where there are blocks). state is donated.
 
-        wanted: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
+        features: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
         """
         with self._precisely():
             metadata = self.put(packed, "batch", "one")
-            flags = np.array(wanted, np.bool_)
+            flags = np.array(features, np.bool_)
             static: Any = dict(bucket=bucket, turns=turns, traced=traced)
             with self._leaves_lock:
                 return self.step_fn(self.leaves, state, metadata, flags, np.int32(count), **static)

@@ -60,10 +60,11 @@ class SamplerOutput(NamedTuple):
     top_logprobs: Float[Array, "B T"]
 
 
-class Wanted(NamedTuple):
-    """Whether any row draws, has penalties or biases, or asks for the likeliest tokens; else that work is left out."""
+class SamplingFeatures(NamedTuple):
+    """Flags of a batch: whether any row draws at random, has penalties or biases, or asks for the likeliest tokens;
+    work that none asks for is left out."""
 
-    drawn: Bool[Array, ""]
+    random: Bool[Array, ""]
     adjusted: Bool[Array, ""]
     top: Bool[Array, ""]
 
@@ -136,7 +137,7 @@ def sample(
     token_pages: Int[Array, "M S"],
     block_table: Int[Array, "B P"],
     positions: Int[Array, "B"],
-    wanted: Wanted,
+    features: SamplingFeatures,
     *,
     kind: SamplingKind = "xla",
 ) -> SamplerOutput:
@@ -148,18 +149,18 @@ def sample(
     logits = logits.astype(jnp.float32)
     num_top = min(MOST_TOP, logits.shape[-1])
     if kind == "native":
-        flags = jnp.stack(wanted)
+        flags = jnp.stack(features)
         return SamplerOutput(
             *native.native_sample(logits, token_pages, block_table, positions, flags, rows, num_top=num_top)
         )
-    return _xla(logits, rows, token_pages, block_table, positions, wanted, num_top)
+    return _xla(logits, rows, token_pages, block_table, positions, features, num_top)
 
 
-def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
+def _xla(logits, rows, token_pages, block_table, positions, features, num_top):
     def adjust() -> Array:
         return adjust_logits(logits, rows, token_pages[block_table].reshape(len(block_table), -1), positions)
 
-    adjusted = jax.lax.cond(wanted.adjusted, adjust, lambda: logits)
+    adjusted = jax.lax.cond(features.adjusted, adjust, lambda: logits)
     best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
@@ -167,7 +168,7 @@ def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
         random_tokens = jnp.argmax(filter_logits(adjusted, rows) + noise, axis=-1)
         return jnp.where(rows.temperature > 0, random_tokens.astype(jnp.int32), best)
 
-    tokens = jax.lax.cond(wanted.drawn, draw, lambda: best)
+    tokens = jax.lax.cond(features.random, draw, lambda: best)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     total = jnp.where(jnp.isfinite(total), total, jnp.nan)
     picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
@@ -177,5 +178,5 @@ def _xla(logits, rows, token_pages, block_table, positions, wanted, num_top):
         return indices, values - total
 
     shape = (len(tokens), num_top)
-    top = jax.lax.cond(wanted.top, likeliest, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
+    top = jax.lax.cond(features.top, likeliest, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
     return SamplerOutput(tokens, picked[:, 0], *top)

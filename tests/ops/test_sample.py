@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingArrays, Wanted, adjust_logits, filter_logits, sample
+from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingArrays, SamplingFeatures, adjust_logits, filter_logits, sample
 
 from .test_linear import compiler_found
 
@@ -63,7 +63,7 @@ def test_the_tokens_kept_are_those_of_the_definitions(seed, temperature, top_k, 
     )
 
 
-ALL = Wanted(*(jnp.bool_(True),) * 3)
+ALL = SamplingFeatures(*(jnp.bool_(True),) * 3)
 
 
 @pytest.fixture(params=SAMPLING_KINDS)
@@ -71,14 +71,14 @@ def draw(request):
     return partial(sampled_by, request.param)
 
 
-def sampled_by(kind, logits, values, positions, history=None, wanted=ALL, **changes):
+def sampled_by(kind, logits, values, positions, history=None, features=ALL, **changes):
     """Tokens and logprobs, and the likeliest tokens with theirs. history: a page of tokens for every row."""
     if kind == "native" and not compiler_found():
         kind = "xla"
     history = np.zeros((len(logits), 4)) if history is None else history
     output = sample(
         jnp.array(logits), rows(*values, **changes), jnp.array(history, jnp.int32)[::-1],
-        jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), wanted, kind=kind,
+        jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), features, kind=kind,
     )  # fmt: skip
     return tuple(np.asarray(part) for part in output)
 
@@ -211,9 +211,11 @@ def test_logprobs_are_those_of_the_model_whatever_changes_the_choice(draw):
 
 def test_what_nobody_wants_is_left_out(draw):
     logits = np.zeros((1, VOCAB), np.float32)
-    nothing = Wanted(*(jnp.bool_(False),) * 3)
+    nothing = SamplingFeatures(*(jnp.bool_(False),) * 3)
     row = [(1.0, 0, 1.0, 0.0, 7)]
-    tokens, _, top, top_logprobs = draw(logits, row, [3], wanted=nothing, listed=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]])
+    tokens, _, top, top_logprobs = draw(
+        logits, row, [3], features=nothing, listed=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]]
+    )
     assert tokens[0] == 0  # greedy, and without the bias
     assert not top.any()
     assert not top_logprobs.any()

@@ -255,7 +255,7 @@ def native_sample(
     token_pages: Int[Array, "M S"],
     block_table: Int[Array, "B P"],
     positions: Int[Array, "B"],
-    wanted: Bool[Array, "3"],
+    features: Bool[Array, "3"],
     rows: Sequence[Array],
     *,
     num_top: int,
@@ -265,5 +265,5 @@ def native_sample(
     one, many = (count,), (count, num_top)
     results = tuple(jax.ShapeDtypeStruct(shape, t) for shape in (one, many) for t in (jnp.int32, jnp.float32))
     call = jax.ffi.ffi_call("jaxmoe_sample", results)
-    tokens, logprobs, top_tokens, top_logprobs = call(logits, token_pages, block_table, positions, wanted, *rows)
+    tokens, logprobs, top_tokens, top_logprobs = call(logits, token_pages, block_table, positions, features, *rows)
     return tokens, logprobs, top_tokens, top_logprobs

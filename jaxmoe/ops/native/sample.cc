@@ -38,7 +38,7 @@ inline float Gumbel(uint32_t bits) {
 struct Rows {
   const float* logits;
   const int32_t *token_pages, *block_table, *positions;
-  const bool* wanted;  // draws, adjusts, likeliest
+  const bool* features;  // draws, adjusts, likeliest
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
   const int32_t *top_k, *prompt_length, *listed, *num_banned, *banned_until;
   const uint32_t *seed, *seed_high;
@@ -147,17 +147,17 @@ struct Rows {
     static thread_local std::vector<float> room;
     const float* raw = logits + row * vocab;
     const float* adjusted = raw;
-    if (wanted[1]) {
+    if (features[1]) {
       room.assign(raw, raw + vocab);
       Adjust(row, room.data());
       adjusted = room.data();
     }
     const int64_t best = std::max_element(adjusted, adjusted + vocab) - adjusted;
     tokens[row] = static_cast<int32_t>(best);
-    if (wanted[0] && temperature[row] > 0.0f) tokens[row] = Draw(row, adjusted, adjusted[best]);
-    const float total = LogSum(raw, wanted[1] ? *std::max_element(raw, raw + vocab) : raw[best]);
+    if (features[0] && temperature[row] > 0.0f) tokens[row] = Draw(row, adjusted, adjusted[best]);
+    const float total = LogSum(raw, features[1] ? *std::max_element(raw, raw + vocab) : raw[best]);
     logprobs[row] = raw[tokens[row]] - total;
-    if (!wanted[2]) {
+    if (!features[2]) {
       std::fill_n(top_tokens + row * num_top, num_top, 0);
       std::fill_n(top_logprobs + row * num_top, num_top, 0.0f);
       return;
@@ -185,7 +185,7 @@ XLA_FFI_Error* Sample(const Call& call) {
   rows.token_pages = pages.As<int32_t>();
   rows.block_table = block_table.As<int32_t>();
   rows.positions = call.Argument(3).As<int32_t>();
-  rows.wanted = call.Argument(4).As<bool>();
+  rows.features = call.Argument(4).As<bool>();
   rows.temperature = floats();
   rows.top_k = ints();
   rows.top_p = floats();
