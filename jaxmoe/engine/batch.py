@@ -3,7 +3,8 @@
 A bucket fixes the shapes of a step, and so which compiled program runs it. There are few of them.
 """
 
-# Dims: r ranks of the batch, d rows, n blocks of prompt tokens, q tokens of a block, p pages of a row, l listed tokens.
+# Dims: r ranks of the batch, d rows, n blocks of prompt tokens, q tokens of a block, p pages of a row, l tokens with a
+# bias.
 from __future__ import annotations
 
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.engine.limits import Limits
-from jaxmoe.engine.request import MOST_LISTED, SamplingParams
+from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
 from jaxmoe.engine.scheduler import Chunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
@@ -57,7 +58,7 @@ class Bucket:
 
     def _parts(self) -> dict[str, tuple[int, ...]]:
         rows, blocks = (self.rows,), (self.blocks,)
-        listed = (self.rows, MOST_LISTED)
+        bias_token_ids = (self.rows, MAX_BIAS_TOKEN_IDS)
         return {
             "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
             "query_lens": rows,  # tokens the row decodes, one a turn; 0 where it does not
@@ -77,10 +78,10 @@ class Bucket:
             "presence": rows,
             "frequency": rows,
             "prompt_length": rows,
-            "num_banned": rows,
-            "banned_until": rows,
-            "listed": listed,
-            "bias": listed,
+            "num_stop_ids": rows,
+            "min_tokens_until": rows,
+            "bias_token_ids": bias_token_ids,
+            "bias": bias_token_ids,
         }
 
     @property
@@ -206,7 +207,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
     floats["top_p"][:] = floats["repetition"][:] = 1.0
     parts["logits_indices"][:] = _NOWHERE
-    parts["listed"][:] = np.iinfo(np.int32).max
+    parts["bias_token_ids"][:] = np.iinfo(np.int32).max
 
     def write_request(sequence: Running) -> tuple[int, int]:
         """Fill in a row, whether it decodes or has blocks."""
@@ -223,12 +224,12 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
         if params.adjusts_logits:
             for name in ("repetition", "presence", "frequency"):
                 floats[name][at] = getattr(params, f"{name}_penalty")
-            banned = request.ends if params.min_tokens else ()
-            listed = [*banned, *params.logit_bias]
-            parts["listed"][at][: len(listed)] = listed
-            floats["bias"][at][len(banned) : len(listed)] = list(params.logit_bias.values())
-            parts["num_banned"][at] = len(banned)
-            parts["banned_until"][at] = min(request.num_prompt + params.min_tokens, np.iinfo(np.int32).max)
+            stop_ids = request.ends if params.min_tokens else ()
+            bias_token_ids = [*stop_ids, *params.logit_bias]
+            parts["bias_token_ids"][at][: len(bias_token_ids)] = bias_token_ids
+            floats["bias"][at][len(stop_ids) : len(bias_token_ids)] = list(params.logit_bias.values())
+            parts["num_stop_ids"][at] = len(stop_ids)
+            parts["min_tokens_until"][at] = min(request.num_prompt + params.min_tokens, np.iinfo(np.int32).max)
         return at
 
     for decode in plan.decodes:

@@ -16,7 +16,7 @@ def _require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
-MOST_LISTED = 384  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
+MAX_BIAS_TOKEN_IDS = 384  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
 MOST_TOP_LOGPROBS = 20
 _MOST_SAMPLES = 128
 
@@ -139,11 +139,11 @@ class SamplingParams:
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):
                 _require(token < vocab_size, f"{name} has token id {token}; ids must lie in [0, {vocab_size})")
-        listed = len(self.logit_bias) + len(self.stop_token_ids) + num_eos
+        num_token_ids = len(self.logit_bias) + len(self.stop_token_ids) + num_eos
         _require(
-            listed <= MOST_LISTED,
-            f"logit_bias and stop_token_ids have {listed - num_eos} entries, a request of this model may have "
-            f"{MOST_LISTED - num_eos} in all",
+            num_token_ids <= MAX_BIAS_TOKEN_IDS,
+            f"logit_bias and stop_token_ids have {num_token_ids - num_eos} entries, a request of this model may have "
+            f"{MAX_BIAS_TOKEN_IDS - num_eos} in all",
         )
 
 

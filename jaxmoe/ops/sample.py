@@ -5,7 +5,7 @@ from the row's own seed.
 - native: on the CPU, a C++ kernel (ops/native; it needs a compiler); programs with it compile in half the time.
 """
 
-# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L listed tokens, T likeliest tokens,
+# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L tokens with a bias, T likeliest tokens,
 # M pages of S tokens, P of a row.
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MOST_TOP = 20
 class SamplingArrays(NamedTuple):
     """Per-row sampling values. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalties 1, 0, 0 are off.
 
-    seed and seed_high: the low and the high half of a seed of 64 bits. prompt_length: tokens of the prompt. listed:
-    token ids with a bias, past the vocabulary where unused; the first num_banned of them cannot come while the new
-    token stands before place banned_until.
+    seed and seed_high: the low and the high half of a seed of 64 bits. prompt_length: tokens of the prompt.
+    bias_token_ids: token ids with a bias, past the vocabulary where unused; the first num_stop_ids of them cannot come
+    while the new token stands before position min_tokens_until.
     """
 
     temperature: Float[Array, "B"]
@@ -41,10 +41,10 @@ class SamplingArrays(NamedTuple):
     presence: Float[Array, "B"]
     frequency: Float[Array, "B"]
     prompt_length: Int[Array, "B"]
-    listed: Int[Array, "B L"]
+    bias_token_ids: Int[Array, "B L"]
     bias: Float[Array, "B L"]
-    num_banned: Int[Array, "B"]
-    banned_until: Int[Array, "B"]
+    num_stop_ids: Int[Array, "B"]
+    min_tokens_until: Int[Array, "B"]
 
 
 class SamplerOutput(NamedTuple):
@@ -86,10 +86,10 @@ def adjust_logits(
     factor = rows.repetition[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
     logits = logits - rows.presence[:, None] * (answered > 0) - rows.frequency[:, None] * answered
-    banned = jnp.arange(rows.listed.shape[1]) < rows.num_banned[:, None]
-    banned &= positions[:, None] < rows.banned_until[:, None]
-    logits = logits.at[row, rows.listed].add(rows.bias, mode="drop")
-    return logits.at[row, jnp.where(banned, rows.listed, vocab)].set(-jnp.inf, mode="drop")
+    masked = jnp.arange(rows.bias_token_ids.shape[1]) < rows.num_stop_ids[:, None]
+    masked &= positions[:, None] < rows.min_tokens_until[:, None]
+    logits = logits.at[row, rows.bias_token_ids].add(rows.bias, mode="drop")
+    return logits.at[row, jnp.where(masked, rows.bias_token_ids, vocab)].set(-jnp.inf, mode="drop")
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Array, "B V"]:

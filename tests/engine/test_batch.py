@@ -76,10 +76,10 @@ def test_what_is_packed_reads_back():
     assert [parts[name][at].view(np.uint32) for name in ("seed", "seed_high")] == [2**32 - 2, 2**32 - 1]
     found = {name: parts[name][at].view(np.float32).tolist() for name in FLOAT_PARTS if name != "bias"}
     assert found == dict(temperature=0.5, top_p=0.25, min_p=0.125, repetition=1.5, presence=-2.0, frequency=0.75)
-    assert parts["listed"][at][:5].tolist() == [0, 5, 3, 9, np.iinfo(np.int32).max]
+    assert parts["bias_token_ids"][at][:5].tolist() == [0, 5, 3, 9, np.iinfo(np.int32).max]
     assert parts["bias"][at][:4].view(np.float32).tolist() == [0, 0, -1.5, 4.0]
-    whole = {name: int(parts[name][at]) for name in ("top_k", "prompt_length", "num_banned", "banned_until")}
-    assert whole == dict(top_k=7, prompt_length=6, num_banned=2, banned_until=8)
+    whole = {name: int(parts[name][at]) for name in ("top_k", "prompt_length", "num_stop_ids", "min_tokens_until")}
+    assert whole == dict(top_k=7, prompt_length=6, num_stop_ids=2, min_tokens_until=8)
 
     list(scheduler.complete(plan, [[50], [60]]))
     plan = scheduler.plan()

@@ -135,8 +135,8 @@ def test_both_samplers_say_which_logits_are_not_finite():
         row = (temperature, 3, 0.9, 0.0, 7)
         for kind in ("native", "xla"):
             tokens, logprobs, *_ = sampled_by(
-                kind, logits, [row] * 7, [0] * 7, listed=[[3, 0, 2**31 - 1]] * 7, bias=[[0.0, 5.0, 0.0]] * 7,
-                num_banned=[1] * 7, banned_until=[9] * 7,
+                kind, logits, [row] * 7, [0] * 7, bias_token_ids=[[3, 0, 2**31 - 1]] * 7, bias=[[0.0, 5.0, 0.0]] * 7,
+                num_stop_ids=[1] * 7, min_tokens_until=[9] * 7,
             )  # fmt: skip
             assert np.isnan(logprobs).tolist() == [False, True, True, True, False, False, True]
             assert ((tokens >= 0) & (tokens < 12)).all()

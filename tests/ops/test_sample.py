@@ -21,11 +21,11 @@ def rows(*values: tuple[float, int, float, float, int], **changes) -> SamplingAr
     temperature, top_k, top_p, min_p, seed = (np.array(column) for column in zip(*values, strict=True))
     others = dict(
         repetition=np.ones(count), presence=np.zeros(count), frequency=np.zeros(count), prompt_length=np.zeros(count),
-        listed=np.full((count, 3), 2**31 - 1), bias=np.zeros((count, 3)), num_banned=np.zeros(count),
-        banned_until=np.zeros(count), seed_high=np.zeros(count),
+        bias_token_ids=np.full((count, 3), 2**31 - 1), bias=np.zeros((count, 3)), num_stop_ids=np.zeros(count),
+        min_tokens_until=np.zeros(count), seed_high=np.zeros(count),
     )  # fmt: skip
     parts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed) | others | changes
-    whole = ("top_k", "prompt_length", "listed", "num_banned", "banned_until")
+    whole = ("top_k", "prompt_length", "bias_token_ids", "num_stop_ids", "min_tokens_until")
     dtypes = {"seed": jnp.uint32, "seed_high": jnp.uint32} | dict.fromkeys(whole, jnp.int32)
     return SamplingArrays(
         **{name: jnp.asarray(np.array(part).astype(dtypes.get(name, np.float32))) for name, part in parts.items()}
@@ -106,8 +106,8 @@ def test_both_kinds_draw_the_same(
     past = 2**31 - 1
     changes = dict(
         repetition=[repetition] * 3, presence=[presence] * 3, frequency=[frequency] * 3, prompt_length=[2, 0, 6],
-        listed=[[0, past, past], [vocab - 1, 0, past], [past] * 3], bias=rng.normal(0, 3, (3, 3)),
-        num_banned=[banned] * 3, banned_until=[9, 9, 3], seed_high=[high] * 3,
+        bias_token_ids=[[0, past, past], [vocab - 1, 0, past], [past] * 3], bias=rng.normal(0, 3, (3, 3)),
+        num_stop_ids=[banned] * 3, min_tokens_until=[9, 9, 3], seed_high=[high] * 3,
     )  # fmt: skip
     if vocab == 1 and banned:
         return  # nothing is left to choose
@@ -184,12 +184,18 @@ def test_penalties_biases_and_bans_are_those_of_the_definitions(
     history = np.full((1, 14), 3)  # what lies beyond the known tokens counts for nothing
     known = prompt + answer
     history[0, : len(known)] = known
-    listed = [end, *bias, *[2**31 - 1] * (2 - len(bias))]
+    bias_token_ids = [end, *bias, *[2**31 - 1] * (2 - len(bias))]
     row = rows(
-        (0.0, 0, 1.0, 0.0, 0), repetition=[repetition], presence=[presence], frequency=[frequency],
-        prompt_length=[len(prompt)], listed=[listed], bias=[[0.0, *bias.values(), *[0.0] * (2 - len(bias))]],
-        num_banned=[1], banned_until=[len(prompt) + min_tokens],
-    )  # fmt: skip
+        (0.0, 0, 1.0, 0.0, 0),
+        repetition=[repetition],
+        presence=[presence],
+        frequency=[frequency],
+        prompt_length=[len(prompt)],
+        bias_token_ids=[bias_token_ids],
+        bias=[[0.0, *bias.values(), *[0.0] * (2 - len(bias))]],
+        num_stop_ids=[1],
+        min_tokens_until=[len(prompt) + min_tokens],
+    )
     found = adjust_logits(jnp.array(logits[None]), row, jnp.array(history), jnp.array([len(known)]))[0]
     banned = [end] if len(answer) < min_tokens else []
     expected = oracle_adjusted(logits, prompt, answer, repetition, presence, frequency, bias, banned)
@@ -200,7 +206,7 @@ def test_logprobs_are_those_of_the_model_whatever_changes_the_choice(draw):
     logits = np.random.default_rng(4).normal(0, 3, (1, VOCAB)).astype(np.float32)
     order = (-logits[0]).argsort()
     tokens, logprobs, top, top_logprobs = draw(
-        logits, [(0.0, 0, 1.0, 0.0, 0)], [0], listed=[[order[0], 2**31 - 1, 2**31 - 1]], bias=[[-1000.0, 0, 0]]
+        logits, [(0.0, 0, 1.0, 0.0, 0)], [0], bias_token_ids=[[order[0], 2**31 - 1, 2**31 - 1]], bias=[[-1000.0, 0, 0]]
     )
     exact = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
     assert tokens[0] == order[1]
@@ -214,7 +220,7 @@ def test_what_nobody_wants_is_left_out(draw):
     nothing = SamplingFeatures(*(jnp.bool_(False),) * 3)
     row = [(1.0, 0, 1.0, 0.0, 7)]
     tokens, _, top, top_logprobs = draw(
-        logits, row, [3], features=nothing, listed=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]]
+        logits, row, [3], features=nothing, bias_token_ids=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]]
     )
     assert tokens[0] == 0  # greedy, and without the bias
     assert not top.any()

@@ -40,9 +40,9 @@ struct Rows {
   const int32_t *token_pages, *block_table, *positions;
   const bool* features;  // draws, adjusts, likeliest
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
-  const int32_t *top_k, *prompt_length, *listed, *num_banned, *banned_until;
+  const int32_t *top_k, *prompt_length, *bias_token_ids, *num_stop_ids, *min_tokens_until;
   const uint32_t *seed, *seed_high;
-  int64_t vocab, page_size, pages_of_row, num_listed, num_top;
+  int64_t vocab, page_size, pages_of_row, num_bias_ids, num_top;
   int32_t *tokens, *top_tokens;
   float *logprobs, *top_logprobs;
 
@@ -64,12 +64,12 @@ struct Rows {
         if (answered[token]) out[token] -= presence[row] + frequency[row] * static_cast<float>(answered[token]);
       }
     }
-    for (int64_t i = 0; i < num_listed; ++i) {
-      const int32_t token = listed[row * num_listed + i];
-      if (token >= 0 && token < vocab) out[token] += bias[row * num_listed + i];
+    for (int64_t i = 0; i < num_bias_ids; ++i) {
+      const int32_t token = bias_token_ids[row * num_bias_ids + i];
+      if (token >= 0 && token < vocab) out[token] += bias[row * num_bias_ids + i];
     }
-    for (int64_t i = 0; i < num_banned[row] && positions[row] < banned_until[row]; ++i) {
-      const int32_t token = listed[row * num_listed + i];
+    for (int64_t i = 0; i < num_stop_ids[row] && positions[row] < min_tokens_until[row]; ++i) {
+      const int32_t token = bias_token_ids[row * num_bias_ids + i];
       if (token >= 0 && token < vocab) out[token] = kNever;
     }
   }
@@ -196,11 +196,11 @@ XLA_FFI_Error* Sample(const Call& call) {
   rows.presence = floats();
   rows.frequency = floats();
   rows.prompt_length = ints();
-  rows.num_listed = call.Argument(next).Size(1);
-  rows.listed = ints();
+  rows.num_bias_ids = call.Argument(next).Size(1);
+  rows.bias_token_ids = ints();
   rows.bias = floats();
-  rows.num_banned = ints();
-  rows.banned_until = ints();
+  rows.num_stop_ids = ints();
+  rows.min_tokens_until = ints();
   rows.vocab = logits.Size(1);
   rows.page_size = pages.Size(1);
   rows.pages_of_row = block_table.Size(1);
