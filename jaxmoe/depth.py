@@ -137,7 +137,7 @@ class Unit(NamedTuple):
     busy: whether it is real; the other numbers mean nothing where it is not.
     """
 
-    turn: Any
+    decode_step: Any
     chunk: Any
     micro_batch: Any
     busy: Any
@@ -148,8 +148,9 @@ class Schedule:
     """The order in which stages take micro-batches: all of them through a chunk, then through the next.
 
     A tick is the time of one micro-batch in one chunk of one stage. A micro-batch reaches the next stage a tick later,
-    after the last stage the first stage's next chunk, and after the last chunk its next turn. With fewer micro-batches
-    than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv 2104.04473), forward only.
+    after the last stage the first stage's next chunk, and after the last chunk its next decode step. With fewer
+    micro-batches than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv 2104.04473),
+    forward only.
     """
 
     stages: int = 1
@@ -161,25 +162,30 @@ class Schedule:
         """Ticks between two chunks of one micro-batch on one stage."""
         return max(self.stages, self.micro_batches)
 
-    def ticks(self, turns: Any = 1) -> Any:
+    def ticks(self, decode_steps: Any = 1) -> Any:
         """Ticks until all micro-batches have passed all stages so many times."""
-        return (turns * self.chunks - 1) * self.period + self.micro_batches + self.stages - 1
+        return (decode_steps * self.chunks - 1) * self.period + self.micro_batches + self.stages - 1
 
-    def unit(self, tick: Any, stage: Any, turns: Any = 1) -> Unit:
+    def unit(self, tick: Any, stage: Any, decode_steps: Any = 1) -> Unit:
         """What a stage does in a tick."""
         step = tick - stage
         lap, micro_batch = step // self.period, step % self.period
-        turn, chunk = lap // self.chunks, lap % self.chunks
-        return Unit(turn, chunk, micro_batch, (step >= 0) & (micro_batch < self.micro_batches) & (turn < turns))
+        decode_step, chunk = lap // self.chunks, lap % self.chunks
+        return Unit(
+            decode_step,
+            chunk,
+            micro_batch,
+            (step >= 0) & (micro_batch < self.micro_batches) & (decode_step < decode_steps),
+        )
 
-    def idle(self, turns: int = 1) -> Fraction:
+    def idle(self, decode_steps: int = 1) -> Fraction:
         """The share of all stages' ticks in which they have nothing to do."""
-        return 1 - Fraction(turns * self.chunks * self.micro_batches, self.ticks(turns))
+        return 1 - Fraction(decode_steps * self.chunks * self.micro_batches, self.ticks(decode_steps))
 
-    def sends(self, tick: int, turns: int = 1) -> list[tuple[int, int]]:
+    def sends(self, tick: int, decode_steps: int = 1) -> list[tuple[int, int]]:
         """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
         ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
-        units = [(pair, self.unit(tick - 1, pair[0], turns)) for pair in ring]
+        units = [(pair, self.unit(tick - 1, pair[0], decode_steps)) for pair in ring]
         return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < self.chunks)]
 
     @staticmethod

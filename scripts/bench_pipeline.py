@@ -2,8 +2,9 @@
 
 A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and chunks a stage v.
 Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
-(P - 1) / (v M + P - 1), and the median time of a whole pass. With --turns N tokens are decoded one after another: idle
-is then of the ticks that N more turns take once the pipeline is full, and the formula 1 - min(1, M / P).
+(P - 1) / (v M + P - 1), and the median time of a whole pass. With --decode-steps N tokens are decoded one after
+another: idle is then of the ticks that N more decode steps take once the pipeline is full, and the formula 1 - min(1, M
+/ P).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Measured:
     seconds: float
 
 
-def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1, repeats: int = 0) -> Measured:
+def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: int = 1, repeats: int = 0) -> Measured:
     """Run a stack of matrices through the stages; counts of units that each stage computed, summed."""
     import jax
     import jax.numpy as jnp
@@ -47,7 +48,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), chunks=chunks)
     part = Segment(first=0, period=1, repeats=stages * chunks, stages=stages, chunks=chunks)
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
-    ticks = schedule.ticks(turns)
+    ticks = schedule.ticks(decode_steps)
 
     def through(weights, unit, slots, filled, x, counts, step_inputs):
         x = jnp.where(unit.busy, jnp.tanh(x @ weights[slots[0]]), x)
@@ -59,7 +60,17 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
 
         def tick(number, carry):
             return tick_stages(
-                through, weights, carry[0], x, carry[1], (), number, turns, part=part, schedule=schedule, place=place
+                through,
+                weights,
+                carry[0],
+                x,
+                carry[1],
+                (),
+                number,
+                decode_steps,
+                part=part,
+                schedule=schedule,
+                place=place,
             )
 
         flow = empty_flow(schedule, x.shape, x.dtype, place, HIDDEN)
@@ -68,7 +79,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
     x = jnp.ones((ROWS, 1, WIDTH))
     counts = np.asarray(run(weights, x))
-    assert (counts == micro_batches * turns).all(), counts
+    assert (counts == micro_batches * decode_steps).all(), counts
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -77,14 +88,14 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int = 1,
     busy = int(counts.sum())
     return Measured(
         stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
-        idle=1 - busy / (stages * ticks), formula=(stages - 1) / (chunks * micro_batches * turns + stages - 1),
+        idle=1 - busy / (stages * ticks), formula=(stages - 1) / (chunks * micro_batches * decode_steps + stages - 1),
         seconds=statistics.median(seconds) if seconds else 0.0,
     )  # fmt: skip
 
 
-def count_steady_ticks(stages: int, micro_batches: int, chunks: int, *, turns: int) -> Measured:
-    """Ticks and units that so many more turns take, once as many have filled the pipeline."""
-    first, both = (count_ticks(stages, micro_batches, chunks, turns=times * turns) for times in (1, 2))
+def count_steady_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: int) -> Measured:
+    """Ticks and units that so many more decode steps take, once as many have filled the pipeline."""
+    first, both = (count_ticks(stages, micro_batches, chunks, decode_steps=times * decode_steps) for times in (1, 2))
     ticks, busy = both.ticks - first.ticks, both.busy - first.busy
     return Measured(
         stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
@@ -98,7 +109,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(range(1, 17)))
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--turns", type=int, help="decode so many tokens one after another")
+    parser.add_argument("--decode-steps", type=int, help="decode so many tokens one after another")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     from jaxmoe.mesh import emulate_devices
@@ -110,8 +121,10 @@ def main() -> None:
         for chunks in arguments.chunks:
             for micro_batches in arguments.micro_batches:
                 of = stages, micro_batches, chunks
-                turns = arguments.turns
-                one = count_steady_ticks(*of, turns=turns) if turns else count_ticks(*of, repeats=5)
+                decode_steps = arguments.decode_steps
+                one = (
+                    count_steady_ticks(*of, decode_steps=decode_steps) if decode_steps else count_ticks(*of, repeats=5)
+                )
                 _say(one, arguments.json)
 
 

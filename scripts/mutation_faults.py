@@ -144,8 +144,8 @@ SHARDING = _faults(
     (
         "interleaved-stage-files-its-micro-batch-one-late",
         "jaxmoe/model/pipeline.py",
-        "back = schedule.unit(tick - 1, schedule.stages - 1, turns).micro_batch",
-        "back = schedule.unit(tick, schedule.stages - 1, turns).micro_batch",
+        "back = schedule.unit(tick - 1, schedule.stages - 1, decode_steps).micro_batch",
+        "back = schedule.unit(tick, schedule.stages - 1, decode_steps).micro_batch",
         "model/test_pipeline.py",
     ),
 )
@@ -325,8 +325,8 @@ PLANNING = _faults(
     (
         "bubble-ignores-interleaved-chunks",
         "jaxmoe/planner/cost.py",
-        "waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))",
-        "waits = (stages - 1) / (stages * (1 if rows.prefill else TURNS))",
+        "waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else MAX_DECODE_STEPS))",
+        "waits = (stages - 1) / (stages * (1 if rows.prefill else MAX_DECODE_STEPS))",
         "planner/test_cost.py",
     ),
     (

@@ -93,13 +93,13 @@ def test_more_stages_than_layers_is_an_error(layers, stages, chunks):
         segments(config((True,) * layers), "scan", stages=stages, chunks=chunks)
 
 
-def busy(schedule: Schedule, turns: int) -> dict[int, list[tuple[int, int, int, int]]]:
-    """What every stage does, tick by tick: (tick, turn, chunk, micro-batch)."""
+def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int, int, int]]]:
+    """What every stage does, tick by tick: (tick, decode step, chunk, micro-batch)."""
     return {
         stage: [
             (tick, *unit[:3])
-            for tick in range(schedule.ticks(turns))
-            if (unit := schedule.unit(tick, stage, turns)).busy
+            for tick in range(schedule.ticks(decode_steps))
+            if (unit := schedule.unit(tick, stage, decode_steps)).busy
         ]
         for stage in range(schedule.stages)
     }
@@ -107,23 +107,23 @@ def busy(schedule: Schedule, turns: int) -> dict[int, list[tuple[int, int, int, 
 
 @given(
     stages=st.sampled_from([1, 2, 3, 4, 8]), micro_batches=st.integers(1, 16), chunks=st.integers(1, 3),
-    turns=st.integers(1, 4),
+    decode_steps=st.integers(1, 4),
 )  # fmt: skip
-def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(stages, micro_batches, chunks, turns):
+def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(stages, micro_batches, chunks, decode_steps):
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
-    done = busy(schedule, turns)
+    done = busy(schedule, decode_steps)
     when = {(stage, *unit[1:]): unit[0] for stage, units in done.items() for unit in units}
-    assert len(when) == sum(map(len, done.values())) == stages * chunks * micro_batches * turns
-    for (stage, turn, chunk, batch), tick in when.items():
+    assert len(when) == sum(map(len, done.values())) == stages * chunks * micro_batches * decode_steps
+    for (stage, decode_step, chunk, batch), tick in when.items():
         if stage:
-            assert when[stage - 1, turn, chunk, batch] == tick - 1  # what is sent is used in the next tick
-        elif chunk or turn:
-            before = (turn, chunk - 1) if chunk else (turn - 1, chunks - 1)
+            assert when[stage - 1, decode_step, chunk, batch] == tick - 1  # what is sent is used in the next tick
+        elif chunk or decode_step:
+            before = (decode_step, chunk - 1) if chunk else (decode_step - 1, chunks - 1)
             assert when[stages - 1, *before, batch] < tick
         if batch:
-            assert when[stage, turn, chunk, batch - 1] < tick  # what stands before in a prompt is written first
-    assert max(when.values()) == schedule.ticks(turns) - 1
-    assert schedule.idle(turns) == 1 - Fraction(len(when), stages * schedule.ticks(turns))
+            assert when[stage, decode_step, chunk, batch - 1] < tick  # what stands before in a prompt is written first
+    assert max(when.values()) == schedule.ticks(decode_steps) - 1
+    assert schedule.idle(decode_steps) == 1 - Fraction(len(when), stages * schedule.ticks(decode_steps))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -141,11 +141,11 @@ def test_idle_stages_are_those_of_the_formula(stages, chunks):
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4, 8])
 def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, chunks):
-    turns = 6
+    decode_steps = 6
     for micro_batches in range(1, 17):
         schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
         lap = schedule.period * chunks
-        for units in busy(schedule, turns).values():
+        for units in busy(schedule, decode_steps).values():
             full = [tick for tick, *_ in units if 2 * lap <= tick < 4 * lap]
             assert Fraction(len(full), 2 * lap) == min(Fraction(1), Fraction(micro_batches, stages))
 

@@ -185,12 +185,12 @@ def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
             layout.runner(config, PlannedMesh(axes, "gpu"), Kernels(dispatch=kind))
 
 
-def assert_planned(llm, *, rows: int, blocks: int, turns: int = 1) -> None:
+def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> None:
     """A step of so many rows for each rank of a context, and blocks for each stage, holds what is planned."""
     stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
     bucket = bucket_with(rows * shares * stages, blocks * stages, block_tokens=8, pages=3, stages=stages, shares=shares)
-    planned = llm.runner.planned(bucket) if turns == 1 else llm.runner.planned_round(bucket)
-    assert collectives(step_program(llm, bucket, turns=turns).as_text(), llm.mesh) == planned
+    planned = llm.runner.planned(bucket) if decode_steps == 1 else llm.runner.planned_round(bucket)
+    assert collectives(step_program(llm, bucket, decode_steps=decode_steps).as_text(), llm.mesh) == planned
 
 
 DECODING = [
@@ -201,12 +201,12 @@ DECODING = [
 
 @pytest.mark.parametrize(("layout", "mesh"), DECODING)
 def test_decoding_steps_say_what_was_planned(layout, mesh, changed_dir):
-    """With too few tokens to share out, with enough, and in a loop over several turns."""
+    """With too few tokens to share out, with enough, and in a loop over several decode steps."""
     directory = changed_dir("qwen2_moe_shared", num_hidden_layers=4)
     llm = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
     assert_planned(llm, rows=1, blocks=0)
     assert_planned(llm, rows=8, blocks=0)
-    assert_planned(llm, rows=8, blocks=0, turns=2)
+    assert_planned(llm, rows=8, blocks=0, decode_steps=2)
 
 
 _FOUND: dict = {}

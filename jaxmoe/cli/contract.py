@@ -13,7 +13,7 @@ def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="what devices say to each other", title_justify="left")
     for name in ("step", "collective", "axes"):
         table.add_column(name, overflow="fold")
-    for name in ("a turn", "bytes each", "planned"):
+    for name in ("per step", "bytes each", "planned"):
         table.add_column(name, justify="right")
     table.add_column("")
     for one in rows:

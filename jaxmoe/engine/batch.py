@@ -20,9 +20,9 @@ from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
 from jaxmoe.engine.scheduler import Chunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
-# What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; turns: tokens a request
-# decodes in one step where no prompt waits.
-PAGE_SIZE, BLOCK_TOKENS, CHUNK_TOKENS, TURNS = 16, 32, 512, 4
+# What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; decode_steps: tokens a
+# request decodes in one step where no prompt waits.
+PAGE_SIZE, BLOCK_TOKENS, CHUNK_TOKENS, MAX_DECODE_STEPS = 16, 32, 512, 4
 _NOWHERE = -1
 
 
@@ -61,7 +61,7 @@ class Bucket:
         bias_token_ids = (self.rows, MAX_BIAS_TOKEN_IDS)
         return {
             "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
-            "query_lens": rows,  # tokens the row decodes, one a turn; 0 where it does not
+            "query_lens": rows,  # tokens the row decodes, one a decode step; 0 where it does not
             "logits_indices": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
             "block_table": (self.rows, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),

@@ -312,7 +312,7 @@ class Core:
             self._state = self._tier.run(self._state, rank, move)
         known = bucket in self.buckets
         start = sent if known else self._settle()
-        self._state, output = self._step(packed, features, bucket, plan.turns)
+        self._state, output = self._step(packed, features, bucket, plan.decode_steps)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
         if not known:  # what the call took was compiling: steps are only queued
@@ -332,8 +332,8 @@ class Core:
         if self.trace is None:
             return None
         runner, scheduler = self.runner, self.scheduler
-        looped = self.limits.turns > 1 and not bucket.blocks
-        rounds = runner.rounds(bucket, plan.turns) if looped else 1
+        looped = self.limits.decode_steps > 1 and not bucket.blocks
+        rounds = runner.rounds(bucket, plan.decode_steps) if looped else 1
         each = runner.planned_round(bucket) if looped else runner.planned(bucket)
         collectives = {one: count * rounds for one, count in each.items()}
         return self.trace.sent(
@@ -353,10 +353,18 @@ class Core:
     def _request_metadata(self, request_id: int) -> RequestMetadata:
         return self.requests[request_id].metadata()
 
-    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket, count: int):
-        turns = 1 if bucket.blocks else self.limits.turns
+    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket, decode_steps: int):
+        max_decode_steps = 1 if bucket.blocks else self.limits.decode_steps
         traced = self.trace is not None or self.on_loads is not None
-        return self.runner.step(self._state, packed, features, bucket, count=count, turns=turns, traced=traced)
+        return self.runner.step(
+            self._state,
+            packed,
+            features,
+            bucket,
+            decode_steps=decode_steps,
+            max_decode_steps=max_decode_steps,
+            traced=traced,
+        )
 
     def _complete(self, step: _InFlight) -> list[Request]:
         tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)
@@ -365,7 +373,7 @@ class Core:
         sampled_tokens = [
             tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)
         ]
-        turn = [0] * len(sampled_tokens)
+        decode_step = [0] * len(sampled_tokens)
         experts = self.runner.experts
         loads = None if step.output.tokens_per_expert is None else experts.place_loads(step.output.tokens_per_expert)
         if loads is not None and self.on_loads is not None:
@@ -374,8 +382,8 @@ class Core:
             self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
         updated = []
         for sequence, which, token in self.scheduler.complete(step.plan, sampled_tokens):
-            request, at = self.requests[sequence.request_id], (turn[which], *step.places[which])
-            turn[which] += 1
+            request, at = self.requests[sequence.request_id], (decode_step[which], *step.places[which])
+            decode_step[which] += 1
             if math.isnan(logprobs[at]):
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
                 self._end(sequence, "error", not_finite(self.runner, where))

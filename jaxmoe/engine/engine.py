@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE, TURNS, whole_blocks
+from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.llm import LLM, Prompt
@@ -50,10 +50,10 @@ class Engine:
     rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
     each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
     are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
-    page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank. turns: tokens that
-    a request decodes in one step where no prompt waits. on_compile is told (programs ready, programs in all) at
-    start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file that close() writes
-    what happened to, with a page beside it (engine/trace.py).
+    page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank. decode_steps:
+    tokens that a request decodes in one step where no prompt waits. on_compile is told (programs ready, programs in
+    all) at start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file that close()
+    writes what happened to, with a page beside it (engine/trace.py).
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -69,7 +69,7 @@ class Engine:
         host_gib: float = 0.0,
         page_size: int = PAGE_SIZE,
         chunk_tokens: int = CHUNK_TOKENS,
-        turns: int = TURNS,
+        decode_steps: int = MAX_DECODE_STEPS,
         trace: str | Path | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         **load: Any,
@@ -82,7 +82,7 @@ class Engine:
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
             self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
-            chunk_tokens=chunk_tokens, turns=turns, host_gib=host_gib,
+            chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_gib=host_gib,
         )  # fmt: skip
         try:
             self._core = Core(
@@ -277,14 +277,14 @@ class Stream:
 
 def _limits(
     llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
-    turns: int, host_gib: float,
+    decode_steps: int, host_gib: float,
 ) -> Limits:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
     named = {
         "max_requests": max_requests, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens,
-        "turns": turns,
+        "decode_steps": decode_steps,
     }  # fmt: skip
     for name, value in named.items():
         if type(value) is not int or value < 1:
@@ -304,11 +304,18 @@ def _limits(
     rows = runner.padded_rows(max_requests) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     return Limits(
-        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
-        num_pages=min(num_pages, rows * -(-context // page_size)), page_size=page_size, context=context, turns=turns,
-        window=runner.config.visible_span[0], attention_chunk=runner.config.visible_span[1],
+        num_ranks=runner.num_ranks,
+        rows=rows,
+        chunk_tokens=chunk_tokens,
+        block_tokens=block_tokens,
+        num_pages=min(num_pages, rows * -(-context // page_size)),
+        page_size=page_size,
+        context=context,
+        decode_steps=decode_steps,
+        window=runner.config.visible_span[0],
+        attention_chunk=runner.config.visible_span[1],
         num_places=int(host_gib * 2**30 / (runner.bytes_a_token * page_size * runner.num_ranks)),
-    )  # fmt: skip
+    )
 
 
 def _spare_gib() -> float:

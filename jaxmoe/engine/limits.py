@@ -11,10 +11,10 @@ class Limits:
 
     rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
     num_pages pages of page_size tokens, and places for num_places more in host memory. context: tokens of a request at
-    most. turns: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of age that
-    make up for one step of priority. window, attention_chunk: no layer sees more than the last `window` tokens, or than
-    those of its own chunk of so many positions, whichever reaches further back; 0 where no layer is so limited, both 0
-    where some layer sees all.
+    most. decode_steps: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of age
+    that make up for one step of priority. window, attention_chunk: no layer sees more than the last `window` tokens, or
+    than those of its own chunk of so many positions, whichever reaches further back; 0 where no layer is so limited,
+    both 0 where some layer sees all.
     """
 
     num_ranks: int
@@ -25,7 +25,7 @@ class Limits:
     page_size: int
     context: int
     num_places: int = 0
-    turns: int = 1
+    decode_steps: int = 1
     aging_steps: int = 256
     window: int = 0
     attention_chunk: int = 0

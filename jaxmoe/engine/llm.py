@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import PAGE_SIZE, TURNS, whole_blocks
+from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
@@ -400,10 +400,17 @@ class LLM:
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
         chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
         needed = Limits(
-            num_ranks=ranks, rows=rows, block_tokens=block_tokens, context=length, page_size=page_size, turns=TURNS,
-            chunk_tokens=chunk_tokens, num_pages=1, window=self.config.visible_span[0],
+            num_ranks=ranks,
+            rows=rows,
+            block_tokens=block_tokens,
+            context=length,
+            page_size=page_size,
+            decode_steps=MAX_DECODE_STEPS,
+            chunk_tokens=chunk_tokens,
+            num_pages=1,
+            window=self.config.visible_span[0],
             attention_chunk=self.config.visible_span[1],
-        )  # fmt: skip
+        )
         keeps_all = any(p.reads_history for _, p in asked)
         whole = needed if self._core is None else needed.joined(self._core.limits)  # larger chunks need more pages
         usual, most = (whole.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))

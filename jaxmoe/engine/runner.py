@@ -1,7 +1,7 @@
 """The compiled programs: a step of the engine, and scoring. Arrays in, arrays out; pages are donated."""
 
 # Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows,
-# n blocks of q prompt tokens, t = d + n * q tokens in all; T turns, L likeliest tokens.
+# n blocks of q prompt tokens, t = d + n * q tokens in all; T decode steps, L likeliest tokens.
 from __future__ import annotations
 
 import math
@@ -78,8 +78,8 @@ class EngineState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step brings: of each turn and row what was drawn, [T,r,d] and [T,r,d,L]; and how many tokens went to each
-    place of an expert in all turns, as in ForwardState; None unless traced."""
+    """Output of one step: sampled tokens of each decode step and row, [T,r,d] and [T,r,d,L]; and how many went to each
+    place of an expert in all decode steps, as in ForwardState; None unless traced."""
 
     sampled: SamplerOutput
     tokens_per_expert: TokensPerExpert | None
@@ -103,7 +103,7 @@ class Runner:
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
         self._precision = "highest" if dtype == "float32" else None
         options = compiler_options(self.placement.mesh)
-        static = ("bucket", "turns", "traced")
+        static = ("bucket", "max_decode_steps", "traced")
         self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=options)
         self.score_fn = jax.jit(self._score, compiler_options=options)
         table = parameter_table(state, self.placement)
@@ -200,21 +200,21 @@ class Runner:
     # --- the steps, traced once a shape ---
 
     def _step(
-        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, count,
-        *, bucket: Bucket, turns: int, traced: bool,
+        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, decode_steps,
+        *, bucket: Bucket, max_decode_steps: int, traced: bool,
     ):  # fmt: skip
-        """flags: of SamplingFeatures; count: turns to take, of `turns` there is room for. Each row that draws gets one
-        a turn.
+        """flags: of SamplingFeatures; decode_steps: to run, at most max_decode_steps. Every row that draws yields one
+        token a step.
 
-        In a step of one turn, as with prompts, all micro-batches pass the model before tokens are drawn; of several
-        turns, those of a micro-batch are drawn as soon as it has passed, and its next turn begins.
+        In a step of one decode step, as with prompts, all micro-batches pass the model before tokens are drawn; of
+        several, those of a micro-batch are drawn as soon as it has passed, and its next decode step begins.
         """
         model, metadata, features = self._merge(leaves), bucket.split(packed), SamplingFeatures(*flags)
         tokens_per_expert = self._zero_tokens_per_expert(bucket) if traced else None
-        if turns == 1:
-            return self._one_turn(model, state, tokens_per_expert, metadata, features, bucket)
+        if max_decode_steps == 1:
+            return self._single_step(model, state, tokens_per_expert, metadata, features, bucket)
         assert not bucket.blocks
-        return self._decode(model, state, tokens_per_expert, metadata, features, bucket, count, turns)
+        return self._decode(model, state, tokens_per_expert, metadata, features, bucket, decode_steps, max_decode_steps)
 
     def _zero_tokens_per_expert(self, bucket: Bucket) -> TokensPerExpert:
         """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
@@ -234,7 +234,7 @@ class Runner:
         place = self.placement
         return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=micro_batches)
 
-    def _one_turn(
+    def _single_step(
         self,
         model: Transformer,
         state: EngineState,
@@ -279,8 +279,8 @@ class Runner:
         metadata,
         features: SamplingFeatures,
         bucket: Bucket,
-        count,
-        turns: int,
+        decode_steps,
+        max_decode_steps: int,
     ):
         place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
@@ -293,8 +293,8 @@ class Runner:
 
         def tick(number, carry):
             state, tokens_per_expert, flow, room = carry
-            first = schedule.unit(number, 0, count)
-            enters = first.micro_batch, of, first.turn, first.busy & (first.chunk == 0)
+            first = schedule.unit(number, 0, decode_steps)
+            enters = first.micro_batch, of, first.decode_step, first.busy & (first.chunk == 0)
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
@@ -304,15 +304,15 @@ class Runner:
             )
             last, leaves = first, first.busy
             if schedule.stages > 1:
-                flow, forward_state = model.tick(flow, x, step_inputs, forward_state, number, schedule, count)
-                last = schedule.unit(number, schedule.stages - 1, count)
+                flow, forward_state = model.tick(flow, x, step_inputs, forward_state, number, schedule, decode_steps)
+                last = schedule.unit(number, schedule.stages - 1, decode_steps)
                 leaves = last.busy & (last.chunk == schedule.chunks - 1)
-                leaving = step_inputs.part(last.micro_batch, of, last.turn, leaves)
+                leaving = step_inputs.part(last.micro_batch, of, last.decode_step, leaves)
                 x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
-            positions = own["positions"] + last.turn
+            positions = own["positions"] + last.decode_step
             sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, features)
-            draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.turn)
+            draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.decode_step)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
             old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
@@ -320,19 +320,19 @@ class Runner:
             last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
             state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
             room = tuple(
-                all.at[last.turn, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
+                all.at[last.decode_step, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
             )
             return state, forward_state.tokens_per_expert, flow, room
 
         flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
-        carry = state, tokens_per_expert, flow, self._room(turns, of, rows)
-        state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(count), tick, carry)
-        sampled = SamplerOutput(*(part.reshape(turns, ranks, rows, *part.shape[4:]) for part in room))
+        carry = state, tokens_per_expert, flow, self._room(max_decode_steps, of, rows)
+        state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
+        sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, rows, *part.shape[4:]) for part in room))
         return state, StepOutput(sampled, tokens_per_expert)
 
-    def _room(self, turns: int, of: int, rows: int) -> tuple[jax.Array, ...]:
-        """For what is drawn, by turn, rank, micro-batch and row."""
-        per_row, top = (turns, self.num_ranks, of, rows // of), min(MOST_TOP, self.config.vocab_size)
+    def _room(self, max_decode_steps: int, of: int, rows: int) -> tuple[jax.Array, ...]:
+        """Buffers for sampled tokens, by decode step, rank, micro-batch and row."""
+        per_row, top = (max_decode_steps, self.num_ranks, of, rows // of), min(MOST_TOP, self.config.vocab_size)
         return (
             jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
             jnp.zeros((*per_row, top)),
@@ -417,18 +417,18 @@ class Runner:
 
     def step(
         self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket,
-        *, count: int, turns: int, traced: bool = False,
+        *, decode_steps: int, max_decode_steps: int, traced: bool = False,
     ) -> tuple[EngineState, StepOutput]:  # fmt: skip
-        """One step of `count` turns where there is room for `turns` (one where there are blocks). state is donated.
+        """Run one step of decode_steps, at most max_decode_steps (one where there are blocks). state is donated.
 
         features: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
         """
         with self._precisely():
             metadata = self.put(packed, "batch", "one")
             flags = np.array(features, np.bool_)
-            static: Any = dict(bucket=bucket, turns=turns, traced=traced)
+            static: Any = dict(bucket=bucket, max_decode_steps=max_decode_steps, traced=traced)
             with self._leaves_lock:
-                return self.step_fn(self.leaves, state, metadata, flags, np.int32(count), **static)
+                return self.step_fn(self.leaves, state, metadata, flags, np.int32(decode_steps), **static)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
         """Move experts to where they are to stand; steps sent from now on read there. Raises: as Experts.move."""
@@ -436,7 +436,7 @@ class Runner:
             self.experts.move(self.leaves, wanted)
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
-        """The collectives of a step of one turn."""
+        """The collectives of a step of one decode step."""
         return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def planned_round(self, bucket: Bucket) -> Counter[Collective]:
@@ -448,9 +448,11 @@ class Runner:
         planned = planned_stops if bucket.blocks else planned_round_stops
         return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def rounds(self, bucket: Bucket, turns: int) -> int:
+    def rounds(self, bucket: Bucket, decode_steps: int) -> int:
         """Rounds of a step of several turns: as many, and those in which a pipeline fills and empties."""
-        return self._schedule(bucket.micro_batches).ticks(turns) if self.placement.num_stages > 1 else turns
+        return (
+            self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
+        )
 
     def _shape(self, bucket: Bucket) -> StepShape:
         return StepShape(
@@ -464,15 +466,22 @@ class Runner:
         place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(place, shapes, self._state_sharding())
 
-    def lower(self, state: EngineState, bucket: Bucket, *, turns: int) -> Any:
+    def lower(self, state: EngineState, bucket: Bucket, *, max_decode_steps: int) -> Any:
         """The step of one bucket, lowered for the devices of the mesh, without running it."""
         packed = jax.ShapeDtypeStruct(
             (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "one")
         )
         with self._precisely():
-            flags, count = np.zeros(3, np.bool_), np.int32(1)  # host values, as `step` passes them
+            flags, decode_steps = np.zeros(3, np.bool_), np.int32(1)  # host values, as `step` passes them
             return self.step_fn.lower(
-                self.leaves, state, packed, flags, count, bucket=bucket, turns=turns, traced=False
+                self.leaves,
+                state,
+                packed,
+                flags,
+                decode_steps,
+                bucket=bucket,
+                max_decode_steps=max_decode_steps,
+                traced=False,
             )
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:

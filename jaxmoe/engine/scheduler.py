@@ -88,7 +88,7 @@ class StepPlan:
         return bool(self.decodes or self.chunks)
 
     @property
-    def turns(self) -> int:
+    def decode_steps(self) -> int:
         """How many tokens one after another the step computes for those who decode."""
         return max((decode.count for decode in self.decodes), default=1)
 
@@ -204,8 +204,8 @@ class Scheduler:
         ready = [sequence for sequence in list(self.running) if self._make_room(sequence)]
         ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
         chunks = self._plan_chunks()
-        turns = 1 if chunks or self.waiting else self.limits.turns
-        decodes = [self._plan_decode(sequence, turns) for sequence in ready]
+        decode_steps = 1 if chunks or self.waiting else self.limits.decode_steps
+        decodes = [self._plan_decode(sequence, decode_steps) for sequence in ready]
         if not decodes and not chunks:
             return StepPlan(decodes=[], chunks=[])
         return StepPlan(decodes=decodes, chunks=chunks, moves=self._take_moves())
@@ -261,10 +261,10 @@ class Scheduler:
                 return False
         return sequence.decoding
 
-    def _plan_decode(self, sequence: Sequence, turns: int) -> Decode:
+    def _plan_decode(self, sequence: Sequence, decode_steps: int) -> Decode:
         """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
         pool, size = self.pools[sequence.rank], self.limits.page_size
-        wanted = min(turns, sequence.max_total - sequence.num_total)
+        wanted = min(decode_steps, sequence.max_total - sequence.num_total)
         while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_free > len(self.running):
             sequence.pages += pool.take(1) or []
         start = sequence.num_written

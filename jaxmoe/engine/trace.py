@@ -58,7 +58,7 @@ class StepRecord:
     index: int
     sent: float
     bucket: Bucket
-    turns: int
+    decode_steps: int
     num_decodes: int
     num_prompt_tokens: int
     collectives: list[dict[str, Any]]
@@ -100,10 +100,16 @@ class Trace:
     ) -> StepRecord:
         """A step goes to the devices; records: of its requests, by id."""
         step = StepRecord(
-            index=self.num_steps, sent=now, bucket=bucket, turns=plan.turns, num_decodes=len(plan.decodes),
-            num_prompt_tokens=sum(chunk.count for chunk in plan.chunks), waiting=waiting, pages_held=pages_held,
-            collectives=self._listed(bucket, plan.turns, collectives),
-        )  # fmt: skip
+            index=self.num_steps,
+            sent=now,
+            bucket=bucket,
+            decode_steps=plan.decode_steps,
+            num_decodes=len(plan.decodes),
+            num_prompt_tokens=sum(chunk.count for chunk in plan.chunks),
+            waiting=waiting,
+            pages_held=pages_held,
+            collectives=self._listed(bucket, plan.decode_steps, collectives),
+        )
         for chunk in plan.chunks:
             record = records.get(chunk.sequence.request_id)
             if record is None:  # it was queued before the trace began
@@ -114,9 +120,9 @@ class Trace:
         self.num_steps += 1
         return step
 
-    def _listed(self, bucket: Bucket, turns: int, collectives: Mapping[Collective, int]) -> list[dict[str, Any]]:
+    def _listed(self, bucket: Bucket, decode_steps: int, collectives: Mapping[Collective, int]) -> list[dict[str, Any]]:
         """The collectives as plain values: one list for all steps alike."""
-        key = bucket, turns
+        key = bucket, decode_steps
         if key not in self._collectives:
             self._collectives[key] = [
                 {"op": c.op, "axes": list(c.axes), "count": count, "bytes": c.result_bytes}
@@ -154,7 +160,7 @@ class Trace:
             events.append({
                 "ph": "X", "pid": 1, "tid": 1, "name": kind, "ts": micro(start), "dur": round((end - start) * 1e6, 1),
                 "args": {
-                    "step": step.index, "decodes": step.num_decodes, "turns": step.turns,
+                    "step": step.index, "decodes": step.num_decodes, "decode steps": step.decode_steps,
                     "prompt tokens": step.num_prompt_tokens, "rows": step.bucket.rows, "blocks": step.bucket.blocks,
                     "collectives": step.collectives, "bytes of collectives on a device": traffic,
                     "tokens of each expert rank, by layer": step.expert_tokens.tolist(), "failed": step.failed,
@@ -219,7 +225,7 @@ class Trace:
             start, end = spans_of[step.index]
             steps.append({
                 "index": step.index, "start": start - zero, "end": end - zero, "decodes": step.num_decodes,
-                "turns": step.turns, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
+                "decode_steps": step.decode_steps, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
                 "pages": step.pages_held, "collectives": step.collectives, "experts": step.expert_tokens.tolist(),
                 "failed": step.failed,
             })  # fmt: skip

@@ -32,9 +32,9 @@ class CompiledStep:
     """What the compiler made of one step, in bytes of one device.
 
     total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
-    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a turn, or
-    where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as a share.
-    optimal_seconds: the compiler's own estimate of a turn or tick, where it gives one.
+    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a decode step,
+    or where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as a
+    share. optimal_seconds: the compiler's own estimate of a decode step or tick, where it gives one.
     """
 
     temp_bytes: int
@@ -97,17 +97,17 @@ def step_bucket(
 
 
 def compile_step(
-    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int, turns: int
+    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int, decode_steps: int
 ) -> CompiledStep:
-    """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to `turns` turns of
-    decoding, or one with chunk_tokens of prompts a rank beside it."""
+    """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to decode_steps tokens of
+    each, or one with chunk_tokens of prompts a rank beside it."""
     state = engine_state(runner, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens)
     bucket = step_bucket(
         runner, phase, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )  # fmt: skip
-    turns = 1 if bucket.blocks else turns
+    decode_steps = 1 if bucket.blocks else decode_steps
     started = time.perf_counter()
-    compiled = runner.lower(state, bucket, turns=turns).compile()
+    compiled = runner.lower(state, bucket, max_decode_steps=decode_steps).compile()
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
@@ -118,7 +118,7 @@ def compile_step(
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         found=found, scatter_padding=padding,
-        planned=runner.planned(bucket) if turns == 1 else runner.planned_round(bucket),
+        planned=runner.planned(bucket) if decode_steps == 1 else runner.planned_round(bucket),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,
     )  # fmt: skip

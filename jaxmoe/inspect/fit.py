@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import TURNS
+from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
 from jaxmoe.inspect.question import ModelQuestion
@@ -113,7 +113,7 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **question.sizes, turns=TURNS)
+            step = compile_step(runner, phase, **question.sizes, decode_steps=MAX_DECODE_STEPS)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

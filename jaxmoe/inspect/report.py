@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import TURNS
+from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import Runner
 from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
 from jaxmoe.inspect.question import ModelQuestion
@@ -125,7 +125,7 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     collectives: list[dict[str, Any]] = []
     for phase in PHASES:
         on_phase(phase)
-        step = compile_step(steps, phase, **question.sizes, turns=TURNS)
+        step = compile_step(steps, phase, **question.sizes, decode_steps=MAX_DECODE_STEPS)
         collectives += collective_rows(phase, step)
     return {
         "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,

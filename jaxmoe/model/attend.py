@@ -110,9 +110,9 @@ class DensePrefillInputs:
     valid: jax.Array
     num_ranks: int
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
-        """See StepInputs. There is one turn."""
-        del turn
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
+        """See StepInputs. There is one decode step."""
+        del decode_step
         valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & busy
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
         return LayerInputs(positions, valid, CausalAttention())
@@ -124,8 +124,8 @@ class QueryBlocks:
     """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
 
     seq_slots [r,n]: the row of the block table a block belongs to; None where block i belongs to row i. positions
-    [r,n]: of its first token. query_lens [r,n]: tokens it has, over all turns; in every turn it has the next num_tokens
-    of them.
+    [r,n]: of its first token. query_lens [r,n]: tokens it has, over all decode steps; in every one it has the next
+    num_tokens of them.
     """
 
     num_tokens: int
@@ -133,15 +133,15 @@ class QueryBlocks:
     positions: jax.Array
     query_lens: jax.Array
 
-    def part(self, micro_batch: Any, of: int, turn: Any, busy: Any) -> QueryBlocks:
-        """The blocks of one micro-batch in one turn, none of them real unless busy."""
+    def part(self, micro_batch: Any, of: int, decode_step: Any, busy: Any) -> QueryBlocks:
+        """The blocks of one micro-batch in one decode step, none of them real unless busy."""
         seq_slots = self.seq_slots
         if seq_slots is None and of > 1:
             seq_slots = jnp.broadcast_to(jnp.arange(self.query_lens.shape[1], dtype=jnp.int32), self.query_lens.shape)
         seq_slots, positions, query_lens = (
             split_rows(part, micro_batch, of) for part in (seq_slots, self.positions, self.query_lens)
         )
-        done = turn * self.num_tokens
+        done = decode_step * self.num_tokens
         query_lens = jnp.where(busy, jnp.clip(query_lens - done, 0, self.num_tokens), 0)
         return replace(self, seq_slots=seq_slots, positions=positions + done, query_lens=query_lens)
 
@@ -158,15 +158,15 @@ class PagedStepInputs:
     query_blocks: tuple[QueryBlocks, ...]
     kind: PagedKind
 
-    def attention_backend(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> PagedAttention:
+    def attention_backend(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> PagedAttention:
         """How the tokens of `part` meet the pages."""
         return PagedAttention(
-            self.block_table, [s.part(micro_batch, of, turn, busy) for s in self.query_blocks], self.kind
+            self.block_table, [s.part(micro_batch, of, decode_step, busy) for s in self.query_blocks], self.kind
         )
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
         """See StepInputs."""
-        attention_backend = self.attention_backend(micro_batch, of, turn, busy)
+        attention_backend = self.attention_backend(micro_batch, of, decode_step, busy)
         return LayerInputs(*attention_backend.token_positions(), attention_backend)
 
 
@@ -235,7 +235,8 @@ class PagedAttention:
 
 
 def _split_metadata(metadata, layout):
-    """One rank's block_table [d,p], and for each kind of query blocks its length, table, positions and counts."""
+    """One rank's block_table [d,p], and for each kind of query blocks its length, block_table, positions and
+    query_lens."""
     parts = iter(part[0] for part in metadata)
     block_table = next(parts)
     query_blocks = []

@@ -50,8 +50,8 @@ class LayerInputs(NamedTuple):
 class StepInputs(Protocol):
     """Inputs of all tokens of a step: a tree of arrays, which every stage of a pipeline receives."""
 
-    def part(self, micro_batch: Any, of: int, turn: Any = 0, busy: Any = True) -> LayerInputs:
-        """What is to be known of one of `of` even parts, in one turn. Unless busy none of its tokens is real."""
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
+        """Return the metadata of one of `of` micro-batches at one decode step; all tokens are masked unless busy."""
         ...
 
 

@@ -49,7 +49,7 @@ def tick_stages(
     layer_state: Any,
     step_inputs: Any,
     tick: Any,
-    turns: Any,
+    decode_steps: Any,
     *,
     part: Segment,
     schedule: Schedule,
@@ -62,12 +62,12 @@ def tick_stages(
     that are real travel between stages; else those of idle stages too.
     """
 
-    def stage(weights, flow, enters, layer_state, step_inputs, tick, turns):
+    def stage(weights, flow, enters, layer_state, step_inputs, tick, decode_steps):
         at = jax.lax.axis_index(STAGE)
-        unit = schedule.unit(tick, at, turns)
+        unit = schedule.unit(tick, at, decode_steps)
         came, waiting = _sent_on(flow.sent[0], pairs), flow.waiting
         if schedule.chunks > 1:
-            back = schedule.unit(tick - 1, schedule.stages - 1, turns).micro_batch
+            back = schedule.unit(tick - 1, schedule.stages - 1, decode_steps).micro_batch
             waiting = waiting.at[0, back].set(came, mode="drop")
             mine = jnp.minimum(unit.micro_batch, schedule.micro_batches - 1)
             enters = jnp.where(unit.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
@@ -82,7 +82,7 @@ def tick_stages(
 
     ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
     ring = ring if schedule.chunks > 1 else ring[:-1]
-    pairs = schedule.sends(tick, turns) if isinstance(tick, int) else ring
+    pairs = schedule.sends(tick, decode_steps) if isinstance(tick, int) else ring
     staged, same = P(STAGE), P()
     region = jax.shard_map(
         stage,
@@ -92,7 +92,7 @@ def tick_stages(
         out_specs=(staged, staged),
         check_vma=False,
     )
-    return region(weights, flow, enters, layer_state, step_inputs, jnp.int32(tick), jnp.int32(turns))
+    return region(weights, flow, enters, layer_state, step_inputs, jnp.int32(tick), jnp.int32(decode_steps))
 
 
 def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:

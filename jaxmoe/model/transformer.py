@@ -225,7 +225,7 @@ class Transformer(nnx.Module):
         forward_state: ForwardState,
         tick: Any,
         schedule: Schedule,
-        turns: Any = 1,
+        decode_steps: Any = 1,
     ) -> tuple[Flow, ForwardState]:
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is flow.sent of the last."""
         part, number = self.parts[self.staged], self.staged
@@ -238,7 +238,7 @@ class Transformer(nnx.Module):
         def through(weights, unit, slots, filled, x, layer_state, step_inputs):
             blocks = nnx.merge(graph, weights)
             context = self._forward_context(
-                step_inputs.part(unit.micro_batch, schedule.micro_batches, unit.turn, unit.busy), place
+                step_inputs.part(unit.micro_batch, schedule.micro_batches, unit.decode_step, unit.busy), place
             )
 
             def layer(carry, at):
@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
             layer_state,
             step_inputs,
             tick,
-            turns,
+            decode_steps,
             part=part,
             schedule=schedule,
             place=self.placement,

@@ -49,7 +49,7 @@ _UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
 # (engine/batch.py).
-_MICRO_BATCHES, TURNS = 4, 4
+_MICRO_BATCHES, MAX_DECODE_STEPS = 4, 4
 MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
 SILENT = "silent"  # in place of a dispatch
@@ -250,7 +250,7 @@ class StepCost:
         link, out = passes * link, passes * out
         if self.dispatch != SILENT:
             link += waiting
-        waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else TURNS))
+        waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else MAX_DECODE_STEPS))
         bubble = (compute + memory + link + out + launch) / passes * waits
         return Seconds(compute, memory, link, out, launch, bubble)
 

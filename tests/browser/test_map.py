@@ -230,24 +230,24 @@ def test_it_is_used_by_keyboard(chromium, drawn):
 def test_the_timeline_is_the_schedule(stages, chromium, drawn):
     path, _, _ = drawn(f"pipeline={stages}", layers=16)
     with opened(chromium, path) as page:
-        for micro_batches, chunks, turns in ((1, 1, 1), (2, 1, 1), (4, 1, 3), (8, 2, 1), (3, 4, 2), (9, 3, 1)):
-            for name, value in (("M", micro_batches), ("v", chunks), ("turns", turns)):
+        for micro_batches, chunks, decode_steps in ((1, 1, 1), (2, 1, 1), (4, 1, 3), (8, 2, 1), (3, 4, 2), (9, 3, 1)):
+            for name, value in (("M", micro_batches), ("v", chunks), ("decode-steps", decode_steps)):
                 page.locator(f"#slider-{name}").fill(str(value))
             plan = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
             idle, ticks = map(int, page.locator("#idle").get_attribute("data-idle").split("/"))
-            assert idle / ticks == pytest.approx(float(plan.idle(turns)))
-            assert ticks == plan.ticks(turns)
+            assert idle / ticks == pytest.approx(float(plan.idle(decode_steps)))
+            assert ticks == plan.ticks(decode_steps)
             bubbles = page.locator("#stages rect.bubble").count()
-            assert bubbles == stages * ticks * plan.idle(turns)
+            assert bubbles == stages * ticks * plan.idle(decode_steps)
             units = page.evaluate(
-                "([P, v, M, turns]) => { const { ticks, unit } = schedule(P, v, M, turns);"
+                "([P, v, M, decodeSteps]) => { const { ticks, unit } = schedule(P, v, M, decodeSteps);"
                 "return range(ticks).map(tick => range(P).map(stage => Object.values(unit(tick, stage)))); }",
-                [stages, chunks, micro_batches, turns],
+                [stages, chunks, micro_batches, decode_steps],
             )
             for tick in range(ticks):
                 for stage in range(stages):
-                    wanted = plan.unit(tick, stage, turns)
-                    assert units[tick][stage] == [wanted.turn, wanted.chunk, wanted.micro_batch, wanted.busy]
+                    wanted = plan.unit(tick, stage, decode_steps)
+                    assert units[tick][stage] == [wanted.decode_step, wanted.chunk, wanted.micro_batch, wanted.busy]
 
 
 def test_one_stage_is_said_in_words(chromium, drawn):

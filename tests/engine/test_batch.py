@@ -45,7 +45,7 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
 
 
 def test_what_is_packed_reads_back():
-    scheduler = Scheduler(replace(LIMITS, turns=3))
+    scheduler = Scheduler(replace(LIMITS, decode_steps=3))
     drawing = SamplingParams(
         temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-2.0,
         frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
@@ -85,7 +85,7 @@ def test_what_is_packed_reads_back():
     plan = scheduler.plan()
     bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
     assert bucket == Bucket(rows=1, blocks=0, block_tokens=4, pages=10)
-    assert plan.turns == 3
+    assert plan.decode_steps == 3
     parts = bucket.split(pack(plan, bucket, LIMITS, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
     np.testing.assert_array_equal(parts["query_lens"], [[3], [3]])

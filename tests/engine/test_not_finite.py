@@ -53,7 +53,7 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
         with pytest.raises(StepError, match="not finite"):  # whatever bans and draws do to the logits
             await heard(engine, bad[0], temperature=1.0, logit_bias={3: 9.0}, min_tokens=3, n=2)
 
-    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, turns=3) as engine:
+    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
         asyncio.run(scene(engine))
     assert engine.stats()["pages_held"] == 0
 

@@ -117,8 +117,8 @@ def test_the_likeliest_tokens_are_those_of_the_logits(llm):
     assert llm.generate([PROMPT], greedy(5))[0].samples[0].top_logprobs == []
 
 
-@pytest.mark.parametrize("turns", [1, 3])
-def test_an_engine_streams_samples_and_all_of_this(tiny_llm, turns):
+@pytest.mark.parametrize("decode_steps", [1, 3])
+def test_an_engine_streams_samples_and_all_of_this(tiny_llm, decode_steps):
     llm = tiny_llm(CASE, ONE_DEVICE)
     params = SamplingParams(
         max_tokens=7, n=2, temperature=0.8, seed=3, repetition_penalty=1.2, top_logprobs=2, ignore_eos=True
@@ -127,7 +127,7 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, turns):
     async def scene(engine):
         return [chunk async for chunk in engine.stream(PROMPT, params)]
 
-    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, turns=turns) as engine:
+    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps) as engine:
         chunks = asyncio.run(scene(engine))
         assert engine.stats()["pages_held"] == 0
     (out,) = llm.generate([PROMPT], params)

@@ -47,17 +47,17 @@ class Device:
                 self.pages[rank, move.page] = self.host.pop((rank, move.place))
         assert len(self.host) <= self.limits.num_places * self.limits.num_ranks
         sampled_tokens: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
-        for turn in range(plan.turns):
-            self._turn(plan, turn, sampled_tokens)
+        for decode_step in range(plan.decode_steps):
+            self._decode_step(plan, decode_step, sampled_tokens)
         return list(sampled_tokens.values())
 
-    def _turn(self, plan: StepPlan, turn: int, sampled_tokens: dict[int, list[int]]) -> None:
+    def _decode_step(self, plan: StepPlan, decode_step: int, sampled_tokens: dict[int, list[int]]) -> None:
         written = set()
         work = []
         for decode in plan.decodes:
-            if turn < decode.count:
+            if decode_step < decode.count:
                 last = self.last[(decode.sequence.rank, decode.sequence.slot)]
-                work.append((decode.sequence, decode.start + turn, [last], True))
+                work.append((decode.sequence, decode.start + decode_step, [last], True))
         for chunk in plan.chunks:
             part = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
             work.append((chunk.sequence, chunk.start, part, chunk.last))
@@ -98,7 +98,7 @@ SCHEDULE = dict(
     num_pages=st.integers(11, 30),
     blocks=st.integers(1, 3),
     ahead=st.integers(0, 2),
-    turns=st.integers(1, 3),
+    decode_steps=st.integers(1, 3),
     places=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
@@ -109,13 +109,34 @@ MASKS = dict(
 
 
 def run_schedule(
-    requests, ranks, rows, num_pages, blocks, ahead, turns, places, failing, window=0, attention_chunk=0, keeping=(),
-):  # fmt: skip
+    requests,
+    ranks,
+    rows,
+    num_pages,
+    blocks,
+    ahead,
+    decode_steps,
+    places,
+    failing,
+    window=0,
+    attention_chunk=0,
+    keeping=(),
+):
     """keeping: which requests give no pages back."""
     limits = Limits(
-        num_ranks=ranks, rows=rows, chunk_tokens=4 * blocks, block_tokens=4, num_pages=num_pages, page_size=4,
-        context=44, turns=turns, num_places=places, aging_steps=8, window=window, attention_chunk=attention_chunk,
-    )  # fmt: skip
+        num_ranks=ranks,
+        rows=rows,
+        chunk_tokens=4 * blocks,
+        block_tokens=4,
+        num_pages=num_pages,
+        page_size=4,
+        context=44,
+        decode_steps=decode_steps,
+        num_places=places,
+        aging_steps=8,
+        window=window,
+        attention_chunk=attention_chunk,
+    )
     scheduler, device = Scheduler(limits), Device(limits)
     sequences, failed, cancelled = [], set(), set()
     arrivals = []
@@ -173,7 +194,7 @@ def run_schedule(
             assert pool.num_held == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
         for sequence in scheduler.running:
             most = limits.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
-            assert len(sequence.pages) - sequence.num_behind <= most + turns
+            assert len(sequence.pages) - sequence.num_behind <= most + decode_steps
         step += 1
         assert step < 5000, "somebody starves"
     for pool in scheduler.pools:

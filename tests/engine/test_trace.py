@@ -75,7 +75,7 @@ def test_collectives_are_those_of_the_contract(tiny_llm, tmp_path):
     layers = llm.config.num_hidden_layers
     for step in trace.steps:
         tensor = [c for c in step.collectives if c["op"] == "all-reduce"]
-        assert sum(c["count"] for c in tensor) == (2 * layers + 1) * step.turns
+        assert sum(c["count"] for c in tensor) == (2 * layers + 1) * step.decode_steps
         assert {c["bytes"] for c in tensor} == {step.bucket.num_tokens * llm.config.hidden_size * 4}
 
 

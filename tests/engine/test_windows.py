@@ -19,7 +19,15 @@ CASE = "mistral_window"  # of 9 tokens, in all of its layers
 PROMPTS = [[7, 3, 11, 5, 2] * 4, [1, 9, 8], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]]
 # 15 pages of 4 tokens: less than one request's 80, and three of at most (8 + 16 + 2) // 4 + 1 = 7 pages hold 21.
 LIMITS = Limits(
-    num_ranks=1, rows=4, chunk_tokens=16, block_tokens=16, num_pages=15, page_size=4, context=80, turns=4, window=9
+    num_ranks=1,
+    rows=4,
+    chunk_tokens=16,
+    block_tokens=16,
+    num_pages=15,
+    page_size=4,
+    context=80,
+    decode_steps=4,
+    window=9,
 )
 
 

@@ -150,11 +150,11 @@ class _LoweredError(Exception):
 
 @pytest.mark.parametrize(("target", "grouped"), [("v5p:2x2x1", "blocks"), ("h200:1x4", "blocks")])
 def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny_llm):
-    """Its largest buckets, its turns, and the kernels it would choose there."""
+    """Its largest buckets, its decode steps, and the kernels it would choose there."""
     lowered: list[Any] = []
 
-    def lower(runner, state, bucket, *, turns):
-        lowered.append((bucket, turns, runner.kernels.grouped))
+    def lower(runner, state, bucket, *, max_decode_steps):
+        lowered.append((bucket, max_decode_steps, runner.kernels.grouped))
         raise _LoweredError
 
     def compile_step(runner, phase, **sizes):
@@ -166,12 +166,12 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
     answer(compile_step, compile_step, target=target, batch=9, context=100)
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
-    names = ("page_size", "chunk_tokens", "turns", "host_gib")
+    names = ("page_size", "chunk_tokens", "decode_steps", "host_gib")
     defaults: Any = {name: inspect.signature(Engine).parameters[name].default for name in names}
     limits = engine._limits(llm, max_requests=9, context=100, memory_gib=1.0, **defaults)
     buckets = all_buckets(limits, least_rows=llm.runner.least_rows, pages=-(-100 // limits.page_size))
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]
-    assert lowered == [(buckets[-1], 1, grouped), (decode, limits.turns, grouped)]
+    assert lowered == [(buckets[-1], 1, grouped), (decode, limits.decode_steps, grouped)]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
 
 
 def assert_as_planned(llm, bucket: Bucket):
-    program = step_program(llm, bucket, turns=1 if bucket.blocks else 2)
+    program = step_program(llm, bucket, decode_steps=1 if bucket.blocks else 2)
     assert collectives(program.as_text(), llm.mesh) == llm.runner.planned(bucket)
 
 
@@ -96,7 +96,7 @@ def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_ll
 
 def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", "data=2,tensor=2,expert=2", XLA)
-    assert_nothing_is_copied(llm, step_program(llm, bucket_for(llm, 8), turns=2))
+    assert_nothing_is_copied(llm, step_program(llm, bucket_for(llm, 8), decode_steps=2))
 
 
 def test_a_loop_counts_as_often_as_it_iterates():

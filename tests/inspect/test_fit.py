@@ -36,7 +36,7 @@ def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_d
     placement = Placement(mesh=mesh_of(MESH))
     kernels = Kernels(layers=layers)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=None, kernels=kernels)
-    step = compile_step(runner, phase, batch=8, context=32, page_size=8, chunk_tokens=16, turns=4)
+    step = compile_step(runner, phase, batch=8, context=32, page_size=8, chunk_tokens=16, decode_steps=4)
     assert step.found == step.planned
 
     llm = tiny_llm(CASE, MESH, kernels)
@@ -54,7 +54,7 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
         config, Placement(mesh=mesh_of(MESH)), dtype="float32", kv_dtype=None, kernels=Kernels(layers="scan")
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-        compile_step(runner, "decode", batch=8, context=32, page_size=8, chunk_tokens=16, turns=1)
+        compile_step(runner, "decode", batch=8, context=32, page_size=8, chunk_tokens=16, decode_steps=1)
 
 
 def question(tiny_dir, **changes) -> Question:

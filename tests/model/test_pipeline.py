@@ -162,11 +162,11 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
     ],
 )
 def test_a_tick_of_decoding_stages_holds_exactly_the_planned_collectives(model, mesh, layout, changed_dir):
-    """Of the loop over several turns: a round is a tick, and there are as many as the schedule says."""
+    """Of the loop over several decode steps: a round is a tick, and there are as many as the schedule says."""
     llm = loaded(changed_dir, model, mesh, kernels=XLA, layout=layout)
     stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
     bucket = bucket_with(4 * stages * shares, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
-    found = collectives(step_program(llm, bucket, turns=3).as_text(), llm.mesh)
+    found = collectives(step_program(llm, bucket, decode_steps=3).as_text(), llm.mesh)
     assert found == llm.runner.planned_round(bucket)
     assert llm.runner.rounds(bucket, 3) == 3 * stages + stages - 1
 
@@ -208,7 +208,7 @@ def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stage
 
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 2, 1), (4, 2, 1), (4, 5, 2)])
 def test_decoding_stages_wait_only_while_the_pipeline_fills(stages, micro_batches, chunks):
-    found = count_steady_ticks(stages, micro_batches, chunks, turns=2)
+    found = count_steady_ticks(stages, micro_batches, chunks, decode_steps=2)
     assert found.busy == 2 * stages * chunks * micro_batches
     assert found.idle == found.formula == 1 - min(1, micro_batches / stages)
 

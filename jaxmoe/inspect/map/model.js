@@ -152,12 +152,12 @@ const sends = (event, device) => event.op !== null && (!onlyStage(event) || plac
 // --- the order of stages, as depth.Schedule has it ---
 
 const modulo = (a, b) => ((a % b) + b) % b;
-function schedule(stages, chunks, microBatches, turns = 1) {
-  const period = Math.max(stages, microBatches), ticks = (turns * chunks - 1) * period + microBatches + stages - 1;
+function schedule(stages, chunks, microBatches, decodeSteps = 1) {
+  const period = Math.max(stages, microBatches), ticks = (decodeSteps * chunks - 1) * period + microBatches + stages - 1;
   const unit = (tick, stage) => {
     const step = tick - stage, lap = Math.floor(step / period), microBatch = modulo(step, period);
-    const turn = Math.floor(lap / chunks), chunk = modulo(lap, chunks);
-    return { turn, chunk, microBatch, busy: step >= 0 && microBatch < microBatches && turn < turns };
+    const decodeStep = Math.floor(lap / chunks), chunk = modulo(lap, chunks);
+    return { decodeStep, chunk, microBatch, busy: step >= 0 && microBatch < microBatches && decodeStep < decodeSteps };
   };
-  return { ticks, unit, idle: [ticks - turns * chunks * microBatches, ticks] };
+  return { ticks, unit, idle: [ticks - decodeSteps * chunks * microBatches, ticks] };
 }

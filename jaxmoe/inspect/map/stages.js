@@ -10,19 +10,21 @@ function drawStages() {
   const first = data.micro_batches || data.steps.prefill.micro_batches;
   const sliders = [
     slider("micro-batches M", "M", 1, Math.max(32, first), first),
-    slider("chunks a stage v", "v", 1, part.most_chunks, part.chunks), slider("turns", "turns", 1, 8, 1)];
+    slider("chunks a stage v", "v", 1, part.most_chunks, part.chunks), slider("decode steps", "decode-steps", 1, 8, 1)];
   const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Stages and ticks" });
   const formula = html("p", { id: "idle", "aria-live": "polite" });
   const redraw = () => {
-    const [microBatches, chunks, turns] = sliders.map(one => Number(one.input.value));
+    const [microBatches, chunks, decodeSteps] = sliders.map(one => Number(one.input.value));
     sliders.forEach(one => one.output.textContent = one.input.value);
-    const plan = schedule(stages, chunks, microBatches, turns), [idle, ticks] = plan.idle;
-    figure.replaceChildren(stageGrid(plan, stages, microBatches, chunks, turns));
+    const plan = schedule(stages, chunks, microBatches, decodeSteps), [idle, ticks] = plan.idle;
+    figure.replaceChildren(stageGrid(plan, stages, microBatches, chunks, decodeSteps));
     formula.dataset.idle = `${idle}/${ticks}`;
     const layers = Math.ceil(part.repeats / stages / chunks) * part.period;
-    formula.replaceChildren("idle = 1 − turns · v · M ⁄ ticks = 1 − ", html("b", {}, `${ticks - idle} ⁄ ${ticks}`),
+    formula.replaceChildren("idle = 1 − decode steps · v · M ⁄ ticks = 1 − ",
+      html("b", {}, `${ticks - idle} ⁄ ${ticks}`),
       ` = ${(100 * idle / ticks).toFixed(1)} %`,
-      html("small", { class: "soft" }, `ticks = (turns · v − 1) · max(P, M) + M + P − 1, of P = ${stages} stages; a tick is `
+      html("small", { class: "soft" },
+        `ticks = (decode steps · v − 1) · max(P, M) + M + P − 1, of P = ${stages} stages; a tick is `
         + `one micro-batch in one chunk, ${layers} layers at most`));
   };
   sliders.forEach(one => one.input.addEventListener("input", redraw));
@@ -37,12 +39,12 @@ function slider(name, letter, min, max, value) {
   const output = html("output", {}, value);
   return { input, output, label: html("label", {}, `${name} = `, output, " ", input) };
 }
-function stageGrid(plan, stages, microBatches, chunks, turns) {
+function stageGrid(plan, stages, microBatches, chunks, decodeSteps) {
   const left = 58, high = 26, wide = Math.max(7, Math.min(34, Math.floor(1080 / plan.ticks)));
   const width = left + plan.ticks * wide + 4;
   const root = svg("svg", { viewBox: `0 0 ${width} ${stages * high + 26}`, width, height: stages * high + 26, role: "img",
     "aria-label": `${stages} stages over ${plan.ticks} ticks, ${microBatches} micro-batches, ${chunks} chunks, `
-      + `${turns} turns` });
+      + `${decodeSteps} decode steps` });
   root.append(svg("defs", {}, svg("pattern",
     { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
     svg("rect", { width: 6, height: 6, class: "ground" }), svg("line", { x1: 0, x2: 0, y1: 0, y2: 6, class: "stroke" }))));
@@ -51,7 +53,8 @@ function stageGrid(plan, stages, microBatches, chunks, turns) {
     for (const tick of range(plan.ticks)) {
       const unit = plan.unit(tick, stage);
       const box = { x: left + tick * wide, y: stage * high + 2, width: wide - 1, height: high - 4, rx: 2 };
-      const label = unit.busy ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, turn ${unit.turn}` : "bubble";
+      const label = unit.busy
+        ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, decode step ${unit.decodeStep}` : "bubble";
       const cell = svg("rect", { ...box, class: unit.busy ? "unit" : "bubble" },
         worded("title", {}, `stage ${stage}, tick ${tick}: ${label}`));
       cell.style.setProperty("--hue", Math.round(250 + 360 * unit.microBatch / microBatches) % 360);
