@@ -24,7 +24,7 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
         "concurrency": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
-        "turn_ms": {name: value * 1e3 for name, value in served.turn.parts().items()},
+        "step_ms": {name: value * 1e3 for name, value in served.mean_step.parts().items()},
         "dollars_per_million_tokens":
             None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_a_second * 1e6,
     }  # fmt: skip

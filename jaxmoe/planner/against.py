@@ -223,7 +223,7 @@ def _light(
     facts: Mapping[str, str], config: ModelConfig, hardware: Hardware, devices: int, load: Load
 ) -> float:  # fmt: skip
     """The baseline: rates on paper, no collectives, no launches; as many requests as memory left by weights has room
-    for, each token's products by its active parameters, weights and pages read once a turn."""
+    for, each token's products by its active parameters, weights and pages read once a step."""
     precision = _precision(facts["precision"])
     counts, width = _counts(config), _BITS[precision] / 8
     rate = hardware.tflops.get({"fp4": "fp8"}.get(precision, precision), hardware.tflops["bf16"]) * 1e12 * devices
@@ -232,8 +232,8 @@ def _light(
     requests = load.concurrency or max(1, int(room / (kv * (load.isl + load.osl))))
     products = 2 * counts.active * requests * (1 + load.isl / load.osl) / rate
     read = (counts.total * width + requests * kv * (load.isl + load.osl / 2)) / (hardware.hbm_gbps * 1e9 * devices)
-    turn, first = max(products, read), 2 * counts.active * load.isl / rate
-    return _in_unit(facts, load, devices, ttft=first, tpot=turn, tokens=requests / turn)
+    step, first = max(products, read), 2 * counts.active * load.isl / rate
+    return _in_unit(facts, load, devices, ttft=first, tpot=step, tokens=requests / step)
 
 
 @lru_cache(maxsize=64)

@@ -81,9 +81,9 @@ def chosen(question: Question, plans: list[Plan]) -> Plan:
     names = list(LAYOUTS.values())
 
     def plainness(plan: Plan) -> tuple[float, ...]:
-        spec, turn = plan.spec, plan.served.turn
+        spec, mean_step = plan.spec, plan.served.mean_step
         return (
-            round(turn.scale_out / turn.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
+            round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
             names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
             value(question, plan),
         )  # fmt: skip

@@ -47,7 +47,7 @@ _GROUPED_READS = 0.8
 _UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 # Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
 SKEW = 0.5
-# Groups in which a step with prompts passes a pipeline's stages, for each stage; turns decoded before they drain
+# Groups in which a step with prompts passes a pipeline's stages, for each stage; decode steps before they drain
 # (engine/batch.py).
 _MICRO_BATCHES, MAX_DECODE_STEPS = 4, 4
 MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
@@ -238,8 +238,9 @@ class StepCost:
     # --- what a step takes ---
 
     def seconds(self, rows: Rows) -> Seconds:
-        """Of one step of one turn. Its rows pass the stages of a pipeline in groups, as many as the engine makes: one a
-        stage while all decode, several turns at a time, four a stage with prompts; the stages fill and empty."""
+        """Of one step of one decode step. Its rows pass the stages of a pipeline in groups, as many as the engine
+        makes: one a stage while all decode, several decode steps at a time, four a stage with prompts; the stages fill
+        and empty."""
         stages, chunks = self.num_stages, self.placement.chunks
         groups = stages * (_MICRO_BATCHES if rows.prefill and stages > 1 else 1)
         groups = min(groups, max(1, int(rows.tokens)))  # none is empty

@@ -21,7 +21,7 @@ _WIDE = ("float32", "bfloat16", "float16")
 
 def remedies(question: Question, best: Plan, binds: str, *, more_devices: bool) -> list[str]:
     """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
-    the part of a turn that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
+    the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
     is better."""
     gains = ((words, _gain(question, best, other)) for words, other in _changes(question, best))
     found = sorted(((words, gain) for words, gain in gains if gain > ALIKE), key=lambda one: -one[1])

@@ -34,7 +34,7 @@ class Work:
 
 def roofline(serving: Serving, load: Load, *, concurrency: int) -> dict[str, Any]:
     """Both roofs of a device, as attained and as on paper, and a point for each kind of work of a step of prompts and
-    of a turn that decodes so many requests, whose products a second are what the lower roof lets it attain."""
+    of a step that decodes so many requests, whose products a second are what the lower roof lets it attain."""
     cost, hardware = serving.cost, serving.cost.hardware
     rows = max(1.0, concurrency / serving.ranks)
     context = load.isl + load.osl / 2

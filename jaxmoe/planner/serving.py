@@ -1,7 +1,7 @@
 """What a placement serves: requests at once, time to the first token, time a token, tokens a second.
 
 Requests of equal lengths, always as many at once, chunked prefill beside decoding: of `b` requests of a rank,
-b * isl / chunk of a request's turns carry a chunk of some prompt; the others decode alone. The controller takes
+b * isl / chunk of a request's steps carry a chunk of some prompt; the others decode alone. The controller takes
 in as many as its pages have room for to the end.
 """
 
@@ -30,14 +30,14 @@ class Load:
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_a_second: generated
-    ones, over all devices. turn: of the mean turn, by what binds it; turns: that a request takes."""
+    ones, over all devices. mean_step: time of the mean step, by what binds it; num_steps: that a request takes."""
 
     concurrency: int
     ttft: float
     tpot: float
     tokens_a_second: float
-    turn: Seconds
-    turns: float
+    mean_step: Seconds
+    num_steps: float
     chunk_tokens: int
     osl: int
 
@@ -99,8 +99,8 @@ class Serving:
         if not prefills:
             return self._served(load, concurrency, alone.mixed(load.osl, alone, 0.0), load.osl, tpot=alone.total)
         mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
-        own = max(1.0, load.isl / chunk)  # turns that read a request's prompt, the last of which draws a token
-        chunks = max(own, rows * load.isl / chunk)  # turns that read anyone's
+        own = max(1.0, load.isl / chunk)  # steps that read a request's prompt, the last of which draws a token
+        chunks = max(own, rows * load.isl / chunk)  # steps that read anyone's
         seconds = mixed.mixed(chunks, alone, max(0.0, own + later - chunks))
         waiting = 0.5 * (chunks - own) / load.osl * mixed.total  # behind others' chunks
         tpot = 0.0
@@ -109,10 +109,15 @@ class Serving:
             tpot = min(max(tpot, alone.total), max(mixed.total, alone.total))
         return self._served(load, concurrency, seconds, max(chunks, own + later), tpot=tpot)
 
-    def _served(self, load: Load, concurrency: int, seconds: Seconds, turns: float, *, tpot: float) -> Served:
-        """What is served where a request takes so many seconds, in so many turns."""
+    def _served(self, load: Load, concurrency: int, seconds: Seconds, num_steps: float, *, tpot: float) -> Served:
+        """What is served where a request takes so many seconds, in so many steps."""
         return Served(
-            concurrency=concurrency, ttft=seconds.total - (load.osl - 1) * tpot, tpot=tpot,
-            tokens_a_second=concurrency * load.osl / seconds.total, turn=seconds.mixed(1 / turns, seconds, 0.0),
-            turns=turns, chunk_tokens=self.chunk_tokens, osl=load.osl,
-        )  # fmt: skip
+            concurrency=concurrency,
+            ttft=seconds.total - (load.osl - 1) * tpot,
+            tpot=tpot,
+            tokens_a_second=concurrency * load.osl / seconds.total,
+            mean_step=seconds.mixed(1 / num_steps, seconds, 0.0),
+            num_steps=num_steps,
+            chunk_tokens=self.chunk_tokens,
+            osl=load.osl,
+        )

@@ -80,14 +80,15 @@ class Stop:
 def planned_collectives(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
-    """Every collective of one step of one turn, whose tokens are drawn at its end, and how often it runs."""
+    """Every collective of one step of one decode step, whose tokens are drawn at its end, and how often it runs."""
     return _counted(planned_stops(config, placement, shape, dispatch=dispatch))
 
 
 def planned_round(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
-    """Every collective of one round of the loop that decodes several turns: a turn, or a tick of a pipeline."""
+    """Every collective of one iteration of the loop that decodes several tokens: a decode step, or a tick of a
+    pipeline."""
     return _counted(planned_round_stops(config, placement, shape, dispatch=dispatch))
 
 

@@ -61,15 +61,16 @@ def _binds(question: Question, name: str) -> str:
 
 
 def _binding(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[str]:
-    turn, twice = best.served.turn, neighbours.twice
-    parts = sorted(turn.parts().items(), key=lambda item: -item[1])
+    mean_step, twice = best.served.mean_step, neighbours.twice
+    parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
-    then = f"; then {_binds(question, second)}, {next_most / turn.total:.0%}" if next_most else ""
+    then = f"; then {_binds(question, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
     more = twice is not None and value(question, twice) < (1 - ALIKE) * value(question, best)
     lifts = remedies(question, best, first, more_devices=more)
     lift = f"What would lift it next: {'; or '.join(lifts)}." if lifts else _NOTHING
     yield (
-        f"What binds: {_binds(question, first)}, {most / turn.total:.0%} of a mean turn of {turn.total * 1e3:.1f} ms"
+        f"What binds: {_binds(question, first)}, {most / mean_step.total:.0%} of a mean step of "
+        f"{mean_step.total * 1e3:.1f} ms"
         f"{then}. {lift}"
     )
 
@@ -140,13 +141,14 @@ def _across(question: Question, found: Found) -> Iterator[str]:
         where = f"{every} {fabric}s," if across >= fabrics else f"{across} of {fabrics} {fabric}s,"
         rest = "" if across >= fabrics else "; replicas of them lie across the rest"
         yield (
-            f"Experts are shared out over {where} so that every device reads fewer of them in a turn and more tokens "
-            f"meet each{rest}; collectives between {fabric}s take {best.served.turn.scale_out * 1e3:.1f} ms of a turn."
+            f"Experts are shared out over {where} so that every device reads fewer of them in a step and more tokens "
+            f"meet each{rest}; collectives between {fabric}s take {best.served.mean_step.scale_out * 1e3:.1f} ms of a "
+            f"step."
         )
     elif "pipeline" in crossing:
         yield (
             f"Stages of the pipeline lie between {fabric}s: what they send there is the hidden states of a micro-batch "
-            f"once a stage, {best.served.turn.scale_out * 1e3:.2f} ms of a turn."
+            f"once a stage, {best.served.mean_step.scale_out * 1e3:.2f} ms of a step."
         )
     elif crossing == ["data"]:
         yield (
@@ -167,7 +169,7 @@ def _others(question: Question, found: Found) -> Iterator[str]:
         if _alike(question, plan, best):
             verdict = f"; {_as_good(question, plan, best)}"
         else:
-            name = max(plan.served.turn.parts(), key=lambda name: _a_token(plan, name) - _a_token(best, name))
+            name = max(plan.served.mean_step.parts(), key=lambda name: _a_token(plan, name) - _a_token(best, name))
             theirs, here = _part(plan, best, name)
             verdict = f"; {theirs} go to {_binds(question, name)}, {here} here"
         yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(question, plan, best)}{verdict}."
@@ -181,13 +183,13 @@ def _as_good(question: Question, plan: Plan, best: Plan) -> str:
     """Why the best was taken before a plan as good as it."""
     seconds, tokens = (one.request_seconds for one in (plan, best)), (_each(plan), _each(best))
     theirs, mine = seconds
-    leaned = [one.served.turn.scale_out / one.served.turn.total for one in (plan, best)]
+    leaned = [one.served.mean_step.scale_out / one.served.mean_step.total for one in (plan, best)]
     if question.objective != "latency" and mine < theirs:
         why = f"a request takes {_seconds(mine)} s here and {_seconds(theirs)} there"
     elif question.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
         why = f"{digits(tokens[1])} tokens/s a device are served here and {digits(tokens[0])} there"
     elif leaned[1] < leaned[0]:
-        why = f"{leaned[1]:.1%} of a turn lie between {question.hardware.fabric}s here and {leaned[0]:.1%} there"
+        why = f"{leaned[1]:.1%} of a step lie between {question.hardware.fabric}s here and {leaned[0]:.1%} there"
     else:
         why = "its axes and options are plainer"
     return f"as good on paper; this one was taken because {why}"
@@ -196,14 +198,14 @@ def _as_good(question: Question, plan: Plan, best: Plan) -> str:
 def _a_token(plan: Plan, name: str) -> float:
     """Seconds that one part takes, a token generated."""
     served = plan.served
-    return served.turn.parts()[name] * served.turns / (served.concurrency * served.osl)
+    return served.mean_step.parts()[name] * served.num_steps / (served.concurrency * served.osl)
 
 
 def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
-    """What a part takes of both: of a turn where these carry as many requests, else of a token."""
+    """What a part takes of both: of a step where these carry as many requests, else of a token."""
     if plan.served.concurrency == best.served.concurrency:
-        theirs, here = (one.served.turn.parts()[name] * 1e3 for one in (plan, best))
-        return f"{theirs:.1f} ms of a turn", f"{here:.1f}"
+        theirs, here = (one.served.mean_step.parts()[name] * 1e3 for one in (plan, best))
+        return f"{theirs:.1f} ms of a step", f"{here:.1f}"
     theirs, here = (_a_token(one, name) * 1e6 for one in (plan, best))
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 

@@ -154,8 +154,8 @@ def test_more_requests_serve_more_tokens_and_each_slower():
     found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
     assert all(a.tokens_a_second < b.tokens_a_second and a.tpot < b.tpot for a, b in pairwise(found))
     for one in found:
-        assert one.tpot <= 1.001 * one.turn.total  # which has its own prompt's turns in it
-        assert one.tokens_a_second * one.turn.total == pytest.approx(one.concurrency)
+        assert one.tpot <= 1.001 * one.mean_step.total  # which has its own prompt's steps in it
+        assert one.tokens_a_second * one.mean_step.total == pytest.approx(one.concurrency)
 
 
 def test_a_request_alone_waits_for_its_prompt_once():

@@ -49,7 +49,7 @@ def test_a_model_that_fits_one_node_stays_there():
     assert "EP8" in kind("deepseek-v3.1", "b200", 8)
     best = found("deepseek-v3.1", "b200", 16).best
     assert dict(best.spec.axes)["data"] == 2
-    assert best.served.turn.scale_out == 0
+    assert best.served.mean_step.scale_out == 0
     said = " ".join(reasons(question("deepseek-v3.1", "b200", 16), found("deepseek-v3.1", "b200", 16), None,
                             Neighbours(half=None, twice=None)))  # fmt: skip
     assert "do not reach for multi-node yet" in said
@@ -128,7 +128,7 @@ def test_times_agree_with_tokens_a_second(load, count):
     asked = Load(isl=load[0], osl=load[1], concurrency=count)
     served = search(replace(question("llama-3.1-70b", "h100", 8), load=asked)).best.served
     assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_a_second)
-    assert served.turn.total * served.turns == pytest.approx(served.request_seconds)
+    assert served.mean_step.total * served.num_steps == pytest.approx(served.request_seconds)
     assert served.ttft > 0
     assert (served.tpot == 0) == (served.osl == 1)
     assert served.pace == (served.tpot or served.ttft)

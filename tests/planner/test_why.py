@@ -55,7 +55,7 @@ def test_what_is_as_good_is_said_to_be_and_what_loses_loses(case):
             theirs, here = (float(number) for number in re.findall(r"([\d.]+) (?:ms of|us for|here)", line))
             assert theirs >= here
             same = plan.served.concurrency == one.best.served.concurrency
-            assert ("of a turn" in line) == same
+            assert ("of a step" in line) == same
 
 
 def test_experts_over_fewer_nodes_than_there_are_say_so():
