@@ -333,9 +333,9 @@ class Core:
             return None
         runner, scheduler = self.runner, self.scheduler
         looped = self.limits.decode_steps > 1 and not bucket.blocks
-        rounds = runner.rounds(bucket, plan.decode_steps) if looped else 1
-        each = runner.planned_round(bucket) if looped else runner.planned(bucket)
-        collectives = {one: count * rounds for one, count in each.items()}
+        iterations = runner.iterations(bucket, plan.decode_steps) if looped else 1
+        each = runner.planned_decode_step(bucket) if looped else runner.planned(bucket)
+        collectives = {one: count * iterations for one, count in each.items()}
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
             waiting=len(scheduler.waiting), pages_held=sum(pool.num_held for pool in scheduler.pools),

@@ -43,8 +43,8 @@ from jaxmoe.planner.traffic import (
     StepShape,
     Stop,
     planned_collectives,
-    planned_round,
-    planned_round_stops,
+    planned_decode_step,
+    planned_decode_step_stops,
     planned_stops,
 )
 from jaxmoe.sharding import Placement, segment_sizes
@@ -439,17 +439,17 @@ class Runner:
         """The collectives of a step of one decode step."""
         return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def planned_round(self, bucket: Bucket) -> Counter[Collective]:
-        """Those of one round of a step of several turns: there are rounds(bucket, turns)."""
-        return planned_round(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+    def planned_decode_step(self, bucket: Bucket) -> Counter[Collective]:
+        """Those of one iteration of a step of several decode steps: there are iterations(bucket, decode_steps)."""
+        return planned_decode_step(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def stops(self, bucket: Bucket) -> list[Stop]:
-        """What planned counts of a step with prompts, planned_round of one without, place by place."""
-        planned = planned_stops if bucket.blocks else planned_round_stops
+        """What planned counts of a step with prompts, planned_decode_step of one without, place by place."""
+        planned = planned_stops if bucket.blocks else planned_decode_step_stops
         return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def rounds(self, bucket: Bucket, decode_steps: int) -> int:
-        """Rounds of a step of several turns: as many, and those in which a pipeline fills and empties."""
+    def iterations(self, bucket: Bucket, decode_steps: int) -> int:
+        """Iterations of a step of several decode steps: as many, and those in which a pipeline fills and empties."""
         return (
             self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
         )

@@ -84,12 +84,12 @@ def planned_collectives(
     return _counted(planned_stops(config, placement, shape, dispatch=dispatch))
 
 
-def planned_round(
+def planned_decode_step(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
     """Every collective of one iteration of the loop that decodes several tokens: a decode step, or a tick of a
     pipeline."""
-    return _counted(planned_round_stops(config, placement, shape, dispatch=dispatch))
+    return _counted(planned_decode_step_stops(config, placement, shape, dispatch=dispatch))
 
 
 def _counted(stops: Iterable[Stop]) -> Counter[Collective]:
@@ -131,10 +131,10 @@ def planned_stops(
     return plan.found
 
 
-def planned_round_stops(
+def planned_decode_step_stops(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[Stop]:
-    """What planned_round counts, place by place."""
+    """What planned_decode_step counts, place by place."""
     if placement.num_stages == 1:
         return planned_stops(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)

@@ -59,9 +59,9 @@ def test_dispatch_is_that_which_was_asked_for(capsys, tiny_dir):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_step_that_is_not_as_planned_is_marked_and_an_error(as_json, capsys, tiny_dir, monkeypatch):
-    planned = Runner.planned_round
+    planned = Runner.planned_decode_step
     more = Counter({Collective(op="all-reduce", axes=("data",), result_bytes=12): 3})
-    monkeypatch.setattr(Runner, "planned_round", lambda self, bucket: planned(self, bucket) + more)  # of decoding
+    monkeypatch.setattr(Runner, "planned_decode_step", lambda self, bucket: planned(self, bucket) + more)  # of decoding
     outcome = jaxmoe(capsys, "inspect", tiny_dir(CASE), *OPTIONS, *["--json"] * as_json)
     assert outcome.code == 1
     if as_json:

@@ -78,7 +78,7 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
     question, data, runner = drawn
     for phase, step in data["steps"].items():
         bucket = step_bucket(runner, phase, **question.sizes)
-        planned = runner.planned(bucket) if phase == "prefill" else runner.planned_round(bucket)
+        planned = runner.planned(bucket) if phase == "prefill" else runner.planned_decode_step(bucket)
         played: Counter[Collective] = Counter()
         for stop in step["stops"]:
             one = Collective(op=stop["op"], axes=tuple(stop["axes"]), result_bytes=stop["bytes"])

@@ -162,13 +162,13 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
     ],
 )
 def test_a_tick_of_decoding_stages_holds_exactly_the_planned_collectives(model, mesh, layout, changed_dir):
-    """Of the loop over several decode steps: a round is a tick, and there are as many as the schedule says."""
+    """Of the loop over several decode steps: an iteration is a tick, and there are as many as the schedule says."""
     llm = loaded(changed_dir, model, mesh, kernels=XLA, layout=layout)
     stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
     bucket = bucket_with(4 * stages * shares, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
     found = collectives(step_program(llm, bucket, decode_steps=3).as_text(), llm.mesh)
-    assert found == llm.runner.planned_round(bucket)
-    assert llm.runner.rounds(bucket, 3) == 3 * stages + stages - 1
+    assert found == llm.runner.planned_decode_step(bucket)
+    assert llm.runner.iterations(bucket, 3) == 3 * stages + stages - 1
 
 
 def test_two_stages_send_each_token_on_once(changed_dir):
