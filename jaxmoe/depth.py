@@ -131,16 +131,16 @@ def place_of(layer: int, parts: tuple[Segment, ...]) -> LayerPlace:
     raise ValueError(f"layer {layer} is in none of {parts}")
 
 
-class Unit(NamedTuple):
-    """What a stage does in one tick: one micro-batch through one of its chunks. Whole numbers, or arrays of them.
+class PipelineSlot(NamedTuple):
+    """Work of a stage in one tick: one micro-batch through one of its chunks. Whole numbers, or arrays of them.
 
-    busy: whether it is real; the other numbers mean nothing where it is not.
+    valid: whether it is real; the other numbers mean nothing where it is not.
     """
 
     decode_step: Any
     chunk: Any
     micro_batch: Any
-    busy: Any
+    valid: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +166,12 @@ class Schedule:
         """Ticks until all micro-batches have passed all stages so many times."""
         return (decode_steps * self.chunks - 1) * self.period + self.micro_batches + self.stages - 1
 
-    def unit(self, tick: Any, stage: Any, decode_steps: Any = 1) -> Unit:
+    def slot(self, tick: Any, stage: Any, decode_steps: Any = 1) -> PipelineSlot:
         """What a stage does in a tick."""
         step = tick - stage
         lap, micro_batch = step // self.period, step % self.period
         decode_step, chunk = lap // self.chunks, lap % self.chunks
-        return Unit(
+        return PipelineSlot(
             decode_step,
             chunk,
             micro_batch,
@@ -185,8 +185,8 @@ class Schedule:
     def sends(self, tick: int, decode_steps: int = 1) -> list[tuple[int, int]]:
         """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
         ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
-        units = [(pair, self.unit(tick - 1, pair[0], decode_steps)) for pair in ring]
-        return [pair for pair, unit in units if unit.busy and (pair[1] > 0 or unit.chunk + 1 < self.chunks)]
+        slots = [(pair, self.slot(tick - 1, pair[0], decode_steps)) for pair in ring]
+        return [pair for pair, slot in slots if slot.valid and (pair[1] > 0 or slot.chunk + 1 < self.chunks)]
 
     @staticmethod
     def unrolled(ticks: int, *, alone: bool) -> bool:

@@ -50,9 +50,9 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
     ticks = schedule.ticks(decode_steps)
 
-    def through(weights, unit, slots, filled, x, counts, step_inputs):
-        x = jnp.where(unit.busy, jnp.tanh(x @ weights[slots[0]]), x)
-        return x, counts.at[slots[0]].add(jnp.where(unit.busy, 1, 0))
+    def through(weights, slot, layer_slots, filled, x, counts, step_inputs):
+        x = jnp.where(slot.valid, jnp.tanh(x @ weights[layer_slots[0]]), x)
+        return x, counts.at[layer_slots[0]].add(jnp.where(slot.valid, 1, 0))
 
     @jax.jit
     def run(weights, x):

@@ -144,8 +144,8 @@ SHARDING = _faults(
     (
         "interleaved-stage-files-its-micro-batch-one-late",
         "jaxmoe/model/pipeline.py",
-        "back = schedule.unit(tick - 1, schedule.stages - 1, decode_steps).micro_batch",
-        "back = schedule.unit(tick, schedule.stages - 1, decode_steps).micro_batch",
+        "back = schedule.slot(tick - 1, schedule.stages - 1, decode_steps).micro_batch",
+        "back = schedule.slot(tick, schedule.stages - 1, decode_steps).micro_batch",
         "model/test_pipeline.py",
     ),
 )

@@ -97,9 +97,9 @@ def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int
     """What every stage does, tick by tick: (tick, decode step, chunk, micro-batch)."""
     return {
         stage: [
-            (tick, *unit[:3])
+            (tick, *slot[:3])
             for tick in range(schedule.ticks(decode_steps))
-            if (unit := schedule.unit(tick, stage, decode_steps)).busy
+            if (slot := schedule.slot(tick, stage, decode_steps)).valid
         ]
         for stage in range(schedule.stages)
     }
@@ -112,7 +112,7 @@ def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int
 def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(stages, micro_batches, chunks, decode_steps):
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
     done = busy(schedule, decode_steps)
-    when = {(stage, *unit[1:]): unit[0] for stage, units in done.items() for unit in units}
+    when = {(stage, *slot[1:]): slot[0] for stage, slots in done.items() for slot in slots}
     assert len(when) == sum(map(len, done.values())) == stages * chunks * micro_batches * decode_steps
     for (stage, decode_step, chunk, batch), tick in when.items():
         if stage:
@@ -145,8 +145,8 @@ def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, chunks):
     for micro_batches in range(1, 17):
         schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
         lap = schedule.period * chunks
-        for units in busy(schedule, decode_steps).values():
-            full = [tick for tick, *_ in units if 2 * lap <= tick < 4 * lap]
+        for slots in busy(schedule, decode_steps).values():
+            full = [tick for tick, *_ in slots if 2 * lap <= tick < 4 * lap]
             assert Fraction(len(full), 2 * lap) == min(Fraction(1), Fraction(micro_batches, stages))
 
 

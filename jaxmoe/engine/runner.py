@@ -293,8 +293,8 @@ class Runner:
 
         def tick(number, carry):
             state, tokens_per_expert, flow, room = carry
-            first = schedule.unit(number, 0, decode_steps)
-            enters = first.micro_batch, of, first.decode_step, first.busy & (first.chunk == 0)
+            first = schedule.slot(number, 0, decode_steps)
+            enters = first.micro_batch, of, first.decode_step, first.valid & (first.chunk == 0)
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
@@ -302,11 +302,11 @@ class Runner:
             x, forward_state = model.before(
                 model.embedded(tokens), entering, ForwardState(list(state.pages), tokens_per_expert)
             )
-            last, leaves = first, first.busy
+            last, leaves = first, first.valid
             if schedule.stages > 1:
                 flow, forward_state = model.tick(flow, x, step_inputs, forward_state, number, schedule, decode_steps)
-                last = schedule.unit(number, schedule.stages - 1, decode_steps)
-                leaves = last.busy & (last.chunk == schedule.chunks - 1)
+                last = schedule.slot(number, schedule.stages - 1, decode_steps)
+                leaves = last.valid & (last.chunk == schedule.chunks - 1)
                 leaving = step_inputs.part(last.micro_batch, of, last.decode_step, leaves)
                 x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}

@@ -110,10 +110,10 @@ class DensePrefillInputs:
     valid: jax.Array
     num_ranks: int
 
-    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
         """See StepInputs. There is one decode step."""
         del decode_step
-        valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & busy
+        valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & slot_valid
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
         return LayerInputs(positions, valid, CausalAttention())
 
@@ -133,8 +133,8 @@ class QueryBlocks:
     positions: jax.Array
     query_lens: jax.Array
 
-    def part(self, micro_batch: Any, of: int, decode_step: Any, busy: Any) -> QueryBlocks:
-        """The blocks of one micro-batch in one decode step, none of them real unless busy."""
+    def part(self, micro_batch: Any, of: int, decode_step: Any, slot_valid: Any) -> QueryBlocks:
+        """The blocks of one micro-batch in one decode step, none of them real unless slot_valid."""
         seq_slots = self.seq_slots
         if seq_slots is None and of > 1:
             seq_slots = jnp.broadcast_to(jnp.arange(self.query_lens.shape[1], dtype=jnp.int32), self.query_lens.shape)
@@ -142,7 +142,7 @@ class QueryBlocks:
             split_rows(part, micro_batch, of) for part in (seq_slots, self.positions, self.query_lens)
         )
         done = decode_step * self.num_tokens
-        query_lens = jnp.where(busy, jnp.clip(query_lens - done, 0, self.num_tokens), 0)
+        query_lens = jnp.where(slot_valid, jnp.clip(query_lens - done, 0, self.num_tokens), 0)
         return replace(self, seq_slots=seq_slots, positions=positions + done, query_lens=query_lens)
 
 
@@ -158,15 +158,17 @@ class PagedStepInputs:
     query_blocks: tuple[QueryBlocks, ...]
     kind: PagedKind
 
-    def attention_backend(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> PagedAttention:
+    def attention_backend(
+        self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True
+    ) -> PagedAttention:
         """How the tokens of `part` meet the pages."""
         return PagedAttention(
-            self.block_table, [s.part(micro_batch, of, decode_step, busy) for s in self.query_blocks], self.kind
+            self.block_table, [s.part(micro_batch, of, decode_step, slot_valid) for s in self.query_blocks], self.kind
         )
 
-    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
         """See StepInputs."""
-        attention_backend = self.attention_backend(micro_batch, of, decode_step, busy)
+        attention_backend = self.attention_backend(micro_batch, of, decode_step, slot_valid)
         return LayerInputs(*attention_backend.token_positions(), attention_backend)
 
 

@@ -50,8 +50,9 @@ class LayerInputs(NamedTuple):
 class StepInputs(Protocol):
     """Inputs of all tokens of a step: a tree of arrays, which every stage of a pipeline receives."""
 
-    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, busy: Any = True) -> LayerInputs:
-        """Return the metadata of one of `of` micro-batches at one decode step; all tokens are masked unless busy."""
+    def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
+        """Return the metadata of one of `of` micro-batches at one decode step; all tokens are masked unless
+        slot_valid."""
         ...
 
 

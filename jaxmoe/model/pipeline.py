@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.depth import Schedule, Segment, Unit
+from jaxmoe.depth import PipelineSlot, Schedule, Segment
 from jaxmoe.sharding import Dims, Placement
 
 STAGE = "pipeline"
@@ -36,9 +36,9 @@ def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Pl
     return Flow(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
 
 
-# One micro-batch through one chunk: (weights, unit, which slots, how many of them are filled, x, layer state,
+# One micro-batch through one chunk: (weights, slot, which layer slots, how many of them are filled, x, layer state,
 # step inputs) -> x, layer state.
-Through = Callable[[Any, Unit, jax.Array, jax.Array | None, jax.Array, Any, Any], tuple[jax.Array, Any]]
+Through = Callable[[Any, PipelineSlot, jax.Array, jax.Array | None, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
 def tick_stages(
@@ -64,19 +64,19 @@ def tick_stages(
 
     def stage(weights, flow, enters, layer_state, step_inputs, tick, decode_steps):
         at = jax.lax.axis_index(STAGE)
-        unit = schedule.unit(tick, at, decode_steps)
+        slot = schedule.slot(tick, at, decode_steps)
         came, waiting = _sent_on(flow.sent[0], pairs), flow.waiting
         if schedule.chunks > 1:
-            back = schedule.unit(tick - 1, schedule.stages - 1, decode_steps).micro_batch
+            back = schedule.slot(tick - 1, schedule.stages - 1, decode_steps).micro_batch
             waiting = waiting.at[0, back].set(came, mode="drop")
-            mine = jnp.minimum(unit.micro_batch, schedule.micro_batches - 1)
-            enters = jnp.where(unit.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
+            mine = jnp.minimum(slot.micro_batch, schedule.micro_batches - 1)
+            enters = jnp.where(slot.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
         x = jnp.where(at == 0, enters, came)
-        chunk = jnp.where(unit.busy, unit.chunk, 0)
-        slots = chunk * part.chunk_slots + jnp.arange(part.chunk_slots, dtype=jnp.int32)
+        chunk = jnp.where(slot.valid, slot.chunk, 0)
+        layer_slots = chunk * part.chunk_slots + jnp.arange(part.chunk_slots, dtype=jnp.int32)
         even = part.repeats == part.slots
         x, layer_state = through(
-            weights, unit, slots, None if even else part.filled(at, chunk), x, layer_state, step_inputs
+            weights, slot, layer_slots, None if even else part.filled(at, chunk), x, layer_state, step_inputs
         )
         return Flow(x[None], waiting), layer_state
 

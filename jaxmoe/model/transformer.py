@@ -235,19 +235,21 @@ class Transformer(nnx.Module):
         enters = self.placement.constrain(enters, *dims)
         kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
 
-        def through(weights, unit, slots, filled, x, layer_state, step_inputs):
+        def through(weights, slot, layer_slots, filled, x, layer_state, step_inputs):
             blocks = nnx.merge(graph, weights)
             context = self._forward_context(
-                step_inputs.part(unit.micro_batch, schedule.micro_batches, unit.decode_step, unit.busy), place
+                step_inputs.part(slot.micro_batch, schedule.micro_batches, slot.decode_step, slot.valid), place
             )
 
             def layer(carry, at):
                 new, *layer_state, _ = _through(blocks, context, at, *carry)
-                new = new if filled is None else jnp.where(at - slots[0] < filled, new, carry[0])
+                new = new if filled is None else jnp.where(at - layer_slots[0] < filled, new, carry[0])
                 return (new, *layer_state), None
 
             carry = (place.constrain(x, *dims), *layer_state)
-            carry = layer(carry, slots[0])[0] if len(slots) == 1 else jax.lax.scan(layer, carry, slots)[0]
+            carry = (
+                layer(carry, layer_slots[0])[0] if len(layer_slots) == 1 else jax.lax.scan(layer, carry, layer_slots)[0]
+            )
             return carry[0], carry[1:]
 
         layer_state = kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
@@ -287,13 +289,13 @@ class Transformer(nnx.Module):
 
         def one_tick(tick, carry):
             flow, forward_state, done = carry
-            first, last = schedule.unit(tick, 0), schedule.unit(tick, schedule.stages - 1)
+            first, last = schedule.slot(tick, 0), schedule.slot(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
             if self.staged:
-                layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.busy & (first.chunk == 0))
+                layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.valid & (first.chunk == 0))
                 enters, forward_state = self.before(enters, layer_inputs, forward_state)
             flow, forward_state = self.tick(flow, enters, step_inputs, forward_state, tick, schedule)
-            leaves, y = last.busy & (last.chunk == schedule.chunks - 1), flow.sent
+            leaves, y = last.valid & (last.chunk == schedule.chunks - 1), flow.sent
             if after:
                 layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
                 y, forward_state = self.after(self.from_last(y), layer_inputs, forward_state)

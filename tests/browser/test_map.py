@@ -239,15 +239,15 @@ def test_the_timeline_is_the_schedule(stages, chromium, drawn):
             assert ticks == plan.ticks(decode_steps)
             bubbles = page.locator("#stages rect.bubble").count()
             assert bubbles == stages * ticks * plan.idle(decode_steps)
-            units = page.evaluate(
-                "([P, v, M, decodeSteps]) => { const { ticks, unit } = schedule(P, v, M, decodeSteps);"
-                "return range(ticks).map(tick => range(P).map(stage => Object.values(unit(tick, stage)))); }",
+            slots = page.evaluate(
+                "([P, v, M, decodeSteps]) => { const { ticks, slot } = schedule(P, v, M, decodeSteps);"
+                "return range(ticks).map(tick => range(P).map(stage => Object.values(slot(tick, stage)))); }",
                 [stages, chunks, micro_batches, decode_steps],
             )
             for tick in range(ticks):
                 for stage in range(stages):
-                    wanted = plan.unit(tick, stage, decode_steps)
-                    assert units[tick][stage] == [wanted.decode_step, wanted.chunk, wanted.micro_batch, wanted.busy]
+                    wanted = plan.slot(tick, stage, decode_steps)
+                    assert slots[tick][stage] == [wanted.decode_step, wanted.chunk, wanted.micro_batch, wanted.valid]
 
 
 def test_one_stage_is_said_in_words(chromium, drawn):

@@ -197,7 +197,7 @@ def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stage
     for micro_batches in range(1, 17):
         schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
         ticks = schedule.ticks()
-        busy = sum(schedule.unit(tick, stage).busy for tick in range(ticks) for stage in range(stages))
+        busy = sum(schedule.slot(tick, stage).valid for tick in range(ticks) for stage in range(stages))
         assert busy == stages * chunks * micro_batches
         if micro_batches >= stages or chunks == 1:
             formula = Fraction(stages - 1, chunks * micro_batches + stages - 1)

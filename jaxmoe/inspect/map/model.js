@@ -154,10 +154,10 @@ const sends = (event, device) => event.op !== null && (!onlyStage(event) || plac
 const modulo = (a, b) => ((a % b) + b) % b;
 function schedule(stages, chunks, microBatches, decodeSteps = 1) {
   const period = Math.max(stages, microBatches), ticks = (decodeSteps * chunks - 1) * period + microBatches + stages - 1;
-  const unit = (tick, stage) => {
+  const slot = (tick, stage) => {
     const step = tick - stage, lap = Math.floor(step / period), microBatch = modulo(step, period);
     const decodeStep = Math.floor(lap / chunks), chunk = modulo(lap, chunks);
-    return { decodeStep, chunk, microBatch, busy: step >= 0 && microBatch < microBatches && decodeStep < decodeSteps };
+    return { decodeStep, chunk, microBatch, valid: step >= 0 && microBatch < microBatches && decodeStep < decodeSteps };
   };
-  return { ticks, unit, idle: [ticks - decodeSteps * chunks * microBatches, ticks] };
+  return { ticks, slot, idle: [ticks - decodeSteps * chunks * microBatches, ticks] };
 }

@@ -51,17 +51,17 @@ function stageGrid(plan, stages, microBatches, chunks, decodeSteps) {
   for (const stage of range(stages)) {
     root.append(worded("text", { x: 0, y: stage * high + 17 }, `stage ${stage}`));
     for (const tick of range(plan.ticks)) {
-      const unit = plan.unit(tick, stage);
+      const slot = plan.slot(tick, stage);
       const box = { x: left + tick * wide, y: stage * high + 2, width: wide - 1, height: high - 4, rx: 2 };
-      const label = unit.busy
-        ? `micro-batch ${unit.microBatch}, chunk ${unit.chunk}, decode step ${unit.decodeStep}` : "bubble";
-      const cell = svg("rect", { ...box, class: unit.busy ? "unit" : "bubble" },
+      const label = slot.valid
+        ? `micro-batch ${slot.microBatch}, chunk ${slot.chunk}, decode step ${slot.decodeStep}` : "bubble";
+      const cell = svg("rect", { ...box, class: slot.valid ? "unit" : "bubble" },
         worded("title", {}, `stage ${stage}, tick ${tick}: ${label}`));
-      cell.style.setProperty("--hue", Math.round(250 + 360 * unit.microBatch / microBatches) % 360);
-      cell.style.setProperty("--chunk", unit.chunk / Math.max(1, chunks - 1));
+      cell.style.setProperty("--hue", Math.round(250 + 360 * slot.microBatch / microBatches) % 360);
+      cell.style.setProperty("--chunk", slot.chunk / Math.max(1, chunks - 1));
       root.append(cell);
       const at = { class: "unit", x: box.x + wide / 2 - .5, y: stage * high + 17 };
-      if (unit.busy && wide >= 15) root.append(worded("text", at, unit.microBatch));
+      if (slot.valid && wide >= 15) root.append(worded("text", at, slot.microBatch));
     }
   }
   const every = Math.max(1, Math.ceil(40 / wide));
