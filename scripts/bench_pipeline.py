@@ -41,7 +41,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
 
     from jaxmoe.depth import Schedule, Segment
     from jaxmoe.mesh import build_mesh
-    from jaxmoe.model.pipeline import empty_flow, run_ticks, tick_stages
+    from jaxmoe.model.pipeline import empty_buffers, run_ticks, tick_stages
     from jaxmoe.model.rows import HIDDEN
     from jaxmoe.sharding import Placement
 
@@ -73,8 +73,8 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
                 place=place,
             )
 
-        flow = empty_flow(schedule, x.shape, x.dtype, place, HIDDEN)
-        return run_ticks(tick, ticks, (flow, counts), alone=True)[1]
+        buffers = empty_buffers(schedule, x.shape, x.dtype, place, HIDDEN)
+        return run_ticks(tick, ticks, (buffers, counts), alone=True)[1]
 
     weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
     x = jnp.ones((ROWS, 1, WIDTH))

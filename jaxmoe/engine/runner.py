@@ -292,7 +292,7 @@ class Runner:
         )
 
         def tick(number, carry):
-            state, tokens_per_expert, flow, room = carry
+            state, tokens_per_expert, buffers, room = carry
             first = schedule.slot(number, 0, decode_steps)
             enters = first.micro_batch, of, first.decode_step, first.valid & (first.chunk == 0)
             entering = step_inputs.part(*enters)
@@ -304,11 +304,13 @@ class Runner:
             )
             last, leaves = first, first.valid
             if schedule.stages > 1:
-                flow, forward_state = model.tick(flow, x, step_inputs, forward_state, number, schedule, decode_steps)
+                buffers, forward_state = model.tick(
+                    buffers, x, step_inputs, forward_state, number, schedule, decode_steps
+                )
                 last = schedule.slot(number, schedule.stages - 1, decode_steps)
                 leaves = last.valid & (last.chunk == schedule.chunks - 1)
                 leaving = step_inputs.part(last.micro_batch, of, last.decode_step, leaves)
-                x, forward_state = model.after(model.from_last(flow.sent), leaving, forward_state)
+                x, forward_state = model.after(model.from_last(buffers.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.decode_step
             sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, features)
@@ -322,10 +324,10 @@ class Runner:
             room = tuple(
                 all.at[last.decode_step, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
             )
-            return state, forward_state.tokens_per_expert, flow, room
+            return state, forward_state.tokens_per_expert, buffers, room
 
-        flow = model.empty_flow(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
-        carry = state, tokens_per_expert, flow, self._room(max_decode_steps, of, rows)
+        buffers = model.empty_buffers(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
+        carry = state, tokens_per_expert, buffers, self._room(max_decode_steps, of, rows)
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
         sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, rows, *part.shape[4:]) for part in room))
         return state, StepOutput(sampled, tokens_per_expert)

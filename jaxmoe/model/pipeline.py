@@ -20,20 +20,20 @@ from jaxmoe.sharding import Dims, Placement
 STAGE = "pipeline"
 
 
-class Flow(NamedTuple):
-    """What goes round. sent [P,B,S,D]: what each stage computed last. waiting [P,M,B,S,D]: what has come back to the
-    first stage for its next chunk; no micro-batches where stages have one chunk."""
+class StageBuffers(NamedTuple):
+    """Hidden states between stages. sent [P,B,S,D]: what each stage computed last. waiting [P,M,B,S,D]: what has come
+    back to the first stage for its next chunk; no micro-batches where stages have one chunk."""
 
     sent: jax.Array
     waiting: jax.Array
 
 
-def empty_flow(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement, dims: Dims) -> Flow:
+def empty_buffers(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement, dims: Dims) -> StageBuffers:
     """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.chunks > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
-    return Flow(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
+    return StageBuffers(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
 
 
 # One micro-batch through one chunk: (weights, slot, which layer slots, how many of them are filled, x, layer state,
@@ -44,7 +44,7 @@ Through = Callable[[Any, PipelineSlot, jax.Array, jax.Array | None, jax.Array, A
 def tick_stages(
     through: Through,
     weights: Any,
-    flow: Flow,
+    buffers: StageBuffers,
     enters: jax.Array,
     layer_state: Any,
     step_inputs: Any,
@@ -54,18 +54,18 @@ def tick_stages(
     part: Segment,
     schedule: Schedule,
     place: Placement,
-) -> tuple[Flow, Any]:
-    """One tick of all stages; what each computed is `sent` of the flow that comes of it.
+) -> tuple[StageBuffers, Any]:
+    """One tick of all stages; what each computed is `sent` of the returned buffers.
 
     weights, layer_state: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's
     first chunk. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only micro-batches
     that are real travel between stages; else those of idle stages too.
     """
 
-    def stage(weights, flow, enters, layer_state, step_inputs, tick, decode_steps):
+    def stage(weights, buffers, enters, layer_state, step_inputs, tick, decode_steps):
         at = jax.lax.axis_index(STAGE)
         slot = schedule.slot(tick, at, decode_steps)
-        came, waiting = _sent_on(flow.sent[0], pairs), flow.waiting
+        came, waiting = _sent_on(buffers.sent[0], pairs), buffers.waiting
         if schedule.chunks > 1:
             back = schedule.slot(tick - 1, schedule.stages - 1, decode_steps).micro_batch
             waiting = waiting.at[0, back].set(came, mode="drop")
@@ -78,7 +78,7 @@ def tick_stages(
         x, layer_state = through(
             weights, slot, layer_slots, None if even else part.filled(at, chunk), x, layer_state, step_inputs
         )
-        return Flow(x[None], waiting), layer_state
+        return StageBuffers(x[None], waiting), layer_state
 
     ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
     ring = ring if schedule.chunks > 1 else ring[:-1]
@@ -92,7 +92,7 @@ def tick_stages(
         out_specs=(staged, staged),
         check_vma=False,
     )
-    return region(weights, flow, enters, layer_state, step_inputs, jnp.int32(tick), jnp.int32(decode_steps))
+    return region(weights, buffers, enters, layer_state, step_inputs, jnp.int32(tick), jnp.int32(decode_steps))
 
 
 def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:

@@ -19,7 +19,7 @@ from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import Maker, normal, ones
-from jaxmoe.model.pipeline import Flow, empty_flow, from_last_stage, run_ticks, tick_stages
+from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, summed_over
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
 from jaxmoe.ops.rope import inverse_frequencies, rotation
@@ -211,23 +211,23 @@ class Transformer(nnx.Module):
 
     # --- stages of a pipeline ---
 
-    def empty_flow(self, schedule: Schedule, rows: int, length: int) -> Flow:
+    def empty_buffers(self, schedule: Schedule, rows: int, length: int) -> StageBuffers:
         """Nothing on its way between stages. rows, length: of one micro-batch."""
         shape = rows, length, self.config.hidden_size
         lead = self.placement.lead(rows)
-        return empty_flow(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
+        return empty_buffers(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
 
     def tick(
         self,
-        flow: Flow,
+        buffers: StageBuffers,
         enters: jax.Array,
         step_inputs: StepInputs,
         forward_state: ForwardState,
         tick: Any,
         schedule: Schedule,
         decode_steps: Any = 1,
-    ) -> tuple[Flow, ForwardState]:
-        """One tick of every stage; enters [B,S,D] goes into the first. What comes out is flow.sent of the last."""
+    ) -> tuple[StageBuffers, ForwardState]:
+        """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
         part, number = self.parts[self.staged], self.staged
         graph, weights = nnx.split(self.segments[number])
         place = self.placement.of_segment(part)
@@ -253,10 +253,10 @@ class Transformer(nnx.Module):
             return carry[0], carry[1:]
 
         layer_state = kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
-        flow, (kv_cache[number], counts) = tick_stages(
+        buffers, (kv_cache[number], counts) = tick_stages(
             through,
             weights,
-            flow,
+            buffers,
             enters,
             layer_state,
             step_inputs,
@@ -266,7 +266,7 @@ class Transformer(nnx.Module):
             schedule=schedule,
             place=self.placement,
         )
-        return flow, ForwardState(
+        return buffers, ForwardState(
             kv_cache,
             tokens_per_expert
             if tokens_per_expert is None
@@ -288,24 +288,24 @@ class Transformer(nnx.Module):
         after = self.staged + 1 < len(self.parts)
 
         def one_tick(tick, carry):
-            flow, forward_state, done = carry
+            buffers, forward_state, done = carry
             first, last = schedule.slot(tick, 0), schedule.slot(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
             if self.staged:
                 layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.valid & (first.chunk == 0))
                 enters, forward_state = self.before(enters, layer_inputs, forward_state)
-            flow, forward_state = self.tick(flow, enters, step_inputs, forward_state, tick, schedule)
-            leaves, y = last.valid & (last.chunk == schedule.chunks - 1), flow.sent
+            buffers, forward_state = self.tick(buffers, enters, step_inputs, forward_state, tick, schedule)
+            leaves, y = last.valid & (last.chunk == schedule.chunks - 1), buffers.sent
             if after:
                 layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
                 y, forward_state = self.after(self.from_last(y), layer_inputs, forward_state)
             place = jnp.where(leaves, last.micro_batch, count)
-            return flow, forward_state, done.at[place].set(y, mode="drop")
+            return buffers, forward_state, done.at[place].set(y, mode="drop")
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
         lead = self.placement.lead(rows)
         dims = ("one", *(() if after else ("stage",)), *hidden_dims(lead))
-        carry = self.empty_flow(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
+        carry = self.empty_buffers(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
         _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
 
         within = self.placement.seen("beside" if after else "within")
