@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError, StepError
 
 if TYPE_CHECKING:
-    from jaxmoe.engine.engine import Engine
+    from jaxmoe.engine.engine import AsyncEngine
     from jaxmoe.engine.llm import LLM
-    from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams
+    from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "CheckpointError", "Chunk", "ConfigError", "Engine", "JaxmoeError", "MeshError", "RequestError",
-    "RequestOutput", "SamplingParams", "StepError",
+    "LLM", "AsyncEngine", "CheckpointError", "ConfigError", "JaxmoeError", "MeshError", "RequestError",
+    "RequestOutput", "SamplingParams", "StepError", "TokenEvent",
 ]  # fmt: skip
 
 # Imported when first used: JAX must not start before the number of devices is known.
 _LAZY = {
     "LLM": "jaxmoe.engine.llm",
-    "Engine": "jaxmoe.engine.engine",
-    "Chunk": "jaxmoe.engine.request",
+    "AsyncEngine": "jaxmoe.engine.engine",
+    "TokenEvent": "jaxmoe.engine.request",
     "RequestOutput": "jaxmoe.engine.request",
     "SamplingParams": "jaxmoe.engine.request",
 }

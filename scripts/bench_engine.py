@@ -59,7 +59,7 @@ def _random_requests(vocab: int, count: int, *, longest: int, most_new: int) -> 
 
 def _staggered(arguments: argparse.Namespace) -> None:
     """Arrivals are Poisson's, half as long in all as the static batch takes, so that they are not what is measured."""
-    from jaxmoe import Engine
+    from jaxmoe import AsyncEngine
 
     llm = _start(arguments)
     requests = _random_requests(
@@ -67,18 +67,18 @@ def _staggered(arguments: argparse.Namespace) -> None:
     )
     total = sum(params.max_tokens for _, params in requests)
 
-    async def ask(engine: Engine, after: float, prompt: list[int], params: Any) -> list[int]:
+    async def ask(engine: AsyncEngine, after: float, prompt: list[int], params: Any) -> list[int]:
         await asyncio.sleep(after)
         return [chunk.token_id async for chunk in engine.stream(prompt, params)]
 
-    async def run(engine: Engine, times: list[float]) -> tuple[float, list[list[int]]]:
+    async def run(engine: AsyncEngine, times: list[float]) -> tuple[float, list[list[int]]]:
         begin = time.perf_counter()
         asked = (ask(engine, after, *request) for after, request in zip(times, requests, strict=True))
         tokens = await asyncio.gather(*asked)
         return time.perf_counter() - begin, tokens
 
     context = min(llm.config.max_position_embeddings, arguments.prompt + arguments.new)
-    with Engine(llm, max_requests=arguments.rows, context=context) as engine:
+    with AsyncEngine(llm, max_requests=arguments.rows, context=context) as engine:
         fresh = lambda: engine._core.scheduler.forget()  # noqa: E731  # known prompts would make later runs shorter
         static, expected = asyncio.run(run(engine, [0.0] * len(requests)))
         rng = random.Random(1)
@@ -170,14 +170,14 @@ def _startup(arguments: argparse.Namespace) -> None:
 
 
 def _soak(arguments: argparse.Namespace) -> None:
-    from jaxmoe import Engine, SamplingParams
+    from jaxmoe import AsyncEngine, SamplingParams
 
     llm = _start(arguments)
     rng, vocab = random.Random(0), llm.config.vocab_size
     begin = time.perf_counter()
     memory: list[int] = []
 
-    async def one(engine: Engine, gate: asyncio.Semaphore) -> int:
+    async def one(engine: AsyncEngine, gate: asyncio.Semaphore) -> int:
         async with gate:
             prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, 40))]
             params = SamplingParams(
@@ -191,7 +191,7 @@ def _soak(arguments: argparse.Namespace) -> None:
                     break
             return heard
 
-    async def run(engine: Engine) -> int:
+    async def run(engine: AsyncEngine) -> int:
         gate, done, heard = asyncio.Semaphore(64), 0, 0
         while done < arguments.requests:
             batch = min(1000, arguments.requests - done)
@@ -201,7 +201,7 @@ def _soak(arguments: argparse.Namespace) -> None:
             print(f"{done} requests, {memory[-1] / 2**20:.0f} MiB", file=sys.stderr)
         return heard
 
-    with Engine(llm, max_requests=32, context=64, host_gib=0.01) as engine:
+    with AsyncEngine(llm, max_requests=32, context=64, host_gib=0.01) as engine:
         tokens = asyncio.run(run(engine))
         stats = engine.stats()
     half = memory[len(memory) // 2]

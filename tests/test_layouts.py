@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmoe import LLM, Engine, SamplingParams
+from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
@@ -309,7 +309,7 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
         dtype="float32",
     )  # fmt: skip
     memory_gib = 10.5 * llm.runner.device_bytes_a_token * 4 / 2**30
-    with Engine(llm, max_requests=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
+    with AsyncEngine(llm, max_requests=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
         stats, state = engine.stats(), engine._core._state
         assert (stats["num_pages"], stats["page_size"]) == (10, 4 * ranks)
         held = {device: 0 for device in llm.mesh.devices.flat}

@@ -19,7 +19,7 @@ from jaxmoe.jsontext import json_text
 @click.option("--mesh", required=True, help="axes, as in expert=16 or data=4,expert=4,tensor=4")
 @click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
-@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; an Engine's by default")
+@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option(
     "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
@@ -33,8 +33,8 @@ from jaxmoe.jsontext import json_text
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def compile_model(as_json: bool, **asked: Any) -> int:
-    """Compile prefill and decode, as an Engine runs them, of the model of CONFIG (a config.json, a folder with one, or
-    a preset) for a target that need not be there: what each device holds, and what devices say to each other beside
+    """Compile prefill and decode, as AsyncEngine runs them, of the model of CONFIG (a config.json, a folder with one,
+    or a preset) for a target that need not be there: what each device holds, and what devices say to each other beside
     what was planned. Exit 1 if it does not fit, or says what was not planned or leaves out what was."""
     from jaxmoe.inspect.fit import Question, compile_for
 

@@ -93,16 +93,16 @@ def _read_biases(pairs: tuple[str, ...]) -> dict[int, float]:
 
 
 def _as_json(output: Any) -> dict[str, Any]:
-    samples = [
+    outputs = [
         {
-            "text": sample.text, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
-            "finish_reason": sample.finish_reason, "seed": sample.seed,
+            "text": completion.text, "token_ids": completion.token_ids, "logprobs": completion.logprobs,
+            "finish_reason": completion.finish_reason, "seed": completion.seed,
         }
-        | ({"top_logprobs": sample.top_logprobs} if sample.top_logprobs else {})
-        for sample in output.samples
+        | ({"top_logprobs": completion.top_logprobs} if completion.top_logprobs else {})
+        for completion in output.outputs
     ]  # fmt: skip
-    first = {"index": output.index, **samples[0], "num_prompt_tokens": len(output.prompt_token_ids)}
-    return first | ({"samples": samples} if len(samples) > 1 else {})
+    first = {"index": output.index, **outputs[0], "num_prompt_tokens": len(output.prompt_token_ids)}
+    return first | ({"outputs": outputs} if len(outputs) > 1 else {})
 
 
 def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
@@ -110,7 +110,7 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
     from jaxmoe.mesh import describe
 
     single = len(prompts) == 1 and params.n == 1
-    chunks = llm.stream(prompts, params)
+    events = llm.stream(prompts, params)
     tokens, num_bytes = llm.pool_for(prompts, params)
     pool = f"pages for {tokens} tokens of {num_bytes} bytes ({tokens * num_bytes / 2**20:.1f} MiB)"
     console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (kept for next time)...[/dim]")
@@ -119,13 +119,13 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
     texts: dict[tuple[int, int], str] = {}
     ids: dict[tuple[int, int], list[int]] = {}
     seeds: dict[int, int] = {}  # of each prompt's first sample, where tokens are drawn
-    for chunk in chunks:
-        which = (chunk.index, chunk.sample)
-        if params.temperature > 0 and chunk.sample == 0:
-            seeds[chunk.index] = chunk.seed
-        texts[which] = texts.get(which, "") + chunk.text
-        ids.setdefault(which, []).append(chunk.token_id)
-        shown = chunk.text if llm.tokenizer else f"{chunk.token_id} "
+    for event in events:
+        which = (event.index, event.sample)
+        if params.temperature > 0 and event.sample == 0:
+            seeds[event.index] = event.seed
+        texts[which] = texts.get(which, "") + event.text
+        ids.setdefault(which, []).append(event.token_id)
+        shown = event.text if llm.tokenizer else f"{event.token_id} "
         if single:
             print(shown, end="", flush=True)
     if single:

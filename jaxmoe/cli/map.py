@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--micro-batches", type=int, help="of the timeline of stages at first; the engine's own by default")
 @click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, help="tokens of each request; 4096, or the model's most, by default")
-@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; an Engine's by default")
+@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option(
     "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
-from jaxmoe.engine.scheduler import Chunk, StepPlan
+from jaxmoe.engine.scheduler import PromptChunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
 # What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; decode_steps: tokens a
@@ -245,7 +245,7 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     return packed
 
 
-def _pack_chunk(chunk: Chunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int]) -> int:
+def _pack_chunk(chunk: PromptChunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int]) -> int:
     """Fill in the blocks of one chunk; where its last token is among those of its rank."""
     sequence, rank, size = chunk.sequence, chunk.sequence.rank, bucket.block_tokens
     ids: Sequence[int] = sequence.tokens[chunk.start : chunk.start + chunk.count]

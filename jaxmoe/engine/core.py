@@ -16,10 +16,9 @@ from jaxmoe.cache.pages import Move
 from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import Limits
-from jaxmoe.engine.request import Chunk, Sample, SamplingParams, drawn_seed, seed_of_sample
+from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import EngineState, Runner, StepOutput
-from jaxmoe.engine.scheduler import Chunk as PromptChunk
-from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
+from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
 from jaxmoe.engine.tier import HostTier
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
@@ -56,7 +55,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
-    events: deque[Chunk | Ended] = field(default_factory=deque)  # what came and nobody has looked at yet
+    events: deque[TokenEvent | Ended] = field(default_factory=deque)  # what came and nobody has looked at yet
 
     @property
     def token_ids(self) -> list[int]:
@@ -67,7 +66,7 @@ class Request:
         """What a step needs to know of it."""
         return RequestMetadata(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
 
-    def push(self, token: int, logprob: float, top: dict[int, float]) -> Chunk:
+    def push(self, token: int, logprob: float, top: dict[int, float]) -> TokenEvent:
         """Take the newest token; decides whether it was the last."""
         self.logprobs.append(logprob)
         self.top_logprobs.append(top)
@@ -79,15 +78,15 @@ class Request:
                 self.finish_reason = "stop"
             elif len(self.sequence.tokens) >= self.sequence.max_total:
                 self.finish_reason, text = "length", text + self.stream.finish()
-        return Chunk(
+        return TokenEvent(
             index=self.index, sample=self.sample, token_id=token, logprob=logprob, top_logprobs=top, text=text,
             finish_reason=self.finish_reason, seed=self.seed,
         )  # fmt: skip
 
-    def output(self) -> Sample:
+    def output(self) -> CompletionOutput:
         """The finished sample."""
         assert self.finish_reason is not None
-        return Sample(
+        return CompletionOutput(
             token_ids=self.token_ids, logprobs=self.logprobs,
             top_logprobs=self.top_logprobs if self.params.top_logprobs else [],
             text=self.stream.text, finish_reason=self.finish_reason, seed=self.seed,
@@ -389,10 +388,10 @@ class Core:
                 self._end(sequence, "error", not_finite(self.runner, where))
                 updated.append(request)
                 continue
-            chunk = request.push(
+            event = request.push(
                 token, float(logprobs[at]), self._top(step.output.sampled, at, request.params.top_logprobs)
             )
-            request.events.append(chunk)
+            request.events.append(event)
             updated.append(request)
             self.num_new_tokens += 1
             if request.record is not None and step.record is not None:

@@ -22,7 +22,7 @@ from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole
 from jaxmoe.engine.core import Core, Ended, Request
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.llm import LLM, Prompt
-from jaxmoe.engine.request import Chunk, SamplingParams, is_finite
+from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL
@@ -43,7 +43,7 @@ def _compile_bar(limits: Limits, llm: LLM) -> Iterator[Callable[[int, int], None
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-class Engine:
+class AsyncEngine:
     """A model that serves requests as they come. Start-up compiles every program it will run.
 
     model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch;
@@ -109,8 +109,8 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> Stream:
-        """The tokens of one request as they come: `async for chunk in engine.stream(...)`.
+    ) -> RequestStream:
+        """The tokens of one request as they come: `async for event in engine.stream(...)`.
 
         priority: lower is served first. timeout_s: seconds from now after which the request ends.
         Raises: RequestError at the call for a prompt or value out of range, an id that is in use, or a request that can
@@ -136,7 +136,7 @@ class Engine:
             listener = _Listener(name)
             self._listeners[name] = listener
             self._commands.put(lambda: self._submit(listener, ids, params, priority, deadline))
-        return Stream(listener, params.n, lambda: self._commands.put(lambda: self._cancel(listener)))
+        return RequestStream(listener, params.n, lambda: self._commands.put(lambda: self._cancel(listener)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are free at once. An unknown or ended one is left alone."""
@@ -174,7 +174,7 @@ class Engine:
             self._core.trace.write(self._trace_path)
             self._core.trace = None
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> AsyncEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,22 +211,22 @@ class Engine:
     def _submit(
         self, listener: _Listener, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        listener.samples = self._core.submit(
+        listener.requests = self._core.submit(
             0, ids, params, name=listener.request_id, priority=priority, deadline=deadline
         )
 
     def _cancel(self, listener: _Listener) -> None:
-        for sample in listener.samples:
-            self._core.cancel(sample)
+        for request in listener.requests:
+            self._core.cancel(request)
         self._tell(listener)
 
     def _tell(self, listener: _Listener) -> None:
-        for sample in list(listener.samples):
-            while sample.events:
-                event = sample.events.popleft()
+        for request in list(listener.requests):
+            while request.events:
+                event = request.events.popleft()
                 if event.finish_reason is not None:
-                    listener.samples.remove(sample)
-                    if not listener.samples:
+                    listener.requests.remove(request)
+                    if not listener.requests:
                         self._listeners.pop(listener.request_id, None)
                 listener.hear(event)
 
@@ -236,21 +236,21 @@ class _Listener:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.samples: list[Request] = []  # that have not ended
-        self.events: asyncio.Queue[Chunk | Ended] = asyncio.Queue()
+        self.requests: list[Request] = []  # that have not ended
+        self.events: asyncio.Queue[TokenEvent | Ended] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
             raise RequestError("engine.stream is for asynchronous code: call it inside a coroutine") from None
 
-    def hear(self, event: Chunk | Ended) -> None:
+    def hear(self, event: TokenEvent | Ended) -> None:
         """Called in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
-class Stream:
-    """The tokens of one request, for one listener. Ends after the chunk that ends its last sample.
+class RequestStream:
+    """The tokens of one request, for one listener. Ends after the event that ends its last sample.
 
     A request whose stream nobody listens to any more, or holds any more, ends.
     """
@@ -262,7 +262,7 @@ class Stream:
         self._end.atexit = False
         self._num_left = num_samples
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         try:
             while self._num_left:
                 event = await self._events.get()

@@ -23,7 +23,7 @@ from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
 from jaxmoe.engine.limits import Limits
-from jaxmoe.engine.request import Chunk, RequestOutput, SamplingParams, check_prompt
+from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import Message, Tokenizer
@@ -176,13 +176,13 @@ class LLM:
         for _ in self._events(asked, requests):
             pass
         return [
-            RequestOutput(index=index, prompt_token_ids=ids, samples=[sample.output() for sample in samples])
+            RequestOutput(index=index, prompt_token_ids=ids, outputs=[sample.output() for sample in samples])
             for index, ((ids, _), samples) in enumerate(zip(asked, requests, strict=True))
         ]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[TokenEvent]:
         """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
         return self._events(self._asked(_listed(prompts), params), [])
 
@@ -280,8 +280,10 @@ class LLM:
         checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
         return list(zip(checked, each, strict=True))
 
-    def _events(self, asked: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]) -> Iterator[Chunk]:
-        """The chunks of these requests as they come, to the last; `requests` receives them.
+    def _events(
+        self, asked: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
+    ) -> Iterator[TokenEvent]:
+        """Yield the token events of these requests, to the last; `requests` receives them.
 
         Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed, or
         its logits are not finite.

@@ -30,7 +30,7 @@ class SamplingParams:
     zero) the logits of tokens seen in prompt or answer; presence_penalty is taken from those seen in the answer,
     frequency_penalty as often as they were. logit_bias: added to the logits of these token ids. seed: same seed and
     prompt, same tokens, whatever else runs beside; of 64 bits, signed or not; sample i of n draws by seed + i. None
-    draws a seed for every request, which its Sample names.
+    draws a seed for every request, which its CompletionOutput names.
     stop: strings that end the text (not part of it); the text of a special token stands for its id. stop_token_ids:
     tokens that end it. ignore_eos goes on past the end token. min_tokens: neither an end token nor a stop token comes
     before so many, and no stop string ends the text within them. top_logprobs: how many of the likeliest tokens are
@@ -181,7 +181,7 @@ def _is_id(value: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class CompletionOutput:
     """One answer. logprobs: natural log-probability of each new token under the model, before penalties and filters.
 
     top_logprobs: for each new token the likeliest tokens and their logprobs, likeliest first; none if not asked for.
@@ -203,39 +203,40 @@ class RequestOutput:
 
     index: int
     prompt_token_ids: list[int]
-    samples: list[Sample]
+    outputs: list[CompletionOutput]
 
     @property
     def token_ids(self) -> list[int]:
         """Of the first sample."""
-        return self.samples[0].token_ids
+        return self.outputs[0].token_ids
 
     @property
     def logprobs(self) -> list[float]:
         """Of the first sample."""
-        return self.samples[0].logprobs
+        return self.outputs[0].logprobs
 
     @property
     def text(self) -> str:
         """Of the first sample."""
-        return self.samples[0].text
+        return self.outputs[0].text
 
     @property
     def finish_reason(self) -> str:
         """Of the first sample."""
-        return self.samples[0].finish_reason
+        return self.outputs[0].finish_reason
 
     @property
     def seed(self) -> int:
         """Of the first sample; with n as it was it repeats all of them."""
-        return self.samples[0].seed
+        return self.outputs[0].seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class TokenEvent:
     """One new token of one sample of one request, as it comes.
 
-    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs, seed: as in Sample.
+    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs, seed: as in
+    CompletionOutput.
     """
 
     index: int

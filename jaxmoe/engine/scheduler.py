@@ -55,7 +55,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class PromptChunk:
     """Tokens [start, start + count) of a sequence's prompt; `last` where its next token is drawn after them."""
 
     sequence: Sequence
@@ -81,7 +81,7 @@ class StepPlan:
     """
 
     decodes: list[Decode]
-    chunks: list[Chunk]
+    chunks: list[PromptChunk]
     moves: list[tuple[int, Move]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -278,7 +278,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.append(sequence)
 
-    def _plan_chunks(self) -> list[Chunk]:
+    def _plan_chunks(self) -> list[PromptChunk]:
         blocks_left = [self.limits.chunk_tokens // self.limits.block_tokens] * self.limits.num_ranks
         chunks = []
         for sequence in list(self.running):
@@ -323,7 +323,7 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[Chunk]:
+    def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[PromptChunk]:
         size = self.limits.block_tokens
         start, total = sequence.num_written, len(sequence.tokens)
         count = min(
@@ -336,7 +336,7 @@ class Scheduler:
         if sequence.num_written == total:
             sequence.decoding, sequence.num_pending = True, 1
         self._share(sequence, sequence.num_written, replace=False)
-        return [Chunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
+        return [PromptChunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
 
     # --- what steps bring ---
 

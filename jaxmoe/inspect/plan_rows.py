@@ -89,8 +89,8 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterab
 
 
 def engine_of(plan: Plan, question: Question) -> dict[str, int]:
-    """What an Engine is told besides: generate takes the first as --max-batch, compile and map take all, the first as
-    --batch."""
+    """What an AsyncEngine is told besides: generate takes the first as --max-batch, compile and map take all, the
+    first as --batch."""
     return {
         "max_requests": plan.served.concurrency, "context": question.load.isl + question.load.osl,
         "chunk_tokens": plan.spec.chunk_tokens,

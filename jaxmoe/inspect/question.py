@@ -31,7 +31,7 @@ class ModelQuestion:
     """A config.json, a mesh, and how many requests of how many tokens each.
 
     config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, stage_chunks: as LLM.load.
-    chunk_tokens: as Engine.
+    chunk_tokens: as AsyncEngine.
     """
 
     config: str

@@ -8,7 +8,7 @@ import random
 import jax
 import pytest
 
-from jaxmoe import Engine, RequestError, SamplingParams, StepError
+from jaxmoe import AsyncEngine, RequestError, SamplingParams, StepError
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops.native import find_compiler
 
@@ -20,7 +20,7 @@ MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 1
 @pytest.fixture(scope="module", params=sorted(MEMORY_GIB))
 def engine(request, tiny_llm):
     llm = tiny_llm(CASE, request.param)
-    with Engine(
+    with AsyncEngine(
         llm, max_requests=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
     ) as made:
         yield made
@@ -45,18 +45,18 @@ def test_every_kind_of_layer_gives_the_same_bits_beside_others(name, mesh, tiny_
     assert (alone.token_ids, alone.logprobs) == (among.token_ids, among.logprobs)
 
 
-async def collect(engine: Engine, prompt, params, after: float = 0.0, **options) -> list[int]:
+async def collect(engine: AsyncEngine, prompt, params, after: float = 0.0, **options) -> list[int]:
     await asyncio.sleep(after)
     return [chunk.token_id async for chunk in engine.stream(prompt, params, **options)]
 
 
-async def all_together(engine: Engine, requests) -> list[list[int]]:
+async def all_together(engine: AsyncEngine, requests) -> list[list[int]]:
     return await asyncio.gather(*(collect(engine, *request) for request in requests))
 
 
 def twice_with_pages_that_come_back(llm, requests, **sizes) -> list[list[int]]:
     """What requests give an engine with little room, whose pages go to host memory: the same the second time."""
-    with Engine(llm, host_gib=1e-3, **sizes) as engine:
+    with AsyncEngine(llm, host_gib=1e-3, **sizes) as engine:
         engine._core.scheduler.keep_on_host(True)  # whatever was measured
         found = [asyncio.run(all_together(engine, requests)) for _ in range(2)]
         stats = engine.stats()
@@ -230,18 +230,18 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
     llm, sizes = tiny_llm(CASE, "data=1"), dict(max_requests=2, context=48, page_size=4, chunk_tokens=16)
     progress = []
-    with Engine(llm, **sizes, on_compile=lambda done, total: progress.append((done, total))):
+    with AsyncEngine(llm, **sizes, on_compile=lambda done, total: progress.append((done, total))):
         total = progress[0][1]
         assert progress == [(done, total) for done in range(total + 1)]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
-    with Engine(llm, **sizes) as engine:
+    with AsyncEngine(llm, **sizes) as engine:
         stats, shown = engine.stats(), capsys.readouterr().err
     assert f"pages for {stats['pool_tokens']} tokens of {stats['bytes_a_token']} bytes" in " ".join(shown.split())
 
 
 def test_closing_ends_every_stream(tiny_llm):
-    engine = Engine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
 
     async def scene():
         listening = asyncio.create_task(collect(engine, [1], SamplingParams(max_tokens=40, ignore_eos=True)))
@@ -257,7 +257,7 @@ def test_closing_ends_every_stream(tiny_llm):
 
 
 def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
-    engine = Engine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
     monkeypatch.setattr(engine._core.scheduler, "plan", lambda: 1 / 0)
 
     async def scene():
@@ -282,4 +282,4 @@ def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
 )
 def test_sizes_that_cannot_be_are_named(tiny_llm, sizes, words):
     with pytest.raises(ConfigError, match=words):
-        Engine(tiny_llm(CASE), **sizes)
+        AsyncEngine(tiny_llm(CASE), **sizes)

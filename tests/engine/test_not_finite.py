@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe import Engine, SamplingParams, StepError
+from jaxmoe import AsyncEngine, SamplingParams, StepError
 from jaxmoe.engine.core import not_finite
 
 from ..cli.commands import jaxmoe
@@ -53,7 +53,7 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
         with pytest.raises(StepError, match="not finite"):  # whatever bans and draws do to the logits
             await heard(engine, bad[0], temperature=1.0, logit_bias={3: 9.0}, min_tokens=3, n=2)
 
-    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
+    with AsyncEngine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
         asyncio.run(scene(engine))
     assert engine.stats()["pages_held"] == 0
 
@@ -80,7 +80,7 @@ def test_no_request_of_another_rank_fails_on_a_mesh(tiny_llm):
     llm.runner.leaves[at] = jax.device_put(whole.at[BAD].set(jnp.nan), whole.sharding)
     try:
         chunks = {}
-        with Engine(llm, max_requests=8, context=32, page_size=4, chunk_tokens=16) as engine:
+        with AsyncEngine(llm, max_requests=8, context=32, page_size=4, chunk_tokens=16) as engine:
 
             async def heard(index, prompt):
                 chunks[index] = [chunk.token_id async for chunk in engine.stream(prompt, GREEDY)]

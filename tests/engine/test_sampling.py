@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmoe import Engine, RequestError, SamplingParams
+from jaxmoe import AsyncEngine, RequestError, SamplingParams
 
 from ..conftest import ONE_DEVICE
 
@@ -77,11 +77,11 @@ def test_samples_of_one_request_are_those_of_their_seeds(llm):
     options = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True}
     (out,) = llm.generate([PROMPT], SamplingParams(n=3, seed=7, **options))
     single = [llm.generate([PROMPT], SamplingParams(seed=7 + i, **options))[0] for i in range(3)]
-    assert [sample.token_ids for sample in out.samples] == [one.token_ids for one in single]
-    assert len({tuple(sample.token_ids) for sample in out.samples}) > 1
-    assert out.token_ids == out.samples[0].token_ids
+    assert [sample.token_ids for sample in out.outputs] == [one.token_ids for one in single]
+    assert len({tuple(sample.token_ids) for sample in out.outputs}) > 1
+    assert out.token_ids == out.outputs[0].token_ids
     chunks = list(llm.stream([PROMPT], SamplingParams(n=3, seed=7, **options)))
-    for index, sample in enumerate(out.samples):
+    for index, sample in enumerate(out.outputs):
         assert [chunk.token_id for chunk in chunks if chunk.sample == index] == sample.token_ids
 
 
@@ -108,13 +108,13 @@ def test_stop_tokens_end_a_request_and_not_before_the_least_length(llm):
 def test_the_likeliest_tokens_are_those_of_the_logits(llm):
     (out,) = llm.generate([PROMPT], greedy(5, top_logprobs=4))
     known = list(PROMPT)
-    for token, top in zip(out.token_ids, out.samples[0].top_logprobs, strict=True):
+    for token, top in zip(out.token_ids, out.outputs[0].top_logprobs, strict=True):
         logits = llm.last_logits([known])[0].astype(np.float64)
         logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         assert list(top) == (-logprobs).argsort()[:4].tolist()
         np.testing.assert_allclose(list(top.values()), logprobs[list(top)], atol=2e-4)
         known.append(token)
-    assert llm.generate([PROMPT], greedy(5))[0].samples[0].top_logprobs == []
+    assert llm.generate([PROMPT], greedy(5))[0].outputs[0].top_logprobs == []
 
 
 @pytest.mark.parametrize("decode_steps", [1, 3])
@@ -127,11 +127,13 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, decode_steps):
     async def scene(engine):
         return [chunk async for chunk in engine.stream(PROMPT, params)]
 
-    with Engine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps) as engine:
+    with AsyncEngine(
+        llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps
+    ) as engine:
         chunks = asyncio.run(scene(engine))
         assert engine.stats()["pages_held"] == 0
     (out,) = llm.generate([PROMPT], params)
-    for index, sample in enumerate(out.samples):
+    for index, sample in enumerate(out.outputs):
         mine = [chunk for chunk in chunks if chunk.sample == index]
         assert [chunk.token_id for chunk in mine] == sample.token_ids
         assert [list(chunk.top_logprobs) for chunk in mine] == [list(top) for top in sample.top_logprobs]
@@ -206,11 +208,11 @@ def test_a_seed_that_nobody_gave_is_drawn_anew_and_told(tiny_llm):
     first, other = llm.generate([PROMPT] * 2, SamplingParams(**random_params))
     (again,) = llm.generate([PROMPT], SamplingParams(**random_params))
     assert len({out.seed for out in (first, other, again)}) == 3
-    assert len({tuple(s.token_ids) for out in (first, other, again) for s in out.samples}) == 6
-    assert [sample.seed for sample in again.samples] == [again.seed, again.seed + 1]
-    chunks = list(llm.stream([PROMPT], SamplingParams(**random_params | {"n": 1, "seed": again.samples[1].seed})))
-    assert [chunk.token_id for chunk in chunks] == again.samples[1].token_ids
-    assert {chunk.seed for chunk in chunks} == {again.samples[1].seed}
+    assert len({tuple(s.token_ids) for out in (first, other, again) for s in out.outputs}) == 6
+    assert [sample.seed for sample in again.outputs] == [again.seed, again.seed + 1]
+    chunks = list(llm.stream([PROMPT], SamplingParams(**random_params | {"n": 1, "seed": again.outputs[1].seed})))
+    assert [chunk.token_id for chunk in chunks] == again.outputs[1].token_ids
+    assert {chunk.seed for chunk in chunks} == {again.outputs[1].seed}
 
 
 def test_three_hundred_biases_are_taken_beside_stop_tokens(tiny_llm):

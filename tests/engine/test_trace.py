@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from jaxmoe import Engine, RequestError, SamplingParams, StepError
+from jaxmoe import AsyncEngine, RequestError, SamplingParams, StepError
 
 from ..conftest import ONE_DEVICE
 
@@ -90,7 +90,7 @@ def test_an_engine_writes_its_trace_when_closed(tiny_llm, tmp_path):
         engine.stream([5], SamplingParams(max_tokens=40, ignore_eos=True), request_id="late", timeout_s=0.0)
 
     llm = tiny_llm(CASE, ONE_DEVICE)
-    with Engine(llm, max_requests=4, context=64, page_size=4, chunk_tokens=16, trace=path) as engine:
+    with AsyncEngine(llm, max_requests=4, context=64, page_size=4, chunk_tokens=16, trace=path) as engine:
         asyncio.run(scene(engine))
         assert not path.exists()
     chrome, data = written(path)
@@ -133,4 +133,4 @@ def test_a_path_that_cannot_be_is_refused_before_anything_runs(tiny_llm, tmp_pat
     with pytest.raises(RequestError, match="trace "), llm.trace(tmp_path / name):
         raise AssertionError
     with pytest.raises(RequestError, match="trace "):
-        Engine(llm, trace=tmp_path / name)
+        AsyncEngine(llm, trace=tmp_path / name)

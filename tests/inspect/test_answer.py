@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxmoe import Engine
+from jaxmoe import AsyncEngine
 from jaxmoe.engine import engine
 from jaxmoe.engine.batch import all_buckets
 from jaxmoe.errors import ConfigError
@@ -167,7 +167,7 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
     names = ("page_size", "chunk_tokens", "decode_steps", "host_gib")
-    defaults: Any = {name: inspect.signature(Engine).parameters[name].default for name in names}
+    defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
     limits = engine._limits(llm, max_requests=9, context=100, memory_gib=1.0, **defaults)
     buckets = all_buckets(limits, least_rows=llm.runner.least_rows, pages=-(-100 // limits.page_size))
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]

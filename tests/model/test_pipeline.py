@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from jaxmoe import LLM, Engine, SamplingParams
+from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.depth import Schedule
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
@@ -236,7 +236,7 @@ def test_an_engine_keeps_pages_of_all_stages(changed_dir):
     sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)
-    with Engine(llm, **sizes | {"memory_gib": 400 * page_gib}) as engine:
+    with AsyncEngine(llm, **sizes | {"memory_gib": 400 * page_gib}) as engine:
         assert asyncio.run(all_together(engine, requests)) == found
 
 
