@@ -78,7 +78,7 @@ def _staggered(arguments: argparse.Namespace) -> None:
         return time.perf_counter() - begin, tokens
 
     context = min(llm.config.max_position_embeddings, arguments.prompt + arguments.new)
-    with AsyncEngine(llm, max_requests=arguments.rows, context=context) as engine:
+    with AsyncEngine(llm, max_num_seqs=arguments.rows, context=context) as engine:
         fresh = lambda: engine._core.scheduler.forget()  # noqa: E731  # known prompts would make later runs shorter
         static, expected = asyncio.run(run(engine, [0.0] * len(requests)))
         rng = random.Random(1)
@@ -201,7 +201,7 @@ def _soak(arguments: argparse.Namespace) -> None:
             print(f"{done} requests, {memory[-1] / 2**20:.0f} MiB", file=sys.stderr)
         return heard
 
-    with AsyncEngine(llm, max_requests=32, context=64, host_gib=0.01) as engine:
+    with AsyncEngine(llm, max_num_seqs=32, context=64, host_gib=0.01) as engine:
         tokens = asyncio.run(run(engine))
         stats = engine.stats()
     half = memory[len(memory) // 2]

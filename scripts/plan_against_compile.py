@@ -39,7 +39,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     """Planned and compiled bytes of one device, and whether all collectives are as planned."""
     dispatch = "hierarchical" if layout == "dp-ep" else None
     question = Question(
-        config=model, target=target, mesh=mesh, layout=layout, batch=batch, context=context, dispatch=dispatch
+        config=model, target=target, mesh=mesh, layout=layout, max_num_seqs=batch, context=context, dispatch=dispatch
     )
     answer = compile_for(question)
     config, machine, axes = question.checked()
@@ -73,7 +73,8 @@ def main() -> int:
         compiled = "-" if one["compiled"] is None else f"{one['compiled'] / 2**30:.2f}"
         says = f"{one['collectives']}, all as planned" if one["as_planned"] else "differ"
         print(
-            f"| {model} | {target} {mesh} {layout} --batch {batch} --context {context} | {one['weights']:+.2%} | "
+            f"| {model} | {target} {mesh} {layout} --max-num-seqs {batch} --context {context} | "
+            f"{one['weights']:+.2%} | "
             f"{one['pages']:+.2%} | {one['planned'] / 2**30:.2f} | {compiled} | {total} | {says} |",
             flush=True,
         )

@@ -176,7 +176,7 @@ def test_levels_along_one_axis_are_refused(kind, tiny_dir):
 
 def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
     config = read_config(CASES_BY_NAME["mixtral_six_experts"].config)
-    asked = dict(config="", mesh="expert=16", batch=16, context=64)
+    asked = dict(config="", mesh="expert=16", max_num_seqs=16, context=64)
     for kind in ("ragged_all_to_all", "hierarchical_ragged"):
         question = ModelQuestion(**asked, dispatch=kind, layout="ep-tp")
         axes = {"expert": 16} if kind == "ragged_all_to_all" else {"data": 2, "expert": 2, "tensor": 16}
@@ -295,7 +295,7 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
     )  # fmt: skip
     requests = requests_of(24, llm.config.vocab_size)
     page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
-    sizes = dict(max_requests=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
+    sizes = dict(max_num_seqs=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)
     alone = [llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
@@ -309,7 +309,7 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
         dtype="float32",
     )  # fmt: skip
     memory_gib = 10.5 * llm.runner.device_bytes_a_token * 4 / 2**30
-    with AsyncEngine(llm, max_requests=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
+    with AsyncEngine(llm, max_num_seqs=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
         stats, state = engine.stats(), engine._core._state
         assert (stats["num_pages"], stats["page_size"]) == (10, 4 * ranks)
         held = {device: 0 for device in llm.mesh.devices.flat}

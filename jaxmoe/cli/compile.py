@@ -17,7 +17,7 @@ from jaxmoe.jsontext import json_text
 @click.argument("config")
 @click.option("--target", required=True, help="a cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8")
 @click.option("--mesh", required=True, help="axes, as in expert=16 or data=4,expert=4,tensor=4")
-@click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
+@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
 @click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
@@ -88,7 +88,9 @@ def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, lim
             devices = f"more than {_times(held, limit)}"
         else:
             lack += ", and the compiler found no room for the rest"
-    return f"{lack}; {devices} devices, a smaller --batch or --context, or a shorter --dtype or --kv-dtype would do"
+    return (
+        f"{lack}; {devices} devices, a smaller --max-num-seqs or --context, or a shorter --dtype or --kv-dtype would do"
+    )
 
 
 def _times(needed: int, limit: int) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
 @click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
 @click.option("--micro-batches", type=int, help="of the timeline of stages at first; the engine's own by default")
-@click.option("--batch", type=int, default=64, show_default=True, help="requests at once, over all devices")
+@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, help="tokens of each request; 4096, or the model's most, by default")
 @click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")

@@ -42,7 +42,7 @@ class ModelOptions:
     native: bool | None
     stage_chunks: int
     layout: str
-    max_batch: int
+    max_num_seqs: int
     verify: bool
 
 
@@ -84,7 +84,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="what axes share out: ep-tp, tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
         ),
-        click.option("--max-batch", type=int, default=64, show_default=True, help="requests run together"),
+        click.option("--max-num-seqs", type=int, default=64, show_default=True, help="most requests that run at once"),
         click.option("--verify", is_flag=True, help="hold a converted checkpoint against its checksums first"),
     ]
     names = [field.name for field in fields(ModelOptions)]
@@ -171,7 +171,7 @@ def load_model(
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
             kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
-            ignore_config_keys=options.ignore_config_keys, max_batch=options.max_batch,
+            ignore_config_keys=options.ignore_config_keys, max_num_seqs=options.max_num_seqs,
             stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
             verify=options.verify, on_progress=on_progress,
         )  # fmt: skip

@@ -28,7 +28,7 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--isl", type=int, default=1024, show_default=True, help="tokens of a prompt")
 @click.option("--osl", type=int, default=1024, show_default=True, help="tokens to generate")
 @click.option(
-    "--concurrency",
+    "--max-num-seqs",
     type=int,
     help="requests at once; by default as many as is best, for latency 4 a device if they fit",
 )
@@ -110,7 +110,7 @@ def _print(answer: dict[str, Any]) -> None:
     print(
         f"  {digits(plan['tokens_per_s'])} tokens/s, {digits(plan['tokens_per_s_per_device'])} a device; "
         f"{digits(plan['tokens_per_s_per_user'])} a user; first token {plan['ttft_ms']:,.0f} ms"
-        f"{then}; {counted(plan['concurrency'], 'request')} at once"
+        f"{then}; {counted(plan['max_num_seqs'], 'request')} at once"
     )
     if plan["dollars_per_million_tokens"] is not None:
         print(f"  {digits(plan['dollars_per_million_tokens'])} dollars a million generated tokens")
@@ -137,7 +137,7 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     table.add_section()
     row("weights", memory["weights"])
     row("  padding and copies in them", memory["padding_and_copies"])
-    row(f"pages of {counted(answer['plan']['concurrency'], 'request')}", memory["pages"])
+    row(f"pages of {counted(answer['plan']['max_num_seqs'], 'request')}", memory["pages"])
     for part, num_bytes in memory["step_by_part"].items():
         row(f"a step's {part}", num_bytes)
     row("left", memory["left"])
@@ -159,7 +159,7 @@ def _front_table(answer: dict[str, Any]) -> Table:
             "" if plan["dispatch"] == "all_to_all" else f" {plan['dispatch']}"
         )
         table.add_row(
-            plan["split"], words, f"{plan['concurrency']:,}", f"{plan['ttft_ms']:,.0f}",
+            plan["split"], words, f"{plan['max_num_seqs']:,}", f"{plan['ttft_ms']:,.0f}",
             "-" if plan["tpot_ms"] is None else f"{plan['tpot_ms']:,.2f}", digits(plan["tokens_per_s_per_device"]),
         )  # fmt: skip
     return table

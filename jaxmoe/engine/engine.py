@@ -46,7 +46,7 @@ def _compile_bar(limits: Limits, llm: LLM) -> Iterator[Callable[[int, int], None
 class AsyncEngine:
     """A model that serves requests as they come. Start-up compiles every program it will run.
 
-    model, mesh, dtype and what else `load` names: as LLM.load. max_requests: run at once, over all ranks of the batch;
+    model, mesh, dtype and what else `load` names: as LLM.load. max_num_seqs: run at once, over all ranks of the batch;
     rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
     each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
     are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
@@ -63,7 +63,7 @@ class AsyncEngine:
         *,
         mesh: str | Mapping[str, int] | Mesh | None = None,
         dtype: str | None = None,
-        max_requests: int = 32,
+        max_num_seqs: int = 32,
         context: int | None = None,
         memory_gib: float | None = None,
         host_gib: float = 0.0,
@@ -81,7 +81,7 @@ class AsyncEngine:
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
-            self.llm, max_requests=max_requests, context=context, memory_gib=memory_gib, page_size=page_size,
+            self.llm, max_num_seqs=max_num_seqs, context=context, memory_gib=memory_gib, page_size=page_size,
             chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_gib=host_gib,
         )  # fmt: skip
         try:
@@ -276,14 +276,14 @@ class RequestStream:
 
 
 def _limits(
-    llm: LLM, *, max_requests: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
+    llm: LLM, *, max_num_seqs: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
     decode_steps: int, host_gib: float,
 ) -> Limits:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
     named = {
-        "max_requests": max_requests, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens,
+        "max_num_seqs": max_num_seqs, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens,
         "decode_steps": decode_steps,
     }  # fmt: skip
     for name, value in named.items():
@@ -301,7 +301,7 @@ def _limits(
     if num_pages < 1:
         raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
     page_size *= runner.context_ranks
-    rows = runner.padded_rows(max_requests) // runner.num_ranks
+    rows = runner.padded_rows(max_num_seqs) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     return Limits(
         num_ranks=runner.num_ranks,

@@ -53,9 +53,9 @@ class LLM:
     """A model on a mesh. Make one with LLM.load."""
 
     def __init__(
-        self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_batch: int = 64
+        self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_num_seqs: int = 64
     ) -> None:
-        self.runner, self.tokenizer, self.eos, self.max_batch = runner, tokenizer, eos, max_batch
+        self.runner, self.tokenizer, self.eos, self.max_num_seqs = runner, tokenizer, eos, max_num_seqs
         self._core: Core | None = None
         self._trace: Trace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
@@ -73,7 +73,7 @@ class LLM:
         revision: str | None = None,
         kernels: Choice = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
-        max_batch: int = 64,
+        max_num_seqs: int = 64,
         stage_chunks: int = 1,
         layout: str | Layout = DEFAULT_LAYOUT,
         redundant_experts: int | None = None,
@@ -91,7 +91,7 @@ class LLM:
         dtype's own, dequantises. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest
         here: on a CPU the native kernels where there is a C++ compiler.
-        max_batch: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
+        max_num_seqs: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
         layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
         layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
@@ -103,8 +103,8 @@ class LLM:
         raw = read_json(directory / "config.json")
         config = read_config(raw, ignore=ignore_config_keys)
         choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)  # refused before files open
-        if type(max_batch) is not int or max_batch < 1:
-            raise RequestError(f"max_batch={max_batch!r} must be a whole number of at least 1")
+        if type(max_num_seqs) is not int or max_num_seqs < 1:
+            raise RequestError(f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
         placement = Placement(
             mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks,
@@ -137,7 +137,7 @@ class LLM:
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
                 kernels=ready.result(),
-                ignore_config_keys=ignore_config_keys, max_batch=max_batch, stage_chunks=stage_chunks,
+                ignore_config_keys=ignore_config_keys, max_num_seqs=max_num_seqs, stage_chunks=stage_chunks,
                 layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
@@ -146,7 +146,7 @@ class LLM:
             own = runner.experts
             even = np.ones((own.num_layers, own.num_experts))
             runner.place_experts(balance(even, num_replicas=own.num_places, num_ranks=own.num_ranks))
-        return cls(runner, tokenizer=tokenizer, eos=eos, max_batch=max_batch)
+        return cls(runner, tokenizer=tokenizer, eos=eos, max_num_seqs=max_num_seqs)
 
     @property
     def config(self) -> ModelConfig:
@@ -250,9 +250,9 @@ class LLM:
         ]
 
     def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many prompts run together: no more than max_batch, nor than a prefill's tokens allow."""
+        """How many prompts run together: no more than max_num_seqs, nor than a prefill's tokens allow."""
         longest = max(len(ids) for ids in prompts)
-        return max(1, min(self.max_batch, _MAX_PREFILL_TOKENS // longest))
+        return max(1, min(self.max_num_seqs, _MAX_PREFILL_TOKENS // longest))
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -395,7 +395,7 @@ class LLM:
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
         longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in asked)
         expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in asked)
-        rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_batch)) // ranks
+        rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_num_seqs)) // ranks
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks

@@ -414,7 +414,7 @@ class Runner:
             gib = self.bytes_a_token * num_pages * page_size * self.num_ranks / 2**30
             raise RequestError(
                 f"{num_pages} pages of {page_size} tokens take {gib:.1f} GiB over {self.placement.mesh.size} "
-                f"device(s), which have no room for it: lower max_tokens or max_batch"
+                f"device(s), which have no room for it: lower max_tokens or max_num_seqs"
             ) from error
 
     def step(

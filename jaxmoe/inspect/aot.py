@@ -59,10 +59,10 @@ def abstract_runner(
     return Runner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
 
 
-def engine_state(runner: Runner, *, batch: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
-    """The rows an engine has for `batch` requests, and pages for `context` tokens of each, or where every layer has a
-    window for as many as a request holds at once."""
-    requests, rows = -(-batch // runner.num_ranks), runner.padded_rows(batch) // runner.num_ranks
+def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
+    """The rows an engine has for `max_num_seqs` requests, and pages for `context` tokens of each, or where every layer
+    has a window for as many as a request holds at once."""
+    requests, rows = -(-max_num_seqs // runner.num_ranks), runner.padded_rows(max_num_seqs) // runner.num_ranks
     page_size *= runner.context_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     window, attention_chunk = runner.config.visible_span
@@ -73,9 +73,13 @@ def engine_state(runner: Runner, *, batch: int, context: int, page_size: int, ch
     return runner.abstract_state(rows, requests * limits.most_pages(context), page_size)
 
 
-def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int, chunk_tokens: int) -> tuple[int, int]:
-    """Bytes of weights, and of keys and values of `batch` requests of `context` tokens each, on one device."""
-    state = engine_state(runner, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens)
+def held_bytes(
+    runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
+) -> tuple[int, int]:
+    """Bytes of weights, and of keys and values of `max_num_seqs` requests of `context` tokens each, on one device."""
+    state = engine_state(
+        runner, max_num_seqs=max_num_seqs, context=context, page_size=page_size, chunk_tokens=chunk_tokens
+    )
     weights, pages = (
         sum(map(_bytes_of_one_device, arrays)) for arrays in (runner.leaves, jax.tree.leaves(state.pages))
     )
@@ -83,27 +87,36 @@ def held_bytes(runner: Runner, *, batch: int, context: int, page_size: int, chun
 
 
 def step_bucket(
-    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int
+    runner: Runner, phase: Phase, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
 ) -> Bucket:  # fmt: skip
     """The shapes of that step of an engine, as compile_step compiles it."""
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
     return bucket_with(
-        runner.padded_rows(batch) // runner.num_ranks, -(-blocks // stages) * stages, block_tokens=block_tokens,
+        runner.padded_rows(max_num_seqs) // runner.num_ranks, -(-blocks // stages) * stages, block_tokens=block_tokens,
         pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
         whole=runner.placement.strip_tokens,
     )  # fmt: skip
 
 
 def compile_step(
-    runner: Runner, phase: Phase, *, batch: int, context: int, page_size: int, chunk_tokens: int, decode_steps: int
+    runner: Runner,
+    phase: Phase,
+    *,
+    max_num_seqs: int,
+    context: int,
+    page_size: int,
+    chunk_tokens: int,
+    decode_steps: int,
 ) -> CompiledStep:
-    """One step of an engine with `batch` requests of `context` tokens each over all ranks: up to decode_steps tokens of
-    each, or one with chunk_tokens of prompts a rank beside it."""
-    state = engine_state(runner, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens)
+    """One step of an engine with `max_num_seqs` requests of `context` tokens each over all ranks: up to decode_steps
+    tokens of each, or one with chunk_tokens of prompts a rank beside it."""
+    state = engine_state(
+        runner, max_num_seqs=max_num_seqs, context=context, page_size=page_size, chunk_tokens=chunk_tokens
+    )
     bucket = step_bucket(
-        runner, phase, batch=batch, context=context, page_size=page_size, chunk_tokens=chunk_tokens
+        runner, phase, max_num_seqs=max_num_seqs, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )  # fmt: skip
     decode_steps = 1 if bucket.blocks else decode_steps
     started = time.perf_counter()

@@ -99,7 +99,8 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     answer: dict[str, Any] = {
         "target": str(target), "family": config.family, "mesh": axes, "layout": str(runner.placement.layout),
         "stage_chunks": question.stage_chunks, "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
-        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "batch": question.batch, "context": question.context,
+        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": question.max_num_seqs,
+        "context": question.context,
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
         "behind_windows": behind_windows(

@@ -74,7 +74,7 @@ class PlanQuestion:
     devices: int | None = None
     isl: int = 1024
     osl: int = 1024
-    concurrency: int | None = None
+    max_num_seqs: int | None = None
     objective: Objective = "throughput"
     sla_ttft_ms: float | None = None
     sla_tpot_ms: float | None = None
@@ -130,7 +130,7 @@ class PlanQuestion:
         if self.nodes is not None and self.devices is not None:
             raise MeshError(f"nodes={self.nodes} and devices={self.devices} both say how many: give one of them")
         limits = {
-            "nodes": _MOST_DEVICES, "devices": _MOST_DEVICES, "concurrency": 1 << 24, "stage_chunks": 64,
+            "nodes": _MOST_DEVICES, "devices": _MOST_DEVICES, "max_num_seqs": 1 << 24, "stage_chunks": 64,
             "chunk_tokens": 1 << 20, "isl": config.max_position_embeddings, "osl": config.max_position_embeddings,
         }  # fmt: skip
         for name, most in limits.items():
@@ -172,7 +172,7 @@ class PlanQuestion:
             raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
         return Question(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
-            load=Load(isl=self.isl, osl=self.osl, concurrency=self.concurrency), skew=self.skew, axes=axes,
+            load=Load(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # of one token: kept
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
@@ -191,7 +191,7 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     best = found.best
     pools, around = None, Neighbours(half=None, twice=None)
     if asked.mesh is None:
-        pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.concurrency
+        pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.max_num_seqs
         pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
         around = _neighbours(question, best)
     return {
@@ -232,7 +232,7 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
             least = _least(asked, config, hardware, above=given)
             remedies = [
                 *([f"{least} devices would do"] if least else []),
-                *([f"fewer requests (--concurrency, at most {error.most})"] if error.most else []),
+                *([f"fewer requests (--max-num-seqs, at most {error.most})"] if error.most else []),
                 f"a shorter --weights-dtype or --kv-dtype{'' if least else ' may do'}",
             ]
             raise NoPlanError(f"{error}; {', or '.join(remedies)}", lacks="room") from error

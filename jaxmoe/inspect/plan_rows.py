@@ -21,7 +21,7 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
     return {
         "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
         "dispatch": spec.dispatch, "stage_chunks": spec.stage_chunks, "chunk_tokens": spec.chunk_tokens,
-        "concurrency": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
+        "max_num_seqs": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
         "step_ms": {name: value * 1e3 for name, value in served.mean_step.parts().items()},
@@ -89,10 +89,10 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterab
 
 
 def engine_of(plan: Plan, question: Question) -> dict[str, int]:
-    """What an AsyncEngine is told besides: generate takes the first as --max-batch, compile and map take all, the
-    first as --batch."""
+    """Return the other arguments of AsyncEngine; compile and map have options of the same names, generate
+    --max-num-seqs."""
     return {
-        "max_requests": plan.served.concurrency, "context": question.load.isl + question.load.osl,
+        "max_num_seqs": plan.served.concurrency, "context": question.load.isl + question.load.osl,
         "chunk_tokens": plan.spec.chunk_tokens,
     }  # fmt: skip
 

@@ -36,7 +36,7 @@ class ModelQuestion:
 
     config: str
     mesh: str
-    batch: int
+    max_num_seqs: int
     context: int
     chunk_tokens: int = CHUNK_TOKENS
     dtype: str | None = None
@@ -69,7 +69,8 @@ class ModelQuestion:
     def sizes(self) -> dict[str, int]:
         """Of the engine, as held_bytes and compile_step are told."""
         return {
-            "batch": self.batch, "context": self.context, "page_size": PAGE_SIZE, "chunk_tokens": self.chunk_tokens
+            "max_num_seqs": self.max_num_seqs, "context": self.context, "page_size": PAGE_SIZE,
+            "chunk_tokens": self.chunk_tokens
         }  # fmt: skip
 
     def checked_model(self) -> tuple[ModelConfig, dict[str, int]]:
@@ -87,7 +88,11 @@ class ModelQuestion:
         parse_layout(self.layout)
         check_stage_chunks(self.stage_chunks, stages=axes["pipeline"])
         segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
-        for name, limit in (("batch", _MOST), ("context", config.max_position_embeddings), ("chunk_tokens", _MOST)):
+        for name, limit in (
+            ("max_num_seqs", _MOST),
+            ("context", config.max_position_embeddings),
+            ("chunk_tokens", _MOST),
+        ):
             value = getattr(self, name)
             if not 1 <= value <= limit:
                 raise ConfigError(f"{name}={value} must lie in [1, {limit}]")

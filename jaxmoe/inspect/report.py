@@ -137,7 +137,8 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
             num_bytes=runner.bytes_a_token / config.num_hidden_layers,
         ),
         "steps": {
-            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "batch": question.batch, "context": question.context,
+            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": question.max_num_seqs,
+            "context": question.context,
             "chunk_tokens": question.chunk_tokens,
         },
         "collectives": collectives, "as_planned": all(one["count"] == one["planned"] for one in collectives),

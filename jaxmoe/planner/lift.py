@@ -82,7 +82,7 @@ def _requests(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
         return
     if question.load.concurrency is not None:
         free = replace(question, load=replace(question.load, concurrency=None))
-        yield f"more requests at once (--concurrency, up to {best.most_requests:,})", free
+        yield f"more requests at once (--max-num-seqs, up to {best.most_requests:,})", free
     elif limited(question):
         yield "looser limits, which let more requests in", replace(question, ttft_limit=None, tpot_limit=None)
 

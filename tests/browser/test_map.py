@@ -38,7 +38,7 @@ def drawn(changed_dir, tmp_path):
 
     def draw(mesh: str, *, layers: int = 5, **asked: Any) -> tuple[Path, MapQuestion, dict[str, Any]]:
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
-        question = MapQuestion(config=config, mesh=mesh, batch=16, context=32, chunk_tokens=32, **asked)
+        question = MapQuestion(config=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, **asked)
         data = map_data(question)
         return write_page(tmp_path / "map.html", data), question, data
 
@@ -326,7 +326,7 @@ def _contrast(one: list[int], other: list[int]) -> float:
 def test_128_devices_of_a_real_model(chromium, tmp_path):
     config = str(CONFIGS / "deepseek-ai--DeepSeek-V3.json")
     mesh = "pipeline=4,expert=16,tensor=2"
-    data = map_data(MapQuestion(config=config, mesh=mesh, batch=128, context=4096, hardware="h100"))
+    data = map_data(MapQuestion(config=config, mesh=mesh, max_num_seqs=128, context=4096, hardware="h100"))
     path = write_page(tmp_path / "map.html", data)
     with opened(chromium, path) as page:
         assert page.locator("[data-device]").count() == 128

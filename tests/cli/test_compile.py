@@ -100,7 +100,7 @@ def test_a_shortage_that_is_known_is_said_in_numbers(run_compile):
     assert outcome.code == 1
     assert "decode: RESOURCE_EXHAUSTED" in outcome.out
     assert last_line(outcome).startswith(
-        "does not fit: a device needs 121.00 GiB and has 94.50; about 1.3 times the devices, a smaller --batch"
+        "does not fit: a device needs 121.00 GiB and has 94.50; about 1.3 times the devices, a smaller --max-num-seqs"
     )
 
 
@@ -112,7 +112,7 @@ def test_a_shortage_that_is_not_known_is_said_without_a_ratio(run_compile):
     assert outcome.code == 1
     assert last_line(outcome).startswith(
         "does not fit: weights and pages take 40.00 of the 95.00 GiB of a device, and the compiler found no room for "
-        "the rest; more devices, a smaller --batch"
+        "the rest; more devices, a smaller --max-num-seqs"
     )
     assert "times" not in outcome.out
 
@@ -138,12 +138,23 @@ def test_the_question_is_what_was_asked(capsys, monkeypatch):
     asked: list[fit.Question] = []
     monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer())
     jaxmoe(capsys, *COMMAND)
-    options = ["--batch", 8, "--context", 256, "--chunk-tokens", 64, "--kv-dtype", "fp8", "--dispatch", "all_gather"]
+    options = [
+        "--max-num-seqs",
+        8,
+        "--context",
+        256,
+        "--chunk-tokens",
+        64,
+        "--kv-dtype",
+        "fp8",
+        "--dispatch",
+        "all_gather",
+    ]
     jaxmoe(capsys, *COMMAND, *options)
     plain = {"config": "demo", "target": "v5p:2x2x1", "mesh": "tensor=4"}
     assert asked == [
-        fit.Question(**plain, batch=64, context=4096, chunk_tokens=CHUNK_TOKENS),
-        fit.Question(**plain, batch=8, context=256, chunk_tokens=64, kv_dtype="fp8", dispatch="all_gather"),
+        fit.Question(**plain, max_num_seqs=64, context=4096, chunk_tokens=CHUNK_TOKENS),
+        fit.Question(**plain, max_num_seqs=8, context=256, chunk_tokens=64, kv_dtype="fp8", dispatch="all_gather"),
     ]
 
 

@@ -14,7 +14,7 @@ from jaxmoe.planner.traffic import Collective
 from .commands import jaxmoe
 
 CASE = "qwen3_moe_norm"
-OPTIONS = ["--mesh", "data=2,tensor=2,expert=2", "--batch", 8, "--context", 32]
+OPTIONS = ["--mesh", "data=2,tensor=2,expert=2", "--max-num-seqs", 8, "--context", 32]
 
 
 def test_json_is_one_object_with_every_parameter_and_collective(capsys, tiny_dir, tiny_llm):

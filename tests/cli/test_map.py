@@ -12,7 +12,7 @@ from jaxmoe.inspect import fit
 from .commands import jaxmoe
 
 CASE = "qwen3_moe_norm"
-OPTIONS = ["--mesh", "data=4,expert=16,tensor=2", "--batch", 8]
+OPTIONS = ["--mesh", "data=4,expert=16,tensor=2", "--max-num-seqs", 8]
 
 
 def data_of(page: str) -> dict:
@@ -61,9 +61,20 @@ def answer_to(question) -> dict:
 def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
     asked: list[fit.Question] = []
     monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer_to(question))
-    options = ["--mesh", "expert=16", "--target", "b200:2x8", "--batch", 8, "--context", 256, "--kv-dtype", "fp8"]
+    options = [
+        "--mesh",
+        "expert=16",
+        "--target",
+        "b200:2x8",
+        "--max-num-seqs",
+        8,
+        "--context",
+        256,
+        "--kv-dtype",
+        "fp8",
+    ]
     printed = json.loads(jaxmoe(capsys, "map", "demo", *options, "--json").out)
-    plain = {"config": "demo", "target": "b200:2x8", "mesh": "expert=16", "batch": 8}
+    plain = {"config": "demo", "target": "b200:2x8", "mesh": "expert=16", "max_num_seqs": 8}
     assert asked == [fit.Question(**plain, context=256, kv_dtype="fp8")]
     assert (printed["compiled"]["target"], printed["fabric"]["name"]) == ("b200:2x8", "b200")
     compiled = [row["compiled"] for row in printed["collectives"] if row["phase"] == "decode"]

@@ -63,12 +63,12 @@ def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
     assert sum(memory["step_by_part"].values()) == memory["step"]
     assert memory["weights"] + memory["pages"] + memory["step"] + memory["left"] == pytest.approx(memory["limit"])
     rows = memory["pages"] / memory["kv_bytes_a_token"] / 2048  # of a rank
-    assert chosen["concurrency"] / 4 <= rows <= chosen["concurrency"]
+    assert chosen["max_num_seqs"] / 4 <= rows <= chosen["max_num_seqs"]
     assert memory["left"] >= 0
-    assert memory["pool_tokens"] >= memory["most_requests"] * 2048 >= chosen["concurrency"] * 2048
+    assert memory["pool_tokens"] >= memory["most_requests"] * 2048 >= chosen["max_num_seqs"] * 2048
     assert {"activations", "logits"} <= set(memory["step_by_part"])
     assert (found["model"], found["config"]) == ("qwen3-30b-a3b", "qwen3-30b-a3b")
-    asked = {"max_requests": chosen["concurrency"], "context": 2048, "chunk_tokens": chosen["chunk_tokens"]}
+    asked = {"max_num_seqs": chosen["max_num_seqs"], "context": 2048, "chunk_tokens": chosen["chunk_tokens"]}
     assert found["engine"] == asked
     assert found["arguments"].startswith(f"--mesh {chosen['mesh']}")
     assert found["reasons"]
@@ -100,11 +100,12 @@ def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, l
     given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     engine = found["engine"]
     question = ModelQuestion(
-        config=model, batch=engine["max_requests"], context=engine["context"], chunk_tokens=engine["chunk_tokens"],
+        config=model, max_num_seqs=engine["max_num_seqs"], context=engine["context"],
+        chunk_tokens=engine["chunk_tokens"],
         **given,
     )  # fmt: skip
     assert question.checked_model()[0].quantisation is not None
-    asked = ModelQuestion(config=model, mesh="data=1", batch=1, context=1, weights_dtype=options[1])
+    asked = ModelQuestion(config=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
     assert asked.checked_model()[0].quantisation is not None
 
 
@@ -113,16 +114,16 @@ def test_a_path_is_called_by_its_model(capsys, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(find_config("llama-3.1-8b").read_text())
     outcome = jaxmoe(capsys, "plan", folder / "config.json", "--hardware", "h100", "--devices", "1")
-    assert outcome.out.startswith("mine on 1 x h100: one device\n  --mesh data=1\n  engine: max_requests=")
+    assert outcome.out.startswith("mine on 1 x h100: one device\n  --mesh data=1\n  engine: max_num_seqs=")
     assert "1 engines" not in outcome.out
     assert "1 requests" not in outcome.out
 
 
 def test_limits_that_few_devices_miss_are_met_by_more(capsys):
     """One H100 decodes Llama-3.1-8B in some ms a token; four layers' weights on each of several take less."""
-    alone = plan(capsys, "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--concurrency", "1")
+    alone = plan(capsys, "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--max-num-seqs", "1")
     limit = 1.1 * alone["plan"]["tpot_ms"]
-    small = ["--objective", "latency", "--concurrency", "1", "--sla-tpot-ms", limit]
+    small = ["--objective", "latency", "--max-num-seqs", "1", "--sla-tpot-ms", limit]
     found = plan(capsys, "llama-3.1-8b", "--hardware", "h100", *small)
     assert found["devices"] > 1
     assert found["plan"]["tpot_ms"] <= limit
@@ -170,7 +171,7 @@ def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs)
     length = ["--isl", "32", "--osl", "32", "--mesh", "expert=8"]
     said = plan(capsys, model, "--hardware", "b200", *length)["reasons"]
     assert any(line.startswith("Planned only: generate, inspect, compile and map refuse") for line in said) != runs
-    read = ModelQuestion(config=model, mesh="data=1", batch=1, context=1)
+    read = ModelQuestion(config=model, mesh="data=1", max_num_seqs=1, context=1)
     if runs:
         assert read.checked_model()
     elif model != "deepseek-v3.2":  # whose layers refuse it, later
@@ -263,4 +264,4 @@ def test_devices_that_have_room_for_fewer_requests_are_not_faster_for_it(capsys)
     long = ["--isl", "120000", "--osl", "1000", "--objective", "latency"]
     found = plan(capsys, "llama-3.1-8b", "--hardware", "h100", *long)
     assert found["devices"] > 1
-    assert found["plan"]["concurrency"] == 4 * found["devices"]
+    assert found["plan"]["max_num_seqs"] == 4 * found["devices"]

@@ -21,7 +21,7 @@ MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 1
 def engine(request, tiny_llm):
     llm = tiny_llm(CASE, request.param)
     with AsyncEngine(
-        llm, max_requests=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
+        llm, max_num_seqs=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
     ) as made:
         yield made
 
@@ -228,7 +228,7 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
 
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
-    llm, sizes = tiny_llm(CASE, "data=1"), dict(max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    llm, sizes = tiny_llm(CASE, "data=1"), dict(max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
     progress = []
     with AsyncEngine(llm, **sizes, on_compile=lambda done, total: progress.append((done, total))):
         total = progress[0][1]
@@ -241,7 +241,7 @@ def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatc
 
 
 def test_closing_ends_every_stream(tiny_llm):
-    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
 
     async def scene():
         listening = asyncio.create_task(collect(engine, [1], SamplingParams(max_tokens=40, ignore_eos=True)))
@@ -257,7 +257,7 @@ def test_closing_ends_every_stream(tiny_llm):
 
 
 def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
-    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_requests=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
     monkeypatch.setattr(engine._core.scheduler, "plan", lambda: 1 / 0)
 
     async def scene():
@@ -270,7 +270,7 @@ def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"max_requests": 0}, "max_requests=0"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"context": 10**9}, "context=1000000000 must lie in"),
         ({"memory_gib": 0.0}, "memory_gib=0.0 does not hold one page"),
         ({"page_size": -1}, "page_size=-1"),

@@ -87,7 +87,7 @@ def test_pool_for_says_what_generate_holds(mesh, tiny_llm):
 
 
 def test_more_requests_than_a_batch_come_back_in_order(tiny_dir):
-    llm = LLM.load(tiny_dir(CASE), mesh=mesh_of(ONE_DEVICE), dtype="float32", max_batch=2)
+    llm = LLM.load(tiny_dir(CASE), mesh=mesh_of(ONE_DEVICE), dtype="float32", max_num_seqs=2)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     outputs = llm.generate(PROMPTS, params)
     assert [out.index for out in outputs] == [0, 1, 2, 3, 4]

@@ -53,7 +53,7 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
         with pytest.raises(StepError, match="not finite"):  # whatever bans and draws do to the logits
             await heard(engine, bad[0], temperature=1.0, logit_bias={3: 9.0}, min_tokens=3, n=2)
 
-    with AsyncEngine(llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
+    with AsyncEngine(llm, max_num_seqs=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
         asyncio.run(scene(engine))
     assert engine.stats()["pages_held"] == 0
 
@@ -80,7 +80,7 @@ def test_no_request_of_another_rank_fails_on_a_mesh(tiny_llm):
     llm.runner.leaves[at] = jax.device_put(whole.at[BAD].set(jnp.nan), whole.sharding)
     try:
         chunks = {}
-        with AsyncEngine(llm, max_requests=8, context=32, page_size=4, chunk_tokens=16) as engine:
+        with AsyncEngine(llm, max_num_seqs=8, context=32, page_size=4, chunk_tokens=16) as engine:
 
             async def heard(index, prompt):
                 chunks[index] = [chunk.token_id async for chunk in engine.stream(prompt, GREEDY)]

@@ -128,7 +128,7 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, decode_steps):
         return [chunk async for chunk in engine.stream(PROMPT, params)]
 
     with AsyncEngine(
-        llm, max_requests=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps
+        llm, max_num_seqs=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps
     ) as engine:
         chunks = asyncio.run(scene(engine))
         assert engine.stats()["pages_held"] == 0

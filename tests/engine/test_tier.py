@@ -54,7 +54,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
 
     page_gib = llm.runner.bytes_a_token / llm.runner.placement.parts("kv_head") * 4 / 2**30
     with AsyncEngine(
-        llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, memory_gib=10.5 * page_gib, host_gib=1e-3
+        llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, memory_gib=10.5 * page_gib, host_gib=1e-3
     ) as engine:
         engine._core.scheduler.keep_on_host(True)  # whatever these tiny pages measure
         for _ in range(2):
@@ -71,7 +71,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
 
 def test_what_is_cheaper_to_compute_again_is(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    with AsyncEngine(llm, max_requests=2, context=40, page_size=4, chunk_tokens=16, host_gib=1e-4) as engine:
+    with AsyncEngine(llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, host_gib=1e-4) as engine:
         core = engine._core
         assert core.scheduler.brings_back == (core.copy_s < core.compute_s)
         core.scheduler.keep_on_host(False)

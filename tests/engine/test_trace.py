@@ -90,7 +90,7 @@ def test_an_engine_writes_its_trace_when_closed(tiny_llm, tmp_path):
         engine.stream([5], SamplingParams(max_tokens=40, ignore_eos=True), request_id="late", timeout_s=0.0)
 
     llm = tiny_llm(CASE, ONE_DEVICE)
-    with AsyncEngine(llm, max_requests=4, context=64, page_size=4, chunk_tokens=16, trace=path) as engine:
+    with AsyncEngine(llm, max_num_seqs=4, context=64, page_size=4, chunk_tokens=16, trace=path) as engine:
         asyncio.run(scene(engine))
         assert not path.exists()
     chrome, data = written(path)

@@ -200,5 +200,7 @@ def test_short_names_of_dtypes_are_the_long_ones(alias):
     if name in KV_DTYPES:
         choose_dtypes(config, **asked | {"kv_dtype": alias})
         assert kv_array_dtype(alias) == name
-    question = ModelQuestion(config="", mesh="", batch=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias)
+    question = ModelQuestion(
+        config="", mesh="", max_num_seqs=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias
+    )
     assert (question.dtype, question.weights_dtype, question.kv_dtype) == (name, name, name)

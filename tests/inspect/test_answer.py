@@ -60,7 +60,7 @@ def answer(tiny_dir, monkeypatch):
 
         monkeypatch.setattr(fit, "topology_devices", lambda target: jax.devices()[: target.num_devices])
         monkeypatch.setattr(fit, "compile_step", compile_step)
-        asked = dict(target="v5p:2x2x1", mesh="expert=2,tensor=2", batch=4, context=64) | changes
+        asked = dict(target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64) | changes
         question = fit.Question(config=str(tiny_dir(CASE)), **asked)
         said: list[Any] = []
         result = fit._answer(question, said.append)
@@ -163,12 +163,12 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
         return step()
 
     monkeypatch.setattr(aot.Runner, "lower", lower)
-    answer(compile_step, compile_step, target=target, batch=9, context=100)
+    answer(compile_step, compile_step, target=target, max_num_seqs=9, context=100)
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
     names = ("page_size", "chunk_tokens", "decode_steps", "host_gib")
     defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
-    limits = engine._limits(llm, max_requests=9, context=100, memory_gib=1.0, **defaults)
+    limits = engine._limits(llm, max_num_seqs=9, context=100, memory_gib=1.0, **defaults)
     buckets = all_buckets(limits, least_rows=llm.runner.least_rows, pages=-(-100 // limits.page_size))
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]
     assert lowered == [(buckets[-1], 1, grouped), (decode, limits.decode_steps, grouped)]
@@ -186,7 +186,7 @@ def test_an_error_names_the_target_once(said, message, tiny_dir, tmp_path, monke
     child.write_text(f"#!/bin/sh\nhead -n 1 > {tmp_path}/question\necho '{json.dumps({'error': said})}'\n")
     child.chmod(0o755)
     monkeypatch.setattr(fit.sys, "executable", str(child))
-    asked = fit.Question(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", batch=4, context=64)
+    asked = fit.Question(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", max_num_seqs=4, context=64)
     with pytest.raises(ConfigError) as caught:
         fit.compile_for(asked)
     assert str(caught.value) == message

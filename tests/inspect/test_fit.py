@@ -36,14 +36,14 @@ def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_d
     placement = Placement(mesh=mesh_of(MESH))
     kernels = Kernels(layers=layers)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=None, kernels=kernels)
-    step = compile_step(runner, phase, batch=8, context=32, page_size=8, chunk_tokens=16, decode_steps=4)
+    step = compile_step(runner, phase, max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=4)
     assert step.found == step.planned
 
     llm = tiny_llm(CASE, MESH, kernels)
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
     pages = llm.runner.empty_state(2, 2 * 4, 8).pages
     kv = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(pages))
-    assert held_bytes(runner, batch=8, context=32, page_size=8, chunk_tokens=32) == (weights, kv)
+    assert held_bytes(runner, max_num_seqs=8, context=32, page_size=8, chunk_tokens=32) == (weights, kv)
     assert step.total_bytes >= weights + kv + step.temp_bytes
 
 
@@ -54,11 +54,11 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
         config, Placement(mesh=mesh_of(MESH)), dtype="float32", kv_dtype=None, kernels=Kernels(layers="scan")
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-        compile_step(runner, "decode", batch=8, context=32, page_size=8, chunk_tokens=16, decode_steps=1)
+        compile_step(runner, "decode", max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=1)
 
 
 def question(tiny_dir, **changes) -> Question:
-    asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", batch=4, context=64)
+    asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64)
     return Question(**(asked | changes))
 
 
@@ -69,7 +69,7 @@ def question(tiny_dir, **changes) -> Question:
         (dict(target="z9:1x8"), ConfigError, "unknown device 'z9'"),
         (dict(mesh="tensor=8"), MeshError, "of 8 devices, target v5p:2x2x1 has 4"),
         (dict(mesh="rows=4"), MeshError, "unknown mesh axis 'rows'"),
-        (dict(batch=0), ConfigError, "batch=0 must lie in"),
+        (dict(max_num_seqs=0), ConfigError, "max_num_seqs=0 must lie in"),
         (dict(context=10**6), ConfigError, "context=1000000 must lie in"),
         (dict(chunk_tokens=0), ConfigError, "chunk_tokens=0 must lie in"),
         (dict(dtype="float8"), ConfigError, "dtype='float8' must be one of"),
@@ -87,7 +87,7 @@ def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, mo
         "import jaxmoe.inspect.targets as targets; targets.topology_devices = None"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
-    answer = compile_for(Question(config="deepseek-v3", target="h100:1x8", mesh="expert=8", batch=8, context=64))
+    answer = compile_for(Question(config="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64))
     assert not answer["fits"]
     assert answer["bytes"]["weights"] > answer["bytes"]["limit"]
     with pytest.raises(ConfigError, match=r"dispatch=ragged_all_to_all reaches 8 GPUs at most"):

@@ -41,7 +41,7 @@ def drawn(request, changed_dir):
     """(the question, what the map says, the same model on eight devices that are there)."""
     name, keys, mesh, asked = request.param
     question = MapQuestion(
-        config=str(changed_dir(name, **keys)), mesh=mesh, batch=8, context=32, chunk_tokens=32, dtype="float32",
+        config=str(changed_dir(name, **keys)), mesh=mesh, max_num_seqs=8, context=32, chunk_tokens=32, dtype="float32",
         **asked,
     )  # fmt: skip
     config, _ = question.checked_model()
@@ -98,7 +98,9 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
 def test_every_layer_says_what_its_block_says(changed_dir):
     """One dense layer before MoE layers, tokens shared out: stops by segment, in the order a token passes them."""
     config = str(changed_dir("deepseek_v3_groups"))
-    data = map_data(MapQuestion(config=config, mesh="expert=2,tensor=2", batch=16, context=32, layout="ep-tp-sp"))
+    data = map_data(
+        MapQuestion(config=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp")
+    )
     dense, sparse = (
         [(stop["where"], stop["op"]) for stop in data["steps"]["prefill"]["stops"] if stop["segment"] == segment]
         for segment in (0, 1)
@@ -110,7 +112,7 @@ def test_every_layer_says_what_its_block_says(changed_dir):
 
 
 def question(changed_dir, **asked) -> MapQuestion:
-    plain = dict(config=str(changed_dir("qwen3_moe_norm")), mesh=ALL, batch=8, context=32, dtype="float32")
+    plain = dict(config=str(changed_dir("qwen3_moe_norm")), mesh=ALL, max_num_seqs=8, context=32, dtype="float32")
     return MapQuestion(**(plain | asked))
 
 
@@ -119,7 +121,7 @@ def answer_of(data, **changes):
     rows = [{key: row[key] for key in ("phase", "op", "axes", "bytes", "planned")} | {"count": row["planned"]}
             for row in data["collectives"]]  # fmt: skip
     size = data["bytes"] | {"temp": 5, "total": 6, "limit": 7}
-    return {name: data[name] for name in ("mesh", "dtype", "kv_dtype", "batch", "context", "chunk_tokens")} | {
+    return {name: data[name] for name in ("mesh", "dtype", "kv_dtype", "max_num_seqs", "context", "chunk_tokens")} | {
         "target": "h100:1x8", "bytes": size, "collectives": rows,
     } | changes  # fmt: skip
 
@@ -144,7 +146,7 @@ def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
     ("changes", "words"),
     [
         ({"mesh": {"data": 1, "pipeline": 1, "expert": 8, "tensor": 1}}, "mesh=data=1,pipeline=1,expert=8,tensor=1"),
-        ({"batch": 9}, "batch=9, this map of batch=8: make --batch equal"),
+        ({"max_num_seqs": 9}, "max_num_seqs=9, this map of max_num_seqs=8: make --max-num-seqs equal"),
         ({"layout": "tp"}, "layout=tp, this map of layout=ep-tp"),
         ({"family": "llama"}, "family=llama, this map of family=qwen3_moe"),
     ],
@@ -194,7 +196,7 @@ def test_devices_stand_on_their_fabric():
 def test_the_timeline_goes_up_to_the_chunks_there_are(changed_dir):
     for layers, chunks, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
-        found = map_data(MapQuestion(config=config, mesh="pipeline=2", batch=8, context=32, stage_chunks=chunks))
+        found = map_data(MapQuestion(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, stage_chunks=chunks))
         assert [part["most_chunks"] for part in found["segments"] if part["stages"] > 1] == [most]
 
 

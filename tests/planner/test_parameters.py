@@ -88,7 +88,7 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=place.parts("page_token") > 1)
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
     runner = abstract_runner(config, place, dtype="float32", kv_dtype=kept, kernels=kernels)
-    weights, pages = held_bytes(runner, batch=8, context=64, page_size=16, chunk_tokens=512)
+    weights, pages = held_bytes(runner, max_num_seqs=8, context=64, page_size=16, chunk_tokens=512)
     held = Held(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
     tokens = 8 // place.parts("batch") * 64

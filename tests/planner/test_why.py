@@ -89,7 +89,7 @@ def test_remedies_differ_from_what_is():
     assert "--kv-dtype fp8" in binds("llama-3.1-8b", "h100", "memory")
     assert "--kv-dtype" not in binds("llama-3.1-8b", "h100", "memory", kv_dtype="int8")
     few = Load(isl=1024, osl=1024, concurrency=8)
-    assert "--concurrency, up to" in binds("llama-3.1-8b", "h100", "memory", load=few)
+    assert "--max-num-seqs, up to" in binds("llama-3.1-8b", "h100", "memory", load=few)
     assert "requests" not in binds("llama-3.1-8b", "h100", "memory")  # as many as are best
     assert "requests" not in binds("llama-3.1-8b", "h100", "memory", load=few, objective="latency")
     assert "looser limits" in binds("llama-3.1-8b", "h100", "launch", tpot_limit=0.01)

@@ -15,7 +15,7 @@ from jaxmoe.inspect.question import ModelQuestion
 _ROW = ("phase", "op", "axes", "count", "bytes")
 _OPTIONS = {
     "mesh": "--mesh", "layout": "--layout", "stage_chunks": "--stage-chunks", "dtype": "--dtype",
-    "kv_dtype": "--kv-dtype", "dispatch": "--dispatch", "batch": "--batch", "context": "--context",
+    "kv_dtype": "--kv-dtype", "dispatch": "--dispatch", "max_num_seqs": "--max-num-seqs", "context": "--context",
     "chunk_tokens": "--chunk-tokens", "family": "MODEL",
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def check_answer(answer: Mapping[str, Any], question: ModelQuestion, runner: Run
     here = {
         "mesh": dict(axes), "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
-        "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "family": runner.config.family,
     }  # fmt: skip
     for name, value in here.items():

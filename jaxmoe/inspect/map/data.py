@@ -92,7 +92,7 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
         "stage_chunks": question.stage_chunks, "micro_batches": question.micro_batches,
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
         "weights_dtype": question.weights_dtype or "as published",
-        "batch": question.batch, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
             asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "most_chunks": _most_chunks(part),

@@ -12,7 +12,7 @@ function showTitle() {
     mesh, `layout ${data.layout}`, `${plural(numDevices, fabric.given ? fabric.name : "device", fabric.given)} on `
       + plural(nodes, hosts),
     `activations ${data.dtype}, weights ${data.weights_dtype}, cache ${data.kv_dtype}`,
-    `${data.batch} requests of ${count(data.context)} tokens`].join(" · ");
+    `${data.max_num_seqs} requests of ${count(data.context)} tokens`].join(" · ");
   const beyond = numDomains > 1 ? `, ${fabric.scale_out_gbps} GB/s between` : "";
   byId("note").textContent = fabric.given
     ? `${kinds[fabric.kind]}: ${fabric.scale_up_gbps} GB/s a device one way${beyond}; `

@@ -201,9 +201,9 @@ function holdings(at) {
   const part = sizeOver(data.pages.context_axes) > 1 ? `, tokens ${span(cache.offsets)} of each` : "";
   rows.push(["KV pages", `${span(cache.pages)}, ${data.pages.tokens} tokens each${part}`]);
   const rank = indexOver(data.pages.axes, at);
-  const most = Math.ceil(data.batch / data.pages.ranks);
-  rows.push(["Requests", data.pages.ranks > 1 ? `those of batch rank ${rank}: up to ${most} of ${data.batch}`
-    : `all ${data.batch}`]);
+  const most = Math.ceil(data.max_num_seqs / data.pages.ranks);
+  rows.push(["Requests", data.pages.ranks > 1 ? `those of batch rank ${rank}: up to ${most} of ${data.max_num_seqs}`
+    : `all ${data.max_num_seqs}`]);
   const step = data.steps[phase], strip = indexOver(step.sharing, at);
   const strips = step.strip * sizeOver(step.sharing), own = span([strip * step.strip, (strip + 1) * step.strip]);
   if (step.sharing.length) rows.push(["Tokens", `between layers ${own} of its rank's ${strips} in ${phase}`]);
