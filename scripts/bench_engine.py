@@ -201,12 +201,12 @@ def _soak(arguments: argparse.Namespace) -> None:
             print(f"{done} requests, {memory[-1] / 2**20:.0f} MiB", file=sys.stderr)
         return heard
 
-    with AsyncEngine(llm, max_num_seqs=32, context=64, host_gib=0.01) as engine:
+    with AsyncEngine(llm, max_num_seqs=32, context=64, host_cache_gib=0.01) as engine:
         tokens = asyncio.run(run(engine))
         stats = engine.stats()
     half = memory[len(memory) // 2]
     _say(what="soak", requests=arguments.requests, tokens=tokens, seconds=time.perf_counter() - begin,
-        mib_halfway=half / 2**20, mib_at_the_end=memory[-1] / 2**20, pages_held=stats["pages_held"],
+        mib_halfway=half / 2**20, mib_at_the_end=memory[-1] / 2**20, pages_in_use=stats["pages_in_use"],
         running=stats["running"], waiting=stats["waiting"], preemptions=stats["preemptions"],
     )  # fmt: skip
 

@@ -294,8 +294,8 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
         mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32", kv_dtype="int8",
     )  # fmt: skip
     requests = requests_of(24, llm.config.vocab_size)
-    page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
-    sizes = dict(max_num_seqs=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
+    page_gib = llm.runner.device_bytes_per_token * 4 / 2**30
+    sizes = dict(max_num_seqs=8, context=48, kv_cache_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)
     alone = [llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
@@ -308,15 +308,17 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
         changed_dir("qwen3_moe_norm", num_key_value_heads=1), mesh=mesh_of(f"data={ranks}"), layout="cp-ep-tp",
         dtype="float32",
     )  # fmt: skip
-    memory_gib = 10.5 * llm.runner.device_bytes_a_token * 4 / 2**30
-    with AsyncEngine(llm, max_num_seqs=12, context=64, page_size=4, chunk_tokens=8, memory_gib=memory_gib) as engine:
+    kv_cache_gib = 10.5 * llm.runner.device_bytes_per_token * 4 / 2**30
+    with AsyncEngine(
+        llm, max_num_seqs=12, context=64, page_size=4, chunk_tokens=8, kv_cache_gib=kv_cache_gib
+    ) as engine:
         stats, state = engine.stats(), engine._core._state
         assert (stats["num_pages"], stats["page_size"]) == (10, 4 * ranks)
         held = {device: 0 for device in llm.mesh.devices.flat}
         for array in jax.tree.leaves(state.pages):
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
-        assert set(held.values()) == {10 * 4 * llm.runner.device_bytes_a_token}
+        assert set(held.values()) == {10 * 4 * llm.runner.device_bytes_per_token}
 
 
 def test_a_context_is_read_by_the_loop(tiny_dir):

@@ -99,7 +99,7 @@ class PagePool:
         return len(self._blank) + len(self._idle)
 
     @property
-    def num_held(self) -> int:
+    def num_in_use(self) -> int:
         """Pages that requests hold."""
         return self.num_pages - self.num_free
 

@@ -337,7 +337,7 @@ class Core:
         collectives = {one: count * iterations for one, count in each.items()}
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
-            waiting=len(scheduler.waiting), pages_held=sum(pool.num_held for pool in scheduler.pools),
+            waiting=len(scheduler.waiting), pages_in_use=sum(pool.num_in_use for pool in scheduler.pools),
             now=sent,
         )  # fmt: skip
 

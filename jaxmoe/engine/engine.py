@@ -35,7 +35,7 @@ _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 def _compile_bar(limits: Limits, llm: LLM) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error for programs compiled at start-up; nothing where that is not a terminal."""
     console = Console(stderr=True, highlight=False)
-    tokens, each = limits.pool_tokens * limits.num_ranks, llm.runner.bytes_a_token
+    tokens, each = limits.pool_tokens * limits.num_ranks, llm.runner.bytes_per_token
     label = f"pages for {tokens} tokens of {each} bytes ({tokens * each / 2**30:.2f} GiB); compiling steps"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -47,13 +47,13 @@ class AsyncEngine:
     """A model that serves requests as they come. Start-up compiles every program it will run.
 
     model, mesh, dtype and what else `load` names: as LLM.load. max_num_seqs: run at once, over all ranks of the batch;
-    rounded up. context: tokens of a request at most; the model's own by default. memory_gib: for keys and values on
-    each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_gib: of host memory, for pages that
-    are taken off the devices and come back instead of being computed again, where that is measured to be cheaper.
-    page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank. decode_steps:
-    tokens that a request decodes in one step where no prompt waits. on_compile is told (programs ready, programs in
-    all) at start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file that close()
-    writes what happened to, with a page beside it (engine/trace.py).
+    rounded up. context: tokens of a request at most; the model's own by default. kv_cache_gib: for keys and values on
+    each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_cache_gib: of host memory, for
+    pages that are taken off the devices and come back instead of being computed again, where that is measured to be
+    cheaper. page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank.
+    decode_steps: tokens that a request decodes in one step where no prompt waits. on_compile is told (programs ready,
+    programs in all) at start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file
+    that close() writes what happened to, with a page beside it (engine/trace.py).
     Raises: as LLM.load, and ConfigError for sizes that cannot be.
     """
 
@@ -65,8 +65,8 @@ class AsyncEngine:
         dtype: str | None = None,
         max_num_seqs: int = 32,
         context: int | None = None,
-        memory_gib: float | None = None,
-        host_gib: float = 0.0,
+        kv_cache_gib: float | None = None,
+        host_cache_gib: float = 0.0,
         page_size: int = PAGE_SIZE,
         chunk_tokens: int = CHUNK_TOKENS,
         decode_steps: int = MAX_DECODE_STEPS,
@@ -81,8 +81,8 @@ class AsyncEngine:
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
         self._limits = _limits(
-            self.llm, max_num_seqs=max_num_seqs, context=context, memory_gib=memory_gib, page_size=page_size,
-            chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_gib=host_gib,
+            self.llm, max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib, page_size=page_size,
+            chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_cache_gib=host_cache_gib,
         )  # fmt: skip
         try:
             self._core = Core(
@@ -90,7 +90,7 @@ class AsyncEngine:
                 trace=None if trace is None else Trace(self.llm.trace_facts()),
             )  # fmt: skip
         except RequestError as error:
-            raise ConfigError(f"memory_gib={memory_gib} is more than the devices have: {error}") from error
+            raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have: {error}") from error
         with contextlib.nullcontext(on_compile) if on_compile else _compile_bar(self._limits, self.llm) as report:
             self._core.warm_up(report)
         self._ids = itertools.count()
@@ -155,12 +155,12 @@ class AsyncEngine:
             "cached_prompt_tokens": scheduler.num_cached_tokens,
             "prefix_hit_rate": scheduler.num_cached_tokens / prompt if prompt else 0.0,
             "preemptions": scheduler.num_preemptions,
-            "pages_held": sum(pool.num_held for pool in scheduler.pools),
+            "pages_in_use": sum(pool.num_in_use for pool in scheduler.pools),
             "pages_evicted": scheduler.num_evicted,
             "pages_on_host": sum(pool.num_on_host for pool in scheduler.pools),
-            "pages_brought_back": scheduler.num_brought_back,
+            "pages_swapped_in": scheduler.num_brought_back,
             "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
-            "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_a_token": self.llm.runner.bytes_a_token,
+            "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_per_token": self.llm.runner.bytes_per_token,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -276,8 +276,8 @@ class RequestStream:
 
 
 def _limits(
-    llm: LLM, *, max_num_seqs: int, context: int | None, memory_gib: float | None, page_size: int, chunk_tokens: int,
-    decode_steps: int, host_gib: float,
+    llm: LLM, *, max_num_seqs: int, context: int | None, kv_cache_gib: float | None, page_size: int, chunk_tokens: int,
+    decode_steps: int, host_cache_gib: float,
 ) -> Limits:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
@@ -291,15 +291,15 @@ def _limits(
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
     if context > longest:
         raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
-    if memory_gib is None:
-        memory_gib = _spare_gib()
-    for name, gib in (("memory_gib", memory_gib), ("host_gib", host_gib)):
+    if kv_cache_gib is None:
+        kv_cache_gib = _spare_gib()
+    for name, gib in (("kv_cache_gib", kv_cache_gib), ("host_cache_gib", host_cache_gib)):
         if not (is_finite(gib) and 0 <= gib < 2**40):
             raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
-    token_bytes = runner.device_bytes_a_token
-    num_pages = int(memory_gib * 2**30 / (token_bytes * page_size))
+    token_bytes = runner.device_bytes_per_token
+    num_pages = int(kv_cache_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
-        raise ConfigError(f"memory_gib={memory_gib} does not hold one page of {page_size} tokens: give more")
+        raise ConfigError(f"kv_cache_gib={kv_cache_gib} does not hold one page of {page_size} tokens: give more")
     page_size *= runner.context_ranks
     rows = runner.padded_rows(max_num_seqs) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
@@ -314,7 +314,7 @@ def _limits(
         decode_steps=decode_steps,
         window=runner.config.visible_span[0],
         attention_chunk=runner.config.visible_span[1],
-        num_places=int(host_gib * 2**30 / (runner.bytes_a_token * page_size * runner.num_ranks)),
+        num_places=int(host_cache_gib * 2**30 / (runner.bytes_per_token * page_size * runner.num_ranks)),
     )
 
 

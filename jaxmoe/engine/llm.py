@@ -371,7 +371,7 @@ class LLM:
         facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
         if config.moe is not None:
             facts |= {"experts": config.moe.num_experts, "experts a token": config.moe.num_experts_per_tok}
-        return facts | {"mesh": describe(self.mesh), "bytes of keys and values a token": self.runner.bytes_a_token}
+        return facts | {"mesh": describe(self.mesh), "bytes of keys and values a token": self.runner.bytes_per_token}
 
     def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
@@ -388,7 +388,7 @@ class LLM:
         Raises: as generate.
         """
         limits = self._limits_for(self._asked(_listed(prompts), params))
-        return limits.num_ranks * limits.num_pages * limits.page_size, self.runner.bytes_a_token
+        return limits.num_ranks * limits.num_pages * limits.page_size, self.runner.bytes_per_token
 
     def _limits_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Limits:
         """Room for these requests, and for what there is room for already."""

@@ -138,21 +138,21 @@ class Runner:
         return self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
 
     @property
-    def bytes_a_token(self) -> int:
+    def bytes_per_token(self) -> int:
         """Bytes of keys and values (and their scales) of one token, over all devices that share its rank."""
-        return self._bytes_a_token(lambda part: 1)
+        return self._bytes_per_token(lambda part: 1)
 
     @property
-    def device_bytes_a_token(self) -> int:
+    def device_bytes_per_token(self) -> int:
         """Of those, the bytes of a device that holds the token: one of a context's ranks."""
 
         def devices(part: Segment) -> int:
             place = self.placement.holding(part)
             return place.parts("layer") * place.parts("kv_head")
 
-        return self._bytes_a_token(devices)
+        return self._bytes_per_token(devices)
 
-    def _bytes_a_token(self, share: Callable[[Segment], int]) -> int:
+    def _bytes_per_token(self, share: Callable[[Segment], int]) -> int:
         scale = 4 if self.kv_dtype in LARGEST else 0
         head = sum(dim * jnp.dtype(self.kv_dtype).itemsize + scale for dim in self.config.cached_dims)
         heads = (
@@ -411,7 +411,7 @@ class Runner:
         try:
             return jax.block_until_ready(self._empty_fn(rows, num_pages, page_size))
         except (jax.errors.JaxRuntimeError, OverflowError) as error:
-            gib = self.bytes_a_token * num_pages * page_size * self.num_ranks / 2**30
+            gib = self.bytes_per_token * num_pages * page_size * self.num_ranks / 2**30
             raise RequestError(
                 f"{num_pages} pages of {page_size} tokens take {gib:.1f} GiB over {self.placement.mesh.size} "
                 f"device(s), which have no room for it: lower max_tokens or max_num_seqs"

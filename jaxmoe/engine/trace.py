@@ -63,7 +63,7 @@ class StepRecord:
     num_prompt_tokens: int
     collectives: list[dict[str, Any]]
     waiting: int
-    pages_held: int
+    pages_in_use: int
     done: float | None = None
     failed: bool = False
     expert_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
@@ -95,7 +95,7 @@ class Trace:
         collectives: Mapping[Collective, int],
         *,
         waiting: int,
-        pages_held: int,
+        pages_in_use: int,
         now: float,
     ) -> StepRecord:
         """A step goes to the devices; records: of its requests, by id."""
@@ -107,7 +107,7 @@ class Trace:
             num_decodes=len(plan.decodes),
             num_prompt_tokens=sum(chunk.count for chunk in plan.chunks),
             waiting=waiting,
-            pages_held=pages_held,
+            pages_in_use=pages_in_use,
             collectives=self._listed(bucket, plan.decode_steps, collectives),
         )
         for chunk in plan.chunks:
@@ -166,7 +166,7 @@ class Trace:
                     "tokens of each expert rank, by layer": step.expert_tokens.tolist(), "failed": step.failed,
                 },
             })  # fmt: skip
-            values = {"waiting": step.waiting, "pages held": step.pages_held, "decoding": step.num_decodes}
+            values = {"waiting": step.waiting, "pages in use": step.pages_in_use, "decoding": step.num_decodes}
             for name, value in values.items():
                 events.append({"ph": "C", "pid": 1, "name": name, "ts": micro(start), "args": {name: value}})
         for number, request in enumerate(self.requests, 1):
@@ -226,7 +226,7 @@ class Trace:
             steps.append({
                 "index": step.index, "start": start - zero, "end": end - zero, "decodes": step.num_decodes,
                 "decode_steps": step.decode_steps, "prompt": step.num_prompt_tokens, "waiting": step.waiting,
-                "pages": step.pages_held, "collectives": step.collectives, "experts": step.expert_tokens.tolist(),
+                "pages": step.pages_in_use, "collectives": step.collectives, "experts": step.expert_tokens.tolist(),
                 "failed": step.failed,
             })  # fmt: skip
         requests = [

@@ -105,7 +105,7 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
         "compile_seconds": 0.0, "phases": phases,
         "behind_windows": behind_windows(
             config, question.context, chunk_tokens=question.chunk_tokens,
-            num_bytes=runner.bytes_a_token / config.num_hidden_layers,
+            num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
     }  # fmt: skip
     if weights + kv > target.device.hbm_bytes:

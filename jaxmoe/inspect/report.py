@@ -134,7 +134,7 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
         "bytes": vars(total_bytes(parameters)),
         "behind_windows": behind_windows(
             config, question.context, chunk_tokens=question.chunk_tokens,
-            num_bytes=runner.bytes_a_token / config.num_hidden_layers,
+            num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
         "steps": {
             "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": question.max_num_seqs,

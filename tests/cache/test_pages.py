@@ -21,7 +21,7 @@ def test_pages_are_taken_all_or_none():
     assert pool.take(4) is None
     mine = pool.take(2)
     assert mine is not None
-    assert (len(set(mine)), pool.num_free, pool.num_held) == (2, 1, 2)
+    assert (len(set(mine)), pool.num_free, pool.num_in_use) == (2, 1, 2)
     pool.release(mine)
     assert pool.num_free == 3
     pool.check()
@@ -97,7 +97,7 @@ def test_a_page_that_must_go_moves_to_host_memory_and_back():
     back = pool.hold_known([1, 2, 3], limit=3)
     assert [(move.way, move.page, move.place) for move in pool.moves] == [("in", back[0], 1), ("in", back[1], 0)]
     assert match(pool, [1, 2], 2) == back
-    assert (pool.num_held, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
+    assert (pool.num_in_use, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
     pool.check()
 
 
@@ -135,7 +135,7 @@ def test_pages_behind_a_window_are_taken_first_and_those_after_them_still_found(
     mine = pool.take(5)
     pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=5)
     pool.release(mine[:2])
-    assert (pool.num_free, pool.num_held) == (2, 3)
+    assert (pool.num_free, pool.num_in_use) == (2, 3)
     assert pool.take(2) == [mine[1], mine[0]]  # nobody holds them; the last was released first
     pool.check()
     # A sixth token sees the fourth and fifth, which are there; a fourth sees the second, which is not.
@@ -196,7 +196,7 @@ def test_discarded_pages_are_found_no_more_nor_those_after_them():
     pool.release(theirs)
     pool.discard(theirs[:1])
     assert pool.find(other, limit=6) == (0, 0, [])
-    assert pool.num_held == 0
+    assert pool.num_in_use == 0
     pool.check()
 
 
@@ -207,11 +207,11 @@ def test_with_windows_discarded_pages_leave_later_ones_to_their_holders():
     pool.release(mine[:2])  # behind the window: pages 2 and 3 are still held
     pool.discard(mine[:1])
     pool.check()
-    assert pool.num_held == 2
+    assert pool.num_in_use == 2
     pool.release(mine[2:])
     pool.check()
     pool.discard(mine[2:])
-    assert pool.num_held == 0
+    assert pool.num_in_use == 0
     assert pool.find([1, 2, 3, 4, 5], limit=4) == (0, 0, [])
     whole = pool.take(3)
     pool.share([whole[0], -1, whole[2]], [1, 2, 3], start=0, stop=3)  # the second was given back before

@@ -14,14 +14,14 @@ from jaxmoe.ops.native import find_compiler
 
 CASE = "mixtral_window"
 SAME_BITS = ("olmoe_full_norm", "tensor=2"), ("qwen2_moe_shared", "data=1"), ("llama_llama3", "data=1")
-MEMORY_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 18 pages a rank
+KV_CACHE_GIB = {"data=1": 7e-5, "data=2,tensor=2,expert=2": 2e-5}  # some 30 and 18 pages a rank
 
 
-@pytest.fixture(scope="module", params=sorted(MEMORY_GIB))
+@pytest.fixture(scope="module", params=sorted(KV_CACHE_GIB))
 def engine(request, tiny_llm):
     llm = tiny_llm(CASE, request.param)
     with AsyncEngine(
-        llm, max_num_seqs=8, context=48, memory_gib=MEMORY_GIB[request.param], page_size=4, chunk_tokens=16
+        llm, max_num_seqs=8, context=48, kv_cache_gib=KV_CACHE_GIB[request.param], page_size=4, chunk_tokens=16
     ) as made:
         yield made
 
@@ -56,13 +56,13 @@ async def all_together(engine: AsyncEngine, requests) -> list[list[int]]:
 
 def twice_with_pages_that_come_back(llm, requests, **sizes) -> list[list[int]]:
     """What requests give an engine with little room, whose pages go to host memory: the same the second time."""
-    with AsyncEngine(llm, host_gib=1e-3, **sizes) as engine:
+    with AsyncEngine(llm, host_cache_gib=1e-3, **sizes) as engine:
         engine._core.scheduler.keep_on_host(True)  # whatever was measured
         found = [asyncio.run(all_together(engine, requests)) for _ in range(2)]
         stats = engine.stats()
     assert found[0] == found[1]
-    assert stats["pages_held"] == 0
-    assert stats["pages_brought_back"] > 0
+    assert stats["pages_in_use"] == 0
+    assert stats["pages_swapped_in"] > 0
     return found[0]
 
 
@@ -92,7 +92,7 @@ def test_no_neighbour_changes_an_output(engine):
     alone = [engine.llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
     assert found == alone
     stats = engine.stats()
-    assert (stats["running"], stats["waiting"], stats["pages_held"]) == (0, 0, 0)
+    assert (stats["running"], stats["waiting"], stats["pages_in_use"]) == (0, 0, 0)
     assert stats["cached_prompt_tokens"] > 0
 
 
@@ -148,7 +148,7 @@ def test_who_is_cancelled_or_late_frees_its_pages(engine):
         await collect(engine, [5], SamplingParams(max_tokens=2, ignore_eos=True))
 
     asyncio.run(scene())
-    assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_in_use"] == 0
 
 
 def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch)
     found = asyncio.run(scene())
     monkeypatch.undo()
     assert found == engine.llm.generate([[4, 5, 6]], params)[0].token_ids
-    assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_in_use"] == 0
 
 
 def test_what_can_never_run_is_refused_at_once(engine):
@@ -224,7 +224,7 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
     before = engine.stats()["new_tokens"]
     asyncio.run(scene())
     assert engine.stats()["new_tokens"] - before < 12 * 40
-    assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_in_use"] == 0
 
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
@@ -237,7 +237,7 @@ def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
     with AsyncEngine(llm, **sizes) as engine:
         stats, shown = engine.stats(), capsys.readouterr().err
-    assert f"pages for {stats['pool_tokens']} tokens of {stats['bytes_a_token']} bytes" in " ".join(shown.split())
+    assert f"pages for {stats['pool_tokens']} tokens of {stats['bytes_per_token']} bytes" in " ".join(shown.split())
 
 
 def test_closing_ends_every_stream(tiny_llm):
@@ -272,11 +272,11 @@ def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"context": 10**9}, "context=1000000000 must lie in"),
-        ({"memory_gib": 0.0}, "memory_gib=0.0 does not hold one page"),
+        ({"kv_cache_gib": 0.0}, "kv_cache_gib=0.0 does not hold one page"),
         ({"page_size": -1}, "page_size=-1"),
         ({"context": "48"}, "context='48'"),
-        ({"memory_gib": float("nan")}, "=nan"),
-        ({"memory_gib": float("inf")}, "=inf"),
+        ({"kv_cache_gib": float("nan")}, "=nan"),
+        ({"kv_cache_gib": float("inf")}, "=inf"),
         ({"dtype": "float32"}, "loaded already"),
     ],
 )

@@ -45,7 +45,7 @@ def test_bytes_of_a_token_count_numbers_and_scales(tiny_dir):
     runners = {kv_dtype: load(tiny_dir, kv_dtype).runner for kv_dtype in NEAR}
     config = runners["float32"].config
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
-    sizes = {name: runner.bytes_a_token for name, runner in runners.items()}
+    sizes = {name: runner.bytes_per_token for name, runner in runners.items()}
     assert sizes == {
         "float32": heads * config.head_dim * 4, "bfloat16": heads * config.head_dim * 2,
         "fp8": heads * (config.head_dim + 4), "int8": heads * (config.head_dim + 4),
@@ -53,7 +53,7 @@ def test_bytes_of_a_token_count_numbers_and_scales(tiny_dir):
     for runner in runners.values():
         state = runner.empty_state(2, 3, 4)
         held = sum(array.nbytes for array in jax.tree.leaves(state.pages))
-        assert held == runner.bytes_a_token * 3 * 4
+        assert held == runner.bytes_per_token * 3 * 4
 
 
 def test_an_unknown_kind_is_named(tiny_dir):

@@ -55,7 +55,7 @@ def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
 
     with AsyncEngine(llm, max_num_seqs=4, context=32, page_size=4, chunk_tokens=16, decode_steps=3) as engine:
         asyncio.run(scene(engine))
-    assert engine.stats()["pages_held"] == 0
+    assert engine.stats()["pages_in_use"] == 0
 
 
 def test_generate_score_and_last_logits_say_so(llm):

@@ -131,7 +131,7 @@ def test_an_engine_streams_samples_and_all_of_this(tiny_llm, decode_steps):
         llm, max_num_seqs=4, context=32, page_size=4, chunk_tokens=16, decode_steps=decode_steps
     ) as engine:
         chunks = asyncio.run(scene(engine))
-        assert engine.stats()["pages_held"] == 0
+        assert engine.stats()["pages_in_use"] == 0
     (out,) = llm.generate([PROMPT], params)
     for index, sample in enumerate(out.outputs):
         mine = [chunk for chunk in chunks if chunk.sample == index]

@@ -191,14 +191,14 @@ def run_schedule(
         for pool in scheduler.pools:
             pool.check()
         for rank, pool in enumerate(scheduler.pools):
-            assert pool.num_held == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
+            assert pool.num_in_use == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
         for sequence in scheduler.running:
             most = limits.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
             assert len(sequence.pages) - sequence.num_behind <= most + decode_steps
         step += 1
         assert step < 5000, "somebody starves"
     for pool in scheduler.pools:
-        assert pool.num_held == 0
+        assert pool.num_in_use == 0
         assert pool.num_free == num_pages
     for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
         if sequence.request_id not in failed | cancelled:

@@ -52,9 +52,9 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
     async def one_by_one(engine):
         return [[chunk.token_id async for chunk in engine.stream(prompt, params)] for prompt in prompts]
 
-    page_gib = llm.runner.bytes_a_token / llm.runner.placement.parts("kv_head") * 4 / 2**30
+    page_gib = llm.runner.bytes_per_token / llm.runner.placement.parts("kv_head") * 4 / 2**30
     with AsyncEngine(
-        llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, memory_gib=10.5 * page_gib, host_gib=1e-3
+        llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, kv_cache_gib=10.5 * page_gib, host_cache_gib=1e-3
     ) as engine:
         engine._core.scheduler.keep_on_host(True)  # whatever these tiny pages measure
         for _ in range(2):
@@ -63,15 +63,15 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
         assert engine._core.copy_s > 0
         assert engine._core.compute_s > 0
     window = llm.config.sliding_windows[0]
-    assert stats["pages_brought_back"] >= 12 * (window // 4)  # of each beginning what its next token sees
+    assert stats["pages_swapped_in"] >= 12 * (window // 4)  # of each beginning what its next token sees
     assert stats["cached_prompt_tokens"] >= 12 * 28
     assert stats["pages_on_host"] > 0
-    assert stats["pages_held"] == 0
+    assert stats["pages_in_use"] == 0
 
 
 def test_what_is_cheaper_to_compute_again_is(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    with AsyncEngine(llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, host_gib=1e-4) as engine:
+    with AsyncEngine(llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, host_cache_gib=1e-4) as engine:
         core = engine._core
         assert core.scheduler.brings_back == (core.copy_s < core.compute_s)
         core.scheduler.keep_on_host(False)
@@ -81,5 +81,5 @@ def test_what_is_cheaper_to_compute_again_is(tiny_llm):
             return [chunk async for chunk in engine.stream([1] * 30, params)]
 
         asyncio.run(ask())
-        assert engine.stats()["pages_brought_back"] == 0
+        assert engine.stats()["pages_swapped_in"] == 0
         assert core.scheduler.pools[0].num_on_host == 0

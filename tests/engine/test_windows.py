@@ -43,7 +43,7 @@ def answers(llm: LLM, limits: Limits, prompts: list[list[int]], params: Sampling
     while core.busy:
         core.advance()
         core.scheduler.pools[0].check()
-    assert core.scheduler.pools[0].num_held == 0
+    assert core.scheduler.pools[0].num_in_use == 0
     assert all(request.finish_reason == "length" for request in requests)
     return core, requests
 

@@ -166,9 +166,9 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
     answer(compile_step, compile_step, target=target, max_num_seqs=9, context=100)
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
-    names = ("page_size", "chunk_tokens", "decode_steps", "host_gib")
+    names = ("page_size", "chunk_tokens", "decode_steps", "host_cache_gib")
     defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
-    limits = engine._limits(llm, max_num_seqs=9, context=100, memory_gib=1.0, **defaults)
+    limits = engine._limits(llm, max_num_seqs=9, context=100, kv_cache_gib=1.0, **defaults)
     buckets = all_buckets(limits, least_rows=llm.runner.least_rows, pages=-(-100 // limits.page_size))
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]
     assert lowered == [(buckets[-1], 1, grouped), (decode, limits.decode_steps, grouped)]

@@ -232,11 +232,11 @@ def test_requests_that_come_and_go_give_what_each_gives_alone(changed_dir):
 def test_an_engine_keeps_pages_of_all_stages(changed_dir):
     llm = loaded(changed_dir, AROUND, "data=2,pipeline=2,tensor=2", kv_dtype="int8")
     requests = requests_of(24, llm.config.vocab_size)
-    page_gib = llm.runner.device_bytes_a_token * 4 / 2**30
-    sizes = dict(max_num_seqs=8, context=48, memory_gib=24 * page_gib, page_size=4, chunk_tokens=16)
+    page_gib = llm.runner.device_bytes_per_token * 4 / 2**30
+    sizes = dict(max_num_seqs=8, context=48, kv_cache_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)
-    with AsyncEngine(llm, **sizes | {"memory_gib": 400 * page_gib}) as engine:
+    with AsyncEngine(llm, **sizes | {"kv_cache_gib": 400 * page_gib}) as engine:
         assert asyncio.run(all_together(engine, requests)) == found
 
 

@@ -93,7 +93,7 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     assert held.weight_bytes == weights
     tokens = 8 // place.parts("batch") * 64
     assert held.kv_bytes_a_token * tokens == pages
-    assert held.kv_bytes_a_token * place.parts("page_token") == runner.device_bytes_a_token
+    assert held.kv_bytes_a_token * place.parts("page_token") == runner.device_bytes_per_token
 
 
 def test_padding_and_copies_are_what_an_even_share_lacks():
