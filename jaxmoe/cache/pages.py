@@ -26,12 +26,12 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Move:
+class PageCopy:
     """One page to be copied: "out" to a place in host memory, or "in" from there."""
 
-    way: Literal["out", "in"]
+    direction: Literal["out", "in"]
     page: int
-    place: int
+    host_page: int
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class _Shared:
     tokens: Tokens
     parent: _Shared | None
     children: dict[Tokens, _Shared] = field(default_factory=dict)
-    place: int = -1
+    host_page: int = -1
 
     def is_last(self) -> bool:
         """Whether no page after it is on the device."""
@@ -51,7 +51,7 @@ class _Shared:
 
     def is_gone(self) -> bool:
         """Whether neither the device nor host memory has it."""
-        return self.page < 0 and self.place < 0
+        return self.page < 0 and self.host_page < 0
 
 
 class Prefix(NamedTuple):
@@ -71,7 +71,7 @@ class PagePool:
     """
 
     def __init__(
-        self, *, num_pages: int, page_size: int, num_places: int = 0,
+        self, *, num_pages: int, page_size: int, num_host_pages: int = 0,
         first_visible: Callable[[int], int] | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
@@ -83,9 +83,9 @@ class PagePool:
         self._root = _Shared(-1, (), None)
         self._shared: dict[int, _Shared] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # shared, held by nobody; longest idle first
-        self._blank_places = list(range(num_places - 1, -1, -1))
+        self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
         self._on_host: OrderedDict[int, _Shared] = OrderedDict()  # by place; longest there first
-        self.moves: list[Move] = []  # to be taken by whoever owns the pool, in order
+        self.pending_copies: list[PageCopy] = []  # to be taken by whoever owns the pool, in order
         self.num_evicted = self.num_brought_back = 0
 
     @property
@@ -123,13 +123,13 @@ class PagePool:
     def _bring_back(self, nodes: Sequence[_Shared]) -> None:
         """Pages in host memory move into some of one's own; they are shared, and held. There must be room for them."""
         for node in nodes:
-            del self._on_host[node.place]  # none of them may make room for another
+            del self._on_host[node.host_page]  # none of them may make room for another
         for node in nodes:
             taken = self.take(1)
             assert taken is not None, "there is no room for pages in host memory"
-            self.moves.append(Move("in", taken[0], node.place))
-            self._blank_places.append(node.place)
-            node.page, node.place = taken[0], -1
+            self.pending_copies.append(PageCopy("in", taken[0], node.host_page))
+            self._free_host_pages.append(node.host_page)
+            node.page, node.host_page = taken[0], -1
             self._shared[node.page] = node
         self.num_brought_back += len(nodes)
 
@@ -184,24 +184,24 @@ class PagePool:
         node = self._shared.pop(page)
         del self._idle[page]
         self.num_evicted += 1
-        place = self._take_place()
+        host_page = self._allocate_host_page()
         node.page = -1
-        if place is None:
+        if host_page is None:
             self._forget(node)
         else:
-            self.moves.append(Move("out", page, place))
-            node.place = place
-            self._on_host[place] = node
+            self.pending_copies.append(PageCopy("out", page, host_page))
+            node.host_page = host_page
+            self._on_host[host_page] = node
         return page
 
-    def _take_place(self) -> int | None:
+    def _allocate_host_page(self) -> int | None:
         """A place in host memory, that of the page longest there where all are taken."""
-        if not self._blank_places:
+        if not self._free_host_pages:
             windowed = self._first_visible is not None
             oldest = next((node for node in self._on_host.values() if windowed or not node.children), None)
             if oldest is not None:
                 self._forget(oldest)
-        return self._blank_places.pop() if self._blank_places else None
+        return self._free_host_pages.pop() if self._free_host_pages else None
 
     def _forget(self, node: _Shared) -> None:
         """Give up a page that is not on the device. Where all tokens are seen, what hangs under it in host memory goes
@@ -211,17 +211,17 @@ class PagePool:
             gone = falling.pop()
             if self._first_visible is None:
                 falling += gone.children.values()
-            self._leave_host(gone)
+            self._free_host_page(gone)
         if self._first_visible is None:
             node.children.clear()
         self._prune(node)
 
-    def _leave_host(self, node: _Shared) -> None:
+    def _free_host_page(self, node: _Shared) -> None:
         """Free the host memory of a page, if it has any."""
-        if node.place >= 0:
-            del self._on_host[node.place]
-            self._blank_places.append(node.place)
-            node.place = -1
+        if node.host_page >= 0:
+            del self._on_host[node.host_page]
+            self._free_host_pages.append(node.host_page)
+            node.host_page = -1
 
     def _prune(self, node: _Shared) -> None:
         """Out of the tree with a page that is gone and has none after it, and with those before it that are so then."""
@@ -250,7 +250,7 @@ class PagePool:
             elif page < 0:
                 pass  # the caller does not hold it any more
             elif child.page < 0:  # known in host memory or given up: the one here takes its place
-                self._leave_host(child)
+                self._free_host_page(child)
                 child.page = page
                 self._shared[page] = child
             elif child.page != page:
@@ -307,7 +307,7 @@ class PagePool:
                     del self._idle[node.page], self._shared[node.page]
                     self._blank.append(node.page)
                     node.page = -1
-                self._leave_host(node)
+                self._free_host_page(node)
                 self._prune(node)
 
     def discard_prefix(self, tokens: Sequence[int]) -> None:
@@ -322,14 +322,14 @@ class PagePool:
             assert blank + idle + (self._holders[page] > 0) == 1, page
             assert not (blank and page in self._shared), page
             assert not idle or page in self._shared, page
-        assert len(self._blank_places) == len(set(self._blank_places))
-        assert not set(self._blank_places) & set(self._on_host)
-        for place, node in self._on_host.items():
-            assert (node.page, node.place) == (-1, place)
+        assert len(self._free_host_pages) == len(set(self._free_host_pages))
+        assert not set(self._free_host_pages) & set(self._on_host)
+        for host_page, node in self._on_host.items():
+            assert (node.page, node.host_page) == (-1, host_page)
             assert node.is_last() or self._first_visible is not None
         for page, node in self._shared.items():
             assert node.page == page
-            assert node.place == -1
+            assert node.host_page == -1
             if self._first_visible is None and self._holders[page] and node.parent is not self._root:
                 assert node.parent is not None
                 assert self._holders[node.parent.page] > 0  # who holds a page holds those before it

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxmoe.cache.pages import Move
+from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import Limits
 from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import EngineState, Runner, StepOutput
 from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
-from jaxmoe.engine.tier import HostTier
+from jaxmoe.engine.tier import HostOffload
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
@@ -141,7 +141,7 @@ class Core:
         self._in_flight: deque[_InFlight] = deque()
         self._next_id = 0
         self._state = self._fresh_state()
-        self._tier = HostTier(runner) if limits.num_places else None
+        self._host_offload = HostOffload(runner) if limits.num_host_pages else None
 
     def _bucket_sizes(self) -> dict[str, int]:
         runner = self.runner
@@ -165,18 +165,18 @@ class Core:
             jax.block_until_ready(output)
             self.buckets.add(bucket)
             on_progress(done, len(buckets))
-        if self._tier is not None:
-            self.copy_s, self.compute_s = self._time_copies(self._tier), self._time_prompts(buckets[-1])
+        if self._host_offload is not None:
+            self.copy_s, self.compute_s = self._time_copies(self._host_offload), self._time_prompts(buckets[-1])
             self.scheduler.keep_on_host(self.copy_s < self.compute_s)
         self.sealed = True
 
-    def _time_copies(self, tier: HostTier) -> float:
+    def _time_copies(self, host_offload: HostOffload) -> float:
         """Seconds to copy one page to host memory and back; compiles both."""
         seconds = []
         for _ in range(1 + _TIMINGS):
             start = self._clock()
-            for way in ("out", "in"):
-                self._state = tier.run(self._state, 0, Move(way, 0, 0))
+            for direction in ("out", "in"):
+                self._state = host_offload.run(self._state, 0, PageCopy(direction, 0, 0))
             jax.block_until_ready(self._state)
             seconds.append(self._clock() - start)
         return min(seconds[1:])
@@ -278,8 +278,8 @@ class Core:
         for array in jax.tree.leaves(self._state):  # some may have been donated; there is no room for both
             array.delete()
         self._state = self._fresh_state()
-        if self._tier is not None:
-            self._tier.clear()
+        if self._host_offload is not None:
+            self._host_offload.clear()
 
     def _guarded(self, plan: StepPlan, action: Callable[[], None], record: StepRecord | None = None) -> None:
         """action(); if it throws, the plan's requests fail and the rest start over with empty pages."""
@@ -306,9 +306,9 @@ class Core:
         packed = pack(plan, bucket, self.limits, self._request_metadata)
         places = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
         sent = self._clock()
-        for rank, move in plan.moves:
-            assert self._tier is not None
-            self._state = self._tier.run(self._state, rank, move)
+        for rank, page_copy in plan.page_copies:
+            assert self._host_offload is not None
+            self._state = self._host_offload.run(self._state, rank, page_copy)
         known = bucket in self.buckets
         start = sent if known else self._settle()
         self._state, output = self._step(packed, features, bucket, plan.decode_steps)

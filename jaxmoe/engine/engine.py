@@ -314,7 +314,7 @@ def _limits(
         decode_steps=decode_steps,
         window=runner.config.visible_span[0],
         attention_chunk=runner.config.visible_span[1],
-        num_places=int(host_cache_gib * 2**30 / (runner.bytes_per_token * page_size * runner.num_ranks)),
+        num_host_pages=int(host_cache_gib * 2**30 / (runner.bytes_per_token * page_size * runner.num_ranks)),
     )
 
 

@@ -24,7 +24,7 @@ class Limits:
     num_pages: int
     page_size: int
     context: int
-    num_places: int = 0
+    num_host_pages: int = 0
     decode_steps: int = 1
     aging_steps: int = 256
     window: int = 0
@@ -32,7 +32,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("num_places", "window", "attention_chunk") else 1
+            least = 0 if name in ("num_host_pages", "window", "attention_chunk") else 1
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.chunk_tokens % self.block_tokens:

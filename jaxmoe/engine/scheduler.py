@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
-from jaxmoe.cache.pages import Move, PagePool
+from jaxmoe.cache.pages import PageCopy, PagePool
 from jaxmoe.engine.limits import Limits
 from jaxmoe.errors import RequestError
 
@@ -82,7 +82,7 @@ class StepPlan:
 
     decodes: list[Decode]
     chunks: list[PromptChunk]
-    moves: list[tuple[int, Move]] = field(default_factory=list)
+    page_copies: list[tuple[int, PageCopy]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -128,9 +128,9 @@ class Scheduler:
 
     def _new_pool(self) -> PagePool:
         limits = self.limits
-        places = limits.num_places if self.brings_back else 0
+        host_pages = limits.num_host_pages if self.brings_back else 0
         return PagePool(
-            num_pages=limits.num_pages, page_size=limits.page_size, num_places=places,
+            num_pages=limits.num_pages, page_size=limits.page_size, num_host_pages=host_pages,
             first_visible=limits.first_visible if limits.frees_pages else None,
         )  # fmt: skip
 
@@ -208,13 +208,13 @@ class Scheduler:
         decodes = [self._plan_decode(sequence, decode_steps) for sequence in ready]
         if not decodes and not chunks:
             return StepPlan(decodes=[], chunks=[])
-        return StepPlan(decodes=decodes, chunks=chunks, moves=self._take_moves())
+        return StepPlan(decodes=decodes, chunks=chunks, page_copies=self._take_page_copies())
 
-    def _take_moves(self) -> list[tuple[int, Move]]:
-        moves = [(rank, move) for rank, pool in enumerate(self.pools) for move in pool.moves]
+    def _take_page_copies(self) -> list[tuple[int, PageCopy]]:
+        page_copies = [(rank, page_copy) for rank, pool in enumerate(self.pools) for page_copy in pool.pending_copies]
         for pool in self.pools:
-            pool.moves.clear()
-        return moves
+            pool.pending_copies.clear()
+        return page_copies
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int]:
         """Sorts requests: the first is served first and gives way last. Age makes up for low priority.

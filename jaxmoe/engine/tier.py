@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxmoe.cache.pages import Move
+from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
 from jaxmoe.ops.quantize import LARGEST
@@ -23,7 +23,7 @@ _TOKENS = ("batch", "one")
 _HOST_MEMORY = "pinned_host"
 
 
-class HostTier:
+class HostOffload:
     """The places of every rank. Copies are queued on the devices in the order of the calls, behind earlier steps."""
 
     def __init__(self, runner: Runner) -> None:
@@ -39,7 +39,7 @@ class HostTier:
         ]
         self._shardings = [place.sharding(*dims) for place, _ in self._groups for dims in kinds]
         self._shardings.append(self._place.sharding(*_TOKENS))
-        self._kept: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
+        self._host_pages: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
         self._zeros: list[dict[Any, jax.Array]] | None = None
         self._shapes: list[tuple[int, ...]] = []
         self._read_fn = jax.jit(self._read)
@@ -47,10 +47,10 @@ class HostTier:
 
     def clear(self) -> None:
         """Nothing is kept any more."""
-        self._kept.clear()
+        self._host_pages.clear()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._host_pages)
 
     # --- programs: one page of each rank ---
 
@@ -109,18 +109,21 @@ class HostTier:
 
     # --- called by the engine ---
 
-    def run(self, state: EngineState, rank: int, move: Move) -> EngineState:
+    def run(self, state: EngineState, rank: int, page_copy: PageCopy) -> EngineState:
         """The state after one move; state is donated where pages come in."""
         ranks = self._place.parts("batch")
         pages = np.full(ranks, np.iinfo(np.int32).max, np.int32)
-        pages[rank] = move.page
-        if move.way == "in":
-            parts = [self._whole(index, shards) for index, shards in enumerate(self._kept.pop((rank, move.place)))]
+        pages[rank] = page_copy.page
+        if page_copy.direction == "in":
+            parts = [
+                self._whole(index, shards)
+                for index, shards in enumerate(self._host_pages.pop((rank, page_copy.host_page)))
+            ]
             return self._write_fn(state, self._put(pages), *parts)
         pages[pages == np.iinfo(np.int32).max] = 0
         parts = self._read_fn(state, self._put(pages))
         self._shapes = [part.shape for part in parts]
-        self._kept[rank, move.place] = [_to_host(_shards_of(part, rank)) for part in parts]
+        self._host_pages[rank, page_copy.host_page] = [_to_host(_shards_of(part, rank)) for part in parts]
         return state
 
     def _put(self, pages: np.ndarray) -> jax.Array:

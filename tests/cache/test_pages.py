@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.cache.pages import Move, PagePool
+from jaxmoe.cache.pages import PageCopy, PagePool
 
 
 def match(pool: PagePool, tokens: list[int], limit: int) -> list[int]:
@@ -83,26 +83,29 @@ def test_held_pages_are_never_evicted():
 
 
 def test_a_page_that_must_go_moves_to_host_memory_and_back():
-    pool = PagePool(num_pages=2, page_size=1, num_places=2)
+    pool = PagePool(num_pages=2, page_size=1, num_host_pages=2)
     first = pool.take(2)
     pool.share(first, [1, 2], start=0, stop=2)
     pool.release(first)
     other = pool.take(2)
-    assert pool.moves == [Move("out", first[1], 0), Move("out", first[0], 1)]
+    assert pool.pending_copies == [PageCopy("out", first[1], 0), PageCopy("out", first[0], 1)]
     assert match(pool, [1, 2], 2) == []
     assert (num_on_host(pool, [1, 2, 3], 3), pool.num_on_host) == (2, 2)
     pool.check()
     pool.release(other)
-    pool.moves.clear()
+    pool.pending_copies.clear()
     back = pool.hold_known([1, 2, 3], limit=3)
-    assert [(move.way, move.page, move.place) for move in pool.moves] == [("in", back[0], 1), ("in", back[1], 0)]
+    assert [(page_copy.direction, page_copy.page, page_copy.host_page) for page_copy in pool.pending_copies] == [
+        ("in", back[0], 1),
+        ("in", back[1], 0),
+    ]
     assert match(pool, [1, 2], 2) == back
     assert (pool.num_in_use, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
     pool.check()
 
 
 def test_host_memory_is_bounded_and_the_longest_there_goes_first():
-    pool = PagePool(num_pages=1, page_size=1, num_places=2)
+    pool = PagePool(num_pages=1, page_size=1, num_host_pages=2)
     for token in (1, 2, 3, 4):
         page = pool.take(1)
         pool.share(page, [token], start=0, stop=1)
@@ -113,7 +116,7 @@ def test_host_memory_is_bounded_and_the_longest_there_goes_first():
 
 
 def test_what_is_computed_again_takes_the_place_of_what_lies_on_the_host():
-    pool = PagePool(num_pages=2, page_size=1, num_places=4)
+    pool = PagePool(num_pages=2, page_size=1, num_host_pages=4)
     first = pool.take(2)
     pool.share(first, [1, 2], start=0, stop=2)
     pool.release(first)

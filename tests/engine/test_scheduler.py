@@ -40,12 +40,12 @@ class Device:
 
     def dispatch(self, plan: StepPlan):
         """The step's result, from pages alone: arguments are frozen at dispatch as real ones are."""
-        for rank, move in plan.moves:
-            if move.way == "out":
-                self.host[rank, move.place] = list(self.pages[rank, move.page])
+        for rank, page_copy in plan.page_copies:
+            if page_copy.direction == "out":
+                self.host[rank, page_copy.host_page] = list(self.pages[rank, page_copy.page])
             else:
-                self.pages[rank, move.page] = self.host.pop((rank, move.place))
-        assert len(self.host) <= self.limits.num_places * self.limits.num_ranks
+                self.pages[rank, page_copy.page] = self.host.pop((rank, page_copy.host_page))
+        assert len(self.host) <= self.limits.num_host_pages * self.limits.num_ranks
         sampled_tokens: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
         for decode_step in range(plan.decode_steps):
             self._decode_step(plan, decode_step, sampled_tokens)
@@ -99,7 +99,7 @@ SCHEDULE = dict(
     blocks=st.integers(1, 3),
     ahead=st.integers(0, 2),
     decode_steps=st.integers(1, 3),
-    places=st.sampled_from([0, 1, 5, 40]),
+    host_pages=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
 )
 MASKS = dict(
@@ -116,7 +116,7 @@ def run_schedule(
     blocks,
     ahead,
     decode_steps,
-    places,
+    host_pages,
     failing,
     window=0,
     attention_chunk=0,
@@ -132,7 +132,7 @@ def run_schedule(
         page_size=4,
         context=44,
         decode_steps=decode_steps,
-        num_places=places,
+        num_host_pages=host_pages,
         aging_steps=8,
         window=window,
         attention_chunk=attention_chunk,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
-from jaxmoe.cache.pages import Move
-from jaxmoe.engine.tier import HostTier
+from jaxmoe.cache.pages import PageCopy
+from jaxmoe.engine.tier import HostOffload
 
 from ..conftest import ONE_DEVICE, mesh_of
 
@@ -27,13 +27,13 @@ def test_a_page_comes_back_as_it_went(mesh, kv_dtype, tiny_dir):
     fill = lambda array: jax.device_put(rng.integers(1, 99, array.shape).astype(array.dtype), array.sharding)  # noqa: E731
     state = empty._replace(pages=jax.tree.map(fill, empty.pages), token_pages=fill(empty.token_pages))
     before = [np.array(array) for array in jax.tree.leaves(state)]
-    tier, last = HostTier(runner), runner.num_ranks - 1
-    state = tier.run(state, last, Move("out", 3, 7))
-    state = tier.run(state, 0, Move("out", 0, 1))
-    assert len(tier) == 2
-    state = tier.run(state, last, Move("in", 2, 7))
-    state = tier.run(state, 0, Move("in", 4, 1))
-    assert len(tier) == 0
+    host_offload, last = HostOffload(runner), runner.num_ranks - 1
+    state = host_offload.run(state, last, PageCopy("out", 3, 7))
+    state = host_offload.run(state, 0, PageCopy("out", 0, 1))
+    assert len(host_offload) == 2
+    state = host_offload.run(state, last, PageCopy("in", 2, 7))
+    state = host_offload.run(state, 0, PageCopy("in", 4, 1))
+    assert len(host_offload) == 0
     for array, old in zip(jax.tree.leaves(state), before, strict=True):
         pages = old.swapaxes(0, 1) if array.ndim >= 4 else old  # [layers, pages, ...], and [pages, tokens]
         if len(pages) == 5 * runner.num_ranks:
