@@ -155,14 +155,14 @@ PAGING = _faults(
     (
         "page-freed-with-one-holder-left",
         "jaxmoe/cache/pages.py",
-        "        if self._holders[page]:\n            return\n        if page in self._shared:",
-        "        if self._holders[page] > 1:\n            return\n        if page in self._shared:",
+        "        if self._ref_counts[page]:\n            return\n        if page in self._cached:",
+        "        if self._ref_counts[page] > 1:\n            return\n        if page in self._cached:",
         "cache engine/test_scheduler.py",
     ),
     (
         "prefix-known-without-its-parent",
         "jaxmoe/cache/pages.py",
-        "return self._shared[pages[start - 1]]",
+        "return self._cached[pages[start - 1]]",
         "return self._root",
         "cache engine/test_scheduler.py",
     ),
@@ -183,8 +183,8 @@ PAGING = _faults(
     (
         "page-released-last-is-evicted-first",
         "jaxmoe/cache/pages.py",
-        "page = next(page for page in self._idle if self._shared[page].is_last())",
-        "page = next(page for page in reversed(self._idle) if self._shared[page].is_last())",
+        "page = next(page for page in self._evictable if self._cached[page].is_last())",
+        "page = next(page for page in reversed(self._evictable) if self._cached[page].is_last())",
         "cache engine/test_scheduler.py",
     ),
 )

@@ -35,14 +35,14 @@ class PageCopy:
 
 
 @dataclass(eq=False)
-class _Shared:
+class _PrefixNode:
     """A page in the tree of known beginnings: on the device, or (page -1) at a place in host memory; neither (place -1)
     where it was given up and pages after it are still known."""
 
     page: int
     tokens: Tokens
-    parent: _Shared | None
-    children: dict[Tokens, _Shared] = field(default_factory=dict)
+    parent: _PrefixNode | None
+    children: dict[Tokens, _PrefixNode] = field(default_factory=dict)
     host_page: int = -1
 
     def is_last(self) -> bool:
@@ -54,7 +54,7 @@ class _Shared:
         return self.page < 0 and self.host_page < 0
 
 
-class Prefix(NamedTuple):
+class PrefixMatch(NamedTuple):
     """The longest known beginning of a prompt: its pages in all; how many of them the next token does not see any more;
     those of the others that are on the device."""
 
@@ -78,13 +78,13 @@ class PagePool:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.num_pages, self.page_size, self._first_visible = num_pages, page_size, first_visible
-        self._blank = list(range(num_pages - 1, -1, -1))
-        self._holders = [0] * num_pages
-        self._root = _Shared(-1, (), None)
-        self._shared: dict[int, _Shared] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # shared, held by nobody; longest idle first
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._ref_counts = [0] * num_pages
+        self._root = _PrefixNode(-1, (), None)
+        self._cached: dict[int, _PrefixNode] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # shared, held by nobody; longest idle first
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
-        self._on_host: OrderedDict[int, _Shared] = OrderedDict()  # by place; longest there first
+        self._on_host: OrderedDict[int, _PrefixNode] = OrderedDict()  # by place; longest there first
         self.pending_copies: list[PageCopy] = []  # to be taken by whoever owns the pool, in order
         self.num_evicted = self.num_brought_back = 0
 
@@ -94,46 +94,46 @@ class PagePool:
         return len(self._on_host)
 
     @property
-    def num_free(self) -> int:
+    def num_available(self) -> int:
         """Pages that can be had: blank ones, and those kept only in case a prompt begins alike."""
-        return len(self._blank) + len(self._idle)
+        return len(self._free) + len(self._evictable)
 
     @property
     def num_in_use(self) -> int:
         """Pages that requests hold."""
-        return self.num_pages - self.num_free
+        return self.num_pages - self.num_available
 
-    def find(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> Prefix:
+    def match_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> PrefixMatch:
         """Find the longest known beginning of `tokens`, at most `limit` tokens. Holds none.
 
         whole: none of its pages may be missing, whether the next token sees them or not.
         """
-        nodes, num_behind = self._known(tokens, limit, whole)
-        return Prefix(len(nodes), num_behind, [node.page for node in nodes[num_behind:] if node.page >= 0])
+        nodes, num_behind = self._match(tokens, limit, whole)
+        return PrefixMatch(len(nodes), num_behind, [node.page for node in nodes[num_behind:] if node.page >= 0])
 
-    def hold_known(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> list[int]:
+    def acquire_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> list[int]:
         """Hold what find finds, and bring back what of it is in host memory, for which the caller knows of room: its
         pages in order, -1 for each that the next token does not see."""
-        nodes, num_behind = self._known(tokens, limit, whole)
+        nodes, num_behind = self._match(tokens, limit, whole)
         seen = nodes[num_behind:]
-        self.hold([node.page for node in seen if node.page >= 0])
+        self.incref([node.page for node in seen if node.page >= 0])
         self._bring_back([node for node in seen if node.page < 0])
         return [-1] * num_behind + [node.page for node in seen]
 
-    def _bring_back(self, nodes: Sequence[_Shared]) -> None:
+    def _bring_back(self, nodes: Sequence[_PrefixNode]) -> None:
         """Pages in host memory move into some of one's own; they are shared, and held. There must be room for them."""
         for node in nodes:
             del self._on_host[node.host_page]  # none of them may make room for another
         for node in nodes:
-            taken = self.take(1)
+            taken = self.allocate(1)
             assert taken is not None, "there is no room for pages in host memory"
             self.pending_copies.append(PageCopy("in", taken[0], node.host_page))
             self._free_host_pages.append(node.host_page)
             node.page, node.host_page = taken[0], -1
-            self._shared[node.page] = node
+            self._cached[node.page] = node
         self.num_brought_back += len(nodes)
 
-    def _known(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_Shared], int]:
+    def _match(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_PrefixNode], int]:
         """The pages of the longest known beginning, and how many of them its next token does not see."""
         nodes = self._walk(tokens, limit)
         first_visible = None if whole else self._first_visible
@@ -144,7 +144,7 @@ class PagePool:
                 return nodes, num_behind
             del nodes[gone:]
 
-    def _walk(self, tokens: Sequence[int], limit: int) -> list[_Shared]:
+    def _walk(self, tokens: Sequence[int], limit: int) -> list[_PrefixNode]:
         node, found = self._root, []
         for end in range(self.page_size, min(limit, len(tokens)) + 1, self.page_size):
             child = node.children.get(tuple(tokens[end - self.page_size : end]))
@@ -154,40 +154,40 @@ class PagePool:
             node = child
         return found
 
-    def num_idle_of(self, pages: Sequence[int]) -> int:
+    def num_evictable_of(self, pages: Sequence[int]) -> int:
         """How many of these pages nobody holds: holding them leaves so many fewer to be had."""
-        return sum(page in self._idle for page in pages)
+        return sum(page in self._evictable for page in pages)
 
-    def hold(self, pages: Sequence[int]) -> None:
+    def incref(self, pages: Sequence[int]) -> None:
         """One more holder for each of these shared pages."""
         for page in pages:
-            assert page in self._shared, f"page {page} is not shared"
-            self._holders[page] += 1
-            self._idle.pop(page, None)
+            assert page in self._cached, f"page {page} is not shared"
+            self._ref_counts[page] += 1
+            self._evictable.pop(page, None)
 
-    def take(self, count: int) -> list[int] | None:
+    def allocate(self, count: int) -> list[int] | None:
         """`count` pages of one's own, or None (and nothing changed) where there are not so many."""
-        if count > self.num_free:
+        if count > self.num_available:
             return None
-        pages = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
-            self._holders[page] = 1
+            self._ref_counts[page] = 1
         return pages
 
     def _evict(self) -> int:
         """The page that was idle longest off the device; where all tokens are seen, of those with nothing on the device
         hanging under them."""
         if self._first_visible is None:
-            page = next(page for page in self._idle if self._shared[page].is_last())
+            page = next(page for page in self._evictable if self._cached[page].is_last())
         else:
-            page = next(iter(self._idle))
-        node = self._shared.pop(page)
-        del self._idle[page]
+            page = next(iter(self._evictable))
+        node = self._cached.pop(page)
+        del self._evictable[page]
         self.num_evicted += 1
         host_page = self._allocate_host_page()
         node.page = -1
         if host_page is None:
-            self._forget(node)
+            self._drop(node)
         else:
             self.pending_copies.append(PageCopy("out", page, host_page))
             node.host_page = host_page
@@ -200,10 +200,10 @@ class PagePool:
             windowed = self._first_visible is not None
             oldest = next((node for node in self._on_host.values() if windowed or not node.children), None)
             if oldest is not None:
-                self._forget(oldest)
+                self._drop(oldest)
         return self._free_host_pages.pop() if self._free_host_pages else None
 
-    def _forget(self, node: _Shared) -> None:
+    def _drop(self, node: _PrefixNode) -> None:
         """Give up a page that is not on the device. Where all tokens are seen, what hangs under it in host memory goes
         too; else it stays in the tree while anything does."""
         falling = [node]
@@ -216,20 +216,22 @@ class PagePool:
             node.children.clear()
         self._prune(node)
 
-    def _free_host_page(self, node: _Shared) -> None:
+    def _free_host_page(self, node: _PrefixNode) -> None:
         """Free the host memory of a page, if it has any."""
         if node.host_page >= 0:
             del self._on_host[node.host_page]
             self._free_host_pages.append(node.host_page)
             node.host_page = -1
 
-    def _prune(self, node: _Shared) -> None:
+    def _prune(self, node: _PrefixNode) -> None:
         """Out of the tree with a page that is gone and has none after it, and with those before it that are so then."""
         while node.parent is not None and node.is_gone() and not node.children:
             del node.parent.children[node.tokens]
             node = node.parent
 
-    def share(self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True) -> int:
+    def insert_prefix(
+        self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True
+    ) -> int:
         """Make known that pages [start, stop) of the caller's hold the tokens there; those before start are known.
 
         Pages that the caller does not hold any more are -1.
@@ -243,69 +245,69 @@ class PagePool:
             child = node.children.get(part)
             page = pages[index]
             if child is None:
-                child = _Shared(page, part, node)
+                child = _PrefixNode(page, part, node)
                 node.children[part] = child
                 if page >= 0:
-                    self._shared[page] = child
+                    self._cached[page] = child
             elif page < 0:
                 pass  # the caller does not hold it any more
             elif child.page < 0:  # known in host memory or given up: the one here takes its place
                 self._free_host_page(child)
                 child.page = page
-                self._shared[page] = child
+                self._cached[page] = child
             elif child.page != page:
                 if not replace:
                     stop = index
                     break
-                self.hold([child.page])
-                self._release_one(page)
+                self.incref([child.page])
+                self._decref_one(page)
                 pages[index] = child.page
             node = child
         self._prune(node)
         return max(start, stop)
 
-    def _before(self, pages: list[int], tokens: Sequence[int], start: int) -> _Shared:
+    def _before(self, pages: list[int], tokens: Sequence[int], start: int) -> _PrefixNode:
         """The page before the caller's page `start` in the tree."""
         if start and pages[start - 1] >= 0:
-            return self._shared[pages[start - 1]]
+            return self._cached[pages[start - 1]]
         node = self._root
         for index in range(start):
             part = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
-            node = node.children.setdefault(part, _Shared(-1, part, node))
+            node = node.children.setdefault(part, _PrefixNode(-1, part, node))
         return node
 
-    def release(self, pages: Sequence[int]) -> None:
+    def decref(self, pages: Sequence[int]) -> None:
         """One holder fewer for each that is not -1. Shared pages nobody holds stay known; the last of a prompt goes
         first."""
         for page in reversed(pages):
             if page >= 0:
-                self._release_one(page)
+                self._decref_one(page)
 
-    def _release_one(self, page: int) -> None:
-        assert self._holders[page] > 0, f"page {page} is held by nobody"
-        self._holders[page] -= 1
-        if self._holders[page]:
+    def _decref_one(self, page: int) -> None:
+        assert self._ref_counts[page] > 0, f"page {page} is held by nobody"
+        self._ref_counts[page] -= 1
+        if self._ref_counts[page]:
             return
-        if page in self._shared:
-            self._idle[page] = None
+        if page in self._cached:
+            self._evictable[page] = None
         else:
-            self._blank.append(page)
+            self._free.append(page)
 
     def discard(self, pages: Sequence[int]) -> None:
         """Remove those of these pages that nobody holds from the prefix cache, and the pages after them, which were
         computed from theirs. A later page that a request still holds stays until it is released."""
         for page in pages:
-            if page not in self._idle:
+            if page not in self._evictable:
                 continue
-            below = [self._shared[page]]
+            below = [self._cached[page]]
             for node in below:
                 below += node.children.values()
             for node in reversed(below):
                 if node.is_gone():
                     continue  # with what hung under it
-                if node.page in self._idle:
-                    del self._idle[node.page], self._shared[node.page]
-                    self._blank.append(node.page)
+                if node.page in self._evictable:
+                    del self._evictable[node.page], self._cached[node.page]
+                    self._free.append(node.page)
                     node.page = -1
                 self._free_host_page(node)
                 self._prune(node)
@@ -316,23 +318,23 @@ class PagePool:
 
     def check(self) -> None:
         """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""
-        assert len(set(self._blank)) == len(self._blank)
+        assert len(set(self._free)) == len(self._free)
         for page in range(self.num_pages):
-            blank, idle = page in set(self._blank), page in self._idle
-            assert blank + idle + (self._holders[page] > 0) == 1, page
-            assert not (blank and page in self._shared), page
-            assert not idle or page in self._shared, page
+            free, evictable = page in set(self._free), page in self._evictable
+            assert free + evictable + (self._ref_counts[page] > 0) == 1, page
+            assert not (free and page in self._cached), page
+            assert not evictable or page in self._cached, page
         assert len(self._free_host_pages) == len(set(self._free_host_pages))
         assert not set(self._free_host_pages) & set(self._on_host)
         for host_page, node in self._on_host.items():
             assert (node.page, node.host_page) == (-1, host_page)
             assert node.is_last() or self._first_visible is not None
-        for page, node in self._shared.items():
+        for page, node in self._cached.items():
             assert node.page == page
             assert node.host_page == -1
-            if self._first_visible is None and self._holders[page] and node.parent is not self._root:
+            if self._first_visible is None and self._ref_counts[page] and node.parent is not self._root:
                 assert node.parent is not None
-                assert self._holders[node.parent.page] > 0  # who holds a page holds those before it
+                assert self._ref_counts[node.parent.page] > 0  # who holds a page holds those before it
         reached, found = [self._root], 0
         while reached:
             node = reached.pop()
@@ -342,4 +344,4 @@ class PagePool:
                 assert not child.is_gone() or (child.children and self._first_visible is not None)
                 found += not child.is_gone()
                 reached.append(child)
-        assert found == len(self._shared) + len(self._on_host)
+        assert found == len(self._cached) + len(self._on_host)

@@ -43,8 +43,8 @@ class Sequence:
     num_behind: int = 0
     num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
     num_pending: int = 0  # tokens that steps planned so far will bring
-    num_cached: int = 0  # prompt tokens that were found in shared pages
-    num_shared: int = 0  # pages, from the first, that are in the pool's tree
+    num_cached_tokens: int = 0  # prompt tokens that were found in shared pages
+    num_cached_pages: int = 0  # pages, from the first, that are in the pool's tree
     decoding: bool = False  # its prompt is planned to the end: from now on one token a step
     finished: bool = False
 
@@ -185,9 +185,9 @@ class Scheduler:
         self.running.remove(sequence)
         self._free_slots[sequence.rank].append(sequence.slot)
         self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few rows are computed
-        self.pools[sequence.rank].release(sequence.pages)
+        self.pools[sequence.rank].decref(sequence.pages)
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
-        sequence.decoding, sequence.num_shared, sequence.num_behind = False, 0, 0
+        sequence.decoding, sequence.num_cached_pages, sequence.num_behind = False, 0, 0
 
     def expired(self, now: float) -> list[Sequence]:
         """Requests whose deadline has passed; the caller finishes them."""
@@ -232,7 +232,7 @@ class Scheduler:
         behind = min(self.limits.first_visible(sequence.num_written) // self.limits.page_size, len(sequence.pages))
         if behind > sequence.num_behind:
             freed = slice(sequence.num_behind, behind)
-            self.pools[sequence.rank].release(sequence.pages[freed])
+            self.pools[sequence.rank].decref(sequence.pages[freed])
             sequence.pages[freed] = [-1] * (behind - sequence.num_behind)
             sequence.num_behind = behind
 
@@ -251,7 +251,7 @@ class Scheduler:
         if sequence.decoding:
             needed = sequence.num_written // self.limits.page_size + 1
         while len(sequence.pages) < needed:
-            page = self.pools[sequence.rank].take(1)
+            page = self.pools[sequence.rank].allocate(1)
             if page is not None:
                 sequence.pages += page
                 continue
@@ -265,8 +265,8 @@ class Scheduler:
         """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
         pool, size = self.pools[sequence.rank], self.limits.page_size
         wanted = min(decode_steps, sequence.max_total - sequence.num_total)
-        while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_free > len(self.running):
-            sequence.pages += pool.take(1) or []
+        while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_available > len(self.running):
+            sequence.pages += pool.allocate(1) or []
         start = sequence.num_written
         count = min(wanted, len(sequence.pages) * size - start)
         sequence.num_written += count
@@ -299,10 +299,10 @@ class Scheduler:
         limit, whole = len(tokens) - 1, sequence.keeps_all
         choices = []
         for rank, pool in enumerate(self.pools):
-            prefix = pool.find(tokens, limit=limit, whole=whole)
+            prefix = pool.match_prefix(tokens, limit=limit, whole=whole)
             sequence.num_behind = prefix.num_behind
             new = self._prompt_pages(sequence) - prefix.num_behind - len(prefix.on_device)
-            spare = pool.num_free - pool.num_idle_of(prefix.on_device) - new
+            spare = pool.num_available - pool.num_evictable_of(prefix.on_device) - new
             if self._free_slots[rank] and blocks_left[rank] and spare >= 0:
                 choices.append((prefix.num_pages, spare, -rank, prefix.num_behind))
         sequence.num_behind = 0
@@ -311,14 +311,14 @@ class Scheduler:
         _, _, minus_rank, sequence.num_behind = max(choices)
         rank = -minus_rank
         pool = self.pools[rank]
-        known = pool.hold_known(tokens, limit=limit, whole=whole)
-        taken = pool.take(self._prompt_pages(sequence) - len(known))
+        known = pool.acquire_prefix(tokens, limit=limit, whole=whole)
+        taken = pool.allocate(self._prompt_pages(sequence) - len(known))
         assert taken is not None
         sequence.rank, sequence.slot, sequence.pages = rank, self._free_slots[rank].pop(), known + taken
-        sequence.num_written = sequence.num_cached = len(known) * size
-        sequence.num_shared = len(known)
+        sequence.num_written = sequence.num_cached_tokens = len(known) * size
+        sequence.num_cached_pages = len(known)
         self.num_prompt_tokens += len(tokens)
-        self.num_cached_tokens += sequence.num_cached
+        self.num_cached_tokens += sequence.num_cached_tokens
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
@@ -335,7 +335,7 @@ class Scheduler:
         sequence.num_written += count
         if sequence.num_written == total:
             sequence.decoding, sequence.num_pending = True, 1
-        self._share(sequence, sequence.num_written, replace=False)
+        self._insert_prefix(sequence, sequence.num_written, replace=False)
         return [PromptChunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
 
     # --- what steps bring ---
@@ -352,22 +352,24 @@ class Scheduler:
                     break
                 sequence.num_pending -= 1
                 sequence.tokens.append(token)
-                self._share(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
+                self._insert_prefix(
+                    sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending)
+                )
                 yield sequence, index, token
         for sequence in plan.sequences():
-            self._share(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
+            self._insert_prefix(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
 
-    def _share(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
+    def _insert_prefix(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
         """Tell the pool of pages full of a sequence's first `known` tokens.
 
         A step still on its way counts as done: devices take steps in order, so whoever reads its pages comes later (or
         in the same step, which writes before it reads), and if it fails all pages are forgotten.
         """
         full = known // self.limits.page_size
-        if sequence.slot >= 0 and full > sequence.num_shared:
+        if sequence.slot >= 0 and full > sequence.num_cached_pages:
             pool = self.pools[sequence.rank]
-            sequence.num_shared = pool.share(
-                sequence.pages, sequence.tokens, start=sequence.num_shared, stop=full, replace=replace
+            sequence.num_cached_pages = pool.insert_prefix(
+                sequence.pages, sequence.tokens, start=sequence.num_cached_pages, stop=full, replace=replace
             )
 
     def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:

@@ -114,7 +114,7 @@ class Trace:
             record = records.get(chunk.sequence.request_id)
             if record is None:  # it was queued before the trace began
                 continue
-            record.cached = max(record.cached, chunk.sequence.num_cached)
+            record.cached = max(record.cached, chunk.sequence.num_cached_tokens)
             record.chunks.append({"step": step.index, "start": chunk.start, "count": chunk.count})
         self.steps.append(step)
         self.num_steps += 1

@@ -8,31 +8,31 @@ from jaxmoe.cache.pages import PageCopy, PagePool
 
 
 def match(pool: PagePool, tokens: list[int], limit: int) -> list[int]:
-    return pool.find(tokens, limit=limit).on_device
+    return pool.match_prefix(tokens, limit=limit).on_device
 
 
 def num_on_host(pool: PagePool, tokens: list[int], limit: int) -> int:
-    prefix = pool.find(tokens, limit=limit)
+    prefix = pool.match_prefix(tokens, limit=limit)
     return prefix.num_pages - prefix.num_behind - len(prefix.on_device)
 
 
 def test_pages_are_taken_all_or_none():
     pool = PagePool(num_pages=3, page_size=2)
-    assert pool.take(4) is None
-    mine = pool.take(2)
+    assert pool.allocate(4) is None
+    mine = pool.allocate(2)
     assert mine is not None
-    assert (len(set(mine)), pool.num_free, pool.num_in_use) == (2, 1, 2)
-    pool.release(mine)
-    assert pool.num_free == 3
+    assert (len(set(mine)), pool.num_available, pool.num_in_use) == (2, 1, 2)
+    pool.decref(mine)
+    assert pool.num_available == 3
     pool.check()
 
 
 def test_a_known_beginning_is_found_page_by_page():
     pool = PagePool(num_pages=4, page_size=2)
-    mine = pool.take(3)
+    mine = pool.allocate(3)
     before = list(mine)
-    pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=1)
-    pool.share(mine, [1, 2, 3, 4, 5], start=1, stop=2)  # the third page is not full
+    pool.insert_prefix(mine, [1, 2, 3, 4, 5], start=0, stop=1)
+    pool.insert_prefix(mine, [1, 2, 3, 4, 5], start=1, stop=2)  # the third page is not full
     assert mine == before
     assert match(pool, [1, 2, 3, 4, 9], 5) == mine[:2]
     assert match(pool, [1, 2, 3, 4], 3) == mine[:1]
@@ -43,28 +43,28 @@ def test_a_known_beginning_is_found_page_by_page():
 
 def test_the_same_tokens_are_kept_once():
     pool = PagePool(num_pages=4, page_size=2)
-    first, second = pool.take(2), pool.take(2)
+    first, second = pool.allocate(2), pool.allocate(2)
     own = second[1]
-    pool.share(first, [1, 2, 3, 4], start=0, stop=2)
-    pool.share(second, [1, 2, 7, 8], start=0, stop=2)
+    pool.insert_prefix(first, [1, 2, 3, 4], start=0, stop=2)
+    pool.insert_prefix(second, [1, 2, 7, 8], start=0, stop=2)
     assert second == [first[0], own]
-    assert pool.num_free == 1
+    assert pool.num_available == 1
     pool.check()
-    pool.release(first)
+    pool.decref(first)
     assert match(pool, [1, 2, 7, 8], 4) == [first[0], second[1]]
-    pool.release([first[0], second[1]])
-    assert pool.num_free == 4
+    pool.decref([first[0], second[1]])
+    assert pool.num_available == 4
     pool.check()
 
 
 def test_the_longest_idle_end_of_a_prompt_goes_first():
     pool = PagePool(num_pages=4, page_size=1)
-    old, new = pool.take(2), pool.take(2)
-    pool.share(old, [1, 2], start=0, stop=2)
-    pool.share(new, [3, 4], start=0, stop=2)
-    pool.release(old)
-    pool.release(new)
-    assert pool.take(1) == [old[1]]
+    old, new = pool.allocate(2), pool.allocate(2)
+    pool.insert_prefix(old, [1, 2], start=0, stop=2)
+    pool.insert_prefix(new, [3, 4], start=0, stop=2)
+    pool.decref(old)
+    pool.decref(new)
+    assert pool.allocate(1) == [old[1]]
     assert match(pool, [1, 2], 2) == old[:1]
     assert match(pool, [3, 4], 2) == new
     assert pool.num_evicted == 1
@@ -73,28 +73,28 @@ def test_the_longest_idle_end_of_a_prompt_goes_first():
 
 def test_held_pages_are_never_evicted():
     pool = PagePool(num_pages=2, page_size=1)
-    mine = pool.take(2)
-    pool.share(mine, [1, 2], start=0, stop=2)
-    pool.release(mine)
-    pool.hold(match(pool, [1], 1))
-    assert pool.take(2) is None
-    assert pool.take(1) == [mine[1]]
+    mine = pool.allocate(2)
+    pool.insert_prefix(mine, [1, 2], start=0, stop=2)
+    pool.decref(mine)
+    pool.incref(match(pool, [1], 1))
+    assert pool.allocate(2) is None
+    assert pool.allocate(1) == [mine[1]]
     pool.check()
 
 
 def test_a_page_that_must_go_moves_to_host_memory_and_back():
     pool = PagePool(num_pages=2, page_size=1, num_host_pages=2)
-    first = pool.take(2)
-    pool.share(first, [1, 2], start=0, stop=2)
-    pool.release(first)
-    other = pool.take(2)
+    first = pool.allocate(2)
+    pool.insert_prefix(first, [1, 2], start=0, stop=2)
+    pool.decref(first)
+    other = pool.allocate(2)
     assert pool.pending_copies == [PageCopy("out", first[1], 0), PageCopy("out", first[0], 1)]
     assert match(pool, [1, 2], 2) == []
     assert (num_on_host(pool, [1, 2, 3], 3), pool.num_on_host) == (2, 2)
     pool.check()
-    pool.release(other)
+    pool.decref(other)
     pool.pending_copies.clear()
-    back = pool.hold_known([1, 2, 3], limit=3)
+    back = pool.acquire_prefix([1, 2, 3], limit=3)
     assert [(page_copy.direction, page_copy.page, page_copy.host_page) for page_copy in pool.pending_copies] == [
         ("in", back[0], 1),
         ("in", back[1], 0),
@@ -107,9 +107,9 @@ def test_a_page_that_must_go_moves_to_host_memory_and_back():
 def test_host_memory_is_bounded_and_the_longest_there_goes_first():
     pool = PagePool(num_pages=1, page_size=1, num_host_pages=2)
     for token in (1, 2, 3, 4):
-        page = pool.take(1)
-        pool.share(page, [token], start=0, stop=1)
-        pool.release(page)
+        page = pool.allocate(1)
+        pool.insert_prefix(page, [token], start=0, stop=1)
+        pool.decref(page)
         pool.check()
     assert [num_on_host(pool, [token], 1) for token in (1, 2, 3)] == [0, 1, 1]
     assert match(pool, [4], 1)
@@ -117,11 +117,11 @@ def test_host_memory_is_bounded_and_the_longest_there_goes_first():
 
 def test_what_is_computed_again_takes_the_place_of_what_lies_on_the_host():
     pool = PagePool(num_pages=2, page_size=1, num_host_pages=4)
-    first = pool.take(2)
-    pool.share(first, [1, 2], start=0, stop=2)
-    pool.release(first)
-    again = pool.take(2)
-    pool.share(again, [1, 2], start=0, stop=2)
+    first = pool.allocate(2)
+    pool.insert_prefix(first, [1, 2], start=0, stop=2)
+    pool.decref(first)
+    again = pool.allocate(2)
+    pool.insert_prefix(again, [1, 2], start=0, stop=2)
     assert (pool.num_on_host, match(pool, [1, 2], 2)) == (0, again)
     pool.check()
 
@@ -135,46 +135,46 @@ def in_windows(num_pages: int, window: int, **more: int) -> PagePool:
 
 def test_pages_behind_a_window_are_taken_first_and_those_after_them_still_found():
     pool = in_windows(5, window=3)
-    mine = pool.take(5)
-    pool.share(mine, [1, 2, 3, 4, 5], start=0, stop=5)
-    pool.release(mine[:2])
-    assert (pool.num_free, pool.num_in_use) == (2, 3)
-    assert pool.take(2) == [mine[1], mine[0]]  # nobody holds them; the last was released first
+    mine = pool.allocate(5)
+    pool.insert_prefix(mine, [1, 2, 3, 4, 5], start=0, stop=5)
+    pool.decref(mine[:2])
+    assert (pool.num_available, pool.num_in_use) == (2, 3)
+    assert pool.allocate(2) == [mine[1], mine[0]]  # nobody holds them; the last was released first
     pool.check()
     # A sixth token sees the fourth and fifth, which are there; a fourth sees the second, which is not.
-    assert pool.find([1, 2, 3, 4, 5, 6], limit=5) == (5, 3, mine[3:])
-    assert pool.find([1, 2, 3, 9], limit=3) == (0, 0, [])
-    assert pool.find([1, 2, 3, 4, 5, 6], limit=5, whole=True) == (0, 0, [])
-    assert pool.hold_known([1, 2, 3, 4, 5, 6], limit=5) == [-1, -1, -1, *mine[3:]]
-    pool.release([-1, -1, -1, *mine[3:]])
-    pool.release(mine[2:])
+    assert pool.match_prefix([1, 2, 3, 4, 5, 6], limit=5) == (5, 3, mine[3:])
+    assert pool.match_prefix([1, 2, 3, 9], limit=3) == (0, 0, [])
+    assert pool.match_prefix([1, 2, 3, 4, 5, 6], limit=5, whole=True) == (0, 0, [])
+    assert pool.acquire_prefix([1, 2, 3, 4, 5, 6], limit=5) == [-1, -1, -1, *mine[3:]]
+    pool.decref([-1, -1, -1, *mine[3:]])
+    pool.decref(mine[2:])
     pool.check()
-    assert pool.take(3) is not None  # nothing is known any more, and no part of the tree is left
-    assert pool.find([1, 2, 3, 4, 5, 6], limit=5) == (0, 0, [])
+    assert pool.allocate(3) is not None  # nothing is known any more, and no part of the tree is left
+    assert pool.match_prefix([1, 2, 3, 4, 5, 6], limit=5) == (0, 0, [])
     pool.check()
 
 
 def test_a_page_given_up_is_known_again_once_it_is_computed_again():
     pool = in_windows(4, window=2)
-    mine = pool.take(3)
-    pool.share(mine, [1, 2, 3], start=0, stop=3)
-    pool.release(mine[:2])
-    other = pool.take(3)
-    assert pool.find([1, 2, 3, 4], limit=3) == (3, 2, mine[2:])
-    assert pool.find([1, 5], limit=1) == (0, 0, [])
-    pool.share(other, [1, 5, 6], start=0, stop=3)
-    assert pool.find([1, 5], limit=1) == (1, 0, other[:1])
+    mine = pool.allocate(3)
+    pool.insert_prefix(mine, [1, 2, 3], start=0, stop=3)
+    pool.decref(mine[:2])
+    other = pool.allocate(3)
+    assert pool.match_prefix([1, 2, 3, 4], limit=3) == (3, 2, mine[2:])
+    assert pool.match_prefix([1, 5], limit=1) == (0, 0, [])
+    pool.insert_prefix(other, [1, 5, 6], start=0, stop=3)
+    assert pool.match_prefix([1, 5], limit=1) == (1, 0, other[:1])
     pool.check()
 
 
 def test_pages_are_shared_after_those_that_were_given_back_unshared():
     pool = in_windows(4, window=1)
-    mine = pool.take(4)
-    pool.release(mine[:3])
-    pool.share([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=0, stop=3)
+    mine = pool.allocate(4)
+    pool.decref(mine[:3])
+    pool.insert_prefix([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=0, stop=3)
     pool.check()
-    pool.share([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=3, stop=4)
-    assert pool.find([1, 2, 3, 4, 5], limit=4) == (4, 4, [])
+    pool.insert_prefix([-1, -1, -1, mine[3]], [1, 2, 3, 4], start=3, stop=4)
+    assert pool.match_prefix([1, 2, 3, 4, 5], limit=4) == (4, 4, [])
     pool.check()
 
 
@@ -187,39 +187,39 @@ def test_sizes_check_themselves(sizes):
 def test_discarded_pages_are_found_no_more_nor_those_after_them():
     pool = PagePool(num_pages=8, page_size=2)
     shared, other = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8]
-    mine = pool.take(3)
-    pool.share(mine, shared, start=0, stop=3)
-    theirs = pool.take(3)
-    pool.share(theirs, other, start=0, stop=3)
-    pool.release(mine)
+    mine = pool.allocate(3)
+    pool.insert_prefix(mine, shared, start=0, stop=3)
+    theirs = pool.allocate(3)
+    pool.insert_prefix(theirs, other, start=0, stop=3)
+    pool.decref(mine)
     pool.discard(mine)  # the first two are held by the other
-    assert pool.find(shared, limit=6).on_device == theirs[:2] == mine[:2]
-    assert pool.find(other, limit=6).on_device == theirs
+    assert pool.match_prefix(shared, limit=6).on_device == theirs[:2] == mine[:2]
+    assert pool.match_prefix(other, limit=6).on_device == theirs
     pool.check()
-    pool.release(theirs)
+    pool.decref(theirs)
     pool.discard(theirs[:1])
-    assert pool.find(other, limit=6) == (0, 0, [])
+    assert pool.match_prefix(other, limit=6) == (0, 0, [])
     assert pool.num_in_use == 0
     pool.check()
 
 
 def test_with_windows_discarded_pages_leave_later_ones_to_their_holders():
     pool = PagePool(num_pages=8, page_size=1, first_visible=lambda position: max(0, position - 1))
-    mine = pool.take(4)
-    pool.share(mine, [1, 2, 3, 4], start=0, stop=4)
-    pool.release(mine[:2])  # behind the window: pages 2 and 3 are still held
+    mine = pool.allocate(4)
+    pool.insert_prefix(mine, [1, 2, 3, 4], start=0, stop=4)
+    pool.decref(mine[:2])  # behind the window: pages 2 and 3 are still held
     pool.discard(mine[:1])
     pool.check()
     assert pool.num_in_use == 2
-    pool.release(mine[2:])
+    pool.decref(mine[2:])
     pool.check()
     pool.discard(mine[2:])
     assert pool.num_in_use == 0
-    assert pool.find([1, 2, 3, 4, 5], limit=4) == (0, 0, [])
-    whole = pool.take(3)
-    pool.share([whole[0], -1, whole[2]], [1, 2, 3], start=0, stop=3)  # the second was given back before
-    pool.release(whole)
+    assert pool.match_prefix([1, 2, 3, 4, 5], limit=4) == (0, 0, [])
+    whole = pool.allocate(3)
+    pool.insert_prefix([whole[0], -1, whole[2]], [1, 2, 3], start=0, stop=3)  # the second was given back before
+    pool.decref(whole)
     pool.discard(whole[:1])
     pool.check()
-    assert pool.find([1, 2, 3, 4], limit=3) == (0, 0, [])
+    assert pool.match_prefix([1, 2, 3, 4], limit=3) == (0, 0, [])
     pool.check()

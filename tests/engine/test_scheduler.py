@@ -199,7 +199,7 @@ def run_schedule(
         assert step < 5000, "somebody starves"
     for pool in scheduler.pools:
         assert pool.num_in_use == 0
-        assert pool.num_free == num_pages
+        assert pool.num_available == num_pages
     for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
         if sequence.request_id not in failed | cancelled:
             assert sequence.tokens == alone(prompt, max_total, limits, keeps_all=sequence.keeps_all)
