@@ -86,7 +86,7 @@ class PagePool:
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
         self._on_host: OrderedDict[int, _PrefixNode] = OrderedDict()  # by place; longest there first
         self.pending_copies: list[PageCopy] = []  # to be taken by whoever owns the pool, in order
-        self.num_evicted = self.num_brought_back = 0
+        self.num_evicted = self.num_swapped_in = 0
 
     @property
     def num_on_host(self) -> int:
@@ -117,10 +117,10 @@ class PagePool:
         nodes, num_behind = self._match(tokens, limit, whole)
         seen = nodes[num_behind:]
         self.incref([node.page for node in seen if node.page >= 0])
-        self._bring_back([node for node in seen if node.page < 0])
+        self._swap_in([node for node in seen if node.page < 0])
         return [-1] * num_behind + [node.page for node in seen]
 
-    def _bring_back(self, nodes: Sequence[_PrefixNode]) -> None:
+    def _swap_in(self, nodes: Sequence[_PrefixNode]) -> None:
         """Pages in host memory move into some of one's own; they are shared, and held. There must be room for them."""
         for node in nodes:
             del self._on_host[node.host_page]  # none of them may make room for another
@@ -131,7 +131,7 @@ class PagePool:
             self._free_host_pages.append(node.host_page)
             node.page, node.host_page = taken[0], -1
             self._cached[node.page] = node
-        self.num_brought_back += len(nodes)
+        self.num_swapped_in += len(nodes)
 
     def _match(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_PrefixNode], int]:
         """The pages of the longest known beginning, and how many of them its next token does not see."""

@@ -167,7 +167,7 @@ class Core:
             on_progress(done, len(buckets))
         if self._host_offload is not None:
             self.copy_s, self.compute_s = self._time_copies(self._host_offload), self._time_prompts(buckets[-1])
-            self.scheduler.keep_on_host(self.copy_s < self.compute_s)
+            self.scheduler.enable_offload(self.copy_s < self.compute_s)
         self.sealed = True
 
     def _time_copies(self, host_offload: HostOffload) -> float:

@@ -158,7 +158,7 @@ class AsyncEngine:
             "pages_in_use": sum(pool.num_in_use for pool in scheduler.pools),
             "pages_evicted": scheduler.num_evicted,
             "pages_on_host": sum(pool.num_on_host for pool in scheduler.pools),
-            "pages_swapped_in": scheduler.num_brought_back,
+            "pages_swapped_in": scheduler.num_swapped_in,
             "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
             "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_per_token": self.llm.runner.bytes_per_token,
         }  # fmt: skip

@@ -108,12 +108,12 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.brings_back = True
+        self.offloads_pages = True
         self.pools = [self._new_pool() for _ in range(limits.num_ranks)]
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
-        self._arrivals = self._evicted_before = self._brought_back_before = 0
+        self._arrivals = self._evicted_before = self._swapped_in_before = 0
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
 
     @property
@@ -122,22 +122,22 @@ class Scheduler:
         return self._evicted_before + sum(pool.num_evicted for pool in self.pools)
 
     @property
-    def num_brought_back(self) -> int:
+    def num_swapped_in(self) -> int:
         """Pages that came back from host memory, since the start."""
-        return self._brought_back_before + sum(pool.num_brought_back for pool in self.pools)
+        return self._swapped_in_before + sum(pool.num_swapped_in for pool in self.pools)
 
     def _new_pool(self) -> PagePool:
         limits = self.limits
-        host_pages = limits.num_host_pages if self.brings_back else 0
+        host_pages = limits.num_host_pages if self.offloads_pages else 0
         return PagePool(
             num_pages=limits.num_pages, page_size=limits.page_size, num_host_pages=host_pages,
             first_visible=limits.first_visible if limits.frees_pages else None,
         )  # fmt: skip
 
-    def keep_on_host(self, brings_back: bool) -> None:
+    def enable_offload(self, enabled: bool) -> None:
         """Whether pages taken for others go to host memory, to be brought back. Nothing may be running."""
-        self.brings_back = brings_back
-        self.forget()
+        self.offloads_pages = enabled
+        self.reset_prefix_cache()
 
     # --- requests come and go ---
 
@@ -382,10 +382,10 @@ class Scheduler:
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
-        self.forget()
+        self.reset_prefix_cache()
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Blank pages alone, no beginning is known any more. Nothing may be running."""
         assert not self.running
-        self._evicted_before, self._brought_back_before = self.num_evicted, self.num_brought_back
+        self._evicted_before, self._swapped_in_before = self.num_evicted, self.num_swapped_in
         self.pools = [self._new_pool() for _ in range(self.limits.num_ranks)]

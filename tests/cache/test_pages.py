@@ -100,7 +100,7 @@ def test_a_page_that_must_go_moves_to_host_memory_and_back():
         ("in", back[1], 0),
     ]
     assert match(pool, [1, 2], 2) == back
-    assert (pool.num_in_use, pool.num_on_host, pool.num_brought_back) == (2, 0, 2)
+    assert (pool.num_in_use, pool.num_on_host, pool.num_swapped_in) == (2, 0, 2)
     pool.check()
 
 

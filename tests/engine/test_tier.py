@@ -56,7 +56,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
     with AsyncEngine(
         llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, kv_cache_gib=10.5 * page_gib, host_cache_gib=1e-3
     ) as engine:
-        engine._core.scheduler.keep_on_host(True)  # whatever these tiny pages measure
+        engine._core.scheduler.enable_offload(True)  # whatever these tiny pages measure
         for _ in range(2):
             assert asyncio.run(one_by_one(engine)) == alone
         stats = engine.stats()
@@ -73,8 +73,8 @@ def test_what_is_cheaper_to_compute_again_is(tiny_llm):
     llm = tiny_llm(CASE, ONE_DEVICE)
     with AsyncEngine(llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, host_cache_gib=1e-4) as engine:
         core = engine._core
-        assert core.scheduler.brings_back == (core.copy_s < core.compute_s)
-        core.scheduler.keep_on_host(False)
+        assert core.scheduler.offloads_pages == (core.copy_s < core.compute_s)
+        core.scheduler.enable_offload(False)
         params = SamplingParams(max_tokens=1, ignore_eos=True)
 
         async def ask():
