@@ -119,21 +119,22 @@ def _pool(arguments: argparse.Namespace) -> None:
 
     from jaxmoe.engine.batch import Bucket
     from jaxmoe.engine.core import Core
-    from jaxmoe.engine.limits import Limits
+    from jaxmoe.engine.limits import SchedulerConfig
 
     llm = _start(arguments)
     pages = 16 * arguments.rows
     sizes = {1: [], 8: []}
-    limits = Limits(
-        num_ranks=llm.runner.num_ranks, rows=arguments.rows, chunk_tokens=128, block_tokens=32, num_pages=pages,
+    scheduler_config = SchedulerConfig(
+        num_ranks=llm.runner.num_ranks, max_num_seqs=arguments.rows, chunk_tokens=128, block_tokens=32, num_pages=pages,
         page_size=16, context=256,
     )  # fmt: skip
     for _ in range(3):
         for times, found in sizes.items():
-            core = Core(llm.runner, limits.joined(Limits(**{**vars(limits), "num_pages": pages * times})),
+            core = Core(llm.runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
+            "num_pages": pages * times})),
                         tokenizer=None, eos=frozenset())  # fmt: skip
-            bucket = Bucket(rows=arguments.rows, blocks=0, block_tokens=32, pages=16)
-            metadata = np.zeros((limits.num_ranks, bucket.length), np.int32)
+            bucket = Bucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)
+            metadata = np.zeros((scheduler_config.num_ranks, bucket.length), np.int32)
             parts = bucket.split(metadata)
             parts["positions"][:], parts["query_lens"][:] = 200, 1
             parts["block_table"][:] = np.arange(pages).reshape(arguments.rows, 16)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
 from jaxmoe.engine.scheduler import PromptChunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
@@ -34,7 +34,7 @@ class Bucket:
     micro_batches: even parts of rows and of blocks, in their order, which pass the stages of a pipeline one by one.
     """
 
-    rows: int
+    seq_slots: int
     blocks: int
     block_tokens: int
     pages: int
@@ -43,43 +43,43 @@ class Bucket:
     @property
     def num_tokens(self) -> int:
         """Tokens a rank computes, padding included."""
-        return self.rows + self.blocks * self.block_tokens
+        return self.seq_slots + self.blocks * self.block_tokens
 
-    def row_token(self, row: int) -> int:
+    def slot_token(self, slot: int) -> int:
         """Where the token that a row decodes is among those of its rank, which come by micro-batch."""
-        part, place = divmod(row, self.rows // self.micro_batches)
+        part, place = divmod(slot, self.seq_slots // self.micro_batches)
         return part * (self.num_tokens // self.micro_batches) + place
 
     def block_token(self, block: int, place: int) -> int:
         """Where a token of a block is among those of its rank."""
         part, block = divmod(block, self.blocks // self.micro_batches)
-        start = part * (self.num_tokens // self.micro_batches) + self.rows // self.micro_batches
+        start = part * (self.num_tokens // self.micro_batches) + self.seq_slots // self.micro_batches
         return start + block * self.block_tokens + place
 
     def _parts(self) -> dict[str, tuple[int, ...]]:
-        rows, blocks = (self.rows,), (self.blocks,)
-        bias_token_ids = (self.rows, MAX_BIAS_TOKEN_IDS)
+        per_slot, blocks = (self.seq_slots,), (self.blocks,)
+        bias_token_ids = (self.seq_slots, MAX_BIAS_TOKEN_IDS)
         return {
-            "positions": rows,  # of the token each row reads, which the step before drew; or of its prompt's last
-            "query_lens": rows,  # tokens the row decodes, one a decode step; 0 where it does not
-            "logits_indices": rows,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
-            "block_table": (self.rows, self.pages),
+            "positions": per_slot,  # of the token each row reads, which the step before drew; or of its prompt's last
+            "query_lens": per_slot,  # tokens the row decodes, one a decode step; 0 where it does not
+            "logits_indices": per_slot,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
+            "block_table": (self.seq_slots, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
             "block_seq_slots": blocks,
             "block_positions": blocks,
             "block_query_lens": blocks,
-            "temperature": rows,
-            "top_k": rows,
-            "top_p": rows,
-            "min_p": rows,
-            "seed": rows,
-            "seed_high": rows,
-            "repetition": rows,
-            "presence": rows,
-            "frequency": rows,
-            "prompt_length": rows,
-            "num_stop_ids": rows,
-            "min_tokens_until": rows,
+            "temperature": per_slot,
+            "top_k": per_slot,
+            "top_p": per_slot,
+            "min_p": per_slot,
+            "seed": per_slot,
+            "seed_high": per_slot,
+            "repetition": per_slot,
+            "presence": per_slot,
+            "frequency": per_slot,
+            "prompt_length": per_slot,
+            "num_stop_ids": per_slot,
+            "min_tokens_until": per_slot,
             "bias_token_ids": bias_token_ids,
             "bias": bias_token_ids,
         }
@@ -120,7 +120,7 @@ def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
     return -(-chunk_tokens // block_tokens) * block_tokens, block_tokens
 
 
-def row_buckets(*, least: int, most: int) -> list[int]:
+def slot_buckets(*, least: int, most: int) -> list[int]:
     """The numbers of rows that are computed: least, four times that and so on while well below `most`, and `most`."""
     sizes = []
     while least < most / 2:
@@ -129,47 +129,48 @@ def row_buckets(*, least: int, most: int) -> list[int]:
     return [*sizes, most]
 
 
-def _block_buckets(limits: Limits, stages: int) -> list[int]:
+def _block_buckets(config: SchedulerConfig, stages: int) -> list[int]:
     """The numbers of prompt blocks that are computed: all a step may have, a quarter of them, and so on down to 4; at
     least one for every stage of a pipeline."""
-    sizes = [limits.chunk_tokens // limits.block_tokens]
+    sizes = [config.chunk_tokens // config.block_tokens]
     while sizes[-1] > 4:
         sizes.append(max(4, sizes[-1] // 4))
     return sorted({-(-size // stages) * stages for size in sizes})
 
 
-def _micro_batches(rows: int, blocks: int, stages: int) -> Iterator[int]:
+def _micro_batches(seq_slots: int, blocks: int, stages: int) -> Iterator[int]:
     """One a stage keeps decoding stages busy; steps with prompts may have up to four times that, so that fewer wait."""
     yield stages
     parts = 2 * stages
-    while stages > 1 and blocks and parts <= 4 * stages and rows % parts == 0 and blocks % parts == 0:
+    while stages > 1 and blocks and parts <= 4 * stages and seq_slots % parts == 0 and blocks % parts == 0:
         yield parts
         parts *= 2
 
 
 def bucket_of(
-    plan: StepPlan, limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
+    plan: StepPlan, config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1,
+    whole: int = 1
 ) -> Bucket:  # fmt: skip
     """The bucket a plan runs in. Steps with prompts always have all rows, so that there are few programs."""
-    size = limits.block_tokens
+    size = config.block_tokens
     blocks = 0
-    for rank in range(limits.num_ranks):
+    for rank in range(config.num_ranks):
         used = sum(-(-chunk.count // size) for chunk in plan.chunks if chunk.sequence.rank == rank)
         blocks = max(blocks, used)
     if blocks:
-        blocks = next(n for n in _block_buckets(limits, stages) if n >= blocks)
-        rows = limits.rows
+        blocks = next(n for n in _block_buckets(config, stages) if n >= blocks)
+        seq_slots = config.max_num_seqs
     else:
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
-        rows = next(n for n in row_buckets(least=least_rows, most=limits.rows) if n >= used)
+        seq_slots = next(n for n in slot_buckets(least=min_seq_slots, most=config.max_num_seqs) if n >= used)
     return bucket_with(
-        rows, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares, whole=whole
+        seq_slots, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares, whole=whole
     )  # fmt: skip
 
 
 @cache  # asked before every step
 def bucket_with(
-    rows: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
+    seq_slots: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
 ) -> Bucket:
     """The bucket of so many rows and blocks, both multiples of the stages of the pipeline; rows, and tokens of a block,
     also of the ranks that share out the tokens of a context. whole: of what the tokens of a micro-batch should be a
@@ -178,31 +179,33 @@ def bucket_with(
 
     def tokens_waited(blocks: int, parts: int) -> float:
         """What a stage computes or waits for: each of the parts, and as many more as there are stages before it."""
-        return (rows + blocks * block_tokens) / parts * (parts + stages - 1)
+        return (seq_slots + blocks * block_tokens) / parts * (parts + stages - 1)
 
     more = range(blocks, blocks + whole * stages, stages) if blocks else [0]
-    choices = [(count, parts) for count in more for parts in _micro_batches(rows // shares, count, stages)]
-    even = [(count, parts) for count, parts in choices if (rows + count * block_tokens) % (parts * whole) == 0]
+    choices = [(count, parts) for count in more for parts in _micro_batches(seq_slots // shares, count, stages)]
+    even = [(count, parts) for count, parts in choices if (seq_slots + count * block_tokens) % (parts * whole) == 0]
     as_they_are = [choice for choice in choices if choice[0] == blocks]
     blocks, parts = min(even or as_they_are, key=lambda choice: tokens_waited(*choice))
-    return Bucket(rows=rows, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
+    return Bucket(seq_slots=seq_slots, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 
 def all_buckets(
-    limits: Limits, *, least_rows: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
+    config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
 ) -> list[Bucket]:
     """Every bucket that bucket_of can give."""
-    rows = row_buckets(least=least_rows, most=limits.rows)
-    mixed = [(rows[-1], blocks) for blocks in _block_buckets(limits, stages)]
+    seq_slots = slot_buckets(least=min_seq_slots, most=config.max_num_seqs)
+    mixed = [(seq_slots[-1], blocks) for blocks in _block_buckets(config, stages)]
     return [
-        bucket_with(r, b, block_tokens=limits.block_tokens, pages=pages, stages=stages, shares=shares, whole=whole)
-        for r, b in [*((r, 0) for r in rows), *mixed]
+        bucket_with(r, b, block_tokens=config.block_tokens, pages=pages, stages=stages, shares=shares, whole=whole)
+        for r, b in [*((r, 0) for r in seq_slots), *mixed]
     ]
 
 
-def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[int], RequestMetadata]) -> np.ndarray:
+def pack(
+    plan: StepPlan, bucket: Bucket, config: SchedulerConfig, metadata_of: Callable[[int], RequestMetadata]
+) -> np.ndarray:
     """What every rank is told of the plan, [r, length] int32. metadata_of: of a request, by its id."""
-    packed = np.zeros((limits.num_ranks, bucket.length), np.int32)
+    packed = np.zeros((config.num_ranks, bucket.length), np.int32)
     parts = bucket.split(packed)
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
     floats["top_p"][:] = floats["repetition"][:] = 1.0
@@ -235,8 +238,8 @@ def pack(plan: StepPlan, bucket: Bucket, limits: Limits, metadata_of: Callable[[
     for decode in plan.decodes:
         at = write_request(decode.sequence)
         parts["positions"][at], parts["query_lens"][at] = decode.start, decode.count
-        parts["logits_indices"][at] = bucket.row_token(at[1])
-    next_block = [0] * limits.num_ranks
+        parts["logits_indices"][at] = bucket.slot_token(at[1])
+    next_block = [0] * config.num_ranks
     for chunk in plan.chunks:
         at = write_request(chunk.sequence)
         last = _pack_chunk(chunk, bucket, parts, next_block)

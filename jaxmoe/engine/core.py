@@ -15,7 +15,7 @@ import numpy as np
 from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import EngineState, Runner, StepOutput
 from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
@@ -106,7 +106,7 @@ def not_finite(runner: Runner, where: str) -> StepError:
 @dataclass(kw_only=True)
 class _InFlight:
     plan: StepPlan
-    places: list[tuple[int, int]]  # rank and row of each of plan.sampled()
+    slots: list[tuple[int, int]]  # rank and row of each of plan.sampled()
     output: StepOutput
     record: StepRecord | None
     sent: float  # after its program was compiled
@@ -119,15 +119,15 @@ class Core:
     def __init__(
         self,
         runner: Runner,
-        limits: Limits,
+        scheduler_config: SchedulerConfig,
         *,
         tokenizer: Tokenizer | None,
         eos: frozenset[int],
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.runner, self.limits, self.tokenizer, self.eos = runner, limits, tokenizer, eos
-        self.scheduler = Scheduler(limits)
+        self.runner, self.scheduler_config, self.tokenizer, self.eos = runner, scheduler_config, tokenizer, eos
+        self.scheduler = Scheduler(scheduler_config)
         self.requests: dict[int, Request] = {}
         self.buckets: set[Bucket] = set()
         self.sealed = False
@@ -137,29 +137,34 @@ class Core:
         self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (place_loads)
         self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
         self._clock = clock
-        self._row_pages = -(-limits.context // limits.page_size)
+        self._pages_per_seq = -(-scheduler_config.context // scheduler_config.page_size)
         self._in_flight: deque[_InFlight] = deque()
         self._next_id = 0
         self._state = self._fresh_state()
-        self._host_offload = HostOffload(runner) if limits.num_host_pages else None
+        self._host_offload = HostOffload(runner) if scheduler_config.num_host_pages else None
 
     def _bucket_sizes(self) -> dict[str, int]:
         runner = self.runner
         return {
-            "least_rows": runner.least_rows, "pages": self._row_pages, "stages": runner.placement.num_stages,
+            "min_seq_slots": runner.min_seq_slots, "pages": self._pages_per_seq, "stages": runner.placement.num_stages,
             "shares": runner.context_ranks, "whole": runner.placement.strip_tokens,
         }  # fmt: skip
 
     def _fresh_state(self) -> EngineState:
-        return self.runner.empty_state(self.limits.rows, self.limits.num_pages, self.limits.page_size)
+        return self.runner.empty_state(
+            self.scheduler_config.max_num_seqs, self.scheduler_config.num_pages, self.scheduler_config.page_size
+        )
 
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile every bucket; after that a step of another shape is an error."""
-        buckets = all_buckets(self.limits, **self._bucket_sizes())
+        buckets = all_buckets(self.scheduler_config, **self._bucket_sizes())
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
             nothing = pack(
-                StepPlan(decodes=[], chunks=[]), bucket, self.limits, lambda index: self.requests[index].metadata()
+                StepPlan(decodes=[], chunks=[]),
+                bucket,
+                self.scheduler_config,
+                lambda index: self.requests[index].metadata(),
             )
             self._state, output = self._step(nothing, (False, False, False), bucket, 1)
             jax.block_until_ready(output)
@@ -183,13 +188,13 @@ class Core:
 
     def _time_prompts(self, bucket: Bucket) -> float:
         """Seconds to compute one page's tokens of a prompt, in a step full of them."""
-        limits = self.limits
-        count = min(limits.chunk_tokens, limits.context, limits.pool_tokens)
-        pages = list(range(-(-count // limits.page_size)))
+        scheduler_config = self.scheduler_config
+        count = min(scheduler_config.chunk_tokens, scheduler_config.context, scheduler_config.pool_tokens)
+        pages = list(range(-(-count // scheduler_config.page_size)))
         sequence = Sequence(request_id=-1, tokens=[0] * count, max_total=count + 1, rank=0, slot=0, pages=pages)
         plan = StepPlan(decodes=[], chunks=[PromptChunk(sequence=sequence, start=0, count=count, last=True)])
         metadata = RequestMetadata(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
-        packed, seconds = pack(plan, bucket, limits, lambda index: metadata), []
+        packed, seconds = pack(plan, bucket, scheduler_config, lambda index: metadata), []
         for _ in range(_TIMINGS):  # what is written lies on pages that nobody holds yet
             start = self._clock()
             self._state, output = self._step(packed, (False, False, False), bucket, 1)
@@ -212,7 +217,7 @@ class Core:
 
         Raises: RequestError if it can never fit.
         """
-        most = self.limits.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
+        most = self.scheduler_config.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
         special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
         ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
@@ -292,7 +297,7 @@ class Core:
             self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
 
     def _dispatch(self, plan: StepPlan) -> None:
-        bucket = bucket_of(plan, self.limits, **self._bucket_sizes())
+        bucket = bucket_of(plan, self.scheduler_config, **self._bucket_sizes())
         if self.sealed and bucket not in self.buckets:
             raise StepError(
                 f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
@@ -303,8 +308,8 @@ class Core:
             any(p.adjusts_logits for p in params),
             any(p.top_logprobs for p in params),
         )
-        packed = pack(plan, bucket, self.limits, self._request_metadata)
-        places = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
+        packed = pack(plan, bucket, self.scheduler_config, self._request_metadata)
+        slots = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
         sent = self._clock()
         for rank, page_copy in plan.page_copies:
             assert self._host_offload is not None
@@ -316,7 +321,7 @@ class Core:
         record = self._trace_step(plan, bucket, sent)
         if not known:  # what the call took was compiling: steps are only queued
             self.timing.compile_s, start = self.timing.compile_s + self._clock() - start, self._clock()
-        self._in_flight.append(_InFlight(plan=plan, places=places, output=output, record=record, sent=start))
+        self._in_flight.append(_InFlight(plan=plan, slots=slots, output=output, record=record, sent=start))
 
     def _settle(self) -> float:
         """Wait for the steps in flight, so that they do not count as compiling nor compiling as them. Returns now."""
@@ -331,7 +336,7 @@ class Core:
         if self.trace is None:
             return None
         runner, scheduler = self.runner, self.scheduler
-        looped = self.limits.decode_steps > 1 and not bucket.blocks
+        looped = self.scheduler_config.decode_steps > 1 and not bucket.blocks
         iterations = runner.iterations(bucket, plan.decode_steps) if looped else 1
         each = runner.planned_decode_step(bucket) if looped else runner.planned(bucket)
         collectives = {one: count * iterations for one, count in each.items()}
@@ -353,7 +358,7 @@ class Core:
         return self.requests[request_id].metadata()
 
     def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket, decode_steps: int):
-        max_decode_steps = 1 if bucket.blocks else self.limits.decode_steps
+        max_decode_steps = 1 if bucket.blocks else self.scheduler_config.decode_steps
         traced = self.trace is not None or self.on_loads is not None
         return self.runner.step(
             self._state,
@@ -369,9 +374,7 @@ class Core:
         tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)
         done_at = self._clock() if step.done_at is None else step.done_at
         sampled = list(step.plan.sampled())
-        sampled_tokens = [
-            tokens[:count, *place].tolist() for (_, count), place in zip(sampled, step.places, strict=True)
-        ]
+        sampled_tokens = [tokens[:count, *slot].tolist() for (_, count), slot in zip(sampled, step.slots, strict=True)]
         decode_step = [0] * len(sampled_tokens)
         experts = self.runner.experts
         loads = None if step.output.tokens_per_expert is None else experts.place_loads(step.output.tokens_per_expert)
@@ -381,7 +384,7 @@ class Core:
             self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
         updated = []
         for sequence, which, token in self.scheduler.complete(step.plan, sampled_tokens):
-            request, at = self.requests[sequence.request_id], (decode_step[which], *step.places[which])
+            request, at = self.requests[sequence.request_id], (decode_step[which], *step.slots[which])
             decode_step[which] += 1
             if math.isnan(logprobs[at]):
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"

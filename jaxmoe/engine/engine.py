@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import Core, Ended, Request
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.llm import LLM, Prompt
 from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
 from jaxmoe.engine.trace import Trace, check_trace_path
@@ -32,10 +32,10 @@ _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 
 
 @contextlib.contextmanager
-def _compile_bar(limits: Limits, llm: LLM) -> Iterator[Callable[[int, int], None]]:
+def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error for programs compiled at start-up; nothing where that is not a terminal."""
     console = Console(stderr=True, highlight=False)
-    tokens, each = limits.pool_tokens * limits.num_ranks, llm.runner.bytes_per_token
+    tokens, each = scheduler_config.pool_tokens * scheduler_config.num_ranks, llm.runner.bytes_per_token
     label = f"pages for {tokens} tokens of {each} bytes ({tokens * each / 2**30:.2f} GiB); compiling steps"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -80,18 +80,22 @@ class AsyncEngine:
             )
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
-        self._limits = _limits(
+        self._scheduler_config = _scheduler_config(
             self.llm, max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib, page_size=page_size,
             chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_cache_gib=host_cache_gib,
         )  # fmt: skip
         try:
             self._core = Core(
-                self.llm.runner, self._limits, tokenizer=self.llm.tokenizer, eos=self.llm.eos,
+                self.llm.runner, self._scheduler_config, tokenizer=self.llm.tokenizer, eos=self.llm.eos,
                 trace=None if trace is None else Trace(self.llm.trace_facts()),
             )  # fmt: skip
         except RequestError as error:
             raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have: {error}") from error
-        with contextlib.nullcontext(on_compile) if on_compile else _compile_bar(self._limits, self.llm) as report:
+        with (
+            contextlib.nullcontext(on_compile)
+            if on_compile
+            else _compile_bar(self._scheduler_config, self.llm) as report
+        ):
             self._core.warm_up(report)
         self._ids = itertools.count()
         self._listeners: dict[str, _Listener] = {}
@@ -118,7 +122,7 @@ class AsyncEngine:
         it.
         """
         ids = self.llm.checked_prompt(prompt, params)
-        most = self._limits.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
+        most = self._scheduler_config.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         self._core.scheduler.check(len(ids), max(len(ids) + 1, most), keeps_all=params.reads_history)
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")
@@ -147,7 +151,7 @@ class AsyncEngine:
 
     def stats(self) -> dict[str, Any]:
         """Counts since start-up, and what is held now."""
-        scheduler, limits = self._core.scheduler, self._limits
+        scheduler, scheduler_config = self._core.scheduler, self._scheduler_config
         prompt = scheduler.num_prompt_tokens
         return {
             "running": len(scheduler.running), "waiting": len(scheduler.waiting), "steps": scheduler.num_steps,
@@ -159,8 +163,10 @@ class AsyncEngine:
             "pages_evicted": scheduler.num_evicted,
             "pages_on_host": sum(pool.num_on_host for pool in scheduler.pools),
             "pages_swapped_in": scheduler.num_swapped_in,
-            "num_pages": limits.num_pages * limits.num_ranks, "page_size": limits.page_size,
-            "pool_tokens": limits.pool_tokens * limits.num_ranks, "bytes_per_token": self.llm.runner.bytes_per_token,
+            "num_pages": scheduler_config.num_pages * scheduler_config.num_ranks,
+            "page_size": scheduler_config.page_size,
+            "pool_tokens": scheduler_config.pool_tokens * scheduler_config.num_ranks,
+            "bytes_per_token": self.llm.runner.bytes_per_token,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -275,10 +281,10 @@ class RequestStream:
             self._end()
 
 
-def _limits(
+def _scheduler_config(
     llm: LLM, *, max_num_seqs: int, context: int | None, kv_cache_gib: float | None, page_size: int, chunk_tokens: int,
     decode_steps: int, host_cache_gib: float,
-) -> Limits:  # fmt: skip
+) -> SchedulerConfig:  # fmt: skip
     """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
@@ -301,14 +307,14 @@ def _limits(
     if num_pages < 1:
         raise ConfigError(f"kv_cache_gib={kv_cache_gib} does not hold one page of {page_size} tokens: give more")
     page_size *= runner.context_ranks
-    rows = runner.padded_rows(max_num_seqs) // runner.num_ranks
+    seq_slots = runner.padded_num_seqs(max_num_seqs) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
-    return Limits(
+    return SchedulerConfig(
         num_ranks=runner.num_ranks,
-        rows=rows,
+        max_num_seqs=seq_slots,
         chunk_tokens=chunk_tokens,
         block_tokens=block_tokens,
-        num_pages=min(num_pages, rows * -(-context // page_size)),
+        num_pages=min(num_pages, seq_slots * -(-context // page_size)),
         page_size=page_size,
         context=context,
         decode_steps=decode_steps,

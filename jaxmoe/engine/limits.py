@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SchedulerConfig:
     """What one rank of the batch can take, and how many ranks there are.
 
     rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
@@ -18,7 +18,7 @@ class Limits:
     """
 
     num_ranks: int
-    rows: int
+    max_num_seqs: int
     chunk_tokens: int
     block_tokens: int
     num_pages: int
@@ -38,9 +38,9 @@ class Limits:
         if self.chunk_tokens % self.block_tokens:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
 
-    def joined(self, other: Limits) -> Limits:
+    def joined(self, other: SchedulerConfig) -> SchedulerConfig:
         """The larger of each."""
-        return Limits(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
+        return SchedulerConfig(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
     def most_total(self, num_prompt: int, max_new: int | None, *, keeps_all: bool = False) -> int:
         """Return the most tokens of a request, prompt included.

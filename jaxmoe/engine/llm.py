@@ -22,7 +22,7 @@ from jaxmoe.engine.core import Core, Ended, Request, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.timing import StepClock
@@ -235,7 +235,7 @@ class LLM:
         size = self._batch_size(checked)
         for first in range(0, len(checked), size):
             group = checked[first : first + size]
-            tokens, lengths = pad_prompts(group, self.runner.padded_rows(len(group)))
+            tokens, lengths = pad_prompts(group, self.runner.padded_num_seqs(len(group)))
             logprobs, logits = (np.asarray(part) for part in self.runner.score(tokens, lengths))
             for row, ids in enumerate(group):
                 yield logprobs[row, : len(ids) - 1], logits[row]
@@ -387,23 +387,26 @@ class LLM:
 
         Raises: as generate.
         """
-        limits = self._limits_for(self._asked(_listed(prompts), params))
-        return limits.num_ranks * limits.num_pages * limits.page_size, self.runner.bytes_per_token
+        scheduler_config = self._scheduler_config_for(self._asked(_listed(prompts), params))
+        return (
+            scheduler_config.num_ranks * scheduler_config.num_pages * scheduler_config.page_size,
+            self.runner.bytes_per_token,
+        )
 
-    def _limits_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Limits:
+    def _scheduler_config_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
         """Room for these requests, and for what there is room for already."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
         longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in asked)
         expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in asked)
-        rows = self.runner.padded_rows(min(sum(p.n for _, p in asked), self.max_num_seqs)) // ranks
+        seq_slots = self.runner.padded_num_seqs(min(sum(p.n for _, p in asked), self.max_num_seqs)) // ranks
         length = min(bucket(longest), context)
         share = -(-sum(len(ids) for ids, _ in asked) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
         chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
-        needed = Limits(
+        needed = SchedulerConfig(
             num_ranks=ranks,
-            rows=rows,
+            max_num_seqs=seq_slots,
             block_tokens=block_tokens,
             context=length,
             page_size=page_size,
@@ -414,16 +417,18 @@ class LLM:
             attention_chunk=self.config.visible_span[1],
         )
         keeps_all = any(p.reads_history for _, p in asked)
-        whole = needed if self._core is None else needed.joined(self._core.limits)  # larger chunks need more pages
+        whole = (
+            needed if self._core is None else needed.joined(self._core.scheduler_config)
+        )  # larger chunks need more pages
         usual, most = (whole.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
-        return replace(whole, num_pages=max(whole.num_pages, rows * usual, most))
+        return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
     def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""
-        limits = self._limits_for(asked)
-        if self._core is None or self._core.limits != limits:
+        scheduler_config = self._scheduler_config_for(asked)
+        if self._core is None or self._core.scheduler_config != scheduler_config:
             self._core = None  # its pages are given back before new ones are asked for
-            self._core = Core(self.runner, limits, tokenizer=self.tokenizer, eos=self.eos)
+            self._core = Core(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace, self._core.on_loads = self._trace, self._on_loads
         return self._core
 

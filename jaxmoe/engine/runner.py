@@ -52,7 +52,7 @@ from jaxmoe.weights.params import parameter_table
 
 _SCORE_POSITIONS = 256
 # XLA's CPU products of a single row in bfloat16 run ten times slower than those of two (docs/benchmarks.md).
-_LEAST_ROWS = 2
+_MIN_SEQ_SLOTS = 2
 
 
 def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -133,9 +133,11 @@ class Runner:
         return jnp.dtype(self.dtype).itemsize
 
     @property
-    def least_rows(self) -> int:
+    def min_seq_slots(self) -> int:
         """Rows of a rank that a step should have at least: some for every stage of a pipeline and rank of a context."""
-        return self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _LEAST_ROWS)
+        return (
+            self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _MIN_SEQ_SLOTS)
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -173,25 +175,28 @@ class Runner:
         tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
-    def _empty(self, rows: int, num_pages: int, page_size: int) -> EngineState:
+    def _empty(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         total = num_pages * self.num_ranks
         pages = empty_pages(
             self.config, self.sizes, self.parts, num_pages=total, page_size=page_size, dtype=self.kv_dtype
         )
-        tokens, token_pages = jnp.zeros((self.num_ranks, rows), jnp.int32), jnp.zeros((total, page_size), jnp.int32)
+        tokens, token_pages = (
+            jnp.zeros((self.num_ranks, max_num_seqs), jnp.int32),
+            jnp.zeros((total, page_size), jnp.int32),
+        )
         return EngineState(tokens, pages, token_pages)
 
-    def padded_rows(self, num_rows: int) -> int:
+    def padded_num_seqs(self, num_seqs: int) -> int:
         """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have, and
         as many more as it takes to share out tokens between the split regions of layers, where the layout does."""
-        rows = self.least_rows
-        while rows * self.num_ranks < num_rows:
-            rows *= 2
+        seq_slots = self.min_seq_slots
+        while seq_slots * self.num_ranks < num_seqs:
+            seq_slots *= 2
         place = self.placement
         if place.shared("residual"):  # with blocks of prompts beside them, which bucket_with adds
             even = self.block_shares * place.num_stages
-            rows = -(-rows // even) * even
-        return rows * self.num_ranks
+            seq_slots = -(-seq_slots // even) * even
+        return seq_slots * self.num_ranks
 
     def put(self, values: np.ndarray, *dims: str) -> jax.Array:
         """A host array laid out on the mesh by its logical dims."""
@@ -249,7 +254,7 @@ class Runner:
                 num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
             )
         ]
-        tokens, pick = [state.tokens[:, : bucket.rows]], None
+        tokens, pick = [state.tokens[:, : bucket.seq_slots]], None
         if bucket.blocks:
             blocks = {name: metadata[f"block_{name}"] for name in ("seq_slots", "positions", "query_lens")}
             query_blocks.append(QueryBlocks(num_tokens=bucket.block_tokens, **blocks))
@@ -266,7 +271,7 @@ class Runner:
         forward_state = ForwardState(list(state.pages), tokens_per_expert)
         hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
         sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], features)
-        last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.rows])
+        last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.seq_slots])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
         state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
         return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
@@ -282,7 +287,7 @@ class Runner:
         decode_steps,
         max_decode_steps: int,
     ):
-        place, ranks, rows = self.placement.seen("beside"), self.num_ranks, bucket.rows
+        place, ranks, seq_slots = self.placement.seen("beside"), self.num_ranks, bucket.seq_slots
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         blocks = QueryBlocks(
             num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
@@ -296,7 +301,7 @@ class Runner:
             first = schedule.slot(number, 0, decode_steps)
             enters = first.micro_batch, of, first.decode_step, first.valid & (first.chunk == 0)
             entering = step_inputs.part(*enters)
-            tokens = micro_batch_of(state.tokens[:, :rows].reshape(-1, 1), first.micro_batch, of, ranks)
+            tokens = micro_batch_of(state.tokens[:, :seq_slots].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
             token_pages = step_inputs.attention_backend(*enters).write_tokens(state.token_pages, tokens, place)
             x, forward_state = model.before(
@@ -316,25 +321,25 @@ class Runner:
             sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, features)
             draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.decode_step)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
-            by_part = state.tokens[:, :rows].reshape(ranks, of, -1)
-            old = split_rows(state.tokens[:, :rows], last.micro_batch, of)
+            by_part = state.tokens[:, :seq_slots].reshape(ranks, of, -1)
+            old = split_rows(state.tokens[:, :seq_slots], last.micro_batch, of)
             by_part = by_part.at[:, mine].set(jnp.where(draws, sampled.tokens, old), mode="drop")
-            last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, rows), (0, 0))
+            last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, seq_slots), (0, 0))
             state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
             room = tuple(
                 all.at[last.decode_step, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
             )
             return state, forward_state.tokens_per_expert, buffers, room
 
-        buffers = model.empty_buffers(schedule, ranks * rows // of, 1) if schedule.stages > 1 else None
-        carry = state, tokens_per_expert, buffers, self._room(max_decode_steps, of, rows)
+        buffers = model.empty_buffers(schedule, ranks * seq_slots // of, 1) if schedule.stages > 1 else None
+        carry = state, tokens_per_expert, buffers, self._room(max_decode_steps, of, seq_slots)
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
-        sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, rows, *part.shape[4:]) for part in room))
+        sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, seq_slots, *part.shape[4:]) for part in room))
         return state, StepOutput(sampled, tokens_per_expert)
 
-    def _room(self, max_decode_steps: int, of: int, rows: int) -> tuple[jax.Array, ...]:
+    def _room(self, max_decode_steps: int, of: int, seq_slots: int) -> tuple[jax.Array, ...]:
         """Buffers for sampled tokens, by decode step, rank, micro-batch and row."""
-        per_row, top = (max_decode_steps, self.num_ranks, of, rows // of), min(MOST_TOP, self.config.vocab_size)
+        per_row, top = (max_decode_steps, self.num_ranks, of, seq_slots // of), min(MOST_TOP, self.config.vocab_size)
         return (
             jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
             jnp.zeros((*per_row, top)),
@@ -406,10 +411,10 @@ class Runner:
     def _precisely(self):
         return jax.default_matmul_precision(self._precision) if self._precision else nullcontext()
 
-    def empty_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
+    def empty_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         """Rows and pages of every rank, zeroed. Raises: RequestError if the devices have no room for them."""
         try:
-            return jax.block_until_ready(self._empty_fn(rows, num_pages, page_size))
+            return jax.block_until_ready(self._empty_fn(max_num_seqs, num_pages, page_size))
         except (jax.errors.JaxRuntimeError, OverflowError) as error:
             gib = self.bytes_per_token * num_pages * page_size * self.num_ranks / 2**30
             raise RequestError(
@@ -458,13 +463,13 @@ class Runner:
 
     def _shape(self, bucket: Bucket) -> StepShape:
         return StepShape(
-            num_tokens=bucket.num_tokens, num_sampled=bucket.rows, itemsize=self.itemsize,
+            num_tokens=bucket.num_tokens, num_sampled=bucket.seq_slots, itemsize=self.itemsize,
             micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
         )  # fmt: skip
 
-    def abstract_state(self, rows: int, num_pages: int, page_size: int) -> EngineState:
+    def abstract_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         """The shapes of empty_state, and how they lie."""
-        shapes = jax.eval_shape(lambda: self._empty(rows, num_pages, page_size))
+        shapes = jax.eval_shape(lambda: self._empty(max_num_seqs, num_pages, page_size))
         place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(place, shapes, self._state_sharding())
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 from jaxmoe.cache.pages import PageCopy, PagePool
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.errors import RequestError
 
 
@@ -106,13 +106,13 @@ class StepPlan:
 class Scheduler:
     """Requests waiting and running, and the plan of the next step."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
         self.offloads_pages = True
-        self.pools = [self._new_pool() for _ in range(limits.num_ranks)]
+        self.pools = [self._new_pool() for _ in range(config.num_ranks)]
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._free_slots = [list(range(limits.rows - 1, -1, -1)) for _ in range(limits.num_ranks)]
+        self._free_slots = [list(range(config.max_num_seqs - 1, -1, -1)) for _ in range(config.num_ranks)]
         self._arrivals = self._evicted_before = self._swapped_in_before = 0
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
 
@@ -127,11 +127,11 @@ class Scheduler:
         return self._swapped_in_before + sum(pool.num_swapped_in for pool in self.pools)
 
     def _new_pool(self) -> PagePool:
-        limits = self.limits
-        host_pages = limits.num_host_pages if self.offloads_pages else 0
+        config = self.config
+        host_pages = config.num_host_pages if self.offloads_pages else 0
         return PagePool(
-            num_pages=limits.num_pages, page_size=limits.page_size, num_host_pages=host_pages,
-            first_visible=limits.first_visible if limits.frees_pages else None,
+            num_pages=config.num_pages, page_size=config.page_size, num_host_pages=host_pages,
+            first_visible=config.first_visible if config.frees_pages else None,
         )  # fmt: skip
 
     def enable_offload(self, enabled: bool) -> None:
@@ -143,18 +143,18 @@ class Scheduler:
 
     def check(self, num_prompt: int, max_total: int, *, keeps_all: bool = False) -> None:
         """Raises: RequestError with the numbers for a request that could never run to its end."""
-        limits = self.limits
-        if max_total > limits.context:
+        config = self.config
+        if max_total > config.context:
             raise RequestError(
                 f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the context "
-                f"holds {limits.context}: shorten the prompt or lower max_tokens"
+                f"holds {config.context}: shorten the prompt or lower max_tokens"
             )
-        needed = limits.most_pages(max_total, keeps_all=keeps_all)
-        if needed > limits.num_pages:
-            at_once = f", {needed} pages at once" if needed * limits.page_size < max_total else ""
+        needed = config.most_pages(max_total, keeps_all=keeps_all)
+        if needed > config.num_pages:
+            at_once = f", {needed} pages at once" if needed * config.page_size < max_total else ""
             raise RequestError(
                 f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens{at_once}, "
-                f"the pool holds {limits.pool_tokens} ({limits.num_pages} pages of {limits.page_size}): lower "
+                f"the pool holds {config.pool_tokens} ({config.num_pages} pages of {config.page_size}): lower "
                 f"max_tokens or give the pool more memory"
             )
 
@@ -204,7 +204,7 @@ class Scheduler:
         ready = [sequence for sequence in list(self.running) if self._make_room(sequence)]
         ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
         chunks = self._plan_chunks()
-        decode_steps = 1 if chunks or self.waiting else self.limits.decode_steps
+        decode_steps = 1 if chunks or self.waiting else self.config.decode_steps
         decodes = [self._plan_decode(sequence, decode_steps) for sequence in ready]
         if not decodes and not chunks:
             return StepPlan(decodes=[], chunks=[])
@@ -222,14 +222,14 @@ class Scheduler:
         Age counts while it runs too: who was let in for it and then gives way has not lost it.
         """
         age = self.num_steps - sequence.queued_at
-        return sequence.priority - age // self.limits.aging_steps, sequence.arrival
+        return sequence.priority - age // self.config.aging_steps, sequence.arrival
 
     def _free_behind(self, sequence: Sequence) -> None:
         """Give the pages back that no token computed from now on sees. Steps on their way come before any that writes
         to them again."""
-        if sequence.keeps_all or not self.limits.frees_pages:
+        if sequence.keeps_all or not self.config.frees_pages:
             return
-        behind = min(self.limits.first_visible(sequence.num_written) // self.limits.page_size, len(sequence.pages))
+        behind = min(self.config.first_visible(sequence.num_written) // self.config.page_size, len(sequence.pages))
         if behind > sequence.num_behind:
             freed = slice(sequence.num_behind, behind)
             self.pools[sequence.rank].decref(sequence.pages[freed])
@@ -238,9 +238,9 @@ class Scheduler:
 
     def _prompt_pages(self, sequence: Sequence) -> int:
         """How many pages, from the first, a sequence has or has given back while its next chunk is computed."""
-        limits, num_tokens = self.limits, len(sequence.tokens)
-        most = limits.most_pages(num_tokens, keeps_all=sequence.keeps_all)
-        return min(-(-num_tokens // limits.page_size), sequence.num_behind + most)
+        config, num_tokens = self.config, len(sequence.tokens)
+        most = config.most_pages(num_tokens, keeps_all=sequence.keeps_all)
+        return min(-(-num_tokens // config.page_size), sequence.num_behind + most)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether the sequence decodes now; finds pages for its next token or chunk, at the cost of later ones where
@@ -249,7 +249,7 @@ class Scheduler:
             return False
         needed = self._prompt_pages(sequence)
         if sequence.decoding:
-            needed = sequence.num_written // self.limits.page_size + 1
+            needed = sequence.num_written // self.config.page_size + 1
         while len(sequence.pages) < needed:
             page = self.pools[sequence.rank].allocate(1)
             if page is not None:
@@ -263,7 +263,7 @@ class Scheduler:
 
     def _plan_decode(self, sequence: Sequence, decode_steps: int) -> Decode:
         """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
-        pool, size = self.pools[sequence.rank], self.limits.page_size
+        pool, size = self.pools[sequence.rank], self.config.page_size
         wanted = min(decode_steps, sequence.max_total - sequence.num_total)
         while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_available > len(self.running):
             sequence.pages += pool.allocate(1) or []
@@ -279,7 +279,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def _plan_chunks(self) -> list[PromptChunk]:
-        blocks_left = [self.limits.chunk_tokens // self.limits.block_tokens] * self.limits.num_ranks
+        blocks_left = [self.config.chunk_tokens // self.config.block_tokens] * self.config.num_ranks
         chunks = []
         for sequence in list(self.running):
             if not sequence.decoding:
@@ -295,7 +295,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
         """Give a waiting sequence a slot on the rank that knows most of its beginning, and pages for all its tokens, or
         for as many as it ever holds at once."""
-        tokens, size = sequence.tokens, self.limits.page_size
+        tokens, size = sequence.tokens, self.config.page_size
         limit, whole = len(tokens) - 1, sequence.keeps_all
         choices = []
         for rank, pool in enumerate(self.pools):
@@ -324,10 +324,10 @@ class Scheduler:
         return True
 
     def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[PromptChunk]:
-        size = self.limits.block_tokens
+        size = self.config.block_tokens
         start, total = sequence.num_written, len(sequence.tokens)
         count = min(
-            total - start, blocks_left[sequence.rank] * size, len(sequence.pages) * self.limits.page_size - start
+            total - start, blocks_left[sequence.rank] * size, len(sequence.pages) * self.config.page_size - start
         )
         if count <= 0:
             return []
@@ -365,7 +365,7 @@ class Scheduler:
         A step still on its way counts as done: devices take steps in order, so whoever reads its pages comes later (or
         in the same step, which writes before it reads), and if it fails all pages are forgotten.
         """
-        full = known // self.limits.page_size
+        full = known // self.config.page_size
         if sequence.slot >= 0 and full > sequence.num_cached_pages:
             pool = self.pools[sequence.rank]
             sequence.num_cached_pages = pool.insert_prefix(
@@ -388,4 +388,4 @@ class Scheduler:
         """Blank pages alone, no beginning is known any more. Nothing may be running."""
         assert not self.running
         self._evicted_before, self._swapped_in_before = self.num_evicted, self.num_swapped_in
-        self.pools = [self._new_pool() for _ in range(self.limits.num_ranks)]
+        self.pools = [self._new_pool() for _ in range(self.config.num_ranks)]

@@ -161,7 +161,8 @@ class Trace:
                 "ph": "X", "pid": 1, "tid": 1, "name": kind, "ts": micro(start), "dur": round((end - start) * 1e6, 1),
                 "args": {
                     "step": step.index, "decodes": step.num_decodes, "decode steps": step.decode_steps,
-                    "prompt tokens": step.num_prompt_tokens, "rows": step.bucket.rows, "blocks": step.bucket.blocks,
+                    "prompt tokens": step.num_prompt_tokens, "seq slots": step.bucket.seq_slots,
+                    "blocks": step.bucket.blocks,
                     "collectives": step.collectives, "bytes of collectives on a device": traffic,
                     "tokens of each expert rank, by layer": step.expert_tokens.tolist(), "failed": step.failed,
                 },

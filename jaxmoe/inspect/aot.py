@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives_and_padding
 from jaxmoe.model.kernels import Kernels
@@ -62,15 +62,16 @@ def abstract_runner(
 def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
     """The rows an engine has for `max_num_seqs` requests, and pages for `context` tokens of each, or where every layer
     has a window for as many as a request holds at once."""
-    requests, rows = -(-max_num_seqs // runner.num_ranks), runner.padded_rows(max_num_seqs) // runner.num_ranks
+    requests, seq_slots = -(-max_num_seqs // runner.num_ranks), runner.padded_num_seqs(max_num_seqs) // runner.num_ranks
     page_size *= runner.context_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     window, attention_chunk = runner.config.visible_span
-    limits = Limits(
-        num_ranks=runner.num_ranks, rows=rows, chunk_tokens=chunk_tokens, block_tokens=block_tokens, num_pages=1,
+    scheduler_config = SchedulerConfig(
+        num_ranks=runner.num_ranks, max_num_seqs=seq_slots, chunk_tokens=chunk_tokens, block_tokens=block_tokens,
+        num_pages=1,
         page_size=page_size, context=context, window=window, attention_chunk=attention_chunk,
     )  # fmt: skip
-    return runner.abstract_state(rows, requests * limits.most_pages(context), page_size)
+    return runner.abstract_state(seq_slots, requests * scheduler_config.most_pages(context), page_size)
 
 
 def held_bytes(
@@ -94,7 +95,8 @@ def step_bucket(
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
     return bucket_with(
-        runner.padded_rows(max_num_seqs) // runner.num_ranks, -(-blocks // stages) * stages, block_tokens=block_tokens,
+        runner.padded_num_seqs(max_num_seqs) // runner.num_ranks, -(-blocks // stages) * stages,
+        block_tokens=block_tokens,
         pages=-(-context // (page_size * runner.context_ranks)), stages=stages, shares=runner.context_ranks,
         whole=runner.placement.strip_tokens,
     )  # fmt: skip

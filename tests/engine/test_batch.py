@@ -7,24 +7,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, RequestMetadata, all_buckets, bucket_of, pack, row_buckets
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, RequestMetadata, all_buckets, bucket_of, pack, slot_buckets
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.engine.scheduler import Scheduler, Sequence
 
-LIMITS = Limits(num_ranks=2, rows=8, chunk_tokens=32, block_tokens=4, num_pages=40, page_size=4, context=40)
+SCHEDULER_CONFIG = SchedulerConfig(
+    num_ranks=2, max_num_seqs=8, chunk_tokens=32, block_tokens=4, num_pages=40, page_size=4, context=40
+)
 
 
 @pytest.mark.parametrize(
     ("least", "most", "sizes"), [(1, 1, [1]), (2, 2, [2]), (1, 4, [1, 4]), (2, 8, [2, 8]), (1, 64, [1, 4, 16, 64])]
 )
 def test_rows_come_in_few_sizes(least, most, sizes):
-    assert row_buckets(least=least, most=most) == sizes
+    assert slot_buckets(least=least, most=most) == sizes
 
 
 def test_every_plan_runs_in_a_bucket_that_was_listed():
-    scheduler = Scheduler(LIMITS)
-    listed = all_buckets(LIMITS, least_rows=1, pages=10)
+    scheduler = Scheduler(SCHEDULER_CONFIG)
+    listed = all_buckets(SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
     rng = np.random.default_rng(0)
     seen = set()
     for index in range(40):
@@ -34,7 +36,7 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
         if not plan:  # all have ended: one more by itself
             scheduler.add(Sequence(request_id=99, tokens=[1], max_total=3))
             continue
-        bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
+        bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
         assert bucket in listed
         seen.add(bucket)
         sampled_tokens = [rng.integers(9, size=count).tolist() for _, count in plan.sampled()]
@@ -45,7 +47,7 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
 
 
 def test_what_is_packed_reads_back():
-    scheduler = Scheduler(replace(LIMITS, decode_steps=3))
+    scheduler = Scheduler(replace(SCHEDULER_CONFIG, decode_steps=3))
     drawing = SamplingParams(
         temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-2.0,
         frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
@@ -57,8 +59,8 @@ def test_what_is_packed_reads_back():
     for index, length in enumerate((6, 3)):
         scheduler.add(Sequence(request_id=index, tokens=list(range(1, length + 1)), max_total=12))
     plan = scheduler.plan()
-    bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
-    packed = pack(plan, bucket, LIMITS, request_metadata.__getitem__)
+    bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
+    packed = pack(plan, bucket, SCHEDULER_CONFIG, request_metadata.__getitem__)
     assert packed.shape == (2, bucket.length)
     parts = bucket.split(packed)
     assert [chunk.sequence.rank for chunk in plan.chunks] == [0, 1]  # the second goes where most is free
@@ -68,8 +70,8 @@ def test_what_is_packed_reads_back():
     np.testing.assert_array_equal(parts["block_query_lens"][:, :2], [[4, 2], [3, 0]])
     assert parts["block_seq_slots"][0, :2].tolist() == [first.slot] * 2
     logits_indices = parts["logits_indices"]
-    assert logits_indices[0, first.slot] == bucket.rows + 4 + 1
-    assert logits_indices[1, second.slot] == bucket.rows + 2
+    assert logits_indices[0, first.slot] == bucket.seq_slots + 4 + 1
+    assert logits_indices[1, second.slot] == bucket.seq_slots + 2
     assert (np.delete(logits_indices[0], first.slot) == -1).all()
     at = (0, first.slot)
     assert parts["block_table"][at][:2].tolist() == first.pages
@@ -83,10 +85,10 @@ def test_what_is_packed_reads_back():
 
     list(scheduler.complete(plan, [[50], [60]]))
     plan = scheduler.plan()
-    bucket = bucket_of(plan, LIMITS, least_rows=1, pages=10)
-    assert bucket == Bucket(rows=1, blocks=0, block_tokens=4, pages=10)
+    bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
+    assert bucket == Bucket(seq_slots=1, blocks=0, block_tokens=4, pages=10)
     assert plan.decode_steps == 3
-    parts = bucket.split(pack(plan, bucket, LIMITS, request_metadata.__getitem__))
+    parts = bucket.split(pack(plan, bucket, SCHEDULER_CONFIG, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
     np.testing.assert_array_equal(parts["query_lens"], [[3], [3]])
     np.testing.assert_array_equal(parts["logits_indices"], [[0], [0]])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
 from jaxmoe.errors import RequestError
 
@@ -19,20 +19,20 @@ def next_token(tokens: list[int]) -> int:
 class Device:
     """Pages as a real device has them: what is written where, so that a wrong page shows as a wrong token."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
         self.pages: dict[tuple[int, int], list[int | None]] = {}
         self.last: dict[tuple[int, int], int] = {}
         self.host: dict[tuple[int, int], list[int | None]] = {}
 
     def _write(self, sequence: Sequence, rank: int, pages: list[int], at: int, token: int) -> None:
-        page, place = pages[at // self.limits.page_size], at % self.limits.page_size
-        self.pages.setdefault((rank, page), [None] * self.limits.page_size)[place] = token
+        page, place = pages[at // self.config.page_size], at % self.config.page_size
+        self.pages.setdefault((rank, page), [None] * self.config.page_size)[place] = token
 
     def _read(self, sequence: Sequence, count: int) -> list[int]:
         """The last of `count` tokens and what it sees before it; all of a sequence that gives nothing back."""
-        size = self.limits.page_size
-        first = 0 if sequence.keeps_all else self.limits.first_visible(count - 1)
+        size = self.config.page_size
+        first = 0 if sequence.keeps_all else self.config.first_visible(count - 1)
         places = [(sequence.pages[at // size], at % size) for at in range(first, count)]
         found = [self.pages[(sequence.rank, page)][place] for page, place in places]
         assert None not in found
@@ -45,7 +45,7 @@ class Device:
                 self.host[rank, page_copy.host_page] = list(self.pages[rank, page_copy.page])
             else:
                 self.pages[rank, page_copy.page] = self.host.pop((rank, page_copy.host_page))
-        assert len(self.host) <= self.limits.num_host_pages * self.limits.num_ranks
+        assert len(self.host) <= self.config.num_host_pages * self.config.num_ranks
         sampled_tokens: dict[int, list[int]] = {id(sequence): [] for sequence, _ in plan.sampled()}
         for decode_step in range(plan.decode_steps):
             self._decode_step(plan, decode_step, sampled_tokens)
@@ -63,7 +63,7 @@ class Device:
             work.append((chunk.sequence, chunk.start, part, chunk.last))
         for sequence, start, part, _ in work:
             for offset, token in enumerate(part):
-                place = (sequence.rank, sequence.pages[(start + offset) // self.limits.page_size], start + offset)
+                place = (sequence.rank, sequence.pages[(start + offset) // self.config.page_size], start + offset)
                 assert place not in written, "two requests write one place"
                 written.add(place)
                 self._write(sequence, sequence.rank, sequence.pages, start + offset, token)
@@ -74,10 +74,10 @@ class Device:
                 sampled_tokens[id(sequence)].append(token)
 
 
-def alone(prompt: list[int], max_total: int, limits: Limits, *, keeps_all: bool) -> list[int]:
+def alone(prompt: list[int], max_total: int, config: SchedulerConfig, *, keeps_all: bool) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < max_total:
-        tokens.append(next_token(tokens[0 if keeps_all else limits.first_visible(len(tokens) - 1) :]))
+        tokens.append(next_token(tokens[0 if keeps_all else config.first_visible(len(tokens) - 1) :]))
     return tokens
 
 
@@ -123,9 +123,9 @@ def run_schedule(
     keeping=(),
 ):
     """keeping: which requests give no pages back."""
-    limits = Limits(
+    config = SchedulerConfig(
         num_ranks=ranks,
-        rows=rows,
+        max_num_seqs=rows,
         chunk_tokens=4 * blocks,
         block_tokens=4,
         num_pages=num_pages,
@@ -137,7 +137,7 @@ def run_schedule(
         window=window,
         attention_chunk=attention_chunk,
     )
-    scheduler, device = Scheduler(limits), Device(limits)
+    scheduler, device = Scheduler(config), Device(config)
     sequences, failed, cancelled = [], set(), set()
     arrivals = []
     at = 0
@@ -156,7 +156,7 @@ def run_schedule(
             )  # fmt: skip
             sequences.append(sequence)
             todo.pop(0)
-            if limits.most_pages(max_total, keeps_all=sequence.keeps_all) <= num_pages:
+            if config.most_pages(max_total, keeps_all=sequence.keeps_all) <= num_pages:
                 scheduler.add(sequence)
                 continue
             with pytest.raises(RequestError, match=f"{num_pages} pages"):
@@ -183,7 +183,7 @@ def run_schedule(
                 failing = failing - {step}
                 scheduler.fail(done, lambda s: failed.add(s.request_id))
                 in_flight.clear()
-                device = Device(limits)
+                device = Device(config)
                 break
             for sequence, _, _ in scheduler.complete(done, tokens):
                 if len(sequence.tokens) >= sequence.max_total:
@@ -193,7 +193,7 @@ def run_schedule(
         for rank, pool in enumerate(scheduler.pools):
             assert pool.num_in_use == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
         for sequence in scheduler.running:
-            most = limits.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
+            most = config.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
             assert len(sequence.pages) - sequence.num_behind <= most + decode_steps
         step += 1
         assert step < 5000, "somebody starves"
@@ -202,7 +202,7 @@ def run_schedule(
         assert pool.num_available == num_pages
     for sequence, (_, prompt, max_total, _, _) in zip(sequences, arrivals, strict=True):
         if sequence.request_id not in failed | cancelled:
-            assert sequence.tokens == alone(prompt, max_total, limits, keeps_all=sequence.keeps_all)
+            assert sequence.tokens == alone(prompt, max_total, config, keeps_all=sequence.keeps_all)
 
 
 @settings(max_examples=300, deadline=None)
@@ -232,9 +232,9 @@ def test_thousands_of_random_schedules(**schedule):
 
 
 def test_what_lies_behind_every_window_is_given_back():
-    limits = limits_of(window=9, num_pages=7, chunk_tokens=8, context=400)
-    assert limits.most_pages(400) == (8 + 8 + 2) // 4 + 1
-    scheduler = Scheduler(limits)
+    config = config_of(window=9, num_pages=7, chunk_tokens=8, context=400)
+    assert config.most_pages(400) == (8 + 8 + 2) // 4 + 1
+    scheduler = Scheduler(config)
     long = Sequence(request_id=0, tokens=list(range(60)), max_total=400)
     scheduler.add(long)
     while not long.finished:
@@ -245,9 +245,9 @@ def test_what_lies_behind_every_window_is_given_back():
         scheduler.add(Sequence(request_id=1, tokens=[1], max_total=400, keeps_all=True))
 
 
-def limits_of(**changes) -> Limits:
-    values = dict(num_ranks=1, rows=4, chunk_tokens=16, block_tokens=8, num_pages=16, page_size=4, context=64)
-    return Limits(**(values | changes))
+def config_of(**changes) -> SchedulerConfig:
+    values = dict(num_ranks=1, max_num_seqs=4, chunk_tokens=16, block_tokens=8, num_pages=16, page_size=4, context=64)
+    return SchedulerConfig(**(values | changes))
 
 
 def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
@@ -262,7 +262,7 @@ def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Scheduler(limits_of(num_pages=4))
+    scheduler = Scheduler(config_of(num_pages=4))
     with pytest.raises(RequestError, match=r"is 70 tokens, the context holds 64"):
         scheduler.add(Sequence(request_id=0, tokens=[1] * 60, max_total=70))
     with pytest.raises(RequestError, match=r"is 20 tokens, the pool holds 16 \(4 pages of 4\)"):
@@ -271,7 +271,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode():
-    scheduler = Scheduler(limits_of())
+    scheduler = Scheduler(config_of())
     scheduler.add(Sequence(request_id=0, tokens=[1, 2], max_total=10))
     run(scheduler, 1)
     scheduler.add(Sequence(request_id=1, tokens=list(range(40)), max_total=42))
@@ -283,7 +283,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
 
 
 def test_a_shared_beginning_is_computed_once():
-    scheduler = Scheduler(limits_of())
+    scheduler = Scheduler(config_of())
     for index in range(2):
         scheduler.add(Sequence(request_id=index, tokens=[*range(12), 50 + index], max_total=14))
         run(scheduler, 4)
@@ -291,7 +291,7 @@ def test_a_shared_beginning_is_computed_once():
 
 
 def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
-    scheduler = Scheduler(limits_of(rows=1, aging_steps=4))
+    scheduler = Scheduler(config_of(max_num_seqs=1, aging_steps=4))
     patient = Sequence(request_id=0, tokens=[1], max_total=3, priority=3)
     scheduler.add(patient)
     order: list[int] = []
@@ -305,7 +305,7 @@ def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
 def test_who_gives_way_keeps_its_age():
     """A long prompt of low priority, and urgent ones without end that want the same few pages."""
     scheduler = Scheduler(
-        limits_of(rows=3, num_pages=8, page_size=2, chunk_tokens=1, block_tokens=1, context=16, aging_steps=8)
+        config_of(max_num_seqs=3, num_pages=8, page_size=2, chunk_tokens=1, block_tokens=1, context=16, aging_steps=8)
     )
     patient = Sequence(request_id=0, tokens=list(range(9)), max_total=11, priority=3)
     scheduler.add(patient)
@@ -319,7 +319,7 @@ def test_who_gives_way_keeps_its_age():
 
 
 def test_deadlines_are_named():
-    scheduler = Scheduler(limits_of(rows=1))
+    scheduler = Scheduler(config_of(max_num_seqs=1))
     early = Sequence(request_id=0, tokens=[1], max_total=3, deadline=5.0)
     scheduler.add(early)
     scheduler.add(Sequence(request_id=1, tokens=[1], max_total=3))
@@ -327,7 +327,7 @@ def test_deadlines_are_named():
     assert scheduler.expired(5.0) == [early]
 
 
-@pytest.mark.parametrize("changes", [{"rows": 0}, {"page_size": 0}, {"chunk_tokens": 12}, {"num_pages": -1}])
-def test_limits_check_themselves(changes):
+@pytest.mark.parametrize("changes", [{"max_num_seqs": 0}, {"page_size": 0}, {"chunk_tokens": 12}, {"num_pages": -1}])
+def test_a_configuration_checks_itself(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
-        limits_of(**changes)
+        config_of(**changes)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe import LLM, SamplingParams
 from jaxmoe.engine.core import Core, Request
-from jaxmoe.engine.limits import Limits
+from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.scheduler import Scheduler
 
 from ..conftest import ONE_DEVICE, mesh_of
@@ -18,9 +18,9 @@ from ..conftest import ONE_DEVICE, mesh_of
 CASE = "mistral_window"  # of 9 tokens, in all of its layers
 PROMPTS = [[7, 3, 11, 5, 2] * 4, [1, 9, 8], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]]
 # 15 pages of 4 tokens: less than one request's 80, and three of at most (8 + 16 + 2) // 4 + 1 = 7 pages hold 21.
-LIMITS = Limits(
+SCHEDULER_CONFIG = SchedulerConfig(
     num_ranks=1,
-    rows=4,
+    max_num_seqs=4,
     chunk_tokens=16,
     block_tokens=16,
     num_pages=15,
@@ -36,9 +36,11 @@ def llm(tiny_llm) -> LLM:
     return tiny_llm(CASE)
 
 
-def answers(llm: LLM, limits: Limits, prompts: list[list[int]], params: SamplingParams) -> tuple[Core, list[Request]]:
+def answers(
+    llm: LLM, scheduler_config: SchedulerConfig, prompts: list[list[int]], params: SamplingParams
+) -> tuple[Core, list[Request]]:
     """What a core makes of prompts that are there at once; no page may be lost or left held."""
-    core = Core(llm.runner, limits, tokenizer=None, eos=frozenset())
+    core = Core(llm.runner, scheduler_config, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(prompts)]
     while core.busy:
         core.advance()
@@ -50,16 +52,16 @@ def answers(llm: LLM, limits: Limits, prompts: list[list[int]], params: Sampling
 
 def test_long_answers_run_in_a_pool_smaller_than_their_context(llm):
     """Each token's log-probability is that of attention without pages over everything before it."""
-    _, requests = answers(llm, LIMITS, PROMPTS, SamplingParams(max_tokens=60, ignore_eos=True))
-    assert max(len(request.sequence.tokens) for request in requests) == 80 > LIMITS.pool_tokens
+    _, requests = answers(llm, SCHEDULER_CONFIG, PROMPTS, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert max(len(request.sequence.tokens) for request in requests) == 80 > SCHEDULER_CONFIG.pool_tokens
     for request, scored in zip(requests, llm.score([r.sequence.tokens for r in requests]), strict=True):
         np.testing.assert_allclose(scored[request.num_prompt - 1 :], request.logprobs, atol=2e-4)
 
 
 def test_the_tokens_are_those_of_pages_that_are_all_kept(llm):
     params = SamplingParams(max_tokens=28, temperature=1.0, seed=3, ignore_eos=True)
-    kept = [answers(llm, replace(LIMITS, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS]
-    _, requests = answers(llm, LIMITS, PROMPTS, params)
+    kept = [answers(llm, replace(SCHEDULER_CONFIG, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS]
+    _, requests = answers(llm, SCHEDULER_CONFIG, PROMPTS, params)
     assert [request.token_ids for request in requests] == kept
 
 
@@ -67,19 +69,19 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
     params = SamplingParams(max_tokens=28, repetition_penalty=1.7, presence_penalty=0.9, ignore_eos=True)
     plain = SamplingParams(max_tokens=28, ignore_eos=True)
     assert params.reads_history
-    kept = [answers(llm, replace(LIMITS, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS[:2]]
-    core = Core(llm.runner, LIMITS, tokenizer=None, eos=frozenset())
+    kept = [answers(llm, replace(SCHEDULER_CONFIG, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS[:2]]
+    core = Core(llm.runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(PROMPTS[:2])]
     other = core.submit(2, PROMPTS[2], plain)[0]
     while core.busy:
         core.advance()
     assert [request.token_ids for request in requests] == kept
-    assert other.token_ids == answers(llm, LIMITS, PROMPTS[2:], plain)[1][0].token_ids
+    assert other.token_ids == answers(llm, SCHEDULER_CONFIG, PROMPTS[2:], plain)[1][0].token_ids
 
 
 def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm):
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    core, (first,) = answers(llm, LIMITS, PROMPTS[:1], params)
+    core, (first,) = answers(llm, SCHEDULER_CONFIG, PROMPTS[:1], params)
     core.submit(1, PROMPTS[2], params)  # 8 pages: the 6 that are blank, and 2 of the first request's 9
     while core.busy:
         core.advance()
@@ -97,7 +99,7 @@ def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm)
 def test_generate_asks_for_no_more_pages_than_windows_need(changed_dir):
     llm = LLM.load(changed_dir(CASE, max_position_embeddings=1024), mesh=mesh_of(ONE_DEVICE), dtype="float32")
     prompts, long = [[1, 2, 3]] * 2, SamplingParams(max_tokens=400, ignore_eos=True)
-    rows = llm.runner.padded_rows(2)
+    rows = llm.runner.padded_num_seqs(2)
     tokens, _ = llm.pool_for(prompts, long)
     assert tokens == rows * 16 * ((8 + 128 + 14) // 16 + 1)
     tokens, _ = llm.pool_for(prompts, replace(long, repetition_penalty=1.1))  # which reads all tokens before
@@ -111,9 +113,9 @@ def test_a_longer_prompt_before_leaves_room_for_what_had_room(changed_dir):
     for before in ([], [([1] * 2000, SamplingParams(max_tokens=10))]):
         for others in (asked, before, asked):
             if others:
-                llm._core = SimpleNamespace(limits=llm._limits_for(others))
-        limits = llm._limits_for(asked)
-        Scheduler(limits).check(100, 3100)
-        assert limits.most_pages(limits.context) <= limits.num_pages < 300
-        assert limits == llm._core.limits
-    assert limits.chunk_tokens == 2048
+                llm._core = SimpleNamespace(scheduler_config=llm._scheduler_config_for(others))
+        scheduler_config = llm._scheduler_config_for(asked)
+        Scheduler(scheduler_config).check(100, 3100)
+        assert scheduler_config.most_pages(scheduler_config.context) <= scheduler_config.num_pages < 300
+        assert scheduler_config == llm._core.scheduler_config
+    assert scheduler_config.chunk_tokens == 2048

@@ -12,7 +12,7 @@ _PAGES, _PAGE_SIZE = 8, 16
 
 def step_program(llm, bucket: Bucket, *, decode_steps: int = 1):
     """The step of a bucket, compiled as for float32."""
-    state = llm.runner.abstract_state(bucket.rows, _PAGES, _PAGE_SIZE * llm.runner.context_ranks)
+    state = llm.runner.abstract_state(bucket.seq_slots, _PAGES, _PAGE_SIZE * llm.runner.context_ranks)
     with jax.default_matmul_precision("highest"):
         return llm.runner.lower(state, bucket, max_decode_steps=decode_steps).compile()
 
@@ -28,7 +28,7 @@ def assert_steps_hold_what_is_planned(llm, *, prefill: bool = True) -> None:
     for bucket in core.buckets:
         if bucket.blocks and not prefill:
             continue
-        decode_steps = 1 if bucket.blocks else core.limits.decode_steps
+        decode_steps = 1 if bucket.blocks else core.scheduler_config.decode_steps
         with runner._precisely():
             program = runner.lower(core._state, bucket, max_decode_steps=decode_steps).compile()
         planned = runner.planned(bucket) if decode_steps == 1 else runner.planned_decode_step(bucket)

@@ -168,10 +168,12 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
     names = ("page_size", "chunk_tokens", "decode_steps", "host_cache_gib")
     defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
-    limits = engine._limits(llm, max_num_seqs=9, context=100, kv_cache_gib=1.0, **defaults)
-    buckets = all_buckets(limits, least_rows=llm.runner.least_rows, pages=-(-100 // limits.page_size))
+    scheduler_config = engine._scheduler_config(llm, max_num_seqs=9, context=100, kv_cache_gib=1.0, **defaults)
+    buckets = all_buckets(
+        scheduler_config, min_seq_slots=llm.runner.min_seq_slots, pages=-(-100 // scheduler_config.page_size)
+    )
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]
-    assert lowered == [(buckets[-1], 1, grouped), (decode, limits.decode_steps, grouped)]
+    assert lowered == [(buckets[-1], 1, grouped), (decode, scheduler_config.decode_steps, grouped)]
 
 
 @pytest.mark.parametrize(

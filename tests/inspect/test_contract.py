@@ -23,7 +23,7 @@ FAMILY_CASES += ["deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"]
 
 
 def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
-    return Bucket(rows=num_rows // llm.runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
+    return Bucket(seq_slots=num_rows // llm.runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
 
 
 def assert_as_planned(llm, bucket: Bucket):

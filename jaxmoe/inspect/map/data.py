@@ -187,7 +187,7 @@ def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, An
     tokens = bucket.num_tokens // bucket.micro_batches
     sharing = [axis for axis in place.sharing(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1]
     return {
-        "tokens": bucket.num_tokens, "rows": bucket.rows, "micro_batches": bucket.micro_batches,
+        "tokens": bucket.num_tokens, "seq_slots": bucket.seq_slots, "micro_batches": bucket.micro_batches,
         "sharing": sharing, "strip": tokens // place.size(sharing),
         "stops": [
             {"where": stop.where, "segment": stop.segment, "block": stop.block, "op": stop.collective.op,
