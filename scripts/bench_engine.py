@@ -118,7 +118,7 @@ def _pool(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from jaxmoe.engine.batch import Bucket
-    from jaxmoe.engine.core import Core
+    from jaxmoe.engine.core import EngineCore
     from jaxmoe.engine.limits import SchedulerConfig
 
     llm = _start(arguments)
@@ -130,7 +130,7 @@ def _pool(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     for _ in range(3):
         for times, found in sizes.items():
-            core = Core(llm.runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
+            core = EngineCore(llm.runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
             "num_pages": pages * times})),
                         tokenizer=None, eos=frozenset())  # fmt: skip
             bucket = Bucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)

@@ -30,7 +30,7 @@ _TIMINGS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class RequestFinished:
     """A request that ended without another token: "cancelled", "deadline", or "error" with the StepError."""
 
     index: int
@@ -55,7 +55,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
-    events: deque[TokenEvent | Ended] = field(default_factory=deque)  # what came and nobody has looked at yet
+    events: deque[TokenEvent | RequestFinished] = field(default_factory=deque)  # what came and nobody has looked at yet
 
     @property
     def token_ids(self) -> list[int]:
@@ -113,7 +113,7 @@ class _InFlight:
     done_at: float | None = None  # where that is known before its tokens are taken
 
 
-class Core:
+class EngineCore:
     """Requests on one model within limits. Not to be used from two threads at once."""
 
     def __init__(
@@ -130,7 +130,7 @@ class Core:
         self.scheduler = Scheduler(scheduler_config)
         self.requests: dict[int, Request] = {}
         self.buckets: set[Bucket] = set()
-        self.sealed = False
+        self.warmed_up = False
         self.num_new_tokens = 0
         self.timing = StepClock()
         self.trace = trace
@@ -173,7 +173,7 @@ class Core:
         if self._host_offload is not None:
             self.copy_s, self.compute_s = self._time_copies(self._host_offload), self._time_prompts(buckets[-1])
             self.scheduler.enable_offload(self.copy_s < self.compute_s)
-        self.sealed = True
+        self.warmed_up = True
 
     def _time_copies(self, host_offload: HostOffload) -> float:
         """Seconds to copy one page to host memory and back; compiles both."""
@@ -253,11 +253,13 @@ class Core:
         self.scheduler.finish(sequence, discard=error is not None)
         request.finish_reason = reason
         self._trace_end(request)
-        request.events.append(Ended(index=request.index, sample=request.sample, finish_reason=reason, error=error))
+        request.events.append(
+            RequestFinished(index=request.index, sample=request.sample, finish_reason=reason, error=error)
+        )
 
     # --- the loop ---
 
-    def advance(self) -> list[Request]:
+    def step(self) -> list[Request]:
         """Send the next step off and take what the one before brought: the requests that have new events."""
         updated: list[Request] = []
         try:
@@ -298,7 +300,7 @@ class Core:
 
     def _dispatch(self, plan: StepPlan) -> None:
         bucket = bucket_of(plan, self.scheduler_config, **self._bucket_sizes())
-        if self.sealed and bucket not in self.buckets:
+        if self.warmed_up and bucket not in self.buckets:
             raise StepError(
                 f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
             )

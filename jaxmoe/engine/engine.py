@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
-from jaxmoe.engine.core import Core, Ended, Request
+from jaxmoe.engine.core import EngineCore, Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.llm import LLM, Prompt
 from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
@@ -85,7 +85,7 @@ class AsyncEngine:
             chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_cache_gib=host_cache_gib,
         )  # fmt: skip
         try:
-            self._core = Core(
+            self._core = EngineCore(
                 self.llm.runner, self._scheduler_config, tokenizer=self.llm.tokenizer, eos=self.llm.eos,
                 trace=None if trace is None else Trace(self.llm.trace_facts()),
             )  # fmt: skip
@@ -98,7 +98,7 @@ class AsyncEngine:
         ):
             self._core.warm_up(report)
         self._ids = itertools.count()
-        self._listeners: dict[str, _Listener] = {}
+        self._event_queues: dict[str, _EventQueue] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # around _closed and the names in use
         self._closed = False
@@ -135,19 +135,19 @@ class AsyncEngine:
             if self._closed:
                 raise RequestError("the engine is closed: make a new one")
             name = f"request-{next(self._ids)}" if request_id is None else request_id
-            if name in self._listeners:
+            if name in self._event_queues:
                 raise RequestError(f"request_id={name!r} is in use: choose another")
-            listener = _Listener(name)
-            self._listeners[name] = listener
-            self._commands.put(lambda: self._submit(listener, ids, params, priority, deadline))
-        return RequestStream(listener, params.n, lambda: self._commands.put(lambda: self._cancel(listener)))
+            event_queue = _EventQueue(name)
+            self._event_queues[name] = event_queue
+            self._commands.put(lambda: self._submit(event_queue, ids, params, priority, deadline))
+        return RequestStream(event_queue, params.n, lambda: self._commands.put(lambda: self._cancel(event_queue)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its pages are free at once. An unknown or ended one is left alone."""
         with self._lock:  # behind the request itself, where that is being queued now
-            listener = self._listeners.get(request_id)
-            if listener is not None:
-                self._commands.put(lambda: self._cancel(listener))
+            event_queue = self._event_queues.get(request_id)
+            if event_queue is not None:
+                self._commands.put(lambda: self._cancel(event_queue))
 
     def stats(self) -> dict[str, Any]:
         """Counts since start-up, and what is held now."""
@@ -197,59 +197,59 @@ class AsyncEngine:
             fault.__cause__ = error
         with self._lock:
             self._closed = True
-            left = list(self._listeners.values())
-        for listener in left:
-            listener.hear(Ended(index=0, sample=0, finish_reason=reason, error=fault))
+            left = list(self._event_queues.values())
+        for event_queue in left:
+            event_queue.put(RequestFinished(index=0, sample=0, finish_reason=reason, error=fault))
 
     def _serve(self) -> None:
         while True:
             while not self._core.busy or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
-                    for listener in list(self._listeners.values()):
-                        self._cancel(listener)
+                    for event_queue in list(self._event_queues.values()):
+                        self._cancel(event_queue)
                     return
                 command()
-            self._core.advance()
-            for listener in list(self._listeners.values()):
-                self._tell(listener)
+            self._core.step()
+            for event_queue in list(self._event_queues.values()):
+                self._publish(event_queue)
 
     def _submit(
-        self, listener: _Listener, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
+        self, event_queue: _EventQueue, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        listener.requests = self._core.submit(
-            0, ids, params, name=listener.request_id, priority=priority, deadline=deadline
+        event_queue.requests = self._core.submit(
+            0, ids, params, name=event_queue.request_id, priority=priority, deadline=deadline
         )
 
-    def _cancel(self, listener: _Listener) -> None:
-        for request in listener.requests:
+    def _cancel(self, event_queue: _EventQueue) -> None:
+        for request in event_queue.requests:
             self._core.cancel(request)
-        self._tell(listener)
+        self._publish(event_queue)
 
-    def _tell(self, listener: _Listener) -> None:
-        for request in list(listener.requests):
+    def _publish(self, event_queue: _EventQueue) -> None:
+        for request in list(event_queue.requests):
             while request.events:
                 event = request.events.popleft()
                 if event.finish_reason is not None:
-                    listener.requests.remove(request)
-                    if not listener.requests:
-                        self._listeners.pop(listener.request_id, None)
-                listener.hear(event)
+                    event_queue.requests.remove(request)
+                    if not event_queue.requests:
+                        self._event_queues.pop(event_queue.request_id, None)
+                event_queue.put(event)
 
 
-class _Listener:
+class _EventQueue:
     """The way from the engine's thread to whoever listens to one request."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.requests: list[Request] = []  # that have not ended
-        self.events: asyncio.Queue[TokenEvent | Ended] = asyncio.Queue()
+        self.events: asyncio.Queue[TokenEvent | RequestFinished] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
             raise RequestError("engine.stream is for asynchronous code: call it inside a coroutine") from None
 
-    def hear(self, event: TokenEvent | Ended) -> None:
+    def put(self, event: TokenEvent | RequestFinished) -> None:
         """Called in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -261,9 +261,9 @@ class RequestStream:
     A request whose stream nobody listens to any more, or holds any more, ends.
     """
 
-    def __init__(self, listener: _Listener, num_samples: int, end: Callable[[], None]) -> None:
-        self.request_id = listener.request_id
-        self._events = listener.events
+    def __init__(self, event_queue: _EventQueue, num_samples: int, end: Callable[[], None]) -> None:
+        self.request_id = event_queue.request_id
+        self._events = event_queue.events
         self._end = weakref.finalize(self, end)
         self._end.atexit = False
         self._num_left = num_samples
@@ -273,7 +273,7 @@ class RequestStream:
             while self._num_left:
                 event = await self._events.get()
                 self._num_left -= event.finish_reason is not None
-                if isinstance(event, Ended):
+                if isinstance(event, RequestFinished):
                     self._num_left = 0
                     raise event.error or StepError(f"{self.request_id} was ended: {event.finish_reason}")
                 yield event

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
-from jaxmoe.engine.core import Core, Ended, Request, not_finite
+from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import Counted
@@ -56,7 +56,7 @@ class LLM:
         self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_num_seqs: int = 64
     ) -> None:
         self.runner, self.tokenizer, self.eos, self.max_num_seqs = runner, tokenizer, eos, max_num_seqs
-        self._core: Core | None = None
+        self._core: EngineCore | None = None
         self._trace: Trace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
         self._lock = threading.RLock()  # one thread at a time plans and sends steps
@@ -291,23 +291,23 @@ class LLM:
         with self._lock:
             core = self._core_for(asked)
             requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(asked)]
-        listening = {id(request): request for samples in requests for request in samples}
+        unfinished = {id(request): request for samples in requests for request in samples}
         try:
-            while listening:
-                for request in [r for r in listening.values() if r.events]:
+            while unfinished:
+                for request in [r for r in unfinished.values() if r.events]:
                     while request.events:
                         event = request.events.popleft()
-                        if isinstance(event, Ended):
+                        if isinstance(event, RequestFinished):
                             raise event.error or StepError(f"request {event.index} was ended: {event.finish_reason}")
                         if event.finish_reason is not None:
-                            del listening[id(request)]
+                            del unfinished[id(request)]
                         yield event
-                if listening:
+                if unfinished:
                     with self._lock:
-                        core.advance()
+                        core.step()
         finally:
             with self._lock:
-                for request in listening.values():
+                for request in unfinished.values():
                     core.cancel(request)
 
     def expert_loads(
@@ -423,12 +423,12 @@ class LLM:
         usual, most = (whole.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
         return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
-    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Core:
+    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""
         scheduler_config = self._scheduler_config_for(asked)
         if self._core is None or self._core.scheduler_config != scheduler_config:
             self._core = None  # its pages are given back before new ones are asked for
-            self._core = Core(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)
+            self._core = EngineCore(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace, self._core.on_loads = self._trace, self._on_loads
         return self._core
 

@@ -65,7 +65,7 @@ class PromptChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode:
+class DecodeTokens:
     """`count` tokens one after another, the first of which reads the token at place `start`."""
 
     sequence: Sequence
@@ -80,7 +80,7 @@ class StepPlan:
     moves: (rank, page) to be copied to or from host memory before it, in this order.
     """
 
-    decodes: list[Decode]
+    decodes: list[DecodeTokens]
     chunks: list[PromptChunk]
     page_copies: list[tuple[int, PageCopy]] = field(default_factory=list)
 
@@ -261,7 +261,7 @@ class Scheduler:
                 return False
         return sequence.decoding
 
-    def _plan_decode(self, sequence: Sequence, decode_steps: int) -> Decode:
+    def _plan_decode(self, sequence: Sequence, decode_steps: int) -> DecodeTokens:
         """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
         pool, size = self.pools[sequence.rank], self.config.page_size
         wanted = min(decode_steps, sequence.max_total - sequence.num_total)
@@ -271,7 +271,7 @@ class Scheduler:
         count = min(wanted, len(sequence.pages) * size - start)
         sequence.num_written += count
         sequence.num_pending += count
-        return Decode(sequence=sequence, start=start, count=count)
+        return DecodeTokens(sequence=sequence, start=start, count=count)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

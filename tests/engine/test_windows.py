@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.engine.core import Core, Request
+from jaxmoe.engine.core import EngineCore, Request
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.scheduler import Scheduler
 
@@ -38,12 +38,12 @@ def llm(tiny_llm) -> LLM:
 
 def answers(
     llm: LLM, scheduler_config: SchedulerConfig, prompts: list[list[int]], params: SamplingParams
-) -> tuple[Core, list[Request]]:
+) -> tuple[EngineCore, list[Request]]:
     """What a core makes of prompts that are there at once; no page may be lost or left held."""
-    core = Core(llm.runner, scheduler_config, tokenizer=None, eos=frozenset())
+    core = EngineCore(llm.runner, scheduler_config, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(prompts)]
     while core.busy:
-        core.advance()
+        core.step()
         core.scheduler.pools[0].check()
     assert core.scheduler.pools[0].num_in_use == 0
     assert all(request.finish_reason == "length" for request in requests)
@@ -70,11 +70,11 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
     plain = SamplingParams(max_tokens=28, ignore_eos=True)
     assert params.reads_history
     kept = [answers(llm, replace(SCHEDULER_CONFIG, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS[:2]]
-    core = Core(llm.runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
+    core = EngineCore(llm.runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(PROMPTS[:2])]
     other = core.submit(2, PROMPTS[2], plain)[0]
     while core.busy:
-        core.advance()
+        core.step()
     assert [request.token_ids for request in requests] == kept
     assert other.token_ids == answers(llm, SCHEDULER_CONFIG, PROMPTS[2:], plain)[1][0].token_ids
 
@@ -84,13 +84,13 @@ def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm)
     core, (first,) = answers(llm, SCHEDULER_CONFIG, PROMPTS[:1], params)
     core.submit(1, PROMPTS[2], params)  # 8 pages: the 6 that are blank, and 2 of the first request's 9
     while core.busy:
-        core.advance()
+        core.step()
     prompt = first.sequence.tokens[:38]
     assert core.scheduler.num_evicted == 2
     assert core.scheduler.pools[0].find(prompt, limit=37, whole=True).num_pages == 0
     (again,) = core.submit(2, prompt, params)
     while core.busy:
-        core.advance()
+        core.step()
     assert core.scheduler.num_cached_tokens == 36
     (scored,) = llm.score([again.sequence.tokens])
     np.testing.assert_allclose(scored[len(prompt) - 1 :], again.logprobs, atol=2e-4)
