@@ -120,9 +120,14 @@ def _planned(
         raise ConfigError(f"redundant_experts={redundant} must lie in [0, {15 * num_experts}]")
     if ranks > 16 * num_experts:
         raise ConfigError(f"--ranks {ranks} must lie in [1, {16 * num_experts}], 16 times the {num_experts} experts")
-    places = -(-(num_experts + redundant) // ranks) * ranks
+    num_physical_experts = -(-(num_experts + redundant) // ranks) * ranks
     wanted = planner.balance(
-        loads, num_replicas=places, num_groups=groups, num_nodes=nodes, num_ranks=ranks, algorithm=algorithm
+        loads,
+        num_replicas=num_physical_experts,
+        num_groups=groups,
+        num_nodes=nodes,
+        num_ranks=ranks,
+        algorithm=algorithm,
     )
     share = -(-num_experts // ranks)
     padded = np.pad(loads, ((0, 0), (0, share * ranks - num_experts)))
@@ -162,7 +167,7 @@ def _report(
 ) -> dict[str, Any]:
     from jaxmoe.planner.balance import balancedness
 
-    layers, num_experts = wanted.replicas.shape
+    layers, num_experts = wanted.logical_replica_count.shape
     forms = {
         name: {
             "balancedness": balancedness(loads), "by_layer": [balancedness(row[None]) for row in loads],
@@ -171,10 +176,12 @@ def _report(
         for name, loads in by_rank.items()
     }  # fmt: skip
     return {
-        "layers": layers, "experts": num_experts, "places": wanted.expert_at.shape[1], "ranks": wanted.num_ranks,
+        "layers": layers, "experts": num_experts, "physical_experts": wanted.physical_to_logical_map.shape[1],
+        "ranks": wanted.num_ranks,
         "nodes": nodes, "groups": groups, "hierarchical": nodes > 1 and groups % nodes == 0,
         "algorithm": algorithm, **forms,
-        "placement": {"expert_at": wanted.expert_at.tolist(), "replicas": wanted.replicas.tolist()},
+        "placement": {"physical_to_logical_map": wanted.physical_to_logical_map.tolist(),
+        "logical_replica_count": wanted.logical_replica_count.tolist()},
     }  # fmt: skip
 
 
@@ -195,8 +202,8 @@ def _in_words(found: dict[str, Any]) -> str:
         if not found["hierarchical"]:
             placed = f"; placed over all {nodes} nodes alike, since {groups} groups of experts do not divide among them"
     return (
-        f"{found['experts']} experts at {found['places']} places on {found['ranks']} ranks; balancedness (mean load "
-        f"over the fullest rank's, 1 is even): {forms}{placed}"
+        f"{found['experts']} experts in {found['physical_experts']} expert slots on {found['ranks']} ranks; "
+        f"balancedness (mean load over the fullest rank's, 1 is even): {forms}{placed}"
     )
 
 

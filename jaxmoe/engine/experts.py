@@ -74,8 +74,8 @@ class Experts:
         if self.placement is None:
             loads += place_loads[:, : self.num_experts]
         else:
-            for layer, expert_at in enumerate(self.placement.expert_at):
-                np.add.at(loads[layer], expert_at, place_loads[layer])
+            for layer, physical_to_logical_map in enumerate(self.placement.physical_to_logical_map):
+                np.add.at(loads[layer], physical_to_logical_map, place_loads[layer])
         return Counted(place_loads, loads, self.rank_loads(place_loads))
 
     # --- how they move ---
@@ -95,10 +95,10 @@ class Experts:
             slots, block = self._parts[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
             indices = placed.setdefault(block, np.zeros((slots, 3, self.num_places), np.int32))
-            old = as_loaded if self.placement is None else self.placement.expert_at[layer]
-            new = wanted.expert_at[layer]
+            old = as_loaded if self.placement is None else self.placement.physical_to_logical_map[layer]
+            new = wanted.physical_to_logical_map[layer]
             source[at.slot] = sources_of(old, new, self.num_places // self.num_ranks)
-            indices[at.slot] = new, wanted.replica_at[layer], wanted.replicas[layer][new]
+            indices[at.slot] = new, wanted.replica_index[layer], wanted.logical_replica_count[layer][new]
         moves: list[tuple[int, Callable[..., Any], np.ndarray]] = []
         for index, info in enumerate(self._table):
             at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
@@ -119,13 +119,18 @@ class Experts:
                 "experts stand in order in this program: load the model with redundant_experts, 0 or more"
             )
         own = self.num_layers, self.num_places
-        if wanted.expert_at.shape != own or wanted.num_ranks != self.num_ranks:
+        if wanted.physical_to_logical_map.shape != own or wanted.num_ranks != self.num_ranks:
             raise ConfigError(
-                f"the placement is of {wanted.expert_at.shape[0]} layers, {wanted.expert_at.shape[1]} places and "
-                f"{wanted.num_ranks} ranks, the model has {own[0]}, {own[1]} and {self.num_ranks}"
+                f"the placement is of {wanted.physical_to_logical_map.shape[0]} layers, "
+                f"{wanted.physical_to_logical_map.shape[1]} physical experts and {wanted.num_ranks} ranks, "
+                f"the model has {own[0]}, {own[1]} and {self.num_ranks}"
             )
         for layer in range(self.num_layers):
-            at, nth, count = wanted.expert_at[layer], wanted.replica_at[layer], wanted.replicas[layer].tolist()
+            at, nth, count = (
+                wanted.physical_to_logical_map[layer],
+                wanted.replica_index[layer],
+                wanted.logical_replica_count[layer].tolist(),
+            )
             every = [(expert, which) for expert, replicas in enumerate(count) for which in range(replicas)]
             right = len(count) == self.num_experts and min(count) >= 1 and len(every) == self.num_places
             right = right and sorted(zip(at.tolist(), nth.tolist(), strict=True)) == every

@@ -32,18 +32,20 @@ ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 class ExpertPlacement:
     """Where every replica of every expert of each layer stands: places are dealt to ranks in order, as many to each.
 
-    expert_at [layers, R]: the expert at each place. replica_at [layers, R]: which of its replicas that is.
-    replicas [layers, E]: how many replicas each expert has.
+    physical_to_logical_map [layers, R]: the expert at each place. replica_index [layers, R]: which of its replicas
+    that is. logical_replica_count [layers, E]: how many replicas each expert has.
     """
 
-    expert_at: np.ndarray
-    replica_at: np.ndarray
-    replicas: np.ndarray
+    physical_to_logical_map: np.ndarray
+    replica_index: np.ndarray
+    logical_replica_count: np.ndarray
     num_ranks: int
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
         """[layers, ranks]: tokens of each rank, where an expert's (loads [layers, E]) are shared by its replicas."""
-        share = np.take_along_axis(np.asarray(loads, np.float64) / self.replicas, self.expert_at, axis=1)
+        share = np.take_along_axis(
+            np.asarray(loads, np.float64) / self.logical_replica_count, self.physical_to_logical_map, axis=1
+        )
         return share.reshape(len(share), self.num_ranks, -1).sum(axis=-1)
 
 
@@ -92,11 +94,14 @@ def balance(
             local[rows], replica[rows] = _numbered(held)
 
     layers = len(loads)
-    expert_at = np.take_along_axis(node_experts, local, axis=1).reshape(layers, -1)
-    replicas = np.zeros((layers, num_experts), np.int64)
-    np.put_along_axis(replicas, node_experts.reshape(layers, -1), counts.reshape(layers, -1), axis=1)
+    physical_to_logical_map = np.take_along_axis(node_experts, local, axis=1).reshape(layers, -1)
+    logical_replica_count = np.zeros((layers, num_experts), np.int64)
+    np.put_along_axis(logical_replica_count, node_experts.reshape(layers, -1), counts.reshape(layers, -1), axis=1)
     return ExpertPlacement(
-        expert_at=expert_at, replica_at=replica.reshape(layers, -1), replicas=replicas, num_ranks=num_ranks
+        physical_to_logical_map=physical_to_logical_map,
+        replica_index=replica.reshape(layers, -1),
+        logical_replica_count=logical_replica_count,
+        num_ranks=num_ranks,
     )
 
 
@@ -111,8 +116,8 @@ def _eplb(loads: np.ndarray, num_replicas: int, num_ranks: int) -> tuple[np.ndar
     expert [X,N])."""
     local, replica, counts = _replicate(loads, num_replicas)
     load_at = np.take_along_axis(loads / counts, local, axis=1)
-    rank, place = _pack(load_at, num_ranks)
-    order = np.argsort(rank * (num_replicas // num_ranks) + place, axis=1)
+    rank, slot = _pack(load_at, num_ranks)
+    order = np.argsort(rank * (num_replicas // num_ranks) + slot, axis=1)
     return np.take_along_axis(local, order, axis=1), np.take_along_axis(replica, order, axis=1), counts
 
 
@@ -176,10 +181,10 @@ def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:
     """For each place [R] with an expert of `new`, a place where `old` has it: on the same rank (share places each)
     where there is one there, else the first."""
     found = np.empty(len(new), np.int32)
-    for place, expert in enumerate(new):
+    for slot, expert in enumerate(new):
         (there,) = np.nonzero(old == expert)
-        near = there[there // share == place // share]
-        found[place] = near[0] if len(near) else there[0]
+        near = there[there // share == slot // share]
+        found[slot] = near[0] if len(near) else there[0]
     return found
 
 
@@ -187,8 +192,8 @@ def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tupl
     """Loads [layers*nodes, E/nodes] of each node's experts, and which experts they are, of the same shape."""
     layers, num_experts = loads.shape
     size = num_experts // num_groups
-    node, place = _pack(loads.reshape(layers, num_groups, size).sum(axis=-1), num_nodes)
-    groups = np.argsort(node * (num_groups // num_nodes) + place, axis=1)
+    node, slot = _pack(loads.reshape(layers, num_groups, size).sum(axis=-1), num_nodes)
+    groups = np.argsort(node * (num_groups // num_nodes) + slot, axis=1)
     experts = (groups[:, :, None] * size + np.arange(size)).reshape(layers * num_nodes, -1)
     by_node = np.take_along_axis(loads, experts.reshape(layers, -1), axis=1)
     return by_node.reshape(experts.shape), experts
@@ -197,18 +202,18 @@ def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tupl
 def _pack(loads: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
     """(pack, place within it) of every item [X,N]: heaviest first, to the lightest pack that still has room."""
     room = loads.shape[1] // num_packs
-    pack, place = np.zeros(loads.shape, np.int64), np.zeros(loads.shape, np.int64)
+    pack, slot = np.zeros(loads.shape, np.int64), np.zeros(loads.shape, np.int64)
     if room == 1:
         pack[:] = np.arange(num_packs)
-        return pack, place
+        return pack, slot
     for row, heaviest_first in enumerate(np.argsort(-loads, axis=1, kind="stable")):
         weight, held = np.zeros(num_packs), np.zeros(num_packs, np.int64)
         for item in heaviest_first:
             to = int(np.argmin(np.where(held < room, weight, np.inf)))
-            pack[row, item], place[row, item] = to, held[to]
+            pack[row, item], slot[row, item] = to, held[to]
             weight[to] += loads[row, item]
             held[to] += 1
-    return pack, place
+    return pack, slot
 
 
 def _replicate(loads: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

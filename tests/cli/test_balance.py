@@ -30,7 +30,7 @@ def test_loads_of_a_file_are_placed_as_published(capsys, tmp_path, example):
         "--nodes", example["num_nodes"], "--groups", example["num_groups"], "--algorithm", "eplb", "--json",
     )  # fmt: skip
     found = json.loads(outcome.out)
-    assert (outcome.code, found["placement"]["expert_at"]) == (0, example["phy2log"])
+    assert (outcome.code, found["placement"]["physical_to_logical_map"]) == (0, example["phy2log"])
     np.testing.assert_allclose(found["planned"]["by_layer"], example["balancedness_mean_over_max_per_layer"])
     assert found["before"]["balancedness"] < found["planned"]["balancedness"]
 
@@ -69,7 +69,7 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
     )
     assert outcome.code == 0
     assert "planned" in outcome.out
-    assert "12 experts at 16 places on 8 ranks" in outcome.out
+    assert "12 experts in 16 expert slots on 8 ranks" in outcome.out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

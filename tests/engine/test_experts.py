@@ -42,13 +42,16 @@ def shuffled(experts, seed: int) -> ExpertPlacement:
     return placement_of([rng.permutation(row) for row in rows], experts)
 
 
-def placement_of(expert_at, experts) -> ExpertPlacement:
+def placement_of(physical_to_logical_map, experts) -> ExpertPlacement:
     """The placement with these experts at the places of each layer."""
-    expert_at = np.array(expert_at)
-    nth = [[int(np.sum(row[:place] == expert)) for place, expert in enumerate(row)] for row in expert_at]
-    count = [np.bincount(row, minlength=experts.num_experts) for row in expert_at]
+    physical_to_logical_map = np.array(physical_to_logical_map)
+    nth = [[int(np.sum(row[:place] == expert)) for place, expert in enumerate(row)] for row in physical_to_logical_map]
+    count = [np.bincount(row, minlength=experts.num_experts) for row in physical_to_logical_map]
     return ExpertPlacement(
-        expert_at=expert_at, replica_at=np.array(nth), replicas=np.array(count), num_ranks=experts.num_ranks
+        physical_to_logical_map=physical_to_logical_map,
+        replica_index=np.array(nth),
+        logical_replica_count=np.array(count),
+        num_ranks=experts.num_ranks,
     )
 
 
@@ -110,9 +113,9 @@ def test_counters_add_up_to_every_token_and_every_expert_it_chose(redundant, tin
     assert found.by_rank.shape == (experts.num_layers, 4)
     np.testing.assert_array_equal(found.by_rank, loads.reshape(experts.num_layers, 4, -1).sum(axis=2))
     if redundant:  # replicas of an expert share its tokens
-        for layer, expert_at in enumerate(experts.placement.expert_at):
-            for expert in np.flatnonzero(experts.placement.replicas[layer] > 1):
-                shares = loads[layer][expert_at == expert]
+        for layer, physical_to_logical_map in enumerate(experts.placement.physical_to_logical_map):
+            for expert in np.flatnonzero(experts.placement.logical_replica_count[layer] > 1):
+                shares = loads[layer][physical_to_logical_map == expert]
                 assert (shares > 0).all() or shares.sum() < 10
 
 
@@ -144,11 +147,13 @@ def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
     with pytest.raises(ConfigError, match="2 ranks, the model has"):
         llm.place_experts(balance(loads, num_replicas=experts.num_places, num_ranks=2))
     whole = balance(loads, num_replicas=experts.num_places, num_ranks=4)
-    first, twice = np.zeros_like(whole.expert_at), np.zeros_like(whole.replica_at)
-    spread = np.tile(np.arange(whole.expert_at.shape[1]), (len(first), 1))
+    first, twice = np.zeros_like(whole.physical_to_logical_map), np.zeros_like(whole.replica_index)
+    spread = np.tile(np.arange(whole.physical_to_logical_map.shape[1]), (len(first), 1))
     for wrong in (
-        {"expert_at": first}, {"expert_at": first, "replica_at": spread}, {"expert_at": whole.expert_at + 1},
-        {"expert_at": -whole.expert_at}, {"replicas": whole.replicas + 1}, {"replica_at": twice + 1},
+        {"physical_to_logical_map": first}, {"physical_to_logical_map": first, "replica_index": spread},
+        {"physical_to_logical_map": whole.physical_to_logical_map + 1},
+        {"physical_to_logical_map": -whole.physical_to_logical_map},
+        {"logical_replica_count": whole.logical_replica_count + 1}, {"replica_index": twice + 1},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match="somewhere in every layer"):
             llm.place_experts(replace(whole, **wrong))

@@ -73,7 +73,7 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " info" in command:
         assert "5,453,184" in out
     elif " balance" in command:
-        assert "8 experts at 12 places on 4 ranks; balancedness" in out
+        assert "8 experts in 12 expert slots on 4 ranks; balancedness" in out
         assert "after" in out
     elif " probe" in command:
         assert "eight.toml says what hardware this is" in out

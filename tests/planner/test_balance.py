@@ -24,16 +24,16 @@ def test_the_published_example_comes_out_exactly(example):
         loads, num_replicas=example["num_replicas"], num_groups=example["num_groups"],
         num_nodes=example["num_nodes"], num_ranks=example["num_gpus"], algorithm="eplb",
     )  # fmt: skip
-    np.testing.assert_array_equal(found.expert_at, example["phy2log"])
-    np.testing.assert_array_equal(found.replica_at, example["phyrank"])
-    np.testing.assert_array_equal(found.replicas, example["logcnt"])
+    np.testing.assert_array_equal(found.physical_to_logical_map, example["phy2log"])
+    np.testing.assert_array_equal(found.replica_index, example["phyrank"])
+    np.testing.assert_array_equal(found.logical_replica_count, example["logcnt"])
     each = [balancedness(layer[None]) for layer in found.rank_loads(loads)]
     np.testing.assert_allclose(each, example["balancedness_mean_over_max_per_layer"], rtol=1e-12)
 
 
 def duplicates(found: ExpertPlacement) -> int:
     """Places that hold an expert which another place of the same rank holds, too."""
-    by_rank = found.expert_at.reshape(len(found.expert_at) * found.num_ranks, -1)
+    by_rank = found.physical_to_logical_map.reshape(len(found.physical_to_logical_map) * found.num_ranks, -1)
     return sum(len(experts) - len(set(experts)) for experts in by_rank.tolist())
 
 
@@ -66,7 +66,7 @@ def test_no_rank_has_an_expert_twice_and_balancedness_is_that_of_the_published_a
         assert got >= 0.98 * had, how
         below, more, twice = below + (got < had - 1e-9), more + (got > had + 1e-9), twice + bool(duplicates(published))
         again = balance(loads, **how)
-        np.testing.assert_array_equal(found.expert_at, again.expert_at)
+        np.testing.assert_array_equal(found.physical_to_logical_map, again.physical_to_logical_map)
     # Two replicas of three on one rank split an expert in thirds, which no placement without duplicates can do: in one
     # draw of a hundred that alone comes out a little more even.
     assert below <= 2
@@ -79,15 +79,15 @@ def test_all_load_on_one_expert_is_shared_by_every_rank():
     loads[0, 5] = 7.0
     found = balance(loads, num_replicas=72, num_ranks=8)
     assert balancedness(found.rank_loads(loads)) == pytest.approx(1.0)
-    assert (found.replicas[0, 5], duplicates(found)) == (8, 0)
+    assert (found.logical_replica_count[0, 5], duplicates(found)) == (8, 0)
     published = balance(loads, num_replicas=72, num_ranks=8, algorithm="eplb")
     assert balancedness(published.rank_loads(loads)) == pytest.approx(0.5625)
 
 
 def test_ties_go_to_the_lowest_index():
     found = balance(np.ones((1, 4)), num_replicas=6, num_ranks=2)
-    assert found.replicas.tolist() == [[2, 2, 1, 1]]
-    assert found.expert_at.tolist() == [[0, 1, 2, 0, 1, 3]]
+    assert found.logical_replica_count.tolist() == [[2, 2, 1, 1]]
+    assert found.physical_to_logical_map.tolist() == [[0, 1, 2, 0, 1, 3]]
 
 
 def test_balancedness_sums_over_ranks_never_over_layers():
@@ -113,11 +113,11 @@ def test_every_expert_has_a_place_and_groups_stay_inside_nodes(seed, layers, nod
     loads = rng.integers(0, 200, (layers, experts))
     found = balance(loads, num_replicas=replicas, num_groups=groups, num_nodes=nodes, num_ranks=ranks)
     for layer in range(layers):
-        places = list(zip(found.expert_at[layer], found.replica_at[layer], strict=True))
-        assert sorted(places) == [(e, r) for e in range(experts) for r in range(found.replicas[layer, e])]
+        places = list(zip(found.physical_to_logical_map[layer], found.replica_index[layer], strict=True))
+        assert sorted(places) == [(e, r) for e in range(experts) for r in range(found.logical_replica_count[layer, e])]
     np.testing.assert_allclose(found.rank_loads(loads).sum(axis=1), loads.sum(axis=1))
     if groups % nodes == 0:
-        by_node = found.expert_at.reshape(layers, nodes, -1) // (experts // groups)
+        by_node = found.physical_to_logical_map.reshape(layers, nodes, -1) // (experts // groups)
         homes = [[set(by_node[layer, node]) for node in range(nodes)] for layer in range(layers)]
         assert all(not (a & b) for layer in homes for i, a in enumerate(layer) for b in layer[:i])
 
