@@ -75,7 +75,8 @@ class Layout:
         them where they are shared out there, "routed" where experts are chosen for such.
         """
         whole = (
-            "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "placed", "place",
+            "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "expert_map",
+            "physical_expert",
             "latent", "one",
         )  # fmt: skip
         tokens = (*self.batch, *self.context)

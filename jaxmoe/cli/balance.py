@@ -151,7 +151,8 @@ def _measured(
         before = llm.expert_loads(prompts, params)
         loads = before.by_expert
         wanted = planner.balance(
-            loads, num_replicas=experts.num_places, num_groups=groups, num_nodes=nodes, num_ranks=experts.num_ranks,
+            loads, num_replicas=experts.num_physical_experts, num_groups=groups, num_nodes=nodes,
+            num_ranks=experts.num_ranks,
             algorithm=algorithm,
         )  # fmt: skip
         llm.place_experts(wanted)

@@ -134,7 +134,7 @@ class EngineCore:
         self.num_new_tokens = 0
         self.timing = StepClock()
         self.trace = trace
-        self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (place_loads)
+        self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (physical_loads)
         self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
         self._clock = clock
         self._pages_per_seq = -(-scheduler_config.context // scheduler_config.page_size)
@@ -379,7 +379,7 @@ class EngineCore:
         sampled_tokens = [tokens[:count, *slot].tolist() for (_, count), slot in zip(sampled, step.slots, strict=True)]
         decode_step = [0] * len(sampled_tokens)
         experts = self.runner.experts
-        loads = None if step.output.tokens_per_expert is None else experts.place_loads(step.output.tokens_per_expert)
+        loads = None if step.output.tokens_per_expert is None else experts.physical_loads(step.output.tokens_per_expert)
         if loads is not None and self.on_loads is not None:
             self.on_loads(loads)
         if loads is not None and self.trace is not None and step.record is not None:

@@ -20,16 +20,16 @@ from jaxmoe.sharding import Dims, Placement
 from jaxmoe.weights.params import ParamInfo
 
 
-class Counted(NamedTuple):
+class ExpertLoads(NamedTuple):
     """Tokens that went to every place [layers,R], expert [layers,E] and rank [layers,ranks] of each MoE layer."""
 
-    by_place: np.ndarray
+    by_physical_expert: np.ndarray
     by_expert: np.ndarray
     by_rank: np.ndarray
 
 
-class Experts:
-    """The experts of every MoE layer, at num_places places, as many on each of num_ranks ranks.
+class ExpertManager:
+    """The experts of every MoE layer, in num_physical_experts expert slots, as many on each of num_ranks ranks.
 
     placement: where they were moved; None while they stand in order. Those of a program that was not told of places
     (Placement.redundant_experts) always do.
@@ -43,7 +43,7 @@ class Experts:
         layers = (layer for layer, sparse in enumerate(config.moe_layers) if sparse)
         self._layers: list[LayerPlace] = [place_of(layer, tuple(parts)) for layer in layers]
         self.num_experts = config.moe.num_experts if config.moe else 0
-        self.num_places, self.num_ranks = sizes[0].moe_experts, place.parts("moe_expert")
+        self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, place.parts("moe_expert")
         self.placement: ExpertPlacement | None = None
         # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
         donated = () if place.platform == "cpu" else (0,)
@@ -57,26 +57,26 @@ class Experts:
 
     # --- how many tokens they got ---
 
-    def place_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
+    def physical_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
         """Tokens that went to each place in a traced step: [layers,R]."""
         counts: Any = tokens_per_expert
         found = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
-        return np.stack(found) if found else np.zeros((0, self.num_places), np.int32)
+        return np.stack(found) if found else np.zeros((0, self.num_physical_experts), np.int32)
 
-    def rank_loads(self, place_loads: np.ndarray) -> np.ndarray:
-        """[layers,R] of place_loads, summed over each rank's places: [layers,ranks]."""
-        share = self.num_places // self.num_ranks
-        return place_loads.reshape(len(place_loads), self.num_ranks, share).sum(axis=2)
+    def rank_loads(self, physical_loads: np.ndarray) -> np.ndarray:
+        """[layers,R] of physical_loads, summed over each rank's places: [layers,ranks]."""
+        share = self.num_physical_experts // self.num_ranks
+        return physical_loads.reshape(len(physical_loads), self.num_ranks, share).sum(axis=2)
 
-    def counted(self, place_loads: np.ndarray) -> Counted:
-        """Sums of place_loads [layers,R], taken while experts stand where they do now."""
-        loads = np.zeros((len(place_loads), self.num_experts), np.int64)
+    def expert_loads(self, physical_loads: np.ndarray) -> ExpertLoads:
+        """Sums of physical_loads [layers,R], taken while experts stand where they do now."""
+        loads = np.zeros((len(physical_loads), self.num_experts), np.int64)
         if self.placement is None:
-            loads += place_loads[:, : self.num_experts]
+            loads += physical_loads[:, : self.num_experts]
         else:
             for layer, physical_to_logical_map in enumerate(self.placement.physical_to_logical_map):
-                np.add.at(loads[layer], physical_to_logical_map, place_loads[layer])
-        return Counted(place_loads, loads, self.rank_loads(place_loads))
+                np.add.at(loads[layer], physical_to_logical_map, physical_loads[layer])
+        return ExpertLoads(physical_loads, loads, self.rank_loads(physical_loads))
 
     # --- how they move ---
 
@@ -89,15 +89,15 @@ class Experts:
         """
         self._check(wanted)
         sources: dict[tuple[int, ...], np.ndarray] = {}
-        placed: dict[tuple[int, ...], np.ndarray] = {}
-        as_loaded = np.arange(self.num_places, dtype=np.int32)  # those past the last expert are none
+        expert_maps: dict[tuple[int, ...], np.ndarray] = {}
+        as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # those past the last expert are none
         for layer, at in enumerate(self._layers):
             slots, block = self._parts[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
-            indices = placed.setdefault(block, np.zeros((slots, 3, self.num_places), np.int32))
+            indices = expert_maps.setdefault(block, np.zeros((slots, 3, self.num_physical_experts), np.int32))
             old = as_loaded if self.placement is None else self.placement.physical_to_logical_map[layer]
             new = wanted.physical_to_logical_map[layer]
-            source[at.slot] = sources_of(old, new, self.num_places // self.num_ranks)
+            source[at.slot] = sources_of(old, new, self.num_physical_experts // self.num_ranks)
             indices[at.slot] = new, wanted.replica_index[layer], wanted.logical_replica_count[layer][new]
         moves: list[tuple[int, Callable[..., Any], np.ndarray]] = []
         for index, info in enumerate(self._table):
@@ -107,8 +107,8 @@ class Experts:
                     how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
                     self._moves[index] = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
                 moves.append((index, self._moves[index], sources[at_block]))
-            elif "placed" in info.dims:
-                moves.append((index, partial(_put, info=info), placed[at_block]))
+            elif "expert_map" in info.dims:
+                moves.append((index, partial(_put, info=info), expert_maps[at_block]))
         for index, run, indices in moves:  # whatever can fail has been compiled
             leaves[index] = run(leaves[index], indices)
         self.placement = wanted
@@ -118,7 +118,7 @@ class Experts:
             raise ConfigError(
                 "experts stand in order in this program: load the model with redundant_experts, 0 or more"
             )
-        own = self.num_layers, self.num_places
+        own = self.num_layers, self.num_physical_experts
         if wanted.physical_to_logical_map.shape != own or wanted.num_ranks != self.num_ranks:
             raise ConfigError(
                 f"the placement is of {wanted.physical_to_logical_map.shape[0]} layers, "
@@ -132,7 +132,7 @@ class Experts:
                 wanted.logical_replica_count[layer].tolist(),
             )
             every = [(expert, which) for expert, replicas in enumerate(count) for which in range(replicas)]
-            right = len(count) == self.num_experts and min(count) >= 1 and len(every) == self.num_places
+            right = len(count) == self.num_experts and min(count) >= 1 and len(every) == self.num_physical_experts
             right = right and sorted(zip(at.tolist(), nth.tolist(), strict=True)) == every
             if not right:
                 raise ConfigError(

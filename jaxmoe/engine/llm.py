@@ -21,7 +21,7 @@ from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
 from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
-from jaxmoe.engine.experts import Counted
+from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent, check_prompt
 from jaxmoe.engine.runner import Runner, bucket
@@ -145,7 +145,7 @@ class LLM:
         if redundant_experts is not None:
             own = runner.experts
             even = np.ones((own.num_layers, own.num_experts))
-            runner.place_experts(balance(even, num_replicas=own.num_places, num_ranks=own.num_ranks))
+            runner.place_experts(balance(even, num_replicas=own.num_physical_experts, num_ranks=own.num_ranks))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_num_seqs=max_num_seqs)
 
     @property
@@ -312,14 +312,14 @@ class LLM:
 
     def expert_loads(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
-    ) -> Counted:
+    ) -> ExpertLoads:
         """Complete each prompt, and count the tokens that went to each expert, on the devices without a collective.
 
         What earlier prompts left on pages is forgotten, so that every token is counted; so are those of requests that
         other threads have on this LLM meanwhile, and experts must stay where they are. Raises: as generate.
         """
         experts = self.runner.experts
-        found = np.zeros((experts.num_layers, experts.num_places), np.int64)
+        found = np.zeros((experts.num_layers, experts.num_physical_experts), np.int64)
 
         def count(loads: np.ndarray) -> None:
             nonlocal found
@@ -334,7 +334,7 @@ class LLM:
                 self._on_loads = None
                 if self._core is not None:
                     self._core.on_loads = None
-        return experts.counted(found)
+        return experts.expert_loads(found)
 
     def place_experts(self, experts: ExpertPlacement) -> None:
         """Move experts, and copies of them, to where they are to stand (planner/balance.py); no step is compiled anew.

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import Schedule, Segment
 from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
-from jaxmoe.engine.experts import Experts
+from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.errors import RequestError
 from jaxmoe.mesh import compiler_options
 from jaxmoe.model.attend import (
@@ -107,7 +107,7 @@ class Runner:
         self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=options)
         self.score_fn = jax.jit(self._score, compiler_options=options)
         table = parameter_table(state, self.placement)
-        self.experts = Experts(self.config, self.placement, self.parts, self.sizes, table)
+        self.experts = ExpertManager(self.config, self.placement, self.parts, self.sizes, table)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property
@@ -230,7 +230,7 @@ class Runner:
                 return None
             place = self.placement.holding(part)
             routed = place.routed(place.lead(rows))
-            zeros = jnp.zeros((part.slots, place.parts(routed), self.experts.num_places), jnp.int32)
+            zeros = jnp.zeros((part.slots, place.parts(routed), self.experts.num_physical_experts), jnp.int32)
             return place.constrain(zeros, "layer", routed, "router_expert")
 
         return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
@@ -438,7 +438,7 @@ class Runner:
                 return self.step_fn(self.leaves, state, metadata, flags, np.int32(decode_steps), **static)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
-        """Move experts to where they are to stand; steps sent from now on read there. Raises: as Experts.move."""
+        """Move experts to where they are to stand; steps sent from now on read there. Raises: as ExpertManager.move."""
         with self._leaves_lock:
             self.experts.move(self.leaves, wanted)
 

@@ -21,7 +21,7 @@ from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import RouteRule, at_places, mixed, route
+from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
 from jaxmoe.ops.stack import At, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -83,7 +83,7 @@ class MoE(nnx.Module):
         if moe.biases:  # of every expert on every rank: a token's share of them needs no matrix
             self.down_bias = make(zeros, router_expert=moe.num_experts, width=width)
         if placement.redundant_experts is not None:
-            self.placed = make.indices(placed=3, place=sizes.moe_experts)
+            self.physical_expert_map = make.indices(expert_map=3, physical_expert=sizes.moe_experts)
         if moe.shared_intermediate_size:
             self.shared = SharedExpert(width, sizes.shared_ffn, make=make, init=init)
         if moe.shared_gate:
@@ -125,7 +125,7 @@ class MoE(nnx.Module):
             "router_bias": self.moe.router_bias,
             "selection_bias": self.moe.selection_bias,
             "shared_gate": self.moe.shared_gate,
-            "placed": self.placement.redundant_experts is not None,
+            "physical_expert_map": self.placement.redundant_experts is not None,
         }
         return params | {name: getattr(self, name) for name, there in names.items() if there}
 
@@ -170,10 +170,10 @@ def _routed_experts(
         x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
         weights_tE = (weights_tE != 0).astype(weights_tE.dtype)
     share = jax.tree.leaves(arrays["gate_up"])[0].shape[1]
-    if "placed" in arrays:
+    if "physical_expert_map" in arrays:
         axes = place.axes(place.routed(lead))
         rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
-        weights_tE = at_places(weights_tE, layer_of(arrays["placed"], at), mixed(rows, positions))
+        weights_tE = to_physical(weights_tE, layer_of(arrays["physical_expert_map"], at), replica_hash(rows, positions))
     else:
         weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     tokens_per_expert = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]

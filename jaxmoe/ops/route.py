@@ -94,15 +94,15 @@ def _native(logits, valid, bias, *, rule):
     return native.native_route(logits, valid, bias, rule=rule)
 
 
-def mixed(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:
+def replica_hash(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:
     """Numbers that look drawn, by a token's row in its step and its position in its request: neighbours in a prompt,
     and a row from step to step, take other turns. Multipliers as in xxHash (Y. Collet)."""
     bits = rows.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) ^ positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
     return (bits >> 16).astype(jnp.int32)
 
 
-def at_places(
-    weights: Float[Array, "T E"], placed: Int[Array, "3 R"], turn: Int[Array, "T"]
+def to_physical(
+    weights: Float[Array, "T E"], physical_expert_map: Int[Array, "3 R"], replica_hashes: Int[Array, "T"]
 ) -> Float[Array, "T R"]:  # fmt: skip
     """Weights of experts, at the places where they stand; of an expert's replicas, a token visits the one whose turn it
     is.
@@ -110,6 +110,6 @@ def at_places(
     placed: the expert at each place (any number of at least E for none), which of its replicas it is, and how many it
     has.
     """
-    expert, replica, replicas = placed
+    expert, index, num_replicas = physical_expert_map
     here = weights.at[:, expert].get(mode="fill", fill_value=0)
-    return jnp.where(turn[:, None] % jnp.maximum(replicas, 1) == replica, here, 0)
+    return jnp.where(replica_hashes[:, None] % jnp.maximum(num_replicas, 1) == index, here, 0)

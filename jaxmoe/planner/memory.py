@@ -76,8 +76,8 @@ class Held:
         like = (config.kind(layer), place.view)
         split = Split.of(place)
         if like not in self._known:
-            placed = self.placement.redundant_experts is not None
-            self._known[like] = _params(config, layer, sizes, split, self.itemsize, placed)
+            maps_experts = self.placement.redundant_experts is not None
+            self._known[like] = _params(config, layer, sizes, split, self.itemsize, maps_experts)
         return Block(layer, held_layers(part), part.repeats, sizes, place, split, self._known[like])
 
     @cached_property
@@ -142,14 +142,14 @@ class Held:
 
 @lru_cache(maxsize=4096)
 def _params(
-    config: ModelConfig, layer: int, sizes: ArraySizes, split: Split, itemsize: int, placed: bool
+    config: ModelConfig, layer: int, sizes: ArraySizes, split: Split, itemsize: int, maps_experts: bool
 ) -> tuple[tuple[Parameter, int], ...]:  # fmt: skip
     """Those of a layer with their bytes on a device; many placements split a layer alike."""
     kept = config.quantisation.of(layer) if config.quantisation else {}
     format = config.quantisation.format if config.quantisation else None
     return tuple(
         (one, one.device_bytes(split, itemsize=itemsize, format=format, grain=kept.get(one.path)))
-        for one in block_parameters(config, sizes, layer, placed=placed)
+        for one in block_parameters(config, sizes, layer, maps_experts=maps_experts)
     )
 
 

@@ -91,14 +91,14 @@ def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Paramet
 
 
 def block_parameters(
-    config: ModelConfig, sizes: ArraySizes, layer: int, *, placed: bool = False
+    config: ModelConfig, sizes: ArraySizes, layer: int, *, maps_experts: bool = False
 ) -> Iterator[Parameter]:
-    """Those of one layer. placed: whether it is told where experts stand."""
+    """Those of one layer. maps_experts: whether it has a map of physical experts."""
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield Parameter(path=name, part="norms", dims={"width": config.hidden_size})
     yield from (_grouped if config.mla is None else _latent)(config, sizes)
     if config.moe_layers[layer]:
-        yield from _experts(config, sizes, placed=placed)
+        yield from _experts(config, sizes, maps_experts=maps_experts)
     else:
         yield from _dense(config, sizes.ffn, "mlp", "dense mlp")
         if config.mlp_bias:
@@ -157,7 +157,7 @@ def _dense(config: ModelConfig, ffn: int, path: str, part: Part) -> Iterator[Par
     yield Parameter(path=f"{path}/down", part=part, dims={"ffn": ffn, "width": width}, over=1)
 
 
-def _experts(config: ModelConfig, sizes: ArraySizes, *, placed: bool) -> Iterator[Parameter]:
+def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> Iterator[Parameter]:
     moe, width = config.moe, config.hidden_size
     assert moe is not None
     router = {"router_expert": moe.num_experts}
@@ -175,8 +175,13 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, placed: bool) -> Iterato
         bias = {**experts, "gate_or_up": 2, "moe_ffn": sizes.moe_ffn}
         yield Parameter(path="moe/experts/gate_up_bias", part="experts", dims=bias)
         yield Parameter(path="moe/down_bias", part="experts", dims={**router, "width": width})
-    if placed:
-        yield Parameter(path="moe/placed", part="router", dims={"placed": 3, "place": sizes.moe_experts}, itemsize=4)
+    if maps_experts:
+        yield Parameter(
+            path="moe/physical_expert_map",
+            part="router",
+            dims={"expert_map": 3, "physical_expert": sizes.moe_experts},
+            itemsize=4,
+        )
     if moe.shared_intermediate_size:
         yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared expert")
     if moe.shared_gate:

@@ -27,7 +27,7 @@ class ParamInfo:
     @property
     def published(self) -> bool:
         """Whether checkpoints hold it: all but where experts stand."""
-        return "placed" not in self.dims
+        return "expert_map" not in self.dims
 
     @property
     def num_bytes(self) -> int:

@@ -35,7 +35,7 @@ def programs_compiled():
 def shuffled(experts, seed: int) -> ExpertPlacement:
     """Any placement: the experts and so many replicas as there is room for, anywhere."""
     rng = np.random.default_rng(seed)
-    spare = experts.num_places - experts.num_experts
+    spare = experts.num_physical_experts - experts.num_experts
     rows = [
         [*range(experts.num_experts), *rng.integers(0, experts.num_experts, spare)] for _ in range(experts.num_layers)
     ]
@@ -104,7 +104,7 @@ def test_counters_add_up_to_every_token_and_every_expert_it_chose(redundant, tin
     )  # fmt: skip
     one = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=1"), dtype="float32")
     found = llm.expert_loads(PROMPTS, PARAMS)
-    loads = found.by_place
+    loads = found.by_physical_expert
     experts = llm.runner.experts
     moe = llm.config.moe
     num_tokens = sum(len(prompt) for prompt in PROMPTS) + (PARAMS.max_tokens - 1) * len(PROMPTS)
@@ -128,10 +128,10 @@ def test_experts_placed_by_their_loads_fill_ranks_more_evenly(tiny_dir):
     prompts = [rng.integers(0, llm.config.vocab_size, 40).tolist() for _ in range(24)]
     before = llm.expert_loads(prompts, PARAMS).by_expert
     popular = np.argsort(-before, axis=1)
-    together = [[*order, *[order[-1]] * (experts.num_places - len(order))] for order in popular]
+    together = [[*order, *[order[-1]] * (experts.num_physical_experts - len(order))] for order in popular]
     llm.place_experts(placement_of(together, experts))
     uneven = balancedness(llm.expert_loads(prompts, PARAMS).by_rank)
-    llm.place_experts(balance(before, num_replicas=experts.num_places, num_ranks=experts.num_ranks))
+    llm.place_experts(balance(before, num_replicas=experts.num_physical_experts, num_ranks=experts.num_ranks))
     even = balancedness(llm.expert_loads(prompts, PARAMS).by_rank)
     assert even > uneven + 0.2
     assert even > 0.85
@@ -143,10 +143,10 @@ def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
     experts = llm.runner.experts
     loads = np.ones((experts.num_layers, experts.num_experts))
     with pytest.raises(ConfigError, match="places"):
-        llm.place_experts(balance(loads, num_replicas=experts.num_places + 4, num_ranks=4))
+        llm.place_experts(balance(loads, num_replicas=experts.num_physical_experts + 4, num_ranks=4))
     with pytest.raises(ConfigError, match="2 ranks, the model has"):
-        llm.place_experts(balance(loads, num_replicas=experts.num_places, num_ranks=2))
-    whole = balance(loads, num_replicas=experts.num_places, num_ranks=4)
+        llm.place_experts(balance(loads, num_replicas=experts.num_physical_experts, num_ranks=2))
+    whole = balance(loads, num_replicas=experts.num_physical_experts, num_ranks=4)
     first, twice = np.zeros_like(whole.physical_to_logical_map), np.zeros_like(whole.replica_index)
     spread = np.tile(np.arange(whole.physical_to_logical_map.shape[1]), (len(first), 1))
     for wrong in (

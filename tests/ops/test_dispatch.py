@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.ops.dispatch import DISPATCH_KINDS, HIERARCHICAL, Exchange, combine, dispatch
-from jaxmoe.ops.route import RouteRule, at_places, route
+from jaxmoe.ops.route import RouteRule, route, to_physical
 
 from ..conftest import mesh_of
 
@@ -184,9 +184,11 @@ def test_a_token_visits_the_replica_whose_turn_it_is_of_each_of_its_experts(weig
     expert = np.array([*range(6), *places])
     count = np.array([sum(expert == e) for e in expert])
     nth = np.array([sum(expert[:at] == e) for at, e in enumerate(expert)])
-    placed = np.stack([expert, nth, np.where(expert == 6, 0, count)]).astype(np.int32)
+    physical_expert_map = np.stack([expert, nth, np.where(expert == 6, 0, count)]).astype(np.int32)
     weights = np.array(weights, np.float32)
-    found = np.asarray(at_places(jnp.asarray(weights), jnp.asarray(placed), first + jnp.arange(len(weights))))
+    found = np.asarray(
+        to_physical(jnp.asarray(weights), jnp.asarray(physical_expert_map), first + jnp.arange(len(weights)))
+    )
     for token, row in enumerate(weights):
         for e in range(6):
             at = np.flatnonzero(expert == e)
