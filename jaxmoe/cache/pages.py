@@ -1,16 +1,16 @@
-"""The pages of one pool: who holds each, which prompt's beginning it keeps, which goes first when room is needed.
+"""Page pool of one rank: reference counts, a prefix cache over full pages, LRU eviction, offload to host memory.
 
 A page holds the keys and values of page_size consecutive tokens. A full page whose tokens, and all tokens before them,
-are known is *shared*: it hangs in a tree under the page before it, and a later prompt that begins with the same tokens
-takes it instead of computing it. Pages nobody holds stay in the tree until room is needed; then the one that was
-released longest ago, of those with no page after them, is taken first.
+are known is *cached*: it is a node of a radix tree, below the page before it, and a later prompt with the same prefix
+reuses it. A cached page that no request references stays until room is needed (*evictable*); the least recently
+released one without children on the device is evicted first.
 
-Where every layer has a window, pages behind it are released while their request runs on, and may be taken before those
-that follow them. The tree keeps the tokens of such a page, so that those after it are still found: a prompt that begins
-with them needs no more than the pages that its next token sees.
+Where every layer has a window, pages behind it are released while their request runs on, and may be evicted before
+those that follow them. The tree keeps the tokens of such a page, so that its children are still matched: a prompt with
+that prefix needs no more than the pages that its next token sees.
 
-With places in host memory, a page that is taken so moves there and stays in the tree; a prompt that begins with it
-brings it back. `moves` says what is to be copied, in the order in which it must be.
+With host pages, an evicted page is copied to host memory and stays in the tree; a prompt that matches it swaps it in.
+`pending_copies` lists the copies to be made, in the order in which they must be.
 
 Source of the idea: vLLM's block manager (Kwon et al., 2023) and SGLang's radix tree (Zheng et al., 2024).
 """
@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PageCopy:
-    """One page to be copied: "out" to a place in host memory, or "in" from there."""
+    """A copy of one page: "out" to a host page, or "in" from there."""
 
     direction: Literal["out", "in"]
     page: int
@@ -36,8 +36,8 @@ class PageCopy:
 
 @dataclass(eq=False)
 class _PrefixNode:
-    """A page in the tree of known beginnings: on the device, or (page -1) at a place in host memory; neither (place -1)
-    where it was given up and pages after it are still known."""
+    """A node of the prefix cache: a page on the device, or (page -1) a host page; neither (host_page -1) where it
+    was dropped and pages after it are still cached."""
 
     page: int
     tokens: Tokens
@@ -46,17 +46,17 @@ class _PrefixNode:
     host_page: int = -1
 
     def is_last(self) -> bool:
-        """Whether no page after it is on the device."""
+        """Return whether no child is on the device."""
         return all(child.page < 0 for child in self.children.values())
 
     def is_gone(self) -> bool:
-        """Whether neither the device nor host memory has it."""
+        """Return whether neither the device nor host memory holds it."""
         return self.page < 0 and self.host_page < 0
 
 
 class PrefixMatch(NamedTuple):
-    """The longest known beginning of a prompt: its pages in all; how many of them the next token does not see any more;
-    those of the others that are on the device."""
+    """The longest cached prefix of a prompt: its number of pages; how many of them the next token does not see any
+    more; those of the others that are on the device."""
 
     num_pages: int
     num_behind: int
@@ -64,7 +64,7 @@ class PrefixMatch(NamedTuple):
 
 
 class PagePool:
-    """num_pages pages of page_size tokens, and num_places for pages in host memory. Both are numbered from 0.
+    """num_pages pages of page_size tokens on the device, and num_host_pages in host memory. Both are numbered from 0.
 
     first_visible: the first position that the token at a position, or any later one, sees; None where all are seen.
     Raises: ValueError for sizes below 1.
@@ -82,29 +82,29 @@ class PagePool:
         self._ref_counts = [0] * num_pages
         self._root = _PrefixNode(-1, (), None)
         self._cached: dict[int, _PrefixNode] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # shared, held by nobody; longest idle first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached, not referenced; least recently used first
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
-        self._on_host: OrderedDict[int, _PrefixNode] = OrderedDict()  # by place; longest there first
+        self._on_host: OrderedDict[int, _PrefixNode] = OrderedDict()  # by host page; oldest first
         self.pending_copies: list[PageCopy] = []  # to be taken by whoever owns the pool, in order
         self.num_evicted = self.num_swapped_in = 0
 
     @property
     def num_on_host(self) -> int:
-        """Pages kept in host memory."""
+        """Pages held in host memory."""
         return len(self._on_host)
 
     @property
     def num_available(self) -> int:
-        """Pages that can be had: blank ones, and those kept only in case a prompt begins alike."""
+        """Pages that can be allocated: free and evictable ones."""
         return len(self._free) + len(self._evictable)
 
     @property
     def num_in_use(self) -> int:
-        """Pages that requests hold."""
+        """Pages that requests reference."""
         return self.num_pages - self.num_available
 
     def match_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> PrefixMatch:
-        """Find the longest known beginning of `tokens`, at most `limit` tokens. Holds none.
+        """Match the longest cached prefix of `tokens`, at most `limit` tokens. References nothing.
 
         whole: none of its pages may be missing, whether the next token sees them or not.
         """
@@ -112,8 +112,11 @@ class PagePool:
         return PrefixMatch(len(nodes), num_behind, [node.page for node in nodes[num_behind:] if node.page >= 0])
 
     def acquire_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> list[int]:
-        """Hold what find finds, and bring back what of it is in host memory, for which the caller knows of room: its
-        pages in order, -1 for each that the next token does not see."""
+        """Reference the prefix that match_prefix matches, and swap in its host pages, for which the caller has checked
+        the room.
+
+        Returns its pages in order, -1 for each that the next token does not see.
+        """
         nodes, num_behind = self._match(tokens, limit, whole)
         seen = nodes[num_behind:]
         self.incref([node.page for node in seen if node.page >= 0])
@@ -121,12 +124,13 @@ class PagePool:
         return [-1] * num_behind + [node.page for node in seen]
 
     def _swap_in(self, nodes: Sequence[_PrefixNode]) -> None:
-        """Pages in host memory move into some of one's own; they are shared, and held. There must be room for them."""
+        """Allocate device pages for nodes in host memory and queue the copies; they are cached and referenced.
+        There must be room."""
         for node in nodes:
             del self._on_host[node.host_page]  # none of them may make room for another
         for node in nodes:
             taken = self.allocate(1)
-            assert taken is not None, "there is no room for pages in host memory"
+            assert taken is not None, "there is no room to swap pages in"
             self.pending_copies.append(PageCopy("in", taken[0], node.host_page))
             self._free_host_pages.append(node.host_page)
             node.page, node.host_page = taken[0], -1
@@ -134,7 +138,7 @@ class PagePool:
         self.num_swapped_in += len(nodes)
 
     def _match(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_PrefixNode], int]:
-        """The pages of the longest known beginning, and how many of them its next token does not see."""
+        """Return the nodes of the longest cached prefix, and how many of them its next token does not see."""
         nodes = self._walk(tokens, limit)
         first_visible = None if whole else self._first_visible
         while True:
@@ -155,18 +159,19 @@ class PagePool:
         return found
 
     def num_evictable_of(self, pages: Sequence[int]) -> int:
-        """How many of these pages nobody holds: holding them leaves so many fewer to be had."""
+        """Count the evictable ones of these pages: referencing them leaves so many fewer available."""
         return sum(page in self._evictable for page in pages)
 
     def incref(self, pages: Sequence[int]) -> None:
-        """One more holder for each of these shared pages."""
+        """Add a reference to each of these cached pages."""
         for page in pages:
-            assert page in self._cached, f"page {page} is not shared"
+            assert page in self._cached, f"page {page} is not cached"
             self._ref_counts[page] += 1
             self._evictable.pop(page, None)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages of one's own, or None (and nothing changed) where there are not so many."""
+        """Allocate `count` pages with one reference each, evicting as needed; None (and nothing changed) if not so
+        many are available."""
         if count > self.num_available:
             return None
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -175,8 +180,8 @@ class PagePool:
         return pages
 
     def _evict(self) -> int:
-        """The page that was idle longest off the device; where all tokens are seen, of those with nothing on the device
-        hanging under them."""
+        """Evict the least recently used page from the device; where all tokens are seen, of those without children
+        there."""
         if self._first_visible is None:
             page = next(page for page in self._evictable if self._cached[page].is_last())
         else:
@@ -195,7 +200,7 @@ class PagePool:
         return page
 
     def _allocate_host_page(self) -> int | None:
-        """A place in host memory, that of the page longest there where all are taken."""
+        """Return a free host page, or that of the oldest node in host memory where none is free."""
         if not self._free_host_pages:
             windowed = self._first_visible is not None
             oldest = next((node for node in self._on_host.values() if windowed or not node.children), None)
@@ -204,8 +209,8 @@ class PagePool:
         return self._free_host_pages.pop() if self._free_host_pages else None
 
     def _drop(self, node: _PrefixNode) -> None:
-        """Give up a page that is not on the device. Where all tokens are seen, what hangs under it in host memory goes
-        too; else it stays in the tree while anything does."""
+        """Drop a node that is not on the device. Where all tokens are seen, its children in host memory are dropped
+        too; else it stays in the tree while it has any."""
         falling = [node]
         while falling:
             gone = falling.pop()
@@ -217,14 +222,14 @@ class PagePool:
         self._prune(node)
 
     def _free_host_page(self, node: _PrefixNode) -> None:
-        """Free the host memory of a page, if it has any."""
+        """Free the host page of a node, if it has one."""
         if node.host_page >= 0:
             del self._on_host[node.host_page]
             self._free_host_pages.append(node.host_page)
             node.host_page = -1
 
     def _prune(self, node: _PrefixNode) -> None:
-        """Out of the tree with a page that is gone and has none after it, and with those before it that are so then."""
+        """Remove a node that is gone and has no children, and those of its ancestors that are so then."""
         while node.parent is not None and node.is_gone() and not node.children:
             del node.parent.children[node.tokens]
             node = node.parent
@@ -232,12 +237,11 @@ class PagePool:
     def insert_prefix(
         self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True
     ) -> int:
-        """Make known that pages [start, stop) of the caller's hold the tokens there; those before start are known.
+        """Cache pages [start, stop) of the caller under the tokens there; those before start are cached already.
 
-        Pages that the caller does not hold any more are -1.
-        Where the tree already has a page with the same tokens, that one takes the place of the caller's own in `pages`,
-        which becomes blank; without replace (the caller's is still being written) sharing ends before it. Returns up to
-        where pages are shared now.
+        Pages that the caller has released are -1. Where the tree already has a page with the same tokens, that one
+        replaces the caller's own in `pages`, which becomes free; without replace (the caller's is still being written)
+        caching ends before it. Returns up to where pages are cached now.
         """
         node = self._before(pages, tokens, start)
         for index in range(start, stop):
@@ -250,8 +254,8 @@ class PagePool:
                 if page >= 0:
                     self._cached[page] = child
             elif page < 0:
-                pass  # the caller does not hold it any more
-            elif child.page < 0:  # known in host memory or given up: the one here takes its place
+                pass  # the caller has released it
+            elif child.page < 0:  # in host memory or dropped: the page here replaces it
                 self._free_host_page(child)
                 child.page = page
                 self._cached[page] = child
@@ -267,7 +271,7 @@ class PagePool:
         return max(start, stop)
 
     def _before(self, pages: list[int], tokens: Sequence[int], start: int) -> _PrefixNode:
-        """The page before the caller's page `start` in the tree."""
+        """Return the node before the caller's page `start`."""
         if start and pages[start - 1] >= 0:
             return self._cached[pages[start - 1]]
         node = self._root
@@ -277,14 +281,14 @@ class PagePool:
         return node
 
     def decref(self, pages: Sequence[int]) -> None:
-        """One holder fewer for each that is not -1. Shared pages nobody holds stay known; the last of a prompt goes
-        first."""
+        """Drop a reference to each page that is not -1. Cached pages without references become evictable, the last
+        of a prompt first; others become free."""
         for page in reversed(pages):
             if page >= 0:
                 self._decref_one(page)
 
     def _decref_one(self, page: int) -> None:
-        assert self._ref_counts[page] > 0, f"page {page} is held by nobody"
+        assert self._ref_counts[page] > 0, f"page {page} has no reference"
         self._ref_counts[page] -= 1
         if self._ref_counts[page]:
             return
@@ -317,7 +321,7 @@ class PagePool:
         self.discard([node.page for node in self._walk(tokens, len(tokens)) if node.page >= 0])
 
     def check(self) -> None:
-        """Asserts that every page is blank, idle or held, and that the tree is whole. For tests."""
+        """Assert that every page is free, evictable or referenced, and that the tree is whole. For tests."""
         assert len(set(self._free)) == len(self._free)
         for page in range(self.num_pages):
             free, evictable = page in set(self._free), page in self._evictable
@@ -334,7 +338,7 @@ class PagePool:
             assert node.host_page == -1
             if self._first_visible is None and self._ref_counts[page] and node.parent is not self._root:
                 assert node.parent is not None
-                assert self._ref_counts[node.parent.page] > 0  # who holds a page holds those before it
+                assert self._ref_counts[node.parent.page] > 0  # a request references a whole prefix
         reached, found = [self._root], 0
         while reached:
             node = reached.pop()

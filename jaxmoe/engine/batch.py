@@ -28,10 +28,10 @@ _NOWHERE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Shapes of a step of one rank: rows, blocks of prompt tokens, tokens of a block, pages of a row.
+    """Shapes of a step of one rank: sequence slots, blocks of prompt tokens, tokens of a block, pages of a sequence.
 
-    A row is the slot of one request: it decodes, or a token is drawn for it after the last block of its prompt.
-    micro_batches: even parts of rows and of blocks, in their order, which pass the stages of a pipeline one by one.
+    A sequence slot holds one request: it decodes, or a token is sampled for it after the last block of its prompt.
+    micro_batches: even parts of slots and of blocks, in their order, which pass the stages of a pipeline one by one.
     """
 
     seq_slots: int
@@ -46,7 +46,7 @@ class Bucket:
         return self.seq_slots + self.blocks * self.block_tokens
 
     def slot_token(self, slot: int) -> int:
-        """Where the token that a row decodes is among those of its rank, which come by micro-batch."""
+        """Return the index of a slot's decoded token among those of its rank, which are ordered by micro-batch."""
         part, place = divmod(slot, self.seq_slots // self.micro_batches)
         return part * (self.num_tokens // self.micro_batches) + place
 
@@ -121,7 +121,7 @@ def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
 
 
 def slot_buckets(*, least: int, most: int) -> list[int]:
-    """The numbers of rows that are computed: least, four times that and so on while well below `most`, and `most`."""
+    """The numbers of slots that are computed: least, four times that and so on while well below `most`, and `most`."""
     sizes = []
     while least < most / 2:
         sizes.append(least)
@@ -151,7 +151,7 @@ def bucket_of(
     plan: StepPlan, config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1,
     whole: int = 1
 ) -> Bucket:  # fmt: skip
-    """The bucket a plan runs in. Steps with prompts always have all rows, so that there are few programs."""
+    """The bucket a plan runs in. Steps with prompts always have all slots, so that there are few programs."""
     size = config.block_tokens
     blocks = 0
     for rank in range(config.num_ranks):

@@ -31,7 +31,7 @@ _TIMINGS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFinished:
-    """A request that ended without another token: "cancelled", "deadline", or "error" with the StepError."""
+    """End of a request without another token: "cancelled", "deadline", or "error" with the StepError."""
 
     index: int
     sample: int
@@ -41,7 +41,7 @@ class RequestFinished:
 
 @dataclass(kw_only=True, eq=False)
 class Request:
-    """One sample of a request from the moment it is queued: what it asked for, and what came so far."""
+    """One sample of a request from the moment it is queued: its parameters, and its tokens so far."""
 
     index: int
     sample: int
@@ -106,7 +106,7 @@ def not_finite(runner: Runner, where: str) -> StepError:
 @dataclass(kw_only=True)
 class _InFlight:
     plan: StepPlan
-    slots: list[tuple[int, int]]  # rank and row of each of plan.sampled()
+    slots: list[tuple[int, int]]  # rank and slot of each of plan.sampled()
     output: StepOutput
     record: StepRecord | None
     sent: float  # after its program was compiled
@@ -114,7 +114,7 @@ class _InFlight:
 
 
 class EngineCore:
-    """Requests on one model within limits. Not to be used from two threads at once."""
+    """Engine core: schedules requests, runs steps, emits events. Not thread-safe."""
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class EngineCore:
     # --- the loop ---
 
     def step(self) -> list[Request]:
-        """Send the next step off and take what the one before brought: the requests that have new events."""
+        """Dispatch the next step and complete the one before: the requests that have new events."""
         updated: list[Request] = []
         try:
             for sequence in self.scheduler.expired(self._clock()):

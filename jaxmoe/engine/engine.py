@@ -238,7 +238,7 @@ class AsyncEngine:
 
 
 class _EventQueue:
-    """The way from the engine's thread to whoever listens to one request."""
+    """Queue of one request's events, from the engine's thread to its asynchronous consumer."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -250,7 +250,7 @@ class _EventQueue:
             raise RequestError("engine.stream is for asynchronous code: call it inside a coroutine") from None
 
     def put(self, event: TokenEvent | RequestFinished) -> None:
-        """Called in the engine's thread."""
+        """Add an event. Called in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 

@@ -1,6 +1,6 @@
-"""Where the experts of a model stand, how many tokens they got, and how they move."""
+"""Placement of a model's experts: token counts per expert, and moves between physical experts."""
 
-# Dims: E experts, R places for them (of all ranks), n ranks that route.
+# Dims: E logical experts, R physical experts (of all ranks), n ranks that route.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from jaxmoe.weights.params import ParamInfo
 
 
 class ExpertLoads(NamedTuple):
-    """Tokens that went to every place [layers,R], expert [layers,E] and rank [layers,ranks] of each MoE layer."""
+    """Tokens routed to every physical expert [layers,R], logical expert [layers,E] and rank [layers,ranks] of each
+    MoE layer."""
 
     by_physical_expert: np.ndarray
     by_expert: np.ndarray
@@ -29,10 +30,10 @@ class ExpertLoads(NamedTuple):
 
 
 class ExpertManager:
-    """The experts of every MoE layer, in num_physical_experts expert slots, as many on each of num_ranks ranks.
+    """The num_physical_experts expert slots of every MoE layer, as many on each of num_ranks ranks.
 
-    placement: where they were moved; None while they stand in order. Those of a program that was not told of places
-    (Placement.redundant_experts) always do.
+    placement: the experts in them; None while they are in order, as they always are in a program without a map of
+    physical experts (Placement.redundant_experts).
     """
 
     def __init__(
@@ -58,18 +59,18 @@ class ExpertManager:
     # --- how many tokens they got ---
 
     def physical_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
-        """Tokens that went to each place in a traced step: [layers,R]."""
+        """Return the tokens routed to each physical expert in a traced step: [layers,R]."""
         counts: Any = tokens_per_expert
         found = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
         return np.stack(found) if found else np.zeros((0, self.num_physical_experts), np.int32)
 
     def rank_loads(self, physical_loads: np.ndarray) -> np.ndarray:
-        """[layers,R] of physical_loads, summed over each rank's places: [layers,ranks]."""
+        """Sum physical_loads [layers,R] over each rank's physical experts: [layers,ranks]."""
         share = self.num_physical_experts // self.num_ranks
         return physical_loads.reshape(len(physical_loads), self.num_ranks, share).sum(axis=2)
 
     def expert_loads(self, physical_loads: np.ndarray) -> ExpertLoads:
-        """Sums of physical_loads [layers,R], taken while experts stand where they do now."""
+        """Sum physical_loads [layers,R], taken under the current placement, by logical expert and by rank."""
         loads = np.zeros((len(physical_loads), self.num_experts), np.int64)
         if self.placement is None:
             loads += physical_loads[:, : self.num_experts]
@@ -90,7 +91,7 @@ class ExpertManager:
         self._check(wanted)
         sources: dict[tuple[int, ...], np.ndarray] = {}
         expert_maps: dict[tuple[int, ...], np.ndarray] = {}
-        as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # those past the last expert are none
+        as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # those past the last logical expert are empty
         for layer, at in enumerate(self._layers):
             slots, block = self._parts[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """What one rank of the batch can take, and how many ranks there are.
+    """Scheduler and cache configuration of one rank of the batch, and the number of ranks.
 
-    rows: requests that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one request each.
-    num_pages pages of page_size tokens, and places for num_places more in host memory. context: tokens of a request at
-    most. decode_steps: tokens that a request may decode in one step, where no prompt waits. aging_steps: steps of age
-    that make up for one step of priority. window, attention_chunk: no layer sees more than the last `window` tokens, or
-    than those of its own chunk of so many positions, whichever reaches further back; 0 where no layer is so limited,
-    both 0 where some layer sees all.
+    max_num_seqs: sequences that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one
+    request each. num_pages pages of page_size tokens, and num_host_pages more in host memory. context: tokens of a
+    request at most. decode_steps: tokens that a request may decode in one step, where no prompt waits. aging_steps:
+    steps of age that make up for one step of priority. window, attention_chunk: no layer sees more than the last
+    `window` tokens, or than those of its own chunk of so many positions, whichever reaches further back; 0 where no
+    layer is so limited, both 0 where some layer sees all.
     """
 
     num_ranks: int
@@ -39,7 +39,7 @@ class SchedulerConfig:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be a multiple of block_tokens={self.block_tokens}")
 
     def joined(self, other: SchedulerConfig) -> SchedulerConfig:
-        """The larger of each."""
+        """Return the element-wise maximum of both configurations."""
         return SchedulerConfig(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
     def most_total(self, num_prompt: int, max_new: int | None, *, keeps_all: bool = False) -> int:

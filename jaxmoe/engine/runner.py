@@ -134,7 +134,8 @@ class Runner:
 
     @property
     def min_seq_slots(self) -> int:
-        """Rows of a rank that a step should have at least: some for every stage of a pipeline and rank of a context."""
+        """Sequence slots of a rank that a step should have at least: some for every stage of a pipeline and rank of a
+        context."""
         return (
             self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _MIN_SEQ_SLOTS)
         )
@@ -187,8 +188,9 @@ class Runner:
         return EngineState(tokens, pages, token_pages)
 
     def padded_num_seqs(self, num_seqs: int) -> int:
-        """Rows over all ranks for num_rows prompts or requests: doubled from the least that every rank can have, and
-        as many more as it takes to share out tokens between the split regions of layers, where the layout does."""
+        """Sequence slots over all ranks for num_seqs prompts or requests: doubled from the least that every rank can
+        have, and as many more as it takes to share out tokens between the split regions of layers, where the layout
+        does."""
         seq_slots = self.min_seq_slots
         while seq_slots * self.num_ranks < num_seqs:
             seq_slots *= 2
@@ -412,7 +414,7 @@ class Runner:
         return jax.default_matmul_precision(self._precision) if self._precision else nullcontext()
 
     def empty_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
-        """Rows and pages of every rank, zeroed. Raises: RequestError if the devices have no room for them."""
+        """Return zeroed slots and pages of every rank. Raises: RequestError if the devices have no room for them."""
         try:
             return jax.block_until_ready(self._empty_fn(max_num_seqs, num_pages, page_size))
         except (jax.errors.JaxRuntimeError, OverflowError) as error:

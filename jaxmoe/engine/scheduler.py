@@ -1,7 +1,7 @@
 """Which tokens of which requests the next step computes. Pure policy: no arrays, no device, no clock of its own.
 
-Every rank of the batch has row slots, a page pool and a budget of prompt tokens a step. A running request decodes one
-token a step; what is left of the budget goes to prompts in chunks, so that a long prompt never holds up the others.
+Every rank of the batch has sequence slots, a page pool and a budget of prompt tokens a step. A running request decodes
+one token a step; what is left of the budget goes to prompts in chunks, so that a long prompt never holds up the others.
 Where pages run out the request that came last (of the least urgent ones) gives its pages back and is computed again
 later: the first always goes on, so all end.
 
@@ -43,8 +43,8 @@ class Sequence:
     num_behind: int = 0
     num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
     num_pending: int = 0  # tokens that steps planned so far will bring
-    num_cached_tokens: int = 0  # prompt tokens that were found in shared pages
-    num_cached_pages: int = 0  # pages, from the first, that are in the pool's tree
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_cached_pages: int = 0  # pages, from the first, that are in the prefix cache
     decoding: bool = False  # its prompt is planned to the end: from now on one token a step
     finished: bool = False
 
@@ -77,7 +77,7 @@ class DecodeTokens:
 class StepPlan:
     """What one step computes: tokens of decoding sequences (one each where there are chunks), and chunks of prompts.
 
-    moves: (rank, page) to be copied to or from host memory before it, in this order.
+    page_copies: (rank, copy) to or from host memory, to be made before it in this order.
     """
 
     decodes: list[DecodeTokens]
@@ -118,12 +118,12 @@ class Scheduler:
 
     @property
     def num_evicted(self) -> int:
-        """Known pages given up for room, since the start."""
+        """Cached pages evicted since the start."""
         return self._evicted_before + sum(pool.num_evicted for pool in self.pools)
 
     @property
     def num_swapped_in(self) -> int:
-        """Pages that came back from host memory, since the start."""
+        """Pages swapped in from host memory since the start."""
         return self._swapped_in_before + sum(pool.num_swapped_in for pool in self.pools)
 
     def _new_pool(self) -> PagePool:
@@ -135,7 +135,8 @@ class Scheduler:
         )  # fmt: skip
 
     def enable_offload(self, enabled: bool) -> None:
-        """Whether pages taken for others go to host memory, to be brought back. Nothing may be running."""
+        """Set whether evicted pages are offloaded to host memory, to be swapped in again. Requires that nothing is
+        running."""
         self.offloads_pages = enabled
         self.reset_prefix_cache()
 
@@ -184,7 +185,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free_slots[sequence.rank].append(sequence.slot)
-        self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few rows are computed
+        self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few are computed
         self.pools[sequence.rank].decref(sequence.pages)
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
         sequence.decoding, sequence.num_cached_pages, sequence.num_behind = False, 0, 0
@@ -293,8 +294,8 @@ class Scheduler:
         return chunks
 
     def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
-        """Give a waiting sequence a slot on the rank that knows most of its beginning, and pages for all its tokens, or
-        for as many as it ever holds at once."""
+        """Give a waiting sequence a slot on the rank that has cached most of its prefix, and pages for all its tokens,
+        or for as many as it ever holds at once."""
         tokens, size = sequence.tokens, self.config.page_size
         limit, whole = len(tokens) - 1, sequence.keeps_all
         choices = []
@@ -344,7 +345,7 @@ class Scheduler:
         """Take the tokens of a step, a list for each of plan.sampled(): (sequence, which of plan.sampled(), token) of
         those still wanted, one by one. Whoever hears of a token may finish its sequence before asking for the next.
 
-        Pages that are full of known tokens become known to later prompts.
+        Pages full of known tokens enter the prefix cache.
         """
         for index, ((sequence, _), sampled) in enumerate(zip(plan.sampled(), tokens, strict=True)):
             for token in sampled:
@@ -360,10 +361,10 @@ class Scheduler:
             self._insert_prefix(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
 
     def _insert_prefix(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
-        """Tell the pool of pages full of a sequence's first `known` tokens.
+        """Add the pages full of a sequence's first `known` tokens to the prefix cache.
 
         A step still on its way counts as done: devices take steps in order, so whoever reads its pages comes later (or
-        in the same step, which writes before it reads), and if it fails all pages are forgotten.
+        in the same step, which writes before it reads), and if it fails the prefix cache is reset.
         """
         full = known // self.config.page_size
         if sequence.slot >= 0 and full > sequence.num_cached_pages:
@@ -385,7 +386,7 @@ class Scheduler:
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
-        """Blank pages alone, no beginning is known any more. Nothing may be running."""
+        """Drop the prefix cache and free all pages. Requires that nothing is running."""
         assert not self.running
         self._evicted_before, self._swapped_in_before = self.num_evicted, self.num_swapped_in
         self.pools = [self._new_pool() for _ in range(self.config.num_ranks)]

@@ -1,4 +1,4 @@
-"""Pages of keys and values in host memory: copied out when devices need room, back when a prompt begins with them."""
+"""Pages of keys and values in host memory: copied out on eviction, swapped in when a prompt matches them."""
 
 # Dims: r ranks of the batch, L layers, K key/value head slots, S tokens of a page, H head dim.
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOST_MEMORY = "pinned_host"
 
 
 class HostOffload:
-    """The places of every rank. Copies are queued on the devices in the order of the calls, behind earlier steps."""
+    """Host pages of every rank. Copies are queued on the devices in the order of the calls, behind earlier steps."""
 
     def __init__(self, runner: Runner) -> None:
         self._place = runner.placement
@@ -46,7 +46,7 @@ class HostOffload:
         self._write_fn = jax.jit(self._write, donate_argnums=(0,))
 
     def clear(self) -> None:
-        """Nothing is kept any more."""
+        """Drop all host pages."""
         self._host_pages.clear()
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class HostOffload:
     # --- called by the engine ---
 
     def run(self, state: EngineState, rank: int, page_copy: PageCopy) -> EngineState:
-        """The state after one move; state is donated where pages come in."""
+        """Return the state after one page copy; state is donated where a page comes in."""
         ranks = self._place.parts("batch")
         pages = np.full(ranks, np.iinfo(np.int32).max, np.int32)
         pages[rank] = page_copy.page

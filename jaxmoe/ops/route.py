@@ -1,6 +1,6 @@
 """Choosing experts: scores of all, then the best few, of the best groups alone where there are groups."""
 
-# Dims: T tokens, D width, E experts, K experts a token, G groups of experts, R places for replicas of experts.
+# Dims: T tokens, D width, E experts, K experts a token, G groups of experts, R physical experts (replicas).
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -95,8 +95,7 @@ def _native(logits, valid, bias, *, rule):
 
 
 def replica_hash(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:
-    """Numbers that look drawn, by a token's row in its step and its position in its request: neighbours in a prompt,
-    and a row from step to step, take other turns. Multipliers as in xxHash (Y. Collet)."""
+    """Hash (row, position) to spread tokens over the replicas of an expert. Multipliers as in xxHash (Y. Collet)."""
     bits = rows.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) ^ positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
     return (bits >> 16).astype(jnp.int32)
 
@@ -104,11 +103,10 @@ def replica_hash(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array
 def to_physical(
     weights: Float[Array, "T E"], physical_expert_map: Int[Array, "3 R"], replica_hashes: Int[Array, "T"]
 ) -> Float[Array, "T R"]:  # fmt: skip
-    """Weights of experts, at the places where they stand; of an expert's replicas, a token visits the one whose turn it
-    is.
+    """Map routing weights from logical to physical experts; of an expert's replicas, a token's hash chooses one.
 
-    placed: the expert at each place (any number of at least E for none), which of its replicas it is, and how many it
-    has.
+    physical_expert_map: the logical expert of each physical one (any number of at least E for none), which of its
+    replicas it is, and how many it has.
     """
     expert, index, num_replicas = physical_expert_map
     here = weights.at[:, expert].get(mode="fill", fill_value=0)

@@ -30,10 +30,10 @@ ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
-    """Where every replica of every expert of each layer stands: places are dealt to ranks in order, as many to each.
+    """Placement of all replicas of each layer's experts: physical experts are dealt to ranks in order, as many to each.
 
-    physical_to_logical_map [layers, R]: the expert at each place. replica_index [layers, R]: which of its replicas
-    that is. logical_replica_count [layers, E]: how many replicas each expert has.
+    physical_to_logical_map [layers, R]: the logical expert of each physical expert. replica_index [layers, R]: which of
+    its replicas that is. logical_replica_count [layers, E]: how many replicas each expert has.
     """
 
     physical_to_logical_map: np.ndarray

@@ -142,7 +142,7 @@ def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
     llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32", redundant_experts=0)
     experts = llm.runner.experts
     loads = np.ones((experts.num_layers, experts.num_experts))
-    with pytest.raises(ConfigError, match="places"):
+    with pytest.raises(ConfigError, match="physical experts"):
         llm.place_experts(balance(loads, num_replicas=experts.num_physical_experts + 4, num_ranks=4))
     with pytest.raises(ConfigError, match="2 ranks, the model has"):
         llm.place_experts(balance(loads, num_replicas=experts.num_physical_experts, num_ranks=2))
