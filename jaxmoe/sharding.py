@@ -93,7 +93,7 @@ class Placement:
     def lead(self, num_rows: int) -> TokenDim:
         """How so many rows of tokens lie between the split regions of layers: shared out there where that comes out
         even, in whole strips."""
-        shared = self.layout.sequence and num_rows % (self.parts("batch") * self.strip_tokens) == 0
+        shared = self.layout.sequence and num_rows % (self.num_shards("batch") * self.strip_tokens) == 0
         return "residual" if shared else "token"
 
     @property
@@ -104,7 +104,7 @@ class Placement:
     @property
     def strip_tokens(self) -> int:
         """What a rank's tokens must be a multiple of to be shared out between the split regions of layers."""
-        return self.strip_rows * self.parts("residual") // self.parts("batch")
+        return self.strip_rows * self.num_shards("residual") // self.num_shards("batch")
 
     def exchanged(self, lead: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have other tokens and other experts."""
@@ -160,16 +160,16 @@ class Placement:
         here = jax.sharding.get_abstract_mesh()
         return here if self.view == "within" and not here.empty else self._jax_mesh
 
-    def parts(self, dim: str) -> int:
+    def num_shards(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
-        if dim not in self._parts:
-            self._parts[dim] = self.size(self.axes(dim))
-        return self._parts[dim]
+        if dim not in self._num_shards:
+            self._num_shards[dim] = self.size(self.axes(dim))
+        return self._num_shards[dim]
 
     # What was asked before: a search asks the same of every placement many times.
 
     @cached_property
-    def _parts(self) -> dict[str, int]:
+    def _num_shards(self) -> dict[str, int]:
         return {}
 
     @cached_property
@@ -212,13 +212,13 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _head_slots(num_kv_heads: int, num_groups: int, parts: int) -> tuple[int, int, int]:
-    """(kv_slots, kv_copies, group_slots) for parts devices: the fewest columns of q, k and v in all."""
+def _head_slots(num_kv_heads: int, num_groups: int, num_shards: int) -> tuple[int, int, int]:
+    """(kv_slots, kv_copies, group_slots) for num_shards devices: the fewest columns of q, k and v in all."""
 
     def plan(copies: int) -> tuple[int, int, int]:
-        return _round_up(num_kv_heads * copies, parts), copies, -(-num_groups // copies)
+        return _round_up(num_kv_heads * copies, num_shards), copies, -(-num_groups // copies)
 
-    return min((plan(copies) for copies in range(1, parts + 1)), key=lambda p: (p[0] * (p[2] + 2), p[1]))
+    return min((plan(copies) for copies in range(1, num_shards + 1)), key=lambda p: (p[0] * (p[2] + 2), p[1]))
 
 
 def _whole_blocks(config: ModelConfig) -> int:
@@ -239,18 +239,18 @@ def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
     Those of layers, for layers that stand to the pipeline as the placement's view says.
     """
     kv_slots, kv_copies, group_slots = _head_slots(
-        config.num_key_value_heads, config.num_query_groups, placement.parts("kv_head")
+        config.num_key_value_heads, config.num_query_groups, placement.num_shards("kv_head")
     )
     moe = config.moe
     return ArraySizes(
-        vocab=_round_up(config.vocab_size, placement.seen("beside").parts("vocab")),
+        vocab=_round_up(config.vocab_size, placement.seen("beside").num_shards("vocab")),
         kv_slots=kv_slots,
         kv_copies=kv_copies,
         group_slots=group_slots,
-        ffn=_round_up(config.intermediate_size, placement.parts("ffn")),
-        moe_experts=_round_up(moe.num_experts + (placement.redundant_experts or 0), placement.parts("moe_expert"))
+        ffn=_round_up(config.intermediate_size, placement.num_shards("ffn")),
+        moe_experts=_round_up(moe.num_experts + (placement.redundant_experts or 0), placement.num_shards("moe_expert"))
         if moe
         else 0,
-        moe_ffn=_round_up(moe.intermediate_size, placement.parts("moe_ffn") * _whole_blocks(config)) if moe else 0,
-        shared_ffn=_round_up(moe.shared_intermediate_size, placement.parts("ffn")) if moe else 0,
+        moe_ffn=_round_up(moe.intermediate_size, placement.num_shards("moe_ffn") * _whole_blocks(config)) if moe else 0,
+        shared_ffn=_round_up(moe.shared_intermediate_size, placement.num_shards("ffn")) if moe else 0,
     )

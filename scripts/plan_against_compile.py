@@ -45,7 +45,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     config, machine, axes = question.checked()
     platform = device_platform(machine.device.platform)
     held = Held(config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout)))
-    ranks = held.placement.parts("batch")
+    ranks = held.placement.num_shards("batch")
     rows = -(-batch // ranks)
     step = held.step_bytes(question.chunk_tokens + rows, rows)
     pages = held.kv_bytes_a_token * rows * context

@@ -44,7 +44,7 @@ class ExpertManager:
         layers = (layer for layer, sparse in enumerate(config.moe_layers) if sparse)
         self._layers: list[LayerPlace] = [place_of(layer, tuple(parts)) for layer in layers]
         self.num_experts = config.moe.num_experts if config.moe else 0
-        self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, place.parts("moe_expert")
+        self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, place.num_shards("moe_expert")
         self.placement: ExpertPlacement | None = None
         # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
         donated = () if place.platform == "cpu" else (0,)

@@ -118,7 +118,7 @@ class LLM:
         config = as_stored(config, tensors, raw)
         config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
         chosen = choose_kernels(
-            dtype, kernels, shared_pages=placement.parts("page_token") > 1, quantisation=config.quantisation
+            dtype, kernels, shared_pages=placement.num_shards("page_token") > 1, quantisation=config.quantisation
         )
         if verify:
             check_whole(directory)

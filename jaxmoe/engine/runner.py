@@ -113,12 +113,12 @@ class Runner:
     @property
     def num_ranks(self) -> int:
         """Ranks that share the batch."""
-        return self.placement.parts("batch")
+        return self.placement.num_shards("batch")
 
     @property
     def context_ranks(self) -> int:
         """Ranks that share out the keys and values of each request, and the tokens of a step."""
-        return self.placement.parts("page_token")
+        return self.placement.num_shards("page_token")
 
     @property
     def block_shares(self) -> int:
@@ -151,7 +151,7 @@ class Runner:
 
         def devices(part: Segment) -> int:
             place = self.placement.holding(part)
-            return place.parts("layer") * place.parts("kv_head")
+            return place.num_shards("layer") * place.num_shards("kv_head")
 
         return self._bytes_per_token(devices)
 
@@ -232,7 +232,7 @@ class Runner:
                 return None
             place = self.placement.holding(part)
             routed = place.routed(place.lead(rows))
-            zeros = jnp.zeros((part.slots, place.parts(routed), self.experts.num_physical_experts), jnp.int32)
+            zeros = jnp.zeros((part.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
             return place.constrain(zeros, "layer", routed, "router_expert")
 
         return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]

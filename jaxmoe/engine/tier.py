@@ -111,7 +111,7 @@ class HostOffload:
 
     def run(self, state: EngineState, rank: int, page_copy: PageCopy) -> EngineState:
         """Return the state after one page copy; state is donated where a page comes in."""
-        ranks = self._place.parts("batch")
+        ranks = self._place.num_shards("batch")
         pages = np.full(ranks, np.iinfo(np.int32).max, np.int32)
         pages[rank] = page_copy.page
         if page_copy.direction == "in":

@@ -209,8 +209,8 @@ class PagedAttention:
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
         how = partial(paged_attention, kind=self._kind)
         over = partial(_over_pages, attend=how)
-        if place.parts("page_token") > 1:
-            over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.parts("page_token"))
+        if place.num_shards("page_token") > 1:
+            over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.num_shards("page_token"))
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
         own = _sinks_with_dims(sinks)
         array_counts = ArrayCounts(new=len(new), pages=len(kv_cache), sinks=len(own))

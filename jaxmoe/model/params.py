@@ -108,7 +108,7 @@ class Maker:
         if self._quantized is None or path not in self._quantized.grains:
             return self(init, **dims)
         format, place = self._quantized.format, self._quantized.place
-        shares = [size // place.parts(dim) for dim, size in dims.items()]
+        shares = [size // place.num_shards(dim) for dim, size in dims.items()]
         counts = cells(
             list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._quantized.grains[path]
         )

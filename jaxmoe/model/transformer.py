@@ -283,7 +283,7 @@ class Transformer(nnx.Module):
         self, x: jax.Array, step_inputs: StepInputs, forward_state: ForwardState, schedule: Schedule, pick: Pick | None
     ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D], all micro-batches, through all layers: once around."""
-        ranks, count = self.placement.parts("batch"), schedule.micro_batches
+        ranks, count = self.placement.num_shards("batch"), schedule.micro_batches
         rows = x.shape[0] // count
         after = self.staged + 1 < len(self.parts)
 

@@ -159,9 +159,9 @@ class StepCost:
         self._launch = LAUNCH_SECONDS[hardware.platform]
         self._bandwidth = hardware.bytes_a_second
         self._plain_rate = hardware.flops_a_second("bf16")
-        self._context_ranks = self.placement.parts("page_token")
+        self._context_ranks = self.placement.num_shards("page_token")
         moe = self.config.moe
-        ranks = max(block.place.parts("moe_expert") for block in held.blocks)
+        ranks = max(block.place.num_shards("moe_expert") for block in held.blocks)
         self.skew, self._skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0, skew
         alike: dict[_Layer, int] = {}
         for block in held.blocks:
@@ -304,7 +304,7 @@ class StepCost:
 
     @cached_property
     def _vocab(self) -> float:
-        return self.held.outer[0][0].dims["vocab"] / self.placement.seen("beside").parts("vocab")
+        return self.held.outer[0][0].dims["vocab"] / self.placement.seen("beside").num_shards("vocab")
 
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""

@@ -107,7 +107,7 @@ class Held:
     def kv_bytes_a_token(self) -> float:
         """On each device that holds a part of the token's: of one request's tokens, where a context's ranks share
         them out, its even part."""
-        return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.parts("page_token")
+        return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.num_shards("page_token")
 
     @cached_property
     def _widest(self) -> int:
@@ -116,7 +116,7 @@ class Held:
     def kv_bytes(self, block: Block) -> int:
         """Of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
-        slots = block.sizes.kv_slots // block.place.parts("kv_head")
+        slots = block.sizes.kv_slots // block.place.num_shards("kv_head")
         return slots * sum(dim * item + scale for dim in self.config.cached_dims)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
@@ -129,7 +129,7 @@ class Held:
         config, moe = self.config, self.config.moe
         beside = self.placement.seen("beside")
         wide = 2 * self._widest
-        rows = num_tokens / self.placement.parts("page_token")
+        rows = num_tokens / self.placement.num_shards("page_token")
         parts = {"activations": rows * (4 * config.hidden_size + wide) * self.itemsize}
         if moe is not None:
             ranks = self.placement.size(self.placement.exchanged("token"))
@@ -137,7 +137,7 @@ class Held:
             if ranks > 1:
                 parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
         vocab = self.outer[0][0].dims["vocab"]
-        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / beside.parts("vocab"))}
+        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / beside.num_shards("vocab"))}
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Parted(Protocol):
     """What says how many parts a logical dim is split in: a Placement, or less."""
 
-    def parts(self, dim: str, /) -> int:
+    def num_shards(self, dim: str, /) -> int:
         """Of one dim."""
         ...
 
@@ -39,9 +39,14 @@ class Split:
     @classmethod
     def of(cls, place: Placement) -> Split:
         """As a placement has them."""
-        return cls(place.parts("kv_head"), place.parts("ffn"), place.parts("moe_expert"), place.parts("moe_ffn"))
+        return cls(
+            place.num_shards("kv_head"),
+            place.num_shards("ffn"),
+            place.num_shards("moe_expert"),
+            place.num_shards("moe_ffn"),
+        )
 
-    def parts(self, dim: str, /) -> int:
+    def num_shards(self, dim: str, /) -> int:
         """Of one dim."""
         return getattr(self, dim, 1)
 
@@ -63,7 +68,7 @@ class Parameter:
 
     def share(self, place: Parted) -> list[int]:
         """What one device has of each dim."""
-        return [size // place.parts(dim) for dim, size in self.dims.items()]
+        return [size // place.num_shards(dim) for dim, size in self.dims.items()]
 
     def device_bytes(self, place: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
         """Bytes of one layer's on one device; format, grain: where it is quantised."""
@@ -73,7 +78,7 @@ class Parameter:
         counts = cells(
             list(self.dims.values()), share, lead=self.lead, over=self.over, format=format, grain=grain
         )  # fmt: skip
-        scales = math.prod(count // place.parts(dim) for count, dim in zip(counts, self.dims, strict=True))
+        scales = math.prod(count // place.num_shards(dim) for count, dim in zip(counts, self.dims, strict=True))
         return math.prod(share) // format.per_item + scales * (1 if format.scale_dtype == "uint8" else 4)
 
 

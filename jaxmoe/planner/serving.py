@@ -57,7 +57,7 @@ class Serving:
 
     def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
         self.cost, self.held, self.chunk_tokens = cost, cost.held, chunk_tokens
-        self.ranks = cost.placement.parts("batch")
+        self.ranks = cost.placement.num_shards("batch")
         self._most: dict[int, int] = {}
 
     def dispatched(self, dispatch: str) -> Serving:

@@ -168,9 +168,9 @@ class _Plan:
         )
         self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
         self.tokens = shape.num_tokens // shape.micro_batches
-        self.shared_rows = self.tokens // placement.parts("page_token")
+        self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
-        self.lead = placement.lead(self.tokens * placement.parts("batch"))
+        self.lead = placement.lead(self.tokens * placement.num_shards("batch"))
         self.sharing = placement.sharing(self.lead)
         self.strip = self.tokens // placement.size(self.sharing)
         self.where: Where = "embedding"
@@ -248,7 +248,7 @@ class _Plan:
         config, sizes = self.config, self.sizes(place)
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
-        slots = self.tokens * sizes.kv_slots // place.parts("kv_head")
+        slots = self.tokens * sizes.kv_slots // place.num_shards("kv_head")
         both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
         self.add(place, "all-gather", "page_token", both, count)
         self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)

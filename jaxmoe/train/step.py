@@ -119,7 +119,7 @@ class Trainer:
         """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        step_inputs = DensePrefillInputs(valid=valid, num_ranks=self.placement.parts("batch"))
+        step_inputs = DensePrefillInputs(valid=valid, num_ranks=self.placement.num_shards("batch"))
         hidden, _, routed = model(inputs, step_inputs, probabilities=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
@@ -153,9 +153,9 @@ def _check_mesh(recipe: Recipe, placement: Placement) -> None:
         raise MeshError(
             f"training needs every split to come out even: the mesh would make {got} of {wanted}; use smaller axes"
         )
-    if recipe.batch_rows % placement.parts("batch"):
+    if recipe.batch_rows % placement.num_shards("batch"):
         raise MeshError(
-            f"batch_rows={recipe.batch_rows} must be a multiple of data x expert = {placement.parts('batch')}"
+            f"batch_rows={recipe.batch_rows} must be a multiple of data x expert = {placement.num_shards('batch')}"
         )
 
 

@@ -52,7 +52,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
     async def one_by_one(engine):
         return [[chunk.token_id async for chunk in engine.stream(prompt, params)] for prompt in prompts]
 
-    page_gib = llm.runner.bytes_per_token / llm.runner.placement.parts("kv_head") * 4 / 2**30
+    page_gib = llm.runner.bytes_per_token / llm.runner.placement.num_shards("kv_head") * 4 / 2**30
     with AsyncEngine(
         llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, kv_cache_gib=10.5 * page_gib, host_cache_gib=1e-3
     ) as engine:

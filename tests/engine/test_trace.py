@@ -59,7 +59,7 @@ def test_every_token_is_counted_at_its_experts(llm, tmp_path):
     llm._core = None
     with llm.trace(tmp_path / "trace.json") as trace:
         llm.generate(PROMPTS, PARAMS)
-    moe, ranks = llm.config.moe, llm.runner.placement.parts("moe_expert")
+    moe, ranks = llm.config.moe, llm.runner.placement.num_shards("moe_expert")
     computed = sum(len(prompt) - request.cached for prompt, request in zip(PROMPTS, trace.requests, strict=True))
     computed += 3 * 5  # the last of six new tokens is not read any more
     for layer in range(sum(llm.config.moe_layers)):

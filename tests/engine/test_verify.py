@@ -102,7 +102,7 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
             bucket = step_bucket(runner, "prefill", **(asked.sizes | {"chunk_tokens": chunk}))
             tokens = bucket.num_tokens // bucket.micro_batches
             assert place.lead(tokens * runner.num_ranks) == "residual"
-            assert tokens * runner.num_ranks % (place.strip_rows * place.parts("residual")) == 0
+            assert tokens * runner.num_ranks % (place.strip_rows * place.num_shards("residual")) == 0
             assert bucket.num_tokens <= 2 * (bucket.rows + place.num_stages * max(chunk, 2 * place.strip_tokens))
 
 

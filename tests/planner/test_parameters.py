@@ -40,7 +40,7 @@ def by_path(held: Held) -> Counter[str]:
 
 
 def of_abstract_model(config, placement: Placement) -> Counter[str]:
-    shared = placement.parts("page_token") > 1
+    shared = placement.num_shards("page_token") > 1
     kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=shared, quantisation=config.quantisation)
     _, state = nnx.split(abstract_model(config, placement, dtype="float32", kernels=kernels))
     found: Counter[str] = Counter()
@@ -85,15 +85,15 @@ def test_quantised_ones_with_their_scales(name, weights_dtype):
 def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
     place = Placement(mesh=mesh_of(mesh), layout=parse_layout(layout))
-    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=place.parts("page_token") > 1)
+    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=place.num_shards("page_token") > 1)
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
     runner = abstract_runner(config, place, dtype="float32", kv_dtype=kept, kernels=kernels)
     weights, pages = held_bytes(runner, max_num_seqs=8, context=64, page_size=16, chunk_tokens=512)
     held = Held(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
-    tokens = 8 // place.parts("batch") * 64
+    tokens = 8 // place.num_shards("batch") * 64
     assert held.kv_bytes_a_token * tokens == pages
-    assert held.kv_bytes_a_token * place.parts("page_token") == runner.device_bytes_per_token
+    assert held.kv_bytes_a_token * place.num_shards("page_token") == runner.device_bytes_per_token
 
 
 def test_padding_and_copies_are_what_an_even_share_lacks():
