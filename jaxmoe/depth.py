@@ -19,7 +19,7 @@ _MOST_UNROLLED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class LayerSegment:
     """`period` layers that may differ, `repeats` times over, from layer `first` on.
 
     The model holds it as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period + b is
@@ -69,21 +69,23 @@ class Segment:
 
 
 @lru_cache(maxsize=256)
-def segments(config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: int = 1) -> tuple[Segment, ...]:
+def layer_segments(
+    config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: int = 1
+) -> tuple[LayerSegment, ...]:
     """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
 
     With several stages they share out the longest segment, whatever the kind; the others stand beside the pipeline.
     Raises: ConfigError if that segment has too few repeats.
     """
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
-    found: list[Segment] = []
+    found: list[LayerSegment] = []
     at = 0
     while at < len(kinds):
         period, repeats = _longest_run(kinds[at:]) if kind == "scan" or stages > 1 else (1, 1)
-        found.append(Segment(first=at, period=period, repeats=repeats))
+        found.append(LayerSegment(first=at, period=period, repeats=repeats))
         at += period * repeats
     if stages > 1:
-        longest = max(found, key=lambda part: part.num_layers)
+        longest = max(found, key=lambda segment: segment.num_layers)
         if stages * chunks > longest.repeats:
             alike = "layers" if longest.period == 1 else f"groups of {longest.period} layers"
             in_chunks = f" in {chunks} chunks each" if chunks > 1 else ""
@@ -109,7 +111,7 @@ def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlace:
+class LayerLocation:
     """Where a layer's parameters are: segment, block within it, index in the leading dim of its arrays."""
 
     segment: int
@@ -122,13 +124,13 @@ class LayerPlace:
         return f"segments/{self.segment}/{self.block}"
 
 
-def place_of(layer: int, parts: tuple[Segment, ...]) -> LayerPlace:
-    """Where a layer is. Raises: ValueError if no part has it."""
-    for number, part in enumerate(parts):
-        if layer in part.layers():
-            repeat, block = divmod(layer - part.first, part.period)
-            return LayerPlace(segment=number, block=block, slot=list(part.filled_slots())[repeat])
-    raise ValueError(f"layer {layer} is in none of {parts}")
+def locate_layer(layer: int, segments: tuple[LayerSegment, ...]) -> LayerLocation:
+    """Where a layer is. Raises: ValueError if no segment has it."""
+    for number, segment in enumerate(segments):
+        if layer in segment.layers():
+            repeat, block = divmod(layer - segment.first, segment.period)
+            return LayerLocation(segment=number, block=block, slot=list(segment.filled_slots())[repeat])
+    raise ValueError(f"layer {layer} is in none of {segments}")
 
 
 class PipelineSlot(NamedTuple):

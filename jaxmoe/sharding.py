@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout
 from jaxmoe.mesh import PlannedMesh, conform_mesh
 
@@ -63,13 +63,13 @@ class Placement:
             self._views[view] = replace(self, view=view)
         return self._views[view]
 
-    def of_segment(self, part: Segment) -> Placement:
+    def of_segment(self, segment: LayerSegment) -> Placement:
         """The same, as the layers of a segment see it."""
-        return self.seen("within" if part.stages > 1 else "beside")
+        return self.seen("within" if segment.stages > 1 else "beside")
 
-    def holding(self, part: Segment) -> Placement:
+    def holding(self, segment: LayerSegment) -> Placement:
         """The same, as the arrays that hold all layers of a segment lie."""
-        return self.seen("staged" if part.stages > 1 else "beside")
+        return self.seen("staged" if segment.stages > 1 else "beside")
 
     @property
     def platform(self) -> str:
@@ -228,9 +228,9 @@ def _whole_blocks(config: ModelConfig) -> int:
     return kept.format.inputs or 1 if kept is not None and kept.format.per_item > 1 else 1
 
 
-def segment_sizes(config: ModelConfig, placement: Placement, parts: Iterable[Segment]) -> list[ArraySizes]:
+def segment_sizes(config: ModelConfig, placement: Placement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:
     """array_sizes of the layers of each segment."""
-    return [array_sizes(config, placement.of_segment(part)) for part in parts]
+    return [array_sizes(config, placement.of_segment(segment)) for segment in segments]
 
 
 def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:

@@ -39,14 +39,14 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmoe.depth import Schedule, Segment
+    from jaxmoe.depth import LayerSegment, Schedule
     from jaxmoe.mesh import build_mesh
     from jaxmoe.model.pipeline import empty_buffers, run_ticks, tick_stages
     from jaxmoe.model.rows import HIDDEN
     from jaxmoe.sharding import Placement
 
     place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), chunks=chunks)
-    part = Segment(first=0, period=1, repeats=stages * chunks, stages=stages, chunks=chunks)
+    segment = LayerSegment(first=0, period=1, repeats=stages * chunks, stages=stages, chunks=chunks)
     schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
     ticks = schedule.ticks(decode_steps)
 
@@ -56,7 +56,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
 
     @jax.jit
     def run(weights, x):
-        counts = place.constrain(jnp.zeros(part.slots, jnp.int32), "layer")
+        counts = place.constrain(jnp.zeros(segment.slots, jnp.int32), "layer")
 
         def tick(number, carry):
             return tick_stages(
@@ -68,7 +68,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
                 (),
                 number,
                 decode_steps,
-                part=part,
+                segment=segment,
                 schedule=schedule,
                 place=place,
             )
@@ -76,7 +76,7 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
         buffers = empty_buffers(schedule, x.shape, x.dtype, place, HIDDEN)
         return run_ticks(tick, ticks, (buffers, counts), alone=True)[1]
 
-    weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(part.slots, 0), place.sharding("layer"))
+    weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(segment.slots, 0), place.sharding("layer"))
     x = jnp.ones((ROWS, 1, WIDTH))
     counts = np.asarray(run(weights, x))
     assert (counts == micro_batches * decode_steps).all(), counts

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.depth import Schedule, Segment, place_of, segments
+from jaxmoe.depth import LayerSegment, Schedule, layer_segments, locate_layer
 from jaxmoe.errors import ConfigError
 
 
@@ -22,8 +22,8 @@ def config(moe_layers: tuple[bool, ...], windows: tuple[int | None, ...] | None 
     )  # fmt: skip
 
 
-def shapes(found: tuple[Segment, ...]) -> list[tuple[int, int, int]]:
-    return [(part.first, part.period, part.repeats) for part in found]
+def shapes(found: tuple[LayerSegment, ...]) -> list[tuple[int, int, int]]:
+    return [(segment.first, segment.period, segment.repeats) for segment in found]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def shapes(found: tuple[Segment, ...]) -> list[tuple[int, int, int]]:
     ],
 )
 def test_segments_are_as_long_as_layers_repeat(moe_layers, windows, expected):
-    assert shapes(segments(config(moe_layers, windows), "scan")) == expected
+    assert shapes(layer_segments(config(moe_layers, windows), "scan")) == expected
 
 
 @given(
@@ -47,34 +47,34 @@ def test_segments_are_as_long_as_layers_repeat(moe_layers, windows, expected):
 )
 def test_every_layer_has_one_place_among_its_like(layers, kind):
     moe_layers, windows = zip(*layers, strict=True)
-    found = segments(config(moe_layers, windows), kind)
-    assert [layer for part in found for layer in part.layers()] == list(range(len(layers)))
-    places = [place_of(layer, found) for layer in range(len(layers))]
-    assert len(set(places)) == len(layers)
+    found = layer_segments(config(moe_layers, windows), kind)
+    assert [layer for segment in found for layer in segment.layers()] == list(range(len(layers)))
+    locations = [locate_layer(layer, found) for layer in range(len(layers))]
+    assert len(set(locations)) == len(layers)
     alike: dict[str, set[tuple[bool, int | None]]] = {}
-    for place, facts in zip(places, layers, strict=True):
-        alike.setdefault(place.path, set()).add(facts)
-        assert place.slot == 0 or kind == "scan"
+    for location, facts in zip(locations, layers, strict=True):
+        alike.setdefault(location.path, set()).add(facts)
+        assert location.slot == 0 or kind == "scan"
     assert all(len(facts) == 1 for facts in alike.values())
 
 
 def test_a_layer_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="layer 3"):
-        place_of(3, segments(config((True,) * 3), "scan"))
+        locate_layer(3, layer_segments(config((True,) * 3), "scan"))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("layers", [8, 9, 13])
 def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunks):
-    (part,) = segments(config((True,) * layers), "unroll", stages=stages, chunks=chunks)
-    assert (part.repeats, part.stages, part.chunks) == (layers, stages, chunks)
-    filled = [part.filled(stage, chunk) for chunk in range(chunks) for stage in range(stages)]
+    (segment,) = layer_segments(config((True,) * layers), "unroll", stages=stages, chunks=chunks)
+    assert (segment.repeats, segment.stages, segment.chunks) == (layers, stages, chunks)
+    filled = [segment.filled(stage, chunk) for chunk in range(chunks) for stage in range(stages)]
     assert sum(filled) == layers
     assert max(filled) - min(filled) <= 1
-    held = part.slots // stages
-    assert part.slots == stages * held
-    slots = [place_of(layer, (part,)).slot for layer in range(layers)]
+    held = segment.slots // stages
+    assert segment.slots == stages * held
+    slots = [locate_layer(layer, (segment,)).slot for layer in range(layers)]
     assert len(set(slots)) == layers
     passed = [slot // held for slot in slots]  # the stage of every layer, first to last
     visits = [stage for stage, before in zip(passed, [None, *passed], strict=False) if stage != before]
@@ -82,15 +82,19 @@ def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunk
 
 
 def test_what_does_not_repeat_stands_beside_the_stages():
-    parts = segments(config((False,) * 3 + (True,) * 9 + (False,)), "scan", stages=4)
-    assert [(part.first, part.repeats, part.stages) for part in parts] == [(0, 3, 1), (3, 9, 4), (12, 1, 1)]
-    assert parts[1].slots == 12
+    segments = layer_segments(config((False,) * 3 + (True,) * 9 + (False,)), "scan", stages=4)
+    assert [(segment.first, segment.repeats, segment.stages) for segment in segments] == [
+        (0, 3, 1),
+        (3, 9, 4),
+        (12, 1, 1),
+    ]
+    assert segments[1].slots == 12
 
 
 @pytest.mark.parametrize(("layers", "stages", "chunks"), [(6, 8, 1), (6, 4, 2), (1, 2, 1)])
 def test_more_stages_than_layers_is_an_error(layers, stages, chunks):
     with pytest.raises(ConfigError, match=rf"pipeline={stages}.*at least {stages * chunks}.*has {layers}: use fewer"):
-        segments(config((True,) * layers), "scan", stages=stages, chunks=chunks)
+        layer_segments(config((True,) * layers), "scan", stages=stages, chunks=chunks)
 
 
 def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int, int, int]]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerPlace, Segment, place_of
+from jaxmoe.depth import LayerLocation, LayerSegment, locate_layer
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.transformer import TokensPerExpert
 from jaxmoe.planner.balance import ExpertPlacement, sources_of
@@ -37,18 +37,18 @@ class ExpertManager:
     """
 
     def __init__(
-        self, config: ModelConfig, place: Placement, parts: Sequence[Segment], sizes: Sequence[ArraySizes],
+        self, config: ModelConfig, place: Placement, segments: Sequence[LayerSegment], sizes: Sequence[ArraySizes],
         table: Sequence[ParamInfo],
     ) -> None:  # fmt: skip
-        self._place, self._parts, self._table = place, parts, table
+        self._place, self._segments, self._table = place, segments, table
         layers = (layer for layer, sparse in enumerate(config.moe_layers) if sparse)
-        self._layers: list[LayerPlace] = [place_of(layer, tuple(parts)) for layer in layers]
+        self._layers: list[LayerLocation] = [locate_layer(layer, tuple(segments)) for layer in layers]
         self.num_experts = config.moe.num_experts if config.moe else 0
         self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, place.num_shards("moe_expert")
         self.placement: ExpertPlacement | None = None
         # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
         donated = () if place.platform == "cpu" else (0,)
-        self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("part", "dims"))
+        self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("segment", "dims"))
         self._moves: dict[int, Any] = {}  # compiled, by the parameter's index
 
     @property
@@ -93,7 +93,7 @@ class ExpertManager:
         expert_maps: dict[tuple[int, ...], np.ndarray] = {}
         as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # those past the last logical expert are empty
         for layer, at in enumerate(self._layers):
-            slots, block = self._parts[at.segment].slots, (at.segment, at.block)
+            slots, block = self._segments[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
             indices = expert_maps.setdefault(block, np.zeros((slots, 3, self.num_physical_experts), np.int32))
             old = as_loaded if self.placement is None else self.placement.physical_to_logical_map[layer]
@@ -102,10 +102,10 @@ class ExpertManager:
             indices[at.slot] = new, wanted.replica_index[layer], wanted.logical_replica_count[layer][new]
         moves: list[tuple[int, Callable[..., Any], np.ndarray]] = []
         for index, info in enumerate(self._table):
-            at_block = tuple(int(part) for part in info.path.split("/")[1:3] if part.isdigit())
+            at_block = tuple(int(name) for name in info.path.split("/")[1:3] if name.isdigit())
             if "moe_expert" in info.dims:
                 if index not in self._moves:
-                    how: Any = dict(part=self._parts[at_block[0]], dims=info.dims)
+                    how: Any = dict(segment=self._segments[at_block[0]], dims=info.dims)
                     self._moves[index] = self._move_fn.lower(leaves[index], sources[at_block], **how).compile()
                 moves.append((index, self._moves[index], sources[at_block]))
             elif "expert_map" in info.dims:
@@ -141,12 +141,12 @@ class ExpertManager:
                     f"its replicas from 0 on; in MoE layer {layer} it does not"
                 )
 
-    def _move(self, weights: jax.Array, source: jax.Array, *, part: Segment, dims: Dims) -> jax.Array:
+    def _move(self, weights: jax.Array, source: jax.Array, *, segment: LayerSegment, dims: Dims) -> jax.Array:
         """weights [slots,R,...] as they are to stand: place p of a slot gets what stands at its source [slots,R].
 
         One slot after the other: its experts go once round the ranks, and each takes what it needs.
         """
-        place = self._place.holding(part)
+        place = self._place.holding(segment)
         axes, ranks, shape = place.axes("moe_expert"), self.num_ranks, place.mesh.shape
         ordered = tuple(axis for axis in shape if axis in axes)  # ppermute wants axes in the mesh's order
         along = np.arange(ranks).reshape([shape[axis] for axis in ordered])

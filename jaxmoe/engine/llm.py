@@ -126,8 +126,8 @@ class LLM:
         shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
         abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
-        sizes = segment_sizes(config, placement, shapes.parts)
-        parts = assign_pieces(directory, tensors, config, sizes, shapes.parts)
+        sizes = segment_sizes(config, placement, shapes.layer_segments)
+        parts = assign_pieces(directory, tensors, config, sizes, shapes.layer_segments)
 
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Schedule, Segment
+from jaxmoe.depth import LayerSegment, Schedule
 from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
 from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.errors import RequestError
@@ -96,8 +96,8 @@ class Runner:
         self._leaves_lock = threading.Lock()  # while a step is sent, or leaves are changed
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
-        self.kernels, self.parts = model.kernels, model.parts
-        self.sizes = segment_sizes(model.config, model.placement, model.parts)
+        self.kernels, self.segments = model.kernels, model.layer_segments
+        self.sizes = segment_sizes(model.config, model.placement, model.layer_segments)
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
@@ -107,7 +107,7 @@ class Runner:
         self.step_fn = jax.jit(self._step, donate_argnums=(1,), static_argnames=static, compiler_options=options)
         self.score_fn = jax.jit(self._score, compiler_options=options)
         table = parameter_table(state, self.placement)
-        self.experts = ExpertManager(self.config, self.placement, self.parts, self.sizes, table)
+        self.experts = ExpertManager(self.config, self.placement, self.segments, self.sizes, table)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property
@@ -143,24 +143,24 @@ class Runner:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values (and their scales) of one token, over all devices that share its rank."""
-        return self._bytes_per_token(lambda part: 1)
+        return self._bytes_per_token(lambda segment: 1)
 
     @property
     def device_bytes_per_token(self) -> int:
         """Of those, the bytes of a device that holds the token: one of a context's ranks."""
 
-        def devices(part: Segment) -> int:
-            place = self.placement.holding(part)
+        def devices(segment: LayerSegment) -> int:
+            place = self.placement.holding(segment)
             return place.num_shards("layer") * place.num_shards("kv_head")
 
         return self._bytes_per_token(devices)
 
-    def _bytes_per_token(self, share: Callable[[Segment], int]) -> int:
+    def _bytes_per_token(self, share: Callable[[LayerSegment], int]) -> int:
         scale = 4 if self.kv_dtype in LARGEST else 0
         head = sum(dim * jnp.dtype(self.kv_dtype).itemsize + scale for dim in self.config.cached_dims)
         heads = (
-            part.period * part.slots * sizes.kv_slots // share(part)
-            for part, sizes in zip(self.parts, self.sizes, strict=True)
+            segment.period * segment.slots * sizes.kv_slots // share(segment)
+            for segment, sizes in zip(self.segments, self.sizes, strict=True)
         )
         return head * sum(heads)
 
@@ -168,18 +168,18 @@ class Runner:
         lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in LARGEST else (5,)
         ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
-        def block(part: Segment) -> tuple[Any, ...]:
-            place = self.placement.holding(part)
+        def block(segment: LayerSegment) -> tuple[Any, ...]:
+            place = self.placement.holding(segment)
             return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
 
-        pages: Any = [(block(part),) * part.period for part in self.parts]
+        pages: Any = [(block(segment),) * segment.period for segment in self.segments]
         tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
     def _empty(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         total = num_pages * self.num_ranks
         pages = empty_pages(
-            self.config, self.sizes, self.parts, num_pages=total, page_size=page_size, dtype=self.kv_dtype
+            self.config, self.sizes, self.segments, num_pages=total, page_size=page_size, dtype=self.kv_dtype
         )
         tokens, token_pages = (
             jnp.zeros((self.num_ranks, max_num_seqs), jnp.int32),
@@ -227,15 +227,15 @@ class Runner:
         """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
         rows = self.num_ranks * bucket.num_tokens // bucket.micro_batches
 
-        def block(part: Segment, number: int) -> jax.Array | None:
-            if not self.config.moe_layers[part.first + number]:
+        def block(segment: LayerSegment, number: int) -> jax.Array | None:
+            if not self.config.moe_layers[segment.first + number]:
                 return None
-            place = self.placement.holding(part)
+            place = self.placement.holding(segment)
             routed = place.routed(place.lead(rows))
-            zeros = jnp.zeros((part.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
+            zeros = jnp.zeros((segment.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
             return place.constrain(zeros, "layer", routed, "router_expert")
 
-        return [tuple(block(part, number) for number in range(part.period)) for part in self.parts]
+        return [tuple(block(segment, number) for number in range(segment.period)) for segment in self.segments]
 
     def _schedule(self, micro_batches: int) -> Schedule:
         place = self.placement

@@ -31,7 +31,7 @@ class HostOffload:
         self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
         kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in LARGEST else (_NUMBERS,)
         self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
-        held = [runner.placement.holding(part) for part in runner.parts for _ in range(part.period)]
+        held = [runner.placement.holding(segment) for segment in runner.segments for _ in range(segment.period)]
         views = dict.fromkeys(place.view for place in held)
         self._groups = [
             (self._place.seen(view), [block for block, place in enumerate(held) if place.view == view])

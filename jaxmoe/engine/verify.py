@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.engine.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError, StepError
@@ -116,7 +116,7 @@ def verify_trials(
     config, prompts, logits, tokens = outcome(Trial(mesh={}), None)
     for trial in trials:
         try:
-            segments(config, "scan", stages=trial.mesh.get("pipeline", 1))
+            layer_segments(config, "scan", stages=trial.mesh.get("pipeline", 1))
         except ConfigError as error:  # more stages than layers: nothing else keeps a model from a mesh
             yield MeshCheck(trial=trial, refused=str(error))
             continue

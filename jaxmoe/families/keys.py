@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
-from jaxmoe.depth import Segment, place_of
+from jaxmoe.depth import LayerSegment, locate_layer
 from jaxmoe.families.attention_keys import grouped_attention, latent_attention
 from jaxmoe.families.piece import Piece, Place, whole
 
@@ -161,7 +161,7 @@ def pieces(
     config: ModelConfig,
     sizes: Sequence[ArraySizes],
     names: KeyNames,
-    segments: tuple[Segment, ...],
+    segments: tuple[LayerSegment, ...],
     *,
     layers: Collection[int] | None = None,
 ) -> Iterator[Piece]:
@@ -176,9 +176,9 @@ def pieces(
     for layer in range(config.num_hidden_layers):
         if layers is not None and layer not in layers:
             continue
-        place = place_of(layer, segments)
-        for piece in _layer(config, sizes[place.segment], names, layer):
-            yield named(replace(piece, path=f"{place.path}/{piece.path}", dst=(place.slot, *piece.dst)))
+        location = locate_layer(layer, segments)
+        for piece in _layer(config, sizes[location.segment], names, layer):
+            yield named(replace(piece, path=f"{location.path}/{piece.path}", dst=(location.slot, *piece.dst)))
     yield named(whole("model.norm.weight", (width,), "final_norm"))
     if not config.tie_word_embeddings:
         yield named(whole(HEAD, (vocab, width), "head", transpose=True))

@@ -14,7 +14,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
@@ -287,9 +287,9 @@ def _matrices(
     config: ModelConfig, names: KeyNames, layers: Collection[int] | None = None
 ) -> dict[tuple[int, str], list[Piece]]:
     """Pieces of the matrices that may be kept quantised, by layer and path within its block; of some layers alone."""
-    parts = segments(config, "unroll")  # one a layer
+    segments = layer_segments(config, "unroll")  # one a layer
     found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(parts), names, parts, layers=layers):
+    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers):
         if piece.path.startswith("segments/") and is_matrix(piece):
             _, layer, _, path = piece.path.split("/", 3)
             if path.split("/")[-1] not in _PLAIN:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
 from jaxmoe.engine.dtypes import canonical, choose_dtypes, kv_array_dtype
 from jaxmoe.engine.llm import check_stage_chunks
@@ -87,7 +87,7 @@ class ModelQuestion:
         axes = parse_mesh(self.mesh)
         parse_layout(self.layout)
         check_stage_chunks(self.stage_chunks, stages=axes["pipeline"])
-        segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
+        layer_segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
         for name, limit in (
             ("max_num_seqs", _MOST),
             ("context", config.max_position_embeddings),

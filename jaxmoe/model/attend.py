@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import MaskSpec, causal_attention
@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 
 def empty_pages(
-    config: ModelConfig, sizes: Sequence[ArraySizes], parts: Sequence[Segment], *, num_pages: int, page_size: int,
-    dtype: str,
+    config: ModelConfig, sizes: Sequence[ArraySizes], segments: Sequence[LayerSegment], *,
+    num_pages: int, page_size: int, dtype: str,
 ) -> KVPages:  # fmt: skip
     """Keys and values [L,num_pages,K,page_size,H] of every block, L its slots, all zero. num_pages: of all ranks.
     sizes: of the layers of each segment.
@@ -56,8 +56,8 @@ def empty_pages(
         return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in LARGEST else numbers
 
     return [
-        tuple(block(part.slots, size.kv_slots) for _ in range(part.period))
-        for part, size in zip(parts, sizes, strict=True)
+        tuple(block(segment.slots, size.kv_slots) for _ in range(segment.period))
+        for segment, size in zip(segments, sizes, strict=True)
     ]
 
 

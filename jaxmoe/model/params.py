@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
 from jaxmoe.ops.quantised import Quantised, Weights
 from jaxmoe.ops.stack import At, layer_of
@@ -87,14 +87,16 @@ class Maker:
     ) -> None:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
-    def stacked(self, part: Segment, block: int, config: ModelConfig, place: Placement) -> Maker:
+    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, place: Placement) -> Maker:
         """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. place: as they
         see it."""
         quantized = None
         if config.quantisation is not None:
-            quantized = QuantizedMatrices(config.quantisation.format, config.quantisation.of(part.first + block), place)
-        view: View = "staged" if part.stages > 1 else "beside"
-        return Maker(self._rngs, self._dtype, {"layer": part.slots}, view, quantized)
+            quantized = QuantizedMatrices(
+                config.quantisation.format, config.quantisation.of(segment.first + block), place
+            )
+        view: View = "staged" if segment.stages > 1 else "beside"
+        return Maker(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.depth import PipelineSlot, Schedule, Segment
+from jaxmoe.depth import LayerSegment, PipelineSlot, Schedule
 from jaxmoe.sharding import Dims, Placement
 
 STAGE = "pipeline"
@@ -51,7 +51,7 @@ def tick_stages(
     tick: Any,
     decode_steps: Any,
     *,
-    part: Segment,
+    segment: LayerSegment,
     schedule: Schedule,
     place: Placement,
 ) -> tuple[StageBuffers, Any]:
@@ -73,10 +73,10 @@ def tick_stages(
             enters = jnp.where(slot.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
         x = jnp.where(at == 0, enters, came)
         chunk = jnp.where(slot.valid, slot.chunk, 0)
-        layer_slots = chunk * part.chunk_slots + jnp.arange(part.chunk_slots, dtype=jnp.int32)
-        even = part.repeats == part.slots
+        layer_slots = chunk * segment.chunk_slots + jnp.arange(segment.chunk_slots, dtype=jnp.int32)
+        even = segment.repeats == segment.slots
         x, layer_state = through(
-            weights, slot, layer_slots, None if even else part.filled(at, chunk), x, layer_state, step_inputs
+            weights, slot, layer_slots, None if even else segment.filled(at, chunk), x, layer_state, step_inputs
         )
         return StageBuffers(x[None], waiting), layer_state
 

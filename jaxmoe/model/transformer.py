@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Schedule, Segment, segments
+from jaxmoe.depth import LayerSegment, Schedule, layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
@@ -63,19 +63,22 @@ class Transformer(nnx.Module):
         self.beside = placement.seen("beside")
         vocab = array_sizes(config, self.beside).vocab
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
-        self.parts = segments(config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks)
+        self.layer_segments = layer_segments(
+            config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks
+        )
         self.segments = nnx.List(
-            nnx.List(self._block(part, block, make) for block in range(part.period)) for part in self.parts
+            nnx.List(self._block(segment, block, make) for block in range(segment.period))
+            for segment in self.layer_segments
         )
         self.final_norm = make(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
             self.head = make(normal(0.02), width=config.hidden_size, vocab=vocab)
 
-    def _block(self, part: Segment, block: int, make: Maker) -> Block:
-        place = self.placement.of_segment(part)
+    def _block(self, segment: LayerSegment, block: int, make: Maker) -> Block:
+        place = self.placement.of_segment(segment)
         sizes = array_sizes(self.config, place)
-        make = make.stacked(part, block, self.config, place)
-        return Block(self.config, sizes, place, self.kernels, part.first + block, make=make)
+        make = make.stacked(segment, block, self.config, place)
+        return Block(self.config, sizes, place, self.kernels, segment.first + block, make=make)
 
     def __call__(
         self,
@@ -98,7 +101,7 @@ class Transformer(nnx.Module):
         if self.placement.num_stages == 1:
             layer_inputs, asked = step_inputs.part(0, 1), routed if probabilities else None
             x, forward_state = self._beside(
-                0, len(self.parts), self.embedded(tokens), layer_inputs, forward_state, asked
+                0, len(self.layer_segments), self.embedded(tokens), layer_inputs, forward_state, asked
             )
             x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
         else:
@@ -109,7 +112,7 @@ class Transformer(nnx.Module):
 
     def empty_forward_state(self) -> ForwardState:
         """For attention that keeps nothing."""
-        return ForwardState([(None,) * part.period for part in self.parts], None)
+        return ForwardState([(None,) * segment.period for segment in self.layer_segments], None)
 
     def embedded(self, tokens: jax.Array, *, together: bool = True) -> jax.Array:
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
@@ -146,7 +149,9 @@ class Transformer(nnx.Module):
     @property
     def staged(self) -> int:
         """The segment that stages share out; one past the last where there are no stages."""
-        return next((n for n, part in enumerate(self.parts) if part.stages > 1), len(self.parts))
+        return next(
+            (n for n, segment in enumerate(self.layer_segments) if segment.stages > 1), len(self.layer_segments)
+        )
 
     def before(
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
@@ -158,7 +163,7 @@ class Transformer(nnx.Module):
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
     ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D] through the layers after those of the stages."""
-        return self._beside(self.staged + 1, len(self.parts), x, layer_inputs, forward_state)
+        return self._beside(self.staged + 1, len(self.layer_segments), x, layer_inputs, forward_state)
 
     def _beside(
         self,
@@ -178,7 +183,7 @@ class Transformer(nnx.Module):
             None if forward_state.tokens_per_expert is None else list(forward_state.tokens_per_expert)
         )
         for number in range(first, last):
-            part, blocks = self.parts[number], self.segments[number]
+            segment, blocks = self.layer_segments[number], self.segments[number]
 
             def repeat(carry, at, blocks=blocks, asked=routed is not None):
                 x, kv_cache, tokens_per_expert, choices = _through(blocks, context, at, *carry)
@@ -186,12 +191,12 @@ class Transformer(nnx.Module):
                 return (x, kv_cache, tokens_per_expert), found
 
             carry = x, kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
-            if part.repeats == 1:
+            if segment.repeats == 1:
                 carry, found = repeat(carry, 0)
                 found = [] if found is None else found
             else:
-                carry, stacked = jax.lax.scan(repeat, carry, jnp.arange(part.repeats, dtype=jnp.int32))
-                found = [one[index] for index in range(part.repeats) for one in stacked or ()]
+                carry, stacked = jax.lax.scan(repeat, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
+                found = [one[index] for index in range(segment.repeats) for one in stacked or ()]
             if routed is not None:
                 routed += found
             x, kv_cache[number] = carry[:2]
@@ -201,7 +206,7 @@ class Transformer(nnx.Module):
 
     def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
         positions, valid = (
-            place.constrain(part, "batch", "length") for part in (layer_inputs.positions, layer_inputs.valid)
+            place.constrain(array, "batch", "length") for array in (layer_inputs.positions, layer_inputs.valid)
         )
         rope = self.config.rope
         frequencies = inverse_frequencies(rope, self.config.rotary_dims)
@@ -228,9 +233,9 @@ class Transformer(nnx.Module):
         decode_steps: Any = 1,
     ) -> tuple[StageBuffers, ForwardState]:
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
-        part, number = self.parts[self.staged], self.staged
+        segment, number = self.layer_segments[self.staged], self.staged
         graph, weights = nnx.split(self.segments[number])
-        place = self.placement.of_segment(part)
+        place = self.placement.of_segment(segment)
         dims = hidden_dims(place.lead(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
         kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
@@ -262,7 +267,7 @@ class Transformer(nnx.Module):
             step_inputs,
             tick,
             decode_steps,
-            part=part,
+            segment=segment,
             schedule=schedule,
             place=self.placement,
         )
@@ -285,7 +290,7 @@ class Transformer(nnx.Module):
         """x [B,S,D], all micro-batches, through all layers: once around."""
         ranks, count = self.placement.num_shards("batch"), schedule.micro_batches
         rows = x.shape[0] // count
-        after = self.staged + 1 < len(self.parts)
+        after = self.staged + 1 < len(self.layer_segments)
 
         def one_tick(tick, carry):
             buffers, forward_state, done = carry
@@ -306,7 +311,7 @@ class Transformer(nnx.Module):
         lead = self.placement.lead(rows)
         dims = ("one", *(() if after else ("stage",)), *hidden_dims(lead))
         carry = self.empty_buffers(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
-        _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.parts) == 1)
+        _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.layer_segments) == 1)
 
         within = self.placement.seen("beside" if after else "within")
 

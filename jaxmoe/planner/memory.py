@@ -12,7 +12,7 @@ from typing import cast
 from jax.sharding import Mesh
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment, segments
+from jaxmoe.depth import LayerSegment, layer_segments
 from jaxmoe.mesh import PlannedMesh
 from jaxmoe.planner.parameters import (
     Parameter,
@@ -58,12 +58,12 @@ class Held:
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
         self._known: dict[tuple[object, ...], tuple[tuple[Parameter, int], ...]] = {}  # by kind of layer
-        self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
-        self.sizes = segment_sizes(config, placement, self.parts)
+        self.segments = layer_segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.sizes = segment_sizes(config, placement, self.segments)
         self.blocks = [
-            self._block(part, block, sizes)
-            for part, sizes in zip(self.parts, self.sizes, strict=True)
-            for block in range(part.period)
+            self._block(segment, block, sizes)
+            for segment, sizes in zip(self.segments, self.sizes, strict=True)
+            for block in range(segment.period)
         ]
         beside = placement.seen("beside")
         self.outer = tuple(
@@ -71,14 +71,14 @@ class Held:
             for param in outer_parameters(config, array_sizes(config, beside))
         )
 
-    def _block(self, part: Segment, block: int, sizes: ArraySizes) -> Block:
-        config, place, layer = self.config, self.placement.of_segment(part), part.first + block
+    def _block(self, segment: LayerSegment, block: int, sizes: ArraySizes) -> Block:
+        config, place, layer = self.config, self.placement.of_segment(segment), segment.first + block
         like = (config.kind(layer), place.view)
         split = Split.of(place)
         if like not in self._known:
             maps_experts = self.placement.redundant_experts is not None
             self._known[like] = _params(config, layer, sizes, split, self.itemsize, maps_experts)
-        return Block(layer, held_layers(part), part.repeats, sizes, place, split, self._known[like])
+        return Block(layer, held_layers(segment), segment.repeats, sizes, place, split, self._known[like])
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:

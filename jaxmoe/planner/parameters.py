@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
 from jaxmoe.planner.sizes import Part
 from jaxmoe.sharding import Placement
@@ -193,6 +193,6 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
         yield Parameter(path="moe/shared_gate", part="shared expert", dims={"width": width, "one": 1}, over=1)
 
 
-def held_layers(part: Segment) -> int:
+def held_layers(part: LayerSegment) -> int:
     """Layers of one block of a segment that a device has room for."""
     return part.slots // part.stages

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, Piece, pieces
 from jaxmoe.families.held import oriented
 from jaxmoe.families.quantised import is_quantised, tells_layers
@@ -41,10 +41,10 @@ class Tensor:
 def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
     """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
     config = replace(config, quantisation=None)
-    parts = segments(config, "unroll")  # one a layer
-    sizes = [ArraySizes.unpadded(config)] * len(parts)
+    segments = layer_segments(config, "unroll")  # one a layer
+    sizes = [ArraySizes.unpadded(config)] * len(segments)
     seen: set[str] = set()
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, parts, layers=layers):
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
         if piece.key not in seen:
             seen.add(piece.key)
             part, inside = part_of(piece.path), piece.path.startswith("segments/")

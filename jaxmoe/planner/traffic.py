@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Schedule, segments
+from jaxmoe.depth import Schedule, layer_segments
 from jaxmoe.sharding import Placement, array_sizes
 
 _TPU_ROW = 512
@@ -66,8 +66,8 @@ class StepShape:
 class Stop:
     """A collective where the forward pass holds it, and how often a step runs it there.
 
-    segment, block: of the layers (depth.Segment) that each run it; None outside of layers. Of each place stops come in
-    the order in which a token passes them.
+    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Of each place stops
+    come in the order in which a token passes them.
     """
 
     where: Where
@@ -115,12 +115,12 @@ def planned_stops(
     else:
         schedule = plan.schedule
         ticks = sending = schedule.ticks()
-        if schedule.unrolled(ticks, alone=len(plan.parts) == 1):
+        if schedule.unrolled(ticks, alone=len(plan.segments) == 1):
             sending = sum(bool(schedule.sends(tick)) for tick in range(ticks))
         plan.add(plan.beside, "all-reduce", "vocab", shape.num_tokens * hidden)
         plan.layers(ticks)
         plan.send(sending)
-        if plan.parts[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
+        if plan.segments[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
             plan.from_last(ticks)
             plan.where = "rows that draw"
         else:
@@ -166,7 +166,7 @@ class _Plan:
         self.schedule = Schedule(
             stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches
         )
-        self.parts = segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.segments = layer_segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
         self.tokens = shape.num_tokens // shape.micro_batches
         self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
@@ -222,13 +222,13 @@ class _Plan:
 
     def layers(self, ticks: int) -> None:
         """All layers, as often as they run."""
-        for number, part in enumerate(self.parts):
-            each = part.chunk_slots if part.stages > 1 else part.repeats
-            for block in range(part.period):
+        for number, segment in enumerate(self.segments):
+            each = segment.chunk_slots if segment.stages > 1 else segment.repeats
+            for block in range(segment.period):
                 self.layer = number, block
-                place, count = self.placement.of_segment(part), each * ticks
+                place, count = self.placement.of_segment(segment), each * ticks
                 self.attention(place, count)
-                if self.config.moe_layers[part.first + block]:
+                if self.config.moe_layers[segment.first + block]:
                     self.experts(place, count)
                 else:
                     self.mlp(place, count)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, pieces
 from jaxmoe.jsontext import json_text
@@ -29,7 +29,7 @@ _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.
 
 
 def published_tensors(
-    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[Segment, ...]
+    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[LayerSegment, ...]
 ) -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
@@ -92,7 +92,7 @@ def write_checkpoint(
     params: Mapping[str, jax.Array],
     config: ModelConfig,
     placement: Placement,
-    segments: tuple[Segment, ...],
+    segments: tuple[LayerSegment, ...],
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Weights, configs and the tokenizer (where given) into an existing directory, as LLM.load reads it."""

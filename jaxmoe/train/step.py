@@ -63,7 +63,7 @@ class Trainer:
         self.recipe, self.placement, self.kernels = recipe, placement, kernels
         shapes = abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels)
         self._graph, abstract = nnx.split(shapes)
-        self.segments = shapes.parts
+        self.segments = shapes.layer_segments
         self._structure = jax.tree.structure(abstract)
         self.table = parameter_table(abstract, placement)
         self._optimizer = optimizer_of(recipe, tuple(len(set(info.dims) - {"layer"}) > 1 for info in self.table))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.dtypes import check_reach
@@ -243,7 +243,7 @@ def assign_pieces(
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
     sizes: Sequence[ArraySizes],
-    segments: tuple[Segment, ...],
+    segments: tuple[LayerSegment, ...],
 ) -> dict[str, list[Piece]]:
     """The pieces of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
 
@@ -264,7 +264,7 @@ def _check_count(
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
     sizes: Sequence[ArraySizes],
-    segments: tuple[Segment, ...],
+    segments: tuple[LayerSegment, ...],
 ) -> None:
     """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its pieces
     are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
@@ -289,7 +289,7 @@ def _check_count(
             )
 
 
-def _kept_paths(config: ModelConfig, segments: tuple[Segment, ...]) -> set[str]:
+def _kept_paths(config: ModelConfig, segments: tuple[LayerSegment, ...]) -> set[str]:
     """Of parameters that are kept quantised."""
     if config.quantisation is None:
         return set()

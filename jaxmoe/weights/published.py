@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantisation
 from jaxmoe.formats import QUANTISATION
@@ -139,7 +139,7 @@ def config_check(
         return f"not checked: {error}"
     config = as_stored(read_config(raw, ignore=ignore), tensors, raw, compare=False)
     alone = AbstractMesh((1,) * len(AXES), AXES)
-    parts = segments(config, "unroll")
-    sizes = segment_sizes(config, Placement(mesh=alone), parts)  # type: ignore[arg-type]
-    assign_pieces(directory, tensors, config, sizes, parts)
+    segments = layer_segments(config, "unroll")
+    sizes = segment_sizes(config, Placement(mesh=alone), segments)  # type: ignore[arg-type]
+    assign_pieces(directory, tensors, config, sizes, segments)
     return "shapes agree"

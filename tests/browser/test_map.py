@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.depth import Schedule, segments
+from jaxmoe.depth import Schedule, layer_segments
 from jaxmoe.inspect.aot import held_bytes
 from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data
 from jaxmoe.inspect.map.page import write_page
@@ -75,10 +75,10 @@ def test_a_device_shows_what_it_holds(mesh, asked, chromium, drawn):
 def test_stages_hold_their_layers_and_all_hold_each_layer_once(chromium, drawn):
     path, question, _ = drawn(STAGES, stage_chunks=2)
     config, _ = question.checked_model()
-    (part,) = segments(config, "scan", stages=2, chunks=2)
-    slots = list(part.filled_slots())
+    (segment,) = layer_segments(config, "scan", stages=2, chunks=2)
+    slots = list(segment.filled_slots())
     wanted = [
-        [layer for layer, slot in enumerate(slots) if slot // (2 * part.chunk_slots) == stage] for stage in (0, 1)
+        [layer for layer, slot in enumerate(slots) if slot // (2 * segment.chunk_slots) == stage] for stage in (0, 1)
     ]
     with opened(chromium, path) as page:
         held = page.evaluate("places.map(layersHeld)")

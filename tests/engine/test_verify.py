@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
@@ -132,7 +132,7 @@ def _deep(case) -> dict:
         if types := case.config.get("layer_types"):
             keys["layer_types"] = [types[at % len(types)] for at in range(layers)]
         try:
-            segments(read_config(case.config | keys), "scan", stages=8)
+            layer_segments(read_config(case.config | keys), "scan", stages=8)
         except ConfigError:
             continue
         return {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}

@@ -15,7 +15,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.params import Maker, normal
 from jaxmoe.model.rows import make_token_mask
-from jaxmoe.model.transformer import segments
+from jaxmoe.model.transformer import layer_segments
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, array_sizes
 
@@ -74,7 +74,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
 
     plain = scored(weights, x)
     ((kv_cache,),) = empty_pages(
-        config, [sizes], segments(config, "scan")[:1], num_pages=8, page_size=PAGE_SIZE, dtype="float32"
+        config, [sizes], layer_segments(config, "scan")[:1], num_pages=8, page_size=PAGE_SIZE, dtype="float32"
     )
     assert len(kv_cache) == 1  # a latent, no values
     first, found = 0, []

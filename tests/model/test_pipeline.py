@@ -79,7 +79,7 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
 )
 def test_stages_give_what_one_device_gives(model, mesh, options, changed_dir, one_device):
     llm = loaded(changed_dir, model, mesh, **options)
-    assert any(part.stages == llm.mesh.shape["pipeline"] for part in llm.runner.parts)
+    assert any(segment.stages == llm.mesh.shape["pipeline"] for segment in llm.runner.segments)
     assert_same_answers(outcome(llm), one_device(model))
     assert_steps_hold_what_is_planned(llm)
 

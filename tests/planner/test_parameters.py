@@ -31,8 +31,8 @@ def planned(text: str) -> PlannedMesh:
 def by_path(held: Held) -> Counter[str]:
     found = Counter({param.path: size for param, size in held.outer})
     blocks = iter(held.blocks)
-    for number, part in enumerate(held.parts):
-        for block in range(part.period):
+    for number, segment in enumerate(held.segments):
+        for block in range(segment.period):
             one = next(blocks)
             for param, size in one.params:
                 found[f"segments/{number}/{block}/{param.path}"] += size * one.held

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 
 _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
@@ -161,7 +161,7 @@ class Assembly:
             found["router_bias"] = self.tensors[f"{prefix}.router.bias"]
         return found
 
-    def params(self, segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
+    def params(self, segments: tuple[LayerSegment, ...]) -> dict[str, np.ndarray]:
         """Every parameter of the model by its path: those of a segment's layers stacked."""
         found = self._outside_layers()
         for number, part in enumerate(segments):

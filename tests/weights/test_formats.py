@@ -51,7 +51,9 @@ def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, d
     model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     tensors = open_tensors(directory)
-    parts = load.assign_pieces(directory, tensors, config, segment_sizes(config, placement, model.parts), model.parts)
+    parts = load.assign_pieces(
+        directory, tensors, config, segment_sizes(config, placement, model.layer_segments), model.layer_segments
+    )
     arrays = load.load_params(tensors, table, parts, config)
     for info, array in zip(table, arrays, strict=True):
         assert array.sharding == info.sharding

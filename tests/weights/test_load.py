@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM, CheckpointError
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayersKind, Segment
+from jaxmoe.depth import LayerSegment, LayersKind
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.transformer import abstract_model
@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     table: list[ParamInfo]
     config: ModelConfig
     sizes: list[ArraySizes]
-    segments: tuple[Segment, ...]
+    segments: tuple[LayerSegment, ...]
 
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[jax.Array]:
         parts = load.assign_pieces(self.directory, self.tensors, self.config, self.sizes, self.segments)
@@ -58,8 +58,8 @@ def _prepare(
     placement = Placement(mesh=mesh_of(mesh), chunks=chunks)
     model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
     table = parameter_table(nnx.state(model), placement)
-    sizes = segment_sizes(config, placement, model.parts)
-    return Prepared(directory, open_tensors(directory), table, config, sizes, model.parts)
+    sizes = segment_sizes(config, placement, model.layer_segments)
+    return Prepared(directory, open_tensors(directory), table, config, sizes, model.layer_segments)
 
 
 def _assert_loads_as_assembled(prepared: Prepared) -> None:
@@ -105,7 +105,7 @@ def test_stages_hold_their_layers_and_the_rest_is_split_over_all_of_them(name, c
     for info in prepared.table:
         first = info.sharding.shard_shape(info.shape)[0]
         staged = any(
-            info.path.startswith(f"segments/{n}/") for n, part in enumerate(prepared.segments) if part.stages == 2
+            info.path.startswith(f"segments/{n}/") for n, segment in enumerate(prepared.segments) if segment.stages == 2
         )
         if staged or info.path == "embed":
             assert first * 2 <= info.shape[0]

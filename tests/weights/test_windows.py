@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from jaxmoe.depth import segments
+from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, Piece, pieces, read_config
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.weights import windows
@@ -20,10 +20,10 @@ from ..conftest import mesh_of
 @pytest.mark.parametrize("name", ["qwen2_moe_sparse_step", "olmoe_clip_qkv", "deepseek_v3_groups", "gpt_oss_window"])
 def test_pieces_inside_a_window_are_those_that_testing_all_finds(name, tiny_dir):
     config = read_config(read_json(tiny_dir(name) / "config.json"))
-    parts = segments(config, "scan")
-    sizes = [array_sizes(config, Placement(mesh=mesh_of("tensor=2,expert=4")))] * len(parts)
+    segments = layer_segments(config, "scan")
+    sizes = [array_sizes(config, Placement(mesh=mesh_of("tensor=2,expert=4")))] * len(segments)
     by_path: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, parts):
+    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         by_path[piece.path].append(piece)
     rng = np.random.default_rng(0)
     for parts in by_path.values():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import Segment
+from jaxmoe.depth import LayerSegment
 from jaxmoe.engine.batch import PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
@@ -95,10 +95,11 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
         "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
-            asdict(part) | {"slots": part.slots, "chunk_slots": part.chunk_slots, "most_chunks": _most_chunks(part),
+            asdict(segment) | {"slots": segment.slots, "chunk_slots": segment.chunk_slots,
+            "most_chunks": _most_chunks(segment),
                             "kv_slots": size.kv_slots, "kv_copies": size.kv_copies,
-                            "moe": [config.moe_layers[part.first + block] for block in range(part.period)]}
-            for part, size in zip(runner.parts, runner.sizes, strict=True)
+                            "moe": [config.moe_layers[segment.first + block] for block in range(segment.period)]}
+            for segment, size in zip(runner.segments, runner.sizes, strict=True)
         ],
         "arrays": [*_parameters(runner), *_pages(runner, question)],
         "pages": {"tokens": PAGE_SIZE * runner.context_ranks, "ranks": runner.num_ranks,
@@ -131,9 +132,9 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
 
 
-def _most_chunks(part: Segment) -> int:
+def _most_chunks(segment: LayerSegment) -> int:
     """Chunks a stage that the timeline of stages goes up to: those there are, or a few more where layers allow it."""
-    return max(part.chunks, min(_MOST_CHUNKS, part.repeats // part.stages))
+    return max(segment.chunks, min(_MOST_CHUNKS, segment.repeats // segment.stages))
 
 
 def _facts(config: ModelConfig) -> dict[str, int]:

@@ -37,7 +37,7 @@ function bytesByPart() {
   return parts;
 }
 
-// Repeats in one chunk of one stage, and the slot of every repeat, as depth.Segment has them.
+// Repeats in one chunk of one stage, and the slot of every repeat, as depth.LayerSegment has them.
 function filled(part, stage, chunk) {
   const each = Math.floor(part.repeats / (part.stages * part.chunks)), left = part.repeats % (part.stages * part.chunks);
   return each + (chunk * part.stages + stage < left ? 1 : 0);
