@@ -25,15 +25,15 @@ class LayerSegment:
     The model holds it as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period + b is
     the r-th of filled_slots() in block b. Where there are several its program is compiled once and run in a loop.
 
-    stages, chunks: over how many stages of a pipeline the repeats are dealt out, in chunks of neighbours each; a token
-    passes all stages `chunks` times. Slots that no layer fills, where the numbers do not divide, hold zeros.
+    stages, virtual_stages: over how many stages of a pipeline the repeats are dealt out, in how many runs each; a token
+    passes all stages `virtual_stages` times. Slots that no layer fills, where the numbers do not divide, hold zeros.
     """
 
     first: int
     period: int
     repeats: int
     stages: int = 1
-    chunks: int = 1
+    virtual_stages: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -45,32 +45,32 @@ class LayerSegment:
         return range(self.first, self.first + self.num_layers)
 
     @property
-    def chunk_slots(self) -> int:
-        """Room for repeats in every chunk of every stage."""
-        return -(-self.repeats // (self.stages * self.chunks))
+    def virtual_stage_slots(self) -> int:
+        """Room for repeats in every virtual stage of every stage."""
+        return -(-self.repeats // (self.stages * self.virtual_stages))
 
     @property
     def slots(self) -> int:
         """Room for repeats, over all stages."""
-        return self.stages * self.chunks * self.chunk_slots
+        return self.stages * self.virtual_stages * self.virtual_stage_slots
 
-    def filled(self, stage: Any, chunk: Any) -> Any:
-        """Repeats in one chunk of one stage (numbers, or arrays of them): they differ by one at most, the first have
-        more."""
-        each, left = divmod(self.repeats, self.stages * self.chunks)
-        return each + (chunk * self.stages + stage < left)
+    def filled(self, stage: Any, virtual_stage: Any) -> Any:
+        """Repeats in one virtual stage of one stage (numbers, or arrays of them): they differ by one at most, the first
+        have more."""
+        each, left = divmod(self.repeats, self.stages * self.virtual_stages)
+        return each + (virtual_stage * self.stages + stage < left)
 
     def filled_slots(self) -> Iterator[int]:
         """The slot of every repeat, in the order of the layers."""
-        for chunk in range(self.chunks):
+        for virtual_stage in range(self.virtual_stages):
             for stage in range(self.stages):
-                start = (stage * self.chunks + chunk) * self.chunk_slots
-                yield from range(start, start + self.filled(stage, chunk))
+                start = (stage * self.virtual_stages + virtual_stage) * self.virtual_stage_slots
+                yield from range(start, start + self.filled(stage, virtual_stage))
 
 
 @lru_cache(maxsize=256)
 def layer_segments(
-    config: ModelConfig, kind: LayersKind, *, stages: int = 1, chunks: int = 1
+    config: ModelConfig, kind: LayersKind, *, stages: int = 1, virtual_stages: int = 1
 ) -> tuple[LayerSegment, ...]:
     """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
 
@@ -86,14 +86,14 @@ def layer_segments(
         at += period * repeats
     if stages > 1:
         longest = max(found, key=lambda segment: segment.num_layers)
-        if stages * chunks > longest.repeats:
+        if stages * virtual_stages > longest.repeats:
             alike = "layers" if longest.period == 1 else f"groups of {longest.period} layers"
-            in_chunks = f" in {chunks} chunks each" if chunks > 1 else ""
+            interleaved = f" in {virtual_stages} virtual stages each" if virtual_stages > 1 else ""
             raise ConfigError(
-                f"pipeline={stages}{in_chunks} needs at least {stages * chunks} alike {alike} in a row, the model has "
-                f"{longest.repeats}: use fewer stages"
+                f"pipeline={stages}{interleaved} needs at least {stages * virtual_stages} alike {alike} in a row, "
+                f"the model has {longest.repeats}: use fewer stages"
             )
-        found[found.index(longest)] = replace(longest, stages=stages, chunks=chunks)
+        found[found.index(longest)] = replace(longest, stages=stages, virtual_stages=virtual_stages)
     return tuple(found)
 
 
@@ -134,61 +134,63 @@ def locate_layer(layer: int, segments: tuple[LayerSegment, ...]) -> LayerLocatio
 
 
 class PipelineSlot(NamedTuple):
-    """Work of a stage in one tick: one micro-batch through one of its chunks. Whole numbers, or arrays of them.
+    """Work of a stage in one tick: one micro-batch through one of its virtual stages. Whole numbers, or arrays of them.
 
     valid: whether it is real; the other numbers mean nothing where it is not.
     """
 
     decode_step: Any
-    chunk: Any
+    virtual_stage: Any
     micro_batch: Any
     valid: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The order in which stages take micro-batches: all of them through a chunk, then through the next.
+    """The order in which stages take micro-batches: all of them through a virtual stage, then through the next.
 
-    A tick is the time of one micro-batch in one chunk of one stage. A micro-batch reaches the next stage a tick later,
-    after the last stage the first stage's next chunk, and after the last chunk its next decode step. With fewer
-    micro-batches than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv 2104.04473),
-    forward only.
+    A tick is the time of one micro-batch in one virtual stage of one stage. A micro-batch reaches the next stage a tick
+    later, after the last stage the first stage's next virtual stage, and after the last chunk its next decode step.
+    With fewer micro-batches than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv
+    2104.04473), forward only.
     """
 
     stages: int = 1
-    chunks: int = 1
+    virtual_stages: int = 1
     micro_batches: int = 1
 
     @property
     def period(self) -> int:
-        """Ticks between two chunks of one micro-batch on one stage."""
+        """Ticks between two virtual stages of one micro-batch on one stage."""
         return max(self.stages, self.micro_batches)
 
     def ticks(self, decode_steps: Any = 1) -> Any:
         """Ticks until all micro-batches have passed all stages so many times."""
-        return (decode_steps * self.chunks - 1) * self.period + self.micro_batches + self.stages - 1
+        return (decode_steps * self.virtual_stages - 1) * self.period + self.micro_batches + self.stages - 1
 
     def slot(self, tick: Any, stage: Any, decode_steps: Any = 1) -> PipelineSlot:
         """What a stage does in a tick."""
         step = tick - stage
         lap, micro_batch = step // self.period, step % self.period
-        decode_step, chunk = lap // self.chunks, lap % self.chunks
+        decode_step, virtual_stage = lap // self.virtual_stages, lap % self.virtual_stages
         return PipelineSlot(
             decode_step,
-            chunk,
+            virtual_stage,
             micro_batch,
             (step >= 0) & (micro_batch < self.micro_batches) & (decode_step < decode_steps),
         )
 
     def idle(self, decode_steps: int = 1) -> Fraction:
         """The share of all stages' ticks in which they have nothing to do."""
-        return 1 - Fraction(decode_steps * self.chunks * self.micro_batches, self.ticks(decode_steps))
+        return 1 - Fraction(decode_steps * self.virtual_stages * self.micro_batches, self.ticks(decode_steps))
 
     def sends(self, tick: int, decode_steps: int = 1) -> list[tuple[int, int]]:
         """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
         ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
         slots = [(pair, self.slot(tick - 1, pair[0], decode_steps)) for pair in ring]
-        return [pair for pair, slot in slots if slot.valid and (pair[1] > 0 or slot.chunk + 1 < self.chunks)]
+        return [
+            pair for pair, slot in slots if slot.valid and (pair[1] > 0 or slot.virtual_stage + 1 < self.virtual_stages)
+        ]
 
     @staticmethod
     def unrolled(ticks: int, *, alone: bool) -> bool:

@@ -39,7 +39,7 @@ class Placement:
     """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
 
     mesh: any Mesh over some of the four axes, in any order (mesh.conform_mesh gives the one kept here); a PlannedMesh
-    does as well for all but running. chunks: of neighbouring layers that a stage of the pipeline holds, interleaved
+    does as well for all but running. virtual_stages: runs of layers that a stage of the pipeline holds, interleaved
     with those of the others.
     redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
     program knows it; where given, it is told where they stand (planner/balance.py).
@@ -47,7 +47,7 @@ class Placement:
 
     mesh: Mesh
     layout: Layout = DEFAULT_LAYOUT
-    chunks: int = 1
+    virtual_stages: int = 1
     view: View = "staged"
     redundant_experts: int | None = None
 

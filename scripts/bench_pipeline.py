@@ -1,6 +1,6 @@
 """How long stages of a pipeline stand idle: `python -m scripts.bench_pipeline [--json]`, on 8 emulated devices.
 
-A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and chunks a stage v.
+A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and virtual stages v.
 Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
 (P - 1) / (v M + P - 1), and the median time of a whole pass. With --decode-steps N tokens are decoded one after
 another: idle is then of the ticks that N more decode steps take once the pipeline is full, and the formula 1 - min(1, M
@@ -25,7 +25,7 @@ class Measured:
 
     stages: int
     micro_batches: int
-    chunks: int
+    virtual_stages: int
     ticks: int
     busy: int
     idle: float
@@ -33,7 +33,9 @@ class Measured:
     seconds: float
 
 
-def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: int = 1, repeats: int = 0) -> Measured:
+def count_ticks(
+    stages: int, micro_batches: int, virtual_stages: int, *, decode_steps: int = 1, repeats: int = 0
+) -> Measured:
     """Run a stack of matrices through the stages; counts of units that each stage computed, summed."""
     import jax
     import jax.numpy as jnp
@@ -45,9 +47,11 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
     from jaxmoe.model.rows import HIDDEN
     from jaxmoe.sharding import Placement
 
-    place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), chunks=chunks)
-    segment = LayerSegment(first=0, period=1, repeats=stages * chunks, stages=stages, chunks=chunks)
-    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+    place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages)
+    segment = LayerSegment(
+        first=0, period=1, repeats=stages * virtual_stages, stages=stages, virtual_stages=virtual_stages
+    )
+    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     ticks = schedule.ticks(decode_steps)
 
     def through(weights, slot, layer_slots, filled, x, counts, step_inputs):
@@ -87,18 +91,21 @@ def count_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: i
         seconds.append(time.perf_counter() - start)
     busy = int(counts.sum())
     return Measured(
-        stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
-        idle=1 - busy / (stages * ticks), formula=(stages - 1) / (chunks * micro_batches * decode_steps + stages - 1),
+        stages=stages, micro_batches=micro_batches, virtual_stages=virtual_stages, ticks=ticks, busy=busy,
+        idle=1 - busy / (stages * ticks),
+        formula=(stages - 1) / (virtual_stages * micro_batches * decode_steps + stages - 1),
         seconds=statistics.median(seconds) if seconds else 0.0,
     )  # fmt: skip
 
 
-def count_steady_ticks(stages: int, micro_batches: int, chunks: int, *, decode_steps: int) -> Measured:
+def count_steady_ticks(stages: int, micro_batches: int, virtual_stages: int, *, decode_steps: int) -> Measured:
     """Ticks and units that so many more decode steps take, once as many have filled the pipeline."""
-    first, both = (count_ticks(stages, micro_batches, chunks, decode_steps=times * decode_steps) for times in (1, 2))
+    first, both = (
+        count_ticks(stages, micro_batches, virtual_stages, decode_steps=times * decode_steps) for times in (1, 2)
+    )
     ticks, busy = both.ticks - first.ticks, both.busy - first.busy
     return Measured(
-        stages=stages, micro_batches=micro_batches, chunks=chunks, ticks=ticks, busy=busy,
+        stages=stages, micro_batches=micro_batches, virtual_stages=virtual_stages, ticks=ticks, busy=busy,
         idle=1 - busy / (stages * ticks), formula=1 - min(1.0, micro_batches / stages), seconds=0.0,
     )  # fmt: skip
 
@@ -108,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(range(1, 17)))
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--virtual-stages", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--decode-steps", type=int, help="decode so many tokens one after another")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -118,9 +125,9 @@ def main() -> None:
     if not arguments.json:
         print(f"{'P':>3} {'M':>3} {'v':>3} {'ticks':>6} {'idle':>7} {'formula':>8} {'ms':>8}")
     for stages in arguments.stages:
-        for chunks in arguments.chunks:
+        for virtual_stages in arguments.virtual_stages:
             for micro_batches in arguments.micro_batches:
-                of = stages, micro_batches, chunks
+                of = stages, micro_batches, virtual_stages
                 decode_steps = arguments.decode_steps
                 one = (
                     count_steady_ticks(*of, decode_steps=decode_steps) if decode_steps else count_ticks(*of, repeats=5)
@@ -133,7 +140,7 @@ def _say(one: Measured, as_json: bool) -> None:
     if as_json:
         print(json.dumps(values), flush=True)
         return
-    facts = f"{one.stages:>3} {one.micro_batches:>3} {one.chunks:>3} {one.ticks:>6}"
+    facts = f"{one.stages:>3} {one.micro_batches:>3} {one.virtual_stages:>3} {one.ticks:>6}"
     print(f"{facts} {one.idle:>7.4f} {one.formula:>8.4f} {one.seconds * 1e3:>8.2f}", flush=True)
 
 

@@ -63,13 +63,15 @@ def test_a_layer_that_is_not_there_is_an_error():
         locate_layer(3, layer_segments(config((True,) * 3), "scan"))
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("layers", [8, 9, 13])
-def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunks):
-    (segment,) = layer_segments(config((True,) * layers), "unroll", stages=stages, chunks=chunks)
-    assert (segment.repeats, segment.stages, segment.chunks) == (layers, stages, chunks)
-    filled = [segment.filled(stage, chunk) for chunk in range(chunks) for stage in range(stages)]
+def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, virtual_stages):
+    (segment,) = layer_segments(config((True,) * layers), "unroll", stages=stages, virtual_stages=virtual_stages)
+    assert (segment.repeats, segment.stages, segment.virtual_stages) == (layers, stages, virtual_stages)
+    filled = [
+        segment.filled(stage, virtual_stage) for virtual_stage in range(virtual_stages) for stage in range(stages)
+    ]
     assert sum(filled) == layers
     assert max(filled) - min(filled) <= 1
     held = segment.slots // stages
@@ -78,7 +80,7 @@ def test_stages_share_out_their_layers_evenly_and_in_order(layers, stages, chunk
     assert len(set(slots)) == layers
     passed = [slot // held for slot in slots]  # the stage of every layer, first to last
     visits = [stage for stage, before in zip(passed, [None, *passed], strict=False) if stage != before]
-    assert visits == list(range(stages)) * chunks
+    assert visits == list(range(stages)) * virtual_stages
 
 
 def test_what_does_not_repeat_stands_beside_the_stages():
@@ -91,10 +93,12 @@ def test_what_does_not_repeat_stands_beside_the_stages():
     assert segments[1].slots == 12
 
 
-@pytest.mark.parametrize(("layers", "stages", "chunks"), [(6, 8, 1), (6, 4, 2), (1, 2, 1)])
-def test_more_stages_than_layers_is_an_error(layers, stages, chunks):
-    with pytest.raises(ConfigError, match=rf"pipeline={stages}.*at least {stages * chunks}.*has {layers}: use fewer"):
-        layer_segments(config((True,) * layers), "scan", stages=stages, chunks=chunks)
+@pytest.mark.parametrize(("layers", "stages", "virtual_stages"), [(6, 8, 1), (6, 4, 2), (1, 2, 1)])
+def test_more_stages_than_layers_is_an_error(layers, stages, virtual_stages):
+    with pytest.raises(
+        ConfigError, match=rf"pipeline={stages}.*at least {stages * virtual_stages}.*has {layers}: use fewer"
+    ):
+        layer_segments(config((True,) * layers), "scan", stages=stages, virtual_stages=virtual_stages)
 
 
 def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int, int, int]]]:
@@ -110,52 +114,58 @@ def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int
 
 
 @given(
-    stages=st.sampled_from([1, 2, 3, 4, 8]), micro_batches=st.integers(1, 16), chunks=st.integers(1, 3),
+    stages=st.sampled_from([1, 2, 3, 4, 8]), micro_batches=st.integers(1, 16), virtual_stages=st.integers(1, 3),
     decode_steps=st.integers(1, 4),
 )  # fmt: skip
-def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(stages, micro_batches, chunks, decode_steps):
-    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(
+    stages, micro_batches, virtual_stages, decode_steps
+):
+    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     done = busy(schedule, decode_steps)
     when = {(stage, *slot[1:]): slot[0] for stage, slots in done.items() for slot in slots}
-    assert len(when) == sum(map(len, done.values())) == stages * chunks * micro_batches * decode_steps
-    for (stage, decode_step, chunk, batch), tick in when.items():
+    assert len(when) == sum(map(len, done.values())) == stages * virtual_stages * micro_batches * decode_steps
+    for (stage, decode_step, virtual_stage, batch), tick in when.items():
         if stage:
-            assert when[stage - 1, decode_step, chunk, batch] == tick - 1  # what is sent is used in the next tick
-        elif chunk or decode_step:
-            before = (decode_step, chunk - 1) if chunk else (decode_step - 1, chunks - 1)
+            assert (
+                when[stage - 1, decode_step, virtual_stage, batch] == tick - 1
+            )  # what is sent is used in the next tick
+        elif virtual_stage or decode_step:
+            before = (decode_step, virtual_stage - 1) if virtual_stage else (decode_step - 1, virtual_stages - 1)
             assert when[stages - 1, *before, batch] < tick
         if batch:
-            assert when[stage, decode_step, chunk, batch - 1] < tick  # what stands before in a prompt is written first
+            assert (
+                when[stage, decode_step, virtual_stage, batch - 1] < tick
+            )  # what stands before in a prompt is written first
     assert max(when.values()) == schedule.ticks(decode_steps) - 1
     assert schedule.idle(decode_steps) == 1 - Fraction(len(when), stages * schedule.ticks(decode_steps))
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4, 8])
-def test_idle_stages_are_those_of_the_formula(stages, chunks):
+def test_idle_stages_are_those_of_the_formula(stages, virtual_stages):
     for micro_batches in range(1, 17):
-        idle = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches).idle()
-        if chunks == 1 or micro_batches >= stages:
-            assert idle == Fraction(stages - 1, chunks * micro_batches + stages - 1)
-        else:  # a micro-batch cannot be in two chunks at once: stages wait for it to come round
-            ticks = (chunks - 1) * stages + micro_batches + stages - 1
-            assert idle == 1 - Fraction(chunks * micro_batches, ticks)
+        idle = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches).idle()
+        if virtual_stages == 1 or micro_batches >= stages:
+            assert idle == Fraction(stages - 1, virtual_stages * micro_batches + stages - 1)
+        else:  # a micro-batch cannot be in two virtual stages at once: stages wait for it to come round
+            ticks = (virtual_stages - 1) * stages + micro_batches + stages - 1
+            assert idle == 1 - Fraction(virtual_stages * micro_batches, ticks)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4, 8])
-def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, chunks):
+def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, virtual_stages):
     decode_steps = 6
     for micro_batches in range(1, 17):
-        schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
-        lap = schedule.period * chunks
+        schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+        lap = schedule.period * virtual_stages
         for slots in busy(schedule, decode_steps).values():
             full = [tick for tick, *_ in slots if 2 * lap <= tick < 4 * lap]
             assert Fraction(len(full), 2 * lap) == min(Fraction(1), Fraction(micro_batches, stages))
 
 
-@given(stages=st.integers(2, 8), micro_batches=st.integers(1, 16), chunks=st.integers(1, 2))
-def test_only_what_is_used_is_sent(stages, micro_batches, chunks):
-    schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+@given(stages=st.integers(2, 8), micro_batches=st.integers(1, 16), virtual_stages=st.integers(1, 2))
+def test_only_what_is_used_is_sent(stages, micro_batches, virtual_stages):
+    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     sent = sum(len(schedule.sends(tick)) for tick in range(schedule.ticks()))
-    assert sent == micro_batches * (stages * chunks - 1)
+    assert sent == micro_batches * (stages * virtual_stages - 1)

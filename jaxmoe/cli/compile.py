@@ -29,7 +29,9 @@ from jaxmoe.jsontext import json_text
     "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
 )
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
-@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
+@click.option(
+    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+)
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def compile_model(as_json: bool, **asked: Any) -> int:

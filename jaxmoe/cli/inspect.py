@@ -17,7 +17,9 @@ from jaxmoe.jsontext import json_text
 @click.option("--mesh", required=True, help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8")
 @click.option("--devices", type=int, help="emulate this many devices on the CPU")
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
-@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
+@click.option(
+    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+)
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
 @click.option("--dtype", help="of weights and activations; the config's own by default")

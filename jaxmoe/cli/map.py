@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--compiled", help="what jaxmoe compile --json printed for the same, to be shown beside the plan")
 @click.option("--target", help="compile now, for a cluster as in v5p:4x4x8 or b200:2x8")
 @click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
-@click.option("--stage-chunks", type=int, help="chunks of layers a pipeline stage holds; 1 by default")
+@click.option(
+    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+)
 @click.option("--micro-batches", type=int, help="of the timeline of stages at first; the engine's own by default")
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
 @click.option("--context", type=int, help="tokens of each request; 4096, or the model's most, by default")

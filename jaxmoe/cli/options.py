@@ -40,7 +40,7 @@ class ModelOptions:
     sampling: str | None
     layers: str | None
     native: bool | None
-    stage_chunks: int
+    virtual_stages: int
     layout: str
     max_num_seqs: int
     verify: bool
@@ -76,7 +76,11 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--sampling", help="from logits to tokens: xla or native"),
         click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
         click.option(
-            "--stage-chunks", type=int, default=1, show_default=True, help="chunks of layers a pipeline stage holds"
+            "--virtual-stages",
+            type=int,
+            default=1,
+            show_default=True,
+            help="virtual stages of each pipeline stage (interleaved schedule)",
         ),
         click.option(
             "--layout",
@@ -172,7 +176,7 @@ def load_model(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
             kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
             ignore_config_keys=options.ignore_config_keys, max_num_seqs=options.max_num_seqs,
-            stage_chunks=options.stage_chunks, layout=options.layout, redundant_experts=redundant_experts,
+            virtual_stages=options.virtual_stages, layout=options.layout, redundant_experts=redundant_experts,
             verify=options.verify, on_progress=on_progress,
         )  # fmt: skip
 

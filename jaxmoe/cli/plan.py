@@ -45,7 +45,7 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--mesh", help="price these axes alone, as in expert=8")
 @click.option("--layout", help="price this layout alone")
 @click.option("--dispatch", help="price this way of sending tokens to experts alone")
-@click.option("--stage-chunks", type=int, help="price so many chunks of layers a stage alone")
+@click.option("--virtual-stages", type=int, help="price this number of virtual stages a stage alone")
 @click.option("--chunk-tokens", type=int, help="price so many prompt tokens of a step and rank alone")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")

@@ -74,7 +74,7 @@ class LLM:
         kernels: Choice = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
         max_num_seqs: int = 64,
-        stage_chunks: int = 1,
+        virtual_stages: int = 1,
         layout: str | Layout = DEFAULT_LAYOUT,
         redundant_experts: int | None = None,
         verify: bool = False,
@@ -92,7 +92,7 @@ class LLM:
         (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest
         here: on a CPU the native kernels where there is a C++ compiler.
         max_num_seqs: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
-        layers and experts (layouts.py). stage_chunks: of neighbouring layers that each stage of a pipeline holds: more
+        layers and experts (layouts.py). virtual_stages: of each pipeline stage: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
         layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
         them in order. verify: hold a converted checkpoint against its checksums first (reads it once more).
@@ -107,10 +107,10 @@ class LLM:
             raise RequestError(f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
         placement = Placement(
-            mesh=_as_mesh(mesh, config), layout=layout, chunks=stage_chunks,
+            mesh=_as_mesh(mesh, config), layout=layout, virtual_stages=virtual_stages,
             redundant_experts=_check_redundant(redundant_experts, config),
         )  # fmt: skip
-        check_stage_chunks(stage_chunks, stages=placement.num_stages)
+        check_virtual_stages(virtual_stages, stages=placement.num_stages)
         settings = read_json(directory / "tokenizer_config.json", required=False)
         tokenizer = Tokenizer.load(directory, settings)
         eos = eos_ids(directory, tokenizer, vocab_size=config.vocab_size)
@@ -137,7 +137,7 @@ class LLM:
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
                 kernels=ready.result(),
-                ignore_config_keys=ignore_config_keys, max_num_seqs=max_num_seqs, stage_chunks=stage_chunks,
+                ignore_config_keys=ignore_config_keys, max_num_seqs=max_num_seqs, virtual_stages=virtual_stages,
                 layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
             )  # fmt: skip
         whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
@@ -433,12 +433,14 @@ class LLM:
         return self._core
 
 
-def check_stage_chunks(stage_chunks: int, *, stages: int) -> None:
-    """Raises: ConfigError for a number of chunks of layers that stages of a pipeline cannot hold."""
-    if type(stage_chunks) is not int or stage_chunks < 1:
-        raise ConfigError(f"stage_chunks={stage_chunks!r} must be a whole number of at least 1")
-    if stage_chunks > 1 and stages == 1:
-        raise ConfigError(f"stage_chunks={stage_chunks} needs stages: the mesh has pipeline=1; leave it or add stages")
+def check_virtual_stages(virtual_stages: int, *, stages: int) -> None:
+    """Raises: ConfigError for a number of virtual stages that the pipeline cannot have."""
+    if type(virtual_stages) is not int or virtual_stages < 1:
+        raise ConfigError(f"virtual_stages={virtual_stages!r} must be a whole number of at least 1")
+    if virtual_stages > 1 and stages == 1:
+        raise ConfigError(
+            f"virtual_stages={virtual_stages} needs stages: the mesh has pipeline=1; leave it or add stages"
+        )
 
 
 def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:

@@ -239,7 +239,7 @@ class Runner:
 
     def _schedule(self, micro_batches: int) -> Schedule:
         place = self.placement
-        return Schedule(stages=place.num_stages, chunks=place.chunks, micro_batches=micro_batches)
+        return Schedule(stages=place.num_stages, virtual_stages=place.virtual_stages, micro_batches=micro_batches)
 
     def _single_step(
         self,
@@ -301,7 +301,7 @@ class Runner:
         def tick(number, carry):
             state, tokens_per_expert, buffers, room = carry
             first = schedule.slot(number, 0, decode_steps)
-            enters = first.micro_batch, of, first.decode_step, first.valid & (first.chunk == 0)
+            enters = first.micro_batch, of, first.decode_step, first.valid & (first.virtual_stage == 0)
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :seq_slots].reshape(-1, 1), first.micro_batch, of, ranks)
             tokens = place.constrain(tokens, "batch", "length")
@@ -315,7 +315,7 @@ class Runner:
                     buffers, x, step_inputs, forward_state, number, schedule, decode_steps
                 )
                 last = schedule.slot(number, schedule.stages - 1, decode_steps)
-                leaves = last.valid & (last.chunk == schedule.chunks - 1)
+                leaves = last.valid & (last.virtual_stage == schedule.virtual_stages - 1)
                 leaving = step_inputs.part(last.micro_batch, of, last.decode_step, leaves)
                 x, forward_state = model.after(model.from_last(buffers.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}

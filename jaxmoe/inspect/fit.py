@@ -98,7 +98,8 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
     phases: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {
         "target": str(target), "family": config.family, "mesh": axes, "layout": str(runner.placement.layout),
-        "stage_chunks": question.stage_chunks, "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
+        "virtual_stages": question.virtual_stages,
+        "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": question.max_num_seqs,
         "context": question.context,
         "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_published
-from jaxmoe.engine.llm import check_stage_chunks
+from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.map.data import model_name
@@ -86,7 +86,7 @@ class PlanQuestion:
     mesh: str | None = None
     layout: str | None = None
     dispatch: str | None = None
-    stage_chunks: int | None = None
+    virtual_stages: int | None = None
     chunk_tokens: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
 
@@ -130,7 +130,7 @@ class PlanQuestion:
         if self.nodes is not None and self.devices is not None:
             raise MeshError(f"nodes={self.nodes} and devices={self.devices} both say how many: give one of them")
         limits = {
-            "nodes": _MOST_DEVICES, "devices": _MOST_DEVICES, "max_num_seqs": 1 << 24, "stage_chunks": 64,
+            "nodes": _MOST_DEVICES, "devices": _MOST_DEVICES, "max_num_seqs": 1 << 24, "virtual_stages": 64,
             "chunk_tokens": 1 << 20, "isl": config.max_position_embeddings, "osl": config.max_position_embeddings,
         }  # fmt: skip
         for name, most in limits.items():
@@ -156,8 +156,8 @@ class PlanQuestion:
             raise ConfigError(
                 f"dispatch={self.dispatch} sends tokens to experts, and {config.family} has none: leave it out"
             )
-        if self.stage_chunks is not None and self.mesh is not None:
-            check_stage_chunks(self.stage_chunks, stages=parse_mesh(self.mesh)["pipeline"])
+        if self.virtual_stages is not None and self.mesh is not None:
+            check_virtual_stages(self.virtual_stages, stages=parse_mesh(self.mesh)["pipeline"])
 
     def dtypes(self, config: ModelConfig) -> dict[str, str | None]:
         """Those that were asked for, by option; None for what the checkpoint has anyway."""
@@ -176,7 +176,7 @@ class PlanQuestion:
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # of one token: kept
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
-            stage_chunks=self.stage_chunks, chunk_tokens=self.chunk_tokens,
+            virtual_stages=self.virtual_stages, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
 
 
@@ -293,8 +293,8 @@ def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, abov
     while devices <= _MOST_DEVICES:
         if devices > above:
             question = asked.question(config, hardware, devices)
-            if not asked.dispatch and not asked.stage_chunks:  # others need no less room
-                question = replace(question, dispatch="all_to_all", stage_chunks=1)
+            if not asked.dispatch and not asked.virtual_stages:  # others need no less room
+                question = replace(question, dispatch="all_to_all", virtual_stages=1)
             if next(servings_of(question, specs_of(question)), None) is not None:
                 return devices
         devices *= 2

@@ -20,7 +20,7 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
     dollars = hardware.dollars_an_hour
     return {
         "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
-        "dispatch": spec.dispatch, "stage_chunks": spec.stage_chunks, "chunk_tokens": spec.chunk_tokens,
+        "dispatch": spec.dispatch, "virtual_stages": spec.virtual_stages, "chunk_tokens": spec.chunk_tokens,
         "max_num_seqs": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
@@ -82,8 +82,8 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterab
         words.append(f"--layout {spec.layout}")
     if spec.dispatch != "all_to_all":
         words.append(f"--dispatch {spec.dispatch}")
-    if spec.stage_chunks > 1:
-        words.append(f"--stage-chunks {spec.stage_chunks}")
+    if spec.virtual_stages > 1:
+        words.append(f"--virtual-stages {spec.virtual_stages}")
     return " ".join([*words, *(f"--{name} {value}" for name, value in given.items() if value is not None),
                      *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
 

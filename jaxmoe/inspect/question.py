@@ -12,7 +12,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import layer_segments
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
 from jaxmoe.engine.dtypes import canonical, choose_dtypes, kv_array_dtype
-from jaxmoe.engine.llm import check_stage_chunks
+from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.aot import abstract_runner
@@ -30,8 +30,8 @@ _MOST = 1 << 20  # of requests, and of a chunk's tokens
 class ModelQuestion:
     """A config.json, a mesh, and how many requests of how many tokens each.
 
-    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, stage_chunks: as LLM.load.
-    chunk_tokens: as AsyncEngine.
+    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, virtual_stages: as
+    LLM.load. chunk_tokens: as AsyncEngine.
     """
 
     config: str
@@ -44,7 +44,7 @@ class ModelQuestion:
     kv_dtype: str | None = None
     dispatch: str | None = None
     layout: str = str(DEFAULT_LAYOUT)
-    stage_chunks: int = 1
+    virtual_stages: int = 1
     ignore_config_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,8 +86,8 @@ class ModelQuestion:
         Kernels(**self.kernels)
         axes = parse_mesh(self.mesh)
         parse_layout(self.layout)
-        check_stage_chunks(self.stage_chunks, stages=axes["pipeline"])
-        layer_segments(config, "scan", stages=axes["pipeline"], chunks=self.stage_chunks)
+        check_virtual_stages(self.virtual_stages, stages=axes["pipeline"])
+        layer_segments(config, "scan", stages=axes["pipeline"], virtual_stages=self.virtual_stages)
         for name, limit in (
             ("max_num_seqs", _MOST),
             ("context", config.max_position_embeddings),
@@ -103,6 +103,8 @@ class ModelQuestion:
     ) -> Runner:
         """A Runner of shapes: it can be compiled where the mesh has devices, not run. dtype: the config's own by
         default."""
-        placement = Placement(mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), chunks=self.stage_chunks)
+        placement = Placement(
+            mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), virtual_stages=self.virtual_stages
+        )
         kv_dtype = kv_array_dtype(self.kv_dtype)
         return abstract_runner(config, placement, dtype=dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)

@@ -63,7 +63,7 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
     config, placement, kernels = runner.config, runner.placement, runner.kernels
     if placement.num_stages > 1:  # which stacks layers whatever was chosen
         kernels = replace(kernels, layers="scan")
-    alone = replace(placement, mesh=build_mesh({}, placement.mesh.devices.flat[:1].tolist()), chunks=1)
+    alone = replace(placement, mesh=build_mesh({}, placement.mesh.devices.flat[:1].tolist()), virtual_stages=1)
     here, plain = (
         parameter_table(nnx.state(abstract_model(config, place, dtype=runner.dtype, kernels=chosen)), place)
         for place, chosen in ((placement, runner.kernels), (alone, kernels))
@@ -129,7 +129,7 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
         collectives += collective_rows(phase, step)
     return {
         "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,
-        "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks, "dtype": dtype,
+        "layout": str(runner.placement.layout), "virtual_stages": question.virtual_stages, "dtype": dtype,
         "dispatch": runner.kernels.dispatch, "parameters": [one.as_json() for one in parameters],
         "bytes": vars(total_bytes(parameters)),
         "behind_windows": behind_windows(

@@ -1,4 +1,5 @@
-"""One tick of a pipeline: every stage takes what the one before it sent, and brings it through a chunk of its layers.
+"""One tick of a pipeline: every stage takes what the one before it sent, and brings it through a virtual stage of its
+layers.
 
 A shard_map that is manual over the pipeline axis alone: inside a stage XLA splits arrays over tensor and batch as ever,
 and the MoE layer is manual over the rest.
@@ -22,7 +23,7 @@ STAGE = "pipeline"
 
 class StageBuffers(NamedTuple):
     """Hidden states between stages. sent [P,B,S,D]: what each stage computed last. waiting [P,M,B,S,D]: what has come
-    back to the first stage for its next chunk; no micro-batches where stages have one chunk."""
+    back to the first stage for its next virtual stage; no micro-batches where stages have one virtual stage."""
 
     sent: jax.Array
     waiting: jax.Array
@@ -30,7 +31,7 @@ class StageBuffers(NamedTuple):
 
 def empty_buffers(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement, dims: Dims) -> StageBuffers:
     """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
-    rooms = schedule.micro_batches if schedule.chunks > 1 else 0
+    rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
     return StageBuffers(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
@@ -58,30 +59,34 @@ def tick_stages(
     """One tick of all stages; what each computed is `sent` of the returned buffers.
 
     weights, layer_state: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's
-    first chunk. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only micro-batches
-    that are real travel between stages; else those of idle stages too.
+    first virtual stage. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only
+    micro-batches that are real travel between stages; else those of idle stages too.
     """
 
     def stage(weights, buffers, enters, layer_state, step_inputs, tick, decode_steps):
         at = jax.lax.axis_index(STAGE)
         slot = schedule.slot(tick, at, decode_steps)
         came, waiting = _sent_on(buffers.sent[0], pairs), buffers.waiting
-        if schedule.chunks > 1:
+        if schedule.virtual_stages > 1:
             back = schedule.slot(tick - 1, schedule.stages - 1, decode_steps).micro_batch
             waiting = waiting.at[0, back].set(came, mode="drop")
             mine = jnp.minimum(slot.micro_batch, schedule.micro_batches - 1)
-            enters = jnp.where(slot.chunk == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False))
+            enters = jnp.where(
+                slot.virtual_stage == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False)
+            )
         x = jnp.where(at == 0, enters, came)
-        chunk = jnp.where(slot.valid, slot.chunk, 0)
-        layer_slots = chunk * segment.chunk_slots + jnp.arange(segment.chunk_slots, dtype=jnp.int32)
+        virtual_stage = jnp.where(slot.valid, slot.virtual_stage, 0)
+        layer_slots = virtual_stage * segment.virtual_stage_slots + jnp.arange(
+            segment.virtual_stage_slots, dtype=jnp.int32
+        )
         even = segment.repeats == segment.slots
         x, layer_state = through(
-            weights, slot, layer_slots, None if even else segment.filled(at, chunk), x, layer_state, step_inputs
+            weights, slot, layer_slots, None if even else segment.filled(at, virtual_stage), x, layer_state, step_inputs
         )
         return StageBuffers(x[None], waiting), layer_state
 
     ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
-    ring = ring if schedule.chunks > 1 else ring[:-1]
+    ring = ring if schedule.virtual_stages > 1 else ring[:-1]
     pairs = schedule.sends(tick, decode_steps) if isinstance(tick, int) else ring
     staged, same = P(STAGE), P()
     region = jax.shard_map(

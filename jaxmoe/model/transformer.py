@@ -64,7 +64,7 @@ class Transformer(nnx.Module):
         vocab = array_sizes(config, self.beside).vocab
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.layer_segments = layer_segments(
-            config, kernels.layers, stages=placement.num_stages, chunks=placement.chunks
+            config, kernels.layers, stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
         self.segments = nnx.List(
             nnx.List(self._block(segment, block, make) for block in range(segment.period))
@@ -297,10 +297,10 @@ class Transformer(nnx.Module):
             first, last = schedule.slot(tick, 0), schedule.slot(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
             if self.staged:
-                layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.valid & (first.chunk == 0))
+                layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.valid & (first.virtual_stage == 0))
                 enters, forward_state = self.before(enters, layer_inputs, forward_state)
             buffers, forward_state = self.tick(buffers, enters, step_inputs, forward_state, tick, schedule)
-            leaves, y = last.valid & (last.chunk == schedule.chunks - 1), buffers.sent
+            leaves, y = last.valid & (last.virtual_stage == schedule.virtual_stages - 1), buffers.sent
             if after:
                 layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
                 y, forward_state = self.after(self.from_last(y), layer_inputs, forward_state)

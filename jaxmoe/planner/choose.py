@@ -83,7 +83,8 @@ def chosen(question: Question, plans: list[Plan]) -> Plan:
     def plainness(plan: Plan) -> tuple[float, ...]:
         spec, mean_step = plan.spec, plan.served.mean_step
         return (
-            round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in spec.axes), spec.stage_chunks,
+            round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in spec.axes),
+            spec.virtual_stages,
             names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
             value(question, plan),
         )  # fmt: skip

@@ -241,7 +241,7 @@ class StepCost:
         """Of one step of one decode step. Its rows pass the stages of a pipeline in groups, as many as the engine
         makes: one a stage while all decode, several decode steps at a time, four a stage with prompts; the stages fill
         and empty."""
-        stages, chunks = self.num_stages, self.placement.chunks
+        stages, virtual_stages = self.num_stages, self.placement.virtual_stages
         groups = stages * (_MICRO_BATCHES if rows.prefill and stages > 1 else 1)
         groups = min(groups, max(1, int(rows.tokens)))  # none is empty
         each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
@@ -251,7 +251,7 @@ class StepCost:
         link, out = passes * link, passes * out
         if self.dispatch != SILENT:
             link += waiting
-        waits = (stages - 1) / (stages * chunks * (1 if rows.prefill else MAX_DECODE_STEPS))
+        waits = (stages - 1) / (stages * virtual_stages * (1 if rows.prefill else MAX_DECODE_STEPS))
         bubble = (compute + memory + link + out + launch) / passes * waits
         return Seconds(compute, memory, link, out, launch, bubble)
 

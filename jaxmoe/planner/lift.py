@@ -1,7 +1,7 @@
 """What would lift a plan: of what was asked for, each change that is not so already, priced on the plan's own split.
 
 Other splits are no remedy: all were priced, unless a mesh was asked for. What is left is dtypes, requests, limits,
-chunks of stages; and links and devices, where they bind or were looked at.
+virtual stages; and links and devices, where they bind or were looked at.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def _gain(question: Question, best: Plan, other: Question) -> float:
     spec, load = best.spec, other.load
     if question.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
-    chunks = other.stage_chunks or spec.stage_chunks
+    virtual_stages = other.virtual_stages or spec.virtual_stages
     same = replace(
-        other, axes=dict(spec.axes), layout=spec.layout, dispatch=spec.dispatch, stage_chunks=chunks, load=load
+        other, axes=dict(spec.axes), layout=spec.layout, dispatch=spec.dispatch,
+        virtual_stages=virtual_stages, load=load,
     )  # fmt: skip
     try:
         return value(question, best) / value(question, search(same).best) - 1
@@ -56,9 +57,12 @@ def _changes(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
     if best.serving.held.kv_dtype in _WIDE:
         yield "shorter pages (--kv-dtype fp8)", replace(question, kv_dtype="fp8")
     yield from _requests(question, best)
-    stages, chunks = dict(best.spec.axes)["pipeline"], 2 * best.spec.stage_chunks
-    if stages > 1 and question.config.num_hidden_layers >= stages * chunks:
-        yield f"more chunks a stage (--stage-chunks {chunks})", replace(question, stage_chunks=chunks)
+    stages, virtual_stages = dict(best.spec.axes)["pipeline"], 2 * best.spec.virtual_stages
+    if stages > 1 and question.config.num_hidden_layers >= stages * virtual_stages:
+        yield (
+            f"more virtual stages (--virtual-stages {virtual_stages})",
+            replace(question, virtual_stages=virtual_stages),
+        )
 
 
 def _weights(question: Question) -> Iterator[tuple[str, Question]]:

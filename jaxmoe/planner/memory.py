@@ -58,7 +58,9 @@ class Held:
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
         self._known: dict[tuple[object, ...], tuple[tuple[Parameter, int], ...]] = {}  # by kind of layer
-        self.segments = layer_segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.segments = layer_segments(
+            config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
+        )
         self.sizes = segment_sizes(config, placement, self.segments)
         self.blocks = [
             self._block(segment, block, sizes)
@@ -100,7 +102,9 @@ class Held:
     def unpadded_bytes(self) -> float:
         """Of the weights if every device held its even share and nothing twice."""
         one = PlannedMesh({}, self.placement.platform)
-        whole = Held(self.config, replace(self.placement, mesh=cast("Mesh", one), chunks=1, redundant_experts=None))
+        whole = Held(
+            self.config, replace(self.placement, mesh=cast("Mesh", one), virtual_stages=1, redundant_experts=None)
+        )
         return whole.weight_bytes / math.prod(self.placement.mesh.shape.values())
 
     @cached_property

@@ -215,7 +215,7 @@ def servings_of(question: Question, specs: Iterable[Spec]) -> Iterator[tuple[lis
 def _servings(question: Question, spec: Spec, chunks: Iterable[int]) -> Iterator[tuple[Spec, Serving]]:
     """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
     or too little memory for the requests (of an unknown number for one)."""
-    placement = placement_of(question.hardware, spec.axes, spec.layout, chunks=spec.stage_chunks)
+    placement = placement_of(question.hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
     try:
         held = Held(question.config, placement, kv_dtype=question.kv_dtype)
     except ConfigError:
@@ -244,7 +244,7 @@ def _no_room(question: Question, specs: list[Spec]) -> str:
     held: list[int] = []
     error: ConfigError | None = None
     for spec in specs:
-        place = placement_of(hardware, spec.axes, spec.layout, chunks=spec.stage_chunks)
+        place = placement_of(hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
         try:
             held.append(Held(question.config, place).weight_bytes)
         except ConfigError as cannot:

@@ -46,7 +46,7 @@ class Question:
     axes: Mapping[str, int] | None = None
     layout: Layout | None = None
     dispatch: str | None = None
-    stage_chunks: int | None = None
+    virtual_stages: int | None = None
     chunk_tokens: int | None = None
 
 
@@ -57,7 +57,7 @@ class Spec:
     axes: tuple[tuple[str, int], ...]
     layout: Layout
     dispatch: str
-    stage_chunks: int
+    virtual_stages: int
     chunk_tokens: int
 
     @property
@@ -78,13 +78,13 @@ def specs_of(question: Question) -> Iterator[Spec]:
         for layout in layouts:
             if not question.layout and not _worth(config, layout, sizes):
                 continue
-            for stage_chunks in _stage_chunks(question, sizes):
+            for virtual_stages in _virtual_stages(question, sizes):
                 for dispatch in _dispatches(question, placement_of(question.hardware, axes, layout)):
-                    means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, stage_chunks)
+                    means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, virtual_stages)
                     if means not in seen:
                         seen.add(means)
                         yield Spec(
-                            axes=axes, layout=layout, dispatch=dispatch, stage_chunks=stage_chunks,
+                            axes=axes, layout=layout, dispatch=dispatch, virtual_stages=virtual_stages,
                             chunk_tokens=question.chunk_tokens or FIRST_CHUNK,
                         )  # fmt: skip
 
@@ -156,17 +156,17 @@ def why_none(question: Question) -> str:
     axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, question.config))
     layouts = [question.layout] if question.layout else list(LAYOUTS.values())
     many = f"{question.devices} device{'s' * (question.devices > 1)}"
-    if question.stage_chunks and all(dict(one)["pipeline"] == 1 for one in axes):
-        return f"stage_chunks={question.stage_chunks} needs stages: no mesh of {many} has any; leave it out"
+    if question.virtual_stages and all(dict(one)["pipeline"] == 1 for one in axes):
+        return f"virtual_stages={question.virtual_stages} needs stages: no mesh of {many} has any; leave it out"
     assert question.dispatch is not None
     places = (placement_of(question.hardware, one, layout) for one in axes for layout in layouts)
     why = next(filter(None, (_why_not(question.dispatch, place) for place in places)), f"suits no mesh of {many}")
     return f"dispatch={question.dispatch} {why}"
 
 
-def _stage_chunks(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
-    if question.stage_chunks:
-        return [question.stage_chunks] if question.stage_chunks == 1 or sizes["pipeline"] > 1 else []
+def _virtual_stages(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
+    if question.virtual_stages:
+        return [question.virtual_stages] if question.virtual_stages == 1 or sizes["pipeline"] > 1 else []
     return [1, 2] if sizes["pipeline"] > 1 else [1]
 
 
@@ -184,8 +184,8 @@ def kind_of(spec: Spec, *, moe: bool) -> str:
 
 
 def placement_of(
-    hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, chunks: int = 1
+    hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, virtual_stages: int = 1
 ) -> Placement:  # fmt: skip
     """On devices of a kind that need not be there."""
     platform = device_platform(hardware.platform)
-    return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, chunks=chunks)
+    return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, virtual_stages=virtual_stages)

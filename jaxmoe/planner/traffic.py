@@ -164,9 +164,11 @@ class _Plan:
         self.config, self.placement, self.itemsize, self.dispatch = config, placement, shape.itemsize, dispatch
         self.beside = placement.seen("beside")
         self.schedule = Schedule(
-            stages=placement.num_stages, chunks=placement.chunks, micro_batches=shape.micro_batches
+            stages=placement.num_stages, virtual_stages=placement.virtual_stages, micro_batches=shape.micro_batches
         )
-        self.segments = layer_segments(config, "scan", stages=placement.num_stages, chunks=placement.chunks)
+        self.segments = layer_segments(
+            config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
+        )
         self.tokens = shape.num_tokens // shape.micro_batches
         self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
@@ -223,7 +225,7 @@ class _Plan:
     def layers(self, ticks: int) -> None:
         """All layers, as often as they run."""
         for number, segment in enumerate(self.segments):
-            each = segment.chunk_slots if segment.stages > 1 else segment.repeats
+            each = segment.virtual_stage_slots if segment.stages > 1 else segment.repeats
             for block in range(segment.period):
                 self.layer = number, block
                 place, count = self.placement.of_segment(segment), each * ticks

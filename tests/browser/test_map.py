@@ -49,7 +49,7 @@ def device(page: Any, number: int) -> Any:
     return page.locator(f'[data-device="{number}"]')
 
 
-@pytest.mark.parametrize(("mesh", "asked"), [(ALL, {}), (STAGES, {"stage_chunks": 2, "layout": "ep-tp-sp"})])
+@pytest.mark.parametrize(("mesh", "asked"), [(ALL, {}), (STAGES, {"virtual_stages": 2, "layout": "ep-tp-sp"})])
 def test_a_device_shows_what_it_holds(mesh, asked, chromium, drawn):
     path, question, data = drawn(mesh, **asked)
     config, _ = question.checked_model()
@@ -73,12 +73,13 @@ def test_a_device_shows_what_it_holds(mesh, asked, chromium, drawn):
 
 
 def test_stages_hold_their_layers_and_all_hold_each_layer_once(chromium, drawn):
-    path, question, _ = drawn(STAGES, stage_chunks=2)
+    path, question, _ = drawn(STAGES, virtual_stages=2)
     config, _ = question.checked_model()
-    (segment,) = layer_segments(config, "scan", stages=2, chunks=2)
+    (segment,) = layer_segments(config, "scan", stages=2, virtual_stages=2)
     slots = list(segment.filled_slots())
     wanted = [
-        [layer for layer, slot in enumerate(slots) if slot // (2 * segment.chunk_slots) == stage] for stage in (0, 1)
+        [layer for layer, slot in enumerate(slots) if slot // (2 * segment.virtual_stage_slots) == stage]
+        for stage in (0, 1)
     ]
     with opened(chromium, path) as page:
         held = page.evaluate("places.map(layersHeld)")
@@ -230,10 +231,17 @@ def test_it_is_used_by_keyboard(chromium, drawn):
 def test_the_timeline_is_the_schedule(stages, chromium, drawn):
     path, _, _ = drawn(f"pipeline={stages}", layers=16)
     with opened(chromium, path) as page:
-        for micro_batches, chunks, decode_steps in ((1, 1, 1), (2, 1, 1), (4, 1, 3), (8, 2, 1), (3, 4, 2), (9, 3, 1)):
-            for name, value in (("M", micro_batches), ("v", chunks), ("decode-steps", decode_steps)):
+        for micro_batches, virtual_stages, decode_steps in (
+            (1, 1, 1),
+            (2, 1, 1),
+            (4, 1, 3),
+            (8, 2, 1),
+            (3, 4, 2),
+            (9, 3, 1),
+        ):
+            for name, value in (("M", micro_batches), ("v", virtual_stages), ("decode-steps", decode_steps)):
                 page.locator(f"#slider-{name}").fill(str(value))
-            plan = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+            plan = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
             idle, ticks = map(int, page.locator("#idle").get_attribute("data-idle").split("/"))
             assert idle / ticks == pytest.approx(float(plan.idle(decode_steps)))
             assert ticks == plan.ticks(decode_steps)
@@ -242,7 +250,7 @@ def test_the_timeline_is_the_schedule(stages, chromium, drawn):
             slots = page.evaluate(
                 "([P, v, M, decodeSteps]) => { const { ticks, slot } = schedule(P, v, M, decodeSteps);"
                 "return range(ticks).map(tick => range(P).map(stage => Object.values(slot(tick, stage)))); }",
-                [stages, chunks, micro_batches, decode_steps],
+                [stages, virtual_stages, micro_batches, decode_steps],
             )
             for tick in range(ticks):
                 for stage in range(stages):

@@ -191,12 +191,12 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
         ["pipeline=64 needs at least 64 alike layers", "use fewer stages"],
     ),
     (
-        ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "tensor=2", "--stage-chunks", "2"],
-        ["stage_chunks=2 needs stages: the mesh has pipeline=1"],
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "tensor=2", "--virtual-stages", "2"],
+        ["virtual_stages=2 needs stages: the mesh has pipeline=1"],
     ),
     (
-        ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--stage-chunks", "2"],
-        ["stage_chunks=2 needs stages: no mesh of 1 device has any"],
+        ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--virtual-stages", "2"],
+        ["virtual_stages=2 needs stages: no mesh of 1 device has any"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "all_gather"],
@@ -233,8 +233,8 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--mesh", "data=two"], ["'data=two' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
     ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
-    ([*GENERATE, "--stage-chunks", "0"], ["stage_chunks=0 must be a whole number of at least 1"]),
-    ([*GENERATE, "--stage-chunks", "2"], ["stage_chunks=2 needs stages: the mesh has pipeline=1"]),
+    ([*GENERATE, "--virtual-stages", "0"], ["virtual_stages=0 must be a whole number of at least 1"]),
+    ([*GENERATE, "--virtual-stages", "2"], ["virtual_stages=2 needs stages: the mesh has pipeline=1"]),
     ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
     (
         [*GENERATE, "--layout", "batch=data+expert+tensor,split=tensor"],
@@ -274,7 +274,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
     ([*INSPECT, "--mesh", "tensor=16"], ["tensor=16 needs 16 devices and there are 8", "--devices 16"]),
     ([*INSPECT, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
-    ([*INSPECT, "--stage-chunks", "2"], ["stage_chunks=2 needs stages"]),
+    ([*INSPECT, "--virtual-stages", "2"], ["virtual_stages=2 needs stages"]),
     ([*INSPECT, "--dtype", "float8"], ["dtype='float8' must be one of"]),
     ([*INSPECT, "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of"]),
     ([*INSPECT, "--dispatch", "teleport"], ["dispatch='teleport' must be one of"]),

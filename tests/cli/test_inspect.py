@@ -38,7 +38,7 @@ def test_json_is_one_object_with_every_parameter_and_collective(capsys, tiny_dir
 
 def test_a_config_alone_is_enough_on_stages_and_in_another_layout(capsys, changed_dir, tmp_path):
     shutil.copy(changed_dir(CASE, num_hidden_layers=5) / "config.json", tmp_path / "of_mine.json")
-    options = ["--mesh", "pipeline=2,tensor=2,expert=2", "--layout", "tp-ep", "--stage-chunks", 2, *OPTIONS[2:]]
+    options = ["--mesh", "pipeline=2,tensor=2,expert=2", "--layout", "tp-ep", "--virtual-stages", 2, *OPTIONS[2:]]
     outcome = jaxmoe(capsys, "inspect", tmp_path / "of_mine.json", *options)
     assert outcome.code == 0
     words = ("pipeline=2 x expert=2 x tensor=2 on 8 cpu", "layout tp-ep", "moe_expert: expert, tensor", "replicas")

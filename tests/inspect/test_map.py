@@ -24,7 +24,7 @@ ALL = "data=2,tensor=2,expert=2"
 CASES = [
     ("qwen3_moe_norm", {}, ALL, {}),
     ("qwen3_moe_norm", {"num_hidden_layers": 3}, "pipeline=2,tensor=4", {}),  # a slot without a layer, copied heads
-    ("qwen3_moe_norm", {"num_hidden_layers": 5}, "pipeline=2,tensor=2,data=2", {"stage_chunks": 2}),
+    ("qwen3_moe_norm", {"num_hidden_layers": 5}, "pipeline=2,tensor=2,data=2", {"virtual_stages": 2}),
     ("qwen2_moe_mlp_only", {"num_hidden_layers": 5}, "pipeline=2,expert=4", {}),  # beside the stages, seven experts
     ("mixtral_window", {}, "expert=2,tensor=4", {"layout": "tp-ep"}),
     ("qwen2_moe_shared", {}, ALL, {"layout": "tp-ep-sp", "kv_dtype": "int8"}),
@@ -194,10 +194,12 @@ def test_devices_stand_on_their_fabric():
 
 
 def test_the_timeline_goes_up_to_the_chunks_there_are(changed_dir):
-    for layers, chunks, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
+    for layers, virtual_stages, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
-        found = map_data(MapQuestion(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, stage_chunks=chunks))
-        assert [part["most_chunks"] for part in found["segments"] if part["stages"] > 1] == [most]
+        found = map_data(
+            MapQuestion(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, virtual_stages=virtual_stages)
+        )
+        assert [part["max_virtual_stages"] for part in found["segments"] if part["stages"] > 1] == [most]
 
 
 def test_a_mesh_preset_brings_its_hardware(changed_dir):

@@ -32,7 +32,7 @@ def reports_of(llm: LLM, directory, mesh: str, **asked):
     [
         ("qwen3_moe_norm", {}, ALL, {}),
         ("qwen3_moe_norm", {"num_hidden_layers": 3}, "pipeline=2,tensor=4", {}),  # a slot without a layer, copied heads
-        ("qwen3_moe_norm", {"num_hidden_layers": 5}, "pipeline=2,tensor=2", {"stage_chunks": 2}),
+        ("qwen3_moe_norm", {"num_hidden_layers": 5}, "pipeline=2,tensor=2", {"virtual_stages": 2}),
         ("qwen2_moe_mlp_only", {"num_hidden_layers": 5}, "pipeline=2,expert=4", {}),  # beside the stages, seven experts
         ("mixtral_window", {}, "expert=2,tensor=4", {"layout": "tp-ep"}),  # five experts, three heads
         ("olmoe_full_norm", {}, "tensor=8", {}),  # norms over copied heads

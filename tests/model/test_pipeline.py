@@ -70,8 +70,8 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
             {"kernels": Kernels(dispatch="all_gather", layers="unroll")},
             marks=pytest.mark.sweep,
         ),
-        (DEEP, "pipeline=4,tensor=2", {"stage_chunks": 2}),
-        (DEEP, "pipeline=3", {"stage_chunks": 3}),
+        (DEEP, "pipeline=4,tensor=2", {"virtual_stages": 2}),
+        (DEEP, "pipeline=3", {"virtual_stages": 3}),
         (AROUND, "pipeline=2,tensor=4", {}),
         pytest.param(AROUND, "pipeline=4,expert=2", {"kernels": XLA}, marks=pytest.mark.sweep),
         (PERIODIC, "pipeline=3,tensor=2", {}),
@@ -133,7 +133,7 @@ def test_stages_run_in_bfloat16(model, mesh, kernels, changed_dir, one_device):
 STEPS = [
     (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": XLA}),
     (DEEP, "pipeline=2,tensor=2,expert=2", {"kernels": NATIVE}),
-    (DEEP, "data=2,pipeline=4", {"kernels": XLA, "stage_chunks": 2}),
+    (DEEP, "data=2,pipeline=4", {"kernels": XLA, "virtual_stages": 2}),
     (AROUND, "pipeline=4,tensor=2", {"kernels": XLA}),
 ]
 
@@ -181,35 +181,38 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     assert sum(len(Schedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
 
 
-@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 1, 1), (2, 5, 2), (4, 4, 2), (4, 9, 1), (8, 3, 1)])
-def test_stages_are_idle_as_often_as_the_formula_says(stages, micro_batches, chunks):
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "virtual_stages"), [(2, 1, 1), (2, 5, 2), (4, 4, 2), (4, 9, 1), (8, 3, 1)]
+)
+def test_stages_are_idle_as_often_as_the_formula_says(stages, micro_batches, virtual_stages):
     """Counted by the stages themselves, on the devices."""
-    found = count_ticks(stages, micro_batches, chunks)
-    assert found.busy == stages * chunks * micro_batches
-    assert found.idle == pytest.approx((stages - 1) / (chunks * micro_batches + stages - 1), abs=1e-12)
+    found = count_ticks(stages, micro_batches, virtual_stages)
+    assert found.busy == stages * virtual_stages * micro_batches
+    assert found.idle == pytest.approx((stages - 1) / (virtual_stages * micro_batches + stages - 1), abs=1e-12)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4, 8])
-def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stages, chunks):
-    """Units counted one by one. With fewer micro-batches than stages and several chunks the last micro-batch enters in
-    tick M - 1 and is in no two chunks at once: stages x chunks ticks more are the least there can be."""
+def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stages, virtual_stages):
+    """Units counted one by one. With fewer micro-batches than stages and several virtual stages the last micro-batch
+    enters in tick M - 1 and is in no two virtual stages at once: stages x virtual stages ticks more are the least there
+    can be."""
     for micro_batches in range(1, 17):
-        schedule = Schedule(stages=stages, chunks=chunks, micro_batches=micro_batches)
+        schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
         ticks = schedule.ticks()
         busy = sum(schedule.slot(tick, stage).valid for tick in range(ticks) for stage in range(stages))
-        assert busy == stages * chunks * micro_batches
-        if micro_batches >= stages or chunks == 1:
-            formula = Fraction(stages - 1, chunks * micro_batches + stages - 1)
+        assert busy == stages * virtual_stages * micro_batches
+        if micro_batches >= stages or virtual_stages == 1:
+            formula = Fraction(stages - 1, virtual_stages * micro_batches + stages - 1)
             assert 1 - Fraction(busy, stages * ticks) == schedule.idle() == formula
         else:
-            assert ticks == micro_batches - 1 + stages * chunks
+            assert ticks == micro_batches - 1 + stages * virtual_stages
 
 
-@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 2, 1), (4, 2, 1), (4, 5, 2)])
-def test_decoding_stages_wait_only_while_the_pipeline_fills(stages, micro_batches, chunks):
-    found = count_steady_ticks(stages, micro_batches, chunks, decode_steps=2)
-    assert found.busy == 2 * stages * chunks * micro_batches
+@pytest.mark.parametrize(("stages", "micro_batches", "virtual_stages"), [(2, 2, 1), (4, 2, 1), (4, 5, 2)])
+def test_decoding_stages_wait_only_while_the_pipeline_fills(stages, micro_batches, virtual_stages):
+    found = count_steady_ticks(stages, micro_batches, virtual_stages, decode_steps=2)
+    assert found.busy == 2 * stages * virtual_stages * micro_batches
     assert found.idle == found.formula == 1 - min(1, micro_batches / stages)
 
 

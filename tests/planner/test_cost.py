@@ -107,7 +107,7 @@ def test_stages_wait_less_with_more_chunks():
         StepCost(
             Held(
                 config_of("llama-3.1-70b"),
-                Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), chunks=v),
+                Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), virtual_stages=v),
             ),
             read_hardware("h100"),
         ).seconds(Rows(64, 2048, 1024, 512))

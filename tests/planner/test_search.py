@@ -84,17 +84,17 @@ def test_specs_use_all_devices_and_mean_something_else_each(devices):
         kinds = {kind_of(spec, moe=True) for spec in specs}
         assert {"TP8", "DP8", "EP8", "TP8 EP8", "PP8"} <= kinds
         assert {spec.dispatch for spec in specs} >= {"all_to_all", "all_gather", "ragged_all_to_all", "hierarchical"}
-        assert {spec.stage_chunks for spec in specs} == {1, 2}
+        assert {spec.virtual_stages for spec in specs} == {1, 2}
 
 
 def test_what_is_asked_for_is_kept():
     asked = replace(
         question("qwen3-30b-a3b", "h100", 8), axes=check_axes({"pipeline": 2, "expert": 4}),
-        layout=parse_layout("dp-ep"), dispatch="all_gather", stage_chunks=2, chunk_tokens=1024,
+        layout=parse_layout("dp-ep"), dispatch="all_gather", virtual_stages=2, chunk_tokens=1024,
     )  # fmt: skip
     spec = search(asked).best.spec
     assert (spec.mesh, spec.layout, spec.dispatch) == ("pipeline=2,expert=4", LAYOUTS["dp-ep"], "all_gather")
-    assert (spec.stage_chunks, spec.chunk_tokens) == (2, 1024)
+    assert (spec.virtual_stages, spec.chunk_tokens) == (2, 1024)
 
 
 def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
@@ -177,13 +177,13 @@ def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
 
 def test_chunks_of_stages_and_dispatches_asked_for_are_looked_at_where_they_mean_something():
     asked = question("qwen3-30b-a3b", "h100", 8)
-    assert all(dict(spec.axes)["pipeline"] > 1 for spec in specs_of(replace(asked, stage_chunks=2)))
+    assert all(dict(spec.axes)["pipeline"] > 1 for spec in specs_of(replace(asked, virtual_stages=2)))
     for dispatch in ("hierarchical", "all_gather"):
         layouts = [spec.layout for spec in specs_of(replace(asked, dispatch=dispatch))]
         assert layouts
         assert all(layout.experts for layout in layouts)
-    with pytest.raises(NoPlanError, match="stage_chunks=2 needs stages: no mesh of 1 device has any"):
-        search(replace(asked, devices=1, stage_chunks=2))
+    with pytest.raises(NoPlanError, match="virtual_stages=2 needs stages: no mesh of 1 device has any"):
+        search(replace(asked, devices=1, virtual_stages=2))
 
 
 def test_a_pipeline_that_cannot_be_cut_says_why():

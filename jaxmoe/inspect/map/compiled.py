@@ -14,7 +14,7 @@ from jaxmoe.inspect.question import ModelQuestion
 
 _ROW = ("phase", "op", "axes", "count", "bytes")
 _OPTIONS = {
-    "mesh": "--mesh", "layout": "--layout", "stage_chunks": "--stage-chunks", "dtype": "--dtype",
+    "mesh": "--mesh", "layout": "--layout", "virtual_stages": "--virtual-stages", "dtype": "--dtype",
     "kv_dtype": "--kv-dtype", "dispatch": "--dispatch", "max_num_seqs": "--max-num-seqs", "context": "--context",
     "chunk_tokens": "--chunk-tokens", "family": "MODEL",
 }  # fmt: skip
@@ -47,7 +47,7 @@ def _is_answer(answer: Any) -> bool:
 def check_answer(answer: Mapping[str, Any], question: ModelQuestion, runner: Runner, axes: Mapping[str, int]) -> None:
     """Raises: ConfigError for an answer to another question, naming where they differ."""
     here = {
-        "mesh": dict(axes), "layout": str(runner.placement.layout), "stage_chunks": question.stage_chunks,
+        "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": question.virtual_stages,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
         "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "family": runner.config.family,

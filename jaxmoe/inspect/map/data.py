@@ -32,7 +32,7 @@ from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config
 
-_MOST_DEVICES, _MOST_MICRO_BATCHES, _MOST_CHUNKS, _USUAL_CONTEXT = 1024, 64, 8, 4096
+_MOST_DEVICES, _MOST_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64, 8, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +89,14 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
     return {
         "model": model_name(question.config), "family": config.family, "mesh": axes, "layout": str(layout),
         "shares": {name: list(axes) for name, axes in vars(layout).items() if name != "table"},
-        "stage_chunks": question.stage_chunks, "micro_batches": question.micro_batches,
+        "virtual_stages": question.virtual_stages, "micro_batches": question.micro_batches,
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
         "weights_dtype": question.weights_dtype or "as published",
         "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
-            asdict(segment) | {"slots": segment.slots, "chunk_slots": segment.chunk_slots,
-            "most_chunks": _most_chunks(segment),
+            asdict(segment) | {"slots": segment.slots, "virtual_stage_slots": segment.virtual_stage_slots,
+            "max_virtual_stages": _max_virtual_stages(segment),
                             "kv_slots": size.kv_slots, "kv_copies": size.kv_copies,
                             "moe": [config.moe_layers[segment.first + block] for block in range(segment.period)]}
             for segment, size in zip(runner.segments, runner.sizes, strict=True)
@@ -132,9 +132,9 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
 
 
-def _most_chunks(segment: LayerSegment) -> int:
+def _max_virtual_stages(segment: LayerSegment) -> int:
     """Chunks a stage that the timeline of stages goes up to: those there are, or a few more where layers allow it."""
-    return max(segment.chunks, min(_MOST_CHUNKS, segment.repeats // segment.stages))
+    return max(segment.virtual_stages, min(_MAX_VIRTUAL_STAGES, segment.repeats // segment.stages))
 
 
 def _facts(config: ModelConfig) -> dict[str, int]:

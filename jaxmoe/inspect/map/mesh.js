@@ -220,7 +220,7 @@ function nameOf(array) {
     : `layer${layers.length > 1 ? "s" : ""} ${spans(layers)}`;
   return [rest.join(" ").replaceAll("_", " "), html("small", { class: "soft" }, which)];
 }
-// Stages hold layers in slots, which follow each other by stage and chunk: see the layers above.
+// Stages hold layers in slots, which follow each other by stage and virtual stage: see the layers above.
 const dimName = (array, dim) => array.dims[dim] === "layer" ? "slot" : array.dims[dim].replaceAll("_", " ");
 function sliceOf(array, at) {
   const own = slices(array, at), split = own.flatMap((slice, dim) => array.axes[dim].length

@@ -37,16 +37,16 @@ function bytesByPart() {
   return parts;
 }
 
-// Repeats in one chunk of one stage, and the slot of every repeat, as depth.LayerSegment has them.
-function filled(part, stage, chunk) {
-  const each = Math.floor(part.repeats / (part.stages * part.chunks)), left = part.repeats % (part.stages * part.chunks);
-  return each + (chunk * part.stages + stage < left ? 1 : 0);
+// Repeats in one virtual stage of one stage, and the slot of every repeat, as depth.LayerSegment has them.
+function filled(part, stage, virtualStage) {
+  const each = Math.floor(part.repeats / (part.stages * part.virtual_stages)), left = part.repeats % (part.stages * part.virtual_stages);
+  return each + (virtualStage * part.stages + stage < left ? 1 : 0);
 }
-function visits(part) {  // every repeat in the order of the layers: its stage, chunk and slot
+function visits(part) {  // every repeat in the order of the layers: its stage, virtual stage and slot
   const found = [];
-  for (const chunk of range(part.chunks)) for (const stage of range(part.stages))
-    for (const at of range(filled(part, stage, chunk)))
-      found.push({ stage, chunk, slot: (stage * part.chunks + chunk) * part.chunk_slots + at });
+  for (const virtualStage of range(part.virtual_stages)) for (const stage of range(part.stages))
+    for (const at of range(filled(part, stage, virtualStage)))
+      found.push({ stage, virtualStage, slot: (stage * part.virtual_stages + virtualStage) * part.virtual_stage_slots + at });
   return found;
 }
 const slicesNamed = (array, at) => Object.fromEntries(slices(array, at).map((slice, dim) => [array.dims[dim], slice]));
@@ -93,7 +93,7 @@ function tokenPath(phase) {
   outside("embedding", true);
   data.segments.forEach((part, segment) => {
     const order = visits(part);
-    order.forEach(({ stage, chunk }, repeat) => {
+    order.forEach(({ stage, virtualStage }, repeat) => {
       for (const block of range(part.period)) {
         const own = stops.filter(stop => stop.segment === segment && stop.block === block);
         const rest = own.filter(stop => stop.where !== "attention");
@@ -106,7 +106,7 @@ function tokenPath(phase) {
         [...inside, ...rest].forEach(stop => say(stop, where));
       }
       const next = order[repeat + 1];
-      if (next && (next.stage !== stage || next.chunk !== chunk))
+      if (next && (next.stage !== stage || next.virtualStage !== virtualStage))
         at("between stages").forEach(stop => say(stop, { stage, to: next.stage }));
     });
     if (part.stages > 1) outside("from the last stage", false);
@@ -152,12 +152,12 @@ const sends = (event, device) => event.op !== null && (!onlyStage(event) || plac
 // --- the order of stages, as depth.Schedule has it ---
 
 const modulo = (a, b) => ((a % b) + b) % b;
-function schedule(stages, chunks, microBatches, decodeSteps = 1) {
-  const period = Math.max(stages, microBatches), ticks = (decodeSteps * chunks - 1) * period + microBatches + stages - 1;
+function schedule(stages, virtualStages, microBatches, decodeSteps = 1) {
+  const period = Math.max(stages, microBatches), ticks = (decodeSteps * virtualStages - 1) * period + microBatches + stages - 1;
   const slot = (tick, stage) => {
     const step = tick - stage, lap = Math.floor(step / period), microBatch = modulo(step, period);
-    const decodeStep = Math.floor(lap / chunks), chunk = modulo(lap, chunks);
-    return { decodeStep, chunk, microBatch, valid: step >= 0 && microBatch < microBatches && decodeStep < decodeSteps };
+    const decodeStep = Math.floor(lap / virtualStages), virtualStage = modulo(lap, virtualStages);
+    return { decodeStep, virtualStage, microBatch, valid: step >= 0 && microBatch < microBatches && decodeStep < decodeSteps };
   };
-  return { ticks, slot, idle: [ticks - decodeSteps * chunks * microBatches, ticks] };
+  return { ticks, slot, idle: [ticks - decodeSteps * virtualStages * microBatches, ticks] };
 }

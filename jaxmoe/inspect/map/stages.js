@@ -10,25 +10,25 @@ function drawStages() {
   const first = data.micro_batches || data.steps.prefill.micro_batches;
   const sliders = [
     slider("micro-batches M", "M", 1, Math.max(32, first), first),
-    slider("chunks a stage v", "v", 1, part.most_chunks, part.chunks), slider("decode steps", "decode-steps", 1, 8, 1)];
+    slider("virtual stages v", "v", 1, part.max_virtual_stages, part.virtual_stages), slider("decode steps", "decode-steps", 1, 8, 1)];
   const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Stages and ticks" });
   const formula = html("p", { id: "idle", "aria-live": "polite" });
   const redraw = () => {
-    const [microBatches, chunks, decodeSteps] = sliders.map(one => Number(one.input.value));
+    const [microBatches, virtualStages, decodeSteps] = sliders.map(one => Number(one.input.value));
     sliders.forEach(one => one.output.textContent = one.input.value);
-    const plan = schedule(stages, chunks, microBatches, decodeSteps), [idle, ticks] = plan.idle;
-    figure.replaceChildren(stageGrid(plan, stages, microBatches, chunks, decodeSteps));
+    const plan = schedule(stages, virtualStages, microBatches, decodeSteps), [idle, ticks] = plan.idle;
+    figure.replaceChildren(stageGrid(plan, stages, microBatches, virtualStages, decodeSteps));
     formula.dataset.idle = `${idle}/${ticks}`;
-    const layers = Math.ceil(part.repeats / stages / chunks) * part.period;
+    const layers = Math.ceil(part.repeats / stages / virtualStages) * part.period;
     formula.replaceChildren("idle = 1 − decode steps · v · M ⁄ ticks = 1 − ",
       html("b", {}, `${ticks - idle} ⁄ ${ticks}`),
       ` = ${(100 * idle / ticks).toFixed(1)} %`,
       html("small", { class: "soft" },
         `ticks = (decode steps · v − 1) · max(P, M) + M + P − 1, of P = ${stages} stages; a tick is `
-        + `one micro-batch in one chunk, ${layers} layers at most`));
+        + `one micro-batch in one virtual stage, ${layers} layers at most`));
   };
   sliders.forEach(one => one.input.addEventListener("input", redraw));
-  const key = "Colour and number: the micro-batch; a shade darker for every further chunk. Hatched: a bubble. Embedding, "
+  const key = "Colour and number: the micro-batch; a shade darker for every further virtual stage. Hatched: a bubble. Embedding, "
     + "head and layers that no stage holds lie over all stages and are not drawn.";
   const controls = html("div", { class: "row" }, ...sliders.map(one => one.label));
   room.replaceChildren(controls, figure, formula, html("p", { class: "soft" }, key));
@@ -39,11 +39,11 @@ function slider(name, letter, min, max, value) {
   const output = html("output", {}, value);
   return { input, output, label: html("label", {}, `${name} = `, output, " ", input) };
 }
-function stageGrid(plan, stages, microBatches, chunks, decodeSteps) {
+function stageGrid(plan, stages, microBatches, virtualStages, decodeSteps) {
   const left = 58, high = 26, wide = Math.max(7, Math.min(34, Math.floor(1080 / plan.ticks)));
   const width = left + plan.ticks * wide + 4;
   const root = svg("svg", { viewBox: `0 0 ${width} ${stages * high + 26}`, width, height: stages * high + 26, role: "img",
-    "aria-label": `${stages} stages over ${plan.ticks} ticks, ${microBatches} micro-batches, ${chunks} chunks, `
+    "aria-label": `${stages} stages over ${plan.ticks} ticks, ${microBatches} micro-batches, ${virtualStages} virtual stages, `
       + `${decodeSteps} decode steps` });
   root.append(svg("defs", {}, svg("pattern",
     { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
@@ -54,11 +54,11 @@ function stageGrid(plan, stages, microBatches, chunks, decodeSteps) {
       const slot = plan.slot(tick, stage);
       const box = { x: left + tick * wide, y: stage * high + 2, width: wide - 1, height: high - 4, rx: 2 };
       const label = slot.valid
-        ? `micro-batch ${slot.microBatch}, chunk ${slot.chunk}, decode step ${slot.decodeStep}` : "bubble";
+        ? `micro-batch ${slot.microBatch}, virtual stage ${slot.virtualStage}, decode step ${slot.decodeStep}` : "bubble";
       const cell = svg("rect", { ...box, class: slot.valid ? "unit" : "bubble" },
         worded("title", {}, `stage ${stage}, tick ${tick}: ${label}`));
       cell.style.setProperty("--hue", Math.round(250 + 360 * slot.microBatch / microBatches) % 360);
-      cell.style.setProperty("--chunk", slot.chunk / Math.max(1, chunks - 1));
+      cell.style.setProperty("--virtual-stage", slot.virtualStage / Math.max(1, virtualStages - 1));
       root.append(cell);
       const at = { class: "unit", x: box.x + wide / 2 - .5, y: stage * high + 17 };
       if (slot.valid && wide >= 15) root.append(worded("text", at, slot.microBatch));
