@@ -51,18 +51,18 @@ class Layout:
         for axis in self.sequence:
             if axis not in self.split:
                 raise LayoutError(f"layout: sequence={axis!r} must be one of split={'+'.join(self.split) or 'none'}")
-        held = tuple(axis for axis in self.experts if axis in self.split)
-        if set(held) | set(self.expert_width) != set(self.split):
+        replicated = tuple(axis for axis in self.experts if axis in self.split)
+        if set(replicated) | set(self.expert_width) != set(self.split):
             raise LayoutError(
                 f"layout splits layers over {'+'.join(self.split) or 'no axis'}, so experts and expert_width together "
                 f"must hold these of the axes that share out no tokens; they hold "
-                f"{'+'.join((*held, *self.expert_width)) or 'none'}"
+                f"{'+'.join((*replicated, *self.expert_width)) or 'none'}"
             )
         # A rank's experts, and the strips of tokens it gathers, must follow each other.
-        exchanged = [axis for axis in self.experts if axis not in held]
+        exchange = [axis for axis in self.experts if axis not in replicated]
         strips = [axis for axis in self.experts if axis in self.sequence]
-        rest = [axis for axis in held if axis not in self.sequence]
-        if list(self.experts) != [*exchanged, *strips, *rest]:
+        rest = [axis for axis in replicated if axis not in self.sequence]
+        if list(self.experts) != [*exchange, *strips, *rest]:
             raise LayoutError("layout: experts must name axes of batch and context first, then those of sequence")
         if set(self.sequence[: len(strips)]) != set(strips):
             raise LayoutError("layout: sequence must name axes of experts first")

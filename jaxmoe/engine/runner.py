@@ -195,7 +195,7 @@ class Runner:
         while seq_slots * self.num_ranks < num_seqs:
             seq_slots *= 2
         place = self.placement
-        if place.shared("residual"):  # with blocks of prompts beside them, which bucket_with adds
+        if place.sequence_gather_axes("residual"):  # with blocks of prompts beside them, which bucket_with adds
             even = self.block_shares * place.num_stages
             seq_slots = -(-seq_slots // even) * even
         return seq_slots * self.num_ranks

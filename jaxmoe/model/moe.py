@@ -135,20 +135,20 @@ def _on_device(
 ):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     x_bD = x.reshape(-1, x.shape[-1])
-    gathered, together = place.gathered(lead), place.shared(lead)
-    left = tuple(axis for axis in place.summed_experts(lead) if axis not in gathered)
-    x_tD = gather_rows(x_bD, gathered)
+    gather_axes, sequence_axes = place.ep_gather_axes(lead), place.sequence_gather_axes(lead)
+    left = tuple(axis for axis in place.expert_reduce_axes(lead) if axis not in gather_axes)
+    x_tD = gather_rows(x_bD, gather_axes)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
     own_num_valid = num_valid if place.routed(lead) == "token" else None
     y, probabilities, tokens_per_expert = _routed_experts(
         x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, place, lead
     )
     shared = partial(_shared_expert, at=at, num_valid=num_valid, arrays=arrays, kernels=kernels)
-    if moe.shared_intermediate_size and together == gathered:
+    if moe.shared_intermediate_size and sequence_axes == gather_axes:
         y = y + shared(x_tD)
-    y = summed_over(y, (), gathered)
-    if moe.shared_intermediate_size and together != gathered:
-        y = y + summed_over(shared(gather_rows(x_bD, together)), (), together)
+    y = summed_over(y, (), gather_axes)
+    if moe.shared_intermediate_size and sequence_axes != gather_axes:
+        y = y + summed_over(shared(gather_rows(x_bD, sequence_axes)), (), sequence_axes)
     y = summed_over(y, left, ())  # those of split that share out no tokens, for experts of every kind
     return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), tokens_per_expert
 
@@ -158,8 +158,8 @@ def _routed_experts(
 ):  # fmt: skip
     """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
     valid, positions = (part.reshape(-1) for part in token_mask)
-    exchanged, held = place.exchanged(lead), place.held(lead)
-    ranks, others = place.size(exchanged), place.size(held)
+    exchange_axes, replicated_axes = place.ep_exchange_axes(lead), place.ep_replicated_axes(lead)
+    ranks, others = place.size(exchange_axes), place.size(replicated_axes)
     logits = linear(x_tD, arrays["router"], at, num_valid, kind=kernels.linear, dtype="float32")
     if moe.router_bias:
         logits = logits + layer_of(arrays["router_bias"], at)
@@ -179,10 +179,10 @@ def _routed_experts(
     tokens_per_expert = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
     if others > 1:  # of the ranks that have the same tokens, each looks after its own experts
         by_rank = weights_tE.reshape(-1, ranks, others, share)
-        weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(held), axis=2, keepdims=False)
+        weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(replicated_axes), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
     exchange = Exchange(
-        axes=exchanged, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), kind=kernels.dispatch,
+        axes=exchange_axes, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), kind=kernels.dispatch,
         platform=place.platform,
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
@@ -198,7 +198,7 @@ def _routed_experts(
 
 def _down_biases(weights_tE, bias_ED, place: Placement, lead: TokenDim):
     """The biases of each token's experts, weighted; of ranks whose results are summed, the first gives them."""
-    summed = {*place.summed_experts(lead), *place.gathered(lead)}
+    summed = {*place.expert_reduce_axes(lead), *place.ep_gather_axes(lead)}
     first = math.prod([jax.lax.axis_index(axis) == 0 for axis in summed], start=jnp.float32(1))
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 

@@ -51,20 +51,20 @@ def project(
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
     if kind == "xla" and lead != "residual" and not isinstance(weights, Quantised):
         return place.constrain(plain(x, weights, at), *after)
-    shared = place.shared(lead) if lead == "residual" else ()
-    gathered, scattered = (shared if part == ("width",) else () for part in (summed, kept))
+    sequence_axes = place.sequence_gather_axes(lead) if lead == "residual" else ()
+    gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
     def part(x: jax.Array, w: Weights, at: jax.Array, *num_valid: jax.Array) -> jax.Array:
-        x = gather_rows(x, gathered)
+        x = gather_rows(x, gather_axes)
         if kind == "xla" and not isinstance(w, Quantised):
-            return summed_over(plain(x, w, at), axes, scattered)
+            return summed_over(plain(x, w, at), axes, scatter_axes)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = num_valid[0][0] if num_valid else None
         y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
-        y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scattered)
+        y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scatter_axes)
         return y
 
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
@@ -81,11 +81,11 @@ def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, d
 
 def together(x: jax.Array, place: Placement, lead: TokenDim) -> jax.Array:
     """x [B,S,D], whose rows lie as `lead` says, as it is needed inside layers: for more than one product of it."""
-    shared = place.shared(lead)
-    if not shared:
+    sequence_axes = place.sequence_gather_axes(lead)
+    if not sequence_axes:
         return x
     rest = ("length", "width")
-    return place.locally(lambda x: gather_rows(x, shared), (x, (lead, *rest)), out=("token", *rest))
+    return place.locally(lambda x: gather_rows(x, sequence_axes), (x, (lead, *rest)), out=("token", *rest))
 
 
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -93,16 +93,16 @@ def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return jax.lax.all_gather(x, tuple(axes), axis=0, tiled=True) if axes else x
 
 
-def summed_over(y: jax.Array, axes: Sequence[str], scattered: Sequence[str]) -> jax.Array:
+def summed_over(y: jax.Array, axes: Sequence[str], scatter_axes: Sequence[str]) -> jax.Array:
     """The sum of y [b,...] over mesh axes; along those that are scattered each rank keeps its strip of the rows.
 
     Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left. Strips are a dim of their
     own: of tiled ones of many rows XLA:TPU makes an all-reduce.
     """
-    if scattered:
-        strips = math.prod(jax.lax.axis_size(axis) for axis in scattered)
+    if scatter_axes:
+        strips = math.prod(jax.lax.axis_size(axis) for axis in scatter_axes)
         shape = y.shape
-        y = jax.lax.psum_scatter(y.reshape(strips, -1, shape[-1]), tuple(scattered), scatter_dimension=0)
+        y = jax.lax.psum_scatter(y.reshape(strips, -1, shape[-1]), tuple(scatter_axes), scatter_dimension=0)
         y = y.reshape(-1, *shape[1:])
-    left = tuple(axis for axis in axes if axis not in scattered)
+    left = tuple(axis for axis in axes if axis not in scatter_axes)
     return jax.lax.psum(y, left) if left else y

@@ -120,21 +120,21 @@ class Transformer(nnx.Module):
         together: whether they are one micro-batch."""
         place, table = self.beside, self.embed[...]
         between = place.lead(tokens.shape[0])
-        apart = place.num_stages > 1 and not (together and place.shared(between))
+        apart = place.num_stages > 1 and not (together and place.sequence_gather_axes(between))
         lead: TokenDim | Literal["batch"] = "batch" if apart else between
         axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
         if lead == "token" or not axes:
             tokens = place.constrain(tokens, lead, "length")
             return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(lead))
-        scattered = place.shared(lead) if lead == "residual" else ()
+        scatter_axes = place.sequence_gather_axes(lead) if lead == "residual" else ()
 
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
             here = tokens - jax.lax.axis_index(axes) * len(table)
             here = jnp.where((here >= 0) & (here < len(table)), here, len(table))
             rows = table.at[here].get(mode="fill", fill_value=0)
-            return summed_over(rows, axes, scattered)
+            return summed_over(rows, axes, scatter_axes)
 
-        arrays = (table, ("vocab", "width")), (tokens, ("token" if scattered else lead, "length"))
+        arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else lead, "length"))
         return place.locally(lookup, *arrays, out=hidden_dims(lead))
 
     def normed(self, x: jax.Array) -> jax.Array:
@@ -342,14 +342,14 @@ def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch
     Ranks that share out a rank's tokens each give those they have: one all-reduce.
     """
     axes = place.axes(lead)
-    sharing = tuple(axis for axis in axes if axis not in place.axes("batch") and place.mesh.shape[axis] > 1)
+    token_shard_axes = tuple(axis for axis in axes if axis not in place.axes("batch") and place.mesh.shape[axis] > 1)
 
     def pick(hidden: jax.Array, index: jax.Array) -> jax.Array:
-        if not sharing:
+        if not token_shard_axes:
             return hidden[index.reshape(-1)]
-        here = index.reshape(-1) - jax.lax.axis_index(sharing) * len(hidden)
+        here = index.reshape(-1) - jax.lax.axis_index(token_shard_axes) * len(hidden)
         here = jnp.where((here >= 0) & (here < len(hidden)), here, len(hidden))
-        return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), sharing)
+        return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), token_shard_axes)
 
     return place.locally(pick, (hidden, hidden_dims(lead)), (index, ("batch", "block")), out=HIDDEN)
 

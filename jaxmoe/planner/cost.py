@@ -202,7 +202,7 @@ class StepCost:
         return _Layer(
             count=0, dense=tuple(self._dense(block, part) for part in MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
-            exchanges=config.moe_layers[block.layer] and place.size(place.exchanged("token")) > 1,
+            exchanges=config.moe_layers[block.layer] and place.size(place.ep_exchange_axes("token")) > 1,
             decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
             window=math.inf if window is None else window, chunk=math.inf if chunk is None else chunk / 2,
         )  # fmt: skip
@@ -232,7 +232,7 @@ class StepCost:
         held, matrices = experts_of(block)
         numbers, products = (one / held for one in self._products(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
-        reach = place.size(place.exchanged("token")) / self._context_ranks
+        reach = place.size(place.ep_exchange_axes("token")) / self._context_ranks
         return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
 
     # --- what a step takes ---

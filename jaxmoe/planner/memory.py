@@ -136,7 +136,7 @@ class Held:
         rows = num_tokens / self.placement.num_shards("page_token")
         parts = {"activations": rows * (4 * config.hidden_size + wide) * self.itemsize}
         if moe is not None:
-            ranks = self.placement.size(self.placement.exchanged("token"))
+            ranks = self.placement.size(self.placement.ep_exchange_axes("token"))
             parts["activations"] += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
             if ranks > 1:
                 parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize

@@ -104,7 +104,7 @@ def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
         return
     held, matrices = experts_of(block)
     numbers = _numbers(matrices, block) / held
-    tokens = rows.tokens * place.size(place.exchanged("token")) / place.num_shards("page_token")
+    tokens = rows.tokens * place.size(place.ep_exchange_axes("token")) / place.num_shards("page_token")
     chosen = tokens * moe.num_experts_per_tok / block.split.moe_expert
     active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
     moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize

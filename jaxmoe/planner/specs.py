@@ -137,16 +137,16 @@ def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
             yield question.dispatch
         return
     yield "all_to_all"
-    if question.config.moe is None or not placement.levels:
+    if question.config.moe is None or not placement.dispatch_levels:
         return
-    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(placement.levels) > 1 else ())]
+    kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(placement.dispatch_levels) > 1 else ())]
     most = {"tpu": math.inf, "cuda": MOST_RAGGED_GPUS}.get(question.hardware.platform, 1)
     yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 
 def _why_not(dispatch: str, placement: Placement) -> str | None:
     """Why a dispatch that is asked for is none of a placement's; None where it is."""
-    if dispatch != "all_to_all" and not placement.levels:
+    if dispatch != "all_to_all" and not placement.dispatch_levels:
         return "sends tokens to the experts of other devices, and here none has others: leave it out"
     return why_refused(dispatch, placement)
 

@@ -104,14 +104,14 @@ def planned_stops(
 ) -> list[Stop]:
     """What planned_collectives counts, place by place."""
     plan = _Plan(config, placement, shape, dispatch)
-    sharing, hidden = plan.sharing, plan.hidden
+    token_shard_axes, hidden = plan.token_shard_axes, plan.hidden
     plan.where = "embedding"
     if placement.num_stages == 1:
         plan.sum(plan.beside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
         plan.layers(1)
         op: Op = "all-reduce" if shape.picked else "all-gather"
         plan.where = "rows that draw"
-        plan.add(placement, op, sharing, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
+        plan.add(placement, op, token_shard_axes, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
     else:
         schedule = plan.schedule
         ticks = sending = schedule.ticks()
@@ -126,7 +126,7 @@ def planned_stops(
         else:
             plan.where = "rows that draw"
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
-        plan.add(placement, "all-gather", sharing, shape.num_tokens * hidden)
+        plan.add(placement, "all-gather", token_shard_axes, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
     return plan.found
 
@@ -139,7 +139,7 @@ def planned_decode_step_stops(
         return planned_stops(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)
     plan.where = "embedding"
-    if placement.shared(plan.lead):
+    if placement.sequence_gather_axes(plan.lead):
         plan.sum(plan.beside, "vocab", plan.shared_rows * plan.hidden, 1)
     else:
         plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
@@ -147,7 +147,7 @@ def planned_decode_step_stops(
     plan.send(1)
     plan.from_last(1)
     plan.where = "rows that draw"
-    plan.add(placement, "all-gather", plan.sharing, plan.tokens * plan.hidden)
+    plan.add(placement, "all-gather", plan.token_shard_axes, plan.tokens * plan.hidden)
     plan.logits(plan.tokens)
     return plan.found
 
@@ -156,8 +156,8 @@ class _Plan:
     """The collectives of a step as they are found, with what all of them are counted by.
 
     tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
-    token's hidden state. sharing: axes that share out a rank's tokens between layers; strip: how many each then has.
-    where, layer (segment and block): of what is found next.
+    token's hidden state. token_shard_axes: axes that share out a rank's tokens between layers; strip: how many each
+    then has. where, layer (segment and block): of what is found next.
     """
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
@@ -173,8 +173,8 @@ class _Plan:
         self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
         self.lead = placement.lead(self.tokens * placement.num_shards("batch"))
-        self.sharing = placement.sharing(self.lead)
-        self.strip = self.tokens // placement.size(self.sharing)
+        self.token_shard_axes = placement.token_shard_axes(self.lead)
+        self.strip = self.tokens // placement.size(self.token_shard_axes)
         self.where: Where = "embedding"
         self.layer: tuple[int, int] | None = None
         self.found: list[Stop] = []
@@ -198,7 +198,7 @@ class _Plan:
     def sum(self, place: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
         over = place.axes(over) if isinstance(over, str) else tuple(over)
-        scattered = [axis for axis in place.shared(self.lead) if axis in over]
+        scattered = [axis for axis in place.sequence_gather_axes(self.lead) if axis in over]
         strip = result_bytes // place.size(scattered)
         self.add(place, "reduce-scatter", scattered, strip, count)
         self.add(place, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
@@ -239,14 +239,14 @@ class _Plan:
     def mlp(self, place: Placement, count: int) -> None:
         """A region split by its width: tokens gathered before it, summed after it."""
         self.where = "mlp"
-        self.gather(place, place.shared(self.lead), self.shared_rows, count)
+        self.gather(place, place.sequence_gather_axes(self.lead), self.shared_rows, count)
         self.sum(place, "ffn", self.shared_rows * self.hidden, count)
 
     def attention(self, place: Placement, count: int) -> None:
         """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
         found."""
         self.where = "attention"
-        self.gather(place, place.shared(self.lead), self.shared_rows, count)
+        self.gather(place, place.sequence_gather_axes(self.lead), self.shared_rows, count)
         config, sizes = self.config, self.sizes(place)
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
@@ -259,25 +259,27 @@ class _Plan:
     def experts(self, place: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""
         self.where = "experts"
-        moe, gathered, summed = self.config.moe, place.gathered(self.lead), place.summed_experts(self.lead)
+        moe, gather_axes, summed = self.config.moe, place.ep_gather_axes(self.lead), place.expert_reduce_axes(self.lead)
         assert moe is not None
-        apart = place.size(place.shared(self.lead)) // place.size(gathered)  # that exchange what they do not gather
+        apart = place.size(place.sequence_gather_axes(self.lead)) // place.size(
+            gather_axes
+        )  # that exchange what they do not gather
         rows = self.shared_rows // apart
-        self.gather(place, gathered, rows, count)
+        self.gather(place, gather_axes, rows, count)
         self.exchange(place, rows, count)
-        together = place.shared(self.lead)
-        if moe.shared_intermediate_size and together != gathered:  # gathered by itself, and scattered
+        sequence_axes = place.sequence_gather_axes(self.lead)
+        if moe.shared_intermediate_size and sequence_axes != gather_axes:  # gathered by itself, and scattered
             self.where = "shared expert"
-            self.gather(place, together, self.shared_rows, count)
-            self.sum(place, together, self.shared_rows * self.hidden, count)
+            self.gather(place, sequence_axes, self.shared_rows, count)
+            self.sum(place, sequence_axes, self.shared_rows * self.hidden, count)
         self.where = "experts"
         self.sum(place, summed, rows * self.hidden, count)
 
     def exchange(self, place: Placement, rows: int, count: int) -> None:
         """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
-        over = tuple(axis for axis in place.exchanged(self.lead) if place.mesh.shape[axis] > 1)
+        over = tuple(axis for axis in place.ep_exchange_axes(self.lead) if place.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
-        places = self.sizes(place).moe_experts // place.size(place.held(self.lead))
+        places = self.sizes(place).moe_experts // place.size(place.ep_replicated_axes(self.lead))
         levels = [(over, rows, places, self.dispatch)]
         if self.dispatch.startswith("hierarchical"):
             inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"

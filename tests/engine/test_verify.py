@@ -48,7 +48,11 @@ def test_every_mesh_is_tried_in_every_layout_or_one_that_is_alike(moe):
 def _lies(mesh, layout) -> list:
     """Which part of every dim each device has, however layers stand to the pipeline."""
     place = Placement(mesh=mesh, layout=layout)
-    found: list = [place.exchanged("residual"), place.held("residual"), place.gathered("residual")]
+    found: list = [
+        place.ep_exchange_axes("residual"),
+        place.ep_replicated_axes("residual"),
+        place.ep_gather_axes("residual"),
+    ]
     found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
     for view, dim in itertools.product(get_args(View), layout.table):
         found.append(place.seen(view).sharding(dim).devices_indices_map((64,)))
@@ -96,7 +100,7 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
     for platform in ("cpu", "gpu", "tpu"):
         runner = asked.runner(config, PlannedMesh(axes, platform), Kernels())
         place = runner.placement
-        if not place.shared("residual"):  # the layout's axis is of one device
+        if not place.sequence_gather_axes("residual"):  # the layout's axis is of one device
             continue
         for chunk in (1, 7, 24, 31, 128):
             bucket = step_bucket(runner, "prefill", **(asked.sizes | {"chunk_tokens": chunk}))

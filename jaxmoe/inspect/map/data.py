@@ -186,10 +186,12 @@ def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, An
     place = runner.placement
     bucket = step_bucket(runner, phase, **question.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
-    sharing = [axis for axis in place.sharing(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1]
+    token_shard_axes = [
+        axis for axis in place.token_shard_axes(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1
+    ]
     return {
         "tokens": bucket.num_tokens, "seq_slots": bucket.seq_slots, "micro_batches": bucket.micro_batches,
-        "sharing": sharing, "strip": tokens // place.size(sharing),
+        "token_shard_axes": token_shard_axes, "strip": tokens // place.size(token_shard_axes),
         "stops": [
             {"where": stop.where, "segment": stop.segment, "block": stop.block, "op": stop.collective.op,
              "axes": list(stop.collective.axes), "bytes": stop.collective.result_bytes,

@@ -105,13 +105,13 @@ function moveByKey(event) {
 
 // --- colours ---
 
-const sharing = () => [...new Set([...data.pages.context_axes, ...data.steps[phase].sharing])]
+const tokenShardAxes = () => [...new Set([...data.pages.context_axes, ...data.steps[phase].token_shard_axes])]
   .filter(axis => data.mesh[axis] > 1);
 const unshared = "this layout shares out neither the tokens between layers nor a context";
 function drawToggles() {
   const names = ["data", "tensor", "pipeline", "expert", "sequence"];
   byId("toggles").replaceChildren(html("span", { class: "soft" }, "Colour by"), ...names.map(name => {
-    const parts = name === "sequence" ? sizeOver(sharing()) : data.mesh[name];
+    const parts = name === "sequence" ? sizeOver(tokenShardAxes()) : data.mesh[name];
     const button = html("button", { "aria-pressed": chosenAxes.has(name), "data-axis": name },
       name, html("small", {}, ` ${parts}`));
     button.disabled = parts === 1;
@@ -125,7 +125,7 @@ function drawToggles() {
   }));
 }
 function colour() {
-  const names = [...new Set([...chosenAxes].flatMap(name => name === "sequence" ? sharing() : [name]))];
+  const names = [...new Set([...chosenAxes].flatMap(name => name === "sequence" ? tokenShardAxes() : [name]))];
   names.sort((a, b) => axes.indexOf(a) - axes.indexOf(b));
   const parts = sizeOver(names);
   const onAxis = new Set(names.flatMap(axis => groups({ op: "all-reduce", axes: [axis], stage: null }).flatMap(group =>
@@ -204,9 +204,9 @@ function holdings(at) {
   const most = Math.ceil(data.max_num_seqs / data.pages.ranks);
   rows.push(["Requests", data.pages.ranks > 1 ? `those of batch rank ${rank}: up to ${most} of ${data.max_num_seqs}`
     : `all ${data.max_num_seqs}`]);
-  const step = data.steps[phase], strip = indexOver(step.sharing, at);
-  const strips = step.strip * sizeOver(step.sharing), own = span([strip * step.strip, (strip + 1) * step.strip]);
-  if (step.sharing.length) rows.push(["Tokens", `between layers ${own} of its rank's ${strips} in ${phase}`]);
+  const step = data.steps[phase], strip = indexOver(step.token_shard_axes, at);
+  const strips = step.strip * sizeOver(step.token_shard_axes), own = span([strip * step.strip, (strip + 1) * step.strip]);
+  if (step.token_shard_axes.length) rows.push(["Tokens", `between layers ${own} of its rank's ${strips} in ${phase}`]);
   return rows;
 }
 function nameOf(array) {
