@@ -71,8 +71,8 @@ class Layout:
     def table(self) -> Mapping[str, Axes]:
         """Logical dim -> mesh axes that split it; dims of layers lie over the pipeline.
 
-        A step's tokens are "batch" where ranks of a context have the same, "token" inside layers, "residual" between
-        them where they are shared out there, "routed" where experts are chosen for such.
+        A step's tokens are "batch" where ranks of a context have the same, "token" inside layers, "sequence_sharded"
+        between them where they are shared out there, "routed" where experts are chosen for such.
         """
         whole = (
             "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "expert_map",
@@ -85,7 +85,7 @@ class Layout:
             "stage": ("pipeline",),
             "batch": self.batch,
             "token": tokens,
-            "residual": (*tokens, *self.sequence),
+            "sequence_sharded": (*tokens, *self.sequence),
             "routed": (*tokens, *(axis for axis in self.sequence if axis in self.experts)),
             "page": self.batch,
             "page_token": self.context,

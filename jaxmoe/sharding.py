@@ -28,7 +28,7 @@ View = Literal["staged", "within", "beside"]
 _STRIP_ROWS = {"tpu": 8}
 
 # How a step's tokens lie: inside layers, or between their split regions.
-TokenDim = Literal["token", "residual"]
+TokenDim = Literal["token", "sequence_sharded"]
 
 # Dims inside a layer, which beside the stages lie over the pipeline too.
 _INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
@@ -90,11 +90,11 @@ class Placement:
             return ("pipeline", *axes)
         return axes
 
-    def lead(self, num_rows: int) -> TokenDim:
+    def token_dim(self, num_rows: int) -> TokenDim:
         """How so many rows of tokens lie between the split regions of layers: shared out there where that comes out
         even, in whole strips."""
         sequence_sharded = self.layout.sequence and num_rows % (self.num_shards("batch") * self.strip_tokens) == 0
-        return "residual" if sequence_sharded else "token"
+        return "sequence_sharded" if sequence_sharded else "token"
 
     @property
     def strip_rows(self) -> int:
@@ -104,47 +104,47 @@ class Placement:
     @property
     def strip_tokens(self) -> int:
         """What a rank's tokens must be a multiple of to be shared out between the split regions of layers."""
-        return self.strip_rows * self.num_shards("residual") // self.num_shards("batch")
+        return self.strip_rows * self.num_shards("sequence_sharded") // self.num_shards("batch")
 
-    def ep_exchange_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def ep_exchange_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have other tokens and other experts."""
-        return tuple(axis for axis in self.axes("moe_expert") if axis in self.axes(lead))
+        return tuple(axis for axis in self.axes("moe_expert") if axis in self.axes(token_dim))
 
     @property
     def dispatch_levels(self) -> tuple[str, ...]:
         """Of the axes along which tokens may go to their experts, those of several ranks, outermost first."""
-        return tuple(axis for axis in self.ep_exchange_axes("residual") if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in self.ep_exchange_axes("sequence_sharded") if self.mesh.shape[axis] > 1)
 
     def ragged_peers(self, dispatch: str) -> int:
         """Ranks among which a dispatch exchanges rows of uneven numbers; 1 where it does not."""
         skipped = {"ragged_all_to_all": 0, "hierarchical_ragged": 1}.get(dispatch)
         return 1 if skipped is None else self.size(self.dispatch_levels[skipped:])
 
-    def ep_replicated_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def ep_replicated_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have the same tokens and other experts."""
-        return tuple(axis for axis in self.axes("moe_expert") if axis not in self.axes(lead))
+        return tuple(axis for axis in self.axes("moe_expert") if axis not in self.axes(token_dim))
 
-    def routed(self, lead: TokenDim) -> str:
+    def routed(self, token_dim: TokenDim) -> str:
         """How tokens lie where experts are chosen for them."""
-        return "routed" if lead == "residual" else "token"
+        return "routed" if token_dim == "sequence_sharded" else "token"
 
-    def ep_gather_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def ep_gather_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes that share out tokens between the split regions, along which experts are split and need them all."""
-        return tuple(axis for axis in self.sequence_gather_axes(lead) if axis not in self.axes("moe_expert"))
+        return tuple(axis for axis in self.sequence_gather_axes(token_dim) if axis not in self.axes("moe_expert"))
 
-    def expert_reduce_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def expert_reduce_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have parts of what experts make of the same tokens."""
-        axes = (*self.ep_replicated_axes(lead), *self.axes("moe_ffn"))
+        axes = (*self.ep_replicated_axes(token_dim), *self.axes("moe_ffn"))
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
-    def sequence_gather_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def sequence_gather_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes that share out tokens between the split regions, along which those need them all."""
-        axes = self.layout.sequence if lead == "residual" else ()
+        axes = self.layout.sequence if token_dim == "sequence_sharded" else ()
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
-    def token_shard_axes(self, lead: TokenDim) -> tuple[str, ...]:
+    def token_shard_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
         """Axes along which ranks have other tokens of the same requests between the split regions."""
-        return tuple(axis for axis in self.axes(lead) if axis not in self.axes("batch"))
+        return tuple(axis for axis in self.axes(token_dim) if axis not in self.axes("batch"))
 
     def size(self, axes: Iterable[str]) -> int:
         """Devices along some axes."""

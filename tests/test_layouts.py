@@ -82,7 +82,7 @@ def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, conte
     assert sorted(batch + split + context) == ["data", "expert", "tensor"]
     assert len(set(experts + expert_width)) == len(experts + expert_width)
     pairs = (("token", "kv_head"), ("token", "ffn"), ("token", "vocab"), ("moe_expert", "moe_ffn"))
-    for dims in (*pairs, ("residual",), ("page", "page_token", "kv_head")):
+    for dims in (*pairs, ("sequence_sharded",), ("page", "page_token", "kv_head")):
         axes = [axis for dim in dims for axis in layout.table[dim]]
         assert len(set(axes)) == len(axes)
 

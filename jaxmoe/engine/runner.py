@@ -195,7 +195,7 @@ class Runner:
         while seq_slots * self.num_ranks < num_seqs:
             seq_slots *= 2
         place = self.placement
-        if place.sequence_gather_axes("residual"):  # with blocks of prompts beside them, which bucket_with adds
+        if place.sequence_gather_axes("sequence_sharded"):  # with blocks of prompts beside them, which bucket_with adds
             even = self.block_shares * place.num_stages
             seq_slots = -(-seq_slots // even) * even
         return seq_slots * self.num_ranks
@@ -231,7 +231,7 @@ class Runner:
             if not self.config.moe_layers[segment.first + number]:
                 return None
             place = self.placement.holding(segment)
-            routed = place.routed(place.lead(rows))
+            routed = place.routed(place.token_dim(rows))
             zeros = jnp.zeros((segment.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
             return place.constrain(zeros, "layer", routed, "router_expert")
 

@@ -108,11 +108,11 @@ class Attention(nnx.Module):
             self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, lead: TokenDim
+        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. token_dim: see project."""
         config, place, num_valid = self.config, self.placement, context.token_mask.num_valid
-        qkv = project(x, self.qkv, place, self.kernels.linear, at, num_valid, lead=lead)
+        qkv = project(x, self.qkv, place, self.kernels.linear, at, num_valid, token_dim=token_dim)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         mixed, kv_cache = context.attention_backend(
             kv_cache, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, place=place
         )
-        y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, lead=lead)
+        y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, token_dim=token_dim)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kv_cache
 
     def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:

@@ -49,16 +49,16 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, Routed | None]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
         went."""
-        lead = self.placement.lead(x.shape[0])
+        token_dim = self.placement.token_dim(x.shape[0])
         h = self._normed(x, self.input_layernorm, at)
-        y, kv_cache = self.attention(h, at, context, kv_cache, lead)
+        y, kv_cache = self.attention(h, at, context, kv_cache, token_dim)
         x = x + y
         h = self._normed(x, self.post_attention_layernorm, at)
         if self.sparse:
-            y, routed = self.moe(h, at, context.token_mask, lead)
+            y, routed = self.moe(h, at, context.token_mask, token_dim)
             return x + y, kv_cache, routed
-        return x + self.mlp(h, at, context.token_mask.num_valid, lead), kv_cache, None
+        return x + self.mlp(h, at, context.token_mask.num_valid, token_dim), kv_cache, None
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
-        dims = hidden_dims(self.placement.lead(x.shape[0]))
+        dims = hidden_dims(self.placement.token_dim(x.shape[0]))
         return normed(x, at_layer(weight, at), dims, self.placement, self.kernels.pointwise, eps=self.eps)

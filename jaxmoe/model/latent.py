@@ -62,12 +62,12 @@ class LatentAttention(nnx.Module):
             self.out_bias = make(zeros, width=config.hidden_size)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, lead: TokenDim
+        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. lead: see project."""
+        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. token_dim: see project."""
         place, kernels, mla = self.placement, self.kernels, self.mla
         num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
-        x = together(x, place, lead)
+        x = together(x, place, token_dim)
         down = project(x, self.kv_down, place, kernels.linear, at, num_valid)
         latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
         turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, place, kernels.pointwise)
@@ -78,7 +78,7 @@ class LatentAttention(nnx.Module):
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, place, kernels.pointwise)
         over = self._over_latents if context.attention_backend.uses_kv_cache else self._over_heads
         mixed, kv_cache = over(plain, q_turned, latent, turned, at, context, kv_cache)
-        y = project(mixed, self.out, place, kernels.linear, at, num_valid, over=3, lead=lead)
+        y = project(mixed, self.out, place, kernels.linear, at, num_valid, over=3, token_dim=token_dim)
         return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kv_cache
 
     def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:

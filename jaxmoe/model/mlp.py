@@ -31,12 +31,14 @@ class MLP(nnx.Module):
             self.up_bias = make(zeros, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)
 
-    def __call__(self, x: jax.Array, at: At, num_valid: jax.Array | None, lead: TokenDim) -> jax.Array:
-        """x [B,S,D] -> [B,S,D], by the weights of layer `at`. num_valid, lead: see project."""
+    def __call__(self, x: jax.Array, at: At, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
+        """x [B,S,D] -> [B,S,D], by the weights of layer `at`. num_valid, token_dim: see project."""
         place, kind = self.placement, self.kernels.linear
-        x = together(x, place, lead)
+        x = together(x, place, token_dim)
         gate, up = (project(x, matrix, place, kind, at, num_valid) for matrix in (self.gate, self.up))
         if self.bias:
             gate, up = gate + at_layer(self.gate_bias, at), up + at_layer(self.up_bias, at)
-        y = project(gated(gate, up, place, self.kernels.pointwise), self.down, place, kind, at, num_valid, lead=lead)
+        y = project(
+            gated(gate, up, place, self.kernels.pointwise), self.down, place, kind, at, num_valid, token_dim=token_dim
+        )
         return y + at_layer(self.down_bias, at) if self.bias else y

@@ -29,13 +29,13 @@ def project(
     over: int = 1,
     transposed: bool = False,
     dtype: str | None = None,
-    lead: TokenDim | Literal["batch"] = "token",
+    token_dim: TokenDim | Literal["batch"] = "token",
 ) -> jax.Array:
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
     transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
-    num_valid: see TokenMask. lead: how rows lie where they have the model's width; "residual" ones are gathered before
-    the product, or scattered after it.
+    num_valid: see TokenMask. token_dim: how rows lie where they have the model's width; "sequence_sharded" ones are
+    gathered before the product, or scattered after it.
 
     One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside or is not
     to split a loop over tiles of a quantised matrix.
@@ -46,12 +46,12 @@ def project(
         weights, dims, at = weights[None], ("one", *dims), 0
     layer, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
-    inside = "token" if lead == "residual" else lead
-    before, after = ((lead if part == ("width",) else inside, "length", *part) for part in (summed, kept))
+    inside = "token" if token_dim == "sequence_sharded" else token_dim
+    before, after = ((token_dim if part == ("width",) else inside, "length", *part) for part in (summed, kept))
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
-    if kind == "xla" and lead != "residual" and not isinstance(weights, Quantised):
+    if kind == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantised):
         return place.constrain(plain(x, weights, at), *after)
-    sequence_axes = place.sequence_gather_axes(lead) if lead == "residual" else ()
+    sequence_axes = place.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
     gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
 
@@ -79,13 +79,13 @@ def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, d
     return jax.lax.dot_general(x, layer_of(w, at), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
-def together(x: jax.Array, place: Placement, lead: TokenDim) -> jax.Array:
-    """x [B,S,D], whose rows lie as `lead` says, as it is needed inside layers: for more than one product of it."""
-    sequence_axes = place.sequence_gather_axes(lead)
+def together(x: jax.Array, place: Placement, token_dim: TokenDim) -> jax.Array:
+    """x [B,S,D], whose rows lie as `token_dim` says, as it is needed inside layers: for more than one product of it."""
+    sequence_axes = place.sequence_gather_axes(token_dim)
     if not sequence_axes:
         return x
     rest = ("length", "width")
-    return place.locally(lambda x: gather_rows(x, sequence_axes), (x, (lead, *rest)), out=("token", *rest))
+    return place.locally(lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest))
 
 
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -20,9 +20,9 @@ QUERY_DIMS = ("token", "length", "kv_head", "head_slot", "head_dim")
 KEY_DIMS = ("token", "length", "kv_head", "head_dim")
 
 
-def hidden_dims(lead: str) -> Dims:
-    """Of hidden states [B,S,D] whose rows lie as `lead` says."""
-    return (lead, *HIDDEN[1:])
+def hidden_dims(token_dim: str) -> Dims:
+    """Of hidden states [B,S,D] whose rows lie as `token_dim` says."""
+    return (token_dim, *HIDDEN[1:])
 
 
 class TokenMask(NamedTuple):

@@ -103,7 +103,7 @@ class Transformer(nnx.Module):
             x, forward_state = self._beside(
                 0, len(self.layer_segments), self.embedded(tokens), layer_inputs, forward_state, asked
             )
-            x = x if pick is None else pick(x, self.beside, self.beside.lead(tokens.shape[0]))
+            x = x if pick is None else pick(x, self.beside, self.beside.token_dim(tokens.shape[0]))
         else:
             x, forward_state = self._through_stages(
                 self.embedded(tokens, together=False), step_inputs, forward_state, schedule, pick
@@ -119,14 +119,14 @@ class Transformer(nnx.Module):
 
         together: whether they are one micro-batch."""
         place, table = self.beside, self.embed[...]
-        between = place.lead(tokens.shape[0])
+        between = place.token_dim(tokens.shape[0])
         apart = place.num_stages > 1 and not (together and place.sequence_gather_axes(between))
-        lead: TokenDim | Literal["batch"] = "batch" if apart else between
+        token_dim: TokenDim | Literal["batch"] = "batch" if apart else between
         axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
-        if lead == "token" or not axes:
-            tokens = place.constrain(tokens, lead, "length")
-            return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(lead))
-        scatter_axes = place.sequence_gather_axes(lead) if lead == "residual" else ()
+        if token_dim == "token" or not axes:
+            tokens = place.constrain(tokens, token_dim, "length")
+            return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(token_dim))
+        scatter_axes = place.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
 
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
             here = tokens - jax.lax.axis_index(axes) * len(table)
@@ -134,8 +134,8 @@ class Transformer(nnx.Module):
             rows = table.at[here].get(mode="fill", fill_value=0)
             return summed_over(rows, axes, scatter_axes)
 
-        arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else lead, "length"))
-        return place.locally(lookup, *arrays, out=hidden_dims(lead))
+        arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else token_dim, "length"))
+        return place.locally(lookup, *arrays, out=hidden_dims(token_dim))
 
     def normed(self, x: jax.Array) -> jax.Array:
         """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
@@ -177,7 +177,7 @@ class Transformer(nnx.Module):
         if first >= last:
             return x, forward_state
         context = self._forward_context(layer_inputs, self.beside)
-        x = self.beside.constrain(x, *hidden_dims(self.beside.lead(x.shape[0])))
+        x = self.beside.constrain(x, *hidden_dims(self.beside.token_dim(x.shape[0])))
         kv_cache: list[Any] = list(forward_state.kv_cache)
         tokens_per_expert: list[Any] | None = (
             None if forward_state.tokens_per_expert is None else list(forward_state.tokens_per_expert)
@@ -219,8 +219,8 @@ class Transformer(nnx.Module):
     def empty_buffers(self, schedule: Schedule, rows: int, length: int) -> StageBuffers:
         """Nothing on its way between stages. rows, length: of one micro-batch."""
         shape = rows, length, self.config.hidden_size
-        lead = self.placement.lead(rows)
-        return empty_buffers(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(lead))
+        token_dim = self.placement.token_dim(rows)
+        return empty_buffers(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(token_dim))
 
     def tick(
         self,
@@ -236,7 +236,7 @@ class Transformer(nnx.Module):
         segment, number = self.layer_segments[self.staged], self.staged
         graph, weights = nnx.split(self.segments[number])
         place = self.placement.of_segment(segment)
-        dims = hidden_dims(place.lead(enters.shape[0]))
+        dims = hidden_dims(place.token_dim(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
         kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
 
@@ -281,7 +281,7 @@ class Transformer(nnx.Module):
     def from_last(self, sent: jax.Array) -> jax.Array:
         """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
         within = self.placement.seen("within")
-        dims = hidden_dims(within.lead(sent.shape[1]))
+        dims = hidden_dims(within.token_dim(sent.shape[1]))
         return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *dims))
 
     def _through_stages(
@@ -308,8 +308,8 @@ class Transformer(nnx.Module):
             return buffers, forward_state, done.at[place].set(y, mode="drop")
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
-        lead = self.placement.lead(rows)
-        dims = ("one", *(() if after else ("stage",)), *hidden_dims(lead))
+        token_dim = self.placement.token_dim(rows)
+        dims = ("one", *(() if after else ("stage",)), *hidden_dims(token_dim))
         carry = self.empty_buffers(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
         _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.layer_segments) == 1)
 
@@ -329,19 +329,21 @@ class Transformer(nnx.Module):
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
         how = self.beside, self.kernels.linear
         if self.config.tie_word_embeddings:
-            logits = project(hidden, self.embed, *how, transposed=True, dtype="float32", lead="batch")
+            logits = project(hidden, self.embed, *how, transposed=True, dtype="float32", token_dim="batch")
         else:
-            logits = project(hidden, self.head, *how, dtype="float32", lead="batch")
+            logits = project(hidden, self.head, *how, dtype="float32", token_dim="batch")
         real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(real, logits, -jnp.inf)
 
 
-def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch"], *, index: jax.Array) -> jax.Array:
-    """hidden [r*t,1,D], whose rows lie as `lead` says, at index [r,d] of each rank of the batch: [r*d,1,D].
+def at_rows(
+    hidden: jax.Array, place: Placement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
+) -> jax.Array:
+    """hidden [r*t,1,D], whose rows lie as `token_dim` says, at index [r,d] of each rank of the batch: [r*d,1,D].
 
     Ranks that share out a rank's tokens each give those they have: one all-reduce.
     """
-    axes = place.axes(lead)
+    axes = place.axes(token_dim)
     token_shard_axes = tuple(axis for axis in axes if axis not in place.axes("batch") and place.mesh.shape[axis] > 1)
 
     def pick(hidden: jax.Array, index: jax.Array) -> jax.Array:
@@ -351,7 +353,7 @@ def at_rows(hidden: jax.Array, place: Placement, lead: TokenDim | Literal["batch
         here = jnp.where((here >= 0) & (here < len(hidden)), here, len(hidden))
         return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), token_shard_axes)
 
-    return place.locally(pick, (hidden, hidden_dims(lead)), (index, ("batch", "block")), out=HIDDEN)
+    return place.locally(pick, (hidden, hidden_dims(token_dim)), (index, ("batch", "block")), out=HIDDEN)
 
 
 def _through(

@@ -139,7 +139,7 @@ def planned_decode_step_stops(
         return planned_stops(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)
     plan.where = "embedding"
-    if placement.sequence_gather_axes(plan.lead):
+    if placement.sequence_gather_axes(plan.token_dim):
         plan.sum(plan.beside, "vocab", plan.shared_rows * plan.hidden, 1)
     else:
         plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
@@ -172,8 +172,8 @@ class _Plan:
         self.tokens = shape.num_tokens // shape.micro_batches
         self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
-        self.lead = placement.lead(self.tokens * placement.num_shards("batch"))
-        self.token_shard_axes = placement.token_shard_axes(self.lead)
+        self.token_dim = placement.token_dim(self.tokens * placement.num_shards("batch"))
+        self.token_shard_axes = placement.token_shard_axes(self.token_dim)
         self.strip = self.tokens // placement.size(self.token_shard_axes)
         self.where: Where = "embedding"
         self.layer: tuple[int, int] | None = None
@@ -198,7 +198,7 @@ class _Plan:
     def sum(self, place: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
         over = place.axes(over) if isinstance(over, str) else tuple(over)
-        scattered = [axis for axis in place.sequence_gather_axes(self.lead) if axis in over]
+        scattered = [axis for axis in place.sequence_gather_axes(self.token_dim) if axis in over]
         strip = result_bytes // place.size(scattered)
         self.add(place, "reduce-scatter", scattered, strip, count)
         self.add(place, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
@@ -239,14 +239,14 @@ class _Plan:
     def mlp(self, place: Placement, count: int) -> None:
         """A region split by its width: tokens gathered before it, summed after it."""
         self.where = "mlp"
-        self.gather(place, place.sequence_gather_axes(self.lead), self.shared_rows, count)
+        self.gather(place, place.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         self.sum(place, "ffn", self.shared_rows * self.hidden, count)
 
     def attention(self, place: Placement, count: int) -> None:
         """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
         found."""
         self.where = "attention"
-        self.gather(place, place.sequence_gather_axes(self.lead), self.shared_rows, count)
+        self.gather(place, place.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         config, sizes = self.config, self.sizes(place)
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
@@ -259,15 +259,19 @@ class _Plan:
     def experts(self, place: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""
         self.where = "experts"
-        moe, gather_axes, summed = self.config.moe, place.ep_gather_axes(self.lead), place.expert_reduce_axes(self.lead)
+        moe, gather_axes, summed = (
+            self.config.moe,
+            place.ep_gather_axes(self.token_dim),
+            place.expert_reduce_axes(self.token_dim),
+        )
         assert moe is not None
-        apart = place.size(place.sequence_gather_axes(self.lead)) // place.size(
+        apart = place.size(place.sequence_gather_axes(self.token_dim)) // place.size(
             gather_axes
         )  # that exchange what they do not gather
         rows = self.shared_rows // apart
         self.gather(place, gather_axes, rows, count)
         self.exchange(place, rows, count)
-        sequence_axes = place.sequence_gather_axes(self.lead)
+        sequence_axes = place.sequence_gather_axes(self.token_dim)
         if moe.shared_intermediate_size and sequence_axes != gather_axes:  # gathered by itself, and scattered
             self.where = "shared expert"
             self.gather(place, sequence_axes, self.shared_rows, count)
@@ -277,9 +281,9 @@ class _Plan:
 
     def exchange(self, place: Placement, rows: int, count: int) -> None:
         """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
-        over = tuple(axis for axis in place.ep_exchange_axes(self.lead) if place.mesh.shape[axis] > 1)
+        over = tuple(axis for axis in place.ep_exchange_axes(self.token_dim) if place.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
-        places = self.sizes(place).moe_experts // place.size(place.ep_replicated_axes(self.lead))
+        places = self.sizes(place).moe_experts // place.size(place.ep_replicated_axes(self.token_dim))
         levels = [(over, rows, places, self.dispatch)]
         if self.dispatch.startswith("hierarchical"):
             inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"

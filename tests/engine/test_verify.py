@@ -49,9 +49,9 @@ def _lies(mesh, layout) -> list:
     """Which part of every dim each device has, however layers stand to the pipeline."""
     place = Placement(mesh=mesh, layout=layout)
     found: list = [
-        place.ep_exchange_axes("residual"),
-        place.ep_replicated_axes("residual"),
-        place.ep_gather_axes("residual"),
+        place.ep_exchange_axes("sequence_sharded"),
+        place.ep_replicated_axes("sequence_sharded"),
+        place.ep_gather_axes("sequence_sharded"),
     ]
     found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
     for view, dim in itertools.product(get_args(View), layout.table):
@@ -100,13 +100,13 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
     for platform in ("cpu", "gpu", "tpu"):
         runner = asked.runner(config, PlannedMesh(axes, platform), Kernels())
         place = runner.placement
-        if not place.sequence_gather_axes("residual"):  # the layout's axis is of one device
+        if not place.sequence_gather_axes("sequence_sharded"):  # the layout's axis is of one device
             continue
         for chunk in (1, 7, 24, 31, 128):
             bucket = step_bucket(runner, "prefill", **(asked.sizes | {"chunk_tokens": chunk}))
             tokens = bucket.num_tokens // bucket.micro_batches
-            assert place.lead(tokens * runner.num_ranks) == "residual"
-            assert tokens * runner.num_ranks % (place.strip_rows * place.num_shards("residual")) == 0
+            assert place.token_dim(tokens * runner.num_ranks) == "sequence_sharded"
+            assert tokens * runner.num_ranks % (place.strip_rows * place.num_shards("sequence_sharded")) == 0
             assert bucket.num_tokens <= 2 * (bucket.rows + place.num_stages * max(chunk, 2 * place.strip_tokens))
 
 

@@ -187,7 +187,9 @@ def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, An
     bucket = step_bucket(runner, phase, **question.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
     token_shard_axes = [
-        axis for axis in place.token_shard_axes(place.lead(tokens * runner.num_ranks)) if place.mesh.shape[axis] > 1
+        axis
+        for axis in place.token_shard_axes(place.token_dim(tokens * runner.num_ranks))
+        if place.mesh.shape[axis] > 1
     ]
     return {
         "tokens": bucket.num_tokens, "seq_slots": bucket.seq_slots, "micro_batches": bucket.micro_batches,
