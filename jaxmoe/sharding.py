@@ -19,9 +19,10 @@ from jaxmoe.mesh import PlannedMesh, conform_mesh
 
 Dims = tuple[str, ...]
 
-# How an array stands to the pipeline: "staged" ones hold layers that stages share out; "within" is how a stage sees
-# them; "beside" are all others (embedding, head, layers that no stage holds), split over pipeline as over tensor.
-View = Literal["staged", "within", "beside"]
+# How an array stands to the pipeline: "stacked" ones hold layers that stages share out; "in_stage" is how a stage sees
+# them; "outside_pipeline" are all others (embedding, head, layers that no stage holds), split over pipeline as over
+# tensor.
+PipelineView = Literal["stacked", "in_stage", "outside_pipeline"]
 
 # Of tokens shared out between split regions a rank has so many at a time. XLA:TPU reduces and scatters whole tiles of
 # rows; of smaller strips it makes an all-reduce, with twice the bytes, and larger ones it pads.
@@ -31,7 +32,7 @@ _STRIP_ROWS = {"tpu": 8}
 TokenDim = Literal["token", "sequence_sharded"]
 
 # Dims inside a layer, which beside the stages lie over the pipeline too.
-_INSIDE = ("vocab", "kv_head", "ffn", "moe_ffn")
+_LAYER_DIMS = ("vocab", "kv_head", "ffn", "moe_ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,14 @@ class Placement:
     mesh: Mesh
     layout: Layout = DEFAULT_LAYOUT
     virtual_stages: int = 1
-    view: View = "staged"
+    view: PipelineView = "stacked"
     redundant_experts: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.mesh, Mesh):
             object.__setattr__(self, "mesh", conform_mesh(self.mesh))
 
-    def seen(self, view: View) -> Placement:
+    def with_view(self, view: PipelineView) -> Placement:
         """The same, for arrays that stand otherwise to the pipeline."""
         if view == self.view:
             return self
@@ -63,13 +64,13 @@ class Placement:
             self._views[view] = replace(self, view=view)
         return self._views[view]
 
-    def of_segment(self, segment: LayerSegment) -> Placement:
+    def for_layers(self, segment: LayerSegment) -> Placement:
         """The same, as the layers of a segment see it."""
-        return self.seen("within" if segment.stages > 1 else "beside")
+        return self.with_view("in_stage" if segment.stages > 1 else "outside_pipeline")
 
-    def holding(self, segment: LayerSegment) -> Placement:
+    def for_params(self, segment: LayerSegment) -> Placement:
         """The same, as the arrays that hold all layers of a segment lie."""
-        return self.seen("staged" if segment.stages > 1 else "beside")
+        return self.with_view("stacked" if segment.stages > 1 else "outside_pipeline")
 
     @property
     def platform(self) -> str:
@@ -84,9 +85,9 @@ class Placement:
     def axes(self, dim: str) -> tuple[str, ...]:
         """The mesh axes that split a logical dim. Raises: KeyError for a dim the table does not know."""
         axes = self.layout.table[dim]
-        if dim == "layer" and self.view != "staged":
+        if dim == "layer" and self.view != "stacked":
             return ()
-        if dim in _INSIDE and self.view == "beside" and self.num_stages > 1:
+        if dim in _LAYER_DIMS and self.view == "outside_pipeline" and self.num_stages > 1:
             return ("pipeline", *axes)
         return axes
 
@@ -158,7 +159,7 @@ class Placement:
     def _mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as code being traced sees it: within a stage, one whose pipeline is not XLA's to split."""
         here = jax.sharding.get_abstract_mesh()
-        return here if self.view == "within" and not here.empty else self._jax_mesh
+        return here if self.view == "in_stage" and not here.empty else self._jax_mesh
 
     def num_shards(self, dim: str) -> int:
         """How many parts a logical dim is split in."""
@@ -173,7 +174,7 @@ class Placement:
         return {}
 
     @cached_property
-    def _views(self) -> dict[View, Placement]:
+    def _views(self) -> dict[PipelineView, Placement]:
         return {}
 
     def spec(self, *dims: str) -> P:
@@ -230,7 +231,7 @@ def _whole_blocks(config: ModelConfig) -> int:
 
 def segment_sizes(config: ModelConfig, placement: Placement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:
     """array_sizes of the layers of each segment."""
-    return [array_sizes(config, placement.of_segment(segment)) for segment in segments]
+    return [array_sizes(config, placement.for_layers(segment)) for segment in segments]
 
 
 def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
@@ -243,7 +244,7 @@ def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
     )
     moe = config.moe
     return ArraySizes(
-        vocab=_round_up(config.vocab_size, placement.seen("beside").num_shards("vocab")),
+        vocab=_round_up(config.vocab_size, placement.with_view("outside_pipeline").num_shards("vocab")),
         kv_slots=kv_slots,
         kv_copies=kv_copies,
         group_slots=group_slots,

@@ -146,7 +146,7 @@ class ExpertManager:
 
         One slot after the other: its experts go once round the ranks, and each takes what it needs.
         """
-        place = self._place.holding(segment)
+        place = self._place.for_params(segment)
         axes, ranks, shape = place.axes("moe_expert"), self.num_ranks, place.mesh.shape
         ordered = tuple(axis for axis in shape if axis in axes)  # ppermute wants axes in the mesh's order
         along = np.arange(ranks).reshape([shape[axis] for axis in ordered])

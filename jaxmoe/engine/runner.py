@@ -150,7 +150,7 @@ class Runner:
         """Of those, the bytes of a device that holds the token: one of a context's ranks."""
 
         def devices(segment: LayerSegment) -> int:
-            place = self.placement.holding(segment)
+            place = self.placement.for_params(segment)
             return place.num_shards("layer") * place.num_shards("kv_head")
 
         return self._bytes_per_token(devices)
@@ -169,7 +169,7 @@ class Runner:
         ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
         def block(segment: LayerSegment) -> tuple[Any, ...]:
-            place = self.placement.holding(segment)
+            place = self.placement.for_params(segment)
             return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
 
         pages: Any = [(block(segment),) * segment.period for segment in self.segments]
@@ -230,7 +230,7 @@ class Runner:
         def block(segment: LayerSegment, number: int) -> jax.Array | None:
             if not self.config.moe_layers[segment.first + number]:
                 return None
-            place = self.placement.holding(segment)
+            place = self.placement.for_params(segment)
             routed = place.routed(place.token_dim(rows))
             zeros = jnp.zeros((segment.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
             return place.constrain(zeros, "layer", routed, "router_expert")
@@ -250,7 +250,7 @@ class Runner:
         features: SamplingFeatures,
         bucket: Bucket,
     ):
-        place, ranks, parts = self.placement.seen("within"), self.num_ranks, bucket.micro_batches
+        place, ranks, parts = self.placement.with_view("in_stage"), self.num_ranks, bucket.micro_batches
         query_blocks = [
             QueryBlocks(
                 num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
@@ -289,7 +289,7 @@ class Runner:
         decode_steps,
         max_decode_steps: int,
     ):
-        place, ranks, seq_slots = self.placement.seen("beside"), self.num_ranks, bucket.seq_slots
+        place, ranks, seq_slots = self.placement.with_view("outside_pipeline"), self.num_ranks, bucket.seq_slots
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         blocks = QueryBlocks(
             num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]

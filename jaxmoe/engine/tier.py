@@ -31,10 +31,10 @@ class HostOffload:
         self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
         kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in LARGEST else (_NUMBERS,)
         self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
-        held = [runner.placement.holding(segment) for segment in runner.segments for _ in range(segment.period)]
+        held = [runner.placement.for_params(segment) for segment in runner.segments for _ in range(segment.period)]
         views = dict.fromkeys(place.view for place in held)
         self._groups = [
-            (self._place.seen(view), [block for block, place in enumerate(held) if place.view == view])
+            (self._place.with_view(view), [block for block, place in enumerate(held) if place.view == view])
             for view in views
         ]
         self._shardings = [place.sharding(*dims) for place, _ in self._groups for dims in kinds]

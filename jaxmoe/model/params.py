@@ -16,7 +16,7 @@ from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
 from jaxmoe.ops.quantised import Quantised, Weights
 from jaxmoe.ops.stack import At, layer_of
-from jaxmoe.sharding import Dims, Placement, View
+from jaxmoe.sharding import Dims, PipelineView, Placement
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -82,7 +82,7 @@ class Maker:
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
         lead: Mapping[str, int] = MappingProxyType({}),
-        view: View = "beside",
+        view: PipelineView = "outside_pipeline",
         quantized: QuantizedMatrices | None = None,
     ) -> None:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
@@ -95,7 +95,7 @@ class Maker:
             quantized = QuantizedMatrices(
                 config.quantisation.format, config.quantisation.of(segment.first + block), place
             )
-        view: View = "staged" if segment.stages > 1 else "beside"
+        view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
         return Maker(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:

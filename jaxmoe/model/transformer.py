@@ -60,8 +60,8 @@ class Transformer(nnx.Module):
             )
         make = Maker(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
-        self.beside = placement.seen("beside")
-        vocab = array_sizes(config, self.beside).vocab
+        self.outside = placement.with_view("outside_pipeline")
+        vocab = array_sizes(config, self.outside).vocab
         self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.layer_segments = layer_segments(
             config, kernels.layers, stages=placement.num_stages, virtual_stages=placement.virtual_stages
@@ -75,7 +75,7 @@ class Transformer(nnx.Module):
             self.head = make(normal(0.02), width=config.hidden_size, vocab=vocab)
 
     def _block(self, segment: LayerSegment, block: int, make: Maker) -> Block:
-        place = self.placement.of_segment(segment)
+        place = self.placement.for_layers(segment)
         sizes = array_sizes(self.config, place)
         make = make.stacked(segment, block, self.config, place)
         return Block(self.config, sizes, place, self.kernels, segment.first + block, make=make)
@@ -100,10 +100,10 @@ class Transformer(nnx.Module):
         routed: list[jax.Array] = []
         if self.placement.num_stages == 1:
             layer_inputs, asked = step_inputs.part(0, 1), routed if probabilities else None
-            x, forward_state = self._beside(
+            x, forward_state = self._run_segments(
                 0, len(self.layer_segments), self.embedded(tokens), layer_inputs, forward_state, asked
             )
-            x = x if pick is None else pick(x, self.beside, self.beside.token_dim(tokens.shape[0]))
+            x = x if pick is None else pick(x, self.outside, self.outside.token_dim(tokens.shape[0]))
         else:
             x, forward_state = self._through_stages(
                 self.embedded(tokens, together=False), step_inputs, forward_state, schedule, pick
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
 
         together: whether they are one micro-batch."""
-        place, table = self.beside, self.embed[...]
+        place, table = self.outside, self.embed[...]
         between = place.token_dim(tokens.shape[0])
         apart = place.num_stages > 1 and not (together and place.sequence_gather_axes(between))
         token_dim: TokenDim | Literal["batch"] = "batch" if apart else between
@@ -139,15 +139,15 @@ class Transformer(nnx.Module):
 
     def normed(self, x: jax.Array) -> jax.Array:
         """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
-        x = self.beside.constrain(x, *HIDDEN)
+        x = self.outside.constrain(x, *HIDDEN)
         return normed(
-            x, self.final_norm[...], HIDDEN, self.beside, self.kernels.pointwise, eps=self.config.rms_norm_eps
+            x, self.final_norm[...], HIDDEN, self.outside, self.kernels.pointwise, eps=self.config.rms_norm_eps
         )
 
     # --- layers beside the pipeline: all of them where there is none ---
 
     @property
-    def staged(self) -> int:
+    def pipelined_segment(self) -> int:
         """The segment that stages share out; one past the last where there are no stages."""
         return next(
             (n for n, segment in enumerate(self.layer_segments) if segment.stages > 1), len(self.layer_segments)
@@ -157,15 +157,15 @@ class Transformer(nnx.Module):
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
     ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D] through the layers before those of the stages."""
-        return self._beside(0, self.staged, x, layer_inputs, forward_state)
+        return self._run_segments(0, self.pipelined_segment, x, layer_inputs, forward_state)
 
     def after(
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
     ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D] through the layers after those of the stages."""
-        return self._beside(self.staged + 1, len(self.layer_segments), x, layer_inputs, forward_state)
+        return self._run_segments(self.pipelined_segment + 1, len(self.layer_segments), x, layer_inputs, forward_state)
 
-    def _beside(
+    def _run_segments(
         self,
         first: int,
         last: int,
@@ -176,8 +176,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, ForwardState]:
         if first >= last:
             return x, forward_state
-        context = self._forward_context(layer_inputs, self.beside)
-        x = self.beside.constrain(x, *hidden_dims(self.beside.token_dim(x.shape[0])))
+        context = self._forward_context(layer_inputs, self.outside)
+        x = self.outside.constrain(x, *hidden_dims(self.outside.token_dim(x.shape[0])))
         kv_cache: list[Any] = list(forward_state.kv_cache)
         tokens_per_expert: list[Any] | None = (
             None if forward_state.tokens_per_expert is None else list(forward_state.tokens_per_expert)
@@ -233,9 +233,9 @@ class Transformer(nnx.Module):
         decode_steps: Any = 1,
     ) -> tuple[StageBuffers, ForwardState]:
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
-        segment, number = self.layer_segments[self.staged], self.staged
+        segment, number = self.layer_segments[self.pipelined_segment], self.pipelined_segment
         graph, weights = nnx.split(self.segments[number])
-        place = self.placement.of_segment(segment)
+        place = self.placement.for_layers(segment)
         dims = hidden_dims(place.token_dim(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
         kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
@@ -280,9 +280,9 @@ class Transformer(nnx.Module):
 
     def from_last(self, sent: jax.Array) -> jax.Array:
         """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
-        within = self.placement.seen("within")
-        dims = hidden_dims(within.token_dim(sent.shape[1]))
-        return from_last_stage(sent, self.placement, lambda x: within.constrain(x, *dims))
+        in_stage = self.placement.with_view("in_stage")
+        dims = hidden_dims(in_stage.token_dim(sent.shape[1]))
+        return from_last_stage(sent, self.placement, lambda x: in_stage.constrain(x, *dims))
 
     def _through_stages(
         self, x: jax.Array, step_inputs: StepInputs, forward_state: ForwardState, schedule: Schedule, pick: Pick | None
@@ -290,13 +290,13 @@ class Transformer(nnx.Module):
         """x [B,S,D], all micro-batches, through all layers: once around."""
         ranks, count = self.placement.num_shards("batch"), schedule.micro_batches
         rows = x.shape[0] // count
-        after = self.staged + 1 < len(self.layer_segments)
+        after = self.pipelined_segment + 1 < len(self.layer_segments)
 
         def one_tick(tick, carry):
             buffers, forward_state, done = carry
             first, last = schedule.slot(tick, 0), schedule.slot(tick, schedule.stages - 1)
             enters = micro_batch_of(x, first.micro_batch, count, ranks)
-            if self.staged:
+            if self.pipelined_segment:
                 layer_inputs = step_inputs.part(first.micro_batch, count, 0, first.valid & (first.virtual_stage == 0))
                 enters, forward_state = self.before(enters, layer_inputs, forward_state)
             buffers, forward_state = self.tick(buffers, enters, step_inputs, forward_state, tick, schedule)
@@ -313,13 +313,13 @@ class Transformer(nnx.Module):
         carry = self.empty_buffers(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
         _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.layer_segments) == 1)
 
-        within = self.placement.seen("beside" if after else "within")
+        placement = self.placement.with_view("outside_pipeline" if after else "in_stage")
 
         def in_order(done: jax.Array) -> jax.Array:
-            done = within.constrain(done, "one", *HIDDEN)
+            done = placement.constrain(done, "one", *HIDDEN)
             done = done.reshape(count, ranks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-            done = within.constrain(done, *HIDDEN)
-            return done if pick is None else pick(done, within, "batch")
+            done = placement.constrain(done, *HIDDEN)
+            return done if pick is None else pick(done, placement, "batch")
 
         if after:
             return in_order(done), forward_state
@@ -327,7 +327,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
-        how = self.beside, self.kernels.linear
+        how = self.outside, self.kernels.linear
         if self.config.tie_word_embeddings:
             logits = project(hidden, self.embed, *how, transposed=True, dtype="float32", token_dim="batch")
         else:

@@ -304,7 +304,7 @@ class StepCost:
 
     @cached_property
     def _vocab(self) -> float:
-        return self.held.outer[0][0].dims["vocab"] / self.placement.seen("beside").num_shards("vocab")
+        return self.held.outer[0][0].dims["vocab"] / self.placement.with_view("outside_pipeline").num_shards("vocab")
 
     def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""

@@ -67,14 +67,14 @@ class Held:
             for segment, sizes in zip(self.segments, self.sizes, strict=True)
             for block in range(segment.period)
         ]
-        beside = placement.seen("beside")
+        outside = placement.with_view("outside_pipeline")
         self.outer = tuple(
-            (param, param.device_bytes(beside, itemsize=self.itemsize, format=None, grain=None))
-            for param in outer_parameters(config, array_sizes(config, beside))
+            (param, param.device_bytes(outside, itemsize=self.itemsize, format=None, grain=None))
+            for param in outer_parameters(config, array_sizes(config, outside))
         )
 
     def _block(self, segment: LayerSegment, block: int, sizes: ArraySizes) -> Block:
-        config, place, layer = self.config, self.placement.of_segment(segment), segment.first + block
+        config, place, layer = self.config, self.placement.for_layers(segment), segment.first + block
         like = (config.kind(layer), place.view)
         split = Split.of(place)
         if like not in self._known:
@@ -131,7 +131,7 @@ class Held:
         """The parts of what a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
         activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
         config, moe = self.config, self.config.moe
-        beside = self.placement.seen("beside")
+        outside = self.placement.with_view("outside_pipeline")
         wide = 2 * self._widest
         rows = num_tokens / self.placement.num_shards("page_token")
         parts = {"activations": rows * (4 * config.hidden_size + wide) * self.itemsize}
@@ -141,7 +141,7 @@ class Held:
             if ranks > 1:
                 parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
         vocab = self.outer[0][0].dims["vocab"]
-        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / beside.num_shards("vocab"))}
+        return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / outside.num_shards("vocab"))}
 
 
 @lru_cache(maxsize=4096)

@@ -107,7 +107,7 @@ def planned_stops(
     token_shard_axes, hidden = plan.token_shard_axes, plan.hidden
     plan.where = "embedding"
     if placement.num_stages == 1:
-        plan.sum(plan.beside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
+        plan.sum(plan.outside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
         plan.layers(1)
         op: Op = "all-reduce" if shape.picked else "all-gather"
         plan.where = "rows that draw"
@@ -117,7 +117,7 @@ def planned_stops(
         ticks = sending = schedule.ticks()
         if schedule.unrolled(ticks, alone=len(plan.segments) == 1):
             sending = sum(bool(schedule.sends(tick)) for tick in range(ticks))
-        plan.add(plan.beside, "all-reduce", "vocab", shape.num_tokens * hidden)
+        plan.add(plan.outside, "all-reduce", "vocab", shape.num_tokens * hidden)
         plan.layers(ticks)
         plan.send(sending)
         if plan.segments[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
@@ -140,9 +140,9 @@ def planned_decode_step_stops(
     plan = _Plan(config, placement, shape, dispatch)
     plan.where = "embedding"
     if placement.sequence_gather_axes(plan.token_dim):
-        plan.sum(plan.beside, "vocab", plan.shared_rows * plan.hidden, 1)
+        plan.sum(plan.outside, "vocab", plan.shared_rows * plan.hidden, 1)
     else:
-        plan.add(plan.beside, "all-reduce", "vocab", plan.tokens * plan.hidden)
+        plan.add(plan.outside, "all-reduce", "vocab", plan.tokens * plan.hidden)
     plan.layers(1)
     plan.send(1)
     plan.from_last(1)
@@ -162,7 +162,7 @@ class _Plan:
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
         self.config, self.placement, self.itemsize, self.dispatch = config, placement, shape.itemsize, dispatch
-        self.beside = placement.seen("beside")
+        self.outside = placement.with_view("outside_pipeline")
         self.schedule = Schedule(
             stages=placement.num_stages, virtual_stages=placement.virtual_stages, micro_batches=shape.micro_batches
         )
@@ -220,7 +220,7 @@ class _Plan:
     def logits(self, rows: int) -> None:
         """float32."""
         self.where = "head"
-        self.add(self.beside, "all-gather", "vocab", rows * self.sizes(self.beside).vocab * 4)
+        self.add(self.outside, "all-gather", "vocab", rows * self.sizes(self.outside).vocab * 4)
 
     def layers(self, ticks: int) -> None:
         """All layers, as often as they run."""
@@ -228,7 +228,7 @@ class _Plan:
             each = segment.virtual_stage_slots if segment.stages > 1 else segment.repeats
             for block in range(segment.period):
                 self.layer = number, block
-                place, count = self.placement.of_segment(segment), each * ticks
+                place, count = self.placement.for_layers(segment), each * ticks
                 self.attention(place, count)
                 if self.config.moe_layers[segment.first + block]:
                     self.experts(place, count)

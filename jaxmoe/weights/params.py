@@ -44,7 +44,7 @@ def parameter_table(state: nnx.State, placement: Placement) -> list[ParamInfo]:
         table.append(
             ParamInfo(
                 path="/".join(str(part) for part in path), shape=tuple(leaf.shape), dtype=jnp.dtype(leaf.dtype),
-                dims=dims, sharding=placement.seen(param.get_metadata()["view"]).sharding(*dims),
+                dims=dims, sharding=placement.with_view(param.get_metadata()["view"]).sharding(*dims),
             )
         )  # fmt: skip
     return table

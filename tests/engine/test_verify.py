@@ -21,7 +21,7 @@ from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.model import moe, project
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.sharding import Placement, View
+from jaxmoe.sharding import PipelineView, Placement
 
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 
@@ -54,8 +54,8 @@ def _lies(mesh, layout) -> list:
         place.ep_gather_axes("sequence_sharded"),
     ]
     found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
-    for view, dim in itertools.product(get_args(View), layout.table):
-        found.append(place.seen(view).sharding(dim).devices_indices_map((64,)))
+    for view, dim in itertools.product(get_args(PipelineView), layout.table):
+        found.append(place.with_view(view).sharding(dim).devices_indices_map((64,)))
     return found
 
 
