@@ -189,17 +189,17 @@ class Placement:
         """x, asked of XLA to lie as its dims say."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here(), self.spec(*dims)))
 
-    def locally(
+    def shard_map_local(
         self, function: Callable[..., Any], *arrays: tuple[jax.Array, Dims], out: Dims | tuple[Dims, ...]
     ) -> Any:
         """function of each device's parts, for work that XLA is not to split or cannot see into."""
-        return self.manual(
+        return self.shard_map(
             function,
             in_specs=tuple(self.spec(*dims) for _, dims in arrays),
             out_specs=self.spec(*out) if isinstance(out[0], str) else tuple(self.spec(*dims) for dims in out),
         )(*(array for array, _ in arrays))
 
-    def manual(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """function as a shard_map over all axes, or within a stage over all but the pipeline."""
         mesh = self._mesh_here()
         axes = set(mesh.axis_names) - ({"pipeline"} if mesh is not self._jax_mesh else set())

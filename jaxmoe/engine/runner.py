@@ -381,7 +381,7 @@ class Runner:
             return tuple(part[None] for part in sampled)
 
         per_row = ("batch", "block")
-        sampled = self.placement.locally(
+        sampled = self.placement.shard_map_local(
             on_rank,
             (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["block_table"], (*per_row, "one")),
             (positions, per_row), (jnp.stack(features), ("one",)),

@@ -73,8 +73,10 @@ class HostOffload:
         found: list[jax.Array] = []
         for place, blocks in self._groups:
             arrays, dims = self._arrays(state, blocks)
-            found += place.locally(on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=self._kinds)
-        tokens = self._place.locally(
+            found += place.shard_map_local(
+                on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=self._kinds
+            )
+        tokens = self._place.shard_map_local(
             lambda page, tokens: jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), out=_TOKENS,
         )  # fmt: skip
@@ -98,10 +100,12 @@ class HostOffload:
         for group, (place, blocks) in enumerate(self._groups):
             arrays, dims = self._arrays(state, blocks)
             own = zip(parts[group * kinds : (group + 1) * kinds], self._kinds, strict=True)
-            written = place.locally(on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims))
+            written = place.shard_map_local(
+                on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims)
+            )
             for block, at in zip(blocks, range(0, len(written), self._width), strict=True):
                 leaves[block * self._width : (block + 1) * self._width] = written[at : at + self._width]
-        tokens = self._place.locally(
+        tokens = self._place.shard_map_local(
             lambda page, tokens, new: tokens.at[page[0]].set(new[0], mode="drop"),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), (parts[-1], _TOKENS), out=TOKEN_PAGE_DIMS,
         )  # fmt: skip

@@ -91,7 +91,7 @@ class CausalAttention:
         assert v is not None
         attend = partial(causal_attention, mask_spec=mask_spec)
         arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
-        return place.locally(attend, *arrays, out=QUERY_DIMS), kv_cache
+        return place.shard_map_local(attend, *arrays, out=QUERY_DIMS), kv_cache
 
 
 def _sinks_with_dims(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
@@ -214,7 +214,7 @@ class PagedAttention:
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
         own = _sinks_with_dims(sinks)
         array_counts = ArrayCounts(new=len(new), pages=len(kv_cache), sinks=len(own))
-        mixed, *pages = place.locally(
+        mixed, *pages = place.shard_map_local(
             partial(over, layout=self._layout(), array_counts=array_counts, mask_spec=mask_spec, value_dim=value_dim),
             (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kv_cache, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
@@ -231,7 +231,7 @@ class PagedAttention:
             )
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
-        return place.locally(
+        return place.shard_map_local(
             write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._metadata(), out=TOKEN_PAGE_DIMS
         )
 

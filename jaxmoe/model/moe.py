@@ -98,7 +98,7 @@ class MoE(nnx.Module):
         specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
         num_valid = [] if token_mask.num_valid is None else [token_mask.num_valid]
         routed = place.routed(token_dim)
-        y, probabilities, tokens_per_expert = place.manual(
+        y, probabilities, tokens_per_expert = place.shard_map(
             lambda x, token_mask, at, arrays, *num_valid: _on_device(
                 x, token_mask, at, num_valid[0][0] if num_valid else None, arrays,
                 moe=self.moe, kernels=self.kernels, place=place, token_dim=token_dim,

@@ -69,7 +69,7 @@ def project(
 
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
     arrays += [] if num_valid is None else [(num_valid, ("token",))]
-    return place.locally(part, *arrays, out=after)
+    return place.shard_map_local(part, *arrays, out=after)
 
 
 def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, dtype: str | None) -> jax.Array:
@@ -85,7 +85,7 @@ def together(x: jax.Array, place: Placement, token_dim: TokenDim) -> jax.Array:
     if not sequence_axes:
         return x
     rest = ("length", "width")
-    return place.locally(lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest))
+    return place.shard_map_local(lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest))
 
 
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -41,7 +41,7 @@ def make_token_mask(valid: jax.Array, positions: jax.Array, place: Placement, *,
         place = jnp.arange(1, valid.size + 1, dtype=jnp.int32)
         return jnp.max(jnp.where(valid.reshape(-1), place, 0), keepdims=True)
 
-    num_valid = place.locally(last, (valid, ("token", "length")), out=("token",)) if count else None
+    num_valid = place.shard_map_local(last, (valid, ("token", "length")), out=("token",)) if count else None
     return TokenMask(valid, positions, num_valid)
 
 
@@ -53,7 +53,7 @@ def normed(
 ) -> jax.Array:
     """RMS norm over the last of x's dims, which no axis splits."""
     norm = partial(rms_norm, eps=eps, kind=kind)
-    return norm(x, weight) if kind == "xla" else place.locally(norm, (x, dims), (weight, dims[-1:]), out=dims)
+    return norm(x, weight) if kind == "xla" else place.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
 
 
 def mean_squares(
@@ -67,7 +67,7 @@ def mean_squares(
         means = jnp.stack(each, axis=-1)
         return jax.lax.psum(means, axes) if axes else means
 
-    return place.locally(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
+    return place.shard_map_local(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
 
 
 def scaled(
@@ -78,7 +78,7 @@ def scaled(
     scale = partial(scale_by_rms, eps=eps, kind=kind)
     if kind == "xla":
         return scale(x, weight, mean_square)
-    return place.locally(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
+    return place.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
 def rotated(
@@ -88,7 +88,7 @@ def rotated(
     rotate_fn = partial(rotate, kind=kind)
     if kind == "xla":
         return rotate_fn(x, cos, sin)
-    return place.locally(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
+    return place.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
 def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:
@@ -101,4 +101,4 @@ def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind)
     if kind == "xla":
         return unit(gate, up)
     dims = ("token", "length", "ffn")
-    return place.locally(unit, (gate, dims), (up, dims), out=dims)
+    return place.shard_map_local(unit, (gate, dims), (up, dims), out=dims)

@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
             return summed_over(rows, axes, scatter_axes)
 
         arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else token_dim, "length"))
-        return place.locally(lookup, *arrays, out=hidden_dims(token_dim))
+        return place.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))
 
     def normed(self, x: jax.Array) -> jax.Array:
         """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
@@ -353,7 +353,7 @@ def at_rows(
         here = jnp.where((here >= 0) & (here < len(hidden)), here, len(hidden))
         return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), token_shard_axes)
 
-    return place.locally(pick, (hidden, hidden_dims(token_dim)), (index, ("batch", "block")), out=HIDDEN)
+    return place.shard_map_local(pick, (hidden, hidden_dims(token_dim)), (index, ("batch", "block")), out=HIDDEN)
 
 
 def _through(
