@@ -77,7 +77,7 @@ class Layout:
         whole = (
             "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "expert_map",
             "physical_expert",
-            "latent", "one",
+            "latent", "unsharded",
         )  # fmt: skip
         tokens = (*self.batch, *self.context)
         return dict.fromkeys(whole, ()) | {

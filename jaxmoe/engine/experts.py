@@ -173,7 +173,7 @@ class ExpertManager:
 
             return jax.lax.fori_loop(0, len(weights), slot, weights)
 
-        return place.shard_map_local(on_device, (weights, dims), (source, ("layer", "one")), out=dims)
+        return place.shard_map_local(on_device, (weights, dims), (source, ("layer", "unsharded")), out=dims)
 
 
 def _put(_: jax.Array, values: np.ndarray, *, info: ParamInfo) -> jax.Array:

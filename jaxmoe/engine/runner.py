@@ -173,7 +173,7 @@ class Runner:
             return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
 
         pages: Any = [(block(segment),) * segment.period for segment in self.segments]
-        tokens, token_pages = lie("batch", "one"), lie(*TOKEN_PAGE_DIMS)
+        tokens, token_pages = lie("batch", "unsharded"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 
     def _empty(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
@@ -275,7 +275,7 @@ class Runner:
         sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], features)
         last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.seq_slots])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
-        state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
+        state = EngineState(place.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
         return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
@@ -327,7 +327,7 @@ class Runner:
             old = split_rows(state.tokens[:, :seq_slots], last.micro_batch, of)
             by_part = by_part.at[:, mine].set(jnp.where(draws, sampled.tokens, old), mode="drop")
             last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, seq_slots), (0, 0))
-            state = EngineState(place.constrain(last_tokens, "batch", "one"), forward_state.kv_cache, token_pages)
+            state = EngineState(place.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
             room = tuple(
                 all.at[last.decode_step, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
             )
@@ -383,10 +383,11 @@ class Runner:
         per_row = ("batch", "block")
         sampled = self.placement.shard_map_local(
             on_rank,
-            (logits, (*per_row, "one")), (token_pages, TOKEN_PAGE_DIMS), (metadata["block_table"], (*per_row, "one")),
-            (positions, per_row), (jnp.stack(features), ("one",)),
-            *((values[name], (*per_row, "one")[: values[name].ndim]) for name in names),
-            out=(per_row, per_row, (*per_row, "one"), (*per_row, "one")),
+            (logits, (*per_row, "unsharded")), (token_pages, TOKEN_PAGE_DIMS),
+            (metadata["block_table"], (*per_row, "unsharded")),
+            (positions, per_row), (jnp.stack(features), ("unsharded",)),
+            *((values[name], (*per_row, "unsharded")[: values[name].ndim]) for name in names),
+            out=(per_row, per_row, (*per_row, "unsharded"), (*per_row, "unsharded")),
         )  # fmt: skip
         return SamplerOutput(*sampled)
 
@@ -401,12 +402,12 @@ class Runner:
         for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once
             part = slice(start, start + _SCORE_POSITIONS)
             logits = model.logits(hidden[:, part])
-            logits = self.placement.constrain(logits, "batch", "length", "one")
+            logits = self.placement.constrain(logits, "batch", "length", "unsharded")
             picked = jnp.take_along_axis(logits, target[:, part, None], axis=-1)[..., 0]
             total = jax.nn.logsumexp(logits, axis=-1)
             strips.append(picked - jnp.where(jnp.isfinite(total), total, jnp.nan))
         logits = model.logits(_last(hidden, lengths))[:, 0, : self.config.vocab_size]
-        return jnp.concatenate(strips, axis=1), self.placement.constrain(logits, "batch", "one")
+        return jnp.concatenate(strips, axis=1), self.placement.constrain(logits, "batch", "unsharded")
 
     # --- called by the engine ---
 
@@ -433,7 +434,7 @@ class Runner:
         features: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
         """
         with self._precisely():
-            metadata = self.put(packed, "batch", "one")
+            metadata = self.put(packed, "batch", "unsharded")
             flags = np.array(features, np.bool_)
             static: Any = dict(bucket=bucket, max_decode_steps=max_decode_steps, traced=traced)
             with self._leaves_lock:
@@ -478,7 +479,7 @@ class Runner:
     def lower(self, state: EngineState, bucket: Bucket, *, max_decode_steps: int) -> Any:
         """The step of one bucket, lowered for the devices of the mesh, without running it."""
         packed = jax.ShapeDtypeStruct(
-            (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "one")
+            (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "unsharded")
         )
         with self._precisely():
             flags, decode_steps = np.zeros(3, np.bool_), np.int32(1)  # host values, as `step` passes them

@@ -17,9 +17,9 @@ from jaxmoe.ops.quantize import LARGEST
 
 # One page of every rank, of the layers that stand alike to a pipeline: numbers of keys and values, their scales; and
 # token ids.
-_NUMBERS = ("batch", "layer", "one", "kv_head", "page_token", "head_dim")
+_NUMBERS = ("batch", "layer", "unsharded", "kv_head", "page_token", "head_dim")
 _SCALES = _NUMBERS[:-1]
-_TOKENS = ("batch", "one")
+_TOKENS = ("batch", "unsharded")
 _HOST_MEMORY = "pinned_host"
 
 

@@ -35,8 +35,8 @@ from jaxmoe.sharding import Placement
 # where kept in eight bits.
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
-TOKEN_PAGE_DIMS = ("page", "one")
-_BLOCK_TABLE_DIMS = ("batch", "block", "one")
+TOKEN_PAGE_DIMS = ("page", "unsharded")
+_BLOCK_TABLE_DIMS = ("batch", "block", "unsharded")
 T = TypeVar("T")
 
 

@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         if moe.shared_intermediate_size:
             self.shared = SharedExpert(width, sizes.shared_ffn, make=make, init=init)
         if moe.shared_gate:
-            self.shared_gate = make(init, width=width, one=1)
+            self.shared_gate = make(init, width=width, unsharded=1)
 
     def __call__(self, x: jax.Array, at: At, token_mask: TokenMask, token_dim: TokenDim) -> tuple[jax.Array, Routed]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit

@@ -34,7 +34,7 @@ def empty_buffers(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place:
     rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
-    return StageBuffers(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "one", *dims))
+    return StageBuffers(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "unsharded", *dims))
 
 
 # One micro-batch through one chunk: (weights, slot, which layer slots, how many of them are filled, x, layer state,

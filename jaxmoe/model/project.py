@@ -43,7 +43,7 @@ def project(
     weights, dims = weights_of(param), dims_of(param)
     if at is None:
         assert not isinstance(weights, Quantised)
-        weights, dims, at = weights[None], ("one", *dims), 0
+        weights, dims, at = weights[None], ("unsharded", *dims), 0
     layer, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     inside = "token" if token_dim == "sequence_sharded" else token_dim

@@ -45,7 +45,7 @@ def make_token_mask(valid: jax.Array, positions: jax.Array, place: Placement, *,
     return TokenMask(valid, positions, num_valid)
 
 
-_HALVES = ("token", "length", "one")
+_HALVES = ("token", "length", "unsharded")
 
 
 def normed(

@@ -309,14 +309,14 @@ class Transformer(nnx.Module):
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
         token_dim = self.placement.token_dim(rows)
-        dims = ("one", *(() if after else ("stage",)), *hidden_dims(token_dim))
+        dims = ("unsharded", *(() if after else ("stage",)), *hidden_dims(token_dim))
         carry = self.empty_buffers(schedule, rows, x.shape[1]), forward_state, self.placement.constrain(room, *dims)
         _, forward_state, done = run_ticks(one_tick, schedule.ticks(), carry, alone=len(self.layer_segments) == 1)
 
         placement = self.placement.with_view("outside_pipeline" if after else "in_stage")
 
         def in_order(done: jax.Array) -> jax.Array:
-            done = placement.constrain(done, "one", *HIDDEN)
+            done = placement.constrain(done, "unsharded", *HIDDEN)
             done = done.reshape(count, ranks, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
             done = placement.constrain(done, *HIDDEN)
             return done if pick is None else pick(done, placement, "batch")

@@ -190,7 +190,7 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
     if moe.shared_intermediate_size:
         yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared expert")
     if moe.shared_gate:
-        yield Parameter(path="moe/shared_gate", part="shared expert", dims={"width": width, "one": 1}, over=1)
+        yield Parameter(path="moe/shared_gate", part="shared expert", dims={"width": width, "unsharded": 1}, over=1)
 
 
 def held_layers(part: LayerSegment) -> int:
