@@ -47,7 +47,7 @@ def count_ticks(
     from jaxmoe.model.rows import HIDDEN
     from jaxmoe.sharding import Placement
 
-    place = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages)
+    placement = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages)
     segment = LayerSegment(
         first=0, period=1, repeats=stages * virtual_stages, stages=stages, virtual_stages=virtual_stages
     )
@@ -60,7 +60,7 @@ def count_ticks(
 
     @jax.jit
     def run(weights, x):
-        counts = place.constrain(jnp.zeros(segment.slots, jnp.int32), "layer")
+        counts = placement.constrain(jnp.zeros(segment.slots, jnp.int32), "layer")
 
         def tick(number, carry):
             return tick_stages(
@@ -74,13 +74,15 @@ def count_ticks(
                 decode_steps,
                 segment=segment,
                 schedule=schedule,
-                place=place,
+                placement=placement,
             )
 
-        buffers = empty_buffers(schedule, x.shape, x.dtype, place, HIDDEN)
+        buffers = empty_buffers(schedule, x.shape, x.dtype, placement, HIDDEN)
         return run_ticks(tick, ticks, (buffers, counts), alone=True)[1]
 
-    weights = jax.device_put(np.eye(WIDTH, dtype=np.float32)[None].repeat(segment.slots, 0), place.sharding("layer"))
+    weights = jax.device_put(
+        np.eye(WIDTH, dtype=np.float32)[None].repeat(segment.slots, 0), placement.sharding("layer")
+    )
     x = jnp.ones((ROWS, 1, WIDTH))
     counts = np.asarray(run(weights, x))
     assert (counts == micro_batches * decode_steps).all(), counts

@@ -311,8 +311,8 @@ PLANNING = _faults(
     (
         "all-reduce-counted-once-a-layer",
         "jaxmoe/planner/traffic.py",
-        '        self.sum(place, "ffn", self.shared_rows * self.hidden, count)\n',
-        '        self.sum(place, "ffn", self.shared_rows * self.hidden, 0)\n',
+        '        self.sum(placement, "ffn", self.shared_rows * self.hidden, count)\n',
+        '        self.sum(placement, "ffn", self.shared_rows * self.hidden, 0)\n',
         "inspect/test_contract.py",
     ),
     (

@@ -153,7 +153,7 @@ def test_a_planned_mesh_places_as_one_of_devices_does():
     real, planned = Placement(mesh=build_mesh(axes)), Placement(mesh=PlannedMesh(axes, "cpu"))
     assert planned.platform == real.platform == "cpu"
     assert (planned.mesh.shape, planned.mesh.size, planned.mesh.devices.shape) == (axes, 8, (2, 1, 2, 2))
-    described, there = (place.sharding("moe_expert", "width", "moe_ffn") for place in (planned, real))
+    described, there = (placement.sharding("moe_expert", "width", "moe_ffn") for placement in (planned, real))
     assert described.spec == there.spec
     assert described.shard_shape((8, 6, 4)) == there.shard_shape((8, 6, 4)) == (4, 6, 2)
 

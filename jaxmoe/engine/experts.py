@@ -37,17 +37,18 @@ class ExpertManager:
     """
 
     def __init__(
-        self, config: ModelConfig, place: Placement, segments: Sequence[LayerSegment], sizes: Sequence[ArraySizes],
+        self, config: ModelConfig, model_placement: Placement,
+        segments: Sequence[LayerSegment], sizes: Sequence[ArraySizes],
         table: Sequence[ParamInfo],
     ) -> None:  # fmt: skip
-        self._place, self._segments, self._table = place, segments, table
+        self._model_placement, self._segments, self._table = model_placement, segments, table
         layers = (layer for layer, sparse in enumerate(config.moe_layers) if sparse)
         self._layers: list[LayerLocation] = [locate_layer(layer, tuple(segments)) for layer in layers]
         self.num_experts = config.moe.num_experts if config.moe else 0
-        self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, place.num_shards("moe_expert")
+        self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, model_placement.num_shards("moe_expert")
         self.placement: ExpertPlacement | None = None
         # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
-        donated = () if place.platform == "cpu" else (0,)
+        donated = () if model_placement.platform == "cpu" else (0,)
         self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("segment", "dims"))
         self._moves: dict[int, Any] = {}  # compiled, by the parameter's index
 
@@ -115,7 +116,7 @@ class ExpertManager:
         self.placement = wanted
 
     def _check(self, wanted: ExpertPlacement) -> None:
-        if self._place.redundant_experts is None:
+        if self._model_placement.redundant_experts is None:
             raise ConfigError(
                 "experts stand in order in this program: load the model with redundant_experts, 0 or more"
             )
@@ -146,8 +147,8 @@ class ExpertManager:
 
         One slot after the other: its experts go once round the ranks, and each takes what it needs.
         """
-        place = self._place.for_params(segment)
-        axes, ranks, shape = place.axes("moe_expert"), self.num_ranks, place.mesh.shape
+        model_placement = self._model_placement.for_params(segment)
+        axes, ranks, shape = model_placement.axes("moe_expert"), self.num_ranks, model_placement.mesh.shape
         ordered = tuple(axis for axis in shape if axis in axes)  # ppermute wants axes in the mesh's order
         along = np.arange(ranks).reshape([shape[axis] for axis in ordered])
         order = along.transpose([ordered.index(axis) for axis in axes]).reshape(-1).tolist()
@@ -173,7 +174,7 @@ class ExpertManager:
 
             return jax.lax.fori_loop(0, len(weights), slot, weights)
 
-        return place.shard_map_local(on_device, (weights, dims), (source, ("layer", "unsharded")), out=dims)
+        return model_placement.shard_map_local(on_device, (weights, dims), (source, ("layer", "unsharded")), out=dims)
 
 
 def _put(_: jax.Array, values: np.ndarray, *, info: ParamInfo) -> jax.Array:

@@ -150,8 +150,8 @@ class Runner:
         """Of those, the bytes of a device that holds the token: one of a context's ranks."""
 
         def devices(segment: LayerSegment) -> int:
-            place = self.placement.for_params(segment)
-            return place.num_shards("layer") * place.num_shards("kv_head")
+            placement = self.placement.for_params(segment)
+            return placement.num_shards("layer") * placement.num_shards("kv_head")
 
         return self._bytes_per_token(devices)
 
@@ -169,8 +169,8 @@ class Runner:
         ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
         def block(segment: LayerSegment) -> tuple[Any, ...]:
-            place = self.placement.for_params(segment)
-            return tuple(place.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
+            placement = self.placement.for_params(segment)
+            return tuple(placement.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
 
         pages: Any = [(block(segment),) * segment.period for segment in self.segments]
         tokens, token_pages = lie("batch", "unsharded"), lie(*TOKEN_PAGE_DIMS)
@@ -194,9 +194,9 @@ class Runner:
         seq_slots = self.min_seq_slots
         while seq_slots * self.num_ranks < num_seqs:
             seq_slots *= 2
-        place = self.placement
-        if place.sequence_gather_axes("sequence_sharded"):  # with blocks of prompts beside them, which bucket_with adds
-            even = self.block_shares * place.num_stages
+        placement = self.placement
+        if placement.sequence_gather_axes("sequence_sharded"):  # with prompt blocks beside them, added by bucket_with
+            even = self.block_shares * placement.num_stages
             seq_slots = -(-seq_slots // even) * even
         return seq_slots * self.num_ranks
 
@@ -230,16 +230,20 @@ class Runner:
         def block(segment: LayerSegment, number: int) -> jax.Array | None:
             if not self.config.moe_layers[segment.first + number]:
                 return None
-            place = self.placement.for_params(segment)
-            routed = place.routed(place.token_dim(rows))
-            zeros = jnp.zeros((segment.slots, place.num_shards(routed), self.experts.num_physical_experts), jnp.int32)
-            return place.constrain(zeros, "layer", routed, "router_expert")
+            placement = self.placement.for_params(segment)
+            routed = placement.routed(placement.token_dim(rows))
+            zeros = jnp.zeros(
+                (segment.slots, placement.num_shards(routed), self.experts.num_physical_experts), jnp.int32
+            )
+            return placement.constrain(zeros, "layer", routed, "router_expert")
 
         return [tuple(block(segment, number) for number in range(segment.period)) for segment in self.segments]
 
     def _schedule(self, micro_batches: int) -> Schedule:
-        place = self.placement
-        return Schedule(stages=place.num_stages, virtual_stages=place.virtual_stages, micro_batches=micro_batches)
+        placement = self.placement
+        return Schedule(
+            stages=placement.num_stages, virtual_stages=placement.virtual_stages, micro_batches=micro_batches
+        )
 
     def _single_step(
         self,
@@ -250,7 +254,7 @@ class Runner:
         features: SamplingFeatures,
         bucket: Bucket,
     ):
-        place, ranks, parts = self.placement.with_view("in_stage"), self.num_ranks, bucket.micro_batches
+        placement, ranks, parts = self.placement.with_view("in_stage"), self.num_ranks, bucket.micro_batches
         query_blocks = [
             QueryBlocks(
                 num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
@@ -267,15 +271,15 @@ class Runner:
         )
         whole = step_inputs.attention_backend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
-        token_pages = whole.write_tokens(state.token_pages, together, place)
+        token_pages = whole.write_tokens(state.token_pages, together, placement)
         by_part = jnp.concatenate([part.reshape(ranks, parts, -1) for part in tokens], axis=2).reshape(-1, 1)
-        by_part = place.constrain(by_part, "batch", "length")
+        by_part = placement.constrain(by_part, "batch", "length")
         forward_state = ForwardState(list(state.pages), tokens_per_expert)
         hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
         sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], features)
         last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.seq_slots])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
-        state = EngineState(place.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
+        state = EngineState(placement.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
         return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
@@ -289,7 +293,7 @@ class Runner:
         decode_steps,
         max_decode_steps: int,
     ):
-        place, ranks, seq_slots = self.placement.with_view("outside_pipeline"), self.num_ranks, bucket.seq_slots
+        placement, ranks, seq_slots = self.placement.with_view("outside_pipeline"), self.num_ranks, bucket.seq_slots
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         blocks = QueryBlocks(
             num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
@@ -304,8 +308,8 @@ class Runner:
             enters = first.micro_batch, of, first.decode_step, first.valid & (first.virtual_stage == 0)
             entering = step_inputs.part(*enters)
             tokens = micro_batch_of(state.tokens[:, :seq_slots].reshape(-1, 1), first.micro_batch, of, ranks)
-            tokens = place.constrain(tokens, "batch", "length")
-            token_pages = step_inputs.attention_backend(*enters).write_tokens(state.token_pages, tokens, place)
+            tokens = placement.constrain(tokens, "batch", "length")
+            token_pages = step_inputs.attention_backend(*enters).write_tokens(state.token_pages, tokens, placement)
             x, forward_state = model.before(
                 model.embedded(tokens), entering, ForwardState(list(state.pages), tokens_per_expert)
             )
@@ -327,7 +331,9 @@ class Runner:
             old = split_rows(state.tokens[:, :seq_slots], last.micro_batch, of)
             by_part = by_part.at[:, mine].set(jnp.where(draws, sampled.tokens, old), mode="drop")
             last_tokens = jax.lax.dynamic_update_slice(state.tokens, by_part.reshape(ranks, seq_slots), (0, 0))
-            state = EngineState(place.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
+            state = EngineState(
+                placement.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages
+            )
             room = tuple(
                 all.at[last.decode_step, :, mine].set(one, mode="drop") for all, one in zip(room, sampled, strict=True)
             )
@@ -473,8 +479,8 @@ class Runner:
     def abstract_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         """The shapes of empty_state, and how they lie."""
         shapes = jax.eval_shape(lambda: self._empty(max_num_seqs, num_pages, page_size))
-        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(place, shapes, self._state_sharding())
+        as_struct = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(as_struct, shapes, self._state_sharding())
 
     def lower(self, state: EngineState, bucket: Bucket, *, max_decode_steps: int) -> Any:
         """The step of one bucket, lowered for the devices of the mesh, without running it."""

@@ -27,18 +27,18 @@ class HostOffload:
     """Host pages of every rank. Copies are queued on the devices in the order of the calls, behind earlier steps."""
 
     def __init__(self, runner: Runner) -> None:
-        self._place = runner.placement
+        self._placement = runner.placement
         self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
         kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in LARGEST else (_NUMBERS,)
         self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
         held = [runner.placement.for_params(segment) for segment in runner.segments for _ in range(segment.period)]
-        views = dict.fromkeys(place.view for place in held)
+        views = dict.fromkeys(placement.view for placement in held)
         self._groups = [
-            (self._place.with_view(view), [block for block, place in enumerate(held) if place.view == view])
+            (self._placement.with_view(view), [block for block, placement in enumerate(held) if placement.view == view])
             for view in views
         ]
-        self._shardings = [place.sharding(*dims) for place, _ in self._groups for dims in kinds]
-        self._shardings.append(self._place.sharding(*_TOKENS))
+        self._shardings = [placement.sharding(*dims) for placement, _ in self._groups for dims in kinds]
+        self._shardings.append(self._placement.sharding(*_TOKENS))
         self._host_pages: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
         self._zeros: list[dict[Any, jax.Array]] | None = None
         self._shapes: list[tuple[int, ...]] = []
@@ -71,12 +71,12 @@ class HostOffload:
             return tuple(jnp.stack(kinds[at : at + self._each], axis=1)[None] for at in starts)
 
         found: list[jax.Array] = []
-        for place, blocks in self._groups:
+        for placement, blocks in self._groups:
             arrays, dims = self._arrays(state, blocks)
-            found += place.shard_map_local(
+            found += placement.shard_map_local(
                 on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=self._kinds
             )
-        tokens = self._place.shard_map_local(
+        tokens = self._placement.shard_map_local(
             lambda page, tokens: jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), out=_TOKENS,
         )  # fmt: skip
@@ -97,15 +97,15 @@ class HostOffload:
             return tuple(written)
 
         leaves, structure = jax.tree.flatten(state.pages)
-        for group, (place, blocks) in enumerate(self._groups):
+        for group, (placement, blocks) in enumerate(self._groups):
             arrays, dims = self._arrays(state, blocks)
             own = zip(parts[group * kinds : (group + 1) * kinds], self._kinds, strict=True)
-            written = place.shard_map_local(
+            written = placement.shard_map_local(
                 on_rank, (page, ("batch",)), *own, *zip(arrays, dims, strict=True), out=tuple(dims)
             )
             for block, at in zip(blocks, range(0, len(written), self._width), strict=True):
                 leaves[block * self._width : (block + 1) * self._width] = written[at : at + self._width]
-        tokens = self._place.shard_map_local(
+        tokens = self._placement.shard_map_local(
             lambda page, tokens, new: tokens.at[page[0]].set(new[0], mode="drop"),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), (parts[-1], _TOKENS), out=TOKEN_PAGE_DIMS,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class HostOffload:
 
     def run(self, state: EngineState, rank: int, page_copy: PageCopy) -> EngineState:
         """Return the state after one page copy; state is donated where a page comes in."""
-        ranks = self._place.num_shards("batch")
+        ranks = self._placement.num_shards("batch")
         pages = np.full(ranks, np.iinfo(np.int32).max, np.int32)
         pages[rank] = page_copy.page
         if page_copy.direction == "in":
@@ -131,7 +131,7 @@ class HostOffload:
         return state
 
     def _put(self, pages: np.ndarray) -> jax.Array:
-        return jax.device_put(pages, self._place.sharding("batch"))
+        return jax.device_put(pages, self._placement.sharding("batch"))
 
     def _whole(self, index: int, shards: dict[Any, jax.Array]) -> jax.Array:
         """An array of every rank with one rank's shards at their devices, zeros elsewhere."""

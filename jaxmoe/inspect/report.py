@@ -65,8 +65,8 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
         kernels = replace(kernels, layers="scan")
     alone = replace(placement, mesh=build_mesh({}, placement.mesh.devices.flat[:1].tolist()), virtual_stages=1)
     here, plain = (
-        parameter_table(nnx.state(abstract_model(config, place, dtype=runner.dtype, kernels=chosen)), place)
-        for place, chosen in ((placement, runner.kernels), (alone, kernels))
+        parameter_table(nnx.state(abstract_model(config, each, dtype=runner.dtype, kernels=chosen)), each)
+        for each, chosen in ((placement, runner.kernels), (alone, kernels))
     )
     assert [info.path for info in here] == [info.path for info in plain]
     return [_report(config, info, real.shape, _kv_copies(runner, info)) for info, real in zip(here, plain, strict=True)]

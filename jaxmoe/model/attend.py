@@ -84,14 +84,14 @@ class CausalAttention:
 
     def __call__(
         self, kv_cache: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
-        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
         """See AttentionBackend. Values are given."""
         del at, value_dim
         assert v is not None
         attend = partial(causal_attention, mask_spec=mask_spec)
         arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
-        return place.shard_map_local(attend, *arrays, out=QUERY_DIMS), kv_cache
+        return placement.shard_map_local(attend, *arrays, out=QUERY_DIMS), kv_cache
 
 
 def _sinks_with_dims(sinks: jax.Array | None) -> list[tuple[jax.Array, tuple[str, ...]]]:
@@ -203,25 +203,27 @@ class PagedAttention:
 
     def __call__(
         self, kv_cache: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
-        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See AttentionBackend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
         how = partial(paged_attention, kind=self._kind)
         over = partial(_over_pages, attend=how)
-        if place.num_shards("page_token") > 1:
-            over = partial(_over_shared_pages, axes=place.axes("page_token"), ranks=place.num_shards("page_token"))
+        if placement.num_shards("page_token") > 1:
+            over = partial(
+                _over_shared_pages, axes=placement.axes("page_token"), ranks=placement.num_shards("page_token")
+            )
         new = [(one, KEY_DIMS) for one in (k, v) if one is not None]
         own = _sinks_with_dims(sinks)
         array_counts = ArrayCounts(new=len(new), pages=len(kv_cache), sinks=len(own))
-        mixed, *pages = place.shard_map_local(
+        mixed, *pages = placement.shard_map_local(
             partial(over, layout=self._layout(), array_counts=array_counts, mask_spec=mask_spec, value_dim=value_dim),
             (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kv_cache, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)
 
-    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, place: Placement) -> jax.Array:
+    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
         """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
 
         def write(token_pages, tokens, *metadata):
@@ -231,7 +233,7 @@ class PagedAttention:
             )
             return token_pages.at[page, offset].set(tokens[:, 0], mode="drop")
 
-        return place.shard_map_local(
+        return placement.shard_map_local(
             write, (token_pages, TOKEN_PAGE_DIMS), (tokens, ("batch", "length")), *self._metadata(), out=TOKEN_PAGE_DIMS
         )
 

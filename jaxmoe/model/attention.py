@@ -27,7 +27,7 @@ class AttentionBackend(Protocol):
 
     def __call__(
         self, kv_cache: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
-        sinks: jax.Array | None, place: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and the new kv_cache.
 
@@ -111,8 +111,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
         """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. token_dim: see project."""
-        config, place, num_valid = self.config, self.placement, context.token_mask.num_valid
-        qkv = project(x, self.qkv, place, self.kernels.linear, at, num_valid, token_dim=token_dim)
+        config, placement, num_valid = self.config, self.placement, context.token_mask.num_valid
+        qkv = project(x, self.qkv, placement, self.kernels.linear, at, num_valid, token_dim=token_dim)
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, at)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
@@ -122,17 +122,17 @@ class Attention(nnx.Module):
         q, k = self._placed(q, k, context)
         sinks = at_layer(self.sinks, at) if config.sinks else None
         mixed, kv_cache = context.attention_backend(
-            kv_cache, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, place=place
+            kv_cache, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, placement=placement
         )
-        y = project(mixed, self.out, place, self.kernels.linear, at, num_valid, over=3, token_dim=token_dim)
+        y = project(mixed, self.out, placement, self.kernels.linear, at, num_valid, over=3, token_dim=token_dim)
         return (y + at_layer(self.out_bias, at) if config.out_bias else y), kv_cache
 
     def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""
-        config, place, kind = self.config, self.placement, self.kernels.pointwise
+        config, placement, kind = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
             rotary = context.cos, context.sin
-            return rotated(q, *rotary, QUERY_DIMS, place, kind), rotated(k, *rotary, KEY_DIMS, place, kind)
+            return rotated(q, *rotary, QUERY_DIMS, placement, kind), rotated(k, *rotary, KEY_DIMS, placement, kind)
         if config.temperature is not None:
             scale, floor = config.temperature
             stretch = 1 + scale * jnp.log1p((context.token_mask.positions + 1) // floor)
@@ -149,10 +149,10 @@ class Attention(nnx.Module):
             q = normed(q, at_layer(self.q_norm, at) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
             return q, normed(k, at_layer(self.k_norm, at) if with_weights else plain, KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
-            place, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
-            mean = mean_squares(q, k, self._columns(), place, kind)
-            q = scaled(q, at_layer(self.q_norm, at), mean[..., 0], QUERY_DIMS, place, kind, eps=eps)
-            k = scaled(k, at_layer(self.k_norm, at), mean[..., 1], KEY_DIMS, place, kind, eps=eps)
+            placement, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
+            mean = mean_squares(q, k, self._columns(), placement, kind)
+            q = scaled(q, at_layer(self.q_norm, at), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
+            k = scaled(k, at_layer(self.k_norm, at), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
         return q, k
 
     def _columns(self) -> tuple[int, int]:

@@ -33,12 +33,18 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, at: At, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
         """x [B,S,D] -> [B,S,D], by the weights of layer `at`. num_valid, token_dim: see project."""
-        place, kind = self.placement, self.kernels.linear
-        x = together(x, place, token_dim)
-        gate, up = (project(x, matrix, place, kind, at, num_valid) for matrix in (self.gate, self.up))
+        placement, kind = self.placement, self.kernels.linear
+        x = together(x, placement, token_dim)
+        gate, up = (project(x, matrix, placement, kind, at, num_valid) for matrix in (self.gate, self.up))
         if self.bias:
             gate, up = gate + at_layer(self.gate_bias, at), up + at_layer(self.up_bias, at)
         y = project(
-            gated(gate, up, place, self.kernels.pointwise), self.down, place, kind, at, num_valid, token_dim=token_dim
+            gated(gate, up, placement, self.kernels.pointwise),
+            self.down,
+            placement,
+            kind,
+            at,
+            num_valid,
+            token_dim=token_dim,
         )
         return y + at_layer(self.down_bias, at) if self.bias else y

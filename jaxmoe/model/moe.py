@@ -92,24 +92,25 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, at: At, token_mask: TokenMask, token_dim: TokenDim) -> tuple[jax.Array, Routed]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
         no expert. token_dim: how rows of x lie."""
-        place = self.placement
+        placement = self.placement
         params = self._params()
         arrays = {name: weights_of(param) for name, param in params.items()}
-        specs = {name: place.spec(*dims_of(param)) for name, param in params.items()}
+        specs = {name: placement.spec(*dims_of(param)) for name, param in params.items()}
         num_valid = [] if token_mask.num_valid is None else [token_mask.num_valid]
-        routed = place.routed(token_dim)
-        y, probabilities, tokens_per_expert = place.shard_map(
+        routed = placement.routed(token_dim)
+        y, probabilities, tokens_per_expert = placement.shard_map(
             lambda x, token_mask, at, arrays, *num_valid: _on_device(
                 x, token_mask, at, num_valid[0][0] if num_valid else None, arrays,
-                moe=self.moe, kernels=self.kernels, place=place, token_dim=token_dim,
+                moe=self.moe, kernels=self.kernels, placement=placement, token_dim=token_dim,
             ),
             in_specs=(
-                place.spec(*hidden_dims(token_dim)), (place.spec(routed, "length"),) * 2, place.spec(), specs,
-                *(place.spec("token") for _ in num_valid),
+                placement.spec(*hidden_dims(token_dim)), (placement.spec(routed, "length"),) * 2,
+                placement.spec(), specs,
+                *(placement.spec("token") for _ in num_valid),
             ),
             out_specs=(
-                place.spec(*hidden_dims(token_dim)), place.spec(routed, "length", "router_expert"),
-                place.spec(routed, "router_expert"),
+                placement.spec(*hidden_dims(token_dim)), placement.spec(routed, "length", "router_expert"),
+                placement.spec(routed, "router_expert"),
             ),
         )(x, (token_mask.valid, token_mask.positions), jnp.int32(at), arrays, *num_valid)  # fmt: skip
         return y, Routed(probabilities, tokens_per_expert)
@@ -131,17 +132,17 @@ class MoE(nnx.Module):
 
 
 def _on_device(
-    x, token_mask, at, num_valid, arrays, *, moe: MoEConfig, kernels: Kernels, place: Placement, token_dim: TokenDim
+    x, token_mask, at, num_valid, arrays, *, moe: MoEConfig, kernels: Kernels, placement: Placement, token_dim: TokenDim
 ):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     x_bD = x.reshape(-1, x.shape[-1])
-    gather_axes, sequence_axes = place.ep_gather_axes(token_dim), place.sequence_gather_axes(token_dim)
-    left = tuple(axis for axis in place.expert_reduce_axes(token_dim) if axis not in gather_axes)
+    gather_axes, sequence_axes = placement.ep_gather_axes(token_dim), placement.sequence_gather_axes(token_dim)
+    left = tuple(axis for axis in placement.expert_reduce_axes(token_dim) if axis not in gather_axes)
     x_tD = gather_rows(x_bD, gather_axes)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
-    own_num_valid = num_valid if place.routed(token_dim) == "token" else None
+    own_num_valid = num_valid if placement.routed(token_dim) == "token" else None
     y, probabilities, tokens_per_expert = _routed_experts(
-        x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, place, token_dim
+        x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, placement, token_dim
     )
     shared = partial(_shared_expert, at=at, num_valid=num_valid, arrays=arrays, kernels=kernels)
     if moe.shared_intermediate_size and sequence_axes == gather_axes:
@@ -154,12 +155,12 @@ def _on_device(
 
 
 def _routed_experts(
-    x_tD, token_mask, at, num_valid, arrays, moe: MoEConfig, kernels: Kernels, place: Placement, token_dim: TokenDim
+    x_tD, token_mask, at, num_valid, arrays, moe: MoEConfig, kernels: Kernels, placement: Placement, token_dim: TokenDim
 ):  # fmt: skip
     """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
     valid, positions = (part.reshape(-1) for part in token_mask)
-    exchange_axes, replicated_axes = place.ep_exchange_axes(token_dim), place.ep_replicated_axes(token_dim)
-    ranks, others = place.size(exchange_axes), place.size(replicated_axes)
+    exchange_axes, replicated_axes = placement.ep_exchange_axes(token_dim), placement.ep_replicated_axes(token_dim)
+    ranks, others = placement.size(exchange_axes), placement.size(replicated_axes)
     logits = linear(x_tD, arrays["router"], at, num_valid, kind=kernels.linear, dtype="float32")
     if moe.router_bias:
         logits = logits + layer_of(arrays["router_bias"], at)
@@ -171,7 +172,7 @@ def _routed_experts(
         weights_tE = (weights_tE != 0).astype(weights_tE.dtype)
     share = jax.tree.leaves(arrays["gate_up"])[0].shape[1]
     if "physical_expert_map" in arrays:
-        axes = place.axes(place.routed(token_dim))
+        axes = placement.axes(placement.routed(token_dim))
         rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
         weights_tE = to_physical(weights_tE, layer_of(arrays["physical_expert_map"], at), replica_hash(rows, positions))
     else:
@@ -183,7 +184,7 @@ def _routed_experts(
         weights_tE = weights_tE.reshape(-1, ranks * share)
     exchange = Exchange(
         axes=exchange_axes, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), kind=kernels.dispatch,
-        platform=place.platform,
+        platform=placement.platform,
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
     y_TD = grouped_swiglu(
@@ -192,13 +193,15 @@ def _routed_experts(
     )  # fmt: skip
     y_tD = combine(y_TD, sent, exchange)
     if moe.biases:
-        y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], at), place, token_dim).astype(y_tD.dtype)
+        y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], at), placement, token_dim).astype(
+            y_tD.dtype
+        )
     return y_tD, probabilities, tokens_per_expert
 
 
-def _down_biases(weights_tE, bias_ED, place: Placement, token_dim: TokenDim):
+def _down_biases(weights_tE, bias_ED, placement: Placement, token_dim: TokenDim):
     """The biases of each token's experts, weighted; of ranks whose results are summed, the first gives them."""
-    summed = {*place.expert_reduce_axes(token_dim), *place.ep_gather_axes(token_dim)}
+    summed = {*placement.expert_reduce_axes(token_dim), *placement.ep_gather_axes(token_dim)}
     first = math.prod([jax.lax.axis_index(axis) == 0 for axis in summed], start=jnp.float32(1))
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 

@@ -71,7 +71,7 @@ class QuantizedMatrices(NamedTuple):
 
     format: Format
     grains: Mapping[str, Grain]
-    place: Placement
+    placement: Placement
 
 
 class Maker:
@@ -87,13 +87,13 @@ class Maker:
     ) -> None:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
-    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, place: Placement) -> Maker:
-        """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. place: as they
-        see it."""
+    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: Placement) -> Maker:
+        """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. placement: as
+        they see it."""
         quantized = None
         if config.quantisation is not None:
             quantized = QuantizedMatrices(
-                config.quantisation.format, config.quantisation.of(segment.first + block), place
+                config.quantisation.format, config.quantisation.of(segment.first + block), placement
             )
         view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
         return Maker(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
@@ -109,8 +109,8 @@ class Maker:
         then those of their outputs. path: within the block."""
         if self._quantized is None or path not in self._quantized.grains:
             return self(init, **dims)
-        format, place = self._quantized.format, self._quantized.place
-        shares = [size // place.num_shards(dim) for dim, size in dims.items()]
+        format, placement = self._quantized.format, self._quantized.placement
+        shares = [size // placement.num_shards(dim) for dim, size in dims.items()]
         counts = cells(
             list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._quantized.grains[path]
         )

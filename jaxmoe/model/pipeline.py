@@ -29,12 +29,16 @@ class StageBuffers(NamedTuple):
     waiting: jax.Array
 
 
-def empty_buffers(schedule: Schedule, shape: tuple[int, ...], dtype: Any, place: Placement, dims: Dims) -> StageBuffers:
+def empty_buffers(
+    schedule: Schedule, shape: tuple[int, ...], dtype: Any, placement: Placement, dims: Dims
+) -> StageBuffers:
     """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
-    return StageBuffers(place.constrain(sent, "stage", *dims), place.constrain(waiting, "stage", "unsharded", *dims))
+    return StageBuffers(
+        placement.constrain(sent, "stage", *dims), placement.constrain(waiting, "stage", "unsharded", *dims)
+    )
 
 
 # One micro-batch through one chunk: (weights, slot, which layer slots, how many of them are filled, x, layer state,
@@ -54,7 +58,7 @@ def tick_stages(
     *,
     segment: LayerSegment,
     schedule: Schedule,
-    place: Placement,
+    placement: Placement,
 ) -> tuple[StageBuffers, Any]:
     """One tick of all stages; what each computed is `sent` of the returned buffers.
 
@@ -91,7 +95,7 @@ def tick_stages(
     staged, same = P(STAGE), P()
     region = jax.shard_map(
         stage,
-        mesh=place.mesh,
+        mesh=placement.mesh,
         axis_names={STAGE},
         in_specs=(staged, staged, same, staged, same, same, same),
         out_specs=(staged, staged),
@@ -104,16 +108,18 @@ def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
     return jax.lax.ppermute(x, STAGE, pairs) if pairs else x
 
 
-def from_last_stage(x: jax.Array, place: Placement, pick: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+def from_last_stage(
+    x: jax.Array, placement: Placement, pick: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> jax.Array:
     """pick(x) [...] of x [P,...] on the last stage, on every stage: one all-reduce over the pipeline."""
 
     def stage(x):
-        last = jax.lax.axis_index(STAGE) == place.num_stages - 1
+        last = jax.lax.axis_index(STAGE) == placement.num_stages - 1
         picked = pick(x[0])
         return _sum_of_one(jnp.where(last, picked, jnp.zeros_like(picked)))
 
     return jax.shard_map(
-        stage, mesh=place.mesh, axis_names={STAGE}, in_specs=(P(STAGE),), out_specs=P(), check_vma=False
+        stage, mesh=placement.mesh, axis_names={STAGE}, in_specs=(P(STAGE),), out_specs=P(), check_vma=False
     )(x)
 
 

@@ -21,7 +21,7 @@ from jaxmoe.sharding import Placement, TokenDim
 def project(
     x: jax.Array,
     param: Matrix,
-    place: Placement,
+    placement: Placement,
     kind: LinearKind,
     at: At | None = None,
     num_valid: jax.Array | None = None,
@@ -50,10 +50,10 @@ def project(
     before, after = ((token_dim if part == ("width",) else inside, "length", *part) for part in (summed, kept))
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
     if kind == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantised):
-        return place.constrain(plain(x, weights, at), *after)
-    sequence_axes = place.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
+        return placement.constrain(plain(x, weights, at), *after)
+    sequence_axes = placement.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
     gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
-    axes = tuple(axis for dim in summed for axis in place.axes(dim) if place.mesh.shape[axis] > 1)
+    axes = tuple(axis for dim in summed for axis in placement.axes(dim) if placement.mesh.shape[axis] > 1)
 
     def part(x: jax.Array, w: Weights, at: jax.Array, *num_valid: jax.Array) -> jax.Array:
         x = gather_rows(x, gather_axes)
@@ -69,7 +69,7 @@ def project(
 
     arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
     arrays += [] if num_valid is None else [(num_valid, ("token",))]
-    return place.shard_map_local(part, *arrays, out=after)
+    return placement.shard_map_local(part, *arrays, out=after)
 
 
 def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, dtype: str | None) -> jax.Array:
@@ -79,13 +79,15 @@ def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, d
     return jax.lax.dot_general(x, layer_of(w, at), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
-def together(x: jax.Array, place: Placement, token_dim: TokenDim) -> jax.Array:
+def together(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:
     """x [B,S,D], whose rows lie as `token_dim` says, as it is needed inside layers: for more than one product of it."""
-    sequence_axes = place.sequence_gather_axes(token_dim)
+    sequence_axes = placement.sequence_gather_axes(token_dim)
     if not sequence_axes:
         return x
     rest = ("length", "width")
-    return place.shard_map_local(lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest))
+    return placement.shard_map_local(
+        lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest)
+    )
 
 
 def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -34,14 +34,14 @@ class TokenMask(NamedTuple):
     num_valid: jax.Array | None
 
 
-def make_token_mask(valid: jax.Array, positions: jax.Array, place: Placement, *, count: bool) -> TokenMask:
+def make_token_mask(valid: jax.Array, positions: jax.Array, placement: Placement, *, count: bool) -> TokenMask:
     """Real tokens of valid [B,S] at positions [B,S]; counted where `count`."""
 
     def last(valid: jax.Array) -> jax.Array:
-        place = jnp.arange(1, valid.size + 1, dtype=jnp.int32)
-        return jnp.max(jnp.where(valid.reshape(-1), place, 0), keepdims=True)
+        index = jnp.arange(1, valid.size + 1, dtype=jnp.int32)
+        return jnp.max(jnp.where(valid.reshape(-1), index, 0), keepdims=True)
 
-    num_valid = place.shard_map_local(last, (valid, ("token", "length")), out=("token",)) if count else None
+    num_valid = placement.shard_map_local(last, (valid, ("token", "length")), out=("token",)) if count else None
     return TokenMask(valid, positions, num_valid)
 
 
@@ -49,49 +49,51 @@ _HALVES = ("token", "length", "unsharded")
 
 
 def normed(
-    x: jax.Array, weight: jax.Array, dims: Dims, place: Placement, kind: PointwiseKind, *, eps: float
+    x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *, eps: float
 ) -> jax.Array:
     """RMS norm over the last of x's dims, which no axis splits."""
     norm = partial(rms_norm, eps=eps, kind=kind)
-    return norm(x, weight) if kind == "xla" else place.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
+    return (
+        norm(x, weight) if kind == "xla" else placement.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
+    )
 
 
 def mean_squares(
-    q: jax.Array, k: jax.Array, columns: tuple[int, int], place: Placement, kind: PointwiseKind
+    q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: Placement, kind: PointwiseKind
 ) -> jax.Array:
     """Over all heads of a query [B,S,K,G,H] and a key [B,S,K,H] of so many numbers: [B,S,2], by one all-reduce."""
-    axes = tuple(axis for axis in place.axes("kv_head") if place.mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in placement.axes("kv_head") if placement.mesh.shape[axis] > 1)
 
     def both(q: jax.Array, k: jax.Array) -> jax.Array:
         each = [sum_of_squares(x, kind=kind) / count for x, count in zip((q, k), columns, strict=True)]
         means = jnp.stack(each, axis=-1)
         return jax.lax.psum(means, axes) if axes else means
 
-    return place.shard_map_local(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
+    return placement.shard_map_local(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
 
 
 def scaled(
-    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, place: Placement, kind: PointwiseKind, *,
+    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *,
     eps: float,
 ) -> jax.Array:  # fmt: skip
     """RMS norm of x [B,S,K,...] over all its heads, by their mean square [B,S]."""
     scale = partial(scale_by_rms, eps=eps, kind=kind)
     if kind == "xla":
         return scale(x, weight, mean_square)
-    return place.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
+    return placement.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
 def rotated(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, place: Placement, kind: PointwiseKind
+    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind
 ) -> jax.Array:
     """Rotary embedding of x [B,S,...,H] by cos and sin [B,S,H/2]."""
     rotate_fn = partial(rotate, kind=kind)
     if kind == "xla":
         return rotate_fn(x, cos, sin)
-    return place.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
+    return placement.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
-def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array, placement: Placement, kind: PointwiseKind) -> jax.Array:
     """silu(gate) * up of both [B,S,F]: [B,S,F]."""
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -101,4 +103,4 @@ def gated(gate: jax.Array, up: jax.Array, place: Placement, kind: PointwiseKind)
     if kind == "xla":
         return unit(gate, up)
     dims = ("token", "length", "ffn")
-    return place.shard_map_local(unit, (gate, dims), (up, dims), out=dims)
+    return placement.shard_map_local(unit, (gate, dims), (up, dims), out=dims)

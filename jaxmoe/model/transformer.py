@@ -75,10 +75,10 @@ class Transformer(nnx.Module):
             self.head = make(normal(0.02), width=config.hidden_size, vocab=vocab)
 
     def _block(self, segment: LayerSegment, block: int, make: Maker) -> Block:
-        place = self.placement.for_layers(segment)
-        sizes = array_sizes(self.config, place)
-        make = make.stacked(segment, block, self.config, place)
-        return Block(self.config, sizes, place, self.kernels, segment.first + block, make=make)
+        placement = self.placement.for_layers(segment)
+        sizes = array_sizes(self.config, placement)
+        make = make.stacked(segment, block, self.config, placement)
+        return Block(self.config, sizes, placement, self.kernels, segment.first + block, make=make)
 
     def __call__(
         self,
@@ -118,15 +118,15 @@ class Transformer(nnx.Module):
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
 
         together: whether they are one micro-batch."""
-        place, table = self.outside, self.embed[...]
-        between = place.token_dim(tokens.shape[0])
-        apart = place.num_stages > 1 and not (together and place.sequence_gather_axes(between))
+        placement, table = self.outside, self.embed[...]
+        between = placement.token_dim(tokens.shape[0])
+        apart = placement.num_stages > 1 and not (together and placement.sequence_gather_axes(between))
         token_dim: TokenDim | Literal["batch"] = "batch" if apart else between
-        axes = tuple(axis for axis in place.axes("vocab") if place.mesh.shape[axis] > 1)
+        axes = tuple(axis for axis in placement.axes("vocab") if placement.mesh.shape[axis] > 1)
         if token_dim == "token" or not axes:
-            tokens = place.constrain(tokens, token_dim, "length")
-            return place.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(token_dim))
-        scatter_axes = place.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
+            tokens = placement.constrain(tokens, token_dim, "length")
+            return placement.constrain(jnp.take(table, tokens, axis=0), *hidden_dims(token_dim))
+        scatter_axes = placement.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
 
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
             here = tokens - jax.lax.axis_index(axes) * len(table)
@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
             return summed_over(rows, axes, scatter_axes)
 
         arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else token_dim, "length"))
-        return place.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))
+        return placement.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))
 
     def normed(self, x: jax.Array) -> jax.Array:
         """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
@@ -204,14 +204,14 @@ class Transformer(nnx.Module):
                 tokens_per_expert[number] = carry[2]
         return x, ForwardState(kv_cache, tokens_per_expert)
 
-    def _forward_context(self, layer_inputs: LayerInputs, place: Placement) -> ForwardContext:
+    def _forward_context(self, layer_inputs: LayerInputs, placement: Placement) -> ForwardContext:
         positions, valid = (
-            place.constrain(array, "batch", "length") for array in (layer_inputs.positions, layer_inputs.valid)
+            placement.constrain(array, "batch", "length") for array in (layer_inputs.positions, layer_inputs.valid)
         )
         rope = self.config.rope
         frequencies = inverse_frequencies(rope, self.config.rotary_dims)
         cos, sin = rotation(positions, frequencies, rope.attention_factor)
-        token_mask = make_token_mask(valid, positions, place, count=self.kernels.linear == "native")
+        token_mask = make_token_mask(valid, positions, placement, count=self.kernels.linear == "native")
         return ForwardContext(cos, sin, token_mask, layer_inputs.attention_backend)
 
     # --- stages of a pipeline ---
@@ -235,15 +235,15 @@ class Transformer(nnx.Module):
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
         segment, number = self.layer_segments[self.pipelined_segment], self.pipelined_segment
         graph, weights = nnx.split(self.segments[number])
-        place = self.placement.for_layers(segment)
-        dims = hidden_dims(place.token_dim(enters.shape[0]))
+        placement = self.placement.for_layers(segment)
+        dims = hidden_dims(placement.token_dim(enters.shape[0]))
         enters = self.placement.constrain(enters, *dims)
         kv_cache, tokens_per_expert = list(forward_state.kv_cache), forward_state.tokens_per_expert
 
         def through(weights, slot, layer_slots, filled, x, layer_state, step_inputs):
             blocks = nnx.merge(graph, weights)
             context = self._forward_context(
-                step_inputs.part(slot.micro_batch, schedule.micro_batches, slot.decode_step, slot.valid), place
+                step_inputs.part(slot.micro_batch, schedule.micro_batches, slot.decode_step, slot.valid), placement
             )
 
             def layer(carry, at):
@@ -251,7 +251,7 @@ class Transformer(nnx.Module):
                 new = new if filled is None else jnp.where(at - layer_slots[0] < filled, new, carry[0])
                 return (new, *layer_state), None
 
-            carry = (place.constrain(x, *dims), *layer_state)
+            carry = (placement.constrain(x, *dims), *layer_state)
             carry = (
                 layer(carry, layer_slots[0])[0] if len(layer_slots) == 1 else jax.lax.scan(layer, carry, layer_slots)[0]
             )
@@ -269,7 +269,7 @@ class Transformer(nnx.Module):
             decode_steps,
             segment=segment,
             schedule=schedule,
-            place=self.placement,
+            placement=self.placement,
         )
         return buffers, ForwardState(
             kv_cache,
@@ -304,8 +304,8 @@ class Transformer(nnx.Module):
             if after:
                 layer_inputs = step_inputs.part(last.micro_batch, count, 0, leaves)
                 y, forward_state = self.after(self.from_last(y), layer_inputs, forward_state)
-            place = jnp.where(leaves, last.micro_batch, count)
-            return buffers, forward_state, done.at[place].set(y, mode="drop")
+            index = jnp.where(leaves, last.micro_batch, count)
+            return buffers, forward_state, done.at[index].set(y, mode="drop")
 
         room = jnp.zeros((count, *(() if after else (schedule.stages,)), rows, *x.shape[1:]), x.dtype)
         token_dim = self.placement.token_dim(rows)
@@ -337,14 +337,16 @@ class Transformer(nnx.Module):
 
 
 def at_rows(
-    hidden: jax.Array, place: Placement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
+    hidden: jax.Array, placement: Placement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
 ) -> jax.Array:
     """hidden [r*t,1,D], whose rows lie as `token_dim` says, at index [r,d] of each rank of the batch: [r*d,1,D].
 
     Ranks that share out a rank's tokens each give those they have: one all-reduce.
     """
-    axes = place.axes(token_dim)
-    token_shard_axes = tuple(axis for axis in axes if axis not in place.axes("batch") and place.mesh.shape[axis] > 1)
+    axes = placement.axes(token_dim)
+    token_shard_axes = tuple(
+        axis for axis in axes if axis not in placement.axes("batch") and placement.mesh.shape[axis] > 1
+    )
 
     def pick(hidden: jax.Array, index: jax.Array) -> jax.Array:
         if not token_shard_axes:
@@ -353,7 +355,7 @@ def at_rows(
         here = jnp.where((here >= 0) & (here < len(hidden)), here, len(hidden))
         return jax.lax.psum(hidden.at[here].get(mode="fill", fill_value=0), token_shard_axes)
 
-    return place.shard_map_local(pick, (hidden, hidden_dims(token_dim)), (index, ("batch", "block")), out=HIDDEN)
+    return placement.shard_map_local(pick, (hidden, hidden_dims(token_dim)), (index, ("batch", "block")), out=HIDDEN)
 
 
 def _through(

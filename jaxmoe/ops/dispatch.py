@@ -37,10 +37,10 @@ HIERARCHICAL: tuple[DispatchKind, ...] = ("hierarchical", "hierarchical_ragged")
 MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
-def why_refused(kind: str, place: Placement) -> str | None:
+def why_refused(kind: str, placement: Placement) -> str | None:
     """Why a platform or a mesh has no use for a kind; None where it has."""
-    peers, levels = place.ragged_peers(kind), place.dispatch_levels
-    if place.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+    peers, levels = placement.ragged_peers(kind), placement.dispatch_levels
+    if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
         other = "all_to_all" if kind == "ragged_all_to_all" else "hierarchical"
         return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
     if kind in HIERARCHICAL and len(levels) == 1:

@@ -150,7 +150,7 @@ class _Matrix(NamedTuple):
     """One quantised matrix among many, left where it lies."""
 
     stacked: Quantised
-    place: tuple[At, ...]
+    indices: tuple[At, ...]
 
 
 def _matrix(stacked, *index):
@@ -164,7 +164,7 @@ def _matrix(stacked, *index):
 def _times(x, matrix):
     """Rows x [R, M] times a matrix [M, N], as float32."""
     if isinstance(matrix, _Matrix):
-        return multiply(x, matrix.stacked, matrix.place)
+        return multiply(x, matrix.stacked, matrix.indices)
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 

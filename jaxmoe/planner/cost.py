@@ -161,7 +161,7 @@ class StepCost:
         self._plain_rate = hardware.flops_a_second("bf16")
         self._context_ranks = self.placement.num_shards("page_token")
         moe = self.config.moe
-        ranks = max(block.place.num_shards("moe_expert") for block in held.blocks)
+        ranks = max(block.placement.num_shards("moe_expert") for block in held.blocks)
         self.skew, self._skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0, skew
         alike: dict[_Layer, int] = {}
         for block in held.blocks:
@@ -196,13 +196,13 @@ class StepCost:
         return attained(_RATES[format.dtype]) * (_UNPACKED if unpacked else 1.0)
 
     def _layer(self, block: Block) -> _Layer:
-        config, place = self.config, block.place
+        config, placement = self.config, block.placement
         heads, decode, prefill = attention_dims(config, block)
         window, chunk = config.sliding_windows[block.layer], config.chunk(block.layer)
         return _Layer(
             count=0, dense=tuple(self._dense(block, part) for part in MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
-            exchanges=config.moe_layers[block.layer] and place.size(place.ep_exchange_axes("token")) > 1,
+            exchanges=config.moe_layers[block.layer] and placement.size(placement.ep_exchange_axes("token")) > 1,
             decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
             window=math.inf if window is None else window, chunk=math.inf if chunk is None else chunk / 2,
         )  # fmt: skip
@@ -228,11 +228,11 @@ class StepCost:
         return found, 2 * found / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
     def _experts(self, block: Block) -> _Experts:
-        place, width = block.place, self.config.hidden_size
+        placement, width = block.placement, self.config.hidden_size
         held, matrices = experts_of(block)
         numbers, products = (one / held for one in self._products(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
-        reach = place.size(place.ep_exchange_axes("token")) / self._context_ranks
+        reach = placement.size(placement.ep_exchange_axes("token")) / self._context_ranks
         return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
 
     # --- what a step takes ---

@@ -39,7 +39,7 @@ class Block:
     held: int
     run: int
     sizes: ArraySizes
-    place: Placement
+    placement: Placement
     split: Split
     params: tuple[tuple[Parameter, int], ...]  # with the bytes of one layer's on one device
 
@@ -74,13 +74,13 @@ class Held:
         )
 
     def _block(self, segment: LayerSegment, block: int, sizes: ArraySizes) -> Block:
-        config, place, layer = self.config, self.placement.for_layers(segment), segment.first + block
-        like = (config.kind(layer), place.view)
-        split = Split.of(place)
+        config, placement, layer = self.config, self.placement.for_layers(segment), segment.first + block
+        like = (config.kind(layer), placement.view)
+        split = Split.of(placement)
         if like not in self._known:
             maps_experts = self.placement.redundant_experts is not None
             self._known[like] = _params(config, layer, sizes, split, self.itemsize, maps_experts)
-        return Block(layer, held_layers(segment), segment.repeats, sizes, place, split, self._known[like])
+        return Block(layer, held_layers(segment), segment.repeats, sizes, placement, split, self._known[like])
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
@@ -120,7 +120,7 @@ class Held:
     def kv_bytes(self, block: Block) -> int:
         """Of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
-        slots = block.sizes.kv_slots // block.place.num_shards("kv_head")
+        slots = block.sizes.kv_slots // block.placement.num_shards("kv_head")
         return slots * sum(dim * item + scale for dim in self.config.cached_dims)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:

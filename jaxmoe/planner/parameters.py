@@ -37,13 +37,13 @@ class Split:
     moe_ffn: int
 
     @classmethod
-    def of(cls, place: Placement) -> Split:
+    def of(cls, placement: Placement) -> Split:
         """As a placement has them."""
         return cls(
-            place.num_shards("kv_head"),
-            place.num_shards("ffn"),
-            place.num_shards("moe_expert"),
-            place.num_shards("moe_ffn"),
+            placement.num_shards("kv_head"),
+            placement.num_shards("ffn"),
+            placement.num_shards("moe_expert"),
+            placement.num_shards("moe_ffn"),
         )
 
     def num_shards(self, dim: str, /) -> int:
@@ -66,19 +66,19 @@ class Parameter:
     over: int = 0
     itemsize: int | None = None
 
-    def share(self, place: Parted) -> list[int]:
+    def share(self, placement: Parted) -> list[int]:
         """What one device has of each dim."""
-        return [size // place.num_shards(dim) for dim, size in self.dims.items()]
+        return [size // placement.num_shards(dim) for dim, size in self.dims.items()]
 
-    def device_bytes(self, place: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
+    def device_bytes(self, placement: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
         """Bytes of one layer's on one device; format, grain: where it is quantised."""
-        share = self.share(place)
+        share = self.share(placement)
         if format is None or grain is None:
             return math.prod(share) * (self.itemsize or itemsize)
         counts = cells(
             list(self.dims.values()), share, lead=self.lead, over=self.over, format=format, grain=grain
         )  # fmt: skip
-        scales = math.prod(count // place.num_shards(dim) for count, dim in zip(counts, self.dims, strict=True))
+        scales = math.prod(count // placement.num_shards(dim) for count, dim in zip(counts, self.dims, strict=True))
         return math.prod(share) // format.per_item + scales * (1 if format.scale_dtype == "uint8" else 4)
 
 

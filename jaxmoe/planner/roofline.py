@@ -74,7 +74,7 @@ def _numbers(params: list[Parameter], block: Block) -> float:
 def _dense(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     """Matrices that every token meets."""
     width, item = cost.config.hidden_size, cost.held.itemsize
-    tokens = rows.tokens / block.place.num_shards("page_token")
+    tokens = rows.tokens / block.placement.num_shards("page_token")
     for part in MATRICES:
         numbers = _numbers(matrices_of(block, part), block)
         if numbers:
@@ -87,7 +87,7 @@ def _attention(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     config = cost.config
     heads, decode, prefill = attention_dims(config, block)
     most = min(config.sliding_windows[block.layer] or math.inf, config.chunk(block.layer) or math.inf)
-    ranks = block.place.num_shards("page_token")
+    ranks = block.placement.num_shards("page_token")
     met = rows.decode * min(rows.context, most) + rows.prefill * min(rows.prompt, most)
     dims = decode if rows.decode else prefill
     if rows.decode:
@@ -99,12 +99,12 @@ def _attention(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
 
 def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
     """The experts that a mean rank's tokens choose."""
-    moe, place = cost.config.moe, block.place
+    moe, placement = cost.config.moe, block.placement
     if moe is None or not cost.config.moe_layers[block.layer]:
         return
     held, matrices = experts_of(block)
     numbers = _numbers(matrices, block) / held
-    tokens = rows.tokens * place.size(place.ep_exchange_axes("token")) / place.num_shards("page_token")
+    tokens = rows.tokens * placement.size(placement.ep_exchange_axes("token")) / placement.num_shards("page_token")
     chosen = tokens * moe.num_experts_per_tok / block.split.moe_expert
     active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
     moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize

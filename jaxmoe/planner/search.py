@@ -244,9 +244,9 @@ def _no_room(question: Question, specs: list[Spec]) -> str:
     held: list[int] = []
     error: ConfigError | None = None
     for spec in specs:
-        place = placement_of(hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
+        placement = placement_of(hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
         try:
-            held.append(Held(question.config, place).weight_bytes)
+            held.append(Held(question.config, placement).weight_bytes)
         except ConfigError as cannot:
             error = error or cannot
     if error is not None and not held:  # it is not for lack of room

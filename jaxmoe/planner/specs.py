@@ -159,8 +159,10 @@ def why_none(question: Question) -> str:
     if question.virtual_stages and all(dict(one)["pipeline"] == 1 for one in axes):
         return f"virtual_stages={question.virtual_stages} needs stages: no mesh of {many} has any; leave it out"
     assert question.dispatch is not None
-    places = (placement_of(question.hardware, one, layout) for one in axes for layout in layouts)
-    why = next(filter(None, (_why_not(question.dispatch, place) for place in places)), f"suits no mesh of {many}")
+    placements = (placement_of(question.hardware, one, layout) for one in axes for layout in layouts)
+    why = next(
+        filter(None, (_why_not(question.dispatch, placement) for placement in placements)), f"suits no mesh of {many}"
+    )
     return f"dispatch={question.dispatch} {why}"
 
 

@@ -180,32 +180,32 @@ class _Plan:
         self.found: list[Stop] = []
         self._sizes: dict[str, ArraySizes] = {}
 
-    def sizes(self, place: Placement) -> ArraySizes:
+    def sizes(self, placement: Placement) -> ArraySizes:
         """Padded as seen from a place."""
-        if place.view not in self._sizes:
-            self._sizes[place.view] = array_sizes(self.config, place)
-        return self._sizes[place.view]
+        if placement.view not in self._sizes:
+            self._sizes[placement.view] = array_sizes(self.config, placement)
+        return self._sizes[placement.view]
 
-    def add(self, place: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
+    def add(self, placement: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
         """One kind of collective over a dim's axes, or over axes."""
-        over = place.axes(over) if isinstance(over, str) else tuple(over)
-        axes = tuple(axis for axis, size in place.mesh.shape.items() if axis in over and size > 1)
+        over = placement.axes(over) if isinstance(over, str) else tuple(over)
+        axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
             collective = Collective(op=op, axes=axes, result_bytes=result_bytes)
             segment, block = self.layer or (None, None)
             self.found.append(Stop(where=self.where, collective=collective, count=count, segment=segment, block=block))
 
-    def sum(self, place: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
+    def sum(self, placement: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
-        over = place.axes(over) if isinstance(over, str) else tuple(over)
-        scattered = [axis for axis in place.sequence_gather_axes(self.token_dim) if axis in over]
-        strip = result_bytes // place.size(scattered)
-        self.add(place, "reduce-scatter", scattered, strip, count)
-        self.add(place, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
+        over = placement.axes(over) if isinstance(over, str) else tuple(over)
+        scattered = [axis for axis in placement.sequence_gather_axes(self.token_dim) if axis in over]
+        strip = result_bytes // placement.size(scattered)
+        self.add(placement, "reduce-scatter", scattered, strip, count)
+        self.add(placement, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
 
-    def gather(self, place: Placement, axes: Iterable[str], rows: int, count: int) -> None:
+    def gather(self, placement: Placement, axes: Iterable[str], rows: int, count: int) -> None:
         """Strips of tokens between the layers to all the tokens a split region needs."""
-        self.add(place, "all-gather", axes, rows * self.hidden, count)
+        self.add(placement, "all-gather", axes, rows * self.hidden, count)
 
     def send(self, count: int) -> None:
         """Hidden states from stage to stage."""
@@ -228,100 +228,103 @@ class _Plan:
             each = segment.virtual_stage_slots if segment.stages > 1 else segment.repeats
             for block in range(segment.period):
                 self.layer = number, block
-                place, count = self.placement.for_layers(segment), each * ticks
-                self.attention(place, count)
+                placement, count = self.placement.for_layers(segment), each * ticks
+                self.attention(placement, count)
                 if self.config.moe_layers[segment.first + block]:
-                    self.experts(place, count)
+                    self.experts(placement, count)
                 else:
-                    self.mlp(place, count)
+                    self.mlp(placement, count)
         self.layer = None
 
-    def mlp(self, place: Placement, count: int) -> None:
+    def mlp(self, placement: Placement, count: int) -> None:
         """A region split by its width: tokens gathered before it, summed after it."""
         self.where = "mlp"
-        self.gather(place, place.sequence_gather_axes(self.token_dim), self.shared_rows, count)
-        self.sum(place, "ffn", self.shared_rows * self.hidden, count)
+        self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
+        self.sum(placement, "ffn", self.shared_rows * self.hidden, count)
 
-    def attention(self, place: Placement, count: int) -> None:
+    def attention(self, placement: Placement, count: int) -> None:
         """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
         found."""
         self.where = "attention"
-        self.gather(place, place.sequence_gather_axes(self.token_dim), self.shared_rows, count)
-        config, sizes = self.config, self.sizes(place)
+        self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
+        config, sizes = self.config, self.sizes(placement)
         if config.qk_norm == "full":  # squares of query and key, float32
-            self.add(place, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
-        slots = self.tokens * sizes.kv_slots // place.num_shards("kv_head")
+            self.add(placement, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
+        slots = self.tokens * sizes.kv_slots // placement.num_shards("kv_head")
         both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
-        self.add(place, "all-gather", "page_token", both, count)
-        self.add(place, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)
-        self.sum(place, "kv_head", self.shared_rows * self.hidden, count)
+        self.add(placement, "all-gather", "page_token", both, count)
+        self.add(placement, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)
+        self.sum(placement, "kv_head", self.shared_rows * self.hidden, count)
 
-    def experts(self, place: Placement, count: int) -> None:
+    def experts(self, placement: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""
         self.where = "experts"
         moe, gather_axes, summed = (
             self.config.moe,
-            place.ep_gather_axes(self.token_dim),
-            place.expert_reduce_axes(self.token_dim),
+            placement.ep_gather_axes(self.token_dim),
+            placement.expert_reduce_axes(self.token_dim),
         )
         assert moe is not None
-        apart = place.size(place.sequence_gather_axes(self.token_dim)) // place.size(
-            gather_axes
-        )  # that exchange what they do not gather
+        # Ranks that exchange what they do not gather.
+        apart = placement.size(placement.sequence_gather_axes(self.token_dim)) // placement.size(gather_axes)
         rows = self.shared_rows // apart
-        self.gather(place, gather_axes, rows, count)
-        self.exchange(place, rows, count)
-        sequence_axes = place.sequence_gather_axes(self.token_dim)
+        self.gather(placement, gather_axes, rows, count)
+        self.exchange(placement, rows, count)
+        sequence_axes = placement.sequence_gather_axes(self.token_dim)
         if moe.shared_intermediate_size and sequence_axes != gather_axes:  # gathered by itself, and scattered
             self.where = "shared expert"
-            self.gather(place, sequence_axes, self.shared_rows, count)
-            self.sum(place, sequence_axes, self.shared_rows * self.hidden, count)
+            self.gather(placement, sequence_axes, self.shared_rows, count)
+            self.sum(placement, sequence_axes, self.shared_rows * self.hidden, count)
         self.where = "experts"
-        self.sum(place, summed, rows * self.hidden, count)
+        self.sum(placement, summed, rows * self.hidden, count)
 
-    def exchange(self, place: Placement, rows: int, count: int) -> None:
+    def exchange(self, placement: Placement, rows: int, count: int) -> None:
         """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
-        over = tuple(axis for axis in place.ep_exchange_axes(self.token_dim) if place.mesh.shape[axis] > 1)
+        over = tuple(axis for axis in placement.ep_exchange_axes(self.token_dim) if placement.mesh.shape[axis] > 1)
         # Weights of the experts there travel beside a token.
-        places = self.sizes(place).moe_experts // place.size(place.ep_replicated_axes(self.token_dim))
+        places = self.sizes(placement).moe_experts // placement.size(placement.ep_replicated_axes(self.token_dim))
         levels = [(over, rows, places, self.dispatch)]
         if self.dispatch.startswith("hierarchical"):
             inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"
-            ranks = place.size(over[:1])
+            ranks = placement.size(over[:1])
             levels = [(over[:1], rows, places, "all_to_all"), (over[1:], rows * ranks, places // ranks, inner)]
         self.where = "dispatch"
         for axes, sent, split, kind in levels:
-            packet = sent * (self.config.hidden_size + split // place.size(axes)) * self.itemsize
+            packet = sent * (self.config.hidden_size + split // placement.size(axes)) * self.itemsize
             if kind == "all_gather":
                 packet = sent * (self.config.hidden_size + split) * self.itemsize
-                self.add(place, "all-gather", axes, place.size(axes) * packet, count)
+                self.add(placement, "all-gather", axes, placement.size(axes) * packet, count)
                 continue
             if kind == "ragged_all_to_all":  # how many rows come, and where they come from
-                self.add(place, "all-to-all", axes, place.size(axes) * 2 * 4, count)
-            self.add(place, *self._carried(place, axes, kind, sent, packet, place.size(axes)), count)
+                self.add(placement, "all-to-all", axes, placement.size(axes) * 2 * 4, count)
+            self.add(placement, *self._carried(placement, axes, kind, sent, packet, placement.size(axes)), count)
         self.where = "combine"
         for axes, sent, _, kind in reversed(levels):
             back = sent * self.config.hidden_size * self.itemsize
             if kind == "all_gather":
-                whole = sent % place.strip_rows == 0
-                self.add(place, *(("reduce-scatter", axes, back) if whole else
-                                  ("all-reduce", axes, place.size(axes) * back)), count)  # fmt: skip
+                whole = sent % placement.strip_rows == 0
+                self.add(placement, *(("reduce-scatter", axes, back) if whole else
+                                  ("all-reduce", axes, placement.size(axes) * back)), count)  # fmt: skip
                 continue
-            self.add(place, *self._carried(place, axes, kind, sent, back, self._most_ranks(place, axes, kind)), count)
+            self.add(
+                placement,
+                *self._carried(placement, axes, kind, sent, back, self._most_ranks(placement, axes, kind)),
+                count,
+            )
 
-    def _most_ranks(self, place: Placement, axes: tuple[str, ...], kind: str) -> int:
+    def _most_ranks(self, placement: Placement, axes: tuple[str, ...], kind: str) -> int:
         """Ranks from which a token's results come back, at most."""
-        ranks, moe = place.size(axes), self.config.moe
+        ranks, moe = placement.size(axes), self.config.moe
         assert moe is not None
-        ragged = kind == "ragged_all_to_all" and place.platform != "cpu"
+        ragged = kind == "ragged_all_to_all" and placement.platform != "cpu"
         return min(ranks, moe.num_experts_per_tok) if ragged else ranks
 
     def _carried(
-        self, place: Placement, axes: tuple[str, ...], kind: str, rows: int, num_bytes: int, ranks: int
+        self, placement: Placement, axes: tuple[str, ...], kind: str, rows: int, num_bytes: int, ranks: int
     ) -> tuple[Op, tuple[str, ...], int]:
         """The collective that carries so many rows to, or from, so many ranks, as a platform has it."""
-        if kind != "ragged_all_to_all" or place.platform == "cpu":
+        if kind != "ragged_all_to_all" or placement.platform == "cpu":
             return "all-to-all", axes, ranks * num_bytes
-        if place.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
+        if placement.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
             num_bytes = rows * -(-num_bytes // rows // _TPU_ROW) * _TPU_ROW
         return "ragged-all-to-all", axes, ranks * num_bytes

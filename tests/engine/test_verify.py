@@ -47,15 +47,15 @@ def test_every_mesh_is_tried_in_every_layout_or_one_that_is_alike(moe):
 
 def _lies(mesh, layout) -> list:
     """Which part of every dim each device has, however layers stand to the pipeline."""
-    place = Placement(mesh=mesh, layout=layout)
+    placement = Placement(mesh=mesh, layout=layout)
     found: list = [
-        place.ep_exchange_axes("sequence_sharded"),
-        place.ep_replicated_axes("sequence_sharded"),
-        place.ep_gather_axes("sequence_sharded"),
+        placement.ep_exchange_axes("sequence_sharded"),
+        placement.ep_replicated_axes("sequence_sharded"),
+        placement.ep_gather_axes("sequence_sharded"),
     ]
     found = [[axis for axis in axes if mesh.shape[axis] > 1] for axes in found]
     for view, dim in itertools.product(get_args(PipelineView), layout.table):
-        found.append(place.with_view(view).sharding(dim).devices_indices_map((64,)))
+        found.append(placement.with_view(view).sharding(dim).devices_indices_map((64,)))
     return found
 
 
@@ -99,15 +99,17 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
     asked = ModelQuestion(config="", mesh=mesh, layout=layout, max_num_seqs=3, context=64)
     for platform in ("cpu", "gpu", "tpu"):
         runner = asked.runner(config, PlannedMesh(axes, platform), Kernels())
-        place = runner.placement
-        if not place.sequence_gather_axes("sequence_sharded"):  # the layout's axis is of one device
+        placement = runner.placement
+        if not placement.sequence_gather_axes("sequence_sharded"):  # the layout's axis is of one device
             continue
         for chunk in (1, 7, 24, 31, 128):
             bucket = step_bucket(runner, "prefill", **(asked.sizes | {"chunk_tokens": chunk}))
             tokens = bucket.num_tokens // bucket.micro_batches
-            assert place.token_dim(tokens * runner.num_ranks) == "sequence_sharded"
-            assert tokens * runner.num_ranks % (place.strip_rows * place.num_shards("sequence_sharded")) == 0
-            assert bucket.num_tokens <= 2 * (bucket.rows + place.num_stages * max(chunk, 2 * place.strip_tokens))
+            assert placement.token_dim(tokens * runner.num_ranks) == "sequence_sharded"
+            assert tokens * runner.num_ranks % (placement.strip_rows * placement.num_shards("sequence_sharded")) == 0
+            assert bucket.num_tokens <= 2 * (
+                bucket.rows + placement.num_stages * max(chunk, 2 * placement.strip_tokens)
+            )
 
 
 def test_tokens_that_are_shared_out_wrongly_are_found(tiny_dir, monkeypatch):

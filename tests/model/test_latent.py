@@ -39,10 +39,10 @@ LENGTH, PAGE_SIZE = 23, 4
 def test_absorbed_attention_is_the_plain_form(name, mesh):
     """In chunks of 1, 9 and 13 tokens over pages, and all at once over keys and values of every head."""
     config = read_config(CASES_BY_NAME[name].config)
-    place = Placement(mesh=mesh_of(mesh))
-    sizes, kernels = array_sizes(config, place), Kernels()
+    placement = Placement(mesh=mesh_of(mesh))
+    sizes, kernels = array_sizes(config, placement), Kernels()
     make = Maker(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
-    block = LatentAttention(config, sizes, place, kernels, 0, make=make, init=normal(0.3))
+    block = LatentAttention(config, sizes, placement, kernels, 0, make=make, init=normal(0.3))
     graph, weights = nnx.split(block)
     x = jax.random.normal(jax.random.key(1), (LENGTH, config.hidden_size))
 
@@ -69,7 +69,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
         positions = (first + jnp.arange(rows[0] * rows[1], dtype=jnp.int32)).reshape(rows)
         rotary = rotation(positions, inverse_frequencies(config.rope, config.rotary_dims))
         return ForwardContext(
-            *rotary, make_token_mask(positions >= 0, positions, place, count=False), attention_backend
+            *rotary, make_token_mask(positions >= 0, positions, placement, count=False), attention_backend
         )
 
     plain = scored(weights, x)

@@ -28,8 +28,8 @@ def config_of(name: str, weights_dtype: str | None = None):
 
 
 def cost_of(name: str, mesh: str, *, layout: str = "ep-tp", hardware: str = "h100", dispatch: str = "all_to_all"):
-    place = Placement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
-    return StepCost(Held(config_of(name), place), read_hardware(hardware), dispatch=dispatch)
+    placement = Placement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
+    return StepCost(Held(config_of(name), placement), read_hardware(hardware), dispatch=dispatch)
 
 
 def test_one_decoded_token_reads_the_weights_once():
@@ -74,11 +74,11 @@ def test_windows_bound_what_is_read_of_pages(context, wanted):
 )
 def test_collectives_are_those_planned(mesh, layout, dispatch):
     cost = cost_of("qwen3-30b-a3b", mesh, layout=layout, dispatch=dispatch)
-    tokens, place = 1024, cost.placement
+    tokens, placement = 1024, cost.placement
     shape = StepShape(num_tokens=tokens, num_sampled=tokens, itemsize=2, picked=True)
     wanted = sum(
-        count * cost.links.seconds(one, group_of(one.axes, place.mesh.shape, 8))
-        for one, count in planned_collectives(cost.config, place, shape, dispatch=dispatch).items()
+        count * cost.links.seconds(one, group_of(one.axes, placement.mesh.shape, 8))
+        for one, count in planned_collectives(cost.config, placement, shape, dispatch=dispatch).items()
     )
     priced = cost.seconds(Rows(tokens * cost.num_stages, 0, 1))
     # for ranks that arrive later, at both exchanges of each layer, and a part of what a token's work takes there

@@ -54,9 +54,9 @@ def of_abstract_model(config, placement: Placement) -> Counter[str]:
 def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case):
     config = read_config({**case.config, "torch_dtype": "float32", "dtype": "float32"})
     mesh, layout = MESHES[sum(map(ord, case.name)) % len(MESHES)]
-    place = dict(layout=parse_layout(layout))
-    mine = by_path(Held(config, Placement(mesh=planned(mesh), **place)))
-    assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh), **place))
+    placement = dict(layout=parse_layout(layout))
+    mine = by_path(Held(config, Placement(mesh=planned(mesh), **placement)))
+    assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh), **placement))
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -84,16 +84,16 @@ def test_quantised_ones_with_their_scales(name, weights_dtype):
 @pytest.mark.parametrize(("mesh", "layout"), [("data=2,tensor=4", "ep-tp"), ("data=4,tensor=2", "cp-ep-tp")])
 def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
-    place = Placement(mesh=mesh_of(mesh), layout=parse_layout(layout))
-    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=place.num_shards("page_token") > 1)
+    placement = Placement(mesh=mesh_of(mesh), layout=parse_layout(layout))
+    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=placement.num_shards("page_token") > 1)
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
-    runner = abstract_runner(config, place, dtype="float32", kv_dtype=kept, kernels=kernels)
+    runner = abstract_runner(config, placement, dtype="float32", kv_dtype=kept, kernels=kernels)
     weights, pages = held_bytes(runner, max_num_seqs=8, context=64, page_size=16, chunk_tokens=512)
     held = Held(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
-    tokens = 8 // place.num_shards("batch") * 64
+    tokens = 8 // placement.num_shards("batch") * 64
     assert held.kv_bytes_a_token * tokens == pages
-    assert held.kv_bytes_a_token * place.num_shards("page_token") == runner.device_bytes_per_token
+    assert held.kv_bytes_a_token * placement.num_shards("page_token") == runner.device_bytes_per_token
 
 
 def test_padding_and_copies_are_what_an_even_share_lacks():

@@ -126,11 +126,11 @@ def test_kept_matrices_hold_the_published_values_on_every_mesh(form, case, num_k
     write_quantised(case, form, tmp_path / "kept")
     write_quantised(case, form, tmp_path / "plain", plain=True)
     for mesh, layout in MESHES:
-        place = dict(mesh=mesh, layout=parse_layout(layout))
-        plain, _ = loaded(tmp_path / "plain", **place)
-        found, config = loaded(tmp_path / "kept", **place)
+        placement = dict(mesh=mesh, layout=parse_layout(layout))
+        plain, _ = loaded(tmp_path / "plain", **placement)
+        found, config = loaded(tmp_path / "kept", **placement)
         assert assert_kept(found, plain, config) >= num_kept
-        again, _ = loaded(tmp_path / "kept", **place, weights_dtype="float32")
+        again, _ = loaded(tmp_path / "kept", **placement, weights_dtype="float32")
         for path, value in plain.items():
             np.testing.assert_array_equal(again[path], value, err_msg=path)
 

@@ -72,10 +72,10 @@ def test_what_models_hold_exactly_stays(name, to, tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("name", [case.name for case in QUICK_CASES])
 def test_what_models_hold_exactly_is_what_casts_leave(name, tiny_dir):
-    config, place = read_config(CASES_BY_NAME[name].config), Placement(mesh=mesh_of("data=1"))
-    model = abstract_model(config, place, dtype="bfloat16", kernels=Kernels())
-    exact = {info.path for info in parameter_table(nnx.state(model), place) if info.dtype == np.float32}
-    sizes = segment_sizes(config, place, model.layer_segments)
+    config, placement = read_config(CASES_BY_NAME[name].config), Placement(mesh=mesh_of("data=1"))
+    model = abstract_model(config, placement, dtype="bfloat16", kernels=Kernels())
+    exact = {info.path for info in parameter_table(nnx.state(model), placement) if info.dtype == np.float32}
+    sizes = segment_sizes(config, placement, model.layer_segments)
     parts = assign_pieces(tiny_dir(name), open_tensors(tiny_dir(name)), config, sizes, model.layer_segments)
     for path, pieces in parts.items():
         assert {is_exact(piece.key) for piece in pieces} == {path in exact}

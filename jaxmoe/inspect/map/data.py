@@ -183,21 +183,21 @@ def _split(sharding: Any) -> list[list[str]]:
 
 def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, Any]:
     """The shapes of a step of one rank of the batch, and every collective at its place."""
-    place = runner.placement
+    placement = runner.placement
     bucket = step_bucket(runner, phase, **question.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
     token_shard_axes = [
         axis
-        for axis in place.token_shard_axes(place.token_dim(tokens * runner.num_ranks))
-        if place.mesh.shape[axis] > 1
+        for axis in placement.token_shard_axes(placement.token_dim(tokens * runner.num_ranks))
+        if placement.mesh.shape[axis] > 1
     ]
     return {
         "tokens": bucket.num_tokens, "seq_slots": bucket.seq_slots, "micro_batches": bucket.micro_batches,
-        "token_shard_axes": token_shard_axes, "strip": tokens // place.size(token_shard_axes),
+        "token_shard_axes": token_shard_axes, "strip": tokens // placement.size(token_shard_axes),
         "stops": [
             {"where": stop.where, "segment": stop.segment, "block": stop.block, "op": stop.collective.op,
              "axes": list(stop.collective.axes), "bytes": stop.collective.result_bytes,
-             "sent": stop.collective.sent_bytes(place.size(stop.collective.axes)), "count": stop.count}
+             "sent": stop.collective.sent_bytes(placement.size(stop.collective.axes)), "count": stop.count}
             for stop in runner.stops(bucket)
         ],
     }  # fmt: skip
