@@ -66,8 +66,8 @@ ROUTING = _faults(
     (
         "last-block-of-an-expert-takes-a-row-of-the-next",
         "jaxmoe/ops/grouped.py",
-        "real = at < plan.ends[expert]",
-        "real = at <= plan.ends[expert]",
+        "real = row_index < plan.ends[expert]",
+        "real = row_index <= plan.ends[expert]",
         "ops/test_grouped.py",
     ),
 )

@@ -28,7 +28,7 @@ from jaxmoe.ops.paged import (
     write_pages,
 )
 from jaxmoe.ops.quantize import LARGEST
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
 
 # Of every segment, of every block: keys and values of its layers (of latent attention keys alone), and their scales
@@ -83,11 +83,12 @@ class CausalAttention:
     uses_kv_cache = False
 
     def __call__(
-        self, kv_cache: None, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: None, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *,
+        mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
         """See AttentionBackend. Values are given."""
-        del at, value_dim
+        del layer, value_dim
         assert v is not None
         attend = partial(causal_attention, mask_spec=mask_spec)
         arrays = [(q, QUERY_DIMS), (k, KEY_DIMS), (v, KEY_DIMS), *_sinks_with_dims(sinks)]
@@ -202,7 +203,8 @@ class PagedAttention:
         return tuple((blocks.num_tokens, blocks.seq_slots is not None) for blocks in self._query_blocks)
 
     def __call__(
-        self, kv_cache: Pages, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: Pages, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *,
+        mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See AttentionBackend."""
@@ -218,7 +220,7 @@ class PagedAttention:
         array_counts = ArrayCounts(new=len(new), pages=len(kv_cache), sinks=len(own))
         mixed, *pages = placement.shard_map_local(
             partial(over, layout=self._layout(), array_counts=array_counts, mask_spec=mask_spec, value_dim=value_dim),
-            (q, QUERY_DIMS), (jnp.int32(at), ()), *new, *zip(kv_cache, dims, strict=True), *own, *self._metadata(),
+            (q, QUERY_DIMS), (jnp.int32(layer), ()), *new, *zip(kv_cache, dims, strict=True), *own, *self._metadata(),
             out=(QUERY_DIMS, *dims),
         )  # fmt: skip
         return mixed, tuple(pages)
@@ -254,11 +256,13 @@ def _slot_mapping(block_table, query_blocks, *, page_size, num_pages):
     """Page and offset of every token of one rank; a page past the last for those that are not real."""
     page, offset = [], []
     for length, block_table, positions, query_lens in query_blocks:
-        at = positions[:, None] + jnp.arange(length)
+        token_positions = positions[:, None] + jnp.arange(length)
         valid = jnp.arange(length) < query_lens[:, None]
-        own = jnp.take_along_axis(block_table, jnp.clip(at // page_size, 0, block_table.shape[1] - 1), axis=1)
+        own = jnp.take_along_axis(
+            block_table, jnp.clip(token_positions // page_size, 0, block_table.shape[1] - 1), axis=1
+        )
         page.append(jnp.where(valid, own, num_pages).reshape(-1))
-        offset.append((at % page_size).reshape(-1))
+        offset.append((token_positions % page_size).reshape(-1))
     return jnp.concatenate(page), jnp.concatenate(offset)
 
 
@@ -275,8 +279,8 @@ class ArrayCounts(NamedTuple):
         return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
 
 
-def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, attend, shard=ContextShard()):
-    """One rank's part: q [t,1,K,G,H], layer `at` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
+def _over_pages(q, layer, *arrays, layout, array_counts, mask_spec, value_dim, attend, shard=ContextShard()):
+    """One rank's part: q [t,1,K,G,H], `layer` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
     where there are any, and what tells where things are."""
     new, pages, sinks, metadata = array_counts.split(arrays)
     block_table, query_blocks = _split_metadata(metadata, layout)
@@ -287,20 +291,20 @@ def _over_pages(q, at, *arrays, layout, array_counts, mask_spec, value_dim, atte
     if shard.num_ranks > 1:
         page = jnp.where(offset // here == shard.rank, page, pages[0].shape[1])
         offset = offset % here
-    pages = write_pages(pages, [one[:, 0] for one in new], page, offset, at)
+    pages = write_pages(pages, [one[:, 0] for one in new], page, offset, layer)
     mixed, start = [], 0
     for length, block_table, positions, query_lens in query_blocks:
         stop = start + length * block_table.shape[0]
         part = q[start:stop].reshape(-1, length, *q.shape[2:])
         part = attend(
-            part, pages, block_table, positions, query_lens, at, *sinks, mask_spec=mask_spec, value_dim=value_dim
+            part, pages, block_table, positions, query_lens, layer, *sinks, mask_spec=mask_spec, value_dim=value_dim
         )
         mixed.append(part.reshape(stop - start, 1, *part.shape[2:]))
         start = stop
     return jnp.concatenate(mixed), *pages
 
 
-def _over_shared_pages(q, at, *arrays, axes, ranks, array_counts, **how):
+def _over_shared_pages(q, layer, *arrays, axes, ranks, array_counts, **how):
     """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
     all tokens to what they have, and each merges what they found for its own."""
     new, pages, sinks, metadata = array_counts.split(arrays)
@@ -310,7 +314,7 @@ def _over_shared_pages(q, at, *arrays, axes, ranks, array_counts, **how):
     new = [together[:, :, :, group + number] for number in range(len(new))]
     shard = ContextShard(jax.lax.axis_index(axes), ranks)
     parts, *pages = _over_pages(
-        together[:, :, :, :group], at, *new, *pages, *metadata, array_counts=array_counts._replace(sinks=0), **how,
+        together[:, :, :, :group], layer, *new, *pages, *metadata, array_counts=array_counts._replace(sinks=0), **how,
         attend=partial(partial_attention, shard=shard), shard=shard,
     )  # fmt: skip
     parts = parts.reshape(ranks, -1, *parts.shape[2:])

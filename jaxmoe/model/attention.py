@@ -15,7 +15,7 @@ from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, mean_squares, normed, rotated, scaled
 from jaxmoe.ops.attention import MaskSpec
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
 
 
@@ -26,7 +26,7 @@ class AttentionBackend(Protocol):
     uses_kv_cache: bool
 
     def __call__(
-        self, kv_cache: Any, at: At, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
+        self, kv_cache: Any, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and the new kv_cache.
@@ -108,24 +108,24 @@ class Attention(nnx.Module):
             self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
+        self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. token_dim: see project."""
+        """x [B,S,D] -> [B,S,D] by the weights of `layer`, and what attend keeps. token_dim: see project."""
         config, placement, num_valid = self.config, self.placement, context.token_mask.num_valid
-        qkv = project(x, self.qkv, placement, self.kernels.linear, at, num_valid, token_dim=token_dim)
+        qkv = project(x, self.qkv, placement, self.kernels.linear, layer, num_valid, token_dim=token_dim)
         if config.qkv_bias:
-            qkv = qkv + at_layer(self.qkv_bias, at)
+            qkv = qkv + at_layer(self.qkv_bias, layer)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
-        q, k = self._normed(q, k, at)
+        q, k = self._normed(q, k, layer)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k = self._placed(q, k, context)
-        sinks = at_layer(self.sinks, at) if config.sinks else None
+        sinks = at_layer(self.sinks, layer) if config.sinks else None
         mixed, kv_cache = context.attention_backend(
-            kv_cache, at, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, placement=placement
+            kv_cache, layer, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, placement=placement
         )
-        y = project(mixed, self.out, placement, self.kernels.linear, at, num_valid, over=3, token_dim=token_dim)
-        return (y + at_layer(self.out_bias, at) if config.out_bias else y), kv_cache
+        y = project(mixed, self.out, placement, self.kernels.linear, layer, num_valid, over=3, token_dim=token_dim)
+        return (y + at_layer(self.out_bias, layer) if config.out_bias else y), kv_cache
 
     def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""
@@ -139,20 +139,20 @@ class Attention(nnx.Module):
             q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
         return q, k
 
-    def _normed(self, q: jax.Array, k: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
+    def _normed(self, q: jax.Array, k: jax.Array, layer: LayerIndex) -> tuple[jax.Array, jax.Array]:
         """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
         config = self.config
         if config.qk_norm == "head" or (config.qk_norm == "unit" and config.has_rope(self.layer)):
             by, eps = (self.placement, self.kernels.pointwise), config.rms_norm_eps
             plain = jnp.ones(config.head_dim, q.dtype)
             with_weights = config.qk_norm == "head"
-            q = normed(q, at_layer(self.q_norm, at) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
-            return q, normed(k, at_layer(self.k_norm, at) if with_weights else plain, KEY_DIMS, *by, eps=eps)
+            q = normed(q, at_layer(self.q_norm, layer) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
+            return q, normed(k, at_layer(self.k_norm, layer) if with_weights else plain, KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
             placement, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
             mean = mean_squares(q, k, self._columns(), placement, kind)
-            q = scaled(q, at_layer(self.q_norm, at), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
-            k = scaled(k, at_layer(self.k_norm, at), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
+            q = scaled(q, at_layer(self.q_norm, layer), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
+            k = scaled(k, at_layer(self.k_norm, layer), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
         return q, k
 
     def _columns(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
 from jaxmoe.model.params import Maker, at_layer, normal, ones
 from jaxmoe.model.rows import hidden_dims, normed
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
 
 
@@ -45,20 +45,20 @@ class Block(nnx.Module):
             self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any
+        self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any
     ) -> tuple[jax.Array, Any, Routed | None]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, what attend keeps, and where tokens of an MoE layer
+        """x [B,S,D] -> [B,S,D] by the weights of `layer`, what attend keeps, and where tokens of an MoE layer
         went."""
         token_dim = self.placement.token_dim(x.shape[0])
-        h = self._normed(x, self.input_layernorm, at)
-        y, kv_cache = self.attention(h, at, context, kv_cache, token_dim)
+        h = self._normed(x, self.input_layernorm, layer)
+        y, kv_cache = self.attention(h, layer, context, kv_cache, token_dim)
         x = x + y
-        h = self._normed(x, self.post_attention_layernorm, at)
+        h = self._normed(x, self.post_attention_layernorm, layer)
         if self.sparse:
-            y, routed = self.moe(h, at, context.token_mask, token_dim)
+            y, routed = self.moe(h, layer, context.token_mask, token_dim)
             return x + y, kv_cache, routed
-        return x + self.mlp(h, at, context.token_mask.num_valid, token_dim), kv_cache, None
+        return x + self.mlp(h, layer, context.token_mask.num_valid, token_dim), kv_cache, None
 
-    def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
+    def _normed(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
         dims = hidden_dims(self.placement.token_dim(x.shape[0]))
-        return normed(x, at_layer(weight, at), dims, self.placement, self.kernels.pointwise, eps=self.eps)
+        return normed(x, at_layer(weight, layer), dims, self.placement, self.kernels.pointwise, eps=self.eps)

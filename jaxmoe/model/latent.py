@@ -21,7 +21,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
 from jaxmoe.model.project import project, together
 from jaxmoe.model.rows import QUERY_DIMS, normed, rotated
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
 
 _EPS = 1e-6  # of the norms of both latents, whatever the config says of the others
@@ -62,48 +62,48 @@ class LatentAttention(nnx.Module):
             self.out_bias = make(zeros, width=config.hidden_size)
 
     def __call__(
-        self, x: jax.Array, at: At, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
+        self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of layer `at`, and what attend keeps. token_dim: see project."""
+        """x [B,S,D] -> [B,S,D] by the weights of `layer`, and what attend keeps. token_dim: see project."""
         placement, kernels, mla = self.placement, self.kernels, self.mla
         num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
         x = together(x, placement, token_dim)
-        down = project(x, self.kv_down, placement, kernels.linear, at, num_valid)
-        latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, at)
+        down = project(x, self.kv_down, placement, kernels.linear, layer, num_valid)
+        latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, layer)
         turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, placement, kernels.pointwise)
         if mla.q_lora_rank is not None:
-            x = self._normed(project(x, self.q_down, placement, kernels.linear, at, num_valid), self.q_norm, at)
-        q = project(x, self.q, placement, kernels.linear, at, num_valid)
+            x = self._normed(project(x, self.q_down, placement, kernels.linear, layer, num_valid), self.q_norm, layer)
+        q = project(x, self.q, placement, kernels.linear, layer, num_valid)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
         q_turned = rotated(q_turned, *rotary, QUERY_DIMS, placement, kernels.pointwise)
         over = self._over_latents if context.attention_backend.uses_kv_cache else self._over_heads
-        mixed, kv_cache = over(plain, q_turned, latent, turned, at, context, kv_cache)
-        y = project(mixed, self.out, placement, kernels.linear, at, num_valid, over=3, token_dim=token_dim)
-        return (y + at_layer(self.out_bias, at) if self.config.out_bias else y), kv_cache
+        mixed, kv_cache = over(plain, q_turned, latent, turned, layer, context, kv_cache)
+        y = project(mixed, self.out, placement, kernels.linear, layer, num_valid, over=3, token_dim=token_dim)
+        return (y + at_layer(self.out_bias, layer) if self.config.out_bias else y), kv_cache
 
-    def _normed(self, x: jax.Array, weight: nnx.Param, at: At) -> jax.Array:
-        return normed(x, at_layer(weight, at), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
+    def _normed(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
+        return normed(x, at_layer(weight, layer), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
 
-    def _over_latents(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kv_cache: Any):
+    def _over_latents(self, plain, q_turned, latent, turned, layer: LayerIndex, context: ForwardContext, kv_cache: Any):
         """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""
         placement = self.placement
-        lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, at))
+        lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, layer))
         q = placement.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
         key = jnp.concatenate([latent, turned], axis=-1)[:, :, None]
         key = jnp.broadcast_to(key, (*key.shape[:2], q.shape[2], key.shape[3]))
         mixed, kv_cache = context.attention_backend(
-            kv_cache, at, q, key, None, mask_spec=layer_mask_spec(self.config, self.layer), sinks=None,
+            kv_cache, layer, q, key, None, mask_spec=layer_mask_spec(self.config, self.layer), sinks=None,
             placement=placement,
             value_dim=self.mla.kv_lora_rank,
         )  # fmt: skip
-        values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, at))
+        values = jnp.einsum("bskgr,kgrv->bskgv", mixed, at_layer(self.value_up, layer))
         return placement.constrain(values, *QUERY_DIMS), kv_cache
 
-    def _over_heads(self, plain, q_turned, latent, turned, at: At, context: ForwardContext, kv_cache: Any):
+    def _over_heads(self, plain, q_turned, latent, turned, layer: LayerIndex, context: ForwardContext, kv_cache: Any):
         """The same with a key and a value of every head."""
         placement = self.placement
-        keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, at))
-        values = jnp.einsum("bsr,kgrv->bskgv", latent, at_layer(self.value_up, at))
+        keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, layer))
+        values = jnp.einsum("bsr,kgrv->bskgv", latent, at_layer(self.value_up, layer))
         turned = jnp.broadcast_to(turned[:, :, None, None], (*keys.shape[:4], turned.shape[-1]))
         q, k = (jnp.concatenate(pair, axis=-1) for pair in ((plain, q_turned), (keys, turned)))
         q, k, values = (placement.constrain(part, *QUERY_DIMS) for part in (q, k, values))
@@ -112,7 +112,7 @@ class LatentAttention(nnx.Module):
             return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
         mixed, kv_cache = context.attention_backend(
-            kv_cache, at, by_head(q)[:, :, :, None], by_head(k), by_head(values), placement=placement, sinks=None,
+            kv_cache, layer, by_head(q)[:, :, :, None], by_head(k), by_head(values), placement=placement, sinks=None,
             mask_spec=layer_mask_spec(self.config, self.layer),
         )  # fmt: skip
         return mixed.reshape(values.shape), kv_cache

@@ -11,7 +11,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Maker, at_layer, zeros
 from jaxmoe.model.project import project, together
 from jaxmoe.model.rows import gated
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
 
 
@@ -31,20 +31,20 @@ class MLP(nnx.Module):
             self.up_bias = make(zeros, ffn=ffn)
             self.down_bias = make(zeros, width=config.hidden_size)
 
-    def __call__(self, x: jax.Array, at: At, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
-        """x [B,S,D] -> [B,S,D], by the weights of layer `at`. num_valid, token_dim: see project."""
+    def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
+        """x [B,S,D] -> [B,S,D], by the weights of `layer`. num_valid, token_dim: see project."""
         placement, kind = self.placement, self.kernels.linear
         x = together(x, placement, token_dim)
-        gate, up = (project(x, matrix, placement, kind, at, num_valid) for matrix in (self.gate, self.up))
+        gate, up = (project(x, matrix, placement, kind, layer, num_valid) for matrix in (self.gate, self.up))
         if self.bias:
-            gate, up = gate + at_layer(self.gate_bias, at), up + at_layer(self.up_bias, at)
+            gate, up = gate + at_layer(self.gate_bias, layer), up + at_layer(self.up_bias, layer)
         y = project(
             gated(gate, up, placement, self.kernels.pointwise),
             self.down,
             placement,
             kind,
-            at,
+            layer,
             num_valid,
             token_dim=token_dim,
         )
-        return y + at_layer(self.down_bias, at) if self.bias else y
+        return y + at_layer(self.down_bias, layer) if self.bias else y

@@ -22,7 +22,7 @@ from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
 from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
 
@@ -89,8 +89,10 @@ class MoE(nnx.Module):
         if moe.shared_gate:
             self.shared_gate = make(init, width=width, unsharded=1)
 
-    def __call__(self, x: jax.Array, at: At, token_mask: TokenMask, token_dim: TokenDim) -> tuple[jax.Array, Routed]:
-        """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of layer `at`; tokens that are not real visit
+    def __call__(
+        self, x: jax.Array, layer: LayerIndex, token_mask: TokenMask, token_dim: TokenDim
+    ) -> tuple[jax.Array, Routed]:
+        """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of `layer`; tokens that are not real visit
         no expert. token_dim: how rows of x lie."""
         placement = self.placement
         params = self._params()
@@ -99,8 +101,8 @@ class MoE(nnx.Module):
         num_valid = [] if token_mask.num_valid is None else [token_mask.num_valid]
         routed = placement.routed(token_dim)
         y, probabilities, tokens_per_expert = placement.shard_map(
-            lambda x, token_mask, at, arrays, *num_valid: _on_device(
-                x, token_mask, at, num_valid[0][0] if num_valid else None, arrays,
+            lambda x, token_mask, layer, arrays, *num_valid: _on_device(
+                x, token_mask, layer, num_valid[0][0] if num_valid else None, arrays,
                 moe=self.moe, kernels=self.kernels, placement=placement, token_dim=token_dim,
             ),
             in_specs=(
@@ -112,7 +114,7 @@ class MoE(nnx.Module):
                 placement.spec(*hidden_dims(token_dim)), placement.spec(routed, "length", "router_expert"),
                 placement.spec(routed, "router_expert"),
             ),
-        )(x, (token_mask.valid, token_mask.positions), jnp.int32(at), arrays, *num_valid)  # fmt: skip
+        )(x, (token_mask.valid, token_mask.positions), jnp.int32(layer), arrays, *num_valid)  # fmt: skip
         return y, Routed(probabilities, tokens_per_expert)
 
     def _params(self) -> dict[str, Matrix]:
@@ -132,7 +134,16 @@ class MoE(nnx.Module):
 
 
 def _on_device(
-    x, token_mask, at, num_valid, arrays, *, moe: MoEConfig, kernels: Kernels, placement: Placement, token_dim: TokenDim
+    x,
+    token_mask,
+    layer,
+    num_valid,
+    arrays,
+    *,
+    moe: MoEConfig,
+    kernels: Kernels,
+    placement: Placement,
+    token_dim: TokenDim,
 ):
     """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
     x_bD = x.reshape(-1, x.shape[-1])
@@ -142,9 +153,9 @@ def _on_device(
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
     own_num_valid = num_valid if placement.routed(token_dim) == "token" else None
     y, probabilities, tokens_per_expert = _routed_experts(
-        x_tD, token_mask, at, own_num_valid, arrays, moe, kernels, placement, token_dim
+        x_tD, token_mask, layer, own_num_valid, arrays, moe, kernels, placement, token_dim
     )
-    shared = partial(_shared_expert, at=at, num_valid=num_valid, arrays=arrays, kernels=kernels)
+    shared = partial(_shared_expert, layer=layer, num_valid=num_valid, arrays=arrays, kernels=kernels)
     if moe.shared_intermediate_size and sequence_axes == gather_axes:
         y = y + shared(x_tD)
     y = summed_over(y, (), gather_axes)
@@ -155,16 +166,17 @@ def _on_device(
 
 
 def _routed_experts(
-    x_tD, token_mask, at, num_valid, arrays, moe: MoEConfig, kernels: Kernels, placement: Placement, token_dim: TokenDim
+    x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: Kernels, placement: Placement,
+    token_dim: TokenDim
 ):  # fmt: skip
     """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
     valid, positions = (part.reshape(-1) for part in token_mask)
     exchange_axes, replicated_axes = placement.ep_exchange_axes(token_dim), placement.ep_replicated_axes(token_dim)
     ranks, others = placement.size(exchange_axes), placement.size(replicated_axes)
-    logits = linear(x_tD, arrays["router"], at, num_valid, kind=kernels.linear, dtype="float32")
+    logits = linear(x_tD, arrays["router"], layer, num_valid, kind=kernels.linear, dtype="float32")
     if moe.router_bias:
-        logits = logits + layer_of(arrays["router_bias"], at)
-    bias = layer_of(arrays["selection_bias"], at) if moe.selection_bias else None
+        logits = logits + layer_of(arrays["router_bias"], layer)
+    bias = layer_of(arrays["selection_bias"], layer) if moe.selection_bias else None
     weights_tE, probabilities = route(logits, valid, bias, rule=RouteRule.of(moe), kind=kernels.pointwise)
     chosen_tE = weights_tE
     if moe.weigh_input:
@@ -174,7 +186,9 @@ def _routed_experts(
     if "physical_expert_map" in arrays:
         axes = placement.axes(placement.routed(token_dim))
         rows = jnp.arange(len(x_tD)) + (jax.lax.axis_index(axes) * len(x_tD) if axes else 0)
-        weights_tE = to_physical(weights_tE, layer_of(arrays["physical_expert_map"], at), replica_hash(rows, positions))
+        weights_tE = to_physical(
+            weights_tE, layer_of(arrays["physical_expert_map"], layer), replica_hash(rows, positions)
+        )
     else:
         weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     tokens_per_expert = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
@@ -188,12 +202,12 @@ def _routed_experts(
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
     y_TD = grouped_swiglu(
-        x_TD, weights_Te, arrays["gate_up"], arrays["down"], at, arrays.get("gate_up_bias"),
+        x_TD, weights_Te, arrays["gate_up"], arrays["down"], layer, arrays.get("gate_up_bias"),
         top_k=moe.num_experts_per_tok, clamp=moe.clamp, kind=kernels.grouped,
     )  # fmt: skip
     y_tD = combine(y_TD, sent, exchange)
     if moe.biases:
-        y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], at), placement, token_dim).astype(
+        y_tD = y_tD + _down_biases(chosen_tE, layer_of(arrays["down_bias"], layer), placement, token_dim).astype(
             y_tD.dtype
         )
     return y_tD, probabilities, tokens_per_expert
@@ -206,11 +220,11 @@ def _down_biases(weights_tE, bias_ED, placement: Placement, token_dim: TokenDim)
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 
 
-def _shared_expert(x, *, at, num_valid, arrays, kernels: Kernels):
+def _shared_expert(x, *, layer, num_valid, arrays, kernels: Kernels):
     """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
     kind = kernels.linear
-    gate, up = (linear(x, arrays[f"shared/{name}"], at, num_valid, kind=kind) for name in ("gate", "up"))
-    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], at, num_valid, kind=kind)
+    gate, up = (linear(x, arrays[f"shared/{name}"], layer, num_valid, kind=kind) for name in ("gate", "up"))
+    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], layer, num_valid, kind=kind)
     if "shared_gate" not in arrays:
         return y
-    return gated_rows(y, linear(x, arrays["shared_gate"], at, num_valid, kind=kind), kind=kernels.pointwise)
+    return gated_rows(y, linear(x, arrays["shared_gate"], layer, num_valid, kind=kind), kind=kernels.pointwise)

@@ -15,7 +15,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
 from jaxmoe.ops.quantised import Quantised, Weights
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Dims, PipelineView, Placement
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -38,9 +38,9 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array
     return jnp.zeros(shape, dtype)
 
 
-def at_layer(param: nnx.Param, at: At) -> jax.Array:
+def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
     """The array of one layer of a stacked parameter."""
-    return layer_of(param[...], at)
+    return layer_of(param[...], layer)
 
 
 class QuantisedParam(nnx.Module):

@@ -68,8 +68,8 @@ def tick_stages(
     """
 
     def stage(weights, buffers, enters, layer_state, step_inputs, tick, decode_steps):
-        at = jax.lax.axis_index(STAGE)
-        slot = schedule.slot(tick, at, decode_steps)
+        stage_index = jax.lax.axis_index(STAGE)
+        slot = schedule.slot(tick, stage_index, decode_steps)
         came, waiting = _sent_on(buffers.sent[0], pairs), buffers.waiting
         if schedule.virtual_stages > 1:
             back = schedule.slot(tick - 1, schedule.stages - 1, decode_steps).micro_batch
@@ -78,18 +78,24 @@ def tick_stages(
             enters = jnp.where(
                 slot.virtual_stage == 0, enters, jax.lax.dynamic_index_in_dim(waiting[0], mine, keepdims=False)
             )
-        x = jnp.where(at == 0, enters, came)
+        x = jnp.where(stage_index == 0, enters, came)
         virtual_stage = jnp.where(slot.valid, slot.virtual_stage, 0)
         layer_slots = virtual_stage * segment.virtual_stage_slots + jnp.arange(
             segment.virtual_stage_slots, dtype=jnp.int32
         )
         even = segment.repeats == segment.slots
         x, layer_state = through(
-            weights, slot, layer_slots, None if even else segment.filled(at, virtual_stage), x, layer_state, step_inputs
+            weights,
+            slot,
+            layer_slots,
+            None if even else segment.filled(stage_index, virtual_stage),
+            x,
+            layer_state,
+            step_inputs,
         )
         return StageBuffers(x[None], waiting), layer_state
 
-    ring = [(at, (at + 1) % schedule.stages) for at in range(schedule.stages)]
+    ring = [(stage_index, (stage_index + 1) % schedule.stages) for stage_index in range(schedule.stages)]
     ring = ring if schedule.virtual_stages > 1 else ring[:-1]
     pairs = schedule.sends(tick, decode_steps) if isinstance(tick, int) else ring
     staged, same = P(STAGE), P()

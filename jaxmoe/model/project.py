@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearKind, linear
 from jaxmoe.ops.quantised import Quantised, Weights, as_matrices
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
 
@@ -23,7 +23,7 @@ def project(
     param: Matrix,
     placement: Placement,
     kind: LinearKind,
-    at: At | None = None,
+    layer: LayerIndex | None = None,
     num_valid: jax.Array | None = None,
     *,
     over: int = 1,
@@ -33,7 +33,7 @@ def project(
 ) -> jax.Array:
     """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
 
-    transposed: param is [out,in]. at: which layer of a param that has a leading dim of them.
+    transposed: param is [out,in]. layer: which layer of a param that has a leading dim of them.
     num_valid: see TokenMask. token_dim: how rows lie where they have the model's width; "sequence_sharded" ones are
     gathered before the product, or scattered after it.
 
@@ -41,42 +41,44 @@ def project(
     to split a loop over tiles of a quantised matrix.
     """
     weights, dims = weights_of(param), dims_of(param)
-    if at is None:
+    if layer is None:
         assert not isinstance(weights, Quantised)
-        weights, dims, at = weights[None], ("unsharded", *dims), 0
-    layer, dims = dims[0], dims[1:]
+        weights, dims, layer = weights[None], ("unsharded", *dims), 0
+    layer_dim, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     inside = "token" if token_dim == "sequence_sharded" else token_dim
     before, after = ((token_dim if part == ("width",) else inside, "length", *part) for part in (summed, kept))
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
     if kind == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantised):
-        return placement.constrain(plain(x, weights, at), *after)
+        return placement.constrain(plain(x, weights, layer), *after)
     sequence_axes = placement.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
     gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
     axes = tuple(axis for dim in summed for axis in placement.axes(dim) if placement.mesh.shape[axis] > 1)
 
-    def part(x: jax.Array, w: Weights, at: jax.Array, *num_valid: jax.Array) -> jax.Array:
+    def part(x: jax.Array, w: Weights, layer: jax.Array, *num_valid: jax.Array) -> jax.Array:
         x = gather_rows(x, gather_axes)
         if kind == "xla" and not isinstance(w, Quantised):
-            return summed_over(plain(x, w, at), axes, scatter_axes)
+            return summed_over(plain(x, w, layer), axes, scatter_axes)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = num_valid[0][0] if num_valid else None
-        y = linear(x.reshape(-1, depth), matrices, at, count, kind=kind, transposed=transposed, dtype=dtype)
+        y = linear(x.reshape(-1, depth), matrices, layer, count, kind=kind, transposed=transposed, dtype=dtype)
         y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scatter_axes)
         return y
 
-    arrays: list[Any] = [(x, before), (weights, (layer, *dims)), (jnp.int32(at), ())]
+    arrays: list[Any] = [(x, before), (weights, (layer_dim, *dims)), (jnp.int32(layer), ())]
     arrays += [] if num_valid is None else [(num_valid, ("token",))]
     return placement.shard_map_local(part, *arrays, out=after)
 
 
-def _plain(x: jax.Array, w: jax.Array, at: At, *, over: int, transposed: bool, dtype: str | None) -> jax.Array:
+def _plain(
+    x: jax.Array, w: jax.Array, layer: LayerIndex, *, over: int, transposed: bool, dtype: str | None
+) -> jax.Array:
     """By the matrix as it lies: XLA:TPU would copy one whose dims are made two."""
     contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
     y_dtype = jnp.dtype(dtype or x.dtype)
-    return jax.lax.dot_general(x, layer_of(w, at), (contracted, ((), ())), preferred_element_type=y_dtype)
+    return jax.lax.dot_general(x, layer_of(w, layer), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
 def together(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:

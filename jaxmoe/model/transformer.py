@@ -185,8 +185,8 @@ class Transformer(nnx.Module):
         for number in range(first, last):
             segment, blocks = self.layer_segments[number], self.segments[number]
 
-            def repeat(carry, at, blocks=blocks, asked=routed is not None):
-                x, kv_cache, tokens_per_expert, choices = _through(blocks, context, at, *carry)
+            def repeat(carry, layer, blocks=blocks, asked=routed is not None):
+                x, kv_cache, tokens_per_expert, choices = _through(blocks, context, layer, *carry)
                 found = [choice.probabilities for choice in choices if choice is not None] if asked else None
                 return (x, kv_cache, tokens_per_expert), found
 
@@ -246,14 +246,16 @@ class Transformer(nnx.Module):
                 step_inputs.part(slot.micro_batch, schedule.micro_batches, slot.decode_step, slot.valid), placement
             )
 
-            def layer(carry, at):
-                new, *layer_state, _ = _through(blocks, context, at, *carry)
-                new = new if filled is None else jnp.where(at - layer_slots[0] < filled, new, carry[0])
+            def run_layer(carry, layer):
+                new, *layer_state, _ = _through(blocks, context, layer, *carry)
+                new = new if filled is None else jnp.where(layer - layer_slots[0] < filled, new, carry[0])
                 return (new, *layer_state), None
 
             carry = (placement.constrain(x, *dims), *layer_state)
             carry = (
-                layer(carry, layer_slots[0])[0] if len(layer_slots) == 1 else jax.lax.scan(layer, carry, layer_slots)[0]
+                run_layer(carry, layer_slots[0])[0]
+                if len(layer_slots) == 1
+                else jax.lax.scan(run_layer, carry, layer_slots)[0]
             )
             return carry[0], carry[1:]
 
@@ -361,20 +363,20 @@ def at_rows(
 def _through(
     blocks: Sequence[Block],
     context: ForwardContext,
-    at: Any,
+    layer: Any,
     x: jax.Array,
     kv_cache: Sequence[Any],
     tokens_per_expert: Sequence[Any] | None,
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
-    """x [B,S,D] through one repeat of a segment, the one at slot `at`."""
+    """x [B,S,D] through one repeat of a segment, the one at slot `layer`."""
     new_kv_cache, new_counts, choices = [], [], []
     for number, block in enumerate(blocks):
-        x, own, choice = block(x, at, context, kv_cache[number])
+        x, own, choice = block(x, layer, context, kv_cache[number])
         new_kv_cache.append(own)
         choices.append(choice)
         if tokens_per_expert is not None:
             counts = tokens_per_expert[number]
-            new_counts.append(counts if choice is None else counts.at[at].add(choice.tokens_per_expert))
+            new_counts.append(counts if choice is None else counts.at[layer].add(choice.tokens_per_expert))
     return x, tuple(new_kv_cache), None if tokens_per_expert is None else tuple(new_counts), choices
 
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.config import Clamp
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 
 GroupedKind = Literal["blocks", "ragged", "native", "dense"]
 GROUPED_KINDS: tuple[GroupedKind, ...] = ("blocks", "ragged", "native", "dense")
@@ -120,8 +120,8 @@ def _for_each_block(plan: Assignments, sizes: tuple[int, ...], visit, carry):
     weights = jnp.pad(plan.weights, (0, largest))
 
     def rows_of(expert, first, rows):
-        at = first + jnp.arange(rows, dtype=jnp.int32)
-        real = at < plan.ends[expert]
+        row_index = first + jnp.arange(rows, dtype=jnp.int32)
+        real = row_index < plan.ends[expert]
         block_tokens = jnp.where(real, _take(tokens, first, rows), _DROPPED + jnp.arange(rows, dtype=jnp.int32))
         return block_tokens, jnp.where(real, _take(weights, first, rows), 0)
 
@@ -150,7 +150,7 @@ class _Matrix(NamedTuple):
     """One quantised matrix among many, left where it lies."""
 
     stacked: Quantised
-    indices: tuple[At, ...]
+    indices: tuple[LayerIndex, ...]
 
 
 def _matrix(stacked, *index):
@@ -177,9 +177,11 @@ class ExpertWeights(NamedTuple):
     bias: Float[Array, "2 F"] | None = None
 
 
-def _expert(gate_up, down, bias, at, index):
-    own = None if bias is None else _matrix(bias, at, index)
-    return ExpertWeights(_matrix(gate_up, at, index, 0), _matrix(gate_up, at, index, 1), _matrix(down, at, index), own)
+def _expert(gate_up, down, bias, layer, index):
+    own = None if bias is None else _matrix(bias, layer, index)
+    return ExpertWeights(
+        _matrix(gate_up, layer, index, 0), _matrix(gate_up, layer, index, 1), _matrix(down, layer, index), own
+    )
 
 
 def _unit(gate, up, bias, clamp: Clamp | None):
@@ -232,12 +234,12 @@ class Rule(NamedTuple):
     clamp: Clamp | None
 
 
-def _blocks_forward(rule, x, weights, gate_up, down, bias, at):
+def _blocks_forward(rule, x, weights, gate_up, down, bias, layer):
     plan = sort_assignments(weights, top_k=rule.top_k)
 
     def visit(out, expert, tokens, weights):
         rows = x.at[tokens].get(mode="clip")
-        y = _swiglu(rows, _expert(gate_up, down, bias, at, expert), rule.clamp)
+        y = _swiglu(rows, _expert(gate_up, down, bias, layer, expert), rule.clamp)
         return out.at[tokens].add(y * weights[:, None].astype(jnp.float32), mode="drop", unique_indices=True)
 
     out = _for_each_block(plan, block_sizes(x.shape[0]), visit, jnp.zeros(x.shape, jnp.float32))
@@ -255,7 +257,7 @@ def _blocks_fwd(rule, *saved):
 
 def _blocks_bwd(rule, saved, dy):
     """Gradients block by block, activations computed again; sums are kept in float32."""
-    x, weights, gate_up, down, bias, at = saved
+    x, weights, gate_up, down, bias, layer = saved
     plan = sort_assignments(weights, top_k=rule.top_k)
     dy = dy.astype(x.dtype)
 
@@ -263,13 +265,13 @@ def _blocks_bwd(rule, saved, dy):
         dx, dweights, dgate_up, ddown, dbias = carry
         scale = weights[:, None].astype(jnp.float32)
         x_rows, dy_rows = x.at[tokens].get(mode="clip"), dy.at[tokens].get(mode="fill", fill_value=0)
-        w = _expert(gate_up, down, bias, at, expert)
+        w = _expert(gate_up, down, bias, layer, expert)
         hidden, unit_back = jax.vjp(lambda gate, up: _unit(gate, up, w.bias, rule.clamp), *_hidden(x_rows, w))
         back = jnp.dot(dy_rows, w.down.T, preferred_element_type=jnp.float32)
         dscale = jnp.sum(back * hidden, axis=-1)
         dgate, dup = unit_back(back * scale)
         if dbias is not None:
-            dbias = dbias.at[at, expert].add(jnp.stack([jnp.sum(dgate, axis=0), jnp.sum(dup, axis=0)]))
+            dbias = dbias.at[layer, expert].add(jnp.stack([jnp.sum(dgate, axis=0), jnp.sum(dup, axis=0)]))
         back_through = [(part.astype(x.dtype), own) for part, own in ((dgate, w.gate), (dup, w.up))]
         dx_rows = sum(jnp.dot(part, w.T, preferred_element_type=jnp.float32) for part, w in back_through)
         dw_in = jnp.stack([jnp.dot(x_rows.T, part, preferred_element_type=jnp.float32) for part, _ in back_through])
@@ -277,7 +279,7 @@ def _blocks_bwd(rule, saved, dy):
         dw_out = jnp.dot(scaled.T, dy_rows, preferred_element_type=jnp.float32)
         dx = dx.at[tokens].add(dx_rows, mode="drop", unique_indices=True)
         dweights = dweights.at[tokens, expert].add(dscale, mode="drop", unique_indices=True)
-        return dx, dweights, dgate_up.at[at, expert].add(dw_in), ddown.at[at, expert].add(dw_out), dbias
+        return dx, dweights, dgate_up.at[layer, expert].add(dw_in), ddown.at[layer, expert].add(dw_out), dbias
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), saved[:-1])
     grads = _for_each_block(plan, block_sizes(x.shape[0]), visit, zeros)
@@ -287,8 +289,8 @@ def _blocks_bwd(rule, saved, dy):
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _ragged(rule, x, weights, gate_up, down, bias, at):
-    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
+def _ragged(rule, x, weights, gate_up, down, bias, layer):
+    gate_up, down = (layer_weights(w, layer, x.dtype) for w in (gate_up, down))
     plan = sort_assignments(weights, top_k=rule.top_k)
     counts = jnp.diff(plan.ends, prepend=0)
     in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
@@ -296,7 +298,7 @@ def _ragged(rule, x, weights, gate_up, down, bias, at):
     rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
     gate, up = (jax.lax.ragged_dot(rows, in_turn, own).astype(jnp.float32) for own in counts_of)
     row = jnp.arange(len(plan.tokens))[:, None]
-    own = None if bias is None else layer_of(bias, at)[jnp.minimum(jnp.sum(plan.ends <= row, axis=1), len(down) - 1)]
+    own = None if bias is None else layer_of(bias, layer)[jnp.minimum(jnp.sum(plan.ends <= row, axis=1), len(down) - 1)]
     hidden = _unit(gate, up, own, rule.clamp)
     y = jax.lax.ragged_dot(hidden.astype(x.dtype), down, counts).astype(jnp.float32)
     y = y * plan.weights[:, None].astype(jnp.float32)
@@ -312,17 +314,17 @@ def _native(rule, *arrays):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native_few(rule, x, weights, gate_up, down, bias, at):
-    return native.native_experts(x, weights, gate_up, down, bias, at, clamp=rule.clamp)
+def _native_few(rule, x, weights, gate_up, down, bias, layer):
+    return native.native_experts(x, weights, gate_up, down, bias, layer, clamp=rule.clamp)
 
 
 _native_few.defvjp(lambda rule, *saved: (_native_few(rule, *saved), saved), _blocks_bwd)
 
 
-def _dense(rule, x, weights, gate_up, down, bias, at):
-    gate_up, down = (layer_weights(w, at, x.dtype) for w in (gate_up, down))
+def _dense(rule, x, weights, gate_up, down, bias, layer):
+    gate_up, down = (layer_weights(w, layer, x.dtype) for w in (gate_up, down))
     both = jnp.einsum("td,ecdf->tecf", x, gate_up, preferred_element_type=jnp.float32)
-    hidden = _unit(both[:, :, 0], both[:, :, 1], None if bias is None else layer_of(bias, at), rule.clamp)
+    hidden = _unit(both[:, :, 0], both[:, :, 1], None if bias is None else layer_of(bias, layer), rule.clamp)
     hidden = hidden.astype(x.dtype).astype(jnp.float32)
     y = jnp.einsum("tef,efd->ted", hidden, down.astype(jnp.float32))
     return jnp.sum(y * weights[:, :, None].astype(jnp.float32), axis=1).astype(x.dtype)
@@ -336,7 +338,7 @@ def grouped_swiglu(
     weights: Float[Array, "T E"],
     gate_up: Float[Array, "L E 2 D F"] | Quantised,
     down: Float[Array, "L E F D"] | Quantised,
-    at: At = 0,
+    layer: LayerIndex = 0,
     bias: Float[Array, "L E 2 F"] | None = None,
     *,
     top_k: int,
@@ -345,8 +347,8 @@ def grouped_swiglu(
 ) -> Float[Array, "T D"]:
     """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
 
-    gate_up and down hold the experts of L layers, of which those of layer `at` are used. bias: of gate and up.
+    gate_up and down hold the experts of L layers, of which those of `layer` are used. bias: of gate and up.
     clamp: in place of silu(gate) * up, see Clamp.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
-    return _KINDS[kind](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, at)
+    return _KINDS[kind](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import Quantised, multiply
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 
 LinearKind = Literal["xla", "native"]
 LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
@@ -29,43 +29,43 @@ LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
 def linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"] | Quantised,
-    at: At = 0,
-    num_valid: At | None = None,
+    layer: LayerIndex = 0,
+    num_valid: int | jax.Array | None = None,
     *,
     kind: LinearKind = "xla",
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "T N"]:
-    """x W, or x W^T where transposed, W being layer `at` of w, in dtype (x's by default); sums are float32.
+    """x W, or x W^T where transposed, W being `layer` of w, in dtype (x's by default); sums are float32.
 
     num_valid: rows of x that matter, the first ones; what the others give is anything finite.
     """
     dtype = x.dtype.name if dtype is None else dtype
     if isinstance(w, Quantised):
         assert not transposed
-        return multiply(x, w, (at,)).astype(dtype)
+        return multiply(x, w, (layer,)).astype(dtype)
     if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
-        return _native(transposed, dtype, x, w, at, x.shape[0] if num_valid is None else num_valid)
-    return _xla(transposed, dtype, x, w, at)
+        return _native(transposed, dtype, x, w, layer, x.shape[0] if num_valid is None else num_valid)
+    return _xla(transposed, dtype, x, w, layer)
 
 
-def _xla(transposed: bool, dtype: str, x, w, at):
+def _xla(transposed: bool, dtype: str, x, w, layer):
     contracted = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(x, layer_of(w, at), contracted, preferred_element_type=jnp.dtype(dtype))
+    return jax.lax.dot_general(x, layer_of(w, layer), contracted, preferred_element_type=jnp.dtype(dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _native(transposed: bool, dtype: str, x, w, at, num_valid):
-    return native.native_linear(x, w, at, num_valid, transposed=transposed, dtype=dtype)
+def _native(transposed: bool, dtype: str, x, w, layer, num_valid):
+    return native.native_linear(x, w, layer, num_valid, transposed=transposed, dtype=dtype)
 
 
-def _native_fwd(transposed: bool, dtype: str, x, w, at, num_valid):
-    return _native(transposed, dtype, x, w, at, num_valid), (x, w, at)
+def _native_fwd(transposed: bool, dtype: str, x, w, layer, num_valid):
+    return _native(transposed, dtype, x, w, layer, num_valid), (x, w, layer)
 
 
 def _native_bwd(transposed: bool, dtype: str, saved, dy):
-    x, w, at = saved
-    dx, dw = jax.vjp(lambda x, w: _xla(transposed, dtype, x, w, at), x, w)[1](dy)
+    x, w, layer = saved
+    dx, dw = jax.vjp(lambda x, w: _xla(transposed, dtype, x, w, layer), x, w)[1](dy)
     return dx, dw, None, None
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.quantize import LARGEST, quantize
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 
 PagedKind = Literal["loop", "native"]
 PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
@@ -47,9 +47,9 @@ def write_pages(
     new: Sequence[Float[Array, "T K _"]],
     page: Int[Array, "T"],
     offset: Int[Array, "T"],
-    at: At = 0,
+    layer: LayerIndex = 0,
 ) -> Pages:
-    """pages with each new entry (a key, and a value where they are kept) of layer `at` at its place; a page past the
+    """pages with each new entry (a key, and a value where they are kept) of `layer` at its place; a page past the
     last drops it. In place where donated."""
     dtype = pages[0].dtype.name
     if dtype in LARGEST:
@@ -58,7 +58,7 @@ def write_pages(
     # Head by head: a scatter of all heads at once would want them side by side, and XLA:TPU copies the pool for it.
     head = jnp.arange(new[0].shape[1], dtype=jnp.int32)
     return tuple(
-        old.at[at, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
+        old.at[layer, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
         for old, part in zip(pages, new, strict=True)
     )
 
@@ -69,14 +69,14 @@ def paged_attention(
     block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
-    at: At = 0,
+    layer: LayerIndex = 0,
     sinks: Float[Array, "K G"] | None = None,
     *,
     mask_spec: MaskSpec,
     value_dim: int | None = None,
     kind: PagedKind = "loop",
 ) -> Float[Array, "N Q K G V"]:
-    """Each of a block's first `query_lens` tokens, at `positions` and following, over those tokens of layer `at` up to
+    """Each of a block's first `query_lens` tokens, at `positions` and following, over those tokens of `layer` up to
     itself that it sees.
 
     sinks: logits that take part in the softmax and add nothing. value_dim: V, where no values are kept. What comes of a
@@ -84,9 +84,11 @@ def paged_attention(
     """
     if kind == "native":
         return native.native_paged(
-            q, pages, block_table, positions, query_lens, at, sinks, mask_spec=mask_spec, value_dim=value_dim
+            q, pages, block_table, positions, query_lens, layer, sinks, mask_spec=mask_spec, value_dim=value_dim
         )
-    mixed, total, best = _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, ContextShard())
+    mixed, total, best = _loop(
+        q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, ContextShard()
+    )
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
@@ -113,7 +115,7 @@ def partial_attention(
     block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
-    at: At = 0,
+    layer: LayerIndex = 0,
     *,
     shard: ContextShard,
     mask_spec: MaskSpec,
@@ -122,7 +124,7 @@ def partial_attention(
     """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
     of the sum of its shares; merge_attention makes one of several ranks'. float32.
     """
-    mixed, total, best = _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, shard)
+    mixed, total, best = _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, shard)
     some = jnp.maximum(total, 1e-30)
     return jnp.concatenate([mixed / some, jnp.where(total > 0, best + jnp.log(some), -jnp.inf)], axis=-1)
 
@@ -148,7 +150,7 @@ def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Arra
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
-def _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim, shard):
+def _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, shard):
     """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
@@ -164,7 +166,7 @@ def _loop(q, pages, block_table, positions, query_lens, at, mask_spec, value_dim
     first = mask_spec.first_visible(positions)
 
     def gathered(pool, iteration):
-        part = pool[at, jax.lax.dynamic_slice_in_dim(block_table, iteration * group_pages, group_pages, axis=1)]
+        part = pool[layer, jax.lax.dynamic_slice_in_dim(block_table, iteration * group_pages, group_pages, axis=1)]
         part = part.swapaxes(1, 2).reshape(num_blocks, slots, span, *pool.shape[4:])
         return part.astype(q.dtype) if pool.ndim == 5 else part[:, :, None, :]
 

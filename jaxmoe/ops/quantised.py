@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxmoe.ops.stack import At, layer_of
+from jaxmoe.ops.stack import LayerIndex, layer_of
 
 _TILE_BYTES = 2 << 20  # of columns that are dequantised at once
 _LANES = 128  # columns that a tile's are a multiple of
@@ -45,11 +45,11 @@ def _as_matrices(w: jax.Array, over: int) -> jax.Array:
     return w.reshape(len(w), math.prod(w.shape[1 : 1 + over]), -1)
 
 
-def layer_weights(w: Weights, at: At, dtype: jnp.dtype) -> jax.Array:
+def layer_weights(w: Weights, layer: LayerIndex, dtype: jnp.dtype) -> jax.Array:
     """The matrices of one layer, plain: those that are quantised are dequantised whole."""
     if isinstance(w, Quantised):
-        return dequantised(Quantised(*(layer_of(part, at) for part in w)), dtype)
-    return layer_of(w, at)
+        return dequantised(Quantised(*(layer_of(part, layer) for part in w)), dtype)
+    return layer_of(w, layer)
 
 
 def dequantised(w: Quantised, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
@@ -99,7 +99,7 @@ def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
     return (blocks * _factors(scales)[..., :, None, :, None]).reshape(numbers.shape)
 
 
-def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Float[Array, "T N"]:
+def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[LayerIndex, ...]) -> Float[Array, "T N"]:
     """x times the one matrix at index of w's leading dims, in float32.
 
     Columns are dequantised in tiles of _TILE_BYTES, in a loop; never a whole matrix, unless it has fewer columns than
@@ -120,7 +120,7 @@ def multiply(x: Float[Array, "T K"], w: Quantised, index: tuple[At, ...]) -> Flo
     return jax.lax.fori_loop(0, -(-columns // tile), compute_tile, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
-def _columns(w: Quantised, index: tuple[At, ...], first: At, count: int) -> Quantised:
+def _columns(w: Quantised, index: tuple[LayerIndex, ...], first: int | jax.Array, count: int) -> Quantised:
     """Some columns of one matrix, read where they lie. first, count: whole blocks."""
     block = w.numbers.shape[-1] // w.scales.shape[-1]
 
@@ -138,7 +138,7 @@ def _times(x: jax.Array, w: Quantised) -> jax.Array:
     planes = _planes(w)
     if high > 1:
         planes = [_scaled(plane, w.scales) for plane in planes]
-    parts = [x[:, at :: len(planes)] for at in range(len(planes))]
+    parts = [x[:, index :: len(planes)] for index in range(len(planes))]
     products = [_product(part, plane) for part, plane in zip(parts, planes, strict=True)]
     y = products[0] if len(products) == 1 else products[0] + products[1]
     return y if high > 1 else y * jnp.repeat(_factors(w.scales)[0], columns // wide, total_repeat_length=columns)

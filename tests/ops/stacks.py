@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-AT = 1
+LAYER = 1
 
 
 def stacked(array: jax.Array) -> jax.Array:

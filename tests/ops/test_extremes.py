@@ -18,7 +18,7 @@ from jaxmoe.ops.paged import paged_attention
 from jaxmoe.ops.rope import rotate
 from jaxmoe.ops.route import RouteRule, route
 
-from .stacks import AT, stacked
+from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 from .test_sample import sampled_by
 
@@ -58,7 +58,7 @@ def experts(kind: str):
     weights = np.tile(np.array([[0.5, 0, 2]], np.float32), (len(x), 1))
     weights[::3, 0] = NAN
     run = partial(grouped_swiglu, top_k=2, kind="blocks" if kind == "xla" else kind)
-    return run, (x, weights, *(stacked(jnp.asarray(a, jnp.float32)) for a in (gate_up, down)), AT)
+    return run, (x, weights, *(stacked(jnp.asarray(a, jnp.float32)) for a in (gate_up, down)), LAYER)
 
 
 def pages(kind: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None = None):
@@ -80,8 +80,8 @@ def pages(kind: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None =
 
 def products(kind: str):
     w = np.random.default_rng(4).normal(0, 1, (2, WIDTH, 3)).astype(np.float32)
-    w[AT, 0, 0] = 0
-    return partial(linear, kind=kind), (one_in_a_row(5), w, AT)
+    w[LAYER, 0, 0] = 0
+    return partial(linear, kind=kind), (one_in_a_row(5), w, LAYER)
 
 
 WORK = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxmoe.config import Clamp
 from jaxmoe.ops.grouped import GROUPED_KINDS, block_sizes, grouped_swiglu, plan_blocks, planned_rows, sort_assignments
 
-from .stacks import AT, stacked
+from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 
 WIDTH, FFN, NUM_EXPERTS, TOP_K = 16, 12, 8, 2
@@ -47,7 +47,7 @@ def value_and_grads(arrays, cotangent, kind):
     """Result, and its gradients with the weights' masked to the experts visited (only those are ever used)."""
 
     def value(*arrays):
-        y = grouped_swiglu(*arrays, AT, top_k=TOP_K, kind=kind)
+        y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, kind=kind)
         return jnp.vdot(y, cotangent), y
 
     (_, y), grads = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_the_oracle(name, num_tokens, kind):
 @pytest.mark.parametrize("kind", FAST_KINDS)
 def test_tokens_that_visit_no_expert_come_out_zero(kind):
     arrays = arguments("some tokens inactive", 30)
-    y = grouped_swiglu(*arrays, AT, top_k=TOP_K, kind=kind)
+    y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, kind=kind)
     np.testing.assert_array_equal(y[::3], 0)
     assert np.all(np.any(np.asarray(y[1::3]) != 0, axis=1))
 
@@ -126,7 +126,7 @@ def test_planned_rows_stay_near_the_routed_ones(num_tokens):
 @partial(jax.jit, static_argnames=("kind", "clamp"))
 def biased_value_and_grads(arrays, bias, cotangent, kind, clamp):
     def value(x, weights, gate_up, down, bias):
-        y = grouped_swiglu(x, weights, gate_up, down, AT, bias, top_k=TOP_K, clamp=clamp, kind=kind)
+        y = grouped_swiglu(x, weights, gate_up, down, LAYER, bias, top_k=TOP_K, clamp=clamp, kind=kind)
         return jnp.vdot(y, cotangent), y
 
     (_, y), grads = jax.value_and_grad(value, argnums=(0, 2, 3, 4), has_aux=True)(*arrays, bias)
@@ -156,11 +156,11 @@ def test_biases_and_clamps(kind, num_tokens, clamp):
     x, weights, gate_up, down = (np.asarray(part, np.float64) for part in arrays)
     expected = np.zeros(x.shape)
     for token, expert in zip(*np.nonzero(weights), strict=True):
-        gate, up = np.einsum("d,cdf->cf", x[token], gate_up[AT, expert]) + bias[AT, expert]
+        gate, up = np.einsum("d,cdf->cf", x[token], gate_up[LAYER, expert]) + bias[LAYER, expert]
         if clamp is not None:
             gate, up = np.minimum(gate, clamp.limit), np.clip(up, -clamp.limit, clamp.limit) + 1
         hidden = gate / (1 + np.exp(-(clamp.alpha if clamp else 1) * gate)) * up
-        expected[token] += weights[token, expert] * (hidden @ down[AT, expert])
+        expected[token] += weights[token, expert] * (hidden @ down[LAYER, expert])
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
     wanted = biased_value_and_grads(arrays, bias, cotangent, "dense", clamp)
     for name, part, expected in zip(("y", "dx", "dgate_up", "ddown", "dbias"), found, wanted, strict=True):

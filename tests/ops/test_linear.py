@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.linear import linear
 
-from .stacks import AT, stacked
+from .stacks import LAYER, stacked
 
 
 def arrays(rows: int, depth: int, columns: int, dtype: str, *, transposed: bool):
@@ -42,7 +42,7 @@ def test_native_multiplies_as_the_numbers_say(rows, depth, columns, dtype, resul
     if not compiler_found(dtype):
         return
     x, w = arrays(rows, depth, columns, dtype, transposed=transposed)
-    found = linear(x, stacked(w), AT, kind="native", transposed=transposed, dtype=result)
+    found = linear(x, stacked(w), LAYER, kind="native", transposed=transposed, dtype=result)
     assert found.dtype == result
     exact = [np.asarray(a, np.float64) for a in (x, w)]
     wanted = exact[0] @ (exact[1].T if transposed else exact[1])
@@ -66,7 +66,7 @@ def test_rows_past_those_used_are_zero_and_change_nothing(num_valid, transposed)
         return
     x, w = arrays(40, 24, 70, "float32", transposed=transposed)
     run = jax.jit(partial(linear, kind="native", transposed=transposed))
-    found, whole = run(x.at[num_valid:].set(jnp.nan), stacked(w), AT, num_valid), run(x, stacked(w), AT)
+    found, whole = run(x.at[num_valid:].set(jnp.nan), stacked(w), LAYER, num_valid), run(x, stacked(w), LAYER)
     np.testing.assert_array_equal(found[:num_valid], whole[:num_valid])
     np.testing.assert_array_equal(found[num_valid:], 0)
 
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_xla(transposed):
     x, w = arrays(5, 24, 40, "float32", transposed=transposed)
 
     def gradients(kind):
-        value = lambda x, w: jnp.sum(jnp.sin(linear(x, stacked(w), AT, kind=kind, transposed=transposed)))  # noqa: E731
+        value = lambda x, w: jnp.sum(jnp.sin(linear(x, stacked(w), LAYER, kind=kind, transposed=transposed)))  # noqa: E731
         return jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
 
     for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):

@@ -11,7 +11,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.grouped import grouped_swiglu
 
-from .stacks import AT, stacked
+from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 
 
@@ -29,7 +29,7 @@ def arguments(num_tokens: int, num_experts: int, ffn: int, routing: str, dtype):
         for shape in ((num_tokens, width), (num_experts, 2, width, ffn), (num_experts, ffn, width))
     )
     x, weights, gate_up, down = (jnp.asarray(a, dtype) for a in (x, weights, gate_up, down))
-    return [x, weights, stacked(gate_up), stacked(down), AT]
+    return [x, weights, stacked(gate_up), stacked(down), LAYER]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -53,8 +53,8 @@ def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
 def test_the_tokens_beside_change_no_bit_of_a_token(ffn, dtype):
     if not compiler_found(dtype):
         return
-    x, weights, gate_up, down, at = arguments(300, 3, ffn, "spread", dtype)
-    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, at, top_k=2, kind="native"))
+    x, weights, gate_up, down, layer = arguments(300, 3, ffn, "spread", dtype)
+    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, layer, top_k=2, kind="native"))
     together = np.asarray(run(x, weights), np.float32)
     for first, count in ((0, 1), (5, 3), (10, 20), (299, 1), (60, 200)):
         alone = run(x[first : first + count], weights[first : first + count])

@@ -12,7 +12,7 @@ import pytest
 from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged import PAGED_KINDS, ContextShard, merge_attention, paged_attention, partial_attention, write_pages
 
-from .stacks import AT, stacked
+from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 
 SLOTS, GROUP, HEAD_DIM, NUM_PAGES = 2, 3, 8, 80
@@ -77,7 +77,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
         block_table,
         positions,
         jnp.array(query_lens),
-        AT,
+        LAYER,
         sinks,
         mask_spec=mask_spec,
         kind=kind,
@@ -110,7 +110,7 @@ def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, kind):
         block_table,
         jnp.array([64, 30]),
         jnp.array([6, 3]),
-        AT,
+        LAYER,
         mask_spec=mask_spec,
         kind=kind,
     )
@@ -126,7 +126,7 @@ def test_writing_changes_the_named_places_alone():
     expected = pages.copy()
     expected[2, :, 3], expected[0, :, 1] = new[0], new[2]
     places = jnp.array([2, 5, 0]), jnp.array([3, 0, 1])  # page 5 is past the last
-    found = jax.jit(write_pages)((stacked(pages), stacked(-pages)), (new, -new), *places, AT)
+    found = jax.jit(write_pages)((stacked(pages), stacked(-pages)), (new, -new), *places, LAYER)
     np.testing.assert_array_equal(found[0], stacked(expected))
     np.testing.assert_array_equal(found[1], stacked(-expected))
 
@@ -148,10 +148,10 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
     for row, length in enumerate(lengths):
         k, v = (jnp.asarray(rng.normal(0, 10.0**row, (length, SLOTS, HEAD_DIM)), dtype) for _ in range(2))
         places = block_table[row, np.arange(length) // page_size], jnp.arange(length) % page_size
-        pages = write_pages(tuple(pages), (k, v), *places, AT)
+        pages = write_pages(tuple(pages), (k, v), *places, LAYER)
         for index, new in enumerate((k, v)):
-            kept = pages[index][AT, places[0], :, places[1]].astype("float32")
-            kept = kept * pages[index + 2][AT, places[0], :, places[1]][..., None]
+            kept = pages[index][LAYER, places[0], :, places[1]].astype("float32")
+            kept = kept * pages[index + 2][LAYER, places[0], :, places[1]][..., None]
             largest = np.abs(np.asarray(new, np.float32)).max(-1, keepdims=True)
             assert (
                 np.abs(kept - np.asarray(new, np.float32))
@@ -165,7 +165,7 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
         block_table=block_table,
         positions=jnp.array(lengths) - 1,
         query_lens=query_lens,
-        at=AT,
+        layer=LAYER,
         mask_spec=MASK_SPECS[0],
     )
     found = ask(q, tuple(pages), kind=kind)
@@ -205,14 +205,14 @@ def test_values_that_are_the_first_numbers_of_keys(kind, cache_dtype):
     places = jnp.arange(37) // 8 + 3, jnp.arange(37) % 8
     shape = (NUM_PAGES, SLOTS, 8, HEAD_DIM)
     pages = [jnp.zeros(shape, cache_dtype), *([jnp.zeros(shape[:-1])] if cache_dtype == "int8" else [])]
-    pages = write_pages(tuple(stacked(part) for part in pages), (k,), *places, AT)
+    pages = write_pages(tuple(stacked(part) for part in pages), (k,), *places, LAYER)
     found = paged_attention(
         q[None],
         pages,
         jnp.arange(3, 8)[None],
         jnp.array([0]),
         jnp.array([37]),
-        AT,
+        LAYER,
         mask_spec=MASK_SPECS[0],
         value_dim=5,
         kind=kind,
@@ -226,7 +226,7 @@ def test_sinks_take_part_once_where_ranks_share_pages_out():
     prompts, (k_pages, v_pages), block_table = pool_of(lengths, page_size, "float32")
     positions = jnp.array(lengths) - 1
     q = jnp.stack([prompt[0][length - 1 :] for prompt, length in zip(prompts, lengths, strict=True)])
-    metadata = block_table, positions, jnp.ones(2, jnp.int32), AT
+    metadata = block_table, positions, jnp.ones(2, jnp.int32), LAYER
     pages = stacked(k_pages), stacked(v_pages)
     whole = paged_attention(q, pages, *metadata, SINKS, mask_spec=MASK_SPECS[3])
     parts = [

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import Clamp
 from jaxmoe.errors import ConfigError
-from jaxmoe.ops.stack import At
+from jaxmoe.ops.stack import LayerIndex
 
 DTYPES = ("bfloat16", "float32")
 
@@ -148,7 +148,7 @@ def native_experts(
     gate_up: Float[Array, "L E 2 D F"],
     down: Float[Array, "L E F D"],
     bias: Float[Array, "L E 2 F"] | None,
-    at: At,
+    layer: LayerIndex,
     *,
     clamp: Clamp | None,
 ) -> Float[Array, "T D"]:
@@ -156,14 +156,14 @@ def native_experts(
     call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
     own = jnp.zeros((0, 0), x.dtype) if bias is None else bias
     limits = dict(limit=np.float32(clamp.limit if clamp else 0), alpha=np.float32(clamp.alpha if clamp else 1))
-    return call(x, weights.astype(jnp.float32), gate_up, down, own, jnp.int32(at), **limits)
+    return call(x, weights.astype(jnp.float32), gate_up, down, own, jnp.int32(layer), **limits)
 
 
 def native_linear(
     x: Float[Array, "T K"],
     w: Float[Array, "L K N"] | Float[Array, "L N K"],
-    at: At,
-    num_valid: At,
+    layer: LayerIndex,
+    num_valid: int | jax.Array,
     *,
     transposed: bool,
     dtype: str,
@@ -171,7 +171,7 @@ def native_linear(
     """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
     columns = w.shape[1 if transposed else 2]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
-    return call(x, w, jnp.int32(at), jnp.int32(num_valid), transposed=transposed)
+    return call(x, w, jnp.int32(layer), jnp.int32(num_valid), transposed=transposed)
 
 
 def native_paged(
@@ -180,14 +180,14 @@ def native_paged(
     block_table: Int[Array, "N P"],
     positions: Int[Array, "N"],
     query_lens: Int[Array, "N"],
-    at: At,
+    layer: LayerIndex,
     sinks: Float[Array, "K G"] | None,
     *,
     mask_spec: Any,
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
     """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
-    block_metadata = (block_table, positions, query_lens, jnp.int32(at))
+    block_metadata = (block_table, positions, query_lens, jnp.int32(layer))
     dim = pages[1].shape[4] if value_dim is None else value_dim
     cache = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
     cache = (*cache, cache[2]) if len(cache) == 3 else cache
