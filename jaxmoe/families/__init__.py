@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-# What models hold in float32 whatever their dtype (model/params.py, Maker.exact), by the ends of its names.
+# What models hold in float32 whatever their dtype (model/params.py, ParamFactory.exact), by the ends of its names.
 _EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values() if family.names.selection_bias})
 
 __all__ = [

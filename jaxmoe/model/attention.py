@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
+from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, mean_squares, normed, rotated, scaled
 from jaxmoe.ops.attention import MaskSpec
@@ -84,28 +84,28 @@ class Attention(nnx.Module):
         kernels: Kernels,
         layer: int,
         *,
-        make: Maker,
+        params: ParamFactory,
         init: Init,
     ) -> None:
         self.config, self.placement, self.kernels, self.layer = config, placement, kernels, layer
         self.group = sizes.group_slots
         heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
         query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
-        self.qkv = make.matrix("attention/qkv", init, width=config.hidden_size, **heads)
-        self.out = make.matrix("attention/out", init, over=3, **query, width=config.hidden_size)
+        self.qkv = params.matrix("attention/qkv", init, width=config.hidden_size, **heads)
+        self.out = params.matrix("attention/out", init, over=3, **query, width=config.hidden_size)
         if config.qkv_bias:
-            self.qkv_bias = make(zeros, **heads)
+            self.qkv_bias = params(zeros, **heads)
         if config.out_bias:
-            self.out_bias = make(zeros, width=config.hidden_size)
+            self.out_bias = params(zeros, width=config.hidden_size)
         if config.qk_norm == "head":
-            self.q_norm = make(ones, head_dim=config.head_dim)
-            self.k_norm = make(ones, head_dim=config.head_dim)
+            self.q_norm = params(ones, head_dim=config.head_dim)
+            self.k_norm = params(ones, head_dim=config.head_dim)
         if config.qk_norm == "full":
-            self.q_norm = make(ones, **query)
-            self.k_norm = make(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
+            self.q_norm = params(ones, **query)
+            self.k_norm = params(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
             self.kv_copies = sizes.kv_copies
         if config.sinks:
-            self.sinks = make(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
+            self.sinks = params(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim

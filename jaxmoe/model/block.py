@@ -13,7 +13,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
-from jaxmoe.model.params import Maker, at_layer, normal, ones
+from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
 from jaxmoe.model.rows import hidden_dims, normed
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
@@ -30,19 +30,19 @@ class Block(nnx.Module):
         kernels: Kernels,
         layer: int,
         *,
-        make: Maker,
+        params: ParamFactory,
     ) -> None:
         init = normal(0.02)
         self.eps, self.sparse = config.rms_norm_eps, config.moe_layers[layer]
         self.placement, self.kernels = placement, kernels
-        self.input_layernorm = make(ones, width=config.hidden_size)
-        self.post_attention_layernorm = make(ones, width=config.hidden_size)
+        self.input_layernorm = params(ones, width=config.hidden_size)
+        self.post_attention_layernorm = params(ones, width=config.hidden_size)
         attention = Attention if config.mla is None else LatentAttention
-        self.attention = attention(config, sizes, placement, kernels, layer, make=make, init=init)
+        self.attention = attention(config, sizes, placement, kernels, layer, params=params, init=init)
         if self.sparse:
-            self.moe = MoE(config, sizes, placement, kernels, make=make, init=init)
+            self.moe = MoE(config, sizes, placement, kernels, params=params, init=init)
         else:
-            self.mlp = MLP(config, sizes.ffn, placement, kernels, make=make, init=init)
+            self.mlp = MLP(config, sizes.ffn, placement, kernels, params=params, init=init)
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import ForwardContext, layer_mask_spec
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, at_layer, ones, zeros
+from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import project, together
 from jaxmoe.model.rows import QUERY_DIMS, normed, rotated
 from jaxmoe.ops.stack import LayerIndex
@@ -39,27 +39,27 @@ class LatentAttention(nnx.Module):
         kernels: Kernels,
         layer: int,
         *,
-        make: Maker,
+        params: ParamFactory,
         init: Init,
     ) -> None:
         assert config.mla is not None
         self.config, self.mla, self.placement, self.kernels, self.layer = config, config.mla, placement, kernels, layer
         mla, heads = config.mla, dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
-        self.kv_down = make.matrix("attention/kv_down", init, width=config.hidden_size, latent=mla.cached_dim)
-        self.kv_norm = make(ones, latent=mla.kv_lora_rank)
+        self.kv_down = params.matrix("attention/kv_down", init, width=config.hidden_size, latent=mla.cached_dim)
+        self.kv_norm = params(ones, latent=mla.kv_lora_rank)
         if mla.q_lora_rank is None:
-            self.q = make.matrix("attention/q", init, width=config.hidden_size, **heads, head_dim=config.head_dim)
+            self.q = params.matrix("attention/q", init, width=config.hidden_size, **heads, head_dim=config.head_dim)
         else:
-            self.q_down = make.matrix("attention/q_down", init, width=config.hidden_size, latent=mla.q_lora_rank)
-            self.q_norm = make(ones, latent=mla.q_lora_rank)
-            self.q = make.matrix("attention/q", init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
-        self.key_up = make(init, **heads, head_dim=mla.qk_nope_head_dim, latent=mla.kv_lora_rank)
-        self.value_up = make(init, **heads, latent=mla.kv_lora_rank, head_dim=mla.v_head_dim)
-        self.out = make.matrix(
+            self.q_down = params.matrix("attention/q_down", init, width=config.hidden_size, latent=mla.q_lora_rank)
+            self.q_norm = params(ones, latent=mla.q_lora_rank)
+            self.q = params.matrix("attention/q", init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
+        self.key_up = params(init, **heads, head_dim=mla.qk_nope_head_dim, latent=mla.kv_lora_rank)
+        self.value_up = params(init, **heads, latent=mla.kv_lora_rank, head_dim=mla.v_head_dim)
+        self.out = params.matrix(
             "attention/out", init, over=3, **heads, head_dim=mla.v_head_dim, width=config.hidden_size
         )
         if config.out_bias:
-            self.out_bias = make(zeros, width=config.hidden_size)
+            self.out_bias = params(zeros, width=config.hidden_size)
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, at_layer, zeros
+from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
 from jaxmoe.model.project import project, together
 from jaxmoe.model.rows import gated
 from jaxmoe.ops.stack import LayerIndex
@@ -20,16 +20,16 @@ class MLP(nnx.Module):
     order at every step (docs/decisions/0002)."""
 
     def __init__(
-        self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, make: Maker, init: Init
+        self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, params: ParamFactory, init: Init
     ) -> None:
         self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
-        self.gate = make.matrix("mlp/gate", init, width=config.hidden_size, ffn=ffn)
-        self.up = make.matrix("mlp/up", init, width=config.hidden_size, ffn=ffn)
-        self.down = make.matrix("mlp/down", init, ffn=ffn, width=config.hidden_size)
+        self.gate = params.matrix("mlp/gate", init, width=config.hidden_size, ffn=ffn)
+        self.up = params.matrix("mlp/up", init, width=config.hidden_size, ffn=ffn)
+        self.down = params.matrix("mlp/down", init, ffn=ffn, width=config.hidden_size)
         if self.bias:
-            self.gate_bias = make(zeros, ffn=ffn)
-            self.up_bias = make(zeros, ffn=ffn)
-            self.down_bias = make(zeros, width=config.hidden_size)
+            self.gate_bias = params(zeros, ffn=ffn)
+            self.up_bias = params(zeros, ffn=ffn)
+            self.down_bias = params(zeros, width=config.hidden_size)
 
     def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
         """x [B,S,D] -> [B,S,D], by the weights of `layer`. num_valid, token_dim: see project."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.params import Init, Maker, Matrix, dims_of, weights_of, zeros
+from jaxmoe.model.params import Init, Matrix, ParamFactory, dims_of, weights_of, zeros
 from jaxmoe.model.project import gather_rows, summed_over
 from jaxmoe.model.rows import TokenMask, hidden_dims
 from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
@@ -29,22 +29,24 @@ from jaxmoe.sharding import Placement, TokenDim
 class Experts(nnx.Module):
     """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
 
-    def __init__(self, width: int, ffn: int, num_experts: int, biases: bool, *, make: Maker, init: Init) -> None:
-        self.gate_up = make.matrix(
+    def __init__(
+        self, width: int, ffn: int, num_experts: int, biases: bool, *, params: ParamFactory, init: Init
+    ) -> None:
+        self.gate_up = params.matrix(
             "moe/experts/gate_up", init, lead=2, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn
         )
-        self.down = make.matrix("moe/experts/down", init, lead=1, moe_expert=num_experts, moe_ffn=ffn, width=width)
+        self.down = params.matrix("moe/experts/down", init, lead=1, moe_expert=num_experts, moe_ffn=ffn, width=width)
         if biases:
-            self.gate_up_bias = make(zeros, moe_expert=num_experts, gate_or_up=2, moe_ffn=ffn)
+            self.gate_up_bias = params(zeros, moe_expert=num_experts, gate_or_up=2, moe_ffn=ffn)
 
 
 class SharedExpert(nnx.Module):
     """SwiGLU weights of the expert that every token visits, as in a dense layer."""
 
-    def __init__(self, width: int, ffn: int, *, make: Maker, init: Init) -> None:
-        self.gate = make.matrix("moe/shared/gate", init, width=width, ffn=ffn)
-        self.up = make.matrix("moe/shared/up", init, width=width, ffn=ffn)
-        self.down = make.matrix("moe/shared/down", init, ffn=ffn, width=width)
+    def __init__(self, width: int, ffn: int, *, params: ParamFactory, init: Init) -> None:
+        self.gate = params.matrix("moe/shared/gate", init, width=width, ffn=ffn)
+        self.up = params.matrix("moe/shared/up", init, width=width, ffn=ffn)
+        self.down = params.matrix("moe/shared/down", init, ffn=ffn, width=width)
 
 
 class Routed(NamedTuple):
@@ -65,7 +67,7 @@ class MoE(nnx.Module):
         placement: Placement,
         kernels: Kernels,
         *,
-        make: Maker,
+        params: ParamFactory,
         init: Init,
     ) -> None:
         assert config.moe is not None
@@ -74,20 +76,20 @@ class MoE(nnx.Module):
             raise ConfigError(f"dispatch={kernels.dispatch} {why}")
         width = config.hidden_size
         moe = config.moe
-        self.router = make(init, width=width, router_expert=moe.num_experts)
+        self.router = params(init, width=width, router_expert=moe.num_experts)
         if moe.router_bias:
-            self.router_bias = make(zeros, router_expert=moe.num_experts)
+            self.router_bias = params(zeros, router_expert=moe.num_experts)
         if moe.selection_bias:
-            self.selection_bias = make.exact(zeros, router_expert=moe.num_experts)
-        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, make=make, init=init)
+            self.selection_bias = params.exact(zeros, router_expert=moe.num_experts)
+        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, params=params, init=init)
         if moe.biases:  # of every expert on every rank: a token's share of them needs no matrix
-            self.down_bias = make(zeros, router_expert=moe.num_experts, width=width)
+            self.down_bias = params(zeros, router_expert=moe.num_experts, width=width)
         if placement.redundant_experts is not None:
-            self.physical_expert_map = make.indices(expert_map=3, physical_expert=sizes.moe_experts)
+            self.physical_expert_map = params.indices(expert_map=3, physical_expert=sizes.moe_experts)
         if moe.shared_intermediate_size:
-            self.shared = SharedExpert(width, sizes.shared_ffn, make=make, init=init)
+            self.shared = SharedExpert(width, sizes.shared_ffn, params=params, init=init)
         if moe.shared_gate:
-            self.shared_gate = make(init, width=width, unsharded=1)
+            self.shared_gate = params(init, width=width, unsharded=1)
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, token_mask: TokenMask, token_dim: TokenDim

@@ -74,7 +74,7 @@ class QuantizedMatrices(NamedTuple):
     placement: Placement
 
 
-class Maker:
+class ParamFactory:
     """Makes the parameters of one model: same dtype, keys drawn in turn."""
 
     def __init__(
@@ -87,8 +87,8 @@ class Maker:
     ) -> None:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
-    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: Placement) -> Maker:
-        """A maker of the parameters of one block of a segment, which hold its layers in a leading dim. placement: as
+    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: Placement) -> ParamFactory:
+        """A factory of the parameters of one block of a segment, which hold its layers in a leading dim. placement: as
         they see it."""
         quantized = None
         if config.quantisation is not None:
@@ -96,7 +96,7 @@ class Maker:
                 config.quantisation.format, config.quantisation.of(segment.first + block), placement
             )
         view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
-        return Maker(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
+        return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
         """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
@@ -118,13 +118,13 @@ class Maker:
         items = dims | {packed: dims[packed] // format.per_item}
         scales = dict(zip(dims, counts, strict=True))
         return QuantisedParam(*(
-            Maker(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)
+            ParamFactory(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)
             for dtype, sizes in ((format.stored_dtype, items), (format.scale_dtype, scales))
         ))  # fmt: skip
 
     def exact(self, init: Init, **dims: int) -> nnx.Param:
         """The same in float32, whatever the dtype of the others."""
-        return Maker(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
+        return ParamFactory(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
 
     def indices(self, **dims: int) -> nnx.Param:
         """The same for whole numbers that no checkpoint holds; zeros."""

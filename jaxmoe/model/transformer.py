@@ -18,7 +18,7 @@ from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
 from jaxmoe.model.block import Block
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
-from jaxmoe.model.params import Maker, normal, ones
+from jaxmoe.model.params import ParamFactory, normal, ones
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, summed_over
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
@@ -58,27 +58,27 @@ class Transformer(nnx.Module):
                 f"family {config.family!r} attends to the index_topk={config.indexer.top_k} tokens that an indexer "
                 f"chooses, which is not supported: jaxmoe info sizes such a model; run deepseek_v3"
             )
-        make = Maker(rngs, jnp.dtype(dtype))
+        params = ParamFactory(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
         self.outside = placement.with_view("outside_pipeline")
         vocab = array_sizes(config, self.outside).vocab
-        self.embed = make(normal(0.02), vocab=vocab, width=config.hidden_size)
+        self.embed = params(normal(0.02), vocab=vocab, width=config.hidden_size)
         self.layer_segments = layer_segments(
             config, kernels.layers, stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
         self.segments = nnx.List(
-            nnx.List(self._block(segment, block, make) for block in range(segment.period))
+            nnx.List(self._block(segment, block, params) for block in range(segment.period))
             for segment in self.layer_segments
         )
-        self.final_norm = make(ones, width=config.hidden_size)
+        self.final_norm = params(ones, width=config.hidden_size)
         if not config.tie_word_embeddings:
-            self.head = make(normal(0.02), width=config.hidden_size, vocab=vocab)
+            self.head = params(normal(0.02), width=config.hidden_size, vocab=vocab)
 
-    def _block(self, segment: LayerSegment, block: int, make: Maker) -> Block:
+    def _block(self, segment: LayerSegment, block: int, params: ParamFactory) -> Block:
         placement = self.placement.for_layers(segment)
         sizes = array_sizes(self.config, placement)
-        make = make.stacked(segment, block, self.config, placement)
-        return Block(self.config, sizes, placement, self.kernels, segment.first + block, make=make)
+        params = params.stacked(segment, block, self.config, placement)
+        return Block(self.config, sizes, placement, self.kernels, segment.first + block, params=params)
 
     def __call__(
         self,
