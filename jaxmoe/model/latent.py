@@ -19,7 +19,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import ForwardContext, layer_mask_spec
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
-from jaxmoe.model.project import project, together
+from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import QUERY_DIMS, normed, rotated
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
@@ -67,7 +67,7 @@ class LatentAttention(nnx.Module):
         """x [B,S,D] -> [B,S,D] by the weights of `layer`, and what attend keeps. token_dim: see project."""
         placement, kernels, mla = self.placement, self.kernels, self.mla
         num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
-        x = together(x, placement, token_dim)
+        x = all_gather_tokens(x, placement, token_dim)
         down = project(x, self.kv_down, placement, kernels.linear, layer, num_valid)
         latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, layer)
         turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, placement, kernels.pointwise)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
-from jaxmoe.model.project import project, together
+from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import gated
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
@@ -34,7 +34,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
         """x [B,S,D] -> [B,S,D], by the weights of `layer`. num_valid, token_dim: see project."""
         placement, kind = self.placement, self.kernels.linear
-        x = together(x, placement, token_dim)
+        x = all_gather_tokens(x, placement, token_dim)
         gate, up = (project(x, matrix, placement, kind, layer, num_valid) for matrix in (self.gate, self.up))
         if self.bias:
             gate, up = gate + at_layer(self.gate_bias, layer), up + at_layer(self.up_bias, layer)

@@ -15,7 +15,7 @@ from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, Matrix, ParamFactory, dims_of, weights_of, zeros
-from jaxmoe.model.project import gather_rows, summed_over
+from jaxmoe.model.project import all_gather_rows, reduce_or_scatter
 from jaxmoe.model.rows import TokenMask, hidden_dims
 from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
 from jaxmoe.ops.gate import gated_rows, gated_unit
@@ -151,7 +151,7 @@ def _on_device(
     x_bD = x.reshape(-1, x.shape[-1])
     gather_axes, sequence_axes = placement.ep_gather_axes(token_dim), placement.sequence_gather_axes(token_dim)
     left = tuple(axis for axis in placement.expert_reduce_axes(token_dim) if axis not in gather_axes)
-    x_tD = gather_rows(x_bD, gather_axes)
+    x_tD = all_gather_rows(x_bD, gather_axes)
     # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
     own_num_valid = num_valid if placement.routed(token_dim) == "token" else None
     y, probabilities, tokens_per_expert = _routed_experts(
@@ -160,10 +160,10 @@ def _on_device(
     shared = partial(_shared_expert, layer=layer, num_valid=num_valid, arrays=arrays, kernels=kernels)
     if moe.shared_intermediate_size and sequence_axes == gather_axes:
         y = y + shared(x_tD)
-    y = summed_over(y, (), gather_axes)
+    y = reduce_or_scatter(y, (), gather_axes)
     if moe.shared_intermediate_size and sequence_axes != gather_axes:
-        y = y + summed_over(shared(gather_rows(x_bD, sequence_axes)), (), sequence_axes)
-    y = summed_over(y, left, ())  # those of split that share out no tokens, for experts of every kind
+        y = y + reduce_or_scatter(shared(all_gather_rows(x_bD, sequence_axes)), (), sequence_axes)
+    y = reduce_or_scatter(y, left, ())  # those of split that share out no tokens, for experts of every kind
     return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), tokens_per_expert
 
 

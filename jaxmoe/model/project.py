@@ -56,15 +56,17 @@ def project(
     axes = tuple(axis for dim in summed for axis in placement.axes(dim) if placement.mesh.shape[axis] > 1)
 
     def part(x: jax.Array, w: Weights, layer: jax.Array, *num_valid: jax.Array) -> jax.Array:
-        x = gather_rows(x, gather_axes)
+        x = all_gather_rows(x, gather_axes)
         if kind == "xla" and not isinstance(w, Quantised):
-            return summed_over(plain(x, w, layer), axes, scatter_axes)
+            return reduce_or_scatter(plain(x, w, layer), axes, scatter_axes)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = num_valid[0][0] if num_valid else None
         y = linear(x.reshape(-1, depth), matrices, layer, count, kind=kind, transposed=transposed, dtype=dtype)
-        y = summed_over(y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scatter_axes)
+        y = reduce_or_scatter(
+            y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scatter_axes
+        )
         return y
 
     arrays: list[Any] = [(x, before), (weights, (layer_dim, *dims)), (jnp.int32(layer), ())]
@@ -81,23 +83,23 @@ def _plain(
     return jax.lax.dot_general(x, layer_of(w, layer), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
-def together(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:
+def all_gather_tokens(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:
     """x [B,S,D], whose rows lie as `token_dim` says, as it is needed inside layers: for more than one product of it."""
     sequence_axes = placement.sequence_gather_axes(token_dim)
     if not sequence_axes:
         return x
     rest = ("length", "width")
     return placement.shard_map_local(
-        lambda x: gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest)
+        lambda x: all_gather_rows(x, sequence_axes), (x, (token_dim, *rest)), out=("token", *rest)
     )
 
 
-def gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+def all_gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """The strips of x [b,...] that ranks along axes have, together. Called inside shard_map."""
     return jax.lax.all_gather(x, tuple(axes), axis=0, tiled=True) if axes else x
 
 
-def summed_over(y: jax.Array, axes: Sequence[str], scatter_axes: Sequence[str]) -> jax.Array:
+def reduce_or_scatter(y: jax.Array, axes: Sequence[str], scatter_axes: Sequence[str]) -> jax.Array:
     """The sum of y [b,...] over mesh axes; along those that are scattered each rank keeps its strip of the rows.
 
     Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left. Strips are a dim of their

@@ -20,7 +20,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import ParamFactory, normal, ones
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
-from jaxmoe.model.project import project, summed_over
+from jaxmoe.model.project import project, reduce_or_scatter
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
@@ -106,7 +106,7 @@ class Transformer(nnx.Module):
             x = x if pick is None else pick(x, self.outside, self.outside.token_dim(tokens.shape[0]))
         else:
             x, forward_state = self._through_stages(
-                self.embedded(tokens, together=False), step_inputs, forward_state, schedule, pick
+                self.embedded(tokens, one_micro_batch=False), step_inputs, forward_state, schedule, pick
             )
         return self.normed(x), forward_state, routed
 
@@ -114,13 +114,13 @@ class Transformer(nnx.Module):
         """For attention that keeps nothing."""
         return ForwardState([(None,) * segment.period for segment in self.layer_segments], None)
 
-    def embedded(self, tokens: jax.Array, *, together: bool = True) -> jax.Array:
+    def embedded(self, tokens: jax.Array, *, one_micro_batch: bool = True) -> jax.Array:
         """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
 
-        together: whether they are one micro-batch."""
+        one_micro_batch: whether they are one."""
         placement, table = self.outside, self.embed[...]
         between = placement.token_dim(tokens.shape[0])
-        apart = placement.num_stages > 1 and not (together and placement.sequence_gather_axes(between))
+        apart = placement.num_stages > 1 and not (one_micro_batch and placement.sequence_gather_axes(between))
         token_dim: TokenDim | Literal["batch"] = "batch" if apart else between
         axes = tuple(axis for axis in placement.axes("vocab") if placement.mesh.shape[axis] > 1)
         if token_dim == "token" or not axes:
@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
             here = tokens - jax.lax.axis_index(axes) * len(table)
             here = jnp.where((here >= 0) & (here < len(table)), here, len(table))
             rows = table.at[here].get(mode="fill", fill_value=0)
-            return summed_over(rows, axes, scatter_axes)
+            return reduce_or_scatter(rows, axes, scatter_axes)
 
         arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else token_dim, "length"))
         return placement.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))

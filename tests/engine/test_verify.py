@@ -117,7 +117,7 @@ def test_tokens_that_are_shared_out_wrongly_are_found(tiny_dir, monkeypatch):
     for module in (project, moe):
         monkeypatch.setattr(
             module,
-            "gather_rows",
+            "all_gather_rows",
             lambda x, axes: jnp.tile(x, (jax.lax.axis_size(axes[0]), 1, 1)[: x.ndim]) if axes else x,
         )
     (check,) = verify_trials(
