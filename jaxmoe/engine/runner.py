@@ -324,7 +324,7 @@ class Runner:
                 x, forward_state = model.after(model.from_last(buffers.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.decode_step
-            sampled = self._sample_hidden(model, model.normed(x), own, token_pages, positions, features)
+            sampled = self._sample_hidden(model, model.apply_final_norm(x), own, token_pages, positions, features)
             draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.decode_step)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :seq_slots].reshape(ranks, of, -1)

@@ -13,7 +13,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import project
-from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, mean_squares, normed, rotated, scaled
+from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, apply_rope, mean_squares, qk_norm, rms_norm
 from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
@@ -116,10 +116,10 @@ class Attention(nnx.Module):
         if config.qkv_bias:
             qkv = qkv + at_layer(self.qkv_bias, layer)
         q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
-        q, k = self._normed(q, k, layer)
+        q, k = self._qk_norm(q, k, layer)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
-        q, k = self._placed(q, k, context)
+        q, k = self._apply_rope(q, k, context)
         sinks = at_layer(self.sinks, layer) if config.sinks else None
         mixed, kv_cache = context.attention_backend(
             kv_cache, layer, q, k, v, mask_spec=layer_mask_spec(config, self.layer), sinks=sinks, placement=placement
@@ -127,32 +127,34 @@ class Attention(nnx.Module):
         y = project(mixed, self.out, placement, self.kernels.linear, layer, num_valid, over=3, token_dim=token_dim)
         return (y + at_layer(self.out_bias, layer) if config.out_bias else y), kv_cache
 
-    def _placed(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
+    def _apply_rope(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""
         config, placement, kind = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
             rotary = context.cos, context.sin
-            return rotated(q, *rotary, QUERY_DIMS, placement, kind), rotated(k, *rotary, KEY_DIMS, placement, kind)
+            return apply_rope(q, *rotary, QUERY_DIMS, placement, kind), apply_rope(
+                k, *rotary, KEY_DIMS, placement, kind
+            )
         if config.temperature is not None:
             scale, floor = config.temperature
             stretch = 1 + scale * jnp.log1p((context.token_mask.positions + 1) // floor)
             q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
         return q, k
 
-    def _normed(self, q: jax.Array, k: jax.Array, layer: LayerIndex) -> tuple[jax.Array, jax.Array]:
+    def _qk_norm(self, q: jax.Array, k: jax.Array, layer: LayerIndex) -> tuple[jax.Array, jax.Array]:
         """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
         config = self.config
         if config.qk_norm == "head" or (config.qk_norm == "unit" and config.has_rope(self.layer)):
             by, eps = (self.placement, self.kernels.pointwise), config.rms_norm_eps
             plain = jnp.ones(config.head_dim, q.dtype)
             with_weights = config.qk_norm == "head"
-            q = normed(q, at_layer(self.q_norm, layer) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
-            return q, normed(k, at_layer(self.k_norm, layer) if with_weights else plain, KEY_DIMS, *by, eps=eps)
+            q = rms_norm(q, at_layer(self.q_norm, layer) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
+            return q, rms_norm(k, at_layer(self.k_norm, layer) if with_weights else plain, KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
             placement, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
             mean = mean_squares(q, k, self._columns(), placement, kind)
-            q = scaled(q, at_layer(self.q_norm, layer), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
-            k = scaled(k, at_layer(self.k_norm, layer), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
+            q = qk_norm(q, at_layer(self.q_norm, layer), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
+            k = qk_norm(k, at_layer(self.k_norm, layer), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
         return q, k
 
     def _columns(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
 from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
-from jaxmoe.model.rows import hidden_dims, normed
+from jaxmoe.model.rows import hidden_dims, rms_norm
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
 
@@ -50,15 +50,15 @@ class Block(nnx.Module):
         """x [B,S,D] -> [B,S,D] by the weights of `layer`, what attend keeps, and where tokens of an MoE layer
         went."""
         token_dim = self.placement.token_dim(x.shape[0])
-        h = self._normed(x, self.input_layernorm, layer)
+        h = self._rms_norm(x, self.input_layernorm, layer)
         y, kv_cache = self.attention(h, layer, context, kv_cache, token_dim)
         x = x + y
-        h = self._normed(x, self.post_attention_layernorm, layer)
+        h = self._rms_norm(x, self.post_attention_layernorm, layer)
         if self.sparse:
             y, routed = self.moe(h, layer, context.token_mask, token_dim)
             return x + y, kv_cache, routed
         return x + self.mlp(h, layer, context.token_mask.num_valid, token_dim), kv_cache, None
 
-    def _normed(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
+    def _rms_norm(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
         dims = hidden_dims(self.placement.token_dim(x.shape[0]))
-        return normed(x, at_layer(weight, layer), dims, self.placement, self.kernels.pointwise, eps=self.eps)
+        return rms_norm(x, at_layer(weight, layer), dims, self.placement, self.kernels.pointwise, eps=self.eps)

@@ -20,7 +20,7 @@ from jaxmoe.model.attention import ForwardContext, layer_mask_spec
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import all_gather_tokens, project
-from jaxmoe.model.rows import QUERY_DIMS, normed, rotated
+from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -69,20 +69,20 @@ class LatentAttention(nnx.Module):
         num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
         x = all_gather_tokens(x, placement, token_dim)
         down = project(x, self.kv_down, placement, kernels.linear, layer, num_valid)
-        latent = self._normed(down[..., : mla.kv_lora_rank], self.kv_norm, layer)
-        turned = rotated(down[..., mla.kv_lora_rank :], *rotary, _LATENT, placement, kernels.pointwise)
+        latent = self._rms_norm(down[..., : mla.kv_lora_rank], self.kv_norm, layer)
+        turned = apply_rope(down[..., mla.kv_lora_rank :], *rotary, _LATENT, placement, kernels.pointwise)
         if mla.q_lora_rank is not None:
-            x = self._normed(project(x, self.q_down, placement, kernels.linear, layer, num_valid), self.q_norm, layer)
+            x = self._rms_norm(project(x, self.q_down, placement, kernels.linear, layer, num_valid), self.q_norm, layer)
         q = project(x, self.q, placement, kernels.linear, layer, num_valid)
         plain, q_turned = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
-        q_turned = rotated(q_turned, *rotary, QUERY_DIMS, placement, kernels.pointwise)
+        q_turned = apply_rope(q_turned, *rotary, QUERY_DIMS, placement, kernels.pointwise)
         over = self._over_latents if context.attention_backend.uses_kv_cache else self._over_heads
         mixed, kv_cache = over(plain, q_turned, latent, turned, layer, context, kv_cache)
         y = project(mixed, self.out, placement, kernels.linear, layer, num_valid, over=3, token_dim=token_dim)
         return (y + at_layer(self.out_bias, layer) if self.config.out_bias else y), kv_cache
 
-    def _normed(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
-        return normed(x, at_layer(weight, layer), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
+    def _rms_norm(self, x: jax.Array, weight: nnx.Param, layer: LayerIndex) -> jax.Array:
+        return rms_norm(x, at_layer(weight, layer), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
 
     def _over_latents(self, plain, q_turned, latent, turned, layer: LayerIndex, context: ForwardContext, kv_cache: Any):
         """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""

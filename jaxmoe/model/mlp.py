@@ -10,7 +10,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
 from jaxmoe.model.project import all_gather_tokens, project
-from jaxmoe.model.rows import gated
+from jaxmoe.model.rows import swiglu
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -39,7 +39,7 @@ class MLP(nnx.Module):
         if self.bias:
             gate, up = gate + at_layer(self.gate_bias, layer), up + at_layer(self.up_bias, layer)
         y = project(
-            gated(gate, up, placement, self.kernels.pointwise),
+            swiglu(gate, up, placement, self.kernels.pointwise),
             self.down,
             placement,
             kind,

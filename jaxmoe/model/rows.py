@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.ops.gate import gated_unit
-from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
+from jaxmoe.ops.norm import rms_norm as rms_norm_op
+from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import PointwiseKind
 from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Dims, Placement
@@ -48,11 +49,11 @@ def make_token_mask(valid: jax.Array, positions: jax.Array, placement: Placement
 _HALVES = ("token", "length", "unsharded")
 
 
-def normed(
+def rms_norm(
     x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *, eps: float
 ) -> jax.Array:
     """RMS norm over the last of x's dims, which no axis splits."""
-    norm = partial(rms_norm, eps=eps, kind=kind)
+    norm = partial(rms_norm_op, eps=eps, kind=kind)
     return (
         norm(x, weight) if kind == "xla" else placement.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
     )
@@ -72,7 +73,7 @@ def mean_squares(
     return placement.shard_map_local(both, (q, QUERY_DIMS), (k, KEY_DIMS), out=_HALVES)
 
 
-def scaled(
+def qk_norm(
     x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *,
     eps: float,
 ) -> jax.Array:  # fmt: skip
@@ -83,7 +84,7 @@ def scaled(
     return placement.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
-def rotated(
+def apply_rope(
     x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind
 ) -> jax.Array:
     """Rotary embedding of x [B,S,...,H] by cos and sin [B,S,H/2]."""
@@ -93,7 +94,7 @@ def rotated(
     return placement.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
-def gated(gate: jax.Array, up: jax.Array, placement: Placement, kind: PointwiseKind) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, kind: PointwiseKind) -> jax.Array:
     """silu(gate) * up of both [B,S,F]: [B,S,F]."""
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:

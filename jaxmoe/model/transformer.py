@@ -21,7 +21,7 @@ from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import ParamFactory, normal, ones
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, reduce_or_scatter
-from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, normed
+from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, rms_norm
 from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.sharding import Placement, TokenDim, array_sizes
 
@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
             x, forward_state = self._through_stages(
                 self.embedded(tokens, one_micro_batch=False), step_inputs, forward_state, schedule, pick
             )
-        return self.normed(x), forward_state, routed
+        return self.apply_final_norm(x), forward_state, routed
 
     def empty_forward_state(self) -> ForwardState:
         """For attention that keeps nothing."""
@@ -137,10 +137,10 @@ class Transformer(nnx.Module):
         arrays = (table, ("vocab", "width")), (tokens, ("token" if scatter_axes else token_dim, "length"))
         return placement.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))
 
-    def normed(self, x: jax.Array) -> jax.Array:
+    def apply_final_norm(self, x: jax.Array) -> jax.Array:
         """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
         x = self.outside.constrain(x, *HIDDEN)
-        return normed(
+        return rms_norm(
             x, self.final_norm[...], HIDDEN, self.outside, self.kernels.pointwise, eps=self.config.rms_norm_eps
         )
 
