@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 
-LayersKind = Literal["scan", "unroll"]
-LAYERS_KINDS: tuple[LayersKind, ...] = ("scan", "unroll")
+LayersMode = Literal["scan", "unroll"]
+LAYERS_MODES: tuple[LayersMode, ...] = ("scan", "unroll")
 _LONGEST_PERIOD = 8
 _MOST_UNROLLED = 4
 
@@ -70,18 +70,18 @@ class LayerSegment:
 
 @lru_cache(maxsize=256)
 def layer_segments(
-    config: ModelConfig, kind: LayersKind, *, stages: int = 1, virtual_stages: int = 1
+    config: ModelConfig, mode: LayersMode, *, stages: int = 1, virtual_stages: int = 1
 ) -> tuple[LayerSegment, ...]:
     """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
 
-    With several stages they share out the longest segment, whatever the kind; the others stand beside the pipeline.
+    With several stages they share out the longest segment, whatever the mode; the others stand beside the pipeline.
     Raises: ConfigError if that segment has too few repeats.
     """
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     found: list[LayerSegment] = []
     at = 0
     while at < len(kinds):
-        period, repeats = _longest_run(kinds[at:]) if kind == "scan" or stages > 1 else (1, 1)
+        period, repeats = _longest_run(kinds[at:]) if mode == "scan" or stages > 1 else (1, 1)
         found.append(LayerSegment(first=at, period=period, repeats=repeats))
         at += period * repeats
     if stages > 1:

@@ -30,15 +30,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from jaxmoe import LLM  # noqa: E402
 from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
-from jaxmoe.model.kernels import NATIVE_STEPS, Kernels  # noqa: E402
+from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig  # noqa: E402
 from jaxmoe.ops import grouped  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402
 
 ONE_DEVICE = "data=1"
-NATIVE = Kernels(**dict.fromkeys(NATIVE_STEPS, "native"))
-XLA = Kernels()  # what runs on accelerators; a CPU without a C++ compiler runs the same with layers="unroll"
+NATIVE = KernelConfig(**dict.fromkeys(NATIVE_OPS, "native"))
+XLA = KernelConfig()  # what runs on accelerators; a CPU without a C++ compiler runs the same with layers="unroll"
 MESHES_OF_8 = tuple(
     f"data={data},tensor={tensor},expert={8 // data // tensor}"
     for data in (1, 2, 4, 8)
@@ -96,7 +96,7 @@ def tiny_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
     """
 
     @lru_cache(maxsize=4)
-    def load(name: str, mesh: str = ONE_DEVICE, kernels: Kernels | None = None) -> LLM:
+    def load(name: str, mesh: str = ONE_DEVICE, kernels: KernelConfig | None = None) -> LLM:
         return LLM.load(tiny_dir(name), mesh=mesh_of(mesh), dtype="float32", kernels=kernels or {})
 
     return load

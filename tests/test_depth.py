@@ -43,18 +43,18 @@ def test_segments_are_as_long_as_layers_repeat(moe_layers, windows, expected):
 
 @given(
     layers=st.lists(st.tuples(st.booleans(), st.sampled_from([None, 4])), min_size=1, max_size=30),
-    kind=st.sampled_from(["scan", "unroll"]),
+    mode=st.sampled_from(["scan", "unroll"]),
 )
-def test_every_layer_has_one_place_among_its_like(layers, kind):
+def test_every_layer_has_one_place_among_its_like(layers, mode):
     moe_layers, windows = zip(*layers, strict=True)
-    found = layer_segments(config(moe_layers, windows), kind)
+    found = layer_segments(config(moe_layers, windows), mode)
     assert [layer for segment in found for layer in segment.layers()] == list(range(len(layers)))
     locations = [locate_layer(layer, found) for layer in range(len(layers))]
     assert len(set(locations)) == len(layers)
     alike: dict[str, set[tuple[bool, int | None]]] = {}
     for location, facts in zip(locations, layers, strict=True):
         alike.setdefault(location.path, set()).add(facts)
-        assert location.slot == 0 or kind == "scan"
+        assert location.slot == 0 or mode == "scan"
     assert all(len(facts) == 1 for facts in alike.values())
 
 

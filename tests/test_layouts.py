@@ -18,8 +18,8 @@ from jaxmoe.inspect.collectives import collectives
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
 from jaxmoe.mesh import PlannedMesh
-from jaxmoe.model.kernels import Kernels
-from jaxmoe.ops.dispatch import DISPATCH_KINDS, HIERARCHICAL
+from jaxmoe.model.kernels import KernelConfig
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL
 
 from .agreement import answers, assert_same_answers
 from .conftest import NATIVE, XLA, mesh_of
@@ -146,7 +146,7 @@ def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(
 # Kinds of dispatch, in layouts whose experts lie over two axes; with a pipeline, and with strips of tokens.
 KINDS = [
     pytest.param(kind, layout, mesh, marks=() if (number + at) % 4 == 0 else pytest.mark.sweep)
-    for at, kind in enumerate(DISPATCH_KINDS[1:])
+    for at, kind in enumerate(DISPATCH_BACKENDS[1:])
     for number, (layout, mesh) in enumerate(
         [
             ("dp-ep", "tensor=2,expert=4"),
@@ -182,7 +182,7 @@ def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
         axes = {"expert": 16} if kind == "ragged_all_to_all" else {"data": 2, "expert": 2, "tensor": 16}
         layout = question if kind == "ragged_all_to_all" else replace(question, layout="dp-ep")
         with pytest.raises(ConfigError, match=f"dispatch={kind} reaches 8 GPUs at most, .* among 16"):
-            layout.runner(config, PlannedMesh(axes, "gpu"), Kernels(dispatch=kind))
+            layout.runner(config, PlannedMesh(axes, "gpu"), KernelConfig(dispatch=kind))
 
 
 def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> None:

@@ -162,15 +162,15 @@ def load_model(
 ) -> LLM:  # fmt: skip
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
     from jaxmoe.engine.llm import LLM
-    from jaxmoe.model.kernels import NATIVE_STEPS, STEPS, Kernels
+    from jaxmoe.model.kernels import NATIVE_OPS, OPS, KernelConfig
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    steps = {step: getattr(options, step) for step in STEPS if getattr(options, step) is not None}
+    steps = {op: getattr(options, op) for op in OPS if getattr(options, op) is not None}
     if options.native is not None:
-        plain = Kernels()
-        steps = {step: "native" if options.native else getattr(plain, step) for step in NATIVE_STEPS} | steps
-    Kernels(**steps)  # a kernel that does not exist is said before anything is read
+        plain = KernelConfig()
+        steps = {op: "native" if options.native else getattr(plain, op) for op in NATIVE_OPS} | steps
+    KernelConfig(**steps)  # a kernel that does not exist is said before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,

@@ -32,7 +32,7 @@ from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
 from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
-from jaxmoe.model.kernels import Choice, choose_kernels, prepare_kernels
+from jaxmoe.model.kernels import KernelOverrides, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.balance import ExpertPlacement, balance
 from jaxmoe.sharding import Placement, segment_sizes
@@ -71,7 +71,7 @@ class LLM:
         weights_dtype: str | None = None,
         kv_dtype: str | None = None,
         revision: str | None = None,
-        kernels: Choice = MappingProxyType({}),
+        kernels: KernelOverrides = MappingProxyType({}),
         ignore_config_keys: Iterable[str] = (),
         max_num_seqs: int = 64,
         virtual_stages: int = 1,
@@ -89,8 +89,8 @@ class LLM:
         kept: None as published, quantised ones too, as their own format's name does; int8, fp8 (a scale for each
         output), int8-block, fp8-block (for 128x128) quantises plain ones; float32, bfloat16 or float16, which is
         dtype's own, dequantises. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
-        (None). kernels: Kernels, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs fastest
-        here: on a CPU the native kernels where there is a C++ compiler.
+        (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
+        fastest here: on a CPU the native kernels where there is a C++ compiler.
         max_num_seqs: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
         layers and experts (layouts.py). virtual_stages: of each pipeline stage: more
         make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE

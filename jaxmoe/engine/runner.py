@@ -267,7 +267,7 @@ class Runner:
             tokens.append(metadata["block_tokens"])
             pick = partial(at_rows, index=jnp.maximum(metadata["logits_indices"], 0))
         step_inputs = PagedStepInputs(
-            block_table=metadata["block_table"], query_blocks=tuple(query_blocks), kind=self.kernels.attention
+            block_table=metadata["block_table"], query_blocks=tuple(query_blocks), backend=self.kernels.attention
         )
         whole = step_inputs.attention_backend(0, 1)
         together = jnp.concatenate([part.reshape(ranks, -1) for part in tokens], axis=1).reshape(-1, 1)
@@ -299,7 +299,7 @@ class Runner:
             num_tokens=1, seq_slots=None, positions=metadata["positions"], query_lens=metadata["query_lens"]
         )
         step_inputs = PagedStepInputs(
-            block_table=metadata["block_table"], query_blocks=(blocks,), kind=self.kernels.attention
+            block_table=metadata["block_table"], query_blocks=(blocks,), backend=self.kernels.attention
         )
 
         def tick(number, carry):
@@ -380,9 +380,9 @@ class Runner:
 
         def on_rank(logits, token_pages, block_table, positions, features, *arrays):
             rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
-            kind = self.kernels.sampling
+            backend = self.kernels.sampling
             sampled = sample(
-                logits[0], rows, token_pages, block_table[0], positions[0], SamplingFeatures(*features), kind=kind
+                logits[0], rows, token_pages, block_table[0], positions[0], SamplingFeatures(*features), backend=backend
             )
             return tuple(part[None] for part in sampled)
 

@@ -17,7 +17,7 @@ from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives_and_padding
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.traffic import Collective
 from jaxmoe.sharding import Placement
@@ -47,7 +47,7 @@ class CompiledStep:
 
 
 def abstract_runner(
-    config: ModelConfig, placement: Placement, *, dtype: str, kv_dtype: str | None, kernels: Kernels
+    config: ModelConfig, placement: Placement, *, dtype: str, kv_dtype: str | None, kernels: KernelConfig
 ) -> Runner:
     """A Runner whose weights are shapes that lie on the placement's mesh; it can be compiled, not run."""
     model = abstract_model(config, placement, dtype=dtype, kernels=kernels)

@@ -23,7 +23,7 @@ from jaxmoe.inspect.plan_rows import (
 )
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import parse_mesh
-from jaxmoe.ops.dispatch import DISPATCH_KINDS
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_pools
@@ -150,8 +150,8 @@ class PlanQuestion:
             raise ConfigError(f"skew={self.skew} must lie in [0, 4]")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
-        if self.dispatch is not None and self.dispatch not in DISPATCH_KINDS:
-            raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_KINDS)}")
+        if self.dispatch is not None and self.dispatch not in DISPATCH_BACKENDS:
+            raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_BACKENDS)}")
         if self.dispatch is not None and config.moe is None:
             raise ConfigError(
                 f"dispatch={self.dispatch} sends tokens to experts, and {config.family} has none: leave it out"

@@ -18,7 +18,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.mesh import PlannedMesh, parse_mesh
-from jaxmoe.model.kernels import Kernels, choose_kernels
+from jaxmoe.model.kernels import KernelConfig, choose_kernels
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
@@ -53,7 +53,7 @@ class ModelQuestion:
 
     def chosen_kernels(
         self, config: ModelConfig, dtype: str, axes: Mapping[str, int], *, platform: str | None = None
-    ) -> Kernels:
+    ) -> KernelConfig:
         """As LLM.load chooses them on a platform, on that of this machine where none is named. Raises: ConfigError."""
         shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.layout).context)
         return choose_kernels(
@@ -83,7 +83,7 @@ class ModelQuestion:
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
         )
         config = replace(config, dtype=dtype)
-        Kernels(**self.kernels)
+        KernelConfig(**self.kernels)
         axes = parse_mesh(self.mesh)
         parse_layout(self.layout)
         check_virtual_stages(self.virtual_stages, stages=axes["pipeline"])
@@ -99,7 +99,7 @@ class ModelQuestion:
         return config, axes
 
     def runner(
-        self, config: ModelConfig, mesh: Mesh | PlannedMesh, kernels: Kernels, *, dtype: str | None = None
+        self, config: ModelConfig, mesh: Mesh | PlannedMesh, kernels: KernelConfig, *, dtype: str | None = None
     ) -> Runner:
         """A Runner of shapes: it can be compiled where the mesh has devices, not run. dtype: the config's own by
         default."""

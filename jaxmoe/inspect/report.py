@@ -16,7 +16,7 @@ from jaxmoe.engine.runner import Runner
 from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.mesh import build_mesh
-from jaxmoe.model.kernels import Kernels, prepare_kernels
+from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.sizes import behind_windows
 from jaxmoe.weights.params import ParamInfo, parameter_table
@@ -145,5 +145,5 @@ def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda pha
     }  # fmt: skip
 
 
-def _kernels(question: ModelQuestion, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> Kernels:
+def _kernels(question: ModelQuestion, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> KernelConfig:
     return prepare_kernels(dtype, question.kernels, question.chosen_kernels(config, dtype, axes))

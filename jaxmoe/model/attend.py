@@ -20,7 +20,7 @@ from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged import (
     ContextShard,
-    PagedKind,
+    PagedBackend,
     Pages,
     merge_attention,
     paged_attention,
@@ -147,7 +147,7 @@ class QueryBlocks:
         return replace(self, seq_slots=seq_slots, positions=positions + done, query_lens=query_lens)
 
 
-@_register(["block_table", "query_blocks"], ["kind"])
+@_register(["block_table", "query_blocks"], ["backend"])
 @dataclass(frozen=True, kw_only=True)
 class PagedStepInputs:
     """New tokens [r*t,1] over pages: those of every rank's query blocks, one kind after the other.
@@ -157,14 +157,16 @@ class PagedStepInputs:
 
     block_table: jax.Array
     query_blocks: tuple[QueryBlocks, ...]
-    kind: PagedKind
+    backend: PagedBackend
 
     def attention_backend(
         self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True
     ) -> PagedAttention:
         """How the tokens of `part` meet the pages."""
         return PagedAttention(
-            self.block_table, [s.part(micro_batch, of, decode_step, slot_valid) for s in self.query_blocks], self.kind
+            self.block_table,
+            [s.part(micro_batch, of, decode_step, slot_valid) for s in self.query_blocks],
+            self.backend,
         )
 
     def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
@@ -178,8 +180,8 @@ class PagedAttention:
 
     uses_kv_cache = True
 
-    def __init__(self, block_table: jax.Array, query_blocks: Sequence[QueryBlocks], kind: PagedKind) -> None:
-        self._block_table, self._query_blocks, self._kind = block_table, tuple(query_blocks), kind
+    def __init__(self, block_table: jax.Array, query_blocks: Sequence[QueryBlocks], backend: PagedBackend) -> None:
+        self._block_table, self._query_blocks, self._backend = block_table, tuple(query_blocks), backend
 
     def token_positions(self) -> tuple[jax.Array, jax.Array]:
         """Where the tokens stand [r*t,1], and which of them are real."""
@@ -209,7 +211,7 @@ class PagedAttention:
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """See AttentionBackend."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
-        how = partial(paged_attention, kind=self._kind)
+        how = partial(paged_attention, backend=self._backend)
         over = partial(_over_pages, attend=how)
         if placement.num_shards("page_token") > 1:
             over = partial(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, apply_rope, mean_squares, qk_norm, rms_norm
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: Kernels,
+        kernels: KernelConfig,
         layer: int,
         *,
         params: ParamFactory,
@@ -129,11 +129,11 @@ class Attention(nnx.Module):
 
     def _apply_rope(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """Query and key as their positions turn them, or stretch queries."""
-        config, placement, kind = self.config, self.placement, self.kernels.pointwise
+        config, placement, backend = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
             rotary = context.cos, context.sin
-            return apply_rope(q, *rotary, QUERY_DIMS, placement, kind), apply_rope(
-                k, *rotary, KEY_DIMS, placement, kind
+            return apply_rope(q, *rotary, QUERY_DIMS, placement, backend), apply_rope(
+                k, *rotary, KEY_DIMS, placement, backend
             )
         if config.temperature is not None:
             scale, floor = config.temperature
@@ -151,10 +151,10 @@ class Attention(nnx.Module):
             q = rms_norm(q, at_layer(self.q_norm, layer) if with_weights else plain, QUERY_DIMS, *by, eps=eps)
             return q, rms_norm(k, at_layer(self.k_norm, layer) if with_weights else plain, KEY_DIMS, *by, eps=eps)
         if config.qk_norm == "full":
-            placement, kind, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
-            mean = mean_squares(q, k, self._columns(), placement, kind)
-            q = qk_norm(q, at_layer(self.q_norm, layer), mean[..., 0], QUERY_DIMS, placement, kind, eps=eps)
-            k = qk_norm(k, at_layer(self.k_norm, layer), mean[..., 1], KEY_DIMS, placement, kind, eps=eps)
+            placement, backend, eps = self.placement, self.kernels.pointwise, config.rms_norm_eps
+            mean = mean_squares(q, k, self._columns(), placement, backend)
+            q = qk_norm(q, at_layer(self.q_norm, layer), mean[..., 0], QUERY_DIMS, placement, backend, eps=eps)
+            k = qk_norm(k, at_layer(self.k_norm, layer), mean[..., 1], KEY_DIMS, placement, backend, eps=eps)
         return q, k
 
     def _columns(self) -> tuple[int, int]:

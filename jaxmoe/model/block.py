@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import Attention, ForwardContext
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, Routed
@@ -27,7 +27,7 @@ class Block(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: Kernels,
+        kernels: KernelConfig,
         layer: int,
         *,
         params: ParamFactory,

@@ -9,67 +9,67 @@ from typing import Any
 
 import jax
 
-from jaxmoe.depth import LAYERS_KINDS, LayersKind
+from jaxmoe.depth import LAYERS_MODES, LayersMode
 from jaxmoe.errors import ConfigError
 from jaxmoe.formats import Quantisation
 from jaxmoe.ops import native
-from jaxmoe.ops.dispatch import DISPATCH_KINDS, DispatchKind
-from jaxmoe.ops.grouped import GROUPED_KINDS, GroupedKind
-from jaxmoe.ops.linear import LINEAR_KINDS, LinearKind
-from jaxmoe.ops.paged import PAGED_KINDS, PagedKind
-from jaxmoe.ops.pointwise import POINTWISE_KINDS, PointwiseKind
-from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingKind
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
+from jaxmoe.ops.grouped import GROUPED_BACKENDS, GroupedBackend
+from jaxmoe.ops.linear import LINEAR_BACKENDS, LinearBackend
+from jaxmoe.ops.paged import PAGED_BACKENDS, PagedBackend
+from jaxmoe.ops.pointwise import POINTWISE_BACKENDS, PointwiseBackend
+from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingBackend
 
-STEPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
-NATIVE_STEPS = ("grouped", "linear", "attention", "pointwise", "sampling")
+OPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
+NATIVE_OPS = ("grouped", "linear", "attention", "pointwise", "sampling")
 _log = logging.getLogger("jaxmoe")
 _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernels:
+class KernelConfig:
     """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
 
     layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (depth.py).
     Raises: ConfigError for a name that is none of a step's.
     """
 
-    dispatch: DispatchKind = "all_to_all"
-    grouped: GroupedKind = "blocks"
-    linear: LinearKind = "xla"
-    attention: PagedKind = "loop"
-    pointwise: PointwiseKind = "xla"
-    sampling: SamplingKind = "xla"
-    layers: LayersKind = "scan"
+    dispatch: DispatchBackend = "all_to_all"
+    grouped: GroupedBackend = "blocks"
+    linear: LinearBackend = "xla"
+    attention: PagedBackend = "loop"
+    pointwise: PointwiseBackend = "xla"
+    sampling: SamplingBackend = "xla"
+    layers: LayersMode = "scan"
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("dispatch", DISPATCH_KINDS),
-            ("grouped", GROUPED_KINDS),
-            ("linear", LINEAR_KINDS),
-            ("attention", PAGED_KINDS),
-            ("pointwise", POINTWISE_KINDS),
-            ("sampling", SAMPLING_KINDS),
-            ("layers", LAYERS_KINDS),
+        for name, backends in (
+            ("dispatch", DISPATCH_BACKENDS),
+            ("grouped", GROUPED_BACKENDS),
+            ("linear", LINEAR_BACKENDS),
+            ("attention", PAGED_BACKENDS),
+            ("pointwise", POINTWISE_BACKENDS),
+            ("sampling", SAMPLING_BACKENDS),
+            ("layers", LAYERS_MODES),
         ):
             value = getattr(self, name)
-            if value not in kinds:
-                raise ConfigError(f"{name}={value!r} must be one of {', '.join(kinds)}")
+            if value not in backends:
+                raise ConfigError(f"{name}={value!r} must be one of {', '.join(backends)}")
 
     def prepare(self, dtype: str) -> None:
         """Make ready what runs outside XLA, for arrays of dtype. Raises: ConfigError where it cannot run here."""
-        for name in NATIVE_STEPS:
+        for name in NATIVE_OPS:
             if getattr(self, name) == "native":
                 native.prepare(dtype, option=name)
 
 
-Choice = Kernels | Mapping[str, Any]  # all steps, or those of them that somebody chose
+KernelOverrides = KernelConfig | Mapping[str, Any]  # all steps, or those of them that somebody chose
 
 
 def choose_kernels(
-    dtype: str, choice: Choice, *, platform: str | None = None, shared_pages: bool = False,
+    dtype: str, choice: KernelOverrides, *, platform: str | None = None, shared_pages: bool = False,
     quantisation: Quantisation | None = None,
-) -> Kernels:  # fmt: skip
+) -> KernelConfig:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
     shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantisation: of the model's
@@ -80,21 +80,21 @@ def choose_kernels(
     a CPU XLA's products want every layer's weights by themselves: unroll.
     Raises: ConfigError for a step or a kernel that does not exist, or one that was chosen and cannot run here.
     """
-    named = dict(vars(choice) if isinstance(choice, Kernels) else choice)
+    named = dict(vars(choice) if isinstance(choice, KernelConfig) else choice)
     for name in named:
-        if name not in STEPS:
-            raise ConfigError(f"kernels has {name!r}; the steps are {', '.join(STEPS)}")
+        if name not in OPS:
+            raise ConfigError(f"kernels has {name!r}; the ops are {', '.join(OPS)}")
     if shared_pages and named.setdefault("attention", "loop") != "loop":
         raise ConfigError(
             f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
         )
     if quantisation is not None:
         _choose_for_quantised(named, quantisation, dtype)
-    for name, kind in vars(Kernels(**named)).items():
-        if kind == "native":
+    for name, backend in vars(KernelConfig(**named)).items():
+        if backend == "native":
             native.check(dtype, option=name)
     platform = platform or jax.default_backend()
-    unnamed = [] if isinstance(choice, Kernels) else [name for name in NATIVE_STEPS if name not in named]
+    unnamed = [] if isinstance(choice, KernelConfig) else [name for name in NATIVE_OPS if name not in named]
     if platform == "cpu" and unnamed and dtype in native.DTYPES:
         try:
             native.check(dtype, option=unnamed[0])
@@ -103,26 +103,26 @@ def choose_kernels(
             _log.warning(_SLOWER, error)
     if platform == "cpu" and named.get("linear") != "native":
         named.setdefault("layers", "unroll")
-    return Kernels(**named)
+    return KernelConfig(**named)
 
 
 def _choose_for_quantised(named: dict[str, Any], quantisation: Quantisation, dtype: str) -> None:
     """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
-    held = {
+    quantized = {
         "grouped": quantisation.holds("moe/experts/"),
         "linear": quantisation.holds("attention/", "mlp/", "moe/shared/"),
     }
-    for step in (step for step, some in held.items() if some):
-        if named.get(step) == "native":
+    for op in (op for op, some in quantized.items() if some):
+        if named.get(op) == "native":
             raise ConfigError(
-                f"{step}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it "
+                f"{op}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it "
                 f"out, or give weights_dtype (--weights-dtype) {dtype}"
             )
-    if held["grouped"]:
+    if quantized["grouped"]:
         named.setdefault("grouped", "blocks")
 
 
-def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
+def prepare_kernels(dtype: str, choice: KernelOverrides, kernels: KernelConfig) -> KernelConfig:
     """The kernels, ready for arrays of dtype; XLA's in place of native ones that nobody chose and that do not compile
     here (a warning is logged), whose products want layers by themselves.
 
@@ -132,7 +132,7 @@ def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     try:
         kernels.prepare(dtype)
     except ConfigError as error:
-        plain = Kernels()
+        plain = KernelConfig()
         kernels = replace(kernels, **{name: getattr(plain, name) for name in unnamed})
         if isinstance(choice, Mapping) and "layers" not in choice and kernels.linear == "xla":
             kernels = replace(kernels, layers="unroll")
@@ -141,6 +141,6 @@ def prepare_kernels(dtype: str, choice: Choice, kernels: Kernels) -> Kernels:
     return kernels
 
 
-def _unnamed(choice: Choice) -> list[str]:
+def _unnamed(choice: KernelOverrides) -> list[str]:
     """Steps with a native kernel that nobody chose one for."""
-    return [] if isinstance(choice, Kernels) else [name for name in NATIVE_STEPS if name not in choice]
+    return [] if isinstance(choice, KernelConfig) else [name for name in NATIVE_OPS if name not in choice]

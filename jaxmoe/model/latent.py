@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import ForwardContext, layer_mask_spec
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
@@ -36,7 +36,7 @@ class LatentAttention(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: Kernels,
+        kernels: KernelConfig,
         layer: int,
         *,
         params: ParamFactory,

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import swiglu
@@ -20,7 +20,14 @@ class MLP(nnx.Module):
     order at every step (docs/decisions/0002)."""
 
     def __init__(
-        self, config: ModelConfig, ffn: int, placement: Placement, kernels: Kernels, *, params: ParamFactory, init: Init
+        self,
+        config: ModelConfig,
+        ffn: int,
+        placement: Placement,
+        kernels: KernelConfig,
+        *,
+        params: ParamFactory,
+        init: Init,
     ) -> None:
         self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
         self.gate = params.matrix("mlp/gate", init, width=config.hidden_size, ffn=ffn)
@@ -33,16 +40,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
         """x [B,S,D] -> [B,S,D], by the weights of `layer`. num_valid, token_dim: see project."""
-        placement, kind = self.placement, self.kernels.linear
+        placement, backend = self.placement, self.kernels.linear
         x = all_gather_tokens(x, placement, token_dim)
-        gate, up = (project(x, matrix, placement, kind, layer, num_valid) for matrix in (self.gate, self.up))
+        gate, up = (project(x, matrix, placement, backend, layer, num_valid) for matrix in (self.gate, self.up))
         if self.bias:
             gate, up = gate + at_layer(self.gate_bias, layer), up + at_layer(self.up_bias, layer)
         y = project(
             swiglu(gate, up, placement, self.kernels.pointwise),
             self.down,
             placement,
-            kind,
+            backend,
             layer,
             num_valid,
             token_dim=token_dim,

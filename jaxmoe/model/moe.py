@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.params import Init, Matrix, ParamFactory, dims_of, weights_of, zeros
 from jaxmoe.model.project import all_gather_rows, reduce_or_scatter
 from jaxmoe.model.rows import TokenMask, hidden_dims
@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         config: ModelConfig,
         sizes: ArraySizes,
         placement: Placement,
-        kernels: Kernels,
+        kernels: KernelConfig,
         *,
         params: ParamFactory,
         init: Init,
@@ -143,7 +143,7 @@ def _on_device(
     arrays,
     *,
     moe: MoEConfig,
-    kernels: Kernels,
+    kernels: KernelConfig,
     placement: Placement,
     token_dim: TokenDim,
 ):
@@ -168,18 +168,18 @@ def _on_device(
 
 
 def _routed_experts(
-    x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: Kernels, placement: Placement,
+    x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: KernelConfig, placement: Placement,
     token_dim: TokenDim
 ):  # fmt: skip
     """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
     valid, positions = (part.reshape(-1) for part in token_mask)
     exchange_axes, replicated_axes = placement.ep_exchange_axes(token_dim), placement.ep_replicated_axes(token_dim)
     ranks, others = placement.size(exchange_axes), placement.size(replicated_axes)
-    logits = linear(x_tD, arrays["router"], layer, num_valid, kind=kernels.linear, dtype="float32")
+    logits = linear(x_tD, arrays["router"], layer, num_valid, backend=kernels.linear, dtype="float32")
     if moe.router_bias:
         logits = logits + layer_of(arrays["router_bias"], layer)
     bias = layer_of(arrays["selection_bias"], layer) if moe.selection_bias else None
-    weights_tE, probabilities = route(logits, valid, bias, rule=RouteRule.of(moe), kind=kernels.pointwise)
+    weights_tE, probabilities = route(logits, valid, bias, rule=RouteRule.of(moe), backend=kernels.pointwise)
     chosen_tE = weights_tE
     if moe.weigh_input:
         x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
@@ -199,13 +199,13 @@ def _routed_experts(
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(replicated_axes), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
     exchange = Exchange(
-        axes=exchange_axes, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), kind=kernels.dispatch,
+        axes=exchange_axes, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), backend=kernels.dispatch,
         platform=placement.platform,
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)
     y_TD = grouped_swiglu(
         x_TD, weights_Te, arrays["gate_up"], arrays["down"], layer, arrays.get("gate_up_bias"),
-        top_k=moe.num_experts_per_tok, clamp=moe.clamp, kind=kernels.grouped,
+        top_k=moe.num_experts_per_tok, clamp=moe.clamp, backend=kernels.grouped,
     )  # fmt: skip
     y_tD = combine(y_TD, sent, exchange)
     if moe.biases:
@@ -222,11 +222,13 @@ def _down_biases(weights_tE, bias_ED, placement: Placement, token_dim: TokenDim)
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 
 
-def _shared_expert(x, *, layer, num_valid, arrays, kernels: Kernels):
+def _shared_expert(x, *, layer, num_valid, arrays, kernels: KernelConfig):
     """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
-    kind = kernels.linear
-    gate, up = (linear(x, arrays[f"shared/{name}"], layer, num_valid, kind=kind) for name in ("gate", "up"))
-    y = linear(gated_unit(gate, up, kind=kernels.pointwise), arrays["shared/down"], layer, num_valid, kind=kind)
+    backend = kernels.linear
+    gate, up = (linear(x, arrays[f"shared/{name}"], layer, num_valid, backend=backend) for name in ("gate", "up"))
+    y = linear(
+        gated_unit(gate, up, backend=kernels.pointwise), arrays["shared/down"], layer, num_valid, backend=backend
+    )
     if "shared_gate" not in arrays:
         return y
-    return gated_rows(y, linear(x, arrays["shared_gate"], layer, num_valid, kind=kind), kind=kernels.pointwise)
+    return gated_rows(y, linear(x, arrays["shared_gate"], layer, num_valid, backend=backend), backend=kernels.pointwise)

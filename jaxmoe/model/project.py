@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.model.params import Matrix, dims_of, weights_of
-from jaxmoe.ops.linear import LinearKind, linear
+from jaxmoe.ops.linear import LinearBackend, linear
 from jaxmoe.ops.quantised import Quantised, Weights, as_matrices
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
@@ -22,7 +22,7 @@ def project(
     x: jax.Array,
     param: Matrix,
     placement: Placement,
-    kind: LinearKind,
+    backend: LinearBackend,
     layer: LayerIndex | None = None,
     num_valid: jax.Array | None = None,
     *,
@@ -49,7 +49,7 @@ def project(
     inside = "token" if token_dim == "sequence_sharded" else token_dim
     before, after = ((token_dim if part == ("width",) else inside, "length", *part) for part in (summed, kept))
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
-    if kind == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantised):
+    if backend == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantised):
         return placement.constrain(plain(x, weights, layer), *after)
     sequence_axes = placement.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
     gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
@@ -57,13 +57,13 @@ def project(
 
     def part(x: jax.Array, w: Weights, layer: jax.Array, *num_valid: jax.Array) -> jax.Array:
         x = all_gather_rows(x, gather_axes)
-        if kind == "xla" and not isinstance(w, Quantised):
+        if backend == "xla" and not isinstance(w, Quantised):
             return reduce_or_scatter(plain(x, w, layer), axes, scatter_axes)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
         shape = (w.numbers if isinstance(w, Quantised) else w).shape
         count = num_valid[0][0] if num_valid else None
-        y = linear(x.reshape(-1, depth), matrices, layer, count, kind=kind, transposed=transposed, dtype=dtype)
+        y = linear(x.reshape(-1, depth), matrices, layer, count, backend=backend, transposed=transposed, dtype=dtype)
         y = reduce_or_scatter(
             y.reshape(*x.shape[:2], *(shape[1:2] if transposed else shape[1 + over :])), axes, scatter_axes
         )

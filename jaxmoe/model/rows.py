@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxmoe.ops.gate import gated_unit
 from jaxmoe.ops.norm import rms_norm as rms_norm_op
 from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
-from jaxmoe.ops.pointwise import PointwiseKind
+from jaxmoe.ops.pointwise import PointwiseBackend
 from jaxmoe.ops.rope import rotate
 from jaxmoe.sharding import Dims, Placement
 
@@ -50,23 +50,25 @@ _HALVES = ("token", "length", "unsharded")
 
 
 def rms_norm(
-    x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *, eps: float
+    x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend, *, eps: float
 ) -> jax.Array:
     """RMS norm over the last of x's dims, which no axis splits."""
-    norm = partial(rms_norm_op, eps=eps, kind=kind)
+    norm = partial(rms_norm_op, eps=eps, backend=backend)
     return (
-        norm(x, weight) if kind == "xla" else placement.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
+        norm(x, weight)
+        if backend == "xla"
+        else placement.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
     )
 
 
 def mean_squares(
-    q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: Placement, kind: PointwiseKind
+    q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: Placement, backend: PointwiseBackend
 ) -> jax.Array:
     """Over all heads of a query [B,S,K,G,H] and a key [B,S,K,H] of so many numbers: [B,S,2], by one all-reduce."""
     axes = tuple(axis for axis in placement.axes("kv_head") if placement.mesh.shape[axis] > 1)
 
     def both(q: jax.Array, k: jax.Array) -> jax.Array:
-        each = [sum_of_squares(x, kind=kind) / count for x, count in zip((q, k), columns, strict=True)]
+        each = [sum_of_squares(x, backend=backend) / count for x, count in zip((q, k), columns, strict=True)]
         means = jnp.stack(each, axis=-1)
         return jax.lax.psum(means, axes) if axes else means
 
@@ -74,34 +76,34 @@ def mean_squares(
 
 
 def qk_norm(
-    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind, *,
-    eps: float,
+    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement,
+    backend: PointwiseBackend, *, eps: float,
 ) -> jax.Array:  # fmt: skip
     """RMS norm of x [B,S,K,...] over all its heads, by their mean square [B,S]."""
-    scale = partial(scale_by_rms, eps=eps, kind=kind)
-    if kind == "xla":
+    scale = partial(scale_by_rms, eps=eps, backend=backend)
+    if backend == "xla":
         return scale(x, weight, mean_square)
     return placement.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
 def apply_rope(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, kind: PointwiseKind
+    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend
 ) -> jax.Array:
     """Rotary embedding of x [B,S,...,H] by cos and sin [B,S,H/2]."""
-    rotate_fn = partial(rotate, kind=kind)
-    if kind == "xla":
+    rotate_fn = partial(rotate, backend=backend)
+    if backend == "xla":
         return rotate_fn(x, cos, sin)
     return placement.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
-def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, kind: PointwiseKind) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, backend: PointwiseBackend) -> jax.Array:
     """silu(gate) * up of both [B,S,F]: [B,S,F]."""
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
         flat = (-1, gate.shape[2])
-        return gated_unit(gate.reshape(flat), up.reshape(flat), kind=kind).reshape(gate.shape)
+        return gated_unit(gate.reshape(flat), up.reshape(flat), backend=backend).reshape(gate.shape)
 
-    if kind == "xla":
+    if backend == "xla":
         return unit(gate, up)
     dims = ("token", "length", "ffn")
     return placement.shard_map_local(unit, (gate, dims), (up, dims), out=dims)

@@ -16,7 +16,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
 from jaxmoe.model.block import Block
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import ParamFactory, normal, ones
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
@@ -51,7 +51,7 @@ class Transformer(nnx.Module):
         *,
         dtype: str,
         rngs: nnx.Rngs,
-        kernels: Kernels = Kernels(),
+        kernels: KernelConfig = KernelConfig(),
     ) -> None:
         if config.indexer is not None:
             raise ConfigError(
@@ -381,7 +381,7 @@ def _through(
 
 
 def abstract_model(
-    config: ModelConfig, placement: Placement, *, dtype: str, kernels: Kernels = Kernels()
+    config: ModelConfig, placement: Placement, *, dtype: str, kernels: KernelConfig = KernelConfig()
 ) -> Transformer:
     """The model without arrays: shape, dtype and logical dims of every parameter, which everything else reads."""
     return nnx.eval_shape(lambda: Transformer(config, placement, dtype=dtype, rngs=nnx.Rngs(0), kernels=kernels))

@@ -29,21 +29,21 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.sharding import Placement
 
-DispatchKind = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
-DISPATCH_KINDS: tuple[DispatchKind, ...] = (
+DispatchBackend = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
+DISPATCH_BACKENDS: tuple[DispatchBackend, ...] = (
     "all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged",
 )  # fmt: skip
-HIERARCHICAL: tuple[DispatchKind, ...] = ("hierarchical", "hierarchical_ragged")
+HIERARCHICAL: tuple[DispatchBackend, ...] = ("hierarchical", "hierarchical_ragged")
 MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
-def why_refused(kind: str, placement: Placement) -> str | None:
-    """Why a platform or a mesh has no use for a kind; None where it has."""
-    peers, levels = placement.ragged_peers(kind), placement.dispatch_levels
+def why_refused(backend: str, placement: Placement) -> str | None:
+    """Why a platform or a mesh has no use for a backend; None where it has."""
+    peers, levels = placement.ragged_peers(backend), placement.dispatch_levels
     if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
-        other = "all_to_all" if kind == "ragged_all_to_all" else "hierarchical"
+        other = "all_to_all" if backend == "ragged_all_to_all" else "hierarchical"
         return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
-    if kind in HIERARCHICAL and len(levels) == 1:
+    if backend in HIERARCHICAL and len(levels) == 1:
         return (
             f"goes along two axes or more, experts are exchanged along one axis, along {levels[0]} alone: share them "
             "out over two, as expert=2,tensor=8 in layout dp-ep does, or use all_to_all"
@@ -61,7 +61,7 @@ class Exchange:
     axes: tuple[str, ...]
     num_ranks: int
     most_ranks: int
-    kind: DispatchKind
+    backend: DispatchBackend
     platform: str
 
     def levels(self) -> tuple[Exchange, Exchange]:
@@ -69,10 +69,12 @@ class Exchange:
         sizes = {axis: jax.lax.axis_size(axis) for axis in self.axes}
         outer = next(axis for axis in self.axes if sizes[axis] > 1)
         inner = tuple(axis for axis in self.axes if axis != outer)
-        first = replace(self, axes=(outer,), num_ranks=sizes[outer], kind="all_to_all")
+        first = replace(self, axes=(outer,), num_ranks=sizes[outer], backend="all_to_all")
         ranks = self.num_ranks // sizes[outer]
-        kind: DispatchKind = "ragged_all_to_all" if self.kind == "hierarchical_ragged" else "all_to_all"
-        return first, replace(self, axes=inner, num_ranks=ranks, most_ranks=min(ranks, self.most_ranks), kind=kind)
+        backend: DispatchBackend = "ragged_all_to_all" if self.backend == "hierarchical_ragged" else "all_to_all"
+        return first, replace(
+            self, axes=inner, num_ranks=ranks, most_ranks=min(ranks, self.most_ranks), backend=backend
+        )
 
 
 class Slices(NamedTuple):
@@ -107,16 +109,16 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exc
     weights = weights.astype(x.dtype)
     if ranks == 1:
         return Dispatched(x, weights, None)
-    if exchange.kind == "all_gather":
+    if exchange.backend == "all_gather":
         packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), exchange.axes, axis=0, tiled=True)
         mine = jax.lax.axis_index(exchange.axes) * share
         return Dispatched(packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None)
-    if exchange.kind in HIERARCHICAL:
+    if exchange.backend in HIERARCHICAL:
         outer, inner = exchange.levels()
         near = dispatch(x, weights, outer)
         return dispatch(near.x, near.weights, inner)
     by_rank = weights.reshape(-1, ranks, share)
-    if exchange.kind == "ragged_all_to_all":
+    if exchange.backend == "ragged_all_to_all":
         packet, sent = _ragged_dispatch(x, by_rank, exchange)
         return Dispatched(packet[:, :width], packet[:, width:], sent)
     packet = jnp.concatenate([jnp.broadcast_to(x, (ranks, *x.shape)), by_rank.swapaxes(0, 1)], axis=2)
@@ -128,10 +130,10 @@ def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> 
     """The sum over ranks of what each computed for this rank's tokens. One collective a level."""
     if exchange.num_ranks == 1:
         return y
-    if exchange.kind in HIERARCHICAL:
+    if exchange.backend in HIERARCHICAL:
         outer, inner = exchange.levels()
         return combine(combine(y, sent, inner), None, outer)
-    if exchange.kind == "all_gather":
+    if exchange.backend == "all_gather":
         # Ranks in a dim of their own: tiled ones of many rows XLA:TPU makes an all-reduce of.
         return jax.lax.psum_scatter(y.reshape(exchange.num_ranks, -1, y.shape[1]), exchange.axes, scatter_dimension=0)
     if sent is not None:

@@ -7,14 +7,14 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
+from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
 
 def gated_unit(
-    gate: Float[Array, "T F"], up: Float[Array, "T F"], *, kind: PointwiseKind = "xla"
+    gate: Float[Array, "T F"], up: Float[Array, "T F"], *, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "T F"]:
     """silu(gate) * up. Source: Shazeer, GLU Variants Improve Transformer (2020)."""
-    return (_native_unit if kind == "native" else _unit)(gate, up)
+    return (_native_unit if backend == "native" else _unit)(gate, up)
 
 
 def _unit(gate, up):
@@ -27,10 +27,10 @@ def _native_unit(gate, up):
 
 
 def gated_rows(
-    x: Float[Array, "T D"], gates: Float[Array, "T 1"], *, kind: PointwiseKind = "xla"
+    x: Float[Array, "T D"], gates: Float[Array, "T 1"], *, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "T D"]:
     """Each row times the sigmoid of its gate."""
-    return (_native_rows if kind == "native" else _rows)(x, gates)
+    return (_native_rows if backend == "native" else _rows)(x, gates)
 
 
 def _rows(x, gates):

@@ -33,8 +33,8 @@ from jaxmoe.ops import native
 from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
-GroupedKind = Literal["blocks", "ragged", "native", "dense"]
-GROUPED_KINDS: tuple[GroupedKind, ...] = ("blocks", "ragged", "native", "dense")
+GroupedBackend = Literal["blocks", "ragged", "native", "dense"]
+GROUPED_BACKENDS: tuple[GroupedBackend, ...] = ("blocks", "ragged", "native", "dense")
 
 
 class Assignments(NamedTuple):
@@ -330,7 +330,12 @@ def _dense(rule, x, weights, gate_up, down, bias, layer):
     return jnp.sum(y * weights[:, :, None].astype(jnp.float32), axis=1).astype(x.dtype)
 
 
-_KINDS: dict[str, Callable[..., jax.Array]] = {"blocks": _blocks, "ragged": _ragged, "native": _native, "dense": _dense}
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "blocks": _blocks,
+    "ragged": _ragged,
+    "native": _native,
+    "dense": _dense,
+}
 
 
 def grouped_swiglu(
@@ -343,7 +348,7 @@ def grouped_swiglu(
     *,
     top_k: int,
     clamp: Clamp | None = None,
-    kind: GroupedKind = "blocks",
+    backend: GroupedBackend = "blocks",
 ) -> Float[Array, "T D"]:
     """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
 
@@ -351,4 +356,4 @@ def grouped_swiglu(
     clamp: in place of silu(gate) * up, see Clamp.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
-    return _KINDS[kind](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)
+    return _BACKENDS[backend](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)

@@ -5,7 +5,7 @@
   tokens, and whose result for a token does not depend on the others; xla for gradients, and for many tokens where the
   processor multiplies bfloat16 itself.
 
-A matrix that is kept quantised is multiplied as ops/quantised.py does, whatever the kind.
+A matrix that is kept quantised is multiplied as ops/quantised.py does, whatever the backend.
 """
 
 # Dims: T tokens, K numbers summed over, N columns, L layers.
@@ -22,8 +22,8 @@ from jaxmoe.ops import native
 from jaxmoe.ops.quantised import Quantised, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
-LinearKind = Literal["xla", "native"]
-LINEAR_KINDS: tuple[LinearKind, ...] = ("xla", "native")
+LinearBackend = Literal["xla", "native"]
+LINEAR_BACKENDS: tuple[LinearBackend, ...] = ("xla", "native")
 
 
 def linear(
@@ -32,7 +32,7 @@ def linear(
     layer: LayerIndex = 0,
     num_valid: int | jax.Array | None = None,
     *,
-    kind: LinearKind = "xla",
+    backend: LinearBackend = "xla",
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "T N"]:
@@ -44,7 +44,7 @@ def linear(
     if isinstance(w, Quantised):
         assert not transposed
         return multiply(x, w, (layer,)).astype(dtype)
-    if kind == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
+    if backend == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
         return _native(transposed, dtype, x, w, layer, x.shape[0] if num_valid is None else num_valid)
     return _xla(transposed, dtype, x, w, layer)
 

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
+from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
 
 def rms_norm(
-    x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float, kind: PointwiseKind = "xla"
+    x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "... D"]:
     """x over its root mean square along the last dim, times weight. Statistics in float32, result in x's dtype.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
-    return (_native if kind == "native" else _xla)(x, weight, eps=eps)
+    return (_native if backend == "native" else _xla)(x, weight, eps=eps)
 
 
 def _xla(x, weight, *, eps):
@@ -32,9 +32,9 @@ def _native(x, weight, *, eps):
     return native.native_norm(x.reshape(-1, x.shape[-1]), weight, eps=eps).reshape(x.shape)
 
 
-def sum_of_squares(x: Float[Array, "B S *heads"], *, kind: PointwiseKind = "xla") -> Float[Array, "B S"]:
+def sum_of_squares(x: Float[Array, "B S *heads"], *, backend: PointwiseBackend = "xla") -> Float[Array, "B S"]:
     """Of all that belongs to a token; float32."""
-    return (_native_squares if kind == "native" else _xla_squares)(x)
+    return (_native_squares if backend == "native" else _xla_squares)(x)
 
 
 def _xla_squares(x):
@@ -52,10 +52,10 @@ def scale_by_rms(
     mean_square: Float[Array, "B S"],
     *,
     eps: float,
-    kind: PointwiseKind = "xla",
+    backend: PointwiseBackend = "xla",
 ) -> Float[Array, "B S *heads"]:
     """x over the root of a mean square taken elsewhere (over more dims than one device holds), times weight."""
-    return (_native_scaled if kind == "native" else _xla_scaled)(x, weight, mean_square, eps=eps)
+    return (_native_scaled if backend == "native" else _xla_scaled)(x, weight, mean_square, eps=eps)
 
 
 def _xla_scaled(x, weight, mean_square, *, eps):

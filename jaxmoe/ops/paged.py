@@ -25,8 +25,8 @@ from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.quantize import LARGEST, quantize
 from jaxmoe.ops.stack import LayerIndex
 
-PagedKind = Literal["loop", "native"]
-PAGED_KINDS: tuple[PagedKind, ...] = ("loop", "native")
+PagedBackend = Literal["loop", "native"]
+PAGED_BACKENDS: tuple[PagedBackend, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one iteration of the loop
 
 
@@ -74,7 +74,7 @@ def paged_attention(
     *,
     mask_spec: MaskSpec,
     value_dim: int | None = None,
-    kind: PagedKind = "loop",
+    backend: PagedBackend = "loop",
 ) -> Float[Array, "N Q K G V"]:
     """Each of a block's first `query_lens` tokens, at `positions` and following, over those tokens of `layer` up to
     itself that it sees.
@@ -82,7 +82,7 @@ def paged_attention(
     sinks: logits that take part in the softmax and add nothing. value_dim: V, where no values are kept. What comes of a
     block's other tokens is not to be used.
     """
-    if kind == "native":
+    if backend == "native":
         return native.native_paged(
             q, pages, block_table, positions, query_lens, layer, sinks, mask_spec=mask_spec, value_dim=value_dim
         )

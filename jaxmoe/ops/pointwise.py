@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import jax
 
-PointwiseKind = Literal["xla", "native"]
-POINTWISE_KINDS: tuple[PointwiseKind, ...] = ("xla", "native")
+PointwiseBackend = Literal["xla", "native"]
+POINTWISE_BACKENDS: tuple[PointwiseBackend, ...] = ("xla", "native")
 
 
 def differentiated_as(xla: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import RopeConfig
 from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
+from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dims: int) -> np.ndarray:
@@ -59,11 +59,11 @@ def rotate(
     cos: Float[Array, "B S R/2"],
     sin: Float[Array, "B S R/2"],
     *,
-    kind: PointwiseKind = "xla",
+    backend: PointwiseBackend = "xla",
 ) -> Float[Array, "B S ... H"]:
     """x with each pair (i, i + R/2) of its first R numbers turned by its angle, the others as they are; computed in
     float32, returned in x's dtype."""
-    rotate_fn, dims = _native if kind == "native" else _xla, 2 * cos.shape[-1]
+    rotate_fn, dims = _native if backend == "native" else _xla, 2 * cos.shape[-1]
     if dims == x.shape[-1]:
         return rotate_fn(x, cos, sin)
     return jnp.concatenate([rotate_fn(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)

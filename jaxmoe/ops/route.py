@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import MoEConfig, Scoring, TopKOf
 from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseKind, differentiated_as
+from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
 _TINY = 1e-20  # DeepSeek-V3's: keeps a sum of sigmoids from being zero
 
@@ -52,13 +52,13 @@ def route(
     bias: Float[Array, "E"] | None = None,
     *,
     rule: RouteRule,
-    kind: PointwiseKind = "xla",
+    backend: PointwiseBackend = "xla",
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """Combine weights (zero for experts not chosen, and for tokens not valid) and the scores, float32.
 
     bias: added to scores for the choice alone. Ties go to the lower index, of experts and of groups.
     """
-    return (_native if kind == "native" else _xla)(logits, valid, bias, rule=rule)
+    return (_native if backend == "native" else _xla)(logits, valid, bias, rule=rule)
 
 
 def _xla(logits, valid, bias, *, rule):

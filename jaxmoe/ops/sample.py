@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxmoe.ops import native
 
-SamplingKind = Literal["xla", "native"]
-SAMPLING_KINDS: tuple[SamplingKind, ...] = ("xla", "native")
+SamplingBackend = Literal["xla", "native"]
+SAMPLING_BACKENDS: tuple[SamplingBackend, ...] = ("xla", "native")
 MOST_TOP = 20
 
 
@@ -139,7 +139,7 @@ def sample(
     positions: Int[Array, "B"],
     features: SamplingFeatures,
     *,
-    kind: SamplingKind = "xla",
+    backend: SamplingBackend = "xla",
 ) -> SamplerOutput:
     """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its block
     table.
@@ -148,7 +148,7 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     num_top = min(MOST_TOP, logits.shape[-1])
-    if kind == "native":
+    if backend == "native":
         flags = jnp.stack(features)
         return SamplerOutput(
             *native.native_sample(logits, token_pages, block_table, positions, flags, rows, num_top=num_top)

@@ -289,41 +289,41 @@ class _Plan:
             ranks = placement.size(over[:1])
             levels = [(over[:1], rows, places, "all_to_all"), (over[1:], rows * ranks, places // ranks, inner)]
         self.where = "dispatch"
-        for axes, sent, split, kind in levels:
+        for axes, sent, split, backend in levels:
             packet = sent * (self.config.hidden_size + split // placement.size(axes)) * self.itemsize
-            if kind == "all_gather":
+            if backend == "all_gather":
                 packet = sent * (self.config.hidden_size + split) * self.itemsize
                 self.add(placement, "all-gather", axes, placement.size(axes) * packet, count)
                 continue
-            if kind == "ragged_all_to_all":  # how many rows come, and where they come from
+            if backend == "ragged_all_to_all":  # how many rows come, and where they come from
                 self.add(placement, "all-to-all", axes, placement.size(axes) * 2 * 4, count)
-            self.add(placement, *self._carried(placement, axes, kind, sent, packet, placement.size(axes)), count)
+            self.add(placement, *self._carried(placement, axes, backend, sent, packet, placement.size(axes)), count)
         self.where = "combine"
-        for axes, sent, _, kind in reversed(levels):
+        for axes, sent, _, backend in reversed(levels):
             back = sent * self.config.hidden_size * self.itemsize
-            if kind == "all_gather":
+            if backend == "all_gather":
                 whole = sent % placement.strip_rows == 0
                 self.add(placement, *(("reduce-scatter", axes, back) if whole else
                                   ("all-reduce", axes, placement.size(axes) * back)), count)  # fmt: skip
                 continue
             self.add(
                 placement,
-                *self._carried(placement, axes, kind, sent, back, self._most_ranks(placement, axes, kind)),
+                *self._carried(placement, axes, backend, sent, back, self._most_ranks(placement, axes, backend)),
                 count,
             )
 
-    def _most_ranks(self, placement: Placement, axes: tuple[str, ...], kind: str) -> int:
+    def _most_ranks(self, placement: Placement, axes: tuple[str, ...], backend: str) -> int:
         """Ranks from which a token's results come back, at most."""
         ranks, moe = placement.size(axes), self.config.moe
         assert moe is not None
-        ragged = kind == "ragged_all_to_all" and placement.platform != "cpu"
+        ragged = backend == "ragged_all_to_all" and placement.platform != "cpu"
         return min(ranks, moe.num_experts_per_tok) if ragged else ranks
 
     def _carried(
-        self, placement: Placement, axes: tuple[str, ...], kind: str, rows: int, num_bytes: int, ranks: int
+        self, placement: Placement, axes: tuple[str, ...], backend: str, rows: int, num_bytes: int, ranks: int
     ) -> tuple[Op, tuple[str, ...], int]:
         """The collective that carries so many rows to, or from, so many ranks, as a platform has it."""
-        if kind != "ragged_all_to_all" or placement.platform == "cpu":
+        if backend != "ragged_all_to_all" or placement.platform == "cpu":
             return "all-to-all", axes, ranks * num_bytes
         if placement.platform == "tpu" and rows:  # XLA rounds the bytes of a row up
             num_bytes = rows * -(-num_bytes // rows // _TPU_ROW) * _TPU_ROW

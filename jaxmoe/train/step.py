@@ -15,7 +15,7 @@ from flax import nnx
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import MeshError
 from jaxmoe.model.attend import DensePrefillInputs
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import Transformer, abstract_model
 from jaxmoe.sharding import Placement, array_sizes
 from jaxmoe.train.loss import balance_loss, cross_entropy
@@ -58,7 +58,9 @@ def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTra
 class Trainer:
     """The jitted functions of one recipe on one placement. State goes in and comes out; nothing is kept here."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, *, kernels: Kernels = Kernels(layers="unroll")) -> None:
+    def __init__(
+        self, recipe: Recipe, placement: Placement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
+    ) -> None:
         _check_mesh(recipe, placement)
         self.recipe, self.placement, self.kernels = recipe, placement, kernels
         shapes = abstract_model(recipe.model, placement, dtype=DTYPE, kernels=kernels)

@@ -14,7 +14,7 @@ from jaxmoe.depth import Schedule, layer_segments
 from jaxmoe.inspect.aot import held_bytes
 from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data
 from jaxmoe.inspect.map.page import write_page
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 
 from ..conftest import mesh_of
 from .pages import browser, opened
@@ -54,7 +54,7 @@ def test_a_device_shows_what_it_holds(mesh, asked, chromium, drawn):
     path, question, data = drawn(mesh, **asked)
     config, _ = question.checked_model()
     real = mesh_of(mesh)
-    weights, kv = held_bytes(question.runner(config, real, Kernels()), **question.sizes)
+    weights, kv = held_bytes(question.runner(config, real, KernelConfig()), **question.sizes)
     with opened(chromium, path) as page:
         assert page.locator("[data-device]").count() == 8
         for number, there in enumerate(real.devices.flat):

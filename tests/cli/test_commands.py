@@ -12,7 +12,7 @@ import pytest
 
 from jaxmoe import LLM, ConfigError, SamplingParams
 from jaxmoe.engine import verify
-from jaxmoe.model.kernels import NATIVE_STEPS, Kernels
+from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig
 from jaxmoe.weights import load
 
 from ..conftest import ONE_DEVICE
@@ -80,7 +80,7 @@ def test_kernels_that_were_chosen_give_the_same_tokens(options, capsys, tiny_dir
     assert [found["token_ids"] for found in _objects(outcome)] == [output.token_ids for output in expected]
 
 
-PLAIN = {step: getattr(Kernels(), step) for step in NATIVE_STEPS}
+PLAIN = {step: getattr(KernelConfig(), step) for step in NATIVE_OPS}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ PLAIN = {step: getattr(Kernels(), step) for step in NATIVE_STEPS}
         (["--no-native"], PLAIN),
         (["--no-native", "--layers", "scan"], PLAIN | {"layers": "scan"}),
         (["--no-native", "--sampling", "native"], PLAIN | {"sampling": "native"}),
-        (["--native", "--layers", "unroll"], dict.fromkeys(NATIVE_STEPS, "native") | {"layers": "unroll"}),
+        (["--native", "--layers", "unroll"], dict.fromkeys(NATIVE_OPS, "native") | {"layers": "unroll"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

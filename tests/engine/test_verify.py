@@ -20,7 +20,7 @@ from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.model import moe, project
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.sharding import PipelineView, Placement
 
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
@@ -98,7 +98,7 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
     mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
     asked = ModelQuestion(config="", mesh=mesh, layout=layout, max_num_seqs=3, context=64)
     for platform in ("cpu", "gpu", "tpu"):
-        runner = asked.runner(config, PlannedMesh(axes, platform), Kernels())
+        runner = asked.runner(config, PlannedMesh(axes, platform), KernelConfig())
         placement = runner.placement
         if not placement.sequence_gather_axes("sequence_sharded"):  # the layout's axis is of one device
             continue

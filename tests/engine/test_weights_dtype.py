@@ -12,7 +12,7 @@ from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.report import parameter_reports, total_bytes
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops import quantised
 
 from ..conftest import XLA, mesh_of
@@ -105,7 +105,7 @@ def test_native_kernels_that_were_asked_for_are_refused(written):
         directory = written(*form, **KEYS.get(form[0], {}))
         with pytest.raises(ConfigError, match=f"{step}=native reads plain weights.*--weights-dtype"):
             LLM.load(directory, mesh=mesh_of("data=1"), kernels={step: "native"})
-    assert isinstance(LLM.load(directory, mesh=mesh_of("data=1")).runner.kernels, Kernels)
+    assert isinstance(LLM.load(directory, mesh=mesh_of("data=1")).runner.kernels, KernelConfig)
 
 
 def test_plain_weights_have_the_dtype_of_activations(tiny_dir):

@@ -9,7 +9,7 @@ import pytest
 from jaxmoe.engine.batch import Bucket
 from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.collectives import collectives, collectives_and_padding
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
 
@@ -71,7 +71,7 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
 
 
 def test_all_gather_dispatch_has_its_own_contract(tiny_llm):
-    llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", Kernels(dispatch="all_gather"))
+    llm = tiny_llm("mixtral_six_experts", "data=2,tensor=2,expert=2", KernelConfig(dispatch="all_gather"))
     assert_as_planned(llm, bucket_for(llm, 8))
 
 

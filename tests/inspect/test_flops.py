@@ -17,11 +17,11 @@ NUM_EXPERTS, TOP_K, WIDTH, FFN = 32, 4, 64, 24
 ROW_FLOPS = 6 * WIDTH * FFN  # gate, up and down of one token in one expert
 
 
-def compiled_products(num_tokens: int, kind: str, dtype):
+def compiled_products(num_tokens: int, backend: str, dtype):
     experts = 1, NUM_EXPERTS
     shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (*experts, 2, WIDTH, FFN), (*experts, FFN, WIDTH)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    program = jax.jit(lambda *a: grouped_swiglu(*a, top_k=TOP_K, kind=kind)).lower(*arguments).compile()
+    program = jax.jit(lambda *a: grouped_swiglu(*a, top_k=TOP_K, backend=backend)).lower(*arguments).compile()
     return products(program.as_text())
 
 

@@ -14,7 +14,7 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import engine_state, held_bytes, step_bucket
 from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data, model_name
 from jaxmoe.inspect.map.fabric import fabric_of, torus_shape
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.traffic import Collective
 
@@ -45,7 +45,7 @@ def drawn(request, changed_dir):
         **asked,
     )  # fmt: skip
     config, _ = question.checked_model()
-    return question, map_data(question), question.runner(config, mesh_of(mesh), Kernels(**question.kernels))
+    return question, map_data(question), question.runner(config, mesh_of(mesh), KernelConfig(**question.kernels))
 
 
 def test_bytes_are_those_a_device_holds(drawn):

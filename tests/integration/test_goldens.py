@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 
 from ..agreement import assert_agrees
 from ..conftest import MESHES_OF_8, ONE_DEVICE, XLA
@@ -74,10 +74,10 @@ def test_every_case_on_every_mesh(name, mesh, kernels, tiny_llm):
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("mixtral_six_experts", Kernels(dispatch="all_gather")),
-        ("qwen2_moe_shared", Kernels(grouped="ragged")),
-        pytest.param("qwen2_moe_shared", Kernels(dispatch="all_gather"), marks=pytest.mark.sweep),
-        pytest.param("mixtral_six_experts", Kernels(grouped="ragged"), marks=pytest.mark.sweep),
+        ("mixtral_six_experts", KernelConfig(dispatch="all_gather")),
+        ("qwen2_moe_shared", KernelConfig(grouped="ragged")),
+        pytest.param("qwen2_moe_shared", KernelConfig(dispatch="all_gather"), marks=pytest.mark.sweep),
+        pytest.param("mixtral_six_experts", KernelConfig(grouped="ragged"), marks=pytest.mark.sweep),
     ],
 )
 def test_other_kernels_mean_the_same(name, kernels, tiny_llm):

@@ -9,12 +9,12 @@ import pytest
 
 from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
-from jaxmoe.model.kernels import Kernels, choose_kernels, prepare_kernels
+from jaxmoe.model.kernels import KernelConfig, choose_kernels, prepare_kernels
 from jaxmoe.ops import native
 
 from ..conftest import NATIVE, mesh_of
 
-UNROLLED = Kernels(layers="unroll")
+UNROLLED = KernelConfig(layers="unroll")
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_what_is_named_stays():
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(("platform", "grouped"), [("tpu", "blocks"), ("gpu", "blocks"), ("cuda", "blocks")])
 def test_accelerators_run_xla_and_ask_for_no_compiler(platform, grouped, caplog):
-    assert choose_kernels("bfloat16", {}, platform=platform) == Kernels(grouped=grouped)
-    assert choose_kernels("bfloat16", {"grouped": "dense"}, platform=platform) == Kernels(grouped="dense")
+    assert choose_kernels("bfloat16", {}, platform=platform) == KernelConfig(grouped=grouped)
+    assert choose_kernels("bfloat16", {"grouped": "dense"}, platform=platform) == KernelConfig(grouped="dense")
     assert not caplog.messages
 
 
@@ -61,8 +61,8 @@ def test_without_a_compiler_xla_runs_and_a_warning_says_so(caplog):
 
 @pytest.mark.usefixtures("no_compiler")
 def test_what_names_every_step_asks_for_no_compiler(caplog):
-    chosen = choose_kernels("bfloat16", vars(Kernels()))
-    assert prepare_kernels("bfloat16", vars(Kernels()), chosen) == chosen == Kernels()
+    chosen = choose_kernels("bfloat16", vars(KernelConfig()))
+    assert prepare_kernels("bfloat16", vars(KernelConfig()), chosen) == chosen == KernelConfig()
     assert not caplog.messages
 
 
@@ -80,7 +80,7 @@ def broken_compiler(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("broken_compiler")
 def test_where_they_do_not_compile_xla_runs_unless_they_were_named(caplog):
-    assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == Kernels(layers="unroll")
+    assert prepare_kernels("float32", {}, choose_kernels("float32", {})) == KernelConfig(layers="unroll")
     assert "out of order" in caplog.text
     named = {"linear": "native"}
     with pytest.raises(ConfigError, match="out of order"):
@@ -93,13 +93,13 @@ def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, caplog)
     load = partial(LLM.load, tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
     llm = load(on_progress=lambda done, total: steps.append((done, total)))
     assert "out of order" in caplog.text
-    assert llm.runner.kernels == Kernels(layers="unroll")
+    assert llm.runner.kernels == KernelConfig(layers="unroll")
     assert steps[-1][0] == steps[-1][1]
-    wanted = load(kernels=Kernels()).last_logits([[5, 6, 7]])
+    wanted = load(kernels=KernelConfig()).last_logits([[5, 6, 7]])
     np.testing.assert_allclose(llm.last_logits([[5, 6, 7]]), wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "steps are"), ({"grouped": "best"}, "must be one of")])
+@pytest.mark.parametrize(("named", "said"), [({"speed": "fast"}, "ops are"), ({"grouped": "best"}, "must be one of")])
 def test_unknown_names_are_errors(named, said):
     with pytest.raises(ConfigError, match=said):
         choose_kernels("float32", named)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxmoe.families import read_config
 from jaxmoe.model.attend import CausalAttention, PagedAttention, QueryBlocks, empty_pages
 from jaxmoe.model.attention import ForwardContext
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.params import ParamFactory, normal
 from jaxmoe.model.rows import make_token_mask
@@ -40,7 +40,7 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
     """In chunks of 1, 9 and 13 tokens over pages, and all at once over keys and values of every head."""
     config = read_config(CASES_BY_NAME[name].config)
     placement = Placement(mesh=mesh_of(mesh))
-    sizes, kernels = array_sizes(config, placement), Kernels()
+    sizes, kernels = array_sizes(config, placement), KernelConfig()
     params = ParamFactory(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
     block = LatentAttention(config, sizes, placement, kernels, 0, params=params, init=normal(0.3))
     graph, weights = nnx.split(block)

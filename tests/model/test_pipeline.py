@@ -13,7 +13,7 @@ from jaxmoe.depth import Schedule
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect.collectives import collectives
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.planner.traffic import Collective
 from jaxmoe.train.recipe import Recipe
@@ -67,7 +67,7 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
         pytest.param(
             DEEP,
             "pipeline=2,tensor=2,expert=2",
-            {"kernels": Kernels(dispatch="all_gather", layers="unroll")},
+            {"kernels": KernelConfig(dispatch="all_gather", layers="unroll")},
             marks=pytest.mark.sweep,
         ),
         (DEEP, "pipeline=4,tensor=2", {"virtual_stages": 2}),

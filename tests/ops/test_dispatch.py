@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.ops.dispatch import DISPATCH_KINDS, HIERARCHICAL, Exchange, combine, dispatch
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL, Exchange, combine, dispatch
 from jaxmoe.ops.route import RouteRule, route, to_physical
 
 from ..conftest import mesh_of
@@ -20,18 +20,18 @@ from ..conftest import mesh_of
 RANKS, TOKENS, WIDTH, EXPERTS = 4, 3, 5, 8
 
 
-def exchange_of(kind: str, most_ranks: int = RANKS) -> Exchange:
-    return Exchange(axes=("expert",), num_ranks=RANKS, most_ranks=most_ranks, kind=kind, platform="cpu")
+def exchange_of(backend: str, most_ranks: int = RANKS) -> Exchange:
+    return Exchange(axes=("expert",), num_ranks=RANKS, most_ranks=most_ranks, backend=backend, platform="cpu")
 
 
-def layer_of_factors(kind: str, most_ranks: int = RANKS):
+def layer_of_factors(backend: str, most_ranks: int = RANKS):
     """Each expert multiplies by its own number, so the result says which expert saw which token with which weight; and
     how many tokens with a weight each rank got."""
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(f"expert={RANKS}"), in_specs=(P("expert"),) * 3, out_specs=P("expert"))
     def layer(x, weights, factors):
-        exchange = exchange_of(kind, most_ranks)
+        exchange = exchange_of(backend, most_ranks)
         everyone, mine, sent = dispatch(x, weights, exchange)
         got = jnp.sum(sent.came.sizes if sent else jnp.int32(len(everyone)))[None]
         return combine(everyone * (mine @ factors)[:, None], sent, exchange), got
@@ -49,20 +49,20 @@ def _weights(routed: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
-@pytest.mark.parametrize("kind", DISPATCH_KINDS)
-def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_come_back(kind, routed):
+@pytest.mark.parametrize("backend", DISPATCH_BACKENDS)
+def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_come_back(backend, routed):
     x = np.random.default_rng(1).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
     weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
-    y, _ = layer_of_factors(kind)(x, weights, factors)
+    y, _ = layer_of_factors(backend)(x, weights, factors)
     np.testing.assert_allclose(y, x * (weights @ factors)[:, None], rtol=1e-5)
 
 
 @pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
 @pytest.mark.parametrize("mesh", ["expert=2,tensor=2", "data=2,expert=2", "expert=4,tensor=1"])
-@pytest.mark.parametrize("kind", HIERARCHICAL)
-def test_hierarchical_goes_along_one_axis_and_then_along_the_other(kind, mesh, routed):
+@pytest.mark.parametrize("backend", HIERARCHICAL)
+def test_hierarchical_goes_along_one_axis_and_then_along_the_other(backend, mesh, routed):
     axes = ("data", "expert") if "data" in mesh else ("expert", "tensor")
-    exchange = Exchange(axes=axes, num_ranks=RANKS, most_ranks=RANKS, kind=kind, platform="cpu")
+    exchange = Exchange(axes=axes, num_ranks=RANKS, most_ranks=RANKS, backend=backend, platform="cpu")
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(mesh), in_specs=(P(axes),) * 3, out_specs=P(axes))
@@ -74,7 +74,7 @@ def test_hierarchical_goes_along_one_axis_and_then_along_the_other(kind, mesh, r
     weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
     np.testing.assert_allclose(layer(x, weights, factors), x * (weights @ factors)[:, None], rtol=1e-5)
     compiled = layer.lower(x, weights, factors).compile().as_text()
-    sends_counts = kind == "hierarchical_ragged" and "tensor=1" not in mesh  # how many rows come
+    sends_counts = backend == "hierarchical_ragged" and "tensor=1" not in mesh  # how many rows come
     assert compiled.count(" all-to-all(") == (2 if "tensor=1" in mesh else 5 if sends_counts else 4)
 
 
@@ -93,17 +93,17 @@ def test_kinds_agree_to_the_last_bit_where_a_token_visits_few_ranks():
     weights = np.zeros((RANKS * TOKENS, EXPERTS), np.float32)
     for row in weights:
         row[rng.choice(EXPERTS, 2, replace=False)] = rng.uniform(0.1, 1, 2)
-    found = [layer_of_factors(kind, most)(x, weights, factors.astype(np.float32))[0] for kind, most in
+    found = [layer_of_factors(backend, most)(x, weights, factors.astype(np.float32))[0] for backend, most in
              (("all_to_all", RANKS), ("ragged_all_to_all", 2))]  # fmt: skip
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("kind", DISPATCH_KINDS)
-def test_gradients_go_back_the_way_tokens_came(kind):
+@pytest.mark.parametrize("backend", DISPATCH_BACKENDS)
+def test_gradients_go_back_the_way_tokens_came(backend):
     x = np.random.default_rng(3).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
     weights, factors = _weights("some").astype(np.float32), np.arange(1, EXPERTS + 1, dtype=np.float32)
     loss = lambda layer: lambda x, w: jnp.sum(jnp.sin(layer(x, w)))  # noqa: E731
-    found = jax.grad(loss(lambda x, w: layer_of_factors(kind)(x, w, factors)[0]), argnums=(0, 1))(x, weights)
+    found = jax.grad(loss(lambda x, w: layer_of_factors(backend)(x, w, factors)[0]), argnums=(0, 1))(x, weights)
     wanted = jax.grad(loss(lambda x, w: x * (w @ factors)[:, None]), argnums=(0, 1))(x, weights)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[1] * (weights != 0), wanted[1] * (weights != 0), rtol=1e-4, atol=1e-4)

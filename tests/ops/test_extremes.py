@@ -48,20 +48,20 @@ PAIRS = tuple(np.array(np.meshgrid(NUMBERS, NUMBERS), np.float32).reshape(2, -1,
 
 
 def routed(rule: RouteRule, bias: np.ndarray | None = None):
-    return lambda kind: (partial(route, rule=rule, kind=kind), (ROWS, np.arange(len(ROWS)) % 7 > 0, bias))
+    return lambda backend: (partial(route, rule=rule, backend=backend), (ROWS, np.arange(len(ROWS)) % 7 > 0, bias))
 
 
-def experts(kind: str):
+def experts(backend: str):
     x = one_in_a_row(1)
     rng = np.random.default_rng(2)
     gate_up, down = rng.normal(0, 1, (3, 2, WIDTH, 5)), rng.normal(0, 1, (3, 5, WIDTH))
     weights = np.tile(np.array([[0.5, 0, 2]], np.float32), (len(x), 1))
     weights[::3, 0] = NAN
-    run = partial(grouped_swiglu, top_k=2, kind="blocks" if kind == "xla" else kind)
+    run = partial(grouped_swiglu, top_k=2, backend="blocks" if backend == "xla" else backend)
     return run, (x, weights, *(stacked(jnp.asarray(a, jnp.float32)) for a in (gate_up, down)), LAYER)
 
 
-def pages(kind: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None = None):
+def pages(backend: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None = None):
     """Three tokens on pages of two; the keys of each block hold one of NUMBERS, or values do."""
     count, rng = len(NUMBERS), np.random.default_rng(3)
     keys, values = rng.normal(0, 1, (2, 1, 4 * count, 1, 2, 1)).astype(np.float32)
@@ -72,29 +72,32 @@ def pages(kind: str, *, cache_dtype: str = "float32", sinks: np.ndarray | None =
     q = np.ones((2 * count, 1, 1, 2, 1), np.float32)
     q[:, :, :, 1] = -1
     scales = () if cache_dtype == "float32" else (np.ones((1, 4 * count, 1, 2), np.float32),) * 2
-    run = partial(paged_attention, mask_spec=MaskSpec(scale=1.0), kind="loop" if kind == "xla" else kind)
+    run = partial(paged_attention, mask_spec=MaskSpec(scale=1.0), backend="loop" if backend == "xla" else backend)
     pool = (*(jnp.asarray(part).astype(cache_dtype) for part in (keys, values)), *scales)
     where = np.full(2 * count, 2, np.int32), np.ones(2 * count, np.int32)
     return run, (q, pool, block_table, *where, 0, sinks)
 
 
-def products(kind: str):
+def products(backend: str):
     w = np.random.default_rng(4).normal(0, 1, (2, WIDTH, 3)).astype(np.float32)
     w[LAYER, 0, 0] = 0
-    return partial(linear, kind=kind), (one_in_a_row(5), w, LAYER)
+    return partial(linear, backend=backend), (one_in_a_row(5), w, LAYER)
 
 
 WORK = {
-    "norm": lambda kind: (partial(rms_norm, eps=1e-6, kind=kind), (ROWS, np.ones(WIDTH, np.float32))),
-    "norm without eps": lambda kind: (partial(rms_norm, eps=0.0, kind=kind), (ROWS, np.ones(WIDTH, np.float32))),
-    "squares": lambda kind: (partial(sum_of_squares, kind=kind), (ROWS[:, None],)),
-    "norm by squares": lambda kind: (
-        partial(scale_by_rms, eps=0.0, kind=kind),
+    "norm": lambda backend: (partial(rms_norm, eps=1e-6, backend=backend), (ROWS, np.ones(WIDTH, np.float32))),
+    "norm without eps": lambda backend: (
+        partial(rms_norm, eps=0.0, backend=backend),
+        (ROWS, np.ones(WIDTH, np.float32)),
+    ),
+    "squares": lambda backend: (partial(sum_of_squares, backend=backend), (ROWS[:, None],)),
+    "norm by squares": lambda backend: (
+        partial(scale_by_rms, eps=0.0, backend=backend),
         (PAIRS[0][:, None], np.ones(1, np.float32), np.abs(PAIRS[1])),
     ),
-    "rotation": lambda kind: (partial(rotate, kind=kind), (ROWS[:, None, None], ANGLES, ANGLES)),
-    "gated unit": lambda kind: (partial(gated_unit, kind=kind), PAIRS),
-    "gated rows": lambda kind: (partial(gated_rows, kind=kind), PAIRS),
+    "rotation": lambda backend: (partial(rotate, backend=backend), (ROWS[:, None, None], ANGLES, ANGLES)),
+    "gated unit": lambda backend: (partial(gated_unit, backend=backend), PAIRS),
+    "gated rows": lambda backend: (partial(gated_rows, backend=backend), PAIRS),
     "softmax": routed(RouteRule(top_k=2, normalise=False)),
     "softmax, normalised": routed(RouteRule(top_k=2, normalise=True)),
     "logits": routed(RouteRule(top_k=3, normalise=True, top_k_of="logits")),
@@ -117,7 +120,7 @@ def test_native_kernels_meet_extremes_as_xla_does(work):
     if not compiler_found():
         return
     found, wanted = (
-        jax.tree.leaves(jax.jit(run)(*arrays)) for run, arrays in (WORK[work](kind) for kind in ("native", "xla"))
+        jax.tree.leaves(jax.jit(run)(*arrays)) for run, arrays in (WORK[work](backend) for backend in ("native", "xla"))
     )
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-37)
@@ -133,9 +136,9 @@ def test_both_samplers_say_which_logits_are_not_finite():
     logits[6, 11] = NAN
     for temperature in (0.0, 0.7):
         row = (temperature, 3, 0.9, 0.0, 7)
-        for kind in ("native", "xla"):
+        for backend in ("native", "xla"):
             tokens, logprobs, *_ = sampled_by(
-                kind, logits, [row] * 7, [0] * 7, bias_token_ids=[[3, 0, 2**31 - 1]] * 7, bias=[[0.0, 5.0, 0.0]] * 7,
+                backend, logits, [row] * 7, [0] * 7, bias_token_ids=[[3, 0, 2**31 - 1]] * 7, bias=[[0.0, 5.0, 0.0]] * 7,
                 num_stop_ids=[1] * 7, min_tokens_until=[9] * 7,
             )  # fmt: skip
             assert np.isnan(logprobs).tolist() == [False, True, True, True, False, False, True]

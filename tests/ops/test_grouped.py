@@ -12,13 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import Clamp
-from jaxmoe.ops.grouped import GROUPED_KINDS, block_sizes, grouped_swiglu, plan_blocks, planned_rows, sort_assignments
+from jaxmoe.ops.grouped import (
+    GROUPED_BACKENDS,
+    block_sizes,
+    grouped_swiglu,
+    plan_blocks,
+    planned_rows,
+    sort_assignments,
+)
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 
 WIDTH, FFN, NUM_EXPERTS, TOP_K = 16, 12, 8, 2
-FAST_KINDS = tuple(kind for kind in GROUPED_KINDS if kind not in ("dense", "native"))  # native: test_native.py
+FAST_BACKENDS = tuple(
+    backend for backend in GROUPED_BACKENDS if backend not in ("dense", "native")
+)  # native: test_native.py
 ROUTINGS = ("spread", "some experts empty", "all on one expert", "some tokens inactive", "no token active")
 
 
@@ -42,12 +51,12 @@ def arguments(name: str, num_tokens: int) -> tuple[np.ndarray, ...]:
     return x, routing(name, num_tokens, rng), stacked(gate_up), stacked(down)
 
 
-@partial(jax.jit, static_argnames="kind")
-def value_and_grads(arrays, cotangent, kind):
+@partial(jax.jit, static_argnames="backend")
+def value_and_grads(arrays, cotangent, backend):
     """Result, and its gradients with the weights' masked to the experts visited (only those are ever used)."""
 
     def value(*arrays):
-        y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, kind=kind)
+        y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, backend=backend)
         return jnp.vdot(y, cotangent), y
 
     (_, y), grads = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
@@ -55,23 +64,23 @@ def value_and_grads(arrays, cotangent, kind):
     return y, dx, jnp.where(arrays[1] != 0, dweights, 0), dgate_up, ddown
 
 
-@pytest.mark.parametrize("kind", FAST_KINDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("num_tokens", [1, pytest.param(7, marks=pytest.mark.sweep), 300, 700])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_values_and_gradients_are_those_of_the_oracle(name, num_tokens, kind):
+def test_values_and_gradients_are_those_of_the_oracle(name, num_tokens, backend):
     arrays = arguments(name, num_tokens)
     cotangent = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
     wanted = value_and_grads(arrays, cotangent, "dense")
-    got = value_and_grads(arrays, cotangent, kind)
+    got = value_and_grads(arrays, cotangent, backend)
     for part, expected, found in zip(("y", "dx", "dweights", "dgate_up", "ddown"), wanted, got, strict=True):
         limit = 2e-6 * max(1.0, float(jnp.abs(expected).max()))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=limit, err_msg=part)
 
 
-@pytest.mark.parametrize("kind", FAST_KINDS)
-def test_tokens_that_visit_no_expert_come_out_zero(kind):
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_tokens_that_visit_no_expert_come_out_zero(backend):
     arrays = arguments("some tokens inactive", 30)
-    y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, kind=kind)
+    y = grouped_swiglu(*arrays, LAYER, top_k=TOP_K, backend=backend)
     np.testing.assert_array_equal(y[::3], 0)
     assert np.all(np.any(np.asarray(y[1::3]) != 0, axis=1))
 
@@ -123,10 +132,10 @@ def test_planned_rows_stay_near_the_routed_ones(num_tokens):
     assert num_tokens * 4 == ends[-1] <= planned_rows(ends, block_sizes(num_tokens)) <= 1.3 * num_tokens * 4
 
 
-@partial(jax.jit, static_argnames=("kind", "clamp"))
-def biased_value_and_grads(arrays, bias, cotangent, kind, clamp):
+@partial(jax.jit, static_argnames=("backend", "clamp"))
+def biased_value_and_grads(arrays, bias, cotangent, backend, clamp):
     def value(x, weights, gate_up, down, bias):
-        y = grouped_swiglu(x, weights, gate_up, down, LAYER, bias, top_k=TOP_K, clamp=clamp, kind=kind)
+        y = grouped_swiglu(x, weights, gate_up, down, LAYER, bias, top_k=TOP_K, clamp=clamp, backend=backend)
         return jnp.vdot(y, cotangent), y
 
     (_, y), grads = jax.value_and_grad(value, argnums=(0, 2, 3, 4), has_aux=True)(*arrays, bias)
@@ -144,15 +153,15 @@ def biased_value_and_grads(arrays, bias, cotangent, kind, clamp):
         pytest.param(300, Clamp(limit=1.5), marks=pytest.mark.sweep),
     ],
 )
-@pytest.mark.parametrize("kind", [kind for kind in GROUPED_KINDS if kind != "dense"])
-def test_biases_and_clamps(kind, num_tokens, clamp):
+@pytest.mark.parametrize("backend", [backend for backend in GROUPED_BACKENDS if backend != "dense"])
+def test_biases_and_clamps(backend, num_tokens, clamp):
     """The oracle takes every token through each of its experts by itself."""
-    if kind == "native" and not compiler_found():
+    if backend == "native" and not compiler_found():
         return
     arrays = arguments("some experts empty", num_tokens)
     bias = stacked(np.random.default_rng(2).normal(size=(NUM_EXPERTS, 2, FFN)).astype(np.float32))
     cotangent = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
-    found = biased_value_and_grads(arrays, bias, cotangent, kind, clamp)
+    found = biased_value_and_grads(arrays, bias, cotangent, backend, clamp)
     x, weights, gate_up, down = (np.asarray(part, np.float64) for part in arrays)
     expected = np.zeros(x.shape)
     for token, expert in zip(*np.nonzero(weights), strict=True):

@@ -42,7 +42,7 @@ def test_native_multiplies_as_the_numbers_say(rows, depth, columns, dtype, resul
     if not compiler_found(dtype):
         return
     x, w = arrays(rows, depth, columns, dtype, transposed=transposed)
-    found = linear(x, stacked(w), LAYER, kind="native", transposed=transposed, dtype=result)
+    found = linear(x, stacked(w), LAYER, backend="native", transposed=transposed, dtype=result)
     assert found.dtype == result
     exact = [np.asarray(a, np.float64) for a in (x, w)]
     wanted = exact[0] @ (exact[1].T if transposed else exact[1])
@@ -54,7 +54,7 @@ def test_numbers_that_are_none_stay_so():
     if not compiler_found("bfloat16"):
         return
     x = jnp.array([[np.nan, 1.0], [1.0, np.inf]], "bfloat16")
-    found = np.asarray(linear(x, jnp.ones((1, 2, 16), "bfloat16"), kind="native"), np.float32)
+    found = np.asarray(linear(x, jnp.ones((1, 2, 16), "bfloat16"), backend="native"), np.float32)
     assert np.isnan(found[0]).all()
     assert np.isposinf(found[1]).all()
 
@@ -65,7 +65,7 @@ def test_rows_past_those_used_are_zero_and_change_nothing(num_valid, transposed)
     if not compiler_found():
         return
     x, w = arrays(40, 24, 70, "float32", transposed=transposed)
-    run = jax.jit(partial(linear, kind="native", transposed=transposed))
+    run = jax.jit(partial(linear, backend="native", transposed=transposed))
     found, whole = run(x.at[num_valid:].set(jnp.nan), stacked(w), LAYER, num_valid), run(x, stacked(w), LAYER)
     np.testing.assert_array_equal(found[:num_valid], whole[:num_valid])
     np.testing.assert_array_equal(found[num_valid:], 0)
@@ -77,8 +77,8 @@ def test_gradients_are_those_of_xla(transposed):
         return
     x, w = arrays(5, 24, 40, "float32", transposed=transposed)
 
-    def gradients(kind):
-        value = lambda x, w: jnp.sum(jnp.sin(linear(x, stacked(w), LAYER, kind=kind, transposed=transposed)))  # noqa: E731
+    def gradients(backend):
+        value = lambda x, w: jnp.sum(jnp.sin(linear(x, stacked(w), LAYER, backend=backend, transposed=transposed)))  # noqa: E731
         return jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
 
     for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):
@@ -91,7 +91,7 @@ def test_many_rows_are_left_to_xla_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(native, "most_tokens", lambda dtype: 8)
     for rows, kernel in ((8, True), (9, False)):
         x, w = arrays(rows, 8, 8, "float32", transposed=False)
-        text = jax.jit(partial(linear, kind="native")).lower(x, w[None]).as_text()
+        text = jax.jit(partial(linear, backend="native")).lower(x, w[None]).as_text()
         assert ("jaxmoe_linear" in text) == kernel
 
 
@@ -103,7 +103,7 @@ def test_the_rows_beside_change_no_bit_of_a_row(depth, columns, transposed, dtyp
         return
     most = min(400, native.most_tokens(dtype))  # beyond it a processor's own bfloat16 products serve
     x, w = arrays(most, depth, columns, dtype, transposed=transposed)
-    run = jax.jit(partial(linear, kind="native", transposed=transposed, dtype="float32"))
+    run = jax.jit(partial(linear, backend="native", transposed=transposed, dtype="float32"))
     w = w[None]
     together = np.asarray(run(x, w))
     for first, rows in ((0, 1), (3, 5), (7, 16), (most // 4, 17), (most - 1, 1), (3 * most // 8, 5 * most // 8)):

@@ -41,9 +41,9 @@ def test_native_is_dense(num_tokens, num_experts, ffn, routing, dtype):
     arrays = arguments(num_tokens, num_experts, ffn, routing, dtype)
     if not compiler_found(dtype):
         return
-    run = jax.jit(grouped_swiglu, static_argnames=("top_k", "kind"))
-    wanted = np.asarray(run(*arrays, top_k=2, kind="dense"), np.float32)
-    found = np.asarray(run(*arrays, top_k=2, kind="native"), np.float32)
+    run = jax.jit(grouped_swiglu, static_argnames=("top_k", "backend"))
+    wanted = np.asarray(run(*arrays, top_k=2, backend="dense"), np.float32)
+    found = np.asarray(run(*arrays, top_k=2, backend="native"), np.float32)
     tolerance = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found, wanted, atol=tolerance * max(1, np.abs(wanted).max()))
 
@@ -54,7 +54,7 @@ def test_the_tokens_beside_change_no_bit_of_a_token(ffn, dtype):
     if not compiler_found(dtype):
         return
     x, weights, gate_up, down, layer = arguments(300, 3, ffn, "spread", dtype)
-    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, layer, top_k=2, kind="native"))
+    run = jax.jit(lambda x, weights: grouped_swiglu(x, weights, gate_up, down, layer, top_k=2, backend="native"))
     together = np.asarray(run(x, weights), np.float32)
     for first, count in ((0, 1), (5, 3), (10, 20), (299, 1), (60, 200)):
         alone = run(x[first : first + count], weights[first : first + count])
@@ -69,7 +69,7 @@ def test_gates_far_from_zero_stay_finite(dtype):
     x, weights = jnp.ones((2, 16), dtype), jnp.array([[1, 0], [0, 1]], dtype)
     gate_up = jnp.stack([jnp.full((2, 16, 32), value, dtype) for value in (-60, 60)])
     gate_up = gate_up.at[:, 1].set(1)
-    found = jax.jit(lambda *a: grouped_swiglu(*a, top_k=1, kind="native"))(
+    found = jax.jit(lambda *a: grouped_swiglu(*a, top_k=1, backend="native"))(
         x, weights, gate_up[None], jnp.ones((1, 2, 32, 16), dtype)
     )
     np.testing.assert_allclose(np.asarray(found, np.float32)[:, 0], [0, 960 * 16 * 32], rtol=0.01)
@@ -80,8 +80,8 @@ def test_gradients_are_those_of_blocks():
     if not compiler_found("float32"):
         return
 
-    def gradients(kind):
-        value = lambda *a: jnp.sum(jnp.sin(grouped_swiglu(*a, top_k=2, kind=kind)))  # noqa: E731
+    def gradients(backend):
+        value = lambda *a: jnp.sum(jnp.sin(grouped_swiglu(*a, top_k=2, backend=backend)))  # noqa: E731
         return jax.jit(jax.grad(value, argnums=(0, 1, 2, 3)))(*arrays)
 
     for found, wanted in zip(gradients("native"), gradients("blocks"), strict=True):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.attention import MaskSpec, causal_attention
-from jaxmoe.ops.paged import PAGED_KINDS, ContextShard, merge_attention, paged_attention, partial_attention, write_pages
+from jaxmoe.ops.paged import (
+    PAGED_BACKENDS,
+    ContextShard,
+    merge_attention,
+    paged_attention,
+    partial_attention,
+    write_pages,
+)
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found
@@ -18,9 +25,9 @@ from .test_linear import compiler_found
 SLOTS, GROUP, HEAD_DIM, NUM_PAGES = 2, 3, 8, 80
 
 
-def kind_runs(kind: str, dtype: str) -> bool:
+def backend_runs(backend: str, dtype: str) -> bool:
     """Whether an implementation can run here; without a C++ compiler, checks what a user of `native` is told."""
-    return kind != "native" or compiler_found(dtype)
+    return backend != "native" or compiler_found(dtype)
 
 
 def pool_of(lengths: list[int], page_size: int, dtype: str):
@@ -51,18 +58,18 @@ PAGES = [(4, 1), (4, 5), (16, 40), (3, 17)]
 # Every mask with one size of pages and prompts in turn, in each dtype; all with all in the sweep.
 LAST_TOKENS = [
     pytest.param(
-        kind, *pages, mask_spec, dtype, marks=() if (at + number + wide) % len(PAGES) == 0 else pytest.mark.sweep
+        backend, *pages, mask_spec, dtype, marks=() if (at + number + wide) % len(PAGES) == 0 else pytest.mark.sweep
     )
-    for kind in PAGED_KINDS
+    for backend in PAGED_BACKENDS
     for at, pages in enumerate(PAGES)
     for number, mask_spec in enumerate(MASK_SPECS)
     for wide, dtype in enumerate(("float32", "bfloat16"))
 ]
 
 
-@pytest.mark.parametrize(("kind", "page_size", "tokens", "mask_spec", "dtype"), LAST_TOKENS)
-def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
-    if not kind_runs(kind, dtype):
+@pytest.mark.parametrize(("backend", "page_size", "tokens", "mask_spec", "dtype"), LAST_TOKENS)
+def test_the_last_tokens_of_prompts(backend, page_size, tokens, mask_spec, dtype):
+    if not backend_runs(backend, dtype):
         return
     lengths = [tokens + 9, tokens, tokens + 110, tokens + 2]
     query_lens = [tokens, max(1, tokens - 3), tokens, 0]
@@ -71,7 +78,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
     lengths = [int(at) + count for at, count in zip(positions, query_lens, strict=True)]
     q = jnp.stack([prompt[0][int(at) : int(at) + tokens] for prompt, at in zip(prompts, positions, strict=True)])
     sinks = jnp.asarray(SINKS) if mask_spec.chunk else None
-    found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
+    found = jax.jit(paged_attention, static_argnames=("mask_spec", "backend"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
         block_table,
@@ -80,7 +87,7 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
         LAYER,
         sinks,
         mask_spec=mask_spec,
-        kind=kind,
+        backend=backend,
     )
     for row, ((q_row, k, v), length, count) in enumerate(zip(prompts, lengths, query_lens, strict=True)):
         if count:
@@ -93,18 +100,18 @@ def test_the_last_tokens_of_prompts(kind, page_size, tokens, mask_spec, dtype):
             )
 
 
-@pytest.mark.parametrize("kind", PAGED_KINDS)
+@pytest.mark.parametrize("backend", PAGED_BACKENDS)
 @pytest.mark.parametrize("mask_spec", MASK_SPECS[2:4])
-def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, kind):
+def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, backend):
     """The table names a page full of NaN in place of those given back."""
-    if not kind_runs(kind, "float32"):
+    if not backend_runs(backend, "float32"):
         return
     (prompt, other), (k_pages, v_pages), block_table = pool_of([70, 33], 4, "float32")
     k_pages, v_pages = (jnp.concatenate([part, jnp.full_like(part[:1], jnp.nan)]) for part in (k_pages, v_pages))
     behind = jnp.array([mask_spec.first_visible(64), mask_spec.first_visible(30)])[:, None] // 4
     block_table = jnp.where(jnp.arange(block_table.shape[1]) < behind, len(k_pages) - 1, block_table)
     q = jnp.stack([prompt[0][64:70], jnp.pad(other[0][30:33], ((0, 3), (0, 0), (0, 0), (0, 0)))])
-    found = jax.jit(paged_attention, static_argnames=("mask_spec", "kind"))(
+    found = jax.jit(paged_attention, static_argnames=("mask_spec", "backend"))(
         q,
         (stacked(k_pages), stacked(v_pages)),
         block_table,
@@ -112,7 +119,7 @@ def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, kind):
         jnp.array([6, 3]),
         LAYER,
         mask_spec=mask_spec,
-        kind=kind,
+        backend=backend,
     )
     for row, (parts, count) in enumerate(((prompt, 6), (other, 3))):
         whole = causal_attention(*(part[None] for part in parts), mask_spec=mask_spec)[0, -count:]
@@ -133,10 +140,10 @@ def test_writing_changes_the_named_places_alone():
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", PAGED_KINDS)
-def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, cache_dtype):
+@pytest.mark.parametrize("backend", PAGED_BACKENDS)
+def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(backend, dtype, cache_dtype):
     """Attention over them is attention over what they stand for, and that is near what was written."""
-    if not kind_runs(kind, dtype):
+    if not backend_runs(backend, dtype):
         return
     rng = np.random.default_rng(0)
     lengths, page_size = [21, 3, 34], 8
@@ -168,8 +175,8 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
         layer=LAYER,
         mask_spec=MASK_SPECS[0],
     )
-    found = ask(q, tuple(pages), kind=kind)
-    expected = ask(q.astype("float32"), tuple(stacked(part) for part in wide), kind="loop")
+    found = ask(q, tuple(pages), backend=backend)
+    expected = ask(q.astype("float32"), tuple(stacked(part) for part in wide), backend="loop")
     scale = 10.0 ** np.arange(3).reshape(3, 1, 1, 1, 1)
     tolerance = 2e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(np.asarray(found, np.float32) / scale, np.asarray(expected) / scale, atol=tolerance)
@@ -178,10 +185,10 @@ def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(kind, dtype, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mask_spec", [MASK_SPECS[0], MaskSpec(scale=SCALE, window=7), MaskSpec(scale=SCALE, chunk=20)])
 def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtype):
-    if not kind_runs("native", dtype):
+    if not backend_runs("native", dtype):
         return
     ((q, _, _),), pages, block_table = pool_of([70], 16, dtype)
-    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), mask_spec=mask_spec, kind="native")
+    ask = partial(paged_attention, pages=(pages[0][None], pages[1][None]), mask_spec=mask_spec, backend="native")
     whole = ask(q[None], block_table=block_table, positions=jnp.array([0]), query_lens=jnp.array([70]))
     for start, count in ((0, 33), (33, 20), (53, 17), (69, 1)):
         part = ask(
@@ -196,10 +203,10 @@ def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtyp
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("kind", PAGED_KINDS)
-def test_values_that_are_the_first_numbers_of_keys(kind, cache_dtype):
+@pytest.mark.parametrize("backend", PAGED_BACKENDS)
+def test_values_that_are_the_first_numbers_of_keys(backend, cache_dtype):
     """As latent attention keeps them: one array, and one scale."""
-    if not kind_runs(kind, "float32"):
+    if not backend_runs(backend, "float32"):
         return
     ((q, k, _),), _, _ = pool_of([37], 8, "float32")
     places = jnp.arange(37) // 8 + 3, jnp.arange(37) % 8
@@ -215,7 +222,7 @@ def test_values_that_are_the_first_numbers_of_keys(kind, cache_dtype):
         LAYER,
         mask_spec=MASK_SPECS[0],
         value_dim=5,
-        kind=kind,
+        backend=backend,
     )
     expected = causal_attention(q[None], k[None], k[None, ..., :5], mask_spec=MASK_SPECS[0])
     np.testing.assert_allclose(found, expected, atol=1e-5 if cache_dtype == "float32" else 0.03)

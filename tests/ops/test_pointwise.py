@@ -12,7 +12,7 @@ import pytest
 from jaxmoe.families import read_config
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
-from jaxmoe.ops.pointwise import POINTWISE_KINDS
+from jaxmoe.ops.pointwise import POINTWISE_BACKENDS
 from jaxmoe.ops.rope import rotate
 from jaxmoe.ops.route import RouteRule, route
 
@@ -26,69 +26,71 @@ def numbers(seed: int, *shape: int, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
 
 
-def norm(kind, dtype, width):
+def norm(backend, dtype, width):
     weight = numbers(1, width, dtype=dtype)
-    return (numbers(0, ROWS, width, dtype=dtype),), lambda x: rms_norm(x, weight, eps=1e-5, kind=kind)
+    return (numbers(0, ROWS, width, dtype=dtype),), lambda x: rms_norm(x, weight, eps=1e-5, backend=backend)
 
 
-def squares(kind, dtype, width):
-    return (numbers(0, ROWS, 1, 3, width, dtype=dtype),), partial(sum_of_squares, kind=kind)
+def squares(backend, dtype, width):
+    return (numbers(0, ROWS, 1, 3, width, dtype=dtype),), partial(sum_of_squares, backend=backend)
 
 
-def norm_by_squares(kind, dtype, width):
+def norm_by_squares(backend, dtype, width):
     weight, means = numbers(1, 3, width, dtype=dtype), jnp.square(numbers(2, ROWS, 1))
     x = numbers(0, ROWS, 1, 3, width, dtype=dtype)
-    return (x, means), lambda x, means: scale_by_rms(x, weight, means, eps=1e-5, kind=kind)
+    return (x, means), lambda x, means: scale_by_rms(x, weight, means, eps=1e-5, backend=backend)
 
 
-def rotation(kind, dtype, width):
+def rotation(backend, dtype, width):
     x, angles = numbers(0, ROWS, 1, 3, 2, 2 * width, dtype=dtype), numbers(1, ROWS, 1, width)
-    return (x, jnp.cos(angles), jnp.sin(angles)), partial(rotate, kind=kind)
+    return (x, jnp.cos(angles), jnp.sin(angles)), partial(rotate, backend=backend)
 
 
-def unit(kind, dtype, width):
+def unit(backend, dtype, width):
     both = numbers(0, ROWS, width, dtype=dtype), numbers(1, ROWS, width, dtype=dtype)
-    return both, partial(gated_unit, kind=kind)
+    return both, partial(gated_unit, backend=backend)
 
 
-def rows(kind, dtype, width):
-    return (numbers(0, ROWS, width, dtype=dtype), numbers(1, ROWS, 1, dtype=dtype)), partial(gated_rows, kind=kind)
+def rows(backend, dtype, width):
+    return (numbers(0, ROWS, width, dtype=dtype), numbers(1, ROWS, 1, dtype=dtype)), partial(
+        gated_rows, backend=backend
+    )
 
 
-def routing(kind, dtype, width):
+def routing(backend, dtype, width):
     del dtype  # always float32
     valid = jnp.arange(ROWS) % 5 > 0
-    choose = partial(route, rule=RouteRule(top_k=min(3, width), normalise=width % 2 == 0), kind=kind)
+    choose = partial(route, rule=RouteRule(top_k=min(3, width), normalise=width % 2 == 0), backend=backend)
     return (numbers(0, ROWS, width), valid), lambda *arrays: choose(*arrays)[0]
 
 
-def limited_routing(kind, dtype, width):
+def limited_routing(backend, dtype, width):
     """Among the best two of as many groups as divide the experts."""
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
-    (logits, valid), _ = routing(kind, dtype, width)
+    (logits, valid), _ = routing(backend, dtype, width)
     top_groups = min(2, num_groups)
     rule = RouteRule(
         top_k=min(3, width // num_groups * top_groups), normalise=True, num_groups=num_groups, top_groups=top_groups,
         group_best=2,
     )  # fmt: skip
-    return (logits, valid), lambda *a: route(*a, rule=rule, kind=kind)[0]
+    return (logits, valid), lambda *a: route(*a, rule=rule, backend=backend)[0]
 
 
-def biased_routing(kind, dtype, width):
+def biased_routing(backend, dtype, width):
     """The same by sigmoids, with a bias in the choice that makes some of it negative."""
-    (logits, valid), _ = limited_routing(kind, dtype, width)
+    (logits, valid), _ = limited_routing(backend, dtype, width)
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
     rule = RouteRule(
         top_k=1, normalise=True, scoring="sigmoid", scaling=2.5, num_groups=num_groups, top_groups=1, group_best=2
     )
     bias = jnp.linspace(-2, 0.5, width)
-    return (logits, valid), lambda *a: route(*a, bias, rule=rule, kind=kind)[0]
+    return (logits, valid), lambda *a: route(*a, bias, rule=rule, backend=backend)[0]
 
 
-def shares(kind, dtype, width):
+def shares(backend, dtype, width):
     rule = RouteRule(top_k=1, normalise=False)
-    (logits, valid), _ = routing(kind, dtype, width)
-    return (logits,), lambda logits: route(logits, valid[: len(logits)], rule=rule, kind=kind)[1]
+    (logits, valid), _ = routing(backend, dtype, width)
+    return (logits,), lambda logits: route(logits, valid[: len(logits)], rule=rule, backend=backend)[1]
 
 
 WORK = [norm, squares, norm_by_squares, rotation, unit, rows, routing, limited_routing, biased_routing, shares]
@@ -102,7 +104,7 @@ def test_both_kinds_mean_the_same(work, width, dtype):
         return
     wanted, found = (
         np.asarray(jax.jit(run)(*arrays), np.float32)
-        for arrays, run in (work(kind, dtype, width) for kind in POINTWISE_KINDS)
+        for arrays, run in (work(backend, dtype, width) for backend in POINTWISE_BACKENDS)
     )
     tolerance = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
@@ -127,24 +129,24 @@ def test_gradients_are_those_of_xla(work):
     if not compiler_found():
         return
 
-    def gradients(kind):
-        arrays, run = work(kind, "float32", 6)
+    def gradients(backend):
+        arrays, run = work(backend, "float32", 6)
         return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(run(*a))), argnums=range(len(arrays))))(*arrays)
 
     for found, wanted in zip(gradients("native"), gradients("xla"), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", POINTWISE_KINDS)
-def test_ties_go_to_the_lower_expert(kind):
-    if kind == "native" and not compiler_found():
+@pytest.mark.parametrize("backend", POINTWISE_BACKENDS)
+def test_ties_go_to_the_lower_expert(backend):
+    if backend == "native" and not compiler_found():
         return
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, -1e30, -1e30, -1e30]])
-    weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalise=True), kind=kind)
+    weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalise=True), backend=backend)
     np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", POINTWISE_KINDS)
+@pytest.mark.parametrize("backend", POINTWISE_BACKENDS)
 @pytest.mark.parametrize(
     ("name", "logits", "bias", "weights"),
     [
@@ -161,11 +163,13 @@ def test_ties_go_to_the_lower_expert(kind):
         ("qwen3_moe_sparse_step", [2, 1, 0, -1, 3, -2], None, {4: 0.66524096, 0: 0.24472847, 1: 0.09003057}),
     ],
 )  # fmt: skip
-def test_a_family_routes_as_published(name, logits, bias, weights, kind):
-    if kind == "native" and not compiler_found():
+def test_a_family_routes_as_published(name, logits, bias, weights, backend):
+    if backend == "native" and not compiler_found():
         return
     moe = read_config(CASES_BY_NAME[name].config).moe
     biases = None if bias is None else jnp.full(len(logits), bias)
-    found, _ = route(jnp.array([logits], jnp.float32), jnp.array([True]), biases, rule=RouteRule.of(moe), kind=kind)
+    found, _ = route(
+        jnp.array([logits], jnp.float32), jnp.array([True]), biases, rule=RouteRule.of(moe), backend=backend
+    )
     expected = [weights.get(expert, 0.0) * moe.routed_scaling for expert in range(len(logits))]
     np.testing.assert_allclose(found[0], expected, rtol=5e-3, atol=1e-30)

@@ -61,8 +61,8 @@ def test_products_are_those_with_the_values(rows, columns, form, blocks, tile_by
     monkeypatch.setattr(quantised, "_TILE_BYTES", tile_bytes)
     w, value = random(form, (3, 96, columns), blocks)
     x = np.random.default_rng(1).normal(size=(rows, 96)).astype(np.float32)
-    for kind in ("xla", "native"):
-        found = jax.jit(partial(linear, kind=kind))(x, w, 1)
+    for backend in ("xla", "native"):
+        found = jax.jit(partial(linear, backend=backend))(x, w, 1)
         wanted = x.astype(np.float64) @ value[1]
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
     half = jax.jit(linear)(jnp.asarray(x, "bfloat16"), w, 1)
@@ -87,10 +87,10 @@ def test_no_matrix_is_dequantised_whole(form, blocks, dtype, monkeypatch):
     assert program.memory_analysis().temp_size_in_bytes < one_layer / 4
 
 
-@pytest.mark.parametrize("kind", ["blocks", "ragged"])
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
 @pytest.mark.parametrize(("form", "blocks"), [("int8", (16, 16)), ("fp8", (32, 32)), ("mxfp4", (32, 1))])
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_experts_are_those_of_the_values(form, blocks, kind, num_tokens, monkeypatch):
+def test_experts_are_those_of_the_values(form, blocks, backend, num_tokens, monkeypatch):
     monkeypatch.setattr(quantised, "_TILE_BYTES", 1)
     experts, width, ffn, top_k = 5, 64, 320, 2
     gate_up, gate_up_value = random(form, (2, experts, 2, width, ffn), blocks, 1)
@@ -101,8 +101,8 @@ def test_experts_are_those_of_the_values(form, blocks, kind, num_tokens, monkeyp
     for token in range(num_tokens):
         weights[token, rng.permutation(experts)[:top_k]] = rng.uniform(0.2, 1, top_k)
     wanted = grouped_swiglu(
-        x, weights, jnp.asarray(gate_up_value), jnp.asarray(down_value), 1, top_k=top_k, kind="dense"
+        x, weights, jnp.asarray(gate_up_value), jnp.asarray(down_value), 1, top_k=top_k, backend="dense"
     )
-    for one in (kind, "dense"):
-        found = jax.jit(partial(grouped_swiglu, top_k=top_k, kind=one))(x, weights, gate_up, down, 1)
+    for one in (backend, "dense"):
+        found = jax.jit(partial(grouped_swiglu, top_k=top_k, backend=one))(x, weights, gate_up, down, 1)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.ops.sample import SAMPLING_KINDS, SamplingArrays, SamplingFeatures, adjust_logits, filter_logits, sample
+from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingArrays, SamplingFeatures, adjust_logits, filter_logits, sample
 
 from .test_linear import compiler_found
 
@@ -66,19 +66,19 @@ def test_the_tokens_kept_are_those_of_the_definitions(seed, temperature, top_k, 
 ALL = SamplingFeatures(*(jnp.bool_(True),) * 3)
 
 
-@pytest.fixture(params=SAMPLING_KINDS)
+@pytest.fixture(params=SAMPLING_BACKENDS)
 def draw(request):
     return partial(sampled_by, request.param)
 
 
-def sampled_by(kind, logits, values, positions, history=None, features=ALL, **changes):
+def sampled_by(backend, logits, values, positions, history=None, features=ALL, **changes):
     """Tokens and logprobs, and the likeliest tokens with theirs. history: a page of tokens for every row."""
-    if kind == "native" and not compiler_found():
-        kind = "xla"
+    if backend == "native" and not compiler_found():
+        backend = "xla"
     history = np.zeros((len(logits), 4)) if history is None else history
     output = sample(
         jnp.array(logits), rows(*values, **changes), jnp.array(history, jnp.int32)[::-1],
-        jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), features, kind=kind,
+        jnp.arange(len(history))[::-1, None], jnp.array(positions, jnp.int32), features, backend=backend,
     )  # fmt: skip
     return tuple(np.asarray(part) for part in output)
 
@@ -112,7 +112,9 @@ def test_both_kinds_draw_the_same(
     if vocab == 1 and banned:
         return  # nothing is left to choose
     history = rng.integers(0, vocab, (3, 8))
-    found, wanted = (sampled_by(kind, logits, [row] * 3, [5, 8, 7], history, **changes) for kind in ("native", "xla"))
+    found, wanted = (
+        sampled_by(backend, logits, [row] * 3, [5, 8, 7], history, **changes) for backend in ("native", "xla")
+    )
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     np.testing.assert_array_equal(found[2], wanted[2])

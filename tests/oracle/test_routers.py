@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.families import read_config
-from jaxmoe.ops.pointwise import POINTWISE_KINDS
+from jaxmoe.ops.pointwise import POINTWISE_BACKENDS
 from jaxmoe.ops.route import RouteRule, route
 
 from ..ops.test_linear import compiler_found
@@ -54,11 +54,11 @@ def published_weights(name: str, logits: np.ndarray) -> np.ndarray:
     return weights
 
 
-@pytest.mark.parametrize("kind", POINTWISE_KINDS)
+@pytest.mark.parametrize("backend", POINTWISE_BACKENDS)
 @pytest.mark.parametrize("name", ROUTERS)
-def test_routers_are_those_of_transformers(name, kind):
+def test_routers_are_those_of_transformers(name, backend):
     """Logits far apart and far from zero, no two of a token's scores alike unless they are too small to matter."""
-    if kind == "native" and not compiler_found():
+    if backend == "native" and not compiler_found():
         return
     moe = read_config(CASES_BY_NAME[name].config).moe
     rng = np.random.default_rng(0)
@@ -68,5 +68,5 @@ def test_routers_are_those_of_transformers(name, kind):
     if moe.scoring == "sigmoid" and moe.top_k_of == "scores":  # ties of scores that are 1 are anyone's to break
         logits = np.minimum(logits, 12 + np.arange(moe.num_experts, dtype=np.float32) / 4)
     active = jnp.ones(len(logits), bool)
-    found, _ = route(jnp.array(logits), active, None, rule=RouteRule.of(moe), kind=kind)
+    found, _ = route(jnp.array(logits), active, None, rule=RouteRule.of(moe), backend=backend)
     np.testing.assert_allclose(found, published_weights(name, logits), rtol=1e-4, atol=1e-30)

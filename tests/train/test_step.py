@@ -12,7 +12,7 @@ import pytest
 from jaxmoe import LLM
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.sharding import Placement
 from jaxmoe.train.export import replace_directory, write_checkpoint
 from jaxmoe.train.loop import as_written, evaluate, train
@@ -46,7 +46,7 @@ ONE, EIGHT = "data=1", "data=2,tensor=2,expert=2"
 
 
 @cache  # its step is compiled once
-def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: Kernels = Kernels()) -> Trainer:
+def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: KernelConfig = KernelConfig()) -> Trainer:
     return Trainer(recipe, Placement(mesh=mesh_of(mesh)), kernels=kernels)
 
 
@@ -82,7 +82,8 @@ def test_a_mesh_does_not_change_the_steps(mesh):
 
 
 @pytest.mark.parametrize(
-    "kernels", [pytest.param(Kernels(grouped="dense"), marks=pytest.mark.sweep), Kernels(dispatch="all_gather")]
+    "kernels",
+    [pytest.param(KernelConfig(grouped="dense"), marks=pytest.mark.sweep), KernelConfig(dispatch="all_gather")],
 )
 def test_kernels_do_not_change_the_steps(kernels):
     _, wanted = run(trainer(), 3)

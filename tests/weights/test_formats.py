@@ -14,7 +14,7 @@ from jaxmoe import CheckpointError
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.formats import FORMATS, MXFP4, Format
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
@@ -48,7 +48,7 @@ def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, d
     """Every parameter by its path, as LLM.load places them."""
     config = with_weights_dtype(read_config(read_json(directory / "config.json")), weights_dtype)
     placement = Placement(mesh=mesh_of(mesh), layout=layout)
-    model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
+    model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     tensors = open_tensors(directory)
     parts = load.assign_pieces(

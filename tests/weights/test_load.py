@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM, CheckpointError
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment, LayersKind
+from jaxmoe.depth import LayerSegment, LayersMode
 from jaxmoe.families import read_config
-from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load, windows
@@ -52,11 +52,11 @@ class Prepared(NamedTuple):
 
 
 def _prepare(
-    directory: Path, mesh: str, dtype: str = "float32", layers: LayersKind = "scan", chunks: int = 1
+    directory: Path, mesh: str, dtype: str = "float32", layers: LayersMode = "scan", chunks: int = 1
 ) -> Prepared:
     config = read_config(read_json(directory / "config.json"))
     placement = Placement(mesh=mesh_of(mesh), chunks=chunks)
-    model = abstract_model(config, placement, dtype=dtype, kernels=Kernels(layers=layers))
+    model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     sizes = segment_sizes(config, placement, model.layer_segments)
     return Prepared(directory, open_tensors(directory), table, config, sizes, model.layer_segments)
