@@ -19,7 +19,7 @@ from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
 
 
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
     """One decoder layer, or the stacked weights of several that are alike; layer: the first of them."""
 
     def __init__(

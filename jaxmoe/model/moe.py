@@ -26,7 +26,7 @@ from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
 
-class Experts(nnx.Module):
+class RoutedExperts(nnx.Module):
     """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
 
     def __init__(
@@ -81,7 +81,7 @@ class MoE(nnx.Module):
             self.router_bias = params(zeros, router_expert=moe.num_experts)
         if moe.selection_bias:
             self.selection_bias = params.exact(zeros, router_expert=moe.num_experts)
-        self.experts = Experts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, params=params, init=init)
+        self.experts = RoutedExperts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, params=params, init=init)
         if moe.biases:  # of every expert on every rank: a token's share of them needs no matrix
             self.down_bias = params(zeros, router_expert=moe.num_experts, width=width)
         if placement.redundant_experts is not None:

@@ -15,7 +15,7 @@ from jaxmoe.depth import LayerSegment, Schedule, layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
-from jaxmoe.model.block import Block
+from jaxmoe.model.block import DecoderLayer
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.moe import Routed
 from jaxmoe.model.params import ParamFactory, normal, ones
@@ -74,11 +74,11 @@ class Transformer(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = params(normal(0.02), width=config.hidden_size, vocab=vocab)
 
-    def _block(self, segment: LayerSegment, block: int, params: ParamFactory) -> Block:
+    def _block(self, segment: LayerSegment, block: int, params: ParamFactory) -> DecoderLayer:
         placement = self.placement.for_layers(segment)
         sizes = array_sizes(self.config, placement)
         params = params.stacked(segment, block, self.config, placement)
-        return Block(self.config, sizes, placement, self.kernels, segment.first + block, params=params)
+        return DecoderLayer(self.config, sizes, placement, self.kernels, segment.first + block, params=params)
 
     def __call__(
         self,
@@ -361,7 +361,7 @@ def at_rows(
 
 
 def _through(
-    blocks: Sequence[Block],
+    blocks: Sequence[DecoderLayer],
     context: ForwardContext,
     layer: Any,
     x: jax.Array,
