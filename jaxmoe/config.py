@@ -115,7 +115,7 @@ class IndexerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clamp:
+class SwiGLUClamp:
     """The clamped SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), gate kept below limit, up within it.
 
     Source: GPT-OSS's published modeling code.
@@ -134,11 +134,11 @@ class MoEConfig:
 
     shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate where shared_gate
     (Qwen2-MoE). num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the
-    sum of its group_best most likely experts (n_group and topk_group of DeepSeek's configs). scoring: what makes scores
-    of the router's logits. top_k_of: whether experts are chosen by their scores, or by the logits before scoring, which
-    never saturate. router_bias: added to the logits; selection_bias: added to scores for the choice alone.
-    routed_scaling: what weights are multiplied by. weigh_input: whether an expert's input is weighted, not its output.
-    biases: of the experts' three matrices. clamp: in place of SwiGLU.
+    sum of its experts_per_group_score most likely experts (n_group and topk_group of DeepSeek's configs). scoring: what
+    makes scores of the router's logits. top_k_of: whether experts are chosen by their scores, or by the logits before
+    scoring, which never saturate. router_bias: added to the logits; selection_bias: added to scores for the choice
+    alone. routed_scaling: what weights are multiplied by. apply_router_weight_on_input: whether an expert's input is
+    weighted, not its output. biases: of the experts' three matrices. clamp: in place of SwiGLU.
     """
 
     num_experts: int
@@ -148,16 +148,16 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     num_groups: int = 1
     top_groups: int = 1
-    group_best: int = 1
+    experts_per_group_score: int = 1
     scoring: Scoring = "softmax"
     top_k_of: TopKOf = "scores"
     router_bias: bool = False
     selection_bias: bool = False
     routed_scaling: float = 1.0
-    weigh_input: bool = False
+    apply_router_weight_on_input: bool = False
     shared_gate: bool = False
     biases: bool = False
-    clamp: Clamp | None = None
+    clamp: SwiGLUClamp | None = None
 
     def __post_init__(self) -> None:
         _require(self.num_experts >= 1, f"num_experts={self.num_experts} must be at least 1")
@@ -178,7 +178,10 @@ class MoEConfig:
             1 <= self.top_groups <= self.num_groups,
             f"top_groups={self.top_groups} must lie in [1, num_groups={self.num_groups}]",
         )
-        _require(self.group_best >= 1, f"group_best={self.group_best} must be at least 1")
+        _require(
+            self.experts_per_group_score >= 1,
+            f"experts_per_group_score={self.experts_per_group_score} must be at least 1",
+        )
         among = self.num_experts // self.num_groups * self.top_groups
         _require(
             self.num_experts_per_tok <= among,
@@ -187,7 +190,7 @@ class MoEConfig:
         )
         _require(self.routed_scaling > 0, f"routed_scaling_factor={self.routed_scaling} must be above 0")
         _require(
-            not self.weigh_input or self.num_experts_per_tok == 1,
+            not self.apply_router_weight_on_input or self.num_experts_per_tok == 1,
             f"num_experts_per_tok={self.num_experts_per_tok} must be 1 where weights multiply an expert's input",
         )
 
@@ -214,7 +217,7 @@ class ModelConfig:
     how; None where all are plain.
     attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
     rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
-    temperature is given: (scale, floor) as in 1 + scale * log(1 + floor_of((position + 1) / floor)).
+    attn_temperature_tuning is given: (scale, floor) as in 1 + scale * log(1 + floor_of((position + 1) / floor)).
     mla: in place of grouped-query attention; head_dim is then that of queries, num_key_value_heads 1. sinks: a logit of
     every query head that takes part in its softmax and adds nothing. score_scale: of attention scores, head_dim ** -0.5
     where None. mtp_layers: those of multi-token prediction, which checkpoints carry and inference leaves out.
@@ -243,7 +246,7 @@ class ModelConfig:
     clip_qkv: float | None = None
     attention_chunks: tuple[int | None, ...] = ()
     rope_layers: tuple[bool, ...] = ()
-    temperature: tuple[float, int] | None = None
+    attn_temperature_tuning: tuple[float, int] | None = None
     mla: MLAConfig | None = None
     indexer: IndexerConfig | None = None
     sinks: bool = False

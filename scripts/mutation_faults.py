@@ -45,7 +45,7 @@ ROUTING = _faults(
     (
         "group-score-is-its-best-expert-alone",
         "jaxmoe/ops/route.py",
-        "jax.lax.top_k(_nan_first(by_group), min(rule.group_best, by_group.shape[2]))",
+        "jax.lax.top_k(_nan_first(by_group), min(rule.experts_per_group_score, by_group.shape[2]))",
         "jax.lax.top_k(_nan_first(by_group), 1)",
         "ops/test_dispatch.py ops/test_pointwise.py integration/test_goldens.py",
     ),

@@ -62,7 +62,7 @@ def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
         norm_topk_prob=False,
         num_groups=groups if grouped else 1,
         top_groups=best if grouped else 1,
-        group_best=1,
+        experts_per_group_score=1,
     )
 
 
@@ -77,7 +77,7 @@ def sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any
         norm_topk_prob=reader.flag("norm_topk_prob", normed),
         num_groups=reader.whole("n_group", groups),
         top_groups=reader.whole("topk_group", groups),
-        group_best=2,
+        experts_per_group_score=2,
         scoring="sigmoid",
         selection_bias=True,
     )

@@ -3,7 +3,7 @@
 Source: Hugging Face's GptOssConfig and modeling_gpt_oss.
 """
 
-from jaxmoe.config import Clamp, ModelConfig, MoEConfig
+from jaxmoe.config import ModelConfig, MoEConfig, SwiGLUClamp
 from jaxmoe.families.decoder import read_decoder, read_windows
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import KeyNames
@@ -29,7 +29,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         top_k_of="logits",
         router_bias=True,
         biases=True,
-        clamp=Clamp(limit=reader.number("swiglu_limit", 7.0), alpha=reader.number("swiglu_alpha", 1.702)),
+        clamp=SwiGLUClamp(limit=reader.number("swiglu_limit", 7.0), alpha=reader.number("swiglu_alpha", 1.702)),
     )
     return ModelConfig(
         family="gpt_oss",

@@ -53,7 +53,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
     tuned = reader.get("attn_temperature_tuning", True)  # published as true or as 4
     if type(tuned) not in (bool, int):
         raise ConfigError(f"config key 'attn_temperature_tuning' = {shown(tuned)} must be true or false")
-    temperature = (reader.number("attn_scale", 0.1), reader.whole("floor_scale", 8192))
+    attn_temperature_tuning = (reader.number("attn_scale", 0.1), reader.whole("floor_scale", 8192))
     width = shared["intermediate_size"]
     shared["intermediate_size"] = reader.whole("intermediate_size_mlp", 16384)
     moe = MoEConfig(
@@ -63,7 +63,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
         norm_topk_prob=False,
         scoring="sigmoid",
         top_k_of="logits",
-        weigh_input=True,
+        apply_router_weight_on_input=True,
         shared_intermediate_size=width,
     )
     return ModelConfig(
@@ -74,7 +74,7 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
         sliding_windows=(None,) * layers,
         attention_chunks=tuple(chunk if one else None for one in chunked),
         rope_layers=rope,
-        temperature=temperature if tuned else None,
+        attn_temperature_tuning=attn_temperature_tuning if tuned else None,
         qk_norm="unit" if reader.flag("use_qk_norm", True) else "none",
     )
 

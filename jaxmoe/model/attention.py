@@ -135,8 +135,8 @@ class Attention(nnx.Module):
             return apply_rope(q, *rotary, QUERY_DIMS, placement, backend), apply_rope(
                 k, *rotary, KEY_DIMS, placement, backend
             )
-        if config.temperature is not None:
-            scale, floor = config.temperature
+        if config.attn_temperature_tuning is not None:
+            scale, floor = config.attn_temperature_tuning
             stretch = 1 + scale * jnp.log1p((context.token_mask.positions + 1) // floor)
             q = (q * stretch[:, :, None, None, None]).astype(q.dtype)
         return q, k

@@ -181,7 +181,7 @@ def _routed_experts(
     bias = layer_of(arrays["selection_bias"], layer) if moe.selection_bias else None
     weights_tE, probabilities = route(logits, valid, bias, rule=RouteRule.of(moe), backend=kernels.pointwise)
     chosen_tE = weights_tE
-    if moe.weigh_input:
+    if moe.apply_router_weight_on_input:
         x_tD = (x_tD * jnp.sum(weights_tE, axis=1, keepdims=True)).astype(x_tD.dtype)
         weights_tE = (weights_tE != 0).astype(weights_tE.dtype)
     share = jax.tree.leaves(arrays["gate_up"])[0].shape[1]

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.config import Clamp
+from jaxmoe.config import SwiGLUClamp
 from jaxmoe.ops import native
 from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
@@ -184,7 +184,7 @@ def _expert(gate_up, down, bias, layer, index):
     )
 
 
-def _unit(gate, up, bias, clamp: Clamp | None):
+def _unit(gate, up, bias, clamp: SwiGLUClamp | None):
     """What one expert's SwiGLU makes of gate and up activations [..., F], their bias [..., 2, F] yet to be added."""
     if bias is not None:
         gate, up = gate + bias[..., 0, :].astype(gate.dtype), up + bias[..., 1, :].astype(up.dtype)
@@ -199,7 +199,7 @@ def _hidden(x, w: ExpertWeights):
     return _times(x, w.gate), _times(x, w.up)
 
 
-def _swiglu(x, w: ExpertWeights, clamp: Clamp | None):
+def _swiglu(x, w: ExpertWeights, clamp: SwiGLUClamp | None):
     def products(x, w):
         gate, up = _hidden(x, w)
         hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
@@ -212,11 +212,11 @@ def _swiglu(x, w: ExpertWeights, clamp: Clamp | None):
     return products(x, w)
 
 
-def _swiglu_row(x, w: ExpertWeights, *, clamp: Clamp | None):
+def _swiglu_row(x, w: ExpertWeights, *, clamp: SwiGLUClamp | None):
     return swiglu_one(x[0], w, clamp)[None]
 
 
-def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: Clamp | None = None) -> Float[Array, "D"]:
+def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: SwiGLUClamp | None = None) -> Float[Array, "D"]:
     """One row of 16 bits as sums of multiples of the weights' rows: XLA's CPU products of one such row first widen the
     weights to float32, which takes three times as long."""
 
@@ -231,7 +231,7 @@ class Rule(NamedTuple):
     """What does not change from step to step: the most experts of a token, and how its SwiGLU is clamped."""
 
     top_k: int
-    clamp: Clamp | None
+    clamp: SwiGLUClamp | None
 
 
 def _blocks_forward(rule, x, weights, gate_up, down, bias, layer):
@@ -347,13 +347,13 @@ def grouped_swiglu(
     bias: Float[Array, "L E 2 F"] | None = None,
     *,
     top_k: int,
-    clamp: Clamp | None = None,
+    clamp: SwiGLUClamp | None = None,
     backend: GroupedBackend = "blocks",
 ) -> Float[Array, "T D"]:
     """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
 
     gate_up and down hold the experts of L layers, of which those of `layer` are used. bias: of gate and up.
-    clamp: in place of silu(gate) * up, see Clamp.
+    clamp: in place of silu(gate) * up, see SwiGLUClamp.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
     return _BACKENDS[backend](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)

@@ -24,8 +24,9 @@ class RouteRule:
     experts with the highest scores, or with the highest logits, are chosen: scores of unlike logits may be equal in
     float32 (sigmoids from 17 up are 1, softmax's from 104 below the highest are 0). num_groups > 1: a
     token chooses among the experts of its top_groups best groups of neighbours, so that it visits no more nodes than
-    that where each holds whole groups; a group is as good as the sum of its group_best best experts.
-    Source: DeepSeek-V2 (arXiv 2405.04434), group_best=1; DeepSeek-V3 (arXiv 2412.19437), group_best=2.
+    that where each holds whole groups; a group is as good as the sum of its experts_per_group_score best experts.
+    Source: DeepSeek-V2 (arXiv 2405.04434), experts_per_group_score=1; DeepSeek-V3 (arXiv 2412.19437),
+    experts_per_group_score=2.
     """
 
     top_k: int
@@ -35,14 +36,15 @@ class RouteRule:
     scaling: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
-    group_best: int = 1
+    experts_per_group_score: int = 1
 
     @classmethod
     def of(cls, moe: MoEConfig) -> RouteRule:
         """The rule of a model."""
         return cls(
             top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, scoring=moe.scoring, top_k_of=moe.top_k_of,
-            scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups, group_best=moe.group_best,
+            scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups,
+            experts_per_group_score=moe.experts_per_group_score,
         )  # fmt: skip
 
 
@@ -83,7 +85,9 @@ def _nan_first(choice):
 def _of_best_groups(choice, rule):
     """choice [T,E], minus infinity outside each token's best groups."""
     by_group = choice.reshape(len(choice), rule.num_groups, -1)
-    score = jnp.sum(jax.lax.top_k(_nan_first(by_group), min(rule.group_best, by_group.shape[2]))[0], axis=-1)
+    score = jnp.sum(
+        jax.lax.top_k(_nan_first(by_group), min(rule.experts_per_group_score, by_group.shape[2]))[0], axis=-1
+    )
     _, best = jax.lax.top_k(_nan_first(score), rule.top_groups)
     among = jnp.any(best[:, :, None] == jnp.arange(rule.num_groups), axis=1)
     return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(choice.shape)

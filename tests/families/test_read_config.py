@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe import ConfigError
-from jaxmoe.config import Clamp, MLAConfig, ModelConfig
+from jaxmoe.config import MLAConfig, ModelConfig, SwiGLUClamp
 from jaxmoe.families import may_stand_unused, read_config
 from jaxmoe.families.keys import KeyNames
 
@@ -81,7 +81,7 @@ def test_deepseek_v3():
     assert (config.head_dim, config.num_key_value_heads, config.num_query_groups) == (192, 1, 128)
     assert config.cached_dims == (576,)
     moe = config.moe
-    assert (moe.scoring, moe.num_groups, moe.top_groups, moe.group_best, moe.routed_scaling) == (
+    assert (moe.scoring, moe.num_groups, moe.top_groups, moe.experts_per_group_score, moe.routed_scaling) == (
         "sigmoid",
         8,
         4,
@@ -97,7 +97,7 @@ def test_deepseek_v3():
 def test_gpt_oss():
     config = read_config(UNQUANTISED["openai--gpt-oss-20b"])
     assert config.sliding_windows == (128, None) * 12
-    assert config.moe.clamp == Clamp(limit=7.0, alpha=1.702)
+    assert config.moe.clamp == SwiGLUClamp(limit=7.0, alpha=1.702)
     assert config.rope.attention_factor == pytest.approx(0.1 * math.log(32) + 1)
     assert not config.rope.truncate
 
@@ -107,7 +107,7 @@ def test_llama4_scout_is_read_from_the_text_part():
     assert config.attention_chunks[:4] == (8192, 8192, 8192, None)
     assert config.rope_layers[:4] == (True, True, True, False)
     assert all(config.moe_layers)
-    assert (config.temperature, config.dtype) == ((0.1, 8192), "bfloat16")
+    assert (config.attn_temperature_tuning, config.dtype) == ((0.1, 8192), "bfloat16")
 
 
 @pytest.mark.parametrize("model_type", [None, "", "LLAMA", "gpt2", 5, [], ["llama"], {"llama": 1}, True])

@@ -129,7 +129,7 @@ def test_groups_limit_where_a_token_goes(best, top_groups):
     """Of four groups of two experts; the oracle goes through them one by one."""
     rng = np.random.default_rng(4)
     logits = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32)
-    rule = RouteRule(top_k=2, normalise=False, num_groups=4, top_groups=top_groups, group_best=best)
+    rule = RouteRule(top_k=2, normalise=False, num_groups=4, top_groups=top_groups, experts_per_group_score=best)
     weights, _ = route(logits, jnp.ones(16, bool), rule=rule)
     for token, row in enumerate(np.exp(logits) / np.exp(logits).sum(1, keepdims=True)):
         scores = [sum(sorted(row[2 * g : 2 * g + 2])[-best:]) for g in range(4)]
@@ -144,7 +144,13 @@ def test_a_bias_takes_part_in_the_choice_alone(normalise):
     rng = np.random.default_rng(6)
     logits, bias = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32), rng.normal(0, 1, EXPERTS).astype(np.float32)
     rule = RouteRule(
-        top_k=3, normalise=normalise, scoring="sigmoid", scaling=2.5, num_groups=4, top_groups=2, group_best=2
+        top_k=3,
+        normalise=normalise,
+        scoring="sigmoid",
+        scaling=2.5,
+        num_groups=4,
+        top_groups=2,
+        experts_per_group_score=2,
     )
     weights, scores = route(logits, jnp.ones(16, bool), bias, rule=rule)
     sigmoid = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -163,7 +169,7 @@ def test_groups_of_a_rank_limit_the_ranks_that_a_token_is_sent_to(top_groups):
     num_experts = 4 * RANKS
     rng = np.random.default_rng(5)
     logits, x = (rng.normal(0, 1, (RANKS * TOKENS, n)).astype(np.float32) for n in (num_experts, WIDTH))
-    rule = RouteRule(top_k=4, normalise=True, num_groups=RANKS, top_groups=top_groups, group_best=2)
+    rule = RouteRule(top_k=4, normalise=True, num_groups=RANKS, top_groups=top_groups, experts_per_group_score=2)
     weights, _ = route(logits, jnp.ones(len(x), bool), rule=rule)
     factors = np.arange(1, num_experts + 1, dtype=np.float32)
     y, got = layer_of_factors("ragged_all_to_all", top_groups)(x, np.asarray(weights), factors)

@@ -104,7 +104,7 @@ WORK = {
     "sigmoid of logits": routed(RouteRule(top_k=2, normalise=False, scoring="sigmoid", top_k_of="logits")),
     "sigmoid": routed(RouteRule(top_k=2, normalise=True, scoring="sigmoid"), np.full(WIDTH, 0.5, np.float32)),
     "groups": routed(
-        RouteRule(top_k=3, normalise=True, scoring="sigmoid", num_groups=3, top_groups=2, group_best=2),
+        RouteRule(top_k=3, normalise=True, scoring="sigmoid", num_groups=3, top_groups=2, experts_per_group_score=2),
         np.array([0.5, -INF, 0, 0.1, -0.2, 0], np.float32),
     ),
     "experts": experts,

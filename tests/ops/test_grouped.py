@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.config import Clamp
+from jaxmoe.config import SwiGLUClamp
 from jaxmoe.ops.grouped import (
     GROUPED_BACKENDS,
     block_sizes,
@@ -146,11 +146,11 @@ def biased_value_and_grads(arrays, bias, cotangent, backend, clamp):
     ("num_tokens", "clamp"),
     [
         pytest.param(1, None, marks=pytest.mark.sweep),
-        (1, Clamp(limit=1.5)),
+        (1, SwiGLUClamp(limit=1.5)),
         pytest.param(30, None, marks=pytest.mark.sweep),
-        pytest.param(30, Clamp(limit=1.5), marks=pytest.mark.sweep),
+        pytest.param(30, SwiGLUClamp(limit=1.5), marks=pytest.mark.sweep),
         (300, None),
-        pytest.param(300, Clamp(limit=1.5), marks=pytest.mark.sweep),
+        pytest.param(300, SwiGLUClamp(limit=1.5), marks=pytest.mark.sweep),
     ],
 )
 @pytest.mark.parametrize("backend", [backend for backend in GROUPED_BACKENDS if backend != "dense"])

@@ -71,7 +71,7 @@ def limited_routing(backend, dtype, width):
     top_groups = min(2, num_groups)
     rule = RouteRule(
         top_k=min(3, width // num_groups * top_groups), normalise=True, num_groups=num_groups, top_groups=top_groups,
-        group_best=2,
+        experts_per_group_score=2,
     )  # fmt: skip
     return (logits, valid), lambda *a: route(*a, rule=rule, backend=backend)[0]
 
@@ -81,7 +81,13 @@ def biased_routing(backend, dtype, width):
     (logits, valid), _ = limited_routing(backend, dtype, width)
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
     rule = RouteRule(
-        top_k=1, normalise=True, scoring="sigmoid", scaling=2.5, num_groups=num_groups, top_groups=1, group_best=2
+        top_k=1,
+        normalise=True,
+        scoring="sigmoid",
+        scaling=2.5,
+        num_groups=num_groups,
+        top_groups=1,
+        experts_per_group_score=2,
     )
     bias = jnp.linspace(-2, 0.5, width)
     return (logits, valid), lambda *a: route(*a, bias, rule=rule, backend=backend)[0]

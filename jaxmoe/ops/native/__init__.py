@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.config import Clamp
+from jaxmoe.config import SwiGLUClamp
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops.stack import LayerIndex
 
@@ -150,7 +150,7 @@ def native_experts(
     bias: Float[Array, "L E 2 F"] | None,
     layer: LayerIndex,
     *,
-    clamp: Clamp | None,
+    clamp: SwiGLUClamp | None,
 ) -> Float[Array, "T D"]:
     """As ops.grouped's blocks. bfloat16 or float32; call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -243,7 +243,7 @@ def native_route(
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
     names = ("top_k", "normalise", "num_groups", "top_groups")
     numbers = {name: np.int64(getattr(rule, name)) for name in names}
-    numbers |= dict(best=np.int64(rule.group_best), sigmoid=np.int64(rule.scoring == "sigmoid"))
+    numbers |= dict(best=np.int64(rule.experts_per_group_score), sigmoid=np.int64(rule.scoring == "sigmoid"))
     numbers["by_logits"] = np.int64(rule.top_k_of == "logits")
     own = jnp.zeros(0) if bias is None else bias.astype(jnp.float32)
     weights, scores = call(logits, valid, own, scaling=np.float32(rule.scaling), **numbers)
