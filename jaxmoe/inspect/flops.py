@@ -29,7 +29,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def products(compiled_text: str) -> list[Product]:
+def matmuls(compiled_text: str) -> list[Product]:
     """Every dot in the text of a compiled program, loops' bodies included once.
 
     Raises: ValueError for a dot whose operands' shapes are not in the text.

@@ -200,7 +200,7 @@ def _hidden(x, w: ExpertWeights):
 
 
 def _swiglu(x, w: ExpertWeights, clamp: SwiGLUClamp | None):
-    def products(x, w):
+    def matmuls(x, w):
         gate, up = _hidden(x, w)
         hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
         return _times(hidden, w.down)
@@ -208,8 +208,8 @@ def _swiglu(x, w: ExpertWeights, clamp: SwiGLUClamp | None):
     if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
         # XLA:TPU would lay all experts out anew for sums of rows.
         one = partial(_swiglu_row, clamp=clamp)
-        return jax.lax.platform_dependent(x, w, cpu=one, default=products)
-    return products(x, w)
+        return jax.lax.platform_dependent(x, w, cpu=one, default=matmuls)
+    return matmuls(x, w)
 
 
 def _swiglu_row(x, w: ExpertWeights, *, clamp: SwiGLUClamp | None):

@@ -139,8 +139,8 @@ def _times(x: jax.Array, w: Quantised) -> jax.Array:
     if high > 1:
         planes = [_scaled(plane, w.scales) for plane in planes]
     parts = [x[:, index :: len(planes)] for index in range(len(planes))]
-    products = [_product(part, plane) for part, plane in zip(parts, planes, strict=True)]
-    y = products[0] if len(products) == 1 else products[0] + products[1]
+    matmuls = [_product(part, plane) for part, plane in zip(parts, planes, strict=True)]
+    y = matmuls[0] if len(matmuls) == 1 else matmuls[0] + matmuls[1]
     return y if high > 1 else y * jnp.repeat(_factors(w.scales)[0], columns // wide, total_repeat_length=columns)
 
 

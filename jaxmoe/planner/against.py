@@ -230,9 +230,9 @@ def _light(
     kv = kv_numbers(config) * (1 if width <= 1 else 2)
     room = max(hardware.hbm_bytes * devices - counts.total * width, 0.0)
     requests = load.concurrency or max(1, int(room / (kv * (load.isl + load.osl))))
-    products = 2 * counts.active * requests * (1 + load.isl / load.osl) / rate
+    matmuls = 2 * counts.active * requests * (1 + load.isl / load.osl) / rate
     read = (counts.total * width + requests * kv * (load.isl + load.osl / 2)) / (hardware.hbm_gbps * 1e9 * devices)
-    step, first = max(products, read), 2 * counts.active * load.isl / rate
+    step, first = max(matmuls, read), 2 * counts.active * load.isl / rate
     return _in_unit(facts, load, devices, ttft=first, tpot=step, tokens=requests / step)
 
 

@@ -109,7 +109,7 @@ class Seconds:
 class _Dense:
     """Matrices that every token meets: seconds of a token's products, bytes read once, bytes moved a token."""
 
-    products: float
+    matmuls: float
     num_bytes: float
     moved: float
     kernels: int
@@ -121,11 +121,11 @@ class _Experts:
     of one expert; reach: tokens of how many ranks may come, and how many devices share those out."""
 
     held: int
-    products: float
+    matmuls: float
     moved: float
     num_bytes: float
     reach: float
-    parts: int
+    num_shards: int
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,13 @@ class StepCost:
         )  # fmt: skip
 
     def _dense(self, block: Block, part: Part) -> _Dense:
-        numbers, products = self._products(matrices_of(block, part), block)
+        numbers, matmuls = self._matmuls(matrices_of(block, part), block)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
         moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
-        return _Dense(products, block.bytes_of(part), moved, kernels)
+        return _Dense(matmuls, block.bytes_of(part), moved, kernels)
 
-    def _products(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
+    def _matmuls(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
         """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
         every output takes besides."""
         found, outputs = 0, 0
@@ -230,10 +230,10 @@ class StepCost:
     def _experts(self, block: Block) -> _Experts:
         placement, width = block.placement, self.config.hidden_size
         held, matrices = experts_of(block)
-        numbers, products = (one / held for one in self._products(matrices, block))
+        numbers, matmuls = (one / held for one in self._matmuls(matrices, block))
         moved = (2 * width + 2 * numbers / width) * self.held.itemsize
         reach = placement.size(placement.ep_exchange_axes("token")) / self._context_ranks
-        return _Experts(held, products, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
+        return _Experts(held, matmuls, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
 
     # --- what a step takes ---
 
@@ -268,7 +268,7 @@ class StepCost:
             self._attend(layer, each, one)
             for dense in layer.dense:
                 tokens = each.tokens / self._context_ranks
-                self._pass(one, dense.products * tokens, dense.num_bytes, dense.kernels)
+                self._pass(one, dense.matmuls * tokens, dense.num_bytes, dense.kernels)
                 self._move(one, dense.moved * tokens)
             if layer.experts is not None:
                 self._meet_experts(layer.experts, each, one)
@@ -319,11 +319,11 @@ class StepCost:
         moe = self.config.moe
         assert moe is not None
         tokens = rows.tokens * experts.reach
-        chosen = tokens * moe.num_experts_per_tok / experts.parts * self.skew
+        chosen = tokens * moe.num_experts_per_tok / experts.num_shards * self.skew
         active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
         tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / max(active, 1e-9)))
-        products = experts.products * (chosen + active * tile / 2)
-        self._pass(found, products, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
+        matmuls = experts.matmuls * (chosen + active * tile / 2)
+        self._pass(found, matmuls, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
         self._move(found, experts.moved * chosen)
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:

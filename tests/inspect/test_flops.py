@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.inspect.flops import products
+from jaxmoe.inspect.flops import matmuls
 from jaxmoe.ops.grouped import ExpertWeights, block_sizes, grouped_swiglu, plan_blocks, sort_assignments, swiglu_one
 
 NUM_EXPERTS, TOP_K, WIDTH, FFN = 32, 4, 64, 24
@@ -22,7 +22,7 @@ def compiled_products(num_tokens: int, backend: str, dtype):
     shapes = [(num_tokens, WIDTH), (num_tokens, NUM_EXPERTS), (*experts, 2, WIDTH, FFN), (*experts, FFN, WIDTH)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     program = jax.jit(lambda *a: grouped_swiglu(*a, top_k=TOP_K, backend=backend)).lower(*arguments).compile()
-    return products(program.as_text())
+    return matmuls(program.as_text())
 
 
 def trips_by_size(num_tokens: int) -> Counter[int]:

@@ -78,7 +78,7 @@ def pages(backend: str, *, cache_dtype: str = "float32", sinks: np.ndarray | Non
     return run, (q, pool, block_table, *where, 0, sinks)
 
 
-def products(backend: str):
+def matmuls(backend: str):
     w = np.random.default_rng(4).normal(0, 1, (2, WIDTH, 3)).astype(np.float32)
     w[LAYER, 0, 0] = 0
     return partial(linear, backend=backend), (one_in_a_row(5), w, LAYER)
@@ -111,7 +111,7 @@ WORK = {
     "attention": pages,
     "attention with sinks": partial(pages, sinks=np.array([[-1e30, 5e3]], np.float32)),
     "attention over float8": partial(pages, cache_dtype="float8_e4m3fn"),
-    "products": products,
+    "matmuls": matmuls,
 }
 
 

@@ -44,8 +44,8 @@ def test_one_decoded_token_reads_the_weights_once():
 def test_a_long_prompt_takes_its_products():
     cost = cost_of("llama-3.1-8b", "data=1")
     seconds = cost.seconds(Rows(0, 8192, 0, 4096))
-    products = 2 * 6.98e9 * 8192 / cost.hardware.flops_a_second("bf16")  # all matrices but embedding and head
-    assert products <= seconds.compute <= 1.4 * products  # attention, and what outputs take
+    matmuls = 2 * 6.98e9 * 8192 / cost.hardware.flops_a_second("bf16")  # all matrices but embedding and head
+    assert matmuls <= seconds.compute <= 1.4 * matmuls  # attention, and what outputs take
 
 
 def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
