@@ -14,8 +14,8 @@ from jaxmoe.errors import ConfigError
 
 LayersMode = Literal["scan", "unroll"]
 LAYERS_MODES: tuple[LayersMode, ...] = ("scan", "unroll")
-_LONGEST_PERIOD = 8
-_MOST_UNROLLED = 4
+_MAX_PERIOD = 8
+_MAX_UNROLLED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def layer_segments(
 def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
     """(period, repeats) that cover the most layers from the first on; (1, 1) where nothing repeats."""
     best = (1, 1)
-    for period in range(1, min(_LONGEST_PERIOD, len(kinds) // 2) + 1):
+    for period in range(1, min(_MAX_PERIOD, len(kinds) // 2) + 1):
         alike = period
         while alike < len(kinds) and kinds[alike] == kinds[alike - period]:
             alike += 1
@@ -196,4 +196,4 @@ class Schedule:
     def unrolled(ticks: int, *, alone: bool) -> bool:
         """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends. alone: no
         layers stand beside the stages, whose collectives of several ticks the compiler would join."""
-        return alone and ticks <= _MOST_UNROLLED
+        return alone and ticks <= _MAX_UNROLLED

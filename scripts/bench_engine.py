@@ -45,14 +45,14 @@ def _start(arguments: argparse.Namespace):
     return LLM.load(arguments.model, mesh=arguments.mesh, dtype=arguments.dtype)
 
 
-def _random_requests(vocab: int, count: int, *, longest: int, most_new: int) -> list[tuple[list[int], Any]]:
+def _random_requests(vocab: int, count: int, *, longest: int, max_new: int) -> list[tuple[list[int], Any]]:
     from jaxmoe import SamplingParams
 
     rng = random.Random(0)
     made = []
     for _ in range(count):
         prompt = [rng.randrange(vocab) for _ in range(rng.randint(min(16, longest), longest))]
-        new = rng.randint(min(16, most_new), most_new)
+        new = rng.randint(min(16, max_new), max_new)
         made.append((prompt, SamplingParams(max_tokens=new, ignore_eos=True)))
     return made
 
@@ -63,7 +63,7 @@ def _staggered(arguments: argparse.Namespace) -> None:
 
     llm = _start(arguments)
     requests = _random_requests(
-        llm.config.vocab_size, arguments.requests, longest=arguments.prompt, most_new=arguments.new
+        llm.config.vocab_size, arguments.requests, longest=arguments.prompt, max_new=arguments.new
     )
     total = sum(params.max_tokens for _, params in requests)
 

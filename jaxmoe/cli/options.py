@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxmoe.engine.llm import LLM
 
 console = Console(stderr=True, highlight=False)
-_LEAST_WIDTH = 140  # of tables that no terminal shows
+_MIN_WIDTH = 140  # of tables that no terminal shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def table_console() -> Console:
     """Standard output for tables: as wide as the terminal, or wide enough for most of them where there is none."""
     screen = Console()
     if not screen.is_terminal:
-        screen.width = max(screen.width, _LEAST_WIDTH)
+        screen.width = max(screen.width, _MIN_WIDTH)
     return screen
 
 

@@ -145,7 +145,7 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     row("all of the device", memory["limit"])
     table.caption = (
         f"pages: {memory['kv_bytes_a_token']:,.0f} bytes a token; there is room for {memory['pool_tokens']:,} tokens "
-        f"over all devices, {counted(memory['most_requests'], 'request')}"
+        f"over all devices, {counted(memory['max_requests'], 'request')}"
     )
     return table
 

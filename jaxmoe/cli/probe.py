@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--process-id", type=click.IntRange(0), help="with --coordinator HOST:PORT; the first, 0, writes the file"
 )
 @click.option("--name", help="of the hardware, in the file; what JAX calls the device by default")
-@click.option("--most-mib", type=float, default=64, show_default=True, help="MiB of the largest message")
+@click.option("--max-mib", type=float, default=64, show_default=True, help="MiB of the largest message")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="of each program; medians count")
 @click.option("-o", "--output", metavar="FILE.toml", default="hardware.toml", show_default=True, help="to write")
 @click.option("--force", is_flag=True, help="replace a file that is there")
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def probe(
     devices: int | None, mesh: str | None, coordinator: str | None, num_processes: int | None, process_id: int | None,
-    name: str | None, most_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,
+    name: str | None, max_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure collectives by size and group, products and memory of the devices there are, and write them as a TOML
     file that says what hardware this is.
@@ -57,8 +57,8 @@ def probe(
     axes = parse_mesh(mesh) if mesh is not None else None
     if coordinator in (None, "auto") and (num_processes, process_id) != (None, None):
         raise RequestError("--num-processes and --process-id go with --coordinator HOST:PORT")
-    if not 0 < most_mib < 1 << 24:
-        raise MeshError(f"--most-mib {most_mib:g} must lie above 0 and below {1 << 24}")
+    if not 0 < max_mib < 1 << 24:
+        raise MeshError(f"--max-mib {max_mib:g} must lie above 0 and below {1 << 24}")
     if coordinator is not None:
         join_processes(coordinator, num_processes, process_id, devices)
     start_jax(None if coordinator is not None else devices)
@@ -69,7 +69,7 @@ def probe(
 
     with _quiet_output(coordinator is not None), console.status("preparing") as status:
         found = measure(
-            axes=axes, name=name, most_bytes=int(most_mib * (1 << 20)), repeats=repeats, on_progress=status.update
+            axes=axes, name=name, max_bytes=int(max_mib * (1 << 20)), repeats=repeats, on_progress=status.update
         )
     if jax.process_index() != 0:
         return

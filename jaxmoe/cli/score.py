@@ -9,7 +9,7 @@ import click
 from jaxmoe.cli.options import ModelOptions, load_model, model_options, read_id_lines, start_jax
 from jaxmoe.jsontext import json_text
 
-_LEAST_MEAN = -700.0  # of logprobs: the perplexity of less is more than a float holds
+_MIN_MEAN = -700.0  # of logprobs: the perplexity of less is more than a float holds
 
 
 @click.command()
@@ -28,5 +28,5 @@ def score(model: str, ids: str, options: ModelOptions, as_json: bool) -> None:
             print(json_text({"index": index, "logprobs": logprobs.tolist(), "total": total}), flush=True)
         else:
             mean = total / max(1, len(logprobs))
-            perplexity = math.exp(-mean) if mean > _LEAST_MEAN else math.inf
+            perplexity = math.exp(-mean) if mean > _MIN_MEAN else math.inf
             print(f"[{index}] {len(rows[index])} tokens, total {total:.4f}, perplexity {perplexity:.4f}")

@@ -217,7 +217,7 @@ class EngineCore:
 
         Raises: RequestError if it can never fit.
         """
-        most = self.scheduler_config.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
+        most = self.scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
         special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
         ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})

@@ -122,7 +122,7 @@ class AsyncEngine:
         it.
         """
         ids = self.llm.checked_prompt(prompt, params)
-        most = self._scheduler_config.most_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
+        most = self._scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         self._core.scheduler.check(len(ids), max(len(ids) + 1, most), keeps_all=params.reads_history)
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")

@@ -42,7 +42,7 @@ class SchedulerConfig:
         """Return the element-wise maximum of both configurations."""
         return SchedulerConfig(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
-    def most_total(self, num_prompt: int, max_new: int | None, *, keeps_all: bool = False) -> int:
+    def max_total(self, num_prompt: int, max_new: int | None, *, keeps_all: bool = False) -> int:
         """Return the most tokens of a request, prompt included.
 
         max_new: new tokens at most, within the context; None for as many as the context and the pages of one rank hold.
@@ -50,7 +50,7 @@ class SchedulerConfig:
         """
         if max_new is not None:
             return max(num_prompt, min(self.context, num_prompt + max_new))
-        fits = self.most_pages(self.context, keeps_all=keeps_all) <= self.num_pages
+        fits = self.max_pages(self.context, keeps_all=keeps_all) <= self.num_pages
         return max(num_prompt, self.context if fits else min(self.context, self.pool_tokens))
 
     @property
@@ -72,7 +72,7 @@ class SchedulerConfig:
             firsts.append(position // self.attention_chunk * self.attention_chunk)
         return min(firsts, default=0)
 
-    def most_pages(self, num_tokens: int, *, keeps_all: bool = False) -> int:
+    def max_pages(self, num_tokens: int, *, keeps_all: bool = False) -> int:
         """The most pages that a request of num_tokens needs at once. keeps_all: whether it gives none back early."""
         pages = -(-num_tokens // self.page_size)
         if keeps_all or not self.frees_pages:

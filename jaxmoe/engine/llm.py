@@ -420,7 +420,7 @@ class LLM:
         whole = (
             needed if self._core is None else needed.joined(self._core.scheduler_config)
         )  # larger chunks need more pages
-        usual, most = (whole.most_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
+        usual, most = (whole.max_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
         return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
     def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:

@@ -17,8 +17,8 @@ def _require(condition: bool, message: str) -> None:
 
 
 MAX_BIAS_TOKEN_IDS = 384  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
-MOST_TOP_LOGPROBS = 20
-_MOST_SAMPLES = 128
+MAX_TOP_LOGPROBS = 20
+_MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class SamplingParams:
         _require(1 <= most < 2**31, f"max_tokens={most} must be at least 1, and below 2^31")
         limit = "2^31)" if self.max_tokens is None else f"max_tokens={self.max_tokens}]"
         _require(0 <= self.min_tokens <= most, f"min_tokens={self.min_tokens} must lie in [0, {limit}")
-        _require(1 <= self.n <= _MOST_SAMPLES, f"n={self.n} must lie in [1, {_MOST_SAMPLES}]")
+        _require(1 <= self.n <= _MAX_SAMPLES, f"n={self.n} must lie in [1, {_MAX_SAMPLES}]")
         _require(
             self.temperature == 0 or 1e-6 <= self.temperature <= 100,
             f"temperature={self.temperature} must be 0 (greedy) or lie in [0.000001, 100]",
@@ -99,8 +99,8 @@ class SamplingParams:
             f"seed={self.seed} must lie in [-2^63, 2^64); None draws one",
         )
         _require(
-            0 <= self.top_logprobs <= MOST_TOP_LOGPROBS,
-            f"top_logprobs={self.top_logprobs} must lie in [0, {MOST_TOP_LOGPROBS}]",
+            0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+            f"top_logprobs={self.top_logprobs} must lie in [0, {MAX_TOP_LOGPROBS}]",
         )
         strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, f"stop={self.stop!r} must be non-empty strings")

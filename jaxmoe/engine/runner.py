@@ -36,7 +36,7 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
 from jaxmoe.ops.quantize import LARGEST
-from jaxmoe.ops.sample import MOST_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
+from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
     Collective,
@@ -347,7 +347,7 @@ class Runner:
 
     def _room(self, max_decode_steps: int, of: int, seq_slots: int) -> tuple[jax.Array, ...]:
         """Buffers for sampled tokens, by decode step, rank, micro-batch and row."""
-        per_row, top = (max_decode_steps, self.num_ranks, of, seq_slots // of), min(MOST_TOP, self.config.vocab_size)
+        per_row, top = (max_decode_steps, self.num_ranks, of, seq_slots // of), min(MAX_TOP, self.config.vocab_size)
         return (
             jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
             jnp.zeros((*per_row, top)),

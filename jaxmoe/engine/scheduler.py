@@ -150,7 +150,7 @@ class Scheduler:
                 f"prompt of {num_prompt} tokens + {max_total - num_prompt} new ones is {max_total} tokens, the context "
                 f"holds {config.context}: shorten the prompt or lower max_tokens"
             )
-        needed = config.most_pages(max_total, keeps_all=keeps_all)
+        needed = config.max_pages(max_total, keeps_all=keeps_all)
         if needed > config.num_pages:
             at_once = f", {needed} pages at once" if needed * config.page_size < max_total else ""
             raise RequestError(
@@ -240,7 +240,7 @@ class Scheduler:
     def _prompt_pages(self, sequence: Sequence) -> int:
         """How many pages, from the first, a sequence has or has given back while its next chunk is computed."""
         config, num_tokens = self.config, len(sequence.tokens)
-        most = config.most_pages(num_tokens, keeps_all=sequence.keeps_all)
+        most = config.max_pages(num_tokens, keeps_all=sequence.keeps_all)
         return min(-(-num_tokens // config.page_size), sequence.num_behind + most)
 
     def _make_room(self, sequence: Sequence) -> bool:

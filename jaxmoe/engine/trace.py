@@ -25,7 +25,7 @@ from jaxmoe.errors import RequestError
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.traffic import Collective
 
-_MOST_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
+_MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
 
 
 @dataclass(kw_only=True)
@@ -75,8 +75,8 @@ class Trace:
     def __init__(self, facts: Mapping[str, Any]) -> None:
         """facts: of the model and the mesh, to be shown."""
         self.facts = dict(facts)
-        self.steps: deque[StepRecord] = deque(maxlen=_MOST_KEPT)
-        self.requests: deque[RequestRecord] = deque(maxlen=_MOST_KEPT)
+        self.steps: deque[StepRecord] = deque(maxlen=_MAX_KEPT)
+        self.requests: deque[RequestRecord] = deque(maxlen=_MAX_KEPT)
         self.num_steps = self.num_requests = 0
         self._collectives: dict[tuple[Bucket, int], list[dict[str, Any]]] = {}
 

@@ -71,7 +71,7 @@ def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: 
         num_pages=1,
         page_size=page_size, context=context, window=window, attention_chunk=attention_chunk,
     )  # fmt: skip
-    return runner.abstract_state(seq_slots, requests * scheduler_config.most_pages(context), page_size)
+    return runner.abstract_state(seq_slots, requests * scheduler_config.max_pages(context), page_size)
 
 
 def held_bytes(

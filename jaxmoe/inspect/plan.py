@@ -52,8 +52,8 @@ from jaxmoe.weights.stored import read_stored_config
 _PLANNED_ONLY = (
     "Planned only: generate, inspect, compile and map refuse this model, so that these arguments run nowhere."
 )
-_MOST_DEVICES = 8192
-_MOST_NUMBER = 1e12  # milliseconds, dollars an hour
+_MAX_DEVICES = 8192
+_MAX_NUMBER = 1e12  # milliseconds, dollars an hour
 _NEIGHBOURS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
 _WORTHWHILE = 0.1  # of what is served for each, or of a request's time: fewer devices are taken for it, not for cost
 _TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latency are not met
@@ -130,7 +130,7 @@ class PlanQuestion:
         if self.nodes is not None and self.devices is not None:
             raise MeshError(f"nodes={self.nodes} and devices={self.devices} both say how many: give one of them")
         limits = {
-            "nodes": _MOST_DEVICES, "devices": _MOST_DEVICES, "max_num_seqs": 1 << 24, "virtual_stages": 64,
+            "nodes": _MAX_DEVICES, "devices": _MAX_DEVICES, "max_num_seqs": 1 << 24, "virtual_stages": 64,
             "chunk_tokens": 1 << 20, "isl": config.max_position_embeddings, "osl": config.max_position_embeddings,
         }  # fmt: skip
         for name, most in limits.items():
@@ -144,8 +144,8 @@ class PlanQuestion:
             )
         for name in ("sla_ttft_ms", "sla_tpot_ms", "price"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= _MOST_NUMBER:
-                raise ConfigError(f"{name}={value} must be above 0, and at most {_MOST_NUMBER:g}")
+            if value is not None and not 0 < value <= _MAX_NUMBER:
+                raise ConfigError(f"{name}={value} must be above 0, and at most {_MAX_NUMBER:g}")
         if not 0 <= self.skew <= 4:
             raise ConfigError(f"skew={self.skew} must lie in [0, 4]")
         if self.objective not in OBJECTIVES:
@@ -221,8 +221,8 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
     if given is None and names_nodes(asked.hardware):
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
-        if given > _MOST_DEVICES:
-            raise MeshError(f"{given} devices of {hardware.device} are asked for; plans are made for {_MOST_DEVICES}")
+        if given > _MAX_DEVICES:
+            raise MeshError(f"{given} devices of {hardware.device} are asked for; plans are made for {_MAX_DEVICES}")
         question = asked.question(config, hardware, given)
         try:
             return question, search(question)
@@ -239,7 +239,7 @@ def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tupl
     least = _least(asked, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
-            f"{asked.config} fits on no number of {hardware.device} up to {_MOST_DEVICES}: a shorter --weights-dtype "
+            f"{asked.config} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
             f"or --kv-dtype, or fewer tokens, may do",
             lacks="room",
         )
@@ -251,7 +251,7 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
     far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
     tried: list[tuple[Question, Found]] = []
     errors: list[NoPlanError] = []
-    devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MOST_DEVICES)
+    devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MAX_DEVICES)
     while devices <= usual or (not tried and devices <= _TRIED_AT_MOST and _nearer(errors)):
         question = asked.question(config, hardware, devices)
         try:
@@ -266,8 +266,8 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
         ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
         many = f"any number of {hardware.device} up to {devices // 2}"
         raise NoPlanError(missed(question, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
-    least_halved = min(_halved(question, found.best) for question, found in tried)
-    tried = [(question, found) for question, found in tried if _halved(question, found.best) == least_halved]
+    min_halved = min(_halved(question, found.best) for question, found in tried)
+    tried = [(question, found) for question, found in tried if _halved(question, found.best) == min_halved]
     best = min(value(question, found.best) for question, found in tried)
     alike = ALIKE if asked.objective == "cost" else _WORTHWHILE
     return next((question, found) for question, found in tried if value(question, found.best) <= (1 + alike) * best)
@@ -290,7 +290,7 @@ def _nearer(errors: list[NoPlanError]) -> bool:
 def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
     """The fewest devices, doubled from one, that hold the model and the requests asked for (else one)."""
     devices = 1
-    while devices <= _MOST_DEVICES:
+    while devices <= _MAX_DEVICES:
         if devices > above:
             question = asked.question(config, hardware, devices)
             if not asked.dispatch and not asked.virtual_stages:  # others need no less room

@@ -21,7 +21,7 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
     return {
         "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
         "dispatch": spec.dispatch, "virtual_stages": spec.virtual_stages, "chunk_tokens": spec.chunk_tokens,
-        "max_num_seqs": served.concurrency, "most_requests": plan.most_requests, "ttft_ms": served.ttft * 1e3,
+        "max_num_seqs": served.concurrency, "max_requests": plan.max_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
         "step_ms": {name: value * 1e3 for name, value in served.mean_step.parts().items()},
@@ -45,7 +45,7 @@ def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
         "kv_bytes_a_token": held.kv_bytes_a_token, "tokens_a_request": tokens_each, "pages": pages,
         "step_by_part": parts,
         "step": sum(parts.values()), "left": limit - held.weight_bytes - pages - sum(parts.values()),
-        "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "most_requests": plan.most_requests,
+        "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "max_requests": plan.max_requests,
     }  # fmt: skip
 
 

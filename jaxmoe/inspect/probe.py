@@ -19,7 +19,7 @@ from jaxmoe.planner.hardware import Hardware, Op, Platform, Points, Topology
 
 Where = Literal["inside", "between", "both"]
 _GIB = 1 << 30
-_LEAST_BYTES, _STEP = 512, 4
+_MIN_BYTES, _STEP = 512, 4
 _BUFFERS = 6  # of one message, that a program and its compiler may hold
 _WIDTHS = (256, 16384)  # of products: tried by doubling until one takes _PRODUCT_SECONDS
 _PRODUCT_SECONDS, _PRODUCT_ITERATIONS, _MEMORY_ITERATIONS = 0.01, 4, 8
@@ -69,13 +69,13 @@ def probe(
     *,
     axes: Mapping[str, int] | None = None,
     name: str | None = None,
-    most_bytes: int = 64 << 20,
+    max_bytes: int = 64 << 20,
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Probed:
     """Measures all devices there are, of every process, in groups of every size, or those of a mesh along its axes.
 
-    most_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
+    max_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
     Raises: MeshError for axes that do not fit, messages too large or too small, or a platform not known.
     """
     devices = jax.devices()
@@ -83,15 +83,15 @@ def probe(
     share = len(devices) // len(by_fabric)
     memory = min(_memory_bytes(one, share) for one in jax.local_devices())
     most = memory // _BUFFERS
-    if not _LEAST_BYTES <= most_bytes <= most:
+    if not _MIN_BYTES <= max_bytes <= most:
         raise MeshError(
-            f"largest message {most_bytes} bytes must lie in [{_LEAST_BYTES}, {most}]: a program holds up to {_BUFFERS}"
+            f"largest message {max_bytes} bytes must lie in [{_MIN_BYTES}, {most}]: a program holds up to {_BUFFERS}"
             f" of them in {memory / _GIB:.1f} GiB of a device"
         )
     groups = list(_along(build_mesh(axes)) if axes else _groups(devices))
     points: list[Point] = []
     left_out: list[str] = []
-    sizes = [_LEAST_BYTES * _STEP**at for at in range(64) if _LEAST_BYTES * _STEP**at <= most_bytes]
+    sizes = [_MIN_BYTES * _STEP**at for at in range(64) if _MIN_BYTES * _STEP**at <= max_bytes]
     plan = [(op, mesh, axis, size) for mesh, axis in groups for op in get_args(Op) for size in sizes]
     for done, (op, mesh, axis, size) in enumerate(plan):
         on_progress(f"{op} of {size:,} bytes, {mesh.shape[axis]} ranks along {axis} ({done + 1} of {len(plan)})")
@@ -100,7 +100,7 @@ def probe(
             left_out.append(point)
         else:
             points.append(point)
-    rates = _rates(most_bytes, memory, repeats, on_progress, left_out)
+    rates = _rates(max_bytes, memory, repeats, on_progress, left_out)
     hardware, notes = _hardware(platform, share, points, rates, memory, name)
     shown = check_axes(axes or {"tensor": len(devices)})
     return Probed(
@@ -180,9 +180,7 @@ def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str
     )
 
 
-def _rates(
-    most_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]
-) -> Rates:
+def _rates(max_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]) -> Rates:
     """Of products and of memory, on all devices of this process at once."""
     mesh = build_mesh({"data": jax.local_device_count()}, jax.local_devices())
     tflops: dict[str, float] = {}
@@ -202,7 +200,7 @@ def _rates(
         raise MeshError(f"the {mesh.devices.flat[0].device_kind} computes no bf16 products: {left_out[-1]}")
     on_progress("memory")
     least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # beyond what caches hold
-    num_bytes = min(max(most_bytes, least), memory // _BUFFERS) // 512 * 512
+    num_bytes = min(max(max_bytes, least), memory // _BUFFERS) // 512 * 512
     seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_ITERATIONS), repeats)
     return Rates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_ITERATIONS / seconds / 1e9))
 

@@ -23,7 +23,7 @@ from jaxmoe.sharding import Placement
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
 
-_MOST = 1 << 20  # of requests, and of a chunk's tokens
+_MAX_COUNT = 1 << 20  # of requests, and of a chunk's tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,9 @@ class ModelQuestion:
         check_virtual_stages(self.virtual_stages, stages=axes["pipeline"])
         layer_segments(config, "scan", stages=axes["pipeline"], virtual_stages=self.virtual_stages)
         for name, limit in (
-            ("max_num_seqs", _MOST),
+            ("max_num_seqs", _MAX_COUNT),
             ("context", config.max_position_embeddings),
-            ("chunk_tokens", _MOST),
+            ("chunk_tokens", _MAX_COUNT),
         ):
             value = getattr(self, name)
             if not 1 <= value <= limit:

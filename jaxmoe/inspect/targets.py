@@ -39,7 +39,7 @@ DEVICES: dict[str, Device] = {
     "b200": Device(platform="cuda", hbm_bytes=191514411008),
 }
 _FLAT = ("v5e", "v6e")  # TPUs whose slices have two dims
-_MOST_DEVICES = 1 << 16
+_MAX_DEVICES = 1 << 16
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
 
@@ -74,9 +74,9 @@ def parse_target(text: str) -> Target:
     if not _SHAPE.fullmatch(shape) or len(sizes := tuple(map(int, shape.split("x")))) != dims:
         raise ConfigError(f"target {text!r}: {name} needs {dims} sizes, as in {name}:{example}")
     target = Target(name=name, shape=sizes)
-    if target.num_devices > _MOST_DEVICES:
+    if target.num_devices > _MAX_DEVICES:
         raise ConfigError(
-            f"target {text!r} is of {target.num_devices} devices; at most {_MOST_DEVICES} are compiled for"
+            f"target {text!r} is of {target.num_devices} devices; at most {_MAX_DEVICES} are compiled for"
         )
     return target
 

@@ -199,7 +199,7 @@ def _routed_experts(
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(replicated_axes), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
     exchange = Exchange(
-        axes=exchange_axes, num_ranks=ranks, most_ranks=min(ranks, moe.num_experts_per_tok), backend=kernels.dispatch,
+        axes=exchange_axes, num_ranks=ranks, max_ranks=min(ranks, moe.num_experts_per_tok), backend=kernels.dispatch,
         platform=placement.platform,
     )  # fmt: skip
     x_TD, weights_Te, sent = dispatch(x_tD, weights_tE, exchange)

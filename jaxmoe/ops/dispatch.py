@@ -34,15 +34,15 @@ DISPATCH_BACKENDS: tuple[DispatchBackend, ...] = (
     "all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged",
 )  # fmt: skip
 HIERARCHICAL: tuple[DispatchBackend, ...] = ("hierarchical", "hierarchical_ragged")
-MOST_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
+MAX_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
 def why_refused(backend: str, placement: Placement) -> str | None:
     """Why a platform or a mesh has no use for a backend; None where it has."""
     peers, levels = placement.ragged_peers(backend), placement.dispatch_levels
-    if placement.platform == "gpu" and peers > MOST_RAGGED_GPUS:
+    if placement.platform == "gpu" and peers > MAX_RAGGED_GPUS:
         other = "all_to_all" if backend == "ragged_all_to_all" else "hierarchical"
-        return f"reaches {MOST_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
+        return f"reaches {MAX_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
     if backend in HIERARCHICAL and len(levels) == 1:
         return (
             f"goes along two axes or more, experts are exchanged along one axis, along {levels[0]} alone: share them "
@@ -53,14 +53,14 @@ def why_refused(backend: str, placement: Placement) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Who exchanges tokens, and how: num_ranks along mesh axes; most_ranks that a token visits at most.
+    """Who exchanges tokens, and how: num_ranks along mesh axes; max_ranks that a token visits at most.
 
     platform: of the mesh's devices; "cpu" has no ragged collective.
     """
 
     axes: tuple[str, ...]
     num_ranks: int
-    most_ranks: int
+    max_ranks: int
     backend: DispatchBackend
     platform: str
 
@@ -72,9 +72,7 @@ class Exchange:
         first = replace(self, axes=(outer,), num_ranks=sizes[outer], backend="all_to_all")
         ranks = self.num_ranks // sizes[outer]
         backend: DispatchBackend = "ragged_all_to_all" if self.backend == "hierarchical_ragged" else "all_to_all"
-        return first, replace(
-            self, axes=inner, num_ranks=ranks, most_ranks=min(ranks, self.most_ranks), backend=backend
-        )
+        return first, replace(self, axes=inner, num_ranks=ranks, max_ranks=min(ranks, self.max_ranks), backend=backend)
 
 
 class Slices(NamedTuple):
@@ -163,7 +161,7 @@ def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Arra
     visits = jnp.any(by_rank != 0, axis=2)
     sizes = jnp.sum(visits, axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes) - sizes
-    num_rows = num_tokens * exchange.most_ranks
+    num_rows = num_tokens * exchange.max_ranks
     row = starts + jnp.cumsum(visits, axis=0, dtype=jnp.int32) - 1
     row = jnp.where(visits, row, num_rows)
     token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
@@ -178,21 +176,21 @@ def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Arra
     mine, came = Slices(starts, sizes), Slices(strips, received[:, 0])
     to = jnp.full((ranks,), jax.lax.axis_index(exchange.axes) * num_tokens, jnp.int32)
     packet = _ragged(packet, ranks * num_tokens, num_tokens, send=mine, to=to, receive=came, exchange=exchange)
-    own = jnp.sort(row, axis=1)[:, : exchange.most_ranks]
+    own = jnp.sort(row, axis=1)[:, : exchange.max_ranks]
     return packet, Sent(own, mine, came, received[:, 1])
 
 
 def _ragged(
-    rows: Array, num_out: int, most: int, *, send: Slices, to: Array, receive: Slices, exchange: Exchange
+    rows: Array, num_out: int, max_rows: int, *, send: Slices, to: Array, receive: Slices, exchange: Exchange
 ) -> Array:
-    """Slices of rows [R,W] to all ranks, `most` rows each at most: what came, in zeros [num_out,W]. to: where they
+    """Slices of rows [R,W] to all ranks, `max_rows` rows each at most: what came, in zeros [num_out,W]. to: where they
     begin there."""
     out = jnp.zeros((num_out, rows.shape[1]), rows.dtype)
     if exchange.platform != "cpu":
         return jax.lax.ragged_all_to_all(
             rows, out, send.offsets, send.sizes, to, receive.sizes, axis_name=exchange.axes
         )
-    each = jnp.arange(most, dtype=jnp.int32)
+    each = jnp.arange(max_rows, dtype=jnp.int32)
 
     def places(slices: Slices, past: int) -> Array:
         return jnp.where(each < slices.sizes[:, None], slices.offsets[:, None] + each, past)

@@ -308,7 +308,7 @@ def _ragged(rule, x, weights, gate_up, down, bias, layer):
 def _native(rule, *arrays):
     x = arrays[0]
     native.prepare(x.dtype.name)
-    if x.shape[0] > native.most_tokens(x.dtype.name):
+    if x.shape[0] > native.max_tokens(x.dtype.name):
         return _blocks(rule, *arrays)
     return _native_few(rule, *arrays)
 

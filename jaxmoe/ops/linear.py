@@ -44,7 +44,7 @@ def linear(
     if isinstance(w, Quantised):
         assert not transposed
         return multiply(x, w, (layer,)).astype(dtype)
-    if backend == "native" and x.shape[0] <= native.most_tokens(x.dtype.name):
+    if backend == "native" and x.shape[0] <= native.max_tokens(x.dtype.name):
         return _native(transposed, dtype, x, w, layer, x.shape[0] if num_valid is None else num_valid)
     return _xla(transposed, dtype, x, w, layer)
 

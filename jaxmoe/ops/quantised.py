@@ -16,7 +16,7 @@ _TILE_BYTES = 2 << 20  # of columns that are dequantised at once
 _LANES = 128  # columns that a tile's are a multiple of
 _TWICE_E2M1 = 0xC8643210  # twice the eight values of three bits, in four bits each
 _E4M3_BIAS = (127 - 7) << 23  # what an exponent of float8_e4m3fn lacks of one of float32
-_LEAST_NORMAL = 2.0**-6  # of float8_e4m3fn
+_MIN_NORMAL = 2.0**-6  # of float8_e4m3fn
 
 
 class Quantised(NamedTuple):
@@ -72,7 +72,7 @@ def _e4m3(bits: jax.Array) -> jax.Array:
     size = bits & 0x7F
     small = size < 8  # below the normal ones
     value = jax.lax.bitcast_convert_type((jnp.where(small, size | 8, size) << 20) + jnp.uint32(_E4M3_BIAS), jnp.float32)
-    value = jnp.where(small, value - _LEAST_NORMAL, value)
+    value = jnp.where(small, value - _MIN_NORMAL, value)
     value = jnp.where(size == 0x7F, jnp.nan, value)
     return jnp.where(bits > 0x7F, -value, value)
 

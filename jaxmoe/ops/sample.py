@@ -20,7 +20,7 @@ from jaxmoe.ops import native
 
 SamplingBackend = Literal["xla", "native"]
 SAMPLING_BACKENDS: tuple[SamplingBackend, ...] = ("xla", "native")
-MOST_TOP = 20
+MAX_TOP = 20
 
 
 class SamplingArrays(NamedTuple):
@@ -147,7 +147,7 @@ def sample(
     Draws depend on the row's seed and position alone, never on its neighbours.
     """
     logits = logits.astype(jnp.float32)
-    num_top = min(MOST_TOP, logits.shape[-1])
+    num_top = min(MAX_TOP, logits.shape[-1])
     if backend == "native":
         flags = jnp.stack(features)
         return SamplerOutput(

@@ -20,10 +20,10 @@ from typing import Literal
 import numpy as np
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.spread import MOST_TRIES, gain_of, rank_loads, spread
+from jaxmoe.planner.spread import MAX_TRIES, gain_of, rank_loads, spread
 
 Algorithm = Literal["distinct", "eplb"]
-_MOST_EXCHANGES = 64  # of groups between nodes, for each layer
+_MAX_EXCHANGES = 64  # of groups between nodes, for each layer
 _FEWER_TRIES = 8  # of other placements, for each of these
 ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 
@@ -141,8 +141,8 @@ def _distinct(
     carried = np.take_along_axis(loads[experts] / counts, published, axis=1)
     most = float(carried.reshape(len(experts) * num_ranks, -1).sum(axis=1).max())
     most += gain_of(loads, len(experts) * num_ranks)
-    best, (fullest, held) = experts, spread_over(experts, published, MOST_TRIES)
-    for other in islice(_exchanged(experts, num_groups), _MOST_EXCHANGES):
+    best, (fullest, held) = experts, spread_over(experts, published, MAX_TRIES)
+    for other in islice(_exchanged(experts, num_groups), _MAX_EXCHANGES):
         if fullest <= most:
             break
         local, _, _ = _eplb(loads[other], published.shape[1], num_ranks)

@@ -21,7 +21,7 @@ class Plan:
     spec: Spec
     served: Served
     serving: Serving
-    most_requests: int
+    max_requests: int
 
     @property
     def tokens_a_second(self) -> float:

@@ -38,7 +38,7 @@ _OUTPUT_PRODUCTS = 768
 # 1,420 of 2,250 in bf16); by numbers of 4 bits that the hardware has to unpack first (chosen).
 _FOUR_BITS, _UNPACKED = 0.7, 0.5
 # Rows of an expert are multiplied in tiles, of which the last is half full: of 128 rows, smaller for fewer rows.
-_TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
+_TILE_ROWS, _MIN_TILE_ROWS = 128, 8
 # Reading many experts attains less of the memory's rate than one matrix does. Chosen.
 _GROUPED_READS = 0.8
 # Ranks that compute other tokens do not arrive at an exchange together: they wait a part of what tokens take in that
@@ -321,7 +321,7 @@ class StepCost:
         tokens = rows.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.num_shards * self.skew
         active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
-        tile = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, chosen / max(active, 1e-9)))
+        tile = min(_TILE_ROWS, max(_MIN_TILE_ROWS, chosen / max(active, 1e-9)))
         matmuls = experts.matmuls * (chosen + active * tile / 2)
         self._pass(found, matmuls, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
         self._move(found, experts.moved * chosen)

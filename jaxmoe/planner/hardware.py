@@ -23,8 +23,8 @@ Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
 Points = tuple[tuple[float, float], ...]
 
-_LEAST = 1e-9  # of any number here that is not 0
-_MOST_TORUS_DIMS = 3
+_MIN = 1e-9  # of any number here that is not 0
+_MAX_TORUS_DIMS = 3
 _MORE_GIB = 1.1  # times hbm_gb: what is sold as 16 GB may be 16 GiB, not more
 # Facts by which links are priced where no table was measured: those of a preset are no longer true where a file changes
 # one. A share of rates attained is one of both.
@@ -102,11 +102,11 @@ class Hardware:
                 raise _FactError(f"hardware {name}={value!r} must be {what}", "hardware", name)
             if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
                 raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
-            if 0 < value < _LEAST:
-                raise _FactError(f"hardware {name}={value!r} must be at least {_LEAST:g}", "hardware", name)
-        if self.torus_dims > _MOST_TORUS_DIMS:
+            if 0 < value < _MIN:
+                raise _FactError(f"hardware {name}={value!r} must be at least {_MIN:g}", "hardware", name)
+        if self.torus_dims > _MAX_TORUS_DIMS:
             raise _FactError(
-                f"hardware torus_dims={self.torus_dims} must lie in [1, {_MOST_TORUS_DIMS}]", "hardware", "torus_dims"
+                f"hardware torus_dims={self.torus_dims} must lie in [1, {_MAX_TORUS_DIMS}]", "hardware", "torus_dims"
             )
         if self.hbm_gib > _MORE_GIB * self.hbm_gb:
             raise _FactError(
@@ -128,8 +128,8 @@ class Hardware:
                     raise _FactError(
                         f"hardware [{name}] {key}={rate!r} must be a number above 0 and below {_LARGEST:g}", name, key
                     )
-                if rate < _LEAST:
-                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be at least {_LEAST:g}", name, key)
+                if rate < _MIN:
+                    raise _FactError(f"hardware [{name}] {key}={rate!r} must be at least {_MIN:g}", name, key)
                 if name == "attained" and rate > 1:
                     raise _FactError(f"hardware [{name}] {key}={rate!r} is a share of a rate: at most 1", name, key)
         if not self.scale_up_devices:
@@ -349,7 +349,7 @@ def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int
             where, place = f"[{table}.{op}] {ranks[:20]}", (table, op, ranks)
             pairs = points if isinstance(points, list) and points else [None]
             for pair in pairs:
-                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) >= _LEAST
+                right = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and min(pair) >= _MIN
                 if not right:
                     shown = f": {pair!r}"[:40] if pair is not None else ""
                     raise _FactError(f"{where} must be a list of [bytes, microseconds], both above 0{shown}", *place)

@@ -82,11 +82,11 @@ def _weights(question: Question) -> Iterator[tuple[str, Question]]:
 
 def _requests(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
     """More requests for the same weights and launches, where it is the question that keeps them few."""
-    if question.objective == "latency" or best.served.concurrency >= best.most_requests:
+    if question.objective == "latency" or best.served.concurrency >= best.max_requests:
         return
     if question.load.concurrency is not None:
         free = replace(question, load=replace(question.load, concurrency=None))
-        yield f"more requests at once (--max-num-seqs, up to {best.most_requests:,})", free
+        yield f"more requests at once (--max-num-seqs, up to {best.max_requests:,})", free
     elif limited(question):
         yield "looser limits, which let more requests in", replace(question, ttft_limit=None, tpot_limit=None)
 

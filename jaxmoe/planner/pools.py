@@ -124,7 +124,7 @@ def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int 
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
     found: list[_Decode] = []
     for spec, serving in servings:
-        most = serving.most_requests(question.load)
+        most = serving.max_requests(question.load)
         if rows is not None:
             counts = {rows} if rows <= most else set()
         else:

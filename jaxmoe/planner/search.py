@@ -93,7 +93,7 @@ def search(question: Question) -> Found:
         raise NoPlanError(why_none(question), lacks="split")
     found = _priced(question, specs)
     if not found:
-        raise NoPlanError(_no_room(question, specs), lacks="room", most=_most_requests(question))
+        raise NoPlanError(_no_room(question, specs), lacks="room", most=_max_requests(question))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     leading = sorted(found, key=lambda plan: (not meets(question, plan), order(question, plan)))
@@ -154,10 +154,10 @@ def _plans(
 ) -> list[Plan]:  # fmt: skip
     """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
     largest two, which are the best where requests say nothing to each other."""
-    most, load = serving.most_requests(question.load), question.load
+    most, load = serving.max_requests(question.load), question.load
 
     def plan(count: int) -> Plan:
-        return Plan(spec=spec, served=serving.serve(load, count), serving=serving, most_requests=most)
+        return Plan(spec=spec, served=serving.serve(load, count), serving=serving, max_requests=most)
 
     if load.concurrency is not None:
         return [plan(load.concurrency)]
@@ -225,17 +225,17 @@ def _servings(question: Question, spec: Spec, chunks: Iterable[int]) -> Iterator
     cost = StepCost(held, question.hardware, dispatch=spec.dispatch, skew=question.skew)
     for chunk in chunks:
         serving = Serving(cost, chunk_tokens=chunk)
-        if serving.most_requests(question.load) >= (question.load.concurrency or 1):
+        if serving.max_requests(question.load) >= (question.load.concurrency or 1):
             yield replace(spec, chunk_tokens=chunk), serving
 
 
-def _most_requests(question: Question) -> int:
+def _max_requests(question: Question) -> int:
     """Those that any spec has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
     if question.load.concurrency is None:
         return 0
     load = replace(question.load, concurrency=None)
     free = replace(question, load=load, chunk_tokens=question.chunk_tokens or min(CHUNKS))
-    return max((serving.most_requests(load) for _, serving in servings_of(free, specs_of(free))), default=0)
+    return max((serving.max_requests(load) for _, serving in servings_of(free, specs_of(free))), default=0)
 
 
 def _no_room(question: Question, specs: list[Spec]) -> str:

@@ -14,7 +14,7 @@ from jaxmoe.planner.cost import Rows, Seconds, StepCost
 
 # Of what weights and a step leave, the share that pages may take.
 _PAGES = 0.9
-_MOST_ROWS = 4096  # of a rank
+_MAX_ROWS = 4096  # of a rank
 _RESERVE = 0.02  # of a device's memory, for the runtime itself
 
 
@@ -80,13 +80,13 @@ class Serving:
         free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - self.step_bytes(rows)
         return max(0.0, free * _PAGES / self.held.kv_bytes_a_token)
 
-    def most_requests(self, load: Load) -> int:
+    def max_requests(self, load: Load) -> int:
         """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
         tokens, rows = self.held.config.cached_tokens(load.isl + load.osl, self.chunk_tokens), 64
         if tokens not in self._most:
             for _ in range(3):  # more rows need more room for their logits
-                rows = max(1, min(_MOST_ROWS, int(self.pool_tokens(rows) / tokens)))
-            self._most[tokens] = int(min(_MOST_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
+                rows = max(1, min(_MAX_ROWS, int(self.pool_tokens(rows) / tokens)))
+            self._most[tokens] = int(min(_MAX_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
         return self._most[tokens]
 
     def serve(self, load: Load, concurrency: int, *, prefills: bool = True) -> Served:

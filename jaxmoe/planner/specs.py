@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh, device_platform
-from jaxmoe.ops.dispatch import HIERARCHICAL, MOST_RAGGED_GPUS, why_refused
+from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, why_refused
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.serving import Load
@@ -27,7 +27,7 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
 # Prompt tokens of a step and rank that are looked at, unless they are asked for; where to begin.
 CHUNKS, FIRST_CHUNK = (512, 2048, 8192), 2048
 # Axes are not looked at beyond these; a plan asked for with --mesh may have more.
-_MOST_STAGES, _MOST_TENSOR = 16, 64
+_MAX_STAGES, _MAX_TENSOR = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, in
     """Sizes of data, pipeline, expert and tensor that multiply to the devices; without experts the expert axis would
     be another data axis."""
     for pipeline in _divisors(devices):
-        if pipeline > min(config.num_hidden_layers, _MOST_STAGES):
+        if pipeline > min(config.num_hidden_layers, _MAX_STAGES):
             continue
-        for tensor in [one for one in _divisors(devices // pipeline) if one <= _MOST_TENSOR]:
+        for tensor in [one for one in _divisors(devices // pipeline) if one <= _MAX_TENSOR]:
             rest = devices // pipeline // tensor
             for expert in _divisors(rest) if config.moe else [1]:
                 sizes = {"data": rest // expert, "pipeline": pipeline, "expert": expert, "tensor": tensor}
@@ -140,7 +140,7 @@ def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
     if question.config.moe is None or not placement.dispatch_levels:
         return
     kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(placement.dispatch_levels) > 1 else ())]
-    most = {"tpu": math.inf, "cuda": MOST_RAGGED_GPUS}.get(question.hardware.platform, 1)
+    most = {"tpu": math.inf, "cuda": MAX_RAGGED_GPUS}.get(question.hardware.platform, 1)
     yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 

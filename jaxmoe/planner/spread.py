@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-_MOST_STEPS = 2000  # of improvement
-MOST_TRIES = 128  # of a changed placement, for each row
-_LEAST_GAIN = 1e-12  # of the load of an even rank: less is rounding
+_MAX_STEPS = 2000  # of improvement
+MAX_TRIES = 128  # of a changed placement, for each row
+_MIN_GAIN = 1e-12  # of the load of an even rank: less is rounding
 
 
-def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *, tries: int = MOST_TRIES) -> np.ndarray:
+def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *, tries: int = MAX_TRIES) -> np.ndarray:
     """Place replicas of experts with `loads` [N] at `places` places of each rank: `held` [R,N].
 
     No rank has two replicas of one expert where places <= N. other [R,N]: a placement to improve on as well, and to be
@@ -45,7 +45,7 @@ def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *,
 
 def gain_of(loads: np.ndarray, num_ranks: int) -> float:
     """Load of a rank below which a difference is rounding."""
-    return _LEAST_GAIN * max(float(loads.sum()) / num_ranks, 1e-300)
+    return _MIN_GAIN * max(float(loads.sum()) / num_ranks, 1e-300)
 
 
 def _shake(held: np.ndarray, rng: np.random.Generator) -> None:
@@ -140,7 +140,7 @@ def _separate(held: np.ndarray, loads: np.ndarray) -> None:
 def _improve(held: np.ndarray, loads: np.ndarray) -> None:
     """Exchange replicas between ranks, or a replica for one of another expert, while the fullest rank gets less."""
     gain = gain_of(loads, len(held))
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         weight = rank_loads(held, loads)
         fullest = int(np.argmax(weight))
         if not (_exchange(held, loads, weight, fullest, gain) or _replace(held, loads, weight, fullest, gain)):

@@ -308,11 +308,11 @@ class _Plan:
                 continue
             self.add(
                 placement,
-                *self._carried(placement, axes, backend, sent, back, self._most_ranks(placement, axes, backend)),
+                *self._carried(placement, axes, backend, sent, back, self._max_ranks(placement, axes, backend)),
                 count,
             )
 
-    def _most_ranks(self, placement: Placement, axes: tuple[str, ...], backend: str) -> int:
+    def _max_ranks(self, placement: Placement, axes: tuple[str, ...], backend: str) -> int:
         """Ranks from which a token's results come back, at most."""
         ranks, moe = placement.size(axes), self.config.moe
         assert moe is not None

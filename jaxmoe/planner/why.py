@@ -91,7 +91,7 @@ def _memory(question: Question, best: Plan) -> Iterator[str]:
     share, tokens = held.weight_bytes / hardware.hbm_bytes, question.load.isl + question.load.osl
     yield (
         f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
-        f"pages have room for {counted(best.most_requests, 'request')} of {tokens:,} tokens at once."
+        f"pages have room for {counted(best.max_requests, 'request')} of {tokens:,} tokens at once."
     )
     config, (item, scale) = question.config, KV_ITEMSIZES[held.kv_dtype]
     layer_bytes = config.num_key_value_heads * sum(dim * item + scale for dim in config.cached_dims)

@@ -25,10 +25,10 @@ from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
-_MOST_LISTED, _MOST_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
+_MAX_LISTED, _MAX_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
 _STAGING_BYTES = 128 << 20
 _READ_BYTES = 32 << 20  # of one tensor, at once
-_MOST_WORKERS = 8  # that read and turn tensors
+_MAX_WORKERS = 8  # that read and turn tensors
 _TILE_BYTES = 32
 _ALIGNMENT = 64
 _IN_REACH = "load it in one that does (dtype, --dtype), such as float32"
@@ -281,7 +281,7 @@ def _check_count(
         inside = asked((kinds.index(kind),))
         num_tensors += count * (len(inside) - len(outside))
         num_numbers += count * (sum(inside.values()) - sum(outside.values()))
-        if num_tensors > len(tensors) + _MOST_LISTED or num_numbers > 2 * num_bytes + _MOST_NUMBERS:  # of 4 bits
+        if num_tensors > len(tensors) + _MAX_LISTED or num_numbers > 2 * num_bytes + _MAX_NUMBERS:  # of 4 bits
             raise CheckpointError(
                 f"{directory} does not match its config.json (family {config.family}): that asks for {num_tensors} "
                 f"tensors of {num_numbers} numbers or more, the files hold {len(tensors)} of {num_bytes} bytes; check "
@@ -326,7 +326,7 @@ def load_params(
 
     on_progress(done, total)
     arrays = []
-    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as workers:
         for info in table:
             end = done + info.num_bytes
             arrays.append(load_param(info, parts.get(info.path, []), sources, workers, on_bytes))

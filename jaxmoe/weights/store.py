@@ -24,7 +24,7 @@ from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
 CHUNK_BYTES = 32 << 20
-_LEAST_CHUNK_BYTES = 1 << 20  # into which a mesh's share is cut
+_MIN_CHUNK_BYTES = 1 << 20  # into which a mesh's share is cut
 _MAX_DIMS = 32  # numpy's before version 2; names of chunks have a number for each
 _BLOCK_BYTES = 4096  # a file system's
 
@@ -106,11 +106,11 @@ def choose_chunk(spec: TensorSpec, num_shares: int = 1, limit: int = CHUNK_BYTES
     row_bytes = math.prod(spec.shape[cut + 1 :]) * spec.itemsize
     extent = spec.shape[cut]
     share = extent // num_shares if cut == 0 and extent % num_shares == 0 else extent
-    if share * row_bytes < _LEAST_CHUNK_BYTES:
+    if share * row_bytes < _MIN_CHUNK_BYTES:
         share = extent
     least = -(-share // max(1, limit // row_bytes))
     exact = next((share // n for n in range(least, share + 1) if share % n == 0), 1)
-    rows = exact if exact * row_bytes >= min(_LEAST_CHUNK_BYTES, share * row_bytes) else -(-share // least)
+    rows = exact if exact * row_bytes >= min(_MIN_CHUNK_BYTES, share * row_bytes) else -(-share // least)
     return (*(1 for _ in spec.shape[:cut]), max(1, rows), *spec.shape[cut + 1 :])
 
 

@@ -24,7 +24,7 @@ from jaxmoe.weights.transform import Transform
 from jaxmoe.weights.verify import sum_tensor
 
 _SLICE_BYTES = 4 << 20
-_MOST_WORKERS = 16
+_MAX_WORKERS = 16
 
 Sums = dict[str, str]  # sha256 of each output by its name
 
@@ -126,7 +126,7 @@ class Stream:
         """sha256 of every output, once all are written. Raises: what the first thread that failed raised."""
         self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
         need = self._need(_SLICE_BYTES)
-        num_workers = max(1, min(_MOST_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
+        num_workers = max(1, min(_MAX_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
         source = iter(units)
         with ThreadPoolExecutor(num_workers) as workers:
             try:

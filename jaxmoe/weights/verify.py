@@ -14,7 +14,7 @@ from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, Manifest, read_manifes
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import array_problems
 
-_MOST_WORKERS = 8
+_MAX_WORKERS = 8
 
 
 def sum_tensor(
@@ -52,7 +52,7 @@ def problems(
         return list(_tensor_problems(directory, name, manifest, tensors))
 
     on_progress(done, total)
-    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as workers:
         for name, lines in zip(manifest.tensors, workers.map(check, manifest.tensors), strict=True):
             found += lines
             done += manifest.tensors[name].spec.num_bytes

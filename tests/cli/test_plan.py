@@ -65,7 +65,7 @@ def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
     rows = memory["pages"] / memory["kv_bytes_a_token"] / 2048  # of a rank
     assert chosen["max_num_seqs"] / 4 <= rows <= chosen["max_num_seqs"]
     assert memory["left"] >= 0
-    assert memory["pool_tokens"] >= memory["most_requests"] * 2048 >= chosen["max_num_seqs"] * 2048
+    assert memory["pool_tokens"] >= memory["max_requests"] * 2048 >= chosen["max_num_seqs"] * 2048
     assert {"activations", "logits"} <= set(memory["step_by_part"])
     assert (found["model"], found["config"]) == ("qwen3-30b-a3b", "qwen3-30b-a3b")
     asked = {"max_num_seqs": chosen["max_num_seqs"], "context": 2048, "chunk_tokens": chosen["chunk_tokens"]}

@@ -18,7 +18,7 @@ from jaxmoe.planner.hardware import read_hardware
 from .commands import jaxmoe
 from .test_process import environment
 
-QUICK = ["probe", "--mesh", "data=2,tensor=4", "--most-mib", "0.0005", "--repeats", "1"]
+QUICK = ["probe", "--mesh", "data=2,tensor=4", "--max-mib", "0.0005", "--repeats", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_one_json_object_and_a_file_replaced_when_told(capsys, tmp_path):
 
 def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_, first=jax.devices()[:1]: first)
-    outcome = jaxmoe(capsys, "probe", "--most-mib", 0.001, "--plot", "one.png")
+    outcome = jaxmoe(capsys, "probe", "--max-mib", 0.001, "--plot", "one.png")
     assert outcome.code == 0, outcome.err
     assert "one device: there are no collectives to measure" in outcome.out
     assert "scale_up_gbps: not measured: the memory's rate" in outcome.out
@@ -85,11 +85,11 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
         (["--devices", "0"], "devices=0 must lie in [1, 512]"),
         (["--devices", "-3"], "devices=-3 must lie in [1, 512]"),
         (["--devices", "4"], "devices=4 must be set before JAX starts its devices"),
-        (["--most-mib", "0"], "--most-mib 0 must lie above 0"),
-        (["--most-mib", "-1"], "--most-mib -1 must lie above 0"),
-        (["--most-mib", "nan"], "--most-mib nan must lie above 0"),
-        (["--most-mib", "0.0001"], "largest message 104 bytes must lie in [512, "),
-        (["--most-mib", "999999"], "a program holds up to 6 of them in"),
+        (["--max-mib", "0"], "--max-mib 0 must lie above 0"),
+        (["--max-mib", "-1"], "--max-mib -1 must lie above 0"),
+        (["--max-mib", "nan"], "--max-mib nan must lie above 0"),
+        (["--max-mib", "0.0001"], "largest message 104 bytes must lie in [512, "),
+        (["--max-mib", "999999"], "a program holds up to 6 of them in"),
         (["--repeats", "0"], "--repeats"),
         (["--name", ""], "--name '' must be of characters that print"),
         (["--name", "a\nb"], "must be of characters that print"),

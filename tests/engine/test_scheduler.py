@@ -156,7 +156,7 @@ def run_schedule(
             )  # fmt: skip
             sequences.append(sequence)
             todo.pop(0)
-            if config.most_pages(max_total, keeps_all=sequence.keeps_all) <= num_pages:
+            if config.max_pages(max_total, keeps_all=sequence.keeps_all) <= num_pages:
                 scheduler.add(sequence)
                 continue
             with pytest.raises(RequestError, match=f"{num_pages} pages"):
@@ -193,7 +193,7 @@ def run_schedule(
         for rank, pool in enumerate(scheduler.pools):
             assert pool.num_in_use == len({p for s in scheduler.running if s.rank == rank for p in s.pages} - {-1})
         for sequence in scheduler.running:
-            most = config.most_pages(sequence.max_total, keeps_all=sequence.keeps_all)
+            most = config.max_pages(sequence.max_total, keeps_all=sequence.keeps_all)
             assert len(sequence.pages) - sequence.num_behind <= most + decode_steps
         step += 1
         assert step < 5000, "somebody starves"
@@ -233,7 +233,7 @@ def test_thousands_of_random_schedules(**schedule):
 
 def test_what_lies_behind_every_window_is_given_back():
     config = config_of(window=9, num_pages=7, chunk_tokens=8, context=400)
-    assert config.most_pages(400) == (8 + 8 + 2) // 4 + 1
+    assert config.max_pages(400) == (8 + 8 + 2) // 4 + 1
     scheduler = Scheduler(config)
     long = Sequence(request_id=0, tokens=list(range(60)), max_total=400)
     scheduler.add(long)

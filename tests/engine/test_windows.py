@@ -116,6 +116,6 @@ def test_a_longer_prompt_before_leaves_room_for_what_had_room(changed_dir):
                 llm._core = SimpleNamespace(scheduler_config=llm._scheduler_config_for(others))
         scheduler_config = llm._scheduler_config_for(asked)
         Scheduler(scheduler_config).check(100, 3100)
-        assert scheduler_config.most_pages(scheduler_config.context) <= scheduler_config.num_pages < 300
+        assert scheduler_config.max_pages(scheduler_config.context) <= scheduler_config.num_pages < 300
         assert scheduler_config == llm._core.scheduler_config
     assert scheduler_config.chunk_tokens == 2048

@@ -95,7 +95,7 @@ def quick(monkeypatch):
 
 def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
     said = []
-    found = probe(most_bytes=2048, repeats=1, name='my "own" cluster', on_progress=said.append)
+    found = probe(max_bytes=2048, repeats=1, name='my "own" cluster', on_progress=said.append)
     assert {(one.op, one.axis, one.ranks, one.num_bytes) for one in found.points} == {
         (op, "tensor", ranks, size) for op in get_args(Op) for ranks in (2, 4, 8) for size in (512, 2048)
     }
@@ -126,7 +126,7 @@ def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
 
 
 def test_axes_of_one_length_are_measured_apart_and_the_slower_is_written(quick):
-    found = probe(axes={"data": 2, "expert": 2, "tensor": 2}, most_bytes=512, repeats=1)
+    found = probe(axes={"data": 2, "expert": 2, "tensor": 2}, max_bytes=512, repeats=1)
     assert found.axes == {"data": 2, "expert": 2, "tensor": 2}
     of_permute = {one.axis: one.us for one in found.points if one.op == "collective-permute"}
     assert list(of_permute) == ["tensor", "expert", "data"]
@@ -148,7 +148,7 @@ def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
         ("data", 2): [[0, 2], [1, 3], [4, 6], [5, 7]],
         ("data", 4): [[0, 2, 4, 6], [1, 3, 5, 7]],
     }
-    found = probe(most_bytes=512, repeats=1)
+    found = probe(max_bytes=512, repeats=1)
     hardware, us = found.hardware, {(one.op, one.ranks, one.where): one.us for one in found.points}
     assert (hardware.devices_per_node, hardware.scale_up_devices, hardware.nodes) == (2, 2, 4)
     assert {op: list(table) for op, table in hardware.collectives.items()} == {op: [2] for op in get_args(Op)}
@@ -158,19 +158,19 @@ def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
     assert hardware.scale_out_latency_us == us["collective-permute", 4, "between"]
     assert hardware.latency_us == us["collective-permute", 2, "inside"]
     assert set(found.notes) == {"hbm_gb"}
-    spread = {one.where for one in probe(axes={"tensor": 8}, most_bytes=512, repeats=1).points}
+    spread = {one.where for one in probe(axes={"tensor": 8}, max_bytes=512, repeats=1).points}
     assert spread == {"both"}
 
 
 def test_nodes_must_hold_as_many_devices_each(monkeypatch):
     monkeypatch.setattr(probing, "_fabric", lambda device: device.id // 3)
     with pytest.raises(MeshError, match="nodes hold 3, 3, 2 devices"):
-        probe(most_bytes=512, repeats=1)
+        probe(max_bytes=512, repeats=1)
 
 
 def test_one_device_has_no_collectives_and_says_so(quick, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_, first=jax.devices()[:1]: first)
-    found = probe(most_bytes=512, repeats=1)
+    found = probe(max_bytes=512, repeats=1)
     assert (found.points, dict(found.hardware.collectives)) == ((), {})
     assert found.hardware.scale_up_gbps == RATES.hbm_gbps
     assert set(found.notes) == {"hbm_gb", "scale_up_gbps", "scale_out_gbps"}
@@ -185,7 +185,7 @@ def test_what_a_platform_cannot_do_is_left_out_by_name(quick, monkeypatch):
         return real("all-gather" if op == "all-reduce" else op, *rest)
 
     monkeypatch.setattr(timed, "collective_program", some)
-    found = probe(axes={"tensor": 8}, most_bytes=512, repeats=1)
+    found = probe(axes={"tensor": 8}, max_bytes=512, repeats=1)
     assert set(found.hardware.collectives) == {"all-gather", "reduce-scatter", "collective-permute"}
     assert found.left_out == (
         "all-reduce of 512 bytes over 8 ranks: the compiler makes 2 all-gather of 512 bytes of 2",
@@ -226,15 +226,15 @@ def test_rates_are_measured_on_all_devices(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"most_bytes": 511}, r"largest message 511 bytes must lie in \[512, "),
-        ({"most_bytes": 1 << 60}, "a program holds up to 6 of them in"),
+        ({"max_bytes": 511}, r"largest message 511 bytes must lie in \[512, "),
+        ({"max_bytes": 1 << 60}, "a program holds up to 6 of them in"),
         ({"axes": {"tensor": 9}}, "needs 9 devices and there are 8"),
         ({"axes": {"model": 8}}, "unknown mesh axis 'model'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_measured(asked, said):
     with pytest.raises(MeshError, match=said):
-        probe(repeats=1, **({"most_bytes": 512} | asked))
+        probe(repeats=1, **({"max_bytes": 512} | asked))
 
 
 def test_the_rate_of_a_link_is_of_the_widest_groups_largest_message():

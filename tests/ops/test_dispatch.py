@@ -20,18 +20,18 @@ from ..conftest import mesh_of
 RANKS, TOKENS, WIDTH, EXPERTS = 4, 3, 5, 8
 
 
-def exchange_of(backend: str, most_ranks: int = RANKS) -> Exchange:
-    return Exchange(axes=("expert",), num_ranks=RANKS, most_ranks=most_ranks, backend=backend, platform="cpu")
+def exchange_of(backend: str, max_ranks: int = RANKS) -> Exchange:
+    return Exchange(axes=("expert",), num_ranks=RANKS, max_ranks=max_ranks, backend=backend, platform="cpu")
 
 
-def layer_of_factors(backend: str, most_ranks: int = RANKS):
+def layer_of_factors(backend: str, max_ranks: int = RANKS):
     """Each expert multiplies by its own number, so the result says which expert saw which token with which weight; and
     how many tokens with a weight each rank got."""
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(f"expert={RANKS}"), in_specs=(P("expert"),) * 3, out_specs=P("expert"))
     def layer(x, weights, factors):
-        exchange = exchange_of(backend, most_ranks)
+        exchange = exchange_of(backend, max_ranks)
         everyone, mine, sent = dispatch(x, weights, exchange)
         got = jnp.sum(sent.came.sizes if sent else jnp.int32(len(everyone)))[None]
         return combine(everyone * (mine @ factors)[:, None], sent, exchange), got
@@ -62,7 +62,7 @@ def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_com
 @pytest.mark.parametrize("backend", HIERARCHICAL)
 def test_hierarchical_goes_along_one_axis_and_then_along_the_other(backend, mesh, routed):
     axes = ("data", "expert") if "data" in mesh else ("expert", "tensor")
-    exchange = Exchange(axes=axes, num_ranks=RANKS, most_ranks=RANKS, backend=backend, platform="cpu")
+    exchange = Exchange(axes=axes, num_ranks=RANKS, max_ranks=RANKS, backend=backend, platform="cpu")
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(mesh), in_specs=(P(axes),) * 3, out_specs=P(axes))

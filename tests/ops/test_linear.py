@@ -88,7 +88,7 @@ def test_gradients_are_those_of_xla(transposed):
 def test_many_rows_are_left_to_xla_where_it_is_faster(monkeypatch):
     if not compiler_found():
         return
-    monkeypatch.setattr(native, "most_tokens", lambda dtype: 8)
+    monkeypatch.setattr(native, "max_tokens", lambda dtype: 8)
     for rows, kernel in ((8, True), (9, False)):
         x, w = arrays(rows, 8, 8, "float32", transposed=False)
         text = jax.jit(partial(linear, backend="native")).lower(x, w[None]).as_text()
@@ -101,7 +101,7 @@ def test_many_rows_are_left_to_xla_where_it_is_faster(monkeypatch):
 def test_the_rows_beside_change_no_bit_of_a_row(depth, columns, transposed, dtype):
     if not compiler_found(dtype):
         return
-    most = min(400, native.most_tokens(dtype))  # beyond it a processor's own bfloat16 products serve
+    most = min(400, native.max_tokens(dtype))  # beyond it a processor's own bfloat16 products serve
     x, w = arrays(most, depth, columns, dtype, transposed=transposed)
     run = jax.jit(partial(linear, backend="native", transposed=transposed, dtype="float32"))
     w = w[None]

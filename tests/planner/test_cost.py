@@ -131,7 +131,7 @@ def test_pages_fill_what_weights_leave():
     taken = serving.pool_tokens() * cost.held.kv_bytes_a_token
     assert 0.8 * room < taken < room
     load = Load(isl=1000, osl=1000)
-    assert serving.most_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.most_requests(load) > 0
+    assert serving.max_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.max_requests(load) > 0
 
 
 def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
@@ -142,11 +142,11 @@ def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
         Serving(StepCost(Held(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512)
         for config in (cost.held.config, half, windowed)
     ]
-    whole, mixed, freed = (serving.most_requests(load) for serving in found)
+    whole, mixed, freed = (serving.max_requests(load) for serving in found)
     assert whole == mixed
     assert freed == pytest.approx(whole * 32000 / (4096 + 512), rel=0.05)
     short = Load(isl=100, osl=100)
-    assert found[0].most_requests(short) == found[2].most_requests(short)
+    assert found[0].max_requests(short) == found[2].max_requests(short)
 
 
 def test_more_requests_serve_more_tokens_and_each_slower():
@@ -175,7 +175,7 @@ def test_a_pipeline_of_one_request_is_no_faster_than_reading_its_weights():
 def test_replicas_serve_as_many_times_more():
     load = Load(isl=1000, osl=1000)
     one, four = (Serving(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
-    assert four.most_requests(load) == 4 * one.most_requests(load)
+    assert four.max_requests(load) == 4 * one.max_requests(load)
     single, many = one.serve(load, 16), four.serve(load, 64)
     assert many.tokens_a_second == pytest.approx(4 * single.tokens_a_second)
     assert replace(many, concurrency=16, tokens_a_second=single.tokens_a_second) == single

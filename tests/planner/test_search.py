@@ -101,7 +101,7 @@ def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
     """A H100 has room for three requests so long beside Llama-3.1-8B; four are assumed for the lowest latency."""
     asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), load=Load(isl=120_000, osl=1000))
     best = search(asked).best
-    assert (best.served.concurrency, best.most_requests) == (2, 3)
+    assert (best.served.concurrency, best.max_requests) == (2, 3)
     with pytest.raises(NoPlanError, match="no room for 4 requests"):
         search(replace(asked, load=Load(isl=120_000, osl=1000, concurrency=4)))
 
@@ -110,13 +110,13 @@ def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
 def test_as_many_requests_as_are_said_to_have_room_are_planned_for(case):
     """By the smallest chunks of prompts where others leave too little; served nearly as well as those that are best."""
     best = found(*case).best
-    full = search(replace(question(*case), load=replace(LOAD, concurrency=best.most_requests))).best
-    assert full.served.concurrency == best.most_requests
+    full = search(replace(question(*case), load=replace(LOAD, concurrency=best.max_requests))).best
+    assert full.served.concurrency == best.max_requests
     assert full.tokens_a_second > 0.9 * best.tokens_a_second
     with pytest.raises(NoPlanError, match="no room for") as caught:
         search(replace(question(*case), load=replace(LOAD, concurrency=1 << 24)))
     most = replace(LOAD, concurrency=caught.value.most)  # of any split
-    assert search(replace(question(*case), load=most)).best.served.concurrency >= best.most_requests
+    assert search(replace(question(*case), load=most)).best.served.concurrency >= best.max_requests
     with pytest.raises(NoPlanError, match="no room for"):
         search(replace(question(*case), load=replace(LOAD, concurrency=caught.value.most + 1)))
 
@@ -169,7 +169,7 @@ def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
     one = search(question("llama-3.1-8b", hardware, devices))
     most = max(plan.tokens_a_second for plan in one.every)
     assert one.best.tokens_a_second >= most / 1.03
-    for count in (1 << power for power in range(one.best.most_requests.bit_length() - 1)):
+    for count in (1 << power for power in range(one.best.max_requests.bit_length() - 1)):
         served = one.best.serving.serve(LOAD, count)
         if served.tokens_a_second >= most / 1.03:
             assert one.best.request_seconds <= 1.03 * (served.ttft + (LOAD.osl - 1) * served.tpot)

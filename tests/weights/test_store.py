@@ -115,7 +115,7 @@ def test_metadata_is_what_orbax_writes(tmp_path):
 @pytest.mark.parametrize("limit", [4, 16, 40, 1 << 20])
 @pytest.mark.parametrize("num_shares", [1, 2, 5])
 def test_chunks_cover_a_tensor_once(shape, limit, num_shares, monkeypatch):
-    monkeypatch.setattr("jaxmoe.weights.store._LEAST_CHUNK_BYTES", 8)
+    monkeypatch.setattr("jaxmoe.weights.store._MIN_CHUNK_BYTES", 8)
     spec = TensorSpec(name="x", dtype="F32", shape=shape)
     grid = ChunkGrid(shape=shape, chunk=choose_chunk(spec, num_shares, limit), itemsize=4)
     assert grid.chunk_bytes <= limit or 0 in shape

@@ -32,7 +32,7 @@ from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config
 
-_MOST_DEVICES, _MOST_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64, 8, 4096
+_MAX_DEVICES, _MAX_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64, 8, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class MapQuestion(ModelQuestion):
         config, axes = self.checked_model()
         _check_micro_batches(self.micro_batches, axes["pipeline"])
         count = math.prod(axes.values())
-        if count > _MOST_DEVICES:
-            raise ConfigError(f"mesh {self.mesh} is of {count} devices, the map draws at most {_MOST_DEVICES}")
+        if count > _MAX_DEVICES:
+            raise ConfigError(f"mesh {self.mesh} is of {count} devices, the map draws at most {_MAX_DEVICES}")
         shape: tuple[int, ...] = ()
         if self.target is not None and (target := parse_target(self.target)).device.platform == "tpu":
             *outer, last = target.shape
@@ -128,8 +128,8 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         raise ConfigError(
             f"micro_batches={micro_batches} needs stages: the mesh has pipeline=1; leave it or add stages"
         )
-    if not 1 <= micro_batches <= _MOST_MICRO_BATCHES:
-        raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MOST_MICRO_BATCHES}]")
+    if not 1 <= micro_batches <= _MAX_MICRO_BATCHES:
+        raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MAX_MICRO_BATCHES}]")
 
 
 def _max_virtual_stages(segment: LayerSegment) -> int:

@@ -111,7 +111,7 @@ def prepare(dtype: str, *, option: str = "grouped") -> None:
     _register(check(dtype, option=option))
 
 
-def most_tokens(dtype: str) -> int:
+def max_tokens(dtype: str) -> int:
     """The most tokens that the kernels are the fastest for, once prepared.
 
     Few where the processor multiplies bfloat16 itself: XLA uses that for many tokens, the kernels widen to float32.
