@@ -12,7 +12,7 @@ from jaxmoe.model.attention import Attention, ForwardContext
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
-from jaxmoe.model.moe import MoE, Routed
+from jaxmoe.model.moe import MoE, RouterOutput
 from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
 from jaxmoe.model.rows import hidden_dims, rms_norm
 from jaxmoe.ops.stack import LayerIndex
@@ -46,7 +46,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any
-    ) -> tuple[jax.Array, Any, Routed | None]:
+    ) -> tuple[jax.Array, Any, RouterOutput | None]:
         """x [B,S,D] -> [B,S,D] by the weights of `layer`, what attend keeps, and where tokens of an MoE layer
         went."""
         token_dim = self.placement.token_dim(x.shape[0])

@@ -17,7 +17,7 @@ from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.params import Init, Matrix, ParamFactory, dims_of, weights_of, zeros
 from jaxmoe.model.project import all_gather_rows, reduce_or_scatter
 from jaxmoe.model.rows import TokenMask, hidden_dims
-from jaxmoe.ops.dispatch import Exchange, combine, dispatch, why_refused
+from jaxmoe.ops.dispatch import DispatchSpec, combine, dispatch, unsupported_reason
 from jaxmoe.ops.gate import gated_rows, gated_unit
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
@@ -49,7 +49,7 @@ class SharedExpert(nnx.Module):
         self.down = params.matrix("moe/shared/down", init, ffn=ffn, width=width)
 
 
-class Routed(NamedTuple):
+class RouterOutput(NamedTuple):
     """Where tokens went: scores of the router [B,S,E], and how many tokens of each rank that routes went to each
     place of an expert [n,R]."""
 
@@ -72,7 +72,7 @@ class MoE(nnx.Module):
     ) -> None:
         assert config.moe is not None
         self.moe, self.placement, self.kernels = config.moe, placement, kernels
-        if why := why_refused(kernels.dispatch, placement):
+        if why := unsupported_reason(kernels.dispatch, placement):
             raise ConfigError(f"dispatch={kernels.dispatch} {why}")
         width = config.hidden_size
         moe = config.moe
@@ -93,7 +93,7 @@ class MoE(nnx.Module):
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, token_mask: TokenMask, token_dim: TokenDim
-    ) -> tuple[jax.Array, Routed]:
+    ) -> tuple[jax.Array, RouterOutput]:
         """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of `layer`; tokens that are not real visit
         no expert. token_dim: how rows of x lie."""
         placement = self.placement
@@ -117,7 +117,7 @@ class MoE(nnx.Module):
                 placement.spec(routed, "router_expert"),
             ),
         )(x, (token_mask.valid, token_mask.positions), jnp.int32(layer), arrays, *num_valid)  # fmt: skip
-        return y, Routed(probabilities, tokens_per_expert)
+        return y, RouterOutput(probabilities, tokens_per_expert)
 
     def _params(self) -> dict[str, Matrix]:
         """All that a device needs a part of, by the names it knows them by."""
@@ -198,7 +198,7 @@ def _routed_experts(
         by_rank = weights_tE.reshape(-1, ranks, others, share)
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(replicated_axes), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
-    exchange = Exchange(
+    exchange = DispatchSpec(
         axes=exchange_axes, num_ranks=ranks, max_ranks=min(ranks, moe.num_experts_per_tok), backend=kernels.dispatch,
         platform=placement.platform,
     )  # fmt: skip

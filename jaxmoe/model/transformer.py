@@ -17,7 +17,7 @@ from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
 from jaxmoe.model.block import DecoderLayer
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.moe import Routed
+from jaxmoe.model.moe import RouterOutput
 from jaxmoe.model.params import ParamFactory, normal, ones
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, reduce_or_scatter
@@ -367,7 +367,7 @@ def _through(
     x: jax.Array,
     kv_cache: Sequence[Any],
     tokens_per_expert: Sequence[Any] | None,
-) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[Routed | None]]:
+) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[RouterOutput | None]]:
     """x [B,S,D] through one repeat of a segment, the one at slot `layer`."""
     new_kv_cache, new_counts, choices = [], [], []
     for number, block in enumerate(blocks):

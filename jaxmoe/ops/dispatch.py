@@ -37,7 +37,7 @@ HIERARCHICAL: tuple[DispatchBackend, ...] = ("hierarchical", "hierarchical_ragge
 MAX_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
 
 
-def why_refused(backend: str, placement: Placement) -> str | None:
+def unsupported_reason(backend: str, placement: Placement) -> str | None:
     """Why a platform or a mesh has no use for a backend; None where it has."""
     peers, levels = placement.ragged_peers(backend), placement.dispatch_levels
     if placement.platform == "gpu" and peers > MAX_RAGGED_GPUS:
@@ -52,7 +52,7 @@ def why_refused(backend: str, placement: Placement) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
+class DispatchSpec:
     """Who exchanges tokens, and how: num_ranks along mesh axes; max_ranks that a token visits at most.
 
     platform: of the mesh's devices; "cpu" has no ragged collective.
@@ -64,7 +64,7 @@ class Exchange:
     backend: DispatchBackend
     platform: str
 
-    def levels(self) -> tuple[Exchange, Exchange]:
+    def levels(self) -> tuple[DispatchSpec, DispatchSpec]:
         """A hierarchical one's: along the first axis of several ranks, and along the rest. Inside shard_map."""
         sizes = {axis: jax.lax.axis_size(axis) for axis in self.axes}
         outer = next(axis for axis in self.axes if sizes[axis] > 1)
@@ -75,42 +75,44 @@ class Exchange:
         return first, replace(self, axes=inner, num_ranks=ranks, max_ranks=min(ranks, self.max_ranks), backend=backend)
 
 
-class Slices(NamedTuple):
+class RowSlices(NamedTuple):
     """Where rows for, or from, each rank stand."""
 
     offsets: Int[Array, "N"]
     sizes: Int[Array, "N"]
 
 
-class Sent(NamedTuple):
+class DispatchState(NamedTuple):
     """What combine has to know of a ragged dispatch: rows [t,V] that each token took, those past the last for none;
     where they and what came stand, and where the others keep what they were sent."""
 
     rows: Int[Array, "t V"]
-    mine: Slices
-    came: Slices
+    mine: RowSlices
+    came: RowSlices
     theirs: Int[Array, "N"]
 
 
-class Dispatched(NamedTuple):
+class DispatchOutput(NamedTuple):
     """Tokens of all ranks and their weights for this rank's experts, and what combine has to know."""
 
     x: Float[Array, "N*t D"]
     weights: Float[Array, "N*t e"]
-    sent: Sent | None
+    sent: DispatchState | None
 
 
-def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exchange) -> Dispatched:
+def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: DispatchSpec) -> DispatchOutput:
     """Tokens to the ranks whose experts they may visit. Weights travel beside x; ragged also sends how many come."""
     width, ranks = x.shape[1], exchange.num_ranks
     share = weights.shape[1] // ranks
     weights = weights.astype(x.dtype)
     if ranks == 1:
-        return Dispatched(x, weights, None)
+        return DispatchOutput(x, weights, None)
     if exchange.backend == "all_gather":
         packet = jax.lax.all_gather(jnp.concatenate([x, weights], axis=1), exchange.axes, axis=0, tiled=True)
         mine = jax.lax.axis_index(exchange.axes) * share
-        return Dispatched(packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None)
+        return DispatchOutput(
+            packet[:, :width], jax.lax.dynamic_slice_in_dim(packet[:, width:], mine, share, axis=1), None
+        )
     if exchange.backend in HIERARCHICAL:
         outer, inner = exchange.levels()
         near = dispatch(x, weights, outer)
@@ -118,13 +120,13 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Exc
     by_rank = weights.reshape(-1, ranks, share)
     if exchange.backend == "ragged_all_to_all":
         packet, sent = _ragged_dispatch(x, by_rank, exchange)
-        return Dispatched(packet[:, :width], packet[:, width:], sent)
+        return DispatchOutput(packet[:, :width], packet[:, width:], sent)
     packet = jnp.concatenate([jnp.broadcast_to(x, (ranks, *x.shape)), by_rank.swapaxes(0, 1)], axis=2)
     packet = _to_every_rank(packet, exchange).reshape(-1, width + share)
-    return Dispatched(packet[:, :width], packet[:, width:], None)
+    return DispatchOutput(packet[:, :width], packet[:, width:], None)
 
 
-def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> Float[Array, "t D"]:
+def combine(y: Float[Array, "N*t D"], sent: DispatchState | None, exchange: DispatchSpec) -> Float[Array, "t D"]:
     """The sum over ranks of what each computed for this rank's tokens. One collective a level."""
     if exchange.num_ranks == 1:
         return y
@@ -141,7 +143,7 @@ def combine(y: Float[Array, "N*t D"], sent: Sent | None, exchange: Exchange) -> 
     return _sum_in_order(_to_every_rank(y.reshape(exchange.num_ranks, -1, y.shape[1]), exchange))
 
 
-def _to_every_rank(parts: Array, exchange: Exchange) -> Array:
+def _to_every_rank(parts: Array, exchange: DispatchSpec) -> Array:
     """parts [N, ...]: one for each rank, and then one from each."""
     return jax.lax.all_to_all(parts, exchange.axes, split_axis=0, concat_axis=0, tiled=True)
 
@@ -154,7 +156,7 @@ def _sum_in_order(parts: Any) -> Array:
     return total.astype(parts[0].dtype)
 
 
-def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Array, Sent]:
+def _ragged_dispatch(x: Array, by_rank: Array, exchange: DispatchSpec) -> tuple[Array, DispatchState]:
     """x [t,D] with its weights [t,N,e] where they are not all zero: what came [N*t,W], those of each rank from its own
     strip's first row on."""
     num_tokens, ranks, _ = by_rank.shape
@@ -173,15 +175,15 @@ def _ragged_dispatch(x: Array, by_rank: Array, exchange: Exchange) -> tuple[Arra
     )
     received = _to_every_rank(jnp.stack([sizes, starts], axis=1), exchange)
     strips = jnp.arange(ranks, dtype=jnp.int32) * num_tokens
-    mine, came = Slices(starts, sizes), Slices(strips, received[:, 0])
+    mine, came = RowSlices(starts, sizes), RowSlices(strips, received[:, 0])
     to = jnp.full((ranks,), jax.lax.axis_index(exchange.axes) * num_tokens, jnp.int32)
     packet = _ragged(packet, ranks * num_tokens, num_tokens, send=mine, to=to, receive=came, exchange=exchange)
     own = jnp.sort(row, axis=1)[:, : exchange.max_ranks]
-    return packet, Sent(own, mine, came, received[:, 1])
+    return packet, DispatchState(own, mine, came, received[:, 1])
 
 
 def _ragged(
-    rows: Array, num_out: int, max_rows: int, *, send: Slices, to: Array, receive: Slices, exchange: Exchange
+    rows: Array, num_out: int, max_rows: int, *, send: RowSlices, to: Array, receive: RowSlices, exchange: DispatchSpec
 ) -> Array:
     """Slices of rows [R,W] to all ranks, `max_rows` rows each at most: what came, in zeros [num_out,W]. to: where they
     begin there."""
@@ -192,7 +194,7 @@ def _ragged(
         )
     each = jnp.arange(max_rows, dtype=jnp.int32)
 
-    def places(slices: Slices, past: int) -> Array:
+    def places(slices: RowSlices, past: int) -> Array:
         return jnp.where(each < slices.sizes[:, None], slices.offsets[:, None] + each, past)
 
     strips = rows.at[places(send, len(rows))].get(mode="fill", fill_value=0)

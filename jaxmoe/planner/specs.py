@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh, device_platform
-from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, why_refused
+from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, unsupported_reason
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.serving import Load
@@ -148,7 +148,7 @@ def _why_not(dispatch: str, placement: Placement) -> str | None:
     """Why a dispatch that is asked for is none of a placement's; None where it is."""
     if dispatch != "all_to_all" and not placement.dispatch_levels:
         return "sends tokens to the experts of other devices, and here none has others: leave it out"
-    return why_refused(dispatch, placement)
+    return unsupported_reason(dispatch, placement)
 
 
 def why_none(question: Question) -> str:

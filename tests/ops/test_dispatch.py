@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL, Exchange, combine, dispatch
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL, DispatchSpec, combine, dispatch
 from jaxmoe.ops.route import RouteRule, route, to_physical
 
 from ..conftest import mesh_of
@@ -20,8 +20,8 @@ from ..conftest import mesh_of
 RANKS, TOKENS, WIDTH, EXPERTS = 4, 3, 5, 8
 
 
-def exchange_of(backend: str, max_ranks: int = RANKS) -> Exchange:
-    return Exchange(axes=("expert",), num_ranks=RANKS, max_ranks=max_ranks, backend=backend, platform="cpu")
+def exchange_of(backend: str, max_ranks: int = RANKS) -> DispatchSpec:
+    return DispatchSpec(axes=("expert",), num_ranks=RANKS, max_ranks=max_ranks, backend=backend, platform="cpu")
 
 
 def layer_of_factors(backend: str, max_ranks: int = RANKS):
@@ -62,7 +62,7 @@ def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_com
 @pytest.mark.parametrize("backend", HIERARCHICAL)
 def test_hierarchical_goes_along_one_axis_and_then_along_the_other(backend, mesh, routed):
     axes = ("data", "expert") if "data" in mesh else ("expert", "tensor")
-    exchange = Exchange(axes=axes, num_ranks=RANKS, max_ranks=RANKS, backend=backend, platform="cpu")
+    exchange = DispatchSpec(axes=axes, num_ranks=RANKS, max_ranks=RANKS, backend=backend, platform="cpu")
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh_of(mesh), in_specs=(P(axes),) * 3, out_specs=P(axes))
