@@ -308,7 +308,7 @@ class ModelConfig:
         return (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
 
     @property
-    def mixed_dim(self) -> int:
+    def attention_output_dim(self) -> int:
         """Numbers of what attention over the cache gives for one query head."""
         return self.head_dim if self.mla is None else self.mla.kv_lora_rank
 

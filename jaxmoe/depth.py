@@ -146,7 +146,7 @@ class PipelineSlot(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class PipelineSchedule:
     """The order in which stages take micro-batches: all of them through a virtual stage, then through the next.
 
     A tick is the time of one micro-batch in one virtual stage of one stage. A micro-batch reaches the next stage a tick

@@ -41,7 +41,7 @@ def count_ticks(
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmoe.depth import LayerSegment, Schedule
+    from jaxmoe.depth import LayerSegment, PipelineSchedule
     from jaxmoe.mesh import build_mesh
     from jaxmoe.model.pipeline import empty_buffers, run_ticks, tick_stages
     from jaxmoe.model.rows import HIDDEN
@@ -51,7 +51,7 @@ def count_ticks(
     segment = LayerSegment(
         first=0, period=1, repeats=stages * virtual_stages, stages=stages, virtual_stages=virtual_stages
     )
-    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+    schedule = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     ticks = schedule.ticks(decode_steps)
 
     def through(weights, slot, layer_slots, filled, x, counts, step_inputs):

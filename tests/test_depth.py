@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.depth import LayerSegment, Schedule, layer_segments, locate_layer
+from jaxmoe.depth import LayerSegment, PipelineSchedule, layer_segments, locate_layer
 from jaxmoe.errors import ConfigError
 
 
@@ -101,7 +101,7 @@ def test_more_stages_than_layers_is_an_error(layers, stages, virtual_stages):
         layer_segments(config((True,) * layers), "scan", stages=stages, virtual_stages=virtual_stages)
 
 
-def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int, int, int]]]:
+def busy(schedule: PipelineSchedule, decode_steps: int) -> dict[int, list[tuple[int, int, int, int]]]:
     """What every stage does, tick by tick: (tick, decode step, chunk, micro-batch)."""
     return {
         stage: [
@@ -120,7 +120,7 @@ def busy(schedule: Schedule, decode_steps: int) -> dict[int, list[tuple[int, int
 def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(
     stages, micro_batches, virtual_stages, decode_steps
 ):
-    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+    schedule = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     done = busy(schedule, decode_steps)
     when = {(stage, *slot[1:]): slot[0] for stage, slots in done.items() for slot in slots}
     assert len(when) == sum(map(len, done.values())) == stages * virtual_stages * micro_batches * decode_steps
@@ -144,7 +144,7 @@ def test_every_micro_batch_passes_every_chunk_of_every_stage_in_order(
 @pytest.mark.parametrize("stages", [2, 4, 8])
 def test_idle_stages_are_those_of_the_formula(stages, virtual_stages):
     for micro_batches in range(1, 17):
-        idle = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches).idle()
+        idle = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches).idle()
         if virtual_stages == 1 or micro_batches >= stages:
             assert idle == Fraction(stages - 1, virtual_stages * micro_batches + stages - 1)
         else:  # a micro-batch cannot be in two virtual stages at once: stages wait for it to come round
@@ -157,7 +157,7 @@ def test_idle_stages_are_those_of_the_formula(stages, virtual_stages):
 def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, virtual_stages):
     decode_steps = 6
     for micro_batches in range(1, 17):
-        schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+        schedule = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
         lap = schedule.period * virtual_stages
         for slots in busy(schedule, decode_steps).values():
             full = [tick for tick, *_ in slots if 2 * lap <= tick < 4 * lap]
@@ -166,6 +166,6 @@ def test_decoding_stages_are_busy_once_the_pipeline_is_full(stages, virtual_stag
 
 @given(stages=st.integers(2, 8), micro_batches=st.integers(1, 16), virtual_stages=st.integers(1, 2))
 def test_only_what_is_used_is_sent(stages, micro_batches, virtual_stages):
-    schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+    schedule = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
     sent = sum(len(schedule.sends(tick)) for tick in range(schedule.ticks()))
     assert sent == micro_batches * (stages * virtual_stages - 1)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment, Schedule
+from jaxmoe.depth import LayerSegment, PipelineSchedule
 from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
 from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.errors import RequestError
@@ -239,9 +239,9 @@ class Runner:
 
         return [tuple(block(segment, number) for number in range(segment.period)) for segment in self.segments]
 
-    def _schedule(self, micro_batches: int) -> Schedule:
+    def _schedule(self, micro_batches: int) -> PipelineSchedule:
         placement = self.placement
-        return Schedule(
+        return PipelineSchedule(
             stages=placement.num_stages, virtual_stages=placement.virtual_stages, micro_batches=micro_batches
         )
 

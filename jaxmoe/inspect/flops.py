@@ -13,7 +13,7 @@ _NAME = re.compile(r"%([\w.-]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Product:
+class MatmulCost:
     """One dot instruction: the shape of its result, and how many numbers each of its entries sums."""
 
     result_shape: tuple[int, ...]
@@ -29,7 +29,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def matmuls(compiled_text: str) -> list[Product]:
+def matmuls(compiled_text: str) -> list[MatmulCost]:
     """Every dot in the text of a compiled program, loops' bodies included once.
 
     Raises: ValueError for a dot whose operands' shapes are not in the text.
@@ -50,5 +50,5 @@ def matmuls(compiled_text: str) -> list[Product]:
         if left not in shapes or contracted is None:
             raise ValueError(f"dot not understood: {line.strip()[:200]}")
         depth = math.prod(shapes[left][dim] for dim in _shape(contracted[1]))
-        found.append(Product(result_shape=shapes[definition["name"]], depth=depth))
+        found.append(MatmulCost(result_shape=shapes[definition["name"]], depth=depth))
     return found

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.depth import LayerSegment, PipelineSlot, Schedule
+from jaxmoe.depth import LayerSegment, PipelineSchedule, PipelineSlot
 from jaxmoe.sharding import Dims, Placement
 
 STAGE = "pipeline"
@@ -30,7 +30,7 @@ class StageBuffers(NamedTuple):
 
 
 def empty_buffers(
-    schedule: Schedule, shape: tuple[int, ...], dtype: Any, placement: Placement, dims: Dims
+    schedule: PipelineSchedule, shape: tuple[int, ...], dtype: Any, placement: Placement, dims: Dims
 ) -> StageBuffers:
     """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
@@ -57,7 +57,7 @@ def tick_stages(
     decode_steps: Any,
     *,
     segment: LayerSegment,
-    schedule: Schedule,
+    schedule: PipelineSchedule,
     placement: Placement,
 ) -> tuple[StageBuffers, Any]:
     """One tick of all stages; what each computed is `sent` of the returned buffers.
@@ -142,7 +142,7 @@ def _sum_of_one(x: jax.Array) -> jax.Array:
 
 def run_ticks(tick: Callable[[Any, Any], Any], ticks: int, carry: Any, *, alone: bool) -> Any:
     """carry after tick(number, carry) of so many ticks. alone: whether stages do all that a tick does."""
-    if Schedule.unrolled(ticks, alone=alone):
+    if PipelineSchedule.unrolled(ticks, alone=alone):
         for number in range(ticks):
             carry = tick(number, carry)
         return carry

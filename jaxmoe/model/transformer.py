@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment, Schedule, layer_segments
+from jaxmoe.depth import LayerSegment, PipelineSchedule, layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
@@ -86,7 +86,7 @@ class Transformer(nnx.Module):
         step_inputs: StepInputs,
         forward_state: ForwardState | None = None,
         *,
-        schedule: Schedule = Schedule(),
+        schedule: PipelineSchedule = PipelineSchedule(),
         pick: Pick | None = None,
         probabilities: bool = False,
     ) -> tuple[jax.Array, ForwardState, list[jax.Array]]:
@@ -216,7 +216,7 @@ class Transformer(nnx.Module):
 
     # --- stages of a pipeline ---
 
-    def empty_buffers(self, schedule: Schedule, rows: int, length: int) -> StageBuffers:
+    def empty_buffers(self, schedule: PipelineSchedule, rows: int, length: int) -> StageBuffers:
         """Nothing on its way between stages. rows, length: of one micro-batch."""
         shape = rows, length, self.config.hidden_size
         token_dim = self.placement.token_dim(rows)
@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
         step_inputs: StepInputs,
         forward_state: ForwardState,
         tick: Any,
-        schedule: Schedule,
+        schedule: PipelineSchedule,
         decode_steps: Any = 1,
     ) -> tuple[StageBuffers, ForwardState]:
         """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
@@ -287,7 +287,12 @@ class Transformer(nnx.Module):
         return from_last_stage(sent, self.placement, lambda x: in_stage.constrain(x, *dims))
 
     def _through_stages(
-        self, x: jax.Array, step_inputs: StepInputs, forward_state: ForwardState, schedule: Schedule, pick: Pick | None
+        self,
+        x: jax.Array,
+        step_inputs: StepInputs,
+        forward_state: ForwardState,
+        schedule: PipelineSchedule,
+        pick: Pick | None,
     ) -> tuple[jax.Array, ForwardState]:
         """x [B,S,D], all micro-batches, through all layers: once around."""
         ranks, count = self.placement.num_shards("batch"), schedule.micro_batches

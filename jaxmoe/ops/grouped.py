@@ -227,7 +227,7 @@ def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: SwiGLUClamp | None
     return times(_unit(times(x, w.gate), times(x, w.up), w.bias, clamp).astype(x.dtype), w.down)
 
 
-class Rule(NamedTuple):
+class GroupedSwiGLUConfig(NamedTuple):
     """What does not change from step to step: the most experts of a token, and how its SwiGLU is clamped."""
 
     top_k: int
@@ -356,4 +356,4 @@ def grouped_swiglu(
     clamp: in place of silu(gate) * up, see SwiGLUClamp.
     weights is zero where a token does not visit an expert; no token visits more than top_k.
     """
-    return _BACKENDS[backend](Rule(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)
+    return _BACKENDS[backend](GroupedSwiGLUConfig(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)

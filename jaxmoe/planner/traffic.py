@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import Schedule, layer_segments
+from jaxmoe.depth import PipelineSchedule, layer_segments
 from jaxmoe.sharding import Placement, array_sizes
 
 _TPU_ROW = 512
@@ -163,7 +163,7 @@ class _Plan:
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
         self.config, self.placement, self.itemsize, self.dispatch = config, placement, shape.itemsize, dispatch
         self.outside = placement.with_view("outside_pipeline")
-        self.schedule = Schedule(
+        self.schedule = PipelineSchedule(
             stages=placement.num_stages, virtual_stages=placement.virtual_stages, micro_batches=shape.micro_batches
         )
         self.segments = layer_segments(
@@ -253,7 +253,13 @@ class _Plan:
         slots = self.tokens * sizes.kv_slots // placement.num_shards("kv_head")
         both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
         self.add(placement, "all-gather", "page_token", both, count)
-        self.add(placement, "all-to-all", "page_token", slots * sizes.group_slots * (config.mixed_dim + 1) * 4, count)
+        self.add(
+            placement,
+            "all-to-all",
+            "page_token",
+            slots * sizes.group_slots * (config.attention_output_dim + 1) * 4,
+            count,
+        )
         self.sum(placement, "kv_head", self.shared_rows * self.hidden, count)
 
     def experts(self, placement: Placement, count: int) -> None:

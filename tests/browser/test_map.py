@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.depth import Schedule, layer_segments
+from jaxmoe.depth import PipelineSchedule, layer_segments
 from jaxmoe.inspect.aot import held_bytes
 from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data
 from jaxmoe.inspect.map.page import write_page
@@ -241,7 +241,7 @@ def test_the_timeline_is_the_schedule(stages, chromium, drawn):
         ):
             for name, value in (("M", micro_batches), ("v", virtual_stages), ("decode-steps", decode_steps)):
                 page.locator(f"#slider-{name}").fill(str(value))
-            plan = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+            plan = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
             idle, ticks = map(int, page.locator("#idle").get_attribute("data-idle").split("/"))
             assert idle / ticks == pytest.approx(float(plan.idle(decode_steps)))
             assert ticks == plan.ticks(decode_steps)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
-from jaxmoe.depth import Schedule
+from jaxmoe.depth import PipelineSchedule
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect.collectives import collectives
@@ -178,7 +178,7 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     hidden = llm.config.hidden_size * 4
     sent = Collective(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
     assert llm.runner.planned(bucket)[sent] == bucket.micro_batches == 2
-    assert sum(len(Schedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
+    assert sum(len(PipelineSchedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_every_schedule_is_idle_as_the_formula_says_or_as_little_as_can_be(stage
     enters in tick M - 1 and is in no two virtual stages at once: stages x virtual stages ticks more are the least there
     can be."""
     for micro_batches in range(1, 17):
-        schedule = Schedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
+        schedule = PipelineSchedule(stages=stages, virtual_stages=virtual_stages, micro_batches=micro_batches)
         ticks = schedule.ticks()
         busy = sum(schedule.slot(tick, stage).valid for tick in range(ticks) for stage in range(stages))
         assert busy == stages * virtual_stages * micro_batches

@@ -149,7 +149,7 @@ function flows(event, group) {
 const onlyStage = event => event.op === "collective-permute" || event.stage !== null && !event.axes.includes("pipeline");
 const sends = (event, device) => event.op !== null && (!onlyStage(event) || places[device].pipeline === event.stage);
 
-// --- the order of stages, as depth.Schedule has it ---
+// --- the order of stages, as depth.PipelineSchedule has it ---
 
 const modulo = (a, b) => ((a % b) + b) % b;
 function schedule(stages, virtualStages, microBatches, decodeSteps = 1) {
