@@ -30,7 +30,7 @@ class Format:
 
     @property
     def stored_dtype(self) -> str:
-        """Of arrays that hold the numbers, or their bits (ops/quantised.py says why)."""
+        """Of arrays that hold the numbers, or their bits (ops/quantized_matmul.py says why)."""
         return "int8" if self.dtype == "int8" else "uint8"
 
     @property

@@ -246,17 +246,17 @@ LOADING = _faults(
     ),
     (
         "scale-block-counted-from-the-first-row-read",
-        "jaxmoe/weights/formats.py",
+        "jaxmoe/weights/lazy_tensors.py",
         "scales, self._format, first=start % block)",
         "scales, self._format, first=0)",
-        "weights/test_formats.py weights/test_load.py",
+        "weights/test_lazy_tensors.py weights/test_load.py",
     ),
     (
         "mxfp4-high-half-first",
-        "jaxmoe/weights/formats.py",
+        "jaxmoe/weights/lazy_tensors.py",
         "for shift in (0, 4)]",
         "for shift in (4, 0)]",
-        "weights/test_formats.py engine/test_weights_dtype.py",
+        "weights/test_lazy_tensors.py engine/test_weights_dtype.py",
     ),
     (
         "only-the-first-copy-of-a-key-head-is-loaded",

@@ -18,8 +18,8 @@ from jaxmoe.families import (
     mistral,
     mixtral,
     olmoe,
-    quantised,
-    quantising,
+    quantization_reader,
+    quantization_writer,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -27,9 +27,8 @@ from jaxmoe.families import (
 )
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import may_stand_unused, pieces
-from jaxmoe.families.piece import Piece
-from jaxmoe.families.quantised import as_published, read_published
-from jaxmoe.families.quantizer import (
+from jaxmoe.families.quantization_reader import as_published, read_published
+from jaxmoe.families.quantization_tool import (
     QUANTISATION_KEYS,
     check_other_keys,
     quantisation_key,
@@ -38,6 +37,7 @@ from jaxmoe.families.quantizer import (
 )
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
+from jaxmoe.families.weight_slice import Piece
 from jaxmoe.formats import QUANTISATION
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
@@ -148,13 +148,13 @@ def is_exact(key: str) -> bool:
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelConfig:
-    """The config of a model that keeps matrices as asked: see families/quantised.py."""
-    return quantised.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
+    """The config of a model that keeps matrices as asked: see families/quantization_reader.py."""
+    return quantization_reader.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def quantised_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
-    """The tensors of a plain checkpoint that are quantised: see families/quantising.py."""
-    return quantising.quantised_keys(config, weights_dtype, FAMILIES[config.family].names)
+    """The tensors of a plain checkpoint that are quantised: see families/quantization_writer.py."""
+    return quantization_writer.quantised_keys(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def _check_ignored(ignored: Iterable[str], known: Collection[str]) -> None:

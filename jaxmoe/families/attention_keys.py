@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.families.piece import Piece, Place, whole
+from jaxmoe.families.weight_slice import Piece, Place, whole
 
 _PATH = "attention"
 

@@ -14,7 +14,7 @@ from typing import Literal
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.depth import LayerSegment, locate_layer
 from jaxmoe.families.attention_keys import grouped_attention, latent_attention
-from jaxmoe.families.piece import Piece, Place, whole
+from jaxmoe.families.weight_slice import Piece, Place, whole
 
 Fused = Literal["interleaved", "halves"]  # how gate and up lie in one tensor: column by column, or one after the other
 

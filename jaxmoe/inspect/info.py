@@ -17,8 +17,8 @@ from jaxmoe.families import quantisation_key, quantizer_name, read_config, witho
 from jaxmoe.planner.sizes import behind_windows, count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
-from jaxmoe.weights.published import config_check
 from jaxmoe.weights.safetensors_file import TensorInfo
+from jaxmoe.weights.source_checkpoint import config_check
 from jaxmoe.weights.stored import as_stored
 
 

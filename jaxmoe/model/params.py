@@ -14,7 +14,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
-from jaxmoe.ops.quantised import Quantised, Weights
+from jaxmoe.ops.quantized_matmul import Quantised, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Dims, PipelineView, Placement
 
@@ -44,7 +44,7 @@ def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
 
 
 class QuantisedParam(nnx.Module):
-    """A matrix as numbers and scales, two parameters of the same logical dims (ops/quantised.py)."""
+    """A matrix as numbers and scales, two parameters of the same logical dims (ops/quantized_matmul.py)."""
 
     def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
         self.numbers, self.scales = numbers, scales

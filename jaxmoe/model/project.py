@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearBackend, linear
-from jaxmoe.ops.quantised import Quantised, Weights, as_matrices
+from jaxmoe.ops.quantized_matmul import Quantised, Weights, as_matrices
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 

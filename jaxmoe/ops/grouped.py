@@ -12,7 +12,7 @@ Experts may have biases of gate and up (that of down is the caller's: it needs n
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
 
-Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantised.py), by
+Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantized_matmul.py), by
 ragged and dense a layer at once.
 """
 
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import SwiGLUClamp
 from jaxmoe.ops import native
-from jaxmoe.ops.quantised import Quantised, layer_weights, multiply
+from jaxmoe.ops.quantized_matmul import Quantised, layer_weights, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
 GroupedBackend = Literal["blocks", "ragged", "native", "dense"]

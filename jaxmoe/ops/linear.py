@@ -5,7 +5,7 @@
   tokens, and whose result for a token does not depend on the others; xla for gradients, and for many tokens where the
   processor multiplies bfloat16 itself.
 
-A matrix that is kept quantised is multiplied as ops/quantised.py does, whatever the backend.
+A matrix that is kept quantised is multiplied as ops/quantized_matmul.py does, whatever the backend.
 """
 
 # Dims: T tokens, K numbers summed over, N columns, L layers.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
-from jaxmoe.ops.quantised import Quantised, multiply
+from jaxmoe.ops.quantized_matmul import Quantised, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
 LinearBackend = Literal["xla", "native"]

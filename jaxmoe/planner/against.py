@@ -16,7 +16,7 @@ import numpy as np
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
-from jaxmoe.families.quantised import quantisation
+from jaxmoe.families.quantization_reader import quantisation
 from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes

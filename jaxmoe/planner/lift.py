@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
-from jaxmoe.families.quantised import as_published
+from jaxmoe.families.quantization_reader import as_published
 from jaxmoe.planner.choose import ALIKE, Plan, limited, value
 from jaxmoe.planner.search import search
 from jaxmoe.planner.specs import Question

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, Piece, pieces
-from jaxmoe.families.held import oriented
-from jaxmoe.families.quantised import is_quantised, tells_layers
+from jaxmoe.families.quantization_reader import is_quantised, tells_layers
+from jaxmoe.families.quantized_layout import oriented
 
 Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
 _QUANTISED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")

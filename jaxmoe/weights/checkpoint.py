@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.formats import QUANTISATION
-from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
+from jaxmoe.weights.symlinks import check_inside
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONFIG, BESIDE = "config.json", "hf_quant_config.json"

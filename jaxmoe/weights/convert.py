@@ -20,19 +20,19 @@ from typing import Any
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
-from jaxmoe.families.quantised import read_published
+from jaxmoe.families.quantization_reader import read_published
 from jaxmoe.formats import QUANTISATION
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
-from jaxmoe.weights.dequantise import Made, plain_tensors
+from jaxmoe.weights.dequantize import Made, plain_tensors
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
 from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
-from jaxmoe.weights.published import Published, open_published
-from jaxmoe.weights.quantise import transform_of
+from jaxmoe.weights.quantize_transform import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
+from jaxmoe.weights.source_checkpoint import Published, open_published
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
 from jaxmoe.weights.transform import Transform

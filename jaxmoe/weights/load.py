@@ -19,9 +19,9 @@ from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.dtypes import check_reach
-from jaxmoe.weights.formats import Tensor
-from jaxmoe.weights.held import Wanted, held, wanted_tensors
+from jaxmoe.weights.lazy_tensors import Tensor
 from jaxmoe.weights.params import ParamInfo
+from jaxmoe.weights.quantized_sources import Wanted, held, wanted_tensors
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
@@ -311,7 +311,7 @@ def load_params(
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
-    parts: of plain parameters, as assign_pieces gives them; what is kept quantised is made of them (held.py).
+    parts: of plain parameters, as assign_pieces gives them; what is kept quantised is made of them (quantized_sources.py).
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
     sources, parts = held(tensors, table, parts, config)

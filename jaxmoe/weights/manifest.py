@@ -15,8 +15,8 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.safetensors_file import read_exactly
+from jaxmoe.weights.symlinks import check_inside
 
 MANIFEST = "jaxmoe_manifest.json"
 JOURNAL = "jaxmoe_journal.jsonl"

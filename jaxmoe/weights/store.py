@@ -17,9 +17,9 @@ from typing import IO, NamedTuple
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
-from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo, read_exactly
+from jaxmoe.weights.symlinks import check_inside
 from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"

@@ -16,7 +16,7 @@ from jaxmoe.families import FAMILIES, is_exact, read_config, states_dtype, with_
 from jaxmoe.families.keys import DOWN, EMBEDDING, GATE_UP, HEAD
 from jaxmoe.weights.checkpoint import CONFIG, open_tensors, read_json
 from jaxmoe.weights.dtypes import FLOAT_NAMES
-from jaxmoe.weights.held import published_names
+from jaxmoe.weights.quantized_sources import published_names
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
 _COMPARED_BYTES = 4 << 20  # of each of two tensors, at once

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.budget import Budget, resident_bytes
-from jaxmoe.weights.dequantise import Made
+from jaxmoe.weights.dequantize import Made
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.manifest import FileEntry
 from jaxmoe.weights.safetensors_file import TensorInfo

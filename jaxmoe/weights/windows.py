@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from jaxmoe.families.piece import Piece, Place
+from jaxmoe.families.weight_slice import Piece, Place
 
 Window = tuple[tuple[int, int], ...]
 Cut = tuple[slice, ...]  # of a tensor, without its leading dim where a piece fixes an index of that

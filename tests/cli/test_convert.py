@@ -21,7 +21,7 @@ from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.verify import problems
 
 from ..tiny.cases import CASES_BY_NAME
-from ..weights.published import contents, random_tensor, write_file, write_published
+from ..weights.hf_checkpoints import contents, random_tensor, write_file, write_published
 from .commands import jaxmoe
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,13 +13,13 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.question import ModelQuestion
 from jaxmoe.inspect.report import parameter_reports, total_bytes
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.ops import quantised
+from jaxmoe.ops import quantized_matmul
 
 from ..conftest import XLA, mesh_of
 from ..inspect.test_report import reports_of
 from ..test_layouts import assert_planned
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantised import FORMS, write_quantised
+from ..tiny.quantized import FORMS, write_quantised
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1]]
 ALL = "data=2,tensor=2,expert=2"
@@ -28,7 +28,7 @@ ALL = "data=2,tensor=2,expert=2"
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch, few_block_sizes):
     """Several tiles of small matrices, and few sizes of blocks."""
-    monkeypatch.setattr(quantised, "_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", 1 << 14)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.budget import Budget
 
-from .published import write_published
+from .hf_checkpoints import write_published
 
 ROOT = Path(__file__).parent.parent.parent
 

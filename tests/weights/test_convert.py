@@ -25,8 +25,8 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantised import write_quantised
-from .published import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_published
+from ..tiny.quantized import write_quantised
+from .hf_checkpoints import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_published
 
 CASE = "mixtral_window"
 

@@ -19,7 +19,7 @@ from jaxmoe.weights.journal import partial_of
 from jaxmoe.weights.manifest import JOURNAL
 from jaxmoe.weights.source import find_model
 
-from .published import bytes_of, contents, every_dtype
+from .hf_checkpoints import bytes_of, contents, every_dtype
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -31,7 +31,7 @@ from jaxmoe.weights.store import (
 from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
-from .published import every_dtype, random_tensor, write_published
+from .hf_checkpoints import every_dtype, random_tensor, write_published
 
 NO_64_BITS = ("F64", "I64", "U64")  # JAX narrows them unless told not to
 

@@ -26,9 +26,9 @@ from jaxmoe.weights.verify import problems
 from ..conftest import ONE_DEVICE, mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.checkpoint import tensor_shapes
-from ..tiny.quantised import write_quantised
+from ..tiny.quantized import write_quantised
 from ..tiny.stacked import read_tensors, stacked, write_stacked, write_tensors
-from .published import bytes_of
+from .hf_checkpoints import bytes_of
 
 ALL = "data=2,tensor=2,expert=2"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -28,7 +28,7 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
-from .published import Tensor, bytes_of, write_published
+from .hf_checkpoints import Tensor, bytes_of, write_published
 
 CASE = "mixtral_window"
 

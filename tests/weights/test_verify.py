@@ -21,8 +21,8 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantised import write_quantised
-from .published import Tensor, bytes_of, every_dtype, random_tensor, write_file, write_published
+from ..tiny.quantized import write_quantised
+from .hf_checkpoints import Tensor, bytes_of, every_dtype, random_tensor, write_file, write_published
 
 CASE = "mixtral_window"
 

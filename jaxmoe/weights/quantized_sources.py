@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.families.held import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
-from jaxmoe.families.piece import Piece
+from jaxmoe.families.quantized_layout import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
+from jaxmoe.families.weight_slice import Piece
 from jaxmoe.formats import Format, Published
-from jaxmoe.weights.formats import Bits, Cells, Dequantised, Quantiser, Reshaped, Swapped, Tensor
+from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantised, Quantiser, Reshaped, Swapped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 

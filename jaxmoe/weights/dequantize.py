@@ -11,8 +11,8 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.formats import Format, Published
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.formats import Dequantised, Swapped, Tensor
-from jaxmoe.weights.held import NUMBER_NAMES, published_names, shaped, wanted_scales
+from jaxmoe.weights.lazy_tensors import Dequantised, Swapped, Tensor
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, shaped, wanted_scales
 from jaxmoe.weights.safetensors_file import TensorInfo
 
 _SCALES = ("_scale", "_scale_inv", "_scales")  # what names of scales end in, of any format

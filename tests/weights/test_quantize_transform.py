@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families.quantised import read_published
-from jaxmoe.families.quantising import METHODS
+from jaxmoe.families.quantization_reader import read_published
+from jaxmoe.families.quantization_writer import METHODS
 from jaxmoe.formats import FORMATS, Published
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.convert import convert
@@ -18,10 +18,10 @@ from jaxmoe.weights.verify import problems
 
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.checkpoint import write_checkpoint
-from ..tiny.quantised import fp8, write_quantised
-from .published import Tensor, contents, write_published
-from .test_formats import ALL, case_of, loaded
+from ..tiny.quantized import fp8, write_quantised
+from .hf_checkpoints import Tensor, contents, write_published
 from .test_journal import _stop_after as stop_after
+from .test_lazy_tensors import ALL, case_of, loaded
 
 LLAMA = "llama_mha"
 

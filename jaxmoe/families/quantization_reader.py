@@ -16,11 +16,11 @@ from typing import Any
 from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
 from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.held import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.keys import KeyNames, pieces
-from jaxmoe.families.piece import Piece
-from jaxmoe.families.quantizer import quantizer_name
+from jaxmoe.families.quantization_tool import quantizer_name
+from jaxmoe.families.quantized_layout import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.reader import ConfigReader, shown
+from jaxmoe.families.weight_slice import Piece
 from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
 
 FLOATS = ("float32", "bfloat16", "float16")

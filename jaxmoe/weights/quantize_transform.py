@@ -11,12 +11,12 @@ from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, quantised_keys, read_config, with_layout
 from jaxmoe.families.keys import HEAD
-from jaxmoe.families.quantising import METHODS, quantization_config, written_as
+from jaxmoe.families.quantization_writer import METHODS, quantization_config, written_as
 from jaxmoe.formats import FORMATS, QUANTISATION
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.formats import check_quantisable, quantised, scales_of
-from jaxmoe.weights.held import NUMBER_NAMES, published_names, scale_shape
-from jaxmoe.weights.published import Published
+from jaxmoe.weights.lazy_tensors import check_quantisable, quantised, scales_of
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, scale_shape
+from jaxmoe.weights.source_checkpoint import Published
 from jaxmoe.weights.stored import stored_layout
 from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
 

@@ -14,7 +14,7 @@ from jaxmoe.formats import MXFP4, NVFP4, Format
 from jaxmoe.inspect.question import ModelQuestion
 
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantised import FORMS
+from ..tiny.quantized import FORMS
 
 NAME = "qwen3_moe_mlp_only"
 NVFP4_SETTINGS = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["model.layers.*.self_attn*"]}

@@ -19,12 +19,12 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.formats import Cells, Dequantised, Quantiser, Swapped, dequantise
+from jaxmoe.weights.lazy_tensors import Cells, Dequantised, Quantiser, Swapped, dequantise
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantised import FORMS, is_quantised, write_quantised
+from ..tiny.quantized import FORMS, is_quantised, write_quantised
 
 ALL = "data=2,tensor=2,expert=2"
 

@@ -20,12 +20,12 @@ from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.inside import check_inside
 from jaxmoe.weights.load import assign_pieces
 from jaxmoe.weights.manifest import CHAT_TEMPLATES, MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
 from jaxmoe.weights.stored import as_stored
+from jaxmoe.weights.symlinks import check_inside
 
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from jaxmoe.families.piece import Piece, Place
+from jaxmoe.families.weight_slice import Piece, Place
 from jaxmoe.formats import Format, Grain
 
 

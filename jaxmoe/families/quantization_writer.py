@@ -1,6 +1,6 @@
 """Writing quantised checkpoints: which tensors of a plain one become numbers and scales, and what config.json says.
 
-What is written is what families/quantised.py reads. Activations are said to be quantised token by token, as published
+What is written is what families/quantization_reader.py reads. Activations are said to be quantised token by token, as published
 recipes do and the kernels of vLLM for these formats need; no model here does that.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.quantised import kept_pieces, with_weights_dtype
+from jaxmoe.families.quantization_reader import kept_pieces, with_weights_dtype
 from jaxmoe.formats import FORMATS, Method, Published
 
 # The published form of each of FORMATS that has one which vLLM and transformers read.
