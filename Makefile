@@ -21,7 +21,7 @@ OLDEST_TESTS = tests/integration/test_wheel.py tests/ops/test_native.py tests/op
 	tests/test_layouts.py tests/inspect/test_contract.py tests/inspect/test_fit.py tests/engine/test_engine.py \
 	tests/engine/test_experts.py tests/engine/test_kv_dtype.py tests/weights/test_store.py tests/weights/test_convert.py \
 	tests/cli/test_process.py
-OPTIMISED_TESTS = $(shell grep -rl --include='*.py' 'mark\.optimised' tests)
+OPTIMIZED_TESTS = $(shell grep -rl --include='*.py' 'mark\.optimized' tests)
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-all check browser oracle test-oldest clean
@@ -51,7 +51,7 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not sweep and not oracle and not browser"
-	JAXMOE_TESTS_OPTIMISED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimised $(OPTIMISED_TESTS)
+	JAXMOE_TESTS_OPTIMIZED=1 $(BIN)/python -m pytest $(PYTEST_JOBS) -m optimized $(OPTIMIZED_TESTS)
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not oracle and not browser"

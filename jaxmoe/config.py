@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import Published, Quantisation
+from jaxmoe.formats import Published, Quantization
 
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]
@@ -213,7 +213,7 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
-    published: how the checkpoint's files hold matrices that are quantised; quantisation: which of the model's are, and
+    published: how the checkpoint's files hold matrices that are quantized; quantization: which of the model's are, and
     how; None where all are plain.
     attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
     rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
@@ -255,7 +255,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
     published: Published | None = None
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     checkpoint: CheckpointLayout = CheckpointLayout()
 
     def __post_init__(self) -> None:
@@ -349,7 +349,7 @@ class ModelConfig:
 
     def kind(self, layer: int) -> tuple[object, ...]:
         """All in which layers differ: those for which this is equal are alike."""
-        kept = self.quantisation.layers[layer] if self.quantisation else ()
+        kept = self.quantization.layers[layer] if self.quantization else ()
         return self.moe_layers[layer], self.sliding_windows[layer], self.chunk(layer), self.has_rope(layer), kept
 
 
@@ -357,7 +357,7 @@ class ModelConfig:
 class ArraySizes:
     """The sizes the arrays of one model really have on one mesh: the config's own, padded or replicated to divide it.
 
-    A key/value head is held kv_copies times, in neighbouring slots; its query heads are dealt out to the copies,
+    A key/value head is held kv_copies times, in neighboring slots; its query heads are dealt out to the copies,
     group_slots each. Slots and places left over hold zeros. sharding.array_sizes computes this; one device needs none.
     """
 

@@ -11,7 +11,7 @@ from typing import Literal
 NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
 Method = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
-QUANTISATION = "quantization_config"  # of config.json: the format its weights are published in
+QUANTIZATION = "quantization_config"  # of config.json: the format its weights are published in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType({
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """How a checkpoint's files hold its quantised matrices. ignored: names and patterns of modules that are plain."""
+    """How a checkpoint's files hold its quantized matrices. ignored: names and patterns of modules that are plain."""
 
     method: Method
     format: Format
@@ -85,19 +85,19 @@ class Grain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """What a model keeps quantised. layers: of each layer, the parameters that are, by their paths within its block
+class Quantization:
+    """What a model keeps quantized. layers: of each layer, the parameters that are, by their paths within its block
     (as "attention/qkv"), in order."""
 
     format: Format
     layers: tuple[tuple[tuple[str, Grain], ...], ...]
 
     def of(self, layer: int) -> Mapping[str, Grain]:
-        """The parameters of a layer that are quantised."""
+        """The parameters of a layer that are quantized."""
         return dict(self.layers[layer])
 
     def holds(self, *names: str) -> bool:
-        """Whether any parameter so named, by the first parts of its path, is quantised in any layer."""
+        """Whether any parameter so named, by the first parts of its path, is quantized in any layer."""
         return any(path.startswith(names) for layer in self.layers for path, _ in layer)
 
 

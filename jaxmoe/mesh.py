@@ -1,6 +1,6 @@
 """The named device mesh: axes data, pipeline, expert, tensor (outermost to innermost), from text or a preset.
 
-Tensor is innermost because its all-reduces are the most frequent: neighbours share the fastest links.
+Tensor is innermost because its all-reduces are the most frequent: neighbors share the fastest links.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _head_slots(num_kv_heads: int, num_groups: int, num_shards: int) -> tuple[in
 def _whole_blocks(config: ModelConfig) -> int:
     """What a device's share of an expert's width must be a multiple of: a block of packed numbers where there are
     such."""
-    kept = config.quantisation
+    kept = config.quantization
     return kept.format.inputs or 1 if kept is not None and kept.format.per_item > 1 else 1
 
 

@@ -109,7 +109,7 @@ def hf_name(name: str) -> str:
 def halves_apart(matrix: np.ndarray, num_heads: int) -> np.ndarray:
     """Return a query or key projection [heads * dim, width] with the rows of each head in published order.
 
-    GGUF has the two numbers that rotary embedding turns together in neighbouring rows; published checkpoints have them
+    GGUF has the two numbers that rotary embedding turns together in neighboring rows; published checkpoints have them
     half a head apart.
     """
     rows, width = matrix.shape
@@ -118,7 +118,7 @@ def halves_apart(matrix: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def read_tensors(reader: Any, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return every tensor dequantised to float32, by its published name."""
+    """Return every tensor dequantized to float32, by its published name."""
     from gguf import dequantize
 
     tensors = {}

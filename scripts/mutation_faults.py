@@ -38,8 +38,8 @@ ROUTING = _faults(
     (
         "norm-topk-prob-ignored-with-groups",
         "jaxmoe/ops/route.py",
-        "    if rule.normalise:\n",
-        "    if rule.normalise and rule.num_groups == 1:\n",
+        "    if rule.normalize:\n",
+        "    if rule.normalize and rule.num_groups == 1:\n",
         "ops/test_dispatch.py ops/test_pointwise.py integration/test_goldens.py",
     ),
     (
@@ -220,7 +220,7 @@ SAMPLING = _faults(
         "ops/test_sample.py -k both_kinds",
     ),
     (
-        "logprobs-are-of-the-penalised-logits",
+        "logprobs-are-of-the-penalized-logits",
         "jaxmoe/ops/sample.py",
         "total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)",
         "total = jax.nn.logsumexp(adjusted, axis=-1, keepdims=True)",

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import pytest
 
-# LLVM's optimisations take half of the time to compile and change no test's meaning: shapes here are tiny. What they
-# could break is looked at by `make test` once more: tests marked `optimised`, as users run the program.
-if "JAXMOE_TESTS_OPTIMISED" not in os.environ:
+# LLVM's optimizations take half of the time to compile and change no test's meaning: shapes here are tiny. What they
+# could break is looked at by `make test` once more: tests marked `optimized`, as users run the program.
+if "JAXMOE_TESTS_OPTIMIZED" not in os.environ:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )

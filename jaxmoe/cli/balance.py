@@ -209,7 +209,7 @@ def _in_words(found: dict[str, Any]) -> str:
 
 
 def _draw(figure: Any, found: dict[str, Any]) -> None:
-    """A panel a form: layers down, ranks across, load over the layer's mean as colour."""
+    """A panel a form: layers down, ranks across, load over the layer's mean as color."""
     import numpy as np
 
     forms = [name for name in _FORMS if name in found]

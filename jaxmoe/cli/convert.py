@@ -21,7 +21,7 @@ from jaxmoe.paths import expanded
 @click.option("--mesh", help="axes or a preset, the devices of which are to read whole chunks; any mesh can load it")
 @click.option(
     "--weights-dtype",
-    help="float32, bfloat16 or float16, of quantised ones too; int8, fp8 or fp8-block quantises; every bit is kept by "
+    help="float32, bfloat16 or float16, of quantized ones too; int8, fp8 or fp8-block quantizes; every bit is kept by "
     "default",
 )
 @click.option("--ram-gib", type=float, default=4.0, show_default=True, help="memory that may be taken")

@@ -18,7 +18,7 @@ from jaxmoe.jsontext import json_text
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool) -> None:
     """What MODEL is (a config.json, a folder with one, a preset, or a hub id, whose config.json is fetched): family,
-    layers, routing, parameters in all and active for a token, bytes by part, keys and values of a token, quantisation.
+    layers, routing, parameters in all and active for a token, bytes by part, keys and values of a token, quantization.
     Where weights lie beside the config, bytes are those of the files, and shapes are held against it."""
     from jaxmoe.inspect.info import model_info
     from jaxmoe.weights.source import find_config
@@ -67,12 +67,12 @@ def _size(num_bytes: int | None) -> str:
 
 
 def _format(found: dict[str, Any]) -> str:
-    form = found["quantisation"]
+    form = found["quantization"]
     if form is None:
-        return "not quantised"
+        return "not quantized"
     if not form["supported"]:
         kind = f" ({form['dtype']})" if "dtype" in form else ""
-        return f"quantised by {form['method']}{kind}, which jaxmoe does not {'run' if kind else 'read'}"
+        return f"quantized by {form['method']}{kind}, which jaxmoe does not {'run' if kind else 'read'}"
     inputs = "all" if form["inputs_a_scale"] is None else form["inputs_a_scale"]
     scale = f"a scale for {inputs} inputs x {form['outputs_a_scale']} outputs"
-    return f"quantised by {form['method']}: {form['dtype']}, {scale}"
+    return f"quantized by {form['method']}: {form['dtype']}, {scale}"

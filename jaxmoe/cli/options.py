@@ -54,7 +54,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
         click.option(
             "--weights-dtype",
-            help="of matrices: int8, fp8, int8-block or fp8-block quantises; float32, bfloat16 or float16 dequantises; "
+            help="of matrices: int8, fp8, int8-block or fp8-block quantizes; float32, bfloat16 or float16 dequantizes; "
             "as published by default",
         ),
         click.option(

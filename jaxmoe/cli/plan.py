@@ -210,10 +210,10 @@ def _draw_roofline(roof: Any, found: dict[str, Any]) -> None:
                 roof.annotate(names, (high, rate), ha="right", va="bottom", fontsize=7)
     works = list(dict.fromkeys(one["work"] for one in points))
     for one in points:
-        marker, colour = _PHASES[one["phase"]], f"C{works.index(one['work'])}"
+        marker, color = _PHASES[one["phase"]], f"C{works.index(one['work'])}"
         label = one["work"] if one["phase"] == "prefill" else None
         roof.plot(
-            one["flops_per_byte"], one["flops_a_second"], marker, color=colour, label=label, markerfacecolor="none"
+            one["flops_per_byte"], one["flops_a_second"], marker, color=color, label=label, markerfacecolor="none"
         )
     roof.set_xscale("log")
     roof.set_yscale("log")

@@ -40,7 +40,7 @@ def choose_dtypes(
 
 
 def is_published(config: ModelConfig, weights_dtype: str | None) -> bool:
-    """Whether a weights_dtype names the format that a quantised checkpoint has anyway."""
+    """Whether a weights_dtype names the format that a quantized checkpoint has anyway."""
     return config.published is not None and weights_dtype in config.published.format.names
 
 

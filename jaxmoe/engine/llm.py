@@ -86,9 +86,9 @@ class LLM:
         over some of these axes, whose devices keep their coordinates; axes that need fewer devices than there are take
         the nearest ones and log a warning; None puts all devices on expert (MoE) or tensor (dense). dtype: of weights
         and activations; None keeps the checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are
-        kept: None as published, quantised ones too, as their own format's name does; int8, fp8 (a scale for each
-        output), int8-block, fp8-block (for 128x128) quantises plain ones; float32, bfloat16 or float16, which is
-        dtype's own, dequantises. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
+        kept: None as published, quantized ones too, as their own format's name does; int8, fp8 (a scale for each
+        output), int8-block, fp8-block (for 128x128) quantizes plain ones; float32, bfloat16 or float16, which is
+        dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
         fastest here: on a CPU the native kernels where there is a C++ compiler.
         max_num_seqs: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
@@ -118,7 +118,7 @@ class LLM:
         config = as_stored(config, tensors, raw)
         config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
         chosen = choose_kernels(
-            dtype, kernels, shared_pages=placement.num_shards("page_token") > 1, quantisation=config.quantisation
+            dtype, kernels, shared_pages=placement.num_shards("page_token") > 1, quantization=config.quantization
         )
         if verify:
             check_whole(directory)

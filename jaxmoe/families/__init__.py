@@ -29,16 +29,16 @@ from jaxmoe.families.family import Family
 from jaxmoe.families.keys import may_stand_unused, pieces
 from jaxmoe.families.quantization_reader import as_published, read_published
 from jaxmoe.families.quantization_tool import (
-    QUANTISATION_KEYS,
+    QUANTIZATION_KEYS,
     check_other_keys,
-    quantisation_key,
+    quantization_key,
     quantizer_name,
-    without_quantisation,
+    without_quantization,
 )
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.formats import QUANTIZATION
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
@@ -58,15 +58,15 @@ __all__ = [
     "is_exact",
     "may_stand_unused",
     "pieces",
-    "quantisation_key",
-    "quantised_keys",
+    "quantization_key",
+    "quantized_keys",
     "quantizer_name",
     "read_config",
     "read_published",
     "states_dtype",
     "with_layout",
     "with_weights_dtype",
-    "without_quantisation",
+    "without_quantization",
 ]
 
 
@@ -92,12 +92,12 @@ def read_config(
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[name]
-    published = read_published(raw.get(QUANTISATION), planned=planned)
+    published = read_published(raw.get(QUANTIZATION), planned=planned)
     check_other_keys(raw)
     text = _of_text(raw, family.part)
     ignored = [ignore] if isinstance(ignore, str) else list(ignore)
-    _check_ignored(ignored, {QUANTISATION, *raw, *text})
-    reader = ConfigReader(text, ignore=[*QUANTISATION_KEYS, *ignored], lenient=not_understood is not None)
+    _check_ignored(ignored, {QUANTIZATION, *raw, *text})
+    reader = ConfigReader(text, ignore=[*QUANTIZATION_KEYS, *ignored], lenient=not_understood is not None)
     foreign = {**foreign_keys(text, family), **foreign_keys(raw, family)}
     refused = {key: value for key, value in foreign.items() if key not in ignored}
     _check_causal(reader)
@@ -135,10 +135,10 @@ def states_dtype(raw: Mapping[str, Any]) -> bool:
 
 
 def with_layout(config: ModelConfig, layout: CheckpointLayout) -> ModelConfig:
-    """Return the config of a checkpoint stored in a layout. What it keeps quantised follows the stored tensors."""
+    """Return the config of a checkpoint stored in a layout. What it keeps quantized follows the stored tensors."""
     if layout == config.checkpoint:
         return config
-    plain = replace(config, checkpoint=layout, published=None, quantisation=None)
+    plain = replace(config, checkpoint=layout, published=None, quantization=None)
     return as_published(plain, config.published, FAMILIES[config.family].names)
 
 
@@ -152,9 +152,9 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelC
     return quantization_reader.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
 
 
-def quantised_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
-    """The tensors of a plain checkpoint that are quantised: see families/quantization_writer.py."""
-    return quantization_writer.quantised_keys(config, weights_dtype, FAMILIES[config.family].names)
+def quantized_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
+    """The tensors of a plain checkpoint that are quantized: see families/quantization_writer.py."""
+    return quantization_writer.quantized_keys(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def _check_ignored(ignored: Iterable[str], known: Collection[str]) -> None:
@@ -172,9 +172,9 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
     text = raw.get(part)
     if not isinstance(text, Mapping):
         raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
-    if text.get(QUANTISATION) is not None:
+    if text.get(QUANTIZATION) is not None:
         raise ConfigError(
-            f"config key {QUANTISATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
+            f"config key {QUANTIZATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
     check_other_keys(text)

@@ -52,7 +52,7 @@ def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQU
 
 
 def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
-    """DeepSeek-V2: softmax; of groups the best expert counts; weights are not normalised."""
+    """DeepSeek-V2: softmax; of groups the best expert counts; weights are not normalized."""
     reader.expect("scoring_func", "softmax")
     reader.expect("topk_method", "greedy", "group_limited_greedy")
     reader.expect("norm_topk_prob", False)

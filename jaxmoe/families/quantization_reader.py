@@ -1,4 +1,4 @@
-"""Which matrices of a checkpoint are quantised, and how: config.json's quantization_config, read strictly.
+"""Which matrices of a checkpoint are quantized, and how: config.json's quantization_config, read strictly.
 
 Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme, the
 hf_quant_config.json of checkpoints that NVIDIA publishes.
@@ -21,7 +21,7 @@ from jaxmoe.families.quantization_tool import quantizer_name
 from jaxmoe.families.quantized_layout import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantisation
+from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantization
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
@@ -48,7 +48,7 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
             return published
         raise ConfigError(
             f"config key 'quantization_config' has quant_method 'modelopt', which is sized and planned (jaxmoe info, "
-            f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantised weights: use such a checkpoint"
+            f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantized weights: use such a checkpoint"
         )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         named = isinstance(value, Mapping) and method is None
@@ -58,7 +58,7 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
             else f"quant_method {shown(method)}"
         )
         raise ConfigError(
-            f"config key 'quantization_config' has {which}; supported are {', '.join(readers)}, and unquantised "
+            f"config key 'quantization_config' has {which}; supported are {', '.join(readers)}, and unquantized "
             f"weights: use such a checkpoint"
         )
     return readers[method](ConfigReader(value, ignore=["quant_method"]))
@@ -160,20 +160,20 @@ def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
 
 
 def is_plain(module: str, published: Published) -> bool:
-    """Whether the names that a checkpoint leaves unquantised cover a module, as the method reads them."""
+    """Whether the names that a checkpoint leaves unquantized cover a module, as the method reads them."""
     ends, patterns = _plain_names(published)
     return module.endswith(ends) or any(pattern.match(module) for pattern in patterns)
 
 
 def tells_layers(published: Published) -> bool:
-    """Whether the names that are left unquantised may tell a layer from others of its kind: those of letters and
+    """Whether the names that are left unquantized may tell a layer from others of its kind: those of letters and
     wildcards cannot."""
     return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in published.ignored)
 
 
 @lru_cache(maxsize=64)
 def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
-    """What names of modules end in, or match from their start, that are left unquantised."""
+    """What names of modules end in, or match from their start, that are left unquantized."""
     ends, patterns = [], []
     for name in published.ignored:
         try:
@@ -190,55 +190,55 @@ def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Patter
     return tuple(ends), tuple(patterns)
 
 
-def is_quantised(piece: Piece, published: Published) -> bool:
-    """Whether files hold a tensor of a layer quantised."""
+def is_quantized(piece: Piece, published: Published) -> bool:
+    """Whether files hold a tensor of a layer quantized."""
     only = published.method != "mxfp4" or "/moe/experts/" in piece.path
     return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), published)
 
 
 def as_published(config: ModelConfig, published: Published | None, names: KeyNames) -> ModelConfig:
-    """The config of a model that keeps what its checkpoint has quantised."""
+    """The config of a model that keeps what its checkpoint has quantized."""
     if published is None:
         return config
     plain = (lambda module: is_plain(module, published)) if published.ignored else None
     only = "moe/experts/" if published.method == "mxfp4" else ""
-    kept = quantisation(config, published.format, names, plain=plain, only=only, apart=tells_layers(published))
-    return replace(config, published=published, quantisation=kept)
+    kept = quantization(config, published.format, names, plain=plain, only=only, apart=tells_layers(published))
+    return replace(config, published=published, quantization=kept)
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: KeyNames) -> ModelConfig:
     """The config of a model that keeps matrices as asked: as published (None), plain ("float32", "bfloat16",
     "float16"), or in one of FORMATS.
 
-    Raises: ConfigError for another name, or a format that a quantised checkpoint would have to be turned into.
+    Raises: ConfigError for another name, or a format that a quantized checkpoint would have to be turned into.
     """
     if weights_dtype is None:
         return config
     weights_dtype = canonical_dtype(weights_dtype)
     if weights_dtype in FLOATS:
-        return replace(config, quantisation=None)
+        return replace(config, quantization=None)
     if weights_dtype not in FORMATS:
         raise ConfigError(f"weights_dtype={weights_dtype!r} must be one of {', '.join((*FLOATS, *FORMATS))}")
     if config.published is not None:
         raise ConfigError(
-            f"weights_dtype={weights_dtype} quantises plain checkpoints, this one has quant_method "
+            f"weights_dtype={weights_dtype} quantizes plain checkpoints, this one has quant_method "
             f"{config.published.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
         )
-    kept = quantisation(config, FORMATS[weights_dtype], names)
-    return replace(config, quantisation=kept)
+    kept = quantization(config, FORMATS[weights_dtype], names)
+    return replace(config, quantization=kept)
 
 
 def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
-    """Pieces of the matrices that a model keeps quantised."""
-    if config.quantisation is None:
+    """Pieces of the matrices that a model keeps quantized."""
+    if config.quantization is None:
         return []
-    of = config.quantisation.of
-    plain = replace(config, published=None, quantisation=None)
+    of = config.quantization.of
+    plain = replace(config, published=None, quantization=None)
     groups = _matrices(plain, names).items()
     return [piece for (layer, path), group in groups if path in of(layer) for piece in group]
 
 
-def quantisation(
+def quantization(
     config: ModelConfig,
     format: Format,
     names: KeyNames,
@@ -246,14 +246,14 @@ def quantisation(
     plain: Callable[[str], bool] | None = None,
     only: str = "",
     apart: bool = False,
-) -> Quantisation | None:
+) -> Quantization | None:
     """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
     router's, unless any of the tensors they come from is of a plain module. None where that is nothing. apart: whether
     plain may tell layers of a kind apart.
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
-    config = replace(config, published=None, quantisation=None)
+    config = replace(config, published=None, quantization=None)
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     # Where no name is told apart, layers of a kind keep the same.
     chosen = None if apart else {kinds.index(kind) for kind in kinds}
@@ -274,11 +274,11 @@ def quantisation(
     if not layers:
         return None
     kept = (layers[layer if chosen is None else kinds.index(kind)] for layer, kind in enumerate(kinds))
-    return _one(Quantisation(format=format, layers=tuple(map(tuple, kept))))
+    return _one(Quantization(format=format, layers=tuple(map(tuple, kept))))
 
 
 @lru_cache(maxsize=256)
-def _one(kept: Quantisation) -> Quantisation:
+def _one(kept: Quantization) -> Quantization:
     """The first of all that are equal: configs are keys of tables, and what is the same object is equal at once."""
     return kept
 
@@ -286,7 +286,7 @@ def _one(kept: Quantisation) -> Quantisation:
 def _matrices(
     config: ModelConfig, names: KeyNames, layers: Collection[int] | None = None
 ) -> dict[tuple[int, str], list[Piece]]:
-    """Pieces of the matrices that may be kept quantised, by layer and path within its block; of some layers alone."""
+    """Pieces of the matrices that may be kept quantized, by layer and path within its block; of some layers alone."""
     segments = layer_segments(config, "unroll")  # one a layer
     found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
     for piece in pieces(config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers):

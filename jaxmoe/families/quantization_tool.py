@@ -1,4 +1,4 @@
-"""Which tool quantised a checkpoint, as far as its config.json tells."""
+"""Which tool quantized a checkpoint, as far as its config.json tells."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.reader import shown
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.formats import QUANTIZATION
 
-# Where else a config.json describes quantised weights: MLX's key (which NVIDIA's tools used, too) and that of
+# Where else a config.json describes quantized weights: MLX's key (which NVIDIA's tools used, too) and that of
 # compressed-tensors before it moved into quantization_config.
 _OTHER_KEYS = ("quantization", "compression_config")
-QUANTISATION_KEYS = (QUANTISATION, *_OTHER_KEYS)
+QUANTIZATION_KEYS = (QUANTIZATION, *_OTHER_KEYS)
 # Settings that one tool alone writes, any of which decides; MLX's are all needed.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NVIDIA ModelOpt", ("quant_algo",)),
@@ -26,20 +26,20 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _MLX = ("group_size", "bits")
 
 
-def quantisation_key(raw: Mapping[str, Any]) -> str | None:
-    """Return the key of a config.json that describes quantised weights; None where weights are plain."""
-    if raw.get(QUANTISATION) not in (None, {}):
-        return QUANTISATION
+def quantization_key(raw: Mapping[str, Any]) -> str | None:
+    """Return the key of a config.json that describes quantized weights; None where weights are plain."""
+    if raw.get(QUANTIZATION) not in (None, {}):
+        return QUANTIZATION
     return next((key for key in _OTHER_KEYS if raw.get(key)), None)
 
 
-def without_quantisation(raw: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json as if its weights were plain."""
-    return {key: value for key, value in raw.items() if key not in QUANTISATION_KEYS}
+    return {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
 
 
 def quantizer_name(value: Any) -> str:
-    """Return what a description of quantised weights says it was made by: its quant_method, else the tool that writes
+    """Return what a description of quantized weights says it was made by: its quant_method, else the tool that writes
     such settings."""
     if not isinstance(value, Mapping):
         return _printable(value)
@@ -62,7 +62,7 @@ def _printable(name: Any) -> str:
 
 
 def check_other_keys(raw: Mapping[str, Any]) -> None:
-    """Raise a ConfigError where quantised weights are described elsewhere than in quantization_config."""
+    """Raise a ConfigError where quantized weights are described elsewhere than in quantization_config."""
     for key in _OTHER_KEYS:
         if raw.get(key):
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""Writing quantised checkpoints: which tensors of a plain one become numbers and scales, and what config.json says.
+"""Writing quantized checkpoints: which tensors of a plain one become numbers and scales, and what config.json says.
 
-What is written is what families/quantization_reader.py reads. Activations are said to be quantised token by token, as published
+What is written is what families/quantization_reader.py reads. Activations are said to be quantized token by token, as published
 recipes do and the kernels of vLLM for these formats need; no model here does that.
 """
 
@@ -20,28 +20,28 @@ METHODS: dict[str, Method] = {"int8": "compressed-tensors", "fp8": "compressed-t
 _KINDS = {"int8": ("int", "int-quantized"), "float8_e4m3fn": ("float", "float-quantized")}
 
 
-def quantised_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> set[str]:
-    """The tensors of a plain checkpoint that are quantised in one of METHODS: those that are on load.
+def quantized_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> set[str]:
+    """The tensors of a plain checkpoint that are quantized in one of METHODS: those that are on load.
 
-    Raises: ConfigError for another weights_dtype, a checkpoint that is quantised already, or one that has the matrices
+    Raises: ConfigError for another weights_dtype, a checkpoint that is quantized already, or one that has the matrices
     of all experts in one tensor, where these forms have one matrix a tensor.
     """
     if weights_dtype not in METHODS:
         raise ConfigError(
             f"weights_dtype={weights_dtype} has no published form that checkpoints can be written in: choose one of "
-            f"{', '.join(METHODS)}, or keep the plain checkpoint and quantise it on load"
+            f"{', '.join(METHODS)}, or keep the plain checkpoint and quantize it on load"
         )
     kept = kept_pieces(with_weights_dtype(config, weights_dtype, names), names)
     if fused := next((piece.key for piece in kept if len(piece.key_shape) != 2), None):
         raise ConfigError(
             f"the checkpoint of family {config.family} holds the matrices of all experts in one tensor ({fused}), "
-            f"{', '.join(METHODS)} are written of one matrix a tensor: keep the plain one and quantise it on load"
+            f"{', '.join(METHODS)} are written of one matrix a tensor: keep the plain one and quantize it on load"
         )
     return {piece.key for piece in kept}
 
 
 def written_as(weights_dtype: str, plain: Iterable[str]) -> Published:
-    """The form that one of METHODS is written in. plain: modules that are not quantised."""
+    """The form that one of METHODS is written in. plain: modules that are not quantized."""
     return Published(method=METHODS[weights_dtype], format=FORMATS[weights_dtype], ignored=tuple(sorted(plain)))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import CHUNK_TOKENS
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import quantisation_key, quantizer_name, read_config, without_quantisation
+from jaxmoe.families import quantization_key, quantizer_name, read_config, without_quantization
 from jaxmoe.planner.sizes import behind_windows, count_parameters, kv_numbers, published_tensors
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
@@ -29,14 +29,14 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     change no size are listed. Weights that lie beside it are held against it. Raises: CheckpointError, ConfigError.
     """
     raw, ignored = read_json(path), list(ignore)
-    key, notes = quantisation_key(raw), list[str]()
+    key, notes = quantization_key(raw), list[str]()
     try:
         config, runs = read_config(raw, ignore=ignored, planned=True, not_understood=notes), True
     except ConfigError:
         if key is None:
             raise
         notes.clear()  # a format of weights that is not known, or another fault, which is then raised again
-        config, runs = read_config(without_quantisation(raw), ignore=ignored, not_understood=notes), False
+        config, runs = read_config(without_quantization(raw), ignore=ignored, not_understood=notes), False
     has_weights = any((path.parent / name).is_file() for name in (SINGLE, INDEX, MANIFEST))
     tensors = open_tensors(path.parent) if has_weights else None
     config = config if tensors is None else as_stored(config, tensors, raw)
@@ -58,7 +58,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
         },
         "bytes": {"total": sum(known) if known else None, "by_part": by_part, "measured": measured is not None},
         "config_check": None if tensors is None else _check(path.parent, tensors, raw, ignored),
-        "quantisation": None if key is None else _quantisation(config, raw[key], runs=runs),
+        "quantization": None if key is None else _quantization(config, raw[key], runs=runs),
         "not_understood": notes,
         "layers": _layers(config),
         "attention": _attention(config),
@@ -94,7 +94,7 @@ def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> d
     return dict(found)
 
 
-def _quantisation(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any]:
+def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any]:
     method = quantizer_name(raw)
     if config.published is None:
         return {"method": method, "supported": runs}

@@ -44,7 +44,7 @@ from jaxmoe.planner.search import (
     value,
 )
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Lacks, Neighbours, reasons
+from jaxmoe.planner.why import Lacks, Neighbors, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
@@ -54,7 +54,7 @@ _PLANNED_ONLY = (
 )
 _MAX_DEVICES = 8192
 _MAX_NUMBER = 1e12  # milliseconds, dollars an hour
-_NEIGHBOURS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
+_NEIGHBORS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
 _WORTHWHILE = 0.1  # of what is served for each, or of a request's time: fewer devices are taken for it, not for cost
 _TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latency are not met
 
@@ -189,11 +189,11 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     config, hardware = asked.checked()
     question, found = _found(asked, config, hardware)
     best = found.best
-    pools, around = None, Neighbours(half=None, twice=None)
+    pools, around = None, Neighbors(half=None, twice=None)
     if asked.mesh is None:
         pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.max_num_seqs
         pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
-        around = _neighbours(question, best)
+        around = _neighbors(question, best)
     return {
         "model": model_name(asked.config), "config": asked.config, "family": config.family,
         "not_understood": asked.not_understood(),
@@ -306,21 +306,21 @@ def _engine_devices(best: Plan) -> int:
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
-def _neighbours(question: Question, best: Plan) -> Neighbours:
+def _neighbors(question: Question, best: Plan) -> Neighbors:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
     load, found, lacks = question.load, [], []
     if question.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
     for devices in (question.devices // 2, question.devices * 2):
         other, plan, lack = replace(question, devices=devices, load=load), None, None
-        if 1 <= devices <= _NEIGHBOURS_OF_AT_MOST:
+        if 1 <= devices <= _NEIGHBORS_OF_AT_MOST:
             try:
                 plan = search(other).best
             except NoPlanError as error:
                 lack = _lack(other, error)
         found.append(plan)
         lacks.append(lack)
-    return Neighbours(half=found[0], twice=found[1], half_lacks=lacks[0])
+    return Neighbors(half=found[0], twice=found[1], half_lacks=lacks[0])
 
 
 def _lack(question: Question, error: NoPlanError) -> Lacks | None:

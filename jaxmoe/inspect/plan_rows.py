@@ -52,7 +52,7 @@ def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
 def rule_of_thumb(config: ModelConfig, hardware: Hardware) -> dict[str, Any]:
     """bits / 8 x billions of parameters x 1.8 GB, on the next of 1, 2, 4, 8 devices (then whole nodes, doubled). bits:
     of the numbers that most weights are kept in."""
-    kept = config.quantisation
+    kept = config.quantization
     bits = _BITS[kept.format.name] if kept else 32 if config.dtype == "float32" else 16
     billions = _rounded(count_parameters(config).total / 1e9)
     needed = _rounded(bits / 8 * billions * 1.8)
@@ -71,7 +71,7 @@ def _rounded(number: float) -> float:
 
 def weights_dtype_of(config: ModelConfig) -> str:
     """What the matrices are kept in."""
-    return config.quantisation.format.name if config.quantisation else config.dtype
+    return config.quantization.format.name if config.quantization else config.dtype
 
 
 def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:

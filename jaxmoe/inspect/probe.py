@@ -129,7 +129,7 @@ def _fabric(device: jax.Device) -> int:
 
 
 def _groups(devices: Sequence[jax.Device]) -> Iterator[tuple[Mesh, str]]:
-    """Meshes with the axis to measure: groups of 2, 4, 8... neighbours on one fabric, then of equals of as many."""
+    """Meshes with the axis to measure: groups of 2, 4, 8... neighbors on one fabric, then of equals of as many."""
     by_fabric = fabrics(devices)
     count, share = len(by_fabric), len(devices) // len(by_fabric)
     for ranks in _sizes(share):
@@ -228,7 +228,7 @@ def _hardware(
         platform=platform, devices_per_node=per_node, scale_up_devices=share, nodes=len(devices) // per_node,
         hbm_gb=_short(memory / 1e9), hbm_gib=_short(memory / _GIB), hbm_gbps=rates.hbm_gbps,
         scale_up=shapes.get(platform, "switch"), scale_up_gbps=up, scale_out_gbps=between[0] if between else up,
-        # A quantised dtype no faster than bf16 has no products of its own.
+        # A quantized dtype no faster than bf16 has no products of its own.
         tflops={key: rate for key, rate in rates.tflops.items() if key in ("bf16", "f32") or rate > bf16},
         attained={"hbm": 1, "compute": 1, "link": 1},
         collectives=_tables(points, "inside"), collectives_between_nodes=_tables(points, "between"), **facts,

@@ -57,7 +57,7 @@ class ModelQuestion:
         """As LLM.load chooses them on a platform, on that of this machine where none is named. Raises: ConfigError."""
         shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.layout).context)
         return choose_kernels(
-            dtype, self.kernels, platform=platform, shared_pages=shared, quantisation=config.quantisation
+            dtype, self.kernels, platform=platform, shared_pages=shared, quantization=config.quantization
         )
 
     @property

@@ -73,7 +73,7 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
 
 
 def _kv_copies(runner: Runner, info: ParamInfo) -> int:
-    """How often a parameter holds each key/value head. Further scales of quantised ones count as padding."""
+    """How often a parameter holds each key/value head. Further scales of quantized ones count as padding."""
     if "kv_head" not in info.dims or info.path.endswith("/scales"):
         return 1
     _, segment, *_ = info.path.split("/")  # as LayerPlace.path

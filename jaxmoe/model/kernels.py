@@ -11,7 +11,7 @@ import jax
 
 from jaxmoe.depth import LAYERS_MODES, LayersMode
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import Quantisation
+from jaxmoe.formats import Quantization
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
 from jaxmoe.ops.grouped import GROUPED_BACKENDS, GroupedBackend
@@ -68,11 +68,11 @@ KernelOverrides = KernelConfig | Mapping[str, Any]  # all steps, or those of the
 
 def choose_kernels(
     dtype: str, choice: KernelOverrides, *, platform: str | None = None, shared_pages: bool = False,
-    quantisation: Quantisation | None = None,
+    quantization: Quantization | None = None,
 ) -> KernelConfig:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
-    shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantisation: of the model's
+    shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantization: of the model's
     matrices, which native kernels do not read.
 
     Compiles nothing.
@@ -88,8 +88,8 @@ def choose_kernels(
         raise ConfigError(
             f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
         )
-    if quantisation is not None:
-        _choose_for_quantised(named, quantisation, dtype)
+    if quantization is not None:
+        _choose_for_quantized(named, quantization, dtype)
     for name, backend in vars(KernelConfig(**named)).items():
         if backend == "native":
             native.check(dtype, option=name)
@@ -106,16 +106,16 @@ def choose_kernels(
     return KernelConfig(**named)
 
 
-def _choose_for_quantised(named: dict[str, Any], quantisation: Quantisation, dtype: str) -> None:
+def _choose_for_quantized(named: dict[str, Any], quantization: Quantization, dtype: str) -> None:
     """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
     quantized = {
-        "grouped": quantisation.holds("moe/experts/"),
-        "linear": quantisation.holds("attention/", "mlp/", "moe/shared/"),
+        "grouped": quantization.holds("moe/experts/"),
+        "linear": quantization.holds("attention/", "mlp/", "moe/shared/"),
     }
     for op in (op for op, some in quantized.items() if some):
         if named.get(op) == "native":
             raise ConfigError(
-                f"{op}=native reads plain weights, those of this model are {quantisation.format.dtype}: leave it "
+                f"{op}=native reads plain weights, those of this model are {quantization.format.dtype}: leave it "
                 f"out, or give weights_dtype (--weights-dtype) {dtype}"
             )
     if quantized["grouped"]:

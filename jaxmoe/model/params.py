@@ -14,7 +14,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.formats import Format, Grain, cells
-from jaxmoe.ops.quantized_matmul import Quantised, Weights
+from jaxmoe.ops.quantized_matmul import Quantized, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Dims, PipelineView, Placement
 
@@ -43,31 +43,31 @@ def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
     return layer_of(param[...], layer)
 
 
-class QuantisedParam(nnx.Module):
+class QuantizedParam(nnx.Module):
     """A matrix as numbers and scales, two parameters of the same logical dims (ops/quantized_matmul.py)."""
 
     def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
         self.numbers, self.scales = numbers, scales
 
 
-Matrix = nnx.Param | QuantisedParam
+Matrix = nnx.Param | QuantizedParam
 
 
 def weights_of(param: Matrix) -> Weights:
-    """The array of a parameter, or those of one that is quantised."""
-    if isinstance(param, QuantisedParam):
-        return Quantised(param.numbers[...], param.scales[...])
+    """The array of a parameter, or those of one that is quantized."""
+    if isinstance(param, QuantizedParam):
+        return Quantized(param.numbers[...], param.scales[...])
     return param[...]
 
 
 def dims_of(param: Matrix) -> Dims:
     """The logical dims of a parameter's array, or of both."""
-    one = param.numbers if isinstance(param, QuantisedParam) else param
+    one = param.numbers if isinstance(param, QuantizedParam) else param
     return tuple(one.get_metadata()["dims"])
 
 
 class QuantizedMatrices(NamedTuple):
-    """The matrices of a block that are quantised, by their paths, in a format; where they lie."""
+    """The matrices of a block that are quantized, by their paths, in a format; where they lie."""
 
     format: Format
     grains: Mapping[str, Grain]
@@ -91,9 +91,9 @@ class ParamFactory:
         """A factory of the parameters of one block of a segment, which hold its layers in a leading dim. placement: as
         they see it."""
         quantized = None
-        if config.quantisation is not None:
+        if config.quantization is not None:
             quantized = QuantizedMatrices(
-                config.quantisation.format, config.quantisation.of(segment.first + block), placement
+                config.quantization.format, config.quantization.of(segment.first + block), placement
             )
         view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
         return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
@@ -105,7 +105,7 @@ class ParamFactory:
         return nnx.Param(array, dims=tuple(dims), view=self._view)
 
     def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
-        """The same for matrices, which may be quantised: after `lead` dims of them come `over` dims of their inputs,
+        """The same for matrices, which may be quantized: after `lead` dims of them come `over` dims of their inputs,
         then those of their outputs. path: within the block."""
         if self._quantized is None or path not in self._quantized.grains:
             return self(init, **dims)
@@ -117,7 +117,7 @@ class ParamFactory:
         packed = list(dims)[lead + over - 1]
         items = dims | {packed: dims[packed] // format.per_item}
         scales = dict(zip(dims, counts, strict=True))
-        return QuantisedParam(*(
+        return QuantizedParam(*(
             ParamFactory(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)
             for dtype, sizes in ((format.stored_dtype, items), (format.scale_dtype, scales))
         ))  # fmt: skip

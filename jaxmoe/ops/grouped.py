@@ -12,7 +12,7 @@ Experts may have biases of gate and up (that of down is the caller's: it needs n
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
 
-Weights that are kept quantised are dequantised by blocks a few columns of one expert at a time (ops/quantized_matmul.py), by
+Weights that are kept quantized are dequantized by blocks a few columns of one expert at a time (ops/quantized_matmul.py), by
 ragged and dense a layer at once.
 """
 
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import SwiGLUClamp
 from jaxmoe.ops import native
-from jaxmoe.ops.quantized_matmul import Quantised, layer_weights, multiply
+from jaxmoe.ops.quantized_matmul import Quantized, layer_weights, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
 GroupedBackend = Literal["blocks", "ragged", "native", "dense"]
@@ -147,15 +147,15 @@ def _take(values, start, rows):
 
 
 class _Matrix(NamedTuple):
-    """One quantised matrix among many, left where it lies."""
+    """One quantized matrix among many, left where it lies."""
 
-    stacked: Quantised
+    stacked: Quantized
     indices: tuple[LayerIndex, ...]
 
 
 def _matrix(stacked, *index):
     """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
-    if isinstance(stacked, Quantised):
+    if isinstance(stacked, Quantized):
         return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
@@ -341,8 +341,8 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E 2 D F"] | Quantised,
-    down: Float[Array, "L E F D"] | Quantised,
+    gate_up: Float[Array, "L E 2 D F"] | Quantized,
+    down: Float[Array, "L E F D"] | Quantized,
     layer: LayerIndex = 0,
     bias: Float[Array, "L E 2 F"] | None = None,
     *,

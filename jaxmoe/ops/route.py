@@ -20,17 +20,17 @@ _TINY = 1e-20  # DeepSeek-V3's: keeps a sum of sigmoids from being zero
 class RouteRule:
     """How a token's experts are chosen, and what they weigh.
 
-    normalise: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. top_k_of: the
+    normalize: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. top_k_of: the
     experts with the highest scores, or with the highest logits, are chosen: scores of unlike logits may be equal in
     float32 (sigmoids from 17 up are 1, softmax's from 104 below the highest are 0). num_groups > 1: a
-    token chooses among the experts of its top_groups best groups of neighbours, so that it visits no more nodes than
+    token chooses among the experts of its top_groups best groups of neighbors, so that it visits no more nodes than
     that where each holds whole groups; a group is as good as the sum of its experts_per_group_score best experts.
     Source: DeepSeek-V2 (arXiv 2405.04434), experts_per_group_score=1; DeepSeek-V3 (arXiv 2412.19437),
     experts_per_group_score=2.
     """
 
     top_k: int
-    normalise: bool
+    normalize: bool
     scoring: Scoring = "softmax"
     top_k_of: TopKOf = "scores"
     scaling: float = 1.0
@@ -42,7 +42,7 @@ class RouteRule:
     def of(cls, moe: MoEConfig) -> RouteRule:
         """The rule of a model."""
         return cls(
-            top_k=moe.num_experts_per_tok, normalise=moe.norm_topk_prob, scoring=moe.scoring, top_k_of=moe.top_k_of,
+            top_k=moe.num_experts_per_tok, normalize=moe.norm_topk_prob, scoring=moe.scoring, top_k_of=moe.top_k_of,
             scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups,
             experts_per_group_score=moe.experts_per_group_score,
         )  # fmt: skip
@@ -70,7 +70,7 @@ def _xla(logits, valid, bias, *, rule):
     choice = choice if rule.num_groups == 1 else _of_best_groups(choice, rule)
     _, experts = jax.lax.top_k(_nan_first(choice), rule.top_k)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    if rule.normalise:
+    if rule.normalize:
         chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + (_TINY if rule.scoring == "sigmoid" else 0))
     chosen = jnp.where(valid[:, None], chosen * rule.scaling, 0.0)
     one_hot = experts[:, :, None] == jnp.arange(logits.shape[1])

@@ -144,7 +144,7 @@ def sample(
     """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its block
     table.
 
-    Draws depend on the row's seed and position alone, never on its neighbours.
+    Draws depend on the row's seed and position alone, never on its neighbors.
     """
     logits = logits.astype(jnp.float32)
     num_top = min(MAX_TOP, logits.shape[-1])

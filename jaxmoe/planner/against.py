@@ -16,7 +16,7 @@ import numpy as np
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
-from jaxmoe.families.quantization_reader import quantisation
+from jaxmoe.families.quantization_reader import quantization
 from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
@@ -123,14 +123,14 @@ def _precision(text: str) -> str:
 @lru_cache(maxsize=64)
 def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     """The config with matrices in the precision measured, whatever its checkpoint has."""
-    kept = config.quantisation.format.dtype if config.quantisation else None
+    kept = config.quantization.format.dtype if config.quantization else None
     if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # in its own blocks
         return config
     plain = with_weights_dtype(replace(config, published=None), "bfloat16")
     if precision == "bf16":
         return plain
     format = NVFP4 if precision == "fp4" else FORMATS[precision]
-    return replace(plain, quantisation=quantisation(plain, format, FAMILIES[config.family].names))
+    return replace(plain, quantization=quantization(plain, format, FAMILIES[config.family].names))
 
 
 def _hardware_name(text: str) -> str:

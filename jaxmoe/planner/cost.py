@@ -186,7 +186,7 @@ class StepCost:
 
     def rate(self, part: Part) -> float:
         """Products a second with a part's matrices: in their own dtype where the hardware has such products."""
-        format = self.config.quantisation.format if self.config.quantisation else None
+        format = self.config.quantization.format if self.config.quantization else None
         if format is None or part == "router":
             return self._plain_rate
         attained = self.hardware.flops_a_second
@@ -290,7 +290,7 @@ class StepCost:
         found[3] += seconds - read
 
     def _move(self, found: list[float], num_bytes: float) -> None:
-        """Adds activations that kernels hand to each other: norms, quantising and the like run before a product or
+        """Adds activations that kernels hand to each other: norms, quantizing and the like run before a product or
         after it, not beside."""
         found[1] += num_bytes / self._bandwidth
         found[3] += num_bytes / self._bandwidth

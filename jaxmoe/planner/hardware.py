@@ -58,7 +58,7 @@ class Hardware:
 
     hbm_gb: as sold; hbm_gib: what a program may use. *_gbps: 10^9 bytes a second of one device, links one way.
     devices_per_node: of one host. scale_up_devices: the most that one fast fabric joins, a node's of GPUs, a slice's of
-    TPUs. scale_up: "switch" (all at full rate), "torus" (neighbours along torus_dims dims), "peers" (each pair has a
+    TPUs. scale_up: "switch" (all at full rate), "torus" (neighbors along torus_dims dims), "peers" (each pair has a
     link of its own). tflops: dense, by dtype: bf16, f32, fp8, int8, fp4. attained: shares of these rates that programs
     get: hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; collectives_between_nodes:
     of ranks that all lie on other nodes; where none is, rates are used.

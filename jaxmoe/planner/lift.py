@@ -68,9 +68,9 @@ def _changes(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
 def _weights(question: Question) -> Iterator[tuple[str, Question]]:
     """Shorter numbers: those published, else those that the hardware multiplies faster, else those it unpacks."""
     config, rates = question.config, question.hardware.tflops
-    if config.quantisation is not None:
+    if config.quantization is not None:
         return
-    if config.published is not None:  # and dequantised
+    if config.published is not None:  # and dequantized
         name = config.published.format.name
         published = as_published(config, config.published, FAMILIES[config.family].names)
         yield f"weights as they are published (leave out --weights-dtype: {name})", replace(question, config=published)

@@ -28,7 +28,7 @@ _KERNEL_PLATFORMS, _KERNEL_SECONDS, KERNEL_BYTES = ("cuda", "rocm"), 10e-6, 2 <<
 @dataclass(frozen=True)
 class Group:
     """Devices that a collective joins: `ranks` in all, `inside` of them on one fast fabric; apart: how many devices
-    lie between neighbours there."""
+    lie between neighbors there."""
 
     ranks: int
     inside: int
@@ -95,7 +95,7 @@ class Links:
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
 
     def _far(self, op: Op, whole: float, ranks: int, *, times: int = 1) -> float:
-        """Among devices of as many fabrics, each beside its neighbours of the same; of `times` such messages."""
+        """Among devices of as many fabrics, each beside its neighbors of the same; of `times` such messages."""
         if tables := self.hardware.collectives_between_nodes.get(op):
             return self._measured(tables, op, whole * times, ranks)
         steps = 1 if op in ("collective-permute", "all-to-all") else ranks * (2 if op == "all-reduce" else 1)

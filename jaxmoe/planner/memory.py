@@ -149,8 +149,8 @@ def _params(
     config: ModelConfig, layer: int, sizes: ArraySizes, split: Split, itemsize: int, maps_experts: bool
 ) -> tuple[tuple[Parameter, int], ...]:  # fmt: skip
     """Those of a layer with their bytes on a device; many placements split a layer alike."""
-    kept = config.quantisation.of(layer) if config.quantisation else {}
-    format = config.quantisation.format if config.quantisation else None
+    kept = config.quantization.of(layer) if config.quantization else {}
+    format = config.quantization.format if config.quantization else None
     return tuple(
         (one, one.device_bytes(split, itemsize=itemsize, format=format, grain=kept.get(one.path)))
         for one in block_parameters(config, sizes, layer, maps_experts=maps_experts)

@@ -71,7 +71,7 @@ class Parameter:
         return [size // placement.num_shards(dim) for dim, size in self.dims.items()]
 
     def device_bytes(self, placement: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
-        """Bytes of one layer's on one device; format, grain: where it is quantised."""
+        """Bytes of one layer's on one device; format, grain: where it is quantized."""
         share = self.share(placement)
         if format is None or grain is None:
             return math.prod(share) * (self.itemsize or itemsize)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, Piece, pieces
-from jaxmoe.families.quantization_reader import is_quantised, tells_layers
+from jaxmoe.families.quantization_reader import is_quantized, tells_layers
 from jaxmoe.families.quantized_layout import oriented
 
 Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
-_QUANTISED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")
+_QUANTIZED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")
 PARTS: tuple[Part, ...] = (
     "embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head",
 )  # fmt: skip
@@ -23,7 +23,7 @@ PARTS: tuple[Part, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One published tensor as it is where it is not quantised: key, shape, and the part of the model it belongs to.
+    """One published tensor as it is where it is not quantized: key, shape, and the part of the model it belongs to.
     num_bytes: as the checkpoint's files have it, its scales included. layer: None of those outside all."""
 
     key: str
@@ -40,7 +40,7 @@ class Tensor:
 
 def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
     """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
-    config = replace(config, quantisation=None)
+    config = replace(config, quantization=None)
     segments = layer_segments(config, "unroll")  # one a layer
     sizes = [ArraySizes.unpadded(config)] * len(segments)
     seen: set[str] = set()
@@ -56,7 +56,7 @@ def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = N
 
 def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
     count, published = math.prod(piece.key_shape), config.published
-    if part not in _QUANTISED or published is None or not is_quantised(piece, published):
+    if part not in _QUANTIZED or published is None or not is_quantized(piece, published):
         return count * (4 if piece.path.endswith("selection_bias") or config.dtype == "float32" else 2)
     form, (*lead, outputs, inputs) = published.format, oriented(piece).key_shape
     blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))

@@ -90,7 +90,7 @@ def specs_of(question: Question) -> Iterator[Spec]:
 
 
 def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
-    """What the axes of a layout do, outermost first: neighbours that do the same are one, unless they are levels of
+    """What the axes of a layout do, outermost first: neighbors that do the same are one, unless they are levels of
     an exchange (apart)."""
     found: list[tuple[object, int]] = []
     experts = (layout.experts, layout.expert_width) if moe else ()

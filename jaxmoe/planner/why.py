@@ -25,7 +25,7 @@ Lacks = Literal["model", "requests", "limits"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
+class Neighbors:
     """The best plans for half and twice the devices; None where there is none, for what half of them lack."""
 
     half: Plan | None
@@ -33,12 +33,12 @@ class Neighbours:
     half_lacks: Lacks | None = None
 
 
-def reasons(question: Question, found: Found, pools: Pools | None, neighbours: Neighbours) -> list[str]:
+def reasons(question: Question, found: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
-        *_binding(question, found.best, neighbours), *_approximated(question), *_memory(question, found.best),
+        *_binding(question, found.best, neighbors), *_approximated(question), *_memory(question, found.best),
         *_tensor(question, found), *_across(question, found), *_others(question, found),
-        *_pools(question, found.best, pools), *_size(question, found.best, neighbours),
+        *_pools(question, found.best, pools), *_size(question, found.best, neighbors),
     ]  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def _binds(question: Question, name: str) -> str:
     return _BINDS[name].format(fabric=question.hardware.fabric)
 
 
-def _binding(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[str]:
-    mean_step, twice = best.served.mean_step, neighbours.twice
+def _binding(question: Question, best: Plan, neighbors: Neighbors) -> Iterator[str]:
+    mean_step, twice = best.served.mean_step, neighbors.twice
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
     then = f"; then {_binds(question, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
@@ -223,11 +223,11 @@ def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
 
 
-def _size(question: Question, best: Plan, neighbours: Neighbours) -> Iterator[str]:
+def _size(question: Question, best: Plan, neighbors: Neighbors) -> Iterator[str]:
     """What fewer and more devices would do."""
-    if neighbours.half_lacks is not None:
-        yield _too_few(question, best, neighbours.half_lacks)
-    for plan, words in ((neighbours.half, "Half the devices"), (neighbours.twice, "Twice the devices")):
+    if neighbors.half_lacks is not None:
+        yield _too_few(question, best, neighbors.half_lacks)
+    for plan, words in ((neighbors.half, "Half the devices"), (neighbors.twice, "Twice the devices")):
         if plan is None:
             continue
         if question.objective == "latency":

@@ -26,7 +26,7 @@ _SKIPPED_DIRS = {
 }  # fmt: skip
 _SKIPPED_FILES = ("html/entities.py", "_sysconfigdata", "config-")
 
-LICENCE = "PSF-2.0 (Python Software Foundation License Version 2)"
+LICENSE = "PSF-2.0 (Python Software Foundation License Version 2)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Corpus:
     held_out: tuple[SourceFile, ...]
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of the data: where it came from, its licence, its size."""
+        """What a manifest says of the data: where it came from, its license, its size."""
         return {
             "description": "sources and docstrings of Python's standard library, without tests, tables and idlelib",
-            "licence": LICENCE,
+            "license": LICENSE,
             "python": platform.python_version(),
             "num_training_files": len(self.training),
             "num_training_bytes": num_bytes(self.training),

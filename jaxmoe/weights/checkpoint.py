@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.formats import QUANTIZATION
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
@@ -27,9 +27,9 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     Raises: CheckpointError, also where either of those two is a link that leaves its directory.
     """
     value = _read_object(path, required=required)
-    if path.name == CONFIG and QUANTISATION not in value and (beside := path.with_name(BESIDE)).is_file():
+    if path.name == CONFIG and QUANTIZATION not in value and (beside := path.with_name(BESIDE)).is_file():
         how = _read_object(beside, required=True).get("quantization")
-        value[QUANTISATION] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
+        value[QUANTIZATION] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
     return value
 
 

@@ -21,7 +21,7 @@ from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantization_reader import read_published
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.formats import QUANTIZATION
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
@@ -80,8 +80,8 @@ def convert(
     """Write the checkpoint in source (a directory) as another, of kind `to`: "orbax" or "hf"; by default the other one.
 
     mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
-    weights_dtype: float32, bfloat16 or float16 for all plain floating point, and for what is quantised, which is then
-    held by value; int8, fp8 or fp8-block for the matrices that are quantised on load; None keeps every bit. ram_gib:
+    weights_dtype: float32, bfloat16 or float16 for all plain floating point, and for what is quantized, which is then
+    held by value; int8, fp8 or fp8-block for the matrices that are quantized on load; None keeps every bit. ram_gib:
     memory this may take beyond what the process had. verify: hold the source, if it was converted, against its
     checksums first, and read the result again. on_progress is told (source bytes done, bytes in all), by any thread,
     one at a time.
@@ -274,7 +274,7 @@ def _order(sink: Sink, unit: Unit) -> tuple[tuple[str, int], Path, int]:
 
 def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:
     """The tensors to convert; plain: values in place of numbers and scales. Raises: CheckpointError, ConfigError."""
-    how = read_published(published.config.get(QUANTISATION)) if plain else None
+    how = read_published(published.config.get(QUANTIZATION)) if plain else None
     if how is None:
         yield from ((published.tensors[name], spec) for name, spec in published.specs.items())
         return

@@ -1,5 +1,5 @@
-"""A quantised checkpoint's tensors as plain ones, by their published names alone: any family, layers that no model here
-runs among them. Rows are dequantised as they are read."""
+"""A quantized checkpoint's tensors as plain ones, by their published names alone: any family, layers that no model here
+runs among them. Rows are dequantized as they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.formats import Format, Published
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.lazy_tensors import Dequantised, Swapped, Tensor
+from jaxmoe.weights.lazy_tensors import Dequantized, Swapped, Tensor
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, shaped, wanted_scales
 from jaxmoe.weights.safetensors_file import TensorInfo
 
@@ -47,7 +47,7 @@ class Made:
 def plain_tensors(
     tensors: Mapping[str, TensorInfo], published: Published, *, turn_experts: bool = True
 ) -> Iterator[TensorInfo | Made]:
-    """Every tensor of a checkpoint that is quantised as published, in place of numbers and scales their values.
+    """Every tensor of a checkpoint that is quantized as published, in place of numbers and scales their values.
     turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
 
     Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
@@ -79,7 +79,7 @@ def plain_tensors(
             )
         scales.check_dtype(wanted.dtypes, why=wanted.why)
         items = (*shape[:-1], shape[-1] // form.per_item)
-        values: Tensor = Dequantised(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
+        values: Tensor = Dequantized(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
         turned = turn_experts and len(shape) == 3
         yield Made(stem, Swapped(values) if turned else values, tensor, scales)
 
@@ -109,7 +109,7 @@ def _shape_of_values(tensor: TensorInfo, form: Format) -> tuple[int, ...]:
         shape = (*shape[:-2], shape[-2] * block * form.per_item) if len(shape) > 2 and shape[-1] == block else ()
     if len(shape) not in (2, 3):
         raise CheckpointError(
-            f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is none of a quantised matrix, or of all "
+            f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is none of a quantized matrix, or of all "
             f"experts': fetch it again"
         )
     return shape

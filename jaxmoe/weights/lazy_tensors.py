@@ -1,5 +1,5 @@
-"""Tensors that files do not hold as they are wanted: numbers and scales of a published format, dequantised values, and
-plain matrices quantised. All are read by rows of their first dim, as those of files are."""
+"""Tensors that files do not hold as they are wanted: numbers and scales of a published format, dequantized values, and
+plain matrices quantized. All are read by rows of their first dim, as those of files are."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Cells(_Made):
         return found[rows - rows[0]][:, self._columns]
 
 
-class Dequantised(_Made):
+class Dequantized(_Made):
     """The values [..., out, in] of numbers and their published scales, as float32."""
 
     def __init__(self, numbers: Tensor, scales: Tensor, format: Format) -> None:
@@ -146,18 +146,18 @@ class Dequantised(_Made):
         super().__init__(numbers, (*lead, outputs, items * format.per_item), np.float32)
         self._scales, self._format = scales, format
 
-    def at(self, index: int) -> Dequantised:
+    def at(self, index: int) -> Dequantized:
         """One entry of the first dim."""
-        return Dequantised(self.source.at(index), self._scales.at(index), self._format)
+        return Dequantized(self.source.at(index), self._scales.at(index), self._format)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         block = self._format.outputs
         scales = self._scales.read_rows(start // block, -(-stop // block))
-        return dequantise(self.source.read_rows(start, stop), scales, self._format, first=start % block)
+        return dequantize(self.source.read_rows(start, stop), scales, self._format, first=start % block)
 
 
-def dequantise(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first: int = 0) -> np.ndarray:
+def dequantize(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first: int = 0) -> np.ndarray:
     """float32 values [..., out, in] of numbers (packed where the format packs) and the scales of their blocks.
 
     first: the row of a block that the first row is.
@@ -188,13 +188,13 @@ def scales_of(values: np.ndarray, format: Format) -> np.ndarray:
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 
-def check_quantisable(name: str, scales: np.ndarray) -> None:
+def check_quantizable(name: str, scales: np.ndarray) -> None:
     """Raise a CheckpointError where scales of a tensor tell of a number that is not finite."""
     if not np.isfinite(scales).all():
-        raise CheckpointError(f"tensor {name!r} holds a number that is not finite: it cannot be quantised")
+        raise CheckpointError(f"tensor {name!r} holds a number that is not finite: it cannot be quantized")
 
 
-def quantised(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
+def quantized(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
     """Numbers of float32 values [out, in], which it writes over: divided by the scales of their blocks, rounded to
     nearest, ties to even."""
     divisors = np.where(scales > 0, scales, np.float32(1))
@@ -211,8 +211,8 @@ def quantised(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndar
     return values.astype(format.dtype)
 
 
-class Quantiser:
-    """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantised give them."""
+class Quantizer:
+    """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantized give them."""
 
     def __init__(self, source: Tensor, format: Format, name: str) -> None:
         """name: of the tensor, for errors."""
@@ -221,7 +221,7 @@ class Quantiser:
         self.source, self.format, self.name = source, format, name
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)
         self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
-        self._entries: dict[int, Quantiser] = {}
+        self._entries: dict[int, Quantizer] = {}
         self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # kept once they are found: they are few
         self._known = np.zeros(len(self._scales), bool)
 
@@ -235,15 +235,15 @@ class Quantiser:
         """Of all blocks."""
         return _Scales(self)
 
-    def at(self, index: int) -> Quantiser:
+    def at(self, index: int) -> Quantizer:
         """Of one entry of the first dim."""
-        return self._entries.setdefault(index, Quantiser(self.source.at(index), self.format, self.name))
+        return self._entries.setdefault(index, Quantizer(self.source.at(index), self.format, self.name))
 
     def numbers_of(self, start: int, stop: int) -> np.ndarray:
         """Numbers of rows start..stop."""
         high = self.format.outputs
         first, last = start // high, -(-stop // high)
-        numbers = quantised(self._find(first, last), self._scales[first:last], self.format)
+        numbers = quantized(self._find(first, last), self._scales[first:last], self.format)
         return numbers[start - first * high : stop - first * high]
 
     def scales_of(self, first: int, last: int) -> np.ndarray:
@@ -257,30 +257,30 @@ class Quantiser:
         high = self.format.outputs
         values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
         self._scales[first:last] = scales = scales_of(values, self.format)
-        check_quantisable(self.name, scales)
+        check_quantizable(self.name, scales)
         self._known[first:last] = True
         return values
 
 
 class _Numbers(_Made):
-    def __init__(self, quantiser: Quantiser) -> None:
-        super().__init__(quantiser.source, quantiser.source.shape, quantiser.format.dtype)
-        self._quantiser = quantiser
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer.source, quantizer.source.shape, quantizer.format.dtype)
+        self._quantizer = quantizer
 
     def at(self, index: int) -> Tensor:
-        return self._quantiser.at(index).numbers
+        return self._quantizer.at(index).numbers
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        return self._quantiser.numbers_of(start, stop)
+        return self._quantizer.numbers_of(start, stop)
 
 
 class _Scales(_Made):
-    def __init__(self, quantiser: Quantiser) -> None:
-        super().__init__(quantiser.source, quantiser.scale_shape, np.float32)
-        self._quantiser = quantiser
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer.source, quantizer.scale_shape, np.float32)
+        self._quantizer = quantizer
 
     def at(self, index: int) -> Tensor:
-        return self._quantiser.at(index).scales
+        return self._quantizer.at(index).scales
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        return self._quantiser.scales_of(start, stop)
+        return self._quantizer.scales_of(start, stop)

@@ -290,14 +290,14 @@ def _check_count(
 
 
 def _kept_paths(config: ModelConfig, segments: tuple[LayerSegment, ...]) -> set[str]:
-    """Of parameters that are kept quantised."""
-    if config.quantisation is None:
+    """Of parameters that are kept quantized."""
+    if config.quantization is None:
         return set()
     return {
         f"segments/{number}/{block}/{path}"
         for number, part in enumerate(segments)
         for block in range(part.period)
-        for path in config.quantisation.of(part.first + block)
+        for path in config.quantization.of(part.first + block)
     }
 
 
@@ -311,7 +311,7 @@ def load_params(
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
-    parts: of plain parameters, as assign_pieces gives them; what is kept quantised is made of them (quantized_sources.py).
+    parts: of plain parameters, as assign_pieces gives them; what is kept quantized is made of them (quantized_sources.py).
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
     sources, parts = held(tensors, table, parts, config)

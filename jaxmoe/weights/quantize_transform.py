@@ -1,4 +1,4 @@
-"""Quantising on the way: the matrices that are quantised on load become numbers and scales of a published form."""
+"""Quantizing on the way: the matrices that are quantized on load become numbers and scales of a published form."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
-from jaxmoe.families import FAMILIES, quantised_keys, read_config, with_layout
+from jaxmoe.families import FAMILIES, quantized_keys, read_config, with_layout
 from jaxmoe.families.keys import HEAD
 from jaxmoe.families.quantization_writer import METHODS, quantization_config, written_as
-from jaxmoe.formats import FORMATS, QUANTISATION
+from jaxmoe.formats import FORMATS, QUANTIZATION
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.lazy_tensors import check_quantisable, quantised, scales_of
+from jaxmoe.weights.lazy_tensors import check_quantizable, quantized, scales_of
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, scale_shape
 from jaxmoe.weights.source_checkpoint import Published
 from jaxmoe.weights.stored import stored_layout
@@ -23,13 +23,13 @@ from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Tr
 _WEIGHT = ".weight"
 
 
-class Quantise(AsPublished):
+class Quantize(AsPublished):
     """Matrices become numbers and scales, all else stays as it is."""
 
     working_ratio = 6.0  # of two bytes: float32 values and their magnitudes, numbers, and what a cast needs
 
     def __init__(self, tensors: Mapping[str, TensorSpec], keys: set[str], weights_dtype: str, head: str) -> None:
-        """tensors: of the checkpoint; keys: those that are quantised; head: the module of the output head, which is
+        """tensors: of the checkpoint; keys: those that are quantized; head: the module of the output head, which is
         there even where its tensor is not."""
         matrices = {name for name, spec in tensors.items() if name.endswith(_WEIGHT) and len(spec.shape) > 1}
         plain = {name.removesuffix(_WEIGHT) for name in matrices - keys} | {head}
@@ -57,12 +57,12 @@ class Quantise(AsPublished):
             return (numbers,)
         values = numbers.reshape(-1, tensor.shape[1]).astype(np.float32)
         scales = scales_of(values, self._published.format)
-        check_quantisable(tensor.name, scales)
-        return quantised(values, scales, self._published.format).reshape(-1), scales.reshape(-1)
+        check_quantizable(tensor.name, scales)
+        return quantized(values, scales, self._published.format).reshape(-1), scales.reshape(-1)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
         """With the form, and the modules that are plain."""
-        return {**raw, QUANTISATION: quantization_config(self._published)}
+        return {**raw, QUANTIZATION: quantization_config(self._published)}
 
 
 def transform_of(
@@ -70,7 +70,7 @@ def transform_of(
 ) -> Transform:  # fmt: skip
     """What --weights-dtype asks for: None as published, float32 and so on values, int8 and so on numbers and scales.
 
-    Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantised so.
+    Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantized so.
     """
     if weights_dtype is None:
         return AsPublished()
@@ -82,7 +82,7 @@ def transform_of(
         raise CheckpointError(f"weights_dtype={weights_dtype!r} must be one of {known}")
     config = read_config(published.config, ignore=ignore_config_keys)
     config = with_layout(config, stored_layout(config, published.tensors))
-    keys = quantised_keys(config, weights_dtype)
-    return Quantise(
+    keys = quantized_keys(config, weights_dtype)
+    return Quantize(
         published.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + HEAD.removesuffix(_WEIGHT)
     )

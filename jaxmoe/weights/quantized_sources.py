@@ -1,4 +1,4 @@
-"""From tensors as files hold them to those that parameters are filled from, where either are quantised."""
+"""From tensors as files hold them to those that parameters are filled from, where either are quantized."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.families.quantized_layout import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
 from jaxmoe.families.weight_slice import Piece
 from jaxmoe.formats import Format, Published
-from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantised, Quantiser, Reshaped, Swapped, Tensor
+from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantized, Quantizer, Reshaped, Swapped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
-NUMBERS, SCALES = "numbers", "scales"  # of a quantised parameter, the last parts of their paths
+NUMBERS, SCALES = "numbers", "scales"  # of a quantized parameter, the last parts of their paths
 NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
 
 
@@ -48,7 +48,7 @@ def wanted_scales(shape: Sequence[int], published: Published, why: str) -> Wante
     return Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
 
 
-def _is_quantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None, *, kept: bool) -> bool:
+def _is_quantized(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None, *, kept: bool) -> bool:
     """Whether files hold a piece's tensor as numbers and scales, or ought to."""
     if published is None or not is_matrix(piece):
         return False
@@ -58,13 +58,13 @@ def _is_quantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Pu
 def wanted_tensors(
     wanted: Iterable[tuple[Piece, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, Wanted]:
-    """What files must hold for pieces, each with whether it is kept quantised, by name."""
+    """What files must hold for pieces, each with whether it is kept quantized, by name."""
     found: dict[str, Wanted] = {}
     published = config.published
     for piece, kept in wanted:
         if piece.key in found:
             continue
-        if not _is_quantised(piece, tensors, published, kept=kept):
+        if not _is_quantized(piece, tensors, published, kept=kept):
             found[piece.key] = Wanted(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, published))
             continue
         assert published is not None
@@ -90,7 +90,7 @@ def held(
     tensors: Mapping[str, TensorInfo], table: Sequence[ParamInfo], parts: Mapping[str, list[Piece]], config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[Piece]]]:
     """Tensors and pieces for every parameter of the table, where parts has those of plain ones: matrices that the
-    files hold quantised and the model does not are dequantised, and the other way round."""
+    files hold quantized and the model does not are dequantized, and the other way round."""
     shapes = {info.path: info.shape for info in table}
     sources: dict[str, Tensor] = dict(tensors)
     found: dict[str, list[Piece]] = {}
@@ -99,11 +99,11 @@ def held(
         if to[0] not in shapes:
             found[path] = pieces
             for piece in pieces:
-                if _is_quantised(piece, tensors, config.published, kept=False):
-                    sources[piece.key] = _dequantised(piece, tensors, config.published)
+                if _is_quantized(piece, tensors, config.published, kept=False):
+                    sources[piece.key] = _dequantized(piece, tensors, config.published)
             continue
-        assert config.quantisation is not None
-        format = config.quantisation.format
+        assert config.quantization is not None
+        format = config.quantization.format
         blocks = blocks_of(shapes[to[0]], shapes[to[1]])
         numbers = [number_piece(piece, format) for piece in pieces]
         cells = cells_of(numbers[0], blocks)
@@ -142,11 +142,11 @@ def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else Reshaped(tensor, shape)
 
 
-def _dequantised(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> Tensor:
+def _dequantized(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> Tensor:
     """The values of a matrix, in the dims that plain checkpoints have."""
     assert published is not None
     opened = _opened(piece.key, oriented(piece).key_shape, tensors, published)
-    values = Dequantised(*opened, published.format)
+    values = Dequantized(*opened, published.format)
     return values if oriented(piece) is piece else Swapped(values)
 
 
@@ -160,7 +160,7 @@ def _kept(
         numbers, scales = _opened(piece.key, shape, tensors, config.published)
     else:
         plain: Tensor = tensors[piece.key]
-        made = Quantiser(Swapped(plain) if turned else plain, format, piece.key)
+        made = Quantizer(Swapped(plain) if turned else plain, format, piece.key)
         numbers, scales = made.numbers, made.scales
     numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
     return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}

@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.depth import layer_segments
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantisation
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantization
+from jaxmoe.formats import QUANTIZATION
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
@@ -28,7 +28,7 @@ from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.symlinks import check_inside
 
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _STAY = (INDEX, MANIFEST, TREE, CHECKPOINT, "commit_success.txt")
 
 
@@ -101,14 +101,14 @@ def open_published(
 
 
 def _side_files(directory: Path, files: list[Path], read: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files that travel along (configs, tokenizers, licences), and of all else that is not read."""
+    """Names of the files that travel along (configs, tokenizers, licenses), and of all else that is not read."""
     travel = [str(path.relative_to(directory)) for path in _chat_templates(directory)]
     not_read = [path.name for path in directory.iterdir() if path.is_dir() and path.name not in read]
     stay = [f"{name}/" for name in not_read if not (travel and name == CHAT_TEMPLATES)]
     for path in files:
         if path.name in _STAY or path.name in read:
             continue
-        known = path.suffix.lower() in _TRAVEL or path.name.upper().startswith(_LICENCES)
+        known = path.suffix.lower() in _TRAVEL or path.name.upper().startswith(_LICENSES)
         (travel if known and path.name[0] != "." and path.is_file() else stay).append(path.name)
     return tuple(travel), tuple(sorted(stay))
 
@@ -126,16 +126,16 @@ def config_check(
 ) -> str:
     """Holds shapes against config.json: "shapes agree", or why that was not looked at.
 
-    Raises: CheckpointError where they differ; ConfigError for a config that cannot be, whatever quantises its weights.
+    Raises: CheckpointError where they differ; ConfigError for a config that cannot be, whatever quantizes its weights.
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         return f"not checked: model_type {str(family)[:40]!r} is no family known here"
     try:
-        read_published(raw.get(QUANTISATION))
+        read_published(raw.get(QUANTIZATION))
         check_other_keys(raw)
     except ConfigError as error:  # bits go through, whatever they mean
-        read_config(without_quantisation(raw), ignore=ignore)
+        read_config(without_quantization(raw), ignore=ignore)
         return f"not checked: {error}"
     config = as_stored(read_config(raw, ignore=ignore), tensors, raw, compare=False)
     alone = AbstractMesh((1,) * len(AXES), AXES)

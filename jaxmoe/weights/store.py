@@ -30,7 +30,7 @@ _BLOCK_BYTES = 4096  # a file system's
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of a tensor in one chunk file: name of the file, first byte in it, how many."""
+    """Neighboring bytes of a tensor in one chunk file: name of the file, first byte in it, how many."""
 
     file: str
     start: int

@@ -92,7 +92,7 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _dtype_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> str:
-    """The dtype of most numbers among plain floating-point tensors, scales of quantised ones left out; the config's
+    """The dtype of most numbers among plain floating-point tensors, scales of quantized ones left out; the config's
     where there are none."""
     others = FAMILIES[config.family].names.others
     scales = published_names("", config.published)[1] if config.published is not None else None

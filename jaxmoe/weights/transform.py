@@ -1,7 +1,7 @@
-"""What conversion does to tensors on their way: nothing, or another dtype. The place where quantisation joins.
+"""What conversion does to tensors on their way: nothing, or another dtype. The place where quantization joins.
 
 A transform sees a tensor as a stream of slices and gives the next part of each tensor that is made of it, so that none
-need be whole in memory: a block-quantised weight, say, is two outputs, and its granule is one row of blocks.
+need be whole in memory: a block-quantized weight, say, is two outputs, and its granule is one row of blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact
-from jaxmoe.formats import QUANTISATION
+from jaxmoe.formats import QUANTIZATION
 from jaxmoe.weights.dtypes import DTYPES, FLOAT_NAMES, TensorSpec, beyond_reach
 
 WEIGHTS_DTYPES = {name: stored for stored, name in FLOAT_NAMES.items()}
@@ -99,8 +99,8 @@ class CastFloats(AsPublished):
         return (cast,)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """With the dtype wherever it is named, and at the top where it is nowhere; nothing is quantised any more."""
-        raw = {key: value for key, value in raw.items() if key != QUANTISATION}
+        """With the dtype wherever it is named, and at the top where it is nowhere; nothing is quantized any more."""
+        raw = {key: value for key, value in raw.items() if key != QUANTIZATION}
         changed = _named(raw, self._name)
         return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
 
@@ -126,7 +126,7 @@ def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     for key, value in raw.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             found[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config") and key != QUANTISATION:
+        elif isinstance(value, dict) and key.endswith("_config") and key != QUANTIZATION:
             found[key] = _named(value, dtype)
     return found
 

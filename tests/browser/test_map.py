@@ -175,9 +175,9 @@ def test_a_last_slice_of_fewer_devices_has_links_of_its_own(chromium, drawn, tmp
         assert {link for link in used if link.startswith("torus")} == set(inside)
 
 
-def test_toggles_colour_devices_and_dim_links(chromium, drawn):
+def test_toggles_color_devices_and_dim_links(chromium, drawn):
     path, _, _ = drawn("expert=8,tensor=2", hardware="b200", layout="ep-tp-sp")
-    hues = "all => all.map(one => one.classList.contains('coloured') ? one.style.getPropertyValue('--hue') : '')"
+    hues = "all => all.map(one => one.classList.contains('colored') ? one.style.getPropertyValue('--hue') : '')"
     with opened(chromium, path) as page:
         pressed = lambda name: page.locator(f'[data-axis="{name}"]').get_attribute("aria-pressed")  # noqa: E731
         assert (pressed("expert"), pressed("tensor")) == ("true", "false")
@@ -286,25 +286,25 @@ def test_words_are_readable(scheme, chromium, drawn):
     """Contrast of what is written against what it stands on, as WCAG counts it."""
     path, _, _ = drawn(STAGES, hardware="b200")
     with opened(chromium, path, color_scheme=scheme) as page:
-        pairs = page.evaluate(_COLOURS)
+        pairs = page.evaluate(_COLORS)
         assert len(pairs) > 10
         for words, ink, paper in pairs:
             assert _contrast(ink, paper) >= 4.5, (words, ink, paper)
 
 
-# [text, its colour, the colour behind it], each as red, green, blue of 0 to 255: a canvas knows every way to write one.
-_COLOURS = """() => {
+# [text, its color, the color behind it], each as red, green, blue of 0 to 255: a canvas knows every way to write one.
+_COLORS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  const rgb = colour => {
+  const rgb = color => {
     canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
+    canvas.fillStyle = color;
     canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
   };
   const behind = node => {
     for (; node; node = node.parentElement) {
-      const colour = getComputedStyle(node).backgroundColor;
-      if (colour !== "rgba(0, 0, 0, 0)") return colour;
+      const color = getComputedStyle(node).backgroundColor;
+      if (color !== "rgba(0, 0, 0, 0)") return color;
     }
     return "white";
   };
@@ -322,8 +322,8 @@ _COLOURS = """() => {
 
 
 def _contrast(one: list[int], other: list[int]) -> float:
-    def luminance(colour: list[int]) -> float:
-        parts = [value / 255 for value in colour]
+    def luminance(color: list[int]) -> float:
+        parts = [value / 255 for value in color]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

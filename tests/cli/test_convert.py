@@ -287,7 +287,7 @@ def test_names_of_what_is_left_behind_are_shown_as_they_are(capsys, work):
     assert "left behind: '\\x1b[31m.bin', [bold]x.bin" in " ".join(outcome.err.split())
 
 
-def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(capsys, work):
+def test_quantized_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(capsys, work):
     rng = np.random.default_rng(0)
     tensors = {"w": random_tensor(rng, "F8_E4M3", 8, 8), "w_scale_inv": random_tensor(rng, "F32", 1, 1)}
     config = CASES_BY_NAME[CASE].config | {"quantization_config": {"quant_method": "fp8"}}
@@ -299,7 +299,7 @@ def test_quantised_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(caps
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [8, 8]}])
-def test_quantised_ones_must_have_a_config_that_can_be_all_the_same(settings, capsys, work):
+def test_quantized_ones_must_have_a_config_that_can_be_all_the_same(settings, capsys, work):
     _edit(work / "good" / "config.json", quantization_config=settings, num_local_experts="x")
     _assert_refused(capsys, ["good", "out"], "'num_local_experts' = 'x' must be a whole number")
     _edit(work / "good" / "config.json", num_local_experts=6, new_gate=3)

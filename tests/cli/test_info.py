@@ -26,7 +26,7 @@ def test_a_config_alone_says_what_the_files_would_hold(capsys):
     found = info(capsys, CONFIGS / "deepseek-ai--DeepSeek-V3.json")
     assert (found["family"], found["layers"]) == ("deepseek_v3", {"dense": 3, "MoE": 58})
     assert found["parameters"]["total"] == 671_026_419_200
-    assert found["quantisation"] == {
+    assert found["quantization"] == {
         "method": "fp8", "supported": True, "dtype": "float8_e4m3fn", "inputs_a_scale": 128, "outputs_a_scale": 128,
     }  # fmt: skip
     experts = 58 * 256 * 3
@@ -83,11 +83,11 @@ def test_a_format_that_cannot_be_read_is_named_and_the_rest_is_said(capsys, tmp_
     raw = json.loads((CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}))
     found = info(capsys, tmp_path)
-    assert found["quantisation"] == {"method": "gptq", "supported": False}
+    assert found["quantization"] == {"method": "gptq", "supported": False}
     assert found["bytes"]["total"] is None
     assert found["parameters"]["total"] == 30_532_122_624
     outcome = jaxmoe(capsys, "info", tmp_path)
-    assert (outcome.code, "quantised by gptq, which jaxmoe does not read" in outcome.out) == (0, True)
+    assert (outcome.code, "quantized by gptq, which jaxmoe does not read" in outcome.out) == (0, True)
 
 
 def test_a_setting_that_is_not_understood_is_named_and_the_rest_is_said(capsys, tmp_path):
@@ -126,7 +126,7 @@ def test_a_setting_that_is_not_understood_is_named_and_the_rest_is_said(capsys, 
 def test_a_format_without_a_name_is_that_of_its_producer(settings, method, capsys, tmp_path):
     raw = json.loads((CONFIGS / "Qwen--Qwen3-30B-A3B.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(raw | settings))
-    assert info(capsys, tmp_path)["quantisation"] == {"method": method, "supported": False}
+    assert info(capsys, tmp_path)["quantization"] == {"method": method, "supported": False}
 
 
 def test_people_see_a_table(capsys):
@@ -181,7 +181,7 @@ def test_what_is_no_model_is_one_line(model, capsys):
 
 
 def test_what_nvidia_publishes_is_sized_though_not_run(capsys, tmp_path):
-    """NVIDIA says how matrices are quantised in a file beside config.json."""
+    """NVIDIA says how matrices are quantized in a file beside config.json."""
     raw = json.loads((CONFIGS / "nvidia--DeepSeek-V3.1-NVFP4.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(raw))
     plain = info(capsys, tmp_path)
@@ -189,7 +189,7 @@ def test_what_nvidia_publishes_is_sized_though_not_run(capsys, tmp_path):
     how = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": excluded}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(how))
     found = info(capsys, tmp_path)
-    assert found["quantisation"] == {
+    assert found["quantization"] == {
         "method": "modelopt", "supported": False, "dtype": "nvfp4", "inputs_a_scale": 16, "outputs_a_scale": 1,
     }  # fmt: skip
     assert found["bytes"]["by_part"]["experts"] == plain["bytes"]["by_part"]["experts"] * (4 + 8 / 16) / 16

@@ -104,9 +104,9 @@ def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, l
         chunk_tokens=engine["chunk_tokens"],
         **given,
     )  # fmt: skip
-    assert question.checked_model()[0].quantisation is not None
+    assert question.checked_model()[0].quantization is not None
     asked = ModelQuestion(config=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
-    assert asked.checked_model()[0].quantisation is not None
+    assert asked.checked_model()[0].quantization is not None
 
 
 def test_a_path_is_called_by_its_model(capsys, tmp_path):

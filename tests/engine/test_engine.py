@@ -1,4 +1,4 @@
-"""The engine under mixed loads: outputs as alone, faults that harm no neighbour, nothing compiled after start-up."""
+"""The engine under mixed loads: outputs as alone, faults that harm no neighbor, nothing compiled after start-up."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def requests_of(count: int, vocab: int) -> list[tuple[list[int], SamplingParams]
     return made
 
 
-def test_no_neighbour_changes_an_output(engine):
+def test_no_neighbor_changes_an_output(engine):
     """Requests that come while others run give what each gives alone, drawn ones too."""
     requests = requests_of(24, engine.llm.config.vocab_size)
 

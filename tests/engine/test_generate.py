@@ -26,7 +26,7 @@ def random_params(seed: int, tokens: int = 12) -> SamplingParams:
 
 
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
-def test_no_neighbour_changes_an_output(mesh, tiny_llm):
+def test_no_neighbor_changes_an_output(mesh, tiny_llm):
     llm = tiny_llm(CASE, mesh)
     params = [random_params(seed) if seed % 2 else SamplingParams(max_tokens=12, ignore_eos=True) for seed in range(5)]
     together = [out.token_ids for out in llm.generate(PROMPTS, params)]

@@ -15,7 +15,7 @@ from ..conftest import ONE_DEVICE
 CASE = "qwen3_moe_norm"
 MESH = "data=2,tensor=2,expert=2"
 PROMPT = [1, 5, 9, 2, 6, 5, 3]
-NEIGHBOURS = [[3, 1, 4], [5, 8], [9, 7, 9, 3, 2]]
+NEIGHBORS = [[3, 1, 4], [5, 8], [9, 7, 9, 3, 2]]
 
 
 def greedy(tokens: int, **options) -> SamplingParams:
@@ -54,11 +54,11 @@ def expected_tokens(llm, params: SamplingParams) -> list[int]:
     ],
     ids=str,
 )
-def test_penalties_and_biases_beside_neighbours_without(llm, options):
+def test_penalties_and_biases_beside_neighbors_without(llm, options):
     params = greedy(10, **options)
-    outputs = llm.generate([PROMPT, *NEIGHBOURS], [params, *[greedy(10)] * 3])
+    outputs = llm.generate([PROMPT, *NEIGHBORS], [params, *[greedy(10)] * 3])
     assert outputs[0].token_ids == expected_tokens(llm, params)
-    alone = [llm.generate([prompt], greedy(10))[0].token_ids for prompt in NEIGHBOURS]
+    alone = [llm.generate([prompt], greedy(10))[0].token_ids for prompt in NEIGHBORS]
     assert [out.token_ids for out in outputs[1:]] == alone
 
 

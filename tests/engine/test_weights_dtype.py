@@ -1,4 +1,4 @@
-"""Models whose matrices are kept quantised: logits of dequantised ones, on every kind of mesh, and their traffic."""
+"""Models whose matrices are kept quantized: logits of dequantized ones, on every kind of mesh, and their traffic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..conftest import XLA, mesh_of
 from ..inspect.test_report import reports_of
 from ..test_layouts import assert_planned
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantized import FORMS, write_quantised
+from ..tiny.quantized import FORMS, write_quantized
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1]]
 ALL = "data=2,tensor=2,expert=2"
@@ -34,14 +34,14 @@ def several_tiles(monkeypatch, few_block_sizes):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """form -> a checkpoint of four layers in that form."""
-    root = tmp_path_factory.mktemp("quantised")
+    root = tmp_path_factory.mktemp("quantized")
 
     def write(form: str, name: str, **keys):
         directory = root / f"{form}-{name}"
         if not directory.exists():
             case = CASES_BY_NAME[name]
             case = replace(case, dtype="float32", config=case.config | {"num_hidden_layers": 4} | keys)
-            write_quantised(case, form, directory)
+            write_quantized(case, form, directory)
         return directory
 
     return write
@@ -70,13 +70,13 @@ DEEPSEEK = ("fp8", "deepseek_v3_groups")
         pytest.param(("fp8-channel", "llama_llama3"), "tensor=8", "ep-tp", marks=pytest.mark.sweep),
     ],
 )
-def test_kept_matrices_give_the_logits_of_dequantised_ones_and_say_what_was_planned(form, mesh, layout, written):
+def test_kept_matrices_give_the_logits_of_dequantized_ones_and_say_what_was_planned(form, mesh, layout, written):
     directory = written(*form, **KEYS.get(form[0], {}))
     plain = LLM.load(directory, mesh=mesh_of("data=1"), weights_dtype="float32", kernels=XLA)
     assert plain.runner.dtype == "float32"
     wanted = plain.last_logits(PROMPTS)
     kept = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
-    assert kept.config.quantisation is not None
+    assert kept.config.quantization is not None
     np.testing.assert_allclose(kept.last_logits(PROMPTS), wanted, atol=1e-5 * np.abs(wanted).max())
     assert_planned(kept, rows=8, blocks=1)
 
@@ -93,7 +93,7 @@ def test_bfloat16_activations_err_as_with_plain_weights_and_generate(written):
 
 
 @pytest.mark.parametrize(("name", "error"), [("int8-block", 0.03), ("fp8", 0.1)])
-def test_plain_checkpoints_are_quantised_on_load(name, error, tiny_dir):
+def test_plain_checkpoints_are_quantized_on_load(name, error, tiny_dir):
     directory = tiny_dir("llama_mha")
     wanted = LLM.load(directory, mesh=mesh_of("data=1")).last_logits(PROMPTS)
     found = LLM.load(directory, mesh=mesh_of("tensor=2"), weights_dtype=name).last_logits(PROMPTS)

@@ -31,7 +31,7 @@ def _changed(family: str, **changes: Any) -> dict[str, Any]:
     return {**QUICK[family], **changes}
 
 
-UNQUANTISED = {
+UNQUANTIZED = {
     path.stem: {key: value for key, value in _published(path.stem).items() if key != "quantization_config"}
     for path in CONFIGS.glob("*.json")
 }
@@ -64,7 +64,7 @@ def test_qwen3_235b():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
 def test_every_published_config_is_read_by_its_family(name):
-    assert read_config(UNQUANTISED[name]).family == UNQUANTISED[name]["model_type"]
+    assert read_config(UNQUANTIZED[name]).family == UNQUANTIZED[name]["model_type"]
 
 
 def test_published_configs_of_many_families_are_here():
@@ -74,7 +74,7 @@ def test_published_configs_of_many_families_are_here():
 
 
 def test_deepseek_v3():
-    config = read_config(UNQUANTISED["deepseek-ai--DeepSeek-V3"])
+    config = read_config(UNQUANTIZED["deepseek-ai--DeepSeek-V3"])
     assert config.mla == MLAConfig(
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
     )
@@ -95,7 +95,7 @@ def test_deepseek_v3():
 
 
 def test_gpt_oss():
-    config = read_config(UNQUANTISED["openai--gpt-oss-20b"])
+    config = read_config(UNQUANTIZED["openai--gpt-oss-20b"])
     assert config.sliding_windows == (128, None) * 12
     assert config.moe.clamp == SwiGLUClamp(limit=7.0, alpha=1.702)
     assert config.rope.attention_factor == pytest.approx(0.1 * math.log(32) + 1)

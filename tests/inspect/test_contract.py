@@ -46,7 +46,7 @@ def test_decode_of_an_moe_holds_exactly_the_planned_collectives(mesh, tiny_llm):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.optimised if name in ("qwen2_moe_shared", "gpt_oss_window") else SWEEP)
+        pytest.param(name, marks=pytest.mark.optimized if name in ("qwen2_moe_shared", "gpt_oss_window") else SWEEP)
         for name in FAMILY_CASES
     ],
 )
@@ -87,7 +87,7 @@ def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
 
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param("data=2,tensor=2,expert=2", marks=pytest.mark.optimised), pytest.param("tensor=8", marks=SWEEP)],
+    [pytest.param("data=2,tensor=2,expert=2", marks=pytest.mark.optimized), pytest.param("tensor=8", marks=SWEEP)],
 )
 def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", mesh, XLA)

@@ -35,9 +35,9 @@ def test_one_device(name, tiny_llm):
 # A case for each mechanism runs once more with XLA's own optimizations.
 # The program that scores whole prompts runs on one device for all, on meshes for these; for all in the sweep.
 SCORED = {"qwen2_moe_shared", "deepseek_v3_groups", "gpt_oss_window"}
-OPTIMISED = {"llama_llama3", "qwen2_moe_shared", "deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"}
+OPTIMIZED = {"llama_llama3", "qwen2_moe_shared", "deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"}
 IN_TURN = [
-    pytest.param(name, mesh, marks=[pytest.mark.optimised] if mesh == MIXED_MESHES[0] and name in OPTIMISED else [])
+    pytest.param(name, mesh, marks=[pytest.mark.optimized] if mesh == MIXED_MESHES[0] and name in OPTIMIZED else [])
     for family, name in enumerate(QUICK)
     for number, mesh in enumerate(MESHES_OF_8)
     if mesh == MIXED_MESHES[0] or (number % 2 == 0 and family == (5 * number + 3) % len(QUICK))

@@ -123,9 +123,9 @@ def test_make_demo(tmp_path):
 
 
 def test_make_test_and_check_run_what_they_say():
-    everything, optimised = make_dry_run("test").splitlines()
+    everything, optimized = make_dry_run("test").splitlines()
     assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle and not browser"')
-    assert optimised.endswith("-m pytest -n 2 --dist worksteal -m optimised")
+    assert optimized.endswith("-m pytest -n 2 --dist worksteal -m optimized")
     assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
         "ruff", "ruff", "mypy", "lint-imports",
     ]  # fmt: skip

@@ -109,18 +109,18 @@ def test_gradients_go_back_the_way_tokens_came(backend):
     np.testing.assert_allclose(found[1] * (weights != 0), wanted[1] * (weights != 0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_route(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(normalize):
     rng = np.random.default_rng(1)
     x, router = rng.normal(0, 1, (6, WIDTH)).astype(np.float32), rng.normal(0, 1, (WIDTH, EXPERTS)).astype(np.float32)
     valid = jnp.array([True, True, False, True, True, True])
-    weights, probabilities = route(x @ router, valid, rule=RouteRule(top_k=3, normalise=normalise))
+    weights, probabilities = route(x @ router, valid, rule=RouteRule(top_k=3, normalize=normalize))
     softmax = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities, softmax, rtol=1e-4)
     for token in range(6):
         best = np.argsort(-softmax[token])[:3] if valid[token] else np.array([], int)
         expected = np.zeros(EXPERTS)
-        expected[best] = softmax[token, best] / (softmax[token, best].sum() if normalise else 1)
+        expected[best] = softmax[token, best] / (softmax[token, best].sum() if normalize else 1)
         np.testing.assert_allclose(weights[token], expected, rtol=1e-4, atol=1e-7)
 
 
@@ -129,7 +129,7 @@ def test_groups_limit_where_a_token_goes(best, top_groups):
     """Of four groups of two experts; the oracle goes through them one by one."""
     rng = np.random.default_rng(4)
     logits = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32)
-    rule = RouteRule(top_k=2, normalise=False, num_groups=4, top_groups=top_groups, experts_per_group_score=best)
+    rule = RouteRule(top_k=2, normalize=False, num_groups=4, top_groups=top_groups, experts_per_group_score=best)
     weights, _ = route(logits, jnp.ones(16, bool), rule=rule)
     for token, row in enumerate(np.exp(logits) / np.exp(logits).sum(1, keepdims=True)):
         scores = [sum(sorted(row[2 * g : 2 * g + 2])[-best:]) for g in range(4)]
@@ -138,14 +138,14 @@ def test_groups_limit_where_a_token_goes(best, top_groups):
         np.testing.assert_allclose(weights[token], np.where(np.isin(np.arange(EXPERTS), chosen), row, 0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_a_bias_takes_part_in_the_choice_alone(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_bias_takes_part_in_the_choice_alone(normalize):
     """DeepSeek-V3's routing: sigmoids, of four groups the two whose best two experts have the largest sum."""
     rng = np.random.default_rng(6)
     logits, bias = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32), rng.normal(0, 1, EXPERTS).astype(np.float32)
     rule = RouteRule(
         top_k=3,
-        normalise=normalise,
+        normalize=normalize,
         scoring="sigmoid",
         scaling=2.5,
         num_groups=4,
@@ -160,7 +160,7 @@ def test_a_bias_takes_part_in_the_choice_alone(normalise):
         among = [e for g in np.argsort(choice.reshape(4, 2).sum(1))[-2:] for e in (2 * g, 2 * g + 1)]
         chosen = sorted(among, key=lambda e: -choice[e])[:3]
         expected = np.where(np.isin(np.arange(EXPERTS), chosen), row, 0) * 2.5
-        np.testing.assert_allclose(weights[token], expected / (row[chosen].sum() if normalise else 1), rtol=1e-4)
+        np.testing.assert_allclose(weights[token], expected / (row[chosen].sum() if normalize else 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_groups", [1, 2, 4])
@@ -169,7 +169,7 @@ def test_groups_of_a_rank_limit_the_ranks_that_a_token_is_sent_to(top_groups):
     num_experts = 4 * RANKS
     rng = np.random.default_rng(5)
     logits, x = (rng.normal(0, 1, (RANKS * TOKENS, n)).astype(np.float32) for n in (num_experts, WIDTH))
-    rule = RouteRule(top_k=4, normalise=True, num_groups=RANKS, top_groups=top_groups, experts_per_group_score=2)
+    rule = RouteRule(top_k=4, normalize=True, num_groups=RANKS, top_groups=top_groups, experts_per_group_score=2)
     weights, _ = route(logits, jnp.ones(len(x), bool), rule=rule)
     factors = np.arange(1, num_experts + 1, dtype=np.float32)
     y, got = layer_of_factors("ragged_all_to_all", top_groups)(x, np.asarray(weights), factors)

@@ -60,7 +60,7 @@ def rows(backend, dtype, width):
 def routing(backend, dtype, width):
     del dtype  # always float32
     valid = jnp.arange(ROWS) % 5 > 0
-    choose = partial(route, rule=RouteRule(top_k=min(3, width), normalise=width % 2 == 0), backend=backend)
+    choose = partial(route, rule=RouteRule(top_k=min(3, width), normalize=width % 2 == 0), backend=backend)
     return (numbers(0, ROWS, width), valid), lambda *arrays: choose(*arrays)[0]
 
 
@@ -70,7 +70,7 @@ def limited_routing(backend, dtype, width):
     (logits, valid), _ = routing(backend, dtype, width)
     top_groups = min(2, num_groups)
     rule = RouteRule(
-        top_k=min(3, width // num_groups * top_groups), normalise=True, num_groups=num_groups, top_groups=top_groups,
+        top_k=min(3, width // num_groups * top_groups), normalize=True, num_groups=num_groups, top_groups=top_groups,
         experts_per_group_score=2,
     )  # fmt: skip
     return (logits, valid), lambda *a: route(*a, rule=rule, backend=backend)[0]
@@ -82,7 +82,7 @@ def biased_routing(backend, dtype, width):
     num_groups = next(n for n in (4, 3, 2, 1) if width % n == 0)
     rule = RouteRule(
         top_k=1,
-        normalise=True,
+        normalize=True,
         scoring="sigmoid",
         scaling=2.5,
         num_groups=num_groups,
@@ -94,7 +94,7 @@ def biased_routing(backend, dtype, width):
 
 
 def shares(backend, dtype, width):
-    rule = RouteRule(top_k=1, normalise=False)
+    rule = RouteRule(top_k=1, normalize=False)
     (logits, valid), _ = routing(backend, dtype, width)
     return (logits,), lambda logits: route(logits, valid[: len(logits)], rule=rule, backend=backend)[1]
 
@@ -148,7 +148,7 @@ def test_ties_go_to_the_lower_expert(backend):
     if backend == "native" and not compiler_found():
         return
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, -1e30, -1e30, -1e30]])
-    weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalise=True), backend=backend)
+    weights, _ = route(logits, jnp.array([True, True]), rule=RouteRule(top_k=2, normalize=True), backend=backend)
     np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Products with quantised matrices are those with the values that the formats define, and need room for a tile only."""
+"""Products with quantized matrices are those with the values that the formats define, and need room for a tile only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from jaxmoe.ops import quantized_matmul
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.quantized_matmul import Quantised, dequantised
+from jaxmoe.ops.quantized_matmul import Quantized, dequantized
 
 FORMS = {"int8": "int8", "fp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn"}
 
 
-def random(form: str, shape: tuple[int, ...], blocks: tuple[int, int], seed: int = 0) -> tuple[Quantised, np.ndarray]:
+def random(form: str, shape: tuple[int, ...], blocks: tuple[int, int], seed: int = 0) -> tuple[Quantized, np.ndarray]:
     """Matrices [..., K, N] with blocks (inputs, outputs), and their values from ml_dtypes' definitions."""
     rng = np.random.default_rng(seed)
     *lead, rows, columns = shape
@@ -34,7 +34,7 @@ def random(form: str, shape: tuple[int, ...], blocks: tuple[int, int], seed: int
         scales = factors = rng.uniform(0.5, 2, cells).astype(np.float32) / 100
         stored = bits.view(np.int8) if form == "int8" else bits
     value = numbers * np.repeat(np.repeat(factors, blocks[0], axis=-2), blocks[1], axis=-1)
-    return Quantised(jnp.asarray(stored), jnp.asarray(scales)), value
+    return Quantized(jnp.asarray(stored), jnp.asarray(scales)), value
 
 
 BLOCKS = [("int8", (96, 1)), ("int8", (16, 4)), ("fp8", (96, 1)), ("fp8", (32, 128)), ("mxfp4", (32, 1))]
@@ -43,13 +43,13 @@ BLOCKS = [("int8", (96, 1)), ("int8", (16, 4)), ("fp8", (96, 1)), ("fp8", (32, 1
 @pytest.mark.parametrize(("form", "blocks"), BLOCKS)
 def test_values_are_those_of_the_definition_bit_by_bit(form, blocks):
     w, value = random(form, (3, 96, 256), blocks)
-    np.testing.assert_array_equal(jax.jit(partial(dequantised, dtype=jnp.float32))(w), value)
+    np.testing.assert_array_equal(jax.jit(partial(dequantized, dtype=jnp.float32))(w), value)
 
 
 def test_every_byte_of_fp8_is_its_number():
     bits = np.arange(256, dtype=np.uint8)
-    w = Quantised(jnp.asarray(bits)[None, :], jnp.ones((1, 256), jnp.float32))
-    found = np.asarray(dequantised(w, jnp.float32))[0]
+    w = Quantized(jnp.asarray(bits)[None, :], jnp.ones((1, 256), jnp.float32))
+    found = np.asarray(dequantized(w, jnp.float32))[0]
     np.testing.assert_array_equal(found, bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
     assert np.isnan(found).sum() == 2
 
@@ -73,7 +73,7 @@ def test_products_are_those_with_the_values(rows, columns, form, blocks, tile_by
 
 @pytest.mark.parametrize(("form", "blocks"), [("int8", (512, 1)), ("fp8", (128, 128)), ("mxfp4", (32, 1))])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_matrix_is_dequantised_whole(form, blocks, dtype, monkeypatch):
+def test_no_matrix_is_dequantized_whole(form, blocks, dtype, monkeypatch):
     monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", 1 << 18)
     w, _ = random(form, (4, 512, 2048), blocks)
 

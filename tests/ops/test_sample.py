@@ -137,7 +137,7 @@ def test_draws_follow_the_distribution(draw):
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.15, 0.1], atol=0.03)
 
 
-def test_a_row_draws_the_same_whatever_its_neighbours(draw):
+def test_a_row_draws_the_same_whatever_its_neighbors(draw):
     logits = np.random.default_rng(1).normal(0, 2, (3, VOCAB)).astype(np.float32)
     values = [(1.0, 0, 0.9, 0.0, seed) for seed in (5, 6, 7)]
     together, *_ = draw(logits, values, [3, 9, 27])

@@ -145,7 +145,7 @@ def test_unknown_names_are_told_the_nearest():
         ("[tflops]", "[tflops", 12, "not TOML: Expected ']'"),
         ("2 = [[512, 5.0], [1024, 6.0]]\n", "2 = [[512, 5.0], [1024, 6.0]", 16, "not TOML: Unclosed array"),
         ("hbm_gbps = 1000", "hbm_gbs = 1000", 8, "unknown key 'hbm_gbs' in [hardware]; did you mean hbm_gb"),
-        ("hbm_gbps = 1000", "colour = 1", 8, "unknown key 'colour' in [hardware]; there are device, platform"),
+        ("hbm_gbps = 1000", "color = 1", 8, "unknown key 'color' in [hardware]; there are device, platform"),
         ("[tflops]", "[teraflops]", 12, "unknown table [teraflops]; there are axes, hardware, tflops, attained"),
         ("hbm_gbps = 1000", "hbm_gbps = true", 8, "hbm_gbps=True must be a number of at least 0"),
         ("hbm_gbps = 1000", "hbm_gbps = '1000'", 8, "hbm_gbps='1000' must be a number of at least 0"),

@@ -41,7 +41,7 @@ def by_path(held: Held) -> Counter[str]:
 
 def of_abstract_model(config, placement: Placement) -> Counter[str]:
     shared = placement.num_shards("page_token") > 1
-    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=shared, quantisation=config.quantisation)
+    kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=shared, quantization=config.quantization)
     _, state = nnx.split(abstract_model(config, placement, dtype="float32", kernels=kernels))
     found: Counter[str] = Counter()
     for info in parameter_table(state, placement):
@@ -70,7 +70,7 @@ def test_every_layout_splits_them_alike(name, layout):
 
 @pytest.mark.parametrize("weights_dtype", ["int8", "fp8", "int8-block", "fp8-block"])
 @pytest.mark.parametrize("name", ["mixtral_six_experts", "llama4_text_maverick"])
-def test_quantised_ones_with_their_scales(name, weights_dtype):
+def test_quantized_ones_with_their_scales(name, weights_dtype):
     config = with_weights_dtype(
         read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"}), weights_dtype
     )

@@ -13,26 +13,26 @@ from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.lift import remedies
 from jaxmoe.planner.search import ALIKE, kind_of, search, value
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Neighbours, counted, digits, reasons
+from jaxmoe.planner.why import Neighbors, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
 from .plans import found, question
 
-ALONE = Neighbours(half=None, twice=None)
+ALONE = Neighbors(half=None, twice=None)
 CASES = [
     ("llama-3.1-405b", "h100", 16, "latency"), ("deepseek-v3", "h100", 16), ("deepseek-v3", "h200", 64),
     ("qwen3-30b-a3b", "v5e", 16), ("llama-3.1-8b", "h100", 8),
 ]  # fmt: skip
 
 
-def said(case, neighbours: Neighbours = ALONE) -> list[str]:
-    return reasons(question(*case), found(*case), None, neighbours)
+def said(case, neighbors: Neighbors = ALONE) -> list[str]:
+    return reasons(question(*case), found(*case), None, neighbors)
 
 
 def test_reasons_hold_numbers_and_what_binds():
     case = CASES[0]
-    lines = said(case, Neighbours(half=None, twice=found(*case).best))
+    lines = said(case, Neighbors(half=None, twice=found(*case).best))
     assert lines[0].startswith("What binds: reading weights and pages from memory")
     assert any(line.startswith("Layers are split inside a node only") and "TP16" in line for line in lines)
     assert any(line.startswith("Stages of the pipeline lie between nodes") for line in lines)
@@ -143,7 +143,7 @@ def test_small_numbers_keep_their_digits():
     ],
 )
 def test_what_half_the_devices_lack_is_said(lacks, words):
-    assert words in said(CASES[0], Neighbours(half=None, twice=None, half_lacks=lacks))
+    assert words in said(CASES[0], Neighbors(half=None, twice=None, half_lacks=lacks))
 
 
 @pytest.mark.parametrize(("factor", "slower"), [(1.02, False), (1.05, True)])
@@ -153,7 +153,7 @@ def test_more_devices_are_slower_beyond_noise_alone(factor, slower):
     axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.spec.axes)
     served = replace(best.served, ttft=factor * best.served.ttft, tpot=factor * best.served.tpot)
     twice = replace(best, spec=replace(best.spec, axes=axes), served=served)
-    line = next(line for line in said(CASES[0], Neighbours(half=None, twice=twice)) if line.startswith("Twice"))
+    line = next(line for line in said(CASES[0], Neighbors(half=None, twice=twice)) if line.startswith("Twice"))
     assert ("more devices make it slower here" in line) == slower
 
 

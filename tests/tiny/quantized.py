@@ -1,4 +1,4 @@
-"""Quantised checkpoints in their published on-disk forms, and the values they mean, from the formats' definitions.
+"""Quantized checkpoints in their published on-disk forms, and the values they mean, from the formats' definitions.
 
 Written apart from jaxmoe.weights.lazy_tensors: numbers are drawn, values follow. Dims: [out, in].
 """
@@ -104,14 +104,14 @@ _MATRICES = (
 _FUSED = ("experts.gate_up_proj", "experts.down_proj")  # plain: [expert, in, out]
 
 
-def is_quantised(form: str, key: str) -> bool:
-    """Whether a checkpoint of a form quantises a plain one's tensor."""
+def is_quantized(form: str, key: str) -> bool:
+    """Whether a checkpoint of a form quantizes a plain one's tensor."""
     module = key.removesuffix(".weight").rsplit(".", 1)[-1]
     matrix = (key.endswith(".weight") and module in _MATRICES) or key.endswith(_FUSED)
     return matrix and (form != "mxfp4" or ".experts." in key)
 
 
-def write_quantised(
+def write_quantized(
     case: Case,
     form: str,
     directory: Path,
@@ -120,7 +120,7 @@ def write_quantised(
     keys: dict[str, Any] | None = None,
     change: Callable[[Tensors], Any] = lambda tensors: None,
 ) -> Tensors:
-    """A case as a quantised checkpoint, or, plain, as one of the values that it means, in float32; the values.
+    """A case as a quantized checkpoint, or, plain, as one of the values that it means, in float32; the values.
 
     keys: for its quantization_config. change: of the tensors, before they are written.
     """
@@ -129,7 +129,7 @@ def write_quantised(
     values: Tensors = {}
     for key, shape in tensor_shapes(case).items():
         value = _values(case, key, shape)
-        if is_quantised(form, key):
+        if is_quantized(form, key):
             written = write(key, value.astype(np.float32))
             tensors |= written.tensors
             values[key] = written.value

@@ -33,7 +33,7 @@ def test_corpus_is_the_library_itself(corpus):
     assert num_bytes(corpus.training) > 5_000_000
     described = corpus.describe()
     assert described["num_training_files"] == len(names)
-    assert "PSF" in str(described["licence"])
+    assert "PSF" in str(described["license"])
 
 
 def test_files_that_are_not_utf8_and_tests_are_left_out(tmp_path):

@@ -39,7 +39,7 @@ def test_manifest_states_the_recipe_and_every_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     placement = Placement(mesh=mesh_of("data=2"))
     manifest = manifest_of(
-        tmp_path, recipe=Recipe(), corpus={"licence": "PSF-2.0"}, placement=placement, result=result(1.0),
+        tmp_path, recipe=Recipe(), corpus={"license": "PSF-2.0"}, placement=placement, result=result(1.0),
         num_parameters=7, samples=[],
     )  # fmt: skip
     assert json.loads(json.dumps(manifest)) is not None

@@ -25,7 +25,7 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantized import write_quantised
+from ..tiny.quantized import write_quantized
 from .hf_checkpoints import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_published
 
 CASE = "mixtral_window"
@@ -102,13 +102,13 @@ def test_a_converted_model_gives_the_same_logits_on_any_mesh(mesh, tiny_dir, tin
         ("fp8-channel", "llama_llama3"),
     ],
 )  # fmt: skip
-def test_quantised_checkpoints_become_plain_ones(form, name, to, tmp_path):
+def test_quantized_checkpoints_become_plain_ones(form, name, to, tmp_path):
     """Of the values that their format defines, tensor by tensor, and of the names that plain ones have."""
     case = CASES_BY_NAME[name]
     sizes = {"hidden_size": 96, "intermediate_size": 160} if form == "mxfp4" else {}
     case = replace(case, config=case.config | sizes)
-    values = write_quantised(case, form, tmp_path / "quantised")
-    convert(tmp_path / "quantised", tmp_path / "plain", to=to, weights_dtype="float32", ram_gib=1, verify=True)
+    values = write_quantized(case, form, tmp_path / "quantized")
+    convert(tmp_path / "quantized", tmp_path / "plain", to=to, weights_dtype="float32", ram_gib=1, verify=True)
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["torch_dtype"] == "float32"
@@ -141,7 +141,7 @@ def test_a_config_far_beyond_its_files_is_said_at_once(name, changes, words, tin
 
 def test_numbers_without_scales_are_not_taken_for_plain_ones(tmp_path):
     drop = lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight_scale_inv")  # noqa: E731
-    write_quantised(CASES_BY_NAME["llama_llama3"], "fp8", tmp_path / "hf", change=drop)
+    write_quantized(CASES_BY_NAME["llama_llama3"], "fp8", tmp_path / "hf", change=drop)
     with pytest.raises(CheckpointError, match=r"o_proj.weight_scale_inv"):
         convert(tmp_path / "hf", tmp_path / "plain", weights_dtype="bfloat16")
     assert not (tmp_path / "plain").exists()
@@ -165,7 +165,7 @@ def _fp8(directory: Path, **tensors: np.ndarray) -> Path:
         ({"a_scale_inv": np.ones((3, 2), np.float32)}, r"'a_scale_inv' has shape \[3, 2\], .* needs \[2, 3\]"),
         ({"a_scale_inv": np.ones(6, np.float32)}, r"'a_scale_inv' has shape \[6\], .* needs \[2, 3\]"),
         ({"a_scale_inv": np.ones((2, 3), np.int32)}, r"'a_scale_inv' has dtype I32; use .*scales of 'a'"),
-        ({"a": np.ones(6, ml_dtypes.float8_e4m3fn)}, r"'a' has shape \[6\], which is none of a quantised matrix"),
+        ({"a": np.ones(6, ml_dtypes.float8_e4m3fn)}, r"'a' has shape \[6\], which is none of a quantized matrix"),
         (
             {"a": np.ones((256, 384), ml_dtypes.float8_e5m2)},
             r"is of no matrix of quant_method fp8, .* of dtype F8_E4M3",
@@ -207,7 +207,7 @@ COMPRESSED = {
         ({"a_blocks": ("U8", (2, 0, 1, 16)), "a_scales": ("U8", (2, 0, 1))}, {"quant_method": "mxfp4"}, (2, 32, 0)),
     ],
 )
-def test_quantised_matrices_without_numbers(tensors, settings, shape, tmp_path):
+def test_quantized_matrices_without_numbers(tensors, settings, shape, tmp_path):
     rng = np.random.default_rng(0)
     made = {name: random_tensor(rng, dtype, *extents) for name, (dtype, extents) in tensors.items()}
     write_published(tmp_path / "source", made, quantization_config=settings)
@@ -246,11 +246,11 @@ def test_what_nvidia_says_does_not_stand_beside_values(tmp_path):
 
 
 @pytest.mark.parametrize(("form", "case"), [("fp8", "deepseek_v3_groups"), ("mxfp4", "gpt_oss_window")])
-def test_quantised_checkpoints_keep_their_format(form, case, tmp_path):
+def test_quantized_checkpoints_keep_their_format(form, case, tmp_path):
     """Latent attention, and experts fused in one tensor, of which each is read by itself."""
     case = CASES_BY_NAME[case]
     sizes = {"hidden_size": 96, "intermediate_size": 160} if form == "mxfp4" else {}  # whole blocks of 32
-    write_quantised(replace(case, config=case.config | sizes), form, tmp_path / "hf")
+    write_quantized(replace(case, config=case.config | sizes), form, tmp_path / "hf")
     report = convert(tmp_path / "hf", tmp_path / "orbax")
     assert report.config_check == "shapes agree"
     assert bytes_of(tmp_path / "orbax") == bytes_of(tmp_path / "hf")

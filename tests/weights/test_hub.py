@@ -21,7 +21,7 @@ from .hub_server import Hub, commit_of, serve
 
 CASE = "mistral_window"  # two weight files and an index
 UNNEEDED = {"pytorch_model.bin": b"torch", "model.pt": b"torch", "README.md": b"# read", "original/params.json": b"{}"}
-TEXT = {  # what text needs of a repository, and how its weights are quantised
+TEXT = {  # what text needs of a repository, and how its weights are quantized
     "config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "special_tokens_map.json": b"{}",
     "added_tokens.json": b"{}", "chat_template.jinja": b"x", "chat_template.json": b"{}",
     "additional_chat_templates/rag.jinja": b"x", "hf_quant_config.json": b"{}",

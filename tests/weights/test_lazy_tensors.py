@@ -19,12 +19,12 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.lazy_tensors import Cells, Dequantised, Quantiser, Swapped, dequantise
+from jaxmoe.weights.lazy_tensors import Cells, Dequantized, Quantizer, Swapped, dequantize
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantized import FORMS, is_quantised, write_quantised
+from ..tiny.quantized import FORMS, is_quantized, write_quantized
 
 ALL = "data=2,tensor=2,expert=2"
 
@@ -61,7 +61,7 @@ def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, d
 
 
 def values_of(numbers: np.ndarray, scales: np.ndarray, format: Format, in_dim: int) -> np.ndarray:
-    """What a quantised parameter means, by ml_dtypes."""
+    """What a quantized parameter means, by ml_dtypes."""
     if format.dtype == "mxfp4":
         halves = np.stack([numbers & 15, numbers >> 4], axis=in_dim + 1)
         shape = list(numbers.shape)
@@ -82,12 +82,12 @@ def assert_same_but_padding(value: np.ndarray, plain: np.ndarray, path: str) -> 
 
 
 def assert_kept(found: dict, plain: dict, config) -> int:
-    """Quantised parameters mean what the plain ones hold (which padding may make smaller); how many there are."""
+    """Quantized parameters mean what the plain ones hold (which padding may make smaller); how many there are."""
     kept = [path.removesuffix("/scales") for path in found if path.endswith("/scales")]
     for path in kept:
         in_dim = {"gate_up": 3 if "experts" in path else 1, "down": 2 if "experts" in path else 1, "out": 3}
         held = found[f"{path}/numbers"], found[f"{path}/scales"]
-        value = values_of(*held, config.quantisation.format, in_dim.get(path.split("/")[-1], 1))
+        value = values_of(*held, config.quantization.format, in_dim.get(path.split("/")[-1], 1))
         assert_same_but_padding(value, plain[path], path)
     for path in set(plain) - set(kept):  # biases of experts are padded as these
         assert_same_but_padding(found[path], plain[path], path)
@@ -123,8 +123,8 @@ MESHES = [
 def test_kept_matrices_hold_the_published_values_on_every_mesh(form, case, num_kept, tmp_path):
     if "sharded" in case.name or case.config["num_hidden_layers"] < 4:
         case = replace(case, config=case.config | {"num_hidden_layers": 4})
-    write_quantised(case, form, tmp_path / "kept")
-    write_quantised(case, form, tmp_path / "plain", plain=True)
+    write_quantized(case, form, tmp_path / "kept")
+    write_quantized(case, form, tmp_path / "plain", plain=True)
     for mesh, layout in MESHES:
         placement = dict(mesh=mesh, layout=parse_layout(layout))
         plain, _ = loaded(tmp_path / "plain", **placement)
@@ -136,19 +136,19 @@ def test_kept_matrices_hold_the_published_values_on_every_mesh(form, case, num_k
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dequantised_values_are_rounded_once(dtype, tmp_path):
+def test_dequantized_values_are_rounded_once(dtype, tmp_path):
     case = case_of("llama_mha")
-    values = write_quantised(case, "fp8", tmp_path)
+    values = write_quantized(case, "fp8", tmp_path)
     found, _ = loaded(tmp_path, "data=1", weights_dtype=dtype, dtype=dtype)
     key = "model.layers.1.mlp.down_proj.weight"
     np.testing.assert_array_equal(found["segments/0/0/mlp/down"][1], values[key].T.astype(dtype))
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_plain_matrices_are_quantised_on_load_alike_on_every_mesh(name, tmp_path):
+def test_plain_matrices_are_quantized_on_load_alike_on_every_mesh(name, tmp_path):
     """Each number is the nearest there is under the scale that its block's largest number gives."""
     case = replace(case_of("qwen3_moe_sparse_step", hidden_size=132, head_dim=52), dtype="float32")
-    write_quantised(case, "fp8", tmp_path, plain=True)
+    write_quantized(case, "fp8", tmp_path, plain=True)
     plain, _ = loaded(tmp_path, "data=1")
     format, means = FORMATS[name], []
     for mesh in ("data=1", ALL):
@@ -180,7 +180,7 @@ def test_values_are_bit_exact_whichever_rows_are_read(form):
     format = {"fp8": Format(dtype="float8_e4m3fn", inputs=128, outputs=128), "mxfp4": MXFP4}.get(
         form, Format(dtype=str(numbers.dtype), inputs=None, outputs=1)
     )
-    tensor = Dequantised(Rows(numbers.reshape(300, -1)), Rows(scales), format)
+    tensor = Dequantized(Rows(numbers.reshape(300, -1)), Rows(scales), format)
     assert tensor.shape == w.shape
     for start, stop in ((0, 300), (127, 129), (128, 256), (5, 6), (250, 300)):
         np.testing.assert_array_equal(tensor.read_rows(start, stop), written.value[start:stop])
@@ -190,7 +190,7 @@ def test_every_number_of_mxfp4_under_every_exponent():
     numbers = np.tile(np.arange(256, dtype=np.uint8), (255, 1))[:, :, None].repeat(16, 2).reshape(255, -1)
     scales = np.arange(255, dtype=np.uint8)[:, None].repeat(256, 1)
     with np.errstate(over="ignore"):
-        found = dequantise(numbers, scales, MXFP4)
+        found = dequantize(numbers, scales, MXFP4)
     halves = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(255, -1)
     exponents = np.arange(255)[:, None] - 127
     with np.errstate(over="ignore"):
@@ -201,14 +201,14 @@ def test_every_number_of_mxfp4_under_every_exponent():
 def test_fused_tensors_of_all_experts_are_read_by_expert():
     rng = np.random.default_rng(0)
     numbers, scales = rng.integers(0, 256, (3, 10, 32), np.uint8), rng.integers(110, 130, (3, 10, 2), np.uint8)
-    value = dequantise(numbers, scales, MXFP4)
-    turned = Swapped(Dequantised(Rows(numbers), Rows(scales), MXFP4))
+    value = dequantize(numbers, scales, MXFP4)
+    turned = Swapped(Dequantized(Rows(numbers), Rows(scales), MXFP4))
     assert turned.shape == (3, 64, 10)
     np.testing.assert_array_equal(turned.at(1).read_rows(5, 60), value[1].T[5:60])
     cells = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
     np.testing.assert_array_equal(cells.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
     plain = rng.normal(size=(3, 10, 64)).astype(np.float32)
-    whole, each = (Quantiser(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
+    whole, each = (Quantizer(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
     np.testing.assert_array_equal(whole.scales.at(1).read_rows(0, 1), each.scales.read_rows(0, 1))
     np.testing.assert_array_equal(whole.numbers.at(1).read_rows(0, 10), each.numbers.read_rows(0, 10))
 
@@ -217,8 +217,8 @@ def test_fused_tensors_of_all_experts_are_read_by_expert():
 
 
 def changed(tmp_path, form: str, change) -> Path:
-    """A quantised llama whose tensors are changed in place."""
-    write_quantised(case_of("llama_mha"), form, tmp_path, change=change)
+    """A quantized llama whose tensors are changed in place."""
+    write_quantized(case_of("llama_mha"), form, tmp_path, change=change)
     return tmp_path
 
 
@@ -275,13 +275,13 @@ def test_numbers_without_a_quantization_config_are_no_plain_ones(tmp_path, tiny_
         loaded(directory, "data=1")
 
 
-def test_a_matrix_that_the_config_leaves_out_and_the_files_quantise_is_dequantised(tmp_path):
+def test_a_matrix_that_the_config_leaves_out_and_the_files_quantize_is_dequantized(tmp_path):
     """As matrices are that the model keeps plain always, and others of the same parameter with them."""
     case = case_of("llama_mha")
     keys = {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp"]}
-    values = write_quantised(case, "fp8", tmp_path, keys=keys)
+    values = write_quantized(case, "fp8", tmp_path, keys=keys)
     found, config = loaded(tmp_path, "data=1")
-    assert "mlp/down" in config.quantisation.of(0)
-    assert "mlp/down" not in config.quantisation.of(1)
+    assert "mlp/down" in config.quantization.of(0)
+    assert "mlp/down" not in config.quantization.of(1)
     np.testing.assert_array_equal(found["segments/1/0/mlp/down"][0], values["model.layers.1.mlp.down_proj.weight"].T)
-    assert is_quantised("fp8", "model.layers.1.mlp.down_proj.weight")
+    assert is_quantized("fp8", "model.layers.1.mlp.down_proj.weight")

@@ -341,7 +341,7 @@ def test_infinities_of_the_file_and_numbers_that_fit_are_kept(tiny_dir, tmp_path
         _assert_loads_as_assembled(prepared)
 
 
-def test_a_number_that_is_not_finite_is_not_quantised_on_load(tiny_dir, tmp_path):
+def test_a_number_that_is_not_finite_is_not_quantized_on_load(tiny_dir, tmp_path):
     key = "model.layers.1.mlp.down_proj.weight"
     tensor = load_file(tiny_dir("llama_mha") / "model.safetensors")[key].copy()
     tensor[3, 5] = np.inf

@@ -1,4 +1,4 @@
-"""Checkpoints that conversion quantises: bit for bit what quantising on load gives, in forms that are published."""
+"""Checkpoints that conversion quantizes: bit for bit what quantizing on load gives, in forms that are published."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmoe.weights.verify import problems
 
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.checkpoint import write_checkpoint
-from ..tiny.quantized import fp8, write_quantised
+from ..tiny.quantized import fp8, write_quantized
 from .hf_checkpoints import Tensor, contents, write_published
 from .test_journal import _stop_after as stop_after
 from .test_lazy_tensors import ALL, case_of, loaded
@@ -48,7 +48,7 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "dtype", "to", "config"), CASES, ids=[case for case, *_ in CASES])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_model_holds_what_quantising_on_load_gives(name, case, dtype, to, config, tmp_path, monkeypatch):
+def test_a_model_holds_what_quantizing_on_load_gives(name, case, dtype, to, config, tmp_path, monkeypatch):
     """On one device and on eight; read a few rows of blocks at a time."""
     monkeypatch.setattr("jaxmoe.weights.stream._SLICE_BYTES", 10_000)
     source = plain_checkpoint(tmp_path / "plain", case, dtype, **config)
@@ -56,7 +56,7 @@ def test_a_model_holds_what_quantising_on_load_gives(name, case, dtype, to, conf
     for mesh in ("data=1", ALL):
         wanted, asked = loaded(source, mesh, weights_dtype=name)
         found, read = loaded(tmp_path / "out", mesh)
-        assert read.quantisation == asked.quantisation
+        assert read.quantization == asked.quantization
         assert_same_arrays(found, wanted)
 
 
@@ -151,8 +151,8 @@ def test_blocks_of_zeros_and_of_numbers_too_small_to_scale_are_zeros(tmp_path):
 
 def _bad(tmp_path: Path, case: str) -> Path:
     directory = tmp_path / "source"
-    if case == "quantised":
-        write_quantised(CASES_BY_NAME[LLAMA], "fp8", directory)
+    if case == "quantized":
+        write_quantized(CASES_BY_NAME[LLAMA], "fp8", directory)
     elif case == "unknown":
         write_published(directory, {"x": ("F32", (1,), bytes(4))})
     elif case == "nan":
@@ -172,7 +172,7 @@ def _bad(tmp_path: Path, case: str) -> Path:
     [
         (LLAMA, "int8-block", "weights_dtype=int8-block has no published form .* choose one of int8, fp8, fp8-block"),
         ("gpt_oss_window", "fp8", "family gpt_oss holds the matrices of all experts in one tensor"),
-        ("quantised", "int8", "weights_dtype=int8 quantises plain checkpoints, this one has quant_method 'fp8'"),
+        ("quantized", "int8", "weights_dtype=int8 quantizes plain checkpoints, this one has quant_method 'fp8'"),
         ("unknown", "int8", "model_type 'none', which is not a supported family"),
         ("nan", "fp8-block", r"o_proj.weight' holds a number that is not finite"),
         (LLAMA, "int4", "weights_dtype='int4' must be one of float32, bfloat16, float16, int8, fp8, fp8-block"),

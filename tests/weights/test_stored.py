@@ -26,7 +26,7 @@ from jaxmoe.weights.verify import problems
 from ..conftest import ONE_DEVICE, mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.checkpoint import tensor_shapes
-from ..tiny.quantized import write_quantised
+from ..tiny.quantized import write_quantized
 from ..tiny.stacked import read_tensors, stacked, write_stacked, write_tensors
 from .hf_checkpoints import bytes_of
 
@@ -69,7 +69,7 @@ def test_stacked_experts_are_converted_under_their_names(tiny_dir, tmp_path):
     assert_same(leaves_of(tmp_path / "orbax", ALL), leaves_of(tiny_dir("mixtral_window"), ALL))
 
 
-def test_stacked_experts_are_quantised_on_load_and_not_by_convert(tiny_dir, tmp_path):
+def test_stacked_experts_are_quantized_on_load_and_not_by_convert(tiny_dir, tmp_path):
     directory = write_stacked(tiny_dir("qwen3_moe_norm"), tmp_path / "stacked")
     options = {"weights_dtype": "int8"}
     assert_same(leaves_of(directory, **options), leaves_of(tiny_dir("qwen3_moe_norm"), **options))
@@ -78,7 +78,7 @@ def test_stacked_experts_are_quantised_on_load_and_not_by_convert(tiny_dir, tmp_
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_stacked_experts_that_are_quantised(plain, tmp_path):
+def test_stacked_experts_that_are_quantized(plain, tmp_path):
     """FP8, each expert a whole number of blocks: numbers and scales are stacked alike."""
     case = CASES_BY_NAME["qwen3_moe_norm"]
     case = replace(case, config=case.config | {"moe_intermediate_size": 128})
@@ -90,8 +90,8 @@ def test_stacked_experts_that_are_quantised(plain, tmp_path):
         tensors.clear()
         tensors |= whole | {f"{key}_scale_inv": value for key, value in over.items()}
 
-    values = write_quantised(case, "fp8", directory, change=stack)
-    write_quantised(case, "fp8", tmp_path / "values", plain=True)
+    values = write_quantized(case, "fp8", directory, change=stack)
+    write_quantized(case, "fp8", tmp_path / "values", plain=True)
     options = {"weights_dtype": "float32"} if plain else {"weights_dtype": None}
     if plain:
         assert_same(leaves_of(directory, **options), leaves_of(tmp_path / "values"))
@@ -100,7 +100,7 @@ def test_stacked_experts_that_are_quantised(plain, tmp_path):
         for key, value in stacked(values).items():
             np.testing.assert_array_equal(found[key], value.astype(np.float32), err_msg=key)
     else:
-        write_quantised(case, "fp8", tmp_path / "one-by-one")
+        write_quantized(case, "fp8", tmp_path / "one-by-one")
         assert_same(leaves_of(directory), leaves_of(tmp_path / "one-by-one"))
 
 
@@ -207,12 +207,12 @@ def test_float16_files_run_in_float16(tiny_dir, tmp_path):
     assert (llm.config.dtype, llm.runner.dtype) == ("float16", "float16")
 
 
-def test_a_quantised_checkpoint_has_the_dtype_of_its_plain_tensors(tmp_path):
+def test_a_quantized_checkpoint_has_the_dtype_of_its_plain_tensors(tmp_path):
     """Not of its scales, float32."""
     case = CASES_BY_NAME["llama_llama3"]
     assert case.dtype == "bfloat16"
     case = replace(case, config={key: value for key, value in case.config.items() if key != "torch_dtype"})
-    write_quantised(case, "fp8", tmp_path)
+    write_quantized(case, "fp8", tmp_path)
     assert "model.layers.0.mlp.up_proj.weight" in tensor_shapes(case)
     assert LLM.load(tmp_path, mesh=mesh_of(ONE_DEVICE)).runner.dtype == "bfloat16"
 

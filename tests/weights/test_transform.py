@@ -1,4 +1,4 @@
-"""Other dtypes, and the place where quantisation joins."""
+"""Other dtypes, and the place where quantization joins."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_numbers_out_of_reach_are_said(dtype, to, large, tmp_path):
 
 
 def test_numbers_are_rounded_once(tmp_path):
-    """What float32 rounds to the middle of two neighbours of bfloat16, on either side of it; and numbers at random."""
+    """What float32 rounds to the middle of two neighbors of bfloat16, on either side of it; and numbers at random."""
     ulp = 2.0**-7
     middles = np.array([1 + ulp / 2, 1 + 3 * ulp / 2, 2.0**-134, 0.0, -0.0, np.inf, -np.inf, np.nan])
     near = [middles, middles + 2.0**-40, middles - 2.0**-40, middles * (1 + 2.0**-45)]
@@ -123,7 +123,7 @@ def test_numbers_are_rounded_once(tmp_path):
 
 
 class _Blocks(transform.AsPublished):
-    """A stand-in for quantisation: rows of 4 become their sums beside a weight of one byte."""
+    """A stand-in for quantization: rows of 4 become their sums beside a weight of one byte."""
 
     working_ratio = 1.0
 
@@ -140,7 +140,7 @@ class _Blocks(transform.AsPublished):
 
 
 def test_a_transform_may_give_several_tensors(tmp_path, monkeypatch):
-    """The place where quantisation joins: slices of whole granules, streamed to several outputs."""
+    """The place where quantization joins: slices of whole granules, streamed to several outputs."""
     values = np.random.default_rng(0).integers(-9, 9, (40, 6)).astype(np.float32)
     source = write_published(tmp_path / "source", {"w": ("F32", (40, 6), values.tobytes())})
     monkeypatch.setattr(convert_module, "transform_of", lambda *_, **__: _Blocks())

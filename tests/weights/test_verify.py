@@ -21,7 +21,7 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
-from ..tiny.quantized import write_quantised
+from ..tiny.quantized import write_quantized
 from .hf_checkpoints import Tensor, bytes_of, every_dtype, random_tensor, write_file, write_published
 
 CASE = "mixtral_window"
@@ -188,7 +188,7 @@ def _reversed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16", "int8", "fp8-block"])
-def test_a_corrupt_source_is_not_cast_or_quantised(weights_dtype, tiny_dir, tmp_path):
+def test_a_corrupt_source_is_not_cast_or_quantized(weights_dtype, tiny_dir, tmp_path):
     convert(tiny_dir(CASE), tmp_path / "orbax")
     name = "model.layers.0.self_attn.q_proj.weight"
     _reversed(tmp_path / "orbax" / name / "0.0")
@@ -198,8 +198,8 @@ def test_a_corrupt_source_is_not_cast_or_quantised(weights_dtype, tiny_dir, tmp_
 
 
 @pytest.mark.parametrize("end", ["", "_scale_inv"])
-def test_a_corrupt_source_is_not_dequantised(end, tmp_path):
-    write_quantised(CASES_BY_NAME["deepseek_v3_halves"], "fp8", tmp_path / "source")
+def test_a_corrupt_source_is_not_dequantized(end, tmp_path):
+    write_quantized(CASES_BY_NAME["deepseek_v3_halves"], "fp8", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "orbax")
     name = f"model.layers.0.mlp.up_proj.weight{end}"
     chunk = tmp_path / "orbax" / name / "0.0"

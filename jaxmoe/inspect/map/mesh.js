@@ -1,4 +1,4 @@
-// The drawing of the mesh: devices that can be chosen, links, colours by coordinate.
+// The drawing of the mesh: devices that can be chosen, links, colors by coordinate.
 const byId = id => document.getElementById(id);
 const svgNS = "http://www.w3.org/2000/svg";
 function svg(name, attributes = {}, ...children) {
@@ -103,14 +103,14 @@ function moveByKey(event) {
   if (best !== undefined) drawn.devices[best].node.focus();
 }
 
-// --- colours ---
+// --- colors ---
 
 const tokenShardAxes = () => [...new Set([...data.pages.context_axes, ...data.steps[phase].token_shard_axes])]
   .filter(axis => data.mesh[axis] > 1);
 const unshared = "this layout shares out neither the tokens between layers nor a context";
 function drawToggles() {
   const names = ["data", "tensor", "pipeline", "expert", "sequence"];
-  byId("toggles").replaceChildren(html("span", { class: "soft" }, "Colour by"), ...names.map(name => {
+  byId("toggles").replaceChildren(html("span", { class: "soft" }, "Color by"), ...names.map(name => {
     const parts = name === "sequence" ? sizeOver(tokenShardAxes()) : data.mesh[name];
     const button = html("button", { "aria-pressed": chosenAxes.has(name), "data-axis": name },
       name, html("small", {}, ` ${parts}`));
@@ -119,12 +119,12 @@ function drawToggles() {
     button.addEventListener("click", () => {
       chosenAxes.has(name) ? chosenAxes.delete(name) : chosenAxes.add(name);
       button.setAttribute("aria-pressed", chosenAxes.has(name));
-      colour();
+      color();
     });
     return button;
   }));
 }
-function colour() {
+function color() {
   const names = [...new Set([...chosenAxes].flatMap(name => name === "sequence" ? tokenShardAxes() : [name]))];
   names.sort((a, b) => axes.indexOf(a) - axes.indexOf(b));
   const parts = sizeOver(names);
@@ -132,7 +132,7 @@ function colour() {
     group.flatMap(from => group.flatMap(to => from === to ? [] : route(from, to).map(([id]) => id))))));
   drawn.devices.forEach(({ node, place }, device) => {
     const index = indexOver(names, places[device]);
-    node.classList.toggle("coloured", parts > 1);
+    node.classList.toggle("colored", parts > 1);
     node.classList.toggle("odd", parts > 10 && index % 2 === 1);
     node.style.setProperty("--hue", Math.round(250 + 360 * index / parts) % 360);
     const at = names.map(axis => places[device][axis]).join("·");
@@ -143,7 +143,7 @@ function colour() {
   for (const [id, { path }] of drawn.links) path.classList.toggle("dim", names.length > 0 && !onAxis.has(id));
   const said = names.join(" and "), strips = chosenAxes.has("sequence") ? " (strips of tokens, or of a context)" : "";
   byId("legend").textContent = names.length
-    ? `Alike in colour: the same place along ${said}${strips}, ${parts} in all. Links that ${said} `
+    ? `Alike in color: the same place along ${said}${strips}, ${parts} in all. Links that ${said} `
       + `do${names.length > 1 ? "" : "es"} not use are faint.`
     : "No axis is chosen.";
 }

@@ -17,7 +17,7 @@ function setPhase(name) {
   for (const button of byId("phases").children) button.setAttribute("aria-pressed", button.dataset.phase === phase);
   drawTrack();
   drawToggles();
-  colour();
+  color();
   choose(chosen);
   showStep();
 }

@@ -28,7 +28,7 @@ function drawStages() {
         + `one micro-batch in one virtual stage, ${layers} layers at most`));
   };
   sliders.forEach(one => one.input.addEventListener("input", redraw));
-  const key = "Colour and number: the micro-batch; a shade darker for every further virtual stage. Hatched: a bubble. Embedding, "
+  const key = "Color and number: the micro-batch; a shade darker for every further virtual stage. Hatched: a bubble. Embedding, "
     + "head and layers that no stage holds lie over all stages and are not drawn.";
   const controls = html("div", { class: "row" }, ...sliders.map(one => one.label));
   room.replaceChildren(controls, figure, formula, html("p", { class: "soft" }, key));

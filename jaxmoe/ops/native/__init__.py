@@ -241,7 +241,7 @@ def native_route(
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """As ops.route's xla. Call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
-    names = ("top_k", "normalise", "num_groups", "top_groups")
+    names = ("top_k", "normalize", "num_groups", "top_groups")
     numbers = {name: np.int64(getattr(rule, name)) for name in names}
     numbers |= dict(best=np.int64(rule.experts_per_group_score), sigmoid=np.int64(rule.scoring == "sigmoid"))
     numbers["by_logits"] = np.int64(rule.top_k_of == "logits")

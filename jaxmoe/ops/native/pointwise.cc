@@ -189,7 +189,7 @@ constexpr float kTiny = 1e-20f;  // DeepSeek-V3's: keeps a sum of sigmoids from 
 void RouteAll(const Call& call) {
   const Array logits = call.Argument(0), valid = call.Argument(1), bias = call.Argument(2);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);
-  const bool normalise = call.Attribute<int64_t>("normalise") != 0, sigmoid = call.Attribute<int64_t>("sigmoid") != 0;
+  const bool normalize = call.Attribute<int64_t>("normalize") != 0, sigmoid = call.Attribute<int64_t>("sigmoid") != 0;
   const bool by_logits = call.Attribute<int64_t>("by_logits") != 0;
   const float scaling = call.Attribute<float>("scaling");
   const Limit limit{call.Attribute<int64_t>("num_groups"), call.Attribute<int64_t>("top_groups"),
@@ -218,7 +218,7 @@ void RouteAll(const Call& call) {
     }
     const int32_t* top = TopOf(choice.data(), experts, chosen);
     float divisor = 1.0f;
-    if (normalise) {
+    if (normalize) {
       divisor = 0.0f;
       for (int64_t k = 0; k < chosen; ++k) divisor += shares[top[k]];
       if (sigmoid) divisor += kTiny;
