@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import Published, Quantization
+from jaxmoe.formats import CheckpointQuantization, Quantization
 
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]
@@ -213,7 +213,7 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
-    published: how the checkpoint's files hold matrices that are quantized; quantization: which of the model's are, and
+    checkpoint_quantization: how the checkpoint's files hold matrices that are quantized; quantization: which of the model's are, and
     how; None where all are plain.
     attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
     rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
@@ -254,7 +254,7 @@ class ModelConfig:
     mtp_layers: int = 0
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
-    published: Published | None = None
+    checkpoint_quantization: CheckpointQuantization | None = None
     quantization: Quantization | None = None
     checkpoint: CheckpointLayout = CheckpointLayout()
 

@@ -11,7 +11,7 @@ from typing import Literal
 NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
 Method = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
-QUANTIZATION = "quantization_config"  # of config.json: the format its weights are published in
+QUANTIZATION_CONFIG = "quantization_config"  # of config.json: the format its weights are published in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType({
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class CheckpointQuantization:
     """How a checkpoint's files hold its quantized matrices. ignored: names and patterns of modules that are plain."""
 
     method: Method

@@ -24,7 +24,8 @@ from jaxmoe.jsontext import json_text
 @click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option(
-    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+    "--weights-dtype",
+    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
 )
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option(

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 @click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
 @click.option("--dtype", help="of weights and activations; the config's own by default")
 @click.option(
-    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+    "--weights-dtype",
+    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
 )
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")

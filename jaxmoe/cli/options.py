@@ -55,7 +55,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--weights-dtype",
             help="of matrices: int8, fp8, int8-block or fp8-block quantizes; float32, bfloat16 or float16 dequantizes; "
-            "as published by default",
+            "as the checkpoint has them by default",
         ),
         click.option(
             "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"

@@ -37,7 +37,8 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--sla-tpot-ms", type=float, help="the longest time a token")
 @click.option("--dtype", help="of activations, and plain weights; the config's own by default")
 @click.option(
-    "--weights-dtype", help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as published by default"
+    "--weights-dtype",
+    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
 )
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--skew", type=float, default=SKEW, show_default=True, help="how uneven experts' loads are; 0 is even")

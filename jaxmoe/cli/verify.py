@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, help="greedy tokens a prompt"
 )
-@click.option("--weights-dtype", help="of matrices, as in generate; as published by default")
+@click.option("--weights-dtype", help="of matrices, as in generate; as the checkpoint has them by default")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option(
     "--json", "as_json", is_flag=True, help="one JSON object a mesh and layout on standard output, nothing else"

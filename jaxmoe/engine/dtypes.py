@@ -27,7 +27,7 @@ def choose_dtypes(
     Raises: ConfigError for a dtype that is not known, or plain weights of another dtype than activations.
     """
     dtype, weights_dtype = canonical(dtype), canonical(weights_dtype)
-    config = with_weights_dtype(config, None if is_published(config, weights_dtype) else weights_dtype)
+    config = with_weights_dtype(config, None if is_checkpoint_format(config, weights_dtype) else weights_dtype)
     plain = weights_dtype if weights_dtype in DTYPES else None
     if dtype is not None and plain is not None and dtype != plain:
         raise ConfigError(
@@ -39,9 +39,9 @@ def choose_dtypes(
     return config, dtype
 
 
-def is_published(config: ModelConfig, weights_dtype: str | None) -> bool:
+def is_checkpoint_format(config: ModelConfig, weights_dtype: str | None) -> bool:
     """Whether a weights_dtype names the format that a quantized checkpoint has anyway."""
-    return config.published is not None and weights_dtype in config.published.format.names
+    return config.checkpoint_quantization is not None and weights_dtype in config.checkpoint_quantization.format.names
 
 
 def check_dtypes(dtype: str, kv_dtype: str | None) -> None:

@@ -86,7 +86,7 @@ class LLM:
         over some of these axes, whose devices keep their coordinates; axes that need fewer devices than there are take
         the nearest ones and log a warning; None puts all devices on expert (MoE) or tensor (dense). dtype: of weights
         and activations; None keeps the checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are
-        kept: None as published, quantized ones too, as their own format's name does; int8, fp8 (a scale for each
+        kept: None as in the checkpoint, quantized ones too, as their own format's name does; int8, fp8 (a scale for each
         output), int8-block, fp8-block (for 128x128) quantizes plain ones; float32, bfloat16 or float16, which is
         dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs

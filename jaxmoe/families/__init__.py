@@ -27,7 +27,7 @@ from jaxmoe.families import (
 )
 from jaxmoe.families.family import Family
 from jaxmoe.families.keys import may_stand_unused, pieces
-from jaxmoe.families.quantization_reader import as_published, read_published
+from jaxmoe.families.quantization_reader import read_quantization_config, with_checkpoint_quantization
 from jaxmoe.families.quantization_tool import (
     QUANTIZATION_KEYS,
     check_other_keys,
@@ -38,7 +38,7 @@ from jaxmoe.families.quantization_tool import (
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.formats import QUANTIZATION_CONFIG
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, Family] = {
@@ -62,7 +62,7 @@ __all__ = [
     "quantized_keys",
     "quantizer_name",
     "read_config",
-    "read_published",
+    "read_quantization_config",
     "states_dtype",
     "with_layout",
     "with_weights_dtype",
@@ -92,11 +92,11 @@ def read_config(
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[name]
-    published = read_published(raw.get(QUANTIZATION), planned=planned)
+    quant_config = read_quantization_config(raw.get(QUANTIZATION_CONFIG), planned=planned)
     check_other_keys(raw)
     text = _of_text(raw, family.part)
     ignored = [ignore] if isinstance(ignore, str) else list(ignore)
-    _check_ignored(ignored, {QUANTIZATION, *raw, *text})
+    _check_ignored(ignored, {QUANTIZATION_CONFIG, *raw, *text})
     reader = ConfigReader(text, ignore=[*QUANTIZATION_KEYS, *ignored], lenient=not_understood is not None)
     foreign = {**foreign_keys(text, family), **foreign_keys(raw, family)}
     refused = {key: value for key, value in foreign.items() if key not in ignored}
@@ -113,7 +113,7 @@ def read_config(
         not_understood += noted(found)
     elif refused:
         raise refusal(family, refused)
-    return as_published(config, published, family.names)
+    return with_checkpoint_quantization(config, quant_config, family.names)
 
 
 def _check_causal(reader: ConfigReader) -> None:
@@ -138,8 +138,8 @@ def with_layout(config: ModelConfig, layout: CheckpointLayout) -> ModelConfig:
     """Return the config of a checkpoint stored in a layout. What it keeps quantized follows the stored tensors."""
     if layout == config.checkpoint:
         return config
-    plain = replace(config, checkpoint=layout, published=None, quantization=None)
-    return as_published(plain, config.published, FAMILIES[config.family].names)
+    plain = replace(config, checkpoint=layout, checkpoint_quantization=None, quantization=None)
+    return with_checkpoint_quantization(plain, config.checkpoint_quantization, FAMILIES[config.family].names)
 
 
 def is_exact(key: str) -> bool:
@@ -172,9 +172,9 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
     text = raw.get(part)
     if not isinstance(text, Mapping):
         raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
-    if text.get(QUANTIZATION) is not None:
+    if text.get(QUANTIZATION_CONFIG) is not None:
         raise ConfigError(
-            f"config key {QUANTIZATION!r} stands in {part!r}, where it is not looked for: move it to the top of "
+            f"config key {QUANTIZATION_CONFIG!r} stands in {part!r}, where it is not looked for: move it to the top of "
             f"config.json"
         )
     check_other_keys(text)

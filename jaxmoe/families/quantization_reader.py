@@ -21,7 +21,7 @@ from jaxmoe.families.quantization_tool import quantizer_name
 from jaxmoe.families.quantized_layout import grain_of, is_matrix, joined, oriented
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import FORMATS, MXFP4, NVFP4, Format, Grain, Published, Quantization
+from jaxmoe.formats import FORMATS, MXFP4, NVFP4, CheckpointQuantization, Format, Grain, Quantization
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
@@ -32,7 +32,7 @@ _OF_SCALES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 
-def read_published(value: Any, *, planned: bool = False) -> Published | None:
+def read_quantization_config(value: Any, *, planned: bool = False) -> CheckpointQuantization | None:
     """The format that a quantization_config names; None where there is none. planned: also one that is sized and
     planned with, and cannot be run.
 
@@ -43,9 +43,9 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
     method = value.get("quant_method") if isinstance(value, Mapping) else value
     readers = {"fp8": _read_fp8, "mxfp4": _read_mxfp4, "compressed-tensors": _read_compressed}
     if isinstance(value, Mapping) and method == "modelopt":
-        published = _read_modelopt(ConfigReader(value, ignore=["quant_method"]))
+        quant_config = _read_modelopt(ConfigReader(value, ignore=["quant_method"]))
         if planned:
-            return published
+            return quant_config
         raise ConfigError(
             f"config key 'quantization_config' has quant_method 'modelopt', which is sized and planned (jaxmoe info, "
             f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantized weights: use such a checkpoint"
@@ -64,7 +64,7 @@ def read_published(value: Any, *, planned: bool = False) -> Published | None:
     return readers[method](ConfigReader(value, ignore=["quant_method"]))
 
 
-def _read_fp8(reader: ConfigReader) -> Published:
+def _read_fp8(reader: ConfigReader) -> CheckpointQuantization:
     _expect(reader, "fmt", "e4m3", None)
     _expect(reader, "activation_scheme", "dynamic", None)
     _expect(reader, "scale_fmt", "ue8m0", "float", None)
@@ -77,17 +77,17 @@ def _read_fp8(reader: ConfigReader) -> Published:
         )
     _finish(reader, "fp8")
     numbers = Format(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
-    return Published(method="fp8", format=numbers, ignored=ignored)
+    return CheckpointQuantization(method="fp8", format=numbers, ignored=ignored)
 
 
-def _read_mxfp4(reader: ConfigReader) -> Published:
+def _read_mxfp4(reader: ConfigReader) -> CheckpointQuantization:
     ignored = _names(reader, "modules_to_not_convert")
     _expect(reader, "dequantize", False, None)
     _finish(reader, "mxfp4")
-    return Published(method="mxfp4", format=MXFP4, ignored=ignored)
+    return CheckpointQuantization(method="mxfp4", format=MXFP4, ignored=ignored)
 
 
-def _read_modelopt(reader: ConfigReader) -> Published:
+def _read_modelopt(reader: ConfigReader) -> CheckpointQuantization:
     """NVFP4: numbers of 4 bits, a scale of 8 for 16 of them along the inputs."""
     _expect(reader, "quant_algo", "NVFP4")
     _expect(reader, "group_size", 16, None)
@@ -95,10 +95,10 @@ def _read_modelopt(reader: ConfigReader) -> Published:
         reader.get(key, None)  # who made it; --kv-dtype's business; the same said again
     ignored = (*_names(reader, "exclude_modules"), *_names(reader, "ignore"))
     _finish(reader, "modelopt")
-    return Published(method="modelopt", format=NVFP4, ignored=ignored)
+    return CheckpointQuantization(method="modelopt", format=NVFP4, ignored=ignored)
 
 
-def _read_compressed(reader: ConfigReader) -> Published:
+def _read_compressed(reader: ConfigReader) -> CheckpointQuantization:
     """One group for all Linear modules, symmetric int8 or fp8, one scale for each output channel."""
     groups = reader.get("config_groups", None)
     if not isinstance(groups, Mapping) or len(groups) != 1:
@@ -138,7 +138,7 @@ def _read_compressed(reader: ConfigReader) -> Published:
         for key in passed:
             part.get(key, None)
         _finish(part, "compressed-tensors")
-    return Published(method="compressed-tensors", format=numbers, ignored=ignored)
+    return CheckpointQuantization(method="compressed-tensors", format=numbers, ignored=ignored)
 
 
 def _expect(reader: ConfigReader, key: str, *allowed: Any) -> None:
@@ -159,28 +159,28 @@ def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def is_plain(module: str, published: Published) -> bool:
+def is_plain(module: str, quant_config: CheckpointQuantization) -> bool:
     """Whether the names that a checkpoint leaves unquantized cover a module, as the method reads them."""
-    ends, patterns = _plain_names(published)
+    ends, patterns = _plain_names(quant_config)
     return module.endswith(ends) or any(pattern.match(module) for pattern in patterns)
 
 
-def tells_layers(published: Published) -> bool:
+def tells_layers(quant_config: CheckpointQuantization) -> bool:
     """Whether the names that are left unquantized may tell a layer from others of its kind: those of letters and
     wildcards cannot."""
-    return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in published.ignored)
+    return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in quant_config.ignored)
 
 
 @lru_cache(maxsize=64)
-def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
+def _plain_names(quant_config: CheckpointQuantization) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
     """What names of modules end in, or match from their start, that are left unquantized."""
     ends, patterns = [], []
-    for name in published.ignored:
+    for name in quant_config.ignored:
         try:
-            if published.method == "compressed-tensors":
+            if quant_config.method == "compressed-tensors":
                 patterns.append(re.compile(name[3:] if name.startswith("re:") else rf"{re.escape(name)}\Z"))
             else:  # from its start up to a dot, or its end
-                pattern = name if published.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
+                pattern = name if quant_config.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
                 ends.append(name)
                 patterns.append(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"))
         except re.error as error:
@@ -190,20 +190,22 @@ def _plain_names(published: Published) -> tuple[tuple[str, ...], tuple[re.Patter
     return tuple(ends), tuple(patterns)
 
 
-def is_quantized(piece: Piece, published: Published) -> bool:
+def is_quantized(piece: Piece, quant_config: CheckpointQuantization) -> bool:
     """Whether files hold a tensor of a layer quantized."""
-    only = published.method != "mxfp4" or "/moe/experts/" in piece.path
-    return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), published)
+    only = quant_config.method != "mxfp4" or "/moe/experts/" in piece.path
+    return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), quant_config)
 
 
-def as_published(config: ModelConfig, published: Published | None, names: KeyNames) -> ModelConfig:
+def with_checkpoint_quantization(
+    config: ModelConfig, quant_config: CheckpointQuantization | None, names: KeyNames
+) -> ModelConfig:
     """The config of a model that keeps what its checkpoint has quantized."""
-    if published is None:
+    if quant_config is None:
         return config
-    plain = (lambda module: is_plain(module, published)) if published.ignored else None
-    only = "moe/experts/" if published.method == "mxfp4" else ""
-    kept = quantization(config, published.format, names, plain=plain, only=only, apart=tells_layers(published))
-    return replace(config, published=published, quantization=kept)
+    plain = (lambda module: is_plain(module, quant_config)) if quant_config.ignored else None
+    only = "moe/experts/" if quant_config.method == "mxfp4" else ""
+    kept = quantization(config, quant_config.format, names, plain=plain, only=only, apart=tells_layers(quant_config))
+    return replace(config, checkpoint_quantization=quant_config, quantization=kept)
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: KeyNames) -> ModelConfig:
@@ -219,10 +221,10 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
         return replace(config, quantization=None)
     if weights_dtype not in FORMATS:
         raise ConfigError(f"weights_dtype={weights_dtype!r} must be one of {', '.join((*FLOATS, *FORMATS))}")
-    if config.published is not None:
+    if config.checkpoint_quantization is not None:
         raise ConfigError(
             f"weights_dtype={weights_dtype} quantizes plain checkpoints, this one has quant_method "
-            f"{config.published.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
+            f"{config.checkpoint_quantization.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
         )
     kept = quantization(config, FORMATS[weights_dtype], names)
     return replace(config, quantization=kept)
@@ -233,7 +235,7 @@ def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
     if config.quantization is None:
         return []
     of = config.quantization.of
-    plain = replace(config, published=None, quantization=None)
+    plain = replace(config, checkpoint_quantization=None, quantization=None)
     groups = _matrices(plain, names).items()
     return [piece for (layer, path), group in groups if path in of(layer) for piece in group]
 
@@ -253,7 +255,7 @@ def quantization(
 
     Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
     """
-    config = replace(config, published=None, quantization=None)
+    config = replace(config, checkpoint_quantization=None, quantization=None)
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     # Where no name is told apart, layers of a kind keep the same.
     chosen = None if apart else {kinds.index(kind) for kind in kinds}

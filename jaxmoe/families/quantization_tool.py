@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.reader import shown
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.formats import QUANTIZATION_CONFIG
 
 # Where else a config.json describes quantized weights: MLX's key (which NVIDIA's tools used, too) and that of
 # compressed-tensors before it moved into quantization_config.
 _OTHER_KEYS = ("quantization", "compression_config")
-QUANTIZATION_KEYS = (QUANTIZATION, *_OTHER_KEYS)
+QUANTIZATION_KEYS = (QUANTIZATION_CONFIG, *_OTHER_KEYS)
 # Settings that one tool alone writes, any of which decides; MLX's are all needed.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NVIDIA ModelOpt", ("quant_algo",)),
@@ -28,8 +28,8 @@ _MLX = ("group_size", "bits")
 
 def quantization_key(raw: Mapping[str, Any]) -> str | None:
     """Return the key of a config.json that describes quantized weights; None where weights are plain."""
-    if raw.get(QUANTIZATION) not in (None, {}):
-        return QUANTIZATION
+    if raw.get(QUANTIZATION_CONFIG) not in (None, {}):
+        return QUANTIZATION_CONFIG
     return next((key for key in _OTHER_KEYS if raw.get(key)), None)
 
 

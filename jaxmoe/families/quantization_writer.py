@@ -13,7 +13,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.quantization_reader import kept_pieces, with_weights_dtype
-from jaxmoe.formats import FORMATS, Method, Published
+from jaxmoe.formats import FORMATS, CheckpointQuantization, Method
 
 # The published form of each of FORMATS that has one which vLLM and transformers read.
 METHODS: dict[str, Method] = {"int8": "compressed-tensors", "fp8": "compressed-tensors", "fp8-block": "fp8"}
@@ -28,7 +28,7 @@ def quantized_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> 
     """
     if weights_dtype not in METHODS:
         raise ConfigError(
-            f"weights_dtype={weights_dtype} has no published form that checkpoints can be written in: choose one of "
+            f"weights_dtype={weights_dtype} has no checkpoint format that can be written: choose one of "
             f"{', '.join(METHODS)}, or keep the plain checkpoint and quantize it on load"
         )
     kept = kept_pieces(with_weights_dtype(config, weights_dtype, names), names)
@@ -40,15 +40,17 @@ def quantized_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> 
     return {piece.key for piece in kept}
 
 
-def written_as(weights_dtype: str, plain: Iterable[str]) -> Published:
+def written_as(weights_dtype: str, plain: Iterable[str]) -> CheckpointQuantization:
     """The form that one of METHODS is written in. plain: modules that are not quantized."""
-    return Published(method=METHODS[weights_dtype], format=FORMATS[weights_dtype], ignored=tuple(sorted(plain)))
+    return CheckpointQuantization(
+        method=METHODS[weights_dtype], format=FORMATS[weights_dtype], ignored=tuple(sorted(plain))
+    )
 
 
-def quantization_config(published: Published) -> dict[str, Any]:
+def quantization_config(quant_config: CheckpointQuantization) -> dict[str, Any]:
     """What config.json says of a form of METHODS."""
-    form, ignored = published.format, list(published.ignored)
-    if published.method == "fp8":
+    form, ignored = quant_config.format, list(quant_config.ignored)
+    if quant_config.method == "fp8":
         return {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": [form.outputs, form.inputs], "modules_to_not_convert": ignored,

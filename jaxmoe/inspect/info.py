@@ -14,7 +14,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import CHUNK_TOKENS
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import quantization_key, quantizer_name, read_config, without_quantization
-from jaxmoe.planner.sizes import behind_windows, count_parameters, kv_numbers, published_tensors
+from jaxmoe.planner.sizes import behind_windows, checkpoint_tensors, count_parameters, kv_numbers
 from jaxmoe.weights.checkpoint import INDEX, SINGLE, open_tensors, read_json
 from jaxmoe.weights.manifest import MANIFEST
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -86,7 +86,7 @@ def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> d
     """Bytes by part of weights. Tensors the model does not use count as unused."""
     numbers = (re.search(r"\blayers\.([0-9]{1,9})\.", key) for key in tensors)
     layers = {int(number[1]) for number in numbers if number}
-    parts = {tensor.key: str(tensor.part) for tensor in published_tensors(config, layers=layers)}
+    parts = {tensor.key: str(tensor.part) for tensor in checkpoint_tensors(config, layers=layers)}
     found: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
     for key, tensor in tensors.items():
         names = (key, *(key.removesuffix(end) for end in ("_scale_inv", "_scale", "_blocks", "_scales")))
@@ -96,9 +96,9 @@ def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> d
 
 def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any]:
     method = quantizer_name(raw)
-    if config.published is None:
+    if config.checkpoint_quantization is None:
         return {"method": method, "supported": runs}
-    form, runs = config.published.format, runs and config.published.method != "modelopt"
+    form, runs = config.checkpoint_quantization.format, runs and config.checkpoint_quantization.method != "modelopt"
     return {
         "method": method, "supported": runs, "dtype": form.name if form.per_item > 1 else form.dtype,
         "inputs_a_scale": form.inputs, "outputs_a_scale": form.outputs,

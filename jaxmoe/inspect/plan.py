@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_published
+from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_checkpoint_format
 from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
@@ -161,7 +161,7 @@ class PlanQuestion:
 
     def dtypes(self, config: ModelConfig) -> dict[str, str | None]:
         """Those that were asked for, by option; None for what the checkpoint has anyway."""
-        weights = None if is_published(config, self.weights_dtype) else self.weights_dtype
+        weights = None if is_checkpoint_format(config, self.weights_dtype) else self.weights_dtype
         return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
 
     def question(self, config: ModelConfig, hardware: Hardware, devices: int) -> Question:

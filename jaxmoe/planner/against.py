@@ -126,7 +126,7 @@ def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     kept = config.quantization.format.dtype if config.quantization else None
     if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # in its own blocks
         return config
-    plain = with_weights_dtype(replace(config, published=None), "bfloat16")
+    plain = with_weights_dtype(replace(config, checkpoint_quantization=None), "bfloat16")
     if precision == "bf16":
         return plain
     format = NVFP4 if precision == "fp4" else FORMATS[precision]

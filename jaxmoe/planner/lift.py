@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
-from jaxmoe.families.quantization_reader import as_published
+from jaxmoe.families.quantization_reader import with_checkpoint_quantization
 from jaxmoe.planner.choose import ALIKE, Plan, limited, value
 from jaxmoe.planner.search import search
 from jaxmoe.planner.specs import Question
@@ -70,10 +70,13 @@ def _weights(question: Question) -> Iterator[tuple[str, Question]]:
     config, rates = question.config, question.hardware.tflops
     if config.quantization is not None:
         return
-    if config.published is not None:  # and dequantized
-        name = config.published.format.name
-        published = as_published(config, config.published, FAMILIES[config.family].names)
-        yield f"weights as they are published (leave out --weights-dtype: {name})", replace(question, config=published)
+    if config.checkpoint_quantization is not None:  # and dequantized
+        name = config.checkpoint_quantization.format.name
+        as_stored = with_checkpoint_quantization(config, config.checkpoint_quantization, FAMILIES[config.family].names)
+        yield (
+            f"weights as the checkpoint has them (leave out --weights-dtype: {name})",
+            replace(question, config=as_stored),
+        )
         return
     known = [name for name in ("fp8", "int8") if rates.get(name, 0) > rates["bf16"]]
     name = known[0] if known else "int8"

@@ -38,7 +38,7 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
+def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
     """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
     config = replace(config, quantization=None)
     segments = layer_segments(config, "unroll")  # one a layer
@@ -55,10 +55,10 @@ def published_tensors(config: ModelConfig, *, layers: Collection[int] | None = N
 
 
 def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
-    count, published = math.prod(piece.key_shape), config.published
-    if part not in _QUANTIZED or published is None or not is_quantized(piece, published):
+    count, quant_config = math.prod(piece.key_shape), config.checkpoint_quantization
+    if part not in _QUANTIZED or quant_config is None or not is_quantized(piece, quant_config):
         return count * (4 if piece.path.endswith("selection_bias") or config.dtype == "float32" else 2)
-    form, (*lead, outputs, inputs) = published.format, oriented(piece).key_shape
+    form, (*lead, outputs, inputs) = quant_config.format, oriented(piece).key_shape
     blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))
     return count // form.per_item + blocks * (1 if form.scale_dtype == "uint8" else 4)
 
@@ -97,8 +97,8 @@ def count_parameters(config: ModelConfig) -> Counts:
     num_bytes: Counter[Part] = Counter()
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     counts = Counter(kinds)
-    alike = config.published is None or not tells_layers(config.published)
-    for tensor in published_tensors(config, layers={kinds.index(kind) for kind in kinds} if alike else None):
+    alike = config.checkpoint_quantization is None or not tells_layers(config.checkpoint_quantization)
+    for tensor in checkpoint_tensors(config, layers={kinds.index(kind) for kind in kinds} if alike else None):
         times = counts[kinds[tensor.layer]] if alike and tensor.layer is not None else 1
         by_part[tensor.part] += times * tensor.num_params
         num_bytes[tensor.part] += times * tensor.num_bytes

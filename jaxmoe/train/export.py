@@ -28,7 +28,7 @@ from jaxmoe.weights.dtypes import check_reach
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def published_tensors(
+def checkpoint_arrays(
     params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[LayerSegment, ...]
 ) -> dict[str, np.ndarray]:
     """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
@@ -98,7 +98,7 @@ def write_checkpoint(
     """Weights, configs and the tokenizer (where given) into an existing directory, as LLM.load reads it."""
     end = (tokenizer.token_to_id(END_OF_TEXT) if tokenizer is not None else None) or 0
     write_json(directory / "config.json", hf_config(config, eos_token_id=end))
-    save_file(published_tensors(params, config, placement, segments), directory / SINGLE, metadata={"format": "pt"})
+    save_file(checkpoint_arrays(params, config, placement, segments), directory / SINGLE, metadata={"format": "pt"})
     (directory / SINGLE).chmod(0o644)  # the library makes it private
     write_json(directory / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     if tokenizer is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
@@ -27,9 +27,9 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     Raises: CheckpointError, also where either of those two is a link that leaves its directory.
     """
     value = _read_object(path, required=required)
-    if path.name == CONFIG and QUANTIZATION not in value and (beside := path.with_name(BESIDE)).is_file():
+    if path.name == CONFIG and QUANTIZATION_CONFIG not in value and (beside := path.with_name(BESIDE)).is_file():
         how = _read_object(beside, required=True).get("quantization")
-        value[QUANTIZATION] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
+        value[QUANTIZATION_CONFIG] = {"quant_method": "modelopt"} | (how if isinstance(how, dict) else {})
     return value
 
 
@@ -56,7 +56,7 @@ def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     MissingWeightsError where there are no weights, or files are missing.
     """
     manifest = read_manifest(directory)
-    tensors = open_converted(directory, manifest) if manifest is not None else _open_published(directory)
+    tensors = open_converted(directory, manifest) if manifest is not None else _open_hf(directory)
     if not tensors:
         raise CheckpointError(f"{directory} holds no tensors: fetch it again")
     return tensors
@@ -80,7 +80,7 @@ def open_converted(directory: Path, manifest: Manifest, *, whole: bool = True) -
     return tensors
 
 
-def _open_published(directory: Path) -> dict[str, TensorInfo]:
+def _open_hf(directory: Path) -> dict[str, TensorInfo]:
     """The tensors of the files that an index names, or of the only file."""
     _refuse_others(directory)
     if not (directory / INDEX).is_file():

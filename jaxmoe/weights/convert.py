@@ -20,8 +20,8 @@ from typing import Any
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
-from jaxmoe.families.quantization_reader import read_published
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.families.quantization_reader import read_quantization_config
+from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
@@ -32,7 +32,7 @@ from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, Tensor
 from jaxmoe.weights.quantize_transform import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
-from jaxmoe.weights.source_checkpoint import Published, open_published
+from jaxmoe.weights.source_checkpoint import SourceCheckpoint, open_source_checkpoint
 from jaxmoe.weights.store import StoreSink
 from jaxmoe.weights.stream import Sink, Stream, Unit
 from jaxmoe.weights.transform import Transform
@@ -95,10 +95,10 @@ def convert(
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
-    published = open_published(source, ignore_config_keys=ignore)
+    source_checkpoint = open_source_checkpoint(source, ignore_config_keys=ignore)
     weights_dtype = None if weights_dtype is None else canonical_dtype(weights_dtype)
-    transform = transform_of(weights_dtype, published, ignore_config_keys=ignore)
-    kind = to or {"hf": "orbax", "orbax": "hf"}[published.kind]
+    transform = transform_of(weights_dtype, source_checkpoint, ignore_config_keys=ignore)
+    kind = to or {"hf": "orbax", "orbax": "hf"}[source_checkpoint.kind]
     if mesh is not None and kind != "orbax":
         raise CheckpointError(
             f"mesh={mesh!r} cuts the chunks of an orbax checkpoint, to={kind!r} has none: leave it out"
@@ -112,14 +112,20 @@ def convert(
             f"destination {destination} has its unfinished work in {partial_of(destination)}, where the source lies: "
             f"name another"
         )
-    job = _Job(published=published, destination=destination, options=options, transform=transform, budget=budget)
+    job = _Job(
+        source_checkpoint=source_checkpoint,
+        destination=destination,
+        options=options,
+        transform=transform,
+        budget=budget,
+    )
     if end_published(destination, job.asked):
         num_resumed = len(job.outputs)
         if verify:
             check_whole(destination)
     else:
-        _check_destination(published, destination)
-        if verify and published.manifest is not None:
+        _check_destination(source_checkpoint, destination)
+        if verify and source_checkpoint.manifest is not None:
             check_whole(source)
         num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
     return Report(
@@ -127,7 +133,7 @@ def convert(
         num_bytes=sum(spec.num_bytes for spec in job.outputs.values()), resumed_tensors=num_resumed,
         seconds=time.perf_counter() - started, ram_gib=ram_gib, budget_bytes=budget.limit_bytes,
         buffer_bytes=budget.peak_bytes, rss_before_bytes=rss_before, peak_rss_bytes=resident_bytes(peak=True),
-        config_check=published.config_check, left_behind=published.left_behind, verified=verify,
+        config_check=source_checkpoint.config_check, left_behind=source_checkpoint.left_behind, verified=verify,
     )  # fmt: skip
 
 
@@ -145,13 +151,13 @@ def _half(ram_gib: float) -> int:
     return int(ram_gib * 2**29)
 
 
-def _check_destination(published: Published, destination: Path) -> None:
+def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -> None:
     parent = destination.parent
     if os.path.lexists(destination):
         raise CheckpointError(f"destination {destination} exists: name another, or move it away")
     if not parent.is_dir():
         raise CheckpointError(f"destination {destination} lies in {parent}, which is no directory: make it first")
-    if destination.resolve().is_relative_to(published.directory.resolve()):
+    if destination.resolve().is_relative_to(source_checkpoint.directory.resolve()):
         raise CheckpointError(f"destination {destination} lies inside the source, which stays untouched: name another")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"destination {destination} lies in {parent}, which cannot be written: name another")
@@ -161,14 +167,20 @@ class _Job:
     """One conversion: what is made of what, and where it goes."""
 
     def __init__(
-        self, *, published: Published, destination: Path, options: dict[str, Any], transform: Transform, budget: Budget
+        self,
+        *,
+        source_checkpoint: SourceCheckpoint,
+        destination: Path,
+        options: dict[str, Any],
+        transform: Transform,
+        budget: Budget,
     ) -> None:
-        self._published, self._destination, self._options = published, destination, options
+        self._source_checkpoint, self._destination, self._options = source_checkpoint, destination, options
         self._transform, self._budget = transform, budget
-        self.asked = {"source": published.fingerprint(), **options}
+        self.asked = {"source": source_checkpoint.fingerprint(), **options}
         self._units = [
             Unit(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
-            for tensor, spec in _sources(published, plain=options["weights_dtype"] is not None)
+            for tensor, spec in _sources(source_checkpoint, plain=options["weights_dtype"] is not None)
         ]
         self.outputs: dict[str, TensorSpec] = {}
         for unit in self._units:
@@ -185,7 +197,7 @@ class _Job:
     def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
         """All of it; the number of source tensors that an earlier run had finished."""
         self._check_room(self._sink(partial_of(self._destination) / WHOLE))
-        total, done, lock = self._published.num_bytes, 0, threading.Lock()
+        total, done, lock = self._source_checkpoint.num_bytes, 0, threading.Lock()
 
         def on_bytes(num_bytes: int) -> None:
             nonlocal done
@@ -205,7 +217,7 @@ class _Job:
     def _into(self, partial: Partial, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
         sink = self._sink(partial.whole)
         sink.create()
-        known = self._published.manifest
+        known = self._source_checkpoint.manifest
         stream = Stream(
             sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
             expected=None if known is None else {name: entry.sha256 for name, entry in known.tensors.items()},
@@ -218,9 +230,12 @@ class _Job:
         self._finish(partial.whole, sink, sums)
         if verify:
             check_whole(partial.whole)
-        if open_published(self._published.directory, check_config=False).fingerprint() != self.asked["source"]:
+        if (
+            open_source_checkpoint(self._source_checkpoint.directory, check_config=False).fingerprint()
+            != self.asked["source"]
+        ):
             raise CheckpointError(
-                f"{self._published.directory} changed meanwhile: remove {partial.folder} and run again once it is at "
+                f"{self._source_checkpoint.directory} changed meanwhile: remove {partial.folder} and run again once it is at "
                 f"rest"
             )
         partial.publish()
@@ -229,15 +244,15 @@ class _Job:
     def _finish(self, whole: Path, sink: Sink, sums: dict[str, str]) -> None:
         """What stands beside the tensors; the manifest is last."""
         files: dict[str, FileEntry] = {}
-        changed = self._transform.config(dict(self._published.config))
-        for name in self._published.side_files:
-            if name in (CONFIG, BESIDE) and changed != self._published.config:
+        changed = self._transform.config(dict(self._source_checkpoint.config))
+        for name in self._source_checkpoint.side_files:
+            if name in (CONFIG, BESIDE) and changed != self._source_checkpoint.config:
                 if name == CONFIG:
                     (whole / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
                     files[name] = sum_file(whole / name)
                 continue
             (whole / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self._published.directory / name, whole / name)
+            shutil.copyfile(self._source_checkpoint.directory / name, whole / name)
             files[name] = sum_file(whole / name)
         files |= sink.finish()
         tensors = {
@@ -250,7 +265,9 @@ class _Job:
     def _check_room(self, sink: Sink) -> None:
         """Raise a CheckpointError if the disk has no room for what is not there yet."""
         bytes_there, files_there = _allocated(partial_of(self._destination))
-        side = [os.stat(self._published.directory / name).st_size for name in self._published.side_files]
+        side = [
+            os.stat(self._source_checkpoint.directory / name).st_size for name in self._source_checkpoint.side_files
+        ]
         needed = sink.disk_bytes() + sum(side) + _MARGIN_BYTES - bytes_there
         free = shutil.disk_usage(self._destination.parent).free
         if needed > free:
@@ -272,16 +289,16 @@ def _order(sink: Sink, unit: Unit) -> tuple[tuple[str, int], Path, int]:
     return sink.place(unit.outputs[0].name), unit.tensor.path, unit.tensor.start
 
 
-def _sources(published: Published, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:
+def _sources(source_checkpoint: SourceCheckpoint, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:
     """The tensors to convert; plain: values in place of numbers and scales. Raises: CheckpointError, ConfigError."""
-    how = read_published(published.config.get(QUANTIZATION)) if plain else None
+    how = read_quantization_config(source_checkpoint.config.get(QUANTIZATION_CONFIG)) if plain else None
     if how is None:
-        yield from ((published.tensors[name], spec) for name, spec in published.specs.items())
+        yield from ((source_checkpoint.tensors[name], spec) for name, spec in source_checkpoint.specs.items())
         return
-    family = FAMILIES.get(str(published.config.get("model_type")))
+    family = FAMILIES.get(str(source_checkpoint.config.get("model_type")))
     turn_experts = family is None or family.names.fused is not None
-    for tensor in plain_tensors(published.tensors, how, turn_experts=turn_experts):
-        yield tensor, tensor.spec if isinstance(tensor, Made) else published.specs[tensor.name]
+    for tensor in plain_tensors(source_checkpoint.tensors, how, turn_experts=turn_experts):
+        yield tensor, tensor.spec if isinstance(tensor, Made) else source_checkpoint.specs[tensor.name]
 
 
 def _allocated(folder: Path) -> tuple[int, int]:

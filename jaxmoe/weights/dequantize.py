@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import Format, Published
+from jaxmoe.formats import CheckpointQuantization, Format
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.lazy_tensors import Dequantized, Swapped, Tensor
-from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, shaped, wanted_scales
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, quantized_tensor_names, shaped, wanted_scales
 from jaxmoe.weights.safetensors_file import TensorInfo
 
 _SCALES = ("_scale", "_scale_inv", "_scales")  # what names of scales end in, of any format
@@ -45,15 +45,15 @@ class Made:
 
 
 def plain_tensors(
-    tensors: Mapping[str, TensorInfo], published: Published, *, turn_experts: bool = True
+    tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization, *, turn_experts: bool = True
 ) -> Iterator[TensorInfo | Made]:
     """Every tensor of a checkpoint that is quantized as published, in place of numbers and scales their values.
     turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
 
     Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
     """
-    form, number_dtype = published.format, NUMBER_NAMES[published.format.dtype]
-    of_numbers, of_scales = published_names("", published)  # what their names end in
+    form, number_dtype = quant_config.format, NUMBER_NAMES[quant_config.format.dtype]
+    of_numbers, of_scales = quantized_tensor_names("", quant_config)  # what their names end in
     stems = {
         name: name.removesuffix(of_numbers)
         for name, tensor in tensors.items()
@@ -63,7 +63,7 @@ def plain_tensors(
     for name, tensor in tensors.items():
         if name not in stems:
             if name not in all_scales:
-                _check_plain(tensor, tensors, published)
+                _check_plain(tensor, tensors, quant_config)
                 yield tensor
             continue
         stem = stems[name]
@@ -71,7 +71,7 @@ def plain_tensors(
         if scales is None:
             raise CheckpointError(f"tensor {name!r} of dtype {number_dtype} has no scales, {stem + of_scales}")
         shape = _shape_of_values(tensor, form)
-        wanted = wanted_scales(shape, published, why=f" (scales of {name!r})")
+        wanted = wanted_scales(shape, quant_config, why=f" (scales of {name!r})")
         if scales.shape not in wanted.shapes:
             raise CheckpointError(
                 f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, that of {name!r} needs "
@@ -84,10 +84,10 @@ def plain_tensors(
         yield Made(stem, Swapped(values) if turned else values, tensor, scales)
 
 
-def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], published: Published) -> None:
+def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization) -> None:
     """Raise a CheckpointError for what looks like scales, or like numbers with some, and is of no matrix."""
-    of_numbers, of_scales = published_names("", published)
-    number_dtype, stem = NUMBER_NAMES[published.format.dtype], tensor.name.removesuffix(of_scales)
+    of_numbers, of_scales = quantized_tensor_names("", quant_config)
+    number_dtype, stem = NUMBER_NAMES[quant_config.format.dtype], tensor.name.removesuffix(of_scales)
     # What ends in "_scale" may be a plain parameter.
     sure = stem + of_numbers in tensors or stem.endswith(".weight") or of_scales != "_scale"
     scales = tensor.name.endswith(of_scales) and sure
@@ -95,7 +95,7 @@ def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], publishe
     few_bits = tensor.dtype_name in ("I8", "U8") or tensor.dtype_name.startswith("F8_")
     if scales or (few_bits and any(stem + end in tensors for end in _SCALES)):
         raise CheckpointError(
-            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of quant_method {published.method}, "
+            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of quant_method {quant_config.method}, "
             f"which has numbers NAME{of_numbers} of dtype {number_dtype} beside scales NAME{of_scales}: fetch the "
             f"checkpoint again"
         )

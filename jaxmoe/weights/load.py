@@ -315,8 +315,8 @@ def load_params(
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
     sources, parts = held(tensors, table, parts, config)
-    published = {info.path for info in table if info.published}
-    assert set(parts) == published, set(parts) ^ published
+    in_checkpoint = {info.path for info in table if info.in_checkpoint}
+    assert set(parts) == in_checkpoint, set(parts) ^ in_checkpoint
     total, done = sum(info.num_bytes for info in table), 0
 
     def on_bytes(num_bytes: int) -> None:

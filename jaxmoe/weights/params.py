@@ -25,7 +25,7 @@ class ParamInfo:
     sharding: NamedSharding
 
     @property
-    def published(self) -> bool:
+    def in_checkpoint(self) -> bool:
         """Whether checkpoints hold it: all but where experts stand."""
         return "expert_map" not in self.dims
 

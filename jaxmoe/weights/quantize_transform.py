@@ -12,11 +12,11 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, quantized_keys, read_config, with_layout
 from jaxmoe.families.keys import HEAD
 from jaxmoe.families.quantization_writer import METHODS, quantization_config, written_as
-from jaxmoe.formats import FORMATS, QUANTIZATION
+from jaxmoe.formats import FORMATS, QUANTIZATION_CONFIG
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.lazy_tensors import check_quantizable, quantized, scales_of
-from jaxmoe.weights.quantized_sources import NUMBER_NAMES, published_names, scale_shape
-from jaxmoe.weights.source_checkpoint import Published
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, quantized_tensor_names, scale_shape
+from jaxmoe.weights.source_checkpoint import SourceCheckpoint
 from jaxmoe.weights.stored import stored_layout
 from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
 
@@ -34,14 +34,14 @@ class Quantize(AsPublished):
         matrices = {name for name, spec in tensors.items() if name.endswith(_WEIGHT) and len(spec.shape) > 1}
         plain = {name.removesuffix(_WEIGHT) for name in matrices - keys} | {head}
         self._keys = keys
-        self._published = written_as(weights_dtype, plain)
+        self._quant_config = written_as(weights_dtype, plain)
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
         """The tensor, or its numbers and scales."""
         if tensor.name not in self._keys:
             return (tensor,)
-        format = self._published.format
-        numbers, scales = published_names(tensor.name, self._published)
+        format = self._quant_config.format
+        numbers, scales = quantized_tensor_names(tensor.name, self._quant_config)
         return (
             TensorSpec(name=numbers, dtype=NUMBER_NAMES[format.dtype], shape=tensor.shape),
             TensorSpec(name=scales, dtype="F32", shape=scale_shape(tensor.shape, format)),
@@ -49,24 +49,24 @@ class Quantize(AsPublished):
 
     def granule(self, tensor: TensorSpec) -> int:
         """A row of blocks."""
-        return self._published.format.outputs * tensor.shape[1] if tensor.name in self._keys else 1
+        return self._quant_config.format.outputs * tensor.shape[1] if tensor.name in self._keys else 1
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
         """As on load. Raises: CheckpointError for a number that is not finite."""
         if tensor.name not in self._keys:
             return (numbers,)
         values = numbers.reshape(-1, tensor.shape[1]).astype(np.float32)
-        scales = scales_of(values, self._published.format)
+        scales = scales_of(values, self._quant_config.format)
         check_quantizable(tensor.name, scales)
-        return quantized(values, scales, self._published.format).reshape(-1), scales.reshape(-1)
+        return quantized(values, scales, self._quant_config.format).reshape(-1), scales.reshape(-1)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
         """With the form, and the modules that are plain."""
-        return {**raw, QUANTIZATION: quantization_config(self._published)}
+        return {**raw, QUANTIZATION_CONFIG: quantization_config(self._quant_config)}
 
 
 def transform_of(
-    weights_dtype: str | None, published: Published, *, ignore_config_keys: Iterable[str] = ()
+    weights_dtype: str | None, source_checkpoint: SourceCheckpoint, *, ignore_config_keys: Iterable[str] = ()
 ) -> Transform:  # fmt: skip
     """What --weights-dtype asks for: None as published, float32 and so on values, int8 and so on numbers and scales.
 
@@ -80,9 +80,9 @@ def transform_of(
     if weights_dtype not in FORMATS:
         known = ", ".join((*WEIGHTS_DTYPES, *METHODS))
         raise CheckpointError(f"weights_dtype={weights_dtype!r} must be one of {known}")
-    config = read_config(published.config, ignore=ignore_config_keys)
-    config = with_layout(config, stored_layout(config, published.tensors))
+    config = read_config(source_checkpoint.config, ignore=ignore_config_keys)
+    config = with_layout(config, stored_layout(config, source_checkpoint.tensors))
     keys = quantized_keys(config, weights_dtype)
     return Quantize(
-        published.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + HEAD.removesuffix(_WEIGHT)
+        source_checkpoint.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + HEAD.removesuffix(_WEIGHT)
     )

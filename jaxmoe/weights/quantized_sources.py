@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.quantized_layout import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import Format, Published
+from jaxmoe.formats import CheckpointQuantization, Format
 from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantized, Quantizer, Reshaped, Swapped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
@@ -26,12 +26,12 @@ class Wanted:
     why: str = ""
 
 
-def published_names(key: str, published: Published) -> tuple[str, str]:
+def quantized_tensor_names(key: str, quant_config: CheckpointQuantization) -> tuple[str, str]:
     """What the numbers and the scales of a plain matrix are called."""
-    if published.method == "mxfp4":
+    if quant_config.method == "mxfp4":
         stem = key.removesuffix(".weight")
         return f"{stem}_blocks", f"{stem}_scales"
-    return key, f"{key}_scale_inv" if published.method == "fp8" else f"{key}_scale"
+    return key, f"{key}_scale_inv" if quant_config.method == "fp8" else f"{key}_scale"
 
 
 def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
@@ -40,19 +40,21 @@ def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
 
 
-def wanted_scales(shape: Sequence[int], published: Published, why: str) -> Wanted:
+def wanted_scales(shape: Sequence[int], quant_config: CheckpointQuantization, why: str) -> Wanted:
     """The scales of a matrix [..., out, in]: compressed-tensors' may be without their last dim, of 1."""
-    scales = scale_shape(shape, published.format)
-    flat = (scales[:-1],) if published.method == "compressed-tensors" else ()
-    dtypes = ("U8",) if published.format.per_item > 1 else (*FLOATS, "F8_E8M0")
+    scales = scale_shape(shape, quant_config.format)
+    flat = (scales[:-1],) if quant_config.method == "compressed-tensors" else ()
+    dtypes = ("U8",) if quant_config.format.per_item > 1 else (*FLOATS, "F8_E8M0")
     return Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
 
 
-def _is_quantized(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None, *, kept: bool) -> bool:
+def _is_quantized(
+    piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None, *, kept: bool
+) -> bool:
     """Whether files hold a piece's tensor as numbers and scales, or ought to."""
-    if published is None or not is_matrix(piece):
+    if quant_config is None or not is_matrix(piece):
         return False
-    return kept or any(name in tensors for name in published_names(piece.key, published) if name != piece.key)
+    return kept or any(name in tensors for name in quantized_tensor_names(piece.key, quant_config) if name != piece.key)
 
 
 def wanted_tensors(
@@ -60,30 +62,30 @@ def wanted_tensors(
 ) -> dict[str, Wanted]:
     """What files must hold for pieces, each with whether it is kept quantized, by name."""
     found: dict[str, Wanted] = {}
-    published = config.published
+    quant_config = config.checkpoint_quantization
     for piece, kept in wanted:
         if piece.key in found:
             continue
-        if not _is_quantized(piece, tensors, published, kept=kept):
-            found[piece.key] = Wanted(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, published))
+        if not _is_quantized(piece, tensors, quant_config, kept=kept):
+            found[piece.key] = Wanted(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, quant_config))
             continue
-        assert published is not None
-        shape, format = oriented(piece).key_shape, published.format
+        assert quant_config is not None
+        shape, format = oriented(piece).key_shape, quant_config.format
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.per_item > 1 else shape
-        names = published_names(piece.key, published)
-        why = f" (quant_method {published.method})"
+        names = quantized_tensor_names(piece.key, quant_config)
+        why = f" (quant_method {quant_config.method})"
         found[names[0]] = Wanted(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
-        found[names[1]] = wanted_scales(shape, published, why)
+        found[names[1]] = wanted_scales(shape, quant_config, why)
     return found
 
 
-def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> str:
+def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None) -> str:
     """What to say of a tensor that holds numbers of eight bits and ought not to."""
     if piece.key not in tensors or tensors[piece.key].dtype_name not in NUMBER_NAMES.values():
         return ""
-    if published is None:
+    if quant_config is None:
         return ": config.json has no quantization_config that says what such numbers mean"
-    return f": the checkpoint has no scales of it, {published_names(piece.key, published)[1]}"
+    return f": the checkpoint has no scales of it, {quantized_tensor_names(piece.key, quant_config)[1]}"
 
 
 def held(
@@ -99,8 +101,8 @@ def held(
         if to[0] not in shapes:
             found[path] = pieces
             for piece in pieces:
-                if _is_quantized(piece, tensors, config.published, kept=False):
-                    sources[piece.key] = _dequantized(piece, tensors, config.published)
+                if _is_quantized(piece, tensors, config.checkpoint_quantization, kept=False):
+                    sources[piece.key] = _dequantized(piece, tensors, config.checkpoint_quantization)
             continue
         assert config.quantization is not None
         format = config.quantization.format
@@ -129,12 +131,12 @@ def _made(key: str, what: object) -> str:
 
 
 def _opened(
-    key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], published: Published
+    key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization
 ) -> tuple[Tensor, Tensor]:
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
-    numbers, scales = (tensors[name] for name in published_names(key, published))
-    items = (*shape[:-1], shape[-1] // published.format.per_item)
-    return shaped(numbers, items), shaped(scales, scale_shape(shape, published.format))
+    numbers, scales = (tensors[name] for name in quantized_tensor_names(key, quant_config))
+    items = (*shape[:-1], shape[-1] // quant_config.format.per_item)
+    return shaped(numbers, items), shaped(scales, scale_shape(shape, quant_config.format))
 
 
 def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -142,11 +144,13 @@ def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else Reshaped(tensor, shape)
 
 
-def _dequantized(piece: Piece, tensors: Mapping[str, TensorInfo], published: Published | None) -> Tensor:
+def _dequantized(
+    piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
+) -> Tensor:
     """The values of a matrix, in the dims that plain checkpoints have."""
-    assert published is not None
-    opened = _opened(piece.key, oriented(piece).key_shape, tensors, published)
-    values = Dequantized(*opened, published.format)
+    assert quant_config is not None
+    opened = _opened(piece.key, oriented(piece).key_shape, tensors, quant_config)
+    values = Dequantized(*opened, quant_config.format)
     return values if oriented(piece) is piece else Swapped(values)
 
 
@@ -155,9 +159,9 @@ def _kept(
 ) -> dict[str, Tensor]:
     """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones.
     turned: whether the plain one is stored [..., in, out]."""
-    if config.published is not None:
+    if config.checkpoint_quantization is not None:
         shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.per_item)
-        numbers, scales = _opened(piece.key, shape, tensors, config.published)
+        numbers, scales = _opened(piece.key, shape, tensors, config.checkpoint_quantization)
     else:
         plain: Tensor = tensors[piece.key]
         made = Quantizer(Swapped(plain) if turned else plain, format, piece.key)

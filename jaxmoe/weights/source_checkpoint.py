@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh
 
 from jaxmoe.depth import layer_segments
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantization
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_quantization_config, without_quantization
+from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
@@ -33,7 +33,7 @@ _STAY = (INDEX, MANIFEST, TREE, CHECKPOINT, "commit_success.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class SourceCheckpoint:
     """A checked checkpoint. kind: "hf" or "orbax". side_files travel along; left_behind do not; config_check says
     whether shapes were held against config.json, or why not."""
 
@@ -70,9 +70,9 @@ class Published:
         return digest.hexdigest()
 
 
-def open_published(
+def open_source_checkpoint(
     directory: Path, *, ignore_config_keys: Iterable[str] = (), check_config: bool = True
-) -> Published:  # fmt: skip
+) -> SourceCheckpoint:  # fmt: skip
     """Raises: CheckpointError or ConfigError naming what is missing, cut short, contradictory, unknown or unsafe."""
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     files = sorted(path for path in directory.iterdir() if not path.is_dir())
@@ -93,7 +93,7 @@ def open_published(
     if both := sorted(names & set(tensors)):
         raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
     side, left = _side_files(directory, files, {tensor.path.name for tensor in tensors.values()})
-    return Published(
+    return SourceCheckpoint(
         directory=directory, kind=manifest.kind if manifest else "hf", manifest=manifest, tensors=tensors, specs=specs,
         config=config, side_files=side, left_behind=left,
         config_check=config_check(directory, tensors, config, ignore) if check_config else "not checked",
@@ -132,7 +132,7 @@ def config_check(
     if not isinstance(family, str) or family not in FAMILIES:
         return f"not checked: model_type {str(family)[:40]!r} is no family known here"
     try:
-        read_published(raw.get(QUANTIZATION))
+        read_quantization_config(raw.get(QUANTIZATION_CONFIG))
         check_other_keys(raw)
     except ConfigError as error:  # bits go through, whatever they mean
         read_config(without_quantization(raw), ignore=ignore)

@@ -16,7 +16,7 @@ from jaxmoe.families import FAMILIES, is_exact, read_config, states_dtype, with_
 from jaxmoe.families.keys import DOWN, EMBEDDING, GATE_UP, HEAD
 from jaxmoe.weights.checkpoint import CONFIG, open_tensors, read_json
 from jaxmoe.weights.dtypes import FLOAT_NAMES
-from jaxmoe.weights.quantized_sources import published_names
+from jaxmoe.weights.quantized_sources import quantized_tensor_names
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
 _COMPARED_BYTES = 4 << 20  # of each of two tensors, at once
@@ -95,7 +95,11 @@ def _dtype_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> str:
     """The dtype of most numbers among plain floating-point tensors, scales of quantized ones left out; the config's
     where there are none."""
     others = FAMILIES[config.family].names.others
-    scales = published_names("", config.published)[1] if config.published is not None else None
+    scales = (
+        quantized_tensor_names("", config.checkpoint_quantization)[1]
+        if config.checkpoint_quantization is not None
+        else None
+    )
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         beside = name.startswith(others) or is_exact(name) or (scales is not None and name.endswith(scales))

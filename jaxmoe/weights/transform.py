@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact
-from jaxmoe.formats import QUANTIZATION
+from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.dtypes import DTYPES, FLOAT_NAMES, TensorSpec, beyond_reach
 
 WEIGHTS_DTYPES = {name: stored for stored, name in FLOAT_NAMES.items()}
@@ -100,7 +100,7 @@ class CastFloats(AsPublished):
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
         """With the dtype wherever it is named, and at the top where it is nowhere; nothing is quantized any more."""
-        raw = {key: value for key, value in raw.items() if key != QUANTIZATION}
+        raw = {key: value for key, value in raw.items() if key != QUANTIZATION_CONFIG}
         changed = _named(raw, self._name)
         return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
 
@@ -126,7 +126,7 @@ def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     for key, value in raw.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             found[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config") and key != QUANTIZATION:
+        elif isinstance(value, dict) and key.endswith("_config") and key != QUANTIZATION_CONFIG:
             found[key] = _named(value, dtype)
     return found
 

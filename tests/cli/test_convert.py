@@ -21,7 +21,7 @@ from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.verify import problems
 
 from ..tiny.cases import CASES_BY_NAME
-from ..weights.hf_checkpoints import contents, random_tensor, write_file, write_published
+from ..weights.hf_checkpoints import contents, random_tensor, write_checkpoint_dir, write_file
 from .commands import jaxmoe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,7 +117,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     ),
     (["good", "out", "--ignore-config-key", "nokey"], ["--ignore-config-key 'nokey' names no key of config.json"]),
     (["good", "out", "--weights-dtype", "int4"], ["weights_dtype='int4' must be one of float32, bfloat16, float16"]),
-    (["good", "out", "--weights-dtype", "int8-block"], ["int8-block has no published form", "int8, fp8, fp8-block"]),
+    (["good", "out", "--weights-dtype", "int8-block"], ["int8-block has no checkpoint format", "int8, fp8, fp8-block"]),
     (["good", "out", "--ram-gib", "0"], ["ram_gib=0.0 must lie in [0.125,"]),
     (["good", "out", "--ram-gib", "nan"], ["ram_gib=nan must lie in"]),
     (["good", "out", "--ram-gib", "much"], ["--ram-gib", "much"]),
@@ -291,7 +291,7 @@ def test_quantized_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(caps
     rng = np.random.default_rng(0)
     tensors = {"w": random_tensor(rng, "F8_E4M3", 8, 8), "w_scale_inv": random_tensor(rng, "F32", 1, 1)}
     config = CASES_BY_NAME[CASE].config | {"quantization_config": {"quant_method": "fp8"}}
-    write_published(work / "fp8", tensors, **config)
+    write_checkpoint_dir(work / "fp8", tensors, **config)
     _assert_refused(capsys, ["fp8", "out", "--weights-dtype", "bfloat16"], "has weight_block_size null")
     outcome = jaxmoe(capsys, "convert", "fp8", "out", "--json")
     assert json.loads(outcome.out)["config_check"].startswith("not checked: config key 'quantization_config' has ")

@@ -231,9 +231,11 @@ def test_every_preset_model_reads_and_runs_but_for_those_that_are_only_planned(n
     raw = read_json(find_config(name))
     config = read_config(raw, planned=True)
     assert config.num_hidden_layers > 0
-    runs = config.indexer is None and (config.published is None or config.published.method != "modelopt")
+    runs = config.indexer is None and (
+        config.checkpoint_quantization is None or config.checkpoint_quantization.method != "modelopt"
+    )
     assert runs == (name in preset_configs())
-    if config.published is not None and config.published.method == "modelopt":
+    if config.checkpoint_quantization is not None and config.checkpoint_quantization.method == "modelopt":
         with pytest.raises(ConfigError, match="sized and planned"):
             read_config(raw)
 

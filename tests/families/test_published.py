@@ -16,7 +16,7 @@ import pytest
 
 from jaxmoe import ConfigError
 from jaxmoe.config import ModelConfig
-from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_published, without_quantization
+from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_quantization_config, without_quantization
 from jaxmoe.planner.sizes import count_parameters
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -44,7 +44,7 @@ ROWS = _rows()
 def _read(raw: dict[str, Any]) -> ModelConfig:
     """The config as if its weights were plain, once what quantizes them is known: names of layers that are left out of
     that take a second to tell, and change no count."""
-    read_published(raw.get("quantization_config"), planned=True)
+    read_quantization_config(raw.get("quantization_config"), planned=True)
     check_other_keys(raw)
     return read_config(without_quantization(raw))
 

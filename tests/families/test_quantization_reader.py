@@ -44,7 +44,7 @@ def form(name: str, **keys) -> dict[str, Any]:
 )
 def test_matrices_of_layers_are_kept_as_published(name, format):
     config = config_of(form(name))
-    assert config.quantization.format == config.published.format == format
+    assert config.quantization.format == config.checkpoint_quantization.format == format
     assert {layer: kept(config, layer) for layer in ALL} == ALL
 
 
@@ -57,7 +57,7 @@ def test_mxfp4_holds_experts_alone():
 def test_nvfp4_is_read_to_be_planned_with_and_leaves_out_what_it_says():
     case = CASES_BY_NAME["mixtral_six_experts"].config | {"hidden_size": 96, "intermediate_size": 64}
     config = read_config(case | {"quantization_config": NVFP4_SETTINGS}, planned=True)
-    assert config.quantization.format == config.published.format == NVFP4
+    assert config.quantization.format == config.checkpoint_quantization.format == NVFP4
     assert kept(config, 0) == ["moe/experts/down", "moe/experts/gate_up"]
 
 
@@ -69,7 +69,7 @@ def test_the_name_of_the_published_format_keeps_it(name, words):
     moe = {"hidden_size": 96, "intermediate_size": 64} if name == "mxfp4" else {}
     config = config_of(form(name), "mixtral_six_experts" if moe else NAME, **moe)
     chosen = dict(dtype=None, kv_dtype=None)
-    assert config.published.format.names == tuple(words.split())
+    assert config.checkpoint_quantization.format.names == tuple(words.split())
     for word in words.split():
         assert choose_dtypes(config, weights_dtype=word, **chosen) == (config, config.dtype)
     with pytest.raises(ConfigError, match=r"weights_dtype=int8-block quantizes plain checkpoints"):
@@ -174,13 +174,13 @@ def test_weights_dtype_says_what_is_kept():
     plain = read_config(CASES_BY_NAME[NAME].config)
     assert plain.quantization is None
     assert {layer: kept(with_weights_dtype(plain, "fp8-block"), layer) for layer in ALL} == ALL
-    published = config_of(form("fp8"))
-    assert with_weights_dtype(published, None) == published
-    assert with_weights_dtype(published, "bfloat16").quantization is None
+    quantized = config_of(form("fp8"))
+    assert with_weights_dtype(quantized, None) == quantized
+    assert with_weights_dtype(quantized, "bfloat16").quantization is None
     with pytest.raises(
         ConfigError, match=r"weights_dtype=int8 quantizes plain checkpoints, this one has quant_method 'fp8'"
     ):
-        with_weights_dtype(published, "int8")
+        with_weights_dtype(quantized, "int8")
     with pytest.raises(ConfigError, match=r"weights_dtype='int4' must be one of float32, .*fp8-block"):
         with_weights_dtype(plain, "int4")
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxmoe.families import read_config
-from jaxmoe.planner.sizes import count_parameters, kv_numbers, published_tensors
+from jaxmoe.planner.sizes import checkpoint_tensors, count_parameters, kv_numbers
 
 from ..tiny.cases import QUICK_CASES
 
@@ -40,6 +40,6 @@ def test_published_tensors_are_those_of_a_checkpoint(case, tiny_dir):
         with safe_open(path, "numpy") as file:
             found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     config = read_config(case.config)
-    tensors = {tensor.key: tensor.shape for tensor in published_tensors(config)}
+    tensors = {tensor.key: tensor.shape for tensor in checkpoint_tensors(config)}
     assert tensors == found
     assert count_parameters(config).total == sum(map(math.prod, found.values()))

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmoe.weights.checkpoint import open_tensors
 
-Tensor = tuple[str, tuple[int, ...], bytes]  # dtype as the format names it, shape, little-endian bytes
+TensorBytes = tuple[str, tuple[int, ...], bytes]  # dtype as the format names it, shape, little-endian bytes
 
 WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -19,13 +19,13 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def random_tensor(rng: np.random.Generator, dtype: str, *shape: int) -> Tensor:
+def random_tensor(rng: np.random.Generator, dtype: str, *shape: int) -> TensorBytes:
     """Any bits at all, but 0 or 1 for truth values."""
     content = rng.integers(0, 2 if dtype == "BOOL" else 256, math.prod(shape) * WIDTHS[dtype], np.uint8)
     return dtype, shape, content.tobytes()
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
     """One .safetensors file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -36,7 +36,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(content for _, _, content in tensors.values()))
 
 
-def write_published(directory: Path, tensors: Mapping[str, Tensor], **config: object) -> Path:
+def write_checkpoint_dir(directory: Path, tensors: Mapping[str, TensorBytes], **config: object) -> Path:
     """A checkpoint of one file, of no known family where config names none; some files travel along, some stay."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "none", **config}))
@@ -60,7 +60,7 @@ def every_dtype(directory: Path, seed: int = 0) -> Path:
         "empty": ("F32", (0, 4), b""),
         "cube": random_tensor(rng, "U8", 3, 5, 2),
     }
-    return write_published(directory, tensors)
+    return write_checkpoint_dir(directory, tensors)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import pytest
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.budget import Budget
 
-from .hf_checkpoints import write_published
+from .hf_checkpoints import write_checkpoint_dir
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,7 +34,7 @@ def test_memory_stays_under_the_cap(tmp_path):
     for name, shape in shapes.items():
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * shape[0]]}
         end += 4 * shape[0]
-    source = write_published(tmp_path / "source", {})
+    source = write_checkpoint_dir(tmp_path / "source", {})
     text = json.dumps(header).encode()
     with (source / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -26,7 +26,7 @@ from jaxmoe.weights.verify import problems
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantized import write_quantized
-from .hf_checkpoints import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_published
+from .hf_checkpoints import WIDTHS, bytes_of, contents, every_dtype, random_tensor, write_checkpoint_dir
 
 CASE = "mixtral_window"
 
@@ -210,13 +210,13 @@ COMPRESSED = {
 def test_quantized_matrices_without_numbers(tensors, settings, shape, tmp_path):
     rng = np.random.default_rng(0)
     made = {name: random_tensor(rng, dtype, *extents) for name, (dtype, extents) in tensors.items()}
-    write_published(tmp_path / "source", made, quantization_config=settings)
+    write_checkpoint_dir(tmp_path / "source", made, quantization_config=settings)
     convert(tmp_path / "source", tmp_path / "out", weights_dtype="float32")
     assert bytes_of(tmp_path / "out") == {"a": ("F32", shape, b"")}
 
 
 def test_a_config_of_any_text_is_written_again(tmp_path):
-    source = write_published(tmp_path / "source", {"a": ("F32", (1,), bytes(4))})
+    source = write_checkpoint_dir(tmp_path / "source", {"a": ("F32", (1,), bytes(4))})
     text = '{"model_type": "none", "half": "\\ud800", "word": "\u00e9"}'
     (source / "config.json").write_text(text, encoding="utf-8")
     convert(source, tmp_path / "out", weights_dtype="float32")

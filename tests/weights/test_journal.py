@@ -188,20 +188,20 @@ def killed_at_the_end(source, tmp_path, monkeypatch) -> Path:
     return tmp_path / "out"
 
 
-def test_what_a_killed_process_published_is_known(killed_at_the_end, source):
+def test_what_a_killed_process_committed_is_known(killed_at_the_end, source):
     report = convert(source, killed_at_the_end, verify=True)
     assert (report.resumed_tensors, report.verified) == (report.num_tensors, True)
     assert not partial_of(killed_at_the_end).exists()
 
 
-def test_what_a_killed_process_published_is_verified_where_that_is_asked(killed_at_the_end, source):
+def test_what_a_killed_process_committed_is_verified_where_that_is_asked(killed_at_the_end, source):
     chunk = killed_at_the_end / "of.U8" / "0.0"
     chunk.write_bytes(chunk.read_bytes()[::-1])
     with pytest.raises(CheckpointError, match=r"tensor 'of.U8' differs from its checksum"):
         convert(source, killed_at_the_end, verify=True)
 
 
-def test_another_checkpoint_is_not_what_a_killed_process_published(killed_at_the_end, source, tmp_path):
+def test_another_checkpoint_is_not_what_a_killed_process_committed(killed_at_the_end, source, tmp_path):
     """Of the same tensors, dtypes and options, but other numbers."""
     convert(every_dtype(tmp_path / "other", seed=1), tmp_path / "others")
     shutil.rmtree(killed_at_the_end)

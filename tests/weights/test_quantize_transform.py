@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.families.quantization_reader import read_published
+from jaxmoe.families.quantization_reader import read_quantization_config
 from jaxmoe.families.quantization_writer import METHODS
-from jaxmoe.formats import FORMATS, Published
+from jaxmoe.formats import FORMATS, CheckpointQuantization
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.verify import problems
@@ -19,7 +19,7 @@ from jaxmoe.weights.verify import problems
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.checkpoint import write_checkpoint
 from ..tiny.quantized import fp8, write_quantized
-from .hf_checkpoints import Tensor, contents, write_published
+from .hf_checkpoints import TensorBytes, contents, write_checkpoint_dir
 from .test_journal import _stop_after as stop_after
 from .test_lazy_tensors import ALL, case_of, loaded
 
@@ -118,7 +118,9 @@ def test_config_says_the_form_and_what_is_plain(name, tmp_path):
             "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "ignore": plain,
             "quantization_status": "compressed", "config_groups": {"group_0": group},
         }  # fmt: skip
-    assert read_published(said) == Published(method=METHODS[name], format=FORMATS[name], ignored=tuple(plain))
+    assert read_quantization_config(said) == CheckpointQuantization(
+        method=METHODS[name], format=FORMATS[name], ignored=tuple(plain)
+    )
 
 
 def test_what_a_kill_left_is_gone_on_with(tmp_path, monkeypatch):
@@ -139,8 +141,8 @@ def test_blocks_of_zeros_and_of_numbers_too_small_to_scale_are_zeros(tmp_path):
     plain = open_tensors(plain_checkpoint(tmp_path / "plain", LLAMA))
     values = {name: tensor.read_rows(0, tensor.shape[0]) for name, tensor in plain.items()}
     values[key][0], values[key][1] = 0, 1e-42
-    tensors: dict[str, Tensor] = {name: ("F32", value.shape, value.tobytes()) for name, value in values.items()}
-    source = write_published(tmp_path / "source", tensors, **CASES_BY_NAME[LLAMA].config)
+    tensors: dict[str, TensorBytes] = {name: ("F32", value.shape, value.tobytes()) for name, value in values.items()}
+    source = write_checkpoint_dir(tmp_path / "source", tensors, **CASES_BY_NAME[LLAMA].config)
     for name in ("int8", "fp8"):
         convert(source, tmp_path / name, weights_dtype=name)
         found = open_tensors(tmp_path / name)
@@ -154,7 +156,7 @@ def _bad(tmp_path: Path, case: str) -> Path:
     if case == "quantized":
         write_quantized(CASES_BY_NAME[LLAMA], "fp8", directory)
     elif case == "unknown":
-        write_published(directory, {"x": ("F32", (1,), bytes(4))})
+        write_checkpoint_dir(directory, {"x": ("F32", (1,), bytes(4))})
     elif case == "nan":
         plain_checkpoint(directory, LLAMA)
         path = directory / "model.safetensors"
@@ -170,7 +172,11 @@ def _bad(tmp_path: Path, case: str) -> Path:
 @pytest.mark.parametrize(
     ("case", "name", "words"),
     [
-        (LLAMA, "int8-block", "weights_dtype=int8-block has no published form .* choose one of int8, fp8, fp8-block"),
+        (
+            LLAMA,
+            "int8-block",
+            "weights_dtype=int8-block has no checkpoint format .* choose one of int8, fp8, fp8-block",
+        ),
         ("gpt_oss_window", "fp8", "family gpt_oss holds the matrices of all experts in one tensor"),
         ("quantized", "int8", "weights_dtype=int8 quantizes plain checkpoints, this one has quant_method 'fp8'"),
         ("unknown", "int8", "model_type 'none', which is not a supported family"),

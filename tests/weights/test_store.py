@@ -31,7 +31,7 @@ from jaxmoe.weights.store import (
 from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
-from .hf_checkpoints import every_dtype, random_tensor, write_published
+from .hf_checkpoints import every_dtype, random_tensor, write_checkpoint_dir
 
 NO_64_BITS = ("F64", "I64", "U64")  # JAX narrows them unless told not to
 
@@ -147,13 +147,13 @@ def test_rows_are_read_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmoe.weights.store.CHUNK_BYTES", 64)
     rng = np.random.default_rng(0)
     tensors = {"tall": random_tensor(rng, "BF16", 23, 5), "wide": random_tensor(rng, "BF16", 3, 101)}
-    published = write_published(tmp_path / "source", tensors)
+    source = write_checkpoint_dir(tmp_path / "source", tensors)
     chunks = {
         name: choose_chunk(TensorSpec(name=name, dtype=t[0], shape=t[1]), limit=64) for name, t in tensors.items()
     }
     assert chunks == {"tall": (6, 5), "wide": (1, 26)}
     monkeypatch.setattr("jaxmoe.weights.store.choose_chunk", lambda spec, num_shares: chunks[spec.name])
-    convert(published, tmp_path / "orbax")
+    convert(source, tmp_path / "orbax")
     stored = open_tensors(tmp_path / "orbax")
     for name, (_, shape, content) in tensors.items():
         expected = np.frombuffer(content, ml_dtypes.bfloat16).reshape(shape).view(np.uint16)
@@ -172,7 +172,7 @@ def test_an_orbax_checkpoint_of_another_writer_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["x/0.0", f"x/{ZARRAY}", "x"])
 def test_links_out_of_an_orbax_checkpoint_are_refused(name, tmp_path):
     tensors = {"x": random_tensor(np.random.default_rng(0), "F32", 3, 4)}
-    convert(write_published(tmp_path / "source", tensors), tmp_path / "orbax")
+    convert(write_checkpoint_dir(tmp_path / "source", tensors), tmp_path / "orbax")
     path = tmp_path / "orbax" / name
     path.rename(tmp_path / "outside")
     path.symlink_to("../outside" if name == "x" else "../../outside")

@@ -28,7 +28,7 @@ from jaxmoe.weights.verify import problems
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
-from .hf_checkpoints import Tensor, bytes_of, write_published
+from .hf_checkpoints import TensorBytes, bytes_of, write_checkpoint_dir
 
 CASE = "mixtral_window"
 
@@ -41,8 +41,8 @@ def test_plain_floats_become_another_dtype(dtype, to, tmp_path):
     numbers = NUMBERS.astype(DTYPES[dtype].numpy)
     if dtype == "BF16":
         numbers[2] = 1.0  # 65504 rounds up to what float16 does not reach
-    tensors: dict[str, Tensor] = {"x": (dtype, (2, 4), numbers.tobytes()), "n": ("I32", (2,), bytes(range(8)))}
-    source = write_published(tmp_path / "source", tensors, torch_dtype="float64", text_config={"dtype": "float64"})
+    tensors: dict[str, TensorBytes] = {"x": (dtype, (2, 4), numbers.tobytes()), "n": ("I32", (2,), bytes(range(8)))}
+    source = write_checkpoint_dir(tmp_path / "source", tensors, torch_dtype="float64", text_config={"dtype": "float64"})
     convert(source, tmp_path / "out", weights_dtype=to)
     found = bytes_of(tmp_path / "out")
     wanted = {
@@ -94,7 +94,7 @@ def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
 )  # fmt: skip
 def test_numbers_out_of_reach_are_said(dtype, to, large, tmp_path):
     numbers = np.array([1.0, np.inf, large], DTYPES[dtype].numpy)
-    source = write_published(tmp_path / "source", {"x": (dtype, (3,), numbers.tobytes())})
+    source = write_checkpoint_dir(tmp_path / "source", {"x": (dtype, (3,), numbers.tobytes())})
     with pytest.raises(CheckpointError, match=re.escape(f"tensor 'x' holds {large:.4g}, beyond what {to} reaches")):
         convert(source, tmp_path / "out", weights_dtype=to)
     assert not (tmp_path / "out").exists()
@@ -108,7 +108,7 @@ def test_numbers_are_rounded_once(tmp_path):
     rng = np.random.default_rng(0)
     numbers = np.concatenate([*near, rng.standard_normal(500) * 2.0 ** rng.integers(-150, 120, 500)])
     numbers = np.concatenate([numbers, -numbers])
-    source = write_published(tmp_path / "source", {"x": ("F64", numbers.shape, numbers.tobytes())})
+    source = write_checkpoint_dir(tmp_path / "source", {"x": ("F64", numbers.shape, numbers.tobytes())})
     convert(source, tmp_path / "out", weights_dtype="bfloat16")
     found = np.frombuffer(bytes_of(tmp_path / "out")["x"][2], ml_dtypes.bfloat16).astype(np.float64)
     bits = np.arange(1 << 16, dtype=np.uint16)
@@ -142,7 +142,7 @@ class _Blocks(transform.AsPublished):
 def test_a_transform_may_give_several_tensors(tmp_path, monkeypatch):
     """The place where quantization joins: slices of whole granules, streamed to several outputs."""
     values = np.random.default_rng(0).integers(-9, 9, (40, 6)).astype(np.float32)
-    source = write_published(tmp_path / "source", {"w": ("F32", (40, 6), values.tobytes())})
+    source = write_checkpoint_dir(tmp_path / "source", {"w": ("F32", (40, 6), values.tobytes())})
     monkeypatch.setattr(convert_module, "transform_of", lambda *_, **__: _Blocks())
     monkeypatch.setattr("jaxmoe.weights.stream._SLICE_BYTES", 2 * 4 * 6 * 4 + 5)
     convert(source, tmp_path / "out")

@@ -22,7 +22,7 @@ from jaxmoe.weights.verify import problems
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantized import write_quantized
-from .hf_checkpoints import Tensor, bytes_of, every_dtype, random_tensor, write_file, write_published
+from .hf_checkpoints import TensorBytes, bytes_of, every_dtype, random_tensor, write_checkpoint_dir, write_file
 
 CASE = "mixtral_window"
 
@@ -44,7 +44,7 @@ def test_a_flipped_byte_anywhere_is_reported(to, tmp_path, monkeypatch):
     shapes = {"a.weight": ("F32", 5, 8), "b.weight": ("F8_E4M3", 7, 9), "c": ("BF16",), "d": ("U8", 3)}
     tensors = {name: random_tensor(rng, *shape) for name, shape in shapes.items()}
     whole = tmp_path / "out"
-    convert(write_published(tmp_path / "source", tensors), whole, to=to)
+    convert(write_checkpoint_dir(tmp_path / "source", tensors), whole, to=to)
     assert problems(whole) == []
     headers = {name: entry.head_bytes for name, entry in read_manifest(whole).files.items()}
     infos, flips = open_tensors(whole), 0
@@ -71,7 +71,7 @@ def test_a_flipped_byte_anywhere_is_reported(to, tmp_path, monkeypatch):
 
 def test_every_byte_of_a_manifest_counts(tmp_path):
     rng = np.random.default_rng(0)
-    convert(write_published(tmp_path / "source", {"a": random_tensor(rng, "F32", 4)}), tmp_path / "out")
+    convert(write_checkpoint_dir(tmp_path / "source", {"a": random_tensor(rng, "F32", 4)}), tmp_path / "out")
     path = tmp_path / "out" / MANIFEST
     content = path.read_bytes()
     for place in range(len(content)):
@@ -80,19 +80,19 @@ def test_every_byte_of_a_manifest_counts(tmp_path):
             read_manifest(tmp_path / "out")
 
 
-def _of_dtype_f16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_dtype_f16(tensors: dict[str, TensorBytes]) -> dict[str, TensorBytes]:
     return {name: ("F16" if dtype == "BF16" else dtype, *rest) for name, (dtype, *rest) in tensors.items()}
 
 
-def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(tensors: dict[str, TensorBytes]) -> dict[str, TensorBytes]:
     return {"other" if name == "scalar" else name: tensor for name, tensor in tensors.items()}
 
 
-def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _turned(tensors: dict[str, TensorBytes]) -> dict[str, TensorBytes]:
     return {name: (dtype, shape[::-1], content) for name, (dtype, shape, content) in tensors.items()}
 
 
-def _replaced(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _replaced(tensors: dict[str, TensorBytes]) -> dict[str, TensorBytes]:
     return {"q": ("F32", (1,), b"abcd")}
 
 

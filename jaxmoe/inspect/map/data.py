@@ -91,7 +91,7 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
         "shares": {name: list(axes) for name, axes in vars(layout).items() if name != "table"},
         "virtual_stages": question.virtual_stages, "micro_batches": question.micro_batches,
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
-        "weights_dtype": question.weights_dtype or "as published",
+        "weights_dtype": question.weights_dtype or "as in the checkpoint",
         "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
