@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import CheckpointQuantization, Quantization
+from jaxmoe.formats import CheckpointQuantization, WeightQuantization
 
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]
@@ -255,7 +255,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
     checkpoint_quantization: CheckpointQuantization | None = None
-    quantization: Quantization | None = None
+    quantization: WeightQuantization | None = None
     checkpoint: CheckpointLayout = CheckpointLayout()
 
     def __post_init__(self) -> None:

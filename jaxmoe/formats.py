@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Literal
 
 NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
-Method = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
+QuantMethod = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
 QUANTIZATION_CONFIG = "quantization_config"  # of config.json: the format its weights are published in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class QuantizationFormat:
     """Numbers of a matrix [out, in] and scales of its blocks; a value is number * scale.
 
     dtype: mxfp4 has numbers of 4 bits (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two to a byte along the
@@ -39,7 +39,7 @@ class Format:
         return "uint8" if self.dtype == "mxfp4" else "float32"
 
     @property
-    def per_item(self) -> int:
+    def packing_factor(self) -> int:
         """Numbers in one item of stored_dtype, along the inputs."""
         return 2 if self.dtype == "mxfp4" else 1
 
@@ -51,18 +51,18 @@ class Format:
     @property
     def names(self) -> tuple[str, ...]:
         """What --weights-dtype may call it."""
-        return (self.name, f"{self.name}-block") if self.inputs and self.per_item == 1 else (self.name,)
+        return (self.name, f"{self.name}-block") if self.inputs and self.packing_factor == 1 else (self.name,)
 
 
-MXFP4 = Format(dtype="mxfp4", inputs=32, outputs=1)
+MXFP4 = QuantizationFormat(dtype="mxfp4", inputs=32, outputs=1)
 # As much room as NVIDIA's FP4 with a scale of 8 bits for 16 numbers; planned with, not run.
-NVFP4 = Format(dtype="mxfp4", inputs=16, outputs=1)
+NVFP4 = QuantizationFormat(dtype="mxfp4", inputs=16, outputs=1)
 # What plain matrices can be turned into while they are loaded, by what users call it.
-FORMATS: Mapping[str, Format] = MappingProxyType({
-    "int8": Format(dtype="int8", inputs=None, outputs=1),
-    "fp8": Format(dtype="float8_e4m3fn", inputs=None, outputs=1),
-    "int8-block": Format(dtype="int8", inputs=128, outputs=128),
-    "fp8-block": Format(dtype="float8_e4m3fn", inputs=128, outputs=128),
+FORMATS: Mapping[str, QuantizationFormat] = MappingProxyType({
+    "int8": QuantizationFormat(dtype="int8", inputs=None, outputs=1),
+    "fp8": QuantizationFormat(dtype="float8_e4m3fn", inputs=None, outputs=1),
+    "int8-block": QuantizationFormat(dtype="int8", inputs=128, outputs=128),
+    "fp8-block": QuantizationFormat(dtype="float8_e4m3fn", inputs=128, outputs=128),
 })  # fmt: skip
 
 
@@ -70,13 +70,13 @@ FORMATS: Mapping[str, Format] = MappingProxyType({
 class CheckpointQuantization:
     """How a checkpoint's files hold its quantized matrices. ignored: names and patterns of modules that are plain."""
 
-    method: Method
-    format: Format
+    method: QuantMethod
+    format: QuantizationFormat
     ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grain:
+class BlockAlignment:
     """Of one parameter: what extents of its blocks along inputs and outputs must divide, so that no block of the
     parameter reaches over two of the published ones: 0 where there is only one."""
 
@@ -85,14 +85,14 @@ class Grain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantization:
+class WeightQuantization:
     """What a model keeps quantized. layers: of each layer, the parameters that are, by their paths within its block
     (as "attention/qkv"), in order."""
 
-    format: Format
-    layers: tuple[tuple[tuple[str, Grain], ...], ...]
+    format: QuantizationFormat
+    layers: tuple[tuple[tuple[str, BlockAlignment], ...], ...]
 
-    def of(self, layer: int) -> Mapping[str, Grain]:
+    def of(self, layer: int) -> Mapping[str, BlockAlignment]:
         """The parameters of a layer that are quantized."""
         return dict(self.layers[layer])
 
@@ -101,8 +101,14 @@ class Quantization:
         return any(path.startswith(names) for layer in self.layers for path, _ in layer)
 
 
-def cells(
-    extents: Sequence[int], shares: Sequence[int], *, lead: int, over: int, format: Format, grain: Grain
+def param_scale_shape(
+    extents: Sequence[int],
+    shares: Sequence[int],
+    *,
+    lead: int,
+    over: int,
+    format: QuantizationFormat,
+    alignment: BlockAlignment,
 ) -> tuple[int, ...]:
     """The shape of a parameter's scales: along each dim, how many blocks there are.
 
@@ -114,6 +120,6 @@ def cells(
     if format.inputs is None:
         blocks[lead : lead + over] = shares[lead : lead + over]
     else:
-        blocks[lead + over - 1] = math.gcd(shares[lead + over - 1], grain.inputs)
-    blocks[-1] = math.gcd(shares[-1], grain.outputs)
+        blocks[lead + over - 1] = math.gcd(shares[lead + over - 1], alignment.inputs)
+    blocks[-1] = math.gcd(shares[-1], alignment.outputs)
     return tuple(extent // block for extent, block in zip(extents, blocks, strict=True))

@@ -226,7 +226,7 @@ def _whole_blocks(config: ModelConfig) -> int:
     """What a device's share of an expert's width must be a multiple of: a block of packed numbers where there are
     such."""
     kept = config.quantization
-    return kept.format.inputs or 1 if kept is not None and kept.format.per_item > 1 else 1
+    return kept.format.inputs or 1 if kept is not None and kept.format.packing_factor > 1 else 1
 
 
 def segment_sizes(config: ModelConfig, placement: Placement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:

@@ -35,7 +35,7 @@ from jaxmoe.model.attend import (
     split_rows,
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
-from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.ops.quantize import QMAX
 from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
@@ -156,7 +156,7 @@ class Runner:
         return self._bytes_per_token(devices)
 
     def _bytes_per_token(self, share: Callable[[LayerSegment], int]) -> int:
-        scale = 4 if self.kv_dtype in LARGEST else 0
+        scale = 4 if self.kv_dtype in QMAX else 0
         head = sum(dim * jnp.dtype(self.kv_dtype).itemsize + scale for dim in self.config.cached_dims)
         heads = (
             segment.period * segment.slots * sizes.kv_slots // share(segment)
@@ -165,7 +165,7 @@ class Runner:
         return head * sum(heads)
 
     def _state_sharding(self) -> Any:
-        lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in LARGEST else (5,)
+        lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in QMAX else (5,)
         ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
         def block(segment: LayerSegment) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
-from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.ops.quantize import QMAX
 
 # One page of every rank, of the layers that stand alike to a pipeline: numbers of keys and values, their scales; and
 # token ids.
@@ -29,7 +29,7 @@ class HostOffload:
     def __init__(self, runner: Runner) -> None:
         self._placement = runner.placement
         self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
-        kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in LARGEST else (_NUMBERS,)
+        kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in QMAX else (_NUMBERS,)
         self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
         held = [runner.placement.for_params(segment) for segment in runner.segments for _ in range(segment.period)]
         views = dict.fromkeys(placement.view for placement in held)

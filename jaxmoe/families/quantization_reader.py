@@ -18,10 +18,18 @@ from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import KeyNames, pieces
 from jaxmoe.families.quantization_tool import quantizer_name
-from jaxmoe.families.quantized_layout import grain_of, is_matrix, joined, oriented
+from jaxmoe.families.quantized_layout import block_alignment, combined_alignment, is_matrix, oriented
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import FORMATS, MXFP4, NVFP4, CheckpointQuantization, Format, Grain, Quantization
+from jaxmoe.formats import (
+    FORMATS,
+    MXFP4,
+    NVFP4,
+    BlockAlignment,
+    CheckpointQuantization,
+    QuantizationFormat,
+    WeightQuantization,
+)
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
@@ -76,7 +84,7 @@ def _read_fp8(reader: ConfigReader) -> CheckpointQuantization:
             f"as in [128, 128]"
         )
     _finish(reader, "fp8")
-    numbers = Format(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
+    numbers = QuantizationFormat(dtype="float8_e4m3fn", inputs=block[1], outputs=block[0])
     return CheckpointQuantization(method="fp8", format=numbers, ignored=ignored)
 
 
@@ -132,7 +140,7 @@ def _read_compressed(reader: ConfigReader) -> CheckpointQuantization:
         dense = key == "sparsity_config" and isinstance(setting, Mapping) and setting.get("format") == "dense"
         if setting and not dense:
             raise ConfigError(f"config key 'quantization_config' has {key}, which is not supported: {shown(setting)}")
-    numbers = Format(dtype=dtypes.pop(), inputs=None, outputs=1)  # type: ignore[arg-type]
+    numbers = QuantizationFormat(dtype=dtypes.pop(), inputs=None, outputs=1)  # type: ignore[arg-type]
     ignored = _names(reader, "ignore")
     for part, passed in ((reader, _OF_WRITERS), (group, ("weights", "input_activations")), (weights, _OF_SCALES)):
         for key in passed:
@@ -204,7 +212,9 @@ def with_checkpoint_quantization(
         return config
     plain = (lambda module: is_plain(module, quant_config)) if quant_config.ignored else None
     only = "moe/experts/" if quant_config.method == "mxfp4" else ""
-    kept = quantization(config, quant_config.format, names, plain=plain, only=only, apart=tells_layers(quant_config))
+    kept = weight_quantization(
+        config, quant_config.format, names, plain=plain, only=only, apart=tells_layers(quant_config)
+    )
     return replace(config, checkpoint_quantization=quant_config, quantization=kept)
 
 
@@ -226,7 +236,7 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
             f"weights_dtype={weights_dtype} quantizes plain checkpoints, this one has quant_method "
             f"{config.checkpoint_quantization.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
         )
-    kept = quantization(config, FORMATS[weights_dtype], names)
+    kept = weight_quantization(config, FORMATS[weights_dtype], names)
     return replace(config, quantization=kept)
 
 
@@ -240,15 +250,15 @@ def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
     return [piece for (layer, path), group in groups if path in of(layer) for piece in group]
 
 
-def quantization(
+def weight_quantization(
     config: ModelConfig,
-    format: Format,
+    format: QuantizationFormat,
     names: KeyNames,
     *,
     plain: Callable[[str], bool] | None = None,
     only: str = "",
     apart: bool = False,
-) -> Quantization | None:
+) -> WeightQuantization | None:
     """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
     router's, unless any of the tensors they come from is of a plain module. None where that is nothing. apart: whether
     plain may tell layers of a kind apart.
@@ -259,28 +269,28 @@ def quantization(
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     # Where no name is told apart, layers of a kind keep the same.
     chosen = None if apart else {kinds.index(kind) for kind in kinds}
-    layers: dict[int, list[tuple[str, Grain]]] = defaultdict(list)
-    grains: dict[tuple[object, str], Grain] = {}  # of one layer of each kind
+    layers: dict[int, list[tuple[str, BlockAlignment]]] = defaultdict(list)
+    alignments: dict[tuple[object, str], BlockAlignment] = {}  # of one layer of each kind
     for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
         if not path.startswith(only):
             continue
         if plain and any(plain(module) for module in {piece.key.removesuffix(".weight") for piece in group}):
             continue
         inputs = oriented(group[0]).key_shape[-1]
-        if format.per_item > 1 and inputs % (format.inputs or 1):
+        if format.packing_factor > 1 and inputs % (format.inputs or 1):
             raise ConfigError(f"{path} has {inputs} inputs, of which {format.name} makes blocks of {format.inputs}")
         like = kinds[layer], path
-        if like not in grains:
-            grains[like] = reduce(joined, (grain_of(piece, format) for piece in group))
-        layers[layer].append((path, grains[like]))
+        if like not in alignments:
+            alignments[like] = reduce(combined_alignment, (block_alignment(piece, format) for piece in group))
+        layers[layer].append((path, alignments[like]))
     if not layers:
         return None
     kept = (layers[layer if chosen is None else kinds.index(kind)] for layer, kind in enumerate(kinds))
-    return _one(Quantization(format=format, layers=tuple(map(tuple, kept))))
+    return _one(WeightQuantization(format=format, layers=tuple(map(tuple, kept))))
 
 
 @lru_cache(maxsize=256)
-def _one(kept: Quantization) -> Quantization:
+def _one(kept: WeightQuantization) -> WeightQuantization:
     """The first of all that are equal: configs are keys of tables, and what is the same object is equal at once."""
     return kept
 

@@ -13,10 +13,10 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import KeyNames
 from jaxmoe.families.quantization_reader import kept_pieces, with_weights_dtype
-from jaxmoe.formats import FORMATS, CheckpointQuantization, Method
+from jaxmoe.formats import FORMATS, CheckpointQuantization, QuantMethod
 
 # The published form of each of FORMATS that has one which vLLM and transformers read.
-METHODS: dict[str, Method] = {"int8": "compressed-tensors", "fp8": "compressed-tensors", "fp8-block": "fp8"}
+METHODS: dict[str, QuantMethod] = {"int8": "compressed-tensors", "fp8": "compressed-tensors", "fp8-block": "fp8"}
 _KINDS = {"int8": ("int", "int-quantized"), "float8_e4m3fn": ("float", "float-quantized")}
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 
 from jaxmoe.families.weight_slice import Piece, Place
-from jaxmoe.formats import Format, Grain
+from jaxmoe.formats import BlockAlignment, QuantizationFormat
 
 
 def is_matrix(piece: Piece) -> bool:
@@ -33,12 +33,12 @@ def _slices(place: Place) -> list[int]:
     return [dim for dim, at in enumerate(place) if isinstance(at, slice)]
 
 
-def grain_of(piece: Piece, format: Format) -> Grain:
+def block_alignment(piece: Piece, format: QuantizationFormat) -> BlockAlignment:
     """What blocks along inputs and outputs must divide for this piece alone."""
     piece = oriented(piece)
     src, (inputs, outputs) = piece.src, _slices(piece.dst)
 
-    def grain(at: int | slice, place: int | slice, block: int | None) -> int:
+    def alignment(at: int | slice, place: int | slice, block: int | None) -> int:
         assert isinstance(at, slice)
         assert isinstance(place, slice)
         if block is None:
@@ -48,22 +48,22 @@ def grain_of(piece: Piece, format: Format) -> Grain:
         bounds = range(-(-(at.start + 1) // block) * block, at.stop, block)
         return math.gcd(at.start, place.start, *(bound - at.start + place.start for bound in bounds[:2]))
 
-    return Grain(
-        inputs=grain(src[-1], piece.dst[inputs], format.inputs),
-        outputs=grain(src[-2], piece.dst[outputs], format.outputs),
+    return BlockAlignment(
+        inputs=alignment(src[-1], piece.dst[inputs], format.inputs),
+        outputs=alignment(src[-2], piece.dst[outputs], format.outputs),
     )
 
 
-def joined(one: Grain, other: Grain) -> Grain:
+def combined_alignment(one: BlockAlignment, other: BlockAlignment) -> BlockAlignment:
     """What holds for both."""
-    return Grain(inputs=math.gcd(one.inputs, other.inputs), outputs=math.gcd(one.outputs, other.outputs))
+    return BlockAlignment(inputs=math.gcd(one.inputs, other.inputs), outputs=math.gcd(one.outputs, other.outputs))
 
 
-def number_piece(piece: Piece, format: Format) -> Piece:
+def number_piece(piece: Piece, format: QuantizationFormat) -> Piece:
     """The piece of the numbers as they are stored: two halves of a byte along the inputs are one item."""
     piece = oriented(piece)
-    per = format.per_item
-    if per == 1:
+    factor = format.packing_factor
+    if factor == 1:
         return piece
     inputs = piece.src[-1]
     assert isinstance(inputs, slice)
@@ -72,18 +72,18 @@ def number_piece(piece: Piece, format: Format) -> Piece:
     assert isinstance(place, slice)
     return replace(
         piece,
-        key_shape=(*piece.key_shape[:-1], piece.key_shape[-1] // per),
-        src=(*piece.src[:-1], slice(inputs.start // per, inputs.stop // per)),
-        dst=(*piece.dst[:at], slice(place.start // per, place.stop // per), *piece.dst[at + 1 :]),
+        key_shape=(*piece.key_shape[:-1], piece.key_shape[-1] // factor),
+        src=(*piece.src[:-1], slice(inputs.start // factor, inputs.stop // factor)),
+        dst=(*piece.dst[:at], slice(place.start // factor, place.stop // factor), *piece.dst[at + 1 :]),
     )
 
 
-def blocks_of(numbers: Sequence[int], scales: Sequence[int]) -> tuple[int, ...]:
+def block_shape(numbers: Sequence[int], scales: Sequence[int]) -> tuple[int, ...]:
     """The extents of a parameter's blocks, in items of its numbers, from the shapes of both."""
     return tuple(whole // count for whole, count in zip(numbers, scales, strict=True))
 
 
-def cells_of(piece: Piece, blocks: Sequence[int]) -> tuple[int, int]:
+def matrix_block_shape(piece: Piece, blocks: Sequence[int]) -> tuple[int, int]:
     """Outputs and inputs of a cell, for an oriented piece of numbers of a parameter with such blocks."""
     inputs, outputs = _slices(piece.dst)
     return blocks[outputs], blocks[inputs]
@@ -94,7 +94,7 @@ def scale_pieces(parts: Sequence[Piece], blocks: Sequence[int]) -> Iterator[Piec
     cells."""
     seen = set()
     for piece in parts:
-        high, wide = cells_of(piece, blocks)
+        high, wide = matrix_block_shape(piece, blocks)
         dst = tuple(
             at // block if isinstance(at, int) else slice(at.start // block, -(-at.stop // block))
             for at, block in zip(piece.dst, blocks, strict=True)
@@ -109,12 +109,12 @@ def scale_pieces(parts: Sequence[Piece], blocks: Sequence[int]) -> Iterator[Piec
         yield replace(
             piece,
             key_shape=(*lead, -(-num_rows // high), -(-num_columns // wide)),
-            src=(*first, _in_cells(rows, high), _in_cells(columns, wide)),
+            src=(*first, _in_blocks(rows, high), _in_blocks(columns, wide)),
             dst=dst,
         )
 
 
-def _in_cells(at: int | slice, cell: int) -> slice:
+def _in_blocks(at: int | slice, block: int) -> slice:
     assert isinstance(at, slice)
-    assert cell == 1 or ((at.step or 1) == 1 and at.start % cell == 0), (at, cell)
-    return at if cell == 1 else slice(at.start // cell, -(-at.stop // cell))
+    assert block == 1 or ((at.step or 1) == 1 and at.start % block == 0), (at, block)
+    return at if block == 1 else slice(at.start // block, -(-at.stop // block))

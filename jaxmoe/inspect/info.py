@@ -100,7 +100,7 @@ def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any
         return {"method": method, "supported": runs}
     form, runs = config.checkpoint_quantization.format, runs and config.checkpoint_quantization.method != "modelopt"
     return {
-        "method": method, "supported": runs, "dtype": form.name if form.per_item > 1 else form.dtype,
+        "method": method, "supported": runs, "dtype": form.name if form.packing_factor > 1 else form.dtype,
         "inputs_a_scale": form.inputs, "outputs_a_scale": form.outputs,
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ from jaxmoe.ops.paged import (
     partial_attention,
     write_pages,
 )
-from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.ops.quantize import QMAX
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.sharding import Placement
 
@@ -53,7 +53,7 @@ def empty_pages(
     def block(layers: int, kv_slots: int) -> Pages:
         shape = (layers, num_pages, kv_slots, page_size)
         numbers = tuple(jnp.zeros((*shape, dim), dtype) for dim in config.cached_dims)
-        return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in LARGEST else numbers
+        return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in QMAX else numbers
 
     return [
         tuple(block(segment.slots, size.kv_slots) for _ in range(segment.period))

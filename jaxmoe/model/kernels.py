@@ -11,7 +11,7 @@ import jax
 
 from jaxmoe.depth import LAYERS_MODES, LayersMode
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import Quantization
+from jaxmoe.formats import WeightQuantization
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
 from jaxmoe.ops.grouped import GROUPED_BACKENDS, GroupedBackend
@@ -68,7 +68,7 @@ KernelOverrides = KernelConfig | Mapping[str, Any]  # all steps, or those of the
 
 def choose_kernels(
     dtype: str, choice: KernelOverrides, *, platform: str | None = None, shared_pages: bool = False,
-    quantization: Quantization | None = None,
+    quantization: WeightQuantization | None = None,
 ) -> KernelConfig:  # fmt: skip
     """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
 
@@ -106,7 +106,7 @@ def choose_kernels(
     return KernelConfig(**named)
 
 
-def _choose_for_quantized(named: dict[str, Any], quantization: Quantization, dtype: str) -> None:
+def _choose_for_quantized(named: dict[str, Any], quantization: WeightQuantization, dtype: str) -> None:
     """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
     quantized = {
         "grouped": quantization.holds("moe/experts/"),

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
-from jaxmoe.formats import Format, Grain, cells
-from jaxmoe.ops.quantized_matmul import Quantized, Weights
+from jaxmoe.formats import BlockAlignment, QuantizationFormat, param_scale_shape
+from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Dims, PipelineView, Placement
 
@@ -56,7 +56,7 @@ Matrix = nnx.Param | QuantizedParam
 def weights_of(param: Matrix) -> Weights:
     """The array of a parameter, or those of one that is quantized."""
     if isinstance(param, QuantizedParam):
-        return Quantized(param.numbers[...], param.scales[...])
+        return QuantizedArray(param.numbers[...], param.scales[...])
     return param[...]
 
 
@@ -69,8 +69,8 @@ def dims_of(param: Matrix) -> Dims:
 class QuantizedMatrices(NamedTuple):
     """The matrices of a block that are quantized, by their paths, in a format; where they lie."""
 
-    format: Format
-    grains: Mapping[str, Grain]
+    format: QuantizationFormat
+    alignments: Mapping[str, BlockAlignment]
     placement: Placement
 
 
@@ -107,15 +107,15 @@ class ParamFactory:
     def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
         """The same for matrices, which may be quantized: after `lead` dims of them come `over` dims of their inputs,
         then those of their outputs. path: within the block."""
-        if self._quantized is None or path not in self._quantized.grains:
+        if self._quantized is None or path not in self._quantized.alignments:
             return self(init, **dims)
         format, placement = self._quantized.format, self._quantized.placement
         shares = [size // placement.num_shards(dim) for dim, size in dims.items()]
-        counts = cells(
-            list(dims.values()), shares, lead=lead, over=over, format=format, grain=self._quantized.grains[path]
+        counts = param_scale_shape(
+            list(dims.values()), shares, lead=lead, over=over, format=format, alignment=self._quantized.alignments[path]
         )
         packed = list(dims)[lead + over - 1]
-        items = dims | {packed: dims[packed] // format.per_item}
+        items = dims | {packed: dims[packed] // format.packing_factor}
         scales = dict(zip(dims, counts, strict=True))
         return QuantizedParam(*(
             ParamFactory(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)

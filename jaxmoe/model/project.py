@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearBackend, linear
-from jaxmoe.ops.quantized_matmul import Quantized, Weights, as_matrices
+from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights, as_matrices
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.sharding import Placement, TokenDim
 
@@ -42,14 +42,14 @@ def project(
     """
     weights, dims = weights_of(param), dims_of(param)
     if layer is None:
-        assert not isinstance(weights, Quantized)
+        assert not isinstance(weights, QuantizedArray)
         weights, dims, layer = weights[None], ("unsharded", *dims), 0
     layer_dim, dims = dims[0], dims[1:]
     summed, kept = (dims[1:], dims[:1]) if transposed else (dims[:over], dims[over:])
     inside = "token" if token_dim == "sequence_sharded" else token_dim
     before, after = ((token_dim if part == ("width",) else inside, "length", *part) for part in (summed, kept))
     plain = partial(_plain, over=over, transposed=transposed, dtype=dtype)
-    if backend == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, Quantized):
+    if backend == "xla" and token_dim != "sequence_sharded" and not isinstance(weights, QuantizedArray):
         return placement.constrain(plain(x, weights, layer), *after)
     sequence_axes = placement.sequence_gather_axes(token_dim) if token_dim == "sequence_sharded" else ()
     gather_axes, scatter_axes = (sequence_axes if part == ("width",) else () for part in (summed, kept))
@@ -57,11 +57,11 @@ def project(
 
     def part(x: jax.Array, w: Weights, layer: jax.Array, *num_valid: jax.Array) -> jax.Array:
         x = all_gather_rows(x, gather_axes)
-        if backend == "xla" and not isinstance(w, Quantized):
+        if backend == "xla" and not isinstance(w, QuantizedArray):
             return reduce_or_scatter(plain(x, w, layer), axes, scatter_axes)
         depth = math.prod(x.shape[2:])
         matrices = w if transposed else as_matrices(w, over)
-        shape = (w.numbers if isinstance(w, Quantized) else w).shape
+        shape = (w.numbers if isinstance(w, QuantizedArray) else w).shape
         count = num_valid[0][0] if num_valid else None
         y = linear(x.reshape(-1, depth), matrices, layer, count, backend=backend, transposed=transposed, dtype=dtype)
         y = reduce_or_scatter(

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import SwiGLUClamp
 from jaxmoe.ops import native
-from jaxmoe.ops.quantized_matmul import Quantized, layer_weights, multiply
+from jaxmoe.ops.quantized_matmul import QuantizedArray, layer_weights, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
 GroupedBackend = Literal["blocks", "ragged", "native", "dense"]
@@ -149,13 +149,13 @@ def _take(values, start, rows):
 class _Matrix(NamedTuple):
     """One quantized matrix among many, left where it lies."""
 
-    stacked: Quantized
+    stacked: QuantizedArray
     indices: tuple[LayerIndex, ...]
 
 
 def _matrix(stacked, *index):
     """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
-    if isinstance(stacked, Quantized):
+    if isinstance(stacked, QuantizedArray):
         return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
@@ -341,8 +341,8 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
 def grouped_swiglu(
     x: Float[Array, "T D"],
     weights: Float[Array, "T E"],
-    gate_up: Float[Array, "L E 2 D F"] | Quantized,
-    down: Float[Array, "L E F D"] | Quantized,
+    gate_up: Float[Array, "L E 2 D F"] | QuantizedArray,
+    down: Float[Array, "L E F D"] | QuantizedArray,
     layer: LayerIndex = 0,
     bias: Float[Array, "L E 2 F"] | None = None,
     *,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.ops import native
-from jaxmoe.ops.quantized_matmul import Quantized, multiply
+from jaxmoe.ops.quantized_matmul import QuantizedArray, multiply
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
 LinearBackend = Literal["xla", "native"]
@@ -28,7 +28,7 @@ LINEAR_BACKENDS: tuple[LinearBackend, ...] = ("xla", "native")
 
 def linear(
     x: Float[Array, "T K"],
-    w: Float[Array, "L K N"] | Float[Array, "L N K"] | Quantized,
+    w: Float[Array, "L K N"] | Float[Array, "L N K"] | QuantizedArray,
     layer: LayerIndex = 0,
     num_valid: int | jax.Array | None = None,
     *,
@@ -41,7 +41,7 @@ def linear(
     num_valid: rows of x that matter, the first ones; what the others give is anything finite.
     """
     dtype = x.dtype.name if dtype is None else dtype
-    if isinstance(w, Quantized):
+    if isinstance(w, QuantizedArray):
         assert not transposed
         return multiply(x, w, (layer,)).astype(dtype)
     if backend == "native" and x.shape[0] <= native.max_tokens(x.dtype.name):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import MaskSpec
-from jaxmoe.ops.quantize import LARGEST, quantize
+from jaxmoe.ops.quantize import QMAX, quantize
 from jaxmoe.ops.stack import LayerIndex
 
 PagedBackend = Literal["loop", "native"]
@@ -52,7 +52,7 @@ def write_pages(
     """pages with each new entry (a key, and a value where they are kept) of `layer` at its place; a page past the
     last drops it. In place where donated."""
     dtype = pages[0].dtype.name
-    if dtype in LARGEST:
+    if dtype in QMAX:
         numbers, scales = zip(*(quantize(part, dtype) for part in new), strict=True)
         new = (*numbers, *scales)
     # Head by head: a scatter of all heads at once would want them side by side, and XLA:TPU copies the pool for it.

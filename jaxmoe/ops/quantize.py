@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 # What the largest number of a row becomes.
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 def quantize(x: Float[Array, "*rows H"], dtype: str) -> tuple[Shaped[Array, "*rows H"], Float[Array, "*rows"]]:
@@ -15,6 +15,6 @@ def quantize(x: Float[Array, "*rows H"], dtype: str) -> tuple[Shaped[Array, "*ro
     A row of zeros has scale 0.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST[dtype]
+    scale = jnp.max(jnp.abs(x), axis=-1) / QMAX[dtype]
     shrunk = x / jnp.where(scale > 0, scale, 1.0)[..., None]
     return (jnp.round(shrunk) if dtype == "int8" else shrunk).astype(dtype), scale

@@ -19,7 +19,7 @@ _E4M3_BIAS = (127 - 7) << 23  # what an exponent of float8_e4m3fn lacks of one o
 _MIN_NORMAL = 2.0**-6  # of float8_e4m3fn
 
 
-class Quantized(NamedTuple):
+class QuantizedArray(NamedTuple):
     """Matrices [*lead, K, N] as numbers and the scales [*lead, k, n] of their blocks of K / k by N / n.
 
     numbers: int8 with float32 scales; uint8 with float32 scales, the bits of float8_e4m3fn (XLA's CPU compiler widens
@@ -31,13 +31,13 @@ class Quantized(NamedTuple):
     scales: Shaped[Array, "*lead k n"]
 
 
-Weights = jax.Array | Quantized
+Weights = jax.Array | QuantizedArray
 
 
 def as_matrices(w: Weights, over: int) -> Weights:
     """[L, *in, *out], of which `over` dims are inputs, as [L, K, N]."""
-    if isinstance(w, Quantized):
-        return Quantized(*(_as_matrices(part, over) for part in w))
+    if isinstance(w, QuantizedArray):
+        return QuantizedArray(*(_as_matrices(part, over) for part in w))
     return _as_matrices(w, over)
 
 
@@ -47,19 +47,19 @@ def _as_matrices(w: jax.Array, over: int) -> jax.Array:
 
 def layer_weights(w: Weights, layer: LayerIndex, dtype: jnp.dtype) -> jax.Array:
     """The matrices of one layer, plain: those that are quantized are dequantized whole."""
-    if isinstance(w, Quantized):
-        return dequantized(Quantized(*(layer_of(part, layer) for part in w)), dtype)
+    if isinstance(w, QuantizedArray):
+        return dequantized(QuantizedArray(*(layer_of(part, layer) for part in w)), dtype)
     return layer_of(w, layer)
 
 
-def dequantized(w: Quantized, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
+def dequantized(w: QuantizedArray, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
     """Plain matrices, all at once: the oracle."""
     planes = [_scaled(plane, w.scales) for plane in _planes(w)]
     stacked = jnp.stack(planes, axis=-2)  # numbers of an item follow each other along the inputs
     return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]).astype(dtype)
 
 
-def _planes(w: Quantized) -> list[jax.Array]:
+def _planes(w: QuantizedArray) -> list[jax.Array]:
     """The numbers as float32: all of them, or the first of every item and the second."""
     if w.numbers.dtype == jnp.int8:
         return [w.numbers.astype(jnp.float32)]
@@ -99,7 +99,7 @@ def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
     return (blocks * _factors(scales)[..., :, None, :, None]).reshape(numbers.shape)
 
 
-def multiply(x: Float[Array, "T K"], w: Quantized, index: tuple[LayerIndex, ...]) -> Float[Array, "T N"]:
+def multiply(x: Float[Array, "T K"], w: QuantizedArray, index: tuple[LayerIndex, ...]) -> Float[Array, "T N"]:
     """x times the one matrix at index of w's leading dims, in float32.
 
     Columns are dequantized in tiles of _TILE_BYTES, in a loop; never a whole matrix, unless it has fewer columns than
@@ -120,7 +120,7 @@ def multiply(x: Float[Array, "T K"], w: Quantized, index: tuple[LayerIndex, ...]
     return jax.lax.fori_loop(0, -(-columns // tile), compute_tile, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
-def _columns(w: Quantized, index: tuple[LayerIndex, ...], first: int | jax.Array, count: int) -> Quantized:
+def _columns(w: QuantizedArray, index: tuple[LayerIndex, ...], first: int | jax.Array, count: int) -> QuantizedArray:
     """Some columns of one matrix, read where they lie. first, count: whole blocks."""
     block = w.numbers.shape[-1] // w.scales.shape[-1]
 
@@ -128,10 +128,10 @@ def _columns(w: Quantized, index: tuple[LayerIndex, ...], first: int | jax.Array
         size = (*(1,) * len(index), array.shape[-2], count)
         return jax.lax.dynamic_slice(array, (*index, 0, first), size).reshape(array.shape[-2], count)
 
-    return Quantized(part(w.numbers, first, count), part(w.scales, first // block, -(-count // block)))
+    return QuantizedArray(part(w.numbers, first, count), part(w.scales, first // block, -(-count // block)))
 
 
-def _times(x: jax.Array, w: Quantized) -> jax.Array:
+def _times(x: jax.Array, w: QuantizedArray) -> jax.Array:
     """x [T,K] times a matrix, in float32; a scale for all inputs is applied to the product."""
     high, wide = w.scales.shape
     columns = w.numbers.shape[1]

@@ -16,7 +16,7 @@ import numpy as np
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
-from jaxmoe.families.quantization_reader import quantization
+from jaxmoe.families.quantization_reader import weight_quantization
 from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
@@ -130,7 +130,7 @@ def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     if precision == "bf16":
         return plain
     format = NVFP4 if precision == "fp4" else FORMATS[precision]
-    return replace(plain, quantization=quantization(plain, format, FAMILIES[config.family].names))
+    return replace(plain, quantization=weight_quantization(plain, format, FAMILIES[config.family].names))
 
 
 def _hardware_name(text: str) -> str:

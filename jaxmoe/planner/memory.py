@@ -69,7 +69,7 @@ class Held:
         ]
         outside = placement.with_view("outside_pipeline")
         self.outer = tuple(
-            (param, param.device_bytes(outside, itemsize=self.itemsize, format=None, grain=None))
+            (param, param.device_bytes(outside, itemsize=self.itemsize, format=None, alignment=None))
             for param in outer_parameters(config, array_sizes(config, outside))
         )
 
@@ -152,7 +152,7 @@ def _params(
     kept = config.quantization.of(layer) if config.quantization else {}
     format = config.quantization.format if config.quantization else None
     return tuple(
-        (one, one.device_bytes(split, itemsize=itemsize, format=format, grain=kept.get(one.path)))
+        (one, one.device_bytes(split, itemsize=itemsize, format=format, alignment=kept.get(one.path)))
         for one in block_parameters(config, sizes, layer, maps_experts=maps_experts)
     )
 

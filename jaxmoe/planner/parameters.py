@@ -12,7 +12,7 @@ from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerSegment
-from jaxmoe.formats import Format, Grain, cells
+from jaxmoe.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 from jaxmoe.planner.sizes import Part
 from jaxmoe.sharding import Placement
 
@@ -70,16 +70,18 @@ class Parameter:
         """What one device has of each dim."""
         return [size // placement.num_shards(dim) for dim, size in self.dims.items()]
 
-    def device_bytes(self, placement: Parted, *, itemsize: int, format: Format | None, grain: Grain | None) -> int:
-        """Bytes of one layer's on one device; format, grain: where it is quantized."""
+    def device_bytes(
+        self, placement: Parted, *, itemsize: int, format: QuantizationFormat | None, alignment: BlockAlignment | None
+    ) -> int:
+        """Bytes of one layer's on one device; format, alignment: where it is quantized."""
         share = self.share(placement)
-        if format is None or grain is None:
+        if format is None or alignment is None:
             return math.prod(share) * (self.itemsize or itemsize)
-        counts = cells(
-            list(self.dims.values()), share, lead=self.lead, over=self.over, format=format, grain=grain
+        counts = param_scale_shape(
+            list(self.dims.values()), share, lead=self.lead, over=self.over, format=format, alignment=alignment
         )  # fmt: skip
         scales = math.prod(count // placement.num_shards(dim) for count, dim in zip(counts, self.dims, strict=True))
-        return math.prod(share) // format.per_item + scales * (1 if format.scale_dtype == "uint8" else 4)
+        return math.prod(share) // format.packing_factor + scales * (1 if format.scale_dtype == "uint8" else 4)
 
 
 def itemsize_of(dtype: str) -> int:

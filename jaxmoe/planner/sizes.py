@@ -60,7 +60,7 @@ def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
         return count * (4 if piece.path.endswith("selection_bias") or config.dtype == "float32" else 2)
     form, (*lead, outputs, inputs) = quant_config.format, oriented(piece).key_shape
     blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))
-    return count // form.per_item + blocks * (1 if form.scale_dtype == "uint8" else 4)
+    return count // form.packing_factor + blocks * (1 if form.scale_dtype == "uint8" else 4)
 
 
 def part_of(path: str) -> Part:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import CheckpointQuantization, Format
+from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.lazy_tensors import Dequantized, Swapped, Tensor
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, quantized_tensor_names, shaped, wanted_scales
@@ -78,7 +78,7 @@ def plain_tensors(
                 f"{list(wanted.shapes[0])}: fetch it again"
             )
         scales.check_dtype(wanted.dtypes, why=wanted.why)
-        items = (*shape[:-1], shape[-1] // form.per_item)
+        items = (*shape[:-1], shape[-1] // form.packing_factor)
         values: Tensor = Dequantized(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
         turned = turn_experts and len(shape) == 3
         yield Made(stem, Swapped(values) if turned else values, tensor, scales)
@@ -101,12 +101,12 @@ def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], quant_co
         )
 
 
-def _shape_of_values(tensor: TensorInfo, form: Format) -> tuple[int, ...]:
+def _shape_of_values(tensor: TensorInfo, form: QuantizationFormat) -> tuple[int, ...]:
     """[out, in] or, of all experts, [expert, out, in]; packed numbers have a dim for a block's bytes beside that."""
     shape = tensor.shape
-    if form.per_item > 1:
-        block = (form.inputs or 1) // form.per_item
-        shape = (*shape[:-2], shape[-2] * block * form.per_item) if len(shape) > 2 and shape[-1] == block else ()
+    if form.packing_factor > 1:
+        block = (form.inputs or 1) // form.packing_factor
+        shape = (*shape[:-2], shape[-2] * block * form.packing_factor) if len(shape) > 2 and shape[-1] == block else ()
     if len(shape) not in (2, 3):
         raise CheckpointError(
             f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is none of a quantized matrix, or of all "

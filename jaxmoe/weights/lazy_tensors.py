@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import Format
-from jaxmoe.ops.quantize import LARGEST
+from jaxmoe.formats import QuantizationFormat
+from jaxmoe.ops.quantize import QMAX
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _BYTE_VALUES = np.stack([np.concatenate([_E2M1, -_E2M1])[np.arange(256) >> shift & 15] for shift in (0, 4)], axis=-1)
@@ -141,9 +141,9 @@ class Cells(_Made):
 class Dequantized(_Made):
     """The values [..., out, in] of numbers and their published scales, as float32."""
 
-    def __init__(self, numbers: Tensor, scales: Tensor, format: Format) -> None:
+    def __init__(self, numbers: Tensor, scales: Tensor, format: QuantizationFormat) -> None:
         *lead, outputs, items = numbers.shape
-        super().__init__(numbers, (*lead, outputs, items * format.per_item), np.float32)
+        super().__init__(numbers, (*lead, outputs, items * format.packing_factor), np.float32)
         self._scales, self._format = scales, format
 
     def at(self, index: int) -> Dequantized:
@@ -157,13 +157,15 @@ class Dequantized(_Made):
         return dequantize(self.source.read_rows(start, stop), scales, self._format, first=start % block)
 
 
-def dequantize(numbers: np.ndarray, scales: np.ndarray, format: Format, *, first: int = 0) -> np.ndarray:
+def dequantize(numbers: np.ndarray, scales: np.ndarray, format: QuantizationFormat, *, first: int = 0) -> np.ndarray:
     """float32 values [..., out, in] of numbers (packed where the format packs) and the scales of their blocks.
 
     first: the row of a block that the first row is.
     """
     values = (
-        _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1) if format.per_item > 1 else numbers.astype(np.float32)
+        _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1)
+        if format.packing_factor > 1
+        else numbers.astype(np.float32)
     )
     rows = (np.arange(values.shape[-2]) + first) // format.outputs
     factors = _as_float(scales)[..., rows, :]
@@ -178,13 +180,13 @@ def _as_float(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float32)
 
 
-def scales_of(values: np.ndarray, format: Format) -> np.ndarray:
+def scales_of(values: np.ndarray, format: QuantizationFormat) -> np.ndarray:
     """float32 scales of the blocks of float32 values [out, in]: the largest number of a block becomes the largest there
-    is, LARGEST of the dtype. 0 where that would be no normal number."""
+    is, QMAX of the dtype. 0 where that would be no normal number."""
     wide = format.inputs or values.shape[1]
     largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
     largest = np.maximum.reduceat(largest, np.arange(0, len(values), format.outputs), axis=0)
-    scales = largest / np.float32(LARGEST[format.dtype])
+    scales = largest / np.float32(QMAX[format.dtype])
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 
@@ -194,7 +196,7 @@ def check_quantizable(name: str, scales: np.ndarray) -> None:
         raise CheckpointError(f"tensor {name!r} holds a number that is not finite: it cannot be quantized")
 
 
-def quantized(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
+def quantized(values: np.ndarray, scales: np.ndarray, format: QuantizationFormat) -> np.ndarray:
     """Numbers of float32 values [out, in], which it writes over: divided by the scales of their blocks, rounded to
     nearest, ties to even."""
     divisors = np.where(scales > 0, scales, np.float32(1))
@@ -214,9 +216,9 @@ def quantized(values: np.ndarray, scales: np.ndarray, format: Format) -> np.ndar
 class Quantizer:
     """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantized give them."""
 
-    def __init__(self, source: Tensor, format: Format, name: str) -> None:
+    def __init__(self, source: Tensor, format: QuantizationFormat, name: str) -> None:
         """name: of the tensor, for errors."""
-        assert format.per_item == 1
+        assert format.packing_factor == 1
         *lead, outputs, inputs = source.shape
         self.source, self.format, self.name = source, format, name
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)

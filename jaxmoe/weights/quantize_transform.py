@@ -15,7 +15,7 @@ from jaxmoe.families.quantization_writer import METHODS, quantization_config, wr
 from jaxmoe.formats import FORMATS, QUANTIZATION_CONFIG
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.lazy_tensors import check_quantizable, quantized, scales_of
-from jaxmoe.weights.quantized_sources import NUMBER_NAMES, quantized_tensor_names, scale_shape
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, checkpoint_scale_shape, quantized_tensor_names
 from jaxmoe.weights.source_checkpoint import SourceCheckpoint
 from jaxmoe.weights.stored import stored_layout
 from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
@@ -44,7 +44,7 @@ class Quantize(AsPublished):
         numbers, scales = quantized_tensor_names(tensor.name, self._quant_config)
         return (
             TensorSpec(name=numbers, dtype=NUMBER_NAMES[format.dtype], shape=tensor.shape),
-            TensorSpec(name=scales, dtype="F32", shape=scale_shape(tensor.shape, format)),
+            TensorSpec(name=scales, dtype="F32", shape=checkpoint_scale_shape(tensor.shape, format)),
         )
 
     def granule(self, tensor: TensorSpec) -> int:

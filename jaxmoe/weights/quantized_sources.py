@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.families.quantized_layout import blocks_of, cells_of, is_matrix, number_piece, oriented, scale_pieces
+from jaxmoe.families.quantized_layout import (
+    block_shape,
+    is_matrix,
+    matrix_block_shape,
+    number_piece,
+    oriented,
+    scale_pieces,
+)
 from jaxmoe.families.weight_slice import Piece
-from jaxmoe.formats import CheckpointQuantization, Format
+from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
 from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantized, Quantizer, Reshaped, Swapped, Tensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
@@ -34,7 +41,7 @@ def quantized_tensor_names(key: str, quant_config: CheckpointQuantization) -> tu
     return key, f"{key}_scale_inv" if quant_config.method == "fp8" else f"{key}_scale"
 
 
-def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
+def checkpoint_scale_shape(shape: Sequence[int], format: QuantizationFormat) -> tuple[int, ...]:
     """Of a matrix [..., out, in]: how many blocks it has."""
     *lead, outputs, inputs = shape
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
@@ -42,9 +49,9 @@ def scale_shape(shape: Sequence[int], format: Format) -> tuple[int, ...]:
 
 def wanted_scales(shape: Sequence[int], quant_config: CheckpointQuantization, why: str) -> Wanted:
     """The scales of a matrix [..., out, in]: compressed-tensors' may be without their last dim, of 1."""
-    scales = scale_shape(shape, quant_config.format)
+    scales = checkpoint_scale_shape(shape, quant_config.format)
     flat = (scales[:-1],) if quant_config.method == "compressed-tensors" else ()
-    dtypes = ("U8",) if quant_config.format.per_item > 1 else (*FLOATS, "F8_E8M0")
+    dtypes = ("U8",) if quant_config.format.packing_factor > 1 else (*FLOATS, "F8_E8M0")
     return Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
 
 
@@ -71,7 +78,7 @@ def wanted_tensors(
             continue
         assert quant_config is not None
         shape, format = oriented(piece).key_shape, quant_config.format
-        numbers = (*shape[:-1], shape[-1] // 32, 16) if format.per_item > 1 else shape
+        numbers = (*shape[:-1], shape[-1] // 32, 16) if format.packing_factor > 1 else shape
         names = quantized_tensor_names(piece.key, quant_config)
         why = f" (quant_method {quant_config.method})"
         found[names[0]] = Wanted(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
@@ -106,20 +113,20 @@ def held(
             continue
         assert config.quantization is not None
         format = config.quantization.format
-        blocks = blocks_of(shapes[to[0]], shapes[to[1]])
+        blocks = block_shape(shapes[to[0]], shapes[to[1]])
         numbers = [number_piece(piece, format) for piece in pieces]
-        cells = cells_of(numbers[0], blocks)
+        block = matrix_block_shape(numbers[0], blocks)
         found[to[0]] = [replace(piece, path=to[0], key=_made(piece.key, NUMBERS)) for piece in numbers]
         found[to[1]] = []
         for piece, plain in zip(numbers, pieces, strict=True):
             if _made(piece.key, NUMBERS) not in sources:
                 sources |= _kept(piece, tensors, config, format, turned=oriented(plain) is not plain)
         for piece in scale_pieces(numbers, blocks):
-            key = _made(piece.key, cells)
+            key = _made(piece.key, block)
             if key not in sources:
                 sources[key] = Cells(
-                    sources[_made(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=cells[0],
-                    inputs=None if format.inputs is None else format.inputs // format.per_item, wide=cells[1],
+                    sources[_made(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=block[0],
+                    inputs=None if format.inputs is None else format.inputs // format.packing_factor, wide=block[1],
                 )  # fmt: skip
             found[to[1]].append(replace(piece, path=to[1], key=key))
     return sources, found
@@ -135,8 +142,8 @@ def _opened(
 ) -> tuple[Tensor, Tensor]:
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in quantized_tensor_names(key, quant_config))
-    items = (*shape[:-1], shape[-1] // quant_config.format.per_item)
-    return shaped(numbers, items), shaped(scales, scale_shape(shape, quant_config.format))
+    items = (*shape[:-1], shape[-1] // quant_config.format.packing_factor)
+    return shaped(numbers, items), shaped(scales, checkpoint_scale_shape(shape, quant_config.format))
 
 
 def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -155,12 +162,12 @@ def _dequantized(
 
 
 def _kept(
-    piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format, *, turned: bool
+    piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: QuantizationFormat, *, turned: bool
 ) -> dict[str, Tensor]:
     """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones.
     turned: whether the plain one is stored [..., in, out]."""
     if config.checkpoint_quantization is not None:
-        shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.per_item)
+        shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.packing_factor)
         numbers, scales = _opened(piece.key, shape, tensors, config.checkpoint_quantization)
     else:
         plain: Tensor = tensors[piece.key]

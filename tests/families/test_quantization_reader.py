@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.engine.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.formats import MXFP4, NVFP4, Format
+from jaxmoe.formats import MXFP4, NVFP4, QuantizationFormat
 from jaxmoe.inspect.question import ModelQuestion
 
 from ..tiny.cases import CASES_BY_NAME
@@ -37,9 +37,9 @@ def form(name: str, **keys) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("fp8", Format(dtype="float8_e4m3fn", inputs=128, outputs=128)),
-        ("int8-channel", Format(dtype="int8", inputs=None, outputs=1)),
-        ("fp8-channel", Format(dtype="float8_e4m3fn", inputs=None, outputs=1)),
+        ("fp8", QuantizationFormat(dtype="float8_e4m3fn", inputs=128, outputs=128)),
+        ("int8-channel", QuantizationFormat(dtype="int8", inputs=None, outputs=1)),
+        ("fp8-channel", QuantizationFormat(dtype="float8_e4m3fn", inputs=None, outputs=1)),
     ],
 )
 def test_matrices_of_layers_are_kept_as_published(name, format):

@@ -13,28 +13,30 @@ import pytest
 from jaxmoe.ops import quantized_matmul
 from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.quantized_matmul import Quantized, dequantized
+from jaxmoe.ops.quantized_matmul import QuantizedArray, dequantized
 
 FORMS = {"int8": "int8", "fp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn"}
 
 
-def random(form: str, shape: tuple[int, ...], blocks: tuple[int, int], seed: int = 0) -> tuple[Quantized, np.ndarray]:
+def random(
+    form: str, shape: tuple[int, ...], blocks: tuple[int, int], seed: int = 0
+) -> tuple[QuantizedArray, np.ndarray]:
     """Matrices [..., K, N] with blocks (inputs, outputs), and their values from ml_dtypes' definitions."""
     rng = np.random.default_rng(seed)
     *lead, rows, columns = shape
-    cells = (*lead, rows // blocks[0], columns // blocks[1])
+    scale_shape = (*lead, rows // blocks[0], columns // blocks[1])
     bits = rng.integers(0, 16 if form == "mxfp4" else 256, shape, dtype=np.uint8)
     bits = np.where(bits & 0x7F == 0x7F, 0, bits) if form == "fp8" else bits
     numbers = bits.view(FORMS[form]).astype(np.float32)
     if form == "mxfp4":
-        scales = rng.integers(115, 130, cells, dtype=np.uint8)
+        scales = rng.integers(115, 130, scale_shape, dtype=np.uint8)
         factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
         stored = bits[..., 0::2, :] | bits[..., 1::2, :] << 4
     else:
-        scales = factors = rng.uniform(0.5, 2, cells).astype(np.float32) / 100
+        scales = factors = rng.uniform(0.5, 2, scale_shape).astype(np.float32) / 100
         stored = bits.view(np.int8) if form == "int8" else bits
     value = numbers * np.repeat(np.repeat(factors, blocks[0], axis=-2), blocks[1], axis=-1)
-    return Quantized(jnp.asarray(stored), jnp.asarray(scales)), value
+    return QuantizedArray(jnp.asarray(stored), jnp.asarray(scales)), value
 
 
 BLOCKS = [("int8", (96, 1)), ("int8", (16, 4)), ("fp8", (96, 1)), ("fp8", (32, 128)), ("mxfp4", (32, 1))]
@@ -48,7 +50,7 @@ def test_values_are_those_of_the_definition_bit_by_bit(form, blocks):
 
 def test_every_byte_of_fp8_is_its_number():
     bits = np.arange(256, dtype=np.uint8)
-    w = Quantized(jnp.asarray(bits)[None, :], jnp.ones((1, 256), jnp.float32))
+    w = QuantizedArray(jnp.asarray(bits)[None, :], jnp.ones((1, 256), jnp.float32))
     found = np.asarray(dequantized(w, jnp.float32))[0]
     np.testing.assert_array_equal(found, bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
     assert np.isnan(found).sum() == 2

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxmoe import CheckpointError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.formats import FORMATS, MXFP4, Format
+from jaxmoe.formats import FORMATS, MXFP4, QuantizationFormat
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
@@ -60,7 +60,7 @@ def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, d
     return {info.path: np.asarray(array) for info, array in zip(table, arrays, strict=True)}, config
 
 
-def values_of(numbers: np.ndarray, scales: np.ndarray, format: Format, in_dim: int) -> np.ndarray:
+def values_of(numbers: np.ndarray, scales: np.ndarray, format: QuantizationFormat, in_dim: int) -> np.ndarray:
     """What a quantized parameter means, by ml_dtypes."""
     if format.dtype == "mxfp4":
         halves = np.stack([numbers & 15, numbers >> 4], axis=in_dim + 1)
@@ -177,8 +177,8 @@ def test_values_are_bit_exact_whichever_rows_are_read(form):
     w = np.random.default_rng(0).normal(size=(300, 288)).astype(np.float32)
     written = write("w.weight", w)
     numbers, scales = written.tensors.values()
-    format = {"fp8": Format(dtype="float8_e4m3fn", inputs=128, outputs=128), "mxfp4": MXFP4}.get(
-        form, Format(dtype=str(numbers.dtype), inputs=None, outputs=1)
+    format = {"fp8": QuantizationFormat(dtype="float8_e4m3fn", inputs=128, outputs=128), "mxfp4": MXFP4}.get(
+        form, QuantizationFormat(dtype=str(numbers.dtype), inputs=None, outputs=1)
     )
     tensor = Dequantized(Rows(numbers.reshape(300, -1)), Rows(scales), format)
     assert tensor.shape == w.shape
@@ -205,8 +205,8 @@ def test_fused_tensors_of_all_experts_are_read_by_expert():
     turned = Swapped(Dequantized(Rows(numbers), Rows(scales), MXFP4))
     assert turned.shape == (3, 64, 10)
     np.testing.assert_array_equal(turned.at(1).read_rows(5, 60), value[1].T[5:60])
-    cells = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
-    np.testing.assert_array_equal(cells.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
+    view = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
+    np.testing.assert_array_equal(view.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
     plain = rng.normal(size=(3, 10, 64)).astype(np.float32)
     whole, each = (Quantizer(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
     np.testing.assert_array_equal(whole.scales.at(1).read_rows(0, 1), each.scales.read_rows(0, 1))
