@@ -25,7 +25,7 @@ from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.weights.budget import Budget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
-from jaxmoe.weights.dequantize import Made, plain_tensors
+from jaxmoe.weights.dequantize import DerivedTensor, plain_tensors
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
 from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
@@ -289,7 +289,9 @@ def _order(sink: Sink, unit: Unit) -> tuple[tuple[str, int], Path, int]:
     return sink.place(unit.outputs[0].name), unit.tensor.path, unit.tensor.start
 
 
-def _sources(source_checkpoint: SourceCheckpoint, *, plain: bool) -> Iterator[tuple[TensorInfo | Made, TensorSpec]]:
+def _sources(
+    source_checkpoint: SourceCheckpoint, *, plain: bool
+) -> Iterator[tuple[TensorInfo | DerivedTensor, TensorSpec]]:
     """The tensors to convert; plain: values in place of numbers and scales. Raises: CheckpointError, ConfigError."""
     how = read_quantization_config(source_checkpoint.config.get(QUANTIZATION_CONFIG)) if plain else None
     if how is None:
@@ -298,7 +300,7 @@ def _sources(source_checkpoint: SourceCheckpoint, *, plain: bool) -> Iterator[tu
     family = FAMILIES.get(str(source_checkpoint.config.get("model_type")))
     turn_experts = family is None or family.names.fused is not None
     for tensor in plain_tensors(source_checkpoint.tensors, how, turn_experts=turn_experts):
-        yield tensor, tensor.spec if isinstance(tensor, Made) else source_checkpoint.specs[tensor.name]
+        yield tensor, tensor.spec if isinstance(tensor, DerivedTensor) else source_checkpoint.specs[tensor.name]
 
 
 def _allocated(folder: Path) -> tuple[int, int]:

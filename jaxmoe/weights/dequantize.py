@@ -11,17 +11,17 @@ import numpy as np
 from jaxmoe.errors import CheckpointError
 from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.lazy_tensors import Dequantized, Swapped, Tensor
-from jaxmoe.weights.quantized_sources import NUMBER_NAMES, quantized_tensor_names, shaped, wanted_scales
+from jaxmoe.weights.lazy_tensors import DequantizedTensor, LazyTensor, TransposedTensor
+from jaxmoe.weights.quantized_sources import NUMBER_NAMES, expected_scales, quantized_tensor_names, shaped
 from jaxmoe.weights.safetensors_file import TensorInfo
 
 _SCALES = ("_scale", "_scale_inv", "_scales")  # what names of scales end in, of any format
 
 
-class Made:
+class DerivedTensor:
     """A tensor that is made of others, sources, read as if a file held it. source_bytes: of those."""
 
-    def __init__(self, name: str, tensor: Tensor, source: TensorInfo, scales: TensorInfo) -> None:
+    def __init__(self, name: str, tensor: LazyTensor, source: TensorInfo, scales: TensorInfo) -> None:
         self.spec = TensorSpec(name=name, dtype="F32", shape=tensor.shape)
         self.path, self.start, self.sources = source.path, source.start, (source, scales)
         self.num_bytes, self.source_bytes = self.spec.num_bytes, source.num_bytes + scales.num_bytes
@@ -46,7 +46,7 @@ class Made:
 
 def plain_tensors(
     tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization, *, turn_experts: bool = True
-) -> Iterator[TensorInfo | Made]:
+) -> Iterator[TensorInfo | DerivedTensor]:
     """Every tensor of a checkpoint that is quantized as published, in place of numbers and scales their values.
     turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
 
@@ -71,17 +71,17 @@ def plain_tensors(
         if scales is None:
             raise CheckpointError(f"tensor {name!r} of dtype {number_dtype} has no scales, {stem + of_scales}")
         shape = _shape_of_values(tensor, form)
-        wanted = wanted_scales(shape, quant_config, why=f" (scales of {name!r})")
-        if scales.shape not in wanted.shapes:
+        expected = expected_scales(shape, quant_config, why=f" (scales of {name!r})")
+        if scales.shape not in expected.shapes:
             raise CheckpointError(
                 f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, that of {name!r} needs "
-                f"{list(wanted.shapes[0])}: fetch it again"
+                f"{list(expected.shapes[0])}: fetch it again"
             )
-        scales.check_dtype(wanted.dtypes, why=wanted.why)
+        scales.check_dtype(expected.dtypes, why=expected.why)
         items = (*shape[:-1], shape[-1] // form.packing_factor)
-        values: Tensor = Dequantized(shaped(tensor, items), shaped(scales, wanted.shapes[0]), form)
+        values: LazyTensor = DequantizedTensor(shaped(tensor, items), shaped(scales, expected.shapes[0]), form)
         turned = turn_experts and len(shape) == 3
-        yield Made(stem, Swapped(values) if turned else values, tensor, scales)
+        yield DerivedTensor(stem, TransposedTensor(values) if turned else values, tensor, scales)
 
 
 def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization) -> None:

@@ -18,7 +18,7 @@ _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _BYTE_VALUES = np.stack([np.concatenate([_E2M1, -_E2M1])[np.arange(256) >> shift & 15] for shift in (0, 4)], axis=-1)
 
 
-class Tensor(Protocol):
+class LazyTensor(Protocol):
     """A tensor of a file, or one made of such: path and start say where its bytes begin."""
 
     path: Path
@@ -35,7 +35,7 @@ class Tensor(Protocol):
         """What all rows take in memory while they are read."""
         ...
 
-    def at(self, index: int) -> Tensor:
+    def at(self, index: int) -> LazyTensor:
         """One entry of the first dim, as a tensor by itself."""
         ...
 
@@ -44,10 +44,10 @@ class Tensor(Protocol):
         ...
 
 
-class _Made:
+class _TensorView:
     """What tensors made of one of a file share; those of two dims are read, others an entry at a time."""
 
-    def __init__(self, source: Tensor, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, source: LazyTensor, shape: tuple[int, ...], dtype: Any) -> None:
         self.source, self.shape, self.dtype = source, shape, np.dtype(dtype)
         self.path, self.start = source.path, source.start
 
@@ -57,25 +57,25 @@ class _Made:
         return max(self.source.num_bytes, math.prod(self.shape) * 4)
 
 
-class Reshaped(_Made):
+class ReshapedTensor(_TensorView):
     """The same numbers in the same order, in other dims after the first."""
 
-    def __init__(self, source: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
         super().__init__(source, shape, source.dtype)
 
-    def at(self, index: int) -> Reshaped:
+    def at(self, index: int) -> ReshapedTensor:
         """One entry of the first dim."""
-        return Reshaped(self.source.at(index), self.shape[1:])
+        return ReshapedTensor(self.source.at(index), self.shape[1:])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         return self.source.read_rows(start, stop).reshape(stop - start, *self.shape[1:])
 
 
-class Swapped(_Made):
+class TransposedTensor(_TensorView):
     """The same numbers with the last two dims exchanged; all rows of a matrix are read for any."""
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: LazyTensor) -> None:
         *lead, rows, columns = source.shape
         super().__init__(source, (*lead, columns, rows), source.dtype)
 
@@ -84,19 +84,19 @@ class Swapped(_Made):
         """Few: rows are best read all at once."""
         return self.shape[0]
 
-    def at(self, index: int) -> Swapped:
+    def at(self, index: int) -> TransposedTensor:
         """One entry of the first dim."""
-        return Swapped(self.source.at(index))
+        return TransposedTensor(self.source.at(index))
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         return self.source.read_rows(0, self.source.shape[0]).T[start:stop]
 
 
-class Bits(_Made):
+class BitcastTensor(_TensorView):
     """The bits of numbers of eight of them."""
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: LazyTensor) -> None:
         super().__init__(source, source.shape, np.uint8)
 
     @property
@@ -104,32 +104,32 @@ class Bits(_Made):
         """What the rows take that they come from."""
         return self.source.num_bytes
 
-    def at(self, index: int) -> Bits:
+    def at(self, index: int) -> BitcastTensor:
         """One entry of the first dim."""
-        return Bits(self.source.at(index))
+        return BitcastTensor(self.source.at(index))
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         return self.source.read_rows(start, stop).view(np.uint8)
 
 
-class Cells(_Made):
+class ScaleView(_TensorView):
     """Published scales [..., rows, columns] at the blocks of a parameter: each cell has its block's scale.
 
     outputs, inputs: of a published block (inputs None: all); high, wide: of a cell.
     """
 
     def __init__(
-        self, scales: Tensor, shape: tuple[int, ...], *, outputs: int, inputs: int | None, high: int, wide: int
+        self, scales: LazyTensor, shape: tuple[int, ...], *, outputs: int, inputs: int | None, high: int, wide: int
     ) -> None:
         super().__init__(scales, shape, scales.dtype)
         self._blocks = dict(outputs=outputs, inputs=inputs, high=high, wide=wide)
         self._outputs, self._high = outputs, high
         self._columns = np.arange(shape[-1]) * (0 if inputs is None else wide) // (inputs or 1)
 
-    def at(self, index: int) -> Cells:
+    def at(self, index: int) -> ScaleView:
         """One entry of the first dim."""
-        return Cells(self.source.at(index), self.shape[1:], **self._blocks)  # type: ignore[arg-type]
+        return ScaleView(self.source.at(index), self.shape[1:], **self._blocks)  # type: ignore[arg-type]
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
@@ -138,17 +138,17 @@ class Cells(_Made):
         return found[rows - rows[0]][:, self._columns]
 
 
-class Dequantized(_Made):
+class DequantizedTensor(_TensorView):
     """The values [..., out, in] of numbers and their published scales, as float32."""
 
-    def __init__(self, numbers: Tensor, scales: Tensor, format: QuantizationFormat) -> None:
+    def __init__(self, numbers: LazyTensor, scales: LazyTensor, format: QuantizationFormat) -> None:
         *lead, outputs, items = numbers.shape
         super().__init__(numbers, (*lead, outputs, items * format.packing_factor), np.float32)
         self._scales, self._format = scales, format
 
-    def at(self, index: int) -> Dequantized:
+    def at(self, index: int) -> DequantizedTensor:
         """One entry of the first dim."""
-        return Dequantized(self.source.at(index), self._scales.at(index), self._format)
+        return DequantizedTensor(self.source.at(index), self._scales.at(index), self._format)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
@@ -213,33 +213,33 @@ def quantized(values: np.ndarray, scales: np.ndarray, format: QuantizationFormat
     return values.astype(format.dtype)
 
 
-class Quantizer:
+class TensorQuantizer:
     """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantized give them."""
 
-    def __init__(self, source: Tensor, format: QuantizationFormat, name: str) -> None:
+    def __init__(self, source: LazyTensor, format: QuantizationFormat, name: str) -> None:
         """name: of the tensor, for errors."""
         assert format.packing_factor == 1
         *lead, outputs, inputs = source.shape
         self.source, self.format, self.name = source, format, name
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)
         self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
-        self._entries: dict[int, Quantizer] = {}
+        self._entries: dict[int, TensorQuantizer] = {}
         self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # kept once they are found: they are few
         self._known = np.zeros(len(self._scales), bool)
 
     @property
-    def numbers(self) -> Tensor:
+    def numbers(self) -> LazyTensor:
         """Of the shape of the source."""
-        return _Numbers(self)
+        return _QuantizedNumbers(self)
 
     @property
-    def scales(self) -> Tensor:
+    def scales(self) -> LazyTensor:
         """Of all blocks."""
-        return _Scales(self)
+        return _QuantizedScales(self)
 
-    def at(self, index: int) -> Quantizer:
+    def at(self, index: int) -> TensorQuantizer:
         """Of one entry of the first dim."""
-        return self._entries.setdefault(index, Quantizer(self.source.at(index), self.format, self.name))
+        return self._entries.setdefault(index, TensorQuantizer(self.source.at(index), self.format, self.name))
 
     def numbers_of(self, start: int, stop: int) -> np.ndarray:
         """Numbers of rows start..stop."""
@@ -264,24 +264,24 @@ class Quantizer:
         return values
 
 
-class _Numbers(_Made):
-    def __init__(self, quantizer: Quantizer) -> None:
+class _QuantizedNumbers(_TensorView):
+    def __init__(self, quantizer: TensorQuantizer) -> None:
         super().__init__(quantizer.source, quantizer.source.shape, quantizer.format.dtype)
         self._quantizer = quantizer
 
-    def at(self, index: int) -> Tensor:
+    def at(self, index: int) -> LazyTensor:
         return self._quantizer.at(index).numbers
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         return self._quantizer.numbers_of(start, stop)
 
 
-class _Scales(_Made):
-    def __init__(self, quantizer: Quantizer) -> None:
+class _QuantizedScales(_TensorView):
+    def __init__(self, quantizer: TensorQuantizer) -> None:
         super().__init__(quantizer.source, quantizer.scale_shape, np.float32)
         self._quantizer = quantizer
 
-    def at(self, index: int) -> Tensor:
+    def at(self, index: int) -> LazyTensor:
         return self._quantizer.at(index).scales
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:

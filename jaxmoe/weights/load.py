@@ -19,9 +19,9 @@ from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
 from jaxmoe.weights.dtypes import check_reach
-from jaxmoe.weights.lazy_tensors import Tensor
+from jaxmoe.weights.lazy_tensors import LazyTensor
 from jaxmoe.weights.params import ParamInfo
-from jaxmoe.weights.quantized_sources import Wanted, held, wanted_tensors
+from jaxmoe.weights.quantized_sources import ExpectedTensor, expected_tensors, quantized_sources
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
 
@@ -35,16 +35,16 @@ _IN_REACH = "load it in one that does (dtype, --dtype), such as float32"
 
 
 def check_keys(
-    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, Wanted], config: ModelConfig, directory: Path
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, ExpectedTensor], config: ModelConfig, directory: Path
 ) -> None:
     """Raise one CheckpointError listing every missing, unused and misshapen tensor, or naming one whose dtype is none
     of those wanted; silent if there is none."""
-    missing = sorted(set(wanted) - set(tensors))
+    missing = sorted(set(expected) - set(tensors))
     names = FAMILIES[config.family].names
-    unused = sorted(key for key in set(tensors) - set(wanted) if not may_stand_unused(key, config, names))
+    unused = sorted(key for key in set(tensors) - set(expected) if not may_stand_unused(key, config, names))
     misshapen = [
         f"{key} {list(tensors[key].shape)} instead of {list(one.shapes[0])}"
-        for key, one in sorted(wanted.items())
+        for key, one in sorted(expected.items())
         if key in tensors and tensors[key].shape not in one.shapes
     ]
     problems = []
@@ -56,7 +56,7 @@ def check_keys(
             f"{directory} does not match its config.json (family {config.family}): {'; '.join(problems)}; "
             f"check that config.json and the weight files belong together"
         )
-    for key, one in wanted.items():
+    for key, one in expected.items():
         tensors[key].check_dtype(one.dtypes, why=one.why)
 
 
@@ -71,7 +71,7 @@ Source = tuple[str, int | None]  # the key of a tensor, and the index of its fir
 def _fill(
     windows: Iterable[Window],
     parts: PiecesByIndex,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
     dtype: np.dtype,
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
@@ -184,7 +184,7 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
 def load_param(
     info: ParamInfo,
     parts: list[Piece],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> jax.Array:
@@ -254,8 +254,8 @@ def assign_pieces(
     for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
         parts[piece.path].append(piece)
     kept = _kept_paths(config, segments)
-    wanted = wanted_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
-    check_keys(tensors, wanted, config, directory)
+    expected = expected_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
+    check_keys(tensors, expected, config, directory)
     return parts
 
 
@@ -314,7 +314,7 @@ def load_params(
     parts: of plain parameters, as assign_pieces gives them; what is kept quantized is made of them (quantized_sources.py).
     on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
     """
-    sources, parts = held(tensors, table, parts, config)
+    sources, parts = quantized_sources(tensors, table, parts, config)
     in_checkpoint = {info.path for info in table if info.in_checkpoint}
     assert set(parts) == in_checkpoint, set(parts) ^ in_checkpoint
     total, done = sum(info.num_bytes for info in table), 0

@@ -16,7 +16,15 @@ from jaxmoe.families.quantized_layout import (
 )
 from jaxmoe.families.weight_slice import Piece
 from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
-from jaxmoe.weights.lazy_tensors import Bits, Cells, Dequantized, Quantizer, Reshaped, Swapped, Tensor
+from jaxmoe.weights.lazy_tensors import (
+    BitcastTensor,
+    DequantizedTensor,
+    LazyTensor,
+    ReshapedTensor,
+    ScaleView,
+    TensorQuantizer,
+    TransposedTensor,
+)
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
@@ -25,7 +33,7 @@ NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class ExpectedTensor:
     """A tensor that files must hold. shapes: any of them; dtypes: names, any of them."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -47,12 +55,12 @@ def checkpoint_scale_shape(shape: Sequence[int], format: QuantizationFormat) -> 
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
 
 
-def wanted_scales(shape: Sequence[int], quant_config: CheckpointQuantization, why: str) -> Wanted:
+def expected_scales(shape: Sequence[int], quant_config: CheckpointQuantization, why: str) -> ExpectedTensor:
     """The scales of a matrix [..., out, in]: compressed-tensors' may be without their last dim, of 1."""
     scales = checkpoint_scale_shape(shape, quant_config.format)
     flat = (scales[:-1],) if quant_config.method == "compressed-tensors" else ()
     dtypes = ("U8",) if quant_config.format.packing_factor > 1 else (*FLOATS, "F8_E8M0")
-    return Wanted(shapes=(scales, *flat), dtypes=dtypes, why=why)
+    return ExpectedTensor(shapes=(scales, *flat), dtypes=dtypes, why=why)
 
 
 def _is_quantized(
@@ -64,25 +72,25 @@ def _is_quantized(
     return kept or any(name in tensors for name in quantized_tensor_names(piece.key, quant_config) if name != piece.key)
 
 
-def wanted_tensors(
-    wanted: Iterable[tuple[Piece, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
-) -> dict[str, Wanted]:
+def expected_tensors(
+    slices: Iterable[tuple[Piece, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> dict[str, ExpectedTensor]:
     """What files must hold for pieces, each with whether it is kept quantized, by name."""
-    found: dict[str, Wanted] = {}
+    found: dict[str, ExpectedTensor] = {}
     quant_config = config.checkpoint_quantization
-    for piece, kept in wanted:
+    for piece, kept in slices:
         if piece.key in found:
             continue
         if not _is_quantized(piece, tensors, quant_config, kept=kept):
-            found[piece.key] = Wanted(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, quant_config))
+            found[piece.key] = ExpectedTensor(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, quant_config))
             continue
         assert quant_config is not None
         shape, format = oriented(piece).key_shape, quant_config.format
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.packing_factor > 1 else shape
         names = quantized_tensor_names(piece.key, quant_config)
         why = f" (quant_method {quant_config.method})"
-        found[names[0]] = Wanted(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
-        found[names[1]] = wanted_scales(shape, quant_config, why)
+        found[names[0]] = ExpectedTensor(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
+        found[names[1]] = expected_scales(shape, quant_config, why)
     return found
 
 
@@ -95,13 +103,13 @@ def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: Ch
     return f": the checkpoint has no scales of it, {quantized_tensor_names(piece.key, quant_config)[1]}"
 
 
-def held(
+def quantized_sources(
     tensors: Mapping[str, TensorInfo], table: Sequence[ParamInfo], parts: Mapping[str, list[Piece]], config: ModelConfig
-) -> tuple[dict[str, Tensor], dict[str, list[Piece]]]:
+) -> tuple[dict[str, LazyTensor], dict[str, list[Piece]]]:
     """Tensors and pieces for every parameter of the table, where parts has those of plain ones: matrices that the
     files hold quantized and the model does not are dequantized, and the other way round."""
     shapes = {info.path: info.shape for info in table}
-    sources: dict[str, Tensor] = dict(tensors)
+    sources: dict[str, LazyTensor] = dict(tensors)
     found: dict[str, list[Piece]] = {}
     for path, pieces in parts.items():
         to = f"{path}/{NUMBERS}", f"{path}/{SCALES}"
@@ -116,62 +124,62 @@ def held(
         blocks = block_shape(shapes[to[0]], shapes[to[1]])
         numbers = [number_piece(piece, format) for piece in pieces]
         block = matrix_block_shape(numbers[0], blocks)
-        found[to[0]] = [replace(piece, path=to[0], key=_made(piece.key, NUMBERS)) for piece in numbers]
+        found[to[0]] = [replace(piece, path=to[0], key=_derived_name(piece.key, NUMBERS)) for piece in numbers]
         found[to[1]] = []
         for piece, plain in zip(numbers, pieces, strict=True):
-            if _made(piece.key, NUMBERS) not in sources:
-                sources |= _kept(piece, tensors, config, format, turned=oriented(plain) is not plain)
+            if _derived_name(piece.key, NUMBERS) not in sources:
+                sources |= _quantized(piece, tensors, config, format, turned=oriented(plain) is not plain)
         for piece in scale_pieces(numbers, blocks):
-            key = _made(piece.key, block)
+            key = _derived_name(piece.key, block)
             if key not in sources:
-                sources[key] = Cells(
-                    sources[_made(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=block[0],
+                sources[key] = ScaleView(
+                    sources[_derived_name(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=block[0],
                     inputs=None if format.inputs is None else format.inputs // format.packing_factor, wide=block[1],
                 )  # fmt: skip
             found[to[1]].append(replace(piece, path=to[1], key=key))
     return sources, found
 
 
-def _made(key: str, what: object) -> str:
+def _derived_name(key: str, what: object) -> str:
     """The name of a tensor that is made of those of a matrix; no file has such."""
     return f"{key} {what}"
 
 
-def _opened(
+def _open_quantized(
     key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization
-) -> tuple[Tensor, Tensor]:
+) -> tuple[LazyTensor, LazyTensor]:
     """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in quantized_tensor_names(key, quant_config))
     items = (*shape[:-1], shape[-1] // quant_config.format.packing_factor)
     return shaped(numbers, items), shaped(scales, checkpoint_scale_shape(shape, quant_config.format))
 
 
-def shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def shaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """The same numbers in another shape."""
-    return tensor if tensor.shape == shape else Reshaped(tensor, shape)
+    return tensor if tensor.shape == shape else ReshapedTensor(tensor, shape)
 
 
 def _dequantized(
     piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
-) -> Tensor:
+) -> LazyTensor:
     """The values of a matrix, in the dims that plain checkpoints have."""
     assert quant_config is not None
-    opened = _opened(piece.key, oriented(piece).key_shape, tensors, quant_config)
-    values = Dequantized(*opened, quant_config.format)
-    return values if oriented(piece) is piece else Swapped(values)
+    arrays = _open_quantized(piece.key, oriented(piece).key_shape, tensors, quant_config)
+    values = DequantizedTensor(*arrays, quant_config.format)
+    return values if oriented(piece) is piece else TransposedTensor(values)
 
 
-def _kept(
+def _quantized(
     piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: QuantizationFormat, *, turned: bool
-) -> dict[str, Tensor]:
+) -> dict[str, LazyTensor]:
     """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones.
     turned: whether the plain one is stored [..., in, out]."""
     if config.checkpoint_quantization is not None:
         shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.packing_factor)
-        numbers, scales = _opened(piece.key, shape, tensors, config.checkpoint_quantization)
+        numbers, scales = _open_quantized(piece.key, shape, tensors, config.checkpoint_quantization)
     else:
-        plain: Tensor = tensors[piece.key]
-        made = Quantizer(Swapped(plain) if turned else plain, format, piece.key)
-        numbers, scales = made.numbers, made.scales
-    numbers = Bits(numbers) if format.dtype == "float8_e4m3fn" else numbers
-    return {_made(piece.key, NUMBERS): numbers, _made(piece.key, SCALES): scales}
+        plain: LazyTensor = tensors[piece.key]
+        quantizer = TensorQuantizer(TransposedTensor(plain) if turned else plain, format, piece.key)
+        numbers, scales = quantizer.numbers, quantizer.scales
+    numbers = BitcastTensor(numbers) if format.dtype == "float8_e4m3fn" else numbers
+    return {_derived_name(piece.key, NUMBERS): numbers, _derived_name(piece.key, SCALES): scales}

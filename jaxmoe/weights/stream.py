@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.budget import Budget, resident_bytes
-from jaxmoe.weights.dequantize import Made
+from jaxmoe.weights.dequantize import DerivedTensor
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.manifest import FileEntry
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -80,14 +80,14 @@ class Sink(Protocol):
 class Unit:
     """A source tensor and what is made of it."""
 
-    tensor: TensorInfo | Made
+    tensor: TensorInfo | DerivedTensor
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
         """The tensors of files that it is made of."""
-        return self.tensor.sources if isinstance(self.tensor, Made) else (self.tensor,)
+        return self.tensor.sources if isinstance(self.tensor, DerivedTensor) else (self.tensor,)
 
     @property
     def untouched(self) -> bool:
@@ -97,12 +97,12 @@ class Unit:
     @property
     def granule(self) -> int:
         """Slices begin at multiples of so many numbers."""
-        return self.tensor.row_numbers if isinstance(self.tensor, Made) else 1
+        return self.tensor.row_numbers if isinstance(self.tensor, DerivedTensor) else 1
 
     def source_bytes(self, num_bytes: int) -> int:
         """Bytes of files that so many of the tensor's come from, as near as a progress bar needs."""
         made = self.tensor
-        return num_bytes * made.source_bytes // max(1, made.num_bytes) if isinstance(made, Made) else num_bytes
+        return num_bytes * made.source_bytes // max(1, made.num_bytes) if isinstance(made, DerivedTensor) else num_bytes
 
 
 @dataclass(kw_only=True)

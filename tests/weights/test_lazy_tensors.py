@@ -19,7 +19,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.lazy_tensors import Cells, Dequantized, Quantizer, Swapped, dequantize
+from jaxmoe.weights.lazy_tensors import DequantizedTensor, ScaleView, TensorQuantizer, TransposedTensor, dequantize
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of
@@ -180,7 +180,7 @@ def test_values_are_bit_exact_whichever_rows_are_read(form):
     format = {"fp8": QuantizationFormat(dtype="float8_e4m3fn", inputs=128, outputs=128), "mxfp4": MXFP4}.get(
         form, QuantizationFormat(dtype=str(numbers.dtype), inputs=None, outputs=1)
     )
-    tensor = Dequantized(Rows(numbers.reshape(300, -1)), Rows(scales), format)
+    tensor = DequantizedTensor(Rows(numbers.reshape(300, -1)), Rows(scales), format)
     assert tensor.shape == w.shape
     for start, stop in ((0, 300), (127, 129), (128, 256), (5, 6), (250, 300)):
         np.testing.assert_array_equal(tensor.read_rows(start, stop), written.value[start:stop])
@@ -202,13 +202,13 @@ def test_fused_tensors_of_all_experts_are_read_by_expert():
     rng = np.random.default_rng(0)
     numbers, scales = rng.integers(0, 256, (3, 10, 32), np.uint8), rng.integers(110, 130, (3, 10, 2), np.uint8)
     value = dequantize(numbers, scales, MXFP4)
-    turned = Swapped(Dequantized(Rows(numbers), Rows(scales), MXFP4))
+    turned = TransposedTensor(DequantizedTensor(Rows(numbers), Rows(scales), MXFP4))
     assert turned.shape == (3, 64, 10)
     np.testing.assert_array_equal(turned.at(1).read_rows(5, 60), value[1].T[5:60])
-    view = Cells(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
+    view = ScaleView(Rows(scales), (3, 10, 4), outputs=1, inputs=16, high=1, wide=8)
     np.testing.assert_array_equal(view.at(1).read_rows(2, 9), scales[1, 2:9].repeat(2, axis=1))
     plain = rng.normal(size=(3, 10, 64)).astype(np.float32)
-    whole, each = (Quantizer(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
+    whole, each = (TensorQuantizer(Rows(array), FORMATS["int8-block"], "w") for array in (plain, plain[1]))
     np.testing.assert_array_equal(whole.scales.at(1).read_rows(0, 1), each.scales.read_rows(0, 1))
     np.testing.assert_array_equal(whole.numbers.at(1).read_rows(0, 10), each.numbers.read_rows(0, 10))
 
