@@ -213,15 +213,15 @@ class ModelConfig:
     """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
 
     moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
-    checkpoint_quantization: how the checkpoint's files hold matrices that are quantized; quantization: which of the model's are, and
-    how; None where all are plain.
-    attention_chunks: a token attends within its chunk of so many positions; None for all; () for no layer with any.
-    rope_layers: whether positions are embedded; () for all. In layers without, queries grow with their position where
-    attn_temperature_tuning is given: (scale, floor) as in 1 + scale * log(1 + floor_of((position + 1) / floor)).
-    mla: in place of grouped-query attention; head_dim is then that of queries, num_key_value_heads 1. sinks: a logit of
-    every query head that takes part in its softmax and adds nothing. score_scale: of attention scores, head_dim ** -0.5
-    where None. mtp_layers: those of multi-token prediction, which checkpoints carry and inference leaves out.
-    checkpoint: names and shapes of the stored tensors, where they are not the published ones.
+    checkpoint_quantization: how the checkpoint's files hold matrices that are quantized; quantization: which of the
+    model's are, and how; None where all are plain. attention_chunks: a token attends within its chunk of so many
+    positions; None for all; () for no layer with any. rope_layers: whether positions are embedded; () for all. In
+    layers without, queries grow with their position where attn_temperature_tuning is given: (scale, floor) as in 1 +
+    scale * log(1 + floor_of((position + 1) / floor)). mla: in place of grouped-query attention; head_dim is then that
+    of queries, num_key_value_heads 1. sinks: a logit of every query head that takes part in its softmax and adds
+    nothing. score_scale: of attention scores, head_dim ** -0.5 where None. mtp_layers: those of multi-token prediction,
+    which checkpoints carry and inference leaves out. checkpoint: names and shapes of the stored tensors, where they are
+    not the published ones.
     Raises: ConfigError naming the value and its limit.
     """
 

@@ -37,7 +37,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.planner.balance import ExpertPlacement, balance
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.load import assign_pieces, load_params
+from jaxmoe.weights.load import assign_weight_slices, load_params
 from jaxmoe.weights.params import parameter_table, state_of
 from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 from jaxmoe.weights.stored import as_stored
@@ -86,17 +86,17 @@ class LLM:
         over some of these axes, whose devices keep their coordinates; axes that need fewer devices than there are take
         the nearest ones and log a warning; None puts all devices on expert (MoE) or tensor (dense). dtype: of weights
         and activations; None keeps the checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are
-        kept: None as in the checkpoint, quantized ones too, as their own format's name does; int8, fp8 (a scale for each
-        output), int8-block, fp8-block (for 128x128) quantizes plain ones; float32, bfloat16 or float16, which is
+        kept: None as in the checkpoint, quantized ones too, as their own format's name does; int8, fp8 (a scale for
+        each output), int8-block, fp8-block (for 128x128) quantizes plain ones; float32, bfloat16 or float16, which is
         dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
-        fastest here: on a CPU the native kernels where there is a C++ compiler.
-        max_num_seqs: requests run together, rounded up to a power of two a rank. layout: which axes share out tokens,
-        layers and experts (layouts.py). virtual_stages: of each pipeline stage: more
-        make stages wait less and send more. redundant_experts: places for experts beyond their number in each MoE
-        layer, 0 or more (rounded up so that all ranks have as many), to move experts among by place_experts; None keeps
-        them in order. verify: hold a converted checkpoint against its checksums first (reads it once more).
-        on_progress is told (bytes of parameters filled, bytes in all) as files are read.
+        fastest here: on a CPU the native kernels where there is a C++ compiler. max_num_seqs: requests run together,
+        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py).
+        virtual_stages: of each pipeline stage: more make stages wait less and send more. redundant_experts: places for
+        experts beyond their number in each MoE layer, 0 or more (rounded up so that all ranks have as many), to move
+        experts among by place_experts; None keeps them in order. verify: hold a converted checkpoint against its
+        checksums first (reads it once more). on_progress is told (bytes of parameters filled, bytes in all) as files
+        are read.
         Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
         """
         directory = find_model(model, revision=revision)
@@ -127,7 +127,7 @@ class LLM:
         abstract = nnx.state(shapes)
         table = parameter_table(abstract, placement)
         sizes = segment_sizes(config, placement, shapes.layer_segments)
-        parts = assign_pieces(directory, tensors, config, sizes, shapes.layer_segments)
+        parts = assign_weight_slices(directory, tensors, config, sizes, shapes.layer_segments)
 
         with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)

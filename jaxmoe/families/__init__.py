@@ -25,8 +25,8 @@ from jaxmoe.families import (
     qwen3,
     qwen3_moe,
 )
-from jaxmoe.families.family import Family
-from jaxmoe.families.keys import may_stand_unused, pieces
+from jaxmoe.families.family import ModelFamily
+from jaxmoe.families.keys import may_stand_unused, weight_slices
 from jaxmoe.families.quantization_reader import read_quantization_config, with_checkpoint_quantization
 from jaxmoe.families.quantization_tool import (
     QUANTIZATION_KEYS,
@@ -37,11 +37,11 @@ from jaxmoe.families.quantization_tool import (
 )
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
-from jaxmoe.families.weight_slice import Piece
+from jaxmoe.families.weight_slice import WeightSlice
 from jaxmoe.formats import QUANTIZATION_CONFIG
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     family.name: family
     for family in (*(module.FAMILY for module in _OF_ONE_NAME), *deepseek.FAMILIES, *llama4.FAMILIES)
 }
@@ -52,12 +52,12 @@ _EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values(
 
 __all__ = [
     "FAMILIES",
-    "Family",
-    "Piece",
+    "ModelFamily",
+    "WeightSlice",
     "check_other_keys",
     "is_exact",
     "may_stand_unused",
-    "pieces",
+    "weight_slices",
     "quantization_key",
     "quantized_keys",
     "quantizer_name",

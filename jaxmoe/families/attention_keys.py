@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.families.weight_slice import Piece, Place, whole
+from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice, full_slice
 
 _PATH = "attention"
 
@@ -30,19 +30,19 @@ def _query_heads(config: ModelConfig, sizes: ArraySizes) -> list[tuple[int, int,
     return [(head, *sizes.query_slot(config, head)) for head in range(config.num_attention_heads)]
 
 
-def _out(config: ModelConfig, sizes: ArraySizes, hf: str, head_dim: int) -> Iterator[Piece]:
+def _out(config: ModelConfig, sizes: ArraySizes, hf: str, head_dim: int) -> Iterator[WeightSlice]:
     width, num_heads = config.hidden_size, config.num_attention_heads
     for head, slot, place in _query_heads(config, sizes):
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.o_proj.weight", key_shape=(width, num_heads * head_dim),
             src=(slice(0, width), slice(head * head_dim, (head + 1) * head_dim)), path=f"{_PATH}/out",
             dst=(slot, place, slice(0, head_dim), slice(0, width)), transpose=True,
         )  # fmt: skip
     if config.out_bias:
-        yield whole(f"{hf}.o_proj.bias", (width,), f"{_PATH}/out_bias")
+        yield full_slice(f"{hf}.o_proj.bias", (width,), f"{_PATH}/out_bias")
 
 
-def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[Piece]:
+def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
     """Grouped-query attention: query, key and value of a head slot side by side."""
     width, head_dim = config.hidden_size, config.head_dim
     num_heads, num_kv = config.num_attention_heads, config.num_key_value_heads
@@ -59,12 +59,12 @@ def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterat
             first = head * head_dim
             whole_head = [(slice(first, first + head_dim), slice(0, head_dim))]
             for rows, dims in whole_head if letter == "v" else _halves(config, first, head_dim):
-                yield Piece(
+                yield WeightSlice(
                     key=f"{key}.weight", key_shape=shape, src=(rows, slice(0, width)), path=f"{_PATH}/qkv",
                     dst=(slice(0, width), slot, place, dims), transpose=True,
                 )  # fmt: skip
                 if config.qkv_bias:
-                    yield Piece(
+                    yield WeightSlice(
                         key=f"{key}.bias", key_shape=shape[:1], src=(rows,), path=f"{_PATH}/qkv_bias",
                         dst=(slot, place, dims),
                     )  # fmt: skip
@@ -74,34 +74,34 @@ def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterat
 
 def _norms_and_sinks(
     config: ModelConfig, query: list[tuple[int, int, int]], key_value: list[tuple[int, int]], hf: str
-) -> Iterator[Piece]:
+) -> Iterator[WeightSlice]:
     head_dim = config.head_dim
     if config.sinks:
         for head, slot, place in query:
-            dst: Place = (slot, slice(place, place + 1))
+            dst: ArrayIndex = (slot, slice(place, place + 1))
             key_shape = (config.num_attention_heads,)
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.sinks", key_shape=key_shape, src=(slice(head, head + 1),), path=f"{_PATH}/sinks", dst=dst
             )
     if config.qk_norm == "head":
-        yield whole(f"{hf}.q_norm.weight", (head_dim,), f"{_PATH}/q_norm")
-        yield whole(f"{hf}.k_norm.weight", (head_dim,), f"{_PATH}/k_norm")
+        yield full_slice(f"{hf}.q_norm.weight", (head_dim,), f"{_PATH}/q_norm")
+        yield full_slice(f"{hf}.k_norm.weight", (head_dim,), f"{_PATH}/k_norm")
     if config.qk_norm == "full":
         all_dims = slice(0, head_dim)
         for head, slot, place in query:
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.q_norm.weight", key_shape=(config.num_attention_heads * head_dim,),
                 src=(slice(head * head_dim, (head + 1) * head_dim),), path=f"{_PATH}/q_norm",
                 dst=(slot, place, all_dims),
             )  # fmt: skip
         for head, slot in key_value:
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.k_norm.weight", key_shape=(config.num_key_value_heads * head_dim,),
                 src=(slice(head * head_dim, (head + 1) * head_dim),), path=f"{_PATH}/k_norm", dst=(slot, all_dims),
             )  # fmt: skip
 
 
-def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[Piece]:
+def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
     """Latent attention: the way down to the latents whole, the ways up from them by query head."""
     mla = config.mla
     assert mla is not None
@@ -109,29 +109,29 @@ def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterato
     both, num_heads = nope + mla.v_head_dim, config.num_attention_heads
     down = (mla.cached_dim, width)
     for rows, columns in _halves(config, 0, mla.cached_dim):
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.kv_a_proj_with_mqa.weight", key_shape=down, src=(rows, slice(0, width)), path=f"{_PATH}/kv_down",
             dst=(slice(0, width), columns), transpose=True,
         )  # fmt: skip
-    yield whole(f"{hf}.kv_a_layernorm.weight", (rank,), f"{_PATH}/kv_norm")
+    yield full_slice(f"{hf}.kv_a_layernorm.weight", (rank,), f"{_PATH}/kv_norm")
     into, key = width, f"{hf}.q_proj.weight"
     if mla.q_lora_rank is not None:
         into, key = mla.q_lora_rank, f"{hf}.q_b_proj.weight"
-        yield whole(f"{hf}.q_a_proj.weight", (into, width), f"{_PATH}/q_down", transpose=True)
-        yield whole(f"{hf}.q_a_layernorm.weight", (into,), f"{_PATH}/q_norm")
+        yield full_slice(f"{hf}.q_a_proj.weight", (into, width), f"{_PATH}/q_down", transpose=True)
+        yield full_slice(f"{hf}.q_a_layernorm.weight", (into,), f"{_PATH}/q_norm")
     for head, slot, place in _query_heads(config, sizes):
         for rows, dims in _halves(config, head * config.head_dim, config.head_dim):
-            yield Piece(
+            yield WeightSlice(
                 key=key, key_shape=(num_heads * config.head_dim, into), src=(rows, slice(0, into)), path=f"{_PATH}/q",
                 dst=(slice(0, into), slot, place, dims), transpose=True,
             )  # fmt: skip
         keys, values = head * both, head * both + nope
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.kv_b_proj.weight", key_shape=(num_heads * both, rank),
             src=(slice(keys, values), slice(0, rank)), path=f"{_PATH}/key_up",
             dst=(slot, place, slice(0, nope), slice(0, rank)),
         )  # fmt: skip
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.kv_b_proj.weight", key_shape=(num_heads * both, rank),
             src=(slice(values, values + mla.v_head_dim), slice(0, rank)), path=f"{_PATH}/value_up",
             dst=(slot, place, slice(0, rank), slice(0, mla.v_head_dim)), transpose=True,
@@ -140,7 +140,7 @@ def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterato
     yield from _indexer(config, into, f"{hf}.indexer")
 
 
-def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[Piece]:
+def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[WeightSlice]:
     if config.indexer is None:
         return
     heads, dim, width = config.indexer.num_heads, config.indexer.head_dim, config.hidden_size
@@ -151,4 +151,4 @@ def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[Piece]:
     }
     shapes |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,)}
     for name, shape in shapes.items():
-        yield whole(f"{hf}.{name}", shape, f"{_PATH}/indexer/{name}")
+        yield full_slice(f"{hf}.{name}", shape, f"{_PATH}/indexer/{name}")

@@ -14,8 +14,8 @@ from typing import Any
 from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.decoder import read_decoder, read_dense_prefix, read_layer_types
-from jaxmoe.families.family import Family
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.family import ModelFamily
+from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.reader import MAX_LAYERS, REQUIRED, ConfigReader, read_agreed, read_num_experts
 from jaxmoe.families.rope_keys import check_agree, rope_scalings, yarn_mscale
 
@@ -139,7 +139,7 @@ def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
 
 
 _MTP_LAYERS = (0, MAX_LAYERS)
-NAMES = KeyNames(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
+NAMES = CheckpointKeys(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
 _ARCHITECTURES = {
     "deepseek_v2": ("DeepseekV2ForCausalLM",),
     "deepseek_v3": ("DeepseekV3ForCausalLM",),
@@ -147,7 +147,7 @@ _ARCHITECTURES = {
     "kimi_k2": ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
 }
 FAMILIES = tuple(
-    Family(
+    ModelFamily(
         name=name, read=partial(_read, family=name, sigmoid=name != "deepseek_v2"), names=NAMES,
         architectures=architectures, own_code=True,
     )

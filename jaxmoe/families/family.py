@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.reader import ConfigReader
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class ModelFamily:
     """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys.
 
     architectures: what config.json calls its causal language model. part: the key of config.json whose object is the
@@ -22,6 +22,6 @@ class Family:
     name: str
     read: Callable[[ConfigReader], ModelConfig]
     architectures: tuple[str, ...]
-    names: KeyNames = KeyNames()
+    names: CheckpointKeys = CheckpointKeys()
     part: str | None = None
     own_code: bool = False

@@ -3,7 +3,7 @@
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_dense_prefix
 from jaxmoe.families.deepseek import NAMES, read_mtp_layers, read_shared_experts, sigmoid_routing
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
@@ -31,4 +31,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="glm4_moe", read=read, names=NAMES, architectures=("Glm4MoeForCausalLM",))
+FAMILY = ModelFamily(name="glm4_moe", read=read, names=NAMES, architectures=("Glm4MoeForCausalLM",))

@@ -5,8 +5,8 @@ Source: Hugging Face's GptOssConfig and modeling_gpt_oss.
 
 from jaxmoe.config import ModelConfig, MoEConfig, SwiGLUClamp
 from jaxmoe.families.decoder import read_decoder, read_windows
-from jaxmoe.families.family import Family
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.family import ModelFamily
+from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.reader import ConfigReader, read_agreed, read_num_experts
 
 _YARN = {
@@ -45,5 +45,5 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-NAMES = KeyNames(router="router", fused="interleaved")
-FAMILY = Family(name="gpt_oss", read=read, names=NAMES, architectures=("GptOssForCausalLM",))
+NAMES = CheckpointKeys(router="router", fused="interleaved")
+FAMILY = ModelFamily(name="gpt_oss", read=read, names=NAMES, architectures=("GptOssForCausalLM",))

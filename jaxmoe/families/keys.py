@@ -1,7 +1,7 @@
 """Which tensor of a published checkpoint lies where in which parameter: one table, read by loading and by saving.
 
-A Piece says: tensor `key`, of shape `key_shape`, taken at `src`, transposed or not, is the parameter `path` at `dst`.
-Published matrices are [out, in], fused ones of all experts [expert, in, out]; parameters are [in, ...out].
+A WeightSlice says: tensor `key`, of shape `key_shape`, taken at `src`, transposed or not, is the parameter `path` at
+`dst`. Published matrices are [out, in], fused ones of all experts [expert, in, out]; parameters are [in, ...out].
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Literal
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.depth import LayerSegment, locate_layer
 from jaxmoe.families.attention_keys import grouped_attention, latent_attention
-from jaxmoe.families.weight_slice import Piece, Place, whole
+from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice, full_slice
 
-Fused = Literal["interleaved", "halves"]  # how gate and up lie in one tensor: column by column, or one after the other
+FusedLayout = Literal[
+    "interleaved", "halves"
+]  # how gate and up lie in one tensor: column by column, or one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyNames:
+class CheckpointKeys:
     """The names in which families differ; {e} is the expert.
 
     prefix: of every key. others: prefixes of keys of other models in the checkpoint. fused: all experts in one tensor.
@@ -37,7 +39,7 @@ class KeyNames:
     expert_gate: str = "experts.{e}.gate_proj"
     expert_up: str = "experts.{e}.up_proj"
     expert_down: str = "experts.{e}.down_proj"
-    fused: Fused | None = None
+    fused: FusedLayout | None = None
     shared: str = "shared_expert"
 
 
@@ -46,53 +48,53 @@ GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"  # of all experts of
 _GATED = ("gate", "up", "down")
 
 
-def _gated(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int) -> Iterator[Piece]:
+def _gated(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int) -> Iterator[WeightSlice]:
     """Gate, up and down projections of one SwiGLU."""
     for name, key in zip(_GATED, hf_keys, strict=True):
         shape = (width, ffn) if name == "down" else (ffn, width)
-        yield whole(f"{key}.weight", shape, f"{path}/{name}", transpose=True)
+        yield full_slice(f"{key}.weight", shape, f"{path}/{name}", transpose=True)
 
 
-def _expert(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int, expert: int) -> Iterator[Piece]:
+def _expert(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int, expert: int) -> Iterator[WeightSlice]:
     """The same of one expert, whose gate and up are one parameter."""
     rows, columns = slice(0, width), slice(0, ffn)
     for part, key in enumerate(hf_keys[:2]):
-        dst: Place = (expert, part, rows, columns)
-        yield whole(f"{key}.weight", (ffn, width), f"{path}/gate_up", transpose=True, dst=dst)
-    yield whole(f"{hf_keys[2]}.weight", (width, ffn), f"{path}/down", transpose=True, dst=(expert, columns, rows))
+        dst: ArrayIndex = (expert, part, rows, columns)
+        yield full_slice(f"{key}.weight", (ffn, width), f"{path}/gate_up", transpose=True, dst=dst)
+    yield full_slice(f"{hf_keys[2]}.weight", (width, ffn), f"{path}/down", transpose=True, dst=(expert, columns, rows))
 
 
 def _projections(prefix: str) -> tuple[str, str, str]:
     return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
 
 
-def _dense_mlp(config: ModelConfig, hf: str) -> Iterator[Piece]:
+def _dense_mlp(config: ModelConfig, hf: str) -> Iterator[WeightSlice]:
     keys, path = _projections(hf), "mlp"
     width, ffn = config.hidden_size, config.intermediate_size
     yield from _gated(keys, path, width, ffn)
     if config.mlp_bias:
         for name, key in zip(_GATED, keys, strict=True):
-            yield whole(f"{key}.bias", (width if name == "down" else ffn,), f"{path}/{name}_bias")
+            yield full_slice(f"{key}.bias", (width if name == "down" else ffn,), f"{path}/{name}_bias")
 
 
-def _stacked_experts(moe: MoEConfig, width: int, hf: str) -> Iterator[Piece]:
-    """Yield the pieces of experts stored as one tensor for gate and up [E, 2F, D] and one for down [E, D, F]."""
+def _stacked_experts(moe: MoEConfig, width: int, hf: str) -> Iterator[WeightSlice]:
+    """Yield the weight slices of experts stored as one tensor for gate and up [E, 2F, D] and one for down [E, D, F]."""
     count, ffn, path = moe.num_experts, moe.intermediate_size, "moe/experts"
     rows, columns = slice(0, width), slice(0, ffn)
     for expert in range(count):
         for part in (0, 1):
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.{GATE_UP}", key_shape=(count, 2 * ffn, width),
                 src=(expert, slice(part * ffn, (part + 1) * ffn), rows), path=f"{path}/gate_up",
                 dst=(expert, part, rows, columns), transpose=True,
             )  # fmt: skip
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.{DOWN}", key_shape=(count, width, ffn), src=(expert, rows, columns), path=f"{path}/down",
             dst=(expert, columns, rows), transpose=True,
         )  # fmt: skip
 
 
-def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: Fused) -> Iterator[Piece]:
+def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: FusedLayout) -> Iterator[WeightSlice]:
     """Experts of one tensor each for gate and up [E, D, 2F] and for down [E, F, D], and their biases."""
     count, ffn, path = moe.num_experts, moe.intermediate_size, "moe/experts"
     parts = [
@@ -101,32 +103,32 @@ def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: Fused) -> Iterato
     rows, columns = slice(0, width), slice(0, ffn)
     for expert in range(count):
         for part, src in enumerate(parts):
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.{GATE_UP}", key_shape=(count, width, 2 * ffn), src=(expert, rows, src),
                 path=f"{path}/gate_up", dst=(expert, part, rows, columns),
             )  # fmt: skip
-        yield Piece(
+        yield WeightSlice(
             key=f"{hf}.{DOWN}", key_shape=(count, ffn, width), src=(expert, columns, rows), path=f"{path}/down",
             dst=(expert, columns, rows),
         )  # fmt: skip
     if moe.biases:
         experts = slice(0, count)
         for part, src in enumerate(parts):
-            yield Piece(
+            yield WeightSlice(
                 key=f"{hf}.{GATE_UP}_bias", key_shape=(count, 2 * ffn), src=(experts, src),
                 path=f"{path}/gate_up_bias", dst=(experts, part, columns),
             )  # fmt: skip
-        yield whole(f"{hf}.{DOWN}_bias", (count, width), "moe/down_bias")
+        yield full_slice(f"{hf}.{DOWN}_bias", (count, width), "moe/down_bias")
 
 
-def _moe(config: ModelConfig, names: KeyNames, hf: str) -> Iterator[Piece]:
+def _moe(config: ModelConfig, names: CheckpointKeys, hf: str) -> Iterator[WeightSlice]:
     assert config.moe is not None
     path, width, moe = "moe", config.hidden_size, config.moe
-    yield whole(f"{hf}.{names.router}.weight", (moe.num_experts, width), f"{path}/router", transpose=True)
+    yield full_slice(f"{hf}.{names.router}.weight", (moe.num_experts, width), f"{path}/router", transpose=True)
     if moe.router_bias:
-        yield whole(f"{hf}.{names.router}.bias", (moe.num_experts,), f"{path}/router_bias")
+        yield full_slice(f"{hf}.{names.router}.bias", (moe.num_experts,), f"{path}/router_bias")
     if moe.selection_bias:
-        yield whole(f"{hf}.{names.selection_bias}", (moe.num_experts,), f"{path}/selection_bias")
+        yield full_slice(f"{hf}.{names.selection_bias}", (moe.num_experts,), f"{path}/selection_bias")
     if names.fused:
         yield from _fused_experts(moe, width, hf, names.fused)
     elif config.checkpoint.stacked_experts:
@@ -140,14 +142,14 @@ def _moe(config: ModelConfig, names: KeyNames, hf: str) -> Iterator[Piece]:
         shared = f"{hf}.{names.shared}"
         yield from _gated(_projections(shared), f"{path}/shared", width, moe.shared_intermediate_size)
     if moe.shared_gate:
-        yield whole(f"{shared}_gate.weight", (1, width), f"{path}/shared_gate", transpose=True)
+        yield full_slice(f"{shared}_gate.weight", (1, width), f"{path}/shared_gate", transpose=True)
 
 
-def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) -> Iterator[Piece]:
-    """The pieces of one layer, with paths and places inside its block."""
+def _layer(config: ModelConfig, sizes: ArraySizes, names: CheckpointKeys, layer: int) -> Iterator[WeightSlice]:
+    """The weight slices of one layer, with paths and places inside its block."""
     hf = f"model.layers.{layer}"
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield whole(f"{hf}.{norm}.weight", (config.hidden_size,), norm)
+        yield full_slice(f"{hf}.{norm}.weight", (config.hidden_size,), norm)
     attention = grouped_attention if config.mla is None else latent_attention
     yield from attention(config, sizes, f"{hf}.self_attn")
     if config.moe_layers[layer]:
@@ -157,34 +159,38 @@ def _layer(config: ModelConfig, sizes: ArraySizes, names: KeyNames, layer: int) 
         yield from _dense_mlp(config, f"{hf}.{names.dense}")
 
 
-def pieces(
+def weight_slices(
     config: ModelConfig,
     sizes: Sequence[ArraySizes],
-    names: KeyNames,
+    names: CheckpointKeys,
     segments: tuple[LayerSegment, ...],
     *,
     layers: Collection[int] | None = None,
-) -> Iterator[Piece]:
-    """Every piece of a whole checkpoint, in the order of the layers, or of some layers alone and what is outside all.
-    sizes: of the layers of each segment."""
+) -> Iterator[WeightSlice]:
+    """Every weight slice of a whole checkpoint, in the order of the layers, or of some layers alone and what is outside
+    all. sizes: of the layers of each segment."""
     width, vocab = config.hidden_size, config.vocab_size
 
-    def named(piece: Piece) -> Piece:
-        return replace(piece, key=names.prefix + piece.key) if names.prefix else piece
+    def named(weight_slice: WeightSlice) -> WeightSlice:
+        return replace(weight_slice, key=names.prefix + weight_slice.key) if names.prefix else weight_slice
 
-    yield named(whole(HEAD if config.checkpoint.head_is_embedding else EMBEDDING, (vocab, width), "embed"))
+    yield named(full_slice(HEAD if config.checkpoint.head_is_embedding else EMBEDDING, (vocab, width), "embed"))
     for layer in range(config.num_hidden_layers):
         if layers is not None and layer not in layers:
             continue
         location = locate_layer(layer, segments)
-        for piece in _layer(config, sizes[location.segment], names, layer):
-            yield named(replace(piece, path=f"{location.path}/{piece.path}", dst=(location.slot, *piece.dst)))
-    yield named(whole("model.norm.weight", (width,), "final_norm"))
+        for weight_slice in _layer(config, sizes[location.segment], names, layer):
+            yield named(
+                replace(
+                    weight_slice, path=f"{location.path}/{weight_slice.path}", dst=(location.slot, *weight_slice.dst)
+                )
+            )
+    yield named(full_slice("model.norm.weight", (width,), "final_norm"))
     if not config.tie_word_embeddings:
-        yield named(whole(HEAD, (vocab, width), "head", transpose=True))
+        yield named(full_slice(HEAD, (vocab, width), "head", transpose=True))
 
 
-def may_stand_unused(key: str, config: ModelConfig, names: KeyNames) -> bool:
+def may_stand_unused(key: str, config: ModelConfig, names: CheckpointKeys) -> bool:
     """Tensors that published checkpoints carry and inference does not need: rotary tables, a tied head's copy, layers
     of multi-token prediction, models beside the text's."""
     own = key.removeprefix(names.prefix)

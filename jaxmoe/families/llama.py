@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.decoder import read_decoder
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader
 
 
@@ -23,4 +23,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="llama", read=read, architectures=("LlamaForCausalLM",))
+FAMILY = ModelFamily(name="llama", read=read, architectures=("LlamaForCausalLM",))

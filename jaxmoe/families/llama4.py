@@ -11,8 +11,8 @@ from functools import partial
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.decoder import read_decoder, read_layer_types
-from jaxmoe.families.family import Family
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.family import ModelFamily
+from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.reader import ConfigReader, read_num_experts, shown
 
 
@@ -79,16 +79,16 @@ def _read(reader: ConfigReader, *, family: str) -> ModelConfig:
     )
 
 
-def _text(family: str, names: KeyNames, part: str | None) -> Family:
+def _text(family: str, names: CheckpointKeys, part: str | None) -> ModelFamily:
     named = ("Llama4ForCausalLM", *(("Llama4ForConditionalGeneration",) if part else ()))
-    return Family(name=family, read=partial(_read, family=family), names=names, part=part, architectures=named)
+    return ModelFamily(name=family, read=partial(_read, family=family), names=names, part=part, architectures=named)
 
 
 FAMILIES = (
-    _text("llama4_text", KeyNames(dense="feed_forward", moe="feed_forward", router="router", fused="halves"), None),
+    _text("llama4_text", CheckpointKeys(dense="feed_forward", moe="feed_forward", router="router", fused="halves"), None),
     _text(
         "llama4",
-        KeyNames(
+        CheckpointKeys(
             prefix="language_model.", dense="feed_forward", moe="feed_forward", router="router", fused="halves",
             others=("vision_model.", "multi_modal_projector."),
         ),

@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.decoder import read_decoder, read_windows
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader
 
 
@@ -20,4 +20,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="mistral", read=read, architectures=("MistralForCausalLM",))
+FAMILY = ModelFamily(name="mistral", read=read, architectures=("MistralForCausalLM",))

@@ -2,8 +2,8 @@
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_windows
-from jaxmoe.families.family import Family
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.family import ModelFamily
+from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
@@ -26,11 +26,11 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-NAMES = KeyNames(
+NAMES = CheckpointKeys(
     moe="block_sparse_moe",
     stacked_moe="mlp",
     expert_gate="experts.{e}.w1",
     expert_up="experts.{e}.w3",
     expert_down="experts.{e}.w2",
 )
-FAMILY = Family(name="mixtral", read=read, names=NAMES, architectures=("MixtralForCausalLM",))
+FAMILY = ModelFamily(name="mixtral", read=read, names=NAMES, architectures=("MixtralForCausalLM",))

@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
@@ -31,4 +31,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="olmoe", read=read, architectures=("OlmoeForCausalLM",))
+FAMILY = ModelFamily(name="olmoe", read=read, architectures=("OlmoeForCausalLM",))

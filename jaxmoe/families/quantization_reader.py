@@ -16,11 +16,11 @@ from typing import Any
 from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
 from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.keys import KeyNames, pieces
+from jaxmoe.families.keys import CheckpointKeys, weight_slices
 from jaxmoe.families.quantization_tool import quantizer_name
 from jaxmoe.families.quantized_layout import block_alignment, combined_alignment, is_matrix, oriented
 from jaxmoe.families.reader import ConfigReader, shown
-from jaxmoe.families.weight_slice import Piece
+from jaxmoe.families.weight_slice import WeightSlice
 from jaxmoe.formats import (
     FORMATS,
     MXFP4,
@@ -198,14 +198,14 @@ def _plain_names(quant_config: CheckpointQuantization) -> tuple[tuple[str, ...],
     return tuple(ends), tuple(patterns)
 
 
-def is_quantized(piece: Piece, quant_config: CheckpointQuantization) -> bool:
+def is_quantized(weight_slice: WeightSlice, quant_config: CheckpointQuantization) -> bool:
     """Whether files hold a tensor of a layer quantized."""
-    only = quant_config.method != "mxfp4" or "/moe/experts/" in piece.path
-    return only and is_matrix(piece) and not is_plain(piece.key.removesuffix(".weight"), quant_config)
+    only = quant_config.method != "mxfp4" or "/moe/experts/" in weight_slice.path
+    return only and is_matrix(weight_slice) and not is_plain(weight_slice.key.removesuffix(".weight"), quant_config)
 
 
 def with_checkpoint_quantization(
-    config: ModelConfig, quant_config: CheckpointQuantization | None, names: KeyNames
+    config: ModelConfig, quant_config: CheckpointQuantization | None, names: CheckpointKeys
 ) -> ModelConfig:
     """The config of a model that keeps what its checkpoint has quantized."""
     if quant_config is None:
@@ -218,7 +218,7 @@ def with_checkpoint_quantization(
     return replace(config, checkpoint_quantization=quant_config, quantization=kept)
 
 
-def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: KeyNames) -> ModelConfig:
+def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: CheckpointKeys) -> ModelConfig:
     """The config of a model that keeps matrices as asked: as published (None), plain ("float32", "bfloat16",
     "float16"), or in one of FORMATS.
 
@@ -240,20 +240,20 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ke
     return replace(config, quantization=kept)
 
 
-def kept_pieces(config: ModelConfig, names: KeyNames) -> list[Piece]:
-    """Pieces of the matrices that a model keeps quantized."""
+def quantized_slices(config: ModelConfig, names: CheckpointKeys) -> list[WeightSlice]:
+    """Weight slices of the matrices that a model keeps quantized."""
     if config.quantization is None:
         return []
     of = config.quantization.of
     plain = replace(config, checkpoint_quantization=None, quantization=None)
     groups = _matrices(plain, names).items()
-    return [piece for (layer, path), group in groups if path in of(layer) for piece in group]
+    return [weight_slice for (layer, path), group in groups if path in of(layer) for weight_slice in group]
 
 
 def weight_quantization(
     config: ModelConfig,
     format: QuantizationFormat,
-    names: KeyNames,
+    names: CheckpointKeys,
     *,
     plain: Callable[[str], bool] | None = None,
     only: str = "",
@@ -274,14 +274,18 @@ def weight_quantization(
     for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
         if not path.startswith(only):
             continue
-        if plain and any(plain(module) for module in {piece.key.removesuffix(".weight") for piece in group}):
+        if plain and any(
+            plain(module) for module in {weight_slice.key.removesuffix(".weight") for weight_slice in group}
+        ):
             continue
         inputs = oriented(group[0]).key_shape[-1]
         if format.packing_factor > 1 and inputs % (format.inputs or 1):
             raise ConfigError(f"{path} has {inputs} inputs, of which {format.name} makes blocks of {format.inputs}")
         like = kinds[layer], path
         if like not in alignments:
-            alignments[like] = reduce(combined_alignment, (block_alignment(piece, format) for piece in group))
+            alignments[like] = reduce(
+                combined_alignment, (block_alignment(weight_slice, format) for weight_slice in group)
+            )
         layers[layer].append((path, alignments[like]))
     if not layers:
         return None
@@ -296,14 +300,17 @@ def _one(kept: WeightQuantization) -> WeightQuantization:
 
 
 def _matrices(
-    config: ModelConfig, names: KeyNames, layers: Collection[int] | None = None
-) -> dict[tuple[int, str], list[Piece]]:
-    """Pieces of the matrices that may be kept quantized, by layer and path within its block; of some layers alone."""
+    config: ModelConfig, names: CheckpointKeys, layers: Collection[int] | None = None
+) -> dict[tuple[int, str], list[WeightSlice]]:
+    """Weight slices of the matrices that may be kept quantized, by layer and path within its block; of some layers
+    alone."""
     segments = layer_segments(config, "unroll")  # one a layer
-    found: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    for piece in pieces(config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers):
-        if piece.path.startswith("segments/") and is_matrix(piece):
-            _, layer, _, path = piece.path.split("/", 3)
+    found: dict[tuple[int, str], list[WeightSlice]] = defaultdict(list)
+    for weight_slice in weight_slices(
+        config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers
+    ):
+        if weight_slice.path.startswith("segments/") and is_matrix(weight_slice):
+            _, layer, _, path = weight_slice.path.split("/", 3)
             if path.split("/")[-1] not in _PLAIN:
-                found[int(layer), path].append(piece)
+                found[int(layer), path].append(weight_slice)
     return found

@@ -1,7 +1,7 @@
 """Writing quantized checkpoints: which tensors of a plain one become numbers and scales, and what config.json says.
 
-What is written is what families/quantization_reader.py reads. Activations are said to be quantized token by token, as published
-recipes do and the kernels of vLLM for these formats need; no model here does that.
+What is written is what families/quantization_reader.py reads. Activations are said to be quantized token by token, as
+published recipes do and the kernels of vLLM for these formats need; no model here does that.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.keys import KeyNames
-from jaxmoe.families.quantization_reader import kept_pieces, with_weights_dtype
+from jaxmoe.families.keys import CheckpointKeys
+from jaxmoe.families.quantization_reader import quantized_slices, with_weights_dtype
 from jaxmoe.formats import FORMATS, CheckpointQuantization, QuantMethod
 
 # The published form of each of FORMATS that has one which vLLM and transformers read.
@@ -20,7 +20,7 @@ METHODS: dict[str, QuantMethod] = {"int8": "compressed-tensors", "fp8": "compres
 _KINDS = {"int8": ("int", "int-quantized"), "float8_e4m3fn": ("float", "float-quantized")}
 
 
-def quantized_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> set[str]:
+def quantized_keys(config: ModelConfig, weights_dtype: str, names: CheckpointKeys) -> set[str]:
     """The tensors of a plain checkpoint that are quantized in one of METHODS: those that are on load.
 
     Raises: ConfigError for another weights_dtype, a checkpoint that is quantized already, or one that has the matrices
@@ -31,13 +31,13 @@ def quantized_keys(config: ModelConfig, weights_dtype: str, names: KeyNames) -> 
             f"weights_dtype={weights_dtype} has no checkpoint format that can be written: choose one of "
             f"{', '.join(METHODS)}, or keep the plain checkpoint and quantize it on load"
         )
-    kept = kept_pieces(with_weights_dtype(config, weights_dtype, names), names)
-    if fused := next((piece.key for piece in kept if len(piece.key_shape) != 2), None):
+    kept = quantized_slices(with_weights_dtype(config, weights_dtype, names), names)
+    if fused := next((weight_slice.key for weight_slice in kept if len(weight_slice.key_shape) != 2), None):
         raise ConfigError(
             f"the checkpoint of family {config.family} holds the matrices of all experts in one tensor ({fused}), "
             f"{', '.join(METHODS)} are written of one matrix a tensor: keep the plain one and quantize it on load"
         )
-    return {piece.key for piece in kept}
+    return {weight_slice.key for weight_slice in kept}
 
 
 def written_as(weights_dtype: str, plain: Iterable[str]) -> CheckpointQuantization:

@@ -1,4 +1,4 @@
-"""Pieces of numbers and of scales, from the pieces of the plain matrices that they stand for.
+"""Weight slices of numbers and of scales, from the weight slices of the plain matrices that they stand for.
 
 A published matrix here is [..., out, in]; its numbers may be packed along the inputs. Its scales are read at the
 parameter's own blocks: a tensor of cells, each of which takes its value from the published block it lies in.
@@ -11,46 +11,48 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from jaxmoe.families.weight_slice import Piece, Place
+from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice
 from jaxmoe.formats import BlockAlignment, QuantizationFormat
 
 
-def is_matrix(piece: Piece) -> bool:
+def is_matrix(weight_slice: WeightSlice) -> bool:
     """Whether the tensor is a matrix, or holds one of every expert."""
-    return len(piece.cut) == 2 and not piece.path.endswith("bias")
+    return len(weight_slice.cut) == 2 and not weight_slice.path.endswith("bias")
 
 
-def oriented(piece: Piece) -> Piece:
-    """The same piece of a matrix, of a tensor that is [..., out, in]: those of all experts are published the other way
-    round where they are plain."""
-    if piece.lead is None or piece.transpose:
-        return piece
+def oriented(weight_slice: WeightSlice) -> WeightSlice:
+    """The same weight slice of a matrix, of a tensor that is [..., out, in]: those of all experts are published the
+    other way round where they are plain."""
+    if weight_slice.lead is None or weight_slice.transpose:
+        return weight_slice
     swapped = lambda dims: (*dims[:-2], dims[-1], dims[-2])  # noqa: E731
-    return replace(piece, key_shape=swapped(piece.key_shape), src=swapped(piece.src), transpose=True)
+    return replace(
+        weight_slice, key_shape=swapped(weight_slice.key_shape), src=swapped(weight_slice.src), transpose=True
+    )
 
 
-def _slices(place: Place) -> list[int]:
-    return [dim for dim, at in enumerate(place) if isinstance(at, slice)]
+def _slice_dims(index: ArrayIndex) -> list[int]:
+    return [dim for dim, at in enumerate(index) if isinstance(at, slice)]
 
 
-def block_alignment(piece: Piece, format: QuantizationFormat) -> BlockAlignment:
-    """What blocks along inputs and outputs must divide for this piece alone."""
-    piece = oriented(piece)
-    src, (inputs, outputs) = piece.src, _slices(piece.dst)
+def block_alignment(weight_slice: WeightSlice, format: QuantizationFormat) -> BlockAlignment:
+    """What blocks along inputs and outputs must divide for this weight slice alone."""
+    weight_slice = oriented(weight_slice)
+    src, (inputs, outputs) = weight_slice.src, _slice_dims(weight_slice.dst)
 
-    def alignment(at: int | slice, place: int | slice, block: int | None) -> int:
+    def alignment(at: int | slice, dst: int | slice, block: int | None) -> int:
         assert isinstance(at, slice)
-        assert isinstance(place, slice)
+        assert isinstance(dst, slice)
         if block is None:
             return 0
         if (at.step or 1) != 1:
             return 1
         bounds = range(-(-(at.start + 1) // block) * block, at.stop, block)
-        return math.gcd(at.start, place.start, *(bound - at.start + place.start for bound in bounds[:2]))
+        return math.gcd(at.start, dst.start, *(bound - at.start + dst.start for bound in bounds[:2]))
 
     return BlockAlignment(
-        inputs=alignment(src[-1], piece.dst[inputs], format.inputs),
-        outputs=alignment(src[-2], piece.dst[outputs], format.outputs),
+        inputs=alignment(src[-1], weight_slice.dst[inputs], format.inputs),
+        outputs=alignment(src[-2], weight_slice.dst[outputs], format.outputs),
     )
 
 
@@ -59,22 +61,26 @@ def combined_alignment(one: BlockAlignment, other: BlockAlignment) -> BlockAlign
     return BlockAlignment(inputs=math.gcd(one.inputs, other.inputs), outputs=math.gcd(one.outputs, other.outputs))
 
 
-def number_piece(piece: Piece, format: QuantizationFormat) -> Piece:
-    """The piece of the numbers as they are stored: two halves of a byte along the inputs are one item."""
-    piece = oriented(piece)
+def number_slice(weight_slice: WeightSlice, format: QuantizationFormat) -> WeightSlice:
+    """The weight slice of the numbers as they are stored: two halves of a byte along the inputs are one item."""
+    weight_slice = oriented(weight_slice)
     factor = format.packing_factor
     if factor == 1:
-        return piece
-    inputs = piece.src[-1]
+        return weight_slice
+    inputs = weight_slice.src[-1]
     assert isinstance(inputs, slice)
-    at = _slices(piece.dst)[0]
-    place = piece.dst[at]
-    assert isinstance(place, slice)
+    at = _slice_dims(weight_slice.dst)[0]
+    dst_slice = weight_slice.dst[at]
+    assert isinstance(dst_slice, slice)
     return replace(
-        piece,
-        key_shape=(*piece.key_shape[:-1], piece.key_shape[-1] // factor),
-        src=(*piece.src[:-1], slice(inputs.start // factor, inputs.stop // factor)),
-        dst=(*piece.dst[:at], slice(place.start // factor, place.stop // factor), *piece.dst[at + 1 :]),
+        weight_slice,
+        key_shape=(*weight_slice.key_shape[:-1], weight_slice.key_shape[-1] // factor),
+        src=(*weight_slice.src[:-1], slice(inputs.start // factor, inputs.stop // factor)),
+        dst=(
+            *weight_slice.dst[:at],
+            slice(dst_slice.start // factor, dst_slice.stop // factor),
+            *weight_slice.dst[at + 1 :],
+        ),
     )
 
 
@@ -83,31 +89,31 @@ def block_shape(numbers: Sequence[int], scales: Sequence[int]) -> tuple[int, ...
     return tuple(whole // count for whole, count in zip(numbers, scales, strict=True))
 
 
-def matrix_block_shape(piece: Piece, blocks: Sequence[int]) -> tuple[int, int]:
-    """Outputs and inputs of a cell, for an oriented piece of numbers of a parameter with such blocks."""
-    inputs, outputs = _slices(piece.dst)
+def matrix_block_shape(weight_slice: WeightSlice, blocks: Sequence[int]) -> tuple[int, int]:
+    """Outputs and inputs of a cell, for an oriented weight slice of numbers of a parameter with such blocks."""
+    inputs, outputs = _slice_dims(weight_slice.dst)
     return blocks[outputs], blocks[inputs]
 
 
-def scale_pieces(parts: Sequence[Piece], blocks: Sequence[int]) -> Iterator[Piece]:
-    """The pieces of a parameter's scales, from those of its numbers; each key is the numbers' own, of a tensor of
-    cells."""
+def scale_slices(parts: Sequence[WeightSlice], blocks: Sequence[int]) -> Iterator[WeightSlice]:
+    """The weight slices of a parameter's scales, from those of its numbers; each key is the numbers' own, of a tensor
+    of cells."""
     seen = set()
-    for piece in parts:
-        high, wide = matrix_block_shape(piece, blocks)
+    for weight_slice in parts:
+        high, wide = matrix_block_shape(weight_slice, blocks)
         dst = tuple(
             at // block if isinstance(at, int) else slice(at.start // block, -(-at.stop // block))
-            for at, block in zip(piece.dst, blocks, strict=True)
+            for at, block in zip(weight_slice.dst, blocks, strict=True)
         )
-        # Heads that share a scale for all their inputs give one piece.
+        # Heads that share a scale for all their inputs give one weight slice.
         where = tuple(chain.from_iterable((at,) if isinstance(at, int) else (at.start, at.stop) for at in dst))
         if where in seen:
             continue
         seen.add(where)
-        *first, rows, columns = piece.src
-        *lead, num_rows, num_columns = piece.key_shape
+        *first, rows, columns = weight_slice.src
+        *lead, num_rows, num_columns = weight_slice.key_shape
         yield replace(
-            piece,
+            weight_slice,
             key_shape=(*lead, -(-num_rows // high), -(-num_columns // wide)),
             src=(*first, _in_blocks(rows, high), _in_blocks(columns, wide)),
             dst=dst,

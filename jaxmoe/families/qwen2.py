@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.decoder import read_decoder, read_windows
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader
 
 
@@ -21,4 +21,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="qwen2", read=read, architectures=("Qwen2ForCausalLM",))
+FAMILY = ModelFamily(name="qwen2", read=read, architectures=("Qwen2ForCausalLM",))

@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
@@ -30,4 +30,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="qwen2_moe", read=read, architectures=("Qwen2MoeForCausalLM",))
+FAMILY = ModelFamily(name="qwen2_moe", read=read, architectures=("Qwen2MoeForCausalLM",))

@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.decoder import read_decoder, read_windows
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader
 
 
@@ -25,4 +25,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="qwen3", read=read, architectures=("Qwen3ForCausalLM",))
+FAMILY = ModelFamily(name="qwen3", read=read, architectures=("Qwen3ForCausalLM",))

@@ -2,7 +2,7 @@
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
@@ -32,4 +32,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     )
 
 
-FAMILY = Family(name="qwen3_moe", read=read, architectures=("Qwen3MoeForCausalLM",))
+FAMILY = ModelFamily(name="qwen3_moe", read=read, architectures=("Qwen3MoeForCausalLM",))

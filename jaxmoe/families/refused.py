@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.family import Family
+from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.known_keys import is_suspicious
 from jaxmoe.families.reader import MAX_SHOWN, ConfigReader, and_more, shown, shown_settings
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("jaxmoe")
 _NO_MODEL = ("AutoFeatureExtractor", "AutoImageProcessor", "AutoProcessor", "AutoTokenizer", "AutoVideoProcessor")
 
 
-def foreign_keys(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def foreign_keys(raw: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
     """Return `architectures` and `auto_map` where they name a model other than the family's causal language model, or
     modeling code that comes with the checkpoint."""
     found: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def suspicious_keys(reader: ConfigReader) -> dict[str, Any]:
     return {key: value for key, value in unknown.items() if key not in harmless}
 
 
-def refusal(family: Family, refused: Mapping[str, Any]) -> ConfigError:
+def refusal(family: ModelFamily, refused: Mapping[str, Any]) -> ConfigError:
     """Return the error for keys of foreign_keys and suspicious_keys, which ends in the options that pass over them."""
     unknown = {key: value for key, value in refused.items() if key not in ("architectures", "auto_map")}
     reasons = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Place = tuple[int | slice, ...]
+ArrayIndex = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class WeightSlice:
     """One rectangle of a published tensor and where it goes.
 
     src: for each dim of the tensor a slice with explicit bounds and step, or, of the first, a fixed index. dst: for
@@ -18,9 +18,9 @@ class Piece:
 
     key: str
     key_shape: tuple[int, ...]
-    src: Place
+    src: ArrayIndex
     path: str
-    dst: Place
+    dst: ArrayIndex
     transpose: bool = False
 
     @property
@@ -34,11 +34,13 @@ class Piece:
         return tuple(one for one in self.src if isinstance(one, slice))
 
 
-def _all(shape: tuple[int, ...]) -> Place:
+def _full_index(shape: tuple[int, ...]) -> ArrayIndex:
     return tuple(slice(0, n) for n in shape)
 
 
-def whole(key: str, shape: tuple[int, ...], path: str, *, transpose: bool = False, dst: Place | None = None) -> Piece:
-    """A piece that is all of its tensor; dst is all of the parameter by default."""
-    place = _all(tuple(reversed(shape)) if transpose else shape) if dst is None else dst
-    return Piece(key=key, key_shape=shape, src=_all(shape), path=path, dst=place, transpose=transpose)
+def full_slice(
+    key: str, shape: tuple[int, ...], path: str, *, transpose: bool = False, dst: ArrayIndex | None = None
+) -> WeightSlice:
+    """A weight slice that is all of its tensor; dst is all of the parameter by default."""
+    index = _full_index(tuple(reversed(shape)) if transpose else shape) if dst is None else dst
+    return WeightSlice(key=key, key_shape=shape, src=_full_index(shape), path=path, dst=index, transpose=transpose)

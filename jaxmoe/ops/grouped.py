@@ -12,8 +12,8 @@ Experts may have biases of gate and up (that of down is the caller's: it needs n
   the processor multiplies bfloat16 itself.
 - dense: every expert on every token; the oracle.
 
-Weights that are kept quantized are dequantized by blocks a few columns of one expert at a time (ops/quantized_matmul.py), by
-ragged and dense a layer at once.
+Weights that are kept quantized are dequantized by blocks a few columns of one expert at a time
+(ops/quantized_matmul.py), by ragged and dense a layer at once.
 """
 
 # Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import layer_segments
-from jaxmoe.families import FAMILIES, Piece, pieces
+from jaxmoe.families import FAMILIES, WeightSlice, weight_slices
 from jaxmoe.families.quantization_reader import is_quantized, tells_layers
 from jaxmoe.families.quantized_layout import oriented
 
@@ -44,21 +44,21 @@ def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = 
     segments = layer_segments(config, "unroll")  # one a layer
     sizes = [ArraySizes.unpadded(config)] * len(segments)
     seen: set[str] = set()
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
-        if piece.key not in seen:
-            seen.add(piece.key)
-            part, inside = part_of(piece.path), piece.path.startswith("segments/")
+    for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
+        if weight_slice.key not in seen:
+            seen.add(weight_slice.key)
+            part, inside = part_of(weight_slice.path), weight_slice.path.startswith("segments/")
             yield Tensor(
-                key=piece.key, shape=piece.key_shape, part=part, num_bytes=_num_bytes(piece, part, config),
-                layer=int(piece.path.split("/")[1]) if inside else None,
+                key=weight_slice.key, shape=weight_slice.key_shape, part=part, num_bytes=_num_bytes(weight_slice, part, config),
+                layer=int(weight_slice.path.split("/")[1]) if inside else None,
             )  # fmt: skip
 
 
-def _num_bytes(piece: Piece, part: Part, config: ModelConfig) -> int:
-    count, quant_config = math.prod(piece.key_shape), config.checkpoint_quantization
-    if part not in _QUANTIZED or quant_config is None or not is_quantized(piece, quant_config):
-        return count * (4 if piece.path.endswith("selection_bias") or config.dtype == "float32" else 2)
-    form, (*lead, outputs, inputs) = quant_config.format, oriented(piece).key_shape
+def _num_bytes(weight_slice: WeightSlice, part: Part, config: ModelConfig) -> int:
+    count, quant_config = math.prod(weight_slice.key_shape), config.checkpoint_quantization
+    if part not in _QUANTIZED or quant_config is None or not is_quantized(weight_slice, quant_config):
+        return count * (4 if weight_slice.path.endswith("selection_bias") or config.dtype == "float32" else 2)
+    form, (*lead, outputs, inputs) = quant_config.format, oriented(weight_slice).key_shape
     blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))
     return count // form.packing_factor + blocks * (1 if form.scale_dtype == "uint8" else 4)
 

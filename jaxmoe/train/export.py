@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError
-from jaxmoe.families import FAMILIES, pieces
+from jaxmoe.families import FAMILIES, weight_slices
 from jaxmoe.jsontext import json_text
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.train.tokenizer import END_OF_TEXT
@@ -35,11 +35,11 @@ def checkpoint_arrays(
     arrays = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, np.ndarray] = {}
     sizes = segment_sizes(config, placement, segments)
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
-        tensor = tensors.setdefault(piece.key, np.zeros(piece.key_shape, _DTYPES[config.dtype]))
-        block = arrays[piece.path][piece.dst]
-        check_reach(piece.key, block, tensor.dtype, "train on from an earlier step, or export in float32")
-        tensor[piece.src] = block.T if piece.transpose else block
+    for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments):
+        tensor = tensors.setdefault(weight_slice.key, np.zeros(weight_slice.key_shape, _DTYPES[config.dtype]))
+        block = arrays[weight_slice.path][weight_slice.dst]
+        check_reach(weight_slice.key, block, tensor.dtype, "train on from an earlier step, or export in float32")
+        tensor[weight_slice.src] = block.T if weight_slice.transpose else block
     return tensors
 
 

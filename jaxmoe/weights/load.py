@@ -17,13 +17,13 @@ import numpy as np
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
-from jaxmoe.families import FAMILIES, Piece, may_stand_unused, pieces
+from jaxmoe.families import FAMILIES, WeightSlice, may_stand_unused, weight_slices
 from jaxmoe.weights.dtypes import check_reach
 from jaxmoe.weights.lazy_tensors import LazyTensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.quantized_sources import ExpectedTensor, expected_tensors, quantized_sources
 from jaxmoe.weights.safetensors_file import TensorInfo
-from jaxmoe.weights.windows import Cut, PiecesByIndex, Window, intersect
+from jaxmoe.weights.windows import Cut, WeightSliceIndex, Window, intersect
 
 _MAX_LISTED, _MAX_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
 _STAGING_BYTES = 128 << 20
@@ -70,18 +70,20 @@ Source = tuple[str, int | None]  # the key of a tensor, and the index of its fir
 
 def _fill(
     windows: Iterable[Window],
-    parts: PiecesByIndex,
+    parts: WeightSliceIndex,
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype,
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> dict[Window, np.ndarray]:
-    """Windows of a parameter as host arrays; what no piece covers is zero. Each tensor's rows are read once."""
+    """Windows of a parameter as host arrays; what no weight slice covers is zero. Each tensor's rows are read once."""
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
     found: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
     for window, array in out.items():
-        for piece, cut, place in parts.inside(window):
-            found[piece.key, piece.lead].append((cut, array[place].T if piece.transpose else array[place]))
+        for weight_slice, cut, place in parts.inside(window):
+            found[weight_slice.key, weight_slice.lead].append(
+                (cut, array[place].T if weight_slice.transpose else array[place])
+            )
     opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in found}
 
     def reads() -> Iterator[tuple[Source, int, int]]:
@@ -140,7 +142,7 @@ def _zeros_on_host(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return room[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _cutting_order(parts: list[Piece]) -> list[int]:
+def _cutting_order(parts: list[WeightSlice]) -> list[int]:
     """Dims along which a parameter is cut into blocks that share no row of a tensor, so that each is read once.
 
     First the indices that deal out whole tensors (experts, gate and up) or runs of rows (heads), then the dim that is
@@ -149,12 +151,21 @@ def _cutting_order(parts: list[Piece]) -> list[int]:
     first = parts[0]
     slices = [dim for dim, at in enumerate(first.dst) if isinstance(at, slice)]
     num_runs = len(
-        {(piece.key, piece.lead, piece.cut[0].start, piece.cut[0].stop, piece.cut[0].step) for piece in parts}
+        {
+            (
+                weight_slice.key,
+                weight_slice.lead,
+                weight_slice.cut[0].start,
+                weight_slice.cut[0].stop,
+                weight_slice.cut[0].step,
+            )
+            for weight_slice in parts
+        }
     )
     dealt = [
         dim
         for dim in range(len(first.dst))
-        if dim not in slices and len({piece.dst[dim] for piece in parts}) <= num_runs
+        if dim not in slices and len({weight_slice.dst[dim] for weight_slice in parts}) <= num_runs
     ]
     return [*dealt, slices[-1 if first.transpose else 0]]
 
@@ -183,7 +194,7 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
 
 def load_param(
     info: ParamInfo,
-    parts: list[Piece],
+    parts: list[WeightSlice],
     tensors: Mapping[str, LazyTensor],
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
@@ -203,7 +214,7 @@ def load_param(
     whole: Window = tuple((0, n) for n in info.shape)
     staged_whole = _staged_whole(windows)
     blocks = [whole] if staged_whole else _blocks(whole, info.dtype.itemsize, _cutting_order(parts), shares)
-    placed = PiecesByIndex(parts)
+    placed = WeightSliceIndex(parts)
     for block in blocks:
         by_window: dict[Window, list[jax.Device]] = defaultdict(list)
         for device, window in windows.items():
@@ -238,23 +249,25 @@ def _write_block(shard: jax.Array, block: jax.Array, start: list[int]) -> jax.Ar
     return jax.lax.dynamic_update_slice(shard, block, start)
 
 
-def assign_pieces(
+def assign_weight_slices(
     directory: Path,
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
     sizes: Sequence[ArraySizes],
     segments: tuple[LayerSegment, ...],
-) -> dict[str, list[Piece]]:
-    """The pieces of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
+) -> dict[str, list[WeightSlice]]:
+    """The weight slices of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
 
     Raises: CheckpointError if any key is missing, unused, misshapen or of another dtype.
     """
     _check_count(directory, tensors, config, sizes, segments)
-    parts: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces(config, sizes, FAMILIES[config.family].names, segments):
-        parts[piece.path].append(piece)
+    parts: dict[str, list[WeightSlice]] = defaultdict(list)
+    for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments):
+        parts[weight_slice.path].append(weight_slice)
     kept = _kept_paths(config, segments)
-    expected = expected_tensors(((piece, path in kept) for path in parts for piece in parts[path]), tensors, config)
+    expected = expected_tensors(
+        ((weight_slice, path in kept) for path in parts for weight_slice in parts[path]), tensors, config
+    )
     check_keys(tensors, expected, config, directory)
     return parts
 
@@ -266,14 +279,14 @@ def _check_count(
     sizes: Sequence[ArraySizes],
     segments: tuple[LayerSegment, ...],
 ) -> None:
-    """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its pieces
-    are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
+    """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its weight
+    slices are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
     kinds, names = [config.kind(layer) for layer in range(config.num_hidden_layers)], FAMILIES[config.family].names
 
     def asked(layers: Collection[int]) -> dict[str, int]:
         """Numbers of each tensor of some layers, and of those outside all."""
-        found = pieces(config, sizes, names, segments, layers=layers)
-        return {piece.key: math.prod(piece.key_shape) for piece in found}
+        found = weight_slices(config, sizes, names, segments, layers=layers)
+        return {weight_slice.key: math.prod(weight_slice.key_shape) for weight_slice in found}
 
     outside, num_bytes = asked(()), sum(tensor.num_bytes for tensor in tensors.values())
     num_tensors, num_numbers = len(outside), sum(outside.values())
@@ -304,15 +317,16 @@ def _kept_paths(config: ModelConfig, segments: tuple[LayerSegment, ...]) -> set[
 def load_params(
     tensors: Mapping[str, TensorInfo],
     table: list[ParamInfo],
-    parts: Mapping[str, list[Piece]],
+    parts: Mapping[str, list[WeightSlice]],
     config: ModelConfig,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
     """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
 
-    parts: of plain parameters, as assign_pieces gives them; what is kept quantized is made of them (quantized_sources.py).
-    on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the calling thread.
+    parts: of plain parameters, as assign_weight_slices gives them; what is kept quantized is made of them
+    (quantized_sources.py). on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the
+    calling thread.
     """
     sources, parts = quantized_sources(tensors, table, parts, config)
     in_checkpoint = {info.path for info in table if info.in_checkpoint}

@@ -10,11 +10,11 @@ from jaxmoe.families.quantized_layout import (
     block_shape,
     is_matrix,
     matrix_block_shape,
-    number_piece,
+    number_slice,
     oriented,
-    scale_pieces,
+    scale_slices,
 )
-from jaxmoe.families.weight_slice import Piece
+from jaxmoe.families.weight_slice import WeightSlice
 from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
 from jaxmoe.weights.lazy_tensors import (
     BitcastTensor,
@@ -64,79 +64,94 @@ def expected_scales(shape: Sequence[int], quant_config: CheckpointQuantization, 
 
 
 def _is_quantized(
-    piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None, *, kept: bool
+    weight_slice: WeightSlice,
+    tensors: Mapping[str, TensorInfo],
+    quant_config: CheckpointQuantization | None,
+    *,
+    kept: bool,
 ) -> bool:
-    """Whether files hold a piece's tensor as numbers and scales, or ought to."""
-    if quant_config is None or not is_matrix(piece):
+    """Whether files hold a weight slice's tensor as numbers and scales, or ought to."""
+    if quant_config is None or not is_matrix(weight_slice):
         return False
-    return kept or any(name in tensors for name in quantized_tensor_names(piece.key, quant_config) if name != piece.key)
+    return kept or any(
+        name in tensors for name in quantized_tensor_names(weight_slice.key, quant_config) if name != weight_slice.key
+    )
 
 
 def expected_tensors(
-    slices: Iterable[tuple[Piece, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
+    slices: Iterable[tuple[WeightSlice, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, ExpectedTensor]:
-    """What files must hold for pieces, each with whether it is kept quantized, by name."""
+    """What files must hold for weight slices, each with whether it is kept quantized, by name."""
     found: dict[str, ExpectedTensor] = {}
     quant_config = config.checkpoint_quantization
-    for piece, kept in slices:
-        if piece.key in found:
+    for weight_slice, kept in slices:
+        if weight_slice.key in found:
             continue
-        if not _is_quantized(piece, tensors, quant_config, kept=kept):
-            found[piece.key] = ExpectedTensor(shapes=(piece.key_shape,), why=_why_plain(piece, tensors, quant_config))
+        if not _is_quantized(weight_slice, tensors, quant_config, kept=kept):
+            found[weight_slice.key] = ExpectedTensor(
+                shapes=(weight_slice.key_shape,), why=_why_plain(weight_slice, tensors, quant_config)
+            )
             continue
         assert quant_config is not None
-        shape, format = oriented(piece).key_shape, quant_config.format
+        shape, format = oriented(weight_slice).key_shape, quant_config.format
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.packing_factor > 1 else shape
-        names = quantized_tensor_names(piece.key, quant_config)
+        names = quantized_tensor_names(weight_slice.key, quant_config)
         why = f" (quant_method {quant_config.method})"
         found[names[0]] = ExpectedTensor(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
         found[names[1]] = expected_scales(shape, quant_config, why)
     return found
 
 
-def _why_plain(piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None) -> str:
+def _why_plain(
+    weight_slice: WeightSlice, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
+) -> str:
     """What to say of a tensor that holds numbers of eight bits and ought not to."""
-    if piece.key not in tensors or tensors[piece.key].dtype_name not in NUMBER_NAMES.values():
+    if weight_slice.key not in tensors or tensors[weight_slice.key].dtype_name not in NUMBER_NAMES.values():
         return ""
     if quant_config is None:
         return ": config.json has no quantization_config that says what such numbers mean"
-    return f": the checkpoint has no scales of it, {quantized_tensor_names(piece.key, quant_config)[1]}"
+    return f": the checkpoint has no scales of it, {quantized_tensor_names(weight_slice.key, quant_config)[1]}"
 
 
 def quantized_sources(
-    tensors: Mapping[str, TensorInfo], table: Sequence[ParamInfo], parts: Mapping[str, list[Piece]], config: ModelConfig
-) -> tuple[dict[str, LazyTensor], dict[str, list[Piece]]]:
-    """Tensors and pieces for every parameter of the table, where parts has those of plain ones: matrices that the
-    files hold quantized and the model does not are dequantized, and the other way round."""
+    tensors: Mapping[str, TensorInfo],
+    table: Sequence[ParamInfo],
+    parts: Mapping[str, list[WeightSlice]],
+    config: ModelConfig,
+) -> tuple[dict[str, LazyTensor], dict[str, list[WeightSlice]]]:
+    """Tensors and weight slices for every parameter of the table, where parts has those of plain ones: matrices that
+    the files hold quantized and the model does not are dequantized, and the other way round."""
     shapes = {info.path: info.shape for info in table}
     sources: dict[str, LazyTensor] = dict(tensors)
-    found: dict[str, list[Piece]] = {}
-    for path, pieces in parts.items():
+    found: dict[str, list[WeightSlice]] = {}
+    for path, weight_slices in parts.items():
         to = f"{path}/{NUMBERS}", f"{path}/{SCALES}"
         if to[0] not in shapes:
-            found[path] = pieces
-            for piece in pieces:
-                if _is_quantized(piece, tensors, config.checkpoint_quantization, kept=False):
-                    sources[piece.key] = _dequantized(piece, tensors, config.checkpoint_quantization)
+            found[path] = weight_slices
+            for weight_slice in weight_slices:
+                if _is_quantized(weight_slice, tensors, config.checkpoint_quantization, kept=False):
+                    sources[weight_slice.key] = _dequantized(weight_slice, tensors, config.checkpoint_quantization)
             continue
         assert config.quantization is not None
         format = config.quantization.format
         blocks = block_shape(shapes[to[0]], shapes[to[1]])
-        numbers = [number_piece(piece, format) for piece in pieces]
+        numbers = [number_slice(weight_slice, format) for weight_slice in weight_slices]
         block = matrix_block_shape(numbers[0], blocks)
-        found[to[0]] = [replace(piece, path=to[0], key=_derived_name(piece.key, NUMBERS)) for piece in numbers]
+        found[to[0]] = [
+            replace(weight_slice, path=to[0], key=_derived_name(weight_slice.key, NUMBERS)) for weight_slice in numbers
+        ]
         found[to[1]] = []
-        for piece, plain in zip(numbers, pieces, strict=True):
-            if _derived_name(piece.key, NUMBERS) not in sources:
-                sources |= _quantized(piece, tensors, config, format, turned=oriented(plain) is not plain)
-        for piece in scale_pieces(numbers, blocks):
-            key = _derived_name(piece.key, block)
+        for weight_slice, plain in zip(numbers, weight_slices, strict=True):
+            if _derived_name(weight_slice.key, NUMBERS) not in sources:
+                sources |= _quantized(weight_slice, tensors, config, format, turned=oriented(plain) is not plain)
+        for weight_slice in scale_slices(numbers, blocks):
+            key = _derived_name(weight_slice.key, block)
             if key not in sources:
                 sources[key] = ScaleView(
-                    sources[_derived_name(piece.key, SCALES)], piece.key_shape, outputs=format.outputs, high=block[0],
+                    sources[_derived_name(weight_slice.key, SCALES)], weight_slice.key_shape, outputs=format.outputs, high=block[0],
                     inputs=None if format.inputs is None else format.inputs // format.packing_factor, wide=block[1],
                 )  # fmt: skip
-            found[to[1]].append(replace(piece, path=to[1], key=key))
+            found[to[1]].append(replace(weight_slice, path=to[1], key=key))
     return sources, found
 
 
@@ -160,26 +175,31 @@ def shaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def _dequantized(
-    piece: Piece, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
+    weight_slice: WeightSlice, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
 ) -> LazyTensor:
     """The values of a matrix, in the dims that plain checkpoints have."""
     assert quant_config is not None
-    arrays = _open_quantized(piece.key, oriented(piece).key_shape, tensors, quant_config)
+    arrays = _open_quantized(weight_slice.key, oriented(weight_slice).key_shape, tensors, quant_config)
     values = DequantizedTensor(*arrays, quant_config.format)
-    return values if oriented(piece) is piece else TransposedTensor(values)
+    return values if oriented(weight_slice) is weight_slice else TransposedTensor(values)
 
 
 def _quantized(
-    piece: Piece, tensors: Mapping[str, TensorInfo], config: ModelConfig, format: QuantizationFormat, *, turned: bool
+    weight_slice: WeightSlice,
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    format: QuantizationFormat,
+    *,
+    turned: bool,
 ) -> dict[str, LazyTensor]:
-    """The numbers and scales of a matrix whose stored numbers a piece is of: the files' own, or made of plain ones.
-    turned: whether the plain one is stored [..., in, out]."""
+    """The numbers and scales of a matrix whose stored numbers a weight slice is of: the files' own, or made of plain
+    ones. turned: whether the plain one is stored [..., in, out]."""
     if config.checkpoint_quantization is not None:
-        shape = (*piece.key_shape[:-1], piece.key_shape[-1] * format.packing_factor)
-        numbers, scales = _open_quantized(piece.key, shape, tensors, config.checkpoint_quantization)
+        shape = (*weight_slice.key_shape[:-1], weight_slice.key_shape[-1] * format.packing_factor)
+        numbers, scales = _open_quantized(weight_slice.key, shape, tensors, config.checkpoint_quantization)
     else:
-        plain: LazyTensor = tensors[piece.key]
-        quantizer = TensorQuantizer(TransposedTensor(plain) if turned else plain, format, piece.key)
+        plain: LazyTensor = tensors[weight_slice.key]
+        quantizer = TensorQuantizer(TransposedTensor(plain) if turned else plain, format, weight_slice.key)
         numbers, scales = quantizer.numbers, quantizer.scales
     numbers = BitcastTensor(numbers) if format.dtype == "float8_e4m3fn" else numbers
-    return {_derived_name(piece.key, NUMBERS): numbers, _derived_name(piece.key, SCALES): scales}
+    return {_derived_name(weight_slice.key, NUMBERS): numbers, _derived_name(weight_slice.key, SCALES): scales}

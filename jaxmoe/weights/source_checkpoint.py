@@ -20,7 +20,7 @@ from jaxmoe.mesh import AXES
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.load import assign_pieces
+from jaxmoe.weights.load import assign_weight_slices
 from jaxmoe.weights.manifest import CHAT_TEMPLATES, MANIFEST, Manifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
@@ -141,5 +141,5 @@ def config_check(
     alone = AbstractMesh((1,) * len(AXES), AXES)
     segments = layer_segments(config, "unroll")
     sizes = segment_sizes(config, Placement(mesh=alone), segments)  # type: ignore[arg-type]
-    assign_pieces(directory, tensors, config, sizes, segments)
+    assign_weight_slices(directory, tensors, config, sizes, segments)
     return "shapes agree"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jaxmoe import ConfigError
 from jaxmoe.config import MLAConfig, ModelConfig, SwiGLUClamp
 from jaxmoe.families import may_stand_unused, read_config
-from jaxmoe.families.keys import KeyNames
+from jaxmoe.families.keys import CheckpointKeys
 
 from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
 
@@ -325,7 +325,7 @@ def test_absent_keys_mean_what_the_published_config_class_takes_them_for():
 @pytest.mark.parametrize(("layer", "may"), [(2, False), (3, True), (4, False), ("03", False), (10**12, False)])
 def test_layers_of_multi_token_prediction_may_stand_unused(layer, may):
     config = read_config(_changed("glm4_moe", num_nextn_predict_layers=1))
-    assert may_stand_unused(f"model.layers.{layer}.eh_proj.weight", config, KeyNames()) == may
+    assert may_stand_unused(f"model.layers.{layer}.eh_proj.weight", config, CheckpointKeys()) == may
 
 
 def test_all_unknown_keys_stand_in_one_error():

@@ -51,7 +51,7 @@ def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, d
     model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     tensors = open_tensors(directory)
-    parts = load.assign_pieces(
+    parts = load.assign_weight_slices(
         directory, tensors, config, segment_sizes(config, placement, model.layer_segments), model.layer_segments
     )
     arrays = load.load_params(tensors, table, parts, config)

@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     segments: tuple[LayerSegment, ...]
 
     def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[jax.Array]:
-        parts = load.assign_pieces(self.directory, self.tensors, self.config, self.sizes, self.segments)
+        parts = load.assign_weight_slices(self.directory, self.tensors, self.config, self.sizes, self.segments)
         return load.load_params(self.tensors, self.table, parts, self.config, on_progress=on_progress)
 
 
@@ -156,7 +156,7 @@ def test_parameters_above_the_staging_limit_come_in_blocks(name, mesh, tiny_dir,
     assert len(writes) > len(prepared.table)
     assert max(writes) <= 4000
     assert hits
-    assert None not in hits  # no piece is tested with a block it has no part in
+    assert None not in hits  # no weight slice is tested with a block it has no part in
     num_bytes = sum(info.num_bytes for info in prepared.tensors.values())
     assert sum(bytes_read) - num_bytes <= 1.05 * num_bytes  # the comparison itself reads each tensor once
 

@@ -21,7 +21,7 @@ from jaxmoe.weights import transform
 from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
-from jaxmoe.weights.load import assign_pieces
+from jaxmoe.weights.load import assign_weight_slices
 from jaxmoe.weights.manifest import read_manifest
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.verify import problems
@@ -76,9 +76,9 @@ def test_what_models_hold_exactly_is_what_casts_leave(name, tiny_dir):
     model = abstract_model(config, placement, dtype="bfloat16", kernels=KernelConfig())
     exact = {info.path for info in parameter_table(nnx.state(model), placement) if info.dtype == np.float32}
     sizes = segment_sizes(config, placement, model.layer_segments)
-    parts = assign_pieces(tiny_dir(name), open_tensors(tiny_dir(name)), config, sizes, model.layer_segments)
-    for path, pieces in parts.items():
-        assert {is_exact(piece.key) for piece in pieces} == {path in exact}
+    parts = assign_weight_slices(tiny_dir(name), open_tensors(tiny_dir(name)), config, sizes, model.layer_segments)
+    for path, weight_slices in parts.items():
+        assert {is_exact(weight_slice.key) for weight_slice in weight_slices} == {path in exact}
 
 
 def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
