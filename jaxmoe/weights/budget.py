@@ -14,7 +14,7 @@ from jaxmoe.errors import CheckpointError
 _STATUS = Path("/proc/self/status")
 
 
-class Budget:
+class MemoryBudget:
     """Bytes of buffers that may be in flight; who asks for more waits until others have given theirs back."""
 
     def __init__(self, limit_bytes: int) -> None:

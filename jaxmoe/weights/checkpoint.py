@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.formats import QUANTIZATION_CONFIG
-from jaxmoe.weights.manifest import MANIFEST, Manifest, read_manifest
+from jaxmoe.weights.manifest import MANIFEST, CheckpointManifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store
-from jaxmoe.weights.symlinks import check_inside
+from jaxmoe.weights.symlinks import check_symlink
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONFIG, BESIDE = "config.json", "hf_quant_config.json"
@@ -35,7 +35,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
 
 def _read_object(path: Path, *, required: bool) -> dict[str, Any]:
     if path.name in (CONFIG, BESIDE):
-        check_inside(path.parent, path)
+        check_symlink(path.parent, path)
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path.parent} has no {path.name}: give a Hugging Face checkpoint directory")
@@ -62,7 +62,7 @@ def open_tensors(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def open_converted(directory: Path, manifest: Manifest, *, whole: bool = True) -> dict[str, TensorInfo]:
+def open_converted(directory: Path, manifest: CheckpointManifest, *, whole: bool = True) -> dict[str, TensorInfo]:
     """The tensors of the files that a manifest lists, whatever lies beside those. whole: see open_store.
 
     Raises: CheckpointError, also where headers say anything else than the manifest.
@@ -85,7 +85,7 @@ def _open_hf(directory: Path) -> dict[str, TensorInfo]:
     _refuse_others(directory)
     if not (directory / INDEX).is_file():
         return _open_shards(directory, [SINGLE])
-    check_inside(directory, directory / INDEX)
+    check_symlink(directory, directory / INDEX)
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{directory / INDEX} has no weight_map of tensor names to file names")
@@ -101,7 +101,7 @@ def _open_shards(directory: Path, names: list[str]) -> dict[str, TensorInfo]:
     if missing := [name[:80] for name in names if not os.path.isfile(directory / name)]:
         raise MissingWeightsError(f"{directory} lacks {len(missing)} of {len(names)} weight files: {listed(missing)}")
     for name in names:
-        check_inside(directory, directory / name)
+        check_symlink(directory, directory / name)
     tensors: dict[str, TensorInfo] = {}
     for name in names:
         for key, info in read_header(directory / name).items():

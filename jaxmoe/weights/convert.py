@@ -23,19 +23,19 @@ from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantization_reader import read_quantization_config
 from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import parse_mesh
-from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.budget import MemoryBudget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
 from jaxmoe.weights.dequantize import DerivedTensor, plain_tensors
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.journal import WHOLE, Partial, end_published, partial_of
-from jaxmoe.weights.manifest import KINDS, MANIFEST, FileEntry, Manifest, TensorEntry, sum_file
+from jaxmoe.weights.journal import WHOLE, ConversionJournal, end_committed, partial_path
+from jaxmoe.weights.manifest import KINDS, MANIFEST, CheckpointManifest, FileEntry, TensorEntry, sum_file
 from jaxmoe.weights.quantize_transform import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.shards import ShardSink
 from jaxmoe.weights.source_checkpoint import SourceCheckpoint, open_source_checkpoint
 from jaxmoe.weights.store import StoreSink
-from jaxmoe.weights.stream import Sink, Stream, Unit
-from jaxmoe.weights.transform import Transform
+from jaxmoe.weights.stream import CheckpointSink, ConversionExecutor, ConversionTask
+from jaxmoe.weights.transform import TensorTransform
 from jaxmoe.weights.verify import check_whole
 
 DEFAULT_RAM_GIB = 4.0
@@ -47,7 +47,7 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ConversionReport:
     """What a conversion did. resumed_tensors: those that an earlier, killed run had finished. Bytes of memory:
     buffer_bytes at most in flight, of budget_bytes; peak_rss_bytes of the process, rss_before_bytes of them before."""
 
@@ -76,7 +76,7 @@ def convert(
     source: Path, destination: Path, *, to: str | None = None, mesh: str | None = None,
     weights_dtype: str | None = None, ram_gib: float = DEFAULT_RAM_GIB, verify: bool = False,
     ignore_config_keys: Iterable[str] = (), on_progress: OnProgress = lambda done, total: None,
-) -> Report:  # fmt: skip
+) -> ConversionReport:  # fmt: skip
     """Write the checkpoint in source (a directory) as another, of kind `to`: "orbax" or "hf"; by default the other one.
 
     mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
@@ -90,7 +90,7 @@ def convert(
     Raises: CheckpointError, ConfigError, MeshError; all of the input is checked before anything is written.
     """
     started, rss_before = time.perf_counter(), resident_bytes()
-    budget = Budget(_half(ram_gib))
+    budget = MemoryBudget(_half(ram_gib))
     num_shares = _num_devices(mesh)
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
@@ -107,19 +107,19 @@ def convert(
     destination = Path(os.path.abspath(destination))
     if not destination.name:
         raise CheckpointError(f"destination {destination} exists: name another, or move it away")
-    if source.resolve().is_relative_to(partial_of(destination).resolve()):
+    if source.resolve().is_relative_to(partial_path(destination).resolve()):
         raise CheckpointError(
-            f"destination {destination} has its unfinished work in {partial_of(destination)}, where the source lies: "
+            f"destination {destination} has its unfinished work in {partial_path(destination)}, where the source lies: "
             f"name another"
         )
-    job = _Job(
+    job = _ConversionJob(
         source_checkpoint=source_checkpoint,
         destination=destination,
         options=options,
         transform=transform,
         budget=budget,
     )
-    if end_published(destination, job.asked):
+    if end_committed(destination, job.asked):
         num_resumed = len(job.outputs)
         if verify:
             check_whole(destination)
@@ -128,7 +128,7 @@ def convert(
         if verify and source_checkpoint.manifest is not None:
             check_whole(source)
         num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
-    return Report(
+    return ConversionReport(
         source=str(source), destination=str(destination), kind=kind, num_tensors=len(job.outputs),
         num_bytes=sum(spec.num_bytes for spec in job.outputs.values()), resumed_tensors=num_resumed,
         seconds=time.perf_counter() - started, ram_gib=ram_gib, budget_bytes=budget.limit_bytes,
@@ -163,7 +163,7 @@ def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -
         raise CheckpointError(f"destination {destination} lies in {parent}, which cannot be written: name another")
 
 
-class _Job:
+class _ConversionJob:
     """One conversion: what is made of what, and where it goes."""
 
     def __init__(
@@ -172,31 +172,31 @@ class _Job:
         source_checkpoint: SourceCheckpoint,
         destination: Path,
         options: dict[str, Any],
-        transform: Transform,
-        budget: Budget,
+        transform: TensorTransform,
+        budget: MemoryBudget,
     ) -> None:
         self._source_checkpoint, self._destination, self._options = source_checkpoint, destination, options
         self._transform, self._budget = transform, budget
         self.asked = {"source": source_checkpoint.fingerprint(), **options}
-        self._units = [
-            Unit(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
+        self._tasks = [
+            ConversionTask(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
             for tensor, spec in _sources(source_checkpoint, plain=options["weights_dtype"] is not None)
         ]
         self.outputs: dict[str, TensorSpec] = {}
-        for unit in self._units:
-            for output in unit.outputs:
+        for task in self._tasks:
+            for output in task.outputs:
                 if output.name in self.outputs:
                     raise CheckpointError(f"tensor {output.name!r} would be made twice: rename one in the source")
                 self.outputs[output.name] = output
 
-    def _sink(self, whole: Path) -> Sink:
+    def _sink(self, whole: Path) -> CheckpointSink:
         if self._options["to"] == "orbax":
             return StoreSink(whole, self.outputs, self._options["mesh_devices"])
         return ShardSink(whole, self.outputs)
 
     def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
         """All of it; the number of source tensors that an earlier run had finished."""
-        self._check_room(self._sink(partial_of(self._destination) / WHOLE))
+        self._check_room(self._sink(partial_path(self._destination) / WHOLE))
         total, done, lock = self._source_checkpoint.num_bytes, 0, threading.Lock()
 
         def on_bytes(num_bytes: int) -> None:
@@ -206,42 +206,42 @@ class _Job:
                 on_progress(done, total)
 
         try:
-            with Partial(self._destination, self.asked) as partial:
-                return self._into(partial, ram_bytes, verify, on_bytes)
+            with ConversionJournal(self._destination, self.asked) as journal:
+                return self._into(journal, ram_bytes, verify, on_bytes)
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or self._destination}: {error.strerror}; mend that and run the same again: what is "
-                f"done is kept in {partial_of(self._destination).name}"
+                f"done is kept in {partial_path(self._destination).name}"
             ) from error
 
-    def _into(self, partial: Partial, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
-        sink = self._sink(partial.whole)
+    def _into(self, journal: ConversionJournal, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
+        sink = self._sink(journal.whole)
         sink.create()
         known = self._source_checkpoint.manifest
-        stream = Stream(
+        executor = ConversionExecutor(
             sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
             expected=None if known is None else {name: entry.sha256 for name, entry in known.tensors.items()},
-            finished=partial.finished, record=partial.record, on_bytes=on_bytes,
+            finished=journal.finished, record=journal.record, on_bytes=on_bytes,
         )  # fmt: skip
         try:
-            sums = stream.run(sorted(self._units, key=lambda unit: _order(sink, unit)))
+            sums = executor.run(sorted(self._tasks, key=lambda task: _order(sink, task)))
         except CheckpointError as error:
-            raise CheckpointError(f"{error} (what is done is kept in {partial.folder.name})") from error
-        self._finish(partial.whole, sink, sums)
+            raise CheckpointError(f"{error} (what is done is kept in {journal.folder.name})") from error
+        self._finish(journal.whole, sink, sums)
         if verify:
-            check_whole(partial.whole)
+            check_whole(journal.whole)
         if (
             open_source_checkpoint(self._source_checkpoint.directory, check_config=False).fingerprint()
             != self.asked["source"]
         ):
             raise CheckpointError(
-                f"{self._source_checkpoint.directory} changed meanwhile: remove {partial.folder} and run again once it is at "
+                f"{self._source_checkpoint.directory} changed meanwhile: remove {journal.folder} and run again once it is at "
                 f"rest"
             )
-        partial.publish()
-        return stream.num_resumed
+        journal.commit()
+        return executor.num_resumed
 
-    def _finish(self, whole: Path, sink: Sink, sums: dict[str, str]) -> None:
+    def _finish(self, whole: Path, sink: CheckpointSink, sums: dict[str, str]) -> None:
         """What stands beside the tensors; the manifest is last."""
         files: dict[str, FileEntry] = {}
         changed = self._transform.config(dict(self._source_checkpoint.config))
@@ -259,12 +259,12 @@ class _Job:
             name: TensorEntry(spec=spec, sha256=sums[name], chunk=sink.chunks[name])
             for name, spec in self.outputs.items()
         }
-        manifest = Manifest(kind=sink.kind, options=self._options, tensors=tensors, files=files)
+        manifest = CheckpointManifest(kind=sink.kind, options=self._options, tensors=tensors, files=files)
         (whole / MANIFEST).write_bytes(manifest.dump())
 
-    def _check_room(self, sink: Sink) -> None:
+    def _check_room(self, sink: CheckpointSink) -> None:
         """Raise a CheckpointError if the disk has no room for what is not there yet."""
-        bytes_there, files_there = _allocated(partial_of(self._destination))
+        bytes_there, files_there = _allocated(partial_path(self._destination))
         side = [
             os.stat(self._source_checkpoint.directory / name).st_size for name in self._source_checkpoint.side_files
         ]
@@ -284,9 +284,9 @@ class _Job:
             )
 
 
-def _order(sink: Sink, unit: Unit) -> tuple[tuple[str, int], Path, int]:
+def _order(sink: CheckpointSink, task: ConversionTask) -> tuple[tuple[str, int], Path, int]:
     """By the place in the new file, which costs more than to read from many places; then by that in the old one."""
-    return sink.place(unit.outputs[0].name), unit.tensor.path, unit.tensor.start
+    return sink.place(task.outputs[0].name), task.tensor.path, task.tensor.start
 
 
 def _sources(

@@ -26,19 +26,19 @@ SUFFIX, WHOLE = ".partial", "whole"
 _SYNCS = 32  # at once
 
 
-def partial_of(destination: Path) -> Path:
+def partial_path(destination: Path) -> Path:
     """Where unfinished work for a destination lies."""
     return destination.with_name(destination.name + SUFFIX)
 
 
-class Partial:
+class ConversionJournal:
     """Unfinished work for a destination, held by one process at a time; begun, or gone on with if asked for the same.
 
     Raises: CheckpointError if another process is at it, or it was begun for something else.
     """
 
     def __init__(self, destination: Path, asked: Mapping[str, Any]) -> None:
-        self._destination, self.folder = destination, partial_of(destination)
+        self._destination, self.folder = destination, partial_path(destination)
         self.whole = self.folder / WHOLE
         self.finished: dict[str, dict[str, str]] = {}
         strange = os.path.lexists(self.folder) and not self.folder.is_dir()
@@ -89,10 +89,10 @@ class Partial:
         with self._lock:
             self._file.write(json.dumps([name, dict(sums)]).encode() + b"\n")
 
-    def publish(self) -> None:
+    def commit(self) -> None:
         """Bring all to the disk, then give it the destination's name. Raises: CheckpointError if that is taken."""
         sync_tree(self.whole)
-        self._file.write(_published_line(self.whole) + b"\n")
+        self._file.write(_commit_line(self.whole) + b"\n")
         os.fsync(self._file.fileno())
         if os.path.lexists(self._destination):
             raise CheckpointError(f"destination {self._destination} appeared meanwhile: move it away and run again")
@@ -100,7 +100,7 @@ class Partial:
         _sync(self._destination.parent)
         shutil.rmtree(self.folder)
 
-    def __enter__(self) -> Partial:
+    def __enter__(self) -> ConversionJournal:
         return self
 
     def __exit__(
@@ -109,20 +109,20 @@ class Partial:
         self._file.close()
 
 
-def end_published(destination: Path, asked: Mapping[str, Any]) -> bool:
+def end_committed(destination: Path, asked: Mapping[str, Any]) -> bool:
     """Whether a process asked for the same was killed just after it had published this very destination; what it left
     is removed."""
-    folder = partial_of(destination)
+    folder = partial_path(destination)
     if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():
         return False
     lines = (folder / JOURNAL).read_bytes().split(b"\n")
-    if lines[0] != json.dumps(asked, sort_keys=True).encode() or lines[-2:] != [_published_line(destination), b""]:
+    if lines[0] != json.dumps(asked, sort_keys=True).encode() or lines[-2:] != [_commit_line(destination), b""]:
         return False
     shutil.rmtree(folder)
     return True
 
 
-def _published_line(whole: Path) -> bytes:
+def _commit_line(whole: Path) -> bytes:
     return json.dumps([MANIFEST, {MANIFEST: sum_file(whole / MANIFEST).sha256}]).encode()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.safetensors_file import read_exactly
-from jaxmoe.weights.symlinks import check_inside
+from jaxmoe.weights.symlinks import check_symlink
 
 MANIFEST = "jaxmoe_manifest.json"
 JOURNAL = "jaxmoe_journal.jsonl"
@@ -47,7 +47,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CheckpointManifest:
     """All of it. kind: "orbax" or "hf". options: how it was asked for."""
 
     kind: str
@@ -80,11 +80,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_manifest(directory: Path) -> Manifest | None:
+def read_manifest(directory: Path) -> CheckpointManifest | None:
     """The manifest of a directory, None where there is none. Raises: CheckpointError if it is not as it was written, or
     a link that leaves the directory."""
     path = directory / MANIFEST
-    check_inside(directory, path)
+    check_symlink(directory, path)
     if not path.is_file():
         return None
     try:
@@ -108,7 +108,7 @@ def _changed(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is not as jaxmoe convert wrote it: corrupt; convert again or fetch it again")
 
 
-def _parse(body: Any) -> Manifest:
+def _parse(body: Any) -> CheckpointManifest:
     if body["jaxmoe_manifest"] != _VERSION or body["kind"] not in KINDS:
         raise ValueError(body["kind"])
     tensors, files = {}, {}
@@ -123,7 +123,7 @@ def _parse(body: Any) -> Manifest:
             raise ValueError(name)
         (total, head) = _sizes([num_bytes, head_bytes])
         files[name] = FileEntry(num_bytes=total, head_bytes=head, sha256=_sum(digest))
-    return Manifest(kind=body["kind"], options=dict(body["options"]), tensors=tensors, files=files)
+    return CheckpointManifest(kind=body["kind"], options=dict(body["options"]), tensors=tensors, files=files)
 
 
 def _sizes(values: Any, *, least: int = 0) -> tuple[int, ...]:

@@ -18,12 +18,12 @@ from jaxmoe.weights.lazy_tensors import check_quantizable, quantized, scales_of
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, checkpoint_scale_shape, quantized_tensor_names
 from jaxmoe.weights.source_checkpoint import SourceCheckpoint
 from jaxmoe.weights.stored import stored_layout
-from jaxmoe.weights.transform import WEIGHTS_DTYPES, AsPublished, CastFloats, Transform
+from jaxmoe.weights.transform import WEIGHTS_DTYPES, CastFloats, IdentityTransform, TensorTransform
 
 _WEIGHT = ".weight"
 
 
-class Quantize(AsPublished):
+class QuantizeTransform(IdentityTransform):
     """Matrices become numbers and scales, all else stays as it is."""
 
     working_ratio = 6.0  # of two bytes: float32 values and their magnitudes, numbers, and what a cast needs
@@ -67,13 +67,13 @@ class Quantize(AsPublished):
 
 def transform_of(
     weights_dtype: str | None, source_checkpoint: SourceCheckpoint, *, ignore_config_keys: Iterable[str] = ()
-) -> Transform:  # fmt: skip
+) -> TensorTransform:  # fmt: skip
     """What --weights-dtype asks for: None as published, float32 and so on values, int8 and so on numbers and scales.
 
     Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantized so.
     """
     if weights_dtype is None:
-        return AsPublished()
+        return IdentityTransform()
     weights_dtype = canonical_dtype(weights_dtype)
     if weights_dtype in WEIGHTS_DTYPES:
         return CastFloats(weights_dtype)
@@ -83,6 +83,6 @@ def transform_of(
     config = read_config(source_checkpoint.config, ignore=ignore_config_keys)
     config = with_layout(config, stored_layout(config, source_checkpoint.tensors))
     keys = quantized_keys(config, weights_dtype)
-    return Quantize(
+    return QuantizeTransform(
         source_checkpoint.specs, keys, weights_dtype, FAMILIES[config.family].names.prefix + HEAD.removesuffix(_WEIGHT)
     )

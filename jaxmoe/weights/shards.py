@@ -19,7 +19,7 @@ UNFINISHED = ".unfinished"  # ends the names of files that have no tensors yet, 
 
 
 @dataclass
-class _Shard:
+class _ShardFile:
     """Tensors of one file, the widest numbers first so that all lie aligned."""
 
     specs: list[TensorSpec] = field(default_factory=list)
@@ -46,12 +46,12 @@ class _Shard:
         return head, {name: len(head) + start for name, start in starts.items()}
 
 
-def _plan(specs: Mapping[str, TensorSpec], limit: int) -> list[_Shard]:
-    shards = [_Shard()]
+def _plan(specs: Mapping[str, TensorSpec], limit: int) -> list[_ShardFile]:
+    shards = [_ShardFile()]
     filled = 0
     for spec in specs.values():
         if shards[-1].specs and filled + spec.num_bytes > limit:
-            shards.append(_Shard())
+            shards.append(_ShardFile())
             filled = 0
         shards[-1].specs.append(spec)
         filled += spec.num_bytes
@@ -90,7 +90,7 @@ class ShardSink:
     def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], limit: int = SHARD_BYTES) -> None:
         self._directory, self._specs = directory, specs
         self._shards = _plan(specs, limit)
-        self._starts: dict[str, tuple[_Shard, int]] = {}
+        self._starts: dict[str, tuple[_ShardFile, int]] = {}
         for shard in self._shards:
             for name, start in shard.header()[1].items():
                 self._starts[name] = shard, start
@@ -104,7 +104,7 @@ class ShardSink:
         """Files of it, an index among them."""
         return len(self._shards) + 1
 
-    def _path(self, shard: _Shard) -> Path:
+    def _path(self, shard: _ShardFile) -> Path:
         whole = self._directory / shard.name
         return whole if whole.exists() else self._directory / (shard.name + UNFINISHED)
 

@@ -21,11 +21,11 @@ from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.load import assign_weight_slices
-from jaxmoe.weights.manifest import CHAT_TEMPLATES, MANIFEST, Manifest, check_name, read_manifest
+from jaxmoe.weights.manifest import CHAT_TEMPLATES, MANIFEST, CheckpointManifest, check_name, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import CHECKPOINT, TREE
 from jaxmoe.weights.stored import as_stored
-from jaxmoe.weights.symlinks import check_inside
+from jaxmoe.weights.symlinks import check_symlink
 
 _TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
@@ -39,7 +39,7 @@ class SourceCheckpoint:
 
     directory: Path
     kind: str
-    manifest: Manifest | None
+    manifest: CheckpointManifest | None
     tensors: Mapping[str, TensorInfo]
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
@@ -77,7 +77,7 @@ def open_source_checkpoint(
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     files = sorted(path for path in directory.iterdir() if not path.is_dir())
     for path in files:
-        check_inside(directory, path)
+        check_symlink(directory, path)
     config = read_json(directory / CONFIG)
     manifest = read_manifest(directory)
     tensors = open_tensors(directory)
@@ -117,7 +117,7 @@ def _chat_templates(directory: Path) -> list[Path]:
     """The templates in a folder of their own. Raises: CheckpointError for a link that leaves the directory."""
     paths = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
     for path in (directory / CHAT_TEMPLATES, *paths):
-        check_inside(directory, path)
+        check_symlink(directory, path)
     return [path for path in paths if path.is_file() and path.name[0] != "."]
 
 

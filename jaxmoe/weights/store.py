@@ -17,9 +17,9 @@ from typing import IO, NamedTuple
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
-from jaxmoe.weights.manifest import FileEntry, Manifest, check_name, sum_file
+from jaxmoe.weights.manifest import CheckpointManifest, FileEntry, check_name, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo, read_exactly
-from jaxmoe.weights.symlinks import check_inside
+from jaxmoe.weights.symlinks import check_symlink
 from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
@@ -29,7 +29,7 @@ _MAX_DIMS = 32  # numpy's before version 2; names of chunks have a number for ea
 _BLOCK_BYTES = 4096  # a file system's
 
 
-class Run(NamedTuple):
+class ByteRun(NamedTuple):
     """Neighboring bytes of a tensor in one chunk file: name of the file, first byte in it, how many."""
 
     file: str
@@ -61,10 +61,10 @@ class ChunkGrid:
         longer = (dim for dim, extent in enumerate(self.chunk) if extent > 1)
         return next(longer, max(0, len(self.chunk) - 1))
 
-    def runs(self, start: int, stop: int) -> Iterator[Run]:
+    def runs(self, start: int, stop: int) -> Iterator[ByteRun]:
         """The bytes start..stop of the tensor, in order."""
         if not self.shape:
-            yield Run("0", start, stop - start)
+            yield ByteRun("0", start, stop - start)
             return
         cut = self._cut
         row_bytes = math.prod(self.shape[cut + 1 :]) * self.itemsize
@@ -73,7 +73,7 @@ class ChunkGrid:
             line, within = divmod(start, line_bytes)
             number, first = divmod(within, self.chunk[cut] * row_bytes)
             num_bytes = min(stop - start, self.chunk_bytes - first, line_bytes - within)
-            yield Run(self._file(line, number, cut), first, num_bytes)
+            yield ByteRun(self._file(line, number, cut), first, num_bytes)
             start += num_bytes
 
     def _file(self, line: int, number: int, cut: int) -> str:
@@ -83,7 +83,7 @@ class ChunkGrid:
             index.insert(0, place)
         return ".".join(str(place) for place in (*index, *(0 for _ in self.shape[cut + 1 :])))
 
-    def files(self) -> Iterator[Run]:
+    def files(self) -> Iterator[ByteRun]:
         """Every chunk file, with the bytes of the tensor in it (start is 0)."""
         at, total = 0, math.prod(self.shape) * self.itemsize
         while at < total:
@@ -130,7 +130,7 @@ class StoredTensor(TensorInfo):
             done += run.num_bytes
 
 
-def open_store(directory: Path, manifest: Manifest, *, whole: bool = True) -> dict[str, TensorInfo]:
+def open_store(directory: Path, manifest: CheckpointManifest, *, whole: bool = True) -> dict[str, TensorInfo]:
     """All tensors of an Orbax checkpoint by name; nothing read yet. whole: whether each must have its chunks, of the
     right sizes.
 
@@ -146,12 +146,12 @@ def open_store(directory: Path, manifest: Manifest, *, whole: bool = True) -> di
     wrong: list[str] = []
     is_damaged = False  # rather than incomplete
     for name, tensor in tensors.items():
-        check_inside(directory, directory / name)
+        check_symlink(directory, directory / name)
         sizes = {}
         with os.scandir(directory / name) as inside:
             for found in inside:
                 if found.is_symlink():
-                    check_inside(directory, Path(found.path))
+                    check_symlink(directory, Path(found.path))
                 if whole:
                     sizes[found.name] = found.stat().st_size
         num_bytes = tensor.grid.chunk_bytes
@@ -289,7 +289,7 @@ class StoreSink:
         return {name: sum_file(self._directory / name) for name in contents}
 
 
-def array_problems(directory: Path, name: str, manifest: Manifest) -> Iterator[str]:
+def array_problems(directory: Path, name: str, manifest: CheckpointManifest) -> Iterator[str]:
     """What is wrong with a tensor's folder apart from its numbers: .zarray, sizes of chunks, what fills them up."""
     entry = manifest.tensors[name]
     assert entry.chunk is not None

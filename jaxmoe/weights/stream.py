@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.weights.budget import Budget, resident_bytes
+from jaxmoe.weights.budget import MemoryBudget, resident_bytes
 from jaxmoe.weights.dequantize import DerivedTensor
 from jaxmoe.weights.dtypes import DTYPES, TensorSpec
 from jaxmoe.weights.manifest import FileEntry
 from jaxmoe.weights.safetensors_file import TensorInfo
-from jaxmoe.weights.transform import Transform
+from jaxmoe.weights.transform import TensorTransform
 from jaxmoe.weights.verify import sum_tensor
 
 _SLICE_BYTES = 4 << 20
@@ -41,7 +41,7 @@ class TensorWriter(Protocol):
         ...
 
 
-class Sink(Protocol):
+class CheckpointSink(Protocol):
     """Where converted tensors go: a folder that becomes a checkpoint of one kind."""
 
     kind: str
@@ -77,7 +77,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class ConversionTask:
     """A source tensor and what is made of it."""
 
     tensor: TensorInfo | DerivedTensor
@@ -106,14 +106,14 @@ class Unit:
 
 
 @dataclass(kw_only=True)
-class Stream:
+class ConversionExecutor:
     """expected: sha256 of every source tensor, where the source says it. finished: what a journal says is written, read
-    again before it is believed. record: told of each unit's sums. on_bytes: told of source bytes done. ram_bytes: by
+    again before it is believed. record: told of each task's sums. on_bytes: told of source bytes done. ram_bytes: by
     how much resident memory may grow; budget: of buffers."""
 
-    sink: Sink
-    transform: Transform
-    budget: Budget
+    sink: CheckpointSink
+    transform: TensorTransform
+    budget: MemoryBudget
     ram_bytes: int
     expected: Sums | None
     finished: Mapping[str, Sums]
@@ -122,12 +122,12 @@ class Stream:
     sums: Sums = field(default_factory=dict)
     num_resumed: int = 0
 
-    def run(self, units: Sequence[Unit]) -> Sums:
+    def run(self, tasks: Sequence[ConversionTask]) -> Sums:
         """sha256 of every output, once all are written. Raises: what the first thread that failed raised."""
         self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
         need = self._need(_SLICE_BYTES)
         num_workers = max(1, min(_MAX_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
-        source = iter(units)
+        source = iter(tasks)
         with ThreadPoolExecutor(num_workers) as workers:
             try:
                 running = [workers.submit(self._work, source) for _ in range(num_workers)]
@@ -142,14 +142,14 @@ class Stream:
         """Bytes of buffers while a slice is worked on."""
         return int(slice_bytes * (1 + self.transform.working_ratio))
 
-    def _work(self, source: Iterator[Unit]) -> None:
+    def _work(self, source: Iterator[ConversionTask]) -> None:
         while not self._stop.is_set():
             with self._lock:
-                unit = next(source, None)
-            if unit is None:
+                task = next(source, None)
+            if task is None:
                 return
             try:
-                sums = self._again(unit) or self._written(unit)
+                sums = self._again(task) or self._written(task)
             except BaseException:
                 self._stop.set()
                 raise
@@ -162,10 +162,10 @@ class Stream:
                     f"run the same again"
                 )
 
-    def _again(self, unit: Unit) -> Sums | None:
-        """The sums of a unit that an earlier run has written; None if it has not, or what it wrote is not there."""
-        said = self.finished.get(unit.spec.name)
-        if said is None or set(said) != {output.name for output in unit.outputs}:
+    def _again(self, task: ConversionTask) -> Sums | None:
+        """The sums of a task that an earlier run has written; None if it has not, or what it wrote is not there."""
+        said = self.finished.get(task.spec.name)
+        if said is None or set(said) != {output.name for output in task.outputs}:
             return None
         with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading what is done"):
             try:
@@ -176,50 +176,50 @@ class Stream:
             return None
         with self._lock:
             self.num_resumed += 1
-        self.on_bytes(unit.source_bytes(unit.spec.num_bytes))
+        self.on_bytes(task.source_bytes(task.spec.num_bytes))
         return found
 
-    def _written(self, unit: Unit) -> Sums:
-        self._check(unit)
-        digests = [hashlib.sha256() for _ in unit.outputs]
-        step = self._slice_bytes(unit)
-        total, dtype = unit.spec.num_bytes, DTYPES[unit.spec.dtype].numpy
+    def _written(self, task: ConversionTask) -> Sums:
+        self._check(task)
+        digests = [hashlib.sha256() for _ in task.outputs]
+        step = self._slice_bytes(task)
+        total, dtype = task.spec.num_bytes, DTYPES[task.spec.dtype].numpy
         with ExitStack() as stack:
-            stack.enter_context(self.budget.take(self._need(min(step, total)), f"tensor {unit.spec.name!r}"))
-            writers = [stack.enter_context(closing(self.sink.writer(output.name))) for output in unit.outputs]
+            stack.enter_context(self.budget.take(self._need(min(step, total)), f"tensor {task.spec.name!r}"))
+            writers = [stack.enter_context(closing(self.sink.writer(output.name))) for output in task.outputs]
             buffer = np.empty(min(step, total), np.uint8)
             for start in range(0, total, step):
                 if self._stop.is_set():
                     return {}
                 part = buffer[: min(step, total - start)]
-                unit.tensor.read_bytes(start, memoryview(part))
-                made = self.transform.apply(unit.spec, part.view(dtype))
+                task.tensor.read_bytes(start, memoryview(part))
+                made = self.transform.apply(task.spec, part.view(dtype))
                 for writer, digest, numbers in zip(writers, digests, made, strict=True):
                     content = memoryview(numbers.view(np.uint8))
                     digest.update(content)
                     writer.append(content)
-                self.on_bytes(unit.source_bytes(len(part)))
-        sums = {output.name: digest.hexdigest() for output, digest in zip(unit.outputs, digests, strict=True)}
-        self._check(unit, sums)
-        self.record(unit.spec.name, sums)
+                self.on_bytes(task.source_bytes(len(part)))
+        sums = {output.name: digest.hexdigest() for output, digest in zip(task.outputs, digests, strict=True)}
+        self._check(task, sums)
+        self.record(task.spec.name, sums)
         return sums
 
-    def _check(self, unit: Unit, written: Sums | None = None) -> None:
+    def _check(self, task: ConversionTask, written: Sums | None = None) -> None:
         """Hold a source that says its checksums against them: before other numbers are made of it, or by what was
         written where its bits went through. Raises: CheckpointError."""
-        if self.expected is None or unit.untouched != (written is not None):
+        if self.expected is None or task.untouched != (written is not None):
             return
         if written is None:
             with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
-                written = {source.name: sum_tensor(source, step_bytes=_SLICE_BYTES) for source in unit.sources}
+                written = {source.name: sum_tensor(source, step_bytes=_SLICE_BYTES) for source in task.sources}
         for name, found in written.items():
             if self.expected[name] != found:
                 raise CheckpointError(
                     f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
                 )
 
-    def _slice_bytes(self, unit: Unit) -> int:
+    def _slice_bytes(self, task: ConversionTask) -> int:
         """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
-        granule = max(1, math.lcm(self.transform.granule(unit.spec), unit.granule)) * unit.spec.itemsize
+        granule = max(1, math.lcm(self.transform.granule(task.spec), task.granule)) * task.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule

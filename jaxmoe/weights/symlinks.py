@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxmoe.errors import CheckpointError
 
 
-def check_inside(directory: Path, path: Path) -> None:
+def check_symlink(directory: Path, path: Path) -> None:
     """Raise a CheckpointError for a link to nothing, or out of the directory. A hub's snapshot may link to the blobs
     beside it."""
     if not path.is_symlink():

@@ -21,7 +21,7 @@ WEIGHTS_DTYPES = {name: stored for stored, name in FLOAT_NAMES.items()}
 _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class Transform(Protocol):
+class TensorTransform(Protocol):
     """From one published tensor to one or several. The same tensor always gives the same bytes."""
 
     working_ratio: float
@@ -45,7 +45,7 @@ class Transform(Protocol):
         ...
 
 
-class AsPublished:
+class IdentityTransform:
     """Bits go through, whatever they mean."""
 
     working_ratio = 0.0
@@ -67,7 +67,7 @@ class AsPublished:
         return raw
 
 
-class CastFloats(AsPublished):
+class CastFloats(IdentityTransform):
     """Plain floating point becomes another; integers stay, and what models hold exactly, whatever their dtype."""
 
     working_ratio = 6.0  # float16 by way of float32, the result, and two masks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.checkpoint import PICKLES, open_converted
-from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, Manifest, read_manifest, sum_file
+from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, CheckpointManifest, read_manifest, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import array_problems
 
@@ -72,7 +72,7 @@ def in_words(directory: Path, found: list[str]) -> str:
     return f"{directory} is corrupt: {'; '.join(found[:8])}{more}; convert again or fetch it again"
 
 
-def _strays(directory: Path, manifest: Manifest) -> Iterator[str]:
+def _strays(directory: Path, manifest: CheckpointManifest) -> Iterator[str]:
     """Weights and indices that others may take for the checkpoint's."""
     for path in sorted(directory.iterdir()):
         weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith(".index.json")
@@ -80,7 +80,7 @@ def _strays(directory: Path, manifest: Manifest) -> Iterator[str]:
             yield f"file {path.name} is none that was written: remove it"
 
 
-def _file_problems(directory: Path, name: str, manifest: Manifest) -> Iterator[str]:
+def _file_problems(directory: Path, name: str, manifest: CheckpointManifest) -> Iterator[str]:
     entry, path = manifest.files[name], directory / name
     try:
         if (num_bytes := path.stat().st_size) != entry.num_bytes:
@@ -92,7 +92,7 @@ def _file_problems(directory: Path, name: str, manifest: Manifest) -> Iterator[s
 
 
 def _tensor_problems(
-    directory: Path, name: str, manifest: Manifest, tensors: Mapping[str, TensorInfo]
+    directory: Path, name: str, manifest: CheckpointManifest, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[str]:  # fmt: skip
     entry = manifest.tensors[name]
     if manifest.kind == "orbax" and (found := list(array_problems(directory, name, manifest))):

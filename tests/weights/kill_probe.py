@@ -88,12 +88,12 @@ def main(source: str, destination: str, seed: str, num_kills: str, to: str | Non
         if end.exists():
             looked_whole += 1
             assert sorted(p.name for p in end.rglob("*")) == sorted(p.name for p in undisturbed.rglob("*"))
-            if (journal.partial_of(end) / journal.JOURNAL).exists():  # the same command says that it has ended
+            if (journal.partial_path(end) / journal.JOURNAL).exists():  # the same command says that it has ended
                 run_child(start, end, to, None)
-                assert not journal.partial_of(end).exists()
+                assert not journal.partial_path(end).exists()
             shutil.rmtree(end)
     run_child(start, end, to, None)
-    print(json.dumps({"steps": steps, "killed": killed, "published": looked_whole}))
+    print(json.dumps({"steps": steps, "killed": killed, "committed": looked_whole}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.weights.budget import Budget
+from jaxmoe.weights.budget import MemoryBudget
 
 from .hf_checkpoints import write_checkpoint_dir
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_budget_is_never_exceeded():
-    budget = Budget(100)
+    budget = MemoryBudget(100)
     with budget.take(60, "a"), budget.take(40, "b"):
         assert budget.peak_bytes == 100
     refused = pytest.raises(CheckpointError, match="'big' needs 101 bytes of buffers, the budget is 100")

@@ -19,7 +19,7 @@ from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.weights import shards
 from jaxmoe.weights.checkpoint import BESIDE, INDEX, open_tensors, read_json
 from jaxmoe.weights.convert import convert
-from jaxmoe.weights.journal import partial_of
+from jaxmoe.weights.journal import partial_path
 from jaxmoe.weights.manifest import read_manifest
 from jaxmoe.weights.verify import problems
 
@@ -66,7 +66,7 @@ def test_every_dtype_both_ways_and_what_travels_along(source, tmp_path):
         assert not (tmp_path / kind / "training_args.bin").exists()
     assert report.left_behind == ("modeling.py", "training_args.bin")
     assert contents(source) == before
-    assert not partial_of(tmp_path / "orbax").exists()
+    assert not partial_path(tmp_path / "orbax").exists()
 
 
 def test_several_shards_and_their_index(source, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights import convert as convert_module
 from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert
-from jaxmoe.weights.journal import partial_of
+from jaxmoe.weights.journal import partial_path
 from jaxmoe.weights.manifest import JOURNAL
 from jaxmoe.weights.source import find_model
 
@@ -57,7 +57,7 @@ def test_killed_at_many_points(to, seed, source, tmp_path):
 
 def _stop_after(monkeypatch, num_tensors: int) -> None:
     """Conversion fails, as for a full disk, once so many tensors are recorded."""
-    record, count = convert_module.Partial.record, [0]
+    record, count = convert_module.ConversionJournal.record, [0]
 
     def stopping(self, name, sums):
         if count[0] == num_tensors:
@@ -65,7 +65,7 @@ def _stop_after(monkeypatch, num_tensors: int) -> None:
         count[0] += 1
         record(self, name, sums)
 
-    monkeypatch.setattr(convert_module.Partial, "record", stopping)
+    monkeypatch.setattr(convert_module.ConversionJournal, "record", stopping)
 
 
 def test_what_is_done_is_not_written_again(source, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_what_is_done_is_not_written_again(source, tmp_path, monkeypatch):
         _stop_after(patched, 9)
         with pytest.raises(CheckpointError, match=r"No space left on device; .* is kept in orbax.partial"):
             convert(source, tmp_path / "orbax")
-    partial = partial_of(tmp_path / "orbax")
+    partial = partial_path(tmp_path / "orbax")
     with pytest.raises(CheckpointError, match="is an unfinished conversion: run the same"):
         find_model(partial)
     with pytest.raises(CheckpointError):
@@ -95,7 +95,7 @@ def test_what_a_journal_says_is_read_before_it_is_believed(source, tmp_path, mon
         _stop_after(patched, 9)
         with pytest.raises(CheckpointError):
             convert(source, tmp_path / "orbax")
-    journal = partial_of(tmp_path / "orbax") / JOURNAL
+    journal = partial_path(tmp_path / "orbax") / JOURNAL
     first, second = (json.loads(line)[0] for line in journal.read_text().splitlines()[1:3])
     for chunk in (journal.parent / "whole" / first).glob("[0-9]*"):
         chunk.write_bytes(bytes(chunk.stat().st_size))
@@ -111,7 +111,7 @@ def test_lines_that_are_none_are_not_believed(line, source, tmp_path, monkeypatc
         _stop_after(patched, 3)
         with pytest.raises(CheckpointError):
             convert(source, tmp_path / "orbax")
-    journal = partial_of(tmp_path / "orbax") / JOURNAL
+    journal = partial_path(tmp_path / "orbax") / JOURNAL
     journal.write_bytes(journal.read_bytes() + line.encode() + b"\n")
     assert convert(source, tmp_path / "orbax").resumed_tensors == 3
     assert bytes_of(tmp_path / "orbax") == bytes_of(source)
@@ -126,9 +126,9 @@ def test_a_source_that_changes_meanwhile_says_what_to_remove(source, tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(convert_module.ShardSink, "finish", changing)
-        with pytest.raises(CheckpointError, match=f"changed meanwhile: remove {partial_of(tmp_path / 'hf')} and run"):
+        with pytest.raises(CheckpointError, match=f"changed meanwhile: remove {partial_path(tmp_path / 'hf')} and run"):
             convert(source, tmp_path / "hf", to="hf")
-    shutil.rmtree(partial_of(tmp_path / "hf"))
+    shutil.rmtree(partial_path(tmp_path / "hf"))
     convert(source, tmp_path / "hf", to="hf")
 
 
@@ -184,14 +184,14 @@ def killed_at_the_end(source, tmp_path, monkeypatch) -> Path:
     with monkeypatch.context() as patched:
         patched.setattr("jaxmoe.weights.journal.shutil.rmtree", lambda *_, **__: None)
         convert(source, tmp_path / "out")
-    assert partial_of(tmp_path / "out").exists()
+    assert partial_path(tmp_path / "out").exists()
     return tmp_path / "out"
 
 
 def test_what_a_killed_process_committed_is_known(killed_at_the_end, source):
     report = convert(source, killed_at_the_end, verify=True)
     assert (report.resumed_tensors, report.verified) == (report.num_tensors, True)
-    assert not partial_of(killed_at_the_end).exists()
+    assert not partial_path(killed_at_the_end).exists()
 
 
 def test_what_a_killed_process_committed_is_verified_where_that_is_asked(killed_at_the_end, source):

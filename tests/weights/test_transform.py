@@ -122,7 +122,7 @@ def test_numbers_are_rounded_once(tmp_path):
     assert not (found[finite][tied].astype(ml_dtypes.bfloat16).view(np.uint16) & 1).any()
 
 
-class _Blocks(transform.AsPublished):
+class _Blocks(transform.IdentityTransform):
     """A stand-in for quantization: rows of 4 become their sums beside a weight of one byte."""
 
     working_ratio = 1.0
