@@ -78,7 +78,7 @@ class CheckpointQuantization:
 @dataclass(frozen=True, kw_only=True)
 class BlockAlignment:
     """Of one parameter: what extents of its blocks along inputs and outputs must divide, so that no block of the
-    parameter reaches over two of the published ones: 0 where there is only one."""
+    parameter reaches over two of the checkpoint's: 0 where there is only one."""
 
     inputs: int
     outputs: int

@@ -16,9 +16,8 @@ from jaxmoe.depth import LayerSegment, locate_layer
 from jaxmoe.families.attention_keys import grouped_attention, latent_attention
 from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice, full_slice
 
-FusedLayout = Literal[
-    "interleaved", "halves"
-]  # how gate and up lie in one tensor: column by column, or one after the other
+# How gate and up lie in one tensor: column by column, or one after the other
+FusedLayout = Literal["interleaved", "halves"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,11 @@ def _text(family: str, names: CheckpointKeys, part: str | None) -> ModelFamily:
 
 
 FAMILIES = (
-    _text("llama4_text", CheckpointKeys(dense="feed_forward", moe="feed_forward", router="router", fused="halves"), None),
+    _text(
+        "llama4_text",
+        CheckpointKeys(dense="feed_forward", moe="feed_forward", router="router", fused="halves"),
+        None,
+    ),
     _text(
         "llama4",
         CheckpointKeys(

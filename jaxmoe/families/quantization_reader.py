@@ -219,7 +219,7 @@ def with_checkpoint_quantization(
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: CheckpointKeys) -> ModelConfig:
-    """The config of a model that keeps matrices as asked: as published (None), plain ("float32", "bfloat16",
+    """The config of a model that keeps matrices as asked: as in the checkpoint (None), plain ("float32", "bfloat16",
     "float16"), or in one of FORMATS.
 
     Raises: ConfigError for another name, or a format that a quantized checkpoint would have to be turned into.

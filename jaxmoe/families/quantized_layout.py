@@ -1,7 +1,7 @@
 """Weight slices of numbers and of scales, from the weight slices of the plain matrices that they stand for.
 
-A published matrix here is [..., out, in]; its numbers may be packed along the inputs. Its scales are read at the
-parameter's own blocks: a tensor of cells, each of which takes its value from the published block it lies in.
+A checkpoint matrix here is [..., out, in]; its numbers may be packed along the inputs. Its scales are read at the
+parameter's own blocks: a ScaleView, each entry of which is that of the checkpoint block it lies in.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def block_shape(numbers: Sequence[int], scales: Sequence[int]) -> tuple[int, ...
 
 
 def matrix_block_shape(weight_slice: WeightSlice, blocks: Sequence[int]) -> tuple[int, int]:
-    """Outputs and inputs of a cell, for an oriented weight slice of numbers of a parameter with such blocks."""
+    """Outputs and inputs of a block, for an oriented weight slice of numbers of a parameter with such blocks."""
     inputs, outputs = _slice_dims(weight_slice.dst)
     return blocks[outputs], blocks[inputs]
 
 
 def scale_slices(parts: Sequence[WeightSlice], blocks: Sequence[int]) -> Iterator[WeightSlice]:
-    """The weight slices of a parameter's scales, from those of its numbers; each key is the numbers' own, of a tensor
-    of cells."""
+    """The weight slices of a parameter's scales, from those of its numbers; each key is the numbers' own, of a
+    ScaleView."""
     seen = set()
     for weight_slice in parts:
         high, wide = matrix_block_shape(weight_slice, blocks)

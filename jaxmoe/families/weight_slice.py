@@ -1,4 +1,4 @@
-"""One rectangle of a published tensor, and where in which parameter it lies."""
+"""One rectangle of a checkpoint tensor, and where in which parameter it lies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ArrayIndex = tuple[int | slice, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlice:
-    """One rectangle of a published tensor and where it goes.
+    """One rectangle of a checkpoint tensor and where it goes.
 
     src: for each dim of the tensor a slice with explicit bounds and step, or, of the first, a fixed index. dst: for
     each dim of the parameter a fixed index or a slice with explicit bounds, one after the other; its slices, in order,

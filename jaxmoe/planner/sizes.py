@@ -49,7 +49,8 @@ def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = 
             seen.add(weight_slice.key)
             part, inside = part_of(weight_slice.path), weight_slice.path.startswith("segments/")
             yield Tensor(
-                key=weight_slice.key, shape=weight_slice.key_shape, part=part, num_bytes=_num_bytes(weight_slice, part, config),
+                key=weight_slice.key, shape=weight_slice.key_shape, part=part,
+                num_bytes=_num_bytes(weight_slice, part, config),
                 layer=int(weight_slice.path.split("/")[1]) if inside else None,
             )  # fmt: skip
 

@@ -235,7 +235,8 @@ class _ConversionJob:
             != self.asked["source"]
         ):
             raise CheckpointError(
-                f"{self._source_checkpoint.directory} changed meanwhile: remove {journal.folder} and run again once it is at "
+                f"{self._source_checkpoint.directory} changed meanwhile: remove {journal.folder} and run again "
+                f"once it is at "
                 f"rest"
             )
         journal.commit()

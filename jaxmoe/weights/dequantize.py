@@ -47,7 +47,7 @@ class DerivedTensor:
 def plain_tensors(
     tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization, *, turn_experts: bool = True
 ) -> Iterator[TensorInfo | DerivedTensor]:
-    """Every tensor of a checkpoint that is quantized as published, in place of numbers and scales their values.
+    """Every tensor of a checkpoint that is quantized, in place of numbers and scales their values.
     turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
 
     Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
@@ -95,7 +95,8 @@ def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], quant_co
     few_bits = tensor.dtype_name in ("I8", "U8") or tensor.dtype_name.startswith("F8_")
     if scales or (few_bits and any(stem + end in tensors for end in _SCALES)):
         raise CheckpointError(
-            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of quant_method {quant_config.method}, "
+            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of "
+            f"quant_method {quant_config.method}, "
             f"which has numbers NAME{of_numbers} of dtype {number_dtype} beside scales NAME{of_scales}: fetch the "
             f"checkpoint again"
         )

@@ -110,7 +110,7 @@ class ConversionJournal:
 
 
 def end_committed(destination: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a process asked for the same was killed just after it had published this very destination; what it left
+    """Whether a process asked for the same was killed just after it had committed this very destination; what it left
     is removed."""
     folder = partial_path(destination)
     if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():

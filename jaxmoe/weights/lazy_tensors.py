@@ -1,4 +1,4 @@
-"""Tensors that files do not hold as they are wanted: numbers and scales of a published format, dequantized values, and
+"""Tensors that files do not hold as they are wanted: numbers and scales of a checkpoint format, dequantized values, and
 plain matrices quantized. All are read by rows of their first dim, as those of files are."""
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ class BitcastTensor(_TensorView):
 
 
 class ScaleView(_TensorView):
-    """Published scales [..., rows, columns] at the blocks of a parameter: each cell has its block's scale.
+    """Checkpoint scales [..., rows, columns] at the blocks of a parameter: each has the scale of the block that it lies
+    in.
 
-    outputs, inputs: of a published block (inputs None: all); high, wide: of a cell.
+    outputs, inputs: of a checkpoint block (inputs None: all); high, wide: of a parameter's.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class ScaleView(_TensorView):
 
 
 class DequantizedTensor(_TensorView):
-    """The values [..., out, in] of numbers and their published scales, as float32."""
+    """The values [..., out, in] of numbers and their checkpoint scales, as float32."""
 
     def __init__(self, numbers: LazyTensor, scales: LazyTensor, format: QuantizationFormat) -> None:
         *lead, outputs, items = numbers.shape

@@ -1,4 +1,4 @@
-"""Quantizing on the way: the matrices that are quantized on load become numbers and scales of a published form."""
+"""Quantizing on the way: the matrices that are quantized on load become numbers and scales of a checkpoint form."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class QuantizeTransform(IdentityTransform):
 def transform_of(
     weights_dtype: str | None, source_checkpoint: SourceCheckpoint, *, ignore_config_keys: Iterable[str] = ()
 ) -> TensorTransform:  # fmt: skip
-    """What --weights-dtype asks for: None as published, float32 and so on values, int8 and so on numbers and scales.
+    """What --weights-dtype asks for: None as in the checkpoint, float32 and so on values, int8 and so on numbers and
+    scales.
 
     Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantized so.
     """

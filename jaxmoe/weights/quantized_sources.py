@@ -148,7 +148,8 @@ def quantized_sources(
             key = _derived_name(weight_slice.key, block)
             if key not in sources:
                 sources[key] = ScaleView(
-                    sources[_derived_name(weight_slice.key, SCALES)], weight_slice.key_shape, outputs=format.outputs, high=block[0],
+                    sources[_derived_name(weight_slice.key, SCALES)], weight_slice.key_shape,
+                    outputs=format.outputs, high=block[0],
                     inputs=None if format.inputs is None else format.inputs // format.packing_factor, wide=block[1],
                 )  # fmt: skip
             found[to[1]].append(replace(weight_slice, path=to[1], key=key))
@@ -163,7 +164,7 @@ def _derived_name(key: str, what: object) -> str:
 def _open_quantized(
     key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization
 ) -> tuple[LazyTensor, LazyTensor]:
-    """Published numbers, packed where they are, and scales of a matrix [..., out, in]."""
+    """Checkpoint numbers, packed where they are, and scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in quantized_tensor_names(key, quant_config))
     items = (*shape[:-1], shape[-1] // quant_config.format.packing_factor)
     return shaped(numbers, items), shaped(scales, checkpoint_scale_shape(shape, quant_config.format))

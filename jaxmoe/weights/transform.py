@@ -22,7 +22,7 @@ _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorTransform(Protocol):
-    """From one published tensor to one or several. The same tensor always gives the same bytes."""
+    """From one checkpoint tensor to one or several. The same tensor always gives the same bytes."""
 
     working_ratio: float
     """Most bytes that apply holds at once, for each byte of its slice."""

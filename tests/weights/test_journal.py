@@ -180,7 +180,7 @@ def test_another_source_of_the_same_sizes_and_times_is_not_gone_on_with(kind, so
 
 @pytest.fixture
 def killed_at_the_end(source, tmp_path, monkeypatch) -> Path:
-    """A destination of a process that was killed just after it had published."""
+    """A destination of a process that was killed just after it had committed."""
     with monkeypatch.context() as patched:
         patched.setattr("jaxmoe.weights.journal.shutil.rmtree", lambda *_, **__: None)
         convert(source, tmp_path / "out")

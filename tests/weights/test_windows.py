@@ -32,9 +32,8 @@ def test_pieces_inside_a_window_are_those_that_testing_all_finds(name, tiny_dir)
         ends = [max(at + 1 if isinstance(at, int) else at.stop for at in dim) for dim in zip(*dsts, strict=True)]
         found = WeightSliceIndex(parts)
         for _ in range(20):
-            cuts = [
-                sorted(rng.choice(end + 2, 2, replace=False)) for end in ends
-            ]  # some reach past the last weight slice
+            # some reach past the last weight slice
+            cuts = [sorted(rng.choice(end + 2, 2, replace=False)) for end in ends]
             window: Window = tuple((int(low), int(high)) for low, high in cuts)
             expected = [
                 (weight_slice, *hit) for weight_slice in parts if (hit := overlap(weight_slice, window)) is not None
