@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import CheckpointQuantization, WeightQuantization
+from jaxmoe.quantization.formats import CheckpointQuantization, WeightQuantization
 
 # Norms of query and key: with weights over each head or over all, or without over each head that is turned.
 QKNorm = Literal["none", "head", "full", "unit"]

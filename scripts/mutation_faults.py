@@ -246,14 +246,14 @@ LOADING = _faults(
     ),
     (
         "scale-block-counted-from-the-first-row-read",
-        "jaxmoe/weights/lazy_tensors.py",
+        "jaxmoe/quantization/tensors.py",
         "scales, self._format, first=start % block)",
         "scales, self._format, first=0)",
         "weights/test_lazy_tensors.py weights/test_load.py",
     ),
     (
         "mxfp4-high-half-first",
-        "jaxmoe/weights/lazy_tensors.py",
+        "jaxmoe/quantization/tensors.py",
         "for shift in (0, 4)]",
         "for shift in (4, 0)]",
         "weights/test_lazy_tensors.py engine/test_weights_dtype.py",

@@ -35,7 +35,6 @@ from jaxmoe.model.attend import (
     split_rows,
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
-from jaxmoe.ops.quantize import QMAX
 from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
@@ -47,6 +46,7 @@ from jaxmoe.planner.traffic import (
     planned_decode_step_stops,
     planned_stops,
 )
+from jaxmoe.quantization.formats import QMAX
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.params import parameter_table
 

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
-from jaxmoe.ops.quantize import QMAX
+from jaxmoe.quantization.formats import QMAX
 
 # One page of every rank, of the layers that stand alike to a pipeline: numbers of keys and values, their scales; and
 # token ids.

@@ -37,8 +37,8 @@ from jaxmoe.families.quantization_tool import (
 )
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.families.refused import foreign_keys, noted, refusal, suspicious_keys
-from jaxmoe.families.weight_slice import WeightSlice
-from jaxmoe.formats import QUANTIZATION_CONFIG
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
+from jaxmoe.weight_slice import WeightSlice
 
 _OF_ONE_NAME = (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
 FAMILIES: dict[str, ModelFamily] = {

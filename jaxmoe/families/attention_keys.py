@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice, full_slice
+from jaxmoe.weight_slice import ArrayIndex, WeightSlice, full_slice
 
 _PATH = "attention"
 

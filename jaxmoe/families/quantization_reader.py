@@ -18,10 +18,8 @@ from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import CheckpointKeys, weight_slices
 from jaxmoe.families.quantization_tool import quantizer_name
-from jaxmoe.families.quantized_layout import block_alignment, combined_alignment, is_matrix, oriented
 from jaxmoe.families.reader import ConfigReader, shown
-from jaxmoe.families.weight_slice import WeightSlice
-from jaxmoe.formats import (
+from jaxmoe.quantization.formats import (
     FORMATS,
     MXFP4,
     NVFP4,
@@ -30,6 +28,8 @@ from jaxmoe.formats import (
     QuantizationFormat,
     WeightQuantization,
 )
+from jaxmoe.quantization.layout import block_alignment, combined_alignment, is_matrix, oriented
+from jaxmoe.weight_slice import WeightSlice
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.reader import shown
-from jaxmoe.formats import QUANTIZATION_CONFIG
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 
 # Where else a config.json describes quantized weights: MLX's key (which NVIDIA's tools used, too) and that of
 # compressed-tensors before it moved into quantization_config.

@@ -13,7 +13,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import CheckpointKeys
 from jaxmoe.families.quantization_reader import quantized_slices, with_weights_dtype
-from jaxmoe.formats import FORMATS, CheckpointQuantization, QuantMethod
+from jaxmoe.quantization.formats import FORMATS, CheckpointQuantization, QuantMethod
 
 # The published form of each of FORMATS that has one which vLLM and transformers read.
 METHODS: dict[str, QuantMethod] = {"int8": "compressed-tensors", "fp8": "compressed-tensors", "fp8-block": "fp8"}

@@ -27,8 +27,8 @@ from jaxmoe.ops.paged import (
     partial_attention,
     write_pages,
 )
-from jaxmoe.ops.quantize import QMAX
 from jaxmoe.ops.stack import LayerIndex
+from jaxmoe.quantization.formats import QMAX
 from jaxmoe.sharding import Placement
 
 # Of every segment, of every block: keys and values of its layers (of latent attention keys alone), and their scales

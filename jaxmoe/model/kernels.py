@@ -11,7 +11,6 @@ import jax
 
 from jaxmoe.depth import LAYERS_MODES, LayersMode
 from jaxmoe.errors import ConfigError
-from jaxmoe.formats import WeightQuantization
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
 from jaxmoe.ops.grouped import GROUPED_BACKENDS, GroupedBackend
@@ -19,6 +18,7 @@ from jaxmoe.ops.linear import LINEAR_BACKENDS, LinearBackend
 from jaxmoe.ops.paged import PAGED_BACKENDS, PagedBackend
 from jaxmoe.ops.pointwise import POINTWISE_BACKENDS, PointwiseBackend
 from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingBackend
+from jaxmoe.quantization.formats import WeightQuantization
 
 OPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
 NATIVE_OPS = ("grouped", "linear", "attention", "pointwise", "sampling")

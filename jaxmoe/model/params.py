@@ -13,9 +13,9 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.depth import LayerSegment
-from jaxmoe.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
+from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 from jaxmoe.sharding import Dims, PipelineView, Placement
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops import native
 from jaxmoe.ops.attention import MaskSpec
-from jaxmoe.ops.quantize import QMAX, quantize
+from jaxmoe.ops.quantize import quantize
 from jaxmoe.ops.stack import LayerIndex
+from jaxmoe.quantization.formats import QMAX
 
 PagedBackend = Literal["loop", "native"]
 PAGED_BACKENDS: tuple[PagedBackend, ...] = ("loop", "native")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-# What the largest number of a row becomes.
-QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
+from jaxmoe.quantization.formats import QMAX
 
 
 def quantize(x: Float[Array, "*rows H"], dtype: str) -> tuple[Shaped[Array, "*rows H"], Float[Array, "*rows"]]:

@@ -24,7 +24,7 @@ class QuantizedArray(NamedTuple):
 
     numbers: int8 with float32 scales; uint8 with float32 scales, the bits of float8_e4m3fn (XLA's CPU compiler widens
     arrays of such floats whole before any loop over parts of them); or uint8 [*lead, K / 2, N] with uint8 scales, two
-    mxfp4 numbers an item, the first in its low half (formats.py).
+    mxfp4 numbers an item, the first in its low half (quantization/formats.py).
     """
 
     numbers: Shaped[Array, "*lead K N"]

@@ -17,7 +17,6 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import weight_quantization
-from jaxmoe.formats import FORMATS, NVFP4
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.cost import SKEW, Rows
@@ -25,6 +24,7 @@ from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, Plan, Question, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
+from jaxmoe.quantization.formats import FORMATS, NVFP4
 
 COLUMNS = (
     "system", "model", "hardware", "num_gpus", "parallelism", "precision", "phase", "isl", "osl",

@@ -16,13 +16,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.formats import NVFP4
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.links import Group, Links, group_of
 from jaxmoe.planner.memory import Block, Held
 from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.sizes import Part
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
+from jaxmoe.quantization.formats import NVFP4
 
 # A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory. Of
 # ROCm: chosen on rows of MI300X. XLA's programs for TPUs are one launch.

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerSegment
-from jaxmoe.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 from jaxmoe.planner.sizes import Part
+from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 from jaxmoe.sharding import Placement
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

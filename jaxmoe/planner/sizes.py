@@ -12,7 +12,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, WeightSlice, weight_slices
 from jaxmoe.families.quantization_reader import is_quantized, tells_layers
-from jaxmoe.families.quantized_layout import oriented
+from jaxmoe.quantization.layout import oriented
 
 Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
 _QUANTIZED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError, MissingWeightsError, listed
-from jaxmoe.formats import QUANTIZATION_CONFIG
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.manifest import MANIFEST, CheckpointManifest, read_manifest
 from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.store import CHECKPOINT, TREE, open_store

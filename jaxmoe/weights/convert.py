@@ -21,8 +21,8 @@ from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantization_reader import read_quantization_config
-from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import parse_mesh
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.budget import MemoryBudget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
 from jaxmoe.weights.dequantize import DerivedTensor, plain_tensors

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
+from jaxmoe.quantization.formats import CheckpointQuantization, QuantizationFormat
+from jaxmoe.quantization.tensors import DequantizedTensor, LazyTensor, TransposedTensor
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.lazy_tensors import DequantizedTensor, LazyTensor, TransposedTensor
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, expected_scales, quantized_tensor_names, shaped
 from jaxmoe.weights.safetensors_file import TensorInfo
 

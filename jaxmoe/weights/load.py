@@ -18,8 +18,8 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, WeightSlice, may_stand_unused, weight_slices
+from jaxmoe.quantization.tensors import LazyTensor
 from jaxmoe.weights.dtypes import check_reach
-from jaxmoe.weights.lazy_tensors import LazyTensor
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.quantized_sources import ExpectedTensor, expected_tensors, quantized_sources
 from jaxmoe.weights.safetensors_file import TensorInfo

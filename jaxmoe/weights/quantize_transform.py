@@ -12,9 +12,9 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, quantized_keys, read_config, with_layout
 from jaxmoe.families.keys import HEAD
 from jaxmoe.families.quantization_writer import METHODS, quantization_config, written_as
-from jaxmoe.formats import FORMATS, QUANTIZATION_CONFIG
+from jaxmoe.quantization.formats import FORMATS, QUANTIZATION_CONFIG
+from jaxmoe.quantization.tensors import check_quantizable, quantized, scales_of
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.lazy_tensors import check_quantizable, quantized, scales_of
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, checkpoint_scale_shape, quantized_tensor_names
 from jaxmoe.weights.source_checkpoint import SourceCheckpoint
 from jaxmoe.weights.stored import stored_layout

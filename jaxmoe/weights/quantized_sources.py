@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.families.quantized_layout import (
+from jaxmoe.quantization.formats import CheckpointQuantization, QuantizationFormat
+from jaxmoe.quantization.layout import (
     block_shape,
     is_matrix,
     matrix_block_shape,
@@ -14,9 +15,7 @@ from jaxmoe.families.quantized_layout import (
     oriented,
     scale_slices,
 )
-from jaxmoe.families.weight_slice import WeightSlice
-from jaxmoe.formats import CheckpointQuantization, QuantizationFormat
-from jaxmoe.weights.lazy_tensors import (
+from jaxmoe.quantization.tensors import (
     BitcastTensor,
     DequantizedTensor,
     LazyTensor,
@@ -25,6 +24,7 @@ from jaxmoe.weights.lazy_tensors import (
     TensorQuantizer,
     TransposedTensor,
 )
+from jaxmoe.weight_slice import WeightSlice
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 

@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh
 from jaxmoe.depth import layer_segments
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_quantization_config, without_quantization
-from jaxmoe.formats import QUANTIZATION_CONFIG
 from jaxmoe.mesh import AXES
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec

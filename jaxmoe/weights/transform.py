@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact
-from jaxmoe.formats import QUANTIZATION_CONFIG
+from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.dtypes import DTYPES, FLOAT_NAMES, TensorSpec, beyond_reach
 
 WEIGHTS_DTYPES = {name: stored for stored, name in FLOAT_NAMES.items()}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice
+from jaxmoe.weight_slice import ArrayIndex, WeightSlice
 
 Window = tuple[tuple[int, int], ...]
 Cut = tuple[slice, ...]  # of a tensor, without its leading dim where a weight slice fixes an index of that

@@ -10,8 +10,8 @@ import pytest
 from jaxmoe.engine.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.formats import MXFP4, NVFP4, QuantizationFormat
 from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.quantization.formats import MXFP4, NVFP4, QuantizationFormat
 
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantized import FORMS

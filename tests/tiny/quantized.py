@@ -1,6 +1,6 @@
 """Quantized checkpoints in their published on-disk forms, and the values they mean, from the formats' definitions.
 
-Written apart from jaxmoe.weights.lazy_tensors: numbers are drawn, values follow. Dims: [out, in].
+Written apart from jaxmoe.quantization.tensors: numbers are drawn, values follow. Dims: [out, in].
 """
 
 from __future__ import annotations

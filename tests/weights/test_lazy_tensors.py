@@ -12,14 +12,14 @@ from flax import nnx
 
 from jaxmoe import CheckpointError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.formats import FORMATS, MXFP4, QuantizationFormat
 from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.quantization.formats import FORMATS, MXFP4, QuantizationFormat
+from jaxmoe.quantization.tensors import DequantizedTensor, ScaleView, TensorQuantizer, TransposedTensor, dequantize
 from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.lazy_tensors import DequantizedTensor, ScaleView, TensorQuantizer, TransposedTensor, dequantize
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of

@@ -11,7 +11,7 @@ import pytest
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families.quantization_reader import read_quantization_config
 from jaxmoe.families.quantization_writer import METHODS
-from jaxmoe.formats import FORMATS, CheckpointQuantization
+from jaxmoe.quantization.formats import FORMATS, CheckpointQuantization
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.convert import convert
 from jaxmoe.weights.verify import problems

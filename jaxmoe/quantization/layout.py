@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from jaxmoe.families.weight_slice import ArrayIndex, WeightSlice
-from jaxmoe.formats import BlockAlignment, QuantizationFormat
+from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat
+from jaxmoe.weight_slice import ArrayIndex, WeightSlice
 
 
 def is_matrix(weight_slice: WeightSlice) -> bool:

@@ -12,6 +12,8 @@ NumberDtype = Literal["int8", "float8_e4m3fn", "mxfp4"]
 QuantMethod = Literal["fp8", "compressed-tensors", "mxfp4", "modelopt"]
 
 QUANTIZATION_CONFIG = "quantization_config"  # of config.json: the format its weights are published in
+# What the largest number of a block or a row becomes.
+QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 @dataclass(frozen=True, kw_only=True)

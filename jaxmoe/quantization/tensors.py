@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.formats import QuantizationFormat
-from jaxmoe.ops.quantize import QMAX
+from jaxmoe.quantization.formats import QMAX, QuantizationFormat
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _BYTE_VALUES = np.stack([np.concatenate([_E2M1, -_E2M1])[np.arange(256) >> shift & 15] for shift in (0, 4)], axis=-1)
