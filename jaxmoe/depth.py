@@ -78,14 +78,14 @@ def layer_segments(
     Raises: ConfigError if that segment has too few repeats.
     """
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
-    found: list[LayerSegment] = []
+    groups: list[LayerSegment] = []
     at = 0
     while at < len(kinds):
         period, repeats = _longest_run(kinds[at:]) if mode == "scan" or stages > 1 else (1, 1)
-        found.append(LayerSegment(first=at, period=period, repeats=repeats))
+        groups.append(LayerSegment(first=at, period=period, repeats=repeats))
         at += period * repeats
     if stages > 1:
-        longest = max(found, key=lambda segment: segment.num_layers)
+        longest = max(groups, key=lambda segment: segment.num_layers)
         if stages * virtual_stages > longest.repeats:
             alike = "layers" if longest.period == 1 else f"groups of {longest.period} layers"
             interleaved = f" in {virtual_stages} virtual stages each" if virtual_stages > 1 else ""
@@ -93,8 +93,8 @@ def layer_segments(
                 f"pipeline={stages}{interleaved} needs at least {stages * virtual_stages} alike {alike} in a row, "
                 f"the model has {longest.repeats}: use fewer stages"
             )
-        found[found.index(longest)] = replace(longest, stages=stages, virtual_stages=virtual_stages)
-    return tuple(found)
+        groups[groups.index(longest)] = replace(longest, stages=stages, virtual_stages=virtual_stages)
+    return tuple(groups)
 
 
 def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:

@@ -279,8 +279,8 @@ CONVERSION = _faults(
     (
         "journal-believed-without-reading-again",
         "jaxmoe/weights/stream.py",
-        "        if found != said:\n",
-        "        if found.keys() != said.keys():\n",
+        "        if actual != said:\n",
+        "        if actual.keys() != said.keys():\n",
         "weights/test_journal.py weights/test_convert.py",
     ),
     (

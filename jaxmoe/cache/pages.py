@@ -149,14 +149,14 @@ class PagePool:
             del nodes[gone:]
 
     def _walk(self, tokens: Sequence[int], limit: int) -> list[_PrefixNode]:
-        node, found = self._root, []
+        node, nodes = self._root, []
         for end in range(self.page_size, min(limit, len(tokens)) + 1, self.page_size):
             child = node.children.get(tuple(tokens[end - self.page_size : end]))
             if child is None:
                 break
-            found.append(child)
+            nodes.append(child)
             node = child
-        return found
+        return nodes
 
     def num_evictable_of(self, pages: Sequence[int]) -> int:
         """Count the evictable ones of these pages: referencing them leaves so many fewer available."""
@@ -339,13 +339,13 @@ class PagePool:
             if self._first_visible is None and self._ref_counts[page] and node.parent is not self._root:
                 assert node.parent is not None
                 assert self._ref_counts[node.parent.page] > 0  # a request references a whole prefix
-        reached, found = [self._root], 0
+        reached, num_nodes = [self._root], 0
         while reached:
             node = reached.pop()
             for tokens, child in node.children.items():
                 assert child.parent is node
                 assert child.tokens == tokens
                 assert not child.is_gone() or (child.children and self._first_visible is not None)
-                found += not child.is_gone()
+                num_nodes += not child.is_gone()
                 reached.append(child)
-        assert found == len(self._cached) + len(self._on_host)
+        assert num_nodes == len(self._cached) + len(self._on_host)

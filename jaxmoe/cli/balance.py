@@ -64,19 +64,19 @@ def balance(
         asked = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
         if asked:
             raise RequestError(f"--loads runs no model: leave {', '.join(asked)} out")
-        found = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks, algorithm)
+        report = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks, algorithm)
     else:
         rows = read_id_lines(prompt_ids) if prompt_ids is not None else None
         start_jax(options.devices)
         llm = load_model(model, options, quiet=as_json, redundant_experts=redundant_experts)
-        found = _measured(llm, rows, max_tokens, groups, nodes, algorithm)
+        report = _measured(llm, rows, max_tokens, groups, nodes, algorithm)
     if plot is not None:
-        save_plot(plot, lambda figure: _draw(figure, found))
+        save_plot(plot, lambda figure: _draw(figure, report))
     if as_json:
-        print(json_text(found), flush=True)
+        print(json_text(report), flush=True)
         return
-    Console().print(_table(found))
-    print(_in_words(found))
+    Console().print(_table(report))
+    print(_in_words(report))
     if plot is not None:
         console.print(f"[dim]every rank's load is drawn in {plot}[/dim]")
 
@@ -186,41 +186,41 @@ def _report(
     }  # fmt: skip
 
 
-def _table(found: dict[str, Any]) -> Table:
-    forms = [name for name in _FORMS if name in found]
+def _table(report: dict[str, Any]) -> Table:
+    forms = [name for name in _FORMS if name in report]
     table = Table("MoE layer", *forms, title="mean load over the fullest rank's")
-    for layer in range(found["layers"]):
-        shares = [found[name]["by_layer"][layer] for name in forms]
+    for layer in range(report["layers"]):
+        shares = [report[name]["by_layer"][layer] for name in forms]
         table.add_row(str(layer), *(f"{share:.3f} {'█' * round(share * _BAR):<{_BAR}}" for share in shares))
     return table
 
 
-def _in_words(found: dict[str, Any]) -> str:
-    forms = ", ".join(f"{name} {found[name]['balancedness']:.3f}" for name in _FORMS if name in found)
-    nodes, groups, placed = found["nodes"], found["groups"], ""
+def _in_words(report: dict[str, Any]) -> str:
+    forms = ", ".join(f"{name} {report[name]['balancedness']:.3f}" for name in _FORMS if name in report)
+    nodes, groups, placed = report["nodes"], report["groups"], ""
     if nodes > 1:
         placed = f"; groups of experts kept inside {nodes} nodes"
-        if not found["hierarchical"]:
+        if not report["hierarchical"]:
             placed = f"; placed over all {nodes} nodes alike, since {groups} groups of experts do not divide among them"
     return (
-        f"{found['experts']} experts in {found['physical_experts']} expert slots on {found['ranks']} ranks; "
+        f"{report['experts']} experts in {report['physical_experts']} expert slots on {report['ranks']} ranks; "
         f"balancedness (mean load over the fullest rank's, 1 is even): {forms}{placed}"
     )
 
 
-def _draw(figure: Any, found: dict[str, Any]) -> None:
+def _draw(figure: Any, report: dict[str, Any]) -> None:
     """A panel a form: layers down, ranks across, load over the layer's mean as color."""
     import numpy as np
 
-    forms = [name for name in _FORMS if name in found]
+    forms = [name for name in _FORMS if name in report]
     relative: dict[str, Any] = {}
     for name in forms:
-        loads = np.array(found[name]["rank_loads"], float)
+        loads = np.array(report[name]["rank_loads"], float)
         relative[name] = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
     highest = max(2.0, *(float(part.max()) for part in relative.values()))
     for panel, name in zip(figure.subplots(1, len(forms), sharey=True, squeeze=False)[0], forms, strict=True):
         image = panel.imshow(relative[name], aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        panel.set_title(f"{name}: balancedness {found[name]['balancedness']:.3f}")
+        panel.set_title(f"{name}: balancedness {report[name]['balancedness']:.3f}")
         panel.set_xlabel("rank")
     figure.axes[0].set_ylabel("MoE layer")
     figure.colorbar(image, ax=figure.axes, label="load over the layer's mean")

@@ -77,11 +77,11 @@ def _verify(directory: Path, as_json: bool) -> int:
 
     started = time.perf_counter()
     with loading_bar(f"verifying {directory.name}", show=not as_json) as on_progress:
-        found = problems(directory, on_progress)
+        errors = problems(directory, on_progress)
     if as_json:
-        print(json_text({"source": str(directory), "whole": not found, "problems": found}), flush=True)
-    elif not found:
+        print(json_text({"source": str(directory), "whole": not errors, "problems": errors}), flush=True)
+    elif not errors:
         print(f"{directory}: every tensor and file is as written ({time.perf_counter() - started:.1f} s)")
-    if found:
-        click.echo(f"jaxmoe: error: {in_words(directory, found)}", err=True)
-    return 1 if found else 0
+    if errors:
+        click.echo(f"jaxmoe: error: {in_words(directory, errors)}", err=True)
+    return 1 if errors else 0

@@ -23,18 +23,18 @@ def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], 
     from jaxmoe.inspect.info import model_info
     from jaxmoe.weights.source import find_config
 
-    found = model_info(find_config(model, hub=True, revision=revision), ignore=ignore_config_keys)
+    report = model_info(find_config(model, hub=True, revision=revision), ignore=ignore_config_keys)
     if as_json:
-        print(json_text(found), flush=True)
+        print(json_text(report), flush=True)
     else:
-        _print(found)
+        _print(report)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(report: dict[str, Any]) -> None:
     from jaxmoe.planner.sizes import behind_words
 
-    size, parameters = found["bytes"], found["parameters"]
-    table = Table(title=f"{found['family']}, {found['dtype']}", title_justify="left")
+    size, parameters = report["bytes"], report["parameters"]
+    table = Table(title=f"{report['family']}, {report['dtype']}", title_justify="left")
     table.add_column("part")
     for name in ("parameters", "bytes", "of all"):
         table.add_column(name, justify="right")
@@ -46,28 +46,28 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("active for a token", f"{parameters['active']:,}", "", "")
     table.add_row("  without the embedding", f"{parameters['active_without_embedding']:,}", "", "")
     table_console().print(table)
-    for note in found["not_understood"]:
+    for note in report["not_understood"]:
         print(f"not understood: {note}")
-    print(f"bytes are those of {'the files' if size['measured'] else 'files as the config says'}; {_format(found)}")
-    if found["config_check"] is not None:
-        print(f"weights beside config.json: {found['config_check']}")
-    print("layers: " + "; ".join(f"{count} {kind}" for kind, count in found["layers"].items()))
+    print(f"bytes are those of {'the files' if size['measured'] else 'files as the config says'}; {_format(report)}")
+    if report["config_check"] is not None:
+        print(f"weights beside config.json: {report['config_check']}")
+    print("layers: " + "; ".join(f"{count} {kind}" for kind, count in report["layers"].items()))
     for name in ("attention", "experts"):
-        if found[name]:
-            print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found[name].items()))
-    cached, context = found["kv_bytes_a_token"], found["context"]
-    print(f"keys and values: {cached:,} bytes a token in {found['dtype']}")
-    print(f"context: {context:,} tokens ({_size(cached * context)}); vocabulary: {found['vocabulary']:,}")
-    if found["behind_windows"] is not None:
-        print(behind_words(found["behind_windows"]))
+        if report[name]:
+            print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[name].items()))
+    cached, context = report["kv_bytes_a_token"], report["context"]
+    print(f"keys and values: {cached:,} bytes a token in {report['dtype']}")
+    print(f"context: {context:,} tokens ({_size(cached * context)}); vocabulary: {report['vocabulary']:,}")
+    if report["behind_windows"] is not None:
+        print(behind_words(report["behind_windows"]))
 
 
 def _size(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else size_text(num_bytes)
 
 
-def _format(found: dict[str, Any]) -> str:
-    form = found["quantization"]
+def _format(report: dict[str, Any]) -> str:
+    form = report["quantization"]
     if form is None:
         return "not quantized"
     if not form["supported"]:

@@ -43,12 +43,12 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) 
 
     question = ModelQuestion(config=model, **{name: value for name, value in asked.items() if value is not None})
     with console.status("preparing") as status:
-        found = report(question, lambda phase: status.update(f"compiling {phase}"))
+        result = report(question, lambda phase: status.update(f"compiling {phase}"))
     if as_json:
-        print(json_text(found), flush=True)
+        print(json_text(result), flush=True)
     else:
-        _print(found)
-    return 0 if found["as_planned"] else 1
+        _print(result)
+    return 0 if result["as_planned"] else 1
 
 
 _PARTS = {"device": "on a device", "padding": "padding", "head_copies": "head copies", "replicas": "replicas"}
@@ -59,35 +59,35 @@ _MEANINGS = {
 }
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     from jaxmoe.planner.sizes import behind_words
 
     screen = table_console()
-    axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
-    place = f"{axes} on {found['devices']} {found['platform']} device(s), layout {found['layout']}"
-    table = Table(title=f"{found['family']}, {found['dtype']}, {place}", title_justify="left")
+    axes = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
+    place = f"{axes} on {result['devices']} {result['platform']} device(s), layout {result['layout']}"
+    table = Table(title=f"{result['family']}, {result['dtype']}, {place}", title_justify="left")
     for name in ("parameter", "shape", "split"):
         table.add_column(name, overflow="fold")
-    shown = [part for part in _PARTS if found["bytes"][part]]
+    shown = [part for part in _PARTS if result["bytes"][part]]
     for part in shown:
         table.add_column(_PARTS[part], justify="right")
-    for one in found["parameters"]:
+    for one in result["parameters"]:
         split = (f"{dim}: {', '.join(axes)}" for dim, axes in one["sharding"].items() if axes)
         shape = " ".join(map(str, one["shape"]))
         table.add_row(one["path"], shape, "\n".join(split), *(size_text(one["bytes"][part]) for part in shown))
     table.add_section()
-    table.add_row("all", "", "", *(size_text(found["bytes"][part]) for part in shown))
+    table.add_row("all", "", "", *(size_text(result["bytes"][part]) for part in shown))
     screen.print(table)
-    print(f"the model's own numbers take {size_text(found['bytes']['model'])}")
+    print(f"the model's own numbers take {size_text(result['bytes']['model'])}")
     for part, meaning in _MEANINGS.items():
         if part in shown:
             print(f"{_PARTS[part]}: {meaning}")
-    if found["behind_windows"] is not None:
-        print(behind_words(found["behind_windows"]))
-    if found["collectives"]:
-        screen.print(collectives_table(found["collectives"]))
-    if found["steps"]["dtype"] != found["dtype"]:
-        print(f"steps are compiled in float32: on a CPU the compiler sends every {found['dtype']} as one")
-    print_differing(found["collectives"])
-    if found["as_planned"]:
+    if result["behind_windows"] is not None:
+        print(behind_words(result["behind_windows"]))
+    if result["collectives"]:
+        screen.print(collectives_table(result["collectives"]))
+    if result["steps"]["dtype"] != result["dtype"]:
+        print(f"steps are compiled in float32: on a CPU the compiler sends every {result['dtype']} as one")
+    print_differing(result["collectives"])
+    if result["as_planned"]:
         print("prefill and decode say what was planned and nothing else")

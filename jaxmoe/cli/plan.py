@@ -197,11 +197,11 @@ def _draw(figure: Any, answer: dict[str, Any]) -> None:
     roof.set_title(f"roofline of a device, {best['split']}")
 
 
-def _draw_roofline(roof: Any, found: dict[str, Any]) -> None:
+def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
     """Both roofs, as attained and on paper (dotted); a point for each kind of work of both phases."""
-    points = found["points"]
+    points = roofline["points"]
     reached = [one["flops_per_byte"] for one in points]
-    for facts, line in ((found, "-"), (found["on_paper"], ":")):
+    for facts, line in ((roofline, "-"), (roofline["on_paper"], ":")):
         slope, rates = facts["bytes_a_second"], facts["flops_a_second"]
         low, high = min(reached) / 4, 4 * max([*reached, *(rate / slope for rate in rates.values())])
         for rate in set(rates.values()):

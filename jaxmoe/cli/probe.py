@@ -68,19 +68,19 @@ def probe(
     from jaxmoe.planner.hardware_file import hardware_text, write_hardware
 
     with _quiet_output(coordinator is not None), console.status("preparing") as status:
-        found = measure(
+        result = measure(
             axes=axes, name=name, max_bytes=int(max_mib * (1 << 20)), repeats=repeats, on_progress=status.update
         )
     if jax.process_index() != 0:
         return
-    text = hardware_text(found.hardware, axes=found.axes, heading=_heading(found, repeats), notes=found.notes)
-    write_hardware(path, text, found.hardware)
+    text = hardware_text(result.hardware, axes=result.axes, heading=_heading(result, repeats), notes=result.notes)
+    write_hardware(path, text, result.hardware)
     if plot is not None:
-        save_plot(plot, lambda figure: _draw(figure, found.points))
+        save_plot(plot, lambda figure: _draw(figure, result.points))
     if as_json:
-        print(json_text(_as_json(found, path)), flush=True)
+        print(json_text(_as_json(result, path)), flush=True)
     else:
-        _print(found, path)
+        _print(result, path)
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _output_path(output: str, *, force: bool) -> Path:
     return path
 
 
-def _heading(found: Probed, repeats: int) -> list[str]:
+def _heading(result: Probed, repeats: int) -> list[str]:
     import jax
 
     from jaxmoe import __version__
@@ -131,42 +131,42 @@ def _heading(found: Probed, repeats: int) -> list[str]:
     return [
         f"{where}, measured by jaxmoe probe ({__version__}, JAX {jax.__version__}).",
         f"Medians of {repeats} runs, all devices at work at once; [bytes of the whole message, microseconds].",
-        *(f"Left out: {one}" for one in found.left_out),
+        *(f"Left out: {one}" for one in result.left_out),
     ]
 
 
-def _as_json(found: Probed, path: Path) -> dict[str, Any]:
+def _as_json(result: Probed, path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    facts = {key: value for key, value in vars(found.hardware).items() if not key.startswith("collectives")}
+    facts = {key: value for key, value in vars(result.hardware).items() if not key.startswith("collectives")}
     return {
         "file": str(path), "hardware": facts | {key: dict(facts[key]) for key in ("tflops", "attained")},
-        "tflops": dict(found.rates.tflops), "hbm_gbps": found.rates.hbm_gbps, "not_measured": dict(found.notes),
-        "left_out": list(found.left_out), "collectives": [asdict(one) | {"gbps": one.gbps} for one in found.points],
+        "tflops": dict(result.rates.tflops), "hbm_gbps": result.rates.hbm_gbps, "not_measured": dict(result.notes),
+        "left_out": list(result.left_out), "collectives": [asdict(one) | {"gbps": one.gbps} for one in result.points],
     }  # fmt: skip
 
 
-def _print(found: Probed, path: Path) -> None:
+def _print(result: Probed, path: Path) -> None:
     screen = table_console()
-    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in found.rates.tflops.items())
-    print(f"of one device: products {rates} Tflop/s; memory {found.rates.hbm_gbps:g} GB/s")
-    if found.points:
-        screen.print(_table(found.points))
-    elif not found.left_out:
+    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in result.rates.tflops.items())
+    print(f"of one device: products {rates} Tflop/s; memory {result.rates.hbm_gbps:g} GB/s")
+    if result.points:
+        screen.print(_table(result.points))
+    elif not result.left_out:
         print("one device: there are no collectives to measure")
-    for one in found.left_out:
+    for one in result.left_out:
         print(f"left out: {one}")
-    for key, note in found.notes.items():
+    for key, note in result.notes.items():
         print(f"{key}: {note}")
     print(f"{path} says what hardware this is")
 
 
 def _series(points: Sequence[Point]) -> dict[tuple[str, str, int, str], list[Point]]:
     """Points of one line each: op, axis, ranks, where."""
-    found: dict[tuple[str, str, int, str], list[Point]] = {}
+    series: dict[tuple[str, str, int, str], list[Point]] = {}
     for one in points:
-        found.setdefault((one.op, one.axis, one.ranks, one.where), []).append(one)
-    return found
+        series.setdefault((one.op, one.axis, one.ranks, one.where), []).append(one)
+    return series
 
 
 def _table(points: Sequence[Point]) -> Table:

@@ -53,11 +53,11 @@ def verify(
     table = Table(*_AXES, "layout", "greedy tokens equal", "largest logit difference", "")
     ran = same = 0
     with console.status("one device") as status:
-        found = verify_trials(
+        checks = verify_trials(
             directory, trials=trials, max_tokens=max_tokens, weights_dtype=weights_dtype,
             ignore_config_keys=ignore_config_keys,
         )  # fmt: skip
-        for number, check in enumerate(found, 1):
+        for number, check in enumerate(checks, 1):
             status.update(f"{number} of {len(trials)}")
             ran, same = ran + (not check.refused), same + check.passed
             table.add_row(*_cells(check))

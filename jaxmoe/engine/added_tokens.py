@@ -63,17 +63,17 @@ class AddedTokens:
             token.special = token.special or token.content in self.named.values()
         tokenizer.add_tokens(new)
         for content, ids in lacking.items():
-            if (found := tokenizer.token_to_id(content)) not in ids:
+            if (known_id := tokenizer.token_to_id(content)) not in ids:
                 raise CheckpointError(
                     f"{self.listed_in} gives the token {content[:60]!r} the id {min(ids)}, with tokenizer.json "
-                    f"it gets {found}: the two files do not belong together; fetch both again"
+                    f"it gets {known_id}: the two files do not belong together; fetch both again"
                 )
 
     def end_ids(self, tokenizer: HFTokenizer | None) -> set[int]:
         """Ids of the end tokens, by a tokenizer or, without one, by the list of added tokens."""
         ids = {token.content: token_id for token_id, token in self.by_id.items()}
-        found = {ids.get(end) if tokenizer is None else tokenizer.token_to_id(end) for end in self.ends}
-        return {token_id for token_id in found if token_id is not None}
+        token_ids = {ids.get(end) if tokenizer is None else tokenizer.token_to_id(end) for end in self.ends}
+        return {token_id for token_id in token_ids if token_id is not None}
 
 
 def read_added_tokens(directory: Path, settings: Mapping[str, Any]) -> AddedTokens:

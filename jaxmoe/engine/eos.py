@@ -46,8 +46,8 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
 
 def special_stop_ids(tokenizer: Tokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:
     """Return the ids of stop strings that are special tokens: those have no text that could be searched."""
-    found = [] if tokenizer is None else [tokenizer.special_id(text) for text in stop]
-    return frozenset(one for one in found if one is not None and one < vocab_size)
+    special_ids = [] if tokenizer is None else [tokenizer.special_id(text) for text in stop]
+    return frozenset(one for one in special_ids if one is not None and one < vocab_size)
 
 
 def _ids(name: str, values: Mapping[str, Any]) -> set[int]:

@@ -62,8 +62,8 @@ class ExpertManager:
     def physical_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
         """Return the tokens routed to each physical expert in a traced step: [layers,R]."""
         counts: Any = tokens_per_expert
-        found = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
-        return np.stack(found) if found else np.zeros((0, self.num_physical_experts), np.int32)
+        by_layer = [np.asarray(counts[at.segment][at.block])[at.slot].sum(axis=0) for at in self._layers]
+        return np.stack(by_layer) if by_layer else np.zeros((0, self.num_physical_experts), np.int32)
 
     def rank_loads(self, physical_loads: np.ndarray) -> np.ndarray:
         """Sum physical_loads [layers,R] over each rank's physical experts: [layers,ranks]."""

@@ -214,21 +214,21 @@ class LLM:
         Raises: RequestError for an empty list, one longer than the context, or an id out of range; StepError where the
         logits of a place are not finite.
         """
-        found = []
+        scores = []
         for index, (logprobs, _) in enumerate(self._scored(prompts)):
             if np.isnan(logprobs).any():
                 raise not_finite(self.runner, f"prompt {index}")
-            found.append(logprobs)
-        return found
+            scores.append(logprobs)
+        return scores
 
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [P, vocab_size] of the token after each of P lists of ids, float32. Raises: as score."""
-        found = []
+        rows = []
         for index, (_, logits) in enumerate(self._scored(prompts)):
             if not np.isfinite(logits.max()):
                 raise not_finite(self.runner, f"the last token of prompt {index}")
-            found.append(logits)
-        return np.stack(found)
+            rows.append(logits)
+        return np.stack(rows)
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         checked = self._checked(_listed(prompts), room=0)
@@ -319,11 +319,11 @@ class LLM:
         other threads have on this LLM meanwhile, and experts must stay where they are. Raises: as generate.
         """
         experts = self.runner.experts
-        found = np.zeros((experts.num_layers, experts.num_physical_experts), np.int64)
+        totals = np.zeros((experts.num_layers, experts.num_physical_experts), np.int64)
 
         def count(loads: np.ndarray) -> None:
-            nonlocal found
-            found += loads
+            nonlocal totals
+            totals += loads
 
         with self._lock:
             self._core, self._on_loads = None, count
@@ -334,7 +334,7 @@ class LLM:
                 self._on_loads = None
                 if self._core is not None:
                     self._core.on_loads = None
-        return experts.expert_loads(found)
+        return experts.expert_loads(totals)
 
     def place_experts(self, experts: ExpertPlacement) -> None:
         """Move experts, and copies of them, to where they are to stand (planner/balance.py); no step is compiled anew.

@@ -70,17 +70,17 @@ class HostOffload:
             starts = range(0, self._width, self._each)
             return tuple(jnp.stack(kinds[at : at + self._each], axis=1)[None] for at in starts)
 
-        found: list[jax.Array] = []
+        copies: list[jax.Array] = []
         for placement, blocks in self._groups:
             arrays, dims = self._arrays(state, blocks)
-            found += placement.shard_map_local(
+            copies += placement.shard_map_local(
                 on_rank, (page, ("batch",)), *zip(arrays, dims, strict=True), out=self._kinds
             )
         tokens = self._placement.shard_map_local(
             lambda page, tokens: jax.lax.dynamic_index_in_dim(tokens, page[0], keepdims=True),
             (page, ("batch",)), (state.token_pages, TOKEN_PAGE_DIMS), out=_TOKENS,
         )  # fmt: skip
-        return (*found, tokens)
+        return (*copies, tokens)
 
     def _write(self, state: EngineState, page: jax.Array, *parts: jax.Array) -> EngineState:
         """state with parts (as _read gives them) at page [r] of each rank; a page past the last changes nothing."""

@@ -142,10 +142,10 @@ class TextStream:
 
     def _give(self, *, last: bool) -> str:
         pending = self._pending
-        found = [at for at in map(self._find, self._stop) if at >= 0]
-        if found:
+        positions = [at for at in map(self._find, self._stop) if at >= 0]
+        if positions:
             self.stopped = True
-            delta = pending[: min(found)]
+            delta = pending[: min(positions)]
         else:
             delta = pending if last else pending[: len(pending) - self._held_back(pending)]
         self._pending = pending[len(delta) :]

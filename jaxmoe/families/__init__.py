@@ -109,8 +109,8 @@ def read_config(
         raise
     refused |= suspicious_keys(reader)
     if not_understood is not None:
-        found = {**reader.passed_over, **refused}
-        not_understood += noted(found)
+        unknown_keys = {**reader.passed_over, **refused}
+        not_understood += noted(unknown_keys)
     elif refused:
         raise refusal(family, refused)
     return with_checkpoint_quantization(config, quant_config, family.names)

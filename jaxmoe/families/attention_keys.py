@@ -17,12 +17,12 @@ def _halves(config: ModelConfig, first: int, head_dim: int) -> list[tuple[slice,
     if not config.rope.interleaved:
         return [(slice(first, first + head_dim), slice(0, head_dim))]
     start = head_dim - dims if config.mla is not None else 0  # where the turned ones begin
-    found = [(slice(first, first + start), slice(0, start))] if start else []
+    slices = [(slice(first, first + start), slice(0, start))] if start else []
     for part in range(2):
         place = slice(start + part * dims // 2, start + (part + 1) * dims // 2)
-        found.append((slice(first + start + part, first + start + dims, 2), place))
+        slices.append((slice(first + start + part, first + start + dims, 2), place))
     rest = start + dims
-    return [*found, (slice(first + rest, first + head_dim), slice(rest, head_dim))] if rest < head_dim else found
+    return [*slices, (slice(first + rest, first + head_dim), slice(rest, head_dim))] if rest < head_dim else slices
 
 
 def _query_heads(config: ModelConfig, sizes: ArraySizes) -> list[tuple[int, int, int]]:

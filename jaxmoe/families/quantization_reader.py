@@ -117,13 +117,13 @@ def _read_compressed(reader: ConfigReader) -> CheckpointQuantization:
     group, weights = ConfigReader(inner), ConfigReader(inner["weights"])
     forms = [form for one in (reader, group) if (form := one.get("format", None)) is not None]
     kind = weights.get("type", None)
-    found = {
+    actual = {
         "targets": group.get("targets", None), "num_bits": weights.get("num_bits", None),
         "strategy": weights.get("strategy", None), "symmetric": weights.get("symmetric", True),
         "dynamic": weights.get("dynamic", False),
     }  # fmt: skip
     wanted = {"targets": ["Linear"], "num_bits": 8, "strategy": "channel", "symmetric": True, "dynamic": False}
-    wrong = [f"{key} {shown(found[key])}" for key, value in wanted.items() if found[key] != value]
+    wrong = [f"{key} {shown(actual[key])}" for key, value in wanted.items() if actual[key] != value]
     dtypes = {_NUMBERS.get((str(form), str(kind))) for form in forms or [None]}
     if len(dtypes) > 1 or None in dtypes:
         wrong.insert(0, f"format {' and '.join(map(shown, forms)) or None} of type {shown(kind)}")
@@ -305,12 +305,12 @@ def _matrices(
     """Weight slices of the matrices that may be kept quantized, by layer and path within its block; of some layers
     alone."""
     segments = layer_segments(config, "unroll")  # one a layer
-    found: dict[tuple[int, str], list[WeightSlice]] = defaultdict(list)
+    matrices: dict[tuple[int, str], list[WeightSlice]] = defaultdict(list)
     for weight_slice in weight_slices(
         config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers
     ):
         if weight_slice.path.startswith("segments/") and is_matrix(weight_slice):
             _, layer, _, path = weight_slice.path.split("/", 3)
             if path.split("/")[-1] not in _PLAIN:
-                found[int(layer), path].append(weight_slice)
-    return found
+                matrices[int(layer), path].append(weight_slice)
+    return matrices

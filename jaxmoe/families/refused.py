@@ -20,18 +20,18 @@ _NO_MODEL = ("AutoFeatureExtractor", "AutoImageProcessor", "AutoProcessor", "Aut
 def foreign_keys(raw: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
     """Return `architectures` and `auto_map` where they name a model other than the family's causal language model, or
     modeling code that comes with the checkpoint."""
-    found: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
     named = raw.get("architectures")
     known = {name.lower() for name in family.architectures}
     for one in named if isinstance(named, list) else [named] if named else []:
         if not isinstance(one, str) or one.lower() not in known:
-            found["architectures"] = named
+            foreign["architectures"] = named
     code = raw.get("auto_map")
     if isinstance(code, Mapping):
         code = {key: value for key, value in code.items() if key not in _NO_MODEL}
     if code and not family.own_code:
-        found["auto_map"] = code
-    return found
+        foreign["auto_map"] = code
+    return foreign
 
 
 def suspicious_keys(reader: ConfigReader) -> dict[str, Any]:

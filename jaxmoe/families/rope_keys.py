@@ -37,16 +37,16 @@ def rope_scalings(reader: ConfigReader) -> dict[str, Mapping[str, Any]]:
 
     Raises: ConfigError where one is no object.
     """
-    found: dict[str, Mapping[str, Any]] = {}
+    scalings: dict[str, Mapping[str, Any]] = {}
     for key in _FORMS:
         value = reader.get(key, None)
         if value is None:
             continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"config key {key!r} = {shown(value)} must be an object or null")
-        if value or (key == "rope_parameters" and not found):
-            found[key] = value
-    return found
+        if value or (key == "rope_parameters" and not scalings):
+            scalings[key] = value
+    return scalings
 
 
 def check_agree(reader: ConfigReader, differ: Sequence[str]) -> None:

@@ -32,14 +32,14 @@ class CompiledStep:
     """What the compiler made of one step, in bytes of one device.
 
     total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
-    do, and temp, what it needs besides. found and planned: the collectives, and how often each runs in a decode step,
+    do, and temp, what it needs besides. collectives and planned: the collectives, and how often each runs in a decode step,
     or where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as a
     share. optimal_seconds: the compiler's own estimate of a decode step or tick, where it gives one.
     """
 
     temp_bytes: int
     total_bytes: int
-    found: Counter[Collective]
+    collectives: Counter[Collective]
     planned: Counter[Collective]
     scatter_padding: float
     optimal_seconds: float | None
@@ -127,12 +127,12 @@ def compile_step(
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    found, padding = collectives_and_padding(compiled.as_text(), runner.placement.mesh)
+    collectives, padding = collectives_and_padding(compiled.as_text(), runner.placement.mesh)
     return CompiledStep(
         temp_bytes=memory.temp_size_in_bytes,
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
-        found=found, scatter_padding=padding,
+        collectives=collectives, scatter_padding=padding,
         planned=runner.planned(bucket) if decode_steps == 1 else runner.planned_decode_step(bucket),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,
@@ -142,9 +142,10 @@ def compile_step(
 def collective_rows(phase: Phase, step: CompiledStep) -> list[dict[str, Any]]:
     """Every collective that was found in a step or planned for it, and how often each runs, as --json prints it."""
     return [
-        {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.found[one], "bytes": one.result_bytes,
+        {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.collectives[one],
+         "bytes": one.result_bytes,
          "planned": step.planned[one]}
-        for one in sorted(step.found.keys() | step.planned.keys(), key=str)
+        for one in sorted(step.collectives.keys() | step.planned.keys(), key=str)
     ]  # fmt: skip
 
 

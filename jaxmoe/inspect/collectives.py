@@ -57,7 +57,7 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
 def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Collective], float]:
     """The collectives with the bytes asked for, and what reduce-scatters send besides, as a share of theirs: XLA:TPU
     pads some. Raises: as collectives."""
-    found: Counter[Collective] = Counter()
+    counts: Counter[Collective] = Counter()
     added = 0
     lines, entry = _computations(compiled_text)
     realigned = _scattered_slices(lines)
@@ -94,9 +94,9 @@ def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Col
             asked = sum(_array_bytes(*array) for array in _ARRAY.findall(operand[1])) if operand else num_bytes
             added += (num_bytes - asked) // groups.shape[1] * times
             op, num_bytes = "reduce-scatter", asked // groups.shape[1]
-        found[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
-    asked = sum(one.result_bytes * times for one, times in found.items() if one.op == "reduce-scatter")
-    return found, added / asked if added else 0.0
+        counts[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
+    asked = sum(one.result_bytes * times for one, times in counts.items() if one.op == "reduce-scatter")
+    return counts, added / asked if added else 0.0
 
 
 def _scattered_slices(lines: Mapping[str, list[str]]) -> set[str]:

@@ -138,7 +138,7 @@ def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dic
 def _compiled(step: CompiledStep, limit: int) -> dict[str, Any]:
     return {
         "fits": step.total_bytes <= limit, "temp_bytes": step.temp_bytes, "total_bytes": step.total_bytes,
-        "as_planned": step.found == step.planned, "scatter_padding": step.scatter_padding,
+        "as_planned": step.collectives == step.planned, "scatter_padding": step.scatter_padding,
         "optimal_seconds": step.optimal_seconds, "compile_seconds": step.compile_seconds,
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ def matmuls(compiled_text: str) -> list[MatmulCost]:
 
     Raises: ValueError for a dot whose operands' shapes are not in the text.
     """
-    found, shapes = [], {}
+    dots, shapes = [], {}
     for line in compiled_text.splitlines():
         if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):  # names are local to a computation
             shapes = {name: _shape(shape) for name, shape in _HEADER_PARAM.findall(line)}
@@ -50,5 +50,5 @@ def matmuls(compiled_text: str) -> list[MatmulCost]:
         if left not in shapes or contracted is None:
             raise ValueError(f"dot not understood: {line.strip()[:200]}")
         depth = math.prod(shapes[left][dim] for dim in _shape(contracted[1]))
-        found.append(MatmulCost(result_shape=shapes[definition["name"]], depth=depth))
-    return found
+        dots.append(MatmulCost(result_shape=shapes[definition["name"]], depth=depth))
+    return dots

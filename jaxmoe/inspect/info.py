@@ -87,11 +87,11 @@ def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> d
     numbers = (re.search(r"\blayers\.([0-9]{1,9})\.", key) for key in tensors)
     layers = {int(number[1]) for number in numbers if number}
     parts = {tensor.key: str(tensor.part) for tensor in checkpoint_tensors(config, layers=layers)}
-    found: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
+    num_bytes: Counter[str] = Counter(dict.fromkeys(dict.fromkeys(parts.values()), 0))
     for key, tensor in tensors.items():
         names = (key, *(key.removesuffix(end) for end in ("_scale_inv", "_scale", "_blocks", "_scales")))
-        found[next((parts[name] for name in names if name in parts), "unused")] += tensor.num_bytes
-    return dict(found)
+        num_bytes[next((parts[name] for name in names if name in parts), "unused")] += tensor.num_bytes
+    return dict(num_bytes)
 
 
 def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any]:

@@ -187,8 +187,8 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
     possible where a limit cannot be met.
     """
     config, hardware = asked.checked()
-    question, found = _found(asked, config, hardware)
-    best = found.best
+    question, search_result = _search_devices(asked, config, hardware)
+    best = search_result.best
     pools, around = None, Neighbors(half=None, twice=None)
     if asked.mesh is None:
         pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.max_num_seqs
@@ -205,15 +205,15 @@ def plan_model(asked: PlanQuestion) -> dict[str, Any]:
         "arguments": arguments_of(best, asked.dtypes(config), ignored=asked.ignore_config_keys),
         "engine": engine_of(best, question), "memory": memory_of(best, question),
         "rule_of_thumb": rule_of_thumb(config, hardware),
-        "reasons": [*reasons(question, found, pools, around), *([] if asked.runs() else [_PLANNED_ONLY])],
-        "front": [plan_row(plan, hardware, config) for plan in found.front],
+        "reasons": [*reasons(question, search_result, pools, around), *([] if asked.runs() else [_PLANNED_ONLY])],
+        "front": [plan_row(plan, hardware, config) for plan in search_result.front],
         "pools": pools_row(pools, best, question) if pools else None,
         "roofline": roofline(best.serving, question.load, concurrency=best.served.concurrency),
-        "specs_tried": found.tried,
+        "specs_tried": search_result.tried,
     }  # fmt: skip
 
 
-def _found(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tuple[Question, Found]:
+def _search_devices(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tuple[Question, Found]:
     """For the devices asked for, or the fewest that do."""
     given = asked.devices or (asked.nodes * hardware.devices_per_node if asked.nodes else None)
     if given is None and asked.mesh is not None:
@@ -266,11 +266,19 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
         ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
         many = f"any number of {hardware.device} up to {devices // 2}"
         raise NoPlanError(missed(question, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
-    min_halved = min(_halved(question, found.best) for question, found in tried)
-    tried = [(question, found) for question, found in tried if _halved(question, found.best) == min_halved]
-    best = min(value(question, found.best) for question, found in tried)
+    min_halved = min(_halved(question, search_result.best) for question, search_result in tried)
+    tried = [
+        (question, search_result)
+        for question, search_result in tried
+        if _halved(question, search_result.best) == min_halved
+    ]
+    best = min(value(question, search_result.best) for question, search_result in tried)
     alike = ALIKE if asked.objective == "cost" else _WORTHWHILE
-    return next((question, found) for question, found in tried if value(question, found.best) <= (1 + alike) * best)
+    return next(
+        (question, search_result)
+        for question, search_result in tried
+        if value(question, search_result.best) <= (1 + alike) * best
+    )
 
 
 def _halved(question: Question, best: Plan) -> float:
@@ -308,7 +316,7 @@ def _engine_devices(best: Plan) -> int:
 
 def _neighbors(question: Question, best: Plan) -> Neighbors:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
-    load, found, lacks = question.load, [], []
+    load, plans, lacks = question.load, [], []
     if question.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
     for devices in (question.devices // 2, question.devices * 2):
@@ -318,9 +326,9 @@ def _neighbors(question: Question, best: Plan) -> Neighbors:
                 plan = search(other).best
             except NoPlanError as error:
                 lack = _lack(other, error)
-        found.append(plan)
+        plans.append(plan)
         lacks.append(lack)
-    return Neighbors(half=found[0], twice=found[1], half_lacks=lacks[0])
+    return Neighbors(half=plans[0], twice=plans[1], half_lacks=lacks[0])
 
 
 def _lack(question: Question, error: NoPlanError) -> Lacks | None:

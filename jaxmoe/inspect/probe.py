@@ -114,13 +114,13 @@ def fabrics(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
 
     Raises: MeshError where fabrics hold unequal numbers of devices.
     """
-    found: dict[int, list[jax.Device]] = {}
+    by_fabric: dict[int, list[jax.Device]] = {}
     for device in sorted(devices, key=lambda one: one.id):
-        found.setdefault(_fabric(device), []).append(device)
-    if len({len(members) for members in found.values()}) > 1:
-        counts = ", ".join(str(len(members)) for members in found.values())
+        by_fabric.setdefault(_fabric(device), []).append(device)
+    if len({len(members) for members in by_fabric.values()}) > 1:
+        counts = ", ".join(str(len(members)) for members in by_fabric.values())
         raise MeshError(f"nodes hold {counts} devices: they must hold as many each")
-    return found
+    return by_fabric
 
 
 def _fabric(device: jax.Device) -> int:
@@ -263,15 +263,15 @@ def _memory_bytes(device: jax.Device, share: int) -> int:
 def _link(points: Sequence[Point], where: Where) -> tuple[float, float] | None:
     """Of the widest groups: 10^9 bytes a second that one device sends in the largest permute or all-gather, whichever
     is faster, and microseconds of the smallest permute."""
-    found = [one for one in points if one.where == where and one.op in ("collective-permute", "all-gather")]
-    widest = max((one.ranks for one in found), default=0)
-    found = [one for one in found if one.ranks == widest]
-    if not found:
+    matching = [one for one in points if one.where == where and one.op in ("collective-permute", "all-gather")]
+    widest = max((one.ranks for one in matching), default=0)
+    matching = [one for one in matching if one.ranks == widest]
+    if not matching:
         return None
-    largest = max(one.num_bytes for one in found)
+    largest = max(one.num_bytes for one in matching)
     share = {"collective-permute": 1.0, "all-gather": (widest - 1) / widest}
-    rate = max(one.gbps * share[one.op] for one in found if one.num_bytes == largest)
-    smallest = min(found, key=lambda one: (one.op != "collective-permute", one.num_bytes))
+    rate = max(one.gbps * share[one.op] for one in matching if one.num_bytes == largest)
+    smallest = min(matching, key=lambda one: (one.op != "collective-permute", one.num_bytes))
     return _short(rate), smallest.us
 
 

@@ -102,16 +102,16 @@ def topology_devices(target: Target) -> list[Any]:
     shape = "x".join(map(str, target.shape))
     try:
         if target.device.platform == "tpu":
-            found = get_topology_desc(
+            topology = get_topology_desc(
                 platform="tpu", topology_name=f"{target.name}:{shape}", **dict(target.device.options)
             )
         else:
             config = Path(__file__).parent / "gpus" / f"{target.name}.txtpb"
-            found = get_topology_desc(platform="cuda", topology=f"1x{shape}", target_config=config.read_text())
+            topology = get_topology_desc(platform="cuda", topology=f"1x{shape}", target_config=config.read_text())
     except Exception as error:  # whatever a plugin throws
         extra = {"tpu": "aot-tpu", "cuda": "aot-cuda"}[target.device.platform]
         raise ConfigError(
             f"target {target} cannot be compiled for here: {' '.join(str(error).split())[:200]}; "
             f"its compiler comes with pip install jaxmoe[{extra}]"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)

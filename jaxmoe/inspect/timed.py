@@ -88,10 +88,12 @@ def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, iterations
 def differing(program: Any, wanted: Collective, iterations: int, mesh: Mesh) -> str:
     """What a compiled program holds in place of iterations times the wanted collective; nothing if it holds just
     that."""
-    found = collectives(program.as_text(), mesh)
-    if found == {wanted: iterations}:
+    compiled = collectives(program.as_text(), mesh)
+    if compiled == {wanted: iterations}:
         return ""
-    return ", ".join(f"{count} {one.op} of {one.result_bytes} bytes" for one, count in found.items()) or "no collective"
+    return (
+        ", ".join(f"{count} {one.op} of {one.result_bytes} bytes" for one, count in compiled.items()) or "no collective"
+    )
 
 
 def product_program(dtype: str, width: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:

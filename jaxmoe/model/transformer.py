@@ -187,18 +187,18 @@ class Transformer(nnx.Module):
 
             def repeat(carry, layer, blocks=blocks, asked=routed is not None):
                 x, kv_cache, tokens_per_expert, choices = _through(blocks, context, layer, *carry)
-                found = [choice.probabilities for choice in choices if choice is not None] if asked else None
-                return (x, kv_cache, tokens_per_expert), found
+                scores = [choice.probabilities for choice in choices if choice is not None] if asked else None
+                return (x, kv_cache, tokens_per_expert), scores
 
             carry = x, kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]
             if segment.repeats == 1:
-                carry, found = repeat(carry, 0)
-                found = [] if found is None else found
+                carry, scores = repeat(carry, 0)
+                scores = [] if scores is None else scores
             else:
                 carry, stacked = jax.lax.scan(repeat, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
-                found = [one[index] for index in range(segment.repeats) for one in stacked or ()]
+                scores = [one[index] for index in range(segment.repeats) for one in stacked or ()]
             if routed is not None:
-                routed += found
+                routed += scores
             x, kv_cache[number] = carry[:2]
             if tokens_per_expert is not None:
                 tokens_per_expert[number] = carry[2]

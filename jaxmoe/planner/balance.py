@@ -146,9 +146,9 @@ def _distinct(
         if fullest <= most:
             break
         local, _, _ = _eplb(loads[other], published.shape[1], num_ranks)
-        now, found = spread_over(other, local, _FEWER_TRIES)
+        now, other_held = spread_over(other, local, _FEWER_TRIES)
         if now < fullest:
-            best, fullest, held = other, now, found
+            best, fullest, held = other, now, other_held
     return best, held
 
 
@@ -180,12 +180,12 @@ def _numbered(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:
     """For each place [R] with an expert of `new`, a place where `old` has it: on the same rank (share places each)
     where there is one there, else the first."""
-    found = np.empty(len(new), np.int32)
+    sources = np.empty(len(new), np.int32)
     for slot, expert in enumerate(new):
         (there,) = np.nonzero(old == expert)
         near = there[there // share == slot // share]
-        found[slot] = near[0] if len(near) else there[0]
-    return found
+        sources[slot] = near[0] if len(near) else there[0]
+    return sources
 
 
 def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -95,15 +95,15 @@ def chosen(question: Question, plans: list[Plan]) -> Plan:
 def front_of(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
     """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
     `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
-    found: list[Plan] = []
+    front: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.served.pace, -_each(plan))):
-        if not found or _each(plan) > _each(found[-1]):
-            found.append(plan)
-    if best not in found:
-        found = [one for one in found if one.served.pace > best.served.pace or _each(one) < _each(best)]
-        found.append(best)
+        if not front or _each(plan) > _each(front[-1]):
+            front.append(plan)
+    if best not in front:
+        front = [one for one in front if one.served.pace > best.served.pace or _each(one) < _each(best)]
+        front.append(best)
     shown: list[Plan] = [best]
-    for plan in sorted(found, key=lambda plan: plan.served.pace / _each(plan)):
+    for plan in sorted(front, key=lambda plan: plan.served.pace / _each(plan)):
         if plan is not best and not any(_doubles(plan, one) for one in shown):
             shown.append(plan)
     return sorted(shown, key=lambda plan: plan.served.pace)

@@ -217,15 +217,15 @@ class StepCost:
     def _matmuls(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
         """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
         every output takes besides."""
-        found, outputs = 0, 0
+        total, outputs = 0, 0
         for one in matrices:
             share = one.share(block.split)
             numbers = math.prod(share)
-            found += numbers
+            total += numbers
             if one.over:
                 outputs += numbers // math.prod(share[one.lead : one.lead + one.over])
         rate = self.rate(matrices[0].part)
-        return found, 2 * found / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
+        return total, 2 * total / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
     def _experts(self, block: Block) -> _Experts:
         placement, width = block.placement, self.config.hidden_size
@@ -260,8 +260,8 @@ class StepCost:
         exchanges for ranks that are later."""
         if (known := self._worked.get(each)) is not None:
             return known
-        found = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, what tokens decide
-        self._outside(each, found)
+        times = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, what tokens decide
+        self._outside(each, times)
         waiting = 0.0
         for layer in self._layers:
             one = [0.0, 0.0, 0.0, 0.0]
@@ -275,46 +275,46 @@ class StepCost:
             if layer.exchanges:
                 waiting += layer.count * (_UNEVEN * one[3] + 2 * _WAIT_SECONDS)
             for at, seconds in enumerate(one):
-                found[at] += layer.count * seconds
-        self._worked[each] = found[0], found[1], found[2], waiting
+                times[at] += layer.count * seconds
+        self._worked[each] = times[0], times[1], times[2], waiting
         return self._worked[each]
 
-    def _pass(self, found: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
+    def _pass(self, times: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
         """Adds work whose seconds of products overlap with passes over bytes of weights, or of pages: what takes longer
         binds, and near the corner both do."""
         read = weights / self._bandwidth
         memory = read + pages / self._bandwidth
         seconds = math.hypot(compute, memory)
-        found[compute <= memory] += seconds
-        found[2] += kernels * self._launch
-        found[3] += seconds - read
+        times[compute <= memory] += seconds
+        times[2] += kernels * self._launch
+        times[3] += seconds - read
 
-    def _move(self, found: list[float], num_bytes: float) -> None:
+    def _move(self, times: list[float], num_bytes: float) -> None:
         """Adds activations that kernels hand to each other: norms, quantizing and the like run before a product or
         after it, not beside."""
-        found[1] += num_bytes / self._bandwidth
-        found[3] += num_bytes / self._bandwidth
+        times[1] += num_bytes / self._bandwidth
+        times[3] += num_bytes / self._bandwidth
 
-    def _outside(self, rows: Rows, found: list[float]) -> None:
+    def _outside(self, rows: Rows, times: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
         width, item = self.config.hidden_size, self.held.itemsize
         vocab = self._vocab
         moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
-        self._pass(found, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
+        self._pass(times, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
 
     @cached_property
     def _vocab(self) -> float:
         return self.held.outer[0][0].dims["vocab"] / self.placement.with_view("outside_pipeline").num_shards("vocab")
 
-    def _attend(self, layer: _Layer, rows: Rows, found: list[float]) -> None:
+    def _attend(self, layer: _Layer, rows: Rows, times: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
         met = rows.decode * layer.seen(rows.context) / self._context_ranks
-        self._pass(found, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
+        self._pass(times, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
         if rows.prefill:
             met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
-            self._pass(found, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
+            self._pass(times, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
-    def _meet_experts(self, experts: _Experts, rows: Rows, found: list[float]) -> None:
+    def _meet_experts(self, experts: _Experts, rows: Rows, times: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
         moe = self.config.moe
         assert moe is not None
@@ -323,8 +323,8 @@ class StepCost:
         active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
         tile = min(_TILE_ROWS, max(_MIN_TILE_ROWS, chosen / max(active, 1e-9)))
         matmuls = experts.matmuls * (chosen + active * tile / 2)
-        self._pass(found, matmuls, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
-        self._move(found, experts.moved * chosen)
+        self._pass(times, matmuls, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
+        self._move(times, experts.moved * chosen)
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
         """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
@@ -332,12 +332,12 @@ class StepCost:
             return 0.0, 0.0
         seconds = self._said.get((tokens, sampled))
         if seconds is None:
-            found = [0.0, 0.0]
+            link_seconds = [0.0, 0.0]
             for one, group, count, of_tokens in self._planned:
                 rows = tokens / _MANY if of_tokens else sampled
                 scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
-                found[group.across > 1] += count * self.links.seconds(scaled, group)
-            seconds = self._said[tokens, sampled] = found[0], found[1]
+                link_seconds[group.across > 1] += count * self.links.seconds(scaled, group)
+            seconds = self._said[tokens, sampled] = link_seconds[0], link_seconds[1]
         return seconds
 
     @cached_property
@@ -357,15 +357,15 @@ class StepCost:
         planned = planned_of(sampled)
         if not tokens:  # how many tokens come is told even where none do; that goes with the tokens
             planned -= planned_of(0)
-        found = []
+        grouped = []
         for one, count in planned.items():
             if not one.result_bytes:
                 continue
             group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
             if one.op == "ragged-all-to-all":  # planned are the most that may travel
                 one = replace(one, result_bytes=self._visited_bytes(group.ranks))
-            found.append((one, group, count, bool(tokens)))
-        return found
+            grouped.append((one, group, count, bool(tokens)))
+        return grouped
 
     def _visited_bytes(self, ranks: int) -> int:
         """Of _MANY tokens, each sent once to every rank that has one of its experts, which are drawn at random."""

@@ -220,7 +220,7 @@ def hardware_presets() -> dict[str, dict[str, Any]]:
 def line_of(text: str, *place: str) -> int | None:
     """Where in the text of a TOML file a key stands (its tables, then itself), else the nearest table around it."""
     table: tuple[str, ...] = ()
-    found: dict[tuple[str, ...], int] = {}
+    line_numbers: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+([^\]]+)\]", line):
             table = _parts(header[1])
@@ -230,8 +230,10 @@ def line_of(text: str, *place: str) -> int | None:
         else:
             continue
         for depth in range(1, len(here) + 1):
-            found.setdefault(here[:depth], number)
-    return next((found[place[:depth]] for depth in range(len(place), 0, -1) if place[:depth] in found), None)
+            line_numbers.setdefault(here[:depth], number)
+    return next(
+        (line_numbers[place[:depth]] for depth in range(len(place), 0, -1) if place[:depth] in line_numbers), None
+    )
 
 
 def _parts(dotted: str) -> tuple[str, ...]:
@@ -304,14 +306,14 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
 
 def _rates(raw: Mapping[str, Any], table: str) -> dict[str, Any]:
     """A table of rates, its dtypes by the names that Hardware has for them; float16 is as fast as bfloat16."""
-    found: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for key, rate in raw.items():
         name = _RATE_NAMES.get(canonical_dtype(key), key) if table == "tflops" else key
-        if found.setdefault(name, rate) != rate:
+        if rates.setdefault(name, rate) != rate:
             raise _FactError(
-                f"hardware [{table}] {key}={rate!r} and {name}={found[name]!r} differ: keep one", table, key
+                f"hardware [{table}] {key}={rate!r} and {name}={rates[name]!r} differ: keep one", table, key
             )
-    return found
+    return rates
 
 
 def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,7 +342,7 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
 
 
 def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int, Points]]:
-    found: dict[str, Mapping[int, Points]] = {}
+    measured: dict[str, Mapping[int, Points]] = {}
     for op, tables in raw.items():
         if op not in get_args(Op) or not isinstance(tables, Mapping):
             raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(Op))}", table, op)
@@ -356,5 +358,5 @@ def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int
             if not re.fullmatch(r"[0-9]{1,9}", ranks) or int(ranks) < 2:
                 raise _FactError(f"{where}: {ranks[:20]!r} must be a number of ranks of at least 2", *place)
             by_ranks[int(ranks)] = tuple(sorted((float(size), float(us)) for size, us in pairs))
-        found[op] = MappingProxyType(dict(sorted(by_ranks.items())))
-    return MappingProxyType(found)
+        measured[op] = MappingProxyType(dict(sorted(by_ranks.items())))
+    return MappingProxyType(measured)

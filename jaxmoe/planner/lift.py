@@ -24,8 +24,8 @@ def remedies(question: Question, best: Plan, binds: str, *, more_devices: bool) 
     the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
     is better."""
     gains = ((words, _gain(question, best, other)) for words, other in _changes(question, best))
-    found = sorted(((words, gain) for words, gain in gains if gain > ALIKE), key=lambda one: -one[1])
-    lifts = [f"{words}: {_gained(question, gain)}" for words, gain in found]
+    ranked = sorted(((words, gain) for words, gain in gains if gain > ALIKE), key=lambda one: -one[1])
+    lifts = [f"{words}: {_gained(question, gain)}" for words, gain in ranked]
     return [*lifts, *_links(question, binds), *(["more devices"] if more_devices else [])]
 
 

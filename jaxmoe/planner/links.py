@@ -76,9 +76,9 @@ class Links:
         whole = collective.whole_bytes(group.ranks)
         if group.ranks == 1 or not whole:
             return 0.0
-        if (found := self._priced.get((op, whole, group))) is None:
-            found = self._priced[op, whole, group] = self._price(op, whole, group)
-        return found
+        if (price := self._priced.get((op, whole, group))) is None:
+            price = self._priced[op, whole, group] = self._price(op, whole, group)
+        return price
 
     def _price(self, op: Op, whole: int, group: Group) -> float:
         inside, across = group.inside, group.across

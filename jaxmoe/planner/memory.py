@@ -85,13 +85,13 @@ class Held:
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
         """Bytes of one device."""
-        found: Counter[Part] = Counter()
+        num_bytes: Counter[Part] = Counter()
         for param, size in self.outer:
-            found[param.part] += size
+            num_bytes[param.part] += size
         for block in self.blocks:
             for param, size in block.params:
-                found[param.part] += size * block.held
-        return dict(found)
+                num_bytes[param.part] += size * block.held
+        return dict(num_bytes)
 
     @cached_property
     def weight_bytes(self) -> int:

@@ -63,19 +63,19 @@ def best_pools(question: Question, *, engine_devices: int, concurrency: int | No
         (alike[-1], serving.dispatched(alike[-1].dispatch)) for alike, serving in servings_of(small, specs_of(small))
     ]
     prefills = [one for spec, serving in servings for one in _prefills(small, spec, serving)]
-    found, second = [], _decode(small, servings, None) if concurrency is None else None
+    plans, second = [], _decode(small, servings, None) if concurrency is None else None
     for count in range(1, engines, math.ceil(engines / _SHARES)):
         if concurrency is not None:
             second = _decode(small, servings, math.ceil(concurrency / (engines - count)))
         first = None if second is None else _first(question, prefills, _transfer(question, second[1]))
         if first is not None and second is not None:
             shared = engine_devices, count, engines - count
-            found.append(_pools(question, first, second, shared, concurrency))
+            plans.append(_pools(question, first, second, shared, concurrency))
     limit = math.inf if question.ttft_limit is None else question.ttft_limit
-    found = [pools for pools in found if pools.ttft <= limit * (1 + 1e-9)]
+    plans = [pools for pools in plans if pools.ttft <= limit * (1 + 1e-9)]
     if question.objective == "latency":
-        return min(found, key=lambda one: one.request_seconds, default=None)
-    return max(found, key=lambda one: one.tokens_a_second, default=None)
+        return min(plans, key=lambda one: one.request_seconds, default=None)
+    return max(plans, key=lambda one: one.tokens_a_second, default=None)
 
 
 def _pools(
@@ -103,12 +103,12 @@ def _pools(
 def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill]:
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
-    isl, found = question.load.isl, []
+    isl, engines = question.load.isl, []
     for chunk in [question.chunk_tokens] if question.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
-        found.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
-    return found
+        engines.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
+    return engines
 
 
 def _first(question: Question, prefills: Iterable[_Prefill], transfer: float) -> _Prefill | None:
@@ -122,7 +122,7 @@ def _first(question: Question, prefills: Iterable[_Prefill], transfer: float) ->
 
 def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
-    found: list[_Decode] = []
+    engines: list[_Decode] = []
     for spec, serving in servings:
         most = serving.max_requests(question.load)
         if rows is not None:
@@ -132,10 +132,10 @@ def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int 
         for count in counts:
             served = serving.serve(question.load, count, prefills=False)
             if question.tpot_limit is None or served.tpot <= question.tpot_limit:
-                found.append((spec, serving, served))
+                engines.append((spec, serving, served))
     if question.objective == "latency":
-        return min(found, key=lambda one: one[2].tpot, default=None)
-    return max(found, key=lambda one: one[2].tokens_a_second, default=None)
+        return min(engines, key=lambda one: one[2].tpot, default=None)
+    return max(engines, key=lambda one: one[2].tokens_a_second, default=None)
 
 
 def _transfer(question: Question, serving: Serving) -> float:

@@ -91,22 +91,22 @@ def search(question: Question) -> Found:
     specs = list(specs_of(question))
     if not specs:
         raise NoPlanError(why_none(question), lacks="split")
-    found = _priced(question, specs)
-    if not found:
+    plans = _priced(question, specs)
+    if not plans:
         raise NoPlanError(_no_room(question, specs), lacks="room", most=_max_requests(question))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
-    leading = sorted(found, key=lambda plan: (not meets(question, plan), order(question, plan)))
+    leading = sorted(plans, key=lambda plan: (not meets(question, plan), order(question, plan)))
     for spec in dict.fromkeys(plan.spec for plan in leading[:_LEADING]):
         for fine, serving in _servings(question, spec, [question.chunk_tokens] if question.chunk_tokens else CHUNKS):
-            found += _plans(question, fine, serving, finely=True)
+            plans += _plans(question, fine, serving, finely=True)
             if question.load.concurrency is None and (question.objective == "latency" or limited(question)):
                 # For the front alone.
                 free = replace(question, objective="throughput", ttft_limit=None, tpot_limit=None)
                 shown += _plans(free, fine, serving, finely=True)
-    allowed = [plan for plan in found if meets(question, plan)]
+    allowed = [plan for plan in plans if meets(question, plan)]
     if not allowed:
-        raise _out_of_reach(question, found)
+        raise _out_of_reach(question, plans)
     best = chosen(question, allowed)
     of_spec: dict[Spec, Plan] = {}
     for plan in sorted(allowed, key=lambda plan: order(question, plan)):
@@ -129,7 +129,7 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
         silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
         bound = min((order(question, plan) for plan in silent if meets(question, plan)), default=worst)
         bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
-    found: list[Plan] = []
+    priced: list[Plan] = []
     best, sorts = worst, set()
     for bound, sort, serving, alike in sorted(bounds, key=lambda item: item[0]):
         if bound > (best[0], _HOPELESS * best[1]) and sort in sorts:
@@ -137,9 +137,9 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
         sorts.add(sort)
         for spec in alike:
             plans = _plans(question, spec, serving.dispatched(spec.dispatch), finely=False)
-            found += plans
+            priced += plans
             best = min([best, *(order(question, plan) for plan in plans if meets(question, plan))])
-    return found
+    return priced
 
 
 def _sort_of(question: Question, spec: Spec) -> str:
@@ -167,8 +167,8 @@ def _plans(
         return _down_to_limits(question, plan, counts)
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     if limited(question):
-        found = _down_to_limits(question, plan, [most, *reversed(powers)])
-        return found + _between(question, plan, found, finely=finely)
+        down = _down_to_limits(question, plan, [most, *reversed(powers)])
+        return down + _between(question, plan, down, finely=finely)
     if finely:
         powers = sorted({*powers, *(3 * power for power in powers if 3 * power < most)})
     counts = [*(powers if finely else powers[::5]), most]
@@ -177,27 +177,27 @@ def _plans(
 
 def _down_to_limits(question: Question, plan: Callable[[int], Plan], counts: list[int]) -> list[Plan]:
     """Plans of ever fewer requests, to the first that keeps limits of latency."""
-    found: list[Plan] = []
+    plans: list[Plan] = []
     for count in counts:
-        found.append(plan(count))
-        if meets(question, found[-1]):
+        plans.append(plan(count))
+        if meets(question, plans[-1]):
             break
-    return found
+    return plans
 
 
 def _between(question: Question, plan: Callable[[int], Plan], down: list[Plan], *, finely: bool) -> list[Plan]:
     """Plans of more requests than the last of `down`, which keeps the limits, and fewer than the one before."""
-    found: list[Plan] = []
+    plans: list[Plan] = []
     if len(down) < 2 or not meets(question, down[-1]):
-        return found
+        return plans
     above, below = (one.served.concurrency for one in down[-2:])
     while above - below > max(1, below >> (5 if finely else 2)):
-        found.append(plan((above + below) // 2))
-        if meets(question, found[-1]):
-            below = found[-1].served.concurrency
+        plans.append(plan((above + below) // 2))
+        if meets(question, plans[-1]):
+            below = plans[-1].served.concurrency
         else:
-            above = found[-1].served.concurrency
-    return found
+            above = plans[-1].served.concurrency
+    return plans
 
 
 def servings_of(question: Question, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:

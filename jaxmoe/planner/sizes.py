@@ -135,16 +135,16 @@ def behind_windows(
     }  # fmt: skip
 
 
-def behind_words(found: Mapping[str, Any]) -> str:
+def behind_words(facts: Mapping[str, Any]) -> str:
     """behind_windows in one sentence."""
-    if found["freed"]:
+    if facts["freed"]:
         return (
-            f"Pages behind the windows are freed: a request of {found['tokens']:,} tokens holds up to "
-            f"{found['held_tokens']:,} at once."
+            f"Pages behind the windows are freed: a request of {facts['tokens']:,} tokens holds up to "
+            f"{facts['held_tokens']:,} at once."
         )
     return (
-        f"Pages behind the windows of {found['layers']} of {found['of_layers']} layers are kept: "
-        f"{found['kept_bytes'] / 2**20:,.1f} MiB of a request of {found['tokens']:,} tokens."
+        f"Pages behind the windows of {facts['layers']} of {facts['of_layers']} layers are kept: "
+        f"{facts['kept_bytes'] / 2**20:,.1f} MiB of a request of {facts['tokens']:,} tokens."
     )
 
 

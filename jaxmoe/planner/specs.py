@@ -92,17 +92,17 @@ def specs_of(question: Question) -> Iterator[Spec]:
 def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
     """What the axes of a layout do, outermost first: neighbors that do the same are one, unless they are levels of
     an exchange (apart)."""
-    found: list[tuple[object, int]] = []
+    merged: list[tuple[object, int]] = []
     experts = (layout.experts, layout.expert_width) if moe else ()
     parts = (layout.batch, layout.split, layout.context, layout.sequence, *experts)
     for axis, size in axes:
         does = axis == "pipeline" or tuple(axis in part for part in parts)
         if size == 1:
             continue
-        if found and found[-1][0] == does and not (apart and axis in layout.experts):
-            size *= found.pop()[1]
-        found.append((does, size))
-    return tuple(found)
+        if merged and merged[-1][0] == does and not (apart and axis in layout.experts):
+            size *= merged.pop()[1]
+        merged.append((does, size))
+    return tuple(merged)
 
 
 def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, int], ...]]:

@@ -93,10 +93,10 @@ def planned_decode_step(
 
 
 def _counted(stops: Iterable[Stop]) -> Counter[Collective]:
-    found: Counter[Collective] = Counter()
+    counts: Counter[Collective] = Counter()
     for stop in stops:
-        found[stop.collective] += stop.count
-    return found
+        counts[stop.collective] += stop.count
+    return counts
 
 
 def planned_stops(
@@ -128,7 +128,7 @@ def planned_stops(
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
         plan.add(placement, "all-gather", token_shard_axes, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
-    return plan.found
+    return plan.sites
 
 
 def planned_decode_step_stops(
@@ -149,7 +149,7 @@ def planned_decode_step_stops(
     plan.where = "rows that draw"
     plan.add(placement, "all-gather", plan.token_shard_axes, plan.tokens * plan.hidden)
     plan.logits(plan.tokens)
-    return plan.found
+    return plan.sites
 
 
 class _Plan:
@@ -177,7 +177,7 @@ class _Plan:
         self.strip = self.tokens // placement.size(self.token_shard_axes)
         self.where: Where = "embedding"
         self.layer: tuple[int, int] | None = None
-        self.found: list[Stop] = []
+        self.sites: list[Stop] = []
         self._sizes: dict[str, ArraySizes] = {}
 
     def sizes(self, placement: Placement) -> ArraySizes:
@@ -193,7 +193,7 @@ class _Plan:
         if axes and count:
             collective = Collective(op=op, axes=axes, result_bytes=result_bytes)
             segment, block = self.layer or (None, None)
-            self.found.append(Stop(where=self.where, collective=collective, count=count, segment=segment, block=block))
+            self.sites.append(Stop(where=self.where, collective=collective, count=count, segment=segment, block=block))
 
     def sum(self, placement: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""

@@ -33,12 +33,12 @@ class Neighbors:
     half_lacks: Lacks | None = None
 
 
-def reasons(question: Question, found: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
+def reasons(question: Question, result: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
-        *_binding(question, found.best, neighbors), *_approximated(question), *_memory(question, found.best),
-        *_tensor(question, found), *_across(question, found), *_others(question, found),
-        *_pools(question, found.best, pools), *_size(question, found.best, neighbors),
+        *_binding(question, result.best, neighbors), *_approximated(question), *_memory(question, result.best),
+        *_tensor(question, result), *_across(question, result), *_others(question, result),
+        *_pools(question, result.best, pools), *_size(question, result.best, neighbors),
     ]  # fmt: skip
 
 
@@ -105,12 +105,12 @@ def _spans(question: Question, plan: Plan, axes: tuple[str, ...]) -> int:
     return group_of(axes, dict(plan.spec.axes), question.hardware.scale_up_devices).across
 
 
-def _tensor(question: Question, found: Found) -> Iterator[str]:
+def _tensor(question: Question, result: Found) -> Iterator[str]:
     """Why layers are split inside a fast fabric only, or that they are not."""
-    best, fabric = found.best, question.hardware.fabric
+    best, fabric = result.best, question.hardware.fabric
     if question.devices <= question.hardware.scale_up_devices:
         return
-    outside = [plan for plan in found.every if _spans(question, plan, plan.spec.layout.split) > 1]
+    outside = [plan for plan in result.every if _spans(question, plan, plan.spec.layout.split) > 1]
     if _spans(question, best, best.spec.layout.split) > 1:
         yield f"Layers are split between {fabric}s: even so no other split was found better by more than {ALIKE:.0%}."
     elif outside:
@@ -124,9 +124,9 @@ def _tensor(question: Question, found: Found) -> Iterator[str]:
         )
 
 
-def _across(question: Question, found: Found) -> Iterator[str]:
+def _across(question: Question, result: Found) -> Iterator[str]:
     """What lies between fast fabrics."""
-    best, hardware = found.best, question.hardware
+    best, hardware = result.best, question.hardware
     fabric = hardware.fabric
     if question.devices <= hardware.scale_up_devices:
         if question.devices > 1:
@@ -157,11 +157,11 @@ def _across(question: Question, found: Found) -> Iterator[str]:
         )
 
 
-def _others(question: Question, found: Found) -> Iterator[str]:
+def _others(question: Question, result: Found) -> Iterator[str]:
     """The best of the other kinds of split."""
-    moe, best = question.config.moe is not None, found.best
+    moe, best = question.config.moe is not None, result.best
     seen = {kind_of(best.spec, moe=moe)}
-    for plan in sorted(found.every, key=lambda plan: value(question, plan)):
+    for plan in sorted(result.every, key=lambda plan: value(question, plan)):
         kind = kind_of(plan.spec, moe=moe)
         if kind in seen or len(seen) == 4:
             continue

@@ -134,8 +134,8 @@ class ScaleView(_TensorView):
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the first dim."""
         rows = np.arange(start, stop) * self._high // self._outputs
-        found = self.source.read_rows(int(rows[0]), int(rows[-1]) + 1)
-        return found[rows - rows[0]][:, self._columns]
+        values = self.source.read_rows(int(rows[0]), int(rows[-1]) + 1)
+        return values[rows - rows[0]][:, self._columns]
 
 
 class DequantizedTensor(_TensorView):

@@ -70,9 +70,9 @@ def open_converted(directory: Path, manifest: CheckpointManifest, *, whole: bool
     if manifest.kind == "orbax":
         return open_store(directory, manifest, whole=whole)
     tensors = _open_shards(directory, sorted(name for name in manifest.files if name.endswith(".safetensors")))
-    found = {name: (tensor.dtype_name, tensor.shape) for name, tensor in tensors.items()}
+    actual = {name: (tensor.dtype_name, tensor.shape) for name, tensor in tensors.items()}
     written = {name: (entry.spec.dtype, entry.spec.shape) for name, entry in manifest.tensors.items()}
-    if others := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
+    if others := sorted(name for name in actual.keys() | written.keys() if actual.get(name) != written.get(name)):
         raise CheckpointError(
             f"{directory} has headers of {len(others)} tensors that differ from its {MANIFEST}: {listed(others)}; "
             f"convert again or fetch it again"
@@ -121,10 +121,10 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mappin
             f"{INDEX} leaves out {len(unnamed)} tensors that its files hold: {listed(unnamed)}; fetch both again"
         )
     if strayed := [key for key, name in weight_map.items() if tensors[key].path.name != name]:
-        said, found = weight_map[strayed[0]], tensors[strayed[0]].path.name
+        said, actual = weight_map[strayed[0]], tensors[strayed[0]].path.name
         raise CheckpointError(
             f"{INDEX} looks for {len(strayed)} tensors in the wrong files: {strayed[0]!r} in {listed([said])}, "
-            f"it lies in {listed([found])}; fetch both again"
+            f"it lies in {listed([actual])}; fetch both again"
         )
     if SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
         raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove one")

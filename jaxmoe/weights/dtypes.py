@@ -69,9 +69,9 @@ class TensorSpec:
 
 def check_reach(name: str, numbers: np.ndarray, to: np.dtype, remedy: str) -> None:
     """Raise a CheckpointError, with a remedy, where a finite number of a tensor becomes infinite in the dtype `to`."""
-    found = _first_beyond(numbers, to)
-    if found is not None:
-        raise beyond_reach(name, found, to.name, remedy)
+    number = _first_beyond(numbers, to)
+    if number is not None:
+        raise beyond_reach(name, number, to.name, remedy)
 
 
 def beyond_reach(name: str, number: float, dtype: str, remedy: str) -> CheckpointError:

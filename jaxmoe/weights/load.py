@@ -78,27 +78,27 @@ def _fill(
 ) -> dict[Window, np.ndarray]:
     """Windows of a parameter as host arrays; what no weight slice covers is zero. Each tensor's rows are read once."""
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
-    found: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
+    cuts: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
     for window, array in out.items():
         for weight_slice, cut, place in parts.inside(window):
-            found[weight_slice.key, weight_slice.lead].append(
+            cuts[weight_slice.key, weight_slice.lead].append(
                 (cut, array[place].T if weight_slice.transpose else array[place])
             )
-    opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in found}
+    opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in cuts}
 
     def reads() -> Iterator[tuple[Source, int, int]]:
         """(tensor, first row, last row + 1) of each read, in the order of the files."""
-        for source in sorted(found, key=lambda source: (opened[source].path, opened[source].start)):
+        for source in sorted(cuts, key=lambda source: (opened[source].path, opened[source].start)):
             tensor = opened[source]
             step = max(1, _READ_BYTES // max(1, tensor.num_bytes // max(1, tensor.shape[0])))
-            for low, high in _runs(cut[0] for cut, _ in found[source]):
+            for low, high in _runs(cut[0] for cut, _ in cuts[source]):
                 yield from ((source, first, min(high, first + step)) for first in range(low, high, step))
 
     def read(source: Source, first: int, last: int) -> int:
         """The bytes of the windows that the rows gave."""
         rows, num_bytes = opened[source].read_rows(first, last), 0
         check_reach(source[0], rows, dtype, _IN_REACH)
-        for (span, *others), destination in found[source]:
+        for (span, *others), destination in cuts[source]:
             low, high = (-(-(max(at, span.start) - span.start) // span.step) for at in (first, min(last, span.stop)))
             if low < high:
                 start = span.start + low * span.step - first
@@ -285,8 +285,8 @@ def _check_count(
 
     def asked(layers: Collection[int]) -> dict[str, int]:
         """Numbers of each tensor of some layers, and of those outside all."""
-        found = weight_slices(config, sizes, names, segments, layers=layers)
-        return {weight_slice.key: math.prod(weight_slice.key_shape) for weight_slice in found}
+        needed = weight_slices(config, sizes, names, segments, layers=layers)
+        return {weight_slice.key: math.prod(weight_slice.key_shape) for weight_slice in needed}
 
     outside, num_bytes = asked(()), sum(tensor.num_bytes for tensor in tensors.values())
     num_tensors, num_numbers = len(outside), sum(outside.values())

@@ -92,16 +92,16 @@ def read_manifest(directory: Path) -> CheckpointManifest | None:
         body = json.loads(content)
         if isinstance(body, dict) and type(version := body.get("jaxmoe_manifest")) is int and version > _VERSION:
             raise CheckpointError(f"{path} is of version {version}, this jaxmoe reads {_VERSION}: update jaxmoe")
-        found = _parse(body)
+        manifest = _parse(body)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError) and MANIFEST in str(error):
             raise
         raise _changed(path) from error
-    if found.dump() != content:
+    if manifest.dump() != content:
         raise _changed(path)
-    return found
+    return manifest
 
 
 def _changed(path: Path) -> CheckpointError:

@@ -82,13 +82,13 @@ def expected_tensors(
     slices: Iterable[tuple[WeightSlice, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, ExpectedTensor]:
     """What files must hold for weight slices, each with whether it is kept quantized, by name."""
-    found: dict[str, ExpectedTensor] = {}
+    expected: dict[str, ExpectedTensor] = {}
     quant_config = config.checkpoint_quantization
     for weight_slice, kept in slices:
-        if weight_slice.key in found:
+        if weight_slice.key in expected:
             continue
         if not _is_quantized(weight_slice, tensors, quant_config, kept=kept):
-            found[weight_slice.key] = ExpectedTensor(
+            expected[weight_slice.key] = ExpectedTensor(
                 shapes=(weight_slice.key_shape,), why=_why_plain(weight_slice, tensors, quant_config)
             )
             continue
@@ -97,9 +97,9 @@ def expected_tensors(
         numbers = (*shape[:-1], shape[-1] // 32, 16) if format.packing_factor > 1 else shape
         names = quantized_tensor_names(weight_slice.key, quant_config)
         why = f" (quant_method {quant_config.method})"
-        found[names[0]] = ExpectedTensor(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
-        found[names[1]] = expected_scales(shape, quant_config, why)
-    return found
+        expected[names[0]] = ExpectedTensor(shapes=(numbers,), dtypes=(NUMBER_NAMES[format.dtype],), why=why)
+        expected[names[1]] = expected_scales(shape, quant_config, why)
+    return expected
 
 
 def _why_plain(
@@ -123,11 +123,11 @@ def quantized_sources(
     the files hold quantized and the model does not are dequantized, and the other way round."""
     shapes = {info.path: info.shape for info in table}
     sources: dict[str, LazyTensor] = dict(tensors)
-    found: dict[str, list[WeightSlice]] = {}
+    by_path: dict[str, list[WeightSlice]] = {}
     for path, weight_slices in parts.items():
         to = f"{path}/{NUMBERS}", f"{path}/{SCALES}"
         if to[0] not in shapes:
-            found[path] = weight_slices
+            by_path[path] = weight_slices
             for weight_slice in weight_slices:
                 if _is_quantized(weight_slice, tensors, config.checkpoint_quantization, kept=False):
                     sources[weight_slice.key] = _dequantized(weight_slice, tensors, config.checkpoint_quantization)
@@ -137,10 +137,10 @@ def quantized_sources(
         blocks = block_shape(shapes[to[0]], shapes[to[1]])
         numbers = [number_slice(weight_slice, format) for weight_slice in weight_slices]
         block = matrix_block_shape(numbers[0], blocks)
-        found[to[0]] = [
+        by_path[to[0]] = [
             replace(weight_slice, path=to[0], key=_derived_name(weight_slice.key, NUMBERS)) for weight_slice in numbers
         ]
-        found[to[1]] = []
+        by_path[to[1]] = []
         for weight_slice, plain in zip(numbers, weight_slices, strict=True):
             if _derived_name(weight_slice.key, NUMBERS) not in sources:
                 sources |= _quantized(weight_slice, tensors, config, format, turned=oriented(plain) is not plain)
@@ -152,8 +152,8 @@ def quantized_sources(
                     outputs=format.outputs, high=block[0],
                     inputs=None if format.inputs is None else format.inputs // format.packing_factor, wide=block[1],
                 )  # fmt: skip
-            found[to[1]].append(replace(weight_slice, path=to[1], key=key))
-    return sources, found
+            by_path[to[1]].append(replace(weight_slice, path=to[1], key=key))
+    return sources, by_path
 
 
 def _derived_name(key: str, what: object) -> str:

@@ -149,11 +149,11 @@ def open_store(directory: Path, manifest: CheckpointManifest, *, whole: bool = T
         check_symlink(directory, directory / name)
         sizes = {}
         with os.scandir(directory / name) as inside:
-            for found in inside:
-                if found.is_symlink():
-                    check_symlink(directory, Path(found.path))
+            for file in inside:
+                if file.is_symlink():
+                    check_symlink(directory, Path(file.path))
                 if whole:
-                    sizes[found.name] = found.stat().st_size
+                    sizes[file.name] = file.stat().st_size
         num_bytes = tensor.grid.chunk_bytes
         if whole and any(sizes.get(run.file) != num_bytes for run in tensor.grid.files()):
             wrong.append(name)

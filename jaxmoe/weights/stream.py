@@ -169,15 +169,15 @@ class ConversionExecutor:
             return None
         with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading what is done"):
             try:
-                found = {name: sum_tensor(self.sink.written(name), step_bytes=_SLICE_BYTES) for name in said}
+                actual = {name: sum_tensor(self.sink.written(name), step_bytes=_SLICE_BYTES) for name in said}
             except CheckpointError:
                 return None
-        if found != said:
+        if actual != said:
             return None
         with self._lock:
             self.num_resumed += 1
         self.on_bytes(task.source_bytes(task.spec.num_bytes))
-        return found
+        return actual
 
     def _written(self, task: ConversionTask) -> Sums:
         self._check(task)
@@ -212,8 +212,8 @@ class ConversionExecutor:
         if written is None:
             with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading the source"):
                 written = {source.name: sum_tensor(source, step_bytes=_SLICE_BYTES) for source in task.sources}
-        for name, found in written.items():
-            if self.expected[name] != found:
+        for name, actual in written.items():
+            if self.expected[name] != actual:
                 raise CheckpointError(
                     f"tensor {name!r} of the source differs from its checksum: corrupt; fetch or convert it again"
                 )

@@ -122,13 +122,13 @@ def _odd_float32(numbers: np.ndarray) -> np.ndarray:
 
 
 def _named(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    found = dict(raw)
+    named = dict(raw)
     for key, value in raw.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            found[key] = dtype
+            named[key] = dtype
         elif isinstance(value, dict) and key.endswith("_config") and key != QUANTIZATION_CONFIG:
-            found[key] = _named(value, dtype)
-    return found
+            named[key] = _named(value, dtype)
+    return named
 
 
 def _names_dtype(raw: Mapping[str, Any]) -> bool:

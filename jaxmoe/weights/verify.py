@@ -40,12 +40,12 @@ def problems(
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: only what jaxmoe convert wrote can be verified")
-    found = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
-    found += _strays(directory, manifest)
+    errors = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
+    errors += _strays(directory, manifest)
     try:
         tensors = open_converted(directory, manifest, whole=False)
     except CheckpointError as error:
-        return [*found, str(error)]
+        return [*errors, str(error)]
     total, done = sum(entry.spec.num_bytes for entry in manifest.tensors.values()), 0
 
     def check(name: str) -> list[str]:
@@ -54,22 +54,22 @@ def problems(
     on_progress(done, total)
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as workers:
         for name, lines in zip(manifest.tensors, workers.map(check, manifest.tensors), strict=True):
-            found += lines
+            errors += lines
             done += manifest.tensors[name].spec.num_bytes
             on_progress(done, total)
-    return found
+    return errors
 
 
 def check_whole(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Raise a CheckpointError naming what differs from the manifest, if anything does."""
-    if found := problems(directory, on_progress):
-        raise CheckpointError(in_words(directory, found))
+    if errors := problems(directory, on_progress):
+        raise CheckpointError(in_words(directory, errors))
 
 
-def in_words(directory: Path, found: list[str]) -> str:
+def in_words(directory: Path, errors: list[str]) -> str:
     """Problems in one line."""
-    more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"{directory} is corrupt: {'; '.join(found[:8])}{more}; convert again or fetch it again"
+    more = f"; and {len(errors) - 8} more" if len(errors) > 8 else ""
+    return f"{directory} is corrupt: {'; '.join(errors[:8])}{more}; convert again or fetch it again"
 
 
 def _strays(directory: Path, manifest: CheckpointManifest) -> Iterator[str]:
@@ -95,8 +95,8 @@ def _tensor_problems(
     directory: Path, name: str, manifest: CheckpointManifest, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[str]:  # fmt: skip
     entry = manifest.tensors[name]
-    if manifest.kind == "orbax" and (found := list(array_problems(directory, name, manifest))):
-        yield from found
+    if manifest.kind == "orbax" and (errors := list(array_problems(directory, name, manifest))):
+        yield from errors
         return
     try:
         if sum_tensor(tensors[name]) != entry.sha256:

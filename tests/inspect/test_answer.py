@@ -38,9 +38,9 @@ NO_ROOM = {
 }
 
 
-def step(temp_gib: int = 1, total_gib: int = 2, found: Counter[Collective] = PLAN) -> CompiledStep:
+def step(temp_gib: int = 1, total_gib: int = 2, collectives: Counter[Collective] = PLAN) -> CompiledStep:
     return CompiledStep(
-        temp_bytes=temp_gib * GIB, total_bytes=total_gib * GIB, found=found, planned=PLAN,
+        temp_bytes=temp_gib * GIB, total_bytes=total_gib * GIB, collectives=collectives, planned=PLAN,
         scatter_padding=0.0, optimal_seconds=total_gib / 100, compile_seconds=1.5,
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_a_compiler_that_fails_otherwise_is_not_taken_for_one_without_room(answe
     ids=["unplanned", "missing", "another number"],
 )
 def test_what_is_not_as_planned_is_listed(found, differs, answer):
-    combined = answer(step(), step(found=found))
+    combined = answer(step(), step(collectives=found))
     assert (combined["fits"], combined["as_planned"]) == (True, False)
     assert [part["as_planned"] for part in combined["phases"].values()] == [True, False]
     listed = [one for one in combined["collectives"] if one["count"] != one["planned"]]

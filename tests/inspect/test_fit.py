@@ -37,7 +37,7 @@ def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_d
     kernels = KernelConfig(layers=layers)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=None, kernels=kernels)
     step = compile_step(runner, phase, max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=4)
-    assert step.found == step.planned
+    assert step.collectives == step.planned
 
     llm = tiny_llm(CASE, MESH, kernels)
     weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)

@@ -78,17 +78,17 @@ def compared(steps: Mapping[str, Any], answer: Mapping[str, Any] | None) -> list
             sent[key] = stop["sent"]
             if stop["where"] not in (places := where.setdefault(key, [])):
                 places.append(stop["where"])
-        found: Counter[tuple[Any, ...]] = Counter()
+        compiled: Counter[tuple[Any, ...]] = Counter()
         there = False
         for row in answer["collectives"] if answer else ():
             if row["phase"] == phase:
                 there = True
-                found[row["op"], tuple(row["axes"]), row["bytes"]] += row["count"]
-        keys = list(planned) + sorted((key for key in found if key not in planned and found[key]), key=str)
+                compiled[row["op"], tuple(row["axes"]), row["bytes"]] += row["count"]
+        keys = list(planned) + sorted((key for key in compiled if key not in planned and compiled[key]), key=str)
         rows += [
             {"phase": phase, "op": op, "axes": list(axes), "bytes": size, "sent": sent.get((op, axes, size)),
              "where": where.get((op, axes, size), []),
-             "planned": planned[op, axes, size], "compiled": found[op, axes, size] if there else None}
+             "planned": planned[op, axes, size], "compiled": compiled[op, axes, size] if there else None}
             for op, axes, size in keys
         ]  # fmt: skip
     return rows

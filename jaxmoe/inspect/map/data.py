@@ -162,17 +162,17 @@ def _pages(runner: Runner, question: ModelQuestion) -> list[dict[str, Any]]:
     """The arrays of keys and values; times: blocks of the segment that have one each."""
     state = engine_state(runner, **question.sizes)
     names = ("keys", "values") if len(runner.config.cached_dims) == 2 else ("latents",)
-    found = []
+    arrays = []
     for segment, blocks in enumerate(state.pages):
         for number, array in enumerate(blocks[0]):
             kind = names[number % len(names)] + ("" if number < len(names) else " scales")
             dtype = jnp.dtype(array.dtype)
-            found.append({
+            arrays.append({
                 "path": f"pages/{segment}/{kind}", "part": "kv", "times": len(blocks),
                 "dims": list(PAGE_DIMS[: array.ndim]), "shape": list(array.shape), "axes": _split(array.sharding),
                 "dtype": dtype.name, "itemsize": dtype.itemsize,
             })  # fmt: skip
-    return found
+    return arrays
 
 
 def _split(sharding: Any) -> list[list[str]]:
@@ -205,8 +205,8 @@ def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, An
 
 def bytes_by_part(arrays: Iterable[Mapping[str, Any]], axes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of one device, by the part of the model."""
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for one in arrays:
         split = math.prod(axes[axis] for names in one["axes"] for axis in names)
-        found[one["part"]] += one["times"] * one["itemsize"] * math.prod(one["shape"]) // split
-    return dict(found)
+        totals[one["part"]] += one["times"] * one["itemsize"] * math.prod(one["shape"]) // split
+    return dict(totals)

@@ -45,14 +45,14 @@ const known = new Map();
 function loads(event, chosen) {
   const key = [event.op, event.axes, event.sent, event.stage, event.to, chosen.length, chosen[0]].join("|");
   if (known.has(key)) return known.get(key);
-  const found = new Map();
+  const traffic = new Map();
   for (const group of chosen) for (const [from, to, size] of flows(event, group))
     for (const [id, way] of route(from, to)) {
-      if (!found.has(id)) found.set(id, [0, 0]);
-      found.get(id)[way] += size;
+      if (!traffic.has(id)) traffic.set(id, [0, 0]);
+      traffic.get(id)[way] += size;
     }
-  known.set(key, found);
-  return found;
+  known.set(key, traffic);
+  return traffic;
 }
 
 // { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }: of all domains, side by side.

@@ -29,8 +29,8 @@ function showStep() {
   const words = [`${phase}: ${count(step.tokens)} tokens a rank of the batch, padding included${parts}; counts are of `
     + `one ${tick}.`];
   const differ = wrong ? `${wrong} of ${rows.length} differ from the plan.` : "all as planned.";
-  const found = compiled ? differ : "this step was not.";
-  if (data.compiled) words.push(`Compiled for ${data.compiled.target}: ${found}`, comparedBytes());
+  const verdict = compiled ? differ : "this step was not.";
+  if (data.compiled) words.push(`Compiled for ${data.compiled.target}: ${verdict}`, comparedBytes());
   byId("collectives-note").textContent = words.join(" ");
   const head = ["collective", "axes", "where", "result on a device", "sent by a device, each", "planned",
     ...compiled ? ["compiled", ""] : []];

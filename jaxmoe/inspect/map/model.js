@@ -43,11 +43,11 @@ function filled(part, stage, virtualStage) {
   return each + (virtualStage * part.stages + stage < left ? 1 : 0);
 }
 function visits(part) {  // every repeat in the order of the layers: its stage, virtual stage and slot
-  const found = [];
+  const matches = [];
   for (const virtualStage of range(part.virtual_stages)) for (const stage of range(part.stages))
     for (const at of range(filled(part, stage, virtualStage)))
-      found.push({ stage, virtualStage, slot: (stage * part.virtual_stages + virtualStage) * part.virtual_stage_slots + at });
-  return found;
+      matches.push({ stage, virtualStage, slot: (stage * part.virtual_stages + virtualStage) * part.virtual_stage_slots + at });
+  return matches;
 }
 const slicesNamed = (array, at) => Object.fromEntries(slices(array, at).map((slice, dim) => [array.dims[dim], slice]));
 const arraysOf = (segment, dim) => data.arrays.filter(one =>
@@ -87,8 +87,8 @@ function tokenPath(phase) {
   const silent = where => ({ where, op: null, axes: [], bytes: 0, sent: 0 });
   const at = where => stops.filter(stop => stop.where === where);
   const outside = (where, always) => {
-    const found = at(where);
-    (found.length || !always ? found : [silent(where)]).forEach(stop => say(stop, {}));
+    const matches = at(where);
+    (matches.length || !always ? matches : [silent(where)]).forEach(stop => say(stop, {}));
   };
   outside("embedding", true);
   data.segments.forEach((part, segment) => {
@@ -121,15 +121,15 @@ function tokenPath(phase) {
 // Devices that take part together in an event: those along its axes, of its stage where only that has the token.
 function groups(event) {
   if (event.op === "collective-permute") return between(event);
-  const found = new Map();
+  const matches = new Map();
   places.forEach((at, device) => {
     if (event.stage !== null && !event.axes.includes("pipeline") && at.pipeline !== event.stage) return;
     const key = axes.filter(axis => !event.axes.includes(axis)).map(axis => at[axis]).join();
-    if (!found.has(key)) found.set(key, []);
-    found.get(key).push(device);
+    if (!matches.has(key)) matches.set(key, []);
+    matches.get(key).push(device);
   });
   const order = device => indexOver(event.axes, places[device]);
-  return [...found.values()].map(group => group.sort((a, b) => order(a) - order(b)));
+  return [...matches.values()].map(group => group.sort((a, b) => order(a) - order(b)));
 }
 function between({ stage, to }) {
   const same = axes.filter(axis => axis !== "pipeline");
