@@ -48,7 +48,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     ranks = held.placement.num_shards("batch")
     rows = -(-batch // ranks)
     step = held.step_bytes(question.chunk_tokens + rows, rows)
-    pages = held.kv_bytes_a_token * rows * context
+    pages = held.kv_bytes_per_token * rows * context
     size = answer["bytes"]
     return {
         "weights": held.weight_bytes / size["weights"] - 1, "pages": pages / size["kv"] - 1,

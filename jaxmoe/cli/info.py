@@ -55,7 +55,7 @@ def _print(report: dict[str, Any]) -> None:
     for name in ("attention", "experts"):
         if report[name]:
             print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[name].items()))
-    cached, context = report["kv_bytes_a_token"], report["context"]
+    cached, context = report["kv_bytes_per_token"], report["context"]
     print(f"keys and values: {cached:,} bytes a token in {report['dtype']}")
     print(f"context: {context:,} tokens ({_size(cached * context)}); vocabulary: {report['vocabulary']:,}")
     if report["behind_windows"] is not None:
@@ -73,6 +73,6 @@ def _format(report: dict[str, Any]) -> str:
     if not form["supported"]:
         kind = f" ({form['dtype']})" if "dtype" in form else ""
         return f"quantized by {form['method']}{kind}, which jaxmoe does not {'run' if kind else 'read'}"
-    inputs = "all" if form["inputs_a_scale"] is None else form["inputs_a_scale"]
-    scale = f"a scale for {inputs} inputs x {form['outputs_a_scale']} outputs"
+    inputs = "all" if form["inputs_per_scale"] is None else form["inputs_per_scale"]
+    scale = f"a scale for {inputs} inputs x {form['outputs_per_scale']} outputs"
     return f"quantized by {form['method']}: {form['dtype']}, {scale}"

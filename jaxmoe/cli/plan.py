@@ -145,7 +145,7 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     table.add_section()
     row("all of the device", memory["limit"])
     table.caption = (
-        f"pages: {memory['kv_bytes_a_token']:,.0f} bytes a token; there is room for {memory['pool_tokens']:,} tokens "
+        f"pages: {memory['kv_bytes_per_token']:,.0f} bytes a token; there is room for {memory['pool_tokens']:,} tokens "
         f"over all devices, {counted(memory['max_requests'], 'request')}"
     )
     return table
@@ -202,7 +202,7 @@ def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
     points = roofline["points"]
     reached = [one["flops_per_byte"] for one in points]
     for facts, line in ((roofline, "-"), (roofline["on_paper"], ":")):
-        slope, rates = facts["bytes_a_second"], facts["flops_a_second"]
+        slope, rates = facts["bytes_per_s"], facts["flops_per_s"]
         low, high = min(reached) / 4, 4 * max([*reached, *(rate / slope for rate in rates.values())])
         for rate in set(rates.values()):
             roof.plot([low, rate / slope, high], [low * slope, rate, rate], line, color="black", linewidth=1)
@@ -213,9 +213,7 @@ def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
     for one in points:
         marker, color = _PHASES[one["phase"]], f"C{works.index(one['work'])}"
         label = one["work"] if one["phase"] == "prefill" else None
-        roof.plot(
-            one["flops_per_byte"], one["flops_a_second"], marker, color=color, label=label, markerfacecolor="none"
-        )
+        roof.plot(one["flops_per_byte"], one["flops_per_s"], marker, color=color, label=label, markerfacecolor="none")
     roof.set_xscale("log")
     roof.set_yscale("log")
     roof.set_xlabel("FLOPs a byte (circles: prefill, triangles: decode)")

@@ -65,7 +65,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
         "experts": _experts(config),
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
-        "kv_bytes_a_token": kv_bytes,
+        "kv_bytes_per_token": kv_bytes,
         "behind_windows": behind_windows(
             config,
             config.max_position_embeddings,
@@ -101,7 +101,7 @@ def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any
     form, runs = config.checkpoint_quantization.format, runs and config.checkpoint_quantization.method != "modelopt"
     return {
         "method": method, "supported": runs, "dtype": form.name if form.packing_factor > 1 else form.dtype,
-        "inputs_a_scale": form.inputs, "outputs_a_scale": form.outputs,
+        "inputs_per_scale": form.inputs, "outputs_per_scale": form.outputs,
     }  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _experts(config: ModelConfig) -> dict[str, Any] | None:
     if moe is None:
         return None
     return {
-        "experts": moe.num_experts, "a_token": moe.num_experts_per_tok, "width": moe.intermediate_size,
-        "scoring": moe.scoring, "groups": moe.num_groups, "groups_a_token": moe.top_groups,
+        "experts": moe.num_experts, "experts_per_token": moe.num_experts_per_tok, "width": moe.intermediate_size,
+        "scoring": moe.scoring, "groups": moe.num_groups, "groups_per_token": moe.top_groups,
         "shared_width": moe.shared_intermediate_size,
     }  # fmt: skip

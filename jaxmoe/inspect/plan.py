@@ -105,7 +105,7 @@ class PlanQuestion:
         hardware = read_hardware(self.hardware)
         self._check_numbers(config)
         if self.price is not None:
-            hardware = replace(hardware, dollars_an_hour=self.price)
+            hardware = replace(hardware, dollars_per_hour=self.price)
         return config, hardware
 
     def _read(self) -> tuple[ModelConfig, list[str]]:

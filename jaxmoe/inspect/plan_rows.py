@@ -17,16 +17,16 @@ _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
     """One plan and what it is predicted to serve; no time a token where no token follows the first."""
     spec, served = plan.spec, plan.served
-    dollars = hardware.dollars_an_hour
+    dollars = hardware.dollars_per_hour
     return {
         "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
         "dispatch": spec.dispatch, "virtual_stages": spec.virtual_stages, "chunk_tokens": spec.chunk_tokens,
         "max_num_seqs": served.concurrency, "max_requests": plan.max_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
-        "tokens_per_s_per_device": plan.tokens_a_second / plan.devices, "tokens_per_s": plan.tokens_a_second,
+        "tokens_per_s_per_device": plan.tokens_per_s / plan.devices, "tokens_per_s": plan.tokens_per_s,
         "step_ms": {name: value * 1e3 for name, value in served.mean_step.parts().items()},
         "dollars_per_million_tokens":
-            None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_a_second * 1e6,
+            None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_per_s * 1e6,
     }  # fmt: skip
 
 
@@ -37,12 +37,12 @@ def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
     held, serving, served, limit = plan.serving.held, plan.serving, plan.served, question.hardware.hbm_bytes
     rows = max(1, -(-served.concurrency // serving.ranks))
     tokens_each = held.config.cached_tokens(question.load.isl + question.load.osl, serving.chunk_tokens)
-    pages = rows * tokens_each * held.kv_bytes_a_token
+    pages = rows * tokens_each * held.kv_bytes_per_token
     parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
     return {
         "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
         "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
-        "kv_bytes_a_token": held.kv_bytes_a_token, "tokens_a_request": tokens_each, "pages": pages,
+        "kv_bytes_per_token": held.kv_bytes_per_token, "tokens_per_request": tokens_each, "pages": pages,
         "step_by_part": parts,
         "step": sum(parts.values()), "left": limit - held.weight_bytes - pages - sum(parts.values()),
         "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "max_requests": plan.max_requests,
@@ -105,6 +105,6 @@ def pools_row(pools: Pools, best: Plan, question: Question) -> Mapping[str, Any]
         "prefill_layout": str(pools.prefill.layout), "prefill_chunk_tokens": pools.prefill.chunk_tokens,
         "decode_mesh": pools.decode.mesh,
         "decode_layout": str(pools.decode.layout), "concurrency": pools.concurrency, "ttft_ms": pools.ttft * 1e3,
-        "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_a_second,
+        "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_per_s,
         "better": beats(pools, best, question),
     }  # fmt: skip

@@ -184,7 +184,7 @@ def _metric(facts: Mapping[str, str], plan: Plan, load: Load) -> float:
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
     if "decode" in facts["phase"].lower() and ("throughput" in metric or "disaggregated" in facts["system"].lower()):
         served = plan.serving.serve(load, served.concurrency, prefills=False)  # prompts are read elsewhere
-    tokens = served.tokens_a_second
+    tokens = served.tokens_per_s
     if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((load.isl, load.osl))):
         tokens = _of_so_many(plan, load, sent)
     return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.pace, tokens=tokens)
@@ -194,9 +194,9 @@ def _of_so_many(plan: Plan, load: Load, sent: int) -> float:
     """Tokens a second of so many requests in all: as many at once as the plan has, and at last those that are left."""
     each = plan.served.concurrency
     whole, rest = divmod(sent, each)
-    seconds = whole * each * load.osl / plan.served.tokens_a_second
+    seconds = whole * each * load.osl / plan.served.tokens_per_s
     if rest:
-        seconds += rest * load.osl / plan.serving.serve(load, rest).tokens_a_second
+        seconds += rest * load.osl / plan.serving.serve(load, rest).tokens_per_s
     return sent * load.osl / seconds
 
 

@@ -24,9 +24,9 @@ class Plan:
     max_requests: int
 
     @property
-    def tokens_a_second(self) -> float:
+    def tokens_per_s(self) -> float:
         """Generated, over all devices."""
-        return self.served.tokens_a_second
+        return self.served.tokens_per_s
 
     @property
     def devices(self) -> int:
@@ -60,7 +60,7 @@ def value(question: Question, plan: Plan) -> float:
     """What the objective wants least of."""
     if question.objective == "latency":
         return plan.request_seconds
-    return plan.devices / plan.tokens_a_second
+    return plan.devices / plan.tokens_per_s
 
 
 def order(question: Question, plan: Plan) -> tuple[int, float]:
@@ -111,7 +111,7 @@ def front_of(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
 
 def _each(plan: Plan) -> float:
     """Tokens a second of a device."""
-    return plan.tokens_a_second / plan.devices
+    return plan.tokens_per_s / plan.devices
 
 
 def _doubles(plan: Plan, other: Plan) -> bool:

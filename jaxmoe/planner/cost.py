@@ -157,8 +157,8 @@ class StepCost:
         self.links = Links(hardware, devices=math.prod(self._shape.values()))
         self.num_stages = self.placement.num_stages
         self._launch = LAUNCH_SECONDS[hardware.platform]
-        self._bandwidth = hardware.bytes_a_second
-        self._plain_rate = hardware.flops_a_second("bf16")
+        self._bandwidth = hardware.bytes_per_s
+        self._plain_rate = hardware.flops_per_s("bf16")
         self._context_ranks = self.placement.num_shards("page_token")
         moe = self.config.moe
         ranks = max(block.placement.num_shards("moe_expert") for block in held.blocks)
@@ -189,7 +189,7 @@ class StepCost:
         format = self.config.quantization.format if self.config.quantization else None
         if format is None or part == "router":
             return self._plain_rate
-        attained = self.hardware.flops_a_second
+        attained = self.hardware.flops_per_s
         if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
             return _FOUR_BITS * attained("fp4") if format == NVFP4 else attained("fp8")
         unpacked = format.dtype == "mxfp4" or _RATES[format.dtype] not in self.hardware.tflops

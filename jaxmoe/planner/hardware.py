@@ -62,7 +62,7 @@ class Hardware:
     link of its own). tflops: dense, by dtype: bf16, f32, fp8, int8, fp4. attained: shares of these rates that programs
     get: hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; collectives_between_nodes:
     of ranks that all lie on other nodes; where none is, rates are used.
-    latency_us, scale_out_latency_us: of one message. dollars_an_hour: of one device.
+    latency_us, scale_out_latency_us: of one message. dollars_per_hour: of one device.
     """
 
     device: str
@@ -80,7 +80,7 @@ class Hardware:
     nodes: int = 1
     latency_us: float = 6.0
     scale_out_latency_us: float = 30.0
-    dollars_an_hour: float | None = None
+    dollars_per_hour: float | None = None
     attained: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     collectives: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
     collectives_between_nodes: Mapping[str, Mapping[int, Points]] = field(default_factory=lambda: MappingProxyType({}))
@@ -90,7 +90,7 @@ class Hardware:
             value, name = getattr(self, one.name), one.name
             if name in ("platform", "scale_up", *_RATES, *_COLLECTIVES):
                 continue
-            if name == "dollars_an_hour" and value is None:
+            if name == "dollars_per_hour" and value is None:
                 continue
             if name == "device":
                 if not isinstance(value, str) or not value:
@@ -100,7 +100,10 @@ class Hardware:
             if not _is_number(value) or value < 0 or (whole and not isinstance(value, int)):
                 what = f"{'a whole number' if whole else 'a number'} of at least 0 and below {_LARGEST:g}"
                 raise _FactError(f"hardware {name}={value!r} must be {what}", "hardware", name)
-            if name not in ("scale_up_devices", "dollars_an_hour", "latency_us", "scale_out_latency_us") and value == 0:
+            if (
+                name not in ("scale_up_devices", "dollars_per_hour", "latency_us", "scale_out_latency_us")
+                and value == 0
+            ):
                 raise _FactError(f"hardware {name}=0 must be above 0", "hardware", name)
             if 0 < value < _MIN:
                 raise _FactError(f"hardware {name}={value!r} must be at least {_MIN:g}", "hardware", name)
@@ -153,16 +156,16 @@ class Hardware:
         return "node" if self.scale_up_devices <= self.devices_per_node else "fabric"
 
     @property
-    def bytes_a_second(self) -> float:
+    def bytes_per_s(self) -> float:
         """Of a device's memory, as programs attain it."""
         return self.hbm_gbps * 1e9 * self.attained.get("hbm", _HBM)
 
-    def flops_a_second(self, dtype: str) -> float:
+    def flops_per_s(self, dtype: str) -> float:
         """Of products in a dtype (bf16, f32, fp8, int8, fp4), as programs attain it; a dtype without products of its
         own is computed in bf16."""
         return self.tflops.get(dtype, self.tflops["bf16"]) * 1e12 * self.attained.get("compute", _COMPUTE)
 
-    def link_bytes_a_second(self, *, scale_out: bool) -> float:
+    def link_bytes_per_s(self, *, scale_out: bool) -> float:
         """Of a device's links, one way, as programs attain it."""
         rate = self.scale_out_gbps if scale_out else self.scale_up_gbps
         return rate * 1e9 * self.attained.get("link", _LINK)
@@ -296,7 +299,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
             facts[table] = MappingProxyType({**kept.get(table, {}), **_collectives(raw[table], table)})
     facts = kept | facts
     optional = ("scale_up", "scale_up_devices", "torus_dims", "nodes", "latency_us", "scale_out_latency_us",
-                "dollars_an_hour")  # fmt: skip
+                "dollars_per_hour")  # fmt: skip
     for key in [*keys, "tflops"]:
         if key not in facts and key not in optional:
             where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"

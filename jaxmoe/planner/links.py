@@ -105,7 +105,7 @@ class Links:
         """So many bytes of a device to other fabrics; steps grow a tree's way."""
         hardware = self.hardware
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
-        return latency + sent / hardware.link_bytes_a_second(scale_out=True)
+        return latency + sent / hardware.link_bytes_per_s(scale_out=True)
 
     def _within(self, op: Op, whole: float, group: Group) -> float:
         ranks = group.inside
@@ -138,7 +138,7 @@ class Links:
     def _sent_seconds(self, op: Op, whole: float, ranks: int) -> float:
         """By the bytes each device sends, over the links that the group can use."""
         hardware = self.hardware
-        rate = hardware.link_bytes_a_second(scale_out=False)
+        rate = hardware.link_bytes_per_s(scale_out=False)
         if hardware.scale_up == "peers":
             rate *= (ranks - 1) / (hardware.scale_up_devices - 1)
         if hardware.scale_up == "torus":

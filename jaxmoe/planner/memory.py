@@ -108,7 +108,7 @@ class Held:
         return whole.weight_bytes / math.prod(self.placement.mesh.shape.values())
 
     @cached_property
-    def kv_bytes_a_token(self) -> float:
+    def kv_bytes_per_token(self) -> float:
         """On each device that holds a part of the token's: of one request's tokens, where a context's ranks share
         them out, its even part."""
         return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.num_shards("page_token")

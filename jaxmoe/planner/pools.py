@@ -31,7 +31,7 @@ class Pools:
     ttft: float
     tpot: float
     transfer: float
-    tokens_a_second: float
+    tokens_per_s: float
     osl: int
 
     @property
@@ -43,7 +43,7 @@ class Pools:
 @dataclass(frozen=True)
 class _Prefill:
     spec: Spec
-    requests_a_second: float
+    requests_per_s: float
     seconds: float  # of one prompt
 
 
@@ -75,7 +75,7 @@ def best_pools(question: Question, *, engine_devices: int, concurrency: int | No
     plans = [pools for pools in plans if pools.ttft <= limit * (1 + 1e-9)]
     if question.objective == "latency":
         return min(plans, key=lambda one: one.request_seconds, default=None)
-    return max(plans, key=lambda one: one.tokens_a_second, default=None)
+    return max(plans, key=lambda one: one.tokens_per_s, default=None)
 
 
 def _pools(
@@ -86,7 +86,7 @@ def _pools(
     (spec, serving, served), (size, prefilling, decoding) = second, shared
     transfer, osl = _transfer(question, serving), question.load.osl
     ttft = first.seconds + transfer
-    rate = min(prefilling * first.requests_a_second * osl, decoding * served.tokens_a_second)
+    rate = min(prefilling * first.requests_per_s * osl, decoding * served.tokens_per_s)
     if concurrency is not None:
         decoding_seconds = (osl - 1) * served.tpot
         rate = min(rate, concurrency * osl / (ttft + decoding_seconds))
@@ -96,7 +96,7 @@ def _pools(
     return Pools(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
         prefill=first.spec, decode=spec, concurrency=concurrency, ttft=ttft,
-        tpot=served.tpot, transfer=transfer, tokens_a_second=rate, osl=osl,
+        tpot=served.tpot, transfer=transfer, tokens_per_s=rate, osl=osl,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _first(question: Question, prefills: Iterable[_Prefill], transfer: float) ->
     kept = [one for one in prefills if one.seconds + transfer <= limit]
     if question.objective == "latency":
         return min(kept, key=lambda one: one.seconds, default=None)
-    return max(kept, key=lambda one: one.requests_a_second, default=None)
+    return max(kept, key=lambda one: one.requests_per_s, default=None)
 
 
 def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
@@ -135,19 +135,19 @@ def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int 
                 engines.append((spec, serving, served))
     if question.objective == "latency":
         return min(engines, key=lambda one: one[2].tpot, default=None)
-    return max(engines, key=lambda one: one[2].tokens_a_second, default=None)
+    return max(engines, key=lambda one: one[2].tokens_per_s, default=None)
 
 
 def _transfer(question: Question, serving: Serving) -> float:
     """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
     held, hardware = serving.held, question.hardware
     near = question.devices <= hardware.scale_up_devices
-    rate = hardware.link_bytes_a_second(scale_out=not near)
-    return held.config.cached_tokens(question.load.isl, 0) * held.kv_bytes_a_token / rate
+    rate = hardware.link_bytes_per_s(scale_out=not near)
+    return held.config.cached_tokens(question.load.isl, 0) * held.kv_bytes_per_token / rate
 
 
 def beats(pools: Pools, plan: Plan, question: Question) -> bool:
     """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
     if question.objective == "latency":
         return pools.request_seconds < 0.95 * plan.request_seconds
-    return pools.tokens_a_second > 1.05 * plan.tokens_a_second
+    return pools.tokens_per_s > 1.05 * plan.tokens_per_s

@@ -43,13 +43,13 @@ def roofline(serving: Serving, load: Load, *, concurrency: int) -> dict[str, Any
         "decode": Rows(rows, 0, context),
     }
     return {
-        "bytes_a_second": hardware.bytes_a_second,
-        "flops_a_second": {name: hardware.flops_a_second(name) for name in hardware.tflops},
-        "on_paper": {"bytes_a_second": hardware.hbm_gbps * 1e9,
-                     "flops_a_second": {name: rate * 1e12 for name, rate in hardware.tflops.items()}},
+        "bytes_per_s": hardware.bytes_per_s,
+        "flops_per_s": {name: hardware.flops_per_s(name) for name in hardware.tflops},
+        "on_paper": {"bytes_per_s": hardware.hbm_gbps * 1e9,
+                     "flops_per_s": {name: rate * 1e12 for name, rate in hardware.tflops.items()}},
         "points": [
             {"phase": phase, "work": work.kind, "flops_per_byte": work.intensity,
-             "flops_a_second": min(work.rate, work.intensity * hardware.bytes_a_second)}
+             "flops_per_s": min(work.rate, work.intensity * hardware.bytes_per_s)}
             for phase, step in steps.items() for work in works(cost, step)
         ],
     }  # fmt: skip

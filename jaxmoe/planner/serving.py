@@ -29,13 +29,13 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_a_second: generated
+    """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_per_s: generated
     ones, over all devices. mean_step: time of the mean step, by what binds it; num_steps: that a request takes."""
 
     concurrency: int
     ttft: float
     tpot: float
-    tokens_a_second: float
+    tokens_per_s: float
     mean_step: Seconds
     num_steps: float
     chunk_tokens: int
@@ -78,7 +78,7 @@ class Serving:
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
         free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - self.step_bytes(rows)
-        return max(0.0, free * _PAGES / self.held.kv_bytes_a_token)
+        return max(0.0, free * _PAGES / self.held.kv_bytes_per_token)
 
     def max_requests(self, load: Load) -> int:
         """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
@@ -115,7 +115,7 @@ class Serving:
             concurrency=concurrency,
             ttft=seconds.total - (load.osl - 1) * tpot,
             tpot=tpot,
-            tokens_a_second=concurrency * load.osl / seconds.total,
+            tokens_per_s=concurrency * load.osl / seconds.total,
             mean_step=seconds.mixed(1 / num_steps, seconds, 0.0),
             num_steps=num_steps,
             chunk_tokens=self.chunk_tokens,

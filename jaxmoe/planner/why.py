@@ -169,7 +169,10 @@ def _others(question: Question, result: Found) -> Iterator[str]:
         if _alike(question, plan, best):
             verdict = f"; {_as_good(question, plan, best)}"
         else:
-            name = max(plan.served.mean_step.parts(), key=lambda name: _a_token(plan, name) - _a_token(best, name))
+            name = max(
+                plan.served.mean_step.parts(),
+                key=lambda name: _seconds_per_token(plan, name) - _seconds_per_token(best, name),
+            )
             theirs, here = _part(plan, best, name)
             verdict = f"; {theirs} go to {_binds(question, name)}, {here} here"
         yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(question, plan, best)}{verdict}."
@@ -195,7 +198,7 @@ def _as_good(question: Question, plan: Plan, best: Plan) -> str:
     return f"as good on paper; this one was taken because {why}"
 
 
-def _a_token(plan: Plan, name: str) -> float:
+def _seconds_per_token(plan: Plan, name: str) -> float:
     """Seconds that one part takes, a token generated."""
     served = plan.served
     return served.mean_step.parts()[name] * served.num_steps / (served.concurrency * served.osl)
@@ -206,7 +209,7 @@ def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
     if plan.served.concurrency == best.served.concurrency:
         theirs, here = (one.served.mean_step.parts()[name] * 1e3 for one in (plan, best))
         return f"{theirs:.1f} ms of a step", f"{here:.1f}"
-    theirs, here = (_a_token(one, name) * 1e6 for one in (plan, best))
+    theirs, here = (_seconds_per_token(one, name) * 1e6 for one in (plan, best))
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 
 
@@ -216,7 +219,7 @@ def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]
     first = counted(pools.prefill_engines, "engine")
     engines = f"{first} of {counted(pools.engine_devices, 'device')} for prompts, {pools.decode_engines} to decode"
     does = (
-        f"{digits(pools.tokens_a_second)} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
+        f"{digits(pools.tokens_per_s)} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
         f"{pools.tpot * 1e3:.1f} ms a token, with {counted(pools.concurrency, 'request')} at once"
     )
     verdict = "serve more than engines that do both" if beats(pools, best, question) else "do not pay here"
@@ -256,7 +259,7 @@ def _slower(ratio: float, plan: Plan, best: Plan) -> str:
 
 
 def _each(plan: Plan) -> float:
-    return plan.tokens_a_second / plan.devices
+    return plan.tokens_per_s / plan.devices
 
 
 def _named(question: Question, plan: Plan) -> str:

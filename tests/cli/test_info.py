@@ -27,13 +27,13 @@ def test_a_config_alone_says_what_the_files_would_hold(capsys):
     assert (found["family"], found["layers"]) == ("deepseek_v3", {"dense": 3, "MoE": 58})
     assert found["parameters"]["total"] == 671_026_419_200
     assert found["quantization"] == {
-        "method": "fp8", "supported": True, "dtype": "float8_e4m3fn", "inputs_a_scale": 128, "outputs_a_scale": 128,
+        "method": "fp8", "supported": True, "dtype": "float8_e4m3fn", "inputs_per_scale": 128, "outputs_per_scale": 128,
     }  # fmt: skip
     experts = 58 * 256 * 3
     assert found["bytes"]["by_part"]["experts"] == experts * (7168 * 2048 + 56 * 16 * 4)
-    assert found["kv_bytes_a_token"] == 61 * 576 * 2
+    assert found["kv_bytes_per_token"] == 61 * 576 * 2
     assert found["attention"]["key_value_latent"] == 512
-    assert found["experts"]["groups_a_token"] == 4
+    assert found["experts"]["groups_per_token"] == 4
     assert not found["bytes"]["measured"]
 
 
@@ -190,7 +190,7 @@ def test_what_nvidia_publishes_is_sized_though_not_run(capsys, tmp_path):
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(how))
     found = info(capsys, tmp_path)
     assert found["quantization"] == {
-        "method": "modelopt", "supported": False, "dtype": "nvfp4", "inputs_a_scale": 16, "outputs_a_scale": 1,
+        "method": "modelopt", "supported": False, "dtype": "nvfp4", "inputs_per_scale": 16, "outputs_per_scale": 1,
     }  # fmt: skip
     assert found["bytes"]["by_part"]["experts"] == plain["bytes"]["by_part"]["experts"] * (4 + 8 / 16) / 16
     assert found["bytes"]["by_part"]["attention"] == plain["bytes"]["by_part"]["attention"]

@@ -62,7 +62,7 @@ def test_json_holds_the_plan_its_memory_and_its_reasons(capsys):
     assert sum(memory["weights_by_part"].values()) == memory["weights"]
     assert sum(memory["step_by_part"].values()) == memory["step"]
     assert memory["weights"] + memory["pages"] + memory["step"] + memory["left"] == pytest.approx(memory["limit"])
-    rows = memory["pages"] / memory["kv_bytes_a_token"] / 2048  # of a rank
+    rows = memory["pages"] / memory["kv_bytes_per_token"] / 2048  # of a rank
     assert chosen["max_num_seqs"] / 4 <= rows <= chosen["max_num_seqs"]
     assert memory["left"] >= 0
     assert memory["pool_tokens"] >= memory["max_requests"] * 2048 >= chosen["max_num_seqs"] * 2048

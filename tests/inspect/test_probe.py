@@ -110,9 +110,9 @@ def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
     assert (read.device, read.platform, read.devices_per_node, read.scale_up_devices) == (
         'my "own" cluster', "cpu", 8, 8,
     )  # fmt: skip
-    assert read.bytes_a_second == 100e9
+    assert read.bytes_per_s == 100e9
     assert read.tflops == {"bf16": 2, "f32": 1, "fp8": 3}  # int8 is no faster than bf16
-    assert read.flops_a_second("int8") == 2e12
+    assert read.flops_per_s("int8") == 2e12
     times = {(one.op, one.ranks, one.num_bytes): one.us for one in found.points}
     for op in get_args(Op):
         for ranks in (2, 4, 8):

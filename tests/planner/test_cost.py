@@ -36,7 +36,7 @@ def test_one_decoded_token_reads_the_weights_once():
     cost = cost_of("llama-3.1-8b", "data=1")
     seconds = cost.seconds(Rows(1, 0, 1))
     embedding = 128256 * 4096 * 2  # of which one row is read
-    least = (cost.held.weight_bytes - embedding) / cost.hardware.bytes_a_second
+    least = (cost.held.weight_bytes - embedding) / cost.hardware.bytes_per_s
     assert least <= seconds.memory <= 1.02 * least
     assert seconds.link == seconds.scale_out == seconds.bubble == 0
 
@@ -44,7 +44,7 @@ def test_one_decoded_token_reads_the_weights_once():
 def test_a_long_prompt_takes_its_products():
     cost = cost_of("llama-3.1-8b", "data=1")
     seconds = cost.seconds(Rows(0, 8192, 0, 4096))
-    matmuls = 2 * 6.98e9 * 8192 / cost.hardware.flops_a_second("bf16")  # all matrices but embedding and head
+    matmuls = 2 * 6.98e9 * 8192 / cost.hardware.flops_per_s("bf16")  # all matrices but embedding and head
     assert matmuls <= seconds.compute <= 1.4 * matmuls  # attention, and what outputs take
 
 
@@ -65,7 +65,7 @@ def test_windows_bound_what_is_read_of_pages(context, wanted):
     before, after = (cost.seconds(Rows(64, 0, tokens)).memory for tokens in (0, context))
     full, windowed = 12 * context, 12 * wanted  # every other layer has a window of 128
     pages = 64 * (full + windowed) * cost.held.kv_bytes(cost.held.blocks[0])
-    assert after - before == pytest.approx(pages / cost.hardware.bytes_a_second, rel=0.05)
+    assert after - before == pytest.approx(pages / cost.hardware.bytes_per_s, rel=0.05)
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "hierarchical"])
@@ -128,7 +128,7 @@ def test_pages_fill_what_weights_leave():
     cost = cost_of("llama-3.1-8b", "data=1")
     serving = Serving(cost, chunk_tokens=2048)
     room = cost.hardware.hbm_bytes - cost.held.weight_bytes
-    taken = serving.pool_tokens() * cost.held.kv_bytes_a_token
+    taken = serving.pool_tokens() * cost.held.kv_bytes_per_token
     assert 0.8 * room < taken < room
     load = Load(isl=1000, osl=1000)
     assert serving.max_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.max_requests(load) > 0
@@ -152,10 +152,10 @@ def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
 def test_more_requests_serve_more_tokens_and_each_slower():
     serving = Serving(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
     found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
-    assert all(a.tokens_a_second < b.tokens_a_second and a.tpot < b.tpot for a, b in pairwise(found))
+    assert all(a.tokens_per_s < b.tokens_per_s and a.tpot < b.tpot for a, b in pairwise(found))
     for one in found:
         assert one.tpot <= 1.001 * one.mean_step.total  # which has its own prompt's steps in it
-        assert one.tokens_a_second * one.mean_step.total == pytest.approx(one.concurrency)
+        assert one.tokens_per_s * one.mean_step.total == pytest.approx(one.concurrency)
 
 
 def test_a_request_alone_waits_for_its_prompt_once():
@@ -177,8 +177,8 @@ def test_replicas_serve_as_many_times_more():
     one, four = (Serving(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
     assert four.max_requests(load) == 4 * one.max_requests(load)
     single, many = one.serve(load, 16), four.serve(load, 64)
-    assert many.tokens_a_second == pytest.approx(4 * single.tokens_a_second)
-    assert replace(many, concurrency=16, tokens_a_second=single.tokens_a_second) == single
+    assert many.tokens_per_s == pytest.approx(4 * single.tokens_per_s)
+    assert replace(many, concurrency=16, tokens_per_s=single.tokens_per_s) == single
 
 
 def test_a_step_needs_room_by_what_it_is_for():

@@ -48,7 +48,7 @@ def test_every_preset_is_hardware_and_a_mesh_it_can_hold(name):
     assert devices <= max(hardware.scale_up_devices, hardware.devices_per_node * hardware.nodes)
     assert hardware.hbm_gib <= hardware.hbm_gb
     assert hardware.device in hardware_names()  # as --hardware takes it
-    assert hardware.bytes_a_second <= hardware.hbm_gbps * 1e9
+    assert hardware.bytes_per_s <= hardware.hbm_gbps * 1e9
     assert (name in hardware_names()) == (read_hardware(name).nodes == 1 and name != "h200-8")
 
 
@@ -60,15 +60,15 @@ def test_h100_is_what_its_source_says():
     assert h100.collectives["all-reduce"][8][0] == (512, 15.59)
     assert h100.collectives["all-to-all"][2][-1] == (536870912, 958.87)
     assert list(h100.collectives["all-gather"]) == [2, 4, 8]
-    assert h100.flops_a_second("fp4") == h100.flops_a_second("bf16") < h100.flops_a_second("fp8")
+    assert h100.flops_per_s("fp4") == h100.flops_per_s("bf16") < h100.flops_per_s("fp8")
 
 
 def test_what_is_attained_scales_every_rate(read):
     mine = read(GOOD + "\n[attained]\nhbm = 1\ncompute = 0.5\nlink = 0.25\n")
-    assert mine.bytes_a_second == 1000e9
-    assert mine.flops_a_second("bf16") == 25e12
-    assert mine.link_bytes_a_second(scale_out=False) == 25e9
-    assert mine.link_bytes_a_second(scale_out=True) == 2.5e9
+    assert mine.bytes_per_s == 1000e9
+    assert mine.flops_per_s("bf16") == 25e12
+    assert mine.link_bytes_per_s(scale_out=False) == 25e9
+    assert mine.link_bytes_per_s(scale_out=True) == 2.5e9
     assert mine.scale_up_devices == 4
 
 

@@ -83,7 +83,7 @@ def test_more_bytes_cost_more_and_other_nodes_more_than_the_own(op, name):
 def test_an_exchange_of_two_nodes_is_bound_by_the_link_between_them():
     hardware, whole = read_hardware("h100"), 1 << 30
     taken = seconds("h100", "all-to-all", whole, Group(16, 8))
-    assert taken == pytest.approx(whole / 2 / hardware.link_bytes_a_second(scale_out=True), rel=0.01)
+    assert taken == pytest.approx(whole / 2 / hardware.link_bytes_per_s(scale_out=True), rel=0.01)
 
 
 def test_times_measured_between_nodes_are_taken_where_there_are_any():

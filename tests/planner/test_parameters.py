@@ -92,8 +92,8 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     held = Held(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
     tokens = 8 // placement.num_shards("batch") * 64
-    assert held.kv_bytes_a_token * tokens == pages
-    assert held.kv_bytes_a_token * placement.num_shards("page_token") == runner.device_bytes_per_token
+    assert held.kv_bytes_per_token * tokens == pages
+    assert held.kv_bytes_per_token * placement.num_shards("page_token") == runner.device_bytes_per_token
 
 
 def test_padding_and_copies_are_what_an_even_share_lacks():

@@ -20,7 +20,7 @@ def test_pools_share_out_what_they_serve():
     pools = best_pools(asked, engine_devices=4)
     assert pools is not None
     assert pools.prefill_engines + pools.decode_engines == 4
-    assert pools.tokens_a_second < 2 * found("llama-3.1-70b", "h100", 16).best.tokens_a_second
+    assert pools.tokens_per_s < 2 * found("llama-3.1-70b", "h100", 16).best.tokens_per_s
     assert pools.transfer > 0
     assert best_pools(asked, engine_devices=16) is None
 
@@ -57,8 +57,8 @@ def test_requests_at_once_bound_what_pools_serve():
         pools = best_pools(asked, engine_devices=8, concurrency=count)
         assert pools is not None
         assert pools.concurrency == count
-        assert pools.tokens_a_second * pools.request_seconds == pytest.approx(count * pools.osl)
-    assert pools.tokens_a_second < best_pools(asked, engine_devices=8).tokens_a_second
+        assert pools.tokens_per_s * pools.request_seconds == pytest.approx(count * pools.osl)
+    assert pools.tokens_per_s < best_pools(asked, engine_devices=8).tokens_per_s
 
 
 @pytest.mark.parametrize("osl", [8, 1024])
@@ -67,7 +67,7 @@ def test_requests_on_their_way_to_the_first_token_are_counted(osl):
     asked = replace(question("llama-3.1-70b", "h100", 16), load=Load(isl=8192, osl=osl))
     pools = best_pools(asked, engine_devices=4)
     assert pools is not None
-    assert pools.concurrency == math.ceil(pools.tokens_a_second / osl * pools.request_seconds)
+    assert pools.concurrency == math.ceil(pools.tokens_per_s / osl * pools.request_seconds)
 
 
 def test_one_token_needs_no_pool_that_decodes():
@@ -82,4 +82,4 @@ def test_pools_of_as_many_requests_are_compared_with_the_plan():
     assert pools is not None
     assert pools.concurrency == best.served.concurrency
     assert beats(pools, best, asked) == (pools.request_seconds < 0.95 * best.request_seconds)
-    assert pools.tokens_a_second == pytest.approx(pools.concurrency * pools.osl / pools.request_seconds)
+    assert pools.tokens_per_s == pytest.approx(pools.concurrency * pools.osl / pools.request_seconds)

@@ -17,9 +17,9 @@ def test_points_lie_under_both_roofs(case):
     drawn = roofline(best.serving, LOAD, concurrency=best.served.concurrency)
     assert {one["phase"] for one in drawn["points"]} == {"prefill", "decode"}
     for one in drawn["points"]:
-        assert one["flops_a_second"] <= 1.0001 * one["flops_per_byte"] * drawn["bytes_a_second"]
-        assert one["flops_a_second"] <= max(drawn["flops_a_second"].values())
-    assert drawn["bytes_a_second"] < drawn["on_paper"]["bytes_a_second"]
+        assert one["flops_per_s"] <= 1.0001 * one["flops_per_byte"] * drawn["bytes_per_s"]
+        assert one["flops_per_s"] <= max(drawn["flops_per_s"].values())
+    assert drawn["bytes_per_s"] < drawn["on_paper"]["bytes_per_s"]
     kinds = {one["work"] for one in drawn["points"]}
     assert {"attention", "attention over tokens"} < kinds
     assert ("experts" in kinds) == (question(*case).config.moe is not None)

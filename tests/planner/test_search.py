@@ -61,16 +61,16 @@ def test_the_front_trades_tokens_a_second_for_time_a_token():
         assert one.best in one.front
         for fast, full in pairwise(one.front):
             assert fast.served.tpot < full.served.tpot
-            assert fast.tokens_a_second < full.tokens_a_second
+            assert fast.tokens_per_s < full.tokens_per_s
 
 
 def test_no_plan_found_is_better_than_the_best_by_more_than_prices_are_exact():
     for objective in ("throughput", "latency"):
         one = found("llama-3.1-8b", "h100", 8, objective)
         values = [
-            plan.request_seconds if objective == "latency" else 1 / plan.tokens_a_second for plan in one.every
+            plan.request_seconds if objective == "latency" else 1 / plan.tokens_per_s for plan in one.every
         ]  # fmt: skip
-        mine = one.best.request_seconds if objective == "latency" else 1 / one.best.tokens_a_second
+        mine = one.best.request_seconds if objective == "latency" else 1 / one.best.tokens_per_s
         assert mine <= 1.03 * min(values)
 
 
@@ -112,7 +112,7 @@ def test_as_many_requests_as_are_said_to_have_room_are_planned_for(case):
     best = found(*case).best
     full = search(replace(question(*case), load=replace(LOAD, concurrency=best.max_requests))).best
     assert full.served.concurrency == best.max_requests
-    assert full.tokens_a_second > 0.9 * best.tokens_a_second
+    assert full.tokens_per_s > 0.9 * best.tokens_per_s
     with pytest.raises(NoPlanError, match="no room for") as caught:
         search(replace(question(*case), load=replace(LOAD, concurrency=1 << 24)))
     most = replace(LOAD, concurrency=caught.value.most)  # of any split
@@ -127,7 +127,7 @@ def test_times_agree_with_tokens_a_second(load, count):
     """So many requests, always at once, each as long as its tokens take (Little's law)."""
     asked = Load(isl=load[0], osl=load[1], concurrency=count)
     served = search(replace(question("llama-3.1-70b", "h100", 8), load=asked)).best.served
-    assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_a_second)
+    assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_per_s)
     assert served.mean_step.total * served.num_steps == pytest.approx(served.request_seconds)
     assert served.ttft > 0
     assert (served.tpot == 0) == (served.osl == 1)
@@ -139,7 +139,7 @@ def test_the_front_of_single_tokens_trades_their_time():
     assert len(one.front) > 3
     for fast, full in pairwise(one.front):
         assert fast.served.ttft < full.served.ttft
-        assert fast.tokens_a_second < full.tokens_a_second
+        assert fast.tokens_per_s < full.tokens_per_s
 
 
 def test_limits_beside_latency_keep_the_requests_assumed_while_they_are_kept():
@@ -167,11 +167,11 @@ def test_requests_are_as_many_as_a_limit_lets_in():
 @pytest.mark.parametrize(("hardware", "devices"), [("a100", 1), ("h100", 8)])
 def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
     one = search(question("llama-3.1-8b", hardware, devices))
-    most = max(plan.tokens_a_second for plan in one.every)
-    assert one.best.tokens_a_second >= most / 1.03
+    most = max(plan.tokens_per_s for plan in one.every)
+    assert one.best.tokens_per_s >= most / 1.03
     for count in (1 << power for power in range(one.best.max_requests.bit_length() - 1)):
         served = one.best.serving.serve(LOAD, count)
-        if served.tokens_a_second >= most / 1.03:
+        if served.tokens_per_s >= most / 1.03:
             assert one.best.request_seconds <= 1.03 * (served.ttft + (LOAD.osl - 1) * served.tpot)
 
 

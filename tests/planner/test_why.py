@@ -101,7 +101,7 @@ def test_every_remedy_gains_what_it_says():
     """Of gpt-oss-120b on two H100 products bind, and pages in fp8 gain a third."""
     asked, best = question("gpt-oss-120b", "h100", 2), found("gpt-oss-120b", "h100", 2).best
     (said,) = remedies(asked, best, "compute", more_devices=False)
-    gain = search(replace(asked, kv_dtype="fp8")).best.tokens_a_second / best.tokens_a_second - 1
+    gain = search(replace(asked, kv_dtype="fp8")).best.tokens_per_s / best.tokens_per_s - 1
     assert said == f"shorter pages (--kv-dtype fp8): {gain:.0%} more tokens/s"
     assert gain > 0.2
 
