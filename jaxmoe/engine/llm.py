@@ -370,8 +370,8 @@ class LLM:
         config = self.config
         facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
         if config.moe is not None:
-            facts |= {"experts": config.moe.num_experts, "experts a token": config.moe.num_experts_per_tok}
-        return facts | {"mesh": describe(self.mesh), "bytes of keys and values a token": self.runner.bytes_per_token}
+            facts |= {"experts": config.moe.num_experts, "experts_per_token": config.moe.num_experts_per_tok}
+        return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self.runner.bytes_per_token}
 
     def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""

@@ -161,10 +161,10 @@ class Trace:
                 "ph": "X", "pid": 1, "tid": 1, "name": kind, "ts": micro(start), "dur": round((end - start) * 1e6, 1),
                 "args": {
                     "step": step.index, "decodes": step.num_decodes, "decode steps": step.decode_steps,
-                    "prompt tokens": step.num_prompt_tokens, "seq slots": step.bucket.seq_slots,
+                    "prompt_tokens": step.num_prompt_tokens, "seq slots": step.bucket.seq_slots,
                     "blocks": step.bucket.blocks,
-                    "collectives": step.collectives, "bytes of collectives on a device": traffic,
-                    "tokens of each expert rank, by layer": step.expert_tokens.tolist(), "failed": step.failed,
+                    "collectives": step.collectives, "collective_bytes_per_device": traffic,
+                    "tokens_per_expert_rank_by_layer": step.expert_tokens.tolist(), "failed": step.failed,
                 },
             })  # fmt: skip
             values = {"waiting": step.waiting, "pages in use": step.pages_in_use, "decoding": step.num_decodes}
@@ -193,8 +193,8 @@ class Trace:
 
     def _dropped(self) -> dict[str, int]:
         return {
-            "steps not kept": self.num_steps - len(self.steps),
-            "requests not kept": self.num_requests - len(self.requests),
+            "dropped_steps": self.num_steps - len(self.steps),
+            "dropped_requests": self.num_requests - len(self.requests),
         }
 
     @staticmethod
@@ -205,14 +205,14 @@ class Trace:
         spans: list[tuple[str, float, float, dict[str, Any]]] = []
         begun = [steps[chunk["step"]][0] for chunk in request.chunks if chunk["step"] in steps]
         first = min(begun, default=request.queued if request.ended is None else request.ended)
-        spans.append(("queued", request.queued, max(first, request.queued), {"prompt tokens": request.num_prompt}))
+        spans.append(("queued", request.queued, max(first, request.queued), {"prompt_tokens": request.num_prompt}))
         for chunk in request.chunks:
             if chunk["step"] in steps:
                 name = f"prompt {chunk['start']} to {chunk['start'] + chunk['count']}"
-                spans.append((name, *steps[chunk["step"]], chunk | {"found in the cache": request.cached}))
+                spans.append((name, *steps[chunk["step"]], chunk | {"cached_tokens": request.cached}))
         if request.first_token_step in steps and request.last_token_step in steps:
             start, end = steps[request.first_token_step][1], steps[request.last_token_step][1]
-            details = {"new tokens": request.num_tokens, "finish_reason": request.finish_reason}
+            details = {"new_tokens": request.num_tokens, "finish_reason": request.finish_reason}
             spans.append(("decode", start, max(start, end), details))
         if request.ended is not None:
             spans.append((f"ended: {request.finish_reason}", request.ended, request.ended, {}))

@@ -28,7 +28,7 @@ from jaxmoe.quantization.formats import NVFP4
 # ROCm: chosen on rows of MI300X. XLA's programs for TPUs are one launch.
 LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 7e-6, "tpu": 0.5e-6, "cpu": 2e-6}
 # Kernels of a layer's parts, as tuned programs fuse them; of latent attention so many more.
-_KERNELS: Mapping[Part, int] = {"attention": 4, "dense mlp": 3, "shared expert": 2, "router": 2, "experts": 7}
+_KERNELS: Mapping[Part, int] = {"attention": 4, "dense_mlp": 3, "shared_expert": 2, "router": 2, "experts": 7}
 _LATENT_KERNELS = 5
 # The five that are called chosen were, on the calibration rows of docs/planner.md, all together.
 # A product's output takes as long as so many more inputs would in bf16, to fill the pipeline and to be written: narrow
@@ -50,7 +50,7 @@ SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; decode steps before they drain
 # (engine/batch.py).
 _MICRO_BATCHES, MAX_DECODE_STEPS = 4, 4
-MATRICES: tuple[Part, ...] = ("attention", "dense mlp", "shared expert", "router")
+MATRICES: tuple[Part, ...] = ("attention", "dense_mlp", "shared_expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
 SILENT = "silent"  # in place of a dispatch
 _MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens

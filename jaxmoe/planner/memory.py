@@ -139,7 +139,7 @@ class Held:
             ranks = self.placement.size(self.placement.ep_exchange_axes("token"))
             parts["activations"] += rows * moe.num_experts_per_tok * moe.intermediate_size * 3 * self.itemsize
             if ranks > 1:
-                parts["dispatch buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
+                parts["dispatch_buffers"] = 2 * ranks * rows * config.hidden_size * self.itemsize
         vocab = self.outer[0][0].dims["vocab"]
         return parts | {"logits": num_sampled * vocab * 4 * (1 + 1 / outside.num_shards("vocab"))}
 

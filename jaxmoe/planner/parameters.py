@@ -107,11 +107,11 @@ def block_parameters(
     if config.moe_layers[layer]:
         yield from _experts(config, sizes, maps_experts=maps_experts)
     else:
-        yield from _dense(config, sizes.ffn, "mlp", "dense mlp")
+        yield from _dense(config, sizes.ffn, "mlp", "dense_mlp")
         if config.mlp_bias:
             for name in ("gate", "up"):
-                yield Parameter(path=f"mlp/{name}_bias", part="dense mlp", dims={"ffn": sizes.ffn})
-            yield Parameter(path="mlp/down_bias", part="dense mlp", dims={"width": config.hidden_size})
+                yield Parameter(path=f"mlp/{name}_bias", part="dense_mlp", dims={"ffn": sizes.ffn})
+            yield Parameter(path="mlp/down_bias", part="dense_mlp", dims={"width": config.hidden_size})
 
 
 def _grouped(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
@@ -190,9 +190,9 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
             itemsize=4,
         )
     if moe.shared_intermediate_size:
-        yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared expert")
+        yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared_expert")
     if moe.shared_gate:
-        yield Parameter(path="moe/shared_gate", part="shared expert", dims={"width": width, "unsharded": 1}, over=1)
+        yield Parameter(path="moe/shared_gate", part="shared_expert", dims={"width": width, "unsharded": 1}, over=1)
 
 
 def held_layers(part: LayerSegment) -> int:

@@ -14,10 +14,10 @@ from jaxmoe.families import FAMILIES, WeightSlice, weight_slices
 from jaxmoe.families.quantization_reader import is_quantized, tells_layers
 from jaxmoe.quantization.layout import oriented
 
-Part = Literal["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head"]
-_QUANTIZED: tuple[Part, ...] = ("attention", "dense mlp", "experts", "shared expert")
+Part = Literal["embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head"]
+_QUANTIZED: tuple[Part, ...] = ("attention", "dense_mlp", "experts", "shared_expert")
 PARTS: tuple[Part, ...] = (
-    "embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head",
+    "embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head",
 )  # fmt: skip
 
 
@@ -75,8 +75,8 @@ def part_of(path: str) -> Part:
     if inside[0] == "moe":
         shared = inside[1].startswith("shared")
         experts = inside[1] in ("experts", "down_bias")
-        return "shared expert" if shared else "experts" if experts else "router"
-    return "attention" if inside[0] == "attention" else "dense mlp"
+        return "shared_expert" if shared else "experts" if experts else "router"
+    return "attention" if inside[0] == "attention" else "dense_mlp"
 
 
 @dataclass(frozen=True, kw_only=True)

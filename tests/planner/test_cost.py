@@ -185,5 +185,5 @@ def test_a_step_needs_room_by_what_it_is_for():
     alone, spread = (cost_of("qwen3-30b-a3b", mesh).held for mesh in ("data=1", "expert=8"))
     assert set(alone.step_parts(1000, 10)) == {"activations", "logits"}
     parts = spread.step_parts(1000, 10)
-    assert parts["dispatch buffers"] == 2 * 8 * 1000 * 2048 * 2  # there and back, to each rank, in two bytes a number
+    assert parts["dispatch_buffers"] == 2 * 8 * 1000 * 2048 * 2  # there and back, to each rank, in two bytes a number
     assert sum(parts.values()) == spread.step_bytes(1000, 10)

@@ -29,9 +29,9 @@ def test_intensity_follows_from_tokens():
     """Of one decoded token a weight of 2 bytes takes one multiplication and one addition."""
     cost = search(question("llama-3.1-8b", "h100", 1)).best.serving.cost
     one, many = ({work.kind: work for work in works(cost, Rows(rows, 0, 1024))} for rows in (1, 64))
-    assert one["dense mlp"].intensity == pytest.approx(1, rel=0.01)
-    assert many["dense mlp"].intensity == pytest.approx(64, rel=0.1)
-    assert many["dense mlp"].flops == 64 * 2 * 3 * 4096 * 14336
+    assert one["dense_mlp"].intensity == pytest.approx(1, rel=0.01)
+    assert many["dense_mlp"].intensity == pytest.approx(64, rel=0.1)
+    assert many["dense_mlp"].flops == 64 * 2 * 3 * 4096 * 14336
     # Eight heads' keys and values serve 32 heads' queries, four each; of 2 bytes a number.
     assert one["attention over tokens"].intensity == many["attention over tokens"].intensity == pytest.approx(4)
 

@@ -150,7 +150,7 @@ function color() {
 
 // --- what a device holds ---
 
-const partOrder = ["embedding", "attention", "dense mlp", "router", "experts", "shared expert", "norms", "head", "kv"];
+const partOrder = ["embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head", "kv"];
 function showDevice(device) {
   const at = places[device], total = data.bytes.weights + data.bytes.kv, limit = fabric.hbm_bytes;
   byId("device-name").textContent = `Device ${device}`;
