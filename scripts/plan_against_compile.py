@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
-from jaxmoe.inspect.fit import Question, compile_for
+from jaxmoe.inspect.fit import CompileRequest, compile_for
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.planner.memory import Held
@@ -38,7 +38,7 @@ ROWS = [
 def compared(model: str, target: str, mesh: str, layout: str, batch: int, context: int) -> dict[str, Any]:
     """Planned and compiled bytes of one device, and whether all collectives are as planned."""
     dispatch = "hierarchical" if layout == "dp-ep" else None
-    question = Question(
+    question = CompileRequest(
         config=model, target=target, mesh=mesh, layout=layout, max_num_seqs=batch, context=context, dispatch=dispatch
     )
     answer = compile_for(question)

@@ -15,7 +15,7 @@ from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.collectives import collectives
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
 from jaxmoe.mesh import PlannedMesh
 from jaxmoe.model.kernels import KernelConfig
@@ -178,7 +178,7 @@ def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
     config = read_config(CASES_BY_NAME["mixtral_six_experts"].config)
     asked = dict(config="", mesh="expert=16", max_num_seqs=16, context=64)
     for kind in ("ragged_all_to_all", "hierarchical_ragged"):
-        question = ModelQuestion(**asked, dispatch=kind, layout="ep-tp")
+        question = InspectRequest(**asked, dispatch=kind, layout="ep-tp")
         axes = {"expert": 16} if kind == "ragged_all_to_all" else {"data": 2, "expert": 2, "tensor": 16}
         layout = question if kind == "ragged_all_to_all" else replace(question, layout="dp-ep")
         with pytest.raises(ConfigError, match=f"dispatch={kind} reaches 8 GPUs at most, .* among 16"):

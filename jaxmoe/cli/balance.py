@@ -61,9 +61,9 @@ def balance(
     if (loads is None) != (ranks is None):
         raise RequestError("--loads and --ranks go together: give both, or neither and a model")
     if loads is not None and ranks is not None:
-        asked = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
-        if asked:
-            raise RequestError(f"--loads runs no model: leave {', '.join(asked)} out")
+        given = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
+        if given:
+            raise RequestError(f"--loads runs no model: leave {', '.join(given)} out")
         report = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks, algorithm)
     else:
         rows = read_id_lines(prompt_ids) if prompt_ids is not None else None

@@ -35,47 +35,47 @@ from jaxmoe.jsontext import json_text
 )
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
-def compile_model(as_json: bool, **asked: Any) -> int:
+def compile_model(as_json: bool, **args: Any) -> int:
     """Compile prefill and decode, as AsyncEngine runs them, of the model of CONFIG (a config.json, a folder with one,
     or a preset) for a target that need not be there: what each device holds, and what devices say to each other beside
     what was planned. Exit 1 if it does not fit, or says what was not planned or leaves out what was."""
-    from jaxmoe.inspect.fit import Question, compile_for
+    from jaxmoe.inspect.fit import CompileRequest, compile_for
 
-    question = Question(**{name: value for name, value in asked.items() if value is not None})
-    with console.status(f"{question.target}: preparing") as status:
-        answer = compile_for(question, lambda phase: status.update(f"{question.target}: compiling {phase}"))
+    request = CompileRequest(**{name: value for name, value in args.items() if value is not None})
+    with console.status(f"{request.target}: preparing") as status:
+        result = compile_for(request, lambda phase: status.update(f"{request.target}: compiling {phase}"))
     if as_json:
-        print(json_text(answer), flush=True)
+        print(json_text(result), flush=True)
     else:
-        _print(answer)
-    return 0 if answer["fits"] and answer["as_planned"] else 1
+        _print(result)
+    return 0 if result["fits"] and result["as_planned"] else 1
 
 
 def _gib(num_bytes: float | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
 
 
-def _print(answer: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     from jaxmoe.planner.sizes import behind_words
 
-    size, screen = answer["bytes"], table_console()
-    table = Table(title=f"{answer['target']}, GiB of each device", title_justify="left")
+    size, screen = result["bytes"], table_console()
+    table = Table(title=f"{result['target']}, GiB of each device", title_justify="left")
     for name in ("weights", "kv", "temp", "total", "limit"):
         table.add_column(name, justify="right")
     table.add_row(*(_gib(size[name]) for name in ("weights", "kv", "temp", "total", "limit")))
     screen.print(table)
-    if answer["behind_windows"] is not None:
-        print(behind_words(answer["behind_windows"]))
-    if answer["collectives"]:
-        screen.print(collectives_table(answer["collectives"]))
-    print_differing(answer["collectives"])
-    for phase, part in answer["phases"].items():
+    if result["behind_windows"] is not None:
+        print(behind_words(result["behind_windows"]))
+    if result["collectives"]:
+        screen.print(collectives_table(result["collectives"]))
+    print_differing(result["collectives"])
+    for phase, part in result["phases"].items():
         if "error" in part:
             print(f"{phase}: {part['error']}")
         if padding := part.get("scatter_padding"):
             print(f"{phase}: the compiler pads reduce-scatters by {padding:.1%} of their bytes")
-    if answer["fits"]:
-        print(f"fits; compiled in {answer['compile_seconds']:.0f} s")
+    if result["fits"]:
+        print(f"fits; compiled in {result['compile_seconds']:.0f} s")
     else:
         print(f"does not fit: {_shortage(**size)}")
 

@@ -43,10 +43,10 @@ def convert(
         raise RequestError("DST is missing: name a new directory, or give --verify to check SRC")
     directory = find_model(source, revision=revision)
     if destination is None:
-        if asked := [
+        if given := [
             name for name, value in (("--to", to), ("--mesh", mesh), ("--weights-dtype", weights_dtype)) if value
         ]:
-            raise RequestError(f"without DST nothing is written: leave {', '.join(asked)} out, or name DST")
+            raise RequestError(f"without DST nothing is written: leave {', '.join(given)} out, or name DST")
         return _verify(directory, as_json)
     wanted = expanded(destination, "DST", RequestError)
     with loading_bar(f"converting {directory.name}", show=not as_json) as on_progress:

@@ -33,17 +33,17 @@ from jaxmoe.jsontext import json_text
 )
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
-def inspect_model(model: str, devices: int | None, as_json: bool, **asked: Any) -> int:
+def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -> int:
     """How the parameters of MODEL (a config.json, a folder with one, or a preset) lie on a mesh of this machine's
     devices, and what prefill and decode, compiled for them, say to each other beside what was planned. No weights are
     needed. Exit 1 if a step says what was not planned or leaves out what was."""
     start_jax(devices)
-    from jaxmoe.inspect.question import ModelQuestion
+    from jaxmoe.inspect.question import InspectRequest
     from jaxmoe.inspect.report import report
 
-    question = ModelQuestion(config=model, **{name: value for name, value in asked.items() if value is not None})
+    request = InspectRequest(config=model, **{name: value for name, value in args.items() if value is not None})
     with console.status("preparing") as status:
-        result = report(question, lambda phase: status.update(f"compiling {phase}"))
+        result = report(request, lambda phase: status.update(f"compiling {phase}"))
     if as_json:
         print(json_text(result), flush=True)
     else:

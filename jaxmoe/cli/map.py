@@ -11,7 +11,7 @@ from jaxmoe.cli.options import console, size_text
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
-    from jaxmoe.inspect.map.data import MapQuestion
+    from jaxmoe.inspect.map.data import MapRequest
 
 
 @click.command("map")
@@ -40,30 +40,30 @@ if TYPE_CHECKING:
 @click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--json", "as_json", is_flag=True, help="the page's data as one JSON object on standard output, no page")
-def map_model(model: str, output: str | None, compiled: str | None, as_json: bool, **asked: Any) -> None:
+def map_model(model: str, output: str | None, compiled: str | None, as_json: bool, **args: Any) -> None:
     """One page that shows MODEL (a config.json, a folder with one, or a preset) on a mesh that need not be there: what
     every device holds, and what a token's way through the model makes devices say over which links. It needs no network
     and no weights."""
     if as_json == (output is not None):
         raise click.UsageError("--json prints the data, -o writes the page: give one of them")
-    if compiled is not None and asked["target"] is not None:
+    if compiled is not None and args["target"] is not None:
         raise click.UsageError("--compiled and --target were both given: show one compiled program")
-    from jaxmoe.inspect.map.compiled import read_answer
-    from jaxmoe.inspect.map.data import MapQuestion, map_data, usual_context
+    from jaxmoe.inspect.map.compiled import read_compile_result
+    from jaxmoe.inspect.map.data import MapRequest, map_data, usual_context
     from jaxmoe.inspect.map.page import check_page_path, write_page
 
     if output is not None:
-        check_page_path(output, inputs=[one for one in (model, compiled, asked["hardware"]) if one])
-    given = {name: value for name, value in asked.items() if value is not None}
-    given.setdefault("context", usual_context(model, ignore=asked["ignore_config_keys"]))
-    answer = None if compiled is None else read_answer(compiled)
-    if answer is not None and "target" in answer:
-        given["target"] = answer["target"]
-    question = MapQuestion(config=model, **given)
-    question.checked_fabric()  # what is wrong with it is said before anything is compiled
-    if answer is None and question.target is not None:
-        answer = _compile(question)
-    data = map_data(question, answer=answer)
+        check_page_path(output, inputs=[one for one in (model, compiled, args["hardware"]) if one])
+    given = {name: value for name, value in args.items() if value is not None}
+    given.setdefault("context", usual_context(model, ignore=args["ignore_config_keys"]))
+    result = None if compiled is None else read_compile_result(compiled)
+    if result is not None and "target" in result:
+        given["target"] = result["target"]
+    request = MapRequest(config=model, **given)
+    request.checked_fabric()  # what is wrong with it is said before anything is compiled
+    if result is None and request.target is not None:
+        result = _compile(request)
+    data = map_data(request, result=result)
     if as_json:
         print(json_text(data), flush=True)
     else:
@@ -72,9 +72,9 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
         print(f"{written}: a device holds {size_text(size['weights'])} of weights, {size_text(size['kv'])} of pages")
 
 
-def _compile(question: MapQuestion) -> dict[str, Any]:
-    from jaxmoe.inspect.fit import Question, compile_for
+def _compile(request: MapRequest) -> dict[str, Any]:
+    from jaxmoe.inspect.fit import CompileRequest, compile_for
 
-    asked = Question(**{one.name: getattr(question, one.name) for one in fields(Question)})
-    with console.status(f"{asked.target}: preparing") as status:
-        return compile_for(asked, lambda phase: status.update(f"{asked.target}: compiling {phase}"))
+    compile_request = CompileRequest(**{one.name: getattr(request, one.name) for one in fields(CompileRequest)})
+    with console.status(f"{compile_request.target}: preparing") as status:
+        return compile_for(compile_request, lambda phase: status.update(f"{compile_request.target}: compiling {phase}"))

@@ -52,30 +52,30 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")
 @click.option("--plot", help="a picture of the front, the memory and the roofline, .png or .svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
-def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **asked: Any) -> None:
+def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> None:
     """What fits, how to split it, why, and what it will serve: MODEL (a config.json, a folder with one, or a preset) on
     hardware that need not be there. Every mesh and layout is priced; the best comes as arguments to paste."""
-    from jaxmoe.inspect.plan import PlanQuestion, plan_model, rule_of_thumb_of
+    from jaxmoe.inspect.plan import PlanRequest, plan_model, rule_of_thumb_of
 
     if rule_of_thumb and plot is not None:
         raise click.UsageError("--rule-of-thumb draws nothing: leave --plot out")
-    question = PlanQuestion(**{name: value for name, value in asked.items() if value is not None})
+    request = PlanRequest(**{name: value for name, value in args.items() if value is not None})
     if plot is not None:
         check_plot_path(plot)
     if rule_of_thumb:
-        thumb = rule_of_thumb_of(question)
-        for note in [] if as_json else question.not_understood():
+        thumb = rule_of_thumb_of(request)
+        for note in [] if as_json else request.not_understood():
             print(f"not understood: {note}")
-        print(json_text(thumb) if as_json else _thumb(thumb, question.hardware), flush=True)
+        print(json_text(thumb) if as_json else _thumb(thumb, request.hardware), flush=True)
         return
-    with console.status(f"{question.config} on {question.hardware}: pricing plans"), _uncollected():
-        answer = plan_model(question)
+    with console.status(f"{request.config} on {request.hardware}: pricing plans"), _uncollected():
+        result = plan_model(request)
     if plot is not None:
-        save_plot(plot, lambda figure: _draw(figure, answer), inches=(15.0, 4.6))
+        save_plot(plot, lambda figure: _draw(figure, result), inches=(15.0, 4.6))
     if as_json:
-        print(json_text(answer), flush=True)
+        print(json_text(result), flush=True)
     else:
-        _print(answer)
+        _print(result)
 
 
 @contextmanager
@@ -98,16 +98,16 @@ def _thumb(thumb: dict[str, Any], hardware: str) -> str:
     )
 
 
-def _print(answer: dict[str, Any]) -> None:
-    plan, screen = answer["plan"], table_console()
-    devices = f"{answer['devices']} x {answer['hardware']}"
-    nodes = f" ({counted(answer['nodes'], answer['node'])})" if answer["nodes"] > 1 else ""
+def _print(result: dict[str, Any]) -> None:
+    plan, screen = result["plan"], table_console()
+    devices = f"{result['devices']} x {result['hardware']}"
+    nodes = f" ({counted(result['nodes'], result['node'])})" if result["nodes"] > 1 else ""
     then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:,.2f} ms a token"
-    for note in answer["not_understood"]:
+    for note in result["not_understood"]:
         print(f"not understood: {note}")
-    print(f"{answer['model']} on {devices}{nodes}: {plan['split']}")
-    print(f"  {answer['arguments']}")
-    print(f"  engine: {', '.join(f'{name}={number}' for name, number in answer['engine'].items())}")
+    print(f"{result['model']} on {devices}{nodes}: {plan['split']}")
+    print(f"  {result['arguments']}")
+    print(f"  engine: {', '.join(f'{name}={number}' for name, number in result['engine'].items())}")
     print(
         f"  {digits(plan['tokens_per_s'])} tokens/s, {digits(plan['tokens_per_s_per_device'])} a device; "
         f"{digits(plan['tokens_per_s_per_user'])} a user; first token {plan['ttft_ms']:,.0f} ms"
@@ -116,16 +116,16 @@ def _print(answer: dict[str, Any]) -> None:
     if plan["dollars_per_million_tokens"] is not None:
         print(f"  {digits(plan['dollars_per_million_tokens'])} dollars a million generated tokens")
     print()
-    screen.print(_memory_table(answer))
-    print(_thumb(answer["rule_of_thumb"], answer["hardware"]) + "\n")
-    for reason in answer["reasons"]:
+    screen.print(_memory_table(result))
+    print(_thumb(result["rule_of_thumb"], result["hardware"]) + "\n")
+    for reason in result["reasons"]:
         screen.print(f"- {reason}", highlight=False, markup=False)
     print()
-    screen.print(_front_table(answer))
+    screen.print(_front_table(result))
 
 
-def _memory_table(answer: dict[str, Any]) -> Table:
-    memory = answer["memory"]
+def _memory_table(result: dict[str, Any]) -> Table:
+    memory = result["memory"]
     table = Table(title="memory of a device", title_justify="left")
     for name in ("part", "bytes", "of the device"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -138,7 +138,7 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     table.add_section()
     row("weights", memory["weights"])
     row("  padding and copies in them", memory["padding_and_copies"])
-    row(f"pages of {counted(answer['plan']['max_num_seqs'], 'request')}", memory["pages"])
+    row(f"pages of {counted(result['plan']['max_num_seqs'], 'request')}", memory["pages"])
     for part, num_bytes in memory["step_by_part"].items():
         row(f"a step's {part}", num_bytes)
     row("left", memory["left"])
@@ -151,11 +151,11 @@ def _memory_table(answer: dict[str, Any]) -> Table:
     return table
 
 
-def _front_table(answer: dict[str, Any]) -> Table:
+def _front_table(result: dict[str, Any]) -> Table:
     table = Table(title="the front: no plan beats one of these in both", title_justify="left")
     for name in ("split", "arguments", "requests", "first token ms", "ms a token", "tokens/s a device"):
         table.add_column(name, justify="left" if name in ("split", "arguments") else "right")
-    for plan in answer["front"]:
+    for plan in result["front"]:
         words = f"{plan['mesh']} {plan['layout']}" + (
             "" if plan["dispatch"] == "all_to_all" else f" {plan['dispatch']}"
         )
@@ -166,21 +166,21 @@ def _front_table(answer: dict[str, Any]) -> Table:
     return table
 
 
-def _draw(figure: Any, answer: dict[str, Any]) -> None:
+def _draw(figure: Any, result: dict[str, Any]) -> None:
     """The front, a device's memory by part, and the roofline."""
     front, memory, roof = figure.subplots(1, 3)
-    plans, best = answer["front"], answer["plan"]
+    plans, best = result["front"], result["plan"]
     users = [one["tokens_per_s_per_user"] for one in plans]
     front.plot(users, [one["tokens_per_s_per_device"] for one in plans], "o-", color="tab:blue")
     front.plot(best["tokens_per_s_per_user"], best["tokens_per_s_per_device"], "*", markersize=14, color="tab:orange")
     front.set_xlabel("tokens/s a user")
     front.set_ylabel("tokens/s a device")
-    front.set_title(f"{answer['model']}, {answer['devices']} x {answer['hardware']}")
+    front.set_title(f"{result['model']}, {result['devices']} x {result['hardware']}")
     parts = {
-        **answer["memory"]["weights_by_part"],
-        "pages": answer["memory"]["pages"],
-        **answer["memory"]["step_by_part"],
-        "left": answer["memory"]["left"],
+        **result["memory"]["weights_by_part"],
+        "pages": result["memory"]["pages"],
+        **result["memory"]["step_by_part"],
+        "left": result["memory"]["left"],
     }
     base = 0.0
     for place, (name, num_bytes) in enumerate(parts.items()):
@@ -188,12 +188,12 @@ def _draw(figure: Any, answer: dict[str, Any]) -> None:
         look = {"color": "none", "edgecolor": "gray"} if name == "left" else look
         memory.bar(["a device"], [num_bytes / 2**30], bottom=[base], label=name, **look)
         base += num_bytes / 2**30
-    memory.axhline(answer["memory"]["limit"] / 2**30, color="black", linestyle="--")
+    memory.axhline(result["memory"]["limit"] / 2**30, color="black", linestyle="--")
     memory.set_ylabel("GiB")
     memory.set_title("memory")
     memory.set_xlim(-0.5, 1.4)  # beside the bar there is room for its legend
     memory.legend(fontsize=7, loc="center right")
-    _draw_roofline(roof, answer["roofline"])
+    _draw_roofline(roof, result["roofline"])
     roof.set_title(f"roofline of a device, {best['split']}")
 
 

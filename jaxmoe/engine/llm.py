@@ -171,20 +171,20 @@ class LLM:
         Raises: RequestError before anything runs if any prompt or value is out of range; StepError if a step that held
         one of them failed, or the logits of one are not finite.
         """
-        asked = self._asked(_listed(prompts), params)
+        inputs = self._checked_inputs(_listed(prompts), params)
         requests: list[list[Request]] = []
-        for _ in self._events(asked, requests):
+        for _ in self._events(inputs, requests):
             pass
         return [
             RequestOutput(index=index, prompt_token_ids=ids, outputs=[sample.output() for sample in samples])
-            for index, ((ids, _), samples) in enumerate(zip(asked, requests, strict=True))
+            for index, ((ids, _), samples) in enumerate(zip(inputs, requests, strict=True))
         ]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> Iterator[TokenEvent]:
         """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
-        return self._events(self._asked(_listed(prompts), params), [])
+        return self._events(self._checked_inputs(_listed(prompts), params), [])
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams = SamplingParams(), *,
@@ -261,7 +261,7 @@ class LLM:
             raise RequestError("this model has no tokenizer.json: give token ids")
         return self.tokenizer.encode(prompt)
 
-    def _asked(
+    def _checked_inputs(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[tuple[list[int], SamplingParams]]:
         """Token ids and sampling values of each request, checked."""
@@ -281,7 +281,7 @@ class LLM:
         return list(zip(checked, each, strict=True))
 
     def _events(
-        self, asked: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
+        self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
     ) -> Iterator[TokenEvent]:
         """Yield the token events of these requests, to the last; `requests` receives them.
 
@@ -289,8 +289,8 @@ class LLM:
         its logits are not finite.
         """
         with self._lock:
-            core = self._core_for(asked)
-            requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(asked)]
+            core = self._core_for(inputs)
+            requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(inputs)]
         unfinished = {id(request): request for samples in requests for request in samples}
         try:
             while unfinished:
@@ -377,7 +377,7 @@ class LLM:
         """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
-        ((ids, _),) = self._asked([prompt], params)
+        ((ids, _),) = self._checked_inputs([prompt], params)
         return ids
 
     def pool_for(
@@ -387,20 +387,20 @@ class LLM:
 
         Raises: as generate.
         """
-        scheduler_config = self._scheduler_config_for(self._asked(_listed(prompts), params))
+        scheduler_config = self._scheduler_config_for(self._checked_inputs(_listed(prompts), params))
         return (
             scheduler_config.num_ranks * scheduler_config.num_pages * scheduler_config.page_size,
             self.runner.bytes_per_token,
         )
 
-    def _scheduler_config_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
+    def _scheduler_config_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
         """Room for these requests, and for what there is room for already."""
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
-        longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in asked)
-        expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in asked)
-        seq_slots = self.runner.padded_num_seqs(min(sum(p.n for _, p in asked), self.max_num_seqs)) // ranks
+        longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in inputs)
+        expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in inputs)
+        seq_slots = self.runner.padded_num_seqs(min(sum(p.n for _, p in inputs), self.max_num_seqs)) // ranks
         length = min(bucket(longest), context)
-        share = -(-sum(len(ids) for ids, _ in asked) // ranks)
+        share = -(-sum(len(ids) for ids, _ in inputs) // ranks)
         page_size = PAGE_SIZE * self.runner.context_ranks
         chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
         chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
@@ -416,16 +416,16 @@ class LLM:
             window=self.config.visible_span[0],
             attention_chunk=self.config.visible_span[1],
         )
-        keeps_all = any(p.reads_history for _, p in asked)
+        keeps_all = any(p.reads_history for _, p in inputs)
         whole = (
             needed if self._core is None else needed.joined(self._core.scheduler_config)
         )  # larger chunks need more pages
         usual, most = (whole.max_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
         return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
-    def _core_for(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
+    def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""
-        scheduler_config = self._scheduler_config_for(asked)
+        scheduler_config = self._scheduler_config_for(inputs)
         if self._core is None or self._core.scheduler_config != scheduler_config:
             self._core = None  # its pages are given back before new ones are asked for
             self._core = EngineCore(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)

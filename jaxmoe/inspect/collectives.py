@@ -91,12 +91,12 @@ def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Col
             continue
         if op == "all-reduce" and name.startswith(_SCATTER):
             operand = _OPERAND.search("\n".join(lines[name]))
-            asked = sum(_array_bytes(*array) for array in _ARRAY.findall(operand[1])) if operand else num_bytes
-            added += (num_bytes - asked) // groups.shape[1] * times
-            op, num_bytes = "reduce-scatter", asked // groups.shape[1]
+            requested = sum(_array_bytes(*array) for array in _ARRAY.findall(operand[1])) if operand else num_bytes
+            added += (num_bytes - requested) // groups.shape[1] * times
+            op, num_bytes = "reduce-scatter", requested // groups.shape[1]
         counts[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
-    asked = sum(one.result_bytes * times for one, times in counts.items() if one.op == "reduce-scatter")
-    return counts, added / asked if added else 0.0
+    requested = sum(one.result_bytes * times for one, times in counts.items() if one.op == "reduce-scatter")
+    return counts, added / requested if added else 0.0
 
 
 def _scattered_slices(lines: Mapping[str, list[str]]) -> set[str]:

@@ -18,7 +18,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
 from jaxmoe.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows
@@ -28,7 +28,7 @@ _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question(ModelQuestion):
+class CompileRequest(InspectRequest):
     """What to compile, and for which target."""
 
     target: str
@@ -45,13 +45,13 @@ class Question(ModelQuestion):
         return config, target, axes
 
 
-def compile_for(question: Question, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
     """What the target's compiler makes of the model's steps, as `jaxmoe compile --json` prints it.
 
-    on_phase is told the name of each step before it is compiled. Raises: as Question.checked, and ConfigError where the
-    compiler is not installed or fails.
+    on_phase is told the name of each step before it is compiled. Raises: as CompileRequest.checked, and ConfigError
+    where the compiler is not installed or fails.
     """
-    _, target, _ = question.checked()
+    _, target, _ = request.checked()
     command = [sys.executable, "-m", "jaxmoe.inspect.fit"]
     result: dict[str, Any] = {}
     with (
@@ -64,7 +64,7 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            print(json.dumps(asdict(question)), file=child.stdin, flush=True)  # and its end when this process ends
+            print(json.dumps(asdict(request)), file=child.stdin, flush=True)  # and its end when this process ends
             for line in child.stdout:
                 if not line.startswith("{"):  # whatever a plugin prints
                     continue
@@ -86,53 +86,53 @@ def compile_for(question: Question, on_phase: Callable[[str], None] = lambda pha
     return result
 
 
-def _answer(question: Question, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+def _compile_steps(request: CompileRequest, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """In the process apart: compile each step."""
-    config, target, axes = question.checked()
-    kernels = question.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
+    config, target, axes = request.checked()
+    kernels = request.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
     # Neither what is refused nor what has no room for weights and pages needs the target's compiler.
-    runner = question.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
-    weights, kv = held_bytes(runner, **question.sizes)
+    runner = request.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
+    weights, kv = held_bytes(runner, **request.sizes)
     size: dict[str, int | None]
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
     phases: dict[str, dict[str, Any]] = {}
-    answer: dict[str, Any] = {
+    result: dict[str, Any] = {
         "target": str(target), "family": config.family, "mesh": axes, "layout": str(runner.placement.layout),
-        "virtual_stages": question.virtual_stages,
+        "virtual_stages": request.virtual_stages,
         "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
-        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": question.max_num_seqs,
-        "context": question.context,
-        "chunk_tokens": question.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
+        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": request.max_num_seqs,
+        "context": request.context,
+        "chunk_tokens": request.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
         "behind_windows": behind_windows(
-            config, question.context, chunk_tokens=question.chunk_tokens,
+            config, request.context, chunk_tokens=request.chunk_tokens,
             num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
     }  # fmt: skip
     if weights + kv > target.device.hbm_bytes:
-        return answer
-    runner = question.runner(config, build_mesh(axes, topology_devices(target)), kernels)
+        return result
+    runner = request.runner(config, build_mesh(axes, topology_devices(target)), kernels)
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **question.sizes, decode_steps=MAX_DECODE_STEPS)
+            step = compile_step(runner, phase, **request.sizes, decode_steps=MAX_DECODE_STEPS)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             phases[phase], size["limit"] = _no_room(str(error), weights + kv, target.device.hbm_bytes)
             break
         phases[phase] = _compiled(step, target.device.hbm_bytes)
-        answer["collectives"] += collective_rows(phase, step)
-        answer["compile_seconds"] += step.compile_seconds
-        answer["optimal_seconds"] = step.optimal_seconds if phase == "decode" else None
+        result["collectives"] += collective_rows(phase, step)
+        result["compile_seconds"] += step.compile_seconds
+        result["optimal_seconds"] = step.optimal_seconds if phase == "decode" else None
     temps, totals, planned = (
         [part[name] for part in phases.values()] for name in ("temp_bytes", "total_bytes", "as_planned")
     )
     size["temp"] = max((temp for temp in temps if temp is not None), default=None)
     size["total"] = None if None in totals else max(totals)
-    answer["fits"] = all(part["fits"] for part in phases.values())
-    answer["as_planned"] = False if False in planned else None if None in planned else True
-    return answer
+    result["fits"] = all(part["fits"] for part in phases.values())
+    result["as_planned"] = False if False in planned else None if None in planned else True
+    return result
 
 
 def _compiled(step: CompiledStep, limit: int) -> dict[str, Any]:
@@ -164,15 +164,15 @@ def _end_with_stdin() -> None:
 
 
 def _main() -> None:
-    question = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     Thread(target=_end_with_stdin, daemon=True).start()
-    question["ignore_config_keys"] = tuple(question["ignore_config_keys"])
+    request["ignore_config_keys"] = tuple(request["ignore_config_keys"])
 
     def say(value: Mapping[str, Any]) -> None:
         print(json.dumps(value), flush=True)
 
     try:
-        say(_answer(Question(**question), say))
+        say(_compile_steps(CompileRequest(**request), say))
     except Exception as error:  # all that is known of it goes to the process that asked
         say({"error": " ".join(str(error).split())[:400]})
 

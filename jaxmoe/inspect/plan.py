@@ -36,7 +36,7 @@ from jaxmoe.planner.search import (
     NoPlanError,
     Objective,
     Plan,
-    Question,
+    SearchRequest,
     missed,
     search,
     servings_of,
@@ -60,7 +60,7 @@ _TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latenc
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanQuestion:
+class PlanRequest:
     """What is asked: a model (config.json, folder, preset), hardware (preset or TOML), devices, requests.
 
     nodes, devices: at most one of them; without, the fewest that hold the model and the requests. isl, osl: tokens of
@@ -164,13 +164,13 @@ class PlanQuestion:
         weights = None if is_checkpoint_format(config, self.weights_dtype) else self.weights_dtype
         return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
 
-    def question(self, config: ModelConfig, hardware: Hardware, devices: int) -> Question:
+    def search_request(self, config: ModelConfig, hardware: Hardware, devices: int) -> SearchRequest:
         """For the search."""
         axes = None if self.mesh is None else parse_mesh(self.mesh)
         if axes and math.prod(axes.values()) != devices:
             meant = math.prod(axes.values())
             raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
-        return Question(
+        return SearchRequest(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
             load=Load(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
@@ -180,82 +180,84 @@ class PlanQuestion:
         )  # fmt: skip
 
 
-def plan_model(asked: PlanQuestion) -> dict[str, Any]:
+def plan_model(request: PlanRequest) -> dict[str, Any]:
     """The plan, its predictions and reasons, the front, the memory of a device, as `jaxmoe plan --json` prints it.
 
-    Raises: as PlanQuestion.checked, and NoPlanError (a ConfigError) with the devices that would do, or the best
+    Raises: as PlanRequest.checked, and NoPlanError (a ConfigError) with the devices that would do, or the best
     possible where a limit cannot be met.
     """
-    config, hardware = asked.checked()
-    question, search_result = _search_devices(asked, config, hardware)
+    config, hardware = request.checked()
+    search_request, search_result = _search_devices(request, config, hardware)
     best = search_result.best
     pools, around = None, Neighbors(half=None, twice=None)
-    if asked.mesh is None:
-        pool_concurrency = best.served.concurrency if asked.objective == "latency" else asked.max_num_seqs
-        pools = best_pools(question, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
-        around = _neighbors(question, best)
+    if request.mesh is None:
+        pool_concurrency = best.served.concurrency if request.objective == "latency" else request.max_num_seqs
+        pools = best_pools(search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
+        around = _neighbors(search_request, best)
     return {
-        "model": model_name(asked.config), "config": asked.config, "family": config.family,
-        "not_understood": asked.not_understood(),
-        "hardware": hardware.device, "devices": question.devices,
-        "nodes": -(-question.devices // hardware.devices_per_node),
-        "node": "host" if hardware.platform == "tpu" else "node", "isl": asked.isl, "osl": asked.osl,
-        "objective": asked.objective, "weights_dtype": weights_dtype_of(config),
+        "model": model_name(request.config), "config": request.config, "family": config.family,
+        "not_understood": request.not_understood(),
+        "hardware": hardware.device, "devices": search_request.devices,
+        "nodes": -(-search_request.devices // hardware.devices_per_node),
+        "node": "host" if hardware.platform == "tpu" else "node", "isl": request.isl, "osl": request.osl,
+        "objective": request.objective, "weights_dtype": weights_dtype_of(config),
         "kv_dtype": best.serving.held.kv_dtype, "plan": plan_row(best, hardware, config),
-        "arguments": arguments_of(best, asked.dtypes(config), ignored=asked.ignore_config_keys),
-        "engine": engine_of(best, question), "memory": memory_of(best, question),
+        "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignore_config_keys),
+        "engine": engine_of(best, search_request), "memory": memory_of(best, search_request),
         "rule_of_thumb": rule_of_thumb(config, hardware),
-        "reasons": [*reasons(question, search_result, pools, around), *([] if asked.runs() else [_PLANNED_ONLY])],
+        "reasons": [*reasons(search_request, search_result, pools, around), *([] if request.runs() else [_PLANNED_ONLY])],
         "front": [plan_row(plan, hardware, config) for plan in search_result.front],
-        "pools": pools_row(pools, best, question) if pools else None,
-        "roofline": roofline(best.serving, question.load, concurrency=best.served.concurrency),
+        "pools": pools_row(pools, best, search_request) if pools else None,
+        "roofline": roofline(best.serving, search_request.load, concurrency=best.served.concurrency),
         "specs_tried": search_result.tried,
     }  # fmt: skip
 
 
-def _search_devices(asked: PlanQuestion, config: ModelConfig, hardware: Hardware) -> tuple[Question, Found]:
+def _search_devices(request: PlanRequest, config: ModelConfig, hardware: Hardware) -> tuple[SearchRequest, Found]:
     """For the devices asked for, or the fewest that do."""
-    given = asked.devices or (asked.nodes * hardware.devices_per_node if asked.nodes else None)
-    if given is None and asked.mesh is not None:
-        given = math.prod(parse_mesh(asked.mesh).values())
-    if given is None and names_nodes(asked.hardware):
+    given = request.devices or (request.nodes * hardware.devices_per_node if request.nodes else None)
+    if given is None and request.mesh is not None:
+        given = math.prod(parse_mesh(request.mesh).values())
+    if given is None and names_nodes(request.hardware):
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
         if given > _MAX_DEVICES:
             raise MeshError(f"{given} devices of {hardware.device} are asked for; plans are made for {_MAX_DEVICES}")
-        question = asked.question(config, hardware, given)
+        search_request = request.search_request(config, hardware, given)
         try:
-            return question, search(question)
+            return search_request, search(search_request)
         except NoPlanError as error:
-            if error.lacks != "room" or asked.mesh is not None:
+            if error.lacks != "room" or request.mesh is not None:
                 raise
-            least = _least(asked, config, hardware, above=given)
+            least = _least(request, config, hardware, above=given)
             remedies = [
                 *([f"{least} devices would do"] if least else []),
                 *([f"fewer requests (--max-num-seqs, at most {error.most})"] if error.most else []),
                 f"a shorter --weights-dtype or --kv-dtype{'' if least else ' may do'}",
             ]
             raise NoPlanError(f"{error}; {', or '.join(remedies)}", lacks="room") from error
-    least = _least(asked, config, hardware, above=0)
+    least = _least(request, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
-            f"{asked.config} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
+            f"{request.config} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
             f"or --kv-dtype, or fewer tokens, may do",
             lacks="room",
         )
-    return _worthwhile(asked, config, hardware, least)
+    return _worthwhile(request, config, hardware, least)
 
 
-def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, least: int) -> tuple[Question, Found]:
+def _worthwhile(
+    request: PlanRequest, config: ModelConfig, hardware: Hardware, least: int
+) -> tuple[SearchRequest, Found]:
     """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
     far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
-    tried: list[tuple[Question, Found]] = []
+    tried: list[tuple[SearchRequest, Found]] = []
     errors: list[NoPlanError] = []
     devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MAX_DEVICES)
     while devices <= usual or (not tried and devices <= _TRIED_AT_MOST and _nearer(errors)):
-        question = asked.question(config, hardware, devices)
+        search_request = request.search_request(config, hardware, devices)
         try:
-            tried.append((question, search(question)))
+            tried.append((search_request, search(search_request)))
         except NoPlanError as error:
             errors.append(error)
         devices *= 2
@@ -265,26 +267,26 @@ def _worthwhile(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, le
             raise errors[-1]
         ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
         many = f"any number of {hardware.device} up to {devices // 2}"
-        raise NoPlanError(missed(question, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
-    min_halved = min(_halved(question, search_result.best) for question, search_result in tried)
+        raise NoPlanError(missed(search_request, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+    min_halved = min(_halved(search_request, search_result.best) for search_request, search_result in tried)
     tried = [
-        (question, search_result)
-        for question, search_result in tried
-        if _halved(question, search_result.best) == min_halved
+        (search_request, search_result)
+        for search_request, search_result in tried
+        if _halved(search_request, search_result.best) == min_halved
     ]
-    best = min(value(question, search_result.best) for question, search_result in tried)
-    alike = ALIKE if asked.objective == "cost" else _WORTHWHILE
+    best = min(value(search_request, search_result.best) for search_request, search_result in tried)
+    alike = ALIKE if request.objective == "cost" else _WORTHWHILE
     return next(
-        (question, search_result)
-        for question, search_result in tried
-        if value(question, search_result.best) <= (1 + alike) * best
+        (search_request, search_result)
+        for search_request, search_result in tried
+        if value(search_request, search_result.best) <= (1 + alike) * best
     )
 
 
-def _halved(question: Question, best: Plan) -> float:
+def _halved(search_request: SearchRequest, best: Plan) -> float:
     """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
-    assumed = question.objective == "latency" and question.load.concurrency is None
-    return LATENCY_REQUESTS * question.devices / best.served.concurrency if assumed else 1.0
+    assumed = search_request.objective == "latency" and search_request.load.concurrency is None
+    return LATENCY_REQUESTS * search_request.devices / best.served.concurrency if assumed else 1.0
 
 
 def _nearer(errors: list[NoPlanError]) -> bool:
@@ -295,15 +297,15 @@ def _nearer(errors: list[NoPlanError]) -> bool:
     return last.ttft < (1 - ALIKE) * before.ttft or last.tpot < (1 - ALIKE) * before.tpot
 
 
-def _least(asked: PlanQuestion, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
+def _least(request: PlanRequest, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
     """The fewest devices, doubled from one, that hold the model and the requests asked for (else one)."""
     devices = 1
     while devices <= _MAX_DEVICES:
         if devices > above:
-            question = asked.question(config, hardware, devices)
-            if not asked.dispatch and not asked.virtual_stages:  # others need no less room
-                question = replace(question, dispatch="all_to_all", virtual_stages=1)
-            if next(servings_of(question, specs_of(question)), None) is not None:
+            search_request = request.search_request(config, hardware, devices)
+            if not request.dispatch and not request.virtual_stages:  # others need no less room
+                search_request = replace(search_request, dispatch="all_to_all", virtual_stages=1)
+            if next(servings_of(search_request, specs_of(search_request)), None) is not None:
                 return devices
         devices *= 2
     return None
@@ -314,13 +316,13 @@ def _engine_devices(best: Plan) -> int:
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
-def _neighbors(question: Question, best: Plan) -> Neighbors:
+def _neighbors(search_request: SearchRequest, best: Plan) -> Neighbors:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
-    load, plans, lacks = question.load, [], []
-    if question.objective == "latency":
+    load, plans, lacks = search_request.load, [], []
+    if search_request.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
-    for devices in (question.devices // 2, question.devices * 2):
-        other, plan, lack = replace(question, devices=devices, load=load), None, None
+    for devices in (search_request.devices // 2, search_request.devices * 2):
+        other, plan, lack = replace(search_request, devices=devices, load=load), None, None
         if 1 <= devices <= _NEIGHBORS_OF_AT_MOST:
             try:
                 plan = search(other).best
@@ -331,14 +333,14 @@ def _neighbors(question: Question, best: Plan) -> Neighbors:
     return Neighbors(half=plans[0], twice=plans[1], half_lacks=lacks[0])
 
 
-def _lack(question: Question, error: NoPlanError) -> Lacks | None:
+def _lack(search_request: SearchRequest, error: NoPlanError) -> Lacks | None:
     """What the devices of a question have not."""
     if error.lacks != "room":
         return "limits" if error.lacks == "latency" else None
-    alone = replace(question, load=replace(question.load, concurrency=1))
+    alone = replace(search_request, load=replace(search_request.load, concurrency=1))
     return "model" if next(servings_of(alone, specs_of(alone)), None) is None else "requests"
 
 
-def rule_of_thumb_of(asked: PlanQuestion) -> dict[str, Any]:
-    """The rule of thumb of a question. Raises: as PlanQuestion.checked."""
-    return rule_of_thumb(*replace(asked, isl=1, osl=1).checked())  # of no load
+def rule_of_thumb_of(request: PlanRequest) -> dict[str, Any]:
+    """The rule of thumb of a question. Raises: as PlanRequest.checked."""
+    return rule_of_thumb(*replace(request, isl=1, osl=1).checked())  # of no load

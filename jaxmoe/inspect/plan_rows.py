@@ -8,7 +8,7 @@ from typing import Any
 from jaxmoe.config import ModelConfig
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.pools import Pools, beats
-from jaxmoe.planner.search import Plan, Question, kind_of
+from jaxmoe.planner.search import Plan, SearchRequest, kind_of
 from jaxmoe.planner.sizes import count_parameters
 
 _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
@@ -30,13 +30,13 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
     }  # fmt: skip
 
 
-def memory_of(plan: Plan, question: Question) -> dict[str, Any]:
+def memory_of(plan: Plan, request: SearchRequest) -> dict[str, Any]:
     """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
     to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
     and as requests."""
-    held, serving, served, limit = plan.serving.held, plan.serving, plan.served, question.hardware.hbm_bytes
+    held, serving, served, limit = plan.serving.held, plan.serving, plan.served, request.hardware.hbm_bytes
     rows = max(1, -(-served.concurrency // serving.ranks))
-    tokens_each = held.config.cached_tokens(question.load.isl + question.load.osl, serving.chunk_tokens)
+    tokens_each = held.config.cached_tokens(request.load.isl + request.load.osl, serving.chunk_tokens)
     pages = rows * tokens_each * held.kv_bytes_per_token
     parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
     return {
@@ -88,16 +88,16 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterab
                      *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
 
 
-def engine_of(plan: Plan, question: Question) -> dict[str, int]:
+def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
     """Return the other arguments of AsyncEngine; compile and map have options of the same names, generate
     --max-num-seqs."""
     return {
-        "max_num_seqs": plan.served.concurrency, "context": question.load.isl + question.load.osl,
+        "max_num_seqs": plan.served.concurrency, "context": request.load.isl + request.load.osl,
         "chunk_tokens": plan.spec.chunk_tokens,
     }  # fmt: skip
 
 
-def pools_row(pools: Pools, best: Plan, question: Question) -> Mapping[str, Any]:
+def pools_row(pools: Pools, best: Plan, request: SearchRequest) -> Mapping[str, Any]:
     """Separate pools, and whether they are better than the plan."""
     return {
         "engine_devices": pools.engine_devices, "prefill_engines": pools.prefill_engines,
@@ -106,5 +106,5 @@ def pools_row(pools: Pools, best: Plan, question: Question) -> Mapping[str, Any]
         "decode_mesh": pools.decode.mesh,
         "decode_layout": str(pools.decode.layout), "concurrency": pools.concurrency, "ttft_ms": pools.ttft * 1e3,
         "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_per_s,
-        "better": beats(pools, best, question),
+        "better": beats(pools, best, request),
     }  # fmt: skip

@@ -167,14 +167,14 @@ def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str
     """One collective timed, or why it could not be."""
     ranks = mesh.shape[axis]
     size = timed.message_bytes(size, ranks, mesh)
-    iterations, asked = timed.num_iterations(size), f"{op} of {size:,} bytes over {ranks} ranks"
+    iterations, label = timed.num_iterations(size), f"{op} of {size:,} bytes over {ranks} ranks"
     try:
         program, argument = timed.collective_program(op, axis, size, mesh, iterations)
         if held := timed.differing(program, timed.expected(op, axis, size, ranks), iterations, mesh):
-            return f"{asked}: the compiler makes {held} of {iterations}"
+            return f"{label}: the compiler makes {held} of {iterations}"
         seconds = timed.median_seconds(program, argument, repeats)
     except RuntimeError as error:  # of XLA: not implemented here, or no room
-        return f"{asked}: {_first_line(error)}"
+        return f"{label}: {_first_line(error)}"
     return Point(
         op=op, axis=axis, ranks=ranks, where=_where(mesh, axis), num_bytes=size, us=_short(seconds / iterations * 1e6)
     )

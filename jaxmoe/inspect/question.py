@@ -27,7 +27,7 @@ _MAX_COUNT = 1 << 20  # of requests, and of a chunk's tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelQuestion:
+class InspectRequest:
     """A config.json, a mesh, and how many requests of how many tokens each.
 
     config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, virtual_stages: as

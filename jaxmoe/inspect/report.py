@@ -14,7 +14,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import Runner
 from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.mesh import build_mesh
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
@@ -107,43 +107,43 @@ def total_bytes(reports: list[ParamReport]) -> Bytes:
     return Bytes(**{one.name: sum(getattr(report.bytes, one.name) for report in reports) for one in fields(Bytes)})
 
 
-def report(question: ModelQuestion, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+def report(request: InspectRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
     """How the model lies on a mesh of this machine's devices and what its steps say there, as `jaxmoe inspect --json`.
 
     Steps of bfloat16 on a CPU are compiled in float32, for that compiler sends every bfloat16 as one. on_phase is told
-    the name of each step before it is compiled. Raises: as ModelQuestion.checked_model, and MeshError for a mesh of
+    the name of each step before it is compiled. Raises: as InspectRequest.checked_model, and MeshError for a mesh of
     more devices than there are.
     """
-    config, axes = question.checked_model()
+    config, axes = request.checked_model()
     mesh, dtype = build_mesh(axes), config.dtype
-    runner = question.runner(config, mesh, _kernels(question, config, dtype, axes))
+    runner = request.runner(config, mesh, _kernels(request, config, dtype, axes))
     parameters = parameter_reports(runner)
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
-        steps = question.runner(config, mesh, _kernels(question, config, "float32", axes), dtype="float32")
+        steps = request.runner(config, mesh, _kernels(request, config, "float32", axes), dtype="float32")
     else:
         steps = runner
     collectives: list[dict[str, Any]] = []
     for phase in PHASES:
         on_phase(phase)
-        step = compile_step(steps, phase, **question.sizes, decode_steps=MAX_DECODE_STEPS)
+        step = compile_step(steps, phase, **request.sizes, decode_steps=MAX_DECODE_STEPS)
         collectives += collective_rows(phase, step)
     return {
         "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,
-        "layout": str(runner.placement.layout), "virtual_stages": question.virtual_stages, "dtype": dtype,
+        "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages, "dtype": dtype,
         "dispatch": runner.kernels.dispatch, "parameters": [one.as_json() for one in parameters],
         "bytes": vars(total_bytes(parameters)),
         "behind_windows": behind_windows(
-            config, question.context, chunk_tokens=question.chunk_tokens,
+            config, request.context, chunk_tokens=request.chunk_tokens,
             num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
         "steps": {
-            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": question.max_num_seqs,
-            "context": question.context,
-            "chunk_tokens": question.chunk_tokens,
+            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": request.max_num_seqs,
+            "context": request.context,
+            "chunk_tokens": request.chunk_tokens,
         },
         "collectives": collectives, "as_planned": all(one["count"] == one["planned"] for one in collectives),
     }  # fmt: skip
 
 
-def _kernels(question: ModelQuestion, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> KernelConfig:
-    return prepare_kernels(dtype, question.kernels, question.chosen_kernels(config, dtype, axes))
+def _kernels(request: InspectRequest, config: ModelConfig, dtype: str, axes: Mapping[str, int]) -> KernelConfig:
+    return prepare_kernels(dtype, request.kernels, request.chosen_kernels(config, dtype, axes))

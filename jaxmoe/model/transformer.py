@@ -99,9 +99,9 @@ class Transformer(nnx.Module):
         forward_state = self.empty_forward_state() if forward_state is None else forward_state
         routed: list[jax.Array] = []
         if self.placement.num_stages == 1:
-            layer_inputs, asked = step_inputs.part(0, 1), routed if probabilities else None
+            layer_inputs, routed_scores = step_inputs.part(0, 1), routed if probabilities else None
             x, forward_state = self._run_segments(
-                0, len(self.layer_segments), self.embedded(tokens), layer_inputs, forward_state, asked
+                0, len(self.layer_segments), self.embedded(tokens), layer_inputs, forward_state, routed_scores
             )
             x = x if pick is None else pick(x, self.outside, self.outside.token_dim(tokens.shape[0]))
         else:
@@ -185,9 +185,9 @@ class Transformer(nnx.Module):
         for number in range(first, last):
             segment, blocks = self.layer_segments[number], self.segments[number]
 
-            def repeat(carry, layer, blocks=blocks, asked=routed is not None):
+            def repeat(carry, layer, blocks=blocks, with_scores=routed is not None):
                 x, kv_cache, tokens_per_expert, choices = _through(blocks, context, layer, *carry)
-                scores = [choice.probabilities for choice in choices if choice is not None] if asked else None
+                scores = [choice.probabilities for choice in choices if choice is not None] if with_scores else None
                 return (x, kv_cache, tokens_per_expert), scores
 
             carry = x, kv_cache[number], None if tokens_per_expert is None else tokens_per_expert[number]

@@ -21,7 +21,7 @@ from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.cost import SKEW, Rows
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
-from jaxmoe.planner.search import NoPlanError, Plan, Question, search
+from jaxmoe.planner.search import NoPlanError, Plan, SearchRequest, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
 from jaxmoe.quantization.formats import FORMATS, NVFP4
@@ -90,15 +90,15 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     kept = re.search(r"(bf16|fp8) KV|bf16 activations and KV", facts["precision"])
     kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
     evened = "EPLB" in facts["system"]  # experts stand where their loads are even
-    question = Question(
+    request = SearchRequest(
         config=config, hardware=hardware, devices=devices, load=load, kv_dtype=kv_dtype, chunk_tokens=_CHUNK_TOKENS,
         axes=check_axes(mesh) if mesh else None, layout=parse_layout(layout) if layout else None,
         skew=0.0 if evened else SKEW,
     )  # fmt: skip
     try:
-        plan = search(question).best
+        plan = search(request).best
     except NoPlanError:  # more requests than have room wait for it
-        plan = search(replace(question, load=replace(load, concurrency=None))).best
+        plan = search(replace(request, load=replace(load, concurrency=None))).best
     return Row(facts, float(facts["value"]), _metric(facts, plan, load), _light(facts, config, hardware, devices, load))
 
 
@@ -107,9 +107,9 @@ def _load(facts: Mapping[str, str]) -> Load:
     share = 1.0
     if drawn := re.search(r"(\d+)-(\d+)% of isl", facts["system"]):
         share = (int(drawn[1]) + int(drawn[2])) / 200
-    asked = re.search(r"\d+", facts["batch_or_concurrency"])
+    concurrency = re.search(r"\d+", facts["batch_or_concurrency"])
     isl, osl = (max(1, round(share * int(facts[name]))) for name in ("isl", "osl"))
-    return Load(isl=isl, osl=osl, concurrency=int(asked[0]) if asked else None)
+    return Load(isl=isl, osl=osl, concurrency=int(concurrency[0]) if concurrency else None)
 
 
 def _precision(text: str) -> str:

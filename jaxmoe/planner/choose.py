@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from jaxmoe.layouts import LAYOUTS
 from jaxmoe.planner.serving import Served, Serving
-from jaxmoe.planner.specs import Question, Spec
+from jaxmoe.planner.specs import SearchRequest, Spec
 
 # Plans whose values lie so near are as good as each other: prices are not that exact.
 ALIKE = 0.03
@@ -44,38 +44,38 @@ class Plan:
         return self.served.osl
 
 
-def limited(question: Question) -> bool:
+def limited(request: SearchRequest) -> bool:
     """Whether a limit of latency was asked for."""
-    return question.ttft_limit is not None or question.tpot_limit is not None
+    return request.ttft_limit is not None or request.tpot_limit is not None
 
 
-def meets(question: Question, plan: Plan) -> bool:
+def meets(request: SearchRequest, plan: Plan) -> bool:
     """Whether a plan keeps the limits of latency."""
-    return (question.ttft_limit is None or plan.served.ttft <= question.ttft_limit) and (
-        question.tpot_limit is None or plan.served.tpot <= question.tpot_limit
+    return (request.ttft_limit is None or plan.served.ttft <= request.ttft_limit) and (
+        request.tpot_limit is None or plan.served.tpot <= request.tpot_limit
     )
 
 
-def value(question: Question, plan: Plan) -> float:
+def value(request: SearchRequest, plan: Plan) -> float:
     """What the objective wants least of."""
-    if question.objective == "latency":
+    if request.objective == "latency":
         return plan.request_seconds
     return plan.devices / plan.tokens_per_s
 
 
-def order(question: Question, plan: Plan) -> tuple[int, float]:
+def order(request: SearchRequest, plan: Plan) -> tuple[int, float]:
     """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
     requests, fewer of them come later: of one request alone all latencies are low."""
-    assumed = question.objective == "latency" and question.load.concurrency is None
-    return (-plan.served.concurrency if assumed else 0, value(question, plan))
+    assumed = request.objective == "latency" and request.load.concurrency is None
+    return (-plan.served.concurrency if assumed else 0, value(request, plan))
 
 
-def chosen(question: Question, plans: list[Plan]) -> Plan:
+def chosen(request: SearchRequest, plans: list[Plan]) -> Plan:
     """Of the plans as good as the best: the best in what was not asked for (a request's time, or tokens a second), then
     the one that leans least on links between fabrics, then the plainest."""
-    first, least = min(order(question, plan) for plan in plans)
-    alike = [plan for plan in plans if order(question, plan) <= (first, least * (1 + ALIKE))]
-    other = replace(question, objective="throughput" if question.objective == "latency" else "latency")
+    first, least = min(order(request, plan) for plan in plans)
+    alike = [plan for plan in plans if order(request, plan) <= (first, least * (1 + ALIKE))]
+    other = replace(request, objective="throughput" if request.objective == "latency" else "latency")
     best = min(value(other, plan) for plan in alike)
     alike = [plan for plan in alike if value(other, plan) <= best * (1 + ALIKE)]
     names = list(LAYOUTS.values())
@@ -86,7 +86,7 @@ def chosen(question: Question, plans: list[Plan]) -> Plan:
             round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in spec.axes),
             spec.virtual_stages,
             names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
-            value(question, plan),
+            value(request, plan),
         )  # fmt: skip
 
     return min(alike, key=plainness)

@@ -14,25 +14,25 @@ from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import with_checkpoint_quantization
 from jaxmoe.planner.choose import ALIKE, Plan, limited, value
 from jaxmoe.planner.search import search
-from jaxmoe.planner.specs import Question
+from jaxmoe.planner.specs import SearchRequest
 
 _WIDE = ("float32", "bfloat16", "float16")
 
 
-def remedies(question: Question, best: Plan, binds: str, *, more_devices: bool) -> list[str]:
+def remedies(request: SearchRequest, best: Plan, binds: str, *, more_devices: bool) -> list[str]:
     """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
     the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
     is better."""
-    gains = ((words, _gain(question, best, other)) for words, other in _changes(question, best))
+    gains = ((words, _gain(request, best, other)) for words, other in _changes(request, best))
     ranked = sorted(((words, gain) for words, gain in gains if gain > ALIKE), key=lambda one: -one[1])
-    lifts = [f"{words}: {_gained(question, gain)}" for words, gain in ranked]
-    return [*lifts, *_links(question, binds), *(["more devices"] if more_devices else [])]
+    lifts = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]
+    return [*lifts, *_links(request, binds), *(["more devices"] if more_devices else [])]
 
 
-def _gain(question: Question, best: Plan, other: Question) -> float:
+def _gain(request: SearchRequest, best: Plan, other: SearchRequest) -> float:
     """How much more is served, or how much sooner, of the same split with another question; 0 where it has no room."""
     spec, load = best.spec, other.load
-    if question.objective == "latency":
+    if request.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
     virtual_stages = other.virtual_stages or spec.virtual_stages
     same = replace(
@@ -40,34 +40,34 @@ def _gain(question: Question, best: Plan, other: Question) -> float:
         virtual_stages=virtual_stages, load=load,
     )  # fmt: skip
     try:
-        return value(question, best) / value(question, search(same).best) - 1
+        return value(request, best) / value(request, search(same).best) - 1
     except ConfigError:
         return 0.0
 
 
-def _gained(question: Question, gain: float) -> str:
-    if question.objective == "latency":
+def _gained(request: SearchRequest, gain: float) -> str:
+    if request.objective == "latency":
         return f"{1 - 1 / (1 + gain):.0%} less time"
     return f"{gain:.0%} more tokens/s" if gain < 1 else f"{1 + gain:.3g} times the tokens/s"
 
 
-def _changes(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
+def _changes(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
     """Each with the question that it makes."""
-    yield from _weights(question)
+    yield from _weights(request)
     if best.serving.held.kv_dtype in _WIDE:
-        yield "shorter pages (--kv-dtype fp8)", replace(question, kv_dtype="fp8")
-    yield from _requests(question, best)
+        yield "shorter pages (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
+    yield from _requests(request, best)
     stages, virtual_stages = dict(best.spec.axes)["pipeline"], 2 * best.spec.virtual_stages
-    if stages > 1 and question.config.num_hidden_layers >= stages * virtual_stages:
+    if stages > 1 and request.config.num_hidden_layers >= stages * virtual_stages:
         yield (
             f"more virtual stages (--virtual-stages {virtual_stages})",
-            replace(question, virtual_stages=virtual_stages),
+            replace(request, virtual_stages=virtual_stages),
         )
 
 
-def _weights(question: Question) -> Iterator[tuple[str, Question]]:
+def _weights(request: SearchRequest) -> Iterator[tuple[str, SearchRequest]]:
     """Shorter numbers: those published, else those that the hardware multiplies faster, else those it unpacks."""
-    config, rates = question.config, question.hardware.tflops
+    config, rates = request.config, request.hardware.tflops
     if config.quantization is not None:
         return
     if config.checkpoint_quantization is not None:  # and dequantized
@@ -75,30 +75,30 @@ def _weights(question: Question) -> Iterator[tuple[str, Question]]:
         as_stored = with_checkpoint_quantization(config, config.checkpoint_quantization, FAMILIES[config.family].names)
         yield (
             f"weights as the checkpoint has them (leave out --weights-dtype: {name})",
-            replace(question, config=as_stored),
+            replace(request, config=as_stored),
         )
         return
     known = [name for name in ("fp8", "int8") if rates.get(name, 0) > rates["bf16"]]
     name = known[0] if known else "int8"
-    yield f"shorter weights (--weights-dtype {name})", replace(question, config=with_weights_dtype(config, name))
+    yield f"shorter weights (--weights-dtype {name})", replace(request, config=with_weights_dtype(config, name))
 
 
-def _requests(question: Question, best: Plan) -> Iterator[tuple[str, Question]]:
+def _requests(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
     """More requests for the same weights and launches, where it is the question that keeps them few."""
-    if question.objective == "latency" or best.served.concurrency >= best.max_requests:
+    if request.objective == "latency" or best.served.concurrency >= best.max_requests:
         return
-    if question.load.concurrency is not None:
-        free = replace(question, load=replace(question.load, concurrency=None))
+    if request.load.concurrency is not None:
+        free = replace(request, load=replace(request.load, concurrency=None))
         yield f"more requests at once (--max-num-seqs, up to {best.max_requests:,})", free
-    elif limited(question):
-        yield "looser limits, which let more requests in", replace(question, ttft_limit=None, tpot_limit=None)
+    elif limited(request):
+        yield "looser limits, which let more requests in", replace(request, ttft_limit=None, tpot_limit=None)
 
 
-def _links(question: Question, binds: str) -> Iterator[str]:
-    hardware = question.hardware
+def _links(request: SearchRequest, binds: str) -> Iterator[str]:
+    hardware = request.hardware
     if binds in ("link", "scale_out"):
         rate = hardware.scale_up_gbps if binds == "link" else hardware.scale_out_gbps
         where = f"inside a {hardware.fabric}" if binds == "link" else f"between {hardware.fabric}s"
         yield f"faster links {where} than {rate:g} GB/s a device"
-    if question.axes and binds in ("link", "scale_out", "bubble"):
+    if request.axes and binds in ("link", "scale_out", "bubble"):
         yield "another mesh, of which none was priced (leave out --mesh)"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxmoe.planner.cost import Rows
-from jaxmoe.planner.search import Plan, Question, Spec, servings_of, specs_of
+from jaxmoe.planner.search import Plan, SearchRequest, Spec, servings_of, specs_of
 from jaxmoe.planner.serving import Served, Serving
 from jaxmoe.planner.specs import CHUNKS
 
@@ -50,14 +50,14 @@ class _Prefill:
 _Decode = tuple[Spec, Serving, Served]
 
 
-def best_pools(question: Question, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
+def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
     """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds too
     little, nothing is decoded, or no limit of latency can be met. concurrency: requests at once over all of them; as
     many as are best by default."""
-    engines = question.devices // engine_devices
-    if engines < 2 or question.load.osl == 1:
+    engines = request.devices // engine_devices
+    if engines < 2 or request.load.osl == 1:
         return None
-    small = replace(question, devices=engine_devices, axes=None, load=replace(question.load, concurrency=None))
+    small = replace(request, devices=engine_devices, axes=None, load=replace(request.load, concurrency=None))
     # One way of sending tokens to experts: the last that the hardware has sends least.
     servings = [
         (alike[-1], serving.dispatched(alike[-1].dispatch)) for alike, serving in servings_of(small, specs_of(small))
@@ -67,24 +67,24 @@ def best_pools(question: Question, *, engine_devices: int, concurrency: int | No
     for count in range(1, engines, math.ceil(engines / _SHARES)):
         if concurrency is not None:
             second = _decode(small, servings, math.ceil(concurrency / (engines - count)))
-        first = None if second is None else _first(question, prefills, _transfer(question, second[1]))
+        first = None if second is None else _first(request, prefills, _transfer(request, second[1]))
         if first is not None and second is not None:
             shared = engine_devices, count, engines - count
-            plans.append(_pools(question, first, second, shared, concurrency))
-    limit = math.inf if question.ttft_limit is None else question.ttft_limit
+            plans.append(_pools(request, first, second, shared, concurrency))
+    limit = math.inf if request.ttft_limit is None else request.ttft_limit
     plans = [pools for pools in plans if pools.ttft <= limit * (1 + 1e-9)]
-    if question.objective == "latency":
+    if request.objective == "latency":
         return min(plans, key=lambda one: one.request_seconds, default=None)
     return max(plans, key=lambda one: one.tokens_per_s, default=None)
 
 
 def _pools(
-    question: Question, first: _Prefill, second: _Decode, shared: tuple[int, int, int], concurrency: int | None
+    request: SearchRequest, first: _Prefill, second: _Decode, shared: tuple[int, int, int], concurrency: int | None
 ) -> Pools:  # fmt: skip
     """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
     number of requests those that neither kind has begun with wait for their prompts to be read."""
     (spec, serving, served), (size, prefilling, decoding) = second, shared
-    transfer, osl = _transfer(question, serving), question.load.osl
+    transfer, osl = _transfer(request, serving), request.load.osl
     ttft = first.seconds + transfer
     rate = min(prefilling * first.requests_per_s * osl, decoding * served.tokens_per_s)
     if concurrency is not None:
@@ -100,54 +100,54 @@ def _pools(
     )  # fmt: skip
 
 
-def _prefills(question: Question, spec: Spec, serving: Serving) -> list[_Prefill]:
+def _prefills(request: SearchRequest, spec: Spec, serving: Serving) -> list[_Prefill]:
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
-    isl, engines = question.load.isl, []
-    for chunk in [question.chunk_tokens] if question.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
+    isl, engines = request.load.isl, []
+    for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
         engines.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
     return engines
 
 
-def _first(question: Question, prefills: Iterable[_Prefill], transfer: float) -> _Prefill | None:
+def _first(request: SearchRequest, prefills: Iterable[_Prefill], transfer: float) -> _Prefill | None:
     """The engine that reads most prompts within the limit of the first token's time; for latency the fastest."""
-    limit = math.inf if question.ttft_limit is None else question.ttft_limit
+    limit = math.inf if request.ttft_limit is None else request.ttft_limit
     kept = [one for one in prefills if one.seconds + transfer <= limit]
-    if question.objective == "latency":
+    if request.objective == "latency":
         return min(kept, key=lambda one: one.seconds, default=None)
     return max(kept, key=lambda one: one.requests_per_s, default=None)
 
 
-def _decode(question: Question, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
+def _decode(request: SearchRequest, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
     engines: list[_Decode] = []
     for spec, serving in servings:
-        most = serving.max_requests(question.load)
+        most = serving.max_requests(request.load)
         if rows is not None:
             counts = {rows} if rows <= most else set()
         else:
             counts = {max(1, most >> power) for power in range(0, 8, 2)}
         for count in counts:
-            served = serving.serve(question.load, count, prefills=False)
-            if question.tpot_limit is None or served.tpot <= question.tpot_limit:
+            served = serving.serve(request.load, count, prefills=False)
+            if request.tpot_limit is None or served.tpot <= request.tpot_limit:
                 engines.append((spec, serving, served))
-    if question.objective == "latency":
+    if request.objective == "latency":
         return min(engines, key=lambda one: one[2].tpot, default=None)
     return max(engines, key=lambda one: one[2].tokens_per_s, default=None)
 
 
-def _transfer(question: Question, serving: Serving) -> float:
+def _transfer(request: SearchRequest, serving: Serving) -> float:
     """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
-    held, hardware = serving.held, question.hardware
-    near = question.devices <= hardware.scale_up_devices
+    held, hardware = serving.held, request.hardware
+    near = request.devices <= hardware.scale_up_devices
     rate = hardware.link_bytes_per_s(scale_out=not near)
-    return held.config.cached_tokens(question.load.isl, 0) * held.kv_bytes_per_token / rate
+    return held.config.cached_tokens(request.load.isl, 0) * held.kv_bytes_per_token / rate
 
 
-def beats(pools: Pools, plan: Plan, question: Question) -> bool:
+def beats(pools: Pools, plan: Plan, request: SearchRequest) -> bool:
     """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
-    if question.objective == "latency":
+    if request.objective == "latency":
         return pools.request_seconds < 0.95 * plan.request_seconds
     return pools.tokens_per_s > 1.05 * plan.tokens_per_s

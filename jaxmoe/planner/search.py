@@ -23,7 +23,7 @@ from jaxmoe.planner.specs import (
     CHUNKS,
     OBJECTIVES,
     Objective,
-    Question,
+    SearchRequest,
     Spec,
     kind_of,
     placement_of,
@@ -39,7 +39,7 @@ __all__ = [
     "NoPlanError",
     "Objective",
     "Plan",
-    "Question",
+    "SearchRequest",
     "Spec",
     "kind_of",
     "search",
@@ -83,52 +83,52 @@ class NoPlanError(ConfigError):
         self.lacks, self.ttft, self.tpot, self.most = lacks, ttft, tpot, most
 
 
-def search(question: Question) -> Found:
+def search(request: SearchRequest) -> Found:
     """All specs, at all numbers of requests that may matter.
 
     Raises: NoPlanError, ConfigError naming what is asked and what is possible.
     """
-    specs = list(specs_of(question))
+    specs = list(specs_of(request))
     if not specs:
-        raise NoPlanError(why_none(question), lacks="split")
-    plans = _priced(question, specs)
+        raise NoPlanError(why_none(request), lacks="split")
+    plans = _priced(request, specs)
     if not plans:
-        raise NoPlanError(_no_room(question, specs), lacks="room", most=_max_requests(question))
+        raise NoPlanError(_no_room(request, specs), lacks="room", most=_max_requests(request))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
-    leading = sorted(plans, key=lambda plan: (not meets(question, plan), order(question, plan)))
+    leading = sorted(plans, key=lambda plan: (not meets(request, plan), order(request, plan)))
     for spec in dict.fromkeys(plan.spec for plan in leading[:_LEADING]):
-        for fine, serving in _servings(question, spec, [question.chunk_tokens] if question.chunk_tokens else CHUNKS):
-            plans += _plans(question, fine, serving, finely=True)
-            if question.load.concurrency is None and (question.objective == "latency" or limited(question)):
+        for fine, serving in _servings(request, spec, [request.chunk_tokens] if request.chunk_tokens else CHUNKS):
+            plans += _plans(request, fine, serving, finely=True)
+            if request.load.concurrency is None and (request.objective == "latency" or limited(request)):
                 # For the front alone.
-                free = replace(question, objective="throughput", ttft_limit=None, tpot_limit=None)
+                free = replace(request, objective="throughput", ttft_limit=None, tpot_limit=None)
                 shown += _plans(free, fine, serving, finely=True)
-    allowed = [plan for plan in plans if meets(question, plan)]
+    allowed = [plan for plan in plans if meets(request, plan)]
     if not allowed:
-        raise _out_of_reach(question, plans)
-    best = chosen(question, allowed)
+        raise _out_of_reach(request, plans)
+    best = chosen(request, allowed)
     of_spec: dict[Spec, Plan] = {}
-    for plan in sorted(allowed, key=lambda plan: order(question, plan)):
-        if order(question, plan)[0] == order(question, best)[0]:
+    for plan in sorted(allowed, key=lambda plan: order(request, plan)):
+        if order(request, plan)[0] == order(request, best)[0]:
             of_spec.setdefault(plan.spec, plan)
     return Found(
         best=best,
         every=list(of_spec.values()),
-        front=front_of([*allowed, *(plan for plan in shown if meets(question, plan))], best=best),
+        front=front_of([*allowed, *(plan for plan in shown if meets(request, plan))], best=best),
         tried=len(specs),
     )
 
 
-def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
+def _priced(request: SearchRequest, specs: list[Spec]) -> list[Plan]:
     """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
     then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
     worst = (1, math.inf)
     bounds: list[tuple[tuple[int, float], str, Serving, list[Spec]]] = []
-    for alike, serving in servings_of(question, specs):
-        silent = _plans(question, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
-        bound = min((order(question, plan) for plan in silent if meets(question, plan)), default=worst)
-        bounds.append((bound, _sort_of(question, alike[0]), serving, alike))
+    for alike, serving in servings_of(request, specs):
+        silent = _plans(request, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
+        bound = min((order(request, plan) for plan in silent if meets(request, plan)), default=worst)
+        bounds.append((bound, _sort_of(request, alike[0]), serving, alike))
     priced: list[Plan] = []
     best, sorts = worst, set()
     for bound, sort, serving, alike in sorted(bounds, key=lambda item: item[0]):
@@ -136,148 +136,148 @@ def _priced(question: Question, specs: list[Spec]) -> list[Plan]:
             continue
         sorts.add(sort)
         for spec in alike:
-            plans = _plans(question, spec, serving.dispatched(spec.dispatch), finely=False)
+            plans = _plans(request, spec, serving.dispatched(spec.dispatch), finely=False)
             priced += plans
-            best = min([best, *(order(question, plan) for plan in plans if meets(question, plan))])
+            best = min([best, *(order(request, plan) for plan in plans if meets(request, plan))])
     return priced
 
 
-def _sort_of(question: Question, spec: Spec) -> str:
+def _sort_of(request: SearchRequest, spec: Spec) -> str:
     """A kind of split without its numbers, and whether layers are split between fabrics."""
-    kind = re.sub(r"\d", "", kind_of(spec, moe=question.config.moe is not None))
-    axes, domain = dict(spec.axes), question.hardware.scale_up_devices
+    kind = re.sub(r"\d", "", kind_of(spec, moe=request.config.moe is not None))
+    axes, domain = dict(spec.axes), request.hardware.scale_up_devices
     return f"{kind} {group_of(spec.layout.split, axes, domain).across > 1}"
 
 
 def _plans(
-    question: Question, spec: Spec, serving: Serving, *, finely: bool, fully: bool = False
+    request: SearchRequest, spec: Spec, serving: Serving, *, finely: bool, fully: bool = False
 ) -> list[Plan]:  # fmt: skip
     """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
     largest two, which are the best where requests say nothing to each other."""
-    most, load = serving.max_requests(question.load), question.load
+    most, load = serving.max_requests(request.load), request.load
 
     def plan(count: int) -> Plan:
         return Plan(spec=spec, served=serving.serve(load, count), serving=serving, max_requests=most)
 
     if load.concurrency is not None:
         return [plan(load.concurrency)]
-    if question.objective == "latency":
-        assumed = LATENCY_REQUESTS * question.devices
+    if request.objective == "latency":
+        assumed = LATENCY_REQUESTS * request.devices
         counts = [assumed >> halved for halved in range(assumed.bit_length()) if assumed >> halved <= most]
-        return _down_to_limits(question, plan, counts)
+        return _down_to_limits(request, plan, counts)
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
-    if limited(question):
-        down = _down_to_limits(question, plan, [most, *reversed(powers)])
-        return down + _between(question, plan, down, finely=finely)
+    if limited(request):
+        down = _down_to_limits(request, plan, [most, *reversed(powers)])
+        return down + _between(request, plan, down, finely=finely)
     if finely:
         powers = sorted({*powers, *(3 * power for power in powers if 3 * power < most)})
     counts = [*(powers if finely else powers[::5]), most]
     return [plan(count) for count in (counts[-2:] if fully else counts)]
 
 
-def _down_to_limits(question: Question, plan: Callable[[int], Plan], counts: list[int]) -> list[Plan]:
+def _down_to_limits(request: SearchRequest, plan: Callable[[int], Plan], counts: list[int]) -> list[Plan]:
     """Plans of ever fewer requests, to the first that keeps limits of latency."""
     plans: list[Plan] = []
     for count in counts:
         plans.append(plan(count))
-        if meets(question, plans[-1]):
+        if meets(request, plans[-1]):
             break
     return plans
 
 
-def _between(question: Question, plan: Callable[[int], Plan], down: list[Plan], *, finely: bool) -> list[Plan]:
+def _between(request: SearchRequest, plan: Callable[[int], Plan], down: list[Plan], *, finely: bool) -> list[Plan]:
     """Plans of more requests than the last of `down`, which keeps the limits, and fewer than the one before."""
     plans: list[Plan] = []
-    if len(down) < 2 or not meets(question, down[-1]):
+    if len(down) < 2 or not meets(request, down[-1]):
         return plans
     above, below = (one.served.concurrency for one in down[-2:])
     while above - below > max(1, below >> (5 if finely else 2)):
         plans.append(plan((above + below) // 2))
-        if meets(question, plans[-1]):
+        if meets(request, plans[-1]):
             below = plans[-1].served.concurrency
         else:
             above = plans[-1].served.concurrency
     return plans
 
 
-def servings_of(question: Question, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:
+def servings_of(request: SearchRequest, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:
     """Specs that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
     requests, where the first chunk of prompts leaves too little by the smallest."""
     for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
         alike = list(same)
         first = alike[0].chunk_tokens
-        fitting = _servings(question, alike[0], [first, *([] if question.chunk_tokens else [min(CHUNKS)])])
+        fitting = _servings(request, alike[0], [first, *([] if request.chunk_tokens else [min(CHUNKS)])])
         for spec, serving in fitting:
             yield [replace(one, chunk_tokens=spec.chunk_tokens) for one in alike], serving
             break
 
 
-def _servings(question: Question, spec: Spec, chunks: Iterable[int]) -> Iterator[tuple[Spec, Serving]]:
+def _servings(request: SearchRequest, spec: Spec, chunks: Iterable[int]) -> Iterator[tuple[Spec, Serving]]:
     """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
     or too little memory for the requests (of an unknown number for one)."""
-    placement = placement_of(question.hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
+    placement = placement_of(request.hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
     try:
-        held = Held(question.config, placement, kv_dtype=question.kv_dtype)
+        held = Held(request.config, placement, kv_dtype=request.kv_dtype)
     except ConfigError:
         return
-    if held.weight_bytes >= question.hardware.hbm_bytes:
+    if held.weight_bytes >= request.hardware.hbm_bytes:
         return
-    cost = StepCost(held, question.hardware, dispatch=spec.dispatch, skew=question.skew)
+    cost = StepCost(held, request.hardware, dispatch=spec.dispatch, skew=request.skew)
     for chunk in chunks:
         serving = Serving(cost, chunk_tokens=chunk)
-        if serving.max_requests(question.load) >= (question.load.concurrency or 1):
+        if serving.max_requests(request.load) >= (request.load.concurrency or 1):
             yield replace(spec, chunk_tokens=chunk), serving
 
 
-def _max_requests(question: Question) -> int:
+def _max_requests(request: SearchRequest) -> int:
     """Those that any spec has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
-    if question.load.concurrency is None:
+    if request.load.concurrency is None:
         return 0
-    load = replace(question.load, concurrency=None)
-    free = replace(question, load=load, chunk_tokens=question.chunk_tokens or min(CHUNKS))
+    load = replace(request.load, concurrency=None)
+    free = replace(request, load=load, chunk_tokens=request.chunk_tokens or min(CHUNKS))
     return max((serving.max_requests(load) for _, serving in servings_of(free, specs_of(free))), default=0)
 
 
-def _no_room(question: Question, specs: list[Spec]) -> str:
+def _no_room(request: SearchRequest, specs: list[Spec]) -> str:
     """Why nothing fits, with numbers."""
-    load, hardware = question.load, question.hardware
+    load, hardware = request.load, request.hardware
     held: list[int] = []
     error: ConfigError | None = None
     for spec in specs:
         placement = placement_of(hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
         try:
-            held.append(Held(question.config, placement).weight_bytes)
+            held.append(Held(request.config, placement).weight_bytes)
         except ConfigError as cannot:
             error = error or cannot
     if error is not None and not held:  # it is not for lack of room
         raise error
     least = min(held)
-    many = f"{question.devices} x {hardware.device}" if question.devices > 1 else f"one {hardware.device}"
+    many = f"{request.devices} x {hardware.device}" if request.devices > 1 else f"one {hardware.device}"
     has = f"a device has {hardware.hbm_gib:.1f} GiB"
     if least >= hardware.hbm_bytes:
         return f"{many}: the weights take at least {least / 2**30:.1f} GiB of every device, {has}"
-    asked = "one request" if load.concurrency in (None, 1) else f"{load.concurrency} requests"
+    requests = "one request" if load.concurrency in (None, 1) else f"{load.concurrency} requests"
     return (
-        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {asked} of {load.isl + load.osl} "
+        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {requests} of {load.isl + load.osl} "
         f"tokens; {has}"
     )
 
 
-def _out_of_reach(question: Question, plans: list[Plan]) -> NoPlanError:
+def _out_of_reach(request: SearchRequest, plans: list[Plan]) -> NoPlanError:
     """With what the best possible is, where limits of latency cannot be met."""
     ttft, tpot = min(plan.served.ttft for plan in plans), min(plan.served.tpot for plan in plans)
-    devices = f"{question.devices} x {question.hardware.device}"
-    return NoPlanError(missed(question, devices, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+    devices = f"{request.devices} x {request.hardware.device}"
+    return NoPlanError(missed(request, devices, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
 
 
-def missed(question: Question, devices: str, *, ttft: float, tpot: float) -> str:
+def missed(request: SearchRequest, devices: str, *, ttft: float, tpot: float) -> str:
     """That limits cannot be met, beside the best there is of each that was asked for."""
     limits, best = [], []
-    if question.ttft_limit is not None:
-        limits.append(f"--sla-ttft-ms {question.ttft_limit * 1e3:g}")
+    if request.ttft_limit is not None:
+        limits.append(f"--sla-ttft-ms {request.ttft_limit * 1e3:g}")
         best.append(f"the best time to the first token is {ttft * 1e3:,.1f} ms")
-    if question.tpot_limit is not None:
-        limits.append(f"--sla-tpot-ms {question.tpot_limit * 1e3:g}")
+    if request.tpot_limit is not None:
+        limits.append(f"--sla-tpot-ms {request.tpot_limit * 1e3:g}")
         best.append(f"the best time a token is {tpot * 1e3:,.2f} ms")
     each = ", each by itself" * (len(best) > 1)
     return f"{' with '.join(limits)} cannot be met by {devices}: {', '.join(best)}{each}"

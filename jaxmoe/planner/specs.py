@@ -31,7 +31,7 @@ _MAX_STAGES, _MAX_TENSOR = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class SearchRequest:
     """What is to be planned. ttft_limit, tpot_limit: seconds. The last five: as asked for; searched where None."""
 
     config: ModelConfig
@@ -67,25 +67,25 @@ class Spec:
         return ",".join(shown) or "data=1"
 
 
-def specs_of(question: Question) -> Iterator[Spec]:
+def specs_of(request: SearchRequest) -> Iterator[Spec]:
     """Every way to split the model over the devices; those that place it alike once."""
-    config, moe = question.config, question.config.moe is not None
-    layouts = [question.layout] if question.layout else list(LAYOUTS.values())
-    all_axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, config))
+    config, moe = request.config, request.config.moe is not None
+    layouts = [request.layout] if request.layout else list(LAYOUTS.values())
+    all_axes = [tuple(request.axes.items())] if request.axes else list(_all_axes(request.devices, config))
     seen: set[tuple[object, ...]] = set()
     for axes in all_axes:
         sizes = dict(axes)
         for layout in layouts:
-            if not question.layout and not _worth(config, layout, sizes):
+            if not request.layout and not _worth(config, layout, sizes):
                 continue
-            for virtual_stages in _virtual_stages(question, sizes):
-                for dispatch in _dispatches(question, placement_of(question.hardware, axes, layout)):
+            for virtual_stages in _virtual_stages(request, sizes):
+                for dispatch in _dispatches(request, placement_of(request.hardware, axes, layout)):
                     means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, virtual_stages)
                     if means not in seen:
                         seen.add(means)
                         yield Spec(
                             axes=axes, layout=layout, dispatch=dispatch, virtual_stages=virtual_stages,
-                            chunk_tokens=question.chunk_tokens or FIRST_CHUNK,
+                            chunk_tokens=request.chunk_tokens or FIRST_CHUNK,
                         )  # fmt: skip
 
 
@@ -130,17 +130,17 @@ def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> boo
     return split <= config.num_attention_heads and context <= 16
 
 
-def _dispatches(question: Question, placement: Placement) -> Iterator[str]:
+def _dispatches(request: SearchRequest, placement: Placement) -> Iterator[str]:
     """Those that differ, and that the hardware has."""
-    if question.dispatch:
-        if _why_not(question.dispatch, placement) is None:
-            yield question.dispatch
+    if request.dispatch:
+        if _why_not(request.dispatch, placement) is None:
+            yield request.dispatch
         return
     yield "all_to_all"
-    if question.config.moe is None or not placement.dispatch_levels:
+    if request.config.moe is None or not placement.dispatch_levels:
         return
     kinds = ["all_gather", "ragged_all_to_all", *(HIERARCHICAL if len(placement.dispatch_levels) > 1 else ())]
-    most = {"tpu": math.inf, "cuda": MAX_RAGGED_GPUS}.get(question.hardware.platform, 1)
+    most = {"tpu": math.inf, "cuda": MAX_RAGGED_GPUS}.get(request.hardware.platform, 1)
     yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 
@@ -151,24 +151,24 @@ def _why_not(dispatch: str, placement: Placement) -> str | None:
     return unsupported_reason(dispatch, placement)
 
 
-def why_none(question: Question) -> str:
+def why_none(request: SearchRequest) -> str:
     """Why no spec is as asked."""
-    axes = [tuple(question.axes.items())] if question.axes else list(_all_axes(question.devices, question.config))
-    layouts = [question.layout] if question.layout else list(LAYOUTS.values())
-    many = f"{question.devices} device{'s' * (question.devices > 1)}"
-    if question.virtual_stages and all(dict(one)["pipeline"] == 1 for one in axes):
-        return f"virtual_stages={question.virtual_stages} needs stages: no mesh of {many} has any; leave it out"
-    assert question.dispatch is not None
-    placements = (placement_of(question.hardware, one, layout) for one in axes for layout in layouts)
+    axes = [tuple(request.axes.items())] if request.axes else list(_all_axes(request.devices, request.config))
+    layouts = [request.layout] if request.layout else list(LAYOUTS.values())
+    many = f"{request.devices} device{'s' * (request.devices > 1)}"
+    if request.virtual_stages and all(dict(one)["pipeline"] == 1 for one in axes):
+        return f"virtual_stages={request.virtual_stages} needs stages: no mesh of {many} has any; leave it out"
+    assert request.dispatch is not None
+    placements = (placement_of(request.hardware, one, layout) for one in axes for layout in layouts)
     why = next(
-        filter(None, (_why_not(question.dispatch, placement) for placement in placements)), f"suits no mesh of {many}"
+        filter(None, (_why_not(request.dispatch, placement) for placement in placements)), f"suits no mesh of {many}"
     )
-    return f"dispatch={question.dispatch} {why}"
+    return f"dispatch={request.dispatch} {why}"
 
 
-def _virtual_stages(question: Question, sizes: Mapping[str, int]) -> Iterable[int]:
-    if question.virtual_stages:
-        return [question.virtual_stages] if question.virtual_stages == 1 or sizes["pipeline"] > 1 else []
+def _virtual_stages(request: SearchRequest, sizes: Mapping[str, int]) -> Iterable[int]:
+    if request.virtual_stages:
+        return [request.virtual_stages] if request.virtual_stages == 1 or sizes["pipeline"] > 1 else []
     return [1, 2] if sizes["pipeline"] > 1 else [1]
 
 

@@ -12,7 +12,7 @@ from jaxmoe.planner.lift import remedies
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats
-from jaxmoe.planner.search import ALIKE, Found, Plan, Question, kind_of, value
+from jaxmoe.planner.search import ALIKE, Found, Plan, SearchRequest, kind_of, value
 from jaxmoe.planner.sizes import behind_windows, behind_words
 
 _BINDS = {
@@ -33,12 +33,12 @@ class Neighbors:
     half_lacks: Lacks | None = None
 
 
-def reasons(question: Question, result: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
+def reasons(request: SearchRequest, result: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
-        *_binding(question, result.best, neighbors), *_approximated(question), *_memory(question, result.best),
-        *_tensor(question, result), *_across(question, result), *_others(question, result),
-        *_pools(question, result.best, pools), *_size(question, result.best, neighbors),
+        *_binding(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
+        *_tensor(request, result), *_across(request, result), *_others(request, result),
+        *_pools(request, result.best, pools), *_size(request, result.best, neighbors),
     ]  # fmt: skip
 
 
@@ -56,87 +56,87 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f}" if seconds >= 1 else f"{seconds:.3g}"
 
 
-def _binds(question: Question, name: str) -> str:
-    return _BINDS[name].format(fabric=question.hardware.fabric)
+def _binds(request: SearchRequest, name: str) -> str:
+    return _BINDS[name].format(fabric=request.hardware.fabric)
 
 
-def _binding(question: Question, best: Plan, neighbors: Neighbors) -> Iterator[str]:
+def _binding(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterator[str]:
     mean_step, twice = best.served.mean_step, neighbors.twice
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
-    then = f"; then {_binds(question, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
-    more = twice is not None and value(question, twice) < (1 - ALIKE) * value(question, best)
-    lifts = remedies(question, best, first, more_devices=more)
+    then = f"; then {_binds(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
+    more = twice is not None and value(request, twice) < (1 - ALIKE) * value(request, best)
+    lifts = remedies(request, best, first, more_devices=more)
     lift = f"What would lift it next: {'; or '.join(lifts)}." if lifts else _NOTHING
     yield (
-        f"What binds: {_binds(question, first)}, {most / mean_step.total:.0%} of a mean step of "
+        f"What binds: {_binds(request, first)}, {most / mean_step.total:.0%} of a mean step of "
         f"{mean_step.total * 1e3:.1f} ms"
         f"{then}. {lift}"
     )
 
 
-def _approximated(question: Question) -> Iterator[str]:
+def _approximated(request: SearchRequest) -> Iterator[str]:
     """What is priced as something else."""
-    indexer = question.config.indexer
+    indexer = request.config.indexer
     if indexer is not None:
-        met = f"{question.load.isl + question.load.osl:,}"
+        met = f"{request.load.isl + request.load.osl:,}"
         yield (
             f"Priced as dense latent attention: a token attends to all of up to {met} tokens before it, not to the "
             f"{indexer.top_k:,} that its indexer chooses; the indexer's own weights, products and cache are left out."
         )
 
 
-def _memory(question: Question, best: Plan) -> Iterator[str]:
-    held, hardware = best.serving.held, question.hardware
-    share, tokens = held.weight_bytes / hardware.hbm_bytes, question.load.isl + question.load.osl
+def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
+    held, hardware = best.serving.held, request.hardware
+    share, tokens = held.weight_bytes / hardware.hbm_bytes, request.load.isl + request.load.osl
     yield (
         f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
         f"pages have room for {counted(best.max_requests, 'request')} of {tokens:,} tokens at once."
     )
-    config, (item, scale) = question.config, KV_ITEMSIZES[held.kv_dtype]
+    config, (item, scale) = request.config, KV_ITEMSIZES[held.kv_dtype]
     layer_bytes = config.num_key_value_heads * sum(dim * item + scale for dim in config.cached_dims)
     behind = behind_windows(config, tokens, chunk_tokens=best.serving.chunk_tokens, num_bytes=layer_bytes)
     if behind is not None:
         yield behind_words(behind)
 
 
-def _spans(question: Question, plan: Plan, axes: tuple[str, ...]) -> int:
+def _spans(request: SearchRequest, plan: Plan, axes: tuple[str, ...]) -> int:
     """Fast fabrics that take part along some axes."""
-    return group_of(axes, dict(plan.spec.axes), question.hardware.scale_up_devices).across
+    return group_of(axes, dict(plan.spec.axes), request.hardware.scale_up_devices).across
 
 
-def _tensor(question: Question, result: Found) -> Iterator[str]:
+def _tensor(request: SearchRequest, result: Found) -> Iterator[str]:
     """Why layers are split inside a fast fabric only, or that they are not."""
-    best, fabric = result.best, question.hardware.fabric
-    if question.devices <= question.hardware.scale_up_devices:
+    best, fabric = result.best, request.hardware.fabric
+    if request.devices <= request.hardware.scale_up_devices:
         return
-    outside = [plan for plan in result.every if _spans(question, plan, plan.spec.layout.split) > 1]
-    if _spans(question, best, best.spec.layout.split) > 1:
+    outside = [plan for plan in result.every if _spans(request, plan, plan.spec.layout.split) > 1]
+    if _spans(request, best, best.spec.layout.split) > 1:
         yield f"Layers are split between {fabric}s: even so no other split was found better by more than {ALIKE:.0%}."
     elif outside:
-        other = min(outside, key=lambda plan: value(question, plan))
-        verdict = f"; {_as_good(question, other, best)}" if _alike(question, other, best) else ""
+        other = min(outside, key=lambda plan: value(request, plan))
+        verdict = f"; {_as_good(request, other, best)}" if _alike(request, other, best) else ""
         theirs, here = _part(other, best, "scale_out")
         yield (
             f"Layers are split inside a {fabric} only: the best plan that splits them between {fabric}s "
-            f"({_named(question, other)}) {_compared(question, other, best)}; its collectives between {fabric}s take "
+            f"({_named(request, other)}) {_compared(request, other, best)}; its collectives between {fabric}s take "
             f"{theirs}, {here} here{verdict}."
         )
 
 
-def _across(question: Question, result: Found) -> Iterator[str]:
+def _across(request: SearchRequest, result: Found) -> Iterator[str]:
     """What lies between fast fabrics."""
-    best, hardware = result.best, question.hardware
+    best, hardware = result.best, request.hardware
     fabric = hardware.fabric
-    if question.devices <= hardware.scale_up_devices:
-        if question.devices > 1:
-            yield f"All {question.devices} devices are on one fast fabric: nothing has to cross a slower one."
+    if request.devices <= hardware.scale_up_devices:
+        if request.devices > 1:
+            yield f"All {request.devices} devices are on one fast fabric: nothing has to cross a slower one."
         return
-    sizes, fabrics = dict(best.spec.axes), math.ceil(question.devices / hardware.scale_up_devices)
-    crossing = [axis for axis, size in sizes.items() if size > 1 and _spans(question, best, (axis,)) > 1]
-    experts = best.spec.layout.experts if question.config.moe else ()
+    sizes, fabrics = dict(best.spec.axes), math.ceil(request.devices / hardware.scale_up_devices)
+    crossing = [axis for axis, size in sizes.items() if size > 1 and _spans(request, best, (axis,)) > 1]
+    experts = best.spec.layout.experts if request.config.moe else ()
     if any(axis in experts for axis in crossing):
-        across = _spans(question, best, experts)
+        across = _spans(request, best, experts)
         every = "both" if fabrics == 2 else f"all {fabrics}"
         where = f"{every} {fabric}s," if across >= fabrics else f"{across} of {fabrics} {fabric}s,"
         rest = "" if across >= fabrics else "; replicas of them lie across the rest"
@@ -153,46 +153,46 @@ def _across(question: Question, result: Found) -> Iterator[str]:
     elif crossing == ["data"]:
         yield (
             f"Every replica lies inside a {fabric} and nothing crosses: do not reach for multi-{fabric} yet, "
-            f"{fabrics} {fabric}s serve as {question.devices / hardware.scale_up_devices:.3g} times one."
+            f"{fabrics} {fabric}s serve as {request.devices / hardware.scale_up_devices:.3g} times one."
         )
 
 
-def _others(question: Question, result: Found) -> Iterator[str]:
+def _others(request: SearchRequest, result: Found) -> Iterator[str]:
     """The best of the other kinds of split."""
-    moe, best = question.config.moe is not None, result.best
+    moe, best = request.config.moe is not None, result.best
     seen = {kind_of(best.spec, moe=moe)}
-    for plan in sorted(result.every, key=lambda plan: value(question, plan)):
+    for plan in sorted(result.every, key=lambda plan: value(request, plan)):
         kind = kind_of(plan.spec, moe=moe)
         if kind in seen or len(seen) == 4:
             continue
         seen.add(kind)
-        if _alike(question, plan, best):
-            verdict = f"; {_as_good(question, plan, best)}"
+        if _alike(request, plan, best):
+            verdict = f"; {_as_good(request, plan, best)}"
         else:
             name = max(
                 plan.served.mean_step.parts(),
                 key=lambda name: _seconds_per_token(plan, name) - _seconds_per_token(best, name),
             )
             theirs, here = _part(plan, best, name)
-            verdict = f"; {theirs} go to {_binds(question, name)}, {here} here"
-        yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(question, plan, best)}{verdict}."
+            verdict = f"; {theirs} go to {_binds(request, name)}, {here} here"
+        yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(request, plan, best)}{verdict}."
 
 
-def _alike(question: Question, plan: Plan, best: Plan) -> bool:
-    return value(question, plan) <= (1 + ALIKE) * value(question, best)
+def _alike(request: SearchRequest, plan: Plan, best: Plan) -> bool:
+    return value(request, plan) <= (1 + ALIKE) * value(request, best)
 
 
-def _as_good(question: Question, plan: Plan, best: Plan) -> str:
+def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
     """Why the best was taken before a plan as good as it."""
     seconds, tokens = (one.request_seconds for one in (plan, best)), (_each(plan), _each(best))
     theirs, mine = seconds
     leaned = [one.served.mean_step.scale_out / one.served.mean_step.total for one in (plan, best)]
-    if question.objective != "latency" and mine < theirs:
+    if request.objective != "latency" and mine < theirs:
         why = f"a request takes {_seconds(mine)} s here and {_seconds(theirs)} there"
-    elif question.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
+    elif request.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
         why = f"{digits(tokens[1])} tokens/s a device are served here and {digits(tokens[0])} there"
     elif leaned[1] < leaned[0]:
-        why = f"{leaned[1]:.1%} of a step lie between {question.hardware.fabric}s here and {leaned[0]:.1%} there"
+        why = f"{leaned[1]:.1%} of a step lie between {request.hardware.fabric}s here and {leaned[0]:.1%} there"
     else:
         why = "its axes and options are plainer"
     return f"as good on paper; this one was taken because {why}"
@@ -213,7 +213,7 @@ def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 
 
-def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]:
+def _pools(request: SearchRequest, best: Plan, pools: Pools | None) -> Iterator[str]:
     if pools is None:
         return
     first = counted(pools.prefill_engines, "engine")
@@ -222,18 +222,18 @@ def _pools(question: Question, best: Plan, pools: Pools | None) -> Iterator[str]
         f"{digits(pools.tokens_per_s)} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
         f"{pools.tpot * 1e3:.1f} ms a token, with {counted(pools.concurrency, 'request')} at once"
     )
-    verdict = "serve more than engines that do both" if beats(pools, best, question) else "do not pay here"
+    verdict = "serve more than engines that do both" if beats(pools, best, request) else "do not pay here"
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
 
 
-def _size(question: Question, best: Plan, neighbors: Neighbors) -> Iterator[str]:
+def _size(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterator[str]:
     """What fewer and more devices would do."""
     if neighbors.half_lacks is not None:
-        yield _too_few(question, best, neighbors.half_lacks)
+        yield _too_few(request, best, neighbors.half_lacks)
     for plan, words in ((neighbors.half, "Half the devices"), (neighbors.twice, "Twice the devices")):
         if plan is None:
             continue
-        if question.objective == "latency":
+        if request.objective == "latency":
             ratio = plan.request_seconds / best.request_seconds
             yield f"{words} would take {ratio:.2f} times as long for a request{_slower(ratio, plan, best)}."
         else:
@@ -241,14 +241,14 @@ def _size(question: Question, best: Plan, neighbors: Neighbors) -> Iterator[str]
             yield f"{words} would serve {ratio:.2f} times as many tokens a second and device."
 
 
-def _too_few(question: Question, best: Plan, lacks: Lacks) -> str:
-    half, fabric = question.devices // 2, question.hardware.fabric
-    size = question.hardware.scale_up_devices
+def _too_few(request: SearchRequest, best: Plan, lacks: Lacks) -> str:
+    half, fabric = request.devices // 2, request.hardware.fabric
+    size = request.hardware.scale_up_devices
     small = f": one {fabric} is too small" if half == size else ""
     what = {
         "model": f"cannot hold the model{small}",
         "requests": f"hold the model, and have no room for {counted(best.served.concurrency, 'request')}{small}",
-        "limits": f"keep no such limits{small if limited(question) else ''}",
+        "limits": f"keep no such limits{small if limited(request) else ''}",
     }  # fmt: skip
     return f"Half the devices, {half}, {what[lacks]}."
 
@@ -262,11 +262,11 @@ def _each(plan: Plan) -> float:
     return plan.tokens_per_s / plan.devices
 
 
-def _named(question: Question, plan: Plan) -> str:
-    return f"{kind_of(plan.spec, moe=question.config.moe is not None)}: {plan.spec.mesh}"
+def _named(request: SearchRequest, plan: Plan) -> str:
+    return f"{kind_of(plan.spec, moe=request.config.moe is not None)}: {plan.spec.mesh}"
 
 
-def _compared(question: Question, plan: Plan, best: Plan) -> str:
-    if question.objective == "latency":
+def _compared(request: SearchRequest, plan: Plan, best: Plan) -> str:
+    if request.objective == "latency":
         return f"takes {_seconds(plan.request_seconds)} s for a request in place of {_seconds(best.request_seconds)}"
     return f"gives {digits(_each(plan))} tokens/s a device in place of {digits(_each(best))}"

@@ -119,7 +119,7 @@ def convert(
         transform=transform,
         budget=budget,
     )
-    if end_committed(destination, job.asked):
+    if end_committed(destination, job.options):
         num_resumed = len(job.outputs)
         if verify:
             check_whole(destination)
@@ -177,7 +177,7 @@ class _ConversionJob:
     ) -> None:
         self._source_checkpoint, self._destination, self._options = source_checkpoint, destination, options
         self._transform, self._budget = transform, budget
-        self.asked = {"source": source_checkpoint.fingerprint(), **options}
+        self.options = {"source": source_checkpoint.fingerprint(), **options}
         self._tasks = [
             ConversionTask(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
             for tensor, spec in _sources(source_checkpoint, plain=options["weights_dtype"] is not None)
@@ -206,7 +206,7 @@ class _ConversionJob:
                 on_progress(done, total)
 
         try:
-            with ConversionJournal(self._destination, self.asked) as journal:
+            with ConversionJournal(self._destination, self.options) as journal:
                 return self._into(journal, ram_bytes, verify, on_bytes)
         except OSError as error:
             raise CheckpointError(
@@ -232,7 +232,7 @@ class _ConversionJob:
             check_whole(journal.whole)
         if (
             open_source_checkpoint(self._source_checkpoint.directory, check_config=False).fingerprint()
-            != self.asked["source"]
+            != self.options["source"]
         ):
             raise CheckpointError(
                 f"{self._source_checkpoint.directory} changed meanwhile: remove {journal.folder} and run again "

@@ -37,7 +37,7 @@ class ConversionJournal:
     Raises: CheckpointError if another process is at it, or it was begun for something else.
     """
 
-    def __init__(self, destination: Path, asked: Mapping[str, Any]) -> None:
+    def __init__(self, destination: Path, options: Mapping[str, Any]) -> None:
         self._destination, self.folder = destination, partial_path(destination)
         self.whole = self.folder / WHOLE
         self.finished: dict[str, dict[str, str]] = {}
@@ -55,21 +55,21 @@ class ConversionJournal:
             self._file.close()
             raise CheckpointError(f"{self.folder} is being written by another process: let it end first") from error
         try:
-            self._read(json.dumps(asked, sort_keys=True))
+            self._read(json.dumps(options, sort_keys=True))
         except BaseException:
             self._file.close()
             raise
 
-    def _read(self, asked: str) -> None:
+    def _read(self, options: str) -> None:
         self._file.seek(0)
         first, *lines = self._file.read().split(b"\n")
         if not lines:  # not even the first line is whole
             shutil.rmtree(self.whole, ignore_errors=True)
             self._file.truncate(0)
-            self._file.write(asked.encode() + b"\n")
-        elif first.decode(errors="replace") != asked:
+            self._file.write(options.encode() + b"\n")
+        elif first.decode(errors="replace") != options:
             raise CheckpointError(
-                f"{self.folder} was begun with {_difference(first, asked)}: ask for the same to go on with it, or "
+                f"{self.folder} was begun with {_difference(first, options)}: ask for the same to go on with it, or "
                 f"remove it to begin anew"
             )
         else:
@@ -109,14 +109,14 @@ class ConversionJournal:
         self._file.close()
 
 
-def end_committed(destination: Path, asked: Mapping[str, Any]) -> bool:
+def end_committed(destination: Path, options: Mapping[str, Any]) -> bool:
     """Whether a process asked for the same was killed just after it had committed this very destination; what it left
     is removed."""
     folder = partial_path(destination)
     if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():
         return False
     lines = (folder / JOURNAL).read_bytes().split(b"\n")
-    if lines[0] != json.dumps(asked, sort_keys=True).encode() or lines[-2:] != [_commit_line(destination), b""]:
+    if lines[0] != json.dumps(options, sort_keys=True).encode() or lines[-2:] != [_commit_line(destination), b""]:
         return False
     shutil.rmtree(folder)
     return True
@@ -126,9 +126,9 @@ def _commit_line(whole: Path) -> bytes:
     return json.dumps([MANIFEST, {MANIFEST: sum_file(whole / MANIFEST).sha256}]).encode()
 
 
-def _difference(begun: bytes, asked: str) -> str:
+def _difference(begun: bytes, options: str) -> str:
     try:
-        before, now = json.loads(begun), json.loads(asked)
+        before, now = json.loads(begun), json.loads(options)
         key = next(key for key in now if before.get(key) != now[key])
         return "another source" if key == "source" else f"{key}={before.get(key)!r}, this asks for {key}={now[key]!r}"
     except (ValueError, AttributeError, StopIteration, RecursionError):

@@ -283,15 +283,15 @@ def _check_count(
     slices are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
     kinds, names = [config.kind(layer) for layer in range(config.num_hidden_layers)], FAMILIES[config.family].names
 
-    def asked(layers: Collection[int]) -> dict[str, int]:
+    def num_params(layers: Collection[int]) -> dict[str, int]:
         """Numbers of each tensor of some layers, and of those outside all."""
         needed = weight_slices(config, sizes, names, segments, layers=layers)
         return {weight_slice.key: math.prod(weight_slice.key_shape) for weight_slice in needed}
 
-    outside, num_bytes = asked(()), sum(tensor.num_bytes for tensor in tensors.values())
+    outside, num_bytes = num_params(()), sum(tensor.num_bytes for tensor in tensors.values())
     num_tensors, num_numbers = len(outside), sum(outside.values())
     for kind, count in Counter(kinds).items():
-        inside = asked((kinds.index(kind),))
+        inside = num_params((kinds.index(kind),))
         num_tensors += count * (len(inside) - len(outside))
         num_numbers += count * (sum(inside.values()) - sum(outside.values()))
         if num_tensors > len(tensors) + _MAX_LISTED or num_numbers > 2 * num_bytes + _MAX_NUMBERS:  # of 4 bits

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.depth import PipelineSchedule, layer_segments
 from jaxmoe.inspect.aot import held_bytes
-from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data
+from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data
 from jaxmoe.inspect.map.page import write_page
 from jaxmoe.model.kernels import KernelConfig
 
@@ -36,9 +36,9 @@ def chromium() -> Iterator[Any]:
 def drawn(changed_dir, tmp_path):
     """(mesh, options) -> (the page of a small model, its question, its data)."""
 
-    def draw(mesh: str, *, layers: int = 5, **asked: Any) -> tuple[Path, MapQuestion, dict[str, Any]]:
+    def draw(mesh: str, *, layers: int = 5, **asked: Any) -> tuple[Path, MapRequest, dict[str, Any]]:
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
-        question = MapQuestion(config=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, **asked)
+        question = MapRequest(config=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, **asked)
         data = map_data(question)
         return write_page(tmp_path / "map.html", data), question, data
 
@@ -271,7 +271,7 @@ def test_what_differs_from_the_plan_is_marked(chromium, drawn, tmp_path):
     rows[-1]["count"] += 1
     size = data["bytes"] | {"temp": 1 << 20, "total": 2, "limit": 3}
     answer = {"target": "h100:1x8", "mesh": data["mesh"], "bytes": size, "collectives": rows}
-    path = write_page(tmp_path / "compiled.html", map_data(question, answer=answer))
+    path = write_page(tmp_path / "compiled.html", map_data(question, result=answer))
     with opened(chromium, path) as page:
         page.click('[data-phase="decode"]')
         assert page.locator("#collectives tr.wrong").count() == 1
@@ -334,7 +334,7 @@ def _contrast(one: list[int], other: list[int]) -> float:
 def test_128_devices_of_a_real_model(chromium, tmp_path):
     config = str(CONFIGS / "deepseek-ai--DeepSeek-V3.json")
     mesh = "pipeline=4,expert=16,tensor=2"
-    data = map_data(MapQuestion(config=config, mesh=mesh, max_num_seqs=128, context=4096, hardware="h100"))
+    data = map_data(MapRequest(config=config, mesh=mesh, max_num_seqs=128, context=4096, hardware="h100"))
     path = write_page(tmp_path / "map.html", data)
     with opened(chromium, path) as page:
         assert page.locator("[data-device]").count() == 128

@@ -135,7 +135,7 @@ def test_json_is_the_answer_and_nothing_else(given, run_compile):
 
 
 def test_the_question_is_what_was_asked(capsys, monkeypatch):
-    asked: list[fit.Question] = []
+    asked: list[fit.CompileRequest] = []
     monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer())
     jaxmoe(capsys, *COMMAND)
     options = [
@@ -153,8 +153,10 @@ def test_the_question_is_what_was_asked(capsys, monkeypatch):
     jaxmoe(capsys, *COMMAND, *options)
     plain = {"config": "demo", "target": "v5p:2x2x1", "mesh": "tensor=4"}
     assert asked == [
-        fit.Question(**plain, max_num_seqs=64, context=4096, chunk_tokens=CHUNK_TOKENS),
-        fit.Question(**plain, max_num_seqs=8, context=256, chunk_tokens=64, kv_dtype="fp8", dispatch="all_gather"),
+        fit.CompileRequest(**plain, max_num_seqs=64, context=4096, chunk_tokens=CHUNK_TOKENS),
+        fit.CompileRequest(
+            **plain, max_num_seqs=8, context=256, chunk_tokens=64, kv_dtype="fp8", dispatch="all_gather"
+        ),
     ]
 
 

@@ -59,7 +59,7 @@ def answer_to(question) -> dict:
 
 
 def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
-    asked: list[fit.Question] = []
+    asked: list[fit.CompileRequest] = []
     monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer_to(question))
     options = [
         "--mesh",
@@ -75,7 +75,7 @@ def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
     ]
     printed = json.loads(jaxmoe(capsys, "map", "demo", *options, "--json").out)
     plain = {"config": "demo", "target": "b200:2x8", "mesh": "expert=16", "max_num_seqs": 8}
-    assert asked == [fit.Question(**plain, context=256, kv_dtype="fp8")]
+    assert asked == [fit.CompileRequest(**plain, context=256, kv_dtype="fp8")]
     assert (printed["compiled"]["target"], printed["fabric"]["name"]) == ("b200:2x8", "b200")
     compiled = [row["compiled"] for row in printed["collectives"] if row["phase"] == "decode"]
     assert compiled == [0] * (len(compiled) - 1) + [3]

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.planner.hardware import hardware_names
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
@@ -99,13 +99,13 @@ def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, l
     given = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
     given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     engine = found["engine"]
-    question = ModelQuestion(
+    question = InspectRequest(
         config=model, max_num_seqs=engine["max_num_seqs"], context=engine["context"],
         chunk_tokens=engine["chunk_tokens"],
         **given,
     )  # fmt: skip
     assert question.checked_model()[0].quantization is not None
-    asked = ModelQuestion(config=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
+    asked = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
     assert asked.checked_model()[0].quantization is not None
 
 
@@ -171,7 +171,7 @@ def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs)
     length = ["--isl", "32", "--osl", "32", "--mesh", "expert=8"]
     said = plan(capsys, model, "--hardware", "b200", *length)["reasons"]
     assert any(line.startswith("Planned only: generate, inspect, compile and map refuse") for line in said) != runs
-    read = ModelQuestion(config=model, mesh="data=1", max_num_seqs=1, context=1)
+    read = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1)
     if runs:
         assert read.checked_model()
     elif model != "deepseek-v3.2":  # whose layers refuse it, later

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.report import parameter_reports, total_bytes
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops import quantized_matmul
@@ -136,7 +136,7 @@ def test_a_device_holds_what_the_file_does(form, mesh, tmp_path):
     name = "mixtral_six_experts" if form == "mxfp4" else "qwen3_moe_norm"
     config = CASES_BY_NAME[name].config | GEOMETRY | EXPERTS[name]
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FORMS[form][1]}))
-    question = ModelQuestion(config=str(tmp_path), mesh=mesh, max_num_seqs=8, context=32)
+    question = InspectRequest(config=str(tmp_path), mesh=mesh, max_num_seqs=8, context=32)
     read, _ = question.checked_model()
     runner = question.runner(read, mesh_of(mesh), XLA)
     held = total_bytes(parameter_reports(runner))

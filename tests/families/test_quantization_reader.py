@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.engine.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.quantization.formats import MXFP4, NVFP4, QuantizationFormat
 
 from ..tiny.cases import CASES_BY_NAME
@@ -200,7 +200,7 @@ def test_short_names_of_dtypes_are_the_long_ones(alias):
     if name in KV_DTYPES:
         choose_dtypes(config, **asked | {"kv_dtype": alias})
         assert kv_array_dtype(alias) == name
-    question = ModelQuestion(
+    question = InspectRequest(
         config="", mesh="", max_num_seqs=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias
     )
     assert (question.dtype, question.weights_dtype, question.kv_dtype) == (name, name, name)

@@ -19,7 +19,7 @@ import pytest
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, abstract_runner, compile_step, held_bytes
-from jaxmoe.inspect.fit import Question, compile_for
+from jaxmoe.inspect.fit import CompileRequest, compile_for
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.sharding import Placement
 
@@ -57,9 +57,9 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
         compile_step(runner, "decode", max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=1)
 
 
-def question(tiny_dir, **changes) -> Question:
+def question(tiny_dir, **changes) -> CompileRequest:
     asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64)
-    return Question(**(asked | changes))
+    return CompileRequest(**(asked | changes))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, mo
         "import jaxmoe.inspect.targets as targets; targets.topology_devices = None"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
-    answer = compile_for(Question(config="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64))
+    answer = compile_for(
+        CompileRequest(config="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64)
+    )
     assert not answer["fits"]
     assert answer["bytes"]["weights"] > answer["bytes"]["limit"]
     with pytest.raises(ConfigError, match=r"dispatch=ragged_all_to_all reaches 8 GPUs at most"):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import engine_state, held_bytes, step_bucket
-from jaxmoe.inspect.map.data import MapQuestion, bytes_by_part, map_data, model_name
+from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data, model_name
 from jaxmoe.inspect.map.fabric import fabric_of, torus_shape
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.planner.hardware import read_hardware
@@ -40,7 +40,7 @@ CASES = [
 def drawn(request, changed_dir):
     """(the question, what the map says, the same model on eight devices that are there)."""
     name, keys, mesh, asked = request.param
-    question = MapQuestion(
+    question = MapRequest(
         config=str(changed_dir(name, **keys)), mesh=mesh, max_num_seqs=8, context=32, chunk_tokens=32, dtype="float32",
         **asked,
     )  # fmt: skip
@@ -98,9 +98,7 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
 def test_every_layer_says_what_its_block_says(changed_dir):
     """One dense layer before MoE layers, tokens shared out: stops by segment, in the order a token passes them."""
     config = str(changed_dir("deepseek_v3_groups"))
-    data = map_data(
-        MapQuestion(config=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp")
-    )
+    data = map_data(MapRequest(config=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp"))
     dense, sparse = (
         [(stop["where"], stop["op"]) for stop in data["steps"]["prefill"]["stops"] if stop["segment"] == segment]
         for segment in (0, 1)
@@ -111,9 +109,9 @@ def test_every_layer_says_what_its_block_says(changed_dir):
     assert sparse == [*attention, ("experts", "all-gather"), *exchange, ("experts", "reduce-scatter")]
 
 
-def question(changed_dir, **asked) -> MapQuestion:
+def question(changed_dir, **asked) -> MapRequest:
     plain = dict(config=str(changed_dir("qwen3_moe_norm")), mesh=ALL, max_num_seqs=8, context=32, dtype="float32")
-    return MapQuestion(**(plain | asked))
+    return MapRequest(**(plain | asked))
 
 
 def answer_of(data, **changes):
@@ -130,15 +128,15 @@ def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
     asked = question(changed_dir)
     plain = map_data(asked)
     answer = answer_of(plain)
-    same = map_data(asked, answer=answer)
+    same = map_data(asked, result=answer)
     assert all(row["compiled"] == row["planned"] for row in same["collectives"])
     assert same["compiled"] == {"target": "h100:1x8", "bytes": answer["bytes"]}
     answer["collectives"][0]["count"] += 1
     answer["collectives"].append(answer["collectives"][0] | {"bytes": 12, "planned": 0, "count": 2})
-    differs = [row for row in map_data(asked, answer=answer)["collectives"] if row["compiled"] != row["planned"]]
+    differs = [row for row in map_data(asked, result=answer)["collectives"] if row["compiled"] != row["planned"]]
     assert [(row["compiled"] - row["planned"], row["where"] == []) for row in differs] == [(1, False), (2, True)]
     answer["collectives"] = [row for row in answer["collectives"] if row["phase"] == "decode"]
-    half = map_data(asked, answer=answer)["collectives"]
+    half = map_data(asked, result=answer)["collectives"]
     assert {row["compiled"] is None for row in half if row["phase"] == "prefill"} == {True}
 
 
@@ -154,7 +152,7 @@ def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
 def test_an_answer_to_another_question_is_refused(changes, words, changed_dir):
     asked = question(changed_dir)
     with pytest.raises(ConfigError, match=words):
-        map_data(asked, answer=answer_of(map_data(asked), **changes))
+        map_data(asked, result=answer_of(map_data(asked), **changes))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_the_timeline_goes_up_to_the_chunks_there_are(changed_dir):
     for layers, virtual_stages, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
         found = map_data(
-            MapQuestion(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, virtual_stages=virtual_stages)
+            MapRequest(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, virtual_stages=virtual_stages)
         )
         assert [part["max_virtual_stages"] for part in found["segments"] if part["stages"] > 1] == [most]
 

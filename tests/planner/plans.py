@@ -6,7 +6,7 @@ from functools import cache
 
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.search import Found, Question, search
+from jaxmoe.planner.search import Found, SearchRequest, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
@@ -15,10 +15,10 @@ LOAD = Load(isl=1024, osl=1024)
 
 
 @cache
-def question(model: str, hardware: str, devices: int, objective: str = "throughput") -> Question:
+def question(model: str, hardware: str, devices: int, objective: str = "throughput") -> SearchRequest:
     """DeepSeek's models with keys and values in fp8."""
     config = read_config(read_json(find_config(model)), planned=True)
-    return Question(
+    return SearchRequest(
         config=config, hardware=read_hardware(hardware), devices=devices, load=LOAD, objective=objective,
         kv_dtype="fp8" if model.startswith("deepseek") else None,
     )  # fmt: skip

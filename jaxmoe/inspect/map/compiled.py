@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 
 _ROW = ("phase", "op", "axes", "count", "bytes")
 _OPTIONS = {
@@ -20,42 +20,44 @@ _OPTIONS = {
 }  # fmt: skip
 
 
-def read_answer(path: str) -> dict[str, Any]:
+def read_compile_result(path: str) -> dict[str, Any]:
     """The answer in a file. Raises: ConfigError naming the file where it is none."""
     try:
-        answer = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: give what jaxmoe compile --json printed") from error
-    if not _is_answer(answer):
+    if not _is_compile_result(result):
         raise ConfigError(f"{path} is no answer of jaxmoe compile --json")
-    return answer
+    return result
 
 
-def _is_answer(answer: Any) -> bool:
-    if not isinstance(answer, dict) or not all(isinstance(answer.get(key), dict) for key in ("mesh", "bytes")):
+def _is_compile_result(result: Any) -> bool:
+    if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("mesh", "bytes")):
         return False
-    if not isinstance(answer.get("target", ""), str):
+    if not isinstance(result.get("target", ""), str):
         return False
-    if not all(key in answer["bytes"] for key in ("weights", "kv", "temp", "total", "limit")):
+    if not all(key in result["bytes"] for key in ("weights", "kv", "temp", "total", "limit")):
         return False
-    rows = answer.get("collectives")
+    rows = result.get("collectives")
     return isinstance(rows, list) and all(isinstance(row, dict) and all(key in row for key in _ROW) for row in rows)
 
 
-def check_answer(answer: Mapping[str, Any], question: ModelQuestion, runner: Runner, axes: Mapping[str, int]) -> None:
+def check_compile_result(
+    result: Mapping[str, Any], request: InspectRequest, runner: Runner, axes: Mapping[str, int]
+) -> None:
     """Raises: ConfigError for an answer to another question, naming where they differ."""
     here = {
-        "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": question.virtual_stages,
+        "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
-        "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "max_num_seqs": request.max_num_seqs, "context": request.context, "chunk_tokens": request.chunk_tokens,
         "family": runner.config.family,
     }  # fmt: skip
     for name, value in here.items():
-        if name in answer and answer[name] != value:
+        if name in result and result[name] != value:
             raise ConfigError(
-                f"the compiled answer is of {name}={_shown(answer[name])}, this map of {name}={_shown(value)}: "
+                f"the compiled answer is of {name}={_shown(result[name])}, this map of {name}={_shown(value)}: "
                 f"make {_OPTIONS[name]} equal"
             )
 
@@ -64,7 +66,7 @@ def _shown(value: Any) -> str:
     return ",".join(f"{axis}={size}" for axis, size in value.items()) if isinstance(value, dict) else str(value)
 
 
-def compared(steps: Mapping[str, Any], answer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def compared(steps: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Every collective of each step with how often it is planned to run, and how often the compiled step does; None
     where that step was not compiled."""
     rows: list[dict[str, Any]] = []
@@ -80,7 +82,7 @@ def compared(steps: Mapping[str, Any], answer: Mapping[str, Any] | None) -> list
                 places.append(stop["where"])
         compiled: Counter[tuple[Any, ...]] = Counter()
         there = False
-        for row in answer["collectives"] if answer else ():
+        for row in result["collectives"] if result else ():
             if row["phase"] == phase:
                 there = True
                 compiled[row["op"], tuple(row["axes"]), row["bytes"]] += row["count"]

@@ -19,9 +19,9 @@ from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, Phase, engine_state, held_bytes, step_bucket
-from jaxmoe.inspect.map.compiled import check_answer, compared
+from jaxmoe.inspect.map.compiled import check_compile_result, compared
 from jaxmoe.inspect.map.fabric import Fabric, fabric_of
-from jaxmoe.inspect.question import ModelQuestion
+from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.targets import DEVICES, parse_target
 from jaxmoe.mesh import PlannedMesh, preset_names
 from jaxmoe.model.attend import PAGE_DIMS
@@ -36,7 +36,7 @@ _MAX_DEVICES, _MAX_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapQuestion(ModelQuestion):
+class MapRequest(InspectRequest):
     """What to draw. hardware: a preset or a TOML file (planner/hardware.py); by default that of the target or of the
     mesh's preset, else none. target: the cluster a program was compiled for. micro_batches: those the timeline of
     stages begins with; the engine's own by default."""
@@ -72,27 +72,27 @@ class MapQuestion(ModelQuestion):
         return config, axes, fabric_of(self.checked_hardware(), count, shape=shape)
 
 
-def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All that the page shows of a model on a mesh, as `jaxmoe map --json` prints it. Nothing is compiled or run.
 
     answer: of `jaxmoe compile --json` for the same question, shown beside what is planned.
-    Raises: as MapQuestion.checked_fabric; ConfigError for an answer to another question.
+    Raises: as MapRequest.checked_fabric; ConfigError for an answer to another question.
     """
-    config, axes, fabric = question.checked_fabric()
-    kernels = question.chosen_kernels(config, config.dtype, axes, platform=fabric.platform)
-    runner = question.runner(config, PlannedMesh(axes, fabric.platform), replace(kernels, layers="scan"))
-    if answer is not None:
-        check_answer(answer, question, runner, axes)
-    weights, kv = held_bytes(runner, **question.sizes)
-    steps: dict[str, dict[str, Any]] = {phase: _step(runner, question, phase) for phase in PHASES}
+    config, axes, fabric = request.checked_fabric()
+    kernels = request.chosen_kernels(config, config.dtype, axes, platform=fabric.platform)
+    runner = request.runner(config, PlannedMesh(axes, fabric.platform), replace(kernels, layers="scan"))
+    if result is not None:
+        check_compile_result(result, request, runner, axes)
+    weights, kv = held_bytes(runner, **request.sizes)
+    steps: dict[str, dict[str, Any]] = {phase: _step(runner, request, phase) for phase in PHASES}
     layout, placement = runner.placement.layout, runner.placement
     return {
-        "model": model_name(question.config), "family": config.family, "mesh": axes, "layout": str(layout),
+        "model": model_name(request.config), "family": config.family, "mesh": axes, "layout": str(layout),
         "shares": {name: list(axes) for name, axes in vars(layout).items() if name != "table"},
-        "virtual_stages": question.virtual_stages, "micro_batches": question.micro_batches,
+        "virtual_stages": request.virtual_stages, "micro_batches": request.micro_batches,
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
-        "weights_dtype": question.weights_dtype or "as in the checkpoint",
-        "max_num_seqs": question.max_num_seqs, "context": question.context, "chunk_tokens": question.chunk_tokens,
+        "weights_dtype": request.weights_dtype or "as in the checkpoint",
+        "max_num_seqs": request.max_num_seqs, "context": request.context, "chunk_tokens": request.chunk_tokens,
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
             asdict(segment) | {"slots": segment.slots, "virtual_stage_slots": segment.virtual_stage_slots,
@@ -101,11 +101,11 @@ def map_data(question: MapQuestion, *, answer: Mapping[str, Any] | None = None) 
                             "moe": [config.moe_layers[segment.first + block] for block in range(segment.period)]}
             for segment, size in zip(runner.segments, runner.sizes, strict=True)
         ],
-        "arrays": [*_parameters(runner), *_pages(runner, question)],
+        "arrays": [*_parameters(runner), *_pages(runner, request)],
         "pages": {"tokens": PAGE_SIZE * runner.context_ranks, "ranks": runner.num_ranks,
                   "axes": list(placement.axes("page")), "context_axes": list(placement.axes("page_token"))},
-        "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, answer),
-        "compiled": None if answer is None else {"target": answer.get("target"), "bytes": answer["bytes"]},
+        "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, result),
+        "compiled": None if result is None else {"target": result.get("target"), "bytes": result["bytes"]},
     }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def model_name(config: str) -> str:
 
 
 def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
-    """Tokens of a request where nobody says: 4096, or the model's most. Raises: as ModelQuestion.checked_model."""
+    """Tokens of a request where nobody says: 4096, or the model's most. Raises: as InspectRequest.checked_model."""
     most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
     return min(_USUAL_CONTEXT, most)
 
@@ -158,9 +158,9 @@ def _parameters(runner: Runner) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _pages(runner: Runner, question: ModelQuestion) -> list[dict[str, Any]]:
+def _pages(runner: Runner, request: InspectRequest) -> list[dict[str, Any]]:
     """The arrays of keys and values; times: blocks of the segment that have one each."""
-    state = engine_state(runner, **question.sizes)
+    state = engine_state(runner, **request.sizes)
     names = ("keys", "values") if len(runner.config.cached_dims) == 2 else ("latents",)
     arrays = []
     for segment, blocks in enumerate(state.pages):
@@ -181,10 +181,10 @@ def _split(sharding: Any) -> list[list[str]]:
     return [[axis for axis in one if axis is not None and sharding.mesh.shape[axis] > 1] for one in axes]
 
 
-def _step(runner: Runner, question: ModelQuestion, phase: Phase) -> dict[str, Any]:
+def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, Any]:
     """The shapes of a step of one rank of the batch, and every collective at its place."""
     placement = runner.placement
-    bucket = step_bucket(runner, phase, **question.sizes)
+    bucket = step_bucket(runner, phase, **request.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
     token_shard_axes = [
         axis
