@@ -29,19 +29,19 @@ from jaxmoe.planner.hardware import Hardware, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_pools
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
-    ALIKE,
     LATENCY_REQUESTS,
     OBJECTIVES,
-    Found,
+    REL_TOLERANCE,
     NoPlanError,
     Objective,
     Plan,
     SearchRequest,
+    SearchResult,
+    candidates_of,
     missed,
+    objective_value,
     search,
     servings_of,
-    specs_of,
-    value,
 )
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Lacks, Neighbors, reasons
@@ -209,11 +209,13 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
         "front": [plan_row(plan, hardware, config) for plan in search_result.front],
         "pools": pools_row(pools, best, search_request) if pools else None,
         "roofline": roofline(best.serving, search_request.load, concurrency=best.served.concurrency),
-        "specs_tried": search_result.tried,
+        "candidates_tried": search_result.tried,
     }  # fmt: skip
 
 
-def _search_devices(request: PlanRequest, config: ModelConfig, hardware: Hardware) -> tuple[SearchRequest, Found]:
+def _search_devices(
+    request: PlanRequest, config: ModelConfig, hardware: Hardware
+) -> tuple[SearchRequest, SearchResult]:
     """For the devices asked for, or the fewest that do."""
     given = request.devices or (request.nodes * hardware.devices_per_node if request.nodes else None)
     if given is None and request.mesh is not None:
@@ -248,10 +250,10 @@ def _search_devices(request: PlanRequest, config: ModelConfig, hardware: Hardwar
 
 def _worthwhile(
     request: PlanRequest, config: ModelConfig, hardware: Hardware, least: int
-) -> tuple[SearchRequest, Found]:
+) -> tuple[SearchRequest, SearchResult]:
     """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
     far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
-    tried: list[tuple[SearchRequest, Found]] = []
+    tried: list[tuple[SearchRequest, SearchResult]] = []
     errors: list[NoPlanError] = []
     devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MAX_DEVICES)
     while devices <= usual or (not tried and devices <= _TRIED_AT_MOST and _nearer(errors)):
@@ -274,12 +276,12 @@ def _worthwhile(
         for search_request, search_result in tried
         if _halved(search_request, search_result.best) == min_halved
     ]
-    best = min(value(search_request, search_result.best) for search_request, search_result in tried)
-    alike = ALIKE if request.objective == "cost" else _WORTHWHILE
+    best = min(objective_value(search_request, search_result.best) for search_request, search_result in tried)
+    alike = REL_TOLERANCE if request.objective == "cost" else _WORTHWHILE
     return next(
         (search_request, search_result)
         for search_request, search_result in tried
-        if value(search_request, search_result.best) <= (1 + alike) * best
+        if objective_value(search_request, search_result.best) <= (1 + alike) * best
     )
 
 
@@ -294,7 +296,7 @@ def _nearer(errors: list[NoPlanError]) -> bool:
     if len(errors) < 2 or errors[-1].lacks != "latency":
         return True
     before, last = errors[-2:]
-    return last.ttft < (1 - ALIKE) * before.ttft or last.tpot < (1 - ALIKE) * before.tpot
+    return last.ttft < (1 - REL_TOLERANCE) * before.ttft or last.tpot < (1 - REL_TOLERANCE) * before.tpot
 
 
 def _least(request: PlanRequest, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
@@ -305,14 +307,14 @@ def _least(request: PlanRequest, config: ModelConfig, hardware: Hardware, *, abo
             search_request = request.search_request(config, hardware, devices)
             if not request.dispatch and not request.virtual_stages:  # others need no less room
                 search_request = replace(search_request, dispatch="all_to_all", virtual_stages=1)
-            if next(servings_of(search_request, specs_of(search_request)), None) is not None:
+            if next(servings_of(search_request, candidates_of(search_request)), None) is not None:
                 return devices
         devices *= 2
     return None
 
 
 def _engine_devices(best: Plan) -> int:
-    sizes = dict(best.spec.axes)
+    sizes = dict(best.parallelism.axes)
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
@@ -338,7 +340,7 @@ def _lack(search_request: SearchRequest, error: NoPlanError) -> Lacks | None:
     if error.lacks != "room":
         return "limits" if error.lacks == "latency" else None
     alone = replace(search_request, load=replace(search_request.load, concurrency=1))
-    return "model" if next(servings_of(alone, specs_of(alone)), None) is None else "requests"
+    return "model" if next(servings_of(alone, candidates_of(alone)), None) is None else "requests"
 
 
 def rule_of_thumb_of(request: PlanRequest) -> dict[str, Any]:

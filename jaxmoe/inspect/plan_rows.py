@@ -16,11 +16,13 @@ _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 
 def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
     """One plan and what it is predicted to serve; no time a token where no token follows the first."""
-    spec, served = plan.spec, plan.served
+    parallelism, served = plan.parallelism, plan.served
     dollars = hardware.dollars_per_hour
     return {
-        "split": kind_of(spec, moe=config.moe is not None), "mesh": spec.mesh, "layout": str(spec.layout),
-        "dispatch": spec.dispatch, "virtual_stages": spec.virtual_stages, "chunk_tokens": spec.chunk_tokens,
+        "split": kind_of(parallelism, moe=config.moe is not None),
+        "mesh": parallelism.mesh, "layout": str(parallelism.layout),
+        "dispatch": parallelism.dispatch, "virtual_stages": parallelism.virtual_stages,
+        "chunk_tokens": parallelism.chunk_tokens,
         "max_num_seqs": served.concurrency, "max_requests": plan.max_requests, "ttft_ms": served.ttft * 1e3,
         "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
         "tokens_per_s_per_device": plan.tokens_per_s / plan.devices, "tokens_per_s": plan.tokens_per_s,
@@ -77,13 +79,13 @@ def weights_dtype_of(config: ModelConfig) -> str:
 def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
     """Options that generate, inspect, compile and map all take. given: those that were asked for, None where they say
     nothing. ignored: keys of config.json to pass over."""
-    spec, words = plan.spec, [f"--mesh {plan.spec.mesh}"]
-    if str(spec.layout) != "ep-tp":
-        words.append(f"--layout {spec.layout}")
-    if spec.dispatch != "all_to_all":
-        words.append(f"--dispatch {spec.dispatch}")
-    if spec.virtual_stages > 1:
-        words.append(f"--virtual-stages {spec.virtual_stages}")
+    parallelism, words = plan.parallelism, [f"--mesh {plan.parallelism.mesh}"]
+    if str(parallelism.layout) != "ep-tp":
+        words.append(f"--layout {parallelism.layout}")
+    if parallelism.dispatch != "all_to_all":
+        words.append(f"--dispatch {parallelism.dispatch}")
+    if parallelism.virtual_stages > 1:
+        words.append(f"--virtual-stages {parallelism.virtual_stages}")
     return " ".join([*words, *(f"--{name} {value}" for name, value in given.items() if value is not None),
                      *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
 
@@ -93,7 +95,7 @@ def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
     --max-num-seqs."""
     return {
         "max_num_seqs": plan.served.concurrency, "context": request.load.isl + request.load.osl,
-        "chunk_tokens": plan.spec.chunk_tokens,
+        "chunk_tokens": plan.parallelism.chunk_tokens,
     }  # fmt: skip
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 
 from jaxmoe.layouts import LAYOUTS
 from jaxmoe.planner.serving import Served, Serving
-from jaxmoe.planner.specs import SearchRequest, Spec
+from jaxmoe.planner.specs import ParallelismConfig, SearchRequest
 
 # Plans whose values lie so near are as good as each other: prices are not that exact.
-ALIKE = 0.03
+REL_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
 
-    spec: Spec
+    parallelism: ParallelismConfig
     served: Served
     serving: Serving
     max_requests: int
@@ -31,7 +31,7 @@ class Plan:
     @property
     def devices(self) -> int:
         """Of the mesh."""
-        return math.prod(size for _, size in self.spec.axes)
+        return math.prod(size for _, size in self.parallelism.axes)
 
     @property
     def request_seconds(self) -> float:
@@ -56,7 +56,7 @@ def meets(request: SearchRequest, plan: Plan) -> bool:
     )
 
 
-def value(request: SearchRequest, plan: Plan) -> float:
+def objective_value(request: SearchRequest, plan: Plan) -> float:
     """What the objective wants least of."""
     if request.objective == "latency":
         return plan.request_seconds
@@ -67,32 +67,32 @@ def order(request: SearchRequest, plan: Plan) -> tuple[int, float]:
     """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
     requests, fewer of them come later: of one request alone all latencies are low."""
     assumed = request.objective == "latency" and request.load.concurrency is None
-    return (-plan.served.concurrency if assumed else 0, value(request, plan))
+    return (-plan.served.concurrency if assumed else 0, objective_value(request, plan))
 
 
-def chosen(request: SearchRequest, plans: list[Plan]) -> Plan:
+def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
     """Of the plans as good as the best: the best in what was not asked for (a request's time, or tokens a second), then
     the one that leans least on links between fabrics, then the plainest."""
     first, least = min(order(request, plan) for plan in plans)
-    alike = [plan for plan in plans if order(request, plan) <= (first, least * (1 + ALIKE))]
+    alike = [plan for plan in plans if order(request, plan) <= (first, least * (1 + REL_TOLERANCE))]
     other = replace(request, objective="throughput" if request.objective == "latency" else "latency")
-    best = min(value(other, plan) for plan in alike)
-    alike = [plan for plan in alike if value(other, plan) <= best * (1 + ALIKE)]
+    best = min(objective_value(other, plan) for plan in alike)
+    alike = [plan for plan in alike if objective_value(other, plan) <= best * (1 + REL_TOLERANCE)]
     names = list(LAYOUTS.values())
 
     def plainness(plan: Plan) -> tuple[float, ...]:
-        spec, mean_step = plan.spec, plan.served.mean_step
+        parallelism, mean_step = plan.parallelism, plan.served.mean_step
         return (
-            round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in spec.axes),
-            spec.virtual_stages,
-            names.index(spec.layout) if spec.layout in names else 0, spec.dispatch != "all_to_all",
-            value(request, plan),
+            round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in parallelism.axes),
+            parallelism.virtual_stages,
+            names.index(parallelism.layout) if parallelism.layout in names else 0, parallelism.dispatch != "all_to_all",
+            objective_value(request, plan),
         )  # fmt: skip
 
     return min(alike, key=plainness)
 
 
-def front_of(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
+def pareto_front(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
     """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
     `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
     front: list[Plan] = []
@@ -116,7 +116,9 @@ def _each(plan: Plan) -> float:
 
 def _doubles(plan: Plan, other: Plan) -> bool:
     """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
-    if replace(plan.spec, chunk_tokens=0) != replace(other.spec, chunk_tokens=0):
+    if replace(plan.parallelism, chunk_tokens=0) != replace(other.parallelism, chunk_tokens=0):
         return False
     ratios = plan.served.pace / other.served.pace, _each(plan) / _each(other)
-    return plan.spec != other.spec and all(1 / (1 + ALIKE) <= ratio <= 1 + ALIKE for ratio in ratios)
+    return plan.parallelism != other.parallelism and all(
+        1 / (1 + REL_TOLERANCE) <= ratio <= 1 + REL_TOLERANCE for ratio in ratios
+    )

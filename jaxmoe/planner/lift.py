@@ -12,7 +12,7 @@ from dataclasses import replace
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import with_checkpoint_quantization
-from jaxmoe.planner.choose import ALIKE, Plan, limited, value
+from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, objective_value
 from jaxmoe.planner.search import search
 from jaxmoe.planner.specs import SearchRequest
 
@@ -24,23 +24,23 @@ def remedies(request: SearchRequest, best: Plan, binds: str, *, more_devices: bo
     the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
     is better."""
     gains = ((words, _gain(request, best, other)) for words, other in _changes(request, best))
-    ranked = sorted(((words, gain) for words, gain in gains if gain > ALIKE), key=lambda one: -one[1])
+    ranked = sorted(((words, gain) for words, gain in gains if gain > REL_TOLERANCE), key=lambda one: -one[1])
     lifts = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]
     return [*lifts, *_links(request, binds), *(["more devices"] if more_devices else [])]
 
 
 def _gain(request: SearchRequest, best: Plan, other: SearchRequest) -> float:
     """How much more is served, or how much sooner, of the same split with another question; 0 where it has no room."""
-    spec, load = best.spec, other.load
+    parallelism, load = best.parallelism, other.load
     if request.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
-    virtual_stages = other.virtual_stages or spec.virtual_stages
+    virtual_stages = other.virtual_stages or parallelism.virtual_stages
     same = replace(
-        other, axes=dict(spec.axes), layout=spec.layout, dispatch=spec.dispatch,
+        other, axes=dict(parallelism.axes), layout=parallelism.layout, dispatch=parallelism.dispatch,
         virtual_stages=virtual_stages, load=load,
     )  # fmt: skip
     try:
-        return value(request, best) / value(request, search(same).best) - 1
+        return objective_value(request, best) / objective_value(request, search(same).best) - 1
     except ConfigError:
         return 0.0
 
@@ -57,7 +57,7 @@ def _changes(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRe
     if best.serving.held.kv_dtype in _WIDE:
         yield "shorter pages (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
     yield from _requests(request, best)
-    stages, virtual_stages = dict(best.spec.axes)["pipeline"], 2 * best.spec.virtual_stages
+    stages, virtual_stages = dict(best.parallelism.axes)["pipeline"], 2 * best.parallelism.virtual_stages
     if stages > 1 and request.config.num_hidden_layers >= stages * virtual_stages:
         yield (
             f"more virtual stages (--virtual-stages {virtual_stages})",

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxmoe.planner.cost import Rows
-from jaxmoe.planner.search import Plan, SearchRequest, Spec, servings_of, specs_of
+from jaxmoe.planner.search import ParallelismConfig, Plan, SearchRequest, candidates_of, servings_of
 from jaxmoe.planner.serving import Served, Serving
 from jaxmoe.planner.specs import CHUNKS
 
@@ -25,8 +25,8 @@ class Pools:
     engine_devices: int
     prefill_engines: int
     decode_engines: int
-    prefill: Spec
-    decode: Spec
+    prefill: ParallelismConfig
+    decode: ParallelismConfig
     concurrency: int
     ttft: float
     tpot: float
@@ -42,12 +42,12 @@ class Pools:
 
 @dataclass(frozen=True)
 class _Prefill:
-    spec: Spec
+    parallelism: ParallelismConfig
     requests_per_s: float
     seconds: float  # of one prompt
 
 
-_Decode = tuple[Spec, Serving, Served]
+_Decode = tuple[ParallelismConfig, Serving, Served]
 
 
 def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
@@ -60,9 +60,10 @@ def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int 
     small = replace(request, devices=engine_devices, axes=None, load=replace(request.load, concurrency=None))
     # One way of sending tokens to experts: the last that the hardware has sends least.
     servings = [
-        (alike[-1], serving.dispatched(alike[-1].dispatch)) for alike, serving in servings_of(small, specs_of(small))
+        (alike[-1], serving.dispatched(alike[-1].dispatch))
+        for alike, serving in servings_of(small, candidates_of(small))
     ]
-    prefills = [one for spec, serving in servings for one in _prefills(small, spec, serving)]
+    prefills = [one for parallelism, serving in servings for one in _prefills(small, parallelism, serving)]
     plans, second = [], _decode(small, servings, None) if concurrency is None else None
     for count in range(1, engines, math.ceil(engines / _SHARES)):
         if concurrency is not None:
@@ -83,7 +84,7 @@ def _pools(
 ) -> Pools:  # fmt: skip
     """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
     number of requests those that neither kind has begun with wait for their prompts to be read."""
-    (spec, serving, served), (size, prefilling, decoding) = second, shared
+    (parallelism, serving, served), (size, prefilling, decoding) = second, shared
     transfer, osl = _transfer(request, serving), request.load.osl
     ttft = first.seconds + transfer
     rate = min(prefilling * first.requests_per_s * osl, decoding * served.tokens_per_s)
@@ -95,19 +96,19 @@ def _pools(
         concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * served.tpot))
     return Pools(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
-        prefill=first.spec, decode=spec, concurrency=concurrency, ttft=ttft,
+        prefill=first.parallelism, decode=parallelism, concurrency=concurrency, ttft=ttft,
         tpot=served.tpot, transfer=transfer, tokens_per_s=rate, osl=osl,
     )  # fmt: skip
 
 
-def _prefills(request: SearchRequest, spec: Spec, serving: Serving) -> list[_Prefill]:
+def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: Serving) -> list[_Prefill]:
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
     isl, engines = request.load.isl, []
     for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
-        engines.append(_Prefill(replace(spec, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
+        engines.append(_Prefill(replace(parallelism, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
     return engines
 
 
@@ -120,10 +121,12 @@ def _first(request: SearchRequest, prefills: Iterable[_Prefill], transfer: float
     return max(kept, key=lambda one: one.requests_per_s, default=None)
 
 
-def _decode(request: SearchRequest, servings: list[tuple[Spec, Serving]], rows: int | None) -> _Decode | None:
+def _decode(
+    request: SearchRequest, servings: list[tuple[ParallelismConfig, Serving]], rows: int | None
+) -> _Decode | None:
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
     engines: list[_Decode] = []
-    for spec, serving in servings:
+    for parallelism, serving in servings:
         most = serving.max_requests(request.load)
         if rows is not None:
             counts = {rows} if rows <= most else set()
@@ -132,7 +135,7 @@ def _decode(request: SearchRequest, servings: list[tuple[Spec, Serving]], rows: 
         for count in counts:
             served = serving.serve(request.load, count, prefills=False)
             if request.tpot_limit is None or served.tpot <= request.tpot_limit:
-                engines.append((spec, serving, served))
+                engines.append((parallelism, serving, served))
     if request.objective == "latency":
         return min(engines, key=lambda one: one[2].tpot, default=None)
     return max(engines, key=lambda one: one[2].tokens_per_s, default=None)

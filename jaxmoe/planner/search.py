@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.choose import ALIKE, Plan, chosen, front_of, limited, meets, order, value
+from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, meets, objective_value, order, pareto_front, select_best
 from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
@@ -23,29 +23,29 @@ from jaxmoe.planner.specs import (
     CHUNKS,
     OBJECTIVES,
     Objective,
+    ParallelismConfig,
     SearchRequest,
-    Spec,
+    candidates_of,
     kind_of,
     placement_of,
-    specs_of,
     why_none,
 )
 
 __all__ = [
-    "ALIKE",
     "OBJECTIVES",
-    "Found",
+    "REL_TOLERANCE",
     "Load",
     "NoPlanError",
     "Objective",
+    "ParallelismConfig",
     "Plan",
     "SearchRequest",
-    "Spec",
+    "SearchResult",
+    "candidates_of",
     "kind_of",
+    "objective_value",
     "search",
     "servings_of",
-    "specs_of",
-    "value",
 ]
 
 Lack = Literal["room", "latency", "split"]
@@ -58,7 +58,7 @@ _LEADING = 12  # plans whose other options are looked at too
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """best: the plan chosen; every: one of each spec that fits, for as many requests where a number was assumed, best
     first; front: plans that none beats in both tokens a second and time a token, slowest tokens last, `best` among
     them; tried: specs looked at."""
@@ -83,22 +83,24 @@ class NoPlanError(ConfigError):
         self.lacks, self.ttft, self.tpot, self.most = lacks, ttft, tpot, most
 
 
-def search(request: SearchRequest) -> Found:
+def search(request: SearchRequest) -> SearchResult:
     """All specs, at all numbers of requests that may matter.
 
     Raises: NoPlanError, ConfigError naming what is asked and what is possible.
     """
-    specs = list(specs_of(request))
-    if not specs:
+    candidates = list(candidates_of(request))
+    if not candidates:
         raise NoPlanError(why_none(request), lacks="split")
-    plans = _priced(request, specs)
+    plans = _priced(request, candidates)
     if not plans:
-        raise NoPlanError(_no_room(request, specs), lacks="room", most=_max_requests(request))
+        raise NoPlanError(_no_room(request, candidates), lacks="room", most=_max_requests(request))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     leading = sorted(plans, key=lambda plan: (not meets(request, plan), order(request, plan)))
-    for spec in dict.fromkeys(plan.spec for plan in leading[:_LEADING]):
-        for fine, serving in _servings(request, spec, [request.chunk_tokens] if request.chunk_tokens else CHUNKS):
+    for parallelism in dict.fromkeys(plan.parallelism for plan in leading[:_LEADING]):
+        for fine, serving in _servings(
+            request, parallelism, [request.chunk_tokens] if request.chunk_tokens else CHUNKS
+        ):
             plans += _plans(request, fine, serving, finely=True)
             if request.load.concurrency is None and (request.objective == "latency" or limited(request)):
                 # For the front alone.
@@ -107,25 +109,25 @@ def search(request: SearchRequest) -> Found:
     allowed = [plan for plan in plans if meets(request, plan)]
     if not allowed:
         raise _out_of_reach(request, plans)
-    best = chosen(request, allowed)
-    of_spec: dict[Spec, Plan] = {}
+    best = select_best(request, allowed)
+    by_parallelism: dict[ParallelismConfig, Plan] = {}
     for plan in sorted(allowed, key=lambda plan: order(request, plan)):
         if order(request, plan)[0] == order(request, best)[0]:
-            of_spec.setdefault(plan.spec, plan)
-    return Found(
+            by_parallelism.setdefault(plan.parallelism, plan)
+    return SearchResult(
         best=best,
-        every=list(of_spec.values()),
-        front=front_of([*allowed, *(plan for plan in shown if meets(request, plan))], best=best),
-        tried=len(specs),
+        every=list(by_parallelism.values()),
+        front=pareto_front([*allowed, *(plan for plan in shown if meets(request, plan))], best=best),
+        tried=len(candidates),
     )
 
 
-def _priced(request: SearchRequest, specs: list[Spec]) -> list[Plan]:
+def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[Plan]:
     """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
     then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
     worst = (1, math.inf)
-    bounds: list[tuple[tuple[int, float], str, Serving, list[Spec]]] = []
-    for alike, serving in servings_of(request, specs):
+    bounds: list[tuple[tuple[int, float], str, Serving, list[ParallelismConfig]]] = []
+    for alike, serving in servings_of(request, candidates):
         silent = _plans(request, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
         bound = min((order(request, plan) for plan in silent if meets(request, plan)), default=worst)
         bounds.append((bound, _sort_of(request, alike[0]), serving, alike))
@@ -135,29 +137,29 @@ def _priced(request: SearchRequest, specs: list[Spec]) -> list[Plan]:
         if bound > (best[0], _HOPELESS * best[1]) and sort in sorts:
             continue
         sorts.add(sort)
-        for spec in alike:
-            plans = _plans(request, spec, serving.dispatched(spec.dispatch), finely=False)
+        for parallelism in alike:
+            plans = _plans(request, parallelism, serving.dispatched(parallelism.dispatch), finely=False)
             priced += plans
             best = min([best, *(order(request, plan) for plan in plans if meets(request, plan))])
     return priced
 
 
-def _sort_of(request: SearchRequest, spec: Spec) -> str:
+def _sort_of(request: SearchRequest, parallelism: ParallelismConfig) -> str:
     """A kind of split without its numbers, and whether layers are split between fabrics."""
-    kind = re.sub(r"\d", "", kind_of(spec, moe=request.config.moe is not None))
-    axes, domain = dict(spec.axes), request.hardware.scale_up_devices
-    return f"{kind} {group_of(spec.layout.split, axes, domain).across > 1}"
+    kind = re.sub(r"\d", "", kind_of(parallelism, moe=request.config.moe is not None))
+    axes, domain = dict(parallelism.axes), request.hardware.scale_up_devices
+    return f"{kind} {group_of(parallelism.layout.split, axes, domain).across > 1}"
 
 
 def _plans(
-    request: SearchRequest, spec: Spec, serving: Serving, *, finely: bool, fully: bool = False
+    request: SearchRequest, parallelism: ParallelismConfig, serving: Serving, *, finely: bool, fully: bool = False
 ) -> list[Plan]:  # fmt: skip
     """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
     largest two, which are the best where requests say nothing to each other."""
     most, load = serving.max_requests(request.load), request.load
 
     def plan(count: int) -> Plan:
-        return Plan(spec=spec, served=serving.serve(load, count), serving=serving, max_requests=most)
+        return Plan(parallelism=parallelism, served=serving.serve(load, count), serving=serving, max_requests=most)
 
     if load.concurrency is not None:
         return [plan(load.concurrency)]
@@ -200,33 +202,39 @@ def _between(request: SearchRequest, plan: Callable[[int], Plan], down: list[Pla
     return plans
 
 
-def servings_of(request: SearchRequest, specs: Iterable[Spec]) -> Iterator[tuple[list[Spec], Serving]]:
+def servings_of(
+    request: SearchRequest, candidates: Iterable[ParallelismConfig]
+) -> Iterator[tuple[list[ParallelismConfig], Serving]]:
     """Specs that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
     requests, where the first chunk of prompts leaves too little by the smallest."""
-    for _, same in groupby(specs, key=lambda spec: replace(spec, dispatch="")):
+    for _, same in groupby(candidates, key=lambda parallelism: replace(parallelism, dispatch="")):
         alike = list(same)
         first = alike[0].chunk_tokens
         fitting = _servings(request, alike[0], [first, *([] if request.chunk_tokens else [min(CHUNKS)])])
-        for spec, serving in fitting:
-            yield [replace(one, chunk_tokens=spec.chunk_tokens) for one in alike], serving
+        for parallelism, serving in fitting:
+            yield [replace(one, chunk_tokens=parallelism.chunk_tokens) for one in alike], serving
             break
 
 
-def _servings(request: SearchRequest, spec: Spec, chunks: Iterable[int]) -> Iterator[tuple[Spec, Serving]]:
+def _servings(
+    request: SearchRequest, parallelism: ParallelismConfig, chunks: Iterable[int]
+) -> Iterator[tuple[ParallelismConfig, Serving]]:
     """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
     or too little memory for the requests (of an unknown number for one)."""
-    placement = placement_of(request.hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
+    placement = placement_of(
+        request.hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
+    )
     try:
         held = Held(request.config, placement, kv_dtype=request.kv_dtype)
     except ConfigError:
         return
     if held.weight_bytes >= request.hardware.hbm_bytes:
         return
-    cost = StepCost(held, request.hardware, dispatch=spec.dispatch, skew=request.skew)
+    cost = StepCost(held, request.hardware, dispatch=parallelism.dispatch, skew=request.skew)
     for chunk in chunks:
         serving = Serving(cost, chunk_tokens=chunk)
         if serving.max_requests(request.load) >= (request.load.concurrency or 1):
-            yield replace(spec, chunk_tokens=chunk), serving
+            yield replace(parallelism, chunk_tokens=chunk), serving
 
 
 def _max_requests(request: SearchRequest) -> int:
@@ -235,16 +243,18 @@ def _max_requests(request: SearchRequest) -> int:
         return 0
     load = replace(request.load, concurrency=None)
     free = replace(request, load=load, chunk_tokens=request.chunk_tokens or min(CHUNKS))
-    return max((serving.max_requests(load) for _, serving in servings_of(free, specs_of(free))), default=0)
+    return max((serving.max_requests(load) for _, serving in servings_of(free, candidates_of(free))), default=0)
 
 
-def _no_room(request: SearchRequest, specs: list[Spec]) -> str:
+def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str:
     """Why nothing fits, with numbers."""
     load, hardware = request.load, request.hardware
     held: list[int] = []
     error: ConfigError | None = None
-    for spec in specs:
-        placement = placement_of(hardware, spec.axes, spec.layout, virtual_stages=spec.virtual_stages)
+    for parallelism in candidates:
+        placement = placement_of(
+            hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
+        )
         try:
             held.append(Held(request.config, placement).weight_bytes)
         except ConfigError as cannot:

@@ -51,7 +51,7 @@ class SearchRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class ParallelismConfig:
     """One way to split a model."""
 
     axes: tuple[tuple[str, int], ...]
@@ -67,7 +67,7 @@ class Spec:
         return ",".join(shown) or "data=1"
 
 
-def specs_of(request: SearchRequest) -> Iterator[Spec]:
+def candidates_of(request: SearchRequest) -> Iterator[ParallelismConfig]:
     """Every way to split the model over the devices; those that place it alike once."""
     config, moe = request.config, request.config.moe is not None
     layouts = [request.layout] if request.layout else list(LAYOUTS.values())
@@ -83,7 +83,7 @@ def specs_of(request: SearchRequest) -> Iterator[Spec]:
                     means = (_meaning(axes, layout, moe, apart=dispatch in HIERARCHICAL), dispatch, virtual_stages)
                     if means not in seen:
                         seen.add(means)
-                        yield Spec(
+                        yield ParallelismConfig(
                             axes=axes, layout=layout, dispatch=dispatch, virtual_stages=virtual_stages,
                             chunk_tokens=request.chunk_tokens or FIRST_CHUNK,
                         )  # fmt: skip
@@ -172,9 +172,9 @@ def _virtual_stages(request: SearchRequest, sizes: Mapping[str, int]) -> Iterabl
     return [1, 2] if sizes["pipeline"] > 1 else [1]
 
 
-def kind_of(spec: Spec, *, moe: bool) -> str:
+def kind_of(parallelism: ParallelismConfig, *, moe: bool) -> str:
     """A split in the field's words: TP8 PP2, EP16, DP8."""
-    sizes, layout = dict(spec.axes), spec.layout
+    sizes, layout = dict(parallelism.axes), parallelism.layout
     degree = {
         "TP": math.prod(sizes[axis] for axis in layout.split), "PP": sizes["pipeline"],
         "CP": math.prod(sizes[axis] for axis in layout.context),

@@ -12,14 +12,14 @@ from jaxmoe.planner.lift import remedies
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats
-from jaxmoe.planner.search import ALIKE, Found, Plan, SearchRequest, kind_of, value
+from jaxmoe.planner.search import REL_TOLERANCE, Plan, SearchRequest, SearchResult, kind_of, objective_value
 from jaxmoe.planner.sizes import behind_windows, behind_words
 
 _BINDS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
     "scale_out": "collectives between {fabric}s", "launch": "launching kernels", "bubble": "stages that wait",
 }  # fmt: skip
-_NOTHING = f"Of what was asked for, no change was found that lifts it by more than {ALIKE:.0%}."
+_NOTHING = f"Of what was asked for, no change was found that lifts it by more than {REL_TOLERANCE:.0%}."
 # What so many devices have no room for, or cannot keep.
 Lacks = Literal["model", "requests", "limits"]
 
@@ -33,7 +33,7 @@ class Neighbors:
     half_lacks: Lacks | None = None
 
 
-def reasons(request: SearchRequest, result: Found, pools: Pools | None, neighbors: Neighbors) -> list[str]:
+def reasons(request: SearchRequest, result: SearchResult, pools: Pools | None, neighbors: Neighbors) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
         *_binding(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
@@ -65,7 +65,7 @@ def _binding(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterat
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
     then = f"; then {_binds(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
-    more = twice is not None and value(request, twice) < (1 - ALIKE) * value(request, best)
+    more = twice is not None and objective_value(request, twice) < (1 - REL_TOLERANCE) * objective_value(request, best)
     lifts = remedies(request, best, first, more_devices=more)
     lift = f"What would lift it next: {'; or '.join(lifts)}." if lifts else _NOTHING
     yield (
@@ -102,19 +102,19 @@ def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
 
 def _spans(request: SearchRequest, plan: Plan, axes: tuple[str, ...]) -> int:
     """Fast fabrics that take part along some axes."""
-    return group_of(axes, dict(plan.spec.axes), request.hardware.scale_up_devices).across
+    return group_of(axes, dict(plan.parallelism.axes), request.hardware.scale_up_devices).across
 
 
-def _tensor(request: SearchRequest, result: Found) -> Iterator[str]:
+def _tensor(request: SearchRequest, result: SearchResult) -> Iterator[str]:
     """Why layers are split inside a fast fabric only, or that they are not."""
     best, fabric = result.best, request.hardware.fabric
     if request.devices <= request.hardware.scale_up_devices:
         return
-    outside = [plan for plan in result.every if _spans(request, plan, plan.spec.layout.split) > 1]
-    if _spans(request, best, best.spec.layout.split) > 1:
-        yield f"Layers are split between {fabric}s: even so no other split was found better by more than {ALIKE:.0%}."
+    outside = [plan for plan in result.every if _spans(request, plan, plan.parallelism.layout.split) > 1]
+    if _spans(request, best, best.parallelism.layout.split) > 1:
+        yield f"Layers are split between {fabric}s: even so no other split is better by more than {REL_TOLERANCE:.0%}."
     elif outside:
-        other = min(outside, key=lambda plan: value(request, plan))
+        other = min(outside, key=lambda plan: objective_value(request, plan))
         verdict = f"; {_as_good(request, other, best)}" if _alike(request, other, best) else ""
         theirs, here = _part(other, best, "scale_out")
         yield (
@@ -124,7 +124,7 @@ def _tensor(request: SearchRequest, result: Found) -> Iterator[str]:
         )
 
 
-def _across(request: SearchRequest, result: Found) -> Iterator[str]:
+def _across(request: SearchRequest, result: SearchResult) -> Iterator[str]:
     """What lies between fast fabrics."""
     best, hardware = result.best, request.hardware
     fabric = hardware.fabric
@@ -132,9 +132,9 @@ def _across(request: SearchRequest, result: Found) -> Iterator[str]:
         if request.devices > 1:
             yield f"All {request.devices} devices are on one fast fabric: nothing has to cross a slower one."
         return
-    sizes, fabrics = dict(best.spec.axes), math.ceil(request.devices / hardware.scale_up_devices)
+    sizes, fabrics = dict(best.parallelism.axes), math.ceil(request.devices / hardware.scale_up_devices)
     crossing = [axis for axis, size in sizes.items() if size > 1 and _spans(request, best, (axis,)) > 1]
-    experts = best.spec.layout.experts if request.config.moe else ()
+    experts = best.parallelism.layout.experts if request.config.moe else ()
     if any(axis in experts for axis in crossing):
         across = _spans(request, best, experts)
         every = "both" if fabrics == 2 else f"all {fabrics}"
@@ -157,12 +157,12 @@ def _across(request: SearchRequest, result: Found) -> Iterator[str]:
         )
 
 
-def _others(request: SearchRequest, result: Found) -> Iterator[str]:
+def _others(request: SearchRequest, result: SearchResult) -> Iterator[str]:
     """The best of the other kinds of split."""
     moe, best = request.config.moe is not None, result.best
-    seen = {kind_of(best.spec, moe=moe)}
-    for plan in sorted(result.every, key=lambda plan: value(request, plan)):
-        kind = kind_of(plan.spec, moe=moe)
+    seen = {kind_of(best.parallelism, moe=moe)}
+    for plan in sorted(result.every, key=lambda plan: objective_value(request, plan)):
+        kind = kind_of(plan.parallelism, moe=moe)
         if kind in seen or len(seen) == 4:
             continue
         seen.add(kind)
@@ -175,11 +175,14 @@ def _others(request: SearchRequest, result: Found) -> Iterator[str]:
             )
             theirs, here = _part(plan, best, name)
             verdict = f"; {theirs} go to {_binds(request, name)}, {here} here"
-        yield f"Instead {kind} ({plan.spec.mesh}, {plan.spec.layout}) {_compared(request, plan, best)}{verdict}."
+        yield (
+            f"Instead {kind} ({plan.parallelism.mesh}, {plan.parallelism.layout}) "
+            f"{_compared(request, plan, best)}{verdict}."
+        )
 
 
 def _alike(request: SearchRequest, plan: Plan, best: Plan) -> bool:
-    return value(request, plan) <= (1 + ALIKE) * value(request, best)
+    return objective_value(request, plan) <= (1 + REL_TOLERANCE) * objective_value(request, best)
 
 
 def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
@@ -189,7 +192,7 @@ def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
     leaned = [one.served.mean_step.scale_out / one.served.mean_step.total for one in (plan, best)]
     if request.objective != "latency" and mine < theirs:
         why = f"a request takes {_seconds(mine)} s here and {_seconds(theirs)} there"
-    elif request.objective == "latency" and tokens[1] > (1 + ALIKE) * tokens[0]:
+    elif request.objective == "latency" and tokens[1] > (1 + REL_TOLERANCE) * tokens[0]:
         why = f"{digits(tokens[1])} tokens/s a device are served here and {digits(tokens[0])} there"
     elif leaned[1] < leaned[0]:
         why = f"{leaned[1]:.1%} of a step lie between {request.hardware.fabric}s here and {leaned[0]:.1%} there"
@@ -255,7 +258,7 @@ def _too_few(request: SearchRequest, best: Plan, lacks: Lacks) -> str:
 
 def _slower(ratio: float, plan: Plan, best: Plan) -> str:
     more = ratio if plan.devices > best.devices else 1 / ratio
-    return ": more devices make it slower here" if more > 1 + ALIKE else ""
+    return ": more devices make it slower here" if more > 1 + REL_TOLERANCE else ""
 
 
 def _each(plan: Plan) -> float:
@@ -263,7 +266,7 @@ def _each(plan: Plan) -> float:
 
 
 def _named(request: SearchRequest, plan: Plan) -> str:
-    return f"{kind_of(plan.spec, moe=request.config.moe is not None)}: {plan.spec.mesh}"
+    return f"{kind_of(plan.parallelism, moe=request.config.moe is not None)}: {plan.parallelism.mesh}"
 
 
 def _compared(request: SearchRequest, plan: Plan, best: Plan) -> str:

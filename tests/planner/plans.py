@@ -6,7 +6,7 @@ from functools import cache
 
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.search import Found, SearchRequest, search
+from jaxmoe.planner.search import SearchRequest, SearchResult, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
@@ -25,6 +25,6 @@ def question(model: str, hardware: str, devices: int, objective: str = "throughp
 
 
 @cache
-def found(model: str, hardware: str, devices: int, objective: str = "throughput") -> Found:
+def found(model: str, hardware: str, devices: int, objective: str = "throughput") -> SearchResult:
     """What the search found."""
     return search(question(model, hardware, devices, objective))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.pools import beats, best_pools
-from jaxmoe.planner.search import servings_of, specs_of
+from jaxmoe.planner.search import candidates_of, servings_of
 from jaxmoe.planner.serving import Load
 
 from .plans import found, question
@@ -32,7 +32,7 @@ def test_a_prompt_takes_whole_steps_of_the_engine_that_reads_it(isl):
     assert pools is not None
     engine = replace(asked, devices=4)
     serving = next(
-        serving for alike, serving in servings_of(engine, specs_of(engine))
+        serving for alike, serving in servings_of(engine, candidates_of(engine))
         if replace(alike[-1], chunk_tokens=pools.prefill.chunk_tokens) == pools.prefill
     )  # fmt: skip
     chunk = pools.prefill.chunk_tokens

@@ -14,7 +14,7 @@ from jaxmoe.layouts import LAYOUTS, parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.links import group_of
-from jaxmoe.planner.search import NoPlanError, kind_of, search, specs_of
+from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Neighbors, reasons
 from scripts.score_planner import config_of
@@ -26,7 +26,7 @@ PUBLISHED = Path(__file__).parent / "data" / "published_sample.csv"
 
 def kind(model: str, *rest) -> str:
     asked = question(model, *rest)
-    return kind_of(found(model, *rest).best.spec, moe=asked.config.moe is not None)
+    return kind_of(found(model, *rest).best.parallelism, moe=asked.config.moe is not None)
 
 
 def test_a_small_model_is_replicated_for_throughput_and_split_for_latency():
@@ -41,14 +41,14 @@ def test_a_dense_model_over_two_nodes_is_split_inside_and_staged_between():
 def test_experts_lie_over_all_of_two_nodes_where_one_is_too_small():
     assert "EP16" in kind("deepseek-v3", "h100", 16)
     best = found("deepseek-v3", "h100", 16).best
-    exchanged = tuple(axis for axis in best.spec.layout.experts if axis in best.spec.layout.batch)
-    assert group_of(exchanged, dict(best.spec.axes), 8).across == 2
+    exchanged = tuple(axis for axis in best.parallelism.layout.experts if axis in best.parallelism.layout.batch)
+    assert group_of(exchanged, dict(best.parallelism.axes), 8).across == 2
 
 
 def test_a_model_that_fits_one_node_stays_there():
     assert "EP8" in kind("deepseek-v3.1", "b200", 8)
     best = found("deepseek-v3.1", "b200", 16).best
-    assert dict(best.spec.axes)["data"] == 2
+    assert dict(best.parallelism.axes)["data"] == 2
     assert best.served.mean_step.scale_out == 0
     said = " ".join(reasons(question("deepseek-v3.1", "b200", 16), found("deepseek-v3.1", "b200", 16), None,
                             Neighbors(half=None, twice=None)))  # fmt: skip
@@ -76,7 +76,7 @@ def test_no_plan_found_is_better_than_the_best_by_more_than_prices_are_exact():
 
 @pytest.mark.parametrize("devices", [1, 6, 8, 12])
 def test_specs_use_all_devices_and_mean_something_else_each(devices):
-    specs = list(specs_of(question("qwen3-30b-a3b", "h100", devices)))
+    specs = list(candidates_of(question("qwen3-30b-a3b", "h100", devices)))
     assert specs
     assert all(math.prod(size for _, size in spec.axes) == devices for spec in specs)
     assert len(set(specs)) == len(specs)
@@ -92,7 +92,7 @@ def test_what_is_asked_for_is_kept():
         question("qwen3-30b-a3b", "h100", 8), axes=check_axes({"pipeline": 2, "expert": 4}),
         layout=parse_layout("dp-ep"), dispatch="all_gather", virtual_stages=2, chunk_tokens=1024,
     )  # fmt: skip
-    spec = search(asked).best.spec
+    spec = search(asked).best.parallelism
     assert (spec.mesh, spec.layout, spec.dispatch) == ("pipeline=2,expert=4", LAYOUTS["dp-ep"], "all_gather")
     assert (spec.virtual_stages, spec.chunk_tokens) == (2, 1024)
 
@@ -177,9 +177,9 @@ def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
 
 def test_chunks_of_stages_and_dispatches_asked_for_are_looked_at_where_they_mean_something():
     asked = question("qwen3-30b-a3b", "h100", 8)
-    assert all(dict(spec.axes)["pipeline"] > 1 for spec in specs_of(replace(asked, virtual_stages=2)))
+    assert all(dict(spec.axes)["pipeline"] > 1 for spec in candidates_of(replace(asked, virtual_stages=2)))
     for dispatch in ("hierarchical", "all_gather"):
-        layouts = [spec.layout for spec in specs_of(replace(asked, dispatch=dispatch))]
+        layouts = [spec.layout for spec in candidates_of(replace(asked, dispatch=dispatch))]
         assert layouts
         assert all(layout.experts for layout in layouts)
     with pytest.raises(NoPlanError, match="virtual_stages=2 needs stages: no mesh of 1 device has any"):

@@ -11,7 +11,7 @@ from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.lift import remedies
-from jaxmoe.planner.search import ALIKE, kind_of, search, value
+from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search
 from jaxmoe.planner.serving import Load
 from jaxmoe.planner.why import Neighbors, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
@@ -43,14 +43,14 @@ def test_reasons_hold_numbers_and_what_binds():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
 def test_what_is_as_good_is_said_to_be_and_what_loses_loses(case):
     asked, one = question(*case), found(*case)
-    best = value(asked, one.best)
+    best = objective_value(asked, one.best)
     for line in said(case):
         if not (match := re.match(r"Instead (.+?) \((\S+), ", line)):
             continue
-        plan = next(plan for plan in sorted(one.every, key=lambda plan: value(asked, plan))
-                    if kind_of(plan.spec, moe=asked.config.moe is not None) == match[1])  # fmt: skip
-        assert plan.spec.mesh == match[2]
-        assert ("as good on paper" in line) == (value(asked, plan) <= (1 + ALIKE) * best)
+        plan = next(plan for plan in sorted(one.every, key=lambda plan: objective_value(asked, plan))
+                    if kind_of(plan.parallelism, moe=asked.config.moe is not None) == match[1])  # fmt: skip
+        assert plan.parallelism.mesh == match[2]
+        assert ("as good on paper" in line) == (objective_value(asked, plan) <= (1 + REL_TOLERANCE) * best)
         if "as good" not in line:
             theirs, here = (float(number) for number in re.findall(r"([\d.]+) (?:ms of|us for|here)", line))
             assert theirs >= here
@@ -150,9 +150,9 @@ def test_what_half_the_devices_lack_is_said(lacks, words):
 def test_more_devices_are_slower_beyond_noise_alone(factor, slower):
     """The same plan on twice the devices, with every request so many times as long."""
     best = found(*CASES[0]).best
-    axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.spec.axes)
+    axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.parallelism.axes)
     served = replace(best.served, ttft=factor * best.served.ttft, tpot=factor * best.served.tpot)
-    twice = replace(best, spec=replace(best.spec, axes=axes), served=served)
+    twice = replace(best, parallelism=replace(best.parallelism, axes=axes), served=served)
     line = next(line for line in said(CASES[0], Neighbors(half=None, twice=twice)) if line.startswith("Twice"))
     assert ("more devices make it slower here" in line) == slower
 
