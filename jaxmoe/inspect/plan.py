@@ -44,7 +44,7 @@ from jaxmoe.planner.search import (
     servings_of,
 )
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Lacks, Neighbors, reasons
+from jaxmoe.planner.why import NeighborPlans, UnmetLimit, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
@@ -189,7 +189,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
     config, hardware = request.checked()
     search_request, search_result = _search_devices(request, config, hardware)
     best = search_result.best
-    pools, around = None, Neighbors(half=None, twice=None)
+    pools, around = None, NeighborPlans(half=None, twice=None)
     if request.mesh is None:
         pool_concurrency = best.served.concurrency if request.objective == "latency" else request.max_num_seqs
         pools = best_pools(search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
@@ -229,21 +229,21 @@ def _search_devices(
         try:
             return search_request, search(search_request)
         except NoPlanError as error:
-            if error.lacks != "room" or request.mesh is not None:
+            if error.failure != "room" or request.mesh is not None:
                 raise
             least = _least(request, config, hardware, above=given)
-            remedies = [
+            suggestions = [
                 *([f"{least} devices would do"] if least else []),
                 *([f"fewer requests (--max-num-seqs, at most {error.most})"] if error.most else []),
                 f"a shorter --weights-dtype or --kv-dtype{'' if least else ' may do'}",
             ]
-            raise NoPlanError(f"{error}; {', or '.join(remedies)}", lacks="room") from error
+            raise NoPlanError(f"{error}; {', or '.join(suggestions)}", failure="room") from error
     least = _least(request, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
             f"{request.config} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
             f"or --kv-dtype, or fewer tokens, may do",
-            lacks="room",
+            failure="room",
         )
     return _worthwhile(request, config, hardware, least)
 
@@ -264,12 +264,12 @@ def _worthwhile(
             errors.append(error)
         devices *= 2
     if not tried:
-        late = [error for error in errors if error.lacks == "latency"]
+        late = [error for error in errors if error.failure == "latency"]
         if not late:
             raise errors[-1]
         ttft, tpot = min(error.ttft for error in late), min(error.tpot for error in late)
         many = f"any number of {hardware.device} up to {devices // 2}"
-        raise NoPlanError(missed(search_request, many, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+        raise NoPlanError(missed(search_request, many, ttft=ttft, tpot=tpot), failure="latency", ttft=ttft, tpot=tpot)
     min_halved = min(_halved(search_request, search_result.best) for search_request, search_result in tried)
     tried = [
         (search_request, search_result)
@@ -293,7 +293,7 @@ def _halved(search_request: SearchRequest, best: Plan) -> float:
 
 def _nearer(errors: list[NoPlanError]) -> bool:
     """Whether the last doubling of the devices made either time shorter by more than prices are exact."""
-    if len(errors) < 2 or errors[-1].lacks != "latency":
+    if len(errors) < 2 or errors[-1].failure != "latency":
         return True
     before, last = errors[-2:]
     return last.ttft < (1 - REL_TOLERANCE) * before.ttft or last.tpot < (1 - REL_TOLERANCE) * before.tpot
@@ -318,27 +318,27 @@ def _engine_devices(best: Plan) -> int:
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
-def _neighbors(search_request: SearchRequest, best: Plan) -> Neighbors:
+def _neighbors(search_request: SearchRequest, best: Plan) -> NeighborPlans:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
-    load, plans, lacks = search_request.load, [], []
+    load, plans, unmet = search_request.load, [], []
     if search_request.objective == "latency":
         load = replace(load, concurrency=best.served.concurrency)
     for devices in (search_request.devices // 2, search_request.devices * 2):
-        other, plan, lack = replace(search_request, devices=devices, load=load), None, None
+        other, plan, unmet_limit = replace(search_request, devices=devices, load=load), None, None
         if 1 <= devices <= _NEIGHBORS_OF_AT_MOST:
             try:
                 plan = search(other).best
             except NoPlanError as error:
-                lack = _lack(other, error)
+                unmet_limit = _unmet_limit(other, error)
         plans.append(plan)
-        lacks.append(lack)
-    return Neighbors(half=plans[0], twice=plans[1], half_lacks=lacks[0])
+        unmet.append(unmet_limit)
+    return NeighborPlans(half=plans[0], twice=plans[1], half_unmet=unmet[0])
 
 
-def _lack(search_request: SearchRequest, error: NoPlanError) -> Lacks | None:
+def _unmet_limit(search_request: SearchRequest, error: NoPlanError) -> UnmetLimit | None:
     """What the devices of a question have not."""
-    if error.lacks != "room":
-        return "limits" if error.lacks == "latency" else None
+    if error.failure != "room":
+        return "limits" if error.failure == "latency" else None
     alone = replace(search_request, load=replace(search_request.load, concurrency=1))
     return "model" if next(servings_of(alone, candidates_of(alone)), None) is None else "requests"
 

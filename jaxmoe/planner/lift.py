@@ -19,14 +19,14 @@ from jaxmoe.planner.specs import SearchRequest
 _WIDE = ("float32", "bfloat16", "float16")
 
 
-def remedies(request: SearchRequest, best: Plan, binds: str, *, more_devices: bool) -> list[str]:
+def improvements(request: SearchRequest, best: Plan, bottleneck: str, *, more_devices: bool) -> list[str]:
     """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
     the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
     is better."""
     gains = ((words, _gain(request, best, other)) for words, other in _changes(request, best))
     ranked = sorted(((words, gain) for words, gain in gains if gain > REL_TOLERANCE), key=lambda one: -one[1])
-    lifts = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]
-    return [*lifts, *_links(request, binds), *(["more devices"] if more_devices else [])]
+    lines = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]
+    return [*lines, *_links(request, bottleneck), *(["more devices"] if more_devices else [])]
 
 
 def _gain(request: SearchRequest, best: Plan, other: SearchRequest) -> float:
@@ -94,11 +94,11 @@ def _requests(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchR
         yield "looser limits, which let more requests in", replace(request, ttft_limit=None, tpot_limit=None)
 
 
-def _links(request: SearchRequest, binds: str) -> Iterator[str]:
+def _links(request: SearchRequest, bottleneck: str) -> Iterator[str]:
     hardware = request.hardware
-    if binds in ("link", "scale_out"):
-        rate = hardware.scale_up_gbps if binds == "link" else hardware.scale_out_gbps
-        where = f"inside a {hardware.fabric}" if binds == "link" else f"between {hardware.fabric}s"
+    if bottleneck in ("link", "scale_out"):
+        rate = hardware.scale_up_gbps if bottleneck == "link" else hardware.scale_out_gbps
+        where = f"inside a {hardware.fabric}" if bottleneck == "link" else f"between {hardware.fabric}s"
         yield f"faster links {where} than {rate:g} GB/s a device"
-    if request.axes and binds in ("link", "scale_out", "bubble"):
+    if request.axes and bottleneck in ("link", "scale_out", "bubble"):
         yield "another mesh, of which none was priced (leave out --mesh)"

@@ -48,7 +48,7 @@ __all__ = [
     "servings_of",
 ]
 
-Lack = Literal["room", "latency", "split"]
+PlanFailure = Literal["room", "latency", "split"]
 # Requests a device at once where the lowest latency is asked for and nobody says how many there are: halved while no
 # split has room for them, or keeps the limits asked for.
 LATENCY_REQUESTS = 4
@@ -77,10 +77,10 @@ class NoPlanError(ConfigError):
     """
 
     def __init__(
-        self, message: str, *, lacks: Lack, ttft: float = math.inf, tpot: float = math.inf, most: int = 0
+        self, message: str, *, failure: PlanFailure, ttft: float = math.inf, tpot: float = math.inf, most: int = 0
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.lacks, self.ttft, self.tpot, self.most = lacks, ttft, tpot, most
+        self.failure, self.ttft, self.tpot, self.most = failure, ttft, tpot, most
 
 
 def search(request: SearchRequest) -> SearchResult:
@@ -90,10 +90,10 @@ def search(request: SearchRequest) -> SearchResult:
     """
     candidates = list(candidates_of(request))
     if not candidates:
-        raise NoPlanError(why_none(request), lacks="split")
+        raise NoPlanError(why_none(request), failure="split")
     plans = _priced(request, candidates)
     if not plans:
-        raise NoPlanError(_no_room(request, candidates), lacks="room", most=_max_requests(request))
+        raise NoPlanError(_no_room(request, candidates), failure="room", most=_max_requests(request))
     shown: list[Plan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     leading = sorted(plans, key=lambda plan: (not meets(request, plan), order(request, plan)))
@@ -277,7 +277,7 @@ def _out_of_reach(request: SearchRequest, plans: list[Plan]) -> NoPlanError:
     """With what the best possible is, where limits of latency cannot be met."""
     ttft, tpot = min(plan.served.ttft for plan in plans), min(plan.served.tpot for plan in plans)
     devices = f"{request.devices} x {request.hardware.device}"
-    return NoPlanError(missed(request, devices, ttft=ttft, tpot=tpot), lacks="latency", ttft=ttft, tpot=tpot)
+    return NoPlanError(missed(request, devices, ttft=ttft, tpot=tpot), failure="latency", ttft=ttft, tpot=tpot)
 
 
 def missed(request: SearchRequest, devices: str, *, ttft: float, tpot: float) -> str:

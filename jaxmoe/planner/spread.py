@@ -54,10 +54,10 @@ def _shake(held: np.ndarray, rng: np.random.Generator) -> None:
         rank, other = rng.integers(len(held), size=2)
         own = int(rng.choice(np.flatnonzero(held[rank])))
         if rng.integers(2) and held[:, own].sum() > 1:
-            lacks = np.flatnonzero((held[rank] == 0) & (held.sum(axis=0) < len(held)))
-            if len(lacks):
+            missing = np.flatnonzero((held[rank] == 0) & (held.sum(axis=0) < len(held)))
+            if len(missing):
                 held[rank, own] -= 1
-                held[rank, rng.choice(lacks)] += 1
+                held[rank, rng.choice(missing)] += 1
             continue
         back = int(rng.choice(np.flatnonzero(held[other])))
         for at, gone, come in ((rank, own, back), (other, back, own)):

@@ -8,35 +8,35 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.planner.choose import limited
-from jaxmoe.planner.lift import remedies
+from jaxmoe.planner.lift import improvements
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import Pools, beats
 from jaxmoe.planner.search import REL_TOLERANCE, Plan, SearchRequest, SearchResult, kind_of, objective_value
 from jaxmoe.planner.sizes import behind_windows, behind_words
 
-_BINDS = {
+_BOTTLENECKS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
     "scale_out": "collectives between {fabric}s", "launch": "launching kernels", "bubble": "stages that wait",
 }  # fmt: skip
 _NOTHING = f"Of what was asked for, no change was found that lifts it by more than {REL_TOLERANCE:.0%}."
 # What so many devices have no room for, or cannot keep.
-Lacks = Literal["model", "requests", "limits"]
+UnmetLimit = Literal["model", "requests", "limits"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbors:
+class NeighborPlans:
     """The best plans for half and twice the devices; None where there is none, for what half of them lack."""
 
     half: Plan | None
     twice: Plan | None
-    half_lacks: Lacks | None = None
+    half_unmet: UnmetLimit | None = None
 
 
-def reasons(request: SearchRequest, result: SearchResult, pools: Pools | None, neighbors: Neighbors) -> list[str]:
+def reasons(request: SearchRequest, result: SearchResult, pools: Pools | None, neighbors: NeighborPlans) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
-        *_binding(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
+        *_bottleneck(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
         *_tensor(request, result), *_across(request, result), *_others(request, result),
         *_pools(request, result.best, pools), *_size(request, result.best, neighbors),
     ]  # fmt: skip
@@ -56,22 +56,22 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f}" if seconds >= 1 else f"{seconds:.3g}"
 
 
-def _binds(request: SearchRequest, name: str) -> str:
-    return _BINDS[name].format(fabric=request.hardware.fabric)
+def _bottleneck_words(request: SearchRequest, name: str) -> str:
+    return _BOTTLENECKS[name].format(fabric=request.hardware.fabric)
 
 
-def _binding(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterator[str]:
+def _bottleneck(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Iterator[str]:
     mean_step, twice = best.served.mean_step, neighbors.twice
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
-    then = f"; then {_binds(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
+    then = f"; then {_bottleneck_words(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
     more = twice is not None and objective_value(request, twice) < (1 - REL_TOLERANCE) * objective_value(request, best)
-    lifts = remedies(request, best, first, more_devices=more)
-    lift = f"What would lift it next: {'; or '.join(lifts)}." if lifts else _NOTHING
+    changes = improvements(request, best, first, more_devices=more)
+    advice = f"What would lift it next: {'; or '.join(changes)}." if changes else _NOTHING
     yield (
-        f"What binds: {_binds(request, first)}, {most / mean_step.total:.0%} of a mean step of "
+        f"What binds: {_bottleneck_words(request, first)}, {most / mean_step.total:.0%} of a mean step of "
         f"{mean_step.total * 1e3:.1f} ms"
-        f"{then}. {lift}"
+        f"{then}. {advice}"
     )
 
 
@@ -174,7 +174,7 @@ def _others(request: SearchRequest, result: SearchResult) -> Iterator[str]:
                 key=lambda name: _seconds_per_token(plan, name) - _seconds_per_token(best, name),
             )
             theirs, here = _part(plan, best, name)
-            verdict = f"; {theirs} go to {_binds(request, name)}, {here} here"
+            verdict = f"; {theirs} go to {_bottleneck_words(request, name)}, {here} here"
         yield (
             f"Instead {kind} ({plan.parallelism.mesh}, {plan.parallelism.layout}) "
             f"{_compared(request, plan, best)}{verdict}."
@@ -229,10 +229,10 @@ def _pools(request: SearchRequest, best: Plan, pools: Pools | None) -> Iterator[
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
 
 
-def _size(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterator[str]:
+def _size(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Iterator[str]:
     """What fewer and more devices would do."""
-    if neighbors.half_lacks is not None:
-        yield _too_few(request, best, neighbors.half_lacks)
+    if neighbors.half_unmet is not None:
+        yield _too_few(request, best, neighbors.half_unmet)
     for plan, words in ((neighbors.half, "Half the devices"), (neighbors.twice, "Twice the devices")):
         if plan is None:
             continue
@@ -244,7 +244,7 @@ def _size(request: SearchRequest, best: Plan, neighbors: Neighbors) -> Iterator[
             yield f"{words} would serve {ratio:.2f} times as many tokens a second and device."
 
 
-def _too_few(request: SearchRequest, best: Plan, lacks: Lacks) -> str:
+def _too_few(request: SearchRequest, best: Plan, unmet: UnmetLimit) -> str:
     half, fabric = request.devices // 2, request.hardware.fabric
     size = request.hardware.scale_up_devices
     small = f": one {fabric} is too small" if half == size else ""
@@ -253,7 +253,7 @@ def _too_few(request: SearchRequest, best: Plan, lacks: Lacks) -> str:
         "requests": f"hold the model, and have no room for {counted(best.served.concurrency, 'request')}{small}",
         "limits": f"keep no such limits{small if limited(request) else ''}",
     }  # fmt: skip
-    return f"Half the devices, {half}, {what[lacks]}."
+    return f"Half the devices, {half}, {what[unmet]}."
 
 
 def _slower(ratio: float, plan: Plan, best: Plan) -> str:

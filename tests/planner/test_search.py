@@ -16,7 +16,7 @@ from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Neighbors, reasons
+from jaxmoe.planner.why import NeighborPlans, reasons
 from scripts.score_planner import config_of
 
 from .plans import LOAD, found, question
@@ -51,7 +51,7 @@ def test_a_model_that_fits_one_node_stays_there():
     assert dict(best.parallelism.axes)["data"] == 2
     assert best.served.mean_step.scale_out == 0
     said = " ".join(reasons(question("deepseek-v3.1", "b200", 16), found("deepseek-v3.1", "b200", 16), None,
-                            Neighbors(half=None, twice=None)))  # fmt: skip
+                            NeighborPlans(half=None, twice=None)))  # fmt: skip
     assert "do not reach for multi-node yet" in said
 
 

@@ -10,29 +10,29 @@ import pytest
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.lift import remedies
+from jaxmoe.planner.lift import improvements
 from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search
 from jaxmoe.planner.serving import Load
-from jaxmoe.planner.why import Neighbors, counted, digits, reasons
+from jaxmoe.planner.why import NeighborPlans, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
 from .plans import found, question
 
-ALONE = Neighbors(half=None, twice=None)
+ALONE = NeighborPlans(half=None, twice=None)
 CASES = [
     ("llama-3.1-405b", "h100", 16, "latency"), ("deepseek-v3", "h100", 16), ("deepseek-v3", "h200", 64),
     ("qwen3-30b-a3b", "v5e", 16), ("llama-3.1-8b", "h100", 8),
 ]  # fmt: skip
 
 
-def said(case, neighbors: Neighbors = ALONE) -> list[str]:
+def said(case, neighbors: NeighborPlans = ALONE) -> list[str]:
     return reasons(question(*case), found(*case), None, neighbors)
 
 
 def test_reasons_hold_numbers_and_what_binds():
     case = CASES[0]
-    lines = said(case, Neighbors(half=None, twice=found(*case).best))
+    lines = said(case, NeighborPlans(half=None, twice=found(*case).best))
     assert lines[0].startswith("What binds: reading weights and pages from memory")
     assert any(line.startswith("Layers are split inside a node only") and "TP16" in line for line in lines)
     assert any(line.startswith("Stages of the pipeline lie between nodes") for line in lines)
@@ -78,7 +78,7 @@ def test_slices_are_no_nodes():
 def binds(model: str, hardware: str, part: str, weights_dtype: str | None = None, **changes) -> str:
     config = with_weights_dtype(read_config(read_json(find_config(model))), weights_dtype)
     asked = replace(question("llama-3.1-8b", "h100", 8), config=config, hardware=read_hardware(hardware), **changes)
-    return ", ".join(remedies(asked, search(asked).best, part, more_devices=False))
+    return ", ".join(improvements(asked, search(asked).best, part, more_devices=False))
 
 
 def test_remedies_differ_from_what_is():
@@ -100,7 +100,7 @@ def test_remedies_differ_from_what_is():
 def test_every_remedy_gains_what_it_says():
     """Of gpt-oss-120b on two H100 products bind, and pages in fp8 gain a third."""
     asked, best = question("gpt-oss-120b", "h100", 2), found("gpt-oss-120b", "h100", 2).best
-    (said,) = remedies(asked, best, "compute", more_devices=False)
+    (said,) = improvements(asked, best, "compute", more_devices=False)
     gain = search(replace(asked, kv_dtype="fp8")).best.tokens_per_s / best.tokens_per_s - 1
     assert said == f"shorter pages (--kv-dtype fp8): {gain:.0%} more tokens/s"
     assert gain > 0.2
@@ -116,7 +116,7 @@ def test_every_remedy_gains_what_it_says():
 )
 def test_what_gains_no_more_than_prices_are_exact_is_left_out(model, hardware, devices, changes, left_out):
     asked = replace(question(model, hardware, devices), **changes)
-    assert left_out not in " ".join(remedies(asked, search(asked).best, "memory", more_devices=False))
+    assert left_out not in " ".join(improvements(asked, search(asked).best, "memory", more_devices=False))
 
 
 def test_small_numbers_keep_their_digits():
@@ -143,7 +143,7 @@ def test_small_numbers_keep_their_digits():
     ],
 )
 def test_what_half_the_devices_lack_is_said(lacks, words):
-    assert words in said(CASES[0], Neighbors(half=None, twice=None, half_lacks=lacks))
+    assert words in said(CASES[0], NeighborPlans(half=None, twice=None, half_unmet=lacks))
 
 
 @pytest.mark.parametrize(("factor", "slower"), [(1.02, False), (1.05, True)])
@@ -153,7 +153,7 @@ def test_more_devices_are_slower_beyond_noise_alone(factor, slower):
     axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.parallelism.axes)
     served = replace(best.served, ttft=factor * best.served.ttft, tpot=factor * best.served.tpot)
     twice = replace(best, parallelism=replace(best.parallelism, axes=axes), served=served)
-    line = next(line for line in said(CASES[0], Neighbors(half=None, twice=twice)) if line.startswith("Twice"))
+    line = next(line for line in said(CASES[0], NeighborPlans(half=None, twice=twice)) if line.startswith("Twice"))
     assert ("more devices make it slower here" in line) == slower
 
 
