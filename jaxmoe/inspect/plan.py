@@ -43,7 +43,7 @@ from jaxmoe.planner.search import (
     search,
     servings_of,
 )
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, UnmetLimit, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
@@ -172,7 +172,7 @@ class PlanRequest:
             raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
         return SearchRequest(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
-            load=Load(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
+            workload=Workload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # of one token: kept
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
@@ -191,7 +191,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
     best = search_result.best
     pools, around = None, NeighborPlans(half=None, twice=None)
     if request.mesh is None:
-        pool_concurrency = best.served.concurrency if request.objective == "latency" else request.max_num_seqs
+        pool_concurrency = best.estimate.concurrency if request.objective == "latency" else request.max_num_seqs
         pools = best_pools(search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
         around = _neighbors(search_request, best)
     return {
@@ -208,7 +208,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
         "reasons": [*reasons(search_request, search_result, pools, around), *([] if request.runs() else [_PLANNED_ONLY])],
         "front": [plan_row(plan, hardware, config) for plan in search_result.front],
         "pools": pools_row(pools, best, search_request) if pools else None,
-        "roofline": roofline(best.serving, search_request.load, concurrency=best.served.concurrency),
+        "roofline": roofline(best.serving, search_request.workload, concurrency=best.estimate.concurrency),
         "candidates_tried": search_result.tried,
     }  # fmt: skip
 
@@ -287,8 +287,8 @@ def _worthwhile(
 
 def _halved(search_request: SearchRequest, best: Plan) -> float:
     """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
-    assumed = search_request.objective == "latency" and search_request.load.concurrency is None
-    return LATENCY_REQUESTS * search_request.devices / best.served.concurrency if assumed else 1.0
+    assumed = search_request.objective == "latency" and search_request.workload.concurrency is None
+    return LATENCY_REQUESTS * search_request.devices / best.estimate.concurrency if assumed else 1.0
 
 
 def _nearer(errors: list[NoPlanError]) -> bool:
@@ -320,11 +320,11 @@ def _engine_devices(best: Plan) -> int:
 
 def _neighbors(search_request: SearchRequest, best: Plan) -> NeighborPlans:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
-    load, plans, unmet = search_request.load, [], []
+    workload, plans, unmet = search_request.workload, [], []
     if search_request.objective == "latency":
-        load = replace(load, concurrency=best.served.concurrency)
+        workload = replace(workload, concurrency=best.estimate.concurrency)
     for devices in (search_request.devices // 2, search_request.devices * 2):
-        other, plan, unmet_limit = replace(search_request, devices=devices, load=load), None, None
+        other, plan, unmet_limit = replace(search_request, devices=devices, workload=workload), None, None
         if 1 <= devices <= _NEIGHBORS_OF_AT_MOST:
             try:
                 plan = search(other).best
@@ -339,7 +339,7 @@ def _unmet_limit(search_request: SearchRequest, error: NoPlanError) -> UnmetLimi
     """What the devices of a question have not."""
     if error.failure != "room":
         return "limits" if error.failure == "latency" else None
-    alone = replace(search_request, load=replace(search_request.load, concurrency=1))
+    alone = replace(search_request, workload=replace(search_request.workload, concurrency=1))
     return "model" if next(servings_of(alone, candidates_of(alone)), None) is None else "requests"
 
 

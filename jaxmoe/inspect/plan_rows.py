@@ -16,17 +16,18 @@ _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 
 def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
     """One plan and what it is predicted to serve; no time a token where no token follows the first."""
-    parallelism, served = plan.parallelism, plan.served
+    parallelism, estimate = plan.parallelism, plan.estimate
     dollars = hardware.dollars_per_hour
     return {
         "split": kind_of(parallelism, moe=config.moe is not None),
         "mesh": parallelism.mesh, "layout": str(parallelism.layout),
         "dispatch": parallelism.dispatch, "virtual_stages": parallelism.virtual_stages,
         "chunk_tokens": parallelism.chunk_tokens,
-        "max_num_seqs": served.concurrency, "max_requests": plan.max_requests, "ttft_ms": served.ttft * 1e3,
-        "tpot_ms": served.tpot * 1e3 if served.osl > 1 else None, "tokens_per_s_per_user": 1 / served.pace,
+        "max_num_seqs": estimate.concurrency, "max_requests": plan.max_requests, "ttft_ms": estimate.ttft * 1e3,
+        "tpot_ms": estimate.tpot * 1e3 if estimate.osl > 1 else None,
+        "tokens_per_s_per_user": 1 / estimate.seconds_per_token,
         "tokens_per_s_per_device": plan.tokens_per_s / plan.devices, "tokens_per_s": plan.tokens_per_s,
-        "step_ms": {name: value * 1e3 for name, value in served.mean_step.parts().items()},
+        "step_ms": {name: value * 1e3 for name, value in estimate.mean_step.parts().items()},
         "dollars_per_million_tokens":
             None if dollars is None else plan.devices * dollars / 3600 / plan.tokens_per_s * 1e6,
     }  # fmt: skip
@@ -36,9 +37,9 @@ def memory_of(plan: Plan, request: SearchRequest) -> dict[str, Any]:
     """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
     to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
     and as requests."""
-    held, serving, served, limit = plan.serving.held, plan.serving, plan.served, request.hardware.hbm_bytes
-    rows = max(1, -(-served.concurrency // serving.ranks))
-    tokens_each = held.config.cached_tokens(request.load.isl + request.load.osl, serving.chunk_tokens)
+    held, serving, estimate, limit = plan.serving.held, plan.serving, plan.estimate, request.hardware.hbm_bytes
+    rows = max(1, -(-estimate.concurrency // serving.ranks))
+    tokens_each = held.config.cached_tokens(request.workload.isl + request.workload.osl, serving.chunk_tokens)
     pages = rows * tokens_each * held.kv_bytes_per_token
     parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
     return {
@@ -94,7 +95,7 @@ def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
     """Return the other arguments of AsyncEngine; compile and map have options of the same names, generate
     --max-num-seqs."""
     return {
-        "max_num_seqs": plan.served.concurrency, "context": request.load.isl + request.load.osl,
+        "max_num_seqs": plan.estimate.concurrency, "context": request.workload.isl + request.workload.osl,
         "chunk_tokens": plan.parallelism.chunk_tokens,
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from jaxmoe.mesh import check_axes
 from jaxmoe.planner.cost import SKEW, Rows
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, Plan, SearchRequest, search
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
 from jaxmoe.quantization.formats import FORMATS, NVFP4
 
@@ -83,7 +83,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     precision = _precision(facts["precision"])
     config = _in_precision(config, precision)
     hardware = read_hardware(_hardware_name(facts["hardware"]))
-    load = _load(facts)
+    workload = _load(facts)
     mesh, layout = placed(
         facts["parallelism"], devices, moe=config.moe is not None, domain=hardware.scale_up_devices
     )  # fmt: skip
@@ -91,25 +91,28 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
     evened = "EPLB" in facts["system"]  # experts stand where their loads are even
     request = SearchRequest(
-        config=config, hardware=hardware, devices=devices, load=load, kv_dtype=kv_dtype, chunk_tokens=_CHUNK_TOKENS,
+        config=config, hardware=hardware, devices=devices, workload=workload, kv_dtype=kv_dtype,
+        chunk_tokens=_CHUNK_TOKENS,
         axes=check_axes(mesh) if mesh else None, layout=parse_layout(layout) if layout else None,
         skew=0.0 if evened else SKEW,
     )  # fmt: skip
     try:
         plan = search(request).best
     except NoPlanError:  # more requests than have room wait for it
-        plan = search(replace(request, load=replace(load, concurrency=None))).best
-    return Row(facts, float(facts["value"]), _metric(facts, plan, load), _light(facts, config, hardware, devices, load))
+        plan = search(replace(request, workload=replace(workload, concurrency=None))).best
+    return Row(
+        facts, float(facts["value"]), _metric(facts, plan, workload), _light(facts, config, hardware, devices, workload)
+    )
 
 
-def _load(facts: Mapping[str, str]) -> Load:
+def _load(facts: Mapping[str, str]) -> Workload:
     """The requests a row was measured with; their mean lengths where they were drawn from a range."""
     share = 1.0
     if drawn := re.search(r"(\d+)-(\d+)% of isl", facts["system"]):
         share = (int(drawn[1]) + int(drawn[2])) / 200
     concurrency = re.search(r"\d+", facts["batch_or_concurrency"])
     isl, osl = (max(1, round(share * int(facts[name]))) for name in ("isl", "osl"))
-    return Load(isl=isl, osl=osl, concurrency=int(concurrency[0]) if concurrency else None)
+    return Workload(isl=isl, osl=osl, concurrency=int(concurrency[0]) if concurrency else None)
 
 
 def _precision(text: str) -> str:
@@ -175,32 +178,34 @@ def placed(
     return {"data": max(1, replicas), **axes}, layout
 
 
-def _metric(facts: Mapping[str, str], plan: Plan, load: Load) -> float:
+def _metric(facts: Mapping[str, str], plan: Plan, workload: Workload) -> float:
     """The prediction of a row's metric, in its unit."""
-    metric, served = facts["metric"].lower(), plan.served
+    metric, estimate = facts["metric"].lower(), plan.estimate
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
         serving = plan.serving
-        step = serving.cost.seconds(Rows(0, serving.chunk_tokens, 0, load.isl / 2)).total
+        step = serving.cost.seconds(Rows(0, serving.chunk_tokens, 0, workload.isl / 2)).total
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
     if "decode" in facts["phase"].lower() and ("throughput" in metric or "disaggregated" in facts["system"].lower()):
-        served = plan.serving.serve(load, served.concurrency, prefills=False)  # prompts are read elsewhere
-    tokens = served.tokens_per_s
-    if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((load.isl, load.osl))):
-        tokens = _of_so_many(plan, load, sent)
-    return _in_unit(facts, load, plan.devices, ttft=served.ttft, tpot=served.pace, tokens=tokens)
+        estimate = plan.serving.estimate(workload, estimate.concurrency, prefills=False)  # prompts are read elsewhere
+    tokens = estimate.tokens_per_s
+    if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((workload.isl, workload.osl))):
+        tokens = _of_so_many(plan, workload, sent)
+    return _in_unit(facts, workload, plan.devices, ttft=estimate.ttft, tpot=estimate.seconds_per_token, tokens=tokens)
 
 
-def _of_so_many(plan: Plan, load: Load, sent: int) -> float:
+def _of_so_many(plan: Plan, workload: Workload, sent: int) -> float:
     """Tokens a second of so many requests in all: as many at once as the plan has, and at last those that are left."""
-    each = plan.served.concurrency
+    each = plan.estimate.concurrency
     whole, rest = divmod(sent, each)
-    seconds = whole * each * load.osl / plan.served.tokens_per_s
+    seconds = whole * each * workload.osl / plan.estimate.tokens_per_s
     if rest:
-        seconds += rest * load.osl / plan.serving.serve(load, rest).tokens_per_s
-    return sent * load.osl / seconds
+        seconds += rest * workload.osl / plan.serving.estimate(workload, rest).tokens_per_s
+    return sent * workload.osl / seconds
 
 
-def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float, tpot: float, tokens: float) -> float:
+def _in_unit(
+    facts: Mapping[str, str], workload: Workload, devices: int, *, ttft: float, tpot: float, tokens: float
+) -> float:
     """A row's metric, in its unit, of seconds to the first token, seconds a token, generated tokens a second of all."""
     metric, unit = facts["metric"].lower(), facts.get("unit", "").lower()
     seconds = 1.0 if unit == "s" else 1e3
@@ -211,16 +216,16 @@ def _in_unit(facts: Mapping[str, str], load: Load, devices: int, *, ttft: float,
     if "user" in metric or "user" in unit:
         return 1 / tpot
     if "request" in metric:
-        tokens /= load.osl
+        tokens /= workload.osl
     elif "total_token" in metric or "input_output" in metric:
-        tokens *= (load.isl + load.osl) / load.osl
+        tokens *= (workload.isl + workload.osl) / workload.osl
     elif "input" in metric:
-        tokens *= load.isl / load.osl
+        tokens *= workload.isl / workload.osl
     return tokens / devices if "per_gpu" in metric or "per_device" in metric or "gpu" in unit else tokens
 
 
 def _light(
-    facts: Mapping[str, str], config: ModelConfig, hardware: Hardware, devices: int, load: Load
+    facts: Mapping[str, str], config: ModelConfig, hardware: Hardware, devices: int, workload: Workload
 ) -> float:  # fmt: skip
     """The baseline: rates on paper, no collectives, no launches; as many requests as memory left by weights has room
     for, each token's products by its active parameters, weights and pages read once a step."""
@@ -229,11 +234,13 @@ def _light(
     rate = hardware.tflops.get({"fp4": "fp8"}.get(precision, precision), hardware.tflops["bf16"]) * 1e12 * devices
     kv = kv_numbers(config) * (1 if width <= 1 else 2)
     room = max(hardware.hbm_bytes * devices - counts.total * width, 0.0)
-    requests = load.concurrency or max(1, int(room / (kv * (load.isl + load.osl))))
-    matmuls = 2 * counts.active * requests * (1 + load.isl / load.osl) / rate
-    read = (counts.total * width + requests * kv * (load.isl + load.osl / 2)) / (hardware.hbm_gbps * 1e9 * devices)
-    step, first = max(matmuls, read), 2 * counts.active * load.isl / rate
-    return _in_unit(facts, load, devices, ttft=first, tpot=step, tokens=requests / step)
+    requests = workload.concurrency or max(1, int(room / (kv * (workload.isl + workload.osl))))
+    matmuls = 2 * counts.active * requests * (1 + workload.isl / workload.osl) / rate
+    read = (counts.total * width + requests * kv * (workload.isl + workload.osl / 2)) / (
+        hardware.hbm_gbps * 1e9 * devices
+    )
+    step, first = max(matmuls, read), 2 * counts.active * workload.isl / rate
+    return _in_unit(facts, workload, devices, ttft=first, tpot=step, tokens=requests / step)
 
 
 @lru_cache(maxsize=64)

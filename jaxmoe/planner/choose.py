@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxmoe.layouts import LAYOUTS
-from jaxmoe.planner.serving import Served, Serving
+from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import ParallelismConfig, SearchRequest
 
 # Plans whose values lie so near are as good as each other: prices are not that exact.
@@ -19,14 +19,14 @@ class Plan:
     """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
 
     parallelism: ParallelismConfig
-    served: Served
-    serving: Serving
+    estimate: ServingEstimate
+    serving: ServingModel
     max_requests: int
 
     @property
     def tokens_per_s(self) -> float:
         """Generated, over all devices."""
-        return self.served.tokens_per_s
+        return self.estimate.tokens_per_s
 
     @property
     def devices(self) -> int:
@@ -36,12 +36,12 @@ class Plan:
     @property
     def request_seconds(self) -> float:
         """From a request's arrival to its last token."""
-        return self.served.request_seconds
+        return self.estimate.request_seconds
 
     @property
     def osl(self) -> int:
         """Tokens each request generates."""
-        return self.served.osl
+        return self.estimate.osl
 
 
 def limited(request: SearchRequest) -> bool:
@@ -51,8 +51,8 @@ def limited(request: SearchRequest) -> bool:
 
 def meets(request: SearchRequest, plan: Plan) -> bool:
     """Whether a plan keeps the limits of latency."""
-    return (request.ttft_limit is None or plan.served.ttft <= request.ttft_limit) and (
-        request.tpot_limit is None or plan.served.tpot <= request.tpot_limit
+    return (request.ttft_limit is None or plan.estimate.ttft <= request.ttft_limit) and (
+        request.tpot_limit is None or plan.estimate.tpot <= request.tpot_limit
     )
 
 
@@ -66,8 +66,8 @@ def objective_value(request: SearchRequest, plan: Plan) -> float:
 def order(request: SearchRequest, plan: Plan) -> tuple[int, float]:
     """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
     requests, fewer of them come later: of one request alone all latencies are low."""
-    assumed = request.objective == "latency" and request.load.concurrency is None
-    return (-plan.served.concurrency if assumed else 0, objective_value(request, plan))
+    assumed = request.objective == "latency" and request.workload.concurrency is None
+    return (-plan.estimate.concurrency if assumed else 0, objective_value(request, plan))
 
 
 def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
@@ -81,7 +81,7 @@ def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
     names = list(LAYOUTS.values())
 
     def plainness(plan: Plan) -> tuple[float, ...]:
-        parallelism, mean_step = plan.parallelism, plan.served.mean_step
+        parallelism, mean_step = plan.parallelism, plan.estimate.mean_step
         return (
             round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in parallelism.axes),
             parallelism.virtual_stages,
@@ -96,17 +96,21 @@ def pareto_front(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
     """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
     `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
     front: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (plan.served.pace, -_each(plan))):
+    for plan in sorted(plans, key=lambda plan: (plan.estimate.seconds_per_token, -_each(plan))):
         if not front or _each(plan) > _each(front[-1]):
             front.append(plan)
     if best not in front:
-        front = [one for one in front if one.served.pace > best.served.pace or _each(one) < _each(best)]
+        front = [
+            one
+            for one in front
+            if one.estimate.seconds_per_token > best.estimate.seconds_per_token or _each(one) < _each(best)
+        ]
         front.append(best)
     shown: list[Plan] = [best]
-    for plan in sorted(front, key=lambda plan: plan.served.pace / _each(plan)):
+    for plan in sorted(front, key=lambda plan: plan.estimate.seconds_per_token / _each(plan)):
         if plan is not best and not any(_doubles(plan, one) for one in shown):
             shown.append(plan)
-    return sorted(shown, key=lambda plan: plan.served.pace)
+    return sorted(shown, key=lambda plan: plan.estimate.seconds_per_token)
 
 
 def _each(plan: Plan) -> float:
@@ -118,7 +122,7 @@ def _doubles(plan: Plan, other: Plan) -> bool:
     """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
     if replace(plan.parallelism, chunk_tokens=0) != replace(other.parallelism, chunk_tokens=0):
         return False
-    ratios = plan.served.pace / other.served.pace, _each(plan) / _each(other)
+    ratios = plan.estimate.seconds_per_token / other.estimate.seconds_per_token, _each(plan) / _each(other)
     return plan.parallelism != other.parallelism and all(
         1 / (1 + REL_TOLERANCE) <= ratio <= 1 + REL_TOLERANCE for ratio in ratios
     )

@@ -31,13 +31,13 @@ def improvements(request: SearchRequest, best: Plan, bottleneck: str, *, more_de
 
 def _gain(request: SearchRequest, best: Plan, other: SearchRequest) -> float:
     """How much more is served, or how much sooner, of the same split with another question; 0 where it has no room."""
-    parallelism, load = best.parallelism, other.load
+    parallelism, workload = best.parallelism, other.workload
     if request.objective == "latency":
-        load = replace(load, concurrency=best.served.concurrency)
+        workload = replace(workload, concurrency=best.estimate.concurrency)
     virtual_stages = other.virtual_stages or parallelism.virtual_stages
     same = replace(
         other, axes=dict(parallelism.axes), layout=parallelism.layout, dispatch=parallelism.dispatch,
-        virtual_stages=virtual_stages, load=load,
+        virtual_stages=virtual_stages, workload=workload,
     )  # fmt: skip
     try:
         return objective_value(request, best) / objective_value(request, search(same).best) - 1
@@ -85,10 +85,10 @@ def _weights(request: SearchRequest) -> Iterator[tuple[str, SearchRequest]]:
 
 def _requests(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
     """More requests for the same weights and launches, where it is the question that keeps them few."""
-    if request.objective == "latency" or best.served.concurrency >= best.max_requests:
+    if request.objective == "latency" or best.estimate.concurrency >= best.max_requests:
         return
-    if request.load.concurrency is not None:
-        free = replace(request, load=replace(request.load, concurrency=None))
+    if request.workload.concurrency is not None:
+        free = replace(request, workload=replace(request.workload, concurrency=None))
         yield f"more requests at once (--max-num-seqs, up to {best.max_requests:,})", free
     elif limited(request):
         yield "looser limits, which let more requests in", replace(request, ttft_limit=None, tpot_limit=None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.search import ParallelismConfig, Plan, SearchRequest, candidates_of, servings_of
-from jaxmoe.planner.serving import Served, Serving
+from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import CHUNKS
 
 _SHARES = 64  # ways to share out engines that are looked at, at most
@@ -47,7 +47,7 @@ class _Prefill:
     seconds: float  # of one prompt
 
 
-_Decode = tuple[ParallelismConfig, Serving, Served]
+_Decode = tuple[ParallelismConfig, ServingModel, ServingEstimate]
 
 
 def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
@@ -55,9 +55,9 @@ def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int 
     little, nothing is decoded, or no limit of latency can be met. concurrency: requests at once over all of them; as
     many as are best by default."""
     engines = request.devices // engine_devices
-    if engines < 2 or request.load.osl == 1:
+    if engines < 2 or request.workload.osl == 1:
         return None
-    small = replace(request, devices=engine_devices, axes=None, load=replace(request.load, concurrency=None))
+    small = replace(request, devices=engine_devices, axes=None, workload=replace(request.workload, concurrency=None))
     # One way of sending tokens to experts: the last that the hardware has sends least.
     servings = [
         (alike[-1], serving.dispatched(alike[-1].dispatch))
@@ -84,27 +84,27 @@ def _pools(
 ) -> Pools:  # fmt: skip
     """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
     number of requests those that neither kind has begun with wait for their prompts to be read."""
-    (parallelism, serving, served), (size, prefilling, decoding) = second, shared
-    transfer, osl = _transfer(request, serving), request.load.osl
+    (parallelism, serving, estimate), (size, prefilling, decoding) = second, shared
+    transfer, osl = _transfer(request, serving), request.workload.osl
     ttft = first.seconds + transfer
-    rate = min(prefilling * first.requests_per_s * osl, decoding * served.tokens_per_s)
+    rate = min(prefilling * first.requests_per_s * osl, decoding * estimate.tokens_per_s)
     if concurrency is not None:
-        decoding_seconds = (osl - 1) * served.tpot
+        decoding_seconds = (osl - 1) * estimate.tpot
         rate = min(rate, concurrency * osl / (ttft + decoding_seconds))
         ttft = max(ttft, concurrency * osl / rate - decoding_seconds)
     else:  # those on their way to the first token too
-        concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * served.tpot))
+        concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * estimate.tpot))
     return Pools(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
         prefill=first.parallelism, decode=parallelism, concurrency=concurrency, ttft=ttft,
-        tpot=served.tpot, transfer=transfer, tokens_per_s=rate, osl=osl,
+        tpot=estimate.tpot, transfer=transfer, tokens_per_s=rate, osl=osl,
     )  # fmt: skip
 
 
-def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: Serving) -> list[_Prefill]:
+def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel) -> list[_Prefill]:
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
-    isl, engines = request.load.isl, []
+    isl, engines = request.workload.isl, []
     for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
@@ -122,31 +122,31 @@ def _first(request: SearchRequest, prefills: Iterable[_Prefill], transfer: float
 
 
 def _decode(
-    request: SearchRequest, servings: list[tuple[ParallelismConfig, Serving]], rows: int | None
+    request: SearchRequest, servings: list[tuple[ParallelismConfig, ServingModel]], rows: int | None
 ) -> _Decode | None:
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
     engines: list[_Decode] = []
     for parallelism, serving in servings:
-        most = serving.max_requests(request.load)
+        most = serving.max_requests(request.workload)
         if rows is not None:
             counts = {rows} if rows <= most else set()
         else:
             counts = {max(1, most >> power) for power in range(0, 8, 2)}
         for count in counts:
-            served = serving.serve(request.load, count, prefills=False)
-            if request.tpot_limit is None or served.tpot <= request.tpot_limit:
-                engines.append((parallelism, serving, served))
+            estimate = serving.estimate(request.workload, count, prefills=False)
+            if request.tpot_limit is None or estimate.tpot <= request.tpot_limit:
+                engines.append((parallelism, serving, estimate))
     if request.objective == "latency":
         return min(engines, key=lambda one: one[2].tpot, default=None)
     return max(engines, key=lambda one: one[2].tokens_per_s, default=None)
 
 
-def _transfer(request: SearchRequest, serving: Serving) -> float:
+def _transfer(request: SearchRequest, serving: ServingModel) -> float:
     """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
     held, hardware = serving.held, request.hardware
     near = request.devices <= hardware.scale_up_devices
     rate = hardware.link_bytes_per_s(scale_out=not near)
-    return held.config.cached_tokens(request.load.isl, 0) * held.kv_bytes_per_token / rate
+    return held.config.cached_tokens(request.workload.isl, 0) * held.kv_bytes_per_token / rate
 
 
 def beats(pools: Pools, plan: Plan, request: SearchRequest) -> bool:

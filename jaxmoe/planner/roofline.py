@@ -14,7 +14,7 @@ from typing import Any
 from jaxmoe.planner.cost import MATRICES, Rows, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import Block
 from jaxmoe.planner.parameters import Parameter
-from jaxmoe.planner.serving import Load, Serving
+from jaxmoe.planner.serving import ServingModel, Workload
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Work:
         return self.flops / self.num_bytes
 
 
-def roofline(serving: Serving, load: Load, *, concurrency: int) -> dict[str, Any]:
+def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> dict[str, Any]:
     """Both roofs of a device, as attained and as on paper, and a point for each kind of work of a step of prompts and
     of a step that decodes so many requests, whose products a second are what the lower roof lets it attain."""
     cost, hardware = serving.cost, serving.cost.hardware
     rows = max(1.0, concurrency / serving.ranks)
-    context = load.isl + load.osl / 2
+    context = workload.isl + workload.osl / 2
     steps = {
-        "prefill": Rows(0, min(serving.chunk_tokens, math.ceil(rows * load.isl)), 0, load.isl / 2),
+        "prefill": Rows(0, min(serving.chunk_tokens, math.ceil(rows * workload.isl)), 0, workload.isl / 2),
         "decode": Rows(rows, 0, context),
     }
     return {

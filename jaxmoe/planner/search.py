@@ -18,7 +18,7 @@ from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, meets, objective
 from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
-from jaxmoe.planner.serving import Load, Serving
+from jaxmoe.planner.serving import ServingModel, Workload
 from jaxmoe.planner.specs import (
     CHUNKS,
     OBJECTIVES,
@@ -34,13 +34,13 @@ from jaxmoe.planner.specs import (
 __all__ = [
     "OBJECTIVES",
     "REL_TOLERANCE",
-    "Load",
     "NoPlanError",
     "Objective",
     "ParallelismConfig",
     "Plan",
     "SearchRequest",
     "SearchResult",
+    "Workload",
     "candidates_of",
     "kind_of",
     "objective_value",
@@ -102,7 +102,7 @@ def search(request: SearchRequest) -> SearchResult:
             request, parallelism, [request.chunk_tokens] if request.chunk_tokens else CHUNKS
         ):
             plans += _plans(request, fine, serving, finely=True)
-            if request.load.concurrency is None and (request.objective == "latency" or limited(request)):
+            if request.workload.concurrency is None and (request.objective == "latency" or limited(request)):
                 # For the front alone.
                 free = replace(request, objective="throughput", ttft_limit=None, tpot_limit=None)
                 shown += _plans(free, fine, serving, finely=True)
@@ -126,7 +126,7 @@ def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list
     """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
     then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
     worst = (1, math.inf)
-    bounds: list[tuple[tuple[int, float], str, Serving, list[ParallelismConfig]]] = []
+    bounds: list[tuple[tuple[int, float], str, ServingModel, list[ParallelismConfig]]] = []
     for alike, serving in servings_of(request, candidates):
         silent = _plans(request, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
         bound = min((order(request, plan) for plan in silent if meets(request, plan)), default=worst)
@@ -152,17 +152,19 @@ def _sort_of(request: SearchRequest, parallelism: ParallelismConfig) -> str:
 
 
 def _plans(
-    request: SearchRequest, parallelism: ParallelismConfig, serving: Serving, *, finely: bool, fully: bool = False
+    request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel, *, finely: bool, fully: bool = False
 ) -> list[Plan]:  # fmt: skip
     """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
     largest two, which are the best where requests say nothing to each other."""
-    most, load = serving.max_requests(request.load), request.load
+    most, workload = serving.max_requests(request.workload), request.workload
 
     def plan(count: int) -> Plan:
-        return Plan(parallelism=parallelism, served=serving.serve(load, count), serving=serving, max_requests=most)
+        return Plan(
+            parallelism=parallelism, estimate=serving.estimate(workload, count), serving=serving, max_requests=most
+        )
 
-    if load.concurrency is not None:
-        return [plan(load.concurrency)]
+    if workload.concurrency is not None:
+        return [plan(workload.concurrency)]
     if request.objective == "latency":
         assumed = LATENCY_REQUESTS * request.devices
         counts = [assumed >> halved for halved in range(assumed.bit_length()) if assumed >> halved <= most]
@@ -192,19 +194,19 @@ def _between(request: SearchRequest, plan: Callable[[int], Plan], down: list[Pla
     plans: list[Plan] = []
     if len(down) < 2 or not meets(request, down[-1]):
         return plans
-    above, below = (one.served.concurrency for one in down[-2:])
+    above, below = (one.estimate.concurrency for one in down[-2:])
     while above - below > max(1, below >> (5 if finely else 2)):
         plans.append(plan((above + below) // 2))
         if meets(request, plans[-1]):
-            below = plans[-1].served.concurrency
+            below = plans[-1].estimate.concurrency
         else:
-            above = plans[-1].served.concurrency
+            above = plans[-1].estimate.concurrency
     return plans
 
 
 def servings_of(
     request: SearchRequest, candidates: Iterable[ParallelismConfig]
-) -> Iterator[tuple[list[ParallelismConfig], Serving]]:
+) -> Iterator[tuple[list[ParallelismConfig], ServingModel]]:
     """Specs that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
     requests, where the first chunk of prompts leaves too little by the smallest."""
     for _, same in groupby(candidates, key=lambda parallelism: replace(parallelism, dispatch="")):
@@ -218,7 +220,7 @@ def servings_of(
 
 def _servings(
     request: SearchRequest, parallelism: ParallelismConfig, chunks: Iterable[int]
-) -> Iterator[tuple[ParallelismConfig, Serving]]:
+) -> Iterator[tuple[ParallelismConfig, ServingModel]]:
     """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
     or too little memory for the requests (of an unknown number for one)."""
     placement = placement_of(
@@ -232,23 +234,23 @@ def _servings(
         return
     cost = StepCost(held, request.hardware, dispatch=parallelism.dispatch, skew=request.skew)
     for chunk in chunks:
-        serving = Serving(cost, chunk_tokens=chunk)
-        if serving.max_requests(request.load) >= (request.load.concurrency or 1):
+        serving = ServingModel(cost, chunk_tokens=chunk)
+        if serving.max_requests(request.workload) >= (request.workload.concurrency or 1):
             yield replace(parallelism, chunk_tokens=chunk), serving
 
 
 def _max_requests(request: SearchRequest) -> int:
     """Those that any spec has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
-    if request.load.concurrency is None:
+    if request.workload.concurrency is None:
         return 0
-    load = replace(request.load, concurrency=None)
-    free = replace(request, load=load, chunk_tokens=request.chunk_tokens or min(CHUNKS))
-    return max((serving.max_requests(load) for _, serving in servings_of(free, candidates_of(free))), default=0)
+    workload = replace(request.workload, concurrency=None)
+    free = replace(request, workload=workload, chunk_tokens=request.chunk_tokens or min(CHUNKS))
+    return max((serving.max_requests(workload) for _, serving in servings_of(free, candidates_of(free))), default=0)
 
 
 def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str:
     """Why nothing fits, with numbers."""
-    load, hardware = request.load, request.hardware
+    workload, hardware = request.workload, request.hardware
     held: list[int] = []
     error: ConfigError | None = None
     for parallelism in candidates:
@@ -266,16 +268,17 @@ def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str
     has = f"a device has {hardware.hbm_gib:.1f} GiB"
     if least >= hardware.hbm_bytes:
         return f"{many}: the weights take at least {least / 2**30:.1f} GiB of every device, {has}"
-    requests = "one request" if load.concurrency in (None, 1) else f"{load.concurrency} requests"
+    requests = "one request" if workload.concurrency in (None, 1) else f"{workload.concurrency} requests"
     return (
-        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {requests} of {load.isl + load.osl} "
+        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {requests} "
+        f"of {workload.isl + workload.osl} "
         f"tokens; {has}"
     )
 
 
 def _out_of_reach(request: SearchRequest, plans: list[Plan]) -> NoPlanError:
     """With what the best possible is, where limits of latency cannot be met."""
-    ttft, tpot = min(plan.served.ttft for plan in plans), min(plan.served.tpot for plan in plans)
+    ttft, tpot = min(plan.estimate.ttft for plan in plans), min(plan.estimate.tpot for plan in plans)
     devices = f"{request.devices} x {request.hardware.device}"
     return NoPlanError(missed(request, devices, ttft=ttft, tpot=tpot), failure="latency", ttft=ttft, tpot=tpot)
 

@@ -19,7 +19,7 @@ _RESERVE = 0.02  # of a device's memory, for the runtime itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """Requests: prompt tokens, tokens to generate, how many at once over all devices (None: as many as fit)."""
 
     isl: int
@@ -28,7 +28,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServingEstimate:
     """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_per_s: generated
     ones, over all devices. mean_step: time of the mean step, by what binds it; num_steps: that a request takes."""
 
@@ -47,12 +47,12 @@ class Served:
         return self.ttft + (self.osl - 1) * self.tpot
 
     @property
-    def pace(self) -> float:
+    def seconds_per_token(self) -> float:
         """Seconds that a user waits for a token: each after the first, or the only one."""
         return self.tpot or self.ttft
 
 
-class Serving:
+class ServingModel:
     """What one placement can serve."""
 
     def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
@@ -60,9 +60,9 @@ class Serving:
         self.ranks = cost.placement.num_shards("batch")
         self._most: dict[int, int] = {}
 
-    def dispatched(self, dispatch: str) -> Serving:
+    def dispatched(self, dispatch: str) -> ServingModel:
         """The same, with tokens sent to experts another way."""
-        other = Serving(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
+        other = ServingModel(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
         other._most = self._most
         return other
 
@@ -80,44 +80,48 @@ class Serving:
         free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - self.step_bytes(rows)
         return max(0.0, free * _PAGES / self.held.kv_bytes_per_token)
 
-    def max_requests(self, load: Load) -> int:
+    def max_requests(self, workload: Workload) -> int:
         """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
-        tokens, rows = self.held.config.cached_tokens(load.isl + load.osl, self.chunk_tokens), 64
+        tokens, rows = self.held.config.cached_tokens(workload.isl + workload.osl, self.chunk_tokens), 64
         if tokens not in self._most:
             for _ in range(3):  # more rows need more room for their logits
                 rows = max(1, min(_MAX_ROWS, int(self.pool_tokens(rows) / tokens)))
             self._most[tokens] = int(min(_MAX_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
         return self._most[tokens]
 
-    def serve(self, load: Load, concurrency: int, *, prefills: bool = True) -> Served:
+    def estimate(self, workload: Workload, concurrency: int, *, prefills: bool = True) -> ServingEstimate:
         """With so many requests at once. prefills: whether their prompts are read here too. A request takes as long as
         all requests of a rank take to come by once: what it does not decode in, it waits for its first token."""
         rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
-        chunk = min(self.chunk_tokens, math.ceil(rows * load.isl))  # no more than there are
-        context, prompt, later = load.isl + load.osl / 2, load.isl / 2, load.osl - 1
+        chunk = min(self.chunk_tokens, math.ceil(rows * workload.isl))  # no more than there are
+        context, prompt, later = workload.isl + workload.osl / 2, workload.isl / 2, workload.osl - 1
         alone = self.cost.seconds(Rows(rows, 0, context))
         if not prefills:
-            return self._served(load, concurrency, alone.mixed(load.osl, alone, 0.0), load.osl, tpot=alone.total)
+            return self._estimate(
+                workload, concurrency, alone.mixed(workload.osl, alone, 0.0), workload.osl, tpot=alone.total
+            )
         mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
-        own = max(1.0, load.isl / chunk)  # steps that read a request's prompt, the last of which draws a token
-        chunks = max(own, rows * load.isl / chunk)  # steps that read anyone's
+        own = max(1.0, workload.isl / chunk)  # steps that read a request's prompt, the last of which draws a token
+        chunks = max(own, rows * workload.isl / chunk)  # steps that read anyone's
         seconds = mixed.mixed(chunks, alone, max(0.0, own + later - chunks))
-        waiting = 0.5 * (chunks - own) / load.osl * mixed.total  # behind others' chunks
+        waiting = 0.5 * (chunks - own) / workload.osl * mixed.total  # behind others' chunks
         tpot = 0.0
         if later:
             tpot = (seconds.total - own * mixed.total - waiting) / later
             tpot = min(max(tpot, alone.total), max(mixed.total, alone.total))
-        return self._served(load, concurrency, seconds, max(chunks, own + later), tpot=tpot)
+        return self._estimate(workload, concurrency, seconds, max(chunks, own + later), tpot=tpot)
 
-    def _served(self, load: Load, concurrency: int, seconds: Seconds, num_steps: float, *, tpot: float) -> Served:
+    def _estimate(
+        self, workload: Workload, concurrency: int, seconds: Seconds, num_steps: float, *, tpot: float
+    ) -> ServingEstimate:
         """What is served where a request takes so many seconds, in so many steps."""
-        return Served(
+        return ServingEstimate(
             concurrency=concurrency,
-            ttft=seconds.total - (load.osl - 1) * tpot,
+            ttft=seconds.total - (workload.osl - 1) * tpot,
             tpot=tpot,
-            tokens_per_s=concurrency * load.osl / seconds.total,
+            tokens_per_s=concurrency * workload.osl / seconds.total,
             mean_step=seconds.mixed(1 / num_steps, seconds, 0.0),
             num_steps=num_steps,
             chunk_tokens=self.chunk_tokens,
-            osl=load.osl,
+            osl=workload.osl,
         )

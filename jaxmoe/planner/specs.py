@@ -19,7 +19,7 @@ from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, unsupported_reason
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.sharding import Placement
 
 Objective = Literal["latency", "throughput", "cost"]
@@ -37,7 +37,7 @@ class SearchRequest:
     config: ModelConfig
     hardware: Hardware
     devices: int
-    load: Load
+    workload: Workload
     objective: Objective = "throughput"
     ttft_limit: float | None = None
     tpot_limit: float | None = None

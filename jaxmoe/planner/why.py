@@ -61,7 +61,7 @@ def _bottleneck_words(request: SearchRequest, name: str) -> str:
 
 
 def _bottleneck(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Iterator[str]:
-    mean_step, twice = best.served.mean_step, neighbors.twice
+    mean_step, twice = best.estimate.mean_step, neighbors.twice
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
     then = f"; then {_bottleneck_words(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
@@ -79,7 +79,7 @@ def _approximated(request: SearchRequest) -> Iterator[str]:
     """What is priced as something else."""
     indexer = request.config.indexer
     if indexer is not None:
-        met = f"{request.load.isl + request.load.osl:,}"
+        met = f"{request.workload.isl + request.workload.osl:,}"
         yield (
             f"Priced as dense latent attention: a token attends to all of up to {met} tokens before it, not to the "
             f"{indexer.top_k:,} that its indexer chooses; the indexer's own weights, products and cache are left out."
@@ -88,7 +88,7 @@ def _approximated(request: SearchRequest) -> Iterator[str]:
 
 def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
     held, hardware = best.serving.held, request.hardware
-    share, tokens = held.weight_bytes / hardware.hbm_bytes, request.load.isl + request.load.osl
+    share, tokens = held.weight_bytes / hardware.hbm_bytes, request.workload.isl + request.workload.osl
     yield (
         f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
         f"pages have room for {counted(best.max_requests, 'request')} of {tokens:,} tokens at once."
@@ -142,13 +142,14 @@ def _across(request: SearchRequest, result: SearchResult) -> Iterator[str]:
         rest = "" if across >= fabrics else "; replicas of them lie across the rest"
         yield (
             f"Experts are shared out over {where} so that every device reads fewer of them in a step and more tokens "
-            f"meet each{rest}; collectives between {fabric}s take {best.served.mean_step.scale_out * 1e3:.1f} ms of a "
+            f"meet each{rest}; collectives between {fabric}s take "
+            f"{best.estimate.mean_step.scale_out * 1e3:.1f} ms of a "
             f"step."
         )
     elif "pipeline" in crossing:
         yield (
             f"Stages of the pipeline lie between {fabric}s: what they send there is the hidden states of a micro-batch "
-            f"once a stage, {best.served.mean_step.scale_out * 1e3:.2f} ms of a step."
+            f"once a stage, {best.estimate.mean_step.scale_out * 1e3:.2f} ms of a step."
         )
     elif crossing == ["data"]:
         yield (
@@ -170,7 +171,7 @@ def _others(request: SearchRequest, result: SearchResult) -> Iterator[str]:
             verdict = f"; {_as_good(request, plan, best)}"
         else:
             name = max(
-                plan.served.mean_step.parts(),
+                plan.estimate.mean_step.parts(),
                 key=lambda name: _seconds_per_token(plan, name) - _seconds_per_token(best, name),
             )
             theirs, here = _part(plan, best, name)
@@ -189,7 +190,7 @@ def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
     """Why the best was taken before a plan as good as it."""
     seconds, tokens = (one.request_seconds for one in (plan, best)), (_each(plan), _each(best))
     theirs, mine = seconds
-    leaned = [one.served.mean_step.scale_out / one.served.mean_step.total for one in (plan, best)]
+    leaned = [one.estimate.mean_step.scale_out / one.estimate.mean_step.total for one in (plan, best)]
     if request.objective != "latency" and mine < theirs:
         why = f"a request takes {_seconds(mine)} s here and {_seconds(theirs)} there"
     elif request.objective == "latency" and tokens[1] > (1 + REL_TOLERANCE) * tokens[0]:
@@ -203,14 +204,14 @@ def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
 
 def _seconds_per_token(plan: Plan, name: str) -> float:
     """Seconds that one part takes, a token generated."""
-    served = plan.served
-    return served.mean_step.parts()[name] * served.num_steps / (served.concurrency * served.osl)
+    estimate = plan.estimate
+    return estimate.mean_step.parts()[name] * estimate.num_steps / (estimate.concurrency * estimate.osl)
 
 
 def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
     """What a part takes of both: of a step where these carry as many requests, else of a token."""
-    if plan.served.concurrency == best.served.concurrency:
-        theirs, here = (one.served.mean_step.parts()[name] * 1e3 for one in (plan, best))
+    if plan.estimate.concurrency == best.estimate.concurrency:
+        theirs, here = (one.estimate.mean_step.parts()[name] * 1e3 for one in (plan, best))
         return f"{theirs:.1f} ms of a step", f"{here:.1f}"
     theirs, here = (_seconds_per_token(one, name) * 1e6 for one in (plan, best))
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
@@ -250,7 +251,7 @@ def _too_few(request: SearchRequest, best: Plan, unmet: UnmetLimit) -> str:
     small = f": one {fabric} is too small" if half == size else ""
     what = {
         "model": f"cannot hold the model{small}",
-        "requests": f"hold the model, and have no room for {counted(best.served.concurrency, 'request')}{small}",
+        "requests": f"hold the model, and have no room for {counted(best.estimate.concurrency, 'request')}{small}",
         "limits": f"keep no such limits{small if limited(request) else ''}",
     }  # fmt: skip
     return f"Half the devices, {half}, {what[unmet]}."

@@ -7,11 +7,11 @@ from functools import cache
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.search import SearchRequest, SearchResult, search
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
-LOAD = Load(isl=1024, osl=1024)
+LOAD = Workload(isl=1024, osl=1024)
 
 
 @cache
@@ -19,7 +19,7 @@ def question(model: str, hardware: str, devices: int, objective: str = "throughp
     """DeepSeek's models with keys and values in fp8."""
     config = read_config(read_json(find_config(model)), planned=True)
     return SearchRequest(
-        config=config, hardware=read_hardware(hardware), devices=devices, load=LOAD, objective=objective,
+        config=config, hardware=read_hardware(hardware), devices=devices, workload=LOAD, objective=objective,
         kv_dtype="fp8" if model.startswith("deepseek") else None,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from jaxmoe.planner.cost import Rows, StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
-from jaxmoe.planner.serving import Load, Serving
+from jaxmoe.planner.serving import ServingModel, Workload
 from jaxmoe.planner.traffic import StepShape, planned_collectives
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
@@ -126,32 +126,32 @@ def test_imbalance_grows_with_skew_and_is_none_where_loads_are_even(experts, ran
 
 def test_pages_fill_what_weights_leave():
     cost = cost_of("llama-3.1-8b", "data=1")
-    serving = Serving(cost, chunk_tokens=2048)
+    serving = ServingModel(cost, chunk_tokens=2048)
     room = cost.hardware.hbm_bytes - cost.held.weight_bytes
     taken = serving.pool_tokens() * cost.held.kv_bytes_per_token
     assert 0.8 * room < taken < room
-    load = Load(isl=1000, osl=1000)
+    load = Workload(isl=1000, osl=1000)
     assert serving.max_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.max_requests(load) > 0
 
 
 def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
-    cost, load = cost_of("llama-3.1-8b", "data=1"), Load(isl=16000, osl=16000)
+    cost, load = cost_of("llama-3.1-8b", "data=1"), Workload(isl=16000, osl=16000)
     windowed = replace(cost.held.config, sliding_windows=(4096,) * 32)
     half = replace(windowed, sliding_windows=(4096, None) * 16)
     found = [
-        Serving(StepCost(Held(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512)
+        ServingModel(StepCost(Held(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512)
         for config in (cost.held.config, half, windowed)
     ]
     whole, mixed, freed = (serving.max_requests(load) for serving in found)
     assert whole == mixed
     assert freed == pytest.approx(whole * 32000 / (4096 + 512), rel=0.05)
-    short = Load(isl=100, osl=100)
+    short = Workload(isl=100, osl=100)
     assert found[0].max_requests(short) == found[2].max_requests(short)
 
 
 def test_more_requests_serve_more_tokens_and_each_slower():
-    serving = Serving(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
-    found = [serving.serve(Load(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
+    serving = ServingModel(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
+    found = [serving.estimate(Workload(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
     assert all(a.tokens_per_s < b.tokens_per_s and a.tpot < b.tpot for a, b in pairwise(found))
     for one in found:
         assert one.tpot <= 1.001 * one.mean_step.total  # which has its own prompt's steps in it
@@ -159,8 +159,8 @@ def test_more_requests_serve_more_tokens_and_each_slower():
 
 
 def test_a_request_alone_waits_for_its_prompt_once():
-    serving = Serving(cost_of("llama-3.1-8b", "data=1"), chunk_tokens=2048)
-    short, long = (serving.serve(Load(isl=8000, osl=osl), 1) for osl in (10, 1000))
+    serving = ServingModel(cost_of("llama-3.1-8b", "data=1"), chunk_tokens=2048)
+    short, long = (serving.estimate(Workload(isl=8000, osl=osl), 1) for osl in (10, 1000))
     alone = serving.cost.seconds(Rows(1, 0, 8005)).total
     assert short.tpot == pytest.approx(alone, rel=0.2)
     assert short.ttft == pytest.approx(long.ttft, rel=0.05)
@@ -173,10 +173,10 @@ def test_a_pipeline_of_one_request_is_no_faster_than_reading_its_weights():
 
 
 def test_replicas_serve_as_many_times_more():
-    load = Load(isl=1000, osl=1000)
-    one, four = (Serving(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
+    load = Workload(isl=1000, osl=1000)
+    one, four = (ServingModel(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
     assert four.max_requests(load) == 4 * one.max_requests(load)
-    single, many = one.serve(load, 16), four.serve(load, 64)
+    single, many = one.estimate(load, 16), four.estimate(load, 64)
     assert many.tokens_per_s == pytest.approx(4 * single.tokens_per_s)
     assert replace(many, concurrency=16, tokens_per_s=single.tokens_per_s) == single
 

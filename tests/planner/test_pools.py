@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.planner.cost import Rows
 from jaxmoe.planner.pools import beats, best_pools
 from jaxmoe.planner.search import candidates_of, servings_of
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 
 from .plans import found, question
 
@@ -27,7 +27,7 @@ def test_pools_share_out_what_they_serve():
 
 @pytest.mark.parametrize("isl", [1024, 5000])
 def test_a_prompt_takes_whole_steps_of_the_engine_that_reads_it(isl):
-    asked = replace(question("llama-3.1-8b", "h100", 8), load=Load(isl=isl, osl=1024))
+    asked = replace(question("llama-3.1-8b", "h100", 8), workload=Workload(isl=isl, osl=1024))
     pools = best_pools(asked, engine_devices=4)
     assert pools is not None
     engine = replace(asked, devices=4)
@@ -64,22 +64,22 @@ def test_requests_at_once_bound_what_pools_serve():
 @pytest.mark.parametrize("osl", [8, 1024])
 def test_requests_on_their_way_to_the_first_token_are_counted(osl):
     """Little's law."""
-    asked = replace(question("llama-3.1-70b", "h100", 16), load=Load(isl=8192, osl=osl))
+    asked = replace(question("llama-3.1-70b", "h100", 16), workload=Workload(isl=8192, osl=osl))
     pools = best_pools(asked, engine_devices=4)
     assert pools is not None
     assert pools.concurrency == math.ceil(pools.tokens_per_s / osl * pools.request_seconds)
 
 
 def test_one_token_needs_no_pool_that_decodes():
-    asked = replace(question("llama-3.1-70b", "h100", 16), load=Load(isl=8192, osl=1))
+    asked = replace(question("llama-3.1-70b", "h100", 16), workload=Workload(isl=8192, osl=1))
     assert best_pools(asked, engine_devices=4) is None
 
 
 def test_pools_of_as_many_requests_are_compared_with_the_plan():
     asked = replace(question("llama-3.1-405b", "h200", 64, "latency"))
     best = found("llama-3.1-405b", "h200", 64, "latency").best
-    pools = best_pools(asked, engine_devices=8, concurrency=best.served.concurrency)
+    pools = best_pools(asked, engine_devices=8, concurrency=best.estimate.concurrency)
     assert pools is not None
-    assert pools.concurrency == best.served.concurrency
+    assert pools.concurrency == best.estimate.concurrency
     assert beats(pools, best, asked) == (pools.request_seconds < 0.95 * best.request_seconds)
     assert pools.tokens_per_s == pytest.approx(pools.concurrency * pools.osl / pools.request_seconds)

@@ -14,7 +14,7 @@ from .plans import LOAD, found, question
 @pytest.mark.parametrize("case", [("deepseek-v3", "h100", 16), ("llama-3.1-8b", "h100", 8), ("gpt-oss-20b", "h200", 8)])
 def test_points_lie_under_both_roofs(case):
     best = found(*case).best
-    drawn = roofline(best.serving, LOAD, concurrency=best.served.concurrency)
+    drawn = roofline(best.serving, LOAD, concurrency=best.estimate.concurrency)
     assert {one["phase"] for one in drawn["points"]} == {"prefill", "decode"}
     for one in drawn["points"]:
         assert one["flops_per_s"] <= 1.0001 * one["flops_per_byte"] * drawn["bytes_per_s"]

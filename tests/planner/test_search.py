@@ -15,7 +15,7 @@ from jaxmoe.mesh import check_axes
 from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, reasons
 from scripts.score_planner import config_of
 
@@ -49,7 +49,7 @@ def test_a_model_that_fits_one_node_stays_there():
     assert "EP8" in kind("deepseek-v3.1", "b200", 8)
     best = found("deepseek-v3.1", "b200", 16).best
     assert dict(best.parallelism.axes)["data"] == 2
-    assert best.served.mean_step.scale_out == 0
+    assert best.estimate.mean_step.scale_out == 0
     said = " ".join(reasons(question("deepseek-v3.1", "b200", 16), found("deepseek-v3.1", "b200", 16), None,
                             NeighborPlans(half=None, twice=None)))  # fmt: skip
     assert "do not reach for multi-node yet" in said
@@ -60,7 +60,7 @@ def test_the_front_trades_tokens_a_second_for_time_a_token():
         assert len(one.front) > 3
         assert one.best in one.front
         for fast, full in pairwise(one.front):
-            assert fast.served.tpot < full.served.tpot
+            assert fast.estimate.tpot < full.estimate.tpot
             assert fast.tokens_per_s < full.tokens_per_s
 
 
@@ -99,69 +99,71 @@ def test_what_is_asked_for_is_kept():
 
 def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
     """A H100 has room for three requests so long beside Llama-3.1-8B; four are assumed for the lowest latency."""
-    asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), load=Load(isl=120_000, osl=1000))
+    asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), workload=Workload(isl=120_000, osl=1000))
     best = search(asked).best
-    assert (best.served.concurrency, best.max_requests) == (2, 3)
+    assert (best.estimate.concurrency, best.max_requests) == (2, 3)
     with pytest.raises(NoPlanError, match="no room for 4 requests"):
-        search(replace(asked, load=Load(isl=120_000, osl=1000, concurrency=4)))
+        search(replace(asked, workload=Workload(isl=120_000, osl=1000, concurrency=4)))
 
 
 @pytest.mark.parametrize("case", [("llama-3.1-8b", "h100", 1), ("llama-3.1-8b", "v5e", 4), ("gpt-oss-120b", "h100", 2)])
 def test_as_many_requests_as_are_said_to_have_room_are_planned_for(case):
     """By the smallest chunks of prompts where others leave too little; served nearly as well as those that are best."""
     best = found(*case).best
-    full = search(replace(question(*case), load=replace(LOAD, concurrency=best.max_requests))).best
-    assert full.served.concurrency == best.max_requests
+    full = search(replace(question(*case), workload=replace(LOAD, concurrency=best.max_requests))).best
+    assert full.estimate.concurrency == best.max_requests
     assert full.tokens_per_s > 0.9 * best.tokens_per_s
     with pytest.raises(NoPlanError, match="no room for") as caught:
-        search(replace(question(*case), load=replace(LOAD, concurrency=1 << 24)))
+        search(replace(question(*case), workload=replace(LOAD, concurrency=1 << 24)))
     most = replace(LOAD, concurrency=caught.value.most)  # of any split
-    assert search(replace(question(*case), load=most)).best.served.concurrency >= best.max_requests
+    assert search(replace(question(*case), workload=most)).best.estimate.concurrency >= best.max_requests
     with pytest.raises(NoPlanError, match="no room for"):
-        search(replace(question(*case), load=replace(LOAD, concurrency=caught.value.most + 1)))
+        search(replace(question(*case), workload=replace(LOAD, concurrency=caught.value.most + 1)))
 
 
 @pytest.mark.parametrize("load", [(4096, 1), (512, 2), (128, 8), (8192, 2), (8192, 16), (1024, 1024)])
 @pytest.mark.parametrize("count", [1, 7, 48])
 def test_times_agree_with_tokens_a_second(load, count):
     """So many requests, always at once, each as long as its tokens take (Little's law)."""
-    asked = Load(isl=load[0], osl=load[1], concurrency=count)
-    served = search(replace(question("llama-3.1-70b", "h100", 8), load=asked)).best.served
+    asked = Workload(isl=load[0], osl=load[1], concurrency=count)
+    served = search(replace(question("llama-3.1-70b", "h100", 8), workload=asked)).best.estimate
     assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_per_s)
     assert served.mean_step.total * served.num_steps == pytest.approx(served.request_seconds)
     assert served.ttft > 0
     assert (served.tpot == 0) == (served.osl == 1)
-    assert served.pace == (served.tpot or served.ttft)
+    assert served.seconds_per_token == (served.tpot or served.ttft)
 
 
 def test_the_front_of_single_tokens_trades_their_time():
-    one = search(replace(question("llama-3.1-8b", "h100", 8), load=Load(isl=1024, osl=1)))
+    one = search(replace(question("llama-3.1-8b", "h100", 8), workload=Workload(isl=1024, osl=1)))
     assert len(one.front) > 3
     for fast, full in pairwise(one.front):
-        assert fast.served.ttft < full.served.ttft
+        assert fast.estimate.ttft < full.estimate.ttft
         assert fast.tokens_per_s < full.tokens_per_s
 
 
 def test_limits_beside_latency_keep_the_requests_assumed_while_they_are_kept():
     asked = question("llama-3.1-8b", "h100", 8, "latency")
     fastest = {
-        count: min(plan.served.tpot for plan in search(replace(asked, load=replace(LOAD, concurrency=count))).every)
+        count: min(
+            plan.estimate.tpot for plan in search(replace(asked, workload=replace(LOAD, concurrency=count))).every
+        )
         for count in (32, 16)
     }
     for limit, requests in ((None, 32), (1.01 * fastest[32], 32), (0.99 * fastest[32], 16), (0.99 * fastest[16], 8)):
         one = search(replace(asked, tpot_limit=limit))
-        assert one.best.served.concurrency == requests
-        assert limit is None or one.best.served.tpot <= limit
-        assert {plan.served.concurrency for plan in one.every} == {requests}
+        assert one.best.estimate.concurrency == requests
+        assert limit is None or one.best.estimate.tpot <= limit
+        assert {plan.estimate.concurrency for plan in one.every} == {requests}
 
 
 def test_requests_are_as_many_as_a_limit_lets_in():
     """Not a power of two of them: some more would be too many."""
     asked = replace(question("llama-3.1-8b", "h100", 1), axes=check_axes({}))
-    limit = 1.7 * search(replace(asked, load=replace(LOAD, concurrency=1))).best.served.tpot
+    limit = 1.7 * search(replace(asked, workload=replace(LOAD, concurrency=1))).best.estimate.tpot
     best = search(replace(asked, tpot_limit=limit)).best
-    more = best.serving.serve(LOAD, round(1.1 * best.served.concurrency))
-    assert best.served.tpot <= limit < more.tpot
+    more = best.serving.estimate(LOAD, round(1.1 * best.estimate.concurrency))
+    assert best.estimate.tpot <= limit < more.tpot
 
 
 @pytest.mark.parametrize(("hardware", "devices"), [("a100", 1), ("h100", 8)])
@@ -170,7 +172,7 @@ def test_fewer_requests_are_taken_where_more_serve_no_more(hardware, devices):
     most = max(plan.tokens_per_s for plan in one.every)
     assert one.best.tokens_per_s >= most / 1.03
     for count in (1 << power for power in range(one.best.max_requests.bit_length() - 1)):
-        served = one.best.serving.serve(LOAD, count)
+        served = one.best.serving.estimate(LOAD, count)
         if served.tokens_per_s >= most / 1.03:
             assert one.best.request_seconds <= 1.03 * (served.ttft + (LOAD.osl - 1) * served.tpot)
 
@@ -202,7 +204,7 @@ def test_a_model_too_large_is_told_by_its_bytes():
 def test_limits_of_latency_bound_the_plan_or_name_the_best_possible():
     asked = question("llama-3.1-70b", "h100", 8)
     limited = search(replace(asked, tpot_limit=0.02))
-    assert limited.best.served.tpot <= 0.02 < search(asked).best.served.tpot
+    assert limited.best.estimate.tpot <= 0.02 < search(asked).best.estimate.tpot
     with pytest.raises(NoPlanError, match=r"--sla-tpot-ms 0\.1 cannot be met by 8 x h100: .* best time a token is \d"):
         search(replace(asked, tpot_limit=0.0001))
 

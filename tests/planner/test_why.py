@@ -12,7 +12,7 @@ from jaxmoe.mesh import check_axes
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.lift import improvements
 from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search
-from jaxmoe.planner.serving import Load
+from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
@@ -54,7 +54,7 @@ def test_what_is_as_good_is_said_to_be_and_what_loses_loses(case):
         if "as good" not in line:
             theirs, here = (float(number) for number in re.findall(r"([\d.]+) (?:ms of|us for|here)", line))
             assert theirs >= here
-            same = plan.served.concurrency == one.best.served.concurrency
+            same = plan.estimate.concurrency == one.best.estimate.concurrency
             assert ("of a step" in line) == same
 
 
@@ -88,10 +88,10 @@ def test_remedies_differ_from_what_is():
     assert "--weights-dtype" not in binds("deepseek-v3", "b200", "compute")
     assert "--kv-dtype fp8" in binds("llama-3.1-8b", "h100", "memory")
     assert "--kv-dtype" not in binds("llama-3.1-8b", "h100", "memory", kv_dtype="int8")
-    few = Load(isl=1024, osl=1024, concurrency=8)
-    assert "--max-num-seqs, up to" in binds("llama-3.1-8b", "h100", "memory", load=few)
+    few = Workload(isl=1024, osl=1024, concurrency=8)
+    assert "--max-num-seqs, up to" in binds("llama-3.1-8b", "h100", "memory", workload=few)
     assert "requests" not in binds("llama-3.1-8b", "h100", "memory")  # as many as are best
-    assert "requests" not in binds("llama-3.1-8b", "h100", "memory", load=few, objective="latency")
+    assert "requests" not in binds("llama-3.1-8b", "h100", "memory", workload=few, objective="latency")
     assert "looser limits" in binds("llama-3.1-8b", "h100", "launch", tpot_limit=0.01)
     assert binds("llama-3.1-8b", "h100", "scale_out").endswith(", faster links between nodes than 50 GB/s a device")
     assert "leave out --mesh" in binds("llama-3.1-8b", "h100", "link", axes=check_axes({"tensor": 8}))
@@ -109,9 +109,9 @@ def test_every_remedy_gains_what_it_says():
 @pytest.mark.parametrize(
     ("model", "hardware", "devices", "changes", "left_out"),
     [
-        ("llama-3.1-8b", "h100", 1, {"load": Load(isl=1024, osl=1024, concurrency=4)}, "--kv-dtype"),
+        ("llama-3.1-8b", "h100", 1, {"workload": Workload(isl=1024, osl=1024, concurrency=4)}, "--kv-dtype"),
         ("mixtral-8x7b", "h200", 8, {"objective": "latency"}, "--kv-dtype"),
-        ("llama-3.1-8b", "v4", 1, {"load": Load(isl=4096, osl=1), "kv_dtype": "int8"}, "--weights-dtype"),
+        ("llama-3.1-8b", "v4", 1, {"workload": Workload(isl=4096, osl=1), "kv_dtype": "int8"}, "--weights-dtype"),
     ],
 )
 def test_what_gains_no_more_than_prices_are_exact_is_left_out(model, hardware, devices, changes, left_out):
@@ -128,7 +128,7 @@ def test_small_numbers_keep_their_digits():
         "28,920",
     ]
     asked = question("demo", "h100", 8, "latency")
-    asked = replace(asked, load=Load(isl=32, osl=16))
+    asked = replace(asked, workload=Workload(isl=32, osl=16))
     lines = reasons(asked, search(asked), None, ALONE)
     assert any(line.startswith("Instead") for line in lines)
     assert not any(" 0.00 " in line for line in lines)
@@ -151,8 +151,8 @@ def test_more_devices_are_slower_beyond_noise_alone(factor, slower):
     """The same plan on twice the devices, with every request so many times as long."""
     best = found(*CASES[0]).best
     axes = tuple((axis, size * (2 if axis == "data" else 1)) for axis, size in best.parallelism.axes)
-    served = replace(best.served, ttft=factor * best.served.ttft, tpot=factor * best.served.tpot)
-    twice = replace(best, parallelism=replace(best.parallelism, axes=axes), served=served)
+    served = replace(best.estimate, ttft=factor * best.estimate.ttft, tpot=factor * best.estimate.tpot)
+    twice = replace(best, parallelism=replace(best.parallelism, axes=axes), estimate=served)
     line = next(line for line in said(CASES[0], NeighborPlans(half=None, twice=twice)) if line.startswith("Twice"))
     assert ("more devices make it slower here" in line) == slower
 
