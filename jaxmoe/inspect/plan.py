@@ -14,10 +14,10 @@ from jaxmoe.families import read_config
 from jaxmoe.inspect.map.data import model_name
 from jaxmoe.inspect.plan_rows import (
     arguments_of,
+    disaggregated_row,
     engine_of,
     memory_of,
     plan_row,
-    pools_row,
     rule_of_thumb,
     weights_dtype_of,
 )
@@ -26,7 +26,7 @@ from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import Hardware, names_nodes, read_hardware
-from jaxmoe.planner.pools import best_pools
+from jaxmoe.planner.pools import best_disaggregated
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
     LATENCY_REQUESTS,
@@ -189,10 +189,12 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
     config, hardware = request.checked()
     search_request, search_result = _search_devices(request, config, hardware)
     best = search_result.best
-    pools, around = None, NeighborPlans(half=None, twice=None)
+    disaggregated, around = None, NeighborPlans(half=None, twice=None)
     if request.mesh is None:
         pool_concurrency = best.estimate.concurrency if request.objective == "latency" else request.max_num_seqs
-        pools = best_pools(search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency)
+        disaggregated = best_disaggregated(
+            search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency
+        )
         around = _neighbors(search_request, best)
     return {
         "model": model_name(request.config), "config": request.config, "family": config.family,
@@ -205,9 +207,10 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
         "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignore_config_keys),
         "engine": engine_of(best, search_request), "memory": memory_of(best, search_request),
         "rule_of_thumb": rule_of_thumb(config, hardware),
-        "reasons": [*reasons(search_request, search_result, pools, around), *([] if request.runs() else [_PLANNED_ONLY])],
+        "reasons": [*reasons(search_request, search_result, disaggregated, around),
+                    *([] if request.runs() else [_PLANNED_ONLY])],
         "front": [plan_row(plan, hardware, config) for plan in search_result.front],
-        "pools": pools_row(pools, best, search_request) if pools else None,
+        "disaggregated": disaggregated_row(disaggregated, best, search_request) if disaggregated else None,
         "roofline": roofline(best.serving, search_request.workload, concurrency=best.estimate.concurrency),
         "candidates_tried": search_result.tried,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.planner.hardware import Hardware
-from jaxmoe.planner.pools import Pools, beats
+from jaxmoe.planner.pools import DisaggregatedPlan, beats
 from jaxmoe.planner.search import Plan, SearchRequest, kind_of
 from jaxmoe.planner.sizes import count_parameters
 
@@ -100,14 +100,14 @@ def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
     }  # fmt: skip
 
 
-def pools_row(pools: Pools, best: Plan, request: SearchRequest) -> Mapping[str, Any]:
+def disaggregated_row(plan: DisaggregatedPlan, best: Plan, request: SearchRequest) -> Mapping[str, Any]:
     """Separate pools, and whether they are better than the plan."""
     return {
-        "engine_devices": pools.engine_devices, "prefill_engines": pools.prefill_engines,
-        "decode_engines": pools.decode_engines, "prefill_mesh": pools.prefill.mesh,
-        "prefill_layout": str(pools.prefill.layout), "prefill_chunk_tokens": pools.prefill.chunk_tokens,
-        "decode_mesh": pools.decode.mesh,
-        "decode_layout": str(pools.decode.layout), "concurrency": pools.concurrency, "ttft_ms": pools.ttft * 1e3,
-        "tpot_ms": pools.tpot * 1e3, "transfer_ms": pools.transfer * 1e3, "tokens_per_s": pools.tokens_per_s,
-        "better": beats(pools, best, request),
+        "engine_devices": plan.engine_devices, "prefill_engines": plan.prefill_engines,
+        "decode_engines": plan.decode_engines, "prefill_mesh": plan.prefill.mesh,
+        "prefill_layout": str(plan.prefill.layout), "prefill_chunk_tokens": plan.prefill.chunk_tokens,
+        "decode_mesh": plan.decode.mesh,
+        "decode_layout": str(plan.decode.layout), "concurrency": plan.concurrency, "ttft_ms": plan.ttft * 1e3,
+        "tpot_ms": plan.tpot * 1e3, "transfer_ms": plan.transfer * 1e3, "tokens_per_s": plan.tokens_per_s,
+        "better": beats(plan, best, request),
     }  # fmt: skip

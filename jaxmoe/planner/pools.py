@@ -19,7 +19,7 @@ _SHARES = 64  # ways to share out engines that are looked at, at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pools:
+class DisaggregatedPlan:
     """Engines of `engine_devices` each: so many that prefill, so many that decode. Seconds; tokens a second of all."""
 
     engine_devices: int
@@ -41,16 +41,18 @@ class Pools:
 
 
 @dataclass(frozen=True)
-class _Prefill:
+class _PrefillEngine:
     parallelism: ParallelismConfig
     requests_per_s: float
     seconds: float  # of one prompt
 
 
-_Decode = tuple[ParallelismConfig, ServingModel, ServingEstimate]
+_DecodeEngine = tuple[ParallelismConfig, ServingModel, ServingEstimate]
 
 
-def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int | None = None) -> Pools | None:
+def best_disaggregated(
+    request: SearchRequest, *, engine_devices: int, concurrency: int | None = None
+) -> DisaggregatedPlan | None:
     """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds too
     little, nothing is decoded, or no limit of latency can be met. concurrency: requests at once over all of them; as
     many as are best by default."""
@@ -71,17 +73,21 @@ def best_pools(request: SearchRequest, *, engine_devices: int, concurrency: int 
         first = None if second is None else _first(request, prefills, _transfer(request, second[1]))
         if first is not None and second is not None:
             shared = engine_devices, count, engines - count
-            plans.append(_pools(request, first, second, shared, concurrency))
+            plans.append(_disaggregated(request, first, second, shared, concurrency))
     limit = math.inf if request.ttft_limit is None else request.ttft_limit
-    plans = [pools for pools in plans if pools.ttft <= limit * (1 + 1e-9)]
+    plans = [plan for plan in plans if plan.ttft <= limit * (1 + 1e-9)]
     if request.objective == "latency":
         return min(plans, key=lambda one: one.request_seconds, default=None)
     return max(plans, key=lambda one: one.tokens_per_s, default=None)
 
 
-def _pools(
-    request: SearchRequest, first: _Prefill, second: _Decode, shared: tuple[int, int, int], concurrency: int | None
-) -> Pools:  # fmt: skip
+def _disaggregated(
+    request: SearchRequest,
+    first: _PrefillEngine,
+    second: _DecodeEngine,
+    shared: tuple[int, int, int],
+    concurrency: int | None,
+) -> DisaggregatedPlan:
     """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
     number of requests those that neither kind has begun with wait for their prompts to be read."""
     (parallelism, serving, estimate), (size, prefilling, decoding) = second, shared
@@ -94,25 +100,25 @@ def _pools(
         ttft = max(ttft, concurrency * osl / rate - decoding_seconds)
     else:  # those on their way to the first token too
         concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * estimate.tpot))
-    return Pools(
+    return DisaggregatedPlan(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
         prefill=first.parallelism, decode=parallelism, concurrency=concurrency, ttft=ttft,
         tpot=estimate.tpot, transfer=transfer, tokens_per_s=rate, osl=osl,
     )  # fmt: skip
 
 
-def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel) -> list[_Prefill]:
+def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel) -> list[_PrefillEngine]:
     """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
     with it."""
     isl, engines = request.workload.isl, []
     for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
-        engines.append(_Prefill(replace(parallelism, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
+        engines.append(_PrefillEngine(replace(parallelism, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
     return engines
 
 
-def _first(request: SearchRequest, prefills: Iterable[_Prefill], transfer: float) -> _Prefill | None:
+def _first(request: SearchRequest, prefills: Iterable[_PrefillEngine], transfer: float) -> _PrefillEngine | None:
     """The engine that reads most prompts within the limit of the first token's time; for latency the fastest."""
     limit = math.inf if request.ttft_limit is None else request.ttft_limit
     kept = [one for one in prefills if one.seconds + transfer <= limit]
@@ -123,9 +129,9 @@ def _first(request: SearchRequest, prefills: Iterable[_Prefill], transfer: float
 
 def _decode(
     request: SearchRequest, servings: list[tuple[ParallelismConfig, ServingModel]], rows: int | None
-) -> _Decode | None:
+) -> _DecodeEngine | None:
     """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
-    engines: list[_Decode] = []
+    engines: list[_DecodeEngine] = []
     for parallelism, serving in servings:
         most = serving.max_requests(request.workload)
         if rows is not None:
@@ -149,8 +155,8 @@ def _transfer(request: SearchRequest, serving: ServingModel) -> float:
     return held.config.cached_tokens(request.workload.isl, 0) * held.kv_bytes_per_token / rate
 
 
-def beats(pools: Pools, plan: Plan, request: SearchRequest) -> bool:
+def beats(disaggregated: DisaggregatedPlan, plan: Plan, request: SearchRequest) -> bool:
     """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
     if request.objective == "latency":
-        return pools.request_seconds < 0.95 * plan.request_seconds
-    return pools.tokens_per_s > 1.05 * plan.tokens_per_s
+        return disaggregated.request_seconds < 0.95 * plan.request_seconds
+    return disaggregated.tokens_per_s > 1.05 * plan.tokens_per_s

@@ -11,7 +11,7 @@ from jaxmoe.planner.choose import limited
 from jaxmoe.planner.lift import improvements
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
-from jaxmoe.planner.pools import Pools, beats
+from jaxmoe.planner.pools import DisaggregatedPlan, beats
 from jaxmoe.planner.search import REL_TOLERANCE, Plan, SearchRequest, SearchResult, kind_of, objective_value
 from jaxmoe.planner.sizes import behind_windows, behind_words
 
@@ -33,12 +33,14 @@ class NeighborPlans:
     half_unmet: UnmetLimit | None = None
 
 
-def reasons(request: SearchRequest, result: SearchResult, pools: Pools | None, neighbors: NeighborPlans) -> list[str]:
+def reasons(
+    request: SearchRequest, result: SearchResult, disaggregated: DisaggregatedPlan | None, neighbors: NeighborPlans
+) -> list[str]:
     """Why this plan, what binds it, what would lift it."""
     return [
         *_bottleneck(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
         *_tensor(request, result), *_across(request, result), *_others(request, result),
-        *_pools(request, result.best, pools), *_size(request, result.best, neighbors),
+        *_disaggregated(request, result.best, disaggregated), *_size(request, result.best, neighbors),
     ]  # fmt: skip
 
 
@@ -217,16 +219,16 @@ def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 
 
-def _pools(request: SearchRequest, best: Plan, pools: Pools | None) -> Iterator[str]:
-    if pools is None:
+def _disaggregated(request: SearchRequest, best: Plan, plan: DisaggregatedPlan | None) -> Iterator[str]:
+    if plan is None:
         return
-    first = counted(pools.prefill_engines, "engine")
-    engines = f"{first} of {counted(pools.engine_devices, 'device')} for prompts, {pools.decode_engines} to decode"
+    first = counted(plan.prefill_engines, "engine")
+    engines = f"{first} of {counted(plan.engine_devices, 'device')} for prompts, {plan.decode_engines} to decode"
     does = (
-        f"{digits(pools.tokens_per_s)} tokens/s, {pools.ttft * 1e3:,.0f} ms to the first token and "
-        f"{pools.tpot * 1e3:.1f} ms a token, with {counted(pools.concurrency, 'request')} at once"
+        f"{digits(plan.tokens_per_s)} tokens/s, {plan.ttft * 1e3:,.0f} ms to the first token and "
+        f"{plan.tpot * 1e3:.1f} ms a token, with {counted(plan.concurrency, 'request')} at once"
     )
-    verdict = "serve more than engines that do both" if beats(pools, best, request) else "do not pay here"
+    verdict = "serve more than engines that do both" if beats(plan, best, request) else "do not pay here"
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
 
 
