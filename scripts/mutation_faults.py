@@ -325,8 +325,8 @@ PLANNING = _faults(
     (
         "bubble-ignores-interleaved-chunks",
         "jaxmoe/planner/cost.py",
-        "waits = (stages - 1) / (stages * virtual_stages * (1 if rows.prefill else MAX_DECODE_STEPS))",
-        "waits = (stages - 1) / (stages * (1 if rows.prefill else MAX_DECODE_STEPS))",
+        "waits = (stages - 1) / (stages * virtual_stages * (1 if batch.prefill else MAX_DECODE_STEPS))",
+        "waits = (stages - 1) / (stages * (1 if batch.prefill else MAX_DECODE_STEPS))",
         "planner/test_cost.py",
     ),
     (

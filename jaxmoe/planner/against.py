@@ -19,7 +19,7 @@ from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import weight_quantization
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
-from jaxmoe.planner.cost import SKEW, Rows
+from jaxmoe.planner.cost import SKEW, StepBatch
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, Plan, SearchRequest, search
 from jaxmoe.planner.serving import Workload
@@ -183,7 +183,7 @@ def _metric(facts: Mapping[str, str], plan: Plan, workload: Workload) -> float:
     metric, estimate = facts["metric"].lower(), plan.estimate
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
         serving = plan.serving
-        step = serving.cost.seconds(Rows(0, serving.chunk_tokens, 0, workload.isl / 2)).total
+        step = serving.cost.step_time(StepBatch(0, serving.chunk_tokens, 0, workload.isl / 2)).total
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
     if "decode" in facts["phase"].lower() and ("throughput" in metric or "disaggregated" in facts["system"].lower()):
         estimate = plan.serving.estimate(workload, estimate.concurrency, prefills=False)  # prompts are read elsewhere

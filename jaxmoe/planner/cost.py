@@ -57,7 +57,7 @@ _MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow wit
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepBatch:
     """What one rank of the batch does in a step. decode: requests that take a token; prefill: tokens of prompts.
     context: tokens cached of a decoding request; prompt: mean tokens that a prompt's token attends to."""
 
@@ -73,7 +73,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class StepTime:
     """Of one step, by what binds: products, memory, links of a fast fabric, links between those, launches, stages that
     wait."""
 
@@ -89,9 +89,9 @@ class Seconds:
         """Of the step."""
         return self.compute + self.memory + self.link + self.scale_out + self.launch + self.bubble
 
-    def mixed(self, share: float, other: Seconds, rest: float) -> Seconds:
+    def mixed(self, share: float, other: StepTime, rest: float) -> StepTime:
         """So much of this and so much of another."""
-        return Seconds(
+        return StepTime(
             share * self.compute + rest * other.compute, share * self.memory + rest * other.memory,
             share * self.link + rest * other.link, share * self.scale_out + rest * other.scale_out,
             share * self.launch + rest * other.launch, share * self.bubble + rest * other.bubble,
@@ -169,7 +169,7 @@ class StepCost:
             alike[layer] = alike.get(layer, 0) + block.run
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
         decides = (*self._layers, moe, skew, self.skew, self._vocab, self._context_ranks, self.config.hidden_size)
-        self._worked: dict[Rows, tuple[float, float, float, float]] = hardware.priced.setdefault(
+        self._worked: dict[StepBatch, tuple[float, float, float, float]] = hardware.priced.setdefault(
             ("work", *decides, held.itemsize), {}
         )
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
@@ -237,25 +237,25 @@ class StepCost:
 
     # --- what a step takes ---
 
-    def seconds(self, rows: Rows) -> Seconds:
+    def step_time(self, batch: StepBatch) -> StepTime:
         """Of one step of one decode step. Its rows pass the stages of a pipeline in groups, as many as the engine
         makes: one a stage while all decode, several decode steps at a time, four a stage with prompts; the stages fill
         and empty."""
         stages, virtual_stages = self.num_stages, self.placement.virtual_stages
-        groups = stages * (_MICRO_BATCHES if rows.prefill and stages > 1 else 1)
-        groups = min(groups, max(1, int(rows.tokens)))  # none is empty
-        each = Rows(rows.decode / groups, rows.prefill / groups, rows.context, rows.prompt)
+        groups = stages * (_MICRO_BATCHES if batch.prefill and stages > 1 else 1)
+        groups = min(groups, max(1, int(batch.tokens)))  # none is empty
+        each = StepBatch(batch.decode / groups, batch.prefill / groups, batch.context, batch.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
         passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
         compute, memory, launch, waiting = (passes * one for one in self._work(each))
         link, out = passes * link, passes * out
         if self.dispatch != SILENT:
             link += waiting
-        waits = (stages - 1) / (stages * virtual_stages * (1 if rows.prefill else MAX_DECODE_STEPS))
+        waits = (stages - 1) / (stages * virtual_stages * (1 if batch.prefill else MAX_DECODE_STEPS))
         bubble = (compute + memory + link + out + launch) / passes * waits
-        return Seconds(compute, memory, link, out, launch, bubble)
+        return StepTime(compute, memory, link, out, launch, bubble)
 
-    def _work(self, each: Rows) -> tuple[float, float, float, float]:
+    def _work(self, each: StepBatch) -> tuple[float, float, float, float]:
         """Seconds of products, memory and launches of one group of tokens through all layers; and of waiting at
         exchanges for ranks that are later."""
         if (known := self._worked.get(each)) is not None:
@@ -295,30 +295,30 @@ class StepCost:
         times[1] += num_bytes / self._bandwidth
         times[3] += num_bytes / self._bandwidth
 
-    def _outside(self, rows: Rows, times: list[float]) -> None:
+    def _outside(self, batch: StepBatch, times: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
         width, item = self.config.hidden_size, self.held.itemsize
         vocab = self._vocab
-        moved = vocab * width * item + rows.decode * (vocab * 12 + width * item)
-        self._pass(times, 2 * vocab * width * rows.decode / self._plain_rate, moved, 4)
+        moved = vocab * width * item + batch.decode * (vocab * 12 + width * item)
+        self._pass(times, 2 * vocab * width * batch.decode / self._plain_rate, moved, 4)
 
     @cached_property
     def _vocab(self) -> float:
         return self.held.outer[0][0].dims["vocab"] / self.placement.with_view("outside_pipeline").num_shards("vocab")
 
-    def _attend(self, layer: _Layer, rows: Rows, times: list[float]) -> None:
+    def _attend(self, layer: _Layer, batch: StepBatch, times: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
-        met = rows.decode * layer.seen(rows.context) / self._context_ranks
+        met = batch.decode * layer.seen(batch.context) / self._context_ranks
         self._pass(times, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
-        if rows.prefill:
-            met = rows.prefill * min(rows.prompt, layer.window, layer.chunk) / self._context_ranks
+        if batch.prefill:
+            met = batch.prefill * min(batch.prompt, layer.window, layer.chunk) / self._context_ranks
             self._pass(times, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
-    def _meet_experts(self, experts: _Experts, rows: Rows, times: list[float]) -> None:
+    def _meet_experts(self, experts: _Experts, batch: StepBatch, times: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
         moe = self.config.moe
         assert moe is not None
-        tokens = rows.tokens * experts.reach
+        tokens = batch.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.num_shards * self.skew
         active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
         tile = min(_TILE_ROWS, max(_MIN_TILE_ROWS, chosen / max(active, 1e-9)))

@@ -21,8 +21,8 @@ _WIDE = ("float32", "bfloat16", "float16")
 
 def improvements(request: SearchRequest, best: Plan, bottleneck: str, *, more_devices: bool) -> list[str]:
     """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
-    the part of a step that takes longest (cost.Seconds.parts). more_devices: whether the best plan of twice the devices
-    is better."""
+    the part of a step that takes longest (cost.StepTime.parts). more_devices: whether the best plan of twice the
+    devices is better."""
     gains = ((words, _gain(request, best, other)) for words, other in _changes(request, best))
     ranked = sorted(((words, gain) for words, gain in gains if gain > REL_TOLERANCE), key=lambda one: -one[1])
     lines = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]

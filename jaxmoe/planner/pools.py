@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxmoe.planner.cost import Rows
+from jaxmoe.planner.cost import StepBatch
 from jaxmoe.planner.search import ParallelismConfig, Plan, SearchRequest, candidates_of, servings_of
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import CHUNKS
@@ -112,7 +112,7 @@ def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: S
     with it."""
     isl, engines = request.workload.isl, []
     for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
-        step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
+        step = serving.cost.step_time(StepBatch(0, chunk, 0, isl / 2)).total
         rate = serving.ranks * chunk / isl / step
         engines.append(_PrefillEngine(replace(parallelism, chunk_tokens=chunk), rate, step * math.ceil(isl / chunk)))
     return engines

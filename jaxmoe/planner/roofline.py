@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.planner.cost import MATRICES, Rows, StepCost, attention_dims, experts_of, matrices_of
+from jaxmoe.planner.cost import MATRICES, StepBatch, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import Block
 from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.serving import ServingModel, Workload
@@ -39,8 +39,8 @@ def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> 
     rows = max(1.0, concurrency / serving.ranks)
     context = workload.isl + workload.osl / 2
     steps = {
-        "prefill": Rows(0, min(serving.chunk_tokens, math.ceil(rows * workload.isl)), 0, workload.isl / 2),
-        "decode": Rows(rows, 0, context),
+        "prefill": StepBatch(0, min(serving.chunk_tokens, math.ceil(rows * workload.isl)), 0, workload.isl / 2),
+        "decode": StepBatch(rows, 0, context),
     }
     return {
         "bytes_per_s": hardware.bytes_per_s,
@@ -55,11 +55,11 @@ def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> 
     }  # fmt: skip
 
 
-def works(cost: StepCost, rows: Rows) -> Iterator[Work]:
+def works(cost: StepCost, batch: StepBatch) -> Iterator[Work]:
     """Each kind of work of a step of one rank of the batch, once: of the first layer that has such."""
     seen: set[str] = set()
     stages = cost.num_stages
-    each = Rows(rows.decode / stages, rows.prefill / stages, rows.context, rows.prompt)
+    each = StepBatch(batch.decode / stages, batch.prefill / stages, batch.context, batch.prompt)
     for block in cost.held.blocks:
         for work in (*_dense(cost, block, each), *_attention(cost, block, each), *_experts(cost, block, each)):
             if work.kind not in seen and work.flops:
@@ -71,10 +71,10 @@ def _numbers(params: list[Parameter], block: Block) -> float:
     return float(sum(math.prod(one.share(block.split)) for one in params))
 
 
-def _dense(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+def _dense(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
     """Matrices that every token meets."""
     width, item = cost.config.hidden_size, cost.held.itemsize
-    tokens = rows.tokens / block.placement.num_shards("page_token")
+    tokens = batch.tokens / block.placement.num_shards("page_token")
     for part in MATRICES:
         numbers = _numbers(matrices_of(block, part), block)
         if numbers:
@@ -82,29 +82,29 @@ def _dense(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
             yield Work(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost.rate(part))
 
 
-def _attention(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+def _attention(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
     """Of queries over keys and values: those of pages, or a prompt's own."""
     config = cost.config
     heads, decode, prefill = attention_dims(config, block)
     most = min(config.sliding_windows[block.layer] or math.inf, config.chunk(block.layer) or math.inf)
     ranks = block.placement.num_shards("page_token")
-    met = rows.decode * min(rows.context, most) + rows.prefill * min(rows.prompt, most)
-    dims = decode if rows.decode else prefill
-    if rows.decode:
-        num_bytes = rows.decode * min(rows.context, most) * cost.held.kv_bytes(block)
+    met = batch.decode * min(batch.context, most) + batch.prefill * min(batch.prompt, most)
+    dims = decode if batch.decode else prefill
+    if batch.decode:
+        num_bytes = batch.decode * min(batch.context, most) * cost.held.kv_bytes(block)
     else:
-        num_bytes = rows.prefill * heads * 2 * dims * cost.held.itemsize
+        num_bytes = batch.prefill * heads * 2 * dims * cost.held.itemsize
     yield Work("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost.rate("router"))
 
 
-def _experts(cost: StepCost, block: Block, rows: Rows) -> Iterator[Work]:
+def _experts(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
     """The experts that a mean rank's tokens choose."""
     moe, placement = cost.config.moe, block.placement
     if moe is None or not cost.config.moe_layers[block.layer]:
         return
     held, matrices = experts_of(block)
     numbers = _numbers(matrices, block) / held
-    tokens = rows.tokens * placement.size(placement.ep_exchange_axes("token")) / placement.num_shards("page_token")
+    tokens = batch.tokens * placement.size(placement.ep_exchange_axes("token")) / placement.num_shards("page_token")
     chosen = tokens * moe.num_experts_per_tok / block.split.moe_expert
     active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
     moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize

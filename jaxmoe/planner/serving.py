@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxmoe.planner.cost import Rows, Seconds, StepCost
+from jaxmoe.planner.cost import StepBatch, StepCost, StepTime
 
 # Of what weights and a step leave, the share that pages may take.
 _PAGES = 0.9
@@ -36,7 +36,7 @@ class ServingEstimate:
     ttft: float
     tpot: float
     tokens_per_s: float
-    mean_step: Seconds
+    mean_step: StepTime
     num_steps: float
     chunk_tokens: int
     osl: int
@@ -95,12 +95,12 @@ class ServingModel:
         rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
         chunk = min(self.chunk_tokens, math.ceil(rows * workload.isl))  # no more than there are
         context, prompt, later = workload.isl + workload.osl / 2, workload.isl / 2, workload.osl - 1
-        alone = self.cost.seconds(Rows(rows, 0, context))
+        alone = self.cost.step_time(StepBatch(rows, 0, context))
         if not prefills:
             return self._estimate(
                 workload, concurrency, alone.mixed(workload.osl, alone, 0.0), workload.osl, tpot=alone.total
             )
-        mixed = self.cost.seconds(Rows(rows, chunk, context, prompt))
+        mixed = self.cost.step_time(StepBatch(rows, chunk, context, prompt))
         own = max(1.0, workload.isl / chunk)  # steps that read a request's prompt, the last of which draws a token
         chunks = max(own, rows * workload.isl / chunk)  # steps that read anyone's
         seconds = mixed.mixed(chunks, alone, max(0.0, own + later - chunks))
@@ -112,7 +112,7 @@ class ServingModel:
         return self._estimate(workload, concurrency, seconds, max(chunks, own + later), tpot=tpot)
 
     def _estimate(
-        self, workload: Workload, concurrency: int, seconds: Seconds, num_steps: float, *, tpot: float
+        self, workload: Workload, concurrency: int, seconds: StepTime, num_steps: float, *, tpot: float
     ) -> ServingEstimate:
         """What is served where a request takes so many seconds, in so many steps."""
         return ServingEstimate(

@@ -12,7 +12,7 @@ import pytest
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import PlannedMesh, parse_mesh
-from jaxmoe.planner.cost import Rows, StepCost, imbalance
+from jaxmoe.planner.cost import StepBatch, StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import Held
@@ -34,7 +34,7 @@ def cost_of(name: str, mesh: str, *, layout: str = "ep-tp", hardware: str = "h10
 
 def test_one_decoded_token_reads_the_weights_once():
     cost = cost_of("llama-3.1-8b", "data=1")
-    seconds = cost.seconds(Rows(1, 0, 1))
+    seconds = cost.step_time(StepBatch(1, 0, 1))
     embedding = 128256 * 4096 * 2  # of which one row is read
     least = (cost.held.weight_bytes - embedding) / cost.hardware.bytes_per_s
     assert least <= seconds.memory <= 1.02 * least
@@ -43,7 +43,7 @@ def test_one_decoded_token_reads_the_weights_once():
 
 def test_a_long_prompt_takes_its_products():
     cost = cost_of("llama-3.1-8b", "data=1")
-    seconds = cost.seconds(Rows(0, 8192, 0, 4096))
+    seconds = cost.step_time(StepBatch(0, 8192, 0, 4096))
     matmuls = 2 * 6.98e9 * 8192 / cost.hardware.flops_per_s("bf16")  # all matrices but embedding and head
     assert matmuls <= seconds.compute <= 1.4 * matmuls  # attention, and what outputs take
 
@@ -53,7 +53,7 @@ def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
         StepCost(
             Held(config_of("llama-3.1-70b", dtype), Placement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))),
             read_hardware("h100"),
-        ).seconds(Rows(1, 0, 1))
+        ).step_time(StepBatch(1, 0, 1))
         for dtype in (None, "fp8")
     )
     assert half.memory / whole.memory == pytest.approx(0.5, abs=0.02)
@@ -62,7 +62,7 @@ def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
 @pytest.mark.parametrize(("context", "wanted"), [(64, 64), (100_000, 128)])
 def test_windows_bound_what_is_read_of_pages(context, wanted):
     cost = cost_of("gpt-oss-20b", "data=1")
-    before, after = (cost.seconds(Rows(64, 0, tokens)).memory for tokens in (0, context))
+    before, after = (cost.step_time(StepBatch(64, 0, tokens)).memory for tokens in (0, context))
     full, windowed = 12 * context, 12 * wanted  # every other layer has a window of 128
     pages = 64 * (full + windowed) * cost.held.kv_bytes(cost.held.blocks[0])
     assert after - before == pytest.approx(pages / cost.hardware.bytes_per_s, rel=0.05)
@@ -80,7 +80,7 @@ def test_collectives_are_those_planned(mesh, layout, dispatch):
         count * cost.links.seconds(one, group_of(one.axes, placement.mesh.shape, 8))
         for one, count in planned_collectives(cost.config, placement, shape, dispatch=dispatch).items()
     )
-    priced = cost.seconds(Rows(tokens * cost.num_stages, 0, 1))
+    priced = cost.step_time(StepBatch(tokens * cost.num_stages, 0, 1))
     # for ranks that arrive later, at both exchanges of each layer, and a part of what a token's work takes there
     work = priced.compute + priced.memory + priced.launch
     waits = priced.link + priced.scale_out - wanted
@@ -110,7 +110,7 @@ def test_stages_wait_less_with_more_chunks():
                 Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), virtual_stages=v),
             ),
             read_hardware("h100"),
-        ).seconds(Rows(64, 2048, 1024, 512))
+        ).step_time(StepBatch(64, 2048, 1024, 512))
         for v in (1, 2)
     )
     assert one.bubble == pytest.approx(2 * two.bubble, rel=0.01)
@@ -161,7 +161,7 @@ def test_more_requests_serve_more_tokens_and_each_slower():
 def test_a_request_alone_waits_for_its_prompt_once():
     serving = ServingModel(cost_of("llama-3.1-8b", "data=1"), chunk_tokens=2048)
     short, long = (serving.estimate(Workload(isl=8000, osl=osl), 1) for osl in (10, 1000))
-    alone = serving.cost.seconds(Rows(1, 0, 8005)).total
+    alone = serving.cost.step_time(StepBatch(1, 0, 8005)).total
     assert short.tpot == pytest.approx(alone, rel=0.2)
     assert short.ttft == pytest.approx(long.ttft, rel=0.05)
 
@@ -169,7 +169,7 @@ def test_a_request_alone_waits_for_its_prompt_once():
 def test_a_pipeline_of_one_request_is_no_faster_than_reading_its_weights():
     cost = cost_of("mixtral-8x22b", "pipeline=8", hardware="b200")
     active = 39.15e9 * 2 / 8e12  # published active parameters, at the rate on paper
-    assert cost.seconds(Rows(1, 0, 16)).total > active
+    assert cost.step_time(StepBatch(1, 0, 16)).total > active
 
 
 def test_replicas_serve_as_many_times_more():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxmoe.planner.cost import Rows
+from jaxmoe.planner.cost import StepBatch
 from jaxmoe.planner.pools import beats, best_disaggregated
 from jaxmoe.planner.search import candidates_of, servings_of
 from jaxmoe.planner.serving import Workload
@@ -36,7 +36,7 @@ def test_a_prompt_takes_whole_steps_of_the_engine_that_reads_it(isl):
         if replace(alike[-1], chunk_tokens=pools.prefill.chunk_tokens) == pools.prefill
     )  # fmt: skip
     chunk = pools.prefill.chunk_tokens
-    step = serving.cost.seconds(Rows(0, chunk, 0, isl / 2)).total
+    step = serving.cost.step_time(StepBatch(0, chunk, 0, isl / 2)).total
     assert pools.ttft - pools.transfer == pytest.approx(step * math.ceil(isl / chunk))
 
 
