@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxmoe.inspect.fit import CompileRequest, compile_for
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import PlannedMesh, device_platform
-from jaxmoe.planner.memory import Held
+from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.sharding import Placement
 
 # (model, target, mesh, layout, batch, context)
@@ -44,15 +44,17 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     answer = compile_for(question)
     config, machine, axes = question.checked()
     platform = device_platform(machine.device.platform)
-    held = Held(config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout)))
-    ranks = held.placement.num_shards("batch")
+    memory = DeviceMemory(
+        config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout))
+    )
+    ranks = memory.placement.num_shards("batch")
     rows = -(-batch // ranks)
-    step = held.step_bytes(question.chunk_tokens + rows, rows)
-    pages = held.kv_bytes_per_token * rows * context
+    step = memory.step_bytes(question.chunk_tokens + rows, rows)
+    pages = memory.kv_bytes_per_token * rows * context
     size = answer["bytes"]
     return {
-        "weights": held.weight_bytes / size["weights"] - 1, "pages": pages / size["kv"] - 1,
-        "planned": held.weight_bytes + pages + step, "compiled": size["total"],
+        "weights": memory.weight_bytes / size["weights"] - 1, "pages": pages / size["kv"] - 1,
+        "planned": memory.weight_bytes + pages + step, "compiled": size["total"],
         "temp": size["temp"], "step": step, "as_planned": answer["as_planned"], "seconds": answer["compile_seconds"],
         "collectives": sum(one["planned"] for one in answer["collectives"]),
     }  # fmt: skip

@@ -209,10 +209,10 @@ def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
             if line == "-":
                 names = ", ".join(name for name, other in rates.items() if other == rate)
                 roof.annotate(names, (high, rate), ha="right", va="bottom", fontsize=7)
-    works = list(dict.fromkeys(one["work"] for one in points))
+    ops = list(dict.fromkeys(one["op"] for one in points))
     for one in points:
-        marker, color = _PHASES[one["phase"]], f"C{works.index(one['work'])}"
-        label = one["work"] if one["phase"] == "prefill" else None
+        marker, color = _PHASES[one["phase"]], f"C{ops.index(one['op'])}"
+        label = one["op"] if one["phase"] == "prefill" else None
         roof.plot(one["flops_per_byte"], one["flops_per_s"], marker, color=color, label=label, markerfacecolor="none")
     roof.set_xscale("log")
     roof.set_yscale("log")

@@ -203,7 +203,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
         "nodes": -(-search_request.devices // hardware.devices_per_node),
         "node": "host" if hardware.platform == "tpu" else "node", "isl": request.isl, "osl": request.osl,
         "objective": request.objective, "weights_dtype": weights_dtype_of(config),
-        "kv_dtype": best.serving.held.kv_dtype, "plan": plan_row(best, hardware, config),
+        "kv_dtype": best.serving.device_memory.kv_dtype, "plan": plan_row(best, hardware, config),
         "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignore_config_keys),
         "engine": engine_of(best, search_request), "memory": memory_of(best, search_request),
         "rule_of_thumb": rule_of_thumb(config, hardware),

@@ -37,17 +37,22 @@ def memory_of(plan: Plan, request: SearchRequest) -> dict[str, Any]:
     """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
     to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
     and as requests."""
-    held, serving, estimate, limit = plan.serving.held, plan.serving, plan.estimate, request.hardware.hbm_bytes
+    memory, serving, estimate, limit = (
+        plan.serving.device_memory,
+        plan.serving,
+        plan.estimate,
+        request.hardware.hbm_bytes,
+    )
     rows = max(1, -(-estimate.concurrency // serving.ranks))
-    tokens_each = held.config.cached_tokens(request.workload.isl + request.workload.osl, serving.chunk_tokens)
-    pages = rows * tokens_each * held.kv_bytes_per_token
+    tokens_each = memory.config.cached_tokens(request.workload.isl + request.workload.osl, serving.chunk_tokens)
+    pages = rows * tokens_each * memory.kv_bytes_per_token
     parts, tokens = serving.step_parts(rows), serving.pool_tokens(rows)
     return {
-        "weights_by_part": dict(held.weights_by_part), "weights": held.weight_bytes,
-        "padding_and_copies": held.weight_bytes - held.unpadded_bytes,
-        "kv_bytes_per_token": held.kv_bytes_per_token, "tokens_per_request": tokens_each, "pages": pages,
+        "weights_by_part": dict(memory.weights_by_part), "weights": memory.weight_bytes,
+        "padding_and_copies": memory.weight_bytes - memory.unpadded_bytes,
+        "kv_bytes_per_token": memory.kv_bytes_per_token, "tokens_per_request": tokens_each, "pages": pages,
         "step_by_part": parts,
-        "step": sum(parts.values()), "left": limit - held.weight_bytes - pages - sum(parts.values()),
+        "step": sum(parts.values()), "left": limit - memory.weight_bytes - pages - sum(parts.values()),
         "limit": limit, "pool_tokens": int(tokens) * serving.ranks, "max_requests": plan.max_requests,
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from jaxmoe.planner.cost import SKEW, StepBatch
 from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, Plan, SearchRequest, search
 from jaxmoe.planner.serving import Workload
-from jaxmoe.planner.sizes import Counts, count_parameters, kv_numbers
+from jaxmoe.planner.sizes import ParameterCounts, count_parameters, kv_numbers
 from jaxmoe.quantization.formats import FORMATS, NVFP4
 
 COLUMNS = (
@@ -244,7 +244,7 @@ def _light(
 
 
 @lru_cache(maxsize=64)
-def _counts(config: ModelConfig) -> Counts:
+def _counts(config: ModelConfig) -> ParameterCounts:
     return count_parameters(config)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.config import ModelConfig
 from jaxmoe.planner.hardware import Hardware
 from jaxmoe.planner.links import Group, Links, group_of
-from jaxmoe.planner.memory import Block, Held
+from jaxmoe.planner.memory import DeviceLayers, DeviceMemory
 from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.sizes import Part
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
@@ -106,7 +106,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _Dense:
+class _DenseCost:
     """Matrices that every token meets: seconds of a token's products, bytes read once, bytes moved a token."""
 
     matmuls: float
@@ -116,11 +116,11 @@ class _Dense:
 
 
 @dataclass(frozen=True)
-class _Experts:
+class _ExpertCost:
     """Of one device: experts it holds, seconds of products and bytes moved for a token that came to one of them, bytes
     of one expert; reach: tokens of how many ranks may come, and how many devices share those out."""
 
-    held: int
+    num_experts: int
     matmuls: float
     moved: float
     num_bytes: float
@@ -129,12 +129,12 @@ class _Experts:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerCost:
     """Layers of one kind on one device."""
 
     count: int
-    dense: tuple[_Dense, ...]
-    experts: _Experts | None
+    dense: tuple[_DenseCost, ...]
+    experts: _ExpertCost | None
     decode_flops: float  # a decoded token and a token it attends to
     prefill_flops: float
     exchanges: bool  # whether tokens of several ranks meet its experts
@@ -150,9 +150,11 @@ class _Layer:
 class StepCost:
     """Prices steps of a model on a placement of some hardware."""
 
-    def __init__(self, held: Held, hardware: Hardware, *, dispatch: str = "all_to_all", skew: float = SKEW) -> None:
-        self.held, self.hardware, self.dispatch = held, hardware, dispatch
-        self.config, self.placement = held.config, held.placement
+    def __init__(
+        self, device_memory: DeviceMemory, hardware: Hardware, *, dispatch: str = "all_to_all", skew: float = SKEW
+    ) -> None:
+        self.device_memory, self.hardware, self.dispatch = device_memory, hardware, dispatch
+        self.config, self.placement = device_memory.config, device_memory.placement
         self._shape = dict(self.placement.mesh.shape)
         self.links = Links(hardware, devices=math.prod(self._shape.values()))
         self.num_stages = self.placement.num_stages
@@ -161,16 +163,16 @@ class StepCost:
         self._plain_rate = hardware.flops_per_s("bf16")
         self._context_ranks = self.placement.num_shards("page_token")
         moe = self.config.moe
-        ranks = max(block.placement.num_shards("moe_expert") for block in held.blocks)
+        ranks = max(block.placement.num_shards("moe_expert") for block in device_memory.blocks)
         self.skew, self._skew = imbalance(moe.num_experts, ranks, skew) if moe else 1.0, skew
-        alike: dict[_Layer, int] = {}
-        for block in held.blocks:
+        alike: dict[_LayerCost, int] = {}
+        for block in device_memory.blocks:
             layer = self._layer(block)
-            alike[layer] = alike.get(layer, 0) + block.run
+            alike[layer] = alike.get(layer, 0) + block.num_layers
         self._layers = [replace(layer, count=count) for layer, count in alike.items()]
         decides = (*self._layers, moe, skew, self.skew, self._vocab, self._context_ranks, self.config.hidden_size)
         self._worked: dict[StepBatch, tuple[float, float, float, float]] = hardware.priced.setdefault(
-            ("work", *decides, held.itemsize), {}
+            ("work", *decides, device_memory.itemsize), {}
         )
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
@@ -195,31 +197,32 @@ class StepCost:
         unpacked = format.dtype == "mxfp4" or _RATES[format.dtype] not in self.hardware.tflops
         return attained(_RATES[format.dtype]) * (_UNPACKED if unpacked else 1.0)
 
-    def _layer(self, block: Block) -> _Layer:
+    def _layer(self, block: DeviceLayers) -> _LayerCost:
         config, placement = self.config, block.placement
         heads, decode, prefill = attention_dims(config, block)
         window, chunk = config.sliding_windows[block.layer], config.chunk(block.layer)
-        return _Layer(
+        return _LayerCost(
             count=0, dense=tuple(self._dense(block, part) for part in MATRICES if block.bytes_of(part)),
             experts=self._experts(block) if config.moe_layers[block.layer] else None,
             exchanges=config.moe_layers[block.layer] and placement.size(placement.ep_exchange_axes("token")) > 1,
-            decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill, kv_bytes=self.held.kv_bytes(block),
+            decode_flops=2 * heads * decode, prefill_flops=2 * heads * prefill,
+            kv_bytes=self.device_memory.kv_bytes(block),
             window=math.inf if window is None else window, chunk=math.inf if chunk is None else chunk / 2,
         )  # fmt: skip
 
-    def _dense(self, block: Block, part: Part) -> _Dense:
+    def _dense(self, block: DeviceLayers, part: Part) -> _DenseCost:
         numbers, matmuls = self._matmuls(matrices_of(block, part), block)
         wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
-        moved = (6 * self.config.hidden_size + 2 * wide) * self.held.itemsize
+        moved = (6 * self.config.hidden_size + 2 * wide) * self.device_memory.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
-        return _Dense(matmuls, block.bytes_of(part), moved, kernels)
+        return _DenseCost(matmuls, block.bytes_of(part), moved, kernels)
 
-    def _matmuls(self, matrices: Sequence[Parameter], block: Block) -> tuple[int, float]:
+    def _matmuls(self, matrices: Sequence[Parameter], block: DeviceLayers) -> tuple[int, float]:
         """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
         every output takes besides."""
         total, outputs = 0, 0
         for one in matrices:
-            share = one.share(block.split)
+            share = one.share(block.shards)
             numbers = math.prod(share)
             total += numbers
             if one.over:
@@ -227,13 +230,15 @@ class StepCost:
         rate = self.rate(matrices[0].part)
         return total, 2 * total / rate + 2 * _OUTPUT_PRODUCTS * outputs / self._plain_rate
 
-    def _experts(self, block: Block) -> _Experts:
+    def _experts(self, block: DeviceLayers) -> _ExpertCost:
         placement, width = block.placement, self.config.hidden_size
-        held, matrices = experts_of(block)
-        numbers, matmuls = (one / held for one in self._matmuls(matrices, block))
-        moved = (2 * width + 2 * numbers / width) * self.held.itemsize
+        num_experts, matrices = experts_of(block)
+        numbers, matmuls = (one / num_experts for one in self._matmuls(matrices, block))
+        moved = (2 * width + 2 * numbers / width) * self.device_memory.itemsize
         reach = placement.size(placement.ep_exchange_axes("token")) / self._context_ranks
-        return _Experts(held, matmuls, moved, block.bytes_of("experts") / held, reach, block.split.moe_expert)
+        return _ExpertCost(
+            num_experts, matmuls, moved, block.bytes_of("experts") / num_experts, reach, block.shards.moe_expert
+        )
 
     # --- what a step takes ---
 
@@ -297,16 +302,18 @@ class StepCost:
 
     def _outside(self, batch: StepBatch, times: list[float]) -> None:
         """Embedding and head; logits of the rows that draw."""
-        width, item = self.config.hidden_size, self.held.itemsize
+        width, item = self.config.hidden_size, self.device_memory.itemsize
         vocab = self._vocab
         moved = vocab * width * item + batch.decode * (vocab * 12 + width * item)
         self._pass(times, 2 * vocab * width * batch.decode / self._plain_rate, moved, 4)
 
     @cached_property
     def _vocab(self) -> float:
-        return self.held.outer[0][0].dims["vocab"] / self.placement.with_view("outside_pipeline").num_shards("vocab")
+        return self.device_memory.outer[0][0].dims["vocab"] / self.placement.with_view("outside_pipeline").num_shards(
+            "vocab"
+        )
 
-    def _attend(self, layer: _Layer, batch: StepBatch, times: list[float]) -> None:
+    def _attend(self, layer: _LayerCost, batch: StepBatch, times: list[float]) -> None:
         """Over cached keys and values, and among a prompt's own."""
         met = batch.decode * layer.seen(batch.context) / self._context_ranks
         self._pass(times, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
@@ -314,13 +321,13 @@ class StepCost:
             met = batch.prefill * min(batch.prompt, layer.window, layer.chunk) / self._context_ranks
             self._pass(times, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
-    def _meet_experts(self, experts: _Experts, batch: StepBatch, times: list[float]) -> None:
+    def _meet_experts(self, experts: _ExpertCost, batch: StepBatch, times: list[float]) -> None:
         """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
         moe = self.config.moe
         assert moe is not None
         tokens = batch.tokens * experts.reach
         chosen = tokens * moe.num_experts_per_tok / experts.num_shards * self.skew
-        active = experts.held * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
+        active = experts.num_experts * chosen_share(moe.num_experts, moe.num_experts_per_tok, self._skew, tokens)
         tile = min(_TILE_ROWS, max(_MIN_TILE_ROWS, chosen / max(active, 1e-9)))
         matmuls = experts.matmuls * (chosen + active * tile / 2)
         self._pass(times, matmuls, experts.num_bytes * active / _GROUPED_READS, _KERNELS["experts"])
@@ -351,7 +358,7 @@ class StepCost:
 
     def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, Group, int, bool]]:
         def planned_of(sampled: int) -> Counter[Collective]:
-            shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.held.itemsize, picked=True)
+            shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.device_memory.itemsize, picked=True)
             return planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
 
         planned = planned_of(sampled)
@@ -374,27 +381,27 @@ class StepCost:
         ranks = min(ranks, moe.num_experts)
         elsewhere = math.comb(moe.num_experts - moe.num_experts // ranks, moe.num_experts_per_tok)
         visited = ranks * (1 - elsewhere / math.comb(moe.num_experts, moe.num_experts_per_tok))
-        return math.ceil(_MANY * visited * self.config.hidden_size * self.held.itemsize)
+        return math.ceil(_MANY * visited * self.config.hidden_size * self.device_memory.itemsize)
 
 
-def attention_dims(config: ModelConfig, block: Block) -> tuple[int, int, int]:
+def attention_dims(config: ModelConfig, block: DeviceLayers) -> tuple[int, int, int]:
     """Heads of a layer on a device, and for each of them the products of a query and a token it attends to: of a cached
     one, and of a prompt's own."""
-    heads, mla = block.sizes.kv_slots // block.split.kv_head * block.sizes.group_slots, config.mla
+    heads, mla = block.sizes.kv_slots // block.shards.kv_head * block.sizes.group_slots, config.mla
     if mla is None:
         return heads, 2 * config.head_dim, 2 * config.head_dim
     return heads, mla.cached_dim + mla.kv_lora_rank, config.head_dim + mla.v_head_dim
 
 
-def matrices_of(block: Block, part: Part) -> list[Parameter]:
+def matrices_of(block: DeviceLayers, part: Part) -> list[Parameter]:
     """Of a part that every token meets."""
     return [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
 
 
-def experts_of(block: Block) -> tuple[int, list[Parameter]]:
+def experts_of(block: DeviceLayers) -> tuple[int, list[Parameter]]:
     """How many experts a device holds of a layer, and the matrices of all of them."""
-    held = block.sizes.moe_experts // block.split.moe_expert
-    return held, [one for one, _ in block.params if one.part == "experts" and one.lead]
+    num_experts = block.sizes.moe_experts // block.shards.moe_expert
+    return num_experts, [one for one, _ in block.params if one.part == "experts" and one.lead]
 
 
 def _grain(value: float) -> int:

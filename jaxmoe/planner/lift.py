@@ -54,7 +54,7 @@ def _gained(request: SearchRequest, gain: float) -> str:
 def _changes(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
     """Each with the question that it makes."""
     yield from _weights(request)
-    if best.serving.held.kv_dtype in _WIDE:
+    if best.serving.device_memory.kv_dtype in _WIDE:
         yield "shorter pages (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
     yield from _requests(request, best)
     stages, virtual_stages = dict(best.parallelism.axes)["pipeline"], 2 * best.parallelism.virtual_stages

@@ -16,10 +16,10 @@ from jaxmoe.depth import LayerSegment, layer_segments
 from jaxmoe.mesh import PlannedMesh
 from jaxmoe.planner.parameters import (
     Parameter,
-    Split,
+    ShardCounts,
     block_parameters,
-    held_layers,
     itemsize_of,
+    num_layer_slots,
     outer_parameters,
 )
 from jaxmoe.planner.sizes import Part
@@ -32,15 +32,16 @@ KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {
 
 
 @dataclass(frozen=True)
-class Block:
-    """Layers of one kind, as a device sees them: `held` it has room for, `run` of the model in all stages together."""
+class DeviceLayers:
+    """Layers of one kind, as a device sees them: num_slots it has room for, num_layers of the model in all
+    stages together."""
 
     layer: int
-    held: int
-    run: int
+    num_slots: int
+    num_layers: int
     sizes: ArraySizes
     placement: Placement
-    split: Split
+    shards: ShardCounts
     params: tuple[tuple[Parameter, int], ...]  # with the bytes of one layer's on one device
 
     def bytes_of(self, *parts: Part) -> int:
@@ -48,7 +49,7 @@ class Block:
         return sum(size for param, size in self.params if param.part in parts)
 
 
-class Held:
+class DeviceMemory:
     """What every device of a placement holds of a model."""
 
     def __init__(self, config: ModelConfig, placement: Placement, *, kv_dtype: str | None = None) -> None:
@@ -73,14 +74,16 @@ class Held:
             for param in outer_parameters(config, array_sizes(config, outside))
         )
 
-    def _block(self, segment: LayerSegment, block: int, sizes: ArraySizes) -> Block:
+    def _block(self, segment: LayerSegment, block: int, sizes: ArraySizes) -> DeviceLayers:
         config, placement, layer = self.config, self.placement.for_layers(segment), segment.first + block
         like = (config.kind(layer), placement.view)
-        split = Split.of(placement)
+        shards = ShardCounts.of(placement)
         if like not in self._known:
             maps_experts = self.placement.redundant_experts is not None
-            self._known[like] = _params(config, layer, sizes, split, self.itemsize, maps_experts)
-        return Block(layer, held_layers(segment), segment.repeats, sizes, placement, split, self._known[like])
+            self._known[like] = _params(config, layer, sizes, shards, self.itemsize, maps_experts)
+        return DeviceLayers(
+            layer, num_layer_slots(segment), segment.repeats, sizes, placement, shards, self._known[like]
+        )
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
@@ -90,7 +93,7 @@ class Held:
             num_bytes[param.part] += size
         for block in self.blocks:
             for param, size in block.params:
-                num_bytes[param.part] += size * block.held
+                num_bytes[param.part] += size * block.num_slots
         return dict(num_bytes)
 
     @cached_property
@@ -102,7 +105,7 @@ class Held:
     def unpadded_bytes(self) -> float:
         """Of the weights if every device held its even share and nothing twice."""
         one = PlannedMesh({}, self.placement.platform)
-        whole = Held(
+        whole = DeviceMemory(
             self.config, replace(self.placement, mesh=cast("Mesh", one), virtual_stages=1, redundant_experts=None)
         )
         return whole.weight_bytes / math.prod(self.placement.mesh.shape.values())
@@ -111,13 +114,15 @@ class Held:
     def kv_bytes_per_token(self) -> float:
         """On each device that holds a part of the token's: of one request's tokens, where a context's ranks share
         them out, its even part."""
-        return sum(self.kv_bytes(block) * block.held for block in self.blocks) / self.placement.num_shards("page_token")
+        return sum(self.kv_bytes(block) * block.num_slots for block in self.blocks) / self.placement.num_shards(
+            "page_token"
+        )
 
     @cached_property
     def _widest(self) -> int:
         return max(map(_width, self.blocks))
 
-    def kv_bytes(self, block: Block) -> int:
+    def kv_bytes(self, block: DeviceLayers) -> int:
         """Of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
         slots = block.sizes.kv_slots // block.placement.num_shards("kv_head")
@@ -146,22 +151,22 @@ class Held:
 
 @lru_cache(maxsize=4096)
 def _params(
-    config: ModelConfig, layer: int, sizes: ArraySizes, split: Split, itemsize: int, maps_experts: bool
+    config: ModelConfig, layer: int, sizes: ArraySizes, shards: ShardCounts, itemsize: int, maps_experts: bool
 ) -> tuple[tuple[Parameter, int], ...]:  # fmt: skip
     """Those of a layer with their bytes on a device; many placements split a layer alike."""
     kept = config.quantization.of(layer) if config.quantization else {}
     format = config.quantization.format if config.quantization else None
     return tuple(
-        (one, one.device_bytes(split, itemsize=itemsize, format=format, alignment=kept.get(one.path)))
+        (one, one.device_bytes(shards, itemsize=itemsize, format=format, alignment=kept.get(one.path)))
         for one in block_parameters(config, sizes, layer, maps_experts=maps_experts)
     )
 
 
-def _width(block: Block) -> int:
+def _width(block: DeviceLayers) -> int:
     """Numbers of a token on either side of a layer's widest matrix, on a device."""
     widest = 0
     for param, _ in block.params:
         if param.over and not param.lead:
-            share = param.share(block.split)
+            share = param.share(block.shards)
             widest = max(widest, math.prod(share[: param.over]), math.prod(share[param.over :]))
     return widest

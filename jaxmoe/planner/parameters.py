@@ -19,7 +19,7 @@ from jaxmoe.sharding import Placement
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Parted(Protocol):
+class ShardedDims(Protocol):
     """What says how many parts a logical dim is split in: a Placement, or less."""
 
     def num_shards(self, dim: str, /) -> int:
@@ -28,7 +28,7 @@ class Parted(Protocol):
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardCounts:
     """The parts of the dims of a block's parameters that any layout splits; of all others there is one."""
 
     kv_head: int
@@ -37,7 +37,7 @@ class Split:
     moe_ffn: int
 
     @classmethod
-    def of(cls, placement: Placement) -> Split:
+    def of(cls, placement: Placement) -> ShardCounts:
         """As a placement has them."""
         return cls(
             placement.num_shards("kv_head"),
@@ -66,12 +66,17 @@ class Parameter:
     over: int = 0
     itemsize: int | None = None
 
-    def share(self, placement: Parted) -> list[int]:
+    def share(self, placement: ShardedDims) -> list[int]:
         """What one device has of each dim."""
         return [size // placement.num_shards(dim) for dim, size in self.dims.items()]
 
     def device_bytes(
-        self, placement: Parted, *, itemsize: int, format: QuantizationFormat | None, alignment: BlockAlignment | None
+        self,
+        placement: ShardedDims,
+        *,
+        itemsize: int,
+        format: QuantizationFormat | None,
+        alignment: BlockAlignment | None,
     ) -> int:
         """Bytes of one layer's on one device; format, alignment: where it is quantized."""
         share = self.share(placement)
@@ -195,6 +200,6 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
         yield Parameter(path="moe/shared_gate", part="shared_expert", dims={"width": width, "unsharded": 1}, over=1)
 
 
-def held_layers(part: LayerSegment) -> int:
+def num_layer_slots(part: LayerSegment) -> int:
     """Layers of one block of a segment that a device has room for."""
     return part.slots // part.stages

@@ -149,10 +149,10 @@ def _decode(
 
 def _transfer(request: SearchRequest, serving: ServingModel) -> float:
     """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
-    held, hardware = serving.held, request.hardware
+    memory, hardware = serving.device_memory, request.hardware
     near = request.devices <= hardware.scale_up_devices
     rate = hardware.link_bytes_per_s(scale_out=not near)
-    return held.config.cached_tokens(request.workload.isl, 0) * held.kv_bytes_per_token / rate
+    return memory.config.cached_tokens(request.workload.isl, 0) * memory.kv_bytes_per_token / rate
 
 
 def beats(disaggregated: DisaggregatedPlan, plan: Plan, request: SearchRequest) -> bool:

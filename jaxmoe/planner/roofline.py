@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxmoe.planner.cost import MATRICES, StepBatch, StepCost, attention_dims, experts_of, matrices_of
-from jaxmoe.planner.memory import Block
+from jaxmoe.planner.memory import DeviceLayers
 from jaxmoe.planner.parameters import Parameter
 from jaxmoe.planner.serving import ServingModel, Workload
 
 
 @dataclass(frozen=True)
-class Work:
+class OpCost:
     """Of one device and layer: products, bytes, and the products a second that the hardware attains in its dtype."""
 
     kind: str
@@ -48,41 +48,41 @@ def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> 
         "on_paper": {"bytes_per_s": hardware.hbm_gbps * 1e9,
                      "flops_per_s": {name: rate * 1e12 for name, rate in hardware.tflops.items()}},
         "points": [
-            {"phase": phase, "work": work.kind, "flops_per_byte": work.intensity,
-             "flops_per_s": min(work.rate, work.intensity * hardware.bytes_per_s)}
-            for phase, step in steps.items() for work in works(cost, step)
+            {"phase": phase, "op": op.kind, "flops_per_byte": op.intensity,
+             "flops_per_s": min(op.rate, op.intensity * hardware.bytes_per_s)}
+            for phase, step in steps.items() for op in op_costs(cost, step)
         ],
     }  # fmt: skip
 
 
-def works(cost: StepCost, batch: StepBatch) -> Iterator[Work]:
+def op_costs(cost: StepCost, batch: StepBatch) -> Iterator[OpCost]:
     """Each kind of work of a step of one rank of the batch, once: of the first layer that has such."""
     seen: set[str] = set()
     stages = cost.num_stages
     each = StepBatch(batch.decode / stages, batch.prefill / stages, batch.context, batch.prompt)
-    for block in cost.held.blocks:
-        for work in (*_dense(cost, block, each), *_attention(cost, block, each), *_experts(cost, block, each)):
-            if work.kind not in seen and work.flops:
-                seen.add(work.kind)
-                yield work
+    for block in cost.device_memory.blocks:
+        for op in (*_dense(cost, block, each), *_attention(cost, block, each), *_experts(cost, block, each)):
+            if op.kind not in seen and op.flops:
+                seen.add(op.kind)
+                yield op
 
 
-def _numbers(params: list[Parameter], block: Block) -> float:
-    return float(sum(math.prod(one.share(block.split)) for one in params))
+def _numbers(params: list[Parameter], block: DeviceLayers) -> float:
+    return float(sum(math.prod(one.share(block.shards)) for one in params))
 
 
-def _dense(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
+def _dense(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
     """Matrices that every token meets."""
-    width, item = cost.config.hidden_size, cost.held.itemsize
+    width, item = cost.config.hidden_size, cost.device_memory.itemsize
     tokens = batch.tokens / block.placement.num_shards("page_token")
     for part in MATRICES:
         numbers = _numbers(matrices_of(block, part), block)
         if numbers:
             moved = tokens * (width + numbers / width) * item
-            yield Work(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost.rate(part))
+            yield OpCost(part, 2 * numbers * tokens, block.bytes_of(part) + moved, cost.rate(part))
 
 
-def _attention(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
+def _attention(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
     """Of queries over keys and values: those of pages, or a prompt's own."""
     config = cost.config
     heads, decode, prefill = attention_dims(config, block)
@@ -91,22 +91,22 @@ def _attention(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]
     met = batch.decode * min(batch.context, most) + batch.prefill * min(batch.prompt, most)
     dims = decode if batch.decode else prefill
     if batch.decode:
-        num_bytes = batch.decode * min(batch.context, most) * cost.held.kv_bytes(block)
+        num_bytes = batch.decode * min(batch.context, most) * cost.device_memory.kv_bytes(block)
     else:
-        num_bytes = batch.prefill * heads * 2 * dims * cost.held.itemsize
-    yield Work("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost.rate("router"))
+        num_bytes = batch.prefill * heads * 2 * dims * cost.device_memory.itemsize
+    yield OpCost("attention over tokens", 2 * heads * dims * met / ranks, num_bytes / ranks, cost.rate("router"))
 
 
-def _experts(cost: StepCost, block: Block, batch: StepBatch) -> Iterator[Work]:
+def _experts(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
     """The experts that a mean rank's tokens choose."""
     moe, placement = cost.config.moe, block.placement
     if moe is None or not cost.config.moe_layers[block.layer]:
         return
-    held, matrices = experts_of(block)
-    numbers = _numbers(matrices, block) / held
+    num_experts, matrices = experts_of(block)
+    numbers = _numbers(matrices, block) / num_experts
     tokens = batch.tokens * placement.size(placement.ep_exchange_axes("token")) / placement.num_shards("page_token")
-    chosen = tokens * moe.num_experts_per_tok / block.split.moe_expert
-    active = held * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
-    moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.held.itemsize
-    num_bytes = active * block.bytes_of("experts") / held + moved
-    yield Work("experts", 2 * numbers * chosen, num_bytes, cost.rate("experts"))
+    chosen = tokens * moe.num_experts_per_tok / block.shards.moe_expert
+    active = num_experts * (1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** tokens)
+    moved = chosen * (cost.config.hidden_size + numbers / cost.config.hidden_size) * cost.device_memory.itemsize
+    num_bytes = active * block.bytes_of("experts") / num_experts + moved
+    yield OpCost("experts", 2 * numbers * chosen, num_bytes, cost.rate("experts"))

@@ -17,7 +17,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, meets, objective_value, order, pareto_front, select_best
 from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
-from jaxmoe.planner.memory import Held
+from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.planner.serving import ServingModel, Workload
 from jaxmoe.planner.specs import (
     CHUNKS,
@@ -227,12 +227,12 @@ def _servings(
         request.hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
     )
     try:
-        held = Held(request.config, placement, kv_dtype=request.kv_dtype)
+        memory = DeviceMemory(request.config, placement, kv_dtype=request.kv_dtype)
     except ConfigError:
         return
-    if held.weight_bytes >= request.hardware.hbm_bytes:
+    if memory.weight_bytes >= request.hardware.hbm_bytes:
         return
-    cost = StepCost(held, request.hardware, dispatch=parallelism.dispatch, skew=request.skew)
+    cost = StepCost(memory, request.hardware, dispatch=parallelism.dispatch, skew=request.skew)
     for chunk in chunks:
         serving = ServingModel(cost, chunk_tokens=chunk)
         if serving.max_requests(request.workload) >= (request.workload.concurrency or 1):
@@ -251,19 +251,19 @@ def _max_requests(request: SearchRequest) -> int:
 def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str:
     """Why nothing fits, with numbers."""
     workload, hardware = request.workload, request.hardware
-    held: list[int] = []
+    weight_bytes: list[int] = []
     error: ConfigError | None = None
     for parallelism in candidates:
         placement = placement_of(
             hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
         )
         try:
-            held.append(Held(request.config, placement).weight_bytes)
+            weight_bytes.append(DeviceMemory(request.config, placement).weight_bytes)
         except ConfigError as cannot:
             error = error or cannot
-    if error is not None and not held:  # it is not for lack of room
+    if error is not None and not weight_bytes:  # it is not for lack of room
         raise error
-    least = min(held)
+    least = min(weight_bytes)
     many = f"{request.devices} x {hardware.device}" if request.devices > 1 else f"one {hardware.device}"
     has = f"a device has {hardware.hbm_gib:.1f} GiB"
     if least >= hardware.hbm_bytes:

@@ -56,7 +56,7 @@ class ServingModel:
     """What one placement can serve."""
 
     def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
-        self.cost, self.held, self.chunk_tokens = cost, cost.held, chunk_tokens
+        self.cost, self.device_memory, self.chunk_tokens = cost, cost.device_memory, chunk_tokens
         self.ranks = cost.placement.num_shards("batch")
         self._most: dict[int, int] = {}
 
@@ -72,17 +72,17 @@ class ServingModel:
 
     def step_parts(self, rows: int) -> dict[str, float]:
         """The same, by what it is for."""
-        parts = self.held.step_parts(self.chunk_tokens + rows, rows)
+        parts = self.device_memory.step_parts(self.chunk_tokens + rows, rows)
         return {name: num_bytes / self.cost.num_stages for name, num_bytes in parts.items()}
 
     def pool_tokens(self, rows: int = 64) -> float:
         """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
-        free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.held.weight_bytes - self.step_bytes(rows)
-        return max(0.0, free * _PAGES / self.held.kv_bytes_per_token)
+        free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.device_memory.weight_bytes - self.step_bytes(rows)
+        return max(0.0, free * _PAGES / self.device_memory.kv_bytes_per_token)
 
     def max_requests(self, workload: Workload) -> int:
         """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
-        tokens, rows = self.held.config.cached_tokens(workload.isl + workload.osl, self.chunk_tokens), 64
+        tokens, rows = self.device_memory.config.cached_tokens(workload.isl + workload.osl, self.chunk_tokens), 64
         if tokens not in self._most:
             for _ in range(3):  # more rows need more room for their logits
                 rows = max(1, min(_MAX_ROWS, int(self.pool_tokens(rows) / tokens)))

@@ -22,7 +22,7 @@ PARTS: tuple[Part, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
+class CheckpointTensor:
     """One published tensor as it is where it is not quantized: key, shape, and the part of the model it belongs to.
     num_bytes: as the checkpoint's files have it, its scales included. layer: None of those outside all."""
 
@@ -38,7 +38,7 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[Tensor]:
+def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[CheckpointTensor]:
     """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
     config = replace(config, quantization=None)
     segments = layer_segments(config, "unroll")  # one a layer
@@ -48,7 +48,7 @@ def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = 
         if weight_slice.key not in seen:
             seen.add(weight_slice.key)
             part, inside = part_of(weight_slice.path), weight_slice.path.startswith("segments/")
-            yield Tensor(
+            yield CheckpointTensor(
                 key=weight_slice.key, shape=weight_slice.key_shape, part=part,
                 num_bytes=_num_bytes(weight_slice, part, config),
                 layer=int(weight_slice.path.split("/")[1]) if inside else None,
@@ -80,7 +80,7 @@ def part_of(path: str) -> Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class ParameterCounts:
     """Parameters of a model: by part; those in all; those that work for one token, embedding and head included, and
     without the embedding, as publishers often count, where the head has a matrix of its own. num_bytes: of checkpoint
     files, by part."""
@@ -92,7 +92,7 @@ class Counts:
     active_without_embedding: int
 
 
-def count_parameters(config: ModelConfig) -> Counts:
+def count_parameters(config: ModelConfig) -> ParameterCounts:
     """The parameters of a model."""
     by_part: Counter[Part] = Counter()
     num_bytes: Counter[Part] = Counter()
@@ -107,7 +107,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     if moe is not None:
         idle = by_part["experts"] // moe.num_experts * (moe.num_experts - moe.num_experts_per_tok)
     there = [part for part in PARTS if by_part[part]]
-    return Counts(
+    return ParameterCounts(
         by_part={part: by_part[part] for part in there}, num_bytes={part: num_bytes[part] for part in there},
         total=total, active=total - idle,
         active_without_embedding=total - idle - (0 if config.tie_word_embeddings else by_part["embedding"]),

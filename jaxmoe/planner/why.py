@@ -89,13 +89,13 @@ def _approximated(request: SearchRequest) -> Iterator[str]:
 
 
 def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
-    held, hardware = best.serving.held, request.hardware
-    share, tokens = held.weight_bytes / hardware.hbm_bytes, request.workload.isl + request.workload.osl
+    memory, hardware = best.serving.device_memory, request.hardware
+    share, tokens = memory.weight_bytes / hardware.hbm_bytes, request.workload.isl + request.workload.osl
     yield (
-        f"Weights take {held.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
+        f"Weights take {memory.weight_bytes / 2**30:.1f} of the {hardware.hbm_gib:.1f} GiB of a device ({share:.0%}); "
         f"pages have room for {counted(best.max_requests, 'request')} of {tokens:,} tokens at once."
     )
-    config, (item, scale) = request.config, KV_ITEMSIZES[held.kv_dtype]
+    config, (item, scale) = request.config, KV_ITEMSIZES[memory.kv_dtype]
     layer_bytes = config.num_key_value_heads * sum(dim * item + scale for dim in config.cached_dims)
     behind = behind_windows(config, tokens, chunk_tokens=best.serving.chunk_tokens, num_bytes=layer_bytes)
     if behind is not None:

@@ -15,7 +15,7 @@ from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.planner.cost import StepBatch, StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
-from jaxmoe.planner.memory import Held
+from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.planner.serving import ServingModel, Workload
 from jaxmoe.planner.traffic import StepShape, planned_collectives
 from jaxmoe.sharding import Placement
@@ -29,14 +29,14 @@ def config_of(name: str, weights_dtype: str | None = None):
 
 def cost_of(name: str, mesh: str, *, layout: str = "ep-tp", hardware: str = "h100", dispatch: str = "all_to_all"):
     placement = Placement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
-    return StepCost(Held(config_of(name), placement), read_hardware(hardware), dispatch=dispatch)
+    return StepCost(DeviceMemory(config_of(name), placement), read_hardware(hardware), dispatch=dispatch)
 
 
 def test_one_decoded_token_reads_the_weights_once():
     cost = cost_of("llama-3.1-8b", "data=1")
     seconds = cost.step_time(StepBatch(1, 0, 1))
     embedding = 128256 * 4096 * 2  # of which one row is read
-    least = (cost.held.weight_bytes - embedding) / cost.hardware.bytes_per_s
+    least = (cost.device_memory.weight_bytes - embedding) / cost.hardware.bytes_per_s
     assert least <= seconds.memory <= 1.02 * least
     assert seconds.link == seconds.scale_out == seconds.bubble == 0
 
@@ -51,7 +51,7 @@ def test_a_long_prompt_takes_its_products():
 def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
     whole, half = (
         StepCost(
-            Held(config_of("llama-3.1-70b", dtype), Placement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))),
+            DeviceMemory(config_of("llama-3.1-70b", dtype), Placement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))),
             read_hardware("h100"),
         ).step_time(StepBatch(1, 0, 1))
         for dtype in (None, "fp8")
@@ -64,7 +64,7 @@ def test_windows_bound_what_is_read_of_pages(context, wanted):
     cost = cost_of("gpt-oss-20b", "data=1")
     before, after = (cost.step_time(StepBatch(64, 0, tokens)).memory for tokens in (0, context))
     full, windowed = 12 * context, 12 * wanted  # every other layer has a window of 128
-    pages = 64 * (full + windowed) * cost.held.kv_bytes(cost.held.blocks[0])
+    pages = 64 * (full + windowed) * cost.device_memory.kv_bytes(cost.device_memory.blocks[0])
     assert after - before == pytest.approx(pages / cost.hardware.bytes_per_s, rel=0.05)
 
 
@@ -105,7 +105,7 @@ def test_each_collective_is_priced_once(dispatch):
 def test_stages_wait_less_with_more_chunks():
     one, two = (
         StepCost(
-            Held(
+            DeviceMemory(
                 config_of("llama-3.1-70b"),
                 Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), virtual_stages=v),
             ),
@@ -127,8 +127,8 @@ def test_imbalance_grows_with_skew_and_is_none_where_loads_are_even(experts, ran
 def test_pages_fill_what_weights_leave():
     cost = cost_of("llama-3.1-8b", "data=1")
     serving = ServingModel(cost, chunk_tokens=2048)
-    room = cost.hardware.hbm_bytes - cost.held.weight_bytes
-    taken = serving.pool_tokens() * cost.held.kv_bytes_per_token
+    room = cost.hardware.hbm_bytes - cost.device_memory.weight_bytes
+    taken = serving.pool_tokens() * cost.device_memory.kv_bytes_per_token
     assert 0.8 * room < taken < room
     load = Workload(isl=1000, osl=1000)
     assert serving.max_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.max_requests(load) > 0
@@ -136,11 +136,13 @@ def test_pages_fill_what_weights_leave():
 
 def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
     cost, load = cost_of("llama-3.1-8b", "data=1"), Workload(isl=16000, osl=16000)
-    windowed = replace(cost.held.config, sliding_windows=(4096,) * 32)
+    windowed = replace(cost.device_memory.config, sliding_windows=(4096,) * 32)
     half = replace(windowed, sliding_windows=(4096, None) * 16)
     found = [
-        ServingModel(StepCost(Held(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512)
-        for config in (cost.held.config, half, windowed)
+        ServingModel(
+            StepCost(DeviceMemory(config, cost.placement), cost.hardware, dispatch="all_to_all"), chunk_tokens=512
+        )
+        for config in (cost.device_memory.config, half, windowed)
     ]
     whole, mixed, freed = (serving.max_requests(load) for serving in found)
     assert whole == mixed
@@ -182,7 +184,7 @@ def test_replicas_serve_as_many_times_more():
 
 
 def test_a_step_needs_room_by_what_it_is_for():
-    alone, spread = (cost_of("qwen3-30b-a3b", mesh).held for mesh in ("data=1", "expert=8"))
+    alone, spread = (cost_of("qwen3-30b-a3b", mesh).device_memory for mesh in ("data=1", "expert=8"))
     assert set(alone.step_parts(1000, 10)) == {"activations", "logits"}
     parts = spread.step_parts(1000, 10)
     assert parts["dispatch_buffers"] == 2 * 8 * 1000 * 2048 * 2  # there and back, to each rank, in two bytes a number

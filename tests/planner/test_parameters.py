@@ -14,7 +14,7 @@ from jaxmoe.layouts import LAYOUTS, parse_layout
 from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.model.kernels import choose_kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.planner.memory import Held
+from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.sharding import Placement
 from jaxmoe.weights.params import parameter_table
 
@@ -28,14 +28,14 @@ def planned(text: str) -> PlannedMesh:
     return PlannedMesh(parse_mesh(text), "cpu")
 
 
-def by_path(held: Held) -> Counter[str]:
+def by_path(held: DeviceMemory) -> Counter[str]:
     found = Counter({param.path: size for param, size in held.outer})
     blocks = iter(held.blocks)
     for number, segment in enumerate(held.segments):
         for block in range(segment.period):
             one = next(blocks)
             for param, size in one.params:
-                found[f"segments/{number}/{block}/{param.path}"] += size * one.held
+                found[f"segments/{number}/{block}/{param.path}"] += size * one.num_slots
     return found
 
 
@@ -55,7 +55,7 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
     config = read_config({**case.config, "torch_dtype": "float32", "dtype": "float32"})
     mesh, layout = MESHES[sum(map(ord, case.name)) % len(MESHES)]
     placement = dict(layout=parse_layout(layout))
-    mine = by_path(Held(config, Placement(mesh=planned(mesh), **placement)))
+    mine = by_path(DeviceMemory(config, Placement(mesh=planned(mesh), **placement)))
     assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh), **placement))
 
 
@@ -64,7 +64,7 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
 def test_every_layout_splits_them_alike(name, layout):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
     for mesh in ("data=2,expert=2,tensor=2", "pipeline=2,expert=2,tensor=2"):
-        held = Held(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
+        held = DeviceMemory(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
         assert by_path(held) == of_abstract_model(config, Placement(mesh=mesh_of(mesh), layout=LAYOUTS[layout]))
 
 
@@ -75,7 +75,7 @@ def test_quantized_ones_with_their_scales(name, weights_dtype):
         read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"}), weights_dtype
     )
     mesh = "expert=2,tensor=4"
-    mine = by_path(Held(config, Placement(mesh=planned(mesh))))
+    mine = by_path(DeviceMemory(config, Placement(mesh=planned(mesh))))
     assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh)))
 
 
@@ -89,7 +89,7 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=kept, kernels=kernels)
     weights, pages = held_bytes(runner, max_num_seqs=8, context=64, page_size=16, chunk_tokens=512)
-    held = Held(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
+    held = DeviceMemory(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
     tokens = 8 // placement.num_shards("batch") * 64
     assert held.kv_bytes_per_token * tokens == pages
@@ -98,8 +98,8 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
 
 def test_padding_and_copies_are_what_an_even_share_lacks():
     config = read_config({**CASES_BY_NAME["mixtral_six_experts"].config, "torch_dtype": "float32", "dtype": "float32"})
-    alone = Held(config, Placement(mesh=planned("data=1")))
+    alone = DeviceMemory(config, Placement(mesh=planned("data=1")))
     assert alone.unpadded_bytes == alone.weight_bytes
-    copies = Held(config, Placement(mesh=planned("data=8")))
+    copies = DeviceMemory(config, Placement(mesh=planned("data=8")))
     assert copies.unpadded_bytes == alone.weight_bytes / 8
     assert copies.weight_bytes == alone.weight_bytes
