@@ -165,7 +165,7 @@ def _series(points: Sequence[Point]) -> dict[tuple[str, str, int, str], list[Poi
     """Points of one line each: op, axis, ranks, where."""
     series: dict[tuple[str, str, int, str], list[Point]] = {}
     for one in points:
-        series.setdefault((one.op, one.axis, one.ranks, one.where), []).append(one)
+        series.setdefault((one.op, one.axis, one.ranks, one.span), []).append(one)
     return series
 
 
@@ -178,10 +178,10 @@ def _table(points: Sequence[Point]) -> Table:
         table.add_column(name, overflow="fold")
     for name in (*map(size_text, shown), "GB/s"):
         table.add_column(name, justify="right")
-    for (op, axis, ranks, where), line in _series(points).items():
+    for (op, axis, ranks, span), line in _series(points).items():
         us = {one.num_bytes: f"{one.us:,.4g}" if one.us < 1e4 else f"{one.us:,.0f}" for one in line}
         cells = (us.get(size, "") for size in shown)
-        table.add_row(op, axis, str(ranks), where, *cells, f"{line[-1].gbps:.3g}")
+        table.add_row(op, axis, str(ranks), span, *cells, f"{line[-1].gbps:.3g}")
     return table
 
 
@@ -190,9 +190,9 @@ def _draw(figure: Any, points: Sequence[Point]) -> None:
     ops: list[str] = list(dict.fromkeys(one.op for one in points)) or ["no collectives"]
     panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
     for panel, op in zip(panels, ops, strict=True):
-        for (name, axis, ranks, where), line in _series(points).items():
+        for (name, axis, ranks, span), line in _series(points).items():
             if name == op:
-                label = f"{axis}={ranks}" + ("" if where == "inside" else f", {where} nodes")
+                label = f"{axis}={ranks}" + ("" if span == "inside" else f", {span} nodes")
                 panel.plot([one.num_bytes for one in line], [one.gbps for one in line], marker=".", label=label)
         panel.set_title(op)
         if points:

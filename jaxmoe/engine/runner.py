@@ -39,12 +39,12 @@ from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFe
 from jaxmoe.planner.balance import ExpertPlacement
 from jaxmoe.planner.traffic import (
     Collective,
+    CollectiveSite,
     StepShape,
-    Stop,
     planned_collectives,
     planned_decode_step,
-    planned_decode_step_stops,
-    planned_stops,
+    planned_decode_step_sites,
+    planned_sites,
 )
 from jaxmoe.quantization.formats import QMAX
 from jaxmoe.sharding import Placement, segment_sizes
@@ -459,9 +459,9 @@ class Runner:
         """Those of one iteration of a step of several decode steps: there are iterations(bucket, decode_steps)."""
         return planned_decode_step(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def stops(self, bucket: Bucket) -> list[Stop]:
+    def sites(self, bucket: Bucket) -> list[CollectiveSite]:
         """What planned counts of a step with prompts, planned_decode_step of one without, place by place."""
-        planned = planned_stops if bucket.blocks else planned_decode_step_stops
+        planned = planned_sites if bucket.blocks else planned_decode_step_sites
         return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def iterations(self, bucket: Bucket, decode_steps: int) -> int:

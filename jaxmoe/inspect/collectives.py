@@ -11,13 +11,15 @@ from typing import get_args
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.planner.traffic import Collective, Op
+from jaxmoe.planner.traffic import Collective, CollectiveOp
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 # What else devices say to each other with, none of which a step holds.
 _UNKNOWN = ("collective-broadcast", "ragged-all-gather", "send", "recv")
-_LINE = re.compile(rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(Op), *_UNKNOWN))})(?P<start>-start)?\(")
+_LINE = re.compile(
+    rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(CollectiveOp), *_UNKNOWN))})(?P<start>-start)?\("
+)
 _NESTED = re.compile(r"\(\([^()]*(?:\([^()]*\)[^()]*)*\), (.*)\)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _MESH_GROUPS = re.compile(

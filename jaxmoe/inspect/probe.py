@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect import timed
 from jaxmoe.mesh import AXES, build_mesh, check_axes
-from jaxmoe.planner.hardware import Hardware, Op, Platform, Points, Topology
+from jaxmoe.planner.hardware import Hardware, MeasuredOp, Platform, Points, Topology
 
-Where = Literal["inside", "between", "both"]
+GroupSpan = Literal["inside", "between", "both"]
 _GIB = 1 << 30
 _MIN_BYTES, _STEP = 512, 4
 _BUFFERS = 6  # of one message, that a program and its compiler may hold
@@ -32,10 +32,10 @@ class Point:
     where: whether the ranks of a group lie inside one fast fabric, all on different ones (between), or both.
     """
 
-    op: Op
+    op: MeasuredOp
     axis: str
     ranks: int
-    where: Where
+    span: GroupSpan
     num_bytes: int
     us: float
 
@@ -92,7 +92,7 @@ def probe(
     points: list[Point] = []
     left_out: list[str] = []
     sizes = [_MIN_BYTES * _STEP**at for at in range(64) if _MIN_BYTES * _STEP**at <= max_bytes]
-    plan = [(op, mesh, axis, size) for mesh, axis in groups for op in get_args(Op) for size in sizes]
+    plan = [(op, mesh, axis, size) for mesh, axis in groups for op in get_args(MeasuredOp) for size in sizes]
     for done, (op, mesh, axis, size) in enumerate(plan):
         on_progress(f"{op} of {size:,} bytes, {mesh.shape[axis]} ranks along {axis} ({done + 1} of {len(plan)})")
         point = _time(op, mesh, axis, size, repeats)
@@ -157,13 +157,13 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _where(mesh: Mesh, axis: str) -> Where:
+def _group_span(mesh: Mesh, axis: str) -> GroupSpan:
     groups = np.moveaxis(np.vectorize(_fabric, otypes=[int])(mesh.devices), AXES.index(axis), -1)
     apart = {len(set(group)) for group in groups.reshape(-1, mesh.shape[axis]).tolist()}
     return "inside" if apart == {1} else "between" if apart == {mesh.shape[axis]} else "both"
 
 
-def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str:
+def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str:
     """One collective timed, or why it could not be."""
     ranks = mesh.shape[axis]
     size = timed.message_bytes(size, ranks, mesh)
@@ -176,7 +176,12 @@ def _time(op: Op, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str
     except RuntimeError as error:  # of XLA: not implemented here, or no room
         return f"{label}: {_first_line(error)}"
     return Point(
-        op=op, axis=axis, ranks=ranks, where=_where(mesh, axis), num_bytes=size, us=_short(seconds / iterations * 1e6)
+        op=op,
+        axis=axis,
+        ranks=ranks,
+        span=_group_span(mesh, axis),
+        num_bytes=size,
+        us=_short(seconds / iterations * 1e6),
     )
 
 
@@ -260,10 +265,10 @@ def _memory_bytes(device: jax.Device, share: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // share
 
 
-def _link(points: Sequence[Point], where: Where) -> tuple[float, float] | None:
+def _link(points: Sequence[Point], span: GroupSpan) -> tuple[float, float] | None:
     """Of the widest groups: 10^9 bytes a second that one device sends in the largest permute or all-gather, whichever
     is faster, and microseconds of the smallest permute."""
-    matching = [one for one in points if one.where == where and one.op in ("collective-permute", "all-gather")]
+    matching = [one for one in points if one.span == span and one.op in ("collective-permute", "all-gather")]
     widest = max((one.ranks for one in matching), default=0)
     matching = [one for one in matching if one.ranks == widest]
     if not matching:
@@ -275,10 +280,10 @@ def _link(points: Sequence[Point], where: Where) -> tuple[float, float] | None:
     return _short(rate), smallest.us
 
 
-def _tables(points: Sequence[Point], where: Where) -> dict[str, dict[int, Points]]:
+def _tables(points: Sequence[Point], span: GroupSpan) -> dict[str, dict[int, Points]]:
     """Measured times as a hardware file has them; of axes as long as each other, the slower."""
     tables: dict[str, dict[int, dict[float, float]]] = {}
-    for one in sorted((one for one in points if one.where == where), key=lambda one: (one.ranks, one.num_bytes)):
+    for one in sorted((one for one in points if one.span == span), key=lambda one: (one.ranks, one.num_bytes)):
         times = tables.setdefault(one.op, {}).setdefault(one.ranks, {})
         times[one.num_bytes] = max(times.get(one.num_bytes, 0.0), one.us)
     return {op: {ranks: tuple(times.items()) for ranks, times in by.items()} for op, by in tables.items()}

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.inspect.collectives import collectives
-from jaxmoe.planner.hardware import Op
+from jaxmoe.planner.hardware import MeasuredOp
 from jaxmoe.planner.traffic import Collective
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -55,13 +55,13 @@ def message_bytes(least: int, ranks: int, mesh: Mesh) -> int:
     return -(-least // share) * share
 
 
-def expected(op: Op, axis: str, num_bytes: int, ranks: int) -> Collective:
+def expected(op: MeasuredOp, axis: str, num_bytes: int, ranks: int) -> Collective:
     """The only collective that a program of collective_program may hold."""
     result = num_bytes // ranks if op == "reduce-scatter" else num_bytes
     return Collective(op=op, axes=(axis,), result_bytes=result)
 
 
-def collective_program(op: Op, axis: str, num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
+def collective_program(op: MeasuredOp, axis: str, num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
     """Compiled, with its argument: op along axis in all of the mesh's groups at once, so many times.
 
     num_bytes, of the whole message: the buffer of an all-reduce, the result of an all-gather, what a rank gives to a

@@ -17,7 +17,7 @@ from jaxmoe.errors import MeshError
 from jaxmoe.mesh import AXES
 from jaxmoe.paths import expanded
 
-Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
+MeasuredOp = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 Topology = Literal["switch", "torus", "peers"]
 Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
@@ -347,8 +347,8 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
 def _collectives(raw: Mapping[str, Any], table: str) -> Mapping[str, Mapping[int, Points]]:
     measured: dict[str, Mapping[int, Points]] = {}
     for op, tables in raw.items():
-        if op not in get_args(Op) or not isinstance(tables, Mapping):
-            raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(Op))}", table, op)
+        if op not in get_args(MeasuredOp) or not isinstance(tables, Mapping):
+            raise _FactError(f"[{table}.{op}] must be a table of one of {', '.join(get_args(MeasuredOp))}", table, op)
         by_ranks = {}
         for ranks, points in tables.items():
             where, place = f"[{table}.{op}] {ranks[:20]}", (table, op, ranks)

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from jaxmoe.mesh import AXES
 from jaxmoe.planner.hardware import Hardware, Points
-from jaxmoe.planner.traffic import Collective, Op, sent_of
+from jaxmoe.planner.traffic import Collective, CollectiveOp, sent_of
 
 # Small all-reduces inside a node need no library: one kernel reads the message of every peer. vllm-project/vllm#37756
 # has 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X; to which
@@ -68,11 +68,13 @@ class Links:
         """devices: of the whole mesh; a torus is taken as near to a cube as they are."""
         self.hardware = hardware
         self._side = max(2.0, devices ** (1 / hardware.torus_dims))
-        self._priced: dict[tuple[Op, int, Group], float] = hardware.priced.setdefault(("links", self._side), {})
+        self._priced: dict[tuple[CollectiveOp, int, Group], float] = hardware.priced.setdefault(
+            ("links", self._side), {}
+        )
 
     def seconds(self, collective: Collective, group: Group) -> float:
         """Of one collective among a group."""
-        op: Op = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
+        op: CollectiveOp = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
         whole = collective.whole_bytes(group.ranks)
         if group.ranks == 1 or not whole:
             return 0.0
@@ -80,7 +82,7 @@ class Links:
             price = self._priced[op, whole, group] = self._price(op, whole, group)
         return price
 
-    def _price(self, op: Op, whole: int, group: Group) -> float:
+    def _price(self, op: CollectiveOp, whole: int, group: Group) -> float:
         inside, across = group.inside, group.across
         if across == 1:
             return self._within(op, whole, group)
@@ -94,7 +96,7 @@ class Links:
             return far
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
 
-    def _far(self, op: Op, whole: float, ranks: int, *, times: int = 1) -> float:
+    def _far(self, op: CollectiveOp, whole: float, ranks: int, *, times: int = 1) -> float:
         """Among devices of as many fabrics, each beside its neighbors of the same; of `times` such messages."""
         if tables := self.hardware.collectives_between_nodes.get(op):
             return self._measured(tables, op, whole * times, ranks)
@@ -107,7 +109,7 @@ class Links:
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
         return latency + sent / hardware.link_bytes_per_s(scale_out=True)
 
-    def _within(self, op: Op, whole: float, group: Group) -> float:
+    def _within(self, op: CollectiveOp, whole: float, group: Group) -> float:
         ranks = group.inside
         if op == "all-reduce" and whole <= KERNEL_BYTES and self.hardware.platform in _KERNEL_PLATFORMS:
             return min(self._listed(op, whole, ranks), self._by_a_kernel(whole, ranks))
@@ -120,14 +122,14 @@ class Links:
         twice = 2 * (_KERNEL_SECONDS + self._sent_seconds("all-gather", whole, ranks))
         return min(once, twice)
 
-    def _listed(self, op: Op, whole: float, ranks: int) -> float:
+    def _listed(self, op: CollectiveOp, whole: float, ranks: int) -> float:
         if tables := self.hardware.collectives.get(op):
             return self._measured(tables, op, whole, ranks)
         steps = math.log2(ranks) if self.hardware.scale_up == "switch" else ranks / 2
         latency = self.hardware.latency_us * 1e-6 * max(1.0, min(steps, 8.0))
         return latency + self._sent_seconds(op, whole, ranks)
 
-    def _measured(self, tables: Mapping[int, Points], op: Op, whole: float, ranks: int) -> float:
+    def _measured(self, tables: Mapping[int, Points], op: CollectiveOp, whole: float, ranks: int) -> float:
         """By the table of the nearest number of ranks: for another, as many bytes sent by a device, and latencies that
         grow a tree's way."""
         near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
@@ -135,7 +137,7 @@ class Links:
         more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
         return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
 
-    def _sent_seconds(self, op: Op, whole: float, ranks: int) -> float:
+    def _sent_seconds(self, op: CollectiveOp, whole: float, ranks: int) -> float:
         """By the bytes each device sends, over the links that the group can use."""
         hardware = self.hardware
         rate = hardware.link_bytes_per_s(scale_out=False)

@@ -16,10 +16,12 @@ from jaxmoe.depth import PipelineSchedule, layer_segments
 from jaxmoe.sharding import Placement, array_sizes
 
 _TPU_ROW = 512
-Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"]
-Where = Literal[
+CollectiveOp = Literal[
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
+]
+SiteLocation = Literal[
     "embedding", "attention", "mlp", "dispatch", "experts", "combine", "shared expert", "between stages",
-    "from the last stage", "rows that draw", "head",
+    "from the last stage", "sampled rows", "head",
 ]  # fmt: skip
 
 
@@ -27,7 +29,7 @@ Where = Literal[
 class Collective:
     """One kind of collective: op over mesh axes, with result_bytes on each device."""
 
-    op: Op
+    op: CollectiveOp
     axes: tuple[str, ...]
     result_bytes: int
 
@@ -40,7 +42,7 @@ class Collective:
         return sent_of(self.op, self.whole_bytes(num_ranks), num_ranks)
 
 
-def sent_of(op: Op, whole_bytes: float, num_ranks: int) -> float:
+def sent_of(op: CollectiveOp, whole_bytes: float, num_ranks: int) -> float:
     """Of a whole message, the bytes that one of its ranks sends."""
     if op == "collective-permute":
         return whole_bytes
@@ -63,14 +65,13 @@ class StepShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stop:
+class CollectiveSite:
     """A collective where the forward pass holds it, and how often a step runs it there.
 
-    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Of each place stops
-    come in the order in which a token passes them.
+    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Of each place sites come in the order in which a token passes them.
     """
 
-    where: Where
+    location: SiteLocation
     collective: Collective
     count: int
     segment: int | None = None
@@ -81,7 +82,7 @@ def planned_collectives(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
     """Every collective of one step of one decode step, whose tokens are drawn at its end, and how often it runs."""
-    return _counted(planned_stops(config, placement, shape, dispatch=dispatch))
+    return _counted(planned_sites(config, placement, shape, dispatch=dispatch))
 
 
 def planned_decode_step(
@@ -89,28 +90,28 @@ def planned_decode_step(
 ) -> Counter[Collective]:
     """Every collective of one iteration of the loop that decodes several tokens: a decode step, or a tick of a
     pipeline."""
-    return _counted(planned_decode_step_stops(config, placement, shape, dispatch=dispatch))
+    return _counted(planned_decode_step_sites(config, placement, shape, dispatch=dispatch))
 
 
-def _counted(stops: Iterable[Stop]) -> Counter[Collective]:
+def _counted(sites: Iterable[CollectiveSite]) -> Counter[Collective]:
     counts: Counter[Collective] = Counter()
-    for stop in stops:
-        counts[stop.collective] += stop.count
+    for site in sites:
+        counts[site.collective] += site.count
     return counts
 
 
-def planned_stops(
+def planned_sites(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
-) -> list[Stop]:
+) -> list[CollectiveSite]:
     """What planned_collectives counts, place by place."""
     plan = _Plan(config, placement, shape, dispatch)
     token_shard_axes, hidden = plan.token_shard_axes, plan.hidden
-    plan.where = "embedding"
+    plan.location = "embedding"
     if placement.num_stages == 1:
         plan.sum(plan.outside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
         plan.layers(1)
-        op: Op = "all-reduce" if shape.picked else "all-gather"
-        plan.where = "rows that draw"
+        op: CollectiveOp = "all-reduce" if shape.picked else "all-gather"
+        plan.location = "sampled rows"
         plan.add(placement, op, token_shard_axes, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
     else:
         schedule = plan.schedule
@@ -122,23 +123,23 @@ def planned_stops(
         plan.send(sending)
         if plan.segments[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
             plan.from_last(ticks)
-            plan.where = "rows that draw"
+            plan.location = "sampled rows"
         else:
-            plan.where = "rows that draw"
+            plan.location = "sampled rows"
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
         plan.add(placement, "all-gather", token_shard_axes, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
     return plan.sites
 
 
-def planned_decode_step_stops(
+def planned_decode_step_sites(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
-) -> list[Stop]:
+) -> list[CollectiveSite]:
     """What planned_decode_step counts, place by place."""
     if placement.num_stages == 1:
-        return planned_stops(config, placement, shape, dispatch=dispatch)
+        return planned_sites(config, placement, shape, dispatch=dispatch)
     plan = _Plan(config, placement, shape, dispatch)
-    plan.where = "embedding"
+    plan.location = "embedding"
     if placement.sequence_gather_axes(plan.token_dim):
         plan.sum(plan.outside, "vocab", plan.shared_rows * plan.hidden, 1)
     else:
@@ -146,7 +147,7 @@ def planned_decode_step_stops(
     plan.layers(1)
     plan.send(1)
     plan.from_last(1)
-    plan.where = "rows that draw"
+    plan.location = "sampled rows"
     plan.add(placement, "all-gather", plan.token_shard_axes, plan.tokens * plan.hidden)
     plan.logits(plan.tokens)
     return plan.sites
@@ -157,7 +158,7 @@ class _Plan:
 
     tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
     token's hidden state. token_shard_axes: axes that share out a rank's tokens between layers; strip: how many each
-    then has. where, layer (segment and block): of what is found next.
+    then has. location, layer (segment and block): of what is found next.
     """
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
@@ -175,9 +176,9 @@ class _Plan:
         self.token_dim = placement.token_dim(self.tokens * placement.num_shards("batch"))
         self.token_shard_axes = placement.token_shard_axes(self.token_dim)
         self.strip = self.tokens // placement.size(self.token_shard_axes)
-        self.where: Where = "embedding"
+        self.location: SiteLocation = "embedding"
         self.layer: tuple[int, int] | None = None
-        self.sites: list[Stop] = []
+        self.sites: list[CollectiveSite] = []
         self._sizes: dict[str, ArraySizes] = {}
 
     def sizes(self, placement: Placement) -> ArraySizes:
@@ -186,14 +187,18 @@ class _Plan:
             self._sizes[placement.view] = array_sizes(self.config, placement)
         return self._sizes[placement.view]
 
-    def add(self, placement: Placement, op: Op, over: str | Iterable[str], result_bytes: int, count: int = 1) -> None:
+    def add(
+        self, placement: Placement, op: CollectiveOp, over: str | Iterable[str], result_bytes: int, count: int = 1
+    ) -> None:
         """One kind of collective over a dim's axes, or over axes."""
         over = placement.axes(over) if isinstance(over, str) else tuple(over)
         axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
             collective = Collective(op=op, axes=axes, result_bytes=result_bytes)
             segment, block = self.layer or (None, None)
-            self.sites.append(Stop(where=self.where, collective=collective, count=count, segment=segment, block=block))
+            self.sites.append(
+                CollectiveSite(location=self.location, collective=collective, count=count, segment=segment, block=block)
+            )
 
     def sum(self, placement: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
@@ -209,17 +214,17 @@ class _Plan:
 
     def send(self, count: int) -> None:
         """Hidden states from stage to stage."""
-        self.where = "between stages"
+        self.location = "between stages"
         self.add(self.placement, "collective-permute", "stage", self.strip * self.hidden, count)
 
     def from_last(self, count: int) -> None:
         """Hidden states of the last stage to all."""
-        self.where = "from the last stage"
+        self.location = "from the last stage"
         self.add(self.placement, "all-reduce", "stage", self.strip * self.hidden, count)
 
     def logits(self, rows: int) -> None:
         """float32."""
-        self.where = "head"
+        self.location = "head"
         self.add(self.outside, "all-gather", "vocab", rows * self.sizes(self.outside).vocab * 4)
 
     def layers(self, ticks: int) -> None:
@@ -238,14 +243,14 @@ class _Plan:
 
     def mlp(self, placement: Placement, count: int) -> None:
         """A region split by its width: tokens gathered before it, summed after it."""
-        self.where = "mlp"
+        self.location = "mlp"
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         self.sum(placement, "ffn", self.shared_rows * self.hidden, count)
 
     def attention(self, placement: Placement, count: int) -> None:
         """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
         found."""
-        self.where = "attention"
+        self.location = "attention"
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         config, sizes = self.config, self.sizes(placement)
         if config.qk_norm == "full":  # squares of query and key, float32
@@ -264,7 +269,7 @@ class _Plan:
 
     def experts(self, placement: Placement, count: int) -> None:
         """An MoE block: see model/moe.py."""
-        self.where = "experts"
+        self.location = "experts"
         moe, gather_axes, summed = (
             self.config.moe,
             placement.ep_gather_axes(self.token_dim),
@@ -278,10 +283,10 @@ class _Plan:
         self.exchange(placement, rows, count)
         sequence_axes = placement.sequence_gather_axes(self.token_dim)
         if moe.shared_intermediate_size and sequence_axes != gather_axes:  # gathered by itself, and scattered
-            self.where = "shared expert"
+            self.location = "shared expert"
             self.gather(placement, sequence_axes, self.shared_rows, count)
             self.sum(placement, sequence_axes, self.shared_rows * self.hidden, count)
-        self.where = "experts"
+        self.location = "experts"
         self.sum(placement, summed, rows * self.hidden, count)
 
     def exchange(self, placement: Placement, rows: int, count: int) -> None:
@@ -294,7 +299,7 @@ class _Plan:
             inner = "ragged_all_to_all" if self.dispatch == "hierarchical_ragged" else "all_to_all"
             ranks = placement.size(over[:1])
             levels = [(over[:1], rows, places, "all_to_all"), (over[1:], rows * ranks, places // ranks, inner)]
-        self.where = "dispatch"
+        self.location = "dispatch"
         for axes, sent, split, backend in levels:
             packet = sent * (self.config.hidden_size + split // placement.size(axes)) * self.itemsize
             if backend == "all_gather":
@@ -304,7 +309,7 @@ class _Plan:
             if backend == "ragged_all_to_all":  # how many rows come, and where they come from
                 self.add(placement, "all-to-all", axes, placement.size(axes) * 2 * 4, count)
             self.add(placement, *self._carried(placement, axes, backend, sent, packet, placement.size(axes)), count)
-        self.where = "combine"
+        self.location = "combine"
         for axes, sent, _, backend in reversed(levels):
             back = sent * self.config.hidden_size * self.itemsize
             if backend == "all_gather":
@@ -327,7 +332,7 @@ class _Plan:
 
     def _carried(
         self, placement: Placement, axes: tuple[str, ...], backend: str, rows: int, num_bytes: int, ranks: int
-    ) -> tuple[Op, tuple[str, ...], int]:
+    ) -> tuple[CollectiveOp, tuple[str, ...], int]:
         """The collective that carries so many rows to, or from, so many ranks, as a platform has it."""
         if backend != "ragged_all_to_all" or placement.platform == "cpu":
             return "all-to-all", axes, ranks * num_bytes

@@ -96,8 +96,8 @@ def test_a_token_meets_every_collective_where_it_is_planned(mesh, phase, chromiu
     with opened(chromium, path) as page:
         page.click(f"[data-phase={phase}]")
         events = [event for event in page.evaluate("path") if event["op"]]
-        for stop in data["steps"][phase]["stops"]:
-            same = [one for one in events if all(one[key] == stop[key] for key in ("where", "op", "axes", "bytes"))]
+        for stop in data["steps"][phase]["sites"]:
+            same = [one for one in events if all(one[key] == stop[key] for key in ("location", "op", "axes", "bytes"))]
             inside = {one["layer"] for one in same}
             if stop["segment"] is not None:
                 assert inside == set(range(layers)), stop
@@ -137,8 +137,8 @@ def test_steps_light_links_with_their_bytes(chromium, drawn):
 def test_bytes_that_leave_a_node_take_the_network(chromium, drawn):
     path, _, _ = drawn("expert=16", hardware="b200")
     with opened(chromium, path) as page:
-        at = page.evaluate("path.findIndex(event => event.where === 'dispatch')")
-        sent = page.evaluate("path.find(event => event.where === 'dispatch').sent")
+        at = page.evaluate("path.findIndex(event => event.location === 'dispatch')")
+        sent = page.evaluate("path.find(event => event.location === 'dispatch').sent")
         page.locator("#position").fill(str(at))
         inside, beyond = (
             float(page.locator(f'[data-link="{link}:0"]').get_attribute("data-bytes")) for link in ("up", "out")
@@ -345,7 +345,7 @@ def test_128_devices_of_a_real_model(chromium, tmp_path):
         held = page.evaluate("[...new Set(places.flatMap(layersHeld))].sort((a, b) => a - b)")
         assert held == list(range(61))
         for where in ("dispatch", "between stages", "head"):
-            at = page.evaluate("where => path.findLastIndex(event => event.where === where)", where)
+            at = page.evaluate("where => path.findLastIndex(event => event.location === where)", where)
             page.locator("#position").fill(str(at))
             assert page.locator(".link.lit").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -80,7 +80,7 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
         bucket = step_bucket(runner, phase, **question.sizes)
         planned = runner.planned(bucket) if phase == "prefill" else runner.planned_decode_step(bucket)
         played: Counter[Collective] = Counter()
-        for stop in step["stops"]:
+        for stop in step["sites"]:
             one = Collective(op=stop["op"], axes=tuple(stop["axes"]), result_bytes=stop["bytes"])
             played[one] += stop["count"]
             assert stop["sent"] == one.sent_bytes(math.prod(data["mesh"][axis] for axis in one.axes))
@@ -100,7 +100,7 @@ def test_every_layer_says_what_its_block_says(changed_dir):
     config = str(changed_dir("deepseek_v3_groups"))
     data = map_data(MapRequest(config=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp"))
     dense, sparse = (
-        [(stop["where"], stop["op"]) for stop in data["steps"]["prefill"]["stops"] if stop["segment"] == segment]
+        [(stop["location"], stop["op"]) for stop in data["steps"]["prefill"]["sites"] if stop["segment"] == segment]
         for segment in (0, 1)
     )
     attention = [("attention", "all-gather"), ("attention", "reduce-scatter")]
@@ -134,7 +134,7 @@ def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
     answer["collectives"][0]["count"] += 1
     answer["collectives"].append(answer["collectives"][0] | {"bytes": 12, "planned": 0, "count": 2})
     differs = [row for row in map_data(asked, result=answer)["collectives"] if row["compiled"] != row["planned"]]
-    assert [(row["compiled"] - row["planned"], row["where"] == []) for row in differs] == [(1, False), (2, True)]
+    assert [(row["compiled"] - row["planned"], row["location"] == []) for row in differs] == [(1, False), (2, True)]
     answer["collectives"] = [row for row in answer["collectives"] if row["phase"] == "decode"]
     half = map_data(asked, result=answer)["collectives"]
     assert {row["compiled"] is None for row in half if row["phase"] == "prefill"} == {True}

@@ -13,7 +13,7 @@ from jaxmoe.inspect import probe as probing
 from jaxmoe.inspect import timed
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.inspect.probe import Point, Rates, probe
-from jaxmoe.planner.hardware import Op, read_hardware
+from jaxmoe.planner.hardware import MeasuredOp, read_hardware
 from jaxmoe.planner.hardware_file import hardware_text, write_hardware
 from jaxmoe.planner.traffic import Collective
 
@@ -26,7 +26,7 @@ RATES = Rates(tflops={"bf16": 2.0, "f32": 1.0, "int8": 1.5, "fp8": 3.0}, hbm_gbp
 
 
 @pytest.mark.parametrize("axis", ["tensor", "data"])
-@pytest.mark.parametrize("op", get_args(Op))
+@pytest.mark.parametrize("op", get_args(MeasuredOp))
 def test_a_timed_program_holds_its_collective_as_often_as_it_turns_and_nothing_else(op, axis):
     mesh = mesh_of("data=4,tensor=2" if axis == "data" else "data=2,tensor=4")
     program, argument = timed.collective_program(op, axis, 4096, mesh, 7)
@@ -97,9 +97,9 @@ def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
     said = []
     found = probe(max_bytes=2048, repeats=1, name='my "own" cluster', on_progress=said.append)
     assert {(one.op, one.axis, one.ranks, one.num_bytes) for one in found.points} == {
-        (op, "tensor", ranks, size) for op in get_args(Op) for ranks in (2, 4, 8) for size in (512, 2048)
+        (op, "tensor", ranks, size) for op in get_args(MeasuredOp) for ranks in (2, 4, 8) for size in (512, 2048)
     }
-    assert all(one.where == "inside" and one.us > 0 for one in found.points)
+    assert all(one.span == "inside" and one.us > 0 for one in found.points)
     assert (len(said), found.left_out, found.axes) == (30, (), {"tensor": 8})
     path = tmp_path / "mine.toml"
     text = hardware_text(found.hardware, axes=found.axes, heading=["by a test"], notes=found.notes)
@@ -114,7 +114,7 @@ def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
     assert read.tflops == {"bf16": 2, "f32": 1, "fp8": 3}  # int8 is no faster than bf16
     assert read.flops_per_s("int8") == 2e12
     times = {(one.op, one.ranks, one.num_bytes): one.us for one in found.points}
-    for op in get_args(Op):
+    for op in get_args(MeasuredOp):
         for ranks in (2, 4, 8):
             wanted = ((512, times[op, ranks, 512]), (2048, times[op, ranks, 2048]))
             assert read.collectives[op][ranks] == wanted
@@ -149,16 +149,16 @@ def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
         ("data", 4): [[0, 2, 4, 6], [1, 3, 5, 7]],
     }
     found = probe(max_bytes=512, repeats=1)
-    hardware, us = found.hardware, {(one.op, one.ranks, one.where): one.us for one in found.points}
+    hardware, us = found.hardware, {(one.op, one.ranks, one.span): one.us for one in found.points}
     assert (hardware.devices_per_node, hardware.scale_up_devices, hardware.nodes) == (2, 2, 4)
-    assert {op: list(table) for op, table in hardware.collectives.items()} == {op: [2] for op in get_args(Op)}
+    assert {op: list(table) for op, table in hardware.collectives.items()} == {op: [2] for op in get_args(MeasuredOp)}
     assert {op: list(by) for op, by in hardware.collectives_between_nodes.items()} == {
-        op: [2, 4] for op in get_args(Op)
+        op: [2, 4] for op in get_args(MeasuredOp)
     }
     assert hardware.scale_out_latency_us == us["collective-permute", 4, "between"]
     assert hardware.latency_us == us["collective-permute", 2, "inside"]
     assert set(found.notes) == {"hbm_gb"}
-    spread = {one.where for one in probe(axes={"tensor": 8}, max_bytes=512, repeats=1).points}
+    spread = {one.span for one in probe(axes={"tensor": 8}, max_bytes=512, repeats=1).points}
     assert spread == {"both"}
 
 
@@ -238,8 +238,8 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(asked, said):
 
 
 def test_the_rate_of_a_link_is_of_the_widest_groups_largest_message():
-    def point(op, ranks, num_bytes, us, where="inside"):
-        return Point(op=op, axis="tensor", ranks=ranks, where=where, num_bytes=num_bytes, us=us)
+    def point(op, ranks, num_bytes, us, span="inside"):
+        return Point(op=op, axis="tensor", ranks=ranks, span=span, num_bytes=num_bytes, us=us)
 
     points = [
         point("collective-permute", 2, 1000, 0.1), point("collective-permute", 4, 512, 3.0),

@@ -73,13 +73,13 @@ def compared(steps: Mapping[str, Any], result: Mapping[str, Any] | None) -> list
     for phase, step in steps.items():
         planned: Counter[tuple[Any, ...]] = Counter()
         sent: dict[tuple[Any, ...], float] = {}
-        where: dict[tuple[Any, ...], list[str]] = {}
-        for stop in step["stops"]:
-            key = stop["op"], tuple(stop["axes"]), stop["bytes"]
-            planned[key] += stop["count"]
-            sent[key] = stop["sent"]
-            if stop["where"] not in (places := where.setdefault(key, [])):
-                places.append(stop["where"])
+        locations: dict[tuple[Any, ...], list[str]] = {}
+        for site in step["sites"]:
+            key = site["op"], tuple(site["axes"]), site["bytes"]
+            planned[key] += site["count"]
+            sent[key] = site["sent"]
+            if site["location"] not in (names := locations.setdefault(key, [])):
+                names.append(site["location"])
         compiled: Counter[tuple[Any, ...]] = Counter()
         there = False
         for row in result["collectives"] if result else ():
@@ -89,7 +89,7 @@ def compared(steps: Mapping[str, Any], result: Mapping[str, Any] | None) -> list
         keys = list(planned) + sorted((key for key in compiled if key not in planned and compiled[key]), key=str)
         rows += [
             {"phase": phase, "op": op, "axes": list(axes), "bytes": size, "sent": sent.get((op, axes, size)),
-             "where": where.get((op, axes, size), []),
+             "location": locations.get((op, axes, size), []),
              "planned": planned[op, axes, size], "compiled": compiled[op, axes, size] if there else None}
             for op, axes, size in keys
         ]  # fmt: skip

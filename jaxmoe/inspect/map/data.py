@@ -194,11 +194,11 @@ def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, An
     return {
         "tokens": bucket.num_tokens, "seq_slots": bucket.seq_slots, "micro_batches": bucket.micro_batches,
         "token_shard_axes": token_shard_axes, "strip": tokens // placement.size(token_shard_axes),
-        "stops": [
-            {"where": stop.where, "segment": stop.segment, "block": stop.block, "op": stop.collective.op,
-             "axes": list(stop.collective.axes), "bytes": stop.collective.result_bytes,
-             "sent": stop.collective.sent_bytes(placement.size(stop.collective.axes)), "count": stop.count}
-            for stop in runner.stops(bucket)
+        "sites": [
+            {"location": site.location, "segment": site.segment, "block": site.block, "op": site.collective.op,
+             "axes": list(site.collective.axes), "bytes": site.collective.result_bytes,
+             "sent": site.collective.sent_bytes(placement.size(site.collective.axes)), "count": site.count}
+            for site in runner.sites(bucket)
         ],
     }  # fmt: skip
 

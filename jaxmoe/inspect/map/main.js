@@ -41,7 +41,7 @@ function showStep() {
     const number = (text, more = {}) => html("td", { class: "number", ...more }, text);
     return html("tr", differs ? { class: "wrong" } : {},
       html("th", { scope: "row" }, one.op), html("td", {}, one.axes.join(" × ")),
-      html("td", {}, one.where.join(", ") || "nowhere in the plan"),
+      html("td", {}, one.location.join(", ") || "nowhere in the plan"),
       number(size(one.bytes), { title: `${count(one.bytes)} bytes` }), number(one.sent === null ? "" : size(one.sent)),
       number(count(one.planned)),
       ...compiled ? [number(count(one.compiled)), html("td", {}, differs ? "differs" : "as planned")] : []);

@@ -82,36 +82,36 @@ function cacheHeld(at) {  // { heads, pages, offsets }: of keys and values, of t
 
 // Every place it passes, in order, with the collective said there; op null where devices only compute.
 function tokenPath(phase) {
-  const { stops } = data.steps[phase], path = [];
-  const say = (stop, more) => path.push({ segment: null, layer: null, stage: null, to: null, ...stop, ...more });
-  const silent = where => ({ where, op: null, axes: [], bytes: 0, sent: 0 });
-  const at = where => stops.filter(stop => stop.where === where);
+  const { sites } = data.steps[phase], path = [];
+  const say = (site, more) => path.push({ segment: null, layer: null, stage: null, to: null, ...site, ...more });
+  const silent = location => ({ location, op: null, axes: [], bytes: 0, sent: 0 });
+  const at = where => sites.filter(site => site.location === where);
   const outside = (where, always) => {
     const matches = at(where);
-    (matches.length || !always ? matches : [silent(where)]).forEach(stop => say(stop, {}));
+    (matches.length || !always ? matches : [silent(where)]).forEach(site => say(site, {}));
   };
   outside("embedding", true);
   data.segments.forEach((part, segment) => {
     const order = visits(part);
     order.forEach(({ stage, virtualStage }, repeat) => {
       for (const block of range(part.period)) {
-        const own = stops.filter(stop => stop.segment === segment && stop.block === block);
-        const rest = own.filter(stop => stop.where !== "attention");
-        const inside = own.filter(stop => stop.where === "attention");
+        const own = sites.filter(site => site.segment === segment && site.block === block);
+        const rest = own.filter(site => site.location !== "attention");
+        const inside = own.filter(site => site.location === "attention");
         if (!inside.length) inside.push(silent("attention"));
-        const kind = part.moe[block] ? "experts" : "mlp", back = rest.findIndex(stop => stop.where === "combine");
+        const kind = part.moe[block] ? "experts" : "mlp", back = rest.findIndex(site => site.location === "combine");
         if (back >= 0) rest.splice(back, 0, silent("experts"));
         else if (!rest.length) rest.push(silent(kind));
         const where = { segment, layer: part.first + repeat * part.period + block, stage: part.stages > 1 ? stage : null };
-        [...inside, ...rest].forEach(stop => say(stop, where));
+        [...inside, ...rest].forEach(site => say(site, where));
       }
       const next = order[repeat + 1];
       if (next && (next.stage !== stage || next.virtualStage !== virtualStage))
-        at("between stages").forEach(stop => say(stop, { stage, to: next.stage }));
+        at("between stages").forEach(site => say(site, { stage, to: next.stage }));
     });
     if (part.stages > 1) outside("from the last stage", false);
   });
-  outside("rows that draw", false);
+  outside("sampled rows", false);
   outside("head", true);
   return path;
 }

@@ -6,7 +6,7 @@ const verbs = {
   combine: "Combine",
   "shared expert": "Shared expert", "between stages": "To the next stage",
   "from the last stage": "From the last stage to all",
-  "rows that draw": "Rows that draw a token", head: "Head",
+  "sampled rows": "Sampled rows", head: "Head",
 };
 
 function setPhase(name) {
@@ -53,13 +53,13 @@ function showEvent(announce = true) {
   byId("event").setAttribute("aria-live", announce ? "polite" : "off");
   byId("position").value = at;
   const of = event.layer === null ? "" : ` of layer ${event.layer}`;
-  byId("position").setAttribute("aria-valuetext", `${at + 1} of ${path.length}: ${verbs[event.where]}${of}`);
+  byId("position").setAttribute("aria-valuetext", `${at + 1} of ${path.length}: ${verbs[event.location]}${of}`);
   light(event, all, own);
   showTrack(event);
   const layer = event.layer === null ? "" : `layer ${event.layer} of ${span([0, data.facts.layers])}`;
   const onward = event.to === null ? "" : ` to ${event.to}`;
   const stage = event.stage === null ? "" : `stage ${event.stage}${onward}`;
-  const head = html("b", {}, verbs[event.where]), where = [layer, stage].filter(Boolean).join(", ");
+  const head = html("b", {}, verbs[event.location]), where = [layer, stage].filter(Boolean).join(", ");
   byId("event").replaceChildren(head, where ? ` · ${where}` : "", html("span", { class: "said" }, ...said(event, own)));
   const sent = path.map(one => sends(one, chosen) ? one.sent : 0), until = sum(sent.slice(0, at + 1));
   const running = html("b", { id: "running", "data-bytes": Math.round(until) }, size(until));
@@ -110,7 +110,7 @@ function drawTrack() {
   stops.forEach(([key, kind, stage], i) => {
     const cell = svg("rect", { class: `cell ${kind}`, x: i * step + .75, y: 6, width: Math.max(1.5, step - 1.5),
       height: 18, rx: 2 });
-    const first = path.findIndex(event => key === "in" || (key === "out" ? event.where === "head" : event.layer === key));
+    const first = path.findIndex(event => key === "in" || (key === "out" ? event.location === "head" : event.layer === key));
     cell.addEventListener("click", () => go(first));
     track.cells.set(key, cell);
     root.append(cell);
@@ -121,7 +121,7 @@ function drawTrack() {
 }
 function showTrack(event) {
   const before = path.slice(0, at).findLast(one => one.layer !== null)?.layer;
-  const outside = event.where === "embedding" ? "in" : event.stage !== null ? before : "out";
+  const outside = event.location === "embedding" ? "in" : event.stage !== null ? before : "out";
   const here = event.layer !== null ? event.layer : outside;
   const order = [...track.cells.keys()], now = order.indexOf(here);
   order.forEach((key, i) => {
@@ -131,5 +131,5 @@ function showTrack(event) {
   const same = one => one.layer === event.layer && (event.layer !== null || one === event);
   const list = path.map((one, i) => [one, i]).filter(([one, i]) => same(one) && Math.abs(i - at) < 40);
   byId("places").replaceChildren(...list.map(([one, i]) => html("li", { class: i === at ? "now" : "" },
-    verbs[one.where], html("small", {}, one.op ? `${one.op} ${size(one.bytes)}` : "computes"))));
+    verbs[one.location], html("small", {}, one.op ? `${one.op} ${size(one.bytes)}` : "computes"))));
 }
