@@ -16,7 +16,7 @@ from pathlib import Path
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.families import read_config
-from jaxmoe.planner.against import Row, held_out, predict, read_rows, score
+from jaxmoe.planner.against import MeasuredRow, held_out, predict, read_rows, score
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
 
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def predicted(path: Path) -> Iterator[Row]:
+def predicted(path: Path) -> Iterator[MeasuredRow]:
     """The rows of a file that can be placed; the others are named."""
     for facts in read_rows(path):
         try:
@@ -74,7 +74,7 @@ def predicted(path: Path) -> Iterator[Row]:
             print(f"left out: {facts['model']} on {facts['num_gpus']} x {facts['hardware']}: {error}", file=sys.stderr)
 
 
-def _scores(sets: Mapping[str, Sequence[Row]]) -> None:
+def _scores(sets: Mapping[str, Sequence[MeasuredRow]]) -> None:
     print("| rows | number | MAPE | rank | regret | light: MAPE | rank | regret |\n|---|---|---|---|---|---|---|---|")
     for name, rows in sets.items():
         cells = []
@@ -85,7 +85,7 @@ def _scores(sets: Mapping[str, Sequence[Row]]) -> None:
         print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
 
 
-def _table(rows: Sequence[Row]) -> None:
+def _table(rows: Sequence[MeasuredRow]) -> None:
     print("| model | hardware | split | precision | isl / osl | load | metric | measured | predicted | error |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:

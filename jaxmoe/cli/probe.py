@@ -20,7 +20,7 @@ from jaxmoe.jsontext import json_text
 from jaxmoe.paths import expanded
 
 if TYPE_CHECKING:
-    from jaxmoe.inspect.probe import Point, Probed
+    from jaxmoe.inspect.probe import ProbePoint, ProbeResult
 
 
 @click.command()
@@ -120,7 +120,7 @@ def _output_path(output: str, *, force: bool) -> Path:
     return path
 
 
-def _heading(result: Probed, repeats: int) -> list[str]:
+def _heading(result: ProbeResult, repeats: int) -> list[str]:
     import jax
 
     from jaxmoe import __version__
@@ -135,7 +135,7 @@ def _heading(result: Probed, repeats: int) -> list[str]:
     ]
 
 
-def _as_json(result: Probed, path: Path) -> dict[str, Any]:
+def _as_json(result: ProbeResult, path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     facts = {key: value for key, value in vars(result.hardware).items() if not key.startswith("collectives")}
@@ -146,7 +146,7 @@ def _as_json(result: Probed, path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(result: Probed, path: Path) -> None:
+def _print(result: ProbeResult, path: Path) -> None:
     screen = table_console()
     rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in result.rates.tflops.items())
     print(f"of one device: products {rates} Tflop/s; memory {result.rates.hbm_gbps:g} GB/s")
@@ -161,15 +161,15 @@ def _print(result: Probed, path: Path) -> None:
     print(f"{path} says what hardware this is")
 
 
-def _series(points: Sequence[Point]) -> dict[tuple[str, str, int, str], list[Point]]:
+def _series(points: Sequence[ProbePoint]) -> dict[tuple[str, str, int, str], list[ProbePoint]]:
     """Points of one line each: op, axis, ranks, where."""
-    series: dict[tuple[str, str, int, str], list[Point]] = {}
+    series: dict[tuple[str, str, int, str], list[ProbePoint]] = {}
     for one in points:
         series.setdefault((one.op, one.axis, one.ranks, one.span), []).append(one)
     return series
 
 
-def _table(points: Sequence[Point]) -> Table:
+def _table(points: Sequence[ProbePoint]) -> Table:
     table = Table(title="microseconds by bytes of the whole message; GB/s of the largest", title_justify="left")
     sizes = sorted({one.num_bytes for one in points})
     shown = sizes[:: max(1, len(sizes) // 4)] if len(sizes) > 6 else sizes
@@ -185,7 +185,7 @@ def _table(points: Sequence[Point]) -> Table:
     return table
 
 
-def _draw(figure: Any, points: Sequence[Point]) -> None:
+def _draw(figure: Any, points: Sequence[ProbePoint]) -> None:
     """A panel an op: bytes across, GB/s up, a line a group."""
     ops: list[str] = list(dict.fromkeys(one.op for one in points)) or ["no collectives"]
     panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]

@@ -19,7 +19,7 @@ from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
 from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.targets import Target, environment, parse_target, topology_devices
+from jaxmoe.inspect.targets import CompileTarget, environment, parse_target, topology_devices
 from jaxmoe.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows
 
@@ -33,7 +33,7 @@ class CompileRequest(InspectRequest):
 
     target: str
 
-    def checked(self) -> tuple[ModelConfig, Target, dict[str, int]]:
+    def checked(self) -> tuple[ModelConfig, CompileTarget, dict[str, int]]:
         """The config, target and axes. Raises: as checked_model."""
         config, axes = self.checked_model()
         target = parse_target(self.target)

@@ -25,7 +25,7 @@ from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.planner.cost import SKEW
-from jaxmoe.planner.hardware import Hardware, names_nodes, read_hardware
+from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_disaggregated
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
@@ -34,9 +34,9 @@ from jaxmoe.planner.search import (
     REL_TOLERANCE,
     NoPlanError,
     Objective,
-    Plan,
     SearchRequest,
     SearchResult,
+    ServingPlan,
     candidates_of,
     missed,
     objective_value,
@@ -94,7 +94,7 @@ class PlanRequest:
         for name in ("dtype", "weights_dtype", "kv_dtype"):
             object.__setattr__(self, name, canonical(getattr(self, name)))
 
-    def checked(self) -> tuple[ModelConfig, Hardware]:
+    def checked(self) -> tuple[ModelConfig, HardwareSpec]:
         """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
         LayoutError naming the value, the limit and the remedy."""
         config, _ = self._read()
@@ -164,7 +164,7 @@ class PlanRequest:
         weights = None if is_checkpoint_format(config, self.weights_dtype) else self.weights_dtype
         return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
 
-    def search_request(self, config: ModelConfig, hardware: Hardware, devices: int) -> SearchRequest:
+    def search_request(self, config: ModelConfig, hardware: HardwareSpec, devices: int) -> SearchRequest:
         """For the search."""
         axes = None if self.mesh is None else parse_mesh(self.mesh)
         if axes and math.prod(axes.values()) != devices:
@@ -217,7 +217,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
 
 
 def _search_devices(
-    request: PlanRequest, config: ModelConfig, hardware: Hardware
+    request: PlanRequest, config: ModelConfig, hardware: HardwareSpec
 ) -> tuple[SearchRequest, SearchResult]:
     """For the devices asked for, or the fewest that do."""
     given = request.devices or (request.nodes * hardware.devices_per_node if request.nodes else None)
@@ -252,7 +252,7 @@ def _search_devices(
 
 
 def _worthwhile(
-    request: PlanRequest, config: ModelConfig, hardware: Hardware, least: int
+    request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, least: int
 ) -> tuple[SearchRequest, SearchResult]:
     """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
     far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
@@ -288,7 +288,7 @@ def _worthwhile(
     )
 
 
-def _halved(search_request: SearchRequest, best: Plan) -> float:
+def _halved(search_request: SearchRequest, best: ServingPlan) -> float:
     """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
     assumed = search_request.objective == "latency" and search_request.workload.concurrency is None
     return LATENCY_REQUESTS * search_request.devices / best.estimate.concurrency if assumed else 1.0
@@ -302,7 +302,7 @@ def _nearer(errors: list[NoPlanError]) -> bool:
     return last.ttft < (1 - REL_TOLERANCE) * before.ttft or last.tpot < (1 - REL_TOLERANCE) * before.tpot
 
 
-def _least(request: PlanRequest, config: ModelConfig, hardware: Hardware, *, above: int) -> int | None:
+def _least(request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, *, above: int) -> int | None:
     """The fewest devices, doubled from one, that hold the model and the requests asked for (else one)."""
     devices = 1
     while devices <= _MAX_DEVICES:
@@ -316,12 +316,12 @@ def _least(request: PlanRequest, config: ModelConfig, hardware: Hardware, *, abo
     return None
 
 
-def _engine_devices(best: Plan) -> int:
+def _engine_devices(best: ServingPlan) -> int:
     sizes = dict(best.parallelism.axes)
     return best.devices // sizes["data"] if sizes["data"] > 1 else max(1, best.devices // 2)
 
 
-def _neighbors(search_request: SearchRequest, best: Plan) -> NeighborPlans:
+def _neighbors(search_request: SearchRequest, best: ServingPlan) -> NeighborPlans:
     """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
     workload, plans, unmet = search_request.workload, [], []
     if search_request.objective == "latency":

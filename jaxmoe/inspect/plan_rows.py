@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.pools import DisaggregatedPlan, beats
-from jaxmoe.planner.search import Plan, SearchRequest, kind_of
+from jaxmoe.planner.search import SearchRequest, ServingPlan, kind_of
 from jaxmoe.planner.sizes import count_parameters
 
 _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 
 
-def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, Any]:
+def plan_row(plan: ServingPlan, hardware: HardwareSpec, config: ModelConfig) -> dict[str, Any]:
     """One plan and what it is predicted to serve; no time a token where no token follows the first."""
     parallelism, estimate = plan.parallelism, plan.estimate
     dollars = hardware.dollars_per_hour
@@ -33,7 +33,7 @@ def plan_row(plan: Plan, hardware: Hardware, config: ModelConfig) -> dict[str, A
     }  # fmt: skip
 
 
-def memory_of(plan: Plan, request: SearchRequest) -> dict[str, Any]:
+def memory_of(plan: ServingPlan, request: SearchRequest) -> dict[str, Any]:
     """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
     to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
     and as requests."""
@@ -57,7 +57,7 @@ def memory_of(plan: Plan, request: SearchRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rule_of_thumb(config: ModelConfig, hardware: Hardware) -> dict[str, Any]:
+def rule_of_thumb(config: ModelConfig, hardware: HardwareSpec) -> dict[str, Any]:
     """bits / 8 x billions of parameters x 1.8 GB, on the next of 1, 2, 4, 8 devices (then whole nodes, doubled). bits:
     of the numbers that most weights are kept in."""
     kept = config.quantization
@@ -82,7 +82,7 @@ def weights_dtype_of(config: ModelConfig) -> str:
     return config.quantization.format.name if config.quantization else config.dtype
 
 
-def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
+def arguments_of(plan: ServingPlan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
     """Options that generate, inspect, compile and map all take. given: those that were asked for, None where they say
     nothing. ignored: keys of config.json to pass over."""
     parallelism, words = plan.parallelism, [f"--mesh {plan.parallelism.mesh}"]
@@ -96,7 +96,7 @@ def arguments_of(plan: Plan, given: Mapping[str, str | None], *, ignored: Iterab
                      *(f"--ignore-config-key {key}" for key in ignored)])  # fmt: skip
 
 
-def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
+def engine_of(plan: ServingPlan, request: SearchRequest) -> dict[str, int]:
     """Return the other arguments of AsyncEngine; compile and map have options of the same names, generate
     --max-num-seqs."""
     return {
@@ -105,7 +105,7 @@ def engine_of(plan: Plan, request: SearchRequest) -> dict[str, int]:
     }  # fmt: skip
 
 
-def disaggregated_row(plan: DisaggregatedPlan, best: Plan, request: SearchRequest) -> Mapping[str, Any]:
+def disaggregated_row(plan: DisaggregatedPlan, best: ServingPlan, request: SearchRequest) -> Mapping[str, Any]:
     """Separate pools, and whether they are better than the plan."""
     return {
         "engine_devices": plan.engine_devices, "prefill_engines": plan.prefill_engines,

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect import timed
 from jaxmoe.mesh import AXES, build_mesh, check_axes
-from jaxmoe.planner.hardware import Hardware, MeasuredOp, Platform, Points, Topology
+from jaxmoe.planner.hardware import HardwareSpec, MeasuredOp, Platform, Points, Topology
 
 GroupSpan = Literal["inside", "between", "both"]
 _GIB = 1 << 30
@@ -26,7 +26,7 @@ _PRODUCT_SECONDS, _PRODUCT_ITERATIONS, _MEMORY_ITERATIONS = 0.01, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ProbePoint:
     """One collective of num_bytes along an axis of `ranks`, all groups of the mesh at once: median microseconds.
 
     where: whether the ranks of a group lie inside one fast fabric, all on different ones (between), or both.
@@ -46,7 +46,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class DeviceRates:
     """Of one device while all compute: 10^12 operations a second by dtype, 10^9 bytes a second of memory."""
 
     tflops: Mapping[str, float]
@@ -54,13 +54,13 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probed:
+class ProbeResult:
     """What was measured and the facts it makes. left_out: what could not be, and why. notes: of keys not measured."""
 
-    hardware: Hardware
+    hardware: HardwareSpec
     axes: Mapping[str, int]
-    points: tuple[Point, ...]
-    rates: Rates
+    points: tuple[ProbePoint, ...]
+    rates: DeviceRates
     left_out: tuple[str, ...]
     notes: Mapping[str, str]
 
@@ -72,7 +72,7 @@ def probe(
     max_bytes: int = 64 << 20,
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda text: None,
-) -> Probed:
+) -> ProbeResult:
     """Measures all devices there are, of every process, in groups of every size, or those of a mesh along its axes.
 
     max_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
@@ -89,7 +89,7 @@ def probe(
             f" of them in {memory / _GIB:.1f} GiB of a device"
         )
     groups = list(_along(build_mesh(axes)) if axes else _groups(devices))
-    points: list[Point] = []
+    points: list[ProbePoint] = []
     left_out: list[str] = []
     sizes = [_MIN_BYTES * _STEP**at for at in range(64) if _MIN_BYTES * _STEP**at <= max_bytes]
     plan = [(op, mesh, axis, size) for mesh, axis in groups for op in get_args(MeasuredOp) for size in sizes]
@@ -103,7 +103,7 @@ def probe(
     rates = _rates(max_bytes, memory, repeats, on_progress, left_out)
     hardware, notes = _hardware(platform, share, points, rates, memory, name)
     shown = check_axes(axes or {"tensor": len(devices)})
-    return Probed(
+    return ProbeResult(
         hardware=hardware, axes={axis: size for axis, size in shown.items() if size > 1} or {"tensor": 1},
         points=tuple(points), rates=rates, left_out=tuple(left_out), notes=notes,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def _group_span(mesh: Mesh, axis: str) -> GroupSpan:
     return "inside" if apart == {1} else "between" if apart == {mesh.shape[axis]} else "both"
 
 
-def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> Point | str:
+def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> ProbePoint | str:
     """One collective timed, or why it could not be."""
     ranks = mesh.shape[axis]
     size = timed.message_bytes(size, ranks, mesh)
@@ -175,7 +175,7 @@ def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> Poi
         seconds = timed.median_seconds(program, argument, repeats)
     except RuntimeError as error:  # of XLA: not implemented here, or no room
         return f"{label}: {_first_line(error)}"
-    return Point(
+    return ProbePoint(
         op=op,
         axis=axis,
         ranks=ranks,
@@ -185,7 +185,9 @@ def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> Poi
     )
 
 
-def _rates(max_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]) -> Rates:
+def _rates(
+    max_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]
+) -> DeviceRates:
     """Of products and of memory, on all devices of this process at once."""
     mesh = build_mesh({"data": jax.local_device_count()}, jax.local_devices())
     tflops: dict[str, float] = {}
@@ -207,12 +209,12 @@ def _rates(max_bytes: int, memory: int, repeats: int, on_progress: Callable[[str
     least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # beyond what caches hold
     num_bytes = min(max(max_bytes, least), memory // _BUFFERS) // 512 * 512
     seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_ITERATIONS), repeats)
-    return Rates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_ITERATIONS / seconds / 1e9))
+    return DeviceRates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_ITERATIONS / seconds / 1e9))
 
 
 def _hardware(
-    platform: Platform, share: int, points: Sequence[Point], rates: Rates, memory: int, name: str | None
-) -> tuple[Hardware, dict[str, str]]:
+    platform: Platform, share: int, points: Sequence[ProbePoint], rates: DeviceRates, memory: int, name: str | None
+) -> tuple[HardwareSpec, dict[str, str]]:
     """Facts as the planner takes them, and notes on those that were not measured. share: devices of a fabric."""
     devices = jax.devices()
     per_node = min(share, jax.local_device_count()) if platform == "tpu" else share
@@ -228,7 +230,7 @@ def _hardware(
     facts |= {"scale_out_latency_us": between[1]} if between else {}
     up = inside[0] if inside else rates.hbm_gbps
     bf16 = rates.tflops["bf16"]
-    hardware = Hardware(
+    hardware = HardwareSpec(
         device=name or re.sub(r"[^a-z0-9.]+", "-", devices[0].device_kind.lower()).strip("-"),
         platform=platform, devices_per_node=per_node, scale_up_devices=share, nodes=len(devices) // per_node,
         hbm_gb=_short(memory / 1e9), hbm_gib=_short(memory / _GIB), hbm_gbps=rates.hbm_gbps,
@@ -265,7 +267,7 @@ def _memory_bytes(device: jax.Device, share: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // share
 
 
-def _link(points: Sequence[Point], span: GroupSpan) -> tuple[float, float] | None:
+def _link(points: Sequence[ProbePoint], span: GroupSpan) -> tuple[float, float] | None:
     """Of the widest groups: 10^9 bytes a second that one device sends in the largest permute or all-gather, whichever
     is faster, and microseconds of the smallest permute."""
     matching = [one for one in points if one.span == span and one.op in ("collective-permute", "all-gather")]
@@ -280,7 +282,7 @@ def _link(points: Sequence[Point], span: GroupSpan) -> tuple[float, float] | Non
     return _short(rate), smallest.us
 
 
-def _tables(points: Sequence[Point], span: GroupSpan) -> dict[str, dict[int, Points]]:
+def _tables(points: Sequence[ProbePoint], span: GroupSpan) -> dict[str, dict[int, Points]]:
     """Measured times as a hardware file has them; of axes as long as each other, the slower."""
     tables: dict[str, dict[int, dict[float, float]]] = {}
     for one in sorted((one for one in points if one.span == span), key=lambda one: (one.ranks, one.num_bytes)):

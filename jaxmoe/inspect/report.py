@@ -23,7 +23,7 @@ from jaxmoe.weights.params import ParamInfo, parameter_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
+class ByteCounts:
     """Where the bytes of arrays go; device * devices of the mesh = model + padding + head_copies + replicas.
 
     device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, those of slots
@@ -48,7 +48,7 @@ class ParamReport:
     shape: tuple[int, ...]
     config_shape: tuple[int, ...]
     axes: dict[str, tuple[str, ...]]
-    bytes: Bytes
+    bytes: ByteCounts
 
     def as_json(self) -> dict[str, Any]:
         """As `jaxmoe inspect --json` prints it."""
@@ -95,16 +95,18 @@ def _report(config: ModelConfig, info: ParamInfo, config_shape: tuple[int, ...],
             dim: tuple(axis for axis in axes if axis is not None and mesh.shape[axis] > 1)
             for dim, axes in zip(info.dims, split, strict=True)
         },
-        bytes=Bytes(
+        bytes=ByteCounts(
             device=device, model=model, padding=info.num_bytes - model - head_copies, head_copies=head_copies,
             replicas=device * mesh.size - info.num_bytes,
         ),
     )  # fmt: skip
 
 
-def total_bytes(reports: list[ParamReport]) -> Bytes:
+def total_bytes(reports: list[ParamReport]) -> ByteCounts:
     """Of all parameters."""
-    return Bytes(**{one.name: sum(getattr(report.bytes, one.name) for report in reports) for one in fields(Bytes)})
+    return ByteCounts(
+        **{one.name: sum(getattr(report.bytes, one.name) for report in reports) for one in fields(ByteCounts)}
+    )
 
 
 def report(request: InspectRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:

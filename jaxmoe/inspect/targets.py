@@ -16,7 +16,7 @@ _GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class TargetDevice:
     """A kind of device. hbm_bytes: of one device of the mesh; devices_per_chip: how many of them a chip shows; options:
     what makes a topology of it show them so."""
 
@@ -27,16 +27,16 @@ class Device:
 
 
 # Memory: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x); of GPUs what a program may use (gpus/*.txtpb).
-DEVICES: dict[str, Device] = {
+DEVICES: dict[str, TargetDevice] = {
     # its two cores as one device, as JAX shows them where there are some
-    "v4": Device(platform="tpu", hbm_bytes=32 * _GIB, options=(("chip_config_name", "megacore"),)),
-    "v5e": Device(platform="tpu", hbm_bytes=16 * _GIB),
-    "v5p": Device(platform="tpu", hbm_bytes=95 * _GIB),
-    "v6e": Device(platform="tpu", hbm_bytes=32 * _GIB),
-    "tpu7x": Device(platform="tpu", hbm_bytes=96 * _GIB, devices_per_chip=2),
-    "h100": Device(platform="cuda", hbm_bytes=84942979072),
-    "h200": Device(platform="cuda", hbm_bytes=151397597184),
-    "b200": Device(platform="cuda", hbm_bytes=191514411008),
+    "v4": TargetDevice(platform="tpu", hbm_bytes=32 * _GIB, options=(("chip_config_name", "megacore"),)),
+    "v5e": TargetDevice(platform="tpu", hbm_bytes=16 * _GIB),
+    "v5p": TargetDevice(platform="tpu", hbm_bytes=95 * _GIB),
+    "v6e": TargetDevice(platform="tpu", hbm_bytes=32 * _GIB),
+    "tpu7x": TargetDevice(platform="tpu", hbm_bytes=96 * _GIB, devices_per_chip=2),
+    "h100": TargetDevice(platform="cuda", hbm_bytes=84942979072),
+    "h200": TargetDevice(platform="cuda", hbm_bytes=151397597184),
+    "b200": TargetDevice(platform="cuda", hbm_bytes=191514411008),
 }
 _FLAT = ("v5e", "v6e")  # TPUs whose slices have two dims
 _MAX_DEVICES = 1 << 16
@@ -44,14 +44,14 @@ _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class CompileTarget:
     """A cluster: so many chips along each dim of a TPU slice, or nodes x GPUs."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
-    def device(self) -> Device:
+    def device(self) -> TargetDevice:
         """The kind of its devices."""
         return DEVICES[self.name]
 
@@ -64,7 +64,7 @@ class Target:
         return f"{self.name}:{'x'.join(map(str, self.shape))}"
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str) -> CompileTarget:
     """A Target from "v5p:4x4x8" or "h200:2x8". Raises: ConfigError naming what is not understood and what would be."""
     name, _, shape = text.partition(":")
     if name not in DEVICES:
@@ -73,7 +73,7 @@ def parse_target(text: str) -> Target:
     dims = len(example.split("x"))
     if not _SHAPE.fullmatch(shape) or len(sizes := tuple(map(int, shape.split("x")))) != dims:
         raise ConfigError(f"target {text!r}: {name} needs {dims} sizes, as in {name}:{example}")
-    target = Target(name=name, shape=sizes)
+    target = CompileTarget(name=name, shape=sizes)
     if target.num_devices > _MAX_DEVICES:
         raise ConfigError(
             f"target {text!r} is of {target.num_devices} devices; at most {_MAX_DEVICES} are compiled for"
@@ -81,7 +81,7 @@ def parse_target(text: str) -> Target:
     return target
 
 
-def environment(target: Target) -> Mapping[str, str]:
+def environment(target: CompileTarget) -> Mapping[str, str]:
     """Variables to set before JAX is imported, so that the target's compiler works without its devices."""
     common = {"JAX_PLATFORMS": "cpu"}
     if target.device.platform == "tpu":
@@ -91,7 +91,7 @@ def environment(target: Target) -> Mapping[str, str]:
     return common
 
 
-def topology_devices(target: Target) -> list[Any]:
+def topology_devices(target: CompileTarget) -> list[Any]:
     """The devices of a target that is not there, for a mesh to compile for.
 
     Raises: ConfigError where its compiler is not installed, or refuses the shape.

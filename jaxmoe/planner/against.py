@@ -20,8 +20,8 @@ from jaxmoe.families.quantization_reader import weight_quantization
 from jaxmoe.layouts import parse_layout
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.cost import SKEW, StepBatch
-from jaxmoe.planner.hardware import Hardware, hardware_names, read_hardware
-from jaxmoe.planner.search import NoPlanError, Plan, SearchRequest, search
+from jaxmoe.planner.hardware import HardwareSpec, hardware_names, read_hardware
+from jaxmoe.planner.search import NoPlanError, SearchRequest, ServingPlan, search
 from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.sizes import ParameterCounts, count_parameters, kv_numbers
 from jaxmoe.quantization.formats import FORMATS, NVFP4
@@ -47,7 +47,7 @@ _SENT = {
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasuredRow:
     """One measurement and what is predicted for it: by the planner, and by the speed of light alone."""
 
     facts: Mapping[str, str]
@@ -76,7 +76,7 @@ def held_out(facts: Mapping[str, str]) -> bool:
     return any(facts[column] in names for column, names in _HELD_OUT.items())
 
 
-def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -> Row:
+def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -> MeasuredRow:
     """What is predicted for a row. config_of: from the model's name. Raises: ConfigError, MeshError for a row that
     cannot be placed."""
     config, devices = config_of(facts["model"]), int(facts["num_gpus"])
@@ -100,7 +100,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
         plan = search(request).best
     except NoPlanError:  # more requests than have room wait for it
         plan = search(replace(request, workload=replace(workload, concurrency=None))).best
-    return Row(
+    return MeasuredRow(
         facts, float(facts["value"]), _metric(facts, plan, workload), _light(facts, config, hardware, devices, workload)
     )
 
@@ -178,7 +178,7 @@ def placed(
     return {"data": max(1, replicas), **axes}, layout
 
 
-def _metric(facts: Mapping[str, str], plan: Plan, workload: Workload) -> float:
+def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: Workload) -> float:
     """The prediction of a row's metric, in its unit."""
     metric, estimate = facts["metric"].lower(), plan.estimate
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
@@ -193,7 +193,7 @@ def _metric(facts: Mapping[str, str], plan: Plan, workload: Workload) -> float:
     return _in_unit(facts, workload, plan.devices, ttft=estimate.ttft, tpot=estimate.seconds_per_token, tokens=tokens)
 
 
-def _of_so_many(plan: Plan, workload: Workload, sent: int) -> float:
+def _of_so_many(plan: ServingPlan, workload: Workload, sent: int) -> float:
     """Tokens a second of so many requests in all: as many at once as the plan has, and at last those that are left."""
     each = plan.estimate.concurrency
     whole, rest = divmod(sent, each)
@@ -225,7 +225,7 @@ def _in_unit(
 
 
 def _light(
-    facts: Mapping[str, str], config: ModelConfig, hardware: Hardware, devices: int, workload: Workload
+    facts: Mapping[str, str], config: ModelConfig, hardware: HardwareSpec, devices: int, workload: Workload
 ) -> float:  # fmt: skip
     """The baseline: rates on paper, no collectives, no launches; as many requests as memory left by weights has room
     for, each token's products by its active parameters, weights and pages read once a step."""
@@ -249,7 +249,7 @@ def _counts(config: ModelConfig) -> ParameterCounts:
 
 
 @dataclass(frozen=True)
-class Score:
+class PredictionScore:
     """How predictions agree with measurements. mape: mean absolute relative error. rank: Spearman's correlation.
     regret: over groups of rows that differ in hardware and split alone, the share of the best measured that is lost by
     taking the one predicted best; None without such groups."""
@@ -260,13 +260,15 @@ class Score:
     regret: float | None
 
 
-def score(rows: Sequence[Row], *, of: Callable[[Row], float] = lambda row: row.predicted) -> Score:
+def score(
+    rows: Sequence[MeasuredRow], *, of: Callable[[MeasuredRow], float] = lambda row: row.predicted
+) -> PredictionScore:
     """Of predictions, or of another number of each row."""
     errors = [abs(of(row) / row.measured - 1) for row in rows]
     places = _ranks([of(row) for row in rows]), _ranks([row.measured for row in rows])
     with np.errstate(invalid="ignore"):  # of a single row
         rank = float(np.corrcoef(*places)[0, 1]) if len(rows) > 1 else math.nan
-    return Score(len(rows), float(np.mean(errors)), rank, _regret(rows, of))
+    return PredictionScore(len(rows), float(np.mean(errors)), rank, _regret(rows, of))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
@@ -279,7 +281,7 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 _LOAD = ("model", "precision", "isl", "osl", "system", "batch_or_concurrency", "metric")
 
 
-def _regret(rows: Sequence[Row], of: Callable[[Row], float]) -> float | None:
+def _regret(rows: Sequence[MeasuredRow], of: Callable[[MeasuredRow], float]) -> float | None:
     """Of each load of a model: more tokens a second of a device are better; rows of times are left out."""
     groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for row in rows:

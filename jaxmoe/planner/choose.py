@@ -15,7 +15,7 @@ REL_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ServingPlan:
     """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
 
     parallelism: ParallelismConfig
@@ -49,28 +49,28 @@ def limited(request: SearchRequest) -> bool:
     return request.ttft_limit is not None or request.tpot_limit is not None
 
 
-def meets(request: SearchRequest, plan: Plan) -> bool:
+def meets(request: SearchRequest, plan: ServingPlan) -> bool:
     """Whether a plan keeps the limits of latency."""
     return (request.ttft_limit is None or plan.estimate.ttft <= request.ttft_limit) and (
         request.tpot_limit is None or plan.estimate.tpot <= request.tpot_limit
     )
 
 
-def objective_value(request: SearchRequest, plan: Plan) -> float:
+def objective_value(request: SearchRequest, plan: ServingPlan) -> float:
     """What the objective wants least of."""
     if request.objective == "latency":
         return plan.request_seconds
     return plan.devices / plan.tokens_per_s
 
 
-def order(request: SearchRequest, plan: Plan) -> tuple[int, float]:
+def order(request: SearchRequest, plan: ServingPlan) -> tuple[int, float]:
     """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
     requests, fewer of them come later: of one request alone all latencies are low."""
     assumed = request.objective == "latency" and request.workload.concurrency is None
     return (-plan.estimate.concurrency if assumed else 0, objective_value(request, plan))
 
 
-def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
+def select_best(request: SearchRequest, plans: list[ServingPlan]) -> ServingPlan:
     """Of the plans as good as the best: the best in what was not asked for (a request's time, or tokens a second), then
     the one that leans least on links between fabrics, then the plainest."""
     first, least = min(order(request, plan) for plan in plans)
@@ -80,7 +80,7 @@ def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
     alike = [plan for plan in alike if objective_value(other, plan) <= best * (1 + REL_TOLERANCE)]
     names = list(LAYOUTS.values())
 
-    def plainness(plan: Plan) -> tuple[float, ...]:
+    def plainness(plan: ServingPlan) -> tuple[float, ...]:
         parallelism, mean_step = plan.parallelism, plan.estimate.mean_step
         return (
             round(mean_step.scale_out / mean_step.total, 2), sum(size > 1 for _, size in parallelism.axes),
@@ -92,10 +92,10 @@ def select_best(request: SearchRequest, plans: list[Plan]) -> Plan:
     return min(alike, key=plainness)
 
 
-def pareto_front(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
+def pareto_front(plans: Iterable[ServingPlan], *, best: ServingPlan) -> list[ServingPlan]:
     """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
     `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
-    front: list[Plan] = []
+    front: list[ServingPlan] = []
     for plan in sorted(plans, key=lambda plan: (plan.estimate.seconds_per_token, -_each(plan))):
         if not front or _each(plan) > _each(front[-1]):
             front.append(plan)
@@ -106,19 +106,19 @@ def pareto_front(plans: Iterable[Plan], *, best: Plan) -> list[Plan]:
             if one.estimate.seconds_per_token > best.estimate.seconds_per_token or _each(one) < _each(best)
         ]
         front.append(best)
-    shown: list[Plan] = [best]
+    shown: list[ServingPlan] = [best]
     for plan in sorted(front, key=lambda plan: plan.estimate.seconds_per_token / _each(plan)):
         if plan is not best and not any(_doubles(plan, one) for one in shown):
             shown.append(plan)
     return sorted(shown, key=lambda plan: plan.estimate.seconds_per_token)
 
 
-def _each(plan: Plan) -> float:
+def _each(plan: ServingPlan) -> float:
     """Tokens a second of a device."""
     return plan.tokens_per_s / plan.devices
 
 
-def _doubles(plan: Plan, other: Plan) -> bool:
+def _doubles(plan: ServingPlan, other: ServingPlan) -> bool:
     """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
     if replace(plan.parallelism, chunk_tokens=0) != replace(other.parallelism, chunk_tokens=0):
         return False

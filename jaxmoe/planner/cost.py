@@ -16,10 +16,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.planner.hardware import Hardware
-from jaxmoe.planner.links import Group, Links, group_of
+from jaxmoe.planner.hardware import HardwareSpec
+from jaxmoe.planner.links import LinkModel, RankGroup, group_of
 from jaxmoe.planner.memory import DeviceLayers, DeviceMemory
-from jaxmoe.planner.parameters import Parameter
+from jaxmoe.planner.parameters import ParameterShape
 from jaxmoe.planner.sizes import Part
 from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 from jaxmoe.quantization.formats import NVFP4
@@ -151,12 +151,12 @@ class StepCost:
     """Prices steps of a model on a placement of some hardware."""
 
     def __init__(
-        self, device_memory: DeviceMemory, hardware: Hardware, *, dispatch: str = "all_to_all", skew: float = SKEW
+        self, device_memory: DeviceMemory, hardware: HardwareSpec, *, dispatch: str = "all_to_all", skew: float = SKEW
     ) -> None:
         self.device_memory, self.hardware, self.dispatch = device_memory, hardware, dispatch
         self.config, self.placement = device_memory.config, device_memory.placement
         self._shape = dict(self.placement.mesh.shape)
-        self.links = Links(hardware, devices=math.prod(self._shape.values()))
+        self.links = LinkModel(hardware, devices=math.prod(self._shape.values()))
         self.num_stages = self.placement.num_stages
         self._launch = LAUNCH_SECONDS[hardware.platform]
         self._bandwidth = hardware.bytes_per_s
@@ -217,7 +217,7 @@ class StepCost:
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
         return _DenseCost(matmuls, block.bytes_of(part), moved, kernels)
 
-    def _matmuls(self, matrices: Sequence[Parameter], block: DeviceLayers) -> tuple[int, float]:
+    def _matmuls(self, matrices: Sequence[ParameterShape], block: DeviceLayers) -> tuple[int, float]:
         """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
         every output takes besides."""
         total, outputs = 0, 0
@@ -348,15 +348,15 @@ class StepCost:
         return seconds
 
     @cached_property
-    def _planned(self) -> list[tuple[Collective, Group, int, bool]]:
+    def _planned(self) -> list[tuple[Collective, RankGroup, int, bool]]:
         """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
         return [*self._planned_for(_MANY * self._context_ranks, 0), *self._of_rows]
 
     @cached_property
-    def _of_rows(self) -> list[tuple[Collective, Group, int, bool]]:
+    def _of_rows(self) -> list[tuple[Collective, RankGroup, int, bool]]:
         return self._planned_for(0, 1)
 
-    def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, Group, int, bool]]:
+    def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, RankGroup, int, bool]]:
         def planned_of(sampled: int) -> Counter[Collective]:
             shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.device_memory.itemsize, picked=True)
             return planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
@@ -393,12 +393,12 @@ def attention_dims(config: ModelConfig, block: DeviceLayers) -> tuple[int, int, 
     return heads, mla.cached_dim + mla.kv_lora_rank, config.head_dim + mla.v_head_dim
 
 
-def matrices_of(block: DeviceLayers, part: Part) -> list[Parameter]:
+def matrices_of(block: DeviceLayers, part: Part) -> list[ParameterShape]:
     """Of a part that every token meets."""
     return [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
 
 
-def experts_of(block: DeviceLayers) -> tuple[int, list[Parameter]]:
+def experts_of(block: DeviceLayers) -> tuple[int, list[ParameterShape]]:
     """How many experts a device holds of a layer, and the matrices of all of them."""
     num_experts = block.sizes.moe_experts // block.shards.moe_expert
     return num_experts, [one for one, _ in block.params if one.part == "experts" and one.lead]

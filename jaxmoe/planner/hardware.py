@@ -53,7 +53,7 @@ class _FactError(MeshError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
+class HardwareSpec:
     """One kind of device and how such devices are joined.
 
     hbm_gb: as sold; hbm_gib: what a program may use. *_gbps: 10^9 bytes a second of one device, links one way.
@@ -184,7 +184,7 @@ def hardware_names() -> list[str]:
     return sorted(name for name, raw in hardware_presets().items() if "device" in raw.get("hardware", {}))
 
 
-def read_hardware(name: str) -> Hardware:
+def read_hardware(name: str) -> HardwareSpec:
     """The hardware of a preset (b200), of a mesh preset that names one, or of a TOML file.
 
     Raises: MeshError naming the file, the line, the key and what would be accepted, or the nearest presets.
@@ -265,7 +265,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
-def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
+def _hardware(raw: Mapping[str, Any], name: str) -> HardwareSpec:
     tables = ("axes", "hardware", *_RATES, *_COLLECTIVES)
     for table in raw:
         if table not in tables:
@@ -284,7 +284,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
             raise _FactError(f"hardware preset={base!r} is {what}; {known}", "hardware", "preset")
         read = read_hardware(base)
         based = {one.name: getattr(read, one.name) for one in fields(read)}
-    keys = [one.name for one in fields(Hardware) if one.name not in (*_RATES, *_COLLECTIVES)]
+    keys = [one.name for one in fields(HardwareSpec) if one.name not in (*_RATES, *_COLLECTIVES)]
     for key in facts:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
@@ -304,7 +304,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> Hardware:
         if key not in facts and key not in optional:
             where = "table [tflops]" if key == "tflops" else f"key {key!r} in [hardware]"
             raise _FactError(f"hardware {name} has no {where}: add it, as in meshes/h100.toml", "hardware")
-    return Hardware(**facts)
+    return HardwareSpec(**facts)
 
 
 def _rates(raw: Mapping[str, Any], table: str) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.planner.hardware import Hardware, read_hardware
+from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 
 _TABLES = ("tflops", "attained")
 _MEASURED = ("collectives", "collectives_between_nodes")
 
 
 def hardware_text(
-    hardware: Hardware,
+    hardware: HardwareSpec,
     *,
     axes: Mapping[str, int] | None = None,
     heading: Iterable[str] = (),
@@ -46,7 +46,7 @@ def hardware_text(
     return "\n".join(lines) + "\n"
 
 
-def write_hardware(path: Path, text: str, hardware: Hardware) -> None:
+def write_hardware(path: Path, text: str, hardware: HardwareSpec) -> None:
     """Puts text at path once it reads back to the same facts; a file there is replaced, whole or not at all.
 
     Raises: OSError where the folder cannot be written.

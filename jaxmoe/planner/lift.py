@@ -12,14 +12,14 @@ from dataclasses import replace
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import with_checkpoint_quantization
-from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, objective_value
+from jaxmoe.planner.choose import REL_TOLERANCE, ServingPlan, limited, objective_value
 from jaxmoe.planner.search import search
 from jaxmoe.planner.specs import SearchRequest
 
 _WIDE = ("float32", "bfloat16", "float16")
 
 
-def improvements(request: SearchRequest, best: Plan, bottleneck: str, *, more_devices: bool) -> list[str]:
+def improvements(request: SearchRequest, best: ServingPlan, bottleneck: str, *, more_devices: bool) -> list[str]:
     """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
     the part of a step that takes longest (cost.StepTime.parts). more_devices: whether the best plan of twice the
     devices is better."""
@@ -29,7 +29,7 @@ def improvements(request: SearchRequest, best: Plan, bottleneck: str, *, more_de
     return [*lines, *_links(request, bottleneck), *(["more devices"] if more_devices else [])]
 
 
-def _gain(request: SearchRequest, best: Plan, other: SearchRequest) -> float:
+def _gain(request: SearchRequest, best: ServingPlan, other: SearchRequest) -> float:
     """How much more is served, or how much sooner, of the same split with another question; 0 where it has no room."""
     parallelism, workload = best.parallelism, other.workload
     if request.objective == "latency":
@@ -51,7 +51,7 @@ def _gained(request: SearchRequest, gain: float) -> str:
     return f"{gain:.0%} more tokens/s" if gain < 1 else f"{1 + gain:.3g} times the tokens/s"
 
 
-def _changes(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
+def _changes(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
     """Each with the question that it makes."""
     yield from _weights(request)
     if best.serving.device_memory.kv_dtype in _WIDE:
@@ -83,7 +83,7 @@ def _weights(request: SearchRequest) -> Iterator[tuple[str, SearchRequest]]:
     yield f"shorter weights (--weights-dtype {name})", replace(request, config=with_weights_dtype(config, name))
 
 
-def _requests(request: SearchRequest, best: Plan) -> Iterator[tuple[str, SearchRequest]]:
+def _requests(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
     """More requests for the same weights and launches, where it is the question that keeps them few."""
     if request.objective == "latency" or best.estimate.concurrency >= best.max_requests:
         return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jaxmoe.mesh import AXES
-from jaxmoe.planner.hardware import Hardware, Points
+from jaxmoe.planner.hardware import HardwareSpec, Points
 from jaxmoe.planner.traffic import Collective, CollectiveOp, sent_of
 
 # Small all-reduces inside a node need no library: one kernel reads the message of every peer. vllm-project/vllm#37756
@@ -26,7 +26,7 @@ _KERNEL_PLATFORMS, _KERNEL_SECONDS, KERNEL_BYTES = ("cuda", "rocm"), 10e-6, 2 <<
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Devices that a collective joins: `ranks` in all, `inside` of them on one fast fabric; apart: how many devices
     lie between neighbors there."""
 
@@ -40,13 +40,13 @@ class Group:
         return -(-self.ranks // self.inside)
 
 
-def group_of(axes: tuple[str, ...], sizes: Mapping[str, int], domain: int) -> Group:
+def group_of(axes: tuple[str, ...], sizes: Mapping[str, int], domain: int) -> RankGroup:
     """The devices along some axes of a mesh whose devices fill fabrics of `domain` each, tensor innermost."""
     return _group(axes, tuple(sizes.get(axis, 1) for axis in AXES), domain)
 
 
 @lru_cache(maxsize=4096)
-def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> Group:
+def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> RankGroup:
     places, starts, stride, apart = [0], [0], 1, 0
     for axis, size in zip(reversed(AXES), reversed(sizes), strict=True):
         steps = [stride * step for step in range(size)]
@@ -58,21 +58,21 @@ def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> Group:
         stride *= size
     # The group that lies worst: the others wait for it.
     inside = min(min(Counter((start + place) // domain for place in places).values()) for start in starts)
-    return Group(len(places), inside, apart or 1)
+    return RankGroup(len(places), inside, apart or 1)
 
 
-class Links:
+class LinkModel:
     """Prices collectives on one kind of hardware, in seconds."""
 
-    def __init__(self, hardware: Hardware, *, devices: int) -> None:
+    def __init__(self, hardware: HardwareSpec, *, devices: int) -> None:
         """devices: of the whole mesh; a torus is taken as near to a cube as they are."""
         self.hardware = hardware
         self._side = max(2.0, devices ** (1 / hardware.torus_dims))
-        self._priced: dict[tuple[CollectiveOp, int, Group], float] = hardware.priced.setdefault(
+        self._priced: dict[tuple[CollectiveOp, int, RankGroup], float] = hardware.priced.setdefault(
             ("links", self._side), {}
         )
 
-    def seconds(self, collective: Collective, group: Group) -> float:
+    def seconds(self, collective: Collective, group: RankGroup) -> float:
         """Of one collective among a group."""
         op: CollectiveOp = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
         whole = collective.whole_bytes(group.ranks)
@@ -82,7 +82,7 @@ class Links:
             price = self._priced[op, whole, group] = self._price(op, whole, group)
         return price
 
-    def _price(self, op: CollectiveOp, whole: int, group: Group) -> float:
+    def _price(self, op: CollectiveOp, whole: int, group: RankGroup) -> float:
         inside, across = group.inside, group.across
         if across == 1:
             return self._within(op, whole, group)
@@ -109,7 +109,7 @@ class Links:
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
         return latency + sent / hardware.link_bytes_per_s(scale_out=True)
 
-    def _within(self, op: CollectiveOp, whole: float, group: Group) -> float:
+    def _within(self, op: CollectiveOp, whole: float, group: RankGroup) -> float:
         ranks = group.inside
         if op == "all-reduce" and whole <= KERNEL_BYTES and self.hardware.platform in _KERNEL_PLATFORMS:
             return min(self._listed(op, whole, ranks), self._by_a_kernel(whole, ranks))

@@ -15,7 +15,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.depth import LayerSegment, layer_segments
 from jaxmoe.mesh import PlannedMesh
 from jaxmoe.planner.parameters import (
-    Parameter,
+    ParameterShape,
     ShardCounts,
     block_parameters,
     itemsize_of,
@@ -42,7 +42,7 @@ class DeviceLayers:
     sizes: ArraySizes
     placement: Placement
     shards: ShardCounts
-    params: tuple[tuple[Parameter, int], ...]  # with the bytes of one layer's on one device
+    params: tuple[tuple[ParameterShape, int], ...]  # with the bytes of one layer's on one device
 
     def bytes_of(self, *parts: Part) -> int:
         """Of one layer, on one device."""
@@ -58,7 +58,7 @@ class DeviceMemory:
         self.config, self.placement = config, placement
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
-        self._known: dict[tuple[object, ...], tuple[tuple[Parameter, int], ...]] = {}  # by kind of layer
+        self._known: dict[tuple[object, ...], tuple[tuple[ParameterShape, int], ...]] = {}  # by kind of layer
         self.segments = layer_segments(
             config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
@@ -152,7 +152,7 @@ class DeviceMemory:
 @lru_cache(maxsize=4096)
 def _params(
     config: ModelConfig, layer: int, sizes: ArraySizes, shards: ShardCounts, itemsize: int, maps_experts: bool
-) -> tuple[tuple[Parameter, int], ...]:  # fmt: skip
+) -> tuple[tuple[ParameterShape, int], ...]:  # fmt: skip
     """Those of a layer with their bytes on a device; many placements split a layer alike."""
     kept = config.quantization.of(layer) if config.quantization else {}
     format = config.quantization.format if config.quantization else None

@@ -52,7 +52,7 @@ class ShardCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameter:
+class ParameterShape:
     """One parameter of a block, or beside all blocks: its logical dims and their sizes on the mesh, in order.
 
     path: within its block. lead, over: of a matrix, the first dims that tell matrices apart, and those of its inputs
@@ -94,20 +94,20 @@ def itemsize_of(dtype: str) -> int:
     return _ITEMSIZES[dtype]
 
 
-def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterShape]:
     """Those of no layer."""
-    yield Parameter(path="embed", part="embedding", dims={"vocab": sizes.vocab, "width": config.hidden_size})
-    yield Parameter(path="final_norm", part="norms", dims={"width": config.hidden_size})
+    yield ParameterShape(path="embed", part="embedding", dims={"vocab": sizes.vocab, "width": config.hidden_size})
+    yield ParameterShape(path="final_norm", part="norms", dims={"width": config.hidden_size})
     if not config.tie_word_embeddings:
-        yield Parameter(path="head", part="head", dims={"width": config.hidden_size, "vocab": sizes.vocab}, over=1)
+        yield ParameterShape(path="head", part="head", dims={"width": config.hidden_size, "vocab": sizes.vocab}, over=1)
 
 
 def block_parameters(
     config: ModelConfig, sizes: ArraySizes, layer: int, *, maps_experts: bool = False
-) -> Iterator[Parameter]:
+) -> Iterator[ParameterShape]:
     """Those of one layer. maps_experts: whether it has a map of physical experts."""
     for name in ("input_layernorm", "post_attention_layernorm"):
-        yield Parameter(path=name, part="norms", dims={"width": config.hidden_size})
+        yield ParameterShape(path=name, part="norms", dims={"width": config.hidden_size})
     yield from (_grouped if config.mla is None else _latent)(config, sizes)
     if config.moe_layers[layer]:
         yield from _experts(config, sizes, maps_experts=maps_experts)
@@ -115,44 +115,46 @@ def block_parameters(
         yield from _dense(config, sizes.ffn, "mlp", "dense_mlp")
         if config.mlp_bias:
             for name in ("gate", "up"):
-                yield Parameter(path=f"mlp/{name}_bias", part="dense_mlp", dims={"ffn": sizes.ffn})
-            yield Parameter(path="mlp/down_bias", part="dense_mlp", dims={"width": config.hidden_size})
+                yield ParameterShape(path=f"mlp/{name}_bias", part="dense_mlp", dims={"ffn": sizes.ffn})
+            yield ParameterShape(path="mlp/down_bias", part="dense_mlp", dims={"width": config.hidden_size})
 
 
-def _grouped(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+def _grouped(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterShape]:
     width, head = config.hidden_size, config.head_dim
     query = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots, "head_dim": head}
     all_heads = query | {"head_slot": sizes.group_slots + 2}
-    yield Parameter(path="attention/qkv", part="attention", dims={"width": width, **all_heads}, over=1)
-    yield Parameter(path="attention/out", part="attention", dims={**query, "width": width}, over=3)
+    yield ParameterShape(path="attention/qkv", part="attention", dims={"width": width, **all_heads}, over=1)
+    yield ParameterShape(path="attention/out", part="attention", dims={**query, "width": width}, over=3)
     if config.qkv_bias:
-        yield Parameter(path="attention/qkv_bias", part="attention", dims=all_heads)
+        yield ParameterShape(path="attention/qkv_bias", part="attention", dims=all_heads)
     if config.out_bias:
-        yield Parameter(path="attention/out_bias", part="attention", dims={"width": width})
+        yield ParameterShape(path="attention/out_bias", part="attention", dims={"width": width})
     if config.qk_norm == "head":
         for name in ("q_norm", "k_norm"):
-            yield Parameter(path=f"attention/{name}", part="norms", dims={"head_dim": head})
+            yield ParameterShape(path=f"attention/{name}", part="norms", dims={"head_dim": head})
     if config.qk_norm == "full":
-        yield Parameter(path="attention/q_norm", part="norms", dims=query)
-        yield Parameter(path="attention/k_norm", part="norms", dims={"kv_head": sizes.kv_slots, "head_dim": head})
+        yield ParameterShape(path="attention/q_norm", part="norms", dims=query)
+        yield ParameterShape(path="attention/k_norm", part="norms", dims={"kv_head": sizes.kv_slots, "head_dim": head})
     if config.sinks:
-        yield Parameter(path="attention/sinks", part="attention", dims={name: query[name] for name in list(query)[:2]})
+        yield ParameterShape(
+            path="attention/sinks", part="attention", dims={name: query[name] for name in list(query)[:2]}
+        )
 
 
-def _latent(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
+def _latent(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterShape]:
     mla, width = config.mla, config.hidden_size
     assert mla is not None
     heads = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots}
     rank, into = mla.kv_lora_rank, {"width": width}
 
-    def attention(name: str, over: int = 0, **dims: int) -> Parameter:
-        return Parameter(path=f"attention/{name}", part="attention", dims=dims, over=over)
+    def attention(name: str, over: int = 0, **dims: int) -> ParameterShape:
+        return ParameterShape(path=f"attention/{name}", part="attention", dims=dims, over=over)
 
     yield attention("kv_down", over=1, width=width, latent=mla.cached_dim)
-    yield Parameter(path="attention/kv_norm", part="norms", dims={"latent": rank})
+    yield ParameterShape(path="attention/kv_norm", part="norms", dims={"latent": rank})
     if mla.q_lora_rank is not None:
         yield attention("q_down", over=1, width=width, latent=mla.q_lora_rank)
-        yield Parameter(path="attention/q_norm", part="norms", dims={"latent": mla.q_lora_rank})
+        yield ParameterShape(path="attention/q_norm", part="norms", dims={"latent": mla.q_lora_rank})
         into = {"latent": mla.q_lora_rank}
     yield attention("q", over=1, **into, **heads, head_dim=config.head_dim)
     yield attention("key_up", **heads, head_dim=mla.qk_nope_head_dim, latent=rank)
@@ -162,33 +164,33 @@ def _latent(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter]:
         yield attention("out_bias", width=width)
 
 
-def _dense(config: ModelConfig, ffn: int, path: str, part: Part) -> Iterator[Parameter]:
+def _dense(config: ModelConfig, ffn: int, path: str, part: Part) -> Iterator[ParameterShape]:
     width = config.hidden_size
     for name in ("gate", "up"):
-        yield Parameter(path=f"{path}/{name}", part=part, dims={"width": width, "ffn": ffn}, over=1)
-    yield Parameter(path=f"{path}/down", part=part, dims={"ffn": ffn, "width": width}, over=1)
+        yield ParameterShape(path=f"{path}/{name}", part=part, dims={"width": width, "ffn": ffn}, over=1)
+    yield ParameterShape(path=f"{path}/down", part=part, dims={"ffn": ffn, "width": width}, over=1)
 
 
-def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> Iterator[Parameter]:
+def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> Iterator[ParameterShape]:
     moe, width = config.moe, config.hidden_size
     assert moe is not None
     router = {"router_expert": moe.num_experts}
     experts = {"moe_expert": sizes.moe_experts}
-    yield Parameter(path="moe/router", part="router", dims={"width": width, **router}, over=1)
+    yield ParameterShape(path="moe/router", part="router", dims={"width": width, **router}, over=1)
     if moe.router_bias:
-        yield Parameter(path="moe/router_bias", part="router", dims=router)
+        yield ParameterShape(path="moe/router_bias", part="router", dims=router)
     if moe.selection_bias:
-        yield Parameter(path="moe/selection_bias", part="router", dims=router, itemsize=4)
+        yield ParameterShape(path="moe/selection_bias", part="router", dims=router, itemsize=4)
     up = {**experts, "gate_or_up": 2, "width": width, "moe_ffn": sizes.moe_ffn}
     down = {**experts, "moe_ffn": sizes.moe_ffn, "width": width}
-    yield Parameter(path="moe/experts/gate_up", part="experts", dims=up, lead=2, over=1)
-    yield Parameter(path="moe/experts/down", part="experts", dims=down, lead=1, over=1)
+    yield ParameterShape(path="moe/experts/gate_up", part="experts", dims=up, lead=2, over=1)
+    yield ParameterShape(path="moe/experts/down", part="experts", dims=down, lead=1, over=1)
     if moe.biases:
         bias = {**experts, "gate_or_up": 2, "moe_ffn": sizes.moe_ffn}
-        yield Parameter(path="moe/experts/gate_up_bias", part="experts", dims=bias)
-        yield Parameter(path="moe/down_bias", part="experts", dims={**router, "width": width})
+        yield ParameterShape(path="moe/experts/gate_up_bias", part="experts", dims=bias)
+        yield ParameterShape(path="moe/down_bias", part="experts", dims={**router, "width": width})
     if maps_experts:
-        yield Parameter(
+        yield ParameterShape(
             path="moe/physical_expert_map",
             part="router",
             dims={"expert_map": 3, "physical_expert": sizes.moe_experts},
@@ -197,7 +199,9 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
     if moe.shared_intermediate_size:
         yield from _dense(config, sizes.shared_ffn, "moe/shared", "shared_expert")
     if moe.shared_gate:
-        yield Parameter(path="moe/shared_gate", part="shared_expert", dims={"width": width, "unsharded": 1}, over=1)
+        yield ParameterShape(
+            path="moe/shared_gate", part="shared_expert", dims={"width": width, "unsharded": 1}, over=1
+        )
 
 
 def num_layer_slots(part: LayerSegment) -> int:

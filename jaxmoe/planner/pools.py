@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxmoe.planner.cost import StepBatch
-from jaxmoe.planner.search import ParallelismConfig, Plan, SearchRequest, candidates_of, servings_of
+from jaxmoe.planner.search import ParallelismConfig, SearchRequest, ServingPlan, candidates_of, servings_of
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import CHUNKS
 
@@ -155,7 +155,7 @@ def _transfer(request: SearchRequest, serving: ServingModel) -> float:
     return memory.config.cached_tokens(request.workload.isl, 0) * memory.kv_bytes_per_token / rate
 
 
-def beats(disaggregated: DisaggregatedPlan, plan: Plan, request: SearchRequest) -> bool:
+def beats(disaggregated: DisaggregatedPlan, plan: ServingPlan, request: SearchRequest) -> bool:
     """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
     if request.objective == "latency":
         return disaggregated.request_seconds < 0.95 * plan.request_seconds

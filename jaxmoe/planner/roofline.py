@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxmoe.planner.cost import MATRICES, StepBatch, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import DeviceLayers
-from jaxmoe.planner.parameters import Parameter
+from jaxmoe.planner.parameters import ParameterShape
 from jaxmoe.planner.serving import ServingModel, Workload
 
 
@@ -67,7 +67,7 @@ def op_costs(cost: StepCost, batch: StepBatch) -> Iterator[OpCost]:
                 yield op
 
 
-def _numbers(params: list[Parameter], block: DeviceLayers) -> float:
+def _numbers(params: list[ParameterShape], block: DeviceLayers) -> float:
     return float(sum(math.prod(one.share(block.shards)) for one in params))
 
 

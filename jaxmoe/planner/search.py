@@ -14,7 +14,16 @@ from itertools import groupby
 from typing import Literal
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.choose import REL_TOLERANCE, Plan, limited, meets, objective_value, order, pareto_front, select_best
+from jaxmoe.planner.choose import (
+    REL_TOLERANCE,
+    ServingPlan,
+    limited,
+    meets,
+    objective_value,
+    order,
+    pareto_front,
+    select_best,
+)
 from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import DeviceMemory
@@ -37,9 +46,9 @@ __all__ = [
     "NoPlanError",
     "Objective",
     "ParallelismConfig",
-    "Plan",
     "SearchRequest",
     "SearchResult",
+    "ServingPlan",
     "Workload",
     "candidates_of",
     "kind_of",
@@ -63,9 +72,9 @@ class SearchResult:
     first; front: plans that none beats in both tokens a second and time a token, slowest tokens last, `best` among
     them; tried: specs looked at."""
 
-    best: Plan
-    every: list[Plan]
-    front: list[Plan]
+    best: ServingPlan
+    every: list[ServingPlan]
+    front: list[ServingPlan]
     tried: int
 
 
@@ -94,7 +103,7 @@ def search(request: SearchRequest) -> SearchResult:
     plans = _priced(request, candidates)
     if not plans:
         raise NoPlanError(_no_room(request, candidates), failure="room", most=_max_requests(request))
-    shown: list[Plan] = []
+    shown: list[ServingPlan] = []
     # Other chunks of prompts, and numbers of requests between, only for what leads without.
     leading = sorted(plans, key=lambda plan: (not meets(request, plan), order(request, plan)))
     for parallelism in dict.fromkeys(plan.parallelism for plan in leading[:_LEADING]):
@@ -110,7 +119,7 @@ def search(request: SearchRequest) -> SearchResult:
     if not allowed:
         raise _out_of_reach(request, plans)
     best = select_best(request, allowed)
-    by_parallelism: dict[ParallelismConfig, Plan] = {}
+    by_parallelism: dict[ParallelismConfig, ServingPlan] = {}
     for plan in sorted(allowed, key=lambda plan: order(request, plan)):
         if order(request, plan)[0] == order(request, best)[0]:
             by_parallelism.setdefault(plan.parallelism, plan)
@@ -122,7 +131,7 @@ def search(request: SearchRequest) -> SearchResult:
     )
 
 
-def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[Plan]:
+def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[ServingPlan]:
     """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
     then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
     worst = (1, math.inf)
@@ -131,7 +140,7 @@ def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list
         silent = _plans(request, alike[0], serving.dispatched(SILENT), finely=False, fully=True)
         bound = min((order(request, plan) for plan in silent if meets(request, plan)), default=worst)
         bounds.append((bound, _sort_of(request, alike[0]), serving, alike))
-    priced: list[Plan] = []
+    priced: list[ServingPlan] = []
     best, sorts = worst, set()
     for bound, sort, serving, alike in sorted(bounds, key=lambda item: item[0]):
         if bound > (best[0], _HOPELESS * best[1]) and sort in sorts:
@@ -153,13 +162,13 @@ def _sort_of(request: SearchRequest, parallelism: ParallelismConfig) -> str:
 
 def _plans(
     request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel, *, finely: bool, fully: bool = False
-) -> list[Plan]:  # fmt: skip
+) -> list[ServingPlan]:  # fmt: skip
     """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
     largest two, which are the best where requests say nothing to each other."""
     most, workload = serving.max_requests(request.workload), request.workload
 
-    def plan(count: int) -> Plan:
-        return Plan(
+    def plan(count: int) -> ServingPlan:
+        return ServingPlan(
             parallelism=parallelism, estimate=serving.estimate(workload, count), serving=serving, max_requests=most
         )
 
@@ -179,9 +188,9 @@ def _plans(
     return [plan(count) for count in (counts[-2:] if fully else counts)]
 
 
-def _down_to_limits(request: SearchRequest, plan: Callable[[int], Plan], counts: list[int]) -> list[Plan]:
+def _down_to_limits(request: SearchRequest, plan: Callable[[int], ServingPlan], counts: list[int]) -> list[ServingPlan]:
     """Plans of ever fewer requests, to the first that keeps limits of latency."""
-    plans: list[Plan] = []
+    plans: list[ServingPlan] = []
     for count in counts:
         plans.append(plan(count))
         if meets(request, plans[-1]):
@@ -189,9 +198,11 @@ def _down_to_limits(request: SearchRequest, plan: Callable[[int], Plan], counts:
     return plans
 
 
-def _between(request: SearchRequest, plan: Callable[[int], Plan], down: list[Plan], *, finely: bool) -> list[Plan]:
+def _between(
+    request: SearchRequest, plan: Callable[[int], ServingPlan], down: list[ServingPlan], *, finely: bool
+) -> list[ServingPlan]:
     """Plans of more requests than the last of `down`, which keeps the limits, and fewer than the one before."""
-    plans: list[Plan] = []
+    plans: list[ServingPlan] = []
     if len(down) < 2 or not meets(request, down[-1]):
         return plans
     above, below = (one.estimate.concurrency for one in down[-2:])
@@ -276,7 +287,7 @@ def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str
     )
 
 
-def _out_of_reach(request: SearchRequest, plans: list[Plan]) -> NoPlanError:
+def _out_of_reach(request: SearchRequest, plans: list[ServingPlan]) -> NoPlanError:
     """With what the best possible is, where limits of latency cannot be met."""
     ttft, tpot = min(plan.estimate.ttft for plan in plans), min(plan.estimate.tpot for plan in plans)
     devices = f"{request.devices} x {request.hardware.device}"

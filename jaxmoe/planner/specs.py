@@ -18,7 +18,7 @@ from jaxmoe.layouts import LAYOUTS, Layout
 from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, unsupported_reason
 from jaxmoe.planner.cost import SKEW
-from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.serving import Workload
 from jaxmoe.sharding import Placement
 
@@ -35,7 +35,7 @@ class SearchRequest:
     """What is to be planned. ttft_limit, tpot_limit: seconds. The last five: as asked for; searched where None."""
 
     config: ModelConfig
-    hardware: Hardware
+    hardware: HardwareSpec
     devices: int
     workload: Workload
     objective: Objective = "throughput"
@@ -186,7 +186,7 @@ def kind_of(parallelism: ParallelismConfig, *, moe: bool) -> str:
 
 
 def placement_of(
-    hardware: Hardware, axes: tuple[tuple[str, int], ...], layout: Layout, *, virtual_stages: int = 1
+    hardware: HardwareSpec, axes: tuple[tuple[str, int], ...], layout: Layout, *, virtual_stages: int = 1
 ) -> Placement:  # fmt: skip
     """On devices of a kind that need not be there."""
     platform = device_platform(hardware.platform)

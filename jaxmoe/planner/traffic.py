@@ -104,7 +104,7 @@ def planned_sites(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[CollectiveSite]:
     """What planned_collectives counts, place by place."""
-    plan = _Plan(config, placement, shape, dispatch)
+    plan = _SitePlanner(config, placement, shape, dispatch)
     token_shard_axes, hidden = plan.token_shard_axes, plan.hidden
     plan.location = "embedding"
     if placement.num_stages == 1:
@@ -138,7 +138,7 @@ def planned_decode_step_sites(
     """What planned_decode_step counts, place by place."""
     if placement.num_stages == 1:
         return planned_sites(config, placement, shape, dispatch=dispatch)
-    plan = _Plan(config, placement, shape, dispatch)
+    plan = _SitePlanner(config, placement, shape, dispatch)
     plan.location = "embedding"
     if placement.sequence_gather_axes(plan.token_dim):
         plan.sum(plan.outside, "vocab", plan.shared_rows * plan.hidden, 1)
@@ -153,7 +153,7 @@ def planned_decode_step_sites(
     return plan.sites
 
 
-class _Plan:
+class _SitePlanner:
     """The collectives of a step as they are found, with what all of them are counted by.
 
     tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a

@@ -12,7 +12,7 @@ from jaxmoe.planner.lift import improvements
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import DisaggregatedPlan, beats
-from jaxmoe.planner.search import REL_TOLERANCE, Plan, SearchRequest, SearchResult, kind_of, objective_value
+from jaxmoe.planner.search import REL_TOLERANCE, SearchRequest, SearchResult, ServingPlan, kind_of, objective_value
 from jaxmoe.planner.sizes import behind_windows, behind_words
 
 _BOTTLENECKS = {
@@ -28,8 +28,8 @@ UnmetLimit = Literal["model", "requests", "limits"]
 class NeighborPlans:
     """The best plans for half and twice the devices; None where there is none, for what half of them lack."""
 
-    half: Plan | None
-    twice: Plan | None
+    half: ServingPlan | None
+    twice: ServingPlan | None
     half_unmet: UnmetLimit | None = None
 
 
@@ -62,7 +62,7 @@ def _bottleneck_words(request: SearchRequest, name: str) -> str:
     return _BOTTLENECKS[name].format(fabric=request.hardware.fabric)
 
 
-def _bottleneck(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Iterator[str]:
+def _bottleneck(request: SearchRequest, best: ServingPlan, neighbors: NeighborPlans) -> Iterator[str]:
     mean_step, twice = best.estimate.mean_step, neighbors.twice
     parts = sorted(mean_step.parts().items(), key=lambda item: -item[1])
     (first, most), (second, next_most) = parts[:2]
@@ -88,7 +88,7 @@ def _approximated(request: SearchRequest) -> Iterator[str]:
         )
 
 
-def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
+def _memory(request: SearchRequest, best: ServingPlan) -> Iterator[str]:
     memory, hardware = best.serving.device_memory, request.hardware
     share, tokens = memory.weight_bytes / hardware.hbm_bytes, request.workload.isl + request.workload.osl
     yield (
@@ -102,7 +102,7 @@ def _memory(request: SearchRequest, best: Plan) -> Iterator[str]:
         yield behind_words(behind)
 
 
-def _spans(request: SearchRequest, plan: Plan, axes: tuple[str, ...]) -> int:
+def _spans(request: SearchRequest, plan: ServingPlan, axes: tuple[str, ...]) -> int:
     """Fast fabrics that take part along some axes."""
     return group_of(axes, dict(plan.parallelism.axes), request.hardware.scale_up_devices).across
 
@@ -184,11 +184,11 @@ def _others(request: SearchRequest, result: SearchResult) -> Iterator[str]:
         )
 
 
-def _alike(request: SearchRequest, plan: Plan, best: Plan) -> bool:
+def _alike(request: SearchRequest, plan: ServingPlan, best: ServingPlan) -> bool:
     return objective_value(request, plan) <= (1 + REL_TOLERANCE) * objective_value(request, best)
 
 
-def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
+def _as_good(request: SearchRequest, plan: ServingPlan, best: ServingPlan) -> str:
     """Why the best was taken before a plan as good as it."""
     seconds, tokens = (one.request_seconds for one in (plan, best)), (_each(plan), _each(best))
     theirs, mine = seconds
@@ -204,13 +204,13 @@ def _as_good(request: SearchRequest, plan: Plan, best: Plan) -> str:
     return f"as good on paper; this one was taken because {why}"
 
 
-def _seconds_per_token(plan: Plan, name: str) -> float:
+def _seconds_per_token(plan: ServingPlan, name: str) -> float:
     """Seconds that one part takes, a token generated."""
     estimate = plan.estimate
     return estimate.mean_step.parts()[name] * estimate.num_steps / (estimate.concurrency * estimate.osl)
 
 
-def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
+def _part(plan: ServingPlan, best: ServingPlan, name: str) -> tuple[str, str]:
     """What a part takes of both: of a step where these carry as many requests, else of a token."""
     if plan.estimate.concurrency == best.estimate.concurrency:
         theirs, here = (one.estimate.mean_step.parts()[name] * 1e3 for one in (plan, best))
@@ -219,7 +219,7 @@ def _part(plan: Plan, best: Plan, name: str) -> tuple[str, str]:
     return f"{theirs:.1f} us for each token generated", f"{here:.1f}"
 
 
-def _disaggregated(request: SearchRequest, best: Plan, plan: DisaggregatedPlan | None) -> Iterator[str]:
+def _disaggregated(request: SearchRequest, best: ServingPlan, plan: DisaggregatedPlan | None) -> Iterator[str]:
     if plan is None:
         return
     first = counted(plan.prefill_engines, "engine")
@@ -232,7 +232,7 @@ def _disaggregated(request: SearchRequest, best: Plan, plan: DisaggregatedPlan |
     yield f"Separate pools for prefill and decode {verdict}: {engines} would give {does}."
 
 
-def _size(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Iterator[str]:
+def _size(request: SearchRequest, best: ServingPlan, neighbors: NeighborPlans) -> Iterator[str]:
     """What fewer and more devices would do."""
     if neighbors.half_unmet is not None:
         yield _too_few(request, best, neighbors.half_unmet)
@@ -247,7 +247,7 @@ def _size(request: SearchRequest, best: Plan, neighbors: NeighborPlans) -> Itera
             yield f"{words} would serve {ratio:.2f} times as many tokens a second and device."
 
 
-def _too_few(request: SearchRequest, best: Plan, unmet: UnmetLimit) -> str:
+def _too_few(request: SearchRequest, best: ServingPlan, unmet: UnmetLimit) -> str:
     half, fabric = request.devices // 2, request.hardware.fabric
     size = request.hardware.scale_up_devices
     small = f": one {fabric} is too small" if half == size else ""
@@ -259,20 +259,20 @@ def _too_few(request: SearchRequest, best: Plan, unmet: UnmetLimit) -> str:
     return f"Half the devices, {half}, {what[unmet]}."
 
 
-def _slower(ratio: float, plan: Plan, best: Plan) -> str:
+def _slower(ratio: float, plan: ServingPlan, best: ServingPlan) -> str:
     more = ratio if plan.devices > best.devices else 1 / ratio
     return ": more devices make it slower here" if more > 1 + REL_TOLERANCE else ""
 
 
-def _each(plan: Plan) -> float:
+def _each(plan: ServingPlan) -> float:
     return plan.tokens_per_s / plan.devices
 
 
-def _named(request: SearchRequest, plan: Plan) -> str:
+def _named(request: SearchRequest, plan: ServingPlan) -> str:
     return f"{kind_of(plan.parallelism, moe=request.config.moe is not None)}: {plan.parallelism.mesh}"
 
 
-def _compared(request: SearchRequest, plan: Plan, best: Plan) -> str:
+def _compared(request: SearchRequest, plan: ServingPlan, best: ServingPlan) -> str:
     if request.objective == "latency":
         return f"takes {_seconds(plan.request_seconds)} s for a request in place of {_seconds(best.request_seconds)}"
     return f"gives {digits(_each(plan))} tokens/s a device in place of {digits(_each(best))}"

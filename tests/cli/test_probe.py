@@ -12,7 +12,7 @@ import pytest
 
 from jaxmoe.inspect import probe as probing
 from jaxmoe.inspect import timed
-from jaxmoe.inspect.probe import Rates
+from jaxmoe.inspect.probe import DeviceRates
 from jaxmoe.planner.hardware import read_hardware
 
 from .commands import jaxmoe
@@ -25,7 +25,7 @@ QUICK = ["probe", "--mesh", "data=2,tensor=4", "--max-mib", "0.0005", "--repeats
 def quick(monkeypatch, tmp_path):
     """Two iterations of each collective, and rates at once, in a folder of its own."""
     monkeypatch.setattr(timed, "num_iterations", lambda num_bytes: 2)
-    monkeypatch.setattr(probing, "_rates", lambda *_: Rates(tflops={"bf16": 2.0, "f32": 1.0}, hbm_gbps=100.0))
+    monkeypatch.setattr(probing, "_rates", lambda *_: DeviceRates(tflops={"bf16": 2.0, "f32": 1.0}, hbm_gbps=100.0))
     monkeypatch.chdir(tmp_path)
 
 

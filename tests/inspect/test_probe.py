@@ -12,7 +12,7 @@ from jaxmoe.errors import MeshError
 from jaxmoe.inspect import probe as probing
 from jaxmoe.inspect import timed
 from jaxmoe.inspect.collectives import collectives
-from jaxmoe.inspect.probe import Point, Rates, probe
+from jaxmoe.inspect.probe import DeviceRates, ProbePoint, probe
 from jaxmoe.planner.hardware import MeasuredOp, read_hardware
 from jaxmoe.planner.hardware_file import hardware_text, write_hardware
 from jaxmoe.planner.traffic import Collective
@@ -22,7 +22,7 @@ from ..conftest import mesh_of
 RESULTS = {  # bytes on a device, of a message of 4,096 over 4 ranks
     "all-reduce": 4096, "all-gather": 4096, "reduce-scatter": 1024, "all-to-all": 4096, "collective-permute": 4096,
 }  # fmt: skip
-RATES = Rates(tflops={"bf16": 2.0, "f32": 1.0, "int8": 1.5, "fp8": 3.0}, hbm_gbps=100.0)
+RATES = DeviceRates(tflops={"bf16": 2.0, "f32": 1.0, "int8": 1.5, "fp8": 3.0}, hbm_gbps=100.0)
 
 
 @pytest.mark.parametrize("axis", ["tensor", "data"])
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(asked, said):
 
 def test_the_rate_of_a_link_is_of_the_widest_groups_largest_message():
     def point(op, ranks, num_bytes, us, span="inside"):
-        return Point(op=op, axis="tensor", ranks=ranks, span=span, num_bytes=num_bytes, us=us)
+        return ProbePoint(op=op, axis="tensor", ranks=ranks, span=span, num_bytes=num_bytes, us=us)
 
     points = [
         point("collective-permute", 2, 1000, 0.1), point("collective-permute", 4, 512, 3.0),

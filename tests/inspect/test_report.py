@@ -10,7 +10,7 @@ import pytest
 from jaxmoe import LLM
 from jaxmoe.engine.verify import all_meshes, all_trials
 from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.report import Bytes, parameter_reports, report, total_bytes
+from jaxmoe.inspect.report import ByteCounts, parameter_reports, report, total_bytes
 from jaxmoe.layouts import LAYOUTS
 from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 
@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_arrays(name, keys, mesh, asked, changed_dir):
 def test_one_device_holds_the_model_and_nothing_else(tiny_dir, tiny_llm):
     llm = tiny_llm("qwen3_moe_norm")
     total = total_bytes(reports_of(llm, tiny_dir("qwen3_moe_norm"), "data=1"))
-    assert total == Bytes(device=total.model, model=total.model, padding=0, head_copies=0, replicas=0)
+    assert total == ByteCounts(device=total.model, model=total.model, padding=0, head_copies=0, replicas=0)
 
 
 def test_what_splits_a_parameter_is_named(changed_dir):

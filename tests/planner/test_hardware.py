@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe.errors import MeshError
 from jaxmoe.mesh import parse_mesh, preset_names
-from jaxmoe.planner.hardware import Hardware, _not_contradicted, hardware_names, line_of, names_nodes, read_hardware
+from jaxmoe.planner.hardware import HardwareSpec, _not_contradicted, hardware_names, line_of, names_nodes, read_hardware
 
 GOOD = """\
 # One kind of device.
@@ -32,7 +32,7 @@ bf16 = 50
 def read(tmp_path):
     """Text of a file -> the hardware it says."""
 
-    def of_text(text: str) -> Hardware:
+    def of_text(text: str) -> HardwareSpec:
         (tmp_path / "mine.toml").write_text(text)
         return read_hardware(str(tmp_path / "mine.toml"))
 

@@ -9,29 +9,31 @@ from itertools import pairwise
 import pytest
 
 from jaxmoe.planner.hardware import hardware_names, read_hardware
-from jaxmoe.planner.links import KERNEL_BYTES, Group, Links, group_of
+from jaxmoe.planner.links import KERNEL_BYTES, LinkModel, RankGroup, group_of
 from jaxmoe.planner.traffic import Collective, sent_of
 
 OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
 
-def seconds(name: str, op: str, whole: float, group: Group, *, devices: int = 16) -> float:
+def seconds(name: str, op: str, whole: float, group: RankGroup, *, devices: int = 16) -> float:
     result = int(whole) // (group.ranks if op == "reduce-scatter" else 1)
-    return Links(read_hardware(name), devices=devices).seconds(Collective(op=op, axes=(), result_bytes=result), group)
+    return LinkModel(read_hardware(name), devices=devices).seconds(
+        Collective(op=op, axes=(), result_bytes=result), group
+    )
 
 
 @pytest.mark.parametrize(
     ("axes", "sizes", "wanted"),
     [
-        (("tensor",), {"tensor": 8, "pipeline": 2}, Group(8, 8, 1)),
-        (("pipeline",), {"tensor": 8, "pipeline": 2}, Group(2, 1, 8)),
-        (("tensor",), {"tensor": 16}, Group(16, 8, 1)),
-        (("expert",), {"expert": 8, "tensor": 2}, Group(8, 4, 2)),
-        (("expert", "tensor"), {"expert": 2, "tensor": 8}, Group(16, 8, 1)),
-        (("data",), {"data": 4, "expert": 2, "tensor": 2}, Group(4, 2, 4)),
-        (("tensor",), {"data": 8}, Group(1, 1, 1)),
-        (("tensor",), {"data": 2, "tensor": 6}, Group(6, 2, 1)),  # the second lies on both nodes
-        (("expert",), {"pipeline": 2, "expert": 5}, Group(5, 2, 1)),
+        (("tensor",), {"tensor": 8, "pipeline": 2}, RankGroup(8, 8, 1)),
+        (("pipeline",), {"tensor": 8, "pipeline": 2}, RankGroup(2, 1, 8)),
+        (("tensor",), {"tensor": 16}, RankGroup(16, 8, 1)),
+        (("expert",), {"expert": 8, "tensor": 2}, RankGroup(8, 4, 2)),
+        (("expert", "tensor"), {"expert": 2, "tensor": 8}, RankGroup(16, 8, 1)),
+        (("data",), {"data": 4, "expert": 2, "tensor": 2}, RankGroup(4, 2, 4)),
+        (("tensor",), {"data": 8}, RankGroup(1, 1, 1)),
+        (("tensor",), {"data": 2, "tensor": 6}, RankGroup(6, 2, 1)),  # the second lies on both nodes
+        (("expert",), {"pipeline": 2, "expert": 5}, RankGroup(5, 2, 1)),
     ],
 )
 def test_a_group_is_those_that_differ_along_its_axes(axes, sizes, wanted):
@@ -43,7 +45,7 @@ def test_measured_points_are_given_back():
     for op, tables in hardware.collectives.items():
         for ranks, points in tables.items():
             for size, us in points[:: len(points) - 1]:
-                taken = seconds("h100", op, size, Group(ranks, ranks))
+                taken = seconds("h100", op, size, RankGroup(ranks, ranks))
                 if op == "all-reduce" and size <= KERNEL_BYTES:  # or quicker, by one kernel
                     assert taken <= 1.000001e-6 * us
                 else:
@@ -52,7 +54,7 @@ def test_measured_points_are_given_back():
 
 def test_between_points_it_is_piecewise_in_logarithms():
     (low, before), (high, after) = read_hardware("h100").collectives["all-gather"][8][5:7]
-    middle = seconds("h100", "all-gather", math.sqrt(low * high), Group(8, 8))
+    middle = seconds("h100", "all-gather", math.sqrt(low * high), RankGroup(8, 8))
     assert middle == pytest.approx(math.sqrt(before * after) * 1e-6, rel=1e-4)
 
 
@@ -61,7 +63,7 @@ def test_between_points_it_is_piecewise_in_logarithms():
     [("b300", 8, 16, 7), ("b300", 8, 512, 11), ("b300", 8, 1024, 17), ("mi300x", 4, 2, 7.2), ("mi300x", 4, 1024, 22.9)],
 )
 def test_small_all_reduces_take_what_one_kernel_takes(name, ranks, kib, us):
-    launched = seconds(name, "all-reduce", kib << 10, Group(ranks, ranks))
+    launched = seconds(name, "all-reduce", kib << 10, RankGroup(ranks, ranks))
     assert launched == pytest.approx((us + 3) * 1e-6, rel=0.4)
 
 
@@ -71,7 +73,7 @@ def test_more_bytes_cost_more_and_other_nodes_more_than_the_own(op, name):
     for ranks in (2, 4, 8):
         near, far = (
             [seconds(name, op, 1 << power, group) for power in range(9, 31)]
-            for group in (Group(ranks, ranks), Group(ranks, 1, 8))
+            for group in (RankGroup(ranks, ranks), RankGroup(ranks, 1, 8))
         )
         for times in (near, far):  # measured tables are not quite in order
             assert all(0 < less <= 2 * more for less, more in pairwise(times))
@@ -82,18 +84,18 @@ def test_more_bytes_cost_more_and_other_nodes_more_than_the_own(op, name):
 
 def test_an_exchange_of_two_nodes_is_bound_by_the_link_between_them():
     hardware, whole = read_hardware("h100"), 1 << 30
-    taken = seconds("h100", "all-to-all", whole, Group(16, 8))
+    taken = seconds("h100", "all-to-all", whole, RankGroup(16, 8))
     assert taken == pytest.approx(whole / 2 / hardware.link_bytes_per_s(scale_out=True), rel=0.01)
 
 
 def test_times_measured_between_nodes_are_taken_where_there_are_any():
     hardware = replace(read_hardware("h100"), collectives_between_nodes={"all-gather": {2: ((1024.0, 50.0),)}})
     one = Collective(op="all-gather", axes=(), result_bytes=1024)
-    assert Links(hardware, devices=2).seconds(one, Group(2, 1, 8)) == pytest.approx(50e-6)
+    assert LinkModel(hardware, devices=2).seconds(one, RankGroup(2, 1, 8)) == pytest.approx(50e-6)
 
 
 def test_the_collective_of_one_device_is_free():
-    assert seconds("h100", "all-reduce", 1 << 20, Group(1, 1)) == 0
+    assert seconds("h100", "all-reduce", 1 << 20, RankGroup(1, 1)) == 0
 
 
 def test_a_device_sends_what_a_ring_or_an_exchange_needs():

@@ -20,13 +20,13 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, Phase, engine_state, held_bytes, step_bucket
 from jaxmoe.inspect.map.compiled import check_compile_result, compared
-from jaxmoe.inspect.map.fabric import Fabric, fabric_of
+from jaxmoe.inspect.map.fabric import DeviceFabric, fabric_of
 from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.targets import DEVICES, parse_target
 from jaxmoe.mesh import PlannedMesh, preset_names
 from jaxmoe.model.attend import PAGE_DIMS
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.planner.hardware import Hardware, read_hardware
+from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 from jaxmoe.planner.sizes import part_of
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
@@ -45,7 +45,7 @@ class MapRequest(InspectRequest):
     target: str | None = None
     micro_batches: int | None = None
 
-    def checked_hardware(self) -> Hardware | None:
+    def checked_hardware(self) -> HardwareSpec | None:
         """Raises: MeshError as read_hardware, ConfigError where target is another kind of device."""
         if self.target is not None:
             target = parse_target(self.target)
@@ -57,7 +57,7 @@ class MapRequest(InspectRequest):
         name = self.mesh.strip() if self.hardware is None and self.mesh.strip() in preset_names() else self.hardware
         return None if name is None else read_hardware(name)
 
-    def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], Fabric]:
+    def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], DeviceFabric]:
         """The config, the axes, and how the devices are joined. Raises: as checked_model and checked_hardware;
         ConfigError for micro-batches without stages, or more devices than can be drawn."""
         config, axes = self.checked_model()

@@ -8,11 +8,11 @@ from itertools import product
 from typing import Any
 
 from jaxmoe.mesh import device_platform
-from jaxmoe.planner.hardware import Hardware
+from jaxmoe.planner.hardware import HardwareSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fabric:
+class DeviceFabric:
     """Devices in the order of the mesh: node devices on each host, domain devices on each fast fabric.
 
     kind: "switch", "torus" or "peers" (each pair of a domain has a link). shape, wraps: of a domain's torus, and which
@@ -39,10 +39,10 @@ class Fabric:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, ...] = ()) -> Fabric:
+def fabric_of(hardware: HardwareSpec | None, num_devices: int, *, shape: tuple[int, ...] = ()) -> DeviceFabric:
     """So many devices of a kind; of none, one node whose devices share a switch. shape: of the torus, where known."""
     if hardware is None:
-        return Fabric(
+        return DeviceFabric(
             name="one switch", given=False, platform="gpu", node=num_devices, domain=num_devices, kind="switch"
         )
     domain = min(num_devices, hardware.scale_up_devices)
@@ -50,7 +50,7 @@ def fabric_of(hardware: Hardware | None, num_devices: int, *, shape: tuple[int, 
     shape = (shape or torus_shape(domain, hardware.torus_dims)) if torus else ()
     rest = num_devices % domain
     last = torus_shape(rest, hardware.torus_dims) if torus and rest else shape
-    return Fabric(
+    return DeviceFabric(
         name=hardware.device, given=True, platform=device_platform(hardware.platform),
         node=min(num_devices, hardware.devices_per_node), domain=domain, kind=hardware.scale_up, shape=shape,
         wraps=tuple(_wraps(size, len(shape)) for size in shape), last_shape=last,
