@@ -32,7 +32,7 @@ _FORMS = ("before", "planned", "after")
 @click.option("--prompt-ids", metavar="FILE.jsonl", help="prompts to count tokens of, one JSON list of ids a line")
 @click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True, help="tokens for each prompt")
 @click.option("--redundant-experts", type=int, default=0, show_default=True, help="replicas beyond one of each expert")
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="that the ranks are on")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="number of nodes")
 @click.option("--groups", type=click.IntRange(1), help="of experts, to keep inside nodes; the model's own by default")
 @click.option(
     "--algorithm",

@@ -29,7 +29,10 @@ from jaxmoe.jsontext import json_text
 @click.option(
     "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
 )
-@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
+@click.option(
+    "--layout",
+    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+)
 @click.option(
     "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
 )
@@ -37,8 +40,8 @@ from jaxmoe.jsontext import json_text
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def compile_model(as_json: bool, **args: Any) -> int:
     """Compile prefill and decode, as AsyncEngine runs them, of the model of CONFIG (a config.json, a folder with one,
-    or a preset) for a target that need not be there: what each device holds, and what devices say to each other beside
-    what was planned. Exit 1 if it does not fit, or says what was not planned or leaves out what was."""
+    or a preset) for a target that need not be there: what each device holds, and its collectives beside those
+    planned. Exit with 1 if out of memory or if collectives differ from the plan."""
     from jaxmoe.inspect.fit import CompileRequest, compile_for
 
     request = CompileRequest(**{name: value for name, value in args.items() if value is not None})

@@ -1,4 +1,4 @@
-"""How commands show what devices say to each other beside what was planned."""
+"""How commands show compiled collectives beside planned ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of inspect.aot.collective_rows, those marked that run more or less often than planned."""
-    table = Table(title="what devices say to each other", title_justify="left")
+    table = Table(title="collectives of a step", title_justify="left")
     for name in ("step", "collective", "axes"):
         table.add_column(name, overflow="fold")
     for name in ("per step", "bytes each", "planned"):

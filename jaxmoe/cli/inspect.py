@@ -1,4 +1,4 @@
-"""jaxmoe inspect: how a model lies on a mesh, and what its devices say to each other, before any weight is read."""
+"""jaxmoe inspect: how a model lies on a mesh, and its collectives, before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from jaxmoe.jsontext import json_text
 @click.argument("model")
 @click.option("--mesh", required=True, help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8")
 @click.option("--devices", type=int, help="emulate this many devices on the CPU")
-@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
+@click.option(
+    "--layout",
+    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+)
 @click.option(
     "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
 )
@@ -35,8 +38,8 @@ from jaxmoe.jsontext import json_text
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
 def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -> int:
     """How the parameters of MODEL (a config.json, a folder with one, or a preset) lie on a mesh of this machine's
-    devices, and what prefill and decode, compiled for them, say to each other beside what was planned. No weights are
-    needed. Exit 1 if a step says what was not planned or leaves out what was."""
+    devices, and the collectives of prefill and decode, compiled for them, beside those planned. No weights are needed.
+    Exit with 1 if collectives differ from the plan."""
     start_jax(devices)
     from jaxmoe.inspect.question import InspectRequest
     from jaxmoe.inspect.report import report
@@ -90,4 +93,4 @@ def _print(result: dict[str, Any]) -> None:
         print(f"steps are compiled in float32: on a CPU the compiler sends every {result['dtype']} as one")
     print_differing(result["collectives"])
     if result["as_planned"]:
-        print("prefill and decode say what was planned and nothing else")
+        print("prefill and decode: collectives match the plan")

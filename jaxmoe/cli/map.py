@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 )
 @click.option("--compiled", help="what jaxmoe compile --json printed for the same, to be shown beside the plan")
 @click.option("--target", help="compile now, for a cluster as in v5p:4x4x8 or b200:2x8")
-@click.option("--layout", help="what axes share out: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts")
+@click.option(
+    "--layout",
+    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+)
 @click.option(
     "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
 )
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="the page's data as one JSON object on standard output, no page")
 def map_model(model: str, output: str | None, compiled: str | None, as_json: bool, **args: Any) -> None:
     """One page that shows MODEL (a config.json, a folder with one, or a preset) on a mesh that need not be there: what
-    every device holds, and what a token's way through the model makes devices say over which links. It needs no network
+    every device holds, and which collectives a token's way through the model runs over which links. It needs no network
     and no weights."""
     if as_json == (output is not None):
         raise click.UsageError("--json prints the data, -o writes the page: give one of them")

@@ -43,11 +43,11 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 @click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
 @click.option("--skew", type=float, default=SKEW, show_default=True, help="how uneven experts' loads are; 0 is even")
 @click.option("--price", type=float, help="dollars an hour of a device")
-@click.option("--mesh", help="price these axes alone, as in expert=8")
-@click.option("--layout", help="price this layout alone")
-@click.option("--dispatch", help="price this way of sending tokens to experts alone")
+@click.option("--mesh", help="restrict the search to this mesh, as in expert=8")
+@click.option("--layout", help="restrict the search to this layout")
+@click.option("--dispatch", help="restrict the search to this way of sending tokens to experts")
 @click.option("--virtual-stages", type=int, help="price this number of virtual stages a stage alone")
-@click.option("--chunk-tokens", type=int, help="price so many prompt tokens of a step and rank alone")
+@click.option("--chunk-tokens", type=int, help="restrict the search to so many prompt tokens of a step and rank")
 @click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")
 @click.option("--plot", help="a picture of the front, the memory and the roofline, .png or .svg")
@@ -152,8 +152,8 @@ def _memory_table(result: dict[str, Any]) -> Table:
 
 
 def _front_table(result: dict[str, Any]) -> Table:
-    table = Table(title="the front: no plan beats one of these in both", title_justify="left")
-    for name in ("split", "arguments", "requests", "first token ms", "ms a token", "tokens/s a device"):
+    table = Table(title="Pareto front of latency and throughput", title_justify="left")
+    for name in ("split", "arguments", "requests", "first token ms", "ms a token", "tokens/s/device"):
         table.add_column(name, justify="left" if name in ("split", "arguments") else "right")
     for plan in result["front"]:
         words = f"{plan['mesh']} {plan['layout']}" + (
@@ -173,8 +173,8 @@ def _draw(figure: Any, result: dict[str, Any]) -> None:
     users = [one["tokens_per_s_per_user"] for one in plans]
     front.plot(users, [one["tokens_per_s_per_device"] for one in plans], "o-", color="tab:blue")
     front.plot(best["tokens_per_s_per_user"], best["tokens_per_s_per_device"], "*", markersize=14, color="tab:orange")
-    front.set_xlabel("tokens/s a user")
-    front.set_ylabel("tokens/s a device")
+    front.set_xlabel("tokens/s/user")
+    front.set_ylabel("tokens/s/device")
     front.set_title(f"{result['model']}, {result['devices']} x {result['hardware']}")
     parts = {
         **result["memory"]["weights_by_part"],

@@ -77,7 +77,7 @@ def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambd
                 code = child.wait()
                 complaints.seek(0)
                 last = (complaints.read().splitlines() or ["nothing"])[-1][:300]
-                result = {"error": f"its compiler ended with code {code}; the last it said: {last}"}
+                result = {"error": f"its compiler ended with code {code}; its last line: {last}"}
         finally:
             child.kill()
     if "error" in result:

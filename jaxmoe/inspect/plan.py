@@ -254,8 +254,9 @@ def _search_devices(
 def _worthwhile(
     request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, least: int
 ) -> tuple[SearchRequest, SearchResult]:
-    """The fewest devices as good as any number of them up to a node: those that hold the weights and little else serve
-    far less each. Where limits of latency are not met, more of them, as long as that comes nearer."""
+    """Return the smallest device count whose throughput per device is within tolerance of the best up to a
+    node: devices that hold the weights and little else serve far less each. Where limits of latency are not met, more
+    devices are tried, as long as that comes nearer."""
     tried: list[tuple[SearchRequest, SearchResult]] = []
     errors: list[NoPlanError] = []
     devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MAX_DEVICES)
@@ -339,7 +340,7 @@ def _neighbors(search_request: SearchRequest, best: ServingPlan) -> NeighborPlan
 
 
 def _unmet_limit(search_request: SearchRequest, error: NoPlanError) -> UnmetLimit | None:
-    """What the devices of a question have not."""
+    """Return which limit the devices of a request do not meet."""
     if error.failure != "room":
         return "limits" if error.failure == "latency" else None
     alone = replace(search_request, workload=replace(search_request.workload, concurrency=1))
@@ -347,5 +348,5 @@ def _unmet_limit(search_request: SearchRequest, error: NoPlanError) -> UnmetLimi
 
 
 def rule_of_thumb_of(request: PlanRequest) -> dict[str, Any]:
-    """The rule of thumb of a question. Raises: as PlanRequest.checked."""
+    """Return the rule of thumb of a request. Raises: as PlanRequest.checked."""
     return rule_of_thumb(*replace(request, isl=1, osl=1).checked())  # of no load

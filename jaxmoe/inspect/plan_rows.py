@@ -106,7 +106,7 @@ def engine_of(plan: ServingPlan, request: SearchRequest) -> dict[str, int]:
 
 
 def disaggregated_row(plan: DisaggregatedPlan, best: ServingPlan, request: SearchRequest) -> Mapping[str, Any]:
-    """Separate pools, and whether they are better than the plan."""
+    """Disaggregated prefill and decode, and whether they are better than the plan."""
     return {
         "engine_devices": plan.engine_devices, "prefill_engines": plan.prefill_engines,
         "decode_engines": plan.decode_engines, "prefill_mesh": plan.prefill.mesh,

@@ -16,7 +16,7 @@ REL_TOLERANCE = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """A spec that fits, and what it serves at one concurrency. Bytes are one device's."""
+    """A parallelism config that fits, and what it serves at one concurrency. Bytes are one device's."""
 
     parallelism: ParallelismConfig
     estimate: ServingEstimate

@@ -74,7 +74,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step, by what binds: products, memory, links of a fast fabric, links between those, launches, stages that
+    """Of one step, by bottleneck: products, memory, links of a fast fabric, links between those, launches, stages that
     wait."""
 
     compute: float = 0.0
@@ -285,8 +285,8 @@ class StepCost:
         return self._worked[each]
 
     def _pass(self, times: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
-        """Adds work whose seconds of products overlap with passes over bytes of weights, or of pages: what takes longer
-        binds, and near the corner both do."""
+        """Add an op by a smooth roofline: the Euclidean norm of its compute time and its memory time, for weights and
+        pages."""
         read = weights / self._bandwidth
         memory = read + pages / self._bandwidth
         seconds = math.hypot(compute, memory)

@@ -1,7 +1,7 @@
-"""What would lift a plan: of what was asked for, each change that is not so already, priced on the plan's own split.
+"""What would improve a plan: of the request, each change that is not so already, priced on the plan's own split.
 
 Other splits are no remedy: all were priced, unless a mesh was asked for. What is left is dtypes, requests, limits,
-virtual stages; and links and devices, where they bind or were looked at.
+virtual stages; and links and devices, where they are the bottleneck or were looked at.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def improvements(request: SearchRequest, best: ServingPlan, bottleneck: str, *, 
 
 
 def _gain(request: SearchRequest, best: ServingPlan, other: SearchRequest) -> float:
-    """How much more is served, or how much sooner, of the same split with another question; 0 where it has no room."""
+    """How much more is served, or how much sooner, of the same split with another request; 0 where it has no room."""
     parallelism, workload = best.parallelism, other.workload
     if request.objective == "latency":
         workload = replace(workload, concurrency=best.estimate.concurrency)
@@ -52,7 +52,7 @@ def _gained(request: SearchRequest, gain: float) -> str:
 
 
 def _changes(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
-    """Each with the question that it makes."""
+    """Each with the request that it makes."""
     yield from _weights(request)
     if best.serving.device_memory.kv_dtype in _WIDE:
         yield "shorter pages (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
@@ -84,7 +84,7 @@ def _weights(request: SearchRequest) -> Iterator[tuple[str, SearchRequest]]:
 
 
 def _requests(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
-    """More requests for the same weights and launches, where it is the question that keeps them few."""
+    """More requests for the same weights and launches, where it is the request that keeps them few."""
     if request.objective == "latency" or best.estimate.concurrency >= best.max_requests:
         return
     if request.workload.concurrency is not None:

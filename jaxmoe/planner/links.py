@@ -130,8 +130,8 @@ class LinkModel:
         return latency + self._sent_seconds(op, whole, ranks)
 
     def _measured(self, tables: Mapping[int, Points], op: CollectiveOp, whole: float, ranks: int) -> float:
-        """By the table of the nearest number of ranks: for another, as many bytes sent by a device, and latencies that
-        grow a tree's way."""
+        """Interpolate the table of the nearest number of ranks; for another number at equal bytes per device, with
+        latency growing as log2(ranks)."""
         near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
         sent = sent_of(op, whole, ranks) / sent_of(op, 1, near)
         more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)

@@ -95,7 +95,7 @@ def itemsize_of(dtype: str) -> int:
 
 
 def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterShape]:
-    """Those of no layer."""
+    """Yield parameters outside the layer stack: embedding, final norm, LM head."""
     yield ParameterShape(path="embed", part="embedding", dims={"vocab": sizes.vocab, "width": config.hidden_size})
     yield ParameterShape(path="final_norm", part="norms", dims={"width": config.hidden_size})
     if not config.tie_word_embeddings:

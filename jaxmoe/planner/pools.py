@@ -156,7 +156,7 @@ def _transfer(request: SearchRequest, serving: ServingModel) -> float:
 
 
 def beats(disaggregated: DisaggregatedPlan, plan: ServingPlan, request: SearchRequest) -> bool:
-    """Whether pools serve more than a plan whose engines do both, by more than prices are exact."""
+    """Whether disaggregated engines serve more than a plan whose engines do both, by more than prices are exact."""
     if request.objective == "latency":
         return disaggregated.request_seconds < 0.95 * plan.request_seconds
     return disaggregated.tokens_per_s > 1.05 * plan.tokens_per_s

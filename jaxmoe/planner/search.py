@@ -1,7 +1,7 @@
 """Every split that some devices allow, priced: the best by an objective, the front of throughput against latency.
 
-First all specs without collectives, which is cheap and bounds what they can reach; then those near the best with what
-they say; then the leading ones at other chunks of prompts and more numbers of requests.
+First all candidates without collectives, which is cheap and bounds what they can reach; then those near the best with
+their collectives; then the leading ones at other chunks of prompts and more numbers of requests.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ PlanFailure = Literal["room", "latency", "split"]
 # Requests a device at once where the lowest latency is asked for and nobody says how many there are: halved while no
 # split has room for them, or keeps the limits asked for.
 LATENCY_REQUESTS = 4
-# Specs that would be so much worse than the best if they said nothing are not priced with what they say.
+# Candidates that would be so much worse than the best even without collectives are not priced with them.
 _HOPELESS = 1.1
 _LEADING = 12  # plans whose other options are looked at too
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """best: the plan chosen; every: one of each spec that fits, for as many requests where a number was assumed, best
-    first; front: plans that none beats in both tokens a second and time a token, slowest tokens last, `best` among
-    them; tried: specs looked at."""
+    """best: the plan chosen; every: one of each candidate that fits, for as many requests where a number was assumed,
+    best first; front: plans that none beats in both tokens a second and time a token, slowest tokens last, `best` among
+    them; tried: candidates looked at."""
 
     best: ServingPlan
     every: list[ServingPlan]
@@ -93,7 +93,7 @@ class NoPlanError(ConfigError):
 
 
 def search(request: SearchRequest) -> SearchResult:
-    """All specs, at all numbers of requests that may matter.
+    """Price all candidates, at all numbers of requests that may matter.
 
     Raises: NoPlanError, ConfigError naming what is asked and what is possible.
     """
@@ -132,8 +132,9 @@ def search(request: SearchRequest) -> SearchResult:
 
 
 def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[ServingPlan]:
-    """Plans of all specs but the hopeless: first without collectives, which is cheap and bounds what a spec can reach;
-    then in that order, as long as the bound is near the best there is, and one of each sort of split all the same."""
+    """Plans of all candidates but the hopeless: first without collectives, which is cheap and bounds what one can
+    reach; then in that order, as long as the bound is near the best there is, and one of each sort of split
+    all the same."""
     worst = (1, math.inf)
     bounds: list[tuple[tuple[int, float], str, ServingModel, list[ParallelismConfig]]] = []
     for alike, serving in servings_of(request, candidates):
@@ -218,7 +219,7 @@ def _between(
 def servings_of(
     request: SearchRequest, candidates: Iterable[ParallelismConfig]
 ) -> Iterator[tuple[list[ParallelismConfig], ServingModel]]:
-    """Specs that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
+    """Candidates that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
     requests, where the first chunk of prompts leaves too little by the smallest."""
     for _, same in groupby(candidates, key=lambda parallelism: replace(parallelism, dispatch="")):
         alike = list(same)
@@ -232,8 +233,8 @@ def servings_of(
 def _servings(
     request: SearchRequest, parallelism: ParallelismConfig, chunks: Iterable[int]
 ) -> Iterator[tuple[ParallelismConfig, ServingModel]]:
-    """What a spec can serve with each of these chunks of prompts; with none where it has too few layers for its stages,
-    or too little memory for the requests (of an unknown number for one)."""
+    """What a candidate can serve with each of these chunks of prompts; with none where it has too few layers for
+    its stages, or too little memory for the requests (of an unknown number for one)."""
     placement = placement_of(
         request.hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
     )
@@ -251,7 +252,7 @@ def _servings(
 
 
 def _max_requests(request: SearchRequest) -> int:
-    """Those that any spec has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
+    """Those that any candidate has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
     if request.workload.concurrency is None:
         return 0
     workload = replace(request.workload, concurrency=None)

@@ -30,7 +30,7 @@ class Workload:
 @dataclass(frozen=True, kw_only=True)
 class ServingEstimate:
     """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_per_s: generated
-    ones, over all devices. mean_step: time of the mean step, by what binds it; num_steps: that a request takes."""
+    ones, over all devices. mean_step: time of the mean step, by bottleneck; num_steps: that a request takes."""
 
     concurrency: int
     ttft: float

@@ -152,7 +152,7 @@ def _why_not(dispatch: str, placement: Placement) -> str | None:
 
 
 def why_none(request: SearchRequest) -> str:
-    """Why no spec is as asked."""
+    """Return why no candidate matches the request."""
     axes = [tuple(request.axes.items())] if request.axes else list(_all_axes(request.devices, request.config))
     layouts = [request.layout] if request.layout else list(LAYOUTS.values())
     many = f"{request.devices} device{'s' * (request.devices > 1)}"

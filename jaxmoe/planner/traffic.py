@@ -68,7 +68,8 @@ class StepShape:
 class CollectiveSite:
     """A collective where the forward pass holds it, and how often a step runs it there.
 
-    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Of each place sites come in the order in which a token passes them.
+    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Sites of one
+    location come in the order in which a token passes them.
     """
 
     location: SiteLocation

@@ -19,7 +19,7 @@ _BOTTLENECKS = {
     "compute": "products", "memory": "reading weights and pages from memory", "link": "collectives inside a {fabric}",
     "scale_out": "collectives between {fabric}s", "launch": "launching kernels", "bubble": "stages that wait",
 }  # fmt: skip
-_NOTHING = f"Of what was asked for, no change was found that lifts it by more than {REL_TOLERANCE:.0%}."
+_NOTHING = f"No change of the request improves it by more than {REL_TOLERANCE:.0%}."
 # What so many devices have no room for, or cannot keep.
 UnmetLimit = Literal["model", "requests", "limits"]
 
@@ -36,7 +36,7 @@ class NeighborPlans:
 def reasons(
     request: SearchRequest, result: SearchResult, disaggregated: DisaggregatedPlan | None, neighbors: NeighborPlans
 ) -> list[str]:
-    """Why this plan, what binds it, what would lift it."""
+    """Return why this plan: its bottleneck, the other splits, what would improve it."""
     return [
         *_bottleneck(request, result.best, neighbors), *_approximated(request), *_memory(request, result.best),
         *_tensor(request, result), *_across(request, result), *_others(request, result),
@@ -69,9 +69,9 @@ def _bottleneck(request: SearchRequest, best: ServingPlan, neighbors: NeighborPl
     then = f"; then {_bottleneck_words(request, second)}, {next_most / mean_step.total:.0%}" if next_most else ""
     more = twice is not None and objective_value(request, twice) < (1 - REL_TOLERANCE) * objective_value(request, best)
     changes = improvements(request, best, first, more_devices=more)
-    advice = f"What would lift it next: {'; or '.join(changes)}." if changes else _NOTHING
+    advice = f"To improve: {'; or '.join(changes)}." if changes else _NOTHING
     yield (
-        f"What binds: {_bottleneck_words(request, first)}, {most / mean_step.total:.0%} of a mean step of "
+        f"Bottleneck: {_bottleneck_words(request, first)}, {most / mean_step.total:.0%} of a mean step of "
         f"{mean_step.total * 1e3:.1f} ms"
         f"{then}. {advice}"
     )

@@ -161,4 +161,4 @@ def test_the_question_is_what_was_asked(capsys, monkeypatch):
 
 
 def test_its_help_says_when_it_exits_1(capsys):
-    assert "Exit 1 if it does not fit" in " ".join(jaxmoe(capsys, "compile", "--help").out.split())
+    assert "Exit with 1 if out of memory" in " ".join(jaxmoe(capsys, "compile", "--help").out.split())

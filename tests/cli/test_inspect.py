@@ -45,7 +45,7 @@ def test_a_config_alone_is_enough_on_stages_and_in_another_layout(capsys, change
     assert all(word in outcome.out for word in words)
     assert "steps are compiled in float32" in outcome.out  # the case is of bfloat16
     assert "DIFFERS" not in outcome.out
-    assert outcome.out.endswith("prefill and decode say what was planned and nothing else\n")
+    assert outcome.out.endswith("prefill and decode: collectives match the plan\n")
 
 
 def test_dispatch_is_that_which_was_asked_for(capsys, tiny_dir):
@@ -82,5 +82,5 @@ def test_one_device_says_nothing(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     outcome = jaxmoe(capsys, "inspect", tiny_dir(CASE), "--mesh", "data=1", *OPTIONS[2:])
     assert outcome.code == 0
-    assert "what devices say" not in outcome.out
+    assert "collectives of a step" not in outcome.out
     assert "replicas" not in outcome.out

@@ -64,12 +64,12 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " verify" in command:
         assert "placements give what one device gives" in out
     elif " inspect" in command:
-        assert "prefill and decode say what was planned and nothing else" in out
+        assert "prefill and decode: collectives match the plan" in out
     elif " map " in command:
         assert (tmp_path / "map.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     elif " plan " in command:
         assert "deepseek-v3.1 on 8 x b200: EP8" in out
-        assert "What binds: " in out
+        assert "Bottleneck: " in out
     elif " info" in command:
         assert "5,453,184" in out
     elif " balance" in command:

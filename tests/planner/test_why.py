@@ -33,7 +33,7 @@ def said(case, neighbors: NeighborPlans = ALONE) -> list[str]:
 def test_reasons_hold_numbers_and_what_binds():
     case = CASES[0]
     lines = said(case, NeighborPlans(half=None, twice=found(*case).best))
-    assert lines[0].startswith("What binds: reading weights and pages from memory")
+    assert lines[0].startswith("Bottleneck: reading weights and pages from memory")
     assert any(line.startswith("Layers are split inside a node only") and "TP16" in line for line in lines)
     assert any(line.startswith("Stages of the pipeline lie between nodes") for line in lines)
     assert any(line.startswith("Twice the devices") for line in lines)

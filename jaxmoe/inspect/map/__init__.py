@@ -1,1 +1,1 @@
-"""A model on a mesh as one page: which device holds what, and what a token's way through it makes devices say."""
+"""A model on a mesh as one page: which device holds what, and what a token's way through it sends over which links."""

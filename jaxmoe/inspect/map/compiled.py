@@ -47,7 +47,7 @@ def _is_compile_result(result: Any) -> bool:
 def check_compile_result(
     result: Mapping[str, Any], request: InspectRequest, runner: Runner, axes: Mapping[str, int]
 ) -> None:
-    """Raises: ConfigError for an answer to another question, naming where they differ."""
+    """Raises: ConfigError for the result of another request, naming where they differ."""
     here = {
         "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,

@@ -75,8 +75,8 @@ class MapRequest(InspectRequest):
 def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All that the page shows of a model on a mesh, as `jaxmoe map --json` prints it. Nothing is compiled or run.
 
-    answer: of `jaxmoe compile --json` for the same question, shown beside what is planned.
-    Raises: as MapRequest.checked_fabric; ConfigError for an answer to another question.
+    result: of `jaxmoe compile --json` for the same request, shown beside what is planned.
+    Raises: as MapRequest.checked_fabric; ConfigError for the result of another request.
     """
     config, axes, fabric = request.checked_fabric()
     kernels = request.chosen_kernels(config, config.dtype, axes, platform=fabric.platform)
