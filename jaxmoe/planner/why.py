@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.planner.choose import limited
-from jaxmoe.planner.lift import improvements
+from jaxmoe.planner.improvements import improvements
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import DisaggregatedPlan, beats

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.mesh import check_axes
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.lift import improvements
+from jaxmoe.planner.improvements import improvements
 from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search
 from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, counted, digits, reasons
