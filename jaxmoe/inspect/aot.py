@@ -32,9 +32,9 @@ class CompiledStep:
     """What the compiler made of one step, in bytes of one device.
 
     total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
-    do, and temp, what it needs besides. collectives and planned: the collectives, and how often each runs in a decode step,
-    or where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as a
-    share. optimal_seconds: the compiler's own estimate of a decode step or tick, where it gives one.
+    do, and temp, what it needs besides. collectives and planned: the collectives, and how often each runs in a decode
+    step, or where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as
+    a share. optimal_seconds: the compiler's own estimate of a decode step or tick, where it gives one.
     """
 
     temp_bytes: int
