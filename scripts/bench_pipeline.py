@@ -41,11 +41,11 @@ def count_ticks(
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmoe.depth import LayerSegment, PipelineSchedule
-    from jaxmoe.mesh import build_mesh
     from jaxmoe.model.pipeline import empty_buffers, run_ticks, tick_stages
     from jaxmoe.model.rows import HIDDEN
-    from jaxmoe.sharding import Placement
+    from jaxmoe.parallel.mesh import build_mesh
+    from jaxmoe.parallel.sharding import Placement
+    from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule
 
     placement = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages)
     segment = LayerSegment(
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--decode-steps", type=int, help="decode so many tokens one after another")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    from jaxmoe.mesh import emulate_devices
+    from jaxmoe.parallel.mesh import emulate_devices
 
     emulate_devices(max(arguments.stages))
     if not arguments.json:

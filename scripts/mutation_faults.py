@@ -263,7 +263,7 @@ LOADING = _faults(
         "jaxmoe/config.py",
         "return range(kv_head * self.kv_copies, (kv_head + 1) * self.kv_copies)",
         "return range(kv_head * self.kv_copies, kv_head * self.kv_copies + 1)",
-        "test_sharding.py",
+        "parallel/test_sharding.py",
     ),
 )
 
@@ -310,7 +310,7 @@ PLANNING = _faults(
     "planning",
     (
         "all-reduce-counted-once-a-layer",
-        "jaxmoe/planner/traffic.py",
+        "jaxmoe/parallel/collectives.py",
         '        self.sum(placement, "ffn", self.shared_rows * self.hidden, count)\n',
         '        self.sum(placement, "ffn", self.shared_rows * self.hidden, 0)\n',
         "inspect/test_contract.py",
@@ -331,7 +331,7 @@ PLANNING = _faults(
     ),
     (
         "all-reduce-sends-its-message-once",
-        "jaxmoe/planner/traffic.py",
+        "jaxmoe/parallel/collectives.py",
         'return (2 if op == "all-reduce" else 1) * whole_bytes * (num_ranks - 1) / num_ranks',
         "return whole_bytes * (num_ranks - 1) / num_ranks",
         "planner/test_links.py",

@@ -11,10 +11,10 @@ from typing import Any, cast
 from jax.sharding import Mesh
 
 from jaxmoe.inspect.fit import CompileRequest, compile_for
-from jaxmoe.layouts import parse_layout
-from jaxmoe.mesh import PlannedMesh, device_platform
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import PlannedMesh, device_platform
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.planner.memory import DeviceMemory
-from jaxmoe.sharding import Placement
 
 # (model, target, mesh, layout, batch, context)
 ROWS = [

@@ -13,8 +13,8 @@ import click
 from rich.console import Console
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.mesh import build_mesh, emulate_devices, parse_mesh
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.mesh import build_mesh, emulate_devices, parse_mesh
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.data import num_bytes, read_corpus
 from jaxmoe.train.export import replace_directory, write_checkpoint, write_json
 from jaxmoe.train.loop import train

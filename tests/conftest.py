@@ -29,9 +29,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from jaxmoe import LLM  # noqa: E402
-from jaxmoe.mesh import build_mesh, parse_mesh  # noqa: E402
 from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig  # noqa: E402
 from jaxmoe.ops import grouped  # noqa: E402
+from jaxmoe.parallel.mesh import build_mesh, parse_mesh  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
 from .tiny.checkpoint import write_checkpoint  # noqa: E402

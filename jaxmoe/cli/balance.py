@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxmoe.engine.llm import LLM
-    from jaxmoe.planner.balance import Algorithm
+    from jaxmoe.parallel.eplb import Algorithm
 
 _BAR = 12  # characters
 _FORMS = ("before", "planned", "after")
@@ -53,7 +53,7 @@ def balance(
 
     Experts move between steps and nothing is compiled for it. With --loads only the placement is planned.
     """
-    from jaxmoe.planner.balance import check_algorithm
+    from jaxmoe.parallel.eplb import check_algorithm
 
     check_algorithm(algorithm)
     if plot is not None:
@@ -113,7 +113,7 @@ def _planned(
     """Loads of experts as they would fall on ranks, in order and balanced."""
     import numpy as np
 
-    from jaxmoe.planner import balance as planner
+    from jaxmoe.parallel import eplb as planner
 
     num_experts = loads.shape[1]
     if not 0 <= redundant <= 15 * num_experts:
@@ -141,7 +141,7 @@ def _measured(
     """Loads of ranks while the model completes prompts: as loaded, as planned for these, and once experts moved."""
     from jaxmoe.engine.request import SamplingParams
     from jaxmoe.engine.verify import sample_prompts
-    from jaxmoe.planner import balance as planner
+    from jaxmoe.parallel import eplb as planner
 
     experts, moe = llm.runner.experts, llm.config.moe
     assert moe is not None
@@ -166,7 +166,7 @@ def _measured(
 def _report(
     by_rank: dict[str, np.ndarray], wanted: Any, *, nodes: int, groups: int, algorithm: Algorithm
 ) -> dict[str, Any]:
-    from jaxmoe.planner.balance import balancedness
+    from jaxmoe.parallel.eplb import balancedness
 
     layers, num_experts = wanted.logical_replica_count.shape
     forms = {

@@ -107,7 +107,7 @@ def _as_json(output: Any) -> dict[str, Any]:
 
 def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
     """One prompt streams as it comes; several are printed each as a whole. Rates go to standard error."""
-    from jaxmoe.mesh import describe
+    from jaxmoe.parallel.mesh import describe
 
     single = len(prompts) == 1 and params.n == 1
     events = llm.stream(prompts, params)

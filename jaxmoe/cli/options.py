@@ -113,7 +113,7 @@ def start_jax(devices: int | None) -> None:
     """Emulate devices if asked, and keep compiled programs between runs. Call before anything else touches JAX."""
     import jax
 
-    from jaxmoe.mesh import emulate_devices
+    from jaxmoe.parallel.mesh import emulate_devices
 
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

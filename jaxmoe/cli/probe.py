@@ -47,7 +47,7 @@ def probe(
 
     With several processes (one a host), run it in each: links between hosts are measured, too.
     """
-    from jaxmoe.mesh import join_processes, parse_mesh
+    from jaxmoe.parallel.mesh import join_processes, parse_mesh
 
     if plot is not None:
         check_plot_path(plot)

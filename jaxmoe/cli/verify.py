@@ -42,7 +42,7 @@ def verify(
 
     from jaxmoe.engine.verify import all_meshes, all_trials, verify_trials
     from jaxmoe.families import read_config
-    from jaxmoe.layouts import LAYOUTS, parse_layout
+    from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
     from jaxmoe.weights.checkpoint import read_json
     from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 

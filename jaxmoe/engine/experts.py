@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerLocation, LayerSegment, locate_layer
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.transformer import TokensPerExpert
-from jaxmoe.planner.balance import ExpertPlacement, sources_of
-from jaxmoe.sharding import Dims, Placement
+from jaxmoe.parallel.eplb import ExpertPlacement, sources_of
+from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.stages import LayerLocation, LayerSegment, locate_layer
 from jaxmoe.weights.params import ParamInfo
 
 

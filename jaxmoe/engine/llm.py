@@ -30,12 +30,12 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
-from jaxmoe.layouts import DEFAULT_LAYOUT, Layout, parse_layout
-from jaxmoe.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
 from jaxmoe.model.kernels import KernelOverrides, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.planner.balance import ExpertPlacement, balance
-from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.parallel.eplb import ExpertPlacement, balance
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, Layout, parse_layout
+from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
+from jaxmoe.parallel.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_weight_slices, load_params
 from jaxmoe.weights.params import parameter_table, state_of
@@ -91,7 +91,7 @@ class LLM:
         dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
         fastest here: on a CPU the native kernels where there is a C++ compiler. max_num_seqs: requests run together,
-        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (layouts.py).
+        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (parallel/layouts.py).
         virtual_stages: of each pipeline stage: more make stages wait less and send more. redundant_experts: places for
         experts beyond their number in each MoE layer, 0 or more (rounded up so that all ranks have as many), to move
         experts among by place_experts; None keeps them in order. verify: hold a converted checkpoint against its
@@ -337,7 +337,7 @@ class LLM:
         return experts.expert_loads(totals)
 
     def place_experts(self, experts: ExpertPlacement) -> None:
-        """Move experts, and copies of them, to where they are to stand (planner/balance.py); no step is compiled anew.
+        """Move experts, and copies of them, to where they are to stand (parallel/eplb.py); no step is compiled anew.
 
         Requests that run go on. Raises: ConfigError if the placement is not of this model, or it was loaded without
         redundant_experts.

@@ -18,11 +18,9 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment, PipelineSchedule
 from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
 from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.errors import RequestError
-from jaxmoe.mesh import compiler_options
 from jaxmoe.model.attend import (
     PAGE_DIMS,
     TOKEN_PAGE_DIMS,
@@ -36,8 +34,7 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
 from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
-from jaxmoe.planner.balance import ExpertPlacement
-from jaxmoe.planner.traffic import (
+from jaxmoe.parallel.collectives import (
     Collective,
     CollectiveSite,
     StepShape,
@@ -46,8 +43,11 @@ from jaxmoe.planner.traffic import (
     planned_decode_step_sites,
     planned_sites,
 )
+from jaxmoe.parallel.eplb import ExpertPlacement
+from jaxmoe.parallel.mesh import compiler_options
+from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule
 from jaxmoe.quantization.formats import QMAX
-from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.params import parameter_table
 
 _SCORE_POSITIONS = 256

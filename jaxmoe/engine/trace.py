@@ -23,7 +23,7 @@ from jaxmoe.engine.batch import Bucket
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import RequestError
 from jaxmoe.jsontext import json_text
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.parallel.collectives import Collective
 
 _MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmoe.depth import layer_segments
 from jaxmoe.engine.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError, StepError
-from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
-from jaxmoe.mesh import build_mesh, nearest_devices
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
+from jaxmoe.parallel.mesh import build_mesh, nearest_devices
+from jaxmoe.parallel.stages import layer_segments
 
 _TEXTS = (
     "def fibonacci(n):\n    ",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
-from jaxmoe.depth import LayerSegment, locate_layer
 from jaxmoe.families.attention_keys import grouped_attention, latent_attention
+from jaxmoe.parallel.stages import LayerSegment, locate_layer
 from jaxmoe.weight_slice import ArrayIndex, WeightSlice, full_slice
 
 # How gate and up lie in one tensor: column by column, or one after the other

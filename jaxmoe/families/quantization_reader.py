@@ -14,11 +14,11 @@ from functools import lru_cache, reduce
 from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
-from jaxmoe.depth import layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import CheckpointKeys, weight_slices
 from jaxmoe.families.quantization_tool import quantizer_name
 from jaxmoe.families.reader import ConfigReader, shown
+from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.quantization.formats import (
     FORMATS,
     MXFP4,

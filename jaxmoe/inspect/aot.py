@@ -19,8 +19,8 @@ from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.inspect.collectives import collectives_and_padding
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.planner.traffic import Collective
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.weights.params import parameter_table, state_of
 
 Phase = Literal["prefill", "decode"]

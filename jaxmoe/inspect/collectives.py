@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.planner.traffic import Collective, CollectiveOp
+from jaxmoe.parallel.collectives import Collective, CollectiveOp
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}

@@ -20,7 +20,7 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
 from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.targets import CompileTarget, environment, parse_target, topology_devices
-from jaxmoe.mesh import PlannedMesh, build_mesh, device_platform
+from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows
 
 # What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.

@@ -21,9 +21,9 @@ from jaxmoe.inspect.plan_rows import (
     rule_of_thumb,
     weights_dtype_of,
 )
-from jaxmoe.layouts import parse_layout
-from jaxmoe.mesh import parse_mesh
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import parse_mesh
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_disaggregated

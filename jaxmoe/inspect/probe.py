@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect import timed
-from jaxmoe.mesh import AXES, build_mesh, check_axes
+from jaxmoe.parallel.mesh import AXES, build_mesh, check_axes
 from jaxmoe.planner.hardware import HardwareSpec, MeasuredOp, Platform, Points, Topology
 
 GroupSpan = Literal["inside", "between", "both"]

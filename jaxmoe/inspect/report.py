@@ -15,9 +15,9 @@ from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import Runner
 from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
 from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.mesh import build_mesh
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.parallel.mesh import build_mesh
 from jaxmoe.planner.sizes import behind_windows
 from jaxmoe.weights.params import ParamInfo, parameter_table
 

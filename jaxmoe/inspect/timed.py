@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.inspect.collectives import collectives
+from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import MeasuredOp
-from jaxmoe.planner.traffic import Collective
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _ROW = 1024  # numbers of a message lie in rows, as those of activations do

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment
 from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import MaskSpec, causal_attention
@@ -28,8 +27,9 @@ from jaxmoe.ops.paged import (
     write_pages,
 )
 from jaxmoe.ops.stack import LayerIndex
+from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import QMAX
-from jaxmoe.sharding import Placement
 
 # Of every segment, of every block: keys and values of its layers (of latent attention keys alone), and their scales
 # where kept in eight bits.

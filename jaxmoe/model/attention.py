@@ -16,7 +16,7 @@ from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, apply_rope, mean_squares, qk_norm, rms_norm
 from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class AttentionBackend(Protocol):

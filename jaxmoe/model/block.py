@@ -16,7 +16,7 @@ from jaxmoe.model.moe import MoE, RouterOutput
 from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
 from jaxmoe.model.rows import hidden_dims, rms_norm
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 
 
 class DecoderLayer(nnx.Module):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from jaxmoe.depth import LAYERS_MODES, LayersMode
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
@@ -18,6 +17,7 @@ from jaxmoe.ops.linear import LINEAR_BACKENDS, LinearBackend
 from jaxmoe.ops.paged import PAGED_BACKENDS, PagedBackend
 from jaxmoe.ops.pointwise import POINTWISE_BACKENDS, PointwiseBackend
 from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingBackend
+from jaxmoe.parallel.stages import LAYERS_MODES, LayersMode
 from jaxmoe.quantization.formats import WeightQuantization
 
 OPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
@@ -30,7 +30,7 @@ _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 class KernelConfig:
     """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
 
-    layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (depth.py).
+    layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (parallel/stages.py).
     Raises: ConfigError for a name that is none of a step's.
     """
 

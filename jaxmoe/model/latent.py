@@ -22,7 +22,7 @@ from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import Placement, TokenDim
 
 _EPS = 1e-6  # of the norms of both latents, whatever the config says of the others
 _LATENT = ("token", "length", "latent")

@@ -12,7 +12,7 @@ from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import swiglu
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class MLP(nnx.Module):

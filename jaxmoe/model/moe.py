@@ -23,7 +23,7 @@ from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
 from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
 from jaxmoe.ops.stack import LayerIndex, layer_of
-from jaxmoe.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class RoutedExperts(nnx.Module):

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
+from jaxmoe.parallel.sharding import Dims, PipelineView, Placement
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
-from jaxmoe.sharding import Dims, PipelineView, Placement
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.depth import LayerSegment, PipelineSchedule, PipelineSlot
-from jaxmoe.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, PipelineSlot
 
 STAGE = "pipeline"
 

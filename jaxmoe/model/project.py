@@ -15,7 +15,7 @@ from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearBackend, linear
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights, as_matrices
 from jaxmoe.ops.stack import LayerIndex, layer_of
-from jaxmoe.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 def project(

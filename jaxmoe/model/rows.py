@@ -14,7 +14,7 @@ from jaxmoe.ops.norm import rms_norm as rms_norm_op
 from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import PointwiseBackend
 from jaxmoe.ops.rope import rotate
-from jaxmoe.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, Placement
 
 HIDDEN = ("batch", "length", "width")
 QUERY_DIMS = ("token", "length", "kv_head", "head_slot", "head_dim")

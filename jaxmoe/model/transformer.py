@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment, PipelineSchedule, layer_segments
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
@@ -23,7 +22,8 @@ from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, 
 from jaxmoe.model.project import project, reduce_or_scatter
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, rms_norm
 from jaxmoe.ops.rope import inverse_frequencies, rotation
-from jaxmoe.sharding import Placement, TokenDim, array_sizes
+from jaxmoe.parallel.sharding import Placement, TokenDim, array_sizes
+from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments
 
 LayerCaches = list[tuple[Any, ...]]  # of every segment, of every block
 # Some rows of [B,S,D], as the placement sees it, whose rows lie as the third argument says.

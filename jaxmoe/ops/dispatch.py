@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 
 DispatchBackend = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
 DISPATCH_BACKENDS: tuple[DispatchBackend, ...] = (

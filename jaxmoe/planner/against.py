@@ -17,8 +17,8 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import weight_quantization
-from jaxmoe.layouts import parse_layout
-from jaxmoe.mesh import check_axes
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import check_axes
 from jaxmoe.planner.cost import SKEW, StepBatch
 from jaxmoe.planner.hardware import HardwareSpec, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, SearchRequest, ServingPlan, search

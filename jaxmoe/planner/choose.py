@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxmoe.layouts import LAYOUTS
+from jaxmoe.parallel.layouts import LAYOUTS
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import ParallelismConfig, SearchRequest
 

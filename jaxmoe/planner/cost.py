@@ -16,12 +16,12 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.parallel.collectives import Collective, StepShape, planned_collectives
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.links import LinkModel, RankGroup, group_of
 from jaxmoe.planner.memory import DeviceLayers, DeviceMemory
 from jaxmoe.planner.parameters import ParameterShape
 from jaxmoe.planner.sizes import Part
-from jaxmoe.planner.traffic import Collective, StepShape, planned_collectives
 from jaxmoe.quantization.formats import NVFP4
 
 # A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory. Of

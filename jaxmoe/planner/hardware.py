@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from jaxmoe.assets import asset_dir
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import MeshError
-from jaxmoe.mesh import AXES
+from jaxmoe.parallel.mesh import AXES
 from jaxmoe.paths import expanded
 
 MeasuredOp = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jaxmoe.mesh import AXES
+from jaxmoe.parallel.collectives import Collective, CollectiveOp, sent_of
+from jaxmoe.parallel.mesh import AXES
 from jaxmoe.planner.hardware import HardwareSpec, Points
-from jaxmoe.planner.traffic import Collective, CollectiveOp, sent_of
 
 # Small all-reduces inside a node need no library: one kernel reads the message of every peer. vllm-project/vllm#37756
 # has 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X; to which

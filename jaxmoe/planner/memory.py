@@ -12,8 +12,9 @@ from typing import cast
 from jax.sharding import Mesh
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment, layer_segments
-from jaxmoe.mesh import PlannedMesh
+from jaxmoe.parallel.mesh import PlannedMesh
+from jaxmoe.parallel.sharding import Placement, array_sizes, segment_sizes
+from jaxmoe.parallel.stages import LayerSegment, layer_segments
 from jaxmoe.planner.parameters import (
     ParameterShape,
     ShardCounts,
@@ -23,7 +24,6 @@ from jaxmoe.planner.parameters import (
     outer_parameters,
 )
 from jaxmoe.planner.sizes import Part
-from jaxmoe.sharding import Placement, array_sizes, segment_sizes
 
 # Bytes of a cached number, and of the scale of a head's.
 KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment
+from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.planner.sizes import Part
 from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
-from jaxmoe.sharding import Placement
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

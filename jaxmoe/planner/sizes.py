@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, WeightSlice, weight_slices
 from jaxmoe.families.quantization_reader import is_quantized, tells_layers
+from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.quantization.layout import oriented
 
 Part = Literal["embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head"]

@@ -14,13 +14,13 @@ from typing import Literal, cast
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.layouts import LAYOUTS, Layout
-from jaxmoe.mesh import PlannedMesh, device_platform
 from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, unsupported_reason
+from jaxmoe.parallel.layouts import LAYOUTS, Layout
+from jaxmoe.parallel.mesh import PlannedMesh, device_platform
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.serving import Workload
-from jaxmoe.sharding import Placement
 
 Objective = Literal["latency", "throughput", "cost"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")

@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, weight_slices
 from jaxmoe.jsontext import json_text
-from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.train.tokenizer import END_OF_TEXT
 from jaxmoe.weights.checkpoint import SINGLE
 from jaxmoe.weights.dtypes import check_reach

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.mesh import describe
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.mesh import describe
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.export import file_facts, write_json
 from jaxmoe.train.loop import TrainResult
 from jaxmoe.train.recipe import Recipe

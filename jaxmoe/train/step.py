@@ -17,7 +17,7 @@ from jaxmoe.errors import MeshError
 from jaxmoe.model.attend import DensePrefillInputs
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import Transformer, abstract_model
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import Placement, array_sizes
 from jaxmoe.train.loss import balance_loss, cross_entropy
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.weights.params import parameter_table

@@ -21,7 +21,7 @@ from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantization_reader import read_quantization_config
-from jaxmoe.mesh import parse_mesh
+from jaxmoe.parallel.mesh import parse_mesh
 from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.budget import MemoryBudget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG

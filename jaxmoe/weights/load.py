@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.families import FAMILIES, WeightSlice, may_stand_unused, weight_slices
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.tensors import LazyTensor
 from jaxmoe.weights.dtypes import check_reach
 from jaxmoe.weights.params import ParamInfo

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxmoe.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, Placement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from jaxmoe.depth import layer_segments
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_quantization_config, without_quantization
-from jaxmoe.mesh import AXES
+from jaxmoe.parallel.mesh import AXES
+from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
-from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
 from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.load import assign_weight_slices

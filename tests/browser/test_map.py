@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.depth import PipelineSchedule, layer_segments
 from jaxmoe.inspect.aot import held_bytes
 from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data
 from jaxmoe.inspect.map.page import write_page
 from jaxmoe.model.kernels import KernelConfig
+from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 
 from ..conftest import mesh_of
 from .pages import browser, opened

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from jaxmoe.engine.runner import Runner
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.parallel.collectives import Collective
 
 from .commands import jaxmoe
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxmoe import LLM, SamplingParams
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.balance import ExpertPlacement, balance
+from jaxmoe.parallel.eplb import ExpertPlacement, balance
 
 from ..agreement import answers, assert_same_answers
 from ..conftest import mesh_of
@@ -121,7 +121,7 @@ def test_counters_add_up_to_every_token_and_every_expert_it_chose(redundant, tin
 
 def test_experts_placed_by_their_loads_fill_ranks_more_evenly(tiny_dir):
     """Twice as many tokens on some ranks as on others before, by the counters and not by the plan."""
-    from jaxmoe.planner.balance import balancedness
+    from jaxmoe.parallel.eplb import balancedness
 
     llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("expert=4"), dtype="float32", redundant_experts=4)
     experts, rng = llm.runner.experts, np.random.default_rng(0)

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe.depth import layer_segments
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import step_bucket
 from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.layouts import DEFAULT_LAYOUT, LAYOUTS
-from jaxmoe.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.model import moe, project
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.sharding import PipelineView, Placement
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS
+from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, check_axes
+from jaxmoe.parallel.sharding import PipelineView, Placement
+from jaxmoe.parallel.stages import layer_segments
 
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 

@@ -18,7 +18,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect import aot, fit
 from jaxmoe.inspect.aot import PHASES, CompiledStep
 from jaxmoe.inspect.targets import DEVICES
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.parallel.collectives import Collective
 
 from ..conftest import XLA
 

@@ -11,7 +11,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.inspect.collectives import collectives, collectives_and_padding
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.parallel.collectives import Collective
 
 from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
 from .programs import assert_nothing_is_copied, step_program

@@ -21,7 +21,7 @@ from jaxmoe.families import read_config
 from jaxmoe.inspect.aot import PHASES, abstract_runner, compile_step, held_bytes
 from jaxmoe.inspect.fit import CompileRequest, compile_for
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 
 from ..conftest import mesh_of
 

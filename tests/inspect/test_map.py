@@ -15,8 +15,8 @@ from jaxmoe.inspect.aot import engine_state, held_bytes, step_bucket
 from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data, model_name
 from jaxmoe.inspect.map.fabric import fabric_of, torus_shape
 from jaxmoe.model.kernels import KernelConfig
+from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.traffic import Collective
 
 from ..conftest import mesh_of
 

@@ -13,9 +13,9 @@ from jaxmoe.inspect import probe as probing
 from jaxmoe.inspect import timed
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.inspect.probe import DeviceRates, ProbePoint, probe
+from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import MeasuredOp, read_hardware
 from jaxmoe.planner.hardware_file import hardware_text, write_hardware
-from jaxmoe.planner.traffic import Collective
 
 from ..conftest import mesh_of
 

@@ -17,7 +17,7 @@ from jaxmoe.model.params import ParamFactory, normal
 from jaxmoe.model.rows import make_token_mask
 from jaxmoe.model.transformer import layer_segments
 from jaxmoe.ops.rope import inverse_frequencies, rotation
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import Placement, array_sizes
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.depth import layer_segments
+from jaxmoe.parallel.stages import layer_segments
 
 from ..agreement import answers, assert_same_answers
 from ..conftest import XLA, mesh_of

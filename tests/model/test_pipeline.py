@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
-from jaxmoe.depth import PipelineSchedule
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
-from jaxmoe.planner.traffic import Collective
+from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.stages import PipelineSchedule
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
 from scripts.bench_pipeline import count_steady_ticks, count_ticks
@@ -257,7 +257,7 @@ def test_training_says_that_it_has_no_stages(changed_dir):
     llm = loaded(changed_dir, DEEP, "data=1")
     recipe = Recipe.__new__(Recipe)
     object.__setattr__(recipe, "model", llm.config)
-    from jaxmoe.sharding import Placement
+    from jaxmoe.parallel.sharding import Placement
 
     with pytest.raises(MeshError, match="pipeline=2: training runs pipeline=1 only"):
         Trainer(recipe, Placement(mesh=mesh_of("pipeline=2")))

@@ -10,15 +10,15 @@ from itertools import pairwise
 import pytest
 
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.layouts import parse_layout
-from jaxmoe.mesh import PlannedMesh, parse_mesh
+from jaxmoe.parallel.collectives import StepShape, planned_collectives
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.planner.cost import StepBatch, StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.planner.serving import ServingModel, Workload
-from jaxmoe.planner.traffic import StepShape, planned_collectives
-from jaxmoe.sharding import Placement
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 

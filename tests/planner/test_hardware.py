@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxmoe.errors import MeshError
-from jaxmoe.mesh import parse_mesh, preset_names
+from jaxmoe.parallel.mesh import parse_mesh, preset_names
 from jaxmoe.planner.hardware import HardwareSpec, _not_contradicted, hardware_names, line_of, names_nodes, read_hardware
 
 GOOD = """\

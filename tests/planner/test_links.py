@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
+from jaxmoe.parallel.collectives import Collective, sent_of
 from jaxmoe.planner.hardware import hardware_names, read_hardware
 from jaxmoe.planner.links import KERNEL_BYTES, LinkModel, RankGroup, group_of
-from jaxmoe.planner.traffic import Collective, sent_of
 
 OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 

@@ -10,12 +10,12 @@ from flax import nnx
 
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.inspect.aot import abstract_runner, held_bytes
-from jaxmoe.layouts import LAYOUTS, parse_layout
-from jaxmoe.mesh import PlannedMesh, parse_mesh
 from jaxmoe.model.kernels import choose_kernels
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
+from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.planner.memory import DeviceMemory
-from jaxmoe.sharding import Placement
 from jaxmoe.weights.params import parameter_table
 
 from ..conftest import mesh_of

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.layouts import LAYOUTS, parse_layout
-from jaxmoe.mesh import check_axes
+from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
+from jaxmoe.parallel.mesh import check_axes
 from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search

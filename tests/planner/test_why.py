@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.mesh import check_axes
+from jaxmoe.parallel.mesh import check_axes
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.improvements import improvements
 from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.loop import HeldOut, TrainResult
 from jaxmoe.train.manifest import MANIFEST, manifest_of, record_reproduction
 from jaxmoe.train.recipe import Recipe

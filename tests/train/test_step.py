@@ -13,7 +13,7 @@ from jaxmoe import LLM
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.export import replace_directory, write_checkpoint
 from jaxmoe.train.loop import as_written, evaluate, train
 from jaxmoe.train.recipe import DEMO_MODEL, Recipe

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment
+from jaxmoe.parallel.stages import LayerSegment
 
 _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),

@@ -21,7 +21,7 @@ def _status_bytes(field: str) -> int:
 def main(directory: str, num_devices: str, mesh: str) -> None:
     """Load DIRECTORY in bfloat16 and print bytes resident before, at most, and on the devices."""
     from jaxmoe import LLM
-    from jaxmoe.mesh import emulate_devices
+    from jaxmoe.parallel.mesh import emulate_devices
 
     emulate_devices(int(num_devices))
     before = _status_bytes("VmRSS")

@@ -12,12 +12,12 @@ from flax import nnx
 
 from jaxmoe import CheckpointError
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
+from jaxmoe.parallel.sharding import Placement, segment_sizes
 from jaxmoe.quantization.formats import FORMATS, MXFP4, QuantizationFormat
 from jaxmoe.quantization.tensors import DequantizedTensor, ScaleView, TensorQuantizer, TransposedTensor, dequantize
-from jaxmoe.sharding import Placement, segment_sizes
 from jaxmoe.weights import load
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.params import parameter_table

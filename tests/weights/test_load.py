@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import LLM, CheckpointError
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment, LayersMode
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import LayerSegment, LayersMode
 from jaxmoe.weights import load, windows
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.params import ParamInfo, parameter_table

@@ -15,7 +15,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact, read_config
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import Placement, segment_sizes
 from jaxmoe.weights import convert as convert_module
 from jaxmoe.weights import transform
 from jaxmoe.weights.checkpoint import open_tensors

@@ -8,9 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from jaxmoe.depth import layer_segments
 from jaxmoe.families import FAMILIES, WeightSlice, read_config, weight_slices
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.weights import windows
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.windows import WeightSliceIndex, Window, intersect, overlap

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.depth import LayerSegment
 from jaxmoe.engine.batch import PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
@@ -23,9 +22,10 @@ from jaxmoe.inspect.map.compiled import check_compile_result, compared
 from jaxmoe.inspect.map.fabric import DeviceFabric, fabric_of
 from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.inspect.targets import DEVICES, parse_target
-from jaxmoe.mesh import PlannedMesh, preset_names
 from jaxmoe.model.attend import PAGE_DIMS
 from jaxmoe.model.transformer import abstract_model
+from jaxmoe.parallel.mesh import PlannedMesh, preset_names
+from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 from jaxmoe.planner.sizes import part_of
 from jaxmoe.weights.checkpoint import read_json

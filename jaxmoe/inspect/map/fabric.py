@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from jaxmoe.mesh import device_platform
+from jaxmoe.parallel.mesh import device_platform
 from jaxmoe.planner.hardware import HardwareSpec
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from jaxmoe.errors import LayoutError
-from jaxmoe.mesh import AXES
+from jaxmoe.parallel.mesh import AXES
 
 Axes = tuple[str, ...]
 _FREE_AXES = tuple(axis for axis in AXES if axis != "pipeline")

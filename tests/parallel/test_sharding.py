@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, RopeConfig
-from jaxmoe.layouts import LAYOUTS
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.parallel.layouts import LAYOUTS
+from jaxmoe.parallel.sharding import Placement, array_sizes
 
-from .conftest import mesh_of
+from ..conftest import mesh_of
 
 
 def config(heads: int, kv_heads: int, **changes) -> ModelConfig:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.depth import LayerSegment, PipelineSchedule, layer_segments, locate_layer
 from jaxmoe.errors import ConfigError
+from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments, locate_layer
 
 
 def config(moe_layers: tuple[bool, ...], windows: tuple[int | None, ...] | None = None) -> ModelConfig:

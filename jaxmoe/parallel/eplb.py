@@ -4,7 +4,7 @@ Loads [layers, experts] -> a placement of replicas on ranks. Hierarchical where 
 each group stays inside one node, so that group-limited routing keeps a token there; global otherwise.
 
 - distinct: no rank has two replicas of one expert, as long as there are no more places on a rank than experts to fill
-  them; see planner/spread.py.
+  them; see parallel/eplb_spread.py.
 - eplb: the published algorithm, which may put several replicas of an expert on one rank, where they are of no use.
 Source of the latter: DeepSeek-AI, Expert Parallelism Load Balancer (2025), whose published example it reproduces.
 """
@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.spread import MAX_TRIES, gain_of, rank_loads, spread
+from jaxmoe.parallel.eplb_spread import MAX_TRIES, gain_of, rank_loads, spread
 
 Algorithm = Literal["distinct", "eplb"]
 _MAX_EXCHANGES = 64  # of groups between nodes, for each layer

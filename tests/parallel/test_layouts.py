@@ -16,16 +16,16 @@ from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
 from jaxmoe.inspect.collectives import collectives
 from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.layouts import LAYOUTS, Layout, parse_layout
-from jaxmoe.mesh import PlannedMesh
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL
+from jaxmoe.parallel.layouts import LAYOUTS, Layout, parse_layout
+from jaxmoe.parallel.mesh import PlannedMesh
 
-from .agreement import answers, assert_same_answers
-from .conftest import NATIVE, XLA, mesh_of
-from .engine.test_engine import requests_of, twice_with_pages_that_come_back
-from .inspect.programs import assert_steps_hold_what_is_planned, step_program
-from .tiny.cases import CASES_BY_NAME
+from ..agreement import answers, assert_same_answers
+from ..conftest import NATIVE, XLA, mesh_of
+from ..engine.test_engine import requests_of, twice_with_pages_that_come_back
+from ..inspect.programs import assert_steps_hold_what_is_planned, step_program
+from ..tiny.cases import CASES_BY_NAME
 
 pytestmark = pytest.mark.usefixtures("few_block_sizes")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]

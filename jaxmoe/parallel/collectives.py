@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import PipelineSchedule, layer_segments
-from jaxmoe.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 
 _TPU_ROW = 512
 CollectiveOp = Literal[

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.planner.balance import ExpertPlacement, balance, balancedness
+from jaxmoe.parallel.eplb import ExpertPlacement, balance, balancedness
 
 # Expected output of DeepSeek-AI's EPLB README.
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "eplb_readme.json").read_text())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import MeshError
-from jaxmoe.mesh import (
+from jaxmoe.parallel.mesh import (
     AXES,
     PlannedMesh,
     build_mesh,
@@ -20,7 +20,7 @@ from jaxmoe.mesh import (
     parse_mesh,
     preset_names,
 )
-from jaxmoe.sharding import Placement
+from jaxmoe.parallel.sharding import Placement
 
 
 def test_axes_left_out_are_one_and_tensor_is_innermost():

@@ -13,9 +13,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.depth import LayerSegment
-from jaxmoe.layouts import DEFAULT_LAYOUT, Layout
-from jaxmoe.mesh import PlannedMesh, conform_mesh
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, Layout
+from jaxmoe.parallel.mesh import PlannedMesh, conform_mesh
+from jaxmoe.parallel.stages import LayerSegment
 
 Dims = tuple[str, ...]
 
@@ -43,7 +43,7 @@ class Placement:
     does as well for all but running. virtual_stages: runs of layers that a stage of the pipeline holds, interleaved
     with those of the others.
     redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
-    program knows it; where given, it is told where they stand (planner/balance.py).
+    program knows it; where given, it is told where they stand (parallel/eplb.py).
     """
 
     mesh: Mesh
