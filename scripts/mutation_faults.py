@@ -313,7 +313,7 @@ PLANNING = _faults(
         "jaxmoe/parallel/collectives.py",
         '        self.sum(placement, "ffn", self.shared_rows * self.hidden, count)\n',
         '        self.sum(placement, "ffn", self.shared_rows * self.hidden, 0)\n',
-        "inspect/test_contract.py",
+        "aot/test_contract.py",
     ),
     (
         "cached-tokens-without-their-scales",

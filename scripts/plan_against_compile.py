@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
-from jaxmoe.inspect.fit import CompileRequest, compile_for
+from jaxmoe.aot.fit import CompileRequest, compile_for
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, device_platform
 from jaxmoe.parallel.sharding import Placement

@@ -42,7 +42,7 @@ def compile_model(as_json: bool, **args: Any) -> int:
     """Compile prefill and decode, as AsyncEngine runs them, of the model of CONFIG (a config.json, a folder with one,
     or a preset) for a target that need not be there: what each device holds, and its collectives beside those
     planned. Exit with 1 if out of memory or if collectives differ from the plan."""
-    from jaxmoe.inspect.fit import CompileRequest, compile_for
+    from jaxmoe.aot.fit import CompileRequest, compile_for
 
     request = CompileRequest(**{name: value for name, value in args.items() if value is not None})
     with console.status(f"{request.target}: preparing") as status:

@@ -20,7 +20,7 @@ def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], 
     """What MODEL is (a config.json, a folder with one, a preset, or a hub id, whose config.json is fetched): family,
     layers, routing, parameters in all and active for a token, bytes by part, keys and values of a token, quantization.
     Where weights lie beside the config, bytes are those of the files, and shapes are held against it."""
-    from jaxmoe.inspect.info import model_info
+    from jaxmoe.report.info import model_info
     from jaxmoe.weights.source import find_config
 
     report = model_info(find_config(model, hub=True, revision=revision), ignore=ignore_config_keys)

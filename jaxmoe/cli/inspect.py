@@ -41,8 +41,8 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -
     devices, and the collectives of prefill and decode, compiled for them, beside those planned. No weights are needed.
     Exit with 1 if collectives differ from the plan."""
     start_jax(devices)
-    from jaxmoe.inspect.question import InspectRequest
-    from jaxmoe.inspect.report import report
+    from jaxmoe.aot.request import InspectRequest
+    from jaxmoe.report.parameters import report
 
     request = InspectRequest(config=model, **{name: value for name, value in args.items() if value is not None})
     with console.status("preparing") as status:

@@ -11,7 +11,7 @@ from jaxmoe.cli.options import console, size_text
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
-    from jaxmoe.inspect.map.data import MapRequest
+    from jaxmoe.map.data import MapRequest
 
 
 @click.command("map")
@@ -51,9 +51,9 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
         raise click.UsageError("--json prints the data, -o writes the page: give one of them")
     if compiled is not None and args["target"] is not None:
         raise click.UsageError("--compiled and --target were both given: show one compiled program")
-    from jaxmoe.inspect.map.compiled import read_compile_result
-    from jaxmoe.inspect.map.data import MapRequest, map_data, usual_context
-    from jaxmoe.inspect.map.page import check_page_path, write_page
+    from jaxmoe.map.compiled import read_compile_result
+    from jaxmoe.map.data import MapRequest, map_data, usual_context
+    from jaxmoe.map.page import check_page_path, write_page
 
     if output is not None:
         check_page_path(output, inputs=[one for one in (model, compiled, args["hardware"]) if one])
@@ -76,7 +76,7 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
 
 
 def _compile(request: MapRequest) -> dict[str, Any]:
-    from jaxmoe.inspect.fit import CompileRequest, compile_for
+    from jaxmoe.aot.fit import CompileRequest, compile_for
 
     compile_request = CompileRequest(**{one.name: getattr(request, one.name) for one in fields(CompileRequest)})
     with console.status(f"{compile_request.target}: preparing") as status:

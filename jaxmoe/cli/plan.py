@@ -55,7 +55,7 @@ _PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
 def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> None:
     """What fits, how to split it, why, and what it will serve: MODEL (a config.json, a folder with one, or a preset) on
     hardware that need not be there. Every mesh and layout is priced; the best comes as arguments to paste."""
-    from jaxmoe.inspect.plan import PlanRequest, plan_model, rule_of_thumb_of
+    from jaxmoe.planner.api import PlanRequest, plan_model, rule_of_thumb_of
 
     if rule_of_thumb and plot is not None:
         raise click.UsageError("--rule-of-thumb draws nothing: leave --plot out")

@@ -20,7 +20,7 @@ from jaxmoe.jsontext import json_text
 from jaxmoe.paths import expanded
 
 if TYPE_CHECKING:
-    from jaxmoe.inspect.probe import ProbePoint, ProbeResult
+    from jaxmoe.probe.probe import ProbePoint, ProbeResult
 
 
 @click.command()
@@ -64,8 +64,8 @@ def probe(
     start_jax(None if coordinator is not None else devices)
     import jax
 
-    from jaxmoe.inspect.probe import probe as measure
     from jaxmoe.planner.hardware_file import hardware_text, write_hardware
+    from jaxmoe.probe.probe import probe as measure
 
     with _quiet_output(coordinator is not None), console.status("preparing") as status:
         result = measure(

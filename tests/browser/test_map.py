@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmoe.inspect.aot import held_bytes
-from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data
-from jaxmoe.inspect.map.page import write_page
+from jaxmoe.aot.compile import held_bytes
+from jaxmoe.map.data import MapRequest, bytes_by_part, map_data
+from jaxmoe.map.page import write_page
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 

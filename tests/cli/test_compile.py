@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from jaxmoe.aot import fit
 from jaxmoe.engine.batch import CHUNK_TOKENS
-from jaxmoe.inspect import fit
 
 from .commands import Outcome, jaxmoe
 

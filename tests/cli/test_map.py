@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from jaxmoe.inspect import fit
+from jaxmoe.aot import fit
 
 from .commands import jaxmoe
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.planner.hardware import hardware_names
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs

@@ -10,10 +10,10 @@ import sys
 import jax
 import pytest
 
-from jaxmoe.inspect import probe as probing
-from jaxmoe.inspect import timed
-from jaxmoe.inspect.probe import DeviceRates
 from jaxmoe.planner.hardware import read_hardware
+from jaxmoe.probe import probe as probing
+from jaxmoe.probe import timed
+from jaxmoe.probe.probe import DeviceRates
 
 from .commands import jaxmoe
 from .test_process import environment

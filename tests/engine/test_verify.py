@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmoe.aot.compile import step_bucket
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.aot import step_bucket
-from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.model import moe, project
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS

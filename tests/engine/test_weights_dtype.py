@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.report import parameter_reports, total_bytes
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops import quantized_matmul
+from jaxmoe.report.parameters import parameter_reports, total_bytes
 
 from ..conftest import XLA, mesh_of
 from ..inspect.test_report import reports_of

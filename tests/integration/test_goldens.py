@@ -7,8 +7,8 @@ import pytest
 from jaxmoe.model.kernels import KernelConfig
 
 from ..agreement import assert_agrees
+from ..aot.programs import assert_steps_hold_what_is_planned
 from ..conftest import MESHES_OF_8, ONE_DEVICE, XLA
-from ..inspect.programs import assert_steps_hold_what_is_planned
 from ..tiny.cases import CASES, CASES_BY_NAME, QUICK_CASES
 from ..tiny.checkpoint import checkpoint_sha256
 from ..tiny.golden import load_golden

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
+from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
-from jaxmoe.inspect.collectives import collectives
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.parallel.collectives import Collective
@@ -21,9 +21,9 @@ from jaxmoe.train.step import Trainer
 from scripts.bench_pipeline import count_steady_ticks, count_ticks
 
 from ..agreement import answers, assert_same_answers
+from ..aot.programs import assert_nothing_is_copied, assert_steps_hold_what_is_planned, step_program
 from ..conftest import NATIVE, XLA, mesh_of
 from ..engine.test_engine import all_together, requests_of, twice_with_pages_that_come_back
-from ..inspect.programs import assert_nothing_is_copied, assert_steps_hold_what_is_planned, step_program
 
 pytestmark = pytest.mark.usefixtures("few_block_sizes")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 3, [2, 7, 1], [5] * 9, [8, 2, 8], [1, 8]]

@@ -11,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
+from jaxmoe.aot.hlo_collectives import collectives
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.collectives import collectives
-from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL
 from jaxmoe.parallel.layouts import LAYOUTS, Layout, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh
 
 from ..agreement import answers, assert_same_answers
+from ..aot.programs import assert_steps_hold_what_is_planned, step_program
 from ..conftest import NATIVE, XLA, mesh_of
 from ..engine.test_engine import requests_of, twice_with_pages_that_come_back
-from ..inspect.programs import assert_steps_hold_what_is_planned, step_program
 from ..tiny.cases import CASES_BY_NAME
 
 pytestmark = pytest.mark.usefixtures("few_block_sizes")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmoe.aot.compile import abstract_runner, held_bytes
 from jaxmoe.families import read_config, with_weights_dtype
-from jaxmoe.inspect.aot import abstract_runner, held_bytes
 from jaxmoe.model.kernels import choose_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.layouts import LAYOUTS, parse_layout

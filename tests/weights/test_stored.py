@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxmoe import LLM
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.errors import CheckpointError, ConfigError
-from jaxmoe.inspect.info import model_info
-from jaxmoe.inspect.plan import PlanRequest
-from jaxmoe.inspect.question import InspectRequest
+from jaxmoe.planner.api import PlanRequest
+from jaxmoe.report.info import model_info
 from jaxmoe.weights import stored
 from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert

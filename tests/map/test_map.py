@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmoe.aot.compile import engine_state, held_bytes, step_bucket
 from jaxmoe.errors import ConfigError, MeshError
-from jaxmoe.inspect.aot import engine_state, held_bytes, step_bucket
-from jaxmoe.inspect.map.data import MapRequest, bytes_by_part, map_data, model_name
-from jaxmoe.inspect.map.fabric import fabric_of, torus_shape
+from jaxmoe.map.data import MapRequest, bytes_by_part, map_data, model_name
+from jaxmoe.map.fabric import fabric_of, torus_shape
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import read_hardware

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxmoe.errors import MeshError
-from jaxmoe.inspect import timed
 from jaxmoe.parallel.mesh import AXES, build_mesh, check_axes
 from jaxmoe.planner.hardware import HardwareSpec, MeasuredOp, Platform, Points, Topology
+from jaxmoe.probe import timed
 
 GroupSpan = Literal["inside", "between", "both"]
 _GIB = 1 << 30

@@ -11,8 +11,15 @@ from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_checkpoint_format
 from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.map.data import model_name
-from jaxmoe.inspect.plan_rows import (
+from jaxmoe.map.data import model_name
+from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import parse_mesh
+from jaxmoe.planner.cost import SKEW
+from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
+from jaxmoe.planner.pools import best_disaggregated
+from jaxmoe.planner.roofline import roofline
+from jaxmoe.planner.rows import (
     arguments_of,
     disaggregated_row,
     engine_of,
@@ -21,13 +28,6 @@ from jaxmoe.inspect.plan_rows import (
     rule_of_thumb,
     weights_dtype_of,
 )
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
-from jaxmoe.parallel.layouts import parse_layout
-from jaxmoe.parallel.mesh import parse_mesh
-from jaxmoe.planner.cost import SKEW
-from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
-from jaxmoe.planner.pools import best_disaggregated
-from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.search import (
     LATENCY_REQUESTS,
     OBJECTIVES,

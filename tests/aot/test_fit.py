@@ -16,10 +16,10 @@ import jax
 import psutil
 import pytest
 
+from jaxmoe.aot.compile import PHASES, abstract_runner, compile_step, held_bytes
+from jaxmoe.aot.fit import CompileRequest, compile_for
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.aot import PHASES, abstract_runner, compile_step, held_bytes
-from jaxmoe.inspect.fit import CompileRequest, compile_for
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.sharding import Placement
 
@@ -83,9 +83,7 @@ def test_questions_that_make_no_sense(changes, kind, words, tiny_dir):
 
 def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, monkeypatch):
     """The process apart would fail where it asks for the target's devices."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import jaxmoe.inspect.targets as targets; targets.topology_devices = None"
-    )
+    (tmp_path / "sitecustomize.py").write_text("import jaxmoe.aot.targets as targets; targets.topology_devices = None")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     answer = compile_for(
         CompileRequest(config="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64)
@@ -100,7 +98,7 @@ def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, mo
 def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir, tmp_path):
     """The process apart stands where it compiles; it ends with the one that waits for it."""
     (tmp_path / "sitecustomize.py").write_text(_WAITING)
-    code = f"from jaxmoe.inspect.fit import Question, compile_for; compile_for({question(tiny_dir)!r})"
+    code = f"from jaxmoe.aot.fit import Question, compile_for; compile_for({question(tiny_dir)!r})"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     waiting = tmp_path / "waiting"
     environment = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}
@@ -114,9 +112,9 @@ def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir,
 # In the process apart: say who it is, and wait for as long as a compiler would.
 _WAITING = """
 import os, sys
-if "jaxmoe.inspect.fit" in sys.orig_argv:
+if "jaxmoe.aot.fit" in sys.orig_argv:
     import time
-    import jaxmoe.inspect.targets as targets
+    import jaxmoe.aot.targets as targets
     def waits(target):
         with open(os.environ["JAXMOE_TEST_WAITING"], "w") as file:
             file.write(str(os.getpid()))

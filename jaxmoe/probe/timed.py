@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.inspect.collectives import collectives
+from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import MeasuredOp
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.aot.hlo_collectives import collectives, collectives_and_padding
 from jaxmoe.engine.batch import Bucket
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.collectives import collectives, collectives_and_padding
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.parallel.collectives import Collective

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.question import InspectRequest
 
 _ROW = ("phase", "op", "axes", "count", "bytes")
 _OPTIONS = {

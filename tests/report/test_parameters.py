@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.engine.verify import all_meshes, all_trials
-from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.report import ByteCounts, parameter_reports, report, total_bytes
 from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 from jaxmoe.parallel.layouts import LAYOUTS
+from jaxmoe.report.parameters import ByteCounts, parameter_reports, report, total_bytes
 
 from ..conftest import XLA, mesh_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from jaxmoe.aot.targets import DEVICES, parse_target
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.targets import DEVICES, parse_target
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_what_is_no_target_is_named(text, words):
 
 
 def test_every_gpu_has_the_description_its_compiler_asks_for():
-    from jaxmoe.inspect import targets
+    from jaxmoe.aot import targets
 
     folder = targets.Path(targets.__file__).parent / "gpus"
     described = {path.stem: path.read_text() for path in folder.glob("*.txtpb")}

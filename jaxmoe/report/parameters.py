@@ -10,11 +10,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxmoe.aot.compile import PHASES, collective_rows, compile_step
+from jaxmoe.aot.request import InspectRequest
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import Runner
-from jaxmoe.inspect.aot import PHASES, collective_rows, compile_step
-from jaxmoe.inspect.question import InspectRequest
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.mesh import build_mesh

@@ -12,12 +12,13 @@ import jax
 import pytest
 
 from jaxmoe import AsyncEngine
+from jaxmoe.aot import compile as aot
+from jaxmoe.aot import fit
+from jaxmoe.aot.compile import PHASES, CompiledStep
+from jaxmoe.aot.targets import DEVICES
 from jaxmoe.engine import engine
 from jaxmoe.engine.batch import all_buckets
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect import aot, fit
-from jaxmoe.inspect.aot import PHASES, CompiledStep
-from jaxmoe.inspect.targets import DEVICES
 from jaxmoe.parallel.collectives import Collective
 
 from ..conftest import XLA

@@ -12,16 +12,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.aot.compile import PHASES, Phase, engine_state, held_bytes, step_bucket
+from jaxmoe.aot.request import InspectRequest
+from jaxmoe.aot.targets import DEVICES, parse_target
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
-from jaxmoe.inspect.aot import PHASES, Phase, engine_state, held_bytes, step_bucket
-from jaxmoe.inspect.map.compiled import check_compile_result, compared
-from jaxmoe.inspect.map.fabric import DeviceFabric, fabric_of
-from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.targets import DEVICES, parse_target
+from jaxmoe.map.compiled import check_compile_result, compared
+from jaxmoe.map.fabric import DeviceFabric, fabric_of
 from jaxmoe.model.attend import PAGE_DIMS
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.mesh import PlannedMesh, preset_names

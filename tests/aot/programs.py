@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.engine.batch import Bucket
-from jaxmoe.inspect.collectives import collectives
 
 _PAGES, _PAGE_SIZE = 8, 16
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
+from jaxmoe.aot.compile import abstract_runner
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
 from jaxmoe.engine.dtypes import canonical, choose_dtypes, kv_array_dtype
 from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
-from jaxmoe.inspect.aot import abstract_runner
 from jaxmoe.model.kernels import KernelConfig, choose_kernels
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.inspect.flops import matmuls
 from jaxmoe.ops.grouped import ExpertWeights, block_sizes, grouped_swiglu, plan_blocks, sort_assignments, swiglu_one
+from tests.aot.flops import matmuls
 
 NUM_EXPERTS, TOP_K, WIDTH, FFN = 32, 4, 64, 24
 ROW_FLOPS = 6 * WIDTH * FFN  # gate, up and down of one token in one expert

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.errors import MeshError
-from jaxmoe.inspect import probe as probing
-from jaxmoe.inspect import timed
-from jaxmoe.inspect.collectives import collectives
-from jaxmoe.inspect.probe import DeviceRates, ProbePoint, probe
 from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import MeasuredOp, read_hardware
 from jaxmoe.planner.hardware_file import hardware_text, write_hardware
+from jaxmoe.probe import probe as probing
+from jaxmoe.probe import timed
+from jaxmoe.probe.probe import DeviceRates, ProbePoint, probe
 
 from ..conftest import mesh_of
 

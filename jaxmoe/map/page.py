@@ -18,7 +18,7 @@ _SCRIPTS = ("model.js", "fabric.js", "mesh.js", "play.js", "stages.js", "main.js
 
 def as_page(data: Mapping[str, Any]) -> str:
     """The page of what map_data gives."""
-    folder = resources.files("jaxmoe.inspect.map")
+    folder = resources.files("jaxmoe.map")
     read = lambda name: folder.joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     text = json_text(data).replace("<", "\\u003c")  # no name may end the script
     page = read("page.html").replace("/*STYLE*/", read("style.css")).replace("/*SCRIPT*/", "".join(map(read, _SCRIPTS)))

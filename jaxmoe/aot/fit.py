@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from threading import Thread
 from typing import Any
 
+from jaxmoe.aot.compile import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
+from jaxmoe.aot.request import InspectRequest
+from jaxmoe.aot.targets import CompileTarget, environment, parse_target, topology_devices
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
-from jaxmoe.inspect.aot import PHASES, CompiledStep, collective_rows, compile_step, held_bytes
-from jaxmoe.inspect.question import InspectRequest
-from jaxmoe.inspect.targets import CompileTarget, environment, parse_target, topology_devices
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows
 
@@ -52,7 +52,7 @@ def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambd
     where the compiler is not installed or fails.
     """
     _, target, _ = request.checked()
-    command = [sys.executable, "-m", "jaxmoe.inspect.fit"]
+    command = [sys.executable, "-m", "jaxmoe.aot.fit"]
     result: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as complaints,

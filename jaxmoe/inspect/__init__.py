@@ -1,1 +1,0 @@
-"""Reading compiled programs: collectives, products, memory."""

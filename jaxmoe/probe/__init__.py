@@ -1,0 +1,1 @@
+"""Measurement of devices and interconnects, as a hardware file."""
