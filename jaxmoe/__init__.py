@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError, StepError
 
 if TYPE_CHECKING:
-    from jaxmoe.engine.engine import AsyncEngine
-    from jaxmoe.engine.llm import LLM
+    from jaxmoe.api.async_engine import AsyncEngine
+    from jaxmoe.api.llm import LLM
     from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
 
 __version__ = "0.1.0"
@@ -20,8 +20,8 @@ __all__ = [
 
 # Imported when first used: JAX must not start before the number of devices is known.
 _LAZY = {
-    "LLM": "jaxmoe.engine.llm",
-    "AsyncEngine": "jaxmoe.engine.engine",
+    "LLM": "jaxmoe.api.llm",
+    "AsyncEngine": "jaxmoe.api.async_engine",
     "TokenEvent": "jaxmoe.engine.request",
     "RequestOutput": "jaxmoe.engine.request",
     "SamplingParams": "jaxmoe.engine.request",

@@ -11,15 +11,14 @@ from jax.sharding import Mesh
 from jaxmoe.aot.compile import abstract_runner
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
-from jaxmoe.engine.dtypes import canonical, choose_dtypes, kv_array_dtype
-from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.dtypes import canonical, choose_dtypes, kv_array_dtype
 from jaxmoe.model.kernels import KernelConfig, choose_kernels
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
 from jaxmoe.parallel.sharding import Placement
-from jaxmoe.parallel.stages import layer_segments
+from jaxmoe.parallel.stages import check_virtual_stages, layer_segments
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
 

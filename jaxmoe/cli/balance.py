@@ -19,7 +19,7 @@ from jaxmoe.jsontext import json_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from jaxmoe.engine.llm import LLM
+    from jaxmoe.api.llm import LLM
     from jaxmoe.parallel.eplb import Algorithm
 
 _BAR = 12  # characters
@@ -140,8 +140,8 @@ def _measured(
 ) -> dict[str, Any]:  # fmt: skip
     """Loads of ranks while the model completes prompts: as loaded, as planned for these, and once experts moved."""
     from jaxmoe.engine.request import SamplingParams
-    from jaxmoe.engine.verify import sample_prompts
     from jaxmoe.parallel import eplb as planner
+    from jaxmoe.report.verify import sample_prompts
 
     experts, moe = llm.runner.experts, llm.config.moe
     assert moe is not None

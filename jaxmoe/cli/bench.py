@@ -21,7 +21,7 @@ _CASES = "1x128x64,8x128x64,32x128x64,32x512x1"
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a case on standard output, nothing else")
 def bench(model: str | None, cases: str, repeats: int, options: ModelOptions, as_json: bool) -> None:
     """Measure MODEL on random token ids, end tokens ignored. Compiling is reported apart."""
-    from jaxmoe.engine.bench import parse_cases, run_case
+    from jaxmoe.report.bench import parse_cases, run_case
 
     wanted = parse_cases(cases)
     started = time.perf_counter()

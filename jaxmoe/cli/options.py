@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 if TYPE_CHECKING:
-    from jaxmoe.engine.llm import LLM
+    from jaxmoe.api.llm import LLM
 
 console = Console(stderr=True, highlight=False)
 _MIN_WIDTH = 140  # of tables that no terminal shows
@@ -161,7 +161,7 @@ def load_model(
     model: str | None, options: ModelOptions, *, quiet: bool = False, redundant_experts: int | None = None
 ) -> LLM:  # fmt: skip
     """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
-    from jaxmoe.engine.llm import LLM
+    from jaxmoe.api.llm import LLM
     from jaxmoe.model.kernels import NATIVE_OPS, OPS, KernelConfig
     from jaxmoe.weights.source import DEFAULT_MODEL
 

@@ -11,7 +11,7 @@ from jaxmoe.cli.options import console, start_jax, table_console
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
-    from jaxmoe.engine.verify import MeshCheck
+    from jaxmoe.report.verify import MeshCheck
 
 
 @click.command()
@@ -40,9 +40,9 @@ def verify(
     start_jax(devices)
     import jax
 
-    from jaxmoe.engine.verify import all_meshes, all_trials, verify_trials
     from jaxmoe.families import read_config
     from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
+    from jaxmoe.report.verify import all_meshes, all_trials, verify_trials
     from jaxmoe.weights.checkpoint import read_json
     from jaxmoe.weights.source import DEFAULT_MODEL, find_model
 

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 from jaxmoe.planner.sizes import part_of
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
-from jaxmoe.weights.source import find_config
+from jaxmoe.weights.source import find_config, model_name
 
 _MAX_DEVICES, _MAX_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64, 8, 4096
 
@@ -107,12 +106,6 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
         "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, result),
         "compiled": None if result is None else {"target": result.get("target"), "bytes": result["bytes"]},
     }  # fmt: skip
-
-
-def model_name(config: str) -> str:
-    """What to call the model of a config.json, of a folder with one, or of a preset."""
-    path = Path(config)
-    return (path.resolve().parent.name or path.name) if path.name == "config.json" else path.name.removesuffix(".json")
 
 
 def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:

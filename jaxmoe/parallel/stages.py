@@ -197,3 +197,13 @@ class PipelineSchedule:
         """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends. alone: no
         layers stand beside the stages, whose collectives of several ticks the compiler would join."""
         return alone and ticks <= _MAX_UNROLLED
+
+
+def check_virtual_stages(virtual_stages: int, *, stages: int) -> None:
+    """Raises: ConfigError for a number of virtual stages that the pipeline cannot have."""
+    if type(virtual_stages) is not int or virtual_stages < 1:
+        raise ConfigError(f"virtual_stages={virtual_stages!r} must be a whole number of at least 1")
+    if virtual_stages > 1 and stages == 1:
+        raise ConfigError(
+            f"virtual_stages={virtual_stages} needs stages: the mesh has pipeline=1; leave it or add stages"
+        )

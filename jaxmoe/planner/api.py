@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.dtypes import canonical, choose_dtypes, is_checkpoint_format
-from jaxmoe.engine.llm import check_virtual_stages
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
-from jaxmoe.map.data import model_name
+from jaxmoe.families.dtypes import canonical, choose_dtypes, is_checkpoint_format
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import parse_mesh
+from jaxmoe.parallel.stages import check_virtual_stages
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_disaggregated
@@ -46,7 +45,7 @@ from jaxmoe.planner.search import (
 from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, UnmetLimit, reasons
 from jaxmoe.weights.checkpoint import read_json
-from jaxmoe.weights.source import find_config
+from jaxmoe.weights.source import find_config, model_name
 from jaxmoe.weights.stored import read_stored_config
 
 _PLANNED_ONLY = (

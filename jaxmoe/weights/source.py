@@ -126,3 +126,9 @@ def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
             f"model {repo_id!r} is no local directory and could not be fetched{at}: {reason}; check the name and the "
             f"connection and run again (what has been fetched is kept), or give a local directory"
         ) from error
+
+
+def model_name(config: str) -> str:
+    """What to call the model of a config.json, of a folder with one, or of a preset."""
+    path = Path(config)
+    return (path.resolve().parent.name or path.name) if path.name == "config.json" else path.name.removesuffix(".json")

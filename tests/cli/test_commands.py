@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, ConfigError, SamplingParams
-from jaxmoe.engine import verify
 from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig
+from jaxmoe.report import verify
 from jaxmoe.weights import load
 
 from ..conftest import ONE_DEVICE

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from jaxmoe.aot.request import InspectRequest
-from jaxmoe.engine.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config, with_weights_dtype
+from jaxmoe.families.dtypes import KV_DTYPES, choose_dtypes, kv_array_dtype
 from jaxmoe.quantization.formats import MXFP4, NVFP4, QuantizationFormat
 
 from ..tiny.cases import CASES_BY_NAME

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.cli.main import run
-from jaxmoe.engine import verify
 from jaxmoe.planner.hardware import read_hardware
+from jaxmoe.report import verify
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from jaxmoe.aot import compile as aot
 from jaxmoe.aot import fit
 from jaxmoe.aot.compile import PHASES, CompiledStep
 from jaxmoe.aot.targets import DEVICES
-from jaxmoe.engine import engine
+from jaxmoe.api import async_engine as engine
 from jaxmoe.engine.batch import all_buckets
 from jaxmoe.errors import ConfigError
 from jaxmoe.parallel.collectives import Collective

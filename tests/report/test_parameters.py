@@ -9,10 +9,10 @@ import pytest
 
 from jaxmoe import LLM
 from jaxmoe.aot.request import InspectRequest
-from jaxmoe.engine.verify import all_meshes, all_trials
 from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 from jaxmoe.parallel.layouts import LAYOUTS
 from jaxmoe.report.parameters import ByteCounts, parameter_reports, report, total_bytes
+from jaxmoe.report.verify import all_meshes, all_trials
 
 from ..conftest import XLA, mesh_of
 

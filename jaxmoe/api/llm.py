@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
-from jaxmoe.engine.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
@@ -30,12 +29,14 @@ from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
 from jaxmoe.families import read_config
+from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.model.kernels import KernelOverrides, choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.eplb import ExpertPlacement, balance
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, Layout, parse_layout
 from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
 from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import check_virtual_stages
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_weight_slices, load_params
 from jaxmoe.weights.params import parameter_table, state_of
@@ -431,16 +432,6 @@ class LLM:
             self._core = EngineCore(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)
         self._core.trace, self._core.on_loads = self._trace, self._on_loads
         return self._core
-
-
-def check_virtual_stages(virtual_stages: int, *, stages: int) -> None:
-    """Raises: ConfigError for a number of virtual stages that the pipeline cannot have."""
-    if type(virtual_stages) is not int or virtual_stages < 1:
-        raise ConfigError(f"virtual_stages={virtual_stages!r} must be a whole number of at least 1")
-    if virtual_stages > 1 and stages == 1:
-        raise ConfigError(
-            f"virtual_stages={virtual_stages} needs stages: the mesh has pipeline=1; leave it or add stages"
-        )
 
 
 def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:

@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxmoe.api.llm import LLM, Prompt
 from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.llm import LLM, Prompt
 from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.llm import LLM
+from jaxmoe.api.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import RequestError
 

@@ -13,7 +13,6 @@ import pytest
 
 from jaxmoe.aot.compile import step_bucket
 from jaxmoe.aot.request import InspectRequest
-from jaxmoe.engine.verify import Trial, all_meshes, all_trials, verify_trials
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.model import moe, project
@@ -22,6 +21,7 @@ from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.parallel.sharding import PipelineView, Placement
 from jaxmoe.parallel.stages import layer_segments
+from jaxmoe.report.verify import Trial, all_meshes, all_trials, verify_trials
 
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmoe.engine.llm import LLM
+from jaxmoe.api.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError, StepError
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
