@@ -16,9 +16,9 @@ from pathlib import Path
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.families import read_config
-from jaxmoe.planner.against import MeasuredRow, held_out, predict, read_rows, score
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
+from scripts.planner_validation import MeasuredRow, held_out, predict, read_rows, score
 
 DATA = Path(__file__).parent.parent / "tests" / "planner" / "data"
 SAMPLE, MORE, LOADS = (DATA / f"published_{name}.csv" for name in ("sample", "more", "loads"))

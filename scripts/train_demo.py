@@ -6,6 +6,7 @@ python -m scripts.train_demo --out /tmp/again --reproduces checkpoints/demo
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from rich.console import Console
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.parallel.mesh import build_mesh, emulate_devices, parse_mesh
 from jaxmoe.parallel.sharding import Placement
-from jaxmoe.train.data import num_bytes, read_corpus
-from jaxmoe.train.export import replace_directory, write_checkpoint, write_json
 from jaxmoe.train.loop import train
-from jaxmoe.train.manifest import MANIFEST, REPRODUCED_WITHIN, manifest_of, record_reproduction
 from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
-from jaxmoe.train.tokenizer import token_stream, train_tokenizer
+from scripts.demo_corpus import num_bytes, read_corpus
+from scripts.demo_export import replace_directory, write_checkpoint, write_json
+from scripts.demo_manifest import MANIFEST, REPRODUCED_WITHIN, manifest_of, record_reproduction
+from scripts.demo_recipe import DEMO_RECIPE
+from scripts.demo_tokenizer import token_stream, train_tokenizer
 
-DEFAULT = Recipe()
+DEFAULT = DEMO_RECIPE
 SAMPLES = (
     ("def read_lines(path, encoding=None):\n", 0.0),
     ("def read_lines(path, encoding=None):\n", 0.7),
@@ -102,7 +104,7 @@ def main(out: Path, mesh: str, devices: int, steps: int, seed: int, reproduces: 
         if devices:
             emulate_devices(devices)
         warmup = min(DEFAULT.warmup_steps, max(1, steps // 10))
-        recipe = Recipe(num_steps=steps, warmup_steps=warmup, seed=seed)
+        recipe = replace(DEMO_RECIPE, num_steps=steps, warmup_steps=warmup, seed=seed)
         run(out.resolve(), mesh, recipe, reproduces)
     except JaxmoeError as error:
         raise click.ClickException(str(error)) from None

@@ -92,7 +92,7 @@ class LLM:
         dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
         (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
         fastest here: on a CPU the native kernels where there is a C++ compiler. max_num_seqs: requests run together,
-        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (parallel/layouts.py).
+        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (parallel/layouts).
         virtual_stages: of each pipeline stage: more make stages wait less and send more. redundant_experts: places for
         experts beyond their number in each MoE layer, 0 or more (rounded up so that all ranks have as many), to move
         experts among by place_experts; None keeps them in order. verify: hold a converted checkpoint against its

@@ -8,8 +8,8 @@ import pytest
 
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import check_axes
-from jaxmoe.planner.against import _hardware_name, _load, held_out, placed, predict, read_rows, score
 from jaxmoe.planner.hardware import hardware_names
+from scripts.planner_validation import _hardware_name, _load, held_out, placed, predict, read_rows, score
 from scripts.score_planner import LOADS, MORE, SAMPLE, config_of
 
 

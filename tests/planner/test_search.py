@@ -12,11 +12,11 @@ import pytest
 from jaxmoe.errors import ConfigError
 from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
 from jaxmoe.parallel.mesh import check_axes
-from jaxmoe.planner.against import predict, read_rows, score
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search
 from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.why import NeighborPlans, reasons
+from scripts.planner_validation import predict, read_rows, score
 from scripts.score_planner import config_of
 
 from .plans import LOAD, found, question

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import ConfigError
-from jaxmoe.train.data import HELD_OUT, SourceFile, batches, evaluation_batches, num_bytes, read_corpus
-from jaxmoe.train.tokenizer import END_OF_TEXT, token_stream, train_tokenizer
+from jaxmoe.train.data import batches, evaluation_batches
+from scripts.demo_corpus import HELD_OUT, SourceFile, num_bytes, read_corpus
+from scripts.demo_tokenizer import END_OF_TEXT, token_stream, train_tokenizer
 
 
 @pytest.fixture(scope="module")

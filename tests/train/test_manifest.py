@@ -10,9 +10,9 @@ import pytest
 from jaxmoe.errors import CheckpointError
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.loop import HeldOut, TrainResult
-from jaxmoe.train.manifest import MANIFEST, manifest_of, record_reproduction
-from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import TrainState
+from scripts.demo_manifest import MANIFEST, manifest_of, record_reproduction
+from scripts.demo_recipe import DEMO_RECIPE
 from tests.conftest import mesh_of
 
 
@@ -39,12 +39,12 @@ def test_manifest_states_the_recipe_and_every_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     placement = Placement(mesh=mesh_of("data=2"))
     manifest = manifest_of(
-        tmp_path, recipe=Recipe(), corpus={"license": "PSF-2.0"}, placement=placement, result=result(1.0),
+        tmp_path, recipe=DEMO_RECIPE, corpus={"license": "PSF-2.0"}, placement=placement, result=result(1.0),
         num_parameters=7, samples=[],
     )  # fmt: skip
     assert json.loads(json.dumps(manifest)) is not None
     assert manifest["recipe"]["model"]["moe"]["num_experts"] >= 8
-    assert manifest["recipe"]["learning_rate"] == Recipe().learning_rate
+    assert manifest["recipe"]["learning_rate"] == DEMO_RECIPE.learning_rate
     assert manifest["held_out"]["nats_per_byte"] == 1.0
     assert manifest["files"]["config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
 

@@ -14,10 +14,11 @@ from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.sharding import Placement
-from jaxmoe.train.export import replace_directory, write_checkpoint
 from jaxmoe.train.loop import as_written, evaluate, train
-from jaxmoe.train.recipe import DEMO_MODEL, Recipe
+from jaxmoe.train.recipe import Recipe
 from jaxmoe.train.step import Trainer
+from scripts.demo_export import replace_directory, write_checkpoint
+from scripts.demo_recipe import DEMO_MODEL, DEMO_RECIPE
 from tests.conftest import mesh_of
 
 MODEL = ModelConfig(
@@ -173,7 +174,7 @@ def test_the_demo_model_splits_on_the_meshes_that_train_it():
     assert DEMO_MODEL.moe is not None
     assert DEMO_MODEL.moe.num_experts >= 8
     for mesh in (ONE, "data=2", EIGHT):
-        Trainer(Recipe(), Placement(mesh=mesh_of(mesh)))
+        Trainer(DEMO_RECIPE, Placement(mesh=mesh_of(mesh)))
 
 
 def test_replace_directory_leaves_the_new_one_only(tmp_path):

@@ -21,9 +21,9 @@ from jaxmoe.families import FAMILIES, weight_slices
 from jaxmoe.jsontext import json_text
 from jaxmoe.parallel.sharding import Placement, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment
-from jaxmoe.train.tokenizer import END_OF_TEXT
 from jaxmoe.weights.checkpoint import SINGLE
 from jaxmoe.weights.dtypes import check_reach
+from scripts.demo_tokenizer import END_OF_TEXT
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmoe.train.data import SourceFile
+from scripts.demo_corpus import SourceFile
 
 END_OF_TEXT = "<|endoftext|>"
 # Ends of lines; indentation in one piece; a word with the blank before it; single digits; runs of signs.

@@ -13,9 +13,9 @@ from typing import Any
 from jaxmoe.errors import CheckpointError
 from jaxmoe.parallel.mesh import describe
 from jaxmoe.parallel.sharding import Placement
-from jaxmoe.train.export import file_facts, write_json
 from jaxmoe.train.loop import TrainResult
 from jaxmoe.train.recipe import Recipe
+from scripts.demo_export import file_facts, write_json
 
 MANIFEST = "manifest.json"
 REPRODUCED_WITHIN = 0.02
