@@ -98,7 +98,7 @@ def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, mo
 def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir, tmp_path):
     """The process apart stands where it compiles; it ends with the one that waits for it."""
     (tmp_path / "sitecustomize.py").write_text(_WAITING)
-    code = f"from jaxmoe.aot.fit import Question, compile_for; compile_for({question(tiny_dir)!r})"
+    code = f"from jaxmoe.aot.fit import CompileRequest, compile_for; compile_for({question(tiny_dir)!r})"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     waiting = tmp_path / "waiting"
     environment = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}

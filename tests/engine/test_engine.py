@@ -57,7 +57,7 @@ async def all_together(engine: AsyncEngine, requests) -> list[list[int]]:
 def twice_with_pages_that_come_back(llm, requests, **sizes) -> list[list[int]]:
     """What requests give an engine with little room, whose pages go to host memory: the same the second time."""
     with AsyncEngine(llm, host_cache_gib=1e-3, **sizes) as engine:
-        engine._core.scheduler.keep_on_host(True)  # whatever was measured
+        engine._core.scheduler.enable_offload(True)  # whatever was measured
         found = [asyncio.run(all_together(engine, requests)) for _ in range(2)]
         stats = engine.stats()
     assert found[0] == found[1]

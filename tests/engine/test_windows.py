@@ -87,7 +87,7 @@ def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm)
         core.step()
     prompt = first.sequence.tokens[:38]
     assert core.scheduler.num_evicted == 2
-    assert core.scheduler.pools[0].find(prompt, limit=37, whole=True).num_pages == 0
+    assert core.scheduler.pools[0].match_prefix(prompt, limit=37, whole=True).num_pages == 0
     (again,) = core.submit(2, prompt, params)
     while core.busy:
         core.step()

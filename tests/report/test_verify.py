@@ -108,7 +108,7 @@ def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layou
             assert placement.token_dim(tokens * runner.num_ranks) == "sequence_sharded"
             assert tokens * runner.num_ranks % (placement.strip_rows * placement.num_shards("sequence_sharded")) == 0
             assert bucket.num_tokens <= 2 * (
-                bucket.rows + placement.num_stages * max(chunk, 2 * placement.strip_tokens)
+                bucket.seq_slots + placement.num_stages * max(chunk, 2 * placement.strip_tokens)
             )
 
 

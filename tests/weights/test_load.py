@@ -55,7 +55,7 @@ def _prepare(
     directory: Path, mesh: str, dtype: str = "float32", layers: LayersMode = "scan", chunks: int = 1
 ) -> Prepared:
     config = read_config(read_json(directory / "config.json"))
-    placement = Placement(mesh=mesh_of(mesh), chunks=chunks)
+    placement = Placement(mesh=mesh_of(mesh), virtual_stages=chunks)
     model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     sizes = segment_sizes(config, placement, model.layer_segments)
