@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.api.llm import LLM, Prompt
 from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
-from jaxmoe.engine.core import EngineCore, Request, RequestFinished
+from jaxmoe.engine.core import Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
 from jaxmoe.engine.trace import Trace, check_trace_path
@@ -84,26 +84,32 @@ class AsyncEngine:
             self.llm, max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib, page_size=page_size,
             chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_cache_gib=host_cache_gib,
         )  # fmt: skip
+        self._shared = self.llm._shared
         try:
-            self._core = EngineCore(
-                self.llm.runner, self._scheduler_config, tokenizer=self.llm.tokenizer, eos=self.llm.eos,
-                trace=None if trace is None else Trace(self.llm.trace_facts()),
-            )  # fmt: skip
+            self._core = self._shared.reserve(
+                self._scheduler_config, trace=None if trace is None else Trace(self.llm.trace_facts())
+            )
         except RequestError as error:
             raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have: {error}") from error
-        with (
-            contextlib.nullcontext(on_compile)
-            if on_compile
-            else _compile_bar(self._scheduler_config, self.llm) as report
-        ):
-            self._core.warm_up(report)
+        try:
+            self._warm_up(on_compile)
+        except BaseException:
+            self._shared.release()
+            raise
         self._ids = itertools.count()
         self._event_queues: dict[str, _EventQueue] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # around _closed and the names in use
-        self._closed = False
+        self._closed = self._released = self._failed = False
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
+
+    def _warm_up(self, on_compile: Callable[[int, int], None] | None) -> None:
+        if self._core.warmed_up:  # by an earlier engine of the same size on this LLM
+            return
+        bar = contextlib.nullcontext(on_compile) if on_compile else _compile_bar(self._scheduler_config, self.llm)
+        with self._shared.lock, bar as report:
+            self._core.warm_up(report)
 
     def stream(
         self,
@@ -122,8 +128,7 @@ class AsyncEngine:
         it.
         """
         ids = self.llm.checked_prompt(prompt, params)
-        most = self._scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
-        self._core.scheduler.check(len(ids), max(len(ids) + 1, most), keeps_all=params.reads_history)
+        self._core.check(len(ids), params)
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")
         if timeout_s is not None and not (is_finite(timeout_s) and timeout_s >= 0):
@@ -176,9 +181,12 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
-        if self._trace_path is not None and self._core.trace is not None:
-            self._core.trace.write(self._trace_path)
-            self._core.trace = None
+        trace = self._core.trace
+        if not self._released:
+            self._released = True
+            self._shared.release(discard=self._failed)
+        if self._trace_path is not None and trace is not None:
+            trace.write(self._trace_path)
 
     def __enter__(self) -> AsyncEngine:
         return self
@@ -193,6 +201,7 @@ class AsyncEngine:
             self._serve()
             reason, fault = "cancelled", None
         except Exception as error:  # nothing is left to serve with: say so to everyone rather than fall silent
+            self._failed = True
             reason, fault = "error", StepError(f"the engine stopped: {error}")
             fault.__cause__ = error
         with self._lock:
@@ -203,27 +212,35 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         while True:
-            while not self._core.busy or not self._commands.empty():
+            while not self._has_requests() or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     for event_queue in list(self._event_queues.values()):
                         self._cancel(event_queue)
                     return
                 command()
-            self._core.step()
+            with self._shared.lock:
+                if self._core.busy:  # LLM.generate in another thread may have run the last step
+                    self._core.step()
             for event_queue in list(self._event_queues.values()):
                 self._publish(event_queue)
+
+    def _has_requests(self) -> bool:
+        """Return whether any request runs, waits or has events that are not published yet."""
+        return any(event_queue.requests for event_queue in list(self._event_queues.values()))
 
     def _submit(
         self, event_queue: _EventQueue, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
-        event_queue.requests = self._core.submit(
-            0, ids, params, name=event_queue.request_id, priority=priority, deadline=deadline
-        )
+        with self._shared.lock:
+            event_queue.requests = self._core.submit(
+                0, ids, params, name=event_queue.request_id, priority=priority, deadline=deadline
+            )
 
     def _cancel(self, event_queue: _EventQueue) -> None:
-        for request in event_queue.requests:
-            self._core.cancel(request)
+        with self._shared.lock:
+            for request in event_queue.requests:
+                self._core.cancel(request)
         self._publish(event_queue)
 
     def _publish(self, event_queue: _EventQueue) -> None:

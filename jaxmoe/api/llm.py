@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.api.shared_core import SharedCore
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
@@ -57,10 +57,9 @@ class LLM:
         self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_num_seqs: int = 64
     ) -> None:
         self.runner, self.tokenizer, self.eos, self.max_num_seqs = runner, tokenizer, eos, max_num_seqs
-        self._core: EngineCore | None = None
+        self._shared = SharedCore(runner, tokenizer=tokenizer, eos=eos)
         self._trace: Trace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
-        self._lock = threading.RLock()  # one thread at a time plans and sends steps
 
     @classmethod
     def load(
@@ -148,6 +147,14 @@ class LLM:
             even = np.ones((own.num_layers, own.num_experts))
             runner.place_experts(balance(even, num_replicas=own.num_physical_experts, num_ranks=own.num_ranks))
         return cls(runner, tokenizer=tokenizer, eos=eos, max_num_seqs=max_num_seqs)
+
+    @property
+    def _core(self) -> EngineCore | None:
+        return self._shared.core
+
+    @_core.setter
+    def _core(self, core: EngineCore | None) -> None:
+        self._shared.core = core
 
     @property
     def config(self) -> ModelConfig:
@@ -289,8 +296,10 @@ class LLM:
         Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed, or
         its logits are not finite.
         """
-        with self._lock:
+        with self._shared.lock:
             core = self._core_for(inputs)
+            for ids, p in inputs:  # all, before any is queued
+                core.check(len(ids), p)
             requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(inputs)]
         unfinished = {id(request): request for samples in requests for request in samples}
         try:
@@ -304,10 +313,10 @@ class LLM:
                             del unfinished[id(request)]
                         yield event
                 if unfinished:
-                    with self._lock:
+                    with self._shared.lock:
                         core.step()
         finally:
-            with self._lock:
+            with self._shared.lock:
                 for request in unfinished.values():
                     core.cancel(request)
 
@@ -326,12 +335,18 @@ class LLM:
             nonlocal totals
             totals += loads
 
-        with self._lock:
-            self._core, self._on_loads = None, count
+        with self._shared.lock:
+            if self._core is not None:
+                if self._core.busy:
+                    raise RequestError(
+                        "expert_loads counts from an empty cache, and requests run on this LLM: wait for them"
+                    )
+                self._core.scheduler.reset_prefix_cache()
+            self._on_loads = count
         try:
             self.generate(prompts, params)
         finally:
-            with self._lock:
+            with self._shared.lock:
                 self._on_loads = None
                 if self._core is not None:
                     self._core.on_loads = None
@@ -343,7 +358,7 @@ class LLM:
         Requests that run go on. Raises: ConfigError if the placement is not of this model, or it was loaded without
         redundant_experts.
         """
-        with self._lock:
+        with self._shared.lock:
             self.runner.place_experts(experts)
 
     @contextmanager
@@ -355,12 +370,14 @@ class LLM:
         """
         check_trace_path(path)
         trace = Trace(self.trace_facts())
-        with self._lock:
+        with self._shared.lock:
+            if self._shared.reserved and self._core is not None and self._core.trace is not None:
+                raise RequestError("the AsyncEngine on this LLM writes a trace already: close it first")
             self._trace = trace
         try:
             yield trace
         finally:
-            with self._lock:
+            with self._shared.lock:
                 self._trace = None
                 if self._core is not None:
                     self._core.trace = None
@@ -396,6 +413,9 @@ class LLM:
 
     def _scheduler_config_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
         """Room for these requests, and for what there is room for already."""
+        fixed = self._shared.fixed([(len(ids), p) for ids, p in inputs])
+        if fixed is not None:
+            return fixed.scheduler_config
         context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
         longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in inputs)
         expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in inputs)
@@ -419,19 +439,20 @@ class LLM:
         )
         keeps_all = any(p.reads_history for _, p in inputs)
         whole = (
-            needed if self._core is None else needed.joined(self._core.scheduler_config)
+            needed if self._core is None or self._core.warmed_up else needed.joined(self._core.scheduler_config)
         )  # larger chunks need more pages
         usual, most = (whole.max_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
         return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """An engine core with room for these requests: the one there is, or a larger one in its place."""
-        scheduler_config = self._scheduler_config_for(inputs)
-        if self._core is None or self._core.scheduler_config != scheduler_config:
-            self._core = None  # its pages are given back before new ones are asked for
-            self._core = EngineCore(self.runner, scheduler_config, tokenizer=self.tokenizer, eos=self.eos)
-        self._core.trace, self._core.on_loads = self._trace, self._on_loads
-        return self._core
+        core = self._shared.fixed([(len(ids), p) for ids, p in inputs])
+        if core is None:
+            core = self._shared.fit(self._scheduler_config_for(inputs))
+        if not self._shared.reserved or self._trace is not None:
+            core.trace = self._trace
+        core.on_loads = self._on_loads
+        return core
 
 
 def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:

@@ -209,6 +209,12 @@ class EngineCore:
         """Whether anything runs or waits."""
         return bool(self.requests or self._in_flight)
 
+    def check(self, num_prompt: int, params: SamplingParams) -> None:
+        """Raise RequestError if a request of num_prompt tokens could never run to its end."""
+        keeps_all = params.reads_history
+        max_total = self.scheduler_config.max_total(num_prompt, params.max_tokens, keeps_all=keeps_all)
+        self.scheduler.check(num_prompt, max(num_prompt + 1, max_total), keeps_all=keeps_all)
+
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
         deadline: float | None = None,
