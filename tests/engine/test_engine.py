@@ -8,7 +8,7 @@ import random
 import jax
 import pytest
 
-from jaxmoe import AsyncEngine, RequestError, SamplingParams, StepError
+from jaxmoe import LLM, AsyncEngine, RequestError, SamplingParams, StepError
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops.native import find_compiler
 
@@ -227,21 +227,26 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
     assert engine.stats()["pages_in_use"] == 0
 
 
+def apart(llm: LLM) -> LLM:
+    """The same weights and programs with an engine core of their own, beside the engine of this module."""
+    return LLM(llm.runner, tokenizer=llm.tokenizer, eos=llm.eos)
+
+
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
-    llm, sizes = tiny_llm(CASE, "data=1"), dict(max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
+    llm, sizes = apart(tiny_llm(CASE, "data=1")), dict(max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
     progress = []
     with AsyncEngine(llm, **sizes, on_compile=lambda done, total: progress.append((done, total))):
         total = progress[0][1]
         assert progress == [(done, total) for done in range(total + 1)]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
-    with AsyncEngine(llm, **sizes) as engine:
+    with AsyncEngine(apart(llm), **sizes) as engine:
         stats, shown = engine.stats(), capsys.readouterr().err
     assert f"pages for {stats['pool_tokens']} tokens of {stats['bytes_per_token']} bytes" in " ".join(shown.split())
 
 
 def test_closing_ends_every_stream(tiny_llm):
-    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(apart(tiny_llm(CASE, "data=1")), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
 
     async def scene():
         listening = asyncio.create_task(collect(engine, [1], SamplingParams(max_tokens=40, ignore_eos=True)))
@@ -257,7 +262,7 @@ def test_closing_ends_every_stream(tiny_llm):
 
 
 def test_a_thread_that_dies_tells_everyone(tiny_llm, monkeypatch):
-    engine = AsyncEngine(tiny_llm(CASE, "data=1"), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
+    engine = AsyncEngine(apart(tiny_llm(CASE, "data=1")), max_num_seqs=2, context=48, page_size=4, chunk_tokens=16)
     monkeypatch.setattr(engine._core.scheduler, "plan", lambda: 1 / 0)
 
     async def scene():
