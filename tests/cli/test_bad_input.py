@@ -176,11 +176,11 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", ""], ["hardware '' is no preset"]),
     (
         ["plan", "llama-3.1-8b", "--hardware", "~nobody-of-this-name/h.toml"],
-        ["~nobody-of-this-name/h.toml' is no path"],
+        ["~nobody-of-this-name/h.toml' is not a valid path"],
     ),
     (
         ["plan", "~nobody-of-this-name/config.json", "--hardware", "h100"],
-        ["~nobody-of-this-name/config.json' is no path"],
+        ["~nobody-of-this-name/config.json' is not a valid path"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--rule-of-thumb", "--plot", "x.png"],
@@ -188,7 +188,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "pipeline=64"],
-        ["pipeline=64 needs at least 64 alike layers", "use fewer stages"],
+        ["pipeline=64 needs at least 64 identical consecutive layers", "use fewer stages"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "tensor=2", "--virtual-stages", "2"],
@@ -232,7 +232,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--mesh", "data=-8"], ["'data=-8' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=two"], ["'data=two' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
-    ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
+    ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 identical", "use fewer stages"]),
     ([*GENERATE, "--virtual-stages", "0"], ["virtual_stages=0 must be a whole number of at least 1"]),
     ([*GENERATE, "--virtual-stages", "2"], ["virtual_stages=2 needs stages: the mesh has pipeline=1"]),
     ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
@@ -271,7 +271,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     # what is asked of inspect
     (["inspect", "good"], ["Missing option", "--mesh"]),
     ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
-    ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
+    ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 identical", "use fewer stages"]),
     ([*INSPECT, "--mesh", "tensor=16"], ["tensor=16 needs 16 devices and there are 8", "--devices 16"]),
     ([*INSPECT, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
     ([*INSPECT, "--virtual-stages", "2"], ["virtual_stages=2 needs stages"]),
@@ -303,7 +303,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*MAP, "--max-num-seqs", "0"], ["max_num_seqs=0 must lie in [1, "]),
     ([*MAP, "--hardware", ""], ["hardware '' is no preset"]),
-    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware '~nobody-of-this-name/h.toml' is no path"]),
+    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware '~nobody-of-this-name/h.toml' is not a valid"]),
     ([*MAP, "--hardware", "a100", "--target", "v5e:16x8"], ["hardware a100 and target v5e:16x8 differ"]),
     ([*MAP[:-1], "map.txt"], ["output map.txt must end in .html"]),
     ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
