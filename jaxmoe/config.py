@@ -257,8 +257,8 @@ class ModelConfig:
         sinks: whether every query head has an attention sink: a logit that takes part in the softmax and has no value.
         score_scale: factor of attention scores; head_dim ** -0.5 by default.
         mtp_layers: number of multi-token prediction layers, which checkpoints contain and inference ignores.
-        checkpoint_quantization: how the checkpoint's files store quantized matrices; None if all are plain.
-        quantization: which parameters of the model are quantized, and how; None if all are plain.
+        checkpoint_quantization: how the checkpoint's files store quantized matrices, if they do.
+        quantization: which parameters of the model are quantized and how, if any are.
         checkpoint: names and shapes of the stored tensors, if they differ from the published ones.
 
     Raises: ConfigError with the value and its limit.
@@ -366,7 +366,7 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     def chunk(self, layer: int) -> int | None:
-        """Return the attention chunk size of a layer in positions, or None if it has no chunks."""
+        """Return the attention chunk size of a layer in positions, if it has chunks."""
         return self.attention_chunks[layer] if self.attention_chunks else None
 
     @property
