@@ -125,7 +125,7 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     # experts over the expert axis, with tensor parallelism in layers and in each expert
     "ep-tp": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert",), expert_width=("tensor",)),
-    # tensor-parallel attention, whole experts over both axes
+    # tensor-parallel attention, whole experts over expert and tensor
     "tp-ep": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert", "tensor"), expert_width=()),
     # data-parallel attention, whole experts over expert and tensor
     "dp-ep": Layout(batch=_FREE_AXES, split=(), experts=("expert", "tensor"), expert_width=()),
