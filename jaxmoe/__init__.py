@@ -1,4 +1,4 @@
-"""jaxmoe: one model over many devices, as if they were one."""
+"""jaxmoe: runs one Mixture-of-Experts model over many devices as if they were one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "RequestOutput", "SamplingParams", "StepError", "TokenEvent",
 ]  # fmt: skip
 
-# Imported when first used: JAX must not start before the number of devices is known.
+# Imported on first use: JAX must not start before the number of devices is known.
 _LAZY = {
     "LLM": "jaxmoe.api.llm",
     "AsyncEngine": "jaxmoe.api.async_engine",

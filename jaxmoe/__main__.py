@@ -1,4 +1,4 @@
-"""python -m jaxmoe."""
+"""Runs the command line: python -m jaxmoe."""
 
 from jaxmoe.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Where the data that travels with the package lies: mesh presets and the embedded default checkpoint."""
+"""Locations of the data packaged with jaxmoe: mesh presets, model configs and the embedded default checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def asset_dir(name: str) -> Path:
-    """The folder of packaged data called name ("meshes", "models" or "checkpoints"), in a wheel or in a checkout."""
+    """Return the folder of the packaged data `name` ("meshes", "models" or "checkpoints"), in a wheel or a checkout."""
     here = Path(__file__).resolve().parent
     packaged = here / "_assets" / name
     return packaged if packaged.is_dir() else here.parent / name

@@ -1,4 +1,4 @@
-"""ModelConfig: what a decoder-only transformer is, in config.json's terms. Holds no mesh, no array."""
+"""ModelConfig: the architecture of a decoder-only transformer, in the terms of config.json. Holds no mesh, no array."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 from jaxmoe.errors import ConfigError
 from jaxmoe.quantization.formats import CheckpointQuantization, WeightQuantization
 
-# Norms of query and key: with weights over each head or over all, or without over each head that is turned.
+# RMS norm of query and key: "head" is over each head, "full" over all heads, "unit" over each head without weights,
+# in layers with RoPE only.
 QKNorm = Literal["none", "head", "full", "unit"]
 Scoring = Literal["softmax", "sigmoid"]
 TopKOf = Literal["scores", "logits"]
@@ -18,8 +19,11 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp3
 
 
 def canonical_dtype(name: str) -> str:
-    """Return the full name of a dtype given as an alias (bf16, fp16, half, fp32, float, torch.bfloat16); any other
-    name is returned as it is."""
+    """Return the full name of a dtype.
+
+    Aliases are bf16, fp16, half, fp32, float, and any name with the prefix "torch.". Other names are returned
+    unchanged.
+    """
     short = name.removeprefix("torch.")
     return _DTYPE_ALIASES.get(short, short)
 
@@ -31,13 +35,22 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. scaling is "none", "linear" (divide every frequency by factor), "llama3"
-    (by wavelength: keep short ones, divide long ones by factor, blend between) or "yarn" (by turns within the original
-    context: keep those of beta_fast and more, divide those of beta_slow and fewer by factor, blend between).
+    """Configure rotary position embedding (RoPE).
 
-    dims: the first numbers of a head that are turned; 0 for all. interleaved: whether checkpoints have the two numbers
-    of a pair side by side; in parameters they lie half a head apart. attention_factor: of cosine and sine.
-    Source: Llama 3.1's published config, YaRN (arXiv 2309.00071), Hugging Face's rope_scaling keys of the same names.
+    Attributes:
+        theta: base of the rotary frequencies.
+        scaling: how frequencies are scaled. "none": unchanged. "linear": all are divided by factor. "llama3": by
+            wavelength; short wavelengths are unchanged, long ones are divided by factor, with a blend in between.
+            "yarn": by the number of rotations within the original context; frequencies of at least beta_fast rotations
+            are unchanged, those of at most beta_slow are divided by factor, with a blend in between.
+        factor: divisor of scaled frequencies.
+        attention_factor: factor of cosine and sine.
+        dims: number of leading dims of a head that are rotated; 0 for all.
+        interleaved: whether checkpoints store the two numbers of a rotated pair next to each other. Model parameters
+            store them half a head apart.
+
+    The other attributes have the names of their keys in Hugging Face's rope_scaling.
+    Source: Llama 3.1's published config, YaRN (arXiv 2309.00071), Hugging Face's rope_scaling.
     """
 
     theta: float
@@ -81,9 +94,12 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Multi-head latent attention: keys and values of all heads come from one latent of kv_lora_rank numbers a token
-    and qk_rope_head_dim turned ones, which alone are cached. Queries come from a latent of q_lora_rank, or directly
-    where that is None. Source: DeepSeek-V2 (arXiv 2405.04434)."""
+    """Configure multi-head latent attention (MLA).
+
+    Keys and values of all heads are computed from one latent of kv_lora_rank numbers per token and qk_rope_head_dim
+    rotated numbers. Only these are cached. Queries are computed from a latent of q_lora_rank numbers, or from the
+    hidden state if q_lora_rank is None. Source: DeepSeek-V2 (arXiv 2405.04434).
+    """
 
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -100,14 +116,16 @@ class MLAConfig:
 
     @property
     def cached_dim(self) -> int:
-        """Numbers that are cached of a token and layer."""
+        """Return how many numbers are cached per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexerConfig:
-    """What chooses the top_k tokens that a query of sparse latent attention attends to (DeepSeek-V3.2). Read, so that
-    such models can be sized; not run."""
+    """Configure the indexer of sparse latent attention, which selects top_k tokens for each query (DeepSeek-V3.2).
+
+    It is read to size such models. It cannot be run.
+    """
 
     num_heads: int
     head_dim: int
@@ -116,7 +134,7 @@ class IndexerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGLUClamp:
-    """The clamped SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), gate kept below limit, up within it.
+    """Configure the clamped SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), gate at most limit, up in [-limit, limit].
 
     Source: GPT-OSS's published modeling code.
     """
@@ -130,15 +148,27 @@ class SwiGLUClamp:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A Mixture-of-Experts block: num_experts of width intermediate_size, num_experts_per_tok chosen for each token.
+    """Configure a Mixture-of-Experts block.
 
-    shared_intermediate_size > 0 adds an expert every token visits, scaled by a sigmoid gate where shared_gate
-    (Qwen2-MoE). num_groups > 1: a token chooses among the experts of its top_groups best groups, each as good as the
-    sum of its experts_per_group_score most likely experts (n_group and topk_group of DeepSeek's configs). scoring: what
-    makes scores of the router's logits. top_k_of: whether experts are chosen by their scores, or by the logits before
-    scoring, which never saturate. router_bias: added to the logits; selection_bias: added to scores for the choice
-    alone. routed_scaling: what weights are multiplied by. apply_router_weight_on_input: whether an expert's input is
-    weighted, not its output. biases: of the experts' three matrices. clamp: in place of SwiGLU.
+    Attributes:
+        num_experts: number of routed experts.
+        num_experts_per_tok: number of experts chosen for each token (top_k).
+        intermediate_size: width of each expert.
+        norm_topk_prob: whether the weights of the chosen experts are normalized to sum to 1.
+        shared_intermediate_size: width of a shared expert that every token visits; 0 for no shared expert.
+        num_groups: number of expert groups (n_group in DeepSeek's configs). If above 1, a token chooses only among the
+            experts of its top_groups best groups.
+        top_groups: number of groups a token chooses from (topk_group in DeepSeek's configs).
+        experts_per_group_score: number of best experts of a group whose scores are summed to the group's score.
+        scoring: function that turns router logits into scores.
+        top_k_of: whether experts are chosen by their scores or by the logits, which never saturate.
+        router_bias: whether a bias is added to the logits.
+        selection_bias: whether a bias is added to the scores for the choice of experts only.
+        routed_scaling: factor of the routing weights.
+        apply_router_weight_on_input: whether the routing weight multiplies an expert's input instead of its output.
+        shared_gate: whether a sigmoid gate scales the shared expert (Qwen2-MoE).
+        biases: whether the three matrices of an expert have biases.
+        clamp: clamped SwiGLU that replaces SwiGLU.
     """
 
     num_experts: int
@@ -191,17 +221,18 @@ class MoEConfig:
         _require(self.routed_scaling > 0, f"routed_scaling_factor={self.routed_scaling} must be above 0")
         _require(
             not self.apply_router_weight_on_input or self.num_experts_per_tok == 1,
-            f"num_experts_per_tok={self.num_experts_per_tok} must be 1 where weights multiply an expert's input",
+            f"num_experts_per_tok={self.num_experts_per_tok} must be 1 with apply_router_weight_on_input",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointLayout:
-    """Which tensors a checkpoint stores, where config.json does not tell.
+    """Describe which tensors a checkpoint stores where config.json does not.
 
-    stacked_experts: the experts of a layer lie in one tensor for gate and up [E, 2F, D] and one for down [E, D, F], as
-    transformers 5 saves them with save_original_format=False. head_is_embedding: a tied embedding is stored under the
-    output head's name alone.
+    Attributes:
+        stacked_experts: whether the experts of a layer are stored as one tensor [E, 2F, D] for gate and up and one
+            tensor [E, D, F] for down. transformers 5 saves this layout with save_original_format=False.
+        head_is_embedding: whether a tied embedding is stored only under the name of the LM head.
     """
 
     stacked_experts: bool = False
@@ -210,19 +241,27 @@ class CheckpointLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One decoder-only transformer. Per-layer facts are tuples of length num_hidden_layers.
+    """Configure a decoder-only transformer. Per-layer attributes are tuples of length num_hidden_layers.
 
-    moe_layers: True where the layer's MLP is `moe`. sliding_windows: tokens attended to, itself included; None for all.
-    checkpoint_quantization: how the checkpoint's files hold matrices that are quantized; quantization: which of the
-    model's are, and how; None where all are plain. attention_chunks: a token attends within its chunk of so many
-    positions; None for all; () for no layer with any. rope_layers: whether positions are embedded; () for all. In
-    layers without, queries grow with their position where attn_temperature_tuning is given: (scale, floor) as in 1 +
-    scale * log(1 + floor_of((position + 1) / floor)). mla: in place of grouped-query attention; head_dim is then that
-    of queries, num_key_value_heads 1. sinks: a logit of every query head that takes part in its softmax and adds
-    nothing. score_scale: of attention scores, head_dim ** -0.5 where None. mtp_layers: those of multi-token prediction,
-    which checkpoints carry and inference leaves out. checkpoint: names and shapes of the stored tensors, where they are
-    not the published ones.
-    Raises: ConfigError naming the value and its limit.
+    Attributes:
+        moe_layers: True for layers whose MLP is `moe`.
+        sliding_windows: number of tokens a token attends to, including itself; None for all.
+        clip_qkv: bound to which queries, keys and values are clipped in both directions.
+        attention_chunks: chunk size in positions; a token attends only within its chunk. None for no chunks, () if no
+            layer has chunks.
+        rope_layers: whether a layer applies RoPE; () if all layers do.
+        attn_temperature_tuning: (scale, floor). Layers without RoPE multiply queries by 1 + scale * log(1 +
+            floor_of((position + 1) / floor)).
+        mla: multi-head latent attention, which replaces grouped-query attention. head_dim is then the query head dim,
+            and num_key_value_heads is 1.
+        sinks: whether every query head has an attention sink: a logit that takes part in the softmax and has no value.
+        score_scale: factor of attention scores; head_dim ** -0.5 by default.
+        mtp_layers: number of multi-token prediction layers, which checkpoints contain and inference ignores.
+        checkpoint_quantization: how the checkpoint's files store quantized matrices, if they do.
+        quantization: which parameters of the model are quantized and how, if any are.
+        checkpoint: names and shapes of the stored tensors, if they differ from the published ones.
+
+    Raises: ConfigError with the value and its limit.
     """
 
     family: str
@@ -293,43 +332,51 @@ class ModelConfig:
         _require(self.clip_qkv is None or self.clip_qkv > 0, f"clip_qkv={self.clip_qkv} must be above 0")
 
     def __hash__(self) -> int:
-        """Of a few fields: a config is a key of tables far more often than configs differ in the rest alone."""
+        """Return a hash of a few fields. Configs are looked up in dictionaries often, and configs that differ only in
+        the other fields are rare."""
         return hash((self.family, self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers))
 
     @property
     def num_query_groups(self) -> int:
-        """Query heads that share one key/value head."""
+        """Return how many query heads share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
-        """Numbers of what is cached of a token, layer and head slot: a key and a value, or a latent key alone, whose
-        first numbers are the value."""
+        """Return the sizes of the vectors cached per token, layer and head slot.
+
+        These are a key and a value. For latent attention there is only a key, the latent, whose first numbers are the
+        value.
+        """
         return (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
 
     @property
     def attention_output_dim(self) -> int:
-        """Numbers of what attention over the cache gives for one query head."""
+        """Return the output size of attention over the KV cache for one query head."""
         return self.head_dim if self.mla is None else self.mla.kv_lora_rank
 
     @property
     def rotary_dims(self) -> int:
-        """Numbers of a head that are turned."""
+        """Return how many dims of a head are rotated."""
         return self.rope.dims or self.head_dim
 
     @property
     def scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """Return the factor of attention scores."""
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     def chunk(self, layer: int) -> int | None:
-        """Positions of an attention chunk of a layer; None where it has none."""
+        """Return the attention chunk size of a layer in positions, if it has chunks."""
         return self.attention_chunks[layer] if self.attention_chunks else None
 
     @property
     def visible_span(self) -> tuple[int, int]:
-        """(window, chunk): no layer sees more than the last `window` tokens, or than those of its own chunk of so many
-        positions, whichever reaches further back. 0 where no layer is so limited; (0, 0) where some layer sees all."""
+        """Return (window, chunk), the bounds of how far back any layer attends.
+
+        A layer sees at most the last `window` tokens or the tokens of its own chunk of `chunk` positions, whichever
+        reaches further back. A bound is 0 if no layer has that limit. The result is (0, 0) if some layer sees all
+        tokens.
+        """
         chunks = self.attention_chunks or (None,) * self.num_hidden_layers
         if not all(window or chunk for window, chunk in zip(self.sliding_windows, chunks, strict=True)):
             return 0, 0
@@ -338,27 +385,32 @@ class ModelConfig:
         return max(windows, default=0), max(alone, default=0)
 
     def cached_tokens(self, num_tokens: int, chunk_tokens: int) -> int:
-        """Tokens of a request of num_tokens whose keys and values are cached at once at most, where prompts are read
-        chunk_tokens at a time: all, or where every layer has a window those of the widest and a chunk."""
+        """Return the most tokens of a request of num_tokens that are cached at once.
+
+        Prompts are prefilled chunk_tokens at a time. If every layer has a window or chunk, the bound is the widest of
+        them plus chunk_tokens. Otherwise all num_tokens are cached.
+        """
         furthest = max(self.visible_span)
         return min(num_tokens, furthest + chunk_tokens) if furthest else num_tokens
 
     def has_rope(self, layer: int) -> bool:
-        """Whether a layer embeds positions."""
+        """Return whether a layer applies RoPE."""
         return not self.rope_layers or self.rope_layers[layer]
 
     def kind(self, layer: int) -> tuple[object, ...]:
-        """All in which layers differ: those for which this is equal are alike."""
+        """Return all facts in which layers differ. Layers with equal results have the same structure."""
         kept = self.quantization.layers[layer] if self.quantization else ()
         return self.moe_layers[layer], self.sliding_windows[layer], self.chunk(layer), self.has_rope(layer), kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySizes:
-    """The sizes the arrays of one model really have on one mesh: the config's own, padded or replicated to divide it.
+    """Describe the array sizes of one model on one mesh: the config's sizes, padded or replicated until shards are
+    even.
 
-    A key/value head is held kv_copies times, in neighboring slots; its query heads are dealt out to the copies,
-    group_slots each. Slots and places left over hold zeros. sharding.array_sizes computes this; one device needs none.
+    A key/value head is replicated kv_copies times in neighboring slots. Its query heads are distributed over the
+    replicas, group_slots each. Unused slots hold zeros. sharding.array_sizes computes the sizes; one device needs no
+    padding.
     """
 
     vocab: int
@@ -372,7 +424,7 @@ class ArraySizes:
 
     @classmethod
     def unpadded(cls, config: ModelConfig) -> ArraySizes:
-        """The config's own sizes."""
+        """Return the config's own sizes."""
         moe = config.moe
         return cls(
             vocab=config.vocab_size, kv_slots=config.num_key_value_heads, kv_copies=1,
@@ -382,11 +434,11 @@ class ArraySizes:
         )  # fmt: skip
 
     def query_slot(self, config: ModelConfig, head: int) -> tuple[int, int]:
-        """(key/value slot, place within its group) of one query head."""
+        """Return (key/value head slot, index within its group) of a query head."""
         kv_head, place = divmod(head, config.num_query_groups)
         copy, place = divmod(place, self.group_slots)
         return kv_head * self.kv_copies + copy, place
 
     def key_value_slots(self, kv_head: int) -> range:
-        """The slots that hold one key/value head."""
+        """Return the slots that hold the replicas of a key/value head."""
         return range(kv_head * self.kv_copies, (kv_head + 1) * self.kv_copies)

@@ -1,4 +1,4 @@
-"""The package's exceptions. Each is also a ValueError, so callers may catch either."""
+"""Exceptions of the package. Each is also a ValueError, so callers may catch either."""
 
 from __future__ import annotations
 
@@ -6,39 +6,47 @@ from collections.abc import Sequence
 
 
 class JaxmoeError(ValueError):
-    """Base of every error a person can cause and mend: one line with the name, value, limit and remedy."""
+    """Base class of all errors that a user can cause and fix.
+
+    The message is one line with the name, the value, the limit and the remedy.
+    """
 
 
 class ConfigError(JaxmoeError):
-    """A model config is unknown, contradictory, or holds a key that changes the maths and is not supported."""
+    """Raised if a model config is unknown, contradictory, or has a key that changes the math and is not supported."""
 
 
 class MeshError(JaxmoeError):
-    """A mesh names an unknown axis, or its axes do not multiply to the number of devices."""
+    """Raised if a mesh names an unknown axis, or if its axes do not multiply to the number of devices."""
 
 
 class LayoutError(JaxmoeError):
-    """A layout names an unknown axis, uses one twice, or leaves one without work."""
+    """Raised if a layout names an unknown axis, uses an axis twice, or leaves one unused."""
 
 
 class CheckpointError(JaxmoeError):
-    """A checkpoint is missing, truncated, corrupt, or its keys and shapes differ from what the model needs."""
+    """Raised if a checkpoint is missing, truncated or corrupt, or if its keys and shapes do not match the model."""
 
 
 class MissingWeightsError(CheckpointError):
-    """A checkpoint directory has no weights that can be read, or not all of their files."""
+    """Raised if a checkpoint directory has no readable weights or lacks some of its weight files."""
 
 
 class RequestError(JaxmoeError):
-    """A prompt or a sampling value lies outside what the model or the engine accepts."""
+    """Raised if a prompt or a sampling parameter exceeds the limits of the model or the engine."""
 
 
 class StepError(JaxmoeError):
-    """A step of the engine failed on the devices and the requests in it ended, or the logits of one request are not
-    finite and it alone ended; the engine goes on."""
+    """Raised if an engine step fails on the devices, or if logits are not finite. The engine continues.
+
+    A failed step ends all requests in it. Logits that are not finite end their own request only.
+    """
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first of names that a file gave, and how many more there are; quoted where a terminal would not show them."""
+    """Return the first `most` names as text, followed by the number of remaining names.
+
+    Each name is cut to 200 characters and quoted if it is not printable.
+    """
     shown = [name[:200] if name[:200].isprintable() else repr(name[:200]) for name in names[:most]]
     return ", ".join(shown) + (f", and {len(names) - most} more" if len(names) > most else "")

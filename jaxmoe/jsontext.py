@@ -1,4 +1,4 @@
-"""Results as JSON text, which has no NaN and no infinity."""
+"""JSON text of results. JSON has no NaN and no infinity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Return value as JSON text. Numbers that are not finite are written as null. options: as of json.dumps."""
+    """Return value as JSON text. Numbers that are not finite become null. options: passed to json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -16,7 +16,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a copy of value with None for every float that is not finite."""
+    """Return a copy of value in which every float that is not finite is None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Paths as a person writes them."""
+"""File paths as users write them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from .errors import JaxmoeError
 
 
 def expanded(path: str | Path, what: str, error: type[JaxmoeError]) -> Path:
-    """With ~ as the home it means. Raises: error naming what the path was to be, where nobody of that name has one."""
+    """Return path with a leading ~ expanded to a home directory.
+
+    Raises: error, with `what` as the name of the path, if ~user names an unknown user.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as cause:
-        raise error(f"{what} {str(path)!r} is no path: {cause}") from cause
+        raise error(f"{what} {str(path)!r} is not a valid path: {cause}") from cause

@@ -1,4 +1,4 @@
-"""One rectangle of a checkpoint tensor, and where in which parameter it lies."""
+"""Mapping of a rectangle of one checkpoint tensor to its place in a model parameter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ ArrayIndex = tuple[int | slice, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlice:
-    """One rectangle of a checkpoint tensor and where it goes.
+    """Map a rectangle of one checkpoint tensor to a model parameter.
 
-    src: for each dim of the tensor a slice with explicit bounds and step, or, of the first, a fixed index. dst: for
-    each dim of the parameter a fixed index or a slice with explicit bounds, one after the other; its slices, in order,
-    are those of src (in reverse order where transpose).
+    Attributes:
+        key: name of the checkpoint tensor.
+        key_shape: shape of the checkpoint tensor.
+        src: a slice with explicit bounds and step for each dim of the tensor; the first dim may have a fixed index.
+        path: path of the parameter in the model.
+        dst: a fixed index or a contiguous slice with explicit bounds for each dim of the parameter. Its slices
+            correspond to the slices of src in order, or in reverse order if transpose.
+        transpose: whether the parameter stores the rectangle transposed.
     """
 
     key: str
@@ -25,12 +30,12 @@ class WeightSlice:
 
     @property
     def lead(self) -> int | None:
-        """The index of the tensor's first dim that src fixes; None where it fixes none."""
+        """Return the fixed index of the tensor's first dim, or None if src slices that dim."""
         return self.src[0] if self.src and isinstance(self.src[0], int) else None
 
     @property
     def cut(self) -> tuple[slice, ...]:
-        """The slices of src."""
+        """Return src without its fixed index, if it has one."""
         return tuple(one for one in self.src if isinstance(one, slice))
 
 
@@ -41,6 +46,6 @@ def _full_index(shape: tuple[int, ...]) -> ArrayIndex:
 def full_slice(
     key: str, shape: tuple[int, ...], path: str, *, transpose: bool = False, dst: ArrayIndex | None = None
 ) -> WeightSlice:
-    """A weight slice that is all of its tensor; dst is all of the parameter by default."""
+    """Return a weight slice of a whole tensor. dst is the whole parameter by default."""
     index = _full_index(tuple(reversed(shape)) if transpose else shape) if dst is None else dst
     return WeightSlice(key=key, key_shape=shape, src=_full_index(shape), path=path, dst=index, transpose=transpose)

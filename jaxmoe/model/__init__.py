@@ -1,1 +1,1 @@
-"""The model in Flax NNX: names of dims inside, placement outside."""
+"""The model in Flax NNX. Modules name logical dims; a Placement maps them to devices."""

@@ -1,7 +1,7 @@
-"""The ways queries meet keys: within a prompt, or over pages into which the new keys are written first."""
+"""Attention backends: causal within a prompt, or over a paged KV cache, into which new keys are written first."""
 
-# Dims: B batch, S length, K key/value head slots, G query heads a slot, H head dim, V that of values; r ranks of the
-# batch, each with t tokens, n blocks of them, d rows of the block table with p pages each.
+# Dims: B batch, S length, K key/value head slots, G query heads per slot, H head dim, V value dim; r ranks of the
+# batch, each with t tokens, n blocks of them, d rows of the block table with p pages each; C context-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -31,8 +31,8 @@ from jaxmoe.parallel.sharding import Placement
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import QMAX
 
-# Of every segment, of every block: keys and values of its layers (of latent attention keys alone), and their scales
-# where kept in eight bits.
+# KV cache pages by segment and block: keys and values of its layers (only keys for latent attention), and their scales
+# if stored in eight bits.
 KVPages = Sequence[tuple[Pages, ...]]
 PAGE_DIMS = ("layer", "page", "kv_head", "page_token", "head_dim")
 TOKEN_PAGE_DIMS = ("page", "unsharded")
@@ -44,10 +44,10 @@ def empty_pages(
     config: ModelConfig, sizes: Sequence[ArraySizes], segments: Sequence[LayerSegment], *,
     num_pages: int, page_size: int, dtype: str,
 ) -> KVPages:  # fmt: skip
-    """Keys and values [L,num_pages,K,page_size,H] of every block, L its slots, all zero. num_pages: of all ranks.
-    sizes: of the layers of each segment.
+    """Return zeroed KV pages [L,num_pages,K,page_size,H] for every block of every segment, with L its number of slots.
 
-    In eight bits, scales [L,num_pages,K,page_size] of each follow.
+    num_pages: total over all ranks. sizes: array sizes of the layers of each segment. If dtype has eight bits, scales
+    [L,num_pages,K,page_size] follow.
     """
 
     def block(layers: int, kv_slots: int) -> Pages:
@@ -62,7 +62,7 @@ def empty_pages(
 
 
 def split_rows(array: Any, micro_batch: Any, of: int) -> Any:
-    """array [r,n,...] -> [r,n/of,...]: one of `of` even parts of every rank's entries."""
+    """Return one of `of` equal parts of every rank's entries: array [r,n,...] -> [r,n/of,...]."""
     if array is None or of == 1:
         return array
     parts = array.reshape(array.shape[0], of, -1, *array.shape[2:])
@@ -70,7 +70,10 @@ def split_rows(array: Any, micro_batch: Any, of: int) -> Any:
 
 
 def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) -> jax.Array:
-    """array [r*n,...] -> [r*n/of,...]: one of `of` even parts of every rank's rows; past the last: the last."""
+    """Return one of `of` equal parts of every rank's rows: array [r*n,...] -> [r*n/of,...].
+
+    An index past the last part gives the last part.
+    """
     if of == 1:
         return array
     parts = split_rows(array.reshape(num_ranks, -1, *array.shape[1:]), micro_batch, of)
@@ -78,7 +81,10 @@ def micro_batch_of(array: jax.Array, micro_batch: Any, of: int, num_ranks: int) 
 
 
 class CausalAttention:
-    """Every token over those before it; nothing kept. Rows and heads are independent, so each device does its own."""
+    """Attend from every token to itself and the tokens before it, without a KV cache.
+
+    Rows and heads are independent, so each device computes its own.
+    """
 
     uses_kv_cache = False
 
@@ -87,7 +93,7 @@ class CausalAttention:
         mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
-        """See AttentionBackend. Values are given."""
+        """Compute attention as AttentionBackend describes. v must be given."""
         del layer, value_dim
         assert v is not None
         attend = partial(causal_attention, mask_spec=mask_spec)
@@ -106,13 +112,13 @@ def _register(data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[type[T
 @_register(["valid"], ["num_ranks"])
 @dataclass(frozen=True, kw_only=True)
 class DensePrefillInputs:
-    """Whole prompts, of which nothing is kept. valid [B,S]: False for padding."""
+    """Hold whole prompts whose keys and values are not cached. valid [B,S]: False for padding."""
 
     valid: jax.Array
     num_ranks: int
 
     def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
-        """See StepInputs. There is one decode step."""
+        """Return the layer inputs of a micro-batch (see StepInputs). There is one decode step."""
         del decode_step
         valid = micro_batch_of(self.valid, micro_batch, of, self.num_ranks) & slot_valid
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
@@ -122,11 +128,11 @@ class DensePrefillInputs:
 @_register(["seq_slots", "positions", "query_lens"], ["num_tokens"])
 @dataclass(frozen=True, kw_only=True)
 class QueryBlocks:
-    """A rank's tokens as blocks of one request each, num_tokens long: which row, where they stand, how many are real.
+    """Hold a rank's new tokens as blocks of one request each, all num_tokens long.
 
-    seq_slots [r,n]: the row of the block table a block belongs to; None where block i belongs to row i. positions
-    [r,n]: of its first token. query_lens [r,n]: tokens it has, over all decode steps; in every one it has the next
-    num_tokens of them.
+    seq_slots [r,n]: row of the block table that a block belongs to; None if block i belongs to row i. positions [r,n]:
+    position of a block's first token. query_lens [r,n]: valid tokens of a block over all decode steps. Every decode
+    step takes the next num_tokens of them.
     """
 
     num_tokens: int
@@ -135,7 +141,7 @@ class QueryBlocks:
     query_lens: jax.Array
 
     def part(self, micro_batch: Any, of: int, decode_step: Any, slot_valid: Any) -> QueryBlocks:
-        """The blocks of one micro-batch in one decode step, none of them real unless slot_valid."""
+        """Return the blocks of one micro-batch at one decode step. All tokens are masked unless slot_valid."""
         seq_slots = self.seq_slots
         if seq_slots is None and of > 1:
             seq_slots = jnp.broadcast_to(jnp.arange(self.query_lens.shape[1], dtype=jnp.int32), self.query_lens.shape)
@@ -150,7 +156,7 @@ class QueryBlocks:
 @_register(["block_table", "query_blocks"], ["backend"])
 @dataclass(frozen=True, kw_only=True)
 class PagedStepInputs:
-    """New tokens [r*t,1] over pages: those of every rank's query blocks, one kind after the other.
+    """Hold new tokens [r*t,1] that attend over KV pages: every rank's query blocks, one kind after the other.
 
     block_table [r,d,p]: the pages of every row.
     """
@@ -162,7 +168,7 @@ class PagedStepInputs:
     def attention_backend(
         self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True
     ) -> PagedAttention:
-        """How the tokens of `part` meet the pages."""
+        """Return the attention backend for the tokens of `part`."""
         return PagedAttention(
             self.block_table,
             [s.part(micro_batch, of, decode_step, slot_valid) for s in self.query_blocks],
@@ -170,13 +176,13 @@ class PagedStepInputs:
         )
 
     def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
-        """See StepInputs."""
+        """Return the layer inputs of a micro-batch at one decode step (see StepInputs)."""
         attention_backend = self.attention_backend(micro_batch, of, decode_step, slot_valid)
         return LayerInputs(*attention_backend.token_positions(), attention_backend)
 
 
 class PagedAttention:
-    """Attention of new tokens over pages; what it keeps are the pages of a block's layers."""
+    """Compute attention of new tokens over KV pages. Its kv_cache holds the pages of a block's layers."""
 
     uses_kv_cache = True
 
@@ -184,7 +190,7 @@ class PagedAttention:
         self._block_table, self._query_blocks, self._backend = block_table, tuple(query_blocks), backend
 
     def token_positions(self) -> tuple[jax.Array, jax.Array]:
-        """Where the tokens stand [r*t,1], and which of them are real."""
+        """Return the positions [r*t,1] of the tokens, and which of them are valid [r*t,1]."""
         positions, valid = [], []
         for blocks in self._query_blocks:
             each = jnp.arange(blocks.num_tokens, dtype=jnp.int32)
@@ -194,7 +200,7 @@ class PagedAttention:
         return jnp.concatenate(positions, axis=1).reshape(-1, 1), jnp.concatenate(valid, axis=1).reshape(-1, 1)
 
     def _metadata(self) -> list[tuple[jax.Array, tuple[str, ...]]]:
-        """The arrays that say where things are, with their dims."""
+        """Return the block table and the arrays of the query blocks, with their logical dims."""
         arrays = [
             part for blocks in self._query_blocks for part in (blocks.seq_slots, blocks.positions, blocks.query_lens)
             if part is not None
@@ -209,7 +215,7 @@ class PagedAttention:
         mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
-        """See AttentionBackend."""
+        """Compute attention as AttentionBackend describes."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
         how = partial(paged_attention, backend=self._backend)
         over = partial(_over_pages, attend=how)
@@ -228,7 +234,7 @@ class PagedAttention:
         return mixed, tuple(pages)
 
     def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
-        """token_pages [pages,page_size] with the ids of these tokens [r*t,1] at their places."""
+        """Write the ids of tokens [r*t,1] into token_pages [pages,page_size] by their slot mapping."""
 
         def write(token_pages, tokens, *metadata):
             block_table, query_blocks = _split_metadata(metadata, self._layout())
@@ -243,8 +249,10 @@ class PagedAttention:
 
 
 def _split_metadata(metadata, layout):
-    """One rank's block_table [d,p], and for each kind of query blocks its length, block_table, positions and
-    query_lens."""
+    """Split one rank's metadata into the block table [d,p] and a tuple for each kind of query blocks.
+
+    A tuple holds length, block_table, positions and query_lens.
+    """
     parts = iter(part[0] for part in metadata)
     block_table = next(parts)
     query_blocks = []
@@ -255,7 +263,7 @@ def _split_metadata(metadata, layout):
 
 
 def _slot_mapping(block_table, query_blocks, *, page_size, num_pages):
-    """Page and offset of every token of one rank; a page past the last for those that are not real."""
+    """Return page and offset of every token of one rank. Padding tokens get a page past the last one."""
     page, offset = [], []
     for length, block_table, positions, query_lens in query_blocks:
         token_positions = positions[:, None] + jnp.arange(length)
@@ -269,21 +277,24 @@ def _slot_mapping(block_table, query_blocks, *, page_size, num_pages):
 
 
 class ArrayCounts(NamedTuple):
-    """How many of the arrays that follow each other are what: keys and values of new tokens, pages, sinks."""
+    """Count the arrays of each kind in an argument list: new keys and values, KV pages, sinks."""
 
     new: int
     pages: int
     sinks: int
 
     def split(self, arrays: Sequence[jax.Array]) -> tuple[Sequence[jax.Array], ...]:
-        """Each kind, and what is left."""
+        """Split arrays by kind, followed by the remaining arrays."""
         ends = list(accumulate(self))
         return *(arrays[end - count : end] for end, count in zip(ends, self, strict=True)), arrays[ends[-1] :]
 
 
 def _over_pages(q, layer, *arrays, layout, array_counts, mask_spec, value_dim, attend, shard=ContextShard()):
-    """One rank's part: q [t,1,K,G,H], `layer` of its pages; new keys (and values) [t,1,K,H], the pages, sinks [K,G]
-    where there are any, and what tells where things are."""
+    """Compute one rank's part: write new keys and values to the pages, then attend to them.
+
+    q [t,1,K,G,H]. layer: index into the pages. arrays: new keys (and values) [t,1,K,H], the pages, sinks [K,G] if any,
+    and the metadata. Return the output and the new pages.
+    """
     new, pages, sinks, metadata = array_counts.split(arrays)
     block_table, query_blocks = _split_metadata(metadata, layout)
     here = pages[0].shape[3]
@@ -307,8 +318,11 @@ def _over_pages(q, layer, *arrays, layout, array_counts, mask_spec, value_dim, a
 
 
 def _over_shared_pages(q, layer, *arrays, axes, ranks, array_counts, **how):
-    """The same where ranks along axes have other tokens [t/C,...] and another part of every page each: all attend for
-    all tokens to what they have, and each merges what they found for its own."""
+    """Compute one rank's part under context parallelism.
+
+    Ranks along axes have different tokens [t/C,...] and a different part of every page each. All ranks attend for all
+    tokens to their own part of the pages. Each rank then merges the results for its own tokens.
+    """
     new, pages, sinks, metadata = array_counts.split(arrays)
     together = jnp.concatenate([q, *(one[:, :, :, None] for one in new)], axis=3)
     together = jax.lax.all_gather(together, axes, axis=0, tiled=True)

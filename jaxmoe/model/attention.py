@@ -1,4 +1,4 @@
-"""Grouped-query attention with optional biases, norms over query and key, clipping, rotary embedding."""
+"""Grouped-query attention with optional biases, QK norm, clipping and rotary embedding."""
 
 # Dims: B batch, S length, D width, K key/value head slots, G query heads a slot, H head dim.
 from __future__ import annotations
@@ -20,8 +20,10 @@ from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class AttentionBackend(Protocol):
-    """How queries meet keys and values: within a prompt, or against a cache that grows. uses_kv_cache: whether it is
-    that."""
+    """Compute attention of queries over keys and values, within a prompt or over a growing KV cache.
+
+    uses_kv_cache: whether it reads and writes a KV cache.
+    """
 
     uses_kv_cache: bool
 
@@ -29,18 +31,22 @@ class AttentionBackend(Protocol):
         self, kv_cache: Any, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
         sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """q [B,S,K,G,H], k [B,S,K,H] and v [B,S,K,V] of the new tokens -> [B,S,K,G,V], and the new kv_cache.
+        """Attend with q [B,S,K,G,H] to kv_cache and to the new tokens' k [B,S,K,H] and v [B,S,K,V].
 
-        kv_cache: keys and values of earlier tokens, stacked over the layers of this block; at: index into that stack.
-        sinks [K,G]: logits that take part and add nothing. value_dim: V, where v is None: values are the first numbers
-        of keys.
+        Return the output [B,S,K,G,V] and the new kv_cache.
+
+        kv_cache: keys and values of earlier tokens, stacked over the layers of this block. layer: index into that
+        stack. sinks [K,G]: logits that take part in the softmax and have no value. value_dim: V, if values are the
+        first numbers of keys and v is None.
         """
         ...
 
 
 class LayerInputs(NamedTuple):
-    """Per-token metadata that every layer receives: positions [B,S]; valid [B,S], False for padding, which visits no
-    expert; how they attend."""
+    """Hold per-token metadata that every layer receives.
+
+    positions [B,S]. valid [B,S]: False for padding, which no expert computes. attention_backend: how the tokens attend.
+    """
 
     positions: jax.Array
     valid: jax.Array
@@ -48,16 +54,22 @@ class LayerInputs(NamedTuple):
 
 
 class StepInputs(Protocol):
-    """Inputs of all tokens of a step: a tree of arrays, which every stage of a pipeline receives."""
+    """Hold the inputs of all tokens of a step: a tree of arrays that every pipeline stage receives."""
 
     def part(self, micro_batch: Any, of: int, decode_step: Any = 0, slot_valid: Any = True) -> LayerInputs:
-        """Return the metadata of one of `of` micro-batches at one decode step; all tokens are masked unless
-        slot_valid."""
+        """Return the layer inputs of one of `of` micro-batches at one decode step.
+
+        All tokens are masked unless slot_valid.
+        """
         ...
 
 
 class ForwardContext(NamedTuple):
-    """Metadata shared by all layers of one forward pass: rotation [B,S,R/2], which tokens are real, how they attend."""
+    """Hold metadata shared by all layers of one forward pass.
+
+    cos, sin [B,S,R/2]: rotary values of the R rotated dims of a head. token_mask: valid tokens. attention_backend: how
+    they attend.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -71,9 +83,9 @@ def layer_mask_spec(config: ModelConfig, layer: int) -> MaskSpec:
 
 
 class Attention(nnx.Module):
-    """One attention block; layer: the first that it holds.
+    """Compute grouped-query attention for one layer, or for stacked identical layers starting at index `layer`.
 
-    Query, key and value of a head slot lie side by side in one matrix.
+    Query, key and value of a head slot are adjacent in one matrix.
     """
 
     def __init__(
@@ -110,7 +122,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of `layer`, and what attend keeps. token_dim: see project."""
+        """Apply attention with the weights of `layer`: x [B,S,D] -> [B,S,D], and the new KV cache.
+
+        token_dim: see project.
+        """
         config, placement, num_valid = self.config, self.placement, context.token_mask.num_valid
         qkv = project(x, self.qkv, placement, self.kernels.linear, layer, num_valid, token_dim=token_dim)
         if config.qkv_bias:
@@ -128,7 +143,7 @@ class Attention(nnx.Module):
         return (y + at_layer(self.out_bias, layer) if config.out_bias else y), kv_cache
 
     def _apply_rope(self, q: jax.Array, k: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array]:
-        """Query and key as their positions turn them, or stretch queries."""
+        """Apply RoPE to query and key. In layers without RoPE, scale the query by its position if configured."""
         config, placement, backend = self.config, self.placement, self.kernels.pointwise
         if config.has_rope(self.layer):
             rotary = context.cos, context.sin
@@ -142,7 +157,10 @@ class Attention(nnx.Module):
         return q, k
 
     def _qk_norm(self, q: jax.Array, k: jax.Array, layer: LayerIndex) -> tuple[jax.Array, jax.Array]:
-        """Norms over each head, or over all heads at once (one small all-reduce for both under tensor parallelism)."""
+        """Normalize query and key over each head, or over all heads at once.
+
+        Under tensor parallelism, norms over all heads need one small all-reduce for both.
+        """
         config = self.config
         if config.qk_norm == "head" or (config.qk_norm == "unit" and config.has_rope(self.layer)):
             by, eps = (self.placement, self.kernels.pointwise), config.rms_norm_eps
@@ -158,7 +176,7 @@ class Attention(nnx.Module):
         return q, k
 
     def _columns(self) -> tuple[int, int]:
-        """Numbers of a token's query and key, as often as each is held."""
+        """Return the number of columns of a token's query and key, counting every replica of a key head."""
         config = self.config
         copies = config.num_key_value_heads * self.kv_copies
         return config.num_attention_heads * config.head_dim, copies * config.head_dim

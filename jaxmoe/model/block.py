@@ -20,7 +20,7 @@ from jaxmoe.parallel.sharding import Placement
 
 
 class DecoderLayer(nnx.Module):
-    """One decoder layer, or the stacked weights of several that are alike; layer: the first of them."""
+    """Hold one decoder layer, or the stacked weights of identical layers starting at index `layer`."""
 
     def __init__(
         self,
@@ -47,8 +47,10 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any
     ) -> tuple[jax.Array, Any, RouterOutput | None]:
-        """x [B,S,D] -> [B,S,D] by the weights of `layer`, what attend keeps, and where tokens of an MoE layer
-        went."""
+        """Apply the layer with the weights at index `layer`: x [B,S,D] -> [B,S,D].
+
+        Also return the new KV cache, and the router output of an MoE layer.
+        """
         token_dim = self.placement.token_dim(x.shape[0])
         h = self._rms_norm(x, self.input_layernorm, layer)
         y, kv_cache = self.attention(h, layer, context, kv_cache, token_dim)

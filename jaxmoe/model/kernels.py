@@ -1,4 +1,4 @@
-"""Which implementation of each step of the model runs; every choice means the same."""
+"""Selection of the backend of each op. All backends of an op compute the same result."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """One choice a step: see dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
+    """Select a backend for each op.
 
-    layers: scan runs alike layers in a loop that is compiled once, unroll compiles each by itself (parallel/stages.py).
-    Raises: ConfigError for a name that is none of a step's.
+    The backends are described in dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
+    layers: "scan" runs identical layers in a loop that is compiled once, "unroll" compiles each layer separately
+    (depth.py).
+    Raises: ConfigError if an op has no backend of that name.
     """
 
     dispatch: DispatchBackend = "all_to_all"
@@ -57,36 +59,40 @@ class KernelConfig:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(backends)}")
 
     def prepare(self, dtype: str) -> None:
-        """Make ready what runs outside XLA, for arrays of dtype. Raises: ConfigError where it cannot run here."""
+        """Prepare the backends that run outside XLA, for arrays of dtype.
+
+        Raises: ConfigError if one cannot run here.
+        """
         for name in NATIVE_OPS:
             if getattr(self, name) == "native":
                 native.prepare(dtype, option=name)
 
 
-KernelOverrides = KernelConfig | Mapping[str, Any]  # all steps, or those of them that somebody chose
+KernelOverrides = KernelConfig | Mapping[str, Any]  # all ops, or only the ops chosen by the caller
 
 
 def choose_kernels(
     dtype: str, choice: KernelOverrides, *, platform: str | None = None, shared_pages: bool = False,
     quantization: WeightQuantization | None = None,
 ) -> KernelConfig:  # fmt: skip
-    """The kernels chosen, and for steps that nobody chose what is fastest on a platform: this one, where none is named.
+    """Return the chosen backends, and the fastest ones of the platform for the remaining ops. Compiles nothing.
 
-    shared_pages: whether ranks hold parts of every page, which the loop alone can read. quantization: of the model's
-    matrices, which native kernels do not read.
+    Default: native kernels on a CPU with a C++ compiler, XLA otherwise. A warning is logged on a CPU without a
+    compiler. XLA matmuls on a CPU need every layer's weights in separate arrays, so the default of layers is then
+    "unroll".
 
-    Compiles nothing.
-    That is native on a CPU with a C++ compiler (a warning is logged where there is none), and XLA's form otherwise. On
-    a CPU XLA's products want every layer's weights by themselves: unroll.
-    Raises: ConfigError for a step or a kernel that does not exist, or one that was chosen and cannot run here.
+    platform: JAX's default backend if not given. shared_pages: whether context-parallel ranks hold parts of every page,
+    which only attention="loop" can read. quantization: quantization of the model's matrices, which native kernels
+    cannot read.
+    Raises: ConfigError if an op or a backend does not exist, or if a chosen backend cannot run here.
     """
     named = dict(vars(choice) if isinstance(choice, KernelConfig) else choice)
     for name in named:
         if name not in OPS:
-            raise ConfigError(f"kernels has {name!r}; the ops are {', '.join(OPS)}")
+            raise ConfigError(f"kernels has unknown op {name!r}; the ops are {', '.join(OPS)}")
     if shared_pages and named.setdefault("attention", "loop") != "loop":
         raise ConfigError(
-            f"attention={named['attention']} reads whole pages, this layout shares them out over a context: use loop"
+            f"attention={named['attention']} reads whole pages, but this layout shards them over context: use loop"
         )
     if quantization is not None:
         _choose_for_quantized(named, quantization, dtype)
@@ -107,7 +113,11 @@ def choose_kernels(
 
 
 def _choose_for_quantized(named: dict[str, Any], quantization: WeightQuantization, dtype: str) -> None:
-    """Leave the native kernels to plain weights. Other products that linear runs may be native where these are not."""
+    """Set the backends of ops on quantized weights, which native kernels cannot read.
+
+    linear may still run its plain matrices natively by default.
+    Raises: ConfigError if a native kernel was chosen for quantized weights.
+    """
     quantized = {
         "grouped": quantization.holds("moe/experts/"),
         "linear": quantization.holds("attention/", "mlp/", "moe/shared/"),
@@ -115,18 +125,19 @@ def _choose_for_quantized(named: dict[str, Any], quantization: WeightQuantizatio
     for op in (op for op, some in quantized.items() if some):
         if named.get(op) == "native":
             raise ConfigError(
-                f"{op}=native reads plain weights, those of this model are {quantization.format.dtype}: leave it "
-                f"out, or give weights_dtype (--weights-dtype) {dtype}"
+                f"{op}=native reads plain weights, but this model's weights are {quantization.format.dtype}: "
+                f"leave it out, or set weights_dtype (--weights-dtype) to {dtype}"
             )
     if quantized["grouped"]:
         named.setdefault("grouped", "blocks")
 
 
 def prepare_kernels(dtype: str, choice: KernelOverrides, kernels: KernelConfig) -> KernelConfig:
-    """The kernels, ready for arrays of dtype; XLA's in place of native ones that nobody chose and that do not compile
-    here (a warning is logged), whose products want layers by themselves.
+    """Return the kernels, prepared for arrays of dtype.
 
-    Raises: ConfigError where a kernel that was chosen cannot run.
+    If native kernels that the caller did not choose fail to compile, XLA replaces them and a warning is logged. Then
+    layers defaults to "unroll" for XLA matmuls.
+    Raises: ConfigError if a chosen kernel cannot run.
     """
     unnamed = _unnamed(choice)
     try:
@@ -142,5 +153,5 @@ def prepare_kernels(dtype: str, choice: KernelOverrides, kernels: KernelConfig) 
 
 
 def _unnamed(choice: KernelOverrides) -> list[str]:
-    """Steps with a native kernel that nobody chose one for."""
+    """Return the ops that have a native kernel and no backend chosen by the caller."""
     return [] if isinstance(choice, KernelConfig) else [name for name in NATIVE_OPS if name not in choice]

@@ -1,12 +1,13 @@
-"""Multi-head latent attention: what is cached of a token is one latent that all heads share.
+"""Multi-head latent attention (MLA): all heads share one cached latent per token.
 
-Over a cache the ways up from the latent are absorbed: a query is brought down to it, and what attention mixes of
-latents is brought up to a value, so that no key or value of a head is ever made of what is cached. Within a prompt of
-which nothing is kept they are made once a token. Both mean the same. Source: DeepSeek-V2 (arXiv 2405.04434).
+With a KV cache, the up-projections from the latent are absorbed. Queries are projected down to the latent, and the
+attention output is projected up to values. So no head's keys or values are computed from the cache. Dense prefill
+without a cache computes every head's keys and values once per token. Both give the same result. Source: DeepSeek-V2
+(arXiv 2405.04434).
 """
 
-# Dims: B batch, S length, D width, K slots of heads, G heads a slot, N numbers of a head that are not turned, P turned
-# ones, R latent, V value.
+# Dims: B batch, S length, D width, K head slots, G heads per slot, N dims of a head without RoPE, P dims with RoPE,
+# R latent, V value.
 from __future__ import annotations
 
 from typing import Any
@@ -24,12 +25,15 @@ from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.parallel.sharding import Placement, TokenDim
 
-_EPS = 1e-6  # of the norms of both latents, whatever the config says of the others
+_EPS = 1e-6  # for both latent norms; rms_norm_eps of the config applies to the other norms
 _LATENT = ("token", "length", "latent")
 
 
 class LatentAttention(nnx.Module):
-    """One block of latent attention; layer: the first that it holds. Every slot of heads caches the same latent."""
+    """Compute latent attention for one layer, or for stacked identical layers starting at index `layer`.
+
+    Every head slot caches the same latent.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,10 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim
     ) -> tuple[jax.Array, Any]:
-        """x [B,S,D] -> [B,S,D] by the weights of `layer`, and what attend keeps. token_dim: see project."""
+        """Apply attention with the weights of `layer`: x [B,S,D] -> [B,S,D], and the new KV cache.
+
+        token_dim: see project.
+        """
         placement, kernels, mla = self.placement, self.kernels, self.mla
         num_valid, rotary = context.token_mask.num_valid, (context.cos, context.sin)
         x = all_gather_tokens(x, placement, token_dim)
@@ -85,7 +92,10 @@ class LatentAttention(nnx.Module):
         return rms_norm(x, at_layer(weight, layer), _LATENT, self.placement, self.kernels.pointwise, eps=_EPS)
 
     def _over_latents(self, plain, q_turned, latent, turned, layer: LayerIndex, context: ForwardContext, kv_cache: Any):
-        """Queries [B,S,K,G,N] and [B,S,K,G,P] over what is kept of latents [B,S,R] and keys [B,S,P]: [B,S,K,G,V]."""
+        """Attend with queries [B,S,K,G,N] and [B,S,K,G,P] to cached latents [B,S,R] and keys [B,S,P].
+
+        Return [B,S,K,G,V] and the new KV cache.
+        """
         placement = self.placement
         lowered = jnp.einsum("bskgn,kgnr->bskgr", plain, at_layer(self.key_up, layer))
         q = placement.constrain(jnp.concatenate([lowered, q_turned], axis=-1), *QUERY_DIMS)
@@ -100,7 +110,7 @@ class LatentAttention(nnx.Module):
         return placement.constrain(values, *QUERY_DIMS), kv_cache
 
     def _over_heads(self, plain, q_turned, latent, turned, layer: LayerIndex, context: ForwardContext, kv_cache: Any):
-        """The same with a key and a value of every head."""
+        """Attend as _over_latents does, with keys and values of every head."""
         placement = self.placement
         keys = jnp.einsum("bsr,kgnr->bskgn", latent, at_layer(self.key_up, layer))
         values = jnp.einsum("bsr,kgrv->bskgv", latent, at_layer(self.value_up, layer))

@@ -1,4 +1,4 @@
-"""The dense SwiGLU block."""
+"""The dense SwiGLU MLP."""
 
 # Dims: B batch, S length, D width, F ffn.
 from __future__ import annotations
@@ -16,8 +16,11 @@ from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)). Three matrices: XLA:TPU copies gates and ups that lie side by side into another
-    order at every step (docs/decisions/0002)."""
+    """Compute down(silu(gate(x)) * up(x)) with optional biases.
+
+    Gate and up are separate matrices: XLA:TPU would copy adjacent gates and ups into another order at every step
+    (docs/decisions/0002).
+    """
 
     def __init__(
         self,
@@ -39,7 +42,10 @@ class MLP(nnx.Module):
             self.down_bias = params(zeros, width=config.hidden_size)
 
     def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
-        """x [B,S,D] -> [B,S,D], by the weights of `layer`. num_valid, token_dim: see project."""
+        """Apply the MLP with the weights of `layer`: x [B,S,D] -> [B,S,D].
+
+        num_valid, token_dim: see project.
+        """
         placement, backend = self.placement, self.kernels.linear
         x = all_gather_tokens(x, placement, token_dim)
         gate, up = (project(x, matrix, placement, backend, layer, num_valid) for matrix in (self.gate, self.up))

@@ -1,6 +1,7 @@
-"""The Mixture-of-Experts block: one shard_map doing route -> dispatch -> grouped experts -> combine."""
+"""The Mixture-of-Experts block: one shard_map over route -> dispatch -> grouped experts -> combine."""
 
-# Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn.
+# Dims: b, s, t = this device's batch rows, length, tokens (t = b * s); D width; E experts, e of this rank; F, f ffn;
+# R physical experts.
 from __future__ import annotations
 
 import math
@@ -27,7 +28,10 @@ from jaxmoe.parallel.sharding import Placement, TokenDim
 
 
 class RoutedExperts(nnx.Module):
-    """SwiGLU weights of all experts: whole matrices after each other, so that each can be read where it lies."""
+    """Hold the SwiGLU weights of all routed experts.
+
+    Whole matrices are consecutive, so that each can be read in place.
+    """
 
     def __init__(
         self, width: int, ffn: int, num_experts: int, biases: bool, *, params: ParamFactory, init: Init
@@ -41,7 +45,7 @@ class RoutedExperts(nnx.Module):
 
 
 class SharedExpert(nnx.Module):
-    """SwiGLU weights of the expert that every token visits, as in a dense layer."""
+    """Hold the SwiGLU weights of the expert that every token visits, as in a dense layer."""
 
     def __init__(self, width: int, ffn: int, *, params: ParamFactory, init: Init) -> None:
         self.gate = params.matrix("moe/shared/gate", init, width=width, ffn=ffn)
@@ -50,15 +54,18 @@ class SharedExpert(nnx.Module):
 
 
 class RouterOutput(NamedTuple):
-    """Where tokens went: scores of the router [B,S,E], and how many tokens of each rank that routes went to each
-    place of an expert [n,R]."""
+    """Hold the router's results.
+
+    probabilities [B,S,E]: router scores. tokens_per_expert [n,R]: number of tokens that each of the n routing ranks
+    routes to each of the R physical experts.
+    """
 
     probabilities: jax.Array
     tokens_per_expert: jax.Array
 
 
 class MoE(nnx.Module):
-    """Routed experts, and a shared expert where the config has one."""
+    """Compute routed experts, and a shared expert if the config has one."""
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class MoE(nnx.Module):
         if moe.selection_bias:
             self.selection_bias = params.exact(zeros, router_expert=moe.num_experts)
         self.experts = RoutedExperts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, params=params, init=init)
-        if moe.biases:  # of every expert on every rank: a token's share of them needs no matrix
+        if moe.biases:  # of all experts on every rank: they need no grouped matmul
             self.down_bias = params(zeros, router_expert=moe.num_experts, width=width)
         if placement.redundant_experts is not None:
             self.physical_expert_map = params.indices(expert_map=3, physical_expert=sizes.moe_experts)
@@ -94,8 +101,10 @@ class MoE(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerIndex, token_mask: TokenMask, token_dim: TokenDim
     ) -> tuple[jax.Array, RouterOutput]:
-        """x [B,S,D] -> y [B,S,D] and where tokens went, by the weights of `layer`; tokens that are not real visit
-        no expert. token_dim: how rows of x lie."""
+        """Apply the block with the weights of `layer`: x [B,S,D] -> [B,S,D], and the router output.
+
+        Padding tokens visit no expert. token_dim: logical dim of the token rows of x.
+        """
         placement = self.placement
         params = self._params()
         arrays = {name: weights_of(param) for name, param in params.items()}
@@ -120,7 +129,7 @@ class MoE(nnx.Module):
         return y, RouterOutput(probabilities, tokens_per_expert)
 
     def _params(self) -> dict[str, Matrix]:
-        """All that a device needs a part of, by the names it knows them by."""
+        """Return the parameters that _on_device receives a shard of, by name."""
         params: dict[str, Matrix] = {"router": self.router, "gate_up": self.experts.gate_up, "down": self.experts.down}
         if self.moe.biases:
             params |= {"gate_up_bias": self.experts.gate_up_bias, "down_bias": self.down_bias}
@@ -147,12 +156,12 @@ def _on_device(
     placement: Placement,
     token_dim: TokenDim,
 ):
-    """One device's part: its batch rows x [b,s,D], its experts, its columns of each."""
+    """Compute one device's part: its batch rows x [b,s,D], its experts, and its columns of each."""
     x_bD = x.reshape(-1, x.shape[-1])
     gather_axes, sequence_axes = placement.ep_gather_axes(token_dim), placement.sequence_gather_axes(token_dim)
     left = tuple(axis for axis in placement.expert_reduce_axes(token_dim) if axis not in gather_axes)
     x_tD = all_gather_rows(x_bD, gather_axes)
-    # What counts the tokens that matter knows those that lie together inside layers, not strips of them.
+    # num_valid counts tokens of shards inside layers. It does not apply to sequence-sharded strips.
     own_num_valid = num_valid if placement.routed(token_dim) == "token" else None
     y, probabilities, tokens_per_expert = _routed_experts(
         x_tD, token_mask, layer, own_num_valid, arrays, moe, kernels, placement, token_dim
@@ -163,7 +172,7 @@ def _on_device(
     y = reduce_or_scatter(y, (), gather_axes)
     if moe.shared_intermediate_size and sequence_axes != gather_axes:
         y = y + reduce_or_scatter(shared(all_gather_rows(x_bD, sequence_axes)), (), sequence_axes)
-    y = reduce_or_scatter(y, left, ())  # those of split that share out no tokens, for experts of every kind
+    y = reduce_or_scatter(y, left, ())  # axes of split that shard no tokens, for routed and shared experts
     return y.reshape(x.shape), probabilities.reshape(*token_mask[0].shape, -1), tokens_per_expert
 
 
@@ -171,7 +180,10 @@ def _routed_experts(
     x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: KernelConfig, placement: Placement,
     token_dim: TokenDim
 ):  # fmt: skip
-    """What this device's experts, and those of the ranks it exchanges tokens with, make of tokens x_tD."""
+    """Route tokens x_tD and return their sum over routed experts, the router scores and the tokens per expert.
+
+    The experts are this device's and those of the ranks it exchanges tokens with.
+    """
     valid, positions = (part.reshape(-1) for part in token_mask)
     exchange_axes, replicated_axes = placement.ep_exchange_axes(token_dim), placement.ep_replicated_axes(token_dim)
     ranks, others = placement.size(exchange_axes), placement.size(replicated_axes)
@@ -194,7 +206,7 @@ def _routed_experts(
     else:
         weights_tE = jnp.pad(weights_tE, ((0, 0), (0, share * ranks * others - moe.num_experts)))
     tokens_per_expert = jnp.sum(weights_tE != 0, axis=0, dtype=jnp.int32)[None]
-    if others > 1:  # of the ranks that have the same tokens, each looks after its own experts
+    if others > 1:  # each of the ranks with the same tokens computes its own experts
         by_rank = weights_tE.reshape(-1, ranks, others, share)
         weights_tE = jax.lax.dynamic_index_in_dim(by_rank, jax.lax.axis_index(replicated_axes), axis=2, keepdims=False)
         weights_tE = weights_tE.reshape(-1, ranks * share)
@@ -216,14 +228,17 @@ def _routed_experts(
 
 
 def _down_biases(weights_tE, bias_ED, placement: Placement, token_dim: TokenDim):
-    """The biases of each token's experts, weighted; of ranks whose results are summed, the first gives them."""
+    """Return the weighted sum of the down biases of each token's experts.
+
+    Among ranks whose results are summed, only the first contributes.
+    """
     summed = {*placement.expert_reduce_axes(token_dim), *placement.ep_gather_axes(token_dim)}
     first = math.prod([jax.lax.axis_index(axis) == 0 for axis in summed], start=jnp.float32(1))
     return jnp.dot(weights_tE * first, bias_ED.astype(jnp.float32))
 
 
 def _shared_expert(x, *, layer, num_valid, arrays, kernels: KernelConfig):
-    """This device's columns of the expert every token visits, times its sigmoid gate where it has one."""
+    """Compute this device's columns of the shared expert, times its sigmoid gate if it has one."""
     backend = kernels.linear
     gate, up = (linear(x, arrays[f"shared/{name}"], layer, num_valid, backend=backend) for name in ("gate", "up"))
     y = linear(

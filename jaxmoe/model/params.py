@@ -1,5 +1,7 @@
-"""Declaring parameters: every one carries its logical dims and how it stands to the pipeline, from which placement,
-loading and saving follow."""
+"""Parameter declarations. Every parameter carries its logical dims and its pipeline view.
+
+Sharding, loading and saving follow from them.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +24,30 @@ Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
 def normal(stddev: float) -> Init:
-    """Draws from a normal distribution."""
+    """Return an initializer that draws from a normal distribution."""
     return jax.nn.initializers.normal(stddev)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """All ones (norms)."""
+    """Initialize an array to ones (norms)."""
     del key
     return jnp.ones(shape, dtype)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """All zeros (biases)."""
+    """Initialize an array to zeros (biases)."""
     del key
     return jnp.zeros(shape, dtype)
 
 
 def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
-    """The array of one layer of a stacked parameter."""
+    """Return the array of one layer of a stacked parameter."""
     return layer_of(param[...], layer)
 
 
 class QuantizedParam(nnx.Module):
-    """A matrix as numbers and scales, two parameters of the same logical dims (ops/quantized_matmul.py)."""
+    """Hold a quantized matrix as two parameters with the same logical dims: numbers and scales
+    (ops/quantized_matmul.py)."""
 
     def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
         self.numbers, self.scales = numbers, scales
@@ -54,20 +57,20 @@ Matrix = nnx.Param | QuantizedParam
 
 
 def weights_of(param: Matrix) -> Weights:
-    """The array of a parameter, or those of one that is quantized."""
+    """Return the array of a parameter, or numbers and scales if it is quantized."""
     if isinstance(param, QuantizedParam):
         return QuantizedArray(param.numbers[...], param.scales[...])
     return param[...]
 
 
 def dims_of(param: Matrix) -> Dims:
-    """The logical dims of a parameter's array, or of both."""
+    """Return the logical dims of a parameter. Numbers and scales of a quantized one share them."""
     one = param.numbers if isinstance(param, QuantizedParam) else param
     return tuple(one.get_metadata()["dims"])
 
 
 class QuantizedMatrices(NamedTuple):
-    """The matrices of a block that are quantized, by their paths, in a format; where they lie."""
+    """Describe the quantized matrices of a block: their format, block alignment by path, and placement."""
 
     format: QuantizationFormat
     alignments: Mapping[str, BlockAlignment]
@@ -75,7 +78,7 @@ class QuantizedMatrices(NamedTuple):
 
 
 class ParamFactory:
-    """Makes the parameters of one model: same dtype, keys drawn in turn."""
+    """Create the parameters of one model, with one dtype and random keys drawn in order."""
 
     def __init__(
         self,
@@ -88,8 +91,10 @@ class ParamFactory:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
     def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: Placement) -> ParamFactory:
-        """A factory of the parameters of one block of a segment, which hold its layers in a leading dim. placement: as
-        they see it."""
+        """Return a factory for the parameters of one block of a segment, which stack its layers in a leading dim.
+
+        placement: as the stacked parameters see it.
+        """
         quantized = None
         if config.quantization is not None:
             quantized = QuantizedMatrices(
@@ -99,14 +104,17 @@ class ParamFactory:
         return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
 
     def __call__(self, init: Init, **dims: int) -> nnx.Param:
-        """A parameter whose logical dims and sizes are given in order, as in width=64, ffn=256."""
+        """Create a parameter from its logical dims and sizes in order, such as width=64, ffn=256."""
         dims = {**self._lead, **dims}
         array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
         return nnx.Param(array, dims=tuple(dims), view=self._view)
 
     def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
-        """The same for matrices, which may be quantized: after `lead` dims of them come `over` dims of their inputs,
-        then those of their outputs. path: within the block."""
+        """Create a matrix, which may be quantized.
+
+        dims: `lead` dims over matrices, then `over` dims of the inputs, then the dims of the outputs. path: within the
+        block.
+        """
         if self._quantized is None or path not in self._quantized.alignments:
             return self(init, **dims)
         format, placement = self._quantized.format, self._quantized.placement
@@ -123,10 +131,10 @@ class ParamFactory:
         ))  # fmt: skip
 
     def exact(self, init: Init, **dims: int) -> nnx.Param:
-        """The same in float32, whatever the dtype of the others."""
+        """Create a float32 parameter, regardless of the dtype of the others."""
         return ParamFactory(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
 
     def indices(self, **dims: int) -> nnx.Param:
-        """The same for whole numbers that no checkpoint holds; zeros."""
+        """Create an int32 parameter of zeros, which checkpoints do not contain."""
         dims = {**self._lead, **dims}
         return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.int32), dims=tuple(dims), view=self._view)

@@ -1,11 +1,10 @@
-"""One tick of a pipeline: every stage takes what the one before it sent, and brings it through a virtual stage of its
-layers.
+"""One tick of a pipeline. Every stage runs the previous stage's output through one virtual stage of its layers.
 
-A shard_map that is manual over the pipeline axis alone: inside a stage XLA splits arrays over tensor and batch as ever,
-and the MoE layer is manual over the rest.
+A shard_map is manual over the pipeline axis only. Inside a stage, XLA shards arrays over tensor and batch as usual, and
+the MoE layer is manual over the remaining axes.
 """
 
-# Dims: P stages, M micro-batches, B tokens' rows of one micro-batch, S length, D width.
+# Dims: P stages, M micro-batches, B token rows of one micro-batch, S length, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,8 +21,11 @@ STAGE = "pipeline"
 
 
 class StageBuffers(NamedTuple):
-    """Hidden states between stages. sent [P,B,S,D]: what each stage computed last. waiting [P,M,B,S,D]: what has come
-    back to the first stage for its next virtual stage; no micro-batches where stages have one virtual stage."""
+    """Hold hidden states between stages.
+
+    sent [P,B,S,D]: the last output of each stage. waiting [P,M,B,S,D]: outputs of the last stage that wait in the first
+    stage for its next virtual stage. M is 0 if stages have one virtual stage.
+    """
 
     sent: jax.Array
     waiting: jax.Array
@@ -32,7 +34,7 @@ class StageBuffers(NamedTuple):
 def empty_buffers(
     schedule: PipelineSchedule, shape: tuple[int, ...], dtype: Any, placement: Placement, dims: Dims
 ) -> StageBuffers:
-    """Nothing on its way. shape [B,S,D], dims: of one micro-batch."""
+    """Return zeroed stage buffers. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
     sent = jnp.zeros((schedule.stages, *shape), dtype)
     waiting = jnp.zeros((schedule.stages, rooms, *shape), dtype)
@@ -41,8 +43,8 @@ def empty_buffers(
     )
 
 
-# One micro-batch through one chunk: (weights, slot, which layer slots, how many of them are filled, x, layer state,
-# step inputs) -> x, layer state.
+# Runs one micro-batch through one virtual stage: (weights, pipeline slot, layer slots, number of filled ones or None
+# for all, x, layer state, step inputs) -> x, layer state.
 Through = Callable[[Any, PipelineSlot, jax.Array, jax.Array | None, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
@@ -60,11 +62,11 @@ def tick_stages(
     schedule: PipelineSchedule,
     placement: Placement,
 ) -> tuple[StageBuffers, Any]:
-    """One tick of all stages; what each computed is `sent` of the returned buffers.
+    """Run one tick of all stages. Their outputs are `sent` of the returned buffers.
 
-    weights, layer_state: trees whose arrays have a leading dim of slots. enters [B,S,D]: goes into the first stage's
-    first virtual stage. step_inputs: a tree of arrays that every stage sees. tick: where it is a Python int, only
-    micro-batches that are real travel between stages; else those of idle stages too.
+    weights, layer_state: trees of arrays with a leading dim of slots. enters [B,S,D]: input of the first stage's first
+    virtual stage. step_inputs: a tree of arrays that every stage receives. tick: if it is a Python int, only valid
+    micro-batches are sent between stages; otherwise idle stages send, too.
     """
 
     def stage(weights, buffers, enters, layer_state, step_inputs, tick, decode_steps):
@@ -117,7 +119,7 @@ def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
 def from_last_stage(
     x: jax.Array, placement: Placement, pick: Callable[[jax.Array], jax.Array] = lambda x: x
 ) -> jax.Array:
-    """pick(x) [...] of x [P,...] on the last stage, on every stage: one all-reduce over the pipeline."""
+    """Return pick(x) [...] of the last stage's x [P,...] on every stage, by one all-reduce over the pipeline."""
 
     def stage(x):
         last = jax.lax.axis_index(STAGE) == placement.num_stages - 1
@@ -130,8 +132,11 @@ def from_last_stage(
 
 
 def _sum_of_one(x: jax.Array) -> jax.Array:
-    """The sum over stages of which all but one give zeros. Pairs of 16-bit numbers travel as whole ones of 32: XLA's
-    CPU compiler aborts on sums of bfloat16 where only some axes are manual."""
+    """Sum x over stages, of which all but one give zeros.
+
+    Pairs of 16-bit numbers are sent as 32-bit integers: XLA's CPU compiler aborts on sums of bfloat16 if only some axes
+    are manual.
+    """
     if x.dtype.itemsize != 2:
         return jax.lax.psum(x, STAGE)
     if x.shape[-1] % 2:
@@ -141,7 +146,10 @@ def _sum_of_one(x: jax.Array) -> jax.Array:
 
 
 def run_ticks(tick: Callable[[Any, Any], Any], ticks: int, carry: Any, *, alone: bool) -> Any:
-    """carry after tick(number, carry) of so many ticks. alone: whether stages do all that a tick does."""
+    """Run tick(number, carry) for all ticks and return the last carry.
+
+    alone: whether a tick consists of the stages only.
+    """
     if PipelineSchedule.unrolled(ticks, alone=alone):
         for number in range(ticks):
             carry = tick(number, carry)

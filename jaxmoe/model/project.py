@@ -1,4 +1,4 @@
-"""Multiplying activations by a parameter, wherever its parts lie."""
+"""Products of activations and parameters, with their collectives."""
 
 # Dims: B batch, S length.
 from __future__ import annotations
@@ -31,14 +31,15 @@ def project(
     dtype: str | None = None,
     token_dim: TokenDim | Literal["batch"] = "token",
 ) -> jax.Array:
-    """x [B,S,*in] times param [*in,*out] -> [B,S,*out] in dtype (that of x by default), where in is `over` dims.
+    """Multiply x [B,S,*in] by param [*in,*out] and return [B,S,*out].
 
-    transposed: param is [out,in]. layer: which layer of a param that has a leading dim of them.
-    num_valid: see TokenMask. token_dim: how rows lie where they have the model's width; "sequence_sharded" ones are
-    gathered before the product, or scattered after it.
+    over: number of dims of in. transposed: whether param is [out,in]. layer: index into the leading layer dim of param,
+    if it has one. dtype: of the result, by default the dtype of x. num_valid: see TokenMask. token_dim: logical dim of
+    token rows that have the model's width; "sequence_sharded" rows are all-gathered before the product or
+    reduce-scattered after it.
 
-    One all-reduce where a summed dim is split: XLA's own, or the same one by hand where XLA cannot see inside or is not
-    to split a loop over tiles of a quantized matrix.
+    A sharded contraction needs one all-reduce. XLA inserts it where it sees the product. It is explicit for opaque
+    kernels, and for quantized matrices, because XLA must not split the loop over their tiles.
     """
     weights, dims = weights_of(param), dims_of(param)
     if layer is None:
@@ -77,14 +78,17 @@ def project(
 def _plain(
     x: jax.Array, w: jax.Array, layer: LayerIndex, *, over: int, transposed: bool, dtype: str | None
 ) -> jax.Array:
-    """By the matrix as it lies: XLA:TPU would copy one whose dims are made two."""
+    """Multiply by the matrix in its own dims: XLA:TPU would copy a matrix that is reshaped to two dims."""
     contracted = (tuple(range(2, 2 + over)), (1,) if transposed else tuple(range(over)))
     y_dtype = jnp.dtype(dtype or x.dtype)
     return jax.lax.dot_general(x, layer_of(w, layer), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
 def all_gather_tokens(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:
-    """x [B,S,D], whose rows lie as `token_dim` says, as it is needed inside layers: for more than one product of it."""
+    """Gather sequence-sharded x [B,S,D] before a tensor-parallel region. token_dim: logical dim of its rows.
+
+    A caller that uses x in several products gathers once.
+    """
     sequence_axes = placement.sequence_gather_axes(token_dim)
     if not sequence_axes:
         return x
@@ -95,15 +99,15 @@ def all_gather_tokens(x: jax.Array, placement: Placement, token_dim: TokenDim) -
 
 
 def all_gather_rows(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """The strips of x [b,...] that ranks along axes have, together. Called inside shard_map."""
+    """Gather the strips x [b,...] of the ranks along mesh axes. Called inside shard_map."""
     return jax.lax.all_gather(x, tuple(axes), axis=0, tiled=True) if axes else x
 
 
 def reduce_or_scatter(y: jax.Array, axes: Sequence[str], scatter_axes: Sequence[str]) -> jax.Array:
-    """The sum of y [b,...] over mesh axes; along those that are scattered each rank keeps its strip of the rows.
+    """Sum y [b,...] over mesh axes. Along scatter_axes each rank keeps its strip of the rows.
 
-    Called inside shard_map: a reduce-scatter, then an all-reduce over the axes that are left. Strips are a dim of their
-    own: of tiled ones of many rows XLA:TPU makes an all-reduce.
+    Called inside shard_map. Runs a reduce-scatter, then an all-reduce over the remaining axes. Strips are a separate
+    dim, because XLA:TPU turns a tiled reduce-scatter of many rows into an all-reduce.
     """
     if scatter_axes:
         strips = math.prod(jax.lax.axis_size(axis) for axis in scatter_axes)

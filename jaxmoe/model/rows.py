@@ -1,4 +1,4 @@
-"""Rows of sharded arrays: which are real, and their norms, rotations and gates, by XLA or by opaque kernels."""
+"""Row-wise ops on sharded arrays (token masks, norms, RoPE, SwiGLU), by XLA or by opaque kernels."""
 
 # Dims: B batch, S length, D width, F ffn, H head dim.
 from __future__ import annotations
@@ -22,13 +22,16 @@ KEY_DIMS = ("token", "length", "kv_head", "head_dim")
 
 
 def hidden_dims(token_dim: str) -> Dims:
-    """Of hidden states [B,S,D] whose rows lie as `token_dim` says."""
+    """Return the logical dims of hidden states [B,S,D] whose token rows have `token_dim`."""
     return (token_dim, *HIDDEN[1:])
 
 
 class TokenMask(NamedTuple):
-    """Which tokens are real, and where. valid, positions [B,S]; num_valid [n]: of the tokens that lie together, how
-    many to the last real one, where kernels can leave out those that follow."""
+    """Mark valid tokens and their positions.
+
+    valid [B,S]: False for padding. positions [B,S]. num_valid [n]: number of tokens up to the last valid one, for each
+    shard of tokens inside layers. Kernels skip the tokens after it. Not computed if no kernel uses it.
+    """
 
     valid: jax.Array
     positions: jax.Array
@@ -36,7 +39,7 @@ class TokenMask(NamedTuple):
 
 
 def make_token_mask(valid: jax.Array, positions: jax.Array, placement: Placement, *, count: bool) -> TokenMask:
-    """Real tokens of valid [B,S] at positions [B,S]; counted where `count`."""
+    """Build a token mask from valid [B,S] and positions [B,S]. count: whether to compute num_valid."""
 
     def last(valid: jax.Array) -> jax.Array:
         index = jnp.arange(1, valid.size + 1, dtype=jnp.int32)
@@ -52,7 +55,7 @@ _HALVES = ("token", "length", "unsharded")
 def rms_norm(
     x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend, *, eps: float
 ) -> jax.Array:
-    """RMS norm over the last of x's dims, which no axis splits."""
+    """Apply RMS norm over the last of x's dims, which no mesh axis shards."""
     norm = partial(rms_norm_op, eps=eps, backend=backend)
     return (
         norm(x, weight)
@@ -64,7 +67,10 @@ def rms_norm(
 def mean_squares(
     q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: Placement, backend: PointwiseBackend
 ) -> jax.Array:
-    """Over all heads of a query [B,S,K,G,H] and a key [B,S,K,H] of so many numbers: [B,S,2], by one all-reduce."""
+    """Return the mean squares [B,S,2] of a query [B,S,K,G,H] and a key [B,S,K,H] over all heads, by one all-reduce.
+
+    columns: number of columns of query and key over all devices.
+    """
     axes = tuple(axis for axis in placement.axes("kv_head") if placement.mesh.shape[axis] > 1)
 
     def both(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -79,7 +85,7 @@ def qk_norm(
     x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement,
     backend: PointwiseBackend, *, eps: float,
 ) -> jax.Array:  # fmt: skip
-    """RMS norm of x [B,S,K,...] over all its heads, by their mean square [B,S]."""
+    """Apply RMS norm to x [B,S,K,...] over all its heads, from their mean square [B,S]."""
     scale = partial(scale_by_rms, eps=eps, backend=backend)
     if backend == "xla":
         return scale(x, weight, mean_square)
@@ -89,7 +95,7 @@ def qk_norm(
 def apply_rope(
     x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend
 ) -> jax.Array:
-    """Rotary embedding of x [B,S,...,H] by cos and sin [B,S,H/2]."""
+    """Apply rotary position embedding to x [B,S,...,H] by cos and sin [B,S,H/2]."""
     rotate_fn = partial(rotate, backend=backend)
     if backend == "xla":
         return rotate_fn(x, cos, sin)
@@ -97,7 +103,7 @@ def apply_rope(
 
 
 def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, backend: PointwiseBackend) -> jax.Array:
-    """silu(gate) * up of both [B,S,F]: [B,S,F]."""
+    """Return silu(gate) * up [B,S,F] of gate and up [B,S,F]."""
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
         flat = (-1, gate.shape[2])

@@ -1,4 +1,4 @@
-"""The whole forward pass, once. Where arrays lie is the placement's business, how keys are kept the caller's."""
+"""The forward pass of the model. The placement decides shardings, the caller decides how keys are cached."""
 
 # Dims: B batch, S length, D width, V vocabulary (padded), E experts; r ranks of the batch.
 from __future__ import annotations
@@ -25,24 +25,26 @@ from jaxmoe.ops.rope import inverse_frequencies, rotation
 from jaxmoe.parallel.sharding import Placement, TokenDim, array_sizes
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments
 
-LayerCaches = list[tuple[Any, ...]]  # of every segment, of every block
-# Some rows of [B,S,D], as the placement sees it, whose rows lie as the third argument says.
+LayerCaches = list[tuple[Any, ...]]  # KV cache by segment and block
+# Selects rows of [B,S,D], given the placement and the logical dim of its token rows.
 Pick = Callable[[jax.Array, Placement, Any], jax.Array]
 TokensPerExpert = list[
     tuple[jax.Array | None, ...]
-]  # tokens of each rank that went to each place of an expert [slots,n,R], where counted
+]  # tokens of each rank routed to each physical expert [slots,n,R], if counted
 
 
 class ForwardState(NamedTuple):
-    """Model state threaded through a step: the KV cache, and tokens per expert so far; None where those are not
-    counted."""
+    """Hold the model state threaded through a step.
+
+    It is the KV cache, and the tokens per expert so far if they are counted.
+    """
 
     kv_cache: LayerCaches
     tokens_per_expert: TokensPerExpert | None
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer of any supported family."""
+    """Compute a decoder-only transformer of any supported family."""
 
     def __init__(
         self,
@@ -55,8 +57,8 @@ class Transformer(nnx.Module):
     ) -> None:
         if config.indexer is not None:
             raise ConfigError(
-                f"family {config.family!r} attends to the index_topk={config.indexer.top_k} tokens that an indexer "
-                f"chooses, which is not supported: jaxmoe info sizes such a model; run deepseek_v3"
+                f"family {config.family!r} selects index_topk={config.indexer.top_k} tokens by an attention "
+                f"indexer, which is not supported: size the model with jaxmoe info, or run deepseek_v3"
             )
         params = ParamFactory(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
@@ -90,11 +92,13 @@ class Transformer(nnx.Module):
         pick: Pick | None = None,
         probabilities: bool = False,
     ) -> tuple[jax.Array, ForwardState, list[jax.Array]]:
-        """Normed hidden states [B,S,D] of tokens [B,S], or of those that pick takes of them; the new state; and
-        where asked the router probabilities [B,S,E] of each MoE layer, in a model without a pipeline.
+        """Run tokens [B,S] through embedding, layers and final norm.
 
-        Tokens come in the order of the schedule's micro-batches, within every rank. forward_state: None where nothing
-        is kept.
+        Return the normed hidden states [B,S,D] of all tokens, or of those that pick selects; the new state; and the
+        router probabilities [B,S,E] of each MoE layer if `probabilities` and the model has no pipeline.
+
+        Within every rank, tokens are ordered by micro-batch of the schedule. forward_state: not needed if nothing is
+        cached.
         """
         forward_state = self.empty_forward_state() if forward_state is None else forward_state
         routed: list[jax.Array] = []
@@ -111,13 +115,15 @@ class Transformer(nnx.Module):
         return self.apply_final_norm(x), forward_state, routed
 
     def empty_forward_state(self) -> ForwardState:
-        """For attention that keeps nothing."""
+        """Return a state for attention without a KV cache."""
         return ForwardState([(None,) * segment.period for segment in self.layer_segments], None)
 
     def embedded(self, tokens: jax.Array, *, one_micro_batch: bool = True) -> jax.Array:
-        """tokens [B,S] -> [B,S,D]; rows lie as between layers, or as the batch's where a pipeline takes them apart.
+        """Embed tokens [B,S] -> [B,S,D].
 
-        one_micro_batch: whether they are one."""
+        Rows are sharded as between layers, or as "batch" if a pipeline splits them into micro-batches. one_micro_batch:
+        whether the tokens are a single micro-batch.
+        """
         placement, table = self.outside, self.embed[...]
         between = placement.token_dim(tokens.shape[0])
         apart = placement.num_stages > 1 and not (one_micro_batch and placement.sequence_gather_axes(between))
@@ -138,17 +144,17 @@ class Transformer(nnx.Module):
         return placement.shard_map_local(lookup, *arrays, out=hidden_dims(token_dim))
 
     def apply_final_norm(self, x: jax.Array) -> jax.Array:
-        """The last norm of x [B,S,D], whose rows then lie as those of the batch."""
+        """Apply the final norm to x [B,S,D]. Rows of the result are sharded as "batch"."""
         x = self.outside.constrain(x, *HIDDEN)
         return rms_norm(
             x, self.final_norm[...], HIDDEN, self.outside, self.kernels.pointwise, eps=self.config.rms_norm_eps
         )
 
-    # --- layers beside the pipeline: all of them where there is none ---
+    # --- layers outside the pipeline: all layers if there is no pipeline ---
 
     @property
     def pipelined_segment(self) -> int:
-        """The segment that stages share out; one past the last where there are no stages."""
+        """Return the index of the segment that the stages share, or the number of segments without a pipeline."""
         return next(
             (n for n, segment in enumerate(self.layer_segments) if segment.stages > 1), len(self.layer_segments)
         )
@@ -156,13 +162,13 @@ class Transformer(nnx.Module):
     def before(
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
     ) -> tuple[jax.Array, ForwardState]:
-        """x [B,S,D] through the layers before those of the stages."""
+        """Run x [B,S,D] through the layers before the pipelined segment."""
         return self._run_segments(0, self.pipelined_segment, x, layer_inputs, forward_state)
 
     def after(
         self, x: jax.Array, layer_inputs: LayerInputs, forward_state: ForwardState
     ) -> tuple[jax.Array, ForwardState]:
-        """x [B,S,D] through the layers after those of the stages."""
+        """Run x [B,S,D] through the layers after the pipelined segment."""
         return self._run_segments(self.pipelined_segment + 1, len(self.layer_segments), x, layer_inputs, forward_state)
 
     def _run_segments(
@@ -217,7 +223,7 @@ class Transformer(nnx.Module):
     # --- stages of a pipeline ---
 
     def empty_buffers(self, schedule: PipelineSchedule, rows: int, length: int) -> StageBuffers:
-        """Nothing on its way between stages. rows, length: of one micro-batch."""
+        """Return zeroed buffers between stages. rows, length: of one micro-batch."""
         shape = rows, length, self.config.hidden_size
         token_dim = self.placement.token_dim(rows)
         return empty_buffers(schedule, shape, self.embed[...].dtype, self.placement, hidden_dims(token_dim))
@@ -232,7 +238,10 @@ class Transformer(nnx.Module):
         schedule: PipelineSchedule,
         decode_steps: Any = 1,
     ) -> tuple[StageBuffers, ForwardState]:
-        """One tick of every stage; enters [B,S,D] goes into the first. What comes out is buffers.sent of the last."""
+        """Run one tick of every stage.
+
+        enters [B,S,D] is the input of the first stage. The output is buffers.sent of the last stage.
+        """
         segment, number = self.layer_segments[self.pipelined_segment], self.pipelined_segment
         graph, weights = nnx.split(self.segments[number])
         placement = self.placement.for_layers(segment)
@@ -281,7 +290,7 @@ class Transformer(nnx.Module):
         )
 
     def from_last(self, sent: jax.Array) -> jax.Array:
-        """sent [P,B,S,D] of the last stage: [B,S,D], whose rows lie as between layers."""
+        """Return the last stage's part of sent [P,B,S,D] on all stages: [B,S,D] with rows sharded as between layers."""
         in_stage = self.placement.with_view("in_stage")
         dims = hidden_dims(in_stage.token_dim(sent.shape[1]))
         return from_last_stage(sent, self.placement, lambda x: in_stage.constrain(x, *dims))
@@ -294,7 +303,7 @@ class Transformer(nnx.Module):
         schedule: PipelineSchedule,
         pick: Pick | None,
     ) -> tuple[jax.Array, ForwardState]:
-        """x [B,S,D], all micro-batches, through all layers: once around."""
+        """Run all micro-batches x [B,S,D] once through all layers."""
         ranks, count = self.placement.num_shards("batch"), schedule.micro_batches
         rows = x.shape[0] // count
         after = self.pipelined_segment + 1 < len(self.layer_segments)
@@ -333,7 +342,10 @@ class Transformer(nnx.Module):
         return from_last_stage(done.swapaxes(0, 1), self.placement, in_order), forward_state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits [B,S,V] of hidden states [B,S,D], split over the vocabulary; columns of padding are -inf. float32."""
+        """Return logits [B,S,V] of hidden states [B,S,D], in float32.
+
+        They are sharded over the vocabulary. Padded columns are -inf.
+        """
         how = self.outside, self.kernels.linear
         if self.config.tie_word_embeddings:
             logits = project(hidden, self.embed, *how, transposed=True, dtype="float32", token_dim="batch")
@@ -346,9 +358,10 @@ class Transformer(nnx.Module):
 def at_rows(
     hidden: jax.Array, placement: Placement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
 ) -> jax.Array:
-    """hidden [r*t,1,D], whose rows lie as `token_dim` says, at index [r,d] of each rank of the batch: [r*d,1,D].
+    """Return the rows at index [r,d] of each rank of the batch: hidden [r*t,1,D] -> [r*d,1,D].
 
-    Ranks that share out a rank's tokens each give those they have: one all-reduce.
+    token_dim: logical dim of the rows of hidden. If ranks shard a batch rank's tokens, each contributes its own rows,
+    by one all-reduce.
     """
     axes = placement.axes(token_dim)
     token_shard_axes = tuple(
@@ -373,7 +386,7 @@ def _through(
     kv_cache: Sequence[Any],
     tokens_per_expert: Sequence[Any] | None,
 ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...] | None, list[RouterOutput | None]]:
-    """x [B,S,D] through one repeat of a segment, the one at slot `layer`."""
+    """Apply one repetition of a layer segment to x [B,S,D], with the weights at index `layer`."""
     new_kv_cache, new_counts, choices = [], [], []
     for number, block in enumerate(blocks):
         x, own, choice = block(x, layer, context, kv_cache[number])
@@ -388,5 +401,5 @@ def _through(
 def abstract_model(
     config: ModelConfig, placement: Placement, *, dtype: str, kernels: KernelConfig = KernelConfig()
 ) -> Transformer:
-    """The model without arrays: shape, dtype and logical dims of every parameter, which everything else reads."""
+    """Return the model without arrays: shape, dtype and logical dims of every parameter, for other modules to read."""
     return nnx.eval_shape(lambda: Transformer(config, placement, dtype=dtype, rngs=nnx.Rngs(0), kernels=kernels))

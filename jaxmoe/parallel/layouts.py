@@ -1,5 +1,7 @@
-"""Layouts: which mesh axes share out requests, the insides of layers, the context of a request, and the experts. The
-pipeline axis is no layout's business: it shares out layers."""
+"""Parallelism layouts: which mesh axes shard requests, layers, the context of requests, and experts.
+
+The pipeline axis belongs to no layout. It shards the model by layers.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ _FREE_AXES = tuple(axis for axis in AXES if axis != "pipeline")
 
 @dataclass(frozen=True)
 class Layout:
-    """Every axis but the pipeline's, by what it shares out.
+    """Assign every mesh axis except pipeline to the dims that it shards.
 
-    batch: requests, and their tokens. split: heads, widths of dense layers and of a shared expert, vocabulary; an
-    all-reduce each. context: the keys and values of every request, and a step's tokens: ranks attend to what they hold
-    and merge (context parallelism). sequence: of split, axes that share out the tokens between the split regions
-    (sequence parallelism): a reduce-scatter and an all-gather in place of an all-reduce.
-    experts: whole experts; along axes that share out tokens they are exchanged, along others every rank has them all.
-    expert_width: each expert. Raises: LayoutError for an axis that is unknown, used twice, or of no use.
+    Attributes:
+        batch: axes that shard requests and their tokens (data parallelism).
+        split: axes that shard heads, the widths of dense layers and of a shared expert, and the vocabulary (tensor
+            parallelism). Each needs an all-reduce.
+        experts: axes over which whole experts are distributed (expert parallelism). Tokens are exchanged along axes
+            that shard tokens. Along other axes every rank has all tokens.
+        expert_width: axes that shard the width of each expert.
+        context: axes that shard the keys and values of every request and the tokens of a step (context parallelism).
+            Ranks attend to their own shard and merge the results.
+        sequence: axes of split that also shard tokens between tensor-parallel regions (sequence parallelism). A
+            reduce-scatter and an all-gather replace an all-reduce.
+
+    Raises: LayoutError if an axis is unknown, used twice, or unused.
     """
 
     batch: Axes
@@ -47,32 +56,33 @@ class Layout:
         used = [*self.batch, *self.context, *self.split]
         if set(used) != set(_FREE_AXES):
             unused = next(axis for axis in _FREE_AXES if axis not in used)
-            raise LayoutError(f"layout leaves axis {unused!r} without work: add it to batch, context or split")
+            raise LayoutError(f"layout does not use axis {unused!r}: add it to batch, context or split")
         for axis in self.sequence:
             if axis not in self.split:
                 raise LayoutError(f"layout: sequence={axis!r} must be one of split={'+'.join(self.split) or 'none'}")
         replicated = tuple(axis for axis in self.experts if axis in self.split)
         if set(replicated) | set(self.expert_width) != set(self.split):
             raise LayoutError(
-                f"layout splits layers over {'+'.join(self.split) or 'no axis'}, so experts and expert_width together "
-                f"must hold these of the axes that share out no tokens; they hold "
+                f"layout: experts and expert_width must cover exactly split={'+'.join(self.split) or 'no axis'}, "
+                f"not counting axes of experts that shard tokens; they cover "
                 f"{'+'.join((*replicated, *self.expert_width)) or 'none'}"
             )
-        # A rank's experts, and the strips of tokens it gathers, must follow each other.
+        # A rank's experts must be consecutive, and so must the strips of tokens that it gathers.
         exchange = [axis for axis in self.experts if axis not in replicated]
         strips = [axis for axis in self.experts if axis in self.sequence]
         rest = [axis for axis in replicated if axis not in self.sequence]
         if list(self.experts) != [*exchange, *strips, *rest]:
-            raise LayoutError("layout: experts must name axes of batch and context first, then those of sequence")
+            raise LayoutError("layout: experts must name axes of batch and context first, then axes of sequence")
         if set(self.sequence[: len(strips)]) != set(strips):
             raise LayoutError("layout: sequence must name axes of experts first")
 
     @cached_property
     def table(self) -> Mapping[str, Axes]:
-        """Logical dim -> mesh axes that split it; dims of layers lie over the pipeline.
+        """Return the mesh axes that shard each logical dim. The dims of stacked layers are sharded over pipeline.
 
-        A step's tokens are "batch" where ranks of a context have the same, "token" inside layers, "sequence_sharded"
-        between them where they are shared out there, "routed" where experts are chosen for such.
+        A step's tokens have one of four dims: "batch" where context-parallel ranks hold the same tokens, "token" inside
+        layers, "sequence_sharded" between tensor-parallel regions with sequence parallelism, and "routed" where a
+        router chooses experts for sequence-sharded tokens.
         """
         whole = (
             "length", "width", "block", "head_slot", "head_dim", "gate_or_up", "router_expert", "expert_map",
@@ -97,8 +107,10 @@ class Layout:
         }
 
     def used(self, mesh_axes: Mapping[str, int], *, moe: bool) -> tuple[Axes, ...]:
-        """Its parts without axes of size 1, nor what no layer has: layouts of which this is equal place a model on the
-        mesh alike."""
+        """Return the layout's axes of size above 1, without the axes of experts if the model has no experts.
+
+        Two layouts with equal results shard a model identically on the mesh.
+        """
         tokens = self.batch, self.split, self.context, self.sequence
         parts = (*tokens, *((self.experts, self.expert_width) if moe else ()))
         return tuple(tuple(axis for axis in axes if mesh_axes.get(axis, 1) > 1) for axes in parts)
@@ -111,26 +123,26 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {
-    # experts on ranks that have other tokens, each expert split as the layers around it
+    # experts over the expert axis, with tensor parallelism in layers and in each expert
     "ep-tp": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert",), expert_width=("tensor",)),
-    # split attention, whole experts on all of the same devices
+    # tensor-parallel attention, whole experts over expert and tensor
     "tp-ep": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert", "tensor"), expert_width=()),
-    # attention that splits nothing but the batch, whole experts on all of the same devices
+    # data-parallel attention, whole experts over expert and tensor
     "dp-ep": Layout(batch=_FREE_AXES, split=(), experts=("expert", "tensor"), expert_width=()),
-    # everything split
+    # tensor parallelism everywhere
     "tp": Layout(batch=("data",), split=("expert", "tensor"), experts=(), expert_width=("expert", "tensor")),
 }
-# the same, with tokens shared out between the split regions
+# the same layouts with sequence parallelism
 LAYOUTS |= {f"{name}-sp": replace(LAYOUTS[name], sequence=LAYOUTS[name].split) for name in ("ep-tp", "tp-ep", "tp")}
-# keys and values of every request over the data axis
+# context parallelism over the data axis
 LAYOUTS["cp-ep-tp"] = replace(LAYOUTS["ep-tp"], batch=("expert",), context=("data",))
 DEFAULT_LAYOUT = LAYOUTS["ep-tp"]
 
 
 def parse_layout(text: str) -> Layout:
-    """A Layout from its name, or from its parts as in "batch=data+expert,split=tensor,experts=expert+tensor".
+    """Return the layout of this name, or parse parts such as "batch=data+expert,split=tensor,experts=expert+tensor".
 
-    Parts left out share out nothing. Raises: LayoutError for what does not read so, and as Layout.
+    Omitted parts have no axes. Raises: LayoutError if the text cannot be parsed, or as Layout does.
     """
     if text in LAYOUTS:
         return LAYOUTS[text]
@@ -140,8 +152,8 @@ def parse_layout(text: str) -> Layout:
         name, equals, axes = part.partition("=")
         if name.strip() not in names or not equals:
             raise LayoutError(
-                f"layout {text!r} is none of {', '.join(LAYOUTS)}, nor parts such as batch=data+expert,split=tensor; "
-                f"the parts are {', '.join(names)}"
+                f"layout {text!r} must be one of {', '.join(LAYOUTS)}, or parts such as batch=data+expert,split=tensor"
+                f"; the parts are {', '.join(names)}"
             )
         if parts[name.strip()]:
             raise LayoutError(f"layout {text!r} names {name.strip()!r} twice: name each part once")

@@ -1,6 +1,6 @@
-"""The named device mesh: axes data, pipeline, expert, tensor (outermost to innermost), from text or a preset.
+"""Named device mesh with the axes data, pipeline, expert, tensor (outermost to innermost), from text or a preset.
 
-Tensor is innermost because its all-reduces are the most frequent: neighbors share the fastest links.
+Tensor is innermost because its all-reduces are the most frequent, and neighbors share the fastest links.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _HOST_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def preset_names() -> list[str]:
-    """Names of the mesh presets in meshes/, sorted."""
+    """Return the names of the mesh presets in meshes/, sorted."""
     return sorted(path.stem for path in asset_dir("meshes").glob("*.toml"))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes from "data=2,tensor=4" or the name of a preset; axes left out are 1.
+    """Parse axis sizes such as "data=2,tensor=4", or read them from the preset of this name. Missing axes have size 1.
 
-    Raises: MeshError for an unknown axis or preset, an axis named twice, or a size that is not a whole number >= 1.
+    Raises: MeshError if an axis or preset is unknown, an axis is named twice, or a size is not a whole number >= 1.
     """
     if "=" not in text:
         return _read_preset(text.strip())
@@ -54,7 +54,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def check_axes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """All four axes in mesh order, those left out as 1. Raises: MeshError naming the axis, its size and the limit."""
+    """Return the sizes of all four axes in mesh order. Missing axes have size 1.
+
+    Raises: MeshError with the axis, its size and the limit.
+    """
     for axis, size in sizes.items():
         if axis not in AXES:
             raise MeshError(f"unknown mesh axis {axis!r}; the axes are data, tensor, pipeline, expert")
@@ -73,21 +76,24 @@ def _read_preset(name: str) -> dict[str, int]:
 
 
 def default_axes(num_devices: int, *, num_experts: int) -> dict[str, int]:
-    """The axes used where the user names none: whole experts on devices for an MoE, else split layers."""
+    """Return the axes used if the user names none.
+
+    With at least as many experts as devices, the expert axis takes all devices. Otherwise the tensor axis does.
+    """
     axis = "expert" if num_experts >= num_devices else "tensor"
     return check_axes({axis: num_devices})
 
 
 def emulate_devices(num_devices: int) -> None:
-    """Make the CPU appear as num_devices devices. Call before JAX starts a backend.
+    """Make the CPU appear as num_devices devices. Call it before JAX starts a backend.
 
-    Raises: MeshError if the count is out of range, XLA_FLAGS already asks for another, or a backend has started.
+    Raises: MeshError if the count is out of range, XLA_FLAGS requests another count, or a backend has started.
     """
     if not 1 <= num_devices <= 512:
         raise MeshError(f"devices={num_devices} must lie in [1, 512]")
     if (flag := _HOST_COUNT_FLAG.search(os.environ.get("XLA_FLAGS", ""))) and int(flag[1]) != num_devices:
         raise MeshError(
-            f"devices={num_devices} but XLA_FLAGS already asks for {flag[1]} host devices: make them equal or drop one"
+            f"devices={num_devices} but XLA_FLAGS already sets {flag[1]} host devices: make them equal or drop one"
         )
     try:
         jax.config.update("jax_platforms", "cpu")
@@ -97,16 +103,16 @@ def emulate_devices(num_devices: int) -> None:
         raise MeshError(f"devices={num_devices} must be set before JAX starts its devices: {error}") from error
     if jax.device_count() != num_devices:
         raise MeshError(
-            f"devices={num_devices} asked for after JAX had started with {jax.device_count()}: set it first"
+            f"devices={num_devices} set after JAX started with {jax.device_count()} devices: set it before JAX starts"
         )
 
 
 def join_processes(coordinator: str, num_processes: int | None, process_id: int | None, devices: int | None) -> None:
-    """Make the devices of all processes one cluster. Call before JAX starts a backend, in every process.
+    """Join the devices of all processes into one cluster. Call it in every process, before JAX starts a backend.
 
-    coordinator: HOST:PORT of the first process, with the numbers; or "auto", where the cluster's manager tells JAX.
-    devices: to emulate on the CPU in this process.
-    Raises: MeshError for numbers that cannot be, or where the processes do not find each other.
+    coordinator: HOST:PORT of the first process, used with num_processes and process_id. With "auto", JAX gets all three
+    from the cluster manager. devices: number of CPU devices to emulate in this process.
+    Raises: MeshError if the numbers are out of range, or if the processes do not find each other.
     """
     process_args: tuple[str | None, int | None, int | None] = (None, None, None)
     if coordinator != "auto":
@@ -128,11 +134,11 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
 
 
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build a Mesh with all four axes, devices in the order of the machine's topology.
+    """Build a Mesh with all four axes, with devices in the order of the machine's topology.
 
-    devices: those to choose from, all of every process by default. Where the axes need fewer, the mesh takes those of
-    nearest_devices and a warning is logged.
-    Raises: MeshError if the axes need more devices than there are, or leave a process without any.
+    devices: devices to choose from; by default all devices of all processes. If the axes need fewer, the mesh takes
+    nearest_devices and logs a warning.
+    Raises: MeshError if the axes need more devices than exist, or leave a process without devices.
     """
     axes = check_axes(axes)
     devices = jax.devices() if devices is None else devices
@@ -147,21 +153,21 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     types = (AxisType.Auto,) * len(AXES)
     try:
         ordered = jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
-    except NotImplementedError:  # no axis of the torus is as long as this: parts of several, and longer ways
+    except NotImplementedError:  # no torus axis has this length: split physical axes, with longer paths
         ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     return Mesh(in_rings(ordered), AXES, axis_types=types)
 
 
 def conform_mesh(mesh: Mesh) -> Mesh:
-    """Return a user's Mesh with all four axes in the order of AXES; every device keeps its coordinates along each axis.
+    """Return a user's Mesh with all four axes in the order of AXES. Every device keeps its coordinates along each axis.
 
-    Axes that the mesh lacks are added with size 1, and every axis type becomes Auto.
-    Raises: MeshError for a mesh without devices, or with an axis of another name.
+    Missing axes are added with size 1, and every axis type becomes Auto.
+    Raises: MeshError if the mesh has no devices, or an axis of another name.
     """
     if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
         return mesh
     if mesh.devices.size == 0 or mesh.devices.flat[0] is None:
-        raise MeshError("the Mesh has no devices: make one of jax.devices()")
+        raise MeshError("the Mesh has no devices: create it from jax.devices()")
     axes = check_axes(dict(mesh.shape))
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     devices = mesh.devices.transpose(order).reshape(tuple(axes.values()))
@@ -169,8 +175,11 @@ def conform_mesh(mesh: Mesh) -> Mesh:
 
 
 def nearest_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
-    """Pick `count` of the devices that lie well together: the first ones, as jax.make_mesh does; of a TPU slice the
-    first full box of chips with the shortest way between its corners, where one has `count` devices."""
+    """Return `count` devices that are close to each other.
+
+    These are the first devices, as in jax.make_mesh. In a TPU slice they are the first full box of `count` devices with
+    the shortest path between its corners, if there is such a box.
+    """
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -183,7 +192,7 @@ def nearest_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Devic
 
 
 def _first_box(devices: Sequence[Any], count: int) -> list[Any] | None:
-    """The devices of the first full box of `count` in one slice, in their own order; None where there is none."""
+    """Return the devices of the first full box of `count` in one slice, in their original order, if there is one."""
     places = {(*device.coords, getattr(device, "core_on_chip", 0)): device for device in devices}
     low, high = ([edge(axis) for axis in zip(*places, strict=True)] for edge in (min, max))
     extents = [last - first + 1 for first, last in zip(low, high, strict=True)]
@@ -199,7 +208,7 @@ def _first_box(devices: Sequence[Any], count: int) -> list[Any] | None:
 
 
 def _boxes(count: int, extents: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every way to write count as a product of one number for each extent that does not exceed it."""
+    """Return all ways to write count as a product of one factor per extent, each at most its extent."""
     if not extents:
         return [()] if count == 1 else []
     sizes = [size for size in range(1, min(count, extents[0]) + 1) if count % size == 0]
@@ -207,7 +216,10 @@ def _boxes(count: int, extents: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _some_devices(devices: Sequence[jax.Device], count: int, mesh: str) -> list[jax.Device]:
-    """nearest_devices, with a warning that names them. Raises: MeshError if a process would have none of them."""
+    """Return nearest_devices and log a warning with their ids.
+
+    Raises: MeshError if a process would have no device.
+    """
     chosen = nearest_devices(devices, count)
     idle = {device.process_index for device in devices} - {device.process_index for device in chosen}
     if idle:
@@ -221,9 +233,9 @@ def _some_devices(devices: Sequence[jax.Device], count: int, mesh: str) -> list[
 
 
 def in_rings(devices: np.ndarray) -> np.ndarray:
-    """Devices of a mesh [...], those along an axis of four that lie on a square in the order of its edge.
+    """Return the devices [...] of a mesh, reordered so that axes of four devices on a square follow its edges.
 
-    Along a ring XLA:TPU scatters sums without padding; in the order of rows and columns it does not.
+    XLA:TPU reduce-scatters without padding along a ring. In row and column order it pads.
     """
     if not hasattr(devices.flat[0], "coords"):
         return devices
@@ -235,16 +247,16 @@ def in_rings(devices: np.ndarray) -> np.ndarray:
 
 
 def _is_ring(devices: np.ndarray, axis: int) -> bool:
-    """Whether each has a link to the next along an axis, and the last to the first."""
+    """Return whether each device along an axis has a link to the next one, and the last to the first."""
     coords = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)
     return bool((abs(coords - np.roll(coords, 1, axis)).sum(-1) <= 1).all())
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler of a mesh's devices must be told of every program that reads weights; None for most.
+    """Return the compiler options for programs that read weights on a mesh's devices. Most devices need none.
 
-    TPU7x: 16-bit matrices stay in the tiles that a program's arguments come in. Left to itself, the compiler copies all
-    weights to taller tiles at every step (docs/clusters.md).
+    On TPU7x, 16-bit matrices keep the tiles of the program's arguments. By default the compiler copies all weights to
+    taller tiles at every step (docs/clusters.md).
     """
     if mesh.devices.flat[0].device_kind != "TPU7x":
         return None
@@ -252,13 +264,16 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 
 def device_platform(backend: str) -> str:
-    """What devices of a JAX backend say their platform is: "gpu" of "cuda" and "rocm", the backend's own name else."""
+    """Return the platform of a JAX backend's devices: "gpu" for "cuda" and "rocm", otherwise the backend's name."""
     return "gpu" if backend in ("cuda", "rocm") else backend
 
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """A device that need not be there. platform: "cpu", "gpu" or "tpu"; nothing is compiled for it."""
+    """Represent a device that need not exist. It is only planned with, never compiled for.
+
+    platform: "cpu", "gpu" or "tpu".
+    """
 
     platform: str
     device_kind: str = "planned"
@@ -266,9 +281,9 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class PlannedMesh:
-    """A mesh of devices that need not be there: enough for a Placement to say where arrays would lie.
+    """Represent a mesh of devices that need not exist, so that a Placement can compute shardings.
 
-    Nothing can be put on it, nor compiled for it. Raises: MeshError as check_axes.
+    No array can be placed on it and no program compiled for it. Raises: MeshError as check_axes does.
     """
 
     axes: Mapping[str, int]
@@ -279,32 +294,32 @@ class PlannedMesh:
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """Sizes of all four axes, in the mesh's order."""
+        """Return the sizes of all four axes in mesh order."""
         return self.axes
 
     @property
     def axis_names(self) -> tuple[str, ...]:
-        """Of all four."""
+        """Return the names of all four axes."""
         return AXES
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Return the number of devices."""
         return math.prod(self.axes.values())
 
     @cached_property
     def devices(self) -> Any:
-        """An array of as many devices as there would be, in the shape of the axes."""
+        """Return an array of planned devices in the shape of the axes."""
         return np.full(tuple(self.axes.values()), PlannedDevice(self.platform))
 
     @cached_property
     def abstract_mesh(self) -> AbstractMesh:
-        """What JAX knows of it."""
+        """Return the mesh as a jax.sharding.AbstractMesh."""
         return AbstractMesh(tuple(self.axes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:
-    """The mesh in a few words, as in "data=2 x tensor=2 x expert=2 on 8 cpu devices"."""
+    """Return a short description of the mesh, such as "data=2 x tensor=2 x expert=2 on 8 cpu devices"."""
     named = [f"{axis}={mesh.shape[axis]}" for axis in ("data", "tensor", "pipeline", "expert") if mesh.shape[axis] > 1]
     platform = mesh.devices.flat[0].platform
     plural = "s" if mesh.size > 1 else ""

@@ -1,4 +1,4 @@
-"""Where things lie: the resolver of a layout's table from logical dims to mesh axes. Nothing else places arrays."""
+"""Sharding rules: map logical dims to mesh axes by a layout's table. No other module decides shardings."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from jaxmoe.parallel.stages import LayerSegment
 
 Dims = tuple[str, ...]
 
-# How an array stands to the pipeline: "stacked" ones hold layers that stages share out; "in_stage" is how a stage sees
-# them; "outside_pipeline" are all others (embedding, head, layers that no stage holds), split over pipeline as over
-# tensor.
+# Relation of an array to the pipeline: "stacked" arrays hold layers sharded over the stages; "in_stage" is one stage's
+# view of them; "outside_pipeline" are all other arrays (embedding, LM head, layers outside the stages), which pipeline
+# shards as tensor does.
 PipelineView = Literal["stacked", "in_stage", "outside_pipeline"]
 
-# Of tokens shared out between split regions a rank has so many at a time. XLA:TPU reduces and scatters whole tiles of
-# rows; of smaller strips it makes an all-reduce, with twice the bytes, and larger ones it pads.
+# Rows of sequence-sharded tokens that form a strip. XLA:TPU reduce-scatters whole tiles of rows. It turns smaller
+# strips into an all-reduce, with twice the bytes, and pads larger ones.
 _STRIP_ROWS = {"tpu": 8}
 
-# How a step's tokens lie: inside layers, or between their split regions.
+# Logical dim of a step's token rows: inside layers, or between tensor-parallel regions.
 TokenDim = Literal["token", "sequence_sharded"]
 
-# Dims inside a layer, which beside the stages lie over the pipeline too.
+# Dims inside a layer; pipeline shards them, too, in layers outside the stages.
 _LAYER_DIMS = ("vocab", "kv_head", "ffn", "moe_ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A mesh and a layout: answers where an array with given logical dims lies, as seen from where it is asked.
+    """Resolve logical dims to mesh axes for a mesh and a layout, as seen from a position in the pipeline.
 
-    mesh: any Mesh over some of the four axes, in any order (mesh.conform_mesh gives the one kept here); a PlannedMesh
-    does as well for all but running. virtual_stages: runs of layers that a stage of the pipeline holds, interleaved
-    with those of the others.
-    redundant_experts: places for experts beyond their number; None where experts stand in order, once each, and the
-    program knows it; where given, it is told where they stand (parallel/eplb.py).
+    Attributes:
+        mesh: any Mesh over some of the four axes in any order (stored as mesh.conform_mesh returns it). A PlannedMesh
+            works for everything except running.
+        layout: which mesh axes shard which dims.
+        virtual_stages: number of runs of layers that a pipeline stage holds, interleaved with the runs of other stages.
+        view: relation of the arrays to the pipeline.
+        redundant_experts: number of physical experts beyond the logical ones. The program then receives the expert map
+            as an input (planner/balance.py). With None, the program assumes one replica of each expert, in order.
     """
 
     mesh: Mesh
@@ -57,7 +60,7 @@ class Placement:
             object.__setattr__(self, "mesh", conform_mesh(self.mesh))
 
     def with_view(self, view: PipelineView) -> Placement:
-        """The same, for arrays that stand otherwise to the pipeline."""
+        """Return this placement for arrays with another relation to the pipeline."""
         if view == self.view:
             return self
         if view not in self._views:
@@ -65,25 +68,25 @@ class Placement:
         return self._views[view]
 
     def for_layers(self, segment: LayerSegment) -> Placement:
-        """The same, as the layers of a segment see it."""
+        """Return this placement as seen inside the layers of a segment."""
         return self.with_view("in_stage" if segment.stages > 1 else "outside_pipeline")
 
     def for_params(self, segment: LayerSegment) -> Placement:
-        """The same, as the arrays that hold all layers of a segment lie."""
+        """Return this placement for the stacked parameters of a segment."""
         return self.with_view("stacked" if segment.stages > 1 else "outside_pipeline")
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices: "cpu", "gpu" or "tpu"."""
+        """Return the platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
     @property
     def num_stages(self) -> int:
-        """Stages of the pipeline."""
+        """Return the number of pipeline stages."""
         return self.mesh.shape["pipeline"]
 
     def axes(self, dim: str) -> tuple[str, ...]:
-        """The mesh axes that split a logical dim. Raises: KeyError for a dim the table does not know."""
+        """Return the mesh axes that shard a logical dim. Raises: KeyError if the table lacks the dim."""
         axes = self.layout.table[dim]
         if dim == "layer" and self.view != "stacked":
             return ()
@@ -92,82 +95,86 @@ class Placement:
         return axes
 
     def token_dim(self, num_rows: int) -> TokenDim:
-        """How so many rows of tokens lie between the split regions of layers: shared out there where that comes out
-        even, in whole strips."""
+        """Return the logical dim of num_rows token rows between tensor-parallel regions.
+
+        Rows are sequence-sharded if the layout has sequence parallelism and they divide evenly into whole strips.
+        """
         sequence_sharded = self.layout.sequence and num_rows % (self.num_shards("batch") * self.strip_tokens) == 0
         return "sequence_sharded" if sequence_sharded else "token"
 
     @property
     def strip_rows(self) -> int:
-        """Rows of tokens that a platform scatters together."""
+        """Return how many token rows the platform reduce-scatters as a unit."""
         return _STRIP_ROWS.get(self.platform, 1)
 
     @property
     def strip_tokens(self) -> int:
-        """What a rank's tokens must be a multiple of to be shared out between the split regions of layers."""
+        """Return the alignment of a rank's tokens for sequence sharding: whole strips for every shard."""
         return self.strip_rows * self.num_shards("sequence_sharded") // self.num_shards("batch")
 
     def ep_exchange_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes along which ranks have other tokens and other experts."""
+        """Return the mesh axes along which ranks have different tokens and different experts."""
         return tuple(axis for axis in self.axes("moe_expert") if axis in self.axes(token_dim))
 
     @property
     def dispatch_levels(self) -> tuple[str, ...]:
-        """Of the axes along which tokens may go to their experts, those of several ranks, outermost first."""
+        """Return the axes of more than one rank along which tokens may be exchanged, outermost first."""
         return tuple(axis for axis in self.ep_exchange_axes("sequence_sharded") if self.mesh.shape[axis] > 1)
 
     def ragged_peers(self, dispatch: str) -> int:
-        """Ranks among which a dispatch exchanges rows of uneven numbers; 1 where it does not."""
+        """Return the number of ranks among which a dispatch backend exchanges uneven numbers of rows.
+
+        It is 1 for backends without ragged collectives.
+        """
         skipped = {"ragged_all_to_all": 0, "hierarchical_ragged": 1}.get(dispatch)
         return 1 if skipped is None else self.size(self.dispatch_levels[skipped:])
 
     def ep_replicated_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes along which ranks have the same tokens and other experts."""
+        """Return the mesh axes along which ranks have the same tokens and different experts."""
         return tuple(axis for axis in self.axes("moe_expert") if axis not in self.axes(token_dim))
 
     def routed(self, token_dim: TokenDim) -> str:
-        """How tokens lie where experts are chosen for them."""
+        """Return the logical dim of token rows where the router chooses experts."""
         return "routed" if token_dim == "sequence_sharded" else "token"
 
     def ep_gather_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes that share out tokens between the split regions, along which experts are split and need them all."""
+        """Return the mesh axes over which experts need sequence-sharded tokens all-gathered."""
         return tuple(axis for axis in self.sequence_gather_axes(token_dim) if axis not in self.axes("moe_expert"))
 
     def expert_reduce_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes along which ranks have parts of what experts make of the same tokens."""
+        """Return the mesh axes over which expert outputs are reduced."""
         axes = (*self.ep_replicated_axes(token_dim), *self.axes("moe_ffn"))
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def sequence_gather_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes that share out tokens between the split regions, along which those need them all."""
+        """Return the mesh axes over which sequence-sharded tokens are all-gathered before tensor-parallel regions."""
         axes = self.layout.sequence if token_dim == "sequence_sharded" else ()
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def token_shard_axes(self, token_dim: TokenDim) -> tuple[str, ...]:
-        """Axes along which ranks have other tokens of the same requests between the split regions."""
+        """Return the mesh axes that shard the tokens of the same requests."""
         return tuple(axis for axis in self.axes(token_dim) if axis not in self.axes("batch"))
 
     def size(self, axes: Iterable[str]) -> int:
-        """Devices along some axes."""
+        """Return the number of devices along the given axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def _jax_mesh(self) -> Mesh | AbstractMesh:
-        """The mesh as JAX knows it."""
         return self.mesh.abstract_mesh if isinstance(self.mesh, PlannedMesh) else self.mesh
 
     def _mesh_here(self) -> Mesh | AbstractMesh:
-        """The mesh as code being traced sees it: within a stage, one whose pipeline is not XLA's to split."""
+        """Return the mesh that traced code sees: within a stage, one whose pipeline axis is manual."""
         here = jax.sharding.get_abstract_mesh()
         return here if self.view == "in_stage" and not here.empty else self._jax_mesh
 
     def num_shards(self, dim: str) -> int:
-        """How many parts a logical dim is split in."""
+        """Return the number of shards of a logical dim."""
         if dim not in self._num_shards:
             self._num_shards[dim] = self.size(self.axes(dim))
         return self._num_shards[dim]
 
-    # What was asked before: a search asks the same of every placement many times.
+    # Caches: a planner search repeats the same queries on every placement many times.
 
     @cached_property
     def _num_shards(self) -> dict[str, int]:
@@ -178,21 +185,24 @@ class Placement:
         return {}
 
     def spec(self, *dims: str) -> P:
-        """The PartitionSpec of an array whose dims are these."""
+        """Return the PartitionSpec of an array with these logical dims."""
         return P(*(self.axes(dim) or None for dim in dims))
 
     def sharding(self, *dims: str) -> NamedSharding:
-        """The NamedSharding of an array whose dims are these."""
+        """Return the NamedSharding of an array with these logical dims."""
         return NamedSharding(self._jax_mesh, self.spec(*dims))
 
     def constrain(self, x: jax.Array, *dims: str) -> jax.Array:
-        """x, asked of XLA to lie as its dims say."""
+        """Return x with a sharding constraint for its logical dims."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here(), self.spec(*dims)))
 
     def shard_map_local(
         self, function: Callable[..., Any], *arrays: tuple[jax.Array, Dims], out: Dims | tuple[Dims, ...]
     ) -> Any:
-        """function of each device's parts, for work that XLA is not to split or cannot see into."""
+        """Run function on every device's shards, for work that XLA must not shard or cannot see into.
+
+        arrays: pairs of an array and its logical dims. out: logical dims of the result, or of each result.
+        """
         return self.shard_map(
             function,
             in_specs=tuple(self.spec(*dims) for _, dims in arrays),
@@ -200,7 +210,7 @@ class Placement:
         )(*(array for array, _ in arrays))
 
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """function as a shard_map over all axes, or within a stage over all but the pipeline."""
+        """Return function as a shard_map over all axes, or within a stage over all axes except pipeline."""
         mesh = self._mesh_here()
         axes = set(mesh.axis_names) - ({"pipeline"} if mesh is not self._jax_mesh else set())
         return jax.shard_map(
@@ -214,7 +224,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _head_slots(num_kv_heads: int, num_groups: int, num_shards: int) -> tuple[int, int, int]:
-    """(kv_slots, kv_copies, group_slots) for num_shards devices: the fewest columns of q, k and v in all."""
+    """Return (kv_slots, kv_copies, group_slots) for num_shards shards with the fewest total columns of q, k and v."""
 
     def plan(copies: int) -> tuple[int, int, int]:
         return _round_up(num_kv_heads * copies, num_shards), copies, -(-num_groups // copies)
@@ -223,21 +233,23 @@ def _head_slots(num_kv_heads: int, num_groups: int, num_shards: int) -> tuple[in
 
 
 def _whole_blocks(config: ModelConfig) -> int:
-    """What a device's share of an expert's width must be a multiple of: a block of packed numbers where there are
-    such."""
+    """Return the alignment of a device's share of an expert's width.
+
+    For packed number formats it is the block size along the inputs, otherwise 1.
+    """
     kept = config.quantization
     return kept.format.inputs or 1 if kept is not None and kept.format.packing_factor > 1 else 1
 
 
 def segment_sizes(config: ModelConfig, placement: Placement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:
-    """array_sizes of the layers of each segment."""
+    """Return array_sizes for the layers of each segment."""
     return [array_sizes(config, placement.for_layers(segment)) for segment in segments]
 
 
 def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
-    """The config's sizes, padded or replicated so that every split of the layout comes out even.
+    """Return the config's sizes, padded or replicated so that every shard is even.
 
-    Those of layers, for layers that stand to the pipeline as the placement's view says.
+    Sizes of layers depend on the placement's pipeline view.
     """
     kv_slots, kv_copies, group_slots = _head_slots(
         config.num_key_value_heads, config.num_query_groups, placement.num_shards("kv_head")

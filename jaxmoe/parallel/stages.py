@@ -1,5 +1,8 @@
-"""How a model's layers lie: in segments of alike layers whose weights are stacked, or every layer by itself; and which
-segment the stages of a pipeline share out among them."""
+"""Layer segments and the pipeline schedule.
+
+A segment is a run of repeating layers with stacked weights, or a single layer. The stages of a pipeline share one
+segment.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ _MAX_UNROLLED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSegment:
-    """`period` layers that may differ, `repeats` times over, from layer `first` on.
+    """Describe a run of `period` layers, which may differ, repeated `repeats` times from layer `first` on.
 
-    The model holds it as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period + b is
-    the r-th of filled_slots() in block b. Where there are several its program is compiled once and run in a loop.
+    The model stores a segment as `period` blocks whose arrays have a leading dim of `slots`: layer first + r * period +
+    b is the r-th of filled_slots() in block b. A segment with several repeats is compiled once and run in a loop.
 
-    stages, virtual_stages: over how many stages of a pipeline the repeats are dealt out, in how many runs each; a token
-    passes all stages `virtual_stages` times. Slots that no layer fills, where the numbers do not divide, hold zeros.
+    The repeats are distributed over `stages` pipeline stages, in `virtual_stages` runs each. A token passes all stages
+    `virtual_stages` times. If the repeats do not divide evenly, unused slots hold zeros.
     """
 
     first: int
@@ -37,31 +40,33 @@ class LayerSegment:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model in it."""
+        """Return the number of layers in the segment."""
         return self.period * self.repeats
 
     def layers(self) -> range:
-        """Their numbers."""
+        """Return the layer indices of the segment."""
         return range(self.first, self.first + self.num_layers)
 
     @property
     def virtual_stage_slots(self) -> int:
-        """Room for repeats in every virtual stage of every stage."""
+        """Return the number of slots in every virtual stage of every stage."""
         return -(-self.repeats // (self.stages * self.virtual_stages))
 
     @property
     def slots(self) -> int:
-        """Room for repeats, over all stages."""
+        """Return the number of slots over all stages."""
         return self.stages * self.virtual_stages * self.virtual_stage_slots
 
     def filled(self, stage: Any, virtual_stage: Any) -> Any:
-        """Repeats in one virtual stage of one stage (numbers, or arrays of them): they differ by one at most, the first
-        have more."""
+        """Return how many slots of one virtual stage of one stage are filled. Takes numbers or arrays.
+
+        The counts differ by at most one; the first virtual stages have more.
+        """
         each, left = divmod(self.repeats, self.stages * self.virtual_stages)
         return each + (virtual_stage * self.stages + stage < left)
 
     def filled_slots(self) -> Iterator[int]:
-        """The slot of every repeat, in the order of the layers."""
+        """Yield the slot of every repeat in layer order."""
         for virtual_stage in range(self.virtual_stages):
             for stage in range(self.stages):
                 start = (stage * self.virtual_stages + virtual_stage) * self.virtual_stage_slots
@@ -72,10 +77,11 @@ class LayerSegment:
 def layer_segments(
     config: ModelConfig, mode: LayersMode, *, stages: int = 1, virtual_stages: int = 1
 ) -> tuple[LayerSegment, ...]:
-    """The segments of a model, first to last. unroll: one a layer; scan: as long as layers repeat.
+    """Return the segments of a model in order.
 
-    With several stages they share out the longest segment, whatever the mode; the others stand beside the pipeline.
-    Raises: ConfigError if that segment has too few repeats.
+    Mode "unroll" gives one segment per layer; "scan" gives the longest runs of repeating layers. With several stages,
+    the segments are those of "scan" and the stages share the longest one. The other segments run outside the pipeline.
+    Raises: ConfigError if the longest segment has too few repeats.
     """
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
     groups: list[LayerSegment] = []
@@ -90,15 +96,15 @@ def layer_segments(
             alike = "layers" if longest.period == 1 else f"groups of {longest.period} layers"
             interleaved = f" in {virtual_stages} virtual stages each" if virtual_stages > 1 else ""
             raise ConfigError(
-                f"pipeline={stages}{interleaved} needs at least {stages * virtual_stages} alike {alike} in a row, "
-                f"the model has {longest.repeats}: use fewer stages"
+                f"pipeline={stages}{interleaved} needs at least {stages * virtual_stages} identical consecutive "
+                f"{alike}, the model has {longest.repeats}: use fewer stages"
             )
         groups[groups.index(longest)] = replace(longest, stages=stages, virtual_stages=virtual_stages)
     return tuple(groups)
 
 
 def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
-    """(period, repeats) that cover the most layers from the first on; (1, 1) where nothing repeats."""
+    """Return (period, repeats) that cover the most layers from the first on; (1, 1) if no layers repeat."""
     best = (1, 1)
     for period in range(1, min(_MAX_PERIOD, len(kinds) // 2) + 1):
         alike = period
@@ -112,7 +118,7 @@ def _longest_run(kinds: list[tuple[object, ...]]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLocation:
-    """Where a layer's parameters are: segment, block within it, index in the leading dim of its arrays."""
+    """Locate a layer's parameters: segment, block within it, and index into the leading dim of its arrays."""
 
     segment: int
     block: int
@@ -120,12 +126,12 @@ class LayerLocation:
 
     @property
     def path(self) -> str:
-        """The path of the block's parameters in the model."""
+        """Return the path of the block's parameters in the model."""
         return f"segments/{self.segment}/{self.block}"
 
 
 def locate_layer(layer: int, segments: tuple[LayerSegment, ...]) -> LayerLocation:
-    """Where a layer is. Raises: ValueError if no segment has it."""
+    """Return the location of a layer. Raises: ValueError if no segment contains it."""
     for number, segment in enumerate(segments):
         if layer in segment.layers():
             repeat, block = divmod(layer - segment.first, segment.period)
@@ -134,9 +140,9 @@ def locate_layer(layer: int, segments: tuple[LayerSegment, ...]) -> LayerLocatio
 
 
 class PipelineSlot(NamedTuple):
-    """Work of a stage in one tick: one micro-batch through one of its virtual stages. Whole numbers, or arrays of them.
+    """Describe the work of one stage in one tick: one micro-batch through one virtual stage.
 
-    valid: whether it is real; the other numbers mean nothing where it is not.
+    The fields are integers or arrays of integers. If valid is False, the other fields are meaningless.
     """
 
     decode_step: Any
@@ -147,12 +153,12 @@ class PipelineSlot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSchedule:
-    """The order in which stages take micro-batches: all of them through a virtual stage, then through the next.
+    """Order micro-batches over pipeline stages: all of them pass one virtual stage, then the next.
 
-    A tick is the time of one micro-batch in one virtual stage of one stage. A micro-batch reaches the next stage a tick
-    later, after the last stage the first stage's next virtual stage, and after the last chunk its next decode step.
-    With fewer micro-batches than stages, stages wait for it. Source: interleaved schedules of Megatron-LM (arXiv
-    2104.04473), forward only.
+    A tick is the time of one micro-batch in one virtual stage of one stage. A micro-batch reaches the next stage one
+    tick later. After the last stage it goes to the first stage's next virtual stage, and after the last virtual stage
+    to its next decode step. With fewer micro-batches than stages, stages idle until it returns.
+    Source: interleaved schedules of Megatron-LM (arXiv 2104.04473), forward only.
     """
 
     stages: int = 1
@@ -161,15 +167,15 @@ class PipelineSchedule:
 
     @property
     def period(self) -> int:
-        """Ticks between two virtual stages of one micro-batch on one stage."""
+        """Return the number of ticks between two virtual stages of one micro-batch on one stage."""
         return max(self.stages, self.micro_batches)
 
     def ticks(self, decode_steps: Any = 1) -> Any:
-        """Ticks until all micro-batches have passed all stages so many times."""
+        """Return the number of ticks until all micro-batches have passed all decode steps."""
         return (decode_steps * self.virtual_stages - 1) * self.period + self.micro_batches + self.stages - 1
 
     def slot(self, tick: Any, stage: Any, decode_steps: Any = 1) -> PipelineSlot:
-        """What a stage does in a tick."""
+        """Return the work of a stage in a tick."""
         step = tick - stage
         lap, micro_batch = step // self.period, step % self.period
         decode_step, virtual_stage = lap // self.virtual_stages, lap % self.virtual_stages
@@ -181,11 +187,15 @@ class PipelineSchedule:
         )
 
     def idle(self, decode_steps: int = 1) -> Fraction:
-        """The share of all stages' ticks in which they have nothing to do."""
+        """Return the fraction of all stages' ticks that are idle (the pipeline bubble)."""
         return 1 - Fraction(decode_steps * self.virtual_stages * self.micro_batches, self.ticks(decode_steps))
 
     def sends(self, tick: int, decode_steps: int = 1) -> list[tuple[int, int]]:
-        """(from, to) of stages that send in a tick what they made of a real micro-batch in the one before."""
+        """Return the (source, destination) stages that transfer hidden states in a tick.
+
+        A stage sends only if its micro-batch of the tick before was valid.
+        The last stage sends only if a virtual stage remains.
+        """
         ring = [(stage, (stage + 1) % self.stages) for stage in range(self.stages)]
         slots = [(pair, self.slot(tick - 1, pair[0], decode_steps)) for pair in ring]
         return [
@@ -194,8 +204,11 @@ class PipelineSchedule:
 
     @staticmethod
     def unrolled(ticks: int, *, alone: bool) -> bool:
-        """Whether so many ticks are few enough to be compiled each by itself, so that no idle stage sends. alone: no
-        layers stand beside the stages, whose collectives of several ticks the compiler would join."""
+        """Return whether ticks are compiled separately, so that idle stages send nothing. Only few ticks are.
+
+        alone: whether all layers are inside the stages. The compiler would merge the collectives of other layers across
+        ticks.
+        """
         return alone and ticks <= _MAX_UNROLLED
 
 

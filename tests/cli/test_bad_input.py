@@ -166,21 +166,21 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--weights-dtype", "fp6"], ["weights_dtype='fp6' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "post"], ["dispatch='post' must be one of"]),
-    (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", "fastest"], ["layout 'fastest' is none of"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", "fastest"], ["layout 'fastest' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--skew", "-1"], ["skew=-1.0 must lie in [0, 4]"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--plot", "plan.txt"], ["must end in .png or .svg"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--objective", "fun"], ["--objective", "fun"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", ""], ["mesh '' is neither axes"]),
-    (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", ""], ["layout '' is none of"]),
+    (["plan", "llama-3.1-8b", "--hardware", "h100", "--layout", ""], ["layout '' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--dtype", ""], ["dtype='' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", ""], ["hardware '' is no preset"]),
     (
         ["plan", "llama-3.1-8b", "--hardware", "~nobody-of-this-name/h.toml"],
-        ["~nobody-of-this-name/h.toml' is no path"],
+        ["~nobody-of-this-name/h.toml' is not a valid path"],
     ),
     (
         ["plan", "~nobody-of-this-name/config.json", "--hardware", "h100"],
-        ["~nobody-of-this-name/config.json' is no path"],
+        ["~nobody-of-this-name/config.json' is not a valid path"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--rule-of-thumb", "--plot", "x.png"],
@@ -188,7 +188,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "pipeline=64"],
-        ["pipeline=64 needs at least 64 alike layers", "use fewer stages"],
+        ["pipeline=64 needs at least 64 identical consecutive layers", "use fewer stages"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "tensor=2", "--virtual-stages", "2"],
@@ -232,10 +232,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--mesh", "data=-8"], ["'data=-8' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=two"], ["'data=two' must read axis=size"]),
     ([*GENERATE, "--mesh", "data=8,"], ["must read axis=size"]),
-    ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
+    ([*GENERATE, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 identical", "use fewer stages"]),
     ([*GENERATE, "--virtual-stages", "0"], ["virtual_stages=0 must be a whole number of at least 1"]),
     ([*GENERATE, "--virtual-stages", "2"], ["virtual_stages=2 needs stages: the mesh has pipeline=1"]),
-    ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
+    ([*GENERATE, "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp, tp-ep, dp-ep, tp", "the parts are"]),
     (
         [*GENERATE, "--layout", "batch=data+expert+tensor,split=tensor"],
         ["axis 'tensor' twice in batch, split, context"],
@@ -253,7 +253,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--max-num-seqs", "0"], ["max_num_seqs=0", "at least 1"]),
     # what is asked of verify and bench
     (["verify", "good", "--max-tokens", "0"], ["--max-tokens", "0 is not in the range"]),
-    (["verify", "good", "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
+    (["verify", "good", "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp, tp-ep, dp-ep, tp"]),
     (["bench", "good", "--cases", "1x4"], ["case '1x4' must read REQUESTSxPROMPTxNEW"]),
     (["bench", "good", "--cases", "0x4x2"], ["case '0x4x2' must read"]),
     (["bench", "good", "--cases", ""], ["case '' must read"]),
@@ -270,8 +270,8 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo, "]),
     # what is asked of inspect
     (["inspect", "good"], ["Missing option", "--mesh"]),
-    ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp, tp-ep, dp-ep, tp"]),
-    ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 alike layers", "use fewer stages"]),
+    ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp, tp-ep, dp-ep, tp"]),
+    ([*INSPECT, "--mesh", "pipeline=8"], ["pipeline=8 needs at least 8 identical", "use fewer stages"]),
     ([*INSPECT, "--mesh", "tensor=16"], ["tensor=16 needs 16 devices and there are 8", "--devices 16"]),
     ([*INSPECT, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
     ([*INSPECT, "--virtual-stages", "2"], ["virtual_stages=2 needs stages"]),
@@ -299,11 +299,11 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--mesh", "b200-2x9"], ["'b200-2x9' is neither axes", "b200-2x8"]),
     ([*MAP, "--mesh", "data=100000"], ["of 100000 devices, the map draws at most 1024"]),
     ([*MAP, "--micro-batches", "4"], ["micro_batches=4 needs stages"]),
-    ([*MAP, "--layout", "fastest"], ["layout 'fastest' is none of ep-tp"]),
+    ([*MAP, "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp"]),
     ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*MAP, "--max-num-seqs", "0"], ["max_num_seqs=0 must lie in [1, "]),
     ([*MAP, "--hardware", ""], ["hardware '' is no preset"]),
-    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware '~nobody-of-this-name/h.toml' is no path"]),
+    ([*MAP, "--hardware", "~nobody-of-this-name/h.toml"], ["hardware '~nobody-of-this-name/h.toml' is not a valid"]),
     ([*MAP, "--hardware", "a100", "--target", "v5e:16x8"], ["hardware a100 and target v5e:16x8 differ"]),
     ([*MAP[:-1], "map.txt"], ["output map.txt must end in .html"]),
     ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
@@ -370,7 +370,7 @@ def test_a_damaged_checkpoint(capsys, work, damage):
 
 def test_a_number_of_devices_that_xla_flags_contradict(capsys, work, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    _assert_refused(capsys, work, [*GENERATE, "--devices", "8"], ["devices=8", "XLA_FLAGS already asks for 4"])
+    _assert_refused(capsys, work, [*GENERATE, "--devices", "8"], ["devices=8", "XLA_FLAGS already sets 4"])
 
 
 def test_devices_asked_for_too_late(capsys, work):

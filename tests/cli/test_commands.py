@@ -148,7 +148,7 @@ def test_verify_runs_layouts_that_are_alike_on_a_mesh_once(capsys, tiny_dir, mon
 def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_dir, monkeypatch):
     monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"pipeline": 8}, {"data": 2}])
     refused, passed = _objects(_verify(capsys, tiny_dir, "--layout", "ep-tp", "--json"))
-    assert "pipeline=8 needs at least 8 alike layers" in refused["refused"]
+    assert "pipeline=8 needs at least 8 identical consecutive layers" in refused["refused"]
     assert (refused["passed"], passed["passed"]) == (False, True)
     outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp")
     assert outcome.code == 0

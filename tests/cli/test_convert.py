@@ -100,7 +100,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["good", "--verify", "--mesh", "tensor=2"], ["leave --mesh out"]),
     (["none", "out"], ["'none' is not an existing directory"]),
     (["good", "good"], ["destination", "good exists", "name another"]),
-    (["good", "~nobody-of-this-name/out"], ["DST '~nobody-of-this-name/out' is no path"]),
+    (["good", "~nobody-of-this-name/out"], ["DST '~nobody-of-this-name/out' is not a valid path"]),
     (["good", "/"], ["destination / exists", "name another"]),
     (["good", "good/out"], ["lies inside the source"]),
     (["good", "none/out"], ["none, which is no directory", "make it first"]),

@@ -203,7 +203,7 @@ def test_a_key_that_changes_the_maths_is_named(family, key, value, words):
         ("llama", {"quantization_config": 0}, "has quant_method 0; supported"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "'topk_method' = 'noaux_tc' changes the maths"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0.0 must be above 0"),
-        ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be 1 where weights multiply"),
+        ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be 1 with apply_router_weight"),
         ("llama4_text", {"attention_chunk_size": 0}, "attention_chunk_size=0 must be at least 1"),
         ("llama4_text", {"no_rope_layers": [1]}, r"'no_rope_layers' = \[1\] must hold 0 or 1 for each of 4 layers"),
         ("llama", {"head_dim": 15}, "head_dim=15 must be even"),

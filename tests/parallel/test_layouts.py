@@ -44,7 +44,7 @@ def test_layouts_read_from_their_names_and_from_what_they_print(name):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("fastest", "'fastest' is none of ep-tp, tp-ep, dp-ep, tp"),
+        ("fastest", "'fastest' must be one of ep-tp, tp-ep, dp-ep, tp"),
         ("batch=data,heads=tensor", "the parts are batch, split, experts, expert_width, context, sequence"),
         ("batch=data,batch=expert", "names 'batch' twice"),
         ("batch=data+model", "batch='model' must be one of data, expert, tensor"),
@@ -54,10 +54,10 @@ def test_layouts_read_from_their_names_and_from_what_they_print(name):
         ("batch=data+expert,split=tensor,expert_width=tensor,sequence=tensor+tensor", "twice in sequence"),
         ("batch=data+expert,split=tensor,expert_width=tensor,sequence=data", "'data' must be one of split=tensor"),
         ("batch=data+expert,split=tensor,experts=tensor,expert_width=tensor", "twice in experts, expert_width"),
-        ("batch=data,split=tensor,experts=tensor", "leaves axis 'expert' without work"),
-        ("batch=data+expert,split=tensor,experts=expert", "must hold these of the axes that share out no tokens"),
+        ("batch=data,split=tensor,experts=tensor", "does not use axis 'expert'"),
+        ("batch=data+expert,split=tensor,experts=expert", "must cover exactly split=tensor"),
         ("batch=data+expert,split=tensor,experts=tensor+expert", "axes of batch and context first"),
-        ("batch=data,split=expert+tensor,experts=expert+tensor,sequence=tensor", "then those of sequence"),
+        ("batch=data,split=expert+tensor,experts=expert+tensor,sequence=tensor", "then axes of sequence"),
         (
             "batch=data,split=expert+tensor,experts=expert,expert_width=tensor,sequence=tensor+expert",
             "sequence must name axes of experts first",

@@ -136,7 +136,7 @@ def test_devices_cannot_change_once_started(monkeypatch):
     with pytest.raises(MeshError, match="devices=4"):
         emulate_devices(4)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    with pytest.raises(MeshError, match="XLA_FLAGS already asks for 4"):
+    with pytest.raises(MeshError, match="XLA_FLAGS already sets 4"):
         emulate_devices(8)
     with pytest.raises(MeshError, match="devices=0"):
         emulate_devices(0)

@@ -269,5 +269,5 @@ def test_a_node_of_other_devices_is_a_fabric_of_other_devices(read):
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/h.toml", "~nobody-of-this-name"])
 def test_a_home_that_nobody_has_is_one_line(path):
-    with pytest.raises(MeshError, match=r"hardware '~nobody-of-this-name.*' is no path"):
+    with pytest.raises(MeshError, match=r"hardware '~nobody-of-this-name.*' is not a valid path"):
         read_hardware(path)

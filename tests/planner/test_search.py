@@ -190,7 +190,7 @@ def test_chunks_of_stages_and_dispatches_asked_for_are_looked_at_where_they_mean
 
 def test_a_pipeline_that_cannot_be_cut_says_why():
     asked = replace(question("llama-3.1-8b", "h100", 64), axes=check_axes({"pipeline": 64}))
-    with pytest.raises(ConfigError, match="pipeline=64 needs at least 64 alike layers"):
+    with pytest.raises(ConfigError, match="pipeline=64 needs at least 64 identical consecutive layers"):
         search(asked)
 
 
