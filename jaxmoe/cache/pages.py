@@ -192,7 +192,7 @@ class PagePool:
     def _evict(self) -> int:
         """Evict the least recently used evictable page from the device and return it.
 
-        Without sliding windows, only a page without children on the device is evicted.
+        Without first_visible, only a page without children on the device is evicted.
         """
         if self._first_visible is None:
             page = next(page for page in self._evictable if self._cached[page].is_last())
@@ -223,8 +223,8 @@ class PagePool:
     def _drop(self, node: _PrefixNode) -> None:
         """Drop a node that is not on the device.
 
-        Without sliding windows, its children in host memory are dropped, too. Otherwise the node stays in the tree
-        while it has children.
+        Without first_visible, its children in host memory are dropped, too. Otherwise the node stays in the tree while
+        it has children.
         """
         falling = [node]
         while falling:
