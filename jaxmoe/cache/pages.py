@@ -5,9 +5,9 @@ earlier tokens are known. It becomes a node of a radix tree, a child of the page
 same prefix reuses it. A cached page that no request references is *evictable*: it stays until its memory is needed. The
 pool evicts the least recently released page that has no children on the device.
 
-If every layer has a sliding window, a request releases the pages behind the window while it runs. They may be evicted
-before the pages that follow them. The tree retains the tokens of an evicted page, so that its children still match: a
-prompt with that prefix needs only the pages that its next token sees.
+If every layer has a sliding window or chunked attention, a running request releases the pages that its later tokens do
+not see. They may be evicted before the pages that follow them. The tree retains the tokens of an evicted page, so that
+its children still match: a prompt with that prefix needs only the pages that its next token sees.
 
 With host pages, an evicted page is copied to host memory and stays in the tree. A prompt that matches it swaps it in.
 `pending_copies` lists the copies in the order in which they must be made.
@@ -61,7 +61,7 @@ class PrefixMatch(NamedTuple):
     """Describe the longest cached prefix of a prompt.
 
     num_pages: pages of the prefix. num_behind: leading pages that the next token does not see because of a sliding
-    window. on_device: the other pages, as far as they are on the device.
+    window or chunked attention. on_device: the other pages, as far as they are on the device.
     """
 
     num_pages: int

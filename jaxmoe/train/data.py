@@ -112,7 +112,8 @@ def batches(stream: np.ndarray, *, batch_rows: int, window_tokens: int, seed: in
     left = np.empty((0, window_tokens + 1), stream.dtype)
     if (len(stream) - 1) // window_tokens < batch_rows + 1:
         raise ConfigError(
-            f"the corpus has {len(stream)} tokens, less than {batch_rows + 1} windows of {window_tokens}: use fewer rows"
+            f"the corpus has {len(stream)} tokens, less than {batch_rows + 1} windows of {window_tokens}: "
+            "use fewer rows"
         )
     while True:
         first = int(rng.integers(window_tokens))

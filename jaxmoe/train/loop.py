@@ -123,6 +123,6 @@ def _read(metrics: Metrics, step: int) -> tuple[float, float]:
 
 def _line(held_out: HeldOut, metrics: tuple[float, float], wall_s: float) -> str:
     return (
-        f"held-out {held_out.nats_per_token:.4f} nats a token, {held_out.bits_per_byte:.4f} bits a byte; "
+        f"held-out {held_out.nats_per_token:.4f} nats/token, {held_out.bits_per_byte:.4f} bits/byte; "
         f"training {metrics[0]:.4f}, balance {metrics[1]:.3f}; {wall_s:.0f} s"
     )
