@@ -1,4 +1,4 @@
-"""From trained parameters to a checkpoint as Hugging Face publishes it: the loader's key table, read backwards."""
+"""Export of trained parameters to a Hugging Face checkpoint. It applies the loader's weight slices in reverse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.
 def checkpoint_arrays(
     params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[LayerSegment, ...]
 ) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint by its published key, in the config's dtype; params are named by path."""
+    """Return every checkpoint tensor by its key, in the config's dtype. params: arrays by their path in the model."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
     tensors: dict[str, np.ndarray] = {}
     sizes = segment_sizes(config, placement, segments)
@@ -44,12 +44,16 @@ def checkpoint_arrays(
 
 
 def hf_config(config: ModelConfig, *, eos_token_id: int) -> dict[str, Any]:
-    """config.json of a Qwen3-MoE model, in the published form. Raises: CheckpointError for another family."""
+    """Return the config.json of a Qwen3-MoE model in Hugging Face's format.
+
+    Raises: CheckpointError for other families, and for RoPE scaling, attention biases and sliding windows.
+    """
     moe = config.moe
     plain = config.rope.scaling == "none" and not config.qkv_bias and set(config.sliding_windows) == {None}
     if config.family != "qwen3_moe" or moe is None or not plain:
         raise CheckpointError(
-            f"only plain qwen3_moe models can be exported, this is a {config.family} model: train one of those"
+            f"only plain qwen3_moe models can be exported, not this {config.family} model: train a qwen3_moe model "
+            "without RoPE scaling, attention biases and sliding windows"
         )
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -95,11 +99,11 @@ def write_checkpoint(
     segments: tuple[LayerSegment, ...],
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Weights, configs and the tokenizer (where given) into an existing directory, as LLM.load reads it."""
+    """Write weights, configs and, if given, the tokenizer to an existing directory that LLM.load can read."""
     end = (tokenizer.token_to_id(END_OF_TEXT) if tokenizer is not None else None) or 0
     write_json(directory / "config.json", hf_config(config, eos_token_id=end))
     save_file(checkpoint_arrays(params, config, placement, segments), directory / SINGLE, metadata={"format": "pt"})
-    (directory / SINGLE).chmod(0o644)  # the library makes it private
+    (directory / SINGLE).chmod(0o644)  # safetensors creates it readable by its owner only
     write_json(directory / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     if tokenizer is None:
         return
@@ -118,12 +122,12 @@ def write_checkpoint(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """value as indented JSON with a last newline."""
+    """Write value as indented JSON with a final newline."""
     path.write_text(json_text(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and bytes of every file of a directory, by name."""
+    """Return SHA-256 and size in bytes of every file of a directory, by name."""
     return {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
         for path in sorted(directory.iterdir())
@@ -131,7 +135,7 @@ def file_facts(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def replace_directory(new: Path, destination: Path) -> None:
-    """Put `new` in the place of destination by renaming; both must lie on one file system."""
+    """Replace `destination` by `new` with renames. Both must be on the same file system."""
     aside = new.with_name(new.name + ".old")
     if destination.exists():
         os.rename(destination, aside)

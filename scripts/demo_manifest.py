@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint was made from and what came out, so that anyone can make it again and compare."""
+"""manifest.json: inputs and results of a training run, so that anyone can reproduce a checkpoint and compare."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetenso
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages and the kind of machine a run had."""
+    """Return the versions of Python and packages, and the machine type."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
@@ -42,7 +42,7 @@ def manifest_of(
     num_parameters: int,
     samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The manifest of a checkpoint written to directory; its held-out loss is that of the weights as written."""
+    """Return the manifest of a checkpoint written to directory. Its evaluation loss is that of the exported weights."""
     return {
         "name": "demo",
         "command": "python -m scripts.train_demo --out checkpoints/demo",
@@ -66,13 +66,15 @@ def manifest_of(
 
 
 def record_reproduction(directory: Path, result: TrainResult, placement: Placement) -> float:
-    """Add a second run of the recipe to the manifest in directory; the relative distance of its held-out loss a byte.
+    """Add another run of the recipe to the manifest in directory.
 
-    A byte, since another Python has other text and so another tokenizer. Raises: CheckpointError without a manifest.
+    Returns the relative difference of its evaluation loss per byte. The loss is compared per byte, not per token,
+    because another Python version has other sources and thus another tokenizer.
+    Raises: CheckpointError if directory has no manifest.
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {MANIFEST}: give a checkpoint made by scripts/train_demo")
+        raise CheckpointError(f"{directory} has no {MANIFEST}: pass a checkpoint written by scripts/train_demo")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     stated = manifest["held_out"]["nats_per_byte"]
     distance = result.held_out.nats_per_byte / stated - 1

@@ -1,4 +1,4 @@
-"""A small byte-level BPE, trained on the corpus; the same text gives the same tokenizer."""
+"""Byte-level BPE tokenizer trained on the corpus. Training is deterministic."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from scripts.demo_corpus import SourceFile
 
 END_OF_TEXT = "<|endoftext|>"
-# Ends of lines; indentation in one piece; a word with the blank before it; single digits; runs of signs.
+# Line ends; indentation as one token; a word with its leading space; single digits; runs of punctuation.
 _SPLIT = r"\n+|[ ]+(?=[ ])|[ ]?\p{L}+|\p{N}|[ ]?[^\s\p{L}\p{N}]+|\s+"
 
 
 def train_tokenizer(files: Sequence[SourceFile], *, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with END_OF_TEXT as token 0. Every text can be encoded, and decodes to itself."""
+    """Train a byte-level BPE with END_OF_TEXT as token 0. It encodes and decodes every text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -35,7 +35,7 @@ def train_tokenizer(files: Sequence[SourceFile], *, vocab_size: int) -> Tokenize
 
 
 def token_stream(tokenizer: Tokenizer, files: Sequence[SourceFile]) -> np.ndarray:
-    """int32 ids of all files in order, END_OF_TEXT before the first and after each."""
+    """Return the int32 token ids of all files in order, with END_OF_TEXT before the first file and after each."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [end]
     for encoded in tokenizer.encode_batch([file.text for file in files], add_special_tokens=False):

@@ -1,1 +1,1 @@
-"""Bookkeeping of cached keys and values on the host: which page holds what. Never imports jax."""
+"""Host-side bookkeeping of KV cache pages. Never imports jax."""

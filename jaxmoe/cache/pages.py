@@ -1,16 +1,16 @@
 """Page pool of one rank: reference counts, a prefix cache over full pages, LRU eviction, offload to host memory.
 
-A page holds the keys and values of page_size consecutive tokens. A full page whose tokens, and all tokens before them,
-are known is *cached*: it is a node of a radix tree, below the page before it, and a later prompt with the same prefix
-reuses it. A cached page that no request references stays until room is needed (*evictable*); the least recently
-released one without children on the device is evicted first.
+A page holds the keys and values of page_size consecutive tokens. A full page is *cached* once its tokens and all
+earlier tokens are known. It becomes a node of a radix tree, a child of the page before it, and a later prompt with the
+same prefix reuses it. A cached page that no request references is *evictable*: it stays until its memory is needed. The
+pool evicts the least recently released page that has no children on the device.
 
-Where every layer has a window, pages behind it are released while their request runs on, and may be evicted before
-those that follow them. The tree keeps the tokens of such a page, so that its children are still matched: a prompt with
-that prefix needs no more than the pages that its next token sees.
+If every layer has a sliding window or chunked attention, a running request releases the pages that its later tokens do
+not see. They may be evicted before the pages that follow them. The tree retains the tokens of an evicted page, so that
+its children still match: a prompt with that prefix needs only the pages that its next token sees.
 
-With host pages, an evicted page is copied to host memory and stays in the tree; a prompt that matches it swaps it in.
-`pending_copies` lists the copies to be made, in the order in which they must be.
+With host pages, an evicted page is copied to host memory and stays in the tree. A prompt that matches it swaps it in.
+`pending_copies` lists the copies in the order in which they must be made.
 
 Source of the idea: vLLM's block manager (Kwon et al., 2023) and SGLang's radix tree (Zheng et al., 2024).
 """
@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PageCopy:
-    """A copy of one page: "out" to a host page, or "in" from there."""
+    """Describe a copy of one page between device and host memory: "out" to a host page, or "in" from a host page."""
 
     direction: Literal["out", "in"]
     page: int
@@ -36,8 +36,11 @@ class PageCopy:
 
 @dataclass(eq=False)
 class _PrefixNode:
-    """A node of the prefix cache: a page on the device, or (page -1) a host page; neither (host_page -1) where it
-    was dropped and pages after it are still cached."""
+    """Represent a page in the radix tree of the prefix cache.
+
+    The page is on the device (page >= 0) or in host memory (page -1, host_page >= 0). Both are -1 if the page was
+    dropped while pages after it are still cached.
+    """
 
     page: int
     tokens: Tokens
@@ -50,13 +53,16 @@ class _PrefixNode:
         return all(child.page < 0 for child in self.children.values())
 
     def is_gone(self) -> bool:
-        """Return whether neither the device nor host memory holds it."""
+        """Return whether the page is neither on the device nor in host memory."""
         return self.page < 0 and self.host_page < 0
 
 
 class PrefixMatch(NamedTuple):
-    """The longest cached prefix of a prompt: its number of pages; how many of them the next token does not see any
-    more; those of the others that are on the device."""
+    """Describe the longest cached prefix of a prompt.
+
+    num_pages: pages of the prefix. num_behind: leading pages that the next token does not see because of a sliding
+    window or chunked attention. on_device: the other pages, as far as they are on the device.
+    """
 
     num_pages: int
     num_behind: int
@@ -64,10 +70,10 @@ class PrefixMatch(NamedTuple):
 
 
 class PagePool:
-    """num_pages pages of page_size tokens on the device, and num_host_pages in host memory. Both are numbered from 0.
+    """Manage num_pages device pages of page_size tokens and num_host_pages host pages, each numbered from 0.
 
-    first_visible: the first position that the token at a position, or any later one, sees; None where all are seen.
-    Raises: ValueError for sizes below 1.
+    first_visible: maps a position to the first position that its token or any later token sees; None if tokens see all
+    earlier ones. Raises: ValueError if num_pages or page_size is below 1.
     """
 
     def __init__(
@@ -85,37 +91,37 @@ class PagePool:
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached, not referenced; least recently used first
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
         self._on_host: OrderedDict[int, _PrefixNode] = OrderedDict()  # by host page; oldest first
-        self.pending_copies: list[PageCopy] = []  # to be taken by whoever owns the pool, in order
+        self.pending_copies: list[PageCopy] = []  # the owner of the pool removes and executes them in order
         self.num_evicted = self.num_swapped_in = 0
 
     @property
     def num_on_host(self) -> int:
-        """Pages held in host memory."""
+        """Count the pages in host memory."""
         return len(self._on_host)
 
     @property
     def num_available(self) -> int:
-        """Pages that can be allocated: free and evictable ones."""
+        """Count the pages that can be allocated: free and evictable ones."""
         return len(self._free) + len(self._evictable)
 
     @property
     def num_in_use(self) -> int:
-        """Pages that requests reference."""
+        """Count the pages that requests reference."""
         return self.num_pages - self.num_available
 
     def match_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> PrefixMatch:
-        """Match the longest cached prefix of `tokens`, at most `limit` tokens. References nothing.
+        """Match the longest cached prefix of at most `limit` tokens. Adds no references.
 
-        whole: none of its pages may be missing, whether the next token sees them or not.
+        whole: require all pages of the prefix, including pages that the next token does not see.
         """
         nodes, num_behind = self._match(tokens, limit, whole)
         return PrefixMatch(len(nodes), num_behind, [node.page for node in nodes[num_behind:] if node.page >= 0])
 
     def acquire_prefix(self, tokens: Sequence[int], *, limit: int, whole: bool = False) -> list[int]:
-        """Reference the prefix that match_prefix matches, and swap in its host pages, for which the caller has checked
-        the room.
+        """Reference the prefix that match_prefix matches, and swap in its host pages.
 
-        Returns its pages in order, -1 for each that the next token does not see.
+        The caller must have checked that enough pages are available. Returns the pages in order, with -1 for each page
+        that the next token does not see.
         """
         nodes, num_behind = self._match(tokens, limit, whole)
         seen = nodes[num_behind:]
@@ -124,13 +130,15 @@ class PagePool:
         return [-1] * num_behind + [node.page for node in seen]
 
     def _swap_in(self, nodes: Sequence[_PrefixNode]) -> None:
-        """Allocate device pages for nodes in host memory and queue the copies; they are cached and referenced.
-        There must be room."""
+        """Allocate device pages for nodes in host memory and queue the copies. The pages are cached and referenced.
+
+        Enough pages must be available.
+        """
         for node in nodes:
-            del self._on_host[node.host_page]  # none of them may make room for another
+            del self._on_host[node.host_page]  # before allocate, which may drop host pages
         for node in nodes:
             taken = self.allocate(1)
-            assert taken is not None, "there is no room to swap pages in"
+            assert taken is not None, "not enough pages available to swap in"
             self.pending_copies.append(PageCopy("in", taken[0], node.host_page))
             self._free_host_pages.append(node.host_page)
             node.page, node.host_page = taken[0], -1
@@ -138,7 +146,7 @@ class PagePool:
         self.num_swapped_in += len(nodes)
 
     def _match(self, tokens: Sequence[int], limit: int, whole: bool = False) -> tuple[list[_PrefixNode], int]:
-        """Return the nodes of the longest cached prefix, and how many of them its next token does not see."""
+        """Return the nodes of the longest cached prefix and the number of leading nodes its next token does not see."""
         nodes = self._walk(tokens, limit)
         first_visible = None if whole else self._first_visible
         while True:
@@ -159,19 +167,21 @@ class PagePool:
         return nodes
 
     def num_evictable_of(self, pages: Sequence[int]) -> int:
-        """Count the evictable ones of these pages: referencing them leaves so many fewer available."""
+        """Count the evictable pages among `pages`. Referencing them reduces num_available by this number."""
         return sum(page in self._evictable for page in pages)
 
     def incref(self, pages: Sequence[int]) -> None:
-        """Add a reference to each of these cached pages."""
+        """Add a reference to each of `pages`, which must be cached."""
         for page in pages:
             assert page in self._cached, f"page {page} is not cached"
             self._ref_counts[page] += 1
             self._evictable.pop(page, None)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Allocate `count` pages with one reference each, evicting as needed; None (and nothing changed) if not so
-        many are available."""
+        """Allocate `count` pages with one reference each, and evict pages as needed.
+
+        Returns None and changes no state if fewer pages are available.
+        """
         if count > self.num_available:
             return None
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -180,8 +190,10 @@ class PagePool:
         return pages
 
     def _evict(self) -> int:
-        """Evict the least recently used page from the device; where all tokens are seen, of those without children
-        there."""
+        """Evict the least recently used evictable page from the device and return it.
+
+        Without first_visible, only a page without children on the device is evicted.
+        """
         if self._first_visible is None:
             page = next(page for page in self._evictable if self._cached[page].is_last())
         else:
@@ -200,7 +212,7 @@ class PagePool:
         return page
 
     def _allocate_host_page(self) -> int | None:
-        """Return a free host page, or that of the oldest node in host memory where none is free."""
+        """Return a free host page. If all are in use, drop the oldest node in host memory first."""
         if not self._free_host_pages:
             windowed = self._first_visible is not None
             oldest = next((node for node in self._on_host.values() if windowed or not node.children), None)
@@ -209,8 +221,11 @@ class PagePool:
         return self._free_host_pages.pop() if self._free_host_pages else None
 
     def _drop(self, node: _PrefixNode) -> None:
-        """Drop a node that is not on the device. Where all tokens are seen, its children in host memory are dropped
-        too; else it stays in the tree while it has any."""
+        """Drop a node that is not on the device.
+
+        Without first_visible, its children in host memory are dropped, too. Otherwise the node stays in the tree while
+        it has children.
+        """
         falling = [node]
         while falling:
             gone = falling.pop()
@@ -229,7 +244,7 @@ class PagePool:
             node.host_page = -1
 
     def _prune(self, node: _PrefixNode) -> None:
-        """Remove a node that is gone and has no children, and those of its ancestors that are so then."""
+        """Remove a node that is gone and has no children, and then its ancestors as long as the same holds for them."""
         while node.parent is not None and node.is_gone() and not node.children:
             del node.parent.children[node.tokens]
             node = node.parent
@@ -237,11 +252,12 @@ class PagePool:
     def insert_prefix(
         self, pages: list[int], tokens: Sequence[int], *, start: int, stop: int, replace: bool = True
     ) -> int:
-        """Cache pages [start, stop) of the caller under the tokens there; those before start are cached already.
+        """Insert pages [start, stop) of the caller into the prefix cache under their tokens.
 
-        Pages that the caller has released are -1. Where the tree already has a page with the same tokens, that one
-        replaces the caller's own in `pages`, which becomes free; without replace (the caller's is still being written)
-        caching ends before it. Returns up to where pages are cached now.
+        Pages before start are cached already. Pages that the caller has released are -1. If the tree already has a page
+        with the same tokens, it replaces the caller's page in `pages`, and the caller's page becomes free. Without
+        replace (the caller's page is still being written), insertion stops before that page. Returns the end of the
+        cached range.
         """
         node = self._before(pages, tokens, start)
         for index in range(start, stop):
@@ -255,7 +271,7 @@ class PagePool:
                     self._cached[page] = child
             elif page < 0:
                 pass  # the caller has released it
-            elif child.page < 0:  # in host memory or dropped: the page here replaces it
+            elif child.page < 0:  # in host memory or dropped: the caller's page replaces it
                 self._free_host_page(child)
                 child.page = page
                 self._cached[page] = child
@@ -271,7 +287,7 @@ class PagePool:
         return max(start, stop)
 
     def _before(self, pages: list[int], tokens: Sequence[int], start: int) -> _PrefixNode:
-        """Return the node before the caller's page `start`."""
+        """Return the tree node of the caller's page start - 1, or the root if start is 0."""
         if start and pages[start - 1] >= 0:
             return self._cached[pages[start - 1]]
         node = self._root
@@ -281,8 +297,11 @@ class PagePool:
         return node
 
     def decref(self, pages: Sequence[int]) -> None:
-        """Drop a reference to each page that is not -1. Cached pages without references become evictable, the last
-        of a prompt first; others become free."""
+        """Drop a reference to each page that is not -1.
+
+        Cached pages without references become evictable, the last page of a prompt first in line. Other pages without
+        references become free.
+        """
         for page in reversed(pages):
             if page >= 0:
                 self._decref_one(page)
@@ -298,8 +317,10 @@ class PagePool:
             self._free.append(page)
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Remove those of these pages that nobody holds from the prefix cache, and the pages after them, which were
-        computed from theirs. A later page that a request still holds stays until it is released."""
+        """Remove unreferenced pages among `pages` from the prefix cache, and the pages computed after them.
+
+        A later page that a request still references stays until it is released.
+        """
         for page in pages:
             if page not in self._evictable:
                 continue
@@ -308,7 +329,7 @@ class PagePool:
                 below += node.children.values()
             for node in reversed(below):
                 if node.is_gone():
-                    continue  # with what hung under it
+                    continue  # removed together with its children
                 if node.page in self._evictable:
                     del self._evictable[node.page], self._cached[node.page]
                     self._free.append(node.page)
@@ -317,11 +338,11 @@ class PagePool:
                 self._prune(node)
 
     def discard_prefix(self, tokens: Sequence[int]) -> None:
-        """Remove the pages of a cached prefix of `tokens` that nobody holds, as `discard` does."""
+        """Remove the unreferenced pages of a cached prefix of `tokens`, as `discard` does."""
         self.discard([node.page for node in self._walk(tokens, len(tokens)) if node.page >= 0])
 
     def check(self) -> None:
-        """Assert that every page is free, evictable or referenced, and that the tree is whole. For tests."""
+        """Assert that every page is free, evictable or referenced, and that the tree is consistent. For tests."""
         assert len(set(self._free)) == len(self._free)
         for page in range(self.num_pages):
             free, evictable = page in set(self._free), page in self._evictable

@@ -1,1 +1,1 @@
-"""Pure functions on arrays, one family a file. Fast paths stand beside an oracle of the same signature."""
+"""Pure functions on arrays, one family of ops per file. Each fast path has an oracle with the same signature."""

@@ -1,7 +1,7 @@
-"""Grouped-query attention of a prompt's tokens over those before them (causal)."""
+"""Causal grouped-query attention within prompts, and the attention mask."""
 
-# Dims: B batch, S new tokens, K key/value head slots, G query heads a slot, H head dim, V that of values, R rows,
-# C keys.
+# Dims: B batch, S new tokens, K key/value head slots, G query heads of a slot, H head dim of keys, V head dim of
+# values, R rows, C keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,15 +15,18 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSpec:
-    """Attention mask, causal, and scale. A query sees of the tokens up to its own the last `window` of them, those of
-    its own chunk of so many positions, all where None; and what its scores are multiplied by."""
+    """Describe the causal attention mask and the scale of attention scores.
+
+    scale: factor of the scores. window: a query sees only the last `window` tokens up to its own. chunk: a query sees
+    only tokens of its own chunk of `chunk` positions. None disables either limit.
+    """
 
     scale: float
     window: int | None = None
     chunk: int | None = None
 
     def mask(self, query_at: Array, key_at: Array) -> Array:
-        """Whether a query at one position may see a key at another."""
+        """Return whether queries at positions query_at may see keys at positions key_at."""
         distance = query_at - key_at
         allowed = distance >= 0
         if self.window is not None:
@@ -34,11 +37,11 @@ class MaskSpec:
 
     @property
     def is_full_causal(self) -> bool:
-        """Whether a query sees all tokens up to its own."""
+        """Return whether a query sees all tokens up to its own."""
         return self.window is None and self.chunk is None
 
     def first_visible(self, query_at: Any) -> Any:
-        """The first position that a query at a position (one, or an array of them) sees."""
+        """Return the first position that a query at query_at (an int or an array) sees."""
         first = 0 * query_at if self.window is None else query_at - self.window + 1
         if self.chunk is not None:
             return _larger(first, query_at // self.chunk * self.chunk)
@@ -50,8 +53,10 @@ def _larger(one: Any, other: Any) -> Any:
 
 
 def _softmax_times(scores: Array, allowed: Array, v: Array, sinks: Array | None) -> Array:
-    """Softmax of scores [...,R,C] where allowed, and of sinks [...,R,1] beside them, over values [...,C,V]: [...,R,V]
-    in v's dtype; float32 sums."""
+    """Apply the masked softmax of scores [...,R,C] to values [...,C,V]; return [...,R,V] in v's dtype.
+
+    Sinks [...,R,1] enter the softmax's denominator. Sums are float32.
+    """
     scores = jnp.where(allowed, scores, -jnp.inf)
     best = jnp.max(scores, axis=-1, keepdims=True)
     best = best if sinks is None else jnp.maximum(best, sinks)
@@ -71,17 +76,18 @@ def causal_attention(
     mask_spec: MaskSpec,
     query_block: int = 128,
 ) -> Float[Array, "B S K G V"]:
-    """Each token over itself and those before it that it sees. sinks: logits that take part and add nothing.
+    """Attend from each token to itself and the earlier tokens that the mask allows.
 
-    One prompt at a time, query_block queries at a time, each block over no more keys than it can see: scores stay in a
-    core's cache and never hold S x S.
+    sinks: logits of attention sinks; they enter the softmax's denominator only. Prompts are computed one at a time, in
+    blocks of query_block queries, each over only the keys that the block can see. The scores of a block fit a core's
+    cache; an S x S matrix is never stored.
     """
     each = partial(_causal_row, sinks=sinks, mask_spec=mask_spec, query_block=query_block)
     return jax.lax.map(lambda row: each(*row), (q, k, v))
 
 
 def _causal_row(q, k, v, *, sinks, mask_spec: MaskSpec, query_block: int):
-    """One prompt: q [S,K,G,H], k [S,K,H], v [S,K,V] -> [S,K,G,V]."""
+    """Compute attention of one prompt: q [S,K,G,H], k [S,K,H], v [S,K,V] -> [S,K,G,V]."""
     length, slots, group, head_dim = q.shape
     q, k, v = q.transpose(1, 2, 0, 3) * mask_spec.scale, k.swapaxes(0, 1), v.swapaxes(0, 1)
     blocks = []

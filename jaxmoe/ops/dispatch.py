@@ -1,23 +1,24 @@
-"""Moving tokens to the ranks that hold their experts and the results back. Dropless; called inside shard_map.
+"""Expert-parallel dispatch and combine of tokens. Dropless; call these functions inside shard_map.
 
-Four implementations, one meaning: dispatch gives every token that may need this rank's experts with its combine
-weights for them; combine returns, for this rank's own tokens, the sum over all ranks.
+dispatch sends tokens to the ranks that hold their experts, with the combine weights of the receiving rank's experts.
+combine returns, for this rank's own tokens, the sum of the expert outputs over all ranks. All backends compute the
+same:
 
-- all_to_all: rank-major, static shapes: each rank is sent every token once, however many of its experts the token
-  visits, with the weights of its own experts. (N - 1) T rows each way: a shape that must hold the worst case cannot
-  send fewer.
-- all_gather: tokens gathered with all their weights, results reduce-scattered. As many rows.
-- ragged_all_to_all: rank-major too, but a rank is sent only the tokens that visit one of its experts, each once. Shapes
-  hold the worst case, so memory is that of the others, what travels is not. XLA:CPU has no such collective: there a
-  static one of the same meaning takes its place.
-- hierarchical: along the outermost axis first, then along the others: a token goes once to each group of inner ranks
-  (a node), and is dealt out inside it. Where the outer axis lies between nodes, (nodes - 1) T rows leave a node in
-  place of (N - inner) T; as many as ever arrive. Along one axis alone it is all_to_all. hierarchical_ragged is
-  ragged along the others.
+- all_to_all: every rank receives every token once, with the weights of its own experts. A token that is routed to
+  several experts of one rank is still sent once. Shapes are static and must hold the worst case, so (N - 1) T rows
+  travel each way.
+- all_gather: all-gathers the tokens with all their weights and reduce-scatters the results. Moves as many rows.
+- ragged_all_to_all: a rank receives only the tokens that are routed to one of its experts, each once. Shapes hold the
+  worst case, so it uses as much memory as the other backends, but it moves fewer rows. XLA:CPU has no ragged
+  all-to-all; there a static all-to-all gives the same result.
+- hierarchical: exchanges along the outermost axis first, then along the other axes. A token is sent once to each group
+  of inner ranks (a node), and then distributed inside the group. If the outer axis connects nodes, (nodes - 1) T rows
+  leave a node instead of (N - inner) T; the number of rows that arrive is the same. Along a single axis it equals
+  all_to_all. hierarchical_ragged is ragged along the other axes.
 """
 
-# Dims: N ranks of the expert axes, t tokens of this rank, D width, E experts, e experts of this rank, V ranks that a
-# token visits at most, W columns that travel.
+# Dims: N ranks of the expert axes, t tokens of this rank, D width, E experts, e experts of this rank, V maximum number
+# of ranks that a token is sent to, W columns of an exchanged row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -34,28 +35,29 @@ DISPATCH_BACKENDS: tuple[DispatchBackend, ...] = (
     "all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged",
 )  # fmt: skip
 HIERARCHICAL: tuple[DispatchBackend, ...] = ("hierarchical", "hierarchical_ragged")
-MAX_RAGGED_GPUS = 8  # ranks that XLA's kernel for GPUs reaches; see docs/decisions/0008
+MAX_RAGGED_GPUS = 8  # the most ranks that XLA's GPU kernel supports; see docs/decisions/0008
 
 
 def unsupported_reason(backend: str, placement: Placement) -> str | None:
-    """Why a platform or a mesh has no use for a backend; None where it has."""
+    """Return why a backend is unsupported on this platform or mesh, or None if it is supported."""
     peers, levels = placement.ragged_peers(backend), placement.dispatch_levels
     if placement.platform == "gpu" and peers > MAX_RAGGED_GPUS:
         other = "all_to_all" if backend == "ragged_all_to_all" else "hierarchical"
         return f"reaches {MAX_RAGGED_GPUS} GPUs at most, experts are exchanged among {peers}: use {other}"
     if backend in HIERARCHICAL and len(levels) == 1:
         return (
-            f"goes along two axes or more, experts are exchanged along one axis, along {levels[0]} alone: share them "
-            "out over two, as expert=2,tensor=8 in layout dp-ep does, or use all_to_all"
+            f"needs two or more expert axes, but experts are exchanged along {levels[0]} alone: shard experts over two "
+            "axes, as expert=2,tensor=8 in layout dp-ep does, or use all_to_all"
         )
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchSpec:
-    """Who exchanges tokens, and how: num_ranks along mesh axes; max_ranks that a token visits at most.
+    """Describe a token exchange: its mesh axes, number of ranks and backend.
 
-    platform: of the mesh's devices; "cpu" has no ragged collective.
+    max_ranks: the most ranks that one token is sent to. platform: platform of the mesh's devices; "cpu" has no ragged
+    all-to-all.
     """
 
     axes: tuple[str, ...]
@@ -65,7 +67,10 @@ class DispatchSpec:
     platform: str
 
     def levels(self) -> tuple[DispatchSpec, DispatchSpec]:
-        """A hierarchical one's: along the first axis of several ranks, and along the rest. Inside shard_map."""
+        """Return the outer and inner exchange of a hierarchical backend. Call inside shard_map.
+
+        The outer exchange runs along the first axis with more than one rank, the inner one along the other axes.
+        """
         sizes = {axis: jax.lax.axis_size(axis) for axis in self.axes}
         outer = next(axis for axis in self.axes if sizes[axis] > 1)
         inner = tuple(axis for axis in self.axes if axis != outer)
@@ -76,15 +81,19 @@ class DispatchSpec:
 
 
 class RowSlices(NamedTuple):
-    """Where rows for, or from, each rank stand."""
+    """Store the row offset and row count of each rank's slice in a send or receive buffer."""
 
     offsets: Int[Array, "N"]
     sizes: Int[Array, "N"]
 
 
 class DispatchState(NamedTuple):
-    """What combine has to know of a ragged dispatch: rows [t,V] that each token took, those past the last for none;
-    where they and what came stand, and where the others keep what they were sent."""
+    """Store the offsets and counts that combine needs to return the results of a ragged dispatch.
+
+    rows: row indices of each token in the send buffer, out of range where unused. mine: slices sent to each rank. came:
+    slices received from each rank. theirs: for each rank, the offset in its send buffer of the rows it sent to this
+    rank.
+    """
 
     rows: Int[Array, "t V"]
     mine: RowSlices
@@ -93,7 +102,7 @@ class DispatchState(NamedTuple):
 
 
 class DispatchOutput(NamedTuple):
-    """Tokens of all ranks and their weights for this rank's experts, and what combine has to know."""
+    """Hold the tokens of all ranks, their weights for this rank's experts, and the state that combine needs."""
 
     x: Float[Array, "N*t D"]
     weights: Float[Array, "N*t e"]
@@ -101,7 +110,10 @@ class DispatchOutput(NamedTuple):
 
 
 def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: DispatchSpec) -> DispatchOutput:
-    """Tokens to the ranks whose experts they may visit. Weights travel beside x; ragged also sends how many come."""
+    """Send tokens to the ranks that hold their experts.
+
+    The weights are concatenated to x and sent with it. Ragged backends also exchange row counts.
+    """
     width, ranks = x.shape[1], exchange.num_ranks
     share = weights.shape[1] // ranks
     weights = weights.astype(x.dtype)
@@ -127,14 +139,14 @@ def dispatch(x: Float[Array, "t D"], weights: Float[Array, "t E"], exchange: Dis
 
 
 def combine(y: Float[Array, "N*t D"], sent: DispatchState | None, exchange: DispatchSpec) -> Float[Array, "t D"]:
-    """The sum over ranks of what each computed for this rank's tokens. One collective a level."""
+    """Return the sum over ranks of the expert outputs for this rank's tokens. Runs one collective per level."""
     if exchange.num_ranks == 1:
         return y
     if exchange.backend in HIERARCHICAL:
         outer, inner = exchange.levels()
         return combine(combine(y, sent, inner), None, outer)
     if exchange.backend == "all_gather":
-        # Ranks in a dim of their own: tiled ones of many rows XLA:TPU makes an all-reduce of.
+        # Ranks get their own dim, because XLA:TPU turns a tiled reduce-scatter of many rows into an all-reduce.
         return jax.lax.psum_scatter(y.reshape(exchange.num_ranks, -1, y.shape[1]), exchange.axes, scatter_dimension=0)
     if sent is not None:
         rows, num_tokens = sent.rows.size, y.shape[0] // exchange.num_ranks
@@ -144,12 +156,12 @@ def combine(y: Float[Array, "N*t D"], sent: DispatchState | None, exchange: Disp
 
 
 def _to_every_rank(parts: Array, exchange: DispatchSpec) -> Array:
-    """parts [N, ...]: one for each rank, and then one from each."""
+    """Exchange parts [N, ...] by all-to-all: send part n to rank n and return the part received from each rank."""
     return jax.lax.all_to_all(parts, exchange.axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _sum_in_order(parts: Any) -> Array:
-    """One after another, in float32: how a reduction rounds depends on the number of tokens."""
+    """Sum parts one after another in float32. The rounding of an XLA reduction depends on the number of tokens."""
     total = parts[0].astype(jnp.float32)
     for part in parts[1:]:
         total = total + part.astype(jnp.float32)
@@ -157,8 +169,10 @@ def _sum_in_order(parts: Any) -> Array:
 
 
 def _ragged_dispatch(x: Array, by_rank: Array, exchange: DispatchSpec) -> tuple[Array, DispatchState]:
-    """x [t,D] with its weights [t,N,e] where they are not all zero: what came [N*t,W], those of each rank from its own
-    strip's first row on."""
+    """Send each row of x [t,D] to the ranks for which its weights [t,N,e] are not all zero.
+
+    Returns the received rows [N*t,W], where the rows from rank n start at row n*t, and the state for combine.
+    """
     num_tokens, ranks, _ = by_rank.shape
     visits = jnp.any(by_rank != 0, axis=2)
     sizes = jnp.sum(visits, axis=0, dtype=jnp.int32)
@@ -185,8 +199,11 @@ def _ragged_dispatch(x: Array, by_rank: Array, exchange: DispatchSpec) -> tuple[
 def _ragged(
     rows: Array, num_out: int, max_rows: int, *, send: RowSlices, to: Array, receive: RowSlices, exchange: DispatchSpec
 ) -> Array:
-    """Slices of rows [R,W] to all ranks, `max_rows` rows each at most: what came, in zeros [num_out,W]. to: where they
-    begin there."""
+    """Send slices of rows [R,W] of at most `max_rows` rows to all ranks.
+
+    Returns the received rows in an array [num_out,W], zero elsewhere. to: row offset of each slice in the receiver's
+    array.
+    """
     out = jnp.zeros((num_out, rows.shape[1]), rows.dtype)
     if exchange.platform != "cpu":
         return jax.lax.ragged_all_to_all(

@@ -1,4 +1,4 @@
-"""Gates: a row let through by another, number by number, or by one number."""
+"""Gated activations: SwiGLU, and rows scaled by the sigmoid of a gate."""
 
 # Dims: T tokens, F columns of an expert or MLP, D width.
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 def gated_unit(
     gate: Float[Array, "T F"], up: Float[Array, "T F"], *, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "T F"]:
-    """silu(gate) * up. Source: Shazeer, GLU Variants Improve Transformer (2020)."""
+    """Compute silu(gate) * up (SwiGLU). Source: Shazeer, GLU Variants Improve Transformer (2020)."""
     return (_native_unit if backend == "native" else _unit)(gate, up)
 
 
@@ -29,7 +29,7 @@ def _native_unit(gate, up):
 def gated_rows(
     x: Float[Array, "T D"], gates: Float[Array, "T 1"], *, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "T D"]:
-    """Each row times the sigmoid of its gate."""
+    """Multiply each row of x by the sigmoid of its gate."""
     return (_native_rows if backend == "native" else _rows)(x, gates)
 
 

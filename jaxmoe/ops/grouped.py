@@ -1,23 +1,24 @@
-"""SwiGLU of many experts on the tokens routed to each: cost follows what is routed, never the number of experts.
+"""Grouped SwiGLU: apply each expert to the tokens that are routed to it.
 
-Experts may have biases of gate and up (that of down is the caller's: it needs no matrix), and a clamped SwiGLU.
+The cost depends on the number of routed rows, not on the number of experts. Experts may have gate and up biases and a
+clamped SwiGLU. The caller adds the down bias, which needs no matmul.
 
-- blocks: tokens sorted by expert, cut in blocks that hold rows of one expert; loops whose trip counts follow the
-  routing visit the blocks, large ones first, then each expert's rest in a block just large enough. Weights are read
-  where they lie, an expert nobody chose is never touched. Any backend.
-- ragged: `jax.lax.ragged_dot`, a kernel on TPU, for which a layer's experts are copied out of the stack of layers; on
-  CPU and stock GPU lowering it costs num_experts times as much.
-- native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads weights at memory's speed for few
-  tokens, and whose result for a token does not depend on the others; blocks for gradients, and for many tokens where
-  the processor multiplies bfloat16 itself.
-- dense: every expert on every token; the oracle.
+- blocks: sorts tokens by expert and cuts them in blocks of rows of one expert. Loops visit the full blocks first, then
+  each expert's remaining rows in the smallest block that holds them; their trip counts follow the routing. Weights are
+  read in place, and experts without tokens are never read. Any platform.
+- ragged: `jax.lax.ragged_dot`, a kernel on TPU. Copies a layer's experts out of the stack of layers. On CPU and with
+  the stock GPU lowering it costs num_experts times as much.
+- native: a C++ kernel for CPUs (ops/native; needs a compiler). It reads weights at memory bandwidth for few tokens, and
+  a token's result does not depend on other tokens. Falls back to blocks for gradients, and for many tokens if the
+  processor multiplies bfloat16 in hardware.
+- dense: applies every expert to every token; the oracle.
 
-Weights that are kept quantized are dequantized by blocks a few columns of one expert at a time
-(ops/quantized_matmul.py), by ragged and dense a layer at once.
+For quantized weights, blocks dequantizes a few columns of one expert at a time (ops/quantized_matmul.py); ragged and
+dense dequantize a whole layer at once.
 """
 
-# Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) assignments at most, R rows of a
-# block.
+# Dims: L layers, T tokens, D width, E experts, F expert width, A = T * min(K, E) maximum number of assignments,
+# R rows of a block.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -38,7 +39,10 @@ GROUPED_BACKENDS: tuple[GroupedBackend, ...] = ("blocks", "ragged", "native", "d
 
 
 class Assignments(NamedTuple):
-    """Routed (token, expert) pairs sorted by expert. Rows past ends[-1] name token T and weigh 0."""
+    """List routed (token, expert) pairs sorted by expert. Rows from ends[-1] on have token index T and weight 0.
+
+    ends: for each expert, the index after its last row.
+    """
 
     tokens: Int[Array, "A"]
     weights: Float[Array, "A"]
@@ -46,7 +50,7 @@ class Assignments(NamedTuple):
 
 
 def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments:
-    """Every nonzero weight as a row, by expert and then by token; no token has more than top_k."""
+    """Return one row per nonzero weight, sorted by expert and then by token. No token may have more than top_k."""
     num_tokens, num_experts = weights.shape
     routed = weights != 0
     ends = jnp.cumsum(jnp.sum(routed, axis=0, dtype=jnp.int32))
@@ -60,9 +64,10 @@ def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments
     return Assignments(tokens, sorted_weights, ends)
 
 
-_DROPPED = 1 << 30  # token indices from here on fall outside any array
-# Up to so many tokens: rows a block may have. A block of few rows costs one reading of the weights whatever its rows,
-# so decode wants the exact size; many rows cost their products, so prefill wants large blocks. See docs/benchmarks.md.
+_DROPPED = 1 << 30  # token indices from here on are out of range of any array
+# Block sizes in rows, by the maximum number of tokens. A block of few rows costs one read of the weights regardless of
+# its size, so decode needs exact sizes. Many rows are compute-bound, so prefill needs large blocks. See
+# docs/benchmarks.md.
 _SIZES = {
     64: (1, 2, 3, 4, 6, 8),
     512: (1, 2, 4, 8, 16, 32),
@@ -72,16 +77,17 @@ _SIZES = {
 
 
 def block_sizes(num_tokens: int) -> tuple[int, ...]:
-    """Rows a block may have, smallest first; few, since every size is compiled."""
+    """Return the block sizes in rows, smallest first. They are few, because every size is compiled."""
     sizes = next(sizes for tokens, sizes in _SIZES.items() if num_tokens <= tokens)
     return tuple(rows for rows in sizes if rows <= num_tokens)
 
 
 class Blocks(NamedTuple):
-    """Which blocks there are: full ones of the largest size, and for every expert one of the size that holds its rest.
+    """Partition each expert's rows into full blocks of the largest size and one block for the remaining rows.
 
-    full_ends [E]: full blocks of experts up to each. by_size [E]: experts in the order of their rest's size.
-    rest_ends [sizes]: how many experts in that order have a rest of up to each size; those without come first.
+    full_ends: cumulative number of full blocks of the experts. by_size: experts sorted by the size of their remainder
+    block; experts without a remainder come first. rest_starts, rest_ends: for each size, the range in by_size of the
+    experts with a remainder block of that size.
     """
 
     full_ends: Int[Array, "E"]
@@ -91,7 +97,7 @@ class Blocks(NamedTuple):
 
 
 def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
-    """The blocks for experts whose rows end at ends; a rest is rounded up to the next size."""
+    """Plan the blocks of experts with rows that end at `ends`. Remainders are rounded up to the next block size."""
     counts = jnp.diff(ends, prepend=0)
     full, rest = counts // sizes[-1], counts % sizes[-1]
     size_index = jnp.sum(rest[:, None] > jnp.array(sizes), axis=1)
@@ -103,16 +109,16 @@ def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
 
 
 def planned_rows(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Int[Array, ""]:
-    """Rows of all blocks together, those of padding included: the cost, to be held against ends[-1]."""
+    """Count the rows of all blocks including padding. This is the cost, compared with ends[-1] routed rows."""
     blocks = plan_blocks(ends, sizes)
     rests = jnp.sum((blocks.rest_ends - blocks.rest_starts) * jnp.array(sizes))
     return blocks.full_ends[-1] * sizes[-1] + rests
 
 
 def _for_each_block(plan: Assignments, sizes: tuple[int, ...], visit, carry):
-    """carry after visit(carry, expert, tokens, weights) of every block, where tokens and weights are its rows [R].
+    """Fold carry = visit(carry, expert, tokens, weights) over all blocks, where tokens and weights are rows [R].
 
-    Rows of padding name tokens from T up, each another one, and weigh 0.
+    Padded rows have weight 0 and distinct token indices that are out of range.
     """
     blocks, largest = plan_blocks(plan.ends, sizes), sizes[-1]
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), plan.ends[:-1]])
@@ -147,14 +153,14 @@ def _take(values, start, rows):
 
 
 class _Matrix(NamedTuple):
-    """One quantized matrix among many, left where it lies."""
+    """Reference one matrix in a stack of quantized ones without copying it."""
 
     stacked: QuantizedArray
     indices: tuple[LayerIndex, ...]
 
 
 def _matrix(stacked, *index):
-    """[..., M, N] -> [M, N] of one layer's expert, read where it lies."""
+    """Slice the matrix [M, N] at `index` of stacked [..., M, N] without copying the stack."""
     if isinstance(stacked, QuantizedArray):
         return _Matrix(stacked, index)
     matrix = stacked.shape[-2:]
@@ -162,14 +168,14 @@ def _matrix(stacked, *index):
 
 
 def _times(x, matrix):
-    """Rows x [R, M] times a matrix [M, N], as float32."""
+    """Multiply rows x [R, M] by a matrix [M, N]; return float32."""
     if isinstance(matrix, _Matrix):
         return multiply(x, matrix.stacked, matrix.indices)
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
 class ExpertWeights(NamedTuple):
-    """One expert of one layer; bias of gate and up, where there is one."""
+    """Hold the weights of one expert of one layer, with the gate and up biases if the model has them."""
 
     gate: Float[Array, "D F"] | _Matrix
     up: Float[Array, "D F"] | _Matrix
@@ -185,7 +191,7 @@ def _expert(gate_up, down, bias, layer, index):
 
 
 def _unit(gate, up, bias, clamp: SwiGLUClamp | None):
-    """What one expert's SwiGLU makes of gate and up activations [..., F], their bias [..., 2, F] yet to be added."""
+    """Add bias [..., 2, F] to gate and up activations [..., F], then apply the expert's (clamped) SwiGLU."""
     if bias is not None:
         gate, up = gate + bias[..., 0, :].astype(gate.dtype), up + bias[..., 1, :].astype(up.dtype)
     if clamp is None:
@@ -195,7 +201,7 @@ def _unit(gate, up, bias, clamp: SwiGLUClamp | None):
 
 
 def _hidden(x, w: ExpertWeights):
-    """Gate and up activations of rows x [R, D], without bias, as float32 [R, F]."""
+    """Return gate and up activations of rows x [R, D], without bias, as float32 [R, F]."""
     return _times(x, w.gate), _times(x, w.up)
 
 
@@ -206,7 +212,7 @@ def _swiglu(x, w: ExpertWeights, clamp: SwiGLUClamp | None):
         return _times(hidden, w.down)
 
     if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
-        # XLA:TPU would lay all experts out anew for sums of rows.
+        # CPU only: for sums of rows, XLA:TPU would change the layout of all experts' weights.
         one = partial(_swiglu_row, clamp=clamp)
         return jax.lax.platform_dependent(x, w, cpu=one, default=matmuls)
     return matmuls(x, w)
@@ -217,8 +223,10 @@ def _swiglu_row(x, w: ExpertWeights, *, clamp: SwiGLUClamp | None):
 
 
 def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: SwiGLUClamp | None = None) -> Float[Array, "D"]:
-    """One row of 16 bits as sums of multiples of the weights' rows: XLA's CPU products of one such row first widen the
-    weights to float32, which takes three times as long."""
+    """Apply an expert to one 16-bit row, as a weighted sum of the rows of its matrices.
+
+    XLA:CPU's matmul of a single 16-bit row converts the weights to float32 first, which takes three times as long.
+    """
 
     def times(x, w):
         scale = x.astype(jnp.float32).reshape(-1, *(1,) * (w.ndim - 1))
@@ -228,7 +236,7 @@ def swiglu_one(x: Float[Array, "D"], w: ExpertWeights, clamp: SwiGLUClamp | None
 
 
 class GroupedSwiGLUConfig(NamedTuple):
-    """What does not change from step to step: the most experts of a token, and how its SwiGLU is clamped."""
+    """Hold the static options: the maximum number of experts per token, and the SwiGLU clamp."""
 
     top_k: int
     clamp: SwiGLUClamp | None
@@ -256,7 +264,7 @@ def _blocks_fwd(rule, *saved):
 
 
 def _blocks_bwd(rule, saved, dy):
-    """Gradients block by block, activations computed again; sums are kept in float32."""
+    """Compute gradients block by block in float32 sums, and recompute the activations."""
     x, weights, gate_up, down, bias, layer = saved
     plan = sort_assignments(weights, top_k=rule.top_k)
     dy = dy.astype(x.dtype)
@@ -293,7 +301,7 @@ def _ragged(rule, x, weights, gate_up, down, bias, layer):
     gate_up, down = (layer_weights(w, layer, x.dtype) for w in (gate_up, down))
     plan = sort_assignments(weights, top_k=rule.top_k)
     counts = jnp.diff(plan.ends, prepend=0)
-    in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # each expert's gate, then its up
+    in_turn = gate_up.reshape(-1, *gate_up.shape[2:])  # gate and up of expert 0, gate and up of expert 1, ...
     counts_of = (jnp.stack(pair, axis=1).reshape(-1) for pair in ((counts, 0 * counts), (0 * counts, counts)))
     rows = x.at[plan.tokens].get(mode="fill", fill_value=0)
     gate, up = (jax.lax.ragged_dot(rows, in_turn, own).astype(jnp.float32) for own in counts_of)
@@ -350,10 +358,10 @@ def grouped_swiglu(
     clamp: SwiGLUClamp | None = None,
     backend: GroupedBackend = "blocks",
 ) -> Float[Array, "T D"]:
-    """For each token the sum over its experts of weight * down(silu(gate(x)) * up(x)); products sum in float32.
+    """Return for each token the sum over its experts of weight * down(silu(gate(x)) * up(x)).
 
-    gate_up and down hold the experts of L layers, of which those of `layer` are used. bias: of gate and up.
-    clamp: in place of silu(gate) * up, see SwiGLUClamp.
-    weights is zero where a token does not visit an expert; no token visits more than top_k.
+    Matmuls accumulate in float32. weights: combine weights, zero for experts that a token is not routed to; no token
+    may have more than top_k experts. gate_up, down: experts of L layers, of which `layer` is used. bias: gate and up
+    biases. clamp: replaces silu(gate) * up by the clamped SwiGLU, see SwiGLUClamp.
     """
     return _BACKENDS[backend](GroupedSwiGLUConfig(top_k, clamp), jnp.asarray(x), weights, gate_up, down, bias, layer)

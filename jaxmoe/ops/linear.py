@@ -1,14 +1,14 @@
-"""Products of tokens with one matrix.
+"""Linear layers: matmuls of tokens with one matrix.
 
-- xla: the compiler's own product. Any backend, any dtype.
-- native: on the CPU, a C++ kernel (ops/native; it needs a compiler) that reads the matrix at memory's speed for few
-  tokens, and whose result for a token does not depend on the others; xla for gradients, and for many tokens where the
-  processor multiplies bfloat16 itself.
+- xla: XLA's matmul. Any platform, any dtype.
+- native: a C++ kernel for CPUs (ops/native; needs a compiler). It reads the matrix at memory bandwidth for few tokens,
+  and a token's result does not depend on other tokens. Falls back to xla for gradients, and for many tokens if the
+  processor multiplies bfloat16 in hardware.
 
-A matrix that is kept quantized is multiplied as ops/quantized_matmul.py does, whatever the backend.
+Quantized matrices are multiplied by ops/quantized_matmul.py, regardless of the backend.
 """
 
-# Dims: T tokens, K numbers summed over, N columns, L layers.
+# Dims: T tokens, K inputs (contracted), N outputs, L layers.
 from __future__ import annotations
 
 from functools import partial
@@ -36,9 +36,10 @@ def linear(
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "T N"]:
-    """x W, or x W^T where transposed, W being `layer` of w, in dtype (x's by default); sums are float32.
+    """Return x W, or x W^T if transposed, where W is `layer` of w. Accumulates in float32.
 
-    num_valid: rows of x that matter, the first ones; what the others give is anything finite.
+    num_valid: number of leading rows of x that are valid; the outputs of the other rows are finite but undefined.
+    dtype: dtype of the result, by default x's.
     """
     dtype = x.dtype.name if dtype is None else dtype
     if isinstance(w, QuantizedArray):

@@ -14,7 +14,9 @@ from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float, backend: PointwiseBackend = "xla"
 ) -> Float[Array, "... D"]:
-    """x over its root mean square along the last dim, times weight. Statistics in float32, result in x's dtype.
+    """Divide x by its root mean square along the last dim and multiply by weight.
+
+    Statistics are in float32, the result has x's dtype.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
     """
@@ -33,7 +35,7 @@ def _native(x, weight, *, eps):
 
 
 def sum_of_squares(x: Float[Array, "B S *heads"], *, backend: PointwiseBackend = "xla") -> Float[Array, "B S"]:
-    """Of all that belongs to a token; float32."""
+    """Return the sum of squares over all head dims of each token, in float32."""
     return (_native_squares if backend == "native" else _xla_squares)(x)
 
 
@@ -54,7 +56,10 @@ def scale_by_rms(
     eps: float,
     backend: PointwiseBackend = "xla",
 ) -> Float[Array, "B S *heads"]:
-    """x over the root of a mean square taken elsewhere (over more dims than one device holds), times weight."""
+    """Divide x by the root of a given mean square and multiply by weight.
+
+    The caller computes the mean square, because it may extend over more dims than one device holds.
+    """
     return (_native_scaled if backend == "native" else _xla_scaled)(x, weight, mean_square, eps=eps)
 
 
@@ -69,5 +74,5 @@ def _native_scaled(x, weight, mean_square, *, eps):
 
 
 def _rows(x):
-    """One row a token."""
+    """Reshape x to one row per token."""
     return x.reshape(x.shape[0] * x.shape[1], -1)

@@ -1,16 +1,18 @@
-"""Attention of new tokens over keys and values that lie in pages.
+"""Paged attention: new tokens attend to keys and values in the pages of the KV cache.
 
-New tokens come in blocks of one request each: a block of one token for a decoding request, longer ones for a prompt's
-chunks. A block attends to the pages of its row of the block table, of which its own tokens have been written already.
-Pages may hold numbers of eight bits: a scale of each token and head multiplies its score, and its share of the values.
-Where no values are kept (latent attention), they are the first numbers of the keys.
+New tokens are grouped in query blocks of one request each: one token for a decoding request, several for a prompt
+chunk. A block attends to the pages in its row of the block table. Its own keys and values are already written there.
+Pages may be quantized to 8 bits, with a scale per token and head. Key scales multiply attention scores, value scales
+multiply attention weights.
+Latent attention stores no values: the values are the first V numbers of the keys.
 
-- loop: over groups of pages, as many as the longest row needs, with a running softmax. Any backend.
-- native: on the CPU, a C++ kernel that reads each row's own pages and no more (ops/native; it needs a compiler).
+- loop: loops over groups of pages with an online softmax, as often as the longest row needs. Any platform.
+- native: a C++ kernel for CPUs that reads only each row's own pages (ops/native; needs a compiler).
 """
 
-# Dims: L layers, N blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
-# K key/value head slots, G query heads a slot, H head dim of keys, V of values, T tokens.
+# Dims: L layers, N query blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
+# K key/value head slots, G query heads of a slot, H head dim of keys, V head dim of values, T tokens,
+# C context-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,18 +30,18 @@ from jaxmoe.quantization.formats import QMAX
 
 PagedBackend = Literal["loop", "native"]
 PAGED_BACKENDS: tuple[PagedBackend, ...] = ("loop", "native")
-_GROUP_TOKENS = 128  # keys of one iteration of the loop
+_GROUP_TOKENS = 128  # keys of one loop iteration
 
 
 class ContextShard(NamedTuple):
-    """Which part of every page lies here, where ranks share pages out: number `rank` of `num_ranks` even ones."""
+    """Identify the part of every page that this context-parallel rank holds: part `rank` of `num_ranks` equal ones."""
 
     rank: int | Array = 0
     num_ranks: int = 1
 
 
-# Keys [L,M,K,S,H], and values [L,M,K,S,V] where they are kept; their scales [L,M,K,S] follow where those are of eight
-# bits.
+# Keys [L,M,K,S,H] and, unless attention is latent, values [L,M,K,S,V]. 8-bit pages are followed by their scales
+# [L,M,K,S].
 Pages = tuple[Array, ...]
 
 
@@ -50,13 +52,17 @@ def write_pages(
     offset: Int[Array, "T"],
     layer: LayerIndex = 0,
 ) -> Pages:
-    """pages with each new entry (a key, and a value where they are kept) of `layer` at its place; a page past the
-    last drops it. In place where donated."""
+    """Write the keys and values of new tokens to `layer` of the pages, and return the pages.
+
+    new: keys and, unless attention is latent, values. page, offset: slot mapping of the tokens; tokens with a page
+    out of range are dropped. Donated pages are updated in place.
+    """
     dtype = pages[0].dtype.name
     if dtype in QMAX:
         numbers, scales = zip(*(quantize(part, dtype) for part in new), strict=True)
         new = (*numbers, *scales)
-    # Head by head: a scatter of all heads at once would want them side by side, and XLA:TPU copies the pool for it.
+    # The scatter indexes every head. One that writes all heads at once needs them adjacent, and XLA:TPU would copy the
+    # pool for it.
     head = jnp.arange(new[0].shape[1], dtype=jnp.int32)
     return tuple(
         old.at[layer, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
@@ -77,11 +83,11 @@ def paged_attention(
     value_dim: int | None = None,
     backend: PagedBackend = "loop",
 ) -> Float[Array, "N Q K G V"]:
-    """Each of a block's first `query_lens` tokens, at `positions` and following, over those tokens of `layer` up to
-    itself that it sees.
+    """Attend from the first `query_lens` tokens of every query block to the cached tokens that the mask allows.
 
-    sinks: logits that take part in the softmax and add nothing. value_dim: V, where no values are kept. What comes of a
-    block's other tokens is not to be used.
+    positions: position of the first token of each block; the others follow it. layer: index of the layer to read.
+    sinks: logits of attention sinks; they enter the softmax's denominator only. value_dim: V if attention is latent,
+    else None. Outputs at padded positions are undefined.
     """
     if backend == "native":
         return native.native_paged(
@@ -94,19 +100,19 @@ def paged_attention(
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
     real = (jnp.arange(q.shape[1]) < query_lens[:, None])[:, :, None, None, None]
-    # Scores that are all minus infinity have no softmax; tokens past `query_lens` see nothing.
+    # A valid token gets NaN if its scores are all minus infinity; padded tokens, which see no key, get 0.
     return jnp.where(total > 0, mixed / total, jnp.where(real, jnp.nan, 0.0)).astype(q.dtype)
 
 
 def _with_sinks(best: Array, sinks: Float[Array, "K G"]) -> tuple[Array, Array]:
-    """What sums of shares of exp(score - best) [...,K,G,1] are to be multiplied by, and what sinks add to them."""
+    """Return the factor for sums of exp(score - best) [...,K,G,1] once sinks are included, and the sinks' own term."""
     sinks = sinks.astype(jnp.float32)[..., None]
     higher = jnp.maximum(best, sinks)
     return jnp.exp(best - higher), jnp.exp(sinks - higher)
 
 
 def _finite(best: Array) -> Array:
-    """The best score, 0 where no key was seen yet: what exponentials subtract."""
+    """Return the best score, or 0 if no key was seen yet. Exponentials subtract it."""
     return jnp.where(best == -jnp.inf, 0.0, best)
 
 
@@ -122,8 +128,9 @@ def partial_attention(
     mask_spec: MaskSpec,
     value_dim: int | None = None,
 ) -> Float[Array, "N Q K G V+1"]:
-    """As paged_attention over the part of every page that lies here, by the loop: what comes of it, and the logarithm
-    of the sum of its shares; merge_attention makes one of several ranks'. float32.
+    """Attend to this rank's part of every page, as paged_attention's loop does. float32.
+
+    Returns the attention output [..., :V] and the log-sum-exp of the scores [..., V], for merge_attention.
     """
     mixed, total, best = _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, shard)
     some = jnp.maximum(total, 1e-30)
@@ -133,7 +140,7 @@ def partial_attention(
 def merge_attention(
     parts: Float[Array, "C T K G V+1"], sinks: Float[Array, "K G"] | None = None
 ) -> Float[Array, "T K G V"]:
-    """What attention over all keys gives, from partial_attention over each rank's. float32."""
+    """Merge the partial_attention results of all ranks into attention over all keys. float32."""
     mixed, weight = parts[..., :-1], parts[..., -1:]
     best = jnp.max(weight, axis=0)
     rank_weight = jnp.exp(weight - _finite(best))
@@ -141,18 +148,22 @@ def merge_attention(
     if sinks is not None:
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
-    return mixed / jnp.maximum(total, 1e-30)  # of tokens that see nothing: 0
+    return mixed / jnp.maximum(total, 1e-30)  # 0 for tokens that see no key
 
 
 def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Array | None, Array | None]:
-    """Keys, values, and the scales of both where there are any; values may be the first numbers of the keys."""
+    """Return keys, values, and the scales of both or None. With value_dim (latent attention) values are the keys."""
     both = (pages[0], pages[0]) if value_dim is not None else pages[:2]
     scales = pages[1:] if value_dim is not None else pages[2:]
     return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
 def _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, shard):
-    """[N,Q,K,G,V] of values times shares, [N,Q,K,G,1] of shares, both to be divided by exp(the third, [N,Q,K,G,1])."""
+    """Run the online softmax over all pages.
+
+    Returns the weighted sum of values [N,Q,K,G,V], the sum of weights [N,Q,K,G,1] and the best score [N,Q,K,G,1]. Each
+    weight is exp(score - best score).
+    """
     num_blocks, tokens, slots, group, head_dim = q.shape
     k_pages, v_pages, k_scales, v_scales = split_pages(pages, value_dim)
     value_dim = v_pages.shape[4] if value_dim is None else value_dim
@@ -187,7 +198,7 @@ def _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_
             read &= keys >= first[:, None]
         read = read[:, None, :, None]
         values = these[..., :value_dim] if v_pages is k_pages else gathered(v_pages, iteration)
-        values = jnp.where(read, values, 0)  # what lies beyond, or behind what is seen, is anything, NaN too
+        values = jnp.where(read, values, 0)  # values outside the visible range may be NaN
         weights = exp_scores
         if v_scales is not None:
             weights = exp_scores * jnp.where(read[..., 0][:, :, None], gathered(v_scales, iteration), 0)

@@ -1,7 +1,8 @@
-"""What stands between products and is computed row by row: by XLA, or on the CPU by a C++ kernel.
+"""Backends of row-wise operations between matmuls: norm, RoPE, routing, activation.
 
-The kernel's result for a row does not depend on the rows beside it, to the last bit. XLA's may: its vector code for a
-strip of rows and its scalar code for the rest round exponentials differently.
+xla runs on any platform. native is a C++ kernel for CPUs. The native result for a row is bitwise independent of the
+other rows. XLA's may differ in the last bits: its vector code for a strip of rows and its scalar code for the rest
+round exponentials differently.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ POINTWISE_BACKENDS: tuple[PointwiseBackend, ...] = ("xla", "native")
 
 
 def differentiated_as(xla: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a native form, so that its gradients are those of `xla`, which takes the same arguments."""
+    """Decorate a native op so that its gradients are computed by `xla`, a function of the same arguments."""
 
     def decorate(native: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(native)

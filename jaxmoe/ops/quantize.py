@@ -1,4 +1,4 @@
-"""Numbers of eight bits, each row with a scale of its own: what keys and values may be kept in."""
+"""8-bit quantization with one scale per row, used for the KV cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxmoe.quantization.formats import QMAX
 
 
 def quantize(x: Float[Array, "*rows H"], dtype: str) -> tuple[Shaped[Array, "*rows H"], Float[Array, "*rows"]]:
-    """x as numbers of dtype ("int8" or "float8_e4m3fn") and the float32 scale of each row: x is about numbers * scale.
+    """Quantize x to dtype ("int8" or "float8_e4m3fn") with one float32 scale per row.
 
-    A row of zeros has scale 0.
+    Returns (numbers, scale), where x is about numbers * scale. A row of zeros has scale 0.
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / QMAX[dtype]

@@ -1,4 +1,4 @@
-"""Products with matrices that are kept quantized: read at their own width, dequantized a few columns at a time."""
+"""Matmuls with quantized matrices, which are read in their quantized dtype and dequantized a few columns at a time."""
 
 # Dims: T tokens, K inputs, N outputs; k, n blocks along them; L layers.
 from __future__ import annotations
@@ -12,19 +12,22 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxmoe.ops.stack import LayerIndex, layer_of
 
-_TILE_BYTES = 2 << 20  # of columns that are dequantized at once
-_LANES = 128  # columns that a tile's are a multiple of
-_TWICE_E2M1 = 0xC8643210  # twice the eight values of three bits, in four bits each
-_E4M3_BIAS = (127 - 7) << 23  # what an exponent of float8_e4m3fn lacks of one of float32
-_MIN_NORMAL = 2.0**-6  # of float8_e4m3fn
+_TILE_BYTES = 2 << 20  # size of a tile of columns that is dequantized at once
+_LANES = 128  # a tile's number of columns is a multiple of this
+_TWICE_E2M1 = 0xC8643210  # twice each of the eight 3-bit magnitudes, 4 bits per entry
+_E4M3_BIAS = (127 - 7) << 23  # difference of the exponent biases of float32 and float8_e4m3fn
+_MIN_NORMAL = 2.0**-6  # smallest normal float8_e4m3fn
 
 
 class QuantizedArray(NamedTuple):
-    """Matrices [*lead, K, N] as numbers and the scales [*lead, k, n] of their blocks of K / k by N / n.
+    """Store matrices [*lead, K, N] as quantized numbers and the scales [*lead, k, n] of blocks of K / k by N / n.
 
-    numbers: int8 with float32 scales; uint8 with float32 scales, the bits of float8_e4m3fn (XLA's CPU compiler widens
-    arrays of such floats whole before any loop over parts of them); or uint8 [*lead, K / 2, N] with uint8 scales, two
-    mxfp4 numbers an item, the first in its low half (quantization/formats.py).
+    There are three formats (quantization/formats.py):
+
+    - int8 numbers with float32 scales.
+    - uint8 numbers with float32 scales: the bits of float8_e4m3fn. They are uint8 because XLA's CPU compiler widens a
+      whole float8 array before any loop over parts of it.
+    - uint8 numbers [*lead, K / 2, N] with uint8 scales: two mxfp4 numbers per byte, the first in its low half.
     """
 
     numbers: Shaped[Array, "*lead K N"]
@@ -35,7 +38,7 @@ Weights = jax.Array | QuantizedArray
 
 
 def as_matrices(w: Weights, over: int) -> Weights:
-    """[L, *in, *out], of which `over` dims are inputs, as [L, K, N]."""
+    """Reshape weights [L, *in, *out] with `over` input dims to [L, K, N]."""
     if isinstance(w, QuantizedArray):
         return QuantizedArray(*(_as_matrices(part, over) for part in w))
     return _as_matrices(w, over)
@@ -46,21 +49,21 @@ def _as_matrices(w: jax.Array, over: int) -> jax.Array:
 
 
 def layer_weights(w: Weights, layer: LayerIndex, dtype: jnp.dtype) -> jax.Array:
-    """The matrices of one layer, plain: those that are quantized are dequantized whole."""
+    """Return the matrices of one layer; quantized ones are dequantized as a whole."""
     if isinstance(w, QuantizedArray):
         return dequantized(QuantizedArray(*(layer_of(part, layer) for part in w)), dtype)
     return layer_of(w, layer)
 
 
 def dequantized(w: QuantizedArray, dtype: jnp.dtype) -> Float[Array, "*lead K N"]:
-    """Plain matrices, all at once: the oracle."""
+    """Dequantize all matrices at once. This is the oracle of `multiply`."""
     planes = [_scaled(plane, w.scales) for plane in _planes(w)]
-    stacked = jnp.stack(planes, axis=-2)  # numbers of an item follow each other along the inputs
+    stacked = jnp.stack(planes, axis=-2)  # the numbers of a byte are adjacent along the inputs
     return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]).astype(dtype)
 
 
 def _planes(w: QuantizedArray) -> list[jax.Array]:
-    """The numbers as float32: all of them, or the first of every item and the second."""
+    """Return the numbers as float32: one array, or for mxfp4 the first number of every byte, then the second."""
     if w.numbers.dtype == jnp.int8:
         return [w.numbers.astype(jnp.float32)]
     bits = w.numbers.astype(jnp.uint32)
@@ -68,9 +71,9 @@ def _planes(w: QuantizedArray) -> list[jax.Array]:
 
 
 def _e4m3(bits: jax.Array) -> jax.Array:
-    """Values of float8_e4m3fn, exact wherever float32 numbers below the normal ones are flushed to zero."""
+    """Decode the bits of float8_e4m3fn to float32; exact even where subnormal float32 numbers are flushed to zero."""
     size = bits & 0x7F
-    small = size < 8  # below the normal ones
+    small = size < 8  # subnormal
     value = jax.lax.bitcast_convert_type((jnp.where(small, size | 8, size) << 20) + jnp.uint32(_E4M3_BIAS), jnp.float32)
     value = jnp.where(small, value - _MIN_NORMAL, value)
     value = jnp.where(size == 0x7F, jnp.nan, value)
@@ -78,21 +81,21 @@ def _e4m3(bits: jax.Array) -> jax.Array:
 
 
 def _e2m1(bits: jax.Array) -> jax.Array:
-    """Values of numbers of a sign, two bits of exponent and one of mantissa, from the low four bits."""
+    """Decode the low four bits as float4_e2m1fn: a sign, two exponent bits, one mantissa bit."""
     twice = (jnp.uint32(_TWICE_E2M1) >> ((bits & 7) * 4)) & 15
     value = twice.astype(jnp.int32).astype(jnp.float32) * 0.5
     return jnp.where(bits & 8, -value, value)
 
 
 def _factors(scales: jax.Array) -> jax.Array:
-    """Scales as float32; those of eight bits are powers of two (the smallest, 2**-127, counts as 0)."""
+    """Return scales as float32. 8-bit scales are exponents of two; the smallest one, 2**-127, becomes 0."""
     if scales.dtype != jnp.uint8:
         return scales
     return jax.lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
-    """numbers [..., K, N] times the scales [..., k, n] of their blocks."""
+    """Multiply numbers [..., K, N] by the scales [..., k, n] of their blocks."""
     *lead, rows, columns = numbers.shape
     high, wide = scales.shape[-2:]
     blocks = numbers.reshape(*lead, high, rows // high, wide, columns // wide)
@@ -100,10 +103,11 @@ def _scaled(numbers: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def multiply(x: Float[Array, "T K"], w: QuantizedArray, index: tuple[LayerIndex, ...]) -> Float[Array, "T N"]:
-    """x times the one matrix at index of w's leading dims, in float32.
+    """Multiply x by the matrix at `index` of w's leading dims, in float32.
 
-    Columns are dequantized in tiles of _TILE_BYTES, in a loop; never a whole matrix, unless it has fewer columns than
-    two tiles have at least: what stands in no loop, XLA's CPU compiler makes ready for all layers at once.
+    A loop dequantizes the columns in tiles of _TILE_BYTES. A whole matrix is dequantized only if it has fewer columns
+    than two of the smallest tiles. The loop has at least two iterations, because XLA's CPU compiler dequantizes the
+    matrices of all layers at once if they are outside a loop.
     """
     columns = w.numbers.shape[-1]
     step = math.lcm(columns // w.scales.shape[-1], _LANES)
@@ -114,14 +118,14 @@ def multiply(x: Float[Array, "T K"], w: QuantizedArray, index: tuple[LayerIndex,
     tile = -(-columns // num_tiles // step) * step
 
     def compute_tile(i, y):
-        first = jnp.minimum(i * tile, columns - tile)  # the last ones may be computed twice
+        first = jnp.minimum(i * tile, columns - tile)  # tiles may overlap at the end: some columns are computed twice
         return jax.lax.dynamic_update_slice(y, _times(x, _columns(w, index, first, tile)), (0, first))
 
     return jax.lax.fori_loop(0, -(-columns // tile), compute_tile, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
 def _columns(w: QuantizedArray, index: tuple[LayerIndex, ...], first: int | jax.Array, count: int) -> QuantizedArray:
-    """Some columns of one matrix, read where they lie. first, count: whole blocks."""
+    """Slice columns [first, first + count) of one matrix without copying the matrix. Both are multiples of a block."""
     block = w.numbers.shape[-1] // w.scales.shape[-1]
 
     def part(array, first, count):
@@ -132,7 +136,7 @@ def _columns(w: QuantizedArray, index: tuple[LayerIndex, ...], first: int | jax.
 
 
 def _times(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """x [T,K] times a matrix, in float32; a scale for all inputs is applied to the product."""
+    """Multiply x [T,K] by a matrix, in float32. If one scale covers all inputs, it is applied to the product."""
     high, wide = w.scales.shape
     columns = w.numbers.shape[1]
     planes = _planes(w)
@@ -145,7 +149,7 @@ def _times(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x times a float32 tile, which is rounded to x's dtype where there are units for products of it."""
+    """Multiply x by a float32 tile. The tile is rounded to x's dtype, except on CPUs, which compute in float32."""
     rounded = lambda x, w: jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)  # noqa: E731
     if x.dtype == jnp.float32:
         return rounded(x, w)

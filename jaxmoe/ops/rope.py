@@ -1,6 +1,6 @@
-"""Rotary position embedding, in the half-split form of published checkpoints."""
+"""Rotary position embedding (RoPE), in the half-split form of published checkpoints."""
 
-# Dims: B batch, S length, ... head dims, H head dim, R numbers of it that are turned.
+# Dims: B batch, S length, ... head dims, H head dim, R rotary dims: the first R of H are rotated.
 from __future__ import annotations
 
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dims: int) -> np.ndarray:
-    """Radians a position for each of the rotary_dims / 2 pairs, scaled as the config says. float32.
+    """Return the rotation in radians per position of each of the rotary_dims / 2 pairs. float32.
+
+    Applies the RoPE scaling of the config.
 
     Source: Su et al., RoFormer (2021); Llama 3.1's rope_scaling as published; YaRN (arXiv 2309.00071).
     """
@@ -41,7 +43,7 @@ def _blended(kept: np.ndarray, frequency: np.ndarray, factor: float) -> np.ndarr
 
 
 def _yarn_pair(rope: RopeConfig, rotations: float, rotary_dims: int) -> float:
-    """The pair, as a broken number, that makes so many rotations within the original context."""
+    """Return the (fractional) pair index that makes this number of rotations within the original context."""
     wavelength = rope.original_max_position_embeddings / (rotations * 2 * np.pi)
     return rotary_dims * np.log(wavelength) / (2 * np.log(rope.theta))
 
@@ -49,7 +51,7 @@ def _yarn_pair(rope: RopeConfig, rotations: float, rotary_dims: int) -> float:
 def rotation(
     positions: Int[Array, "B S"], frequencies: np.ndarray, factor: float = 1.0
 ) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
-    """Cosine and sine of every position's angles, times factor. float32."""
+    """Return cosine and sine of the angles at every position, multiplied by factor. float32."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -61,8 +63,10 @@ def rotate(
     *,
     backend: PointwiseBackend = "xla",
 ) -> Float[Array, "B S ... H"]:
-    """x with each pair (i, i + R/2) of its first R numbers turned by its angle, the others as they are; computed in
-    float32, returned in x's dtype."""
+    """Rotate each pair (i, i + R/2) of the first R numbers of x by its angle; leave the others unchanged.
+
+    Computed in float32, returned in x's dtype.
+    """
     rotate_fn, dims = _native if backend == "native" else _xla, 2 * cos.shape[-1]
     if dims == x.shape[-1]:
         return rotate_fn(x, cos, sin)

@@ -1,6 +1,6 @@
-"""Choosing experts: scores of all, then the best few, of the best groups alone where there are groups."""
+"""Top-k routing of tokens to experts, optionally limited to the best expert groups."""
 
-# Dims: T tokens, D width, E experts, K experts a token, G groups of experts, R physical experts (replicas).
+# Dims: T tokens, D width, E experts, K experts per token, G groups of experts, R physical experts (replicas).
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,18 +13,23 @@ from jaxmoe.config import MoEConfig, Scoring, TopKOf
 from jaxmoe.ops import native
 from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
 
-_TINY = 1e-20  # DeepSeek-V3's: keeps a sum of sigmoids from being zero
+_TINY = 1e-20  # as in DeepSeek-V3: keeps the sum of sigmoids above zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouteRule:
-    """How a token's experts are chosen, and what they weigh.
+    """Configure how a router chooses experts and computes their weights.
 
-    normalize: chosen weights are made to sum to 1 (norm_topk_prob), and then multiplied by scaling. top_k_of: the
-    experts with the highest scores, or with the highest logits, are chosen: scores of unlike logits may be equal in
-    float32 (sigmoids from 17 up are 1, softmax's from 104 below the highest are 0). num_groups > 1: a
-    token chooses among the experts of its top_groups best groups of neighbors, so that it visits no more nodes than
-    that where each holds whole groups; a group is as good as the sum of its experts_per_group_score best experts.
+    normalize: whether the weights of the chosen experts are normalized to sum to 1 (norm_topk_prob). scaling: factor
+    of the weights, applied after normalization.
+
+    top_k_of: whether the experts with the highest scores or with the highest logits are chosen. They differ because
+    scores of different logits may be equal in float32: sigmoids of 17 and more are 1, and softmax gives 0 to logits 104
+    and more below the highest.
+
+    num_groups > 1 enables group-limited routing: a token chooses among the experts of its top_groups best groups of
+    consecutive experts. If every node holds whole groups, a token visits at most top_groups nodes. The score of a group
+    is the sum of its experts_per_group_score best expert scores.
     Source: DeepSeek-V2 (arXiv 2405.04434), experts_per_group_score=1; DeepSeek-V3 (arXiv 2412.19437),
     experts_per_group_score=2.
     """
@@ -40,7 +45,7 @@ class RouteRule:
 
     @classmethod
     def of(cls, moe: MoEConfig) -> RouteRule:
-        """The rule of a model."""
+        """Return the routing rule of a model's MoE config."""
         return cls(
             top_k=moe.num_experts_per_tok, normalize=moe.norm_topk_prob, scoring=moe.scoring, top_k_of=moe.top_k_of,
             scaling=moe.routed_scaling, num_groups=moe.num_groups, top_groups=moe.top_groups,
@@ -56,9 +61,10 @@ def route(
     rule: RouteRule,
     backend: PointwiseBackend = "xla",
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """Combine weights (zero for experts not chosen, and for tokens not valid) and the scores, float32.
+    """Return the combine weights and the scores of all experts, both float32.
 
-    bias: added to scores for the choice alone. Ties go to the lower index, of experts and of groups.
+    Weights are zero for experts that are not chosen and for tokens that are not valid. bias: added to the scores (or
+    logits) for the choice of experts only. Ties go to the lower index of experts and of groups.
     """
     return (_native if backend == "native" else _xla)(logits, valid, bias, rule=rule)
 
@@ -78,12 +84,12 @@ def _xla(logits, valid, bias, *, rule):
 
 
 def _nan_first(choice):
-    """choice with every NaN positive: top_k puts those first and negative ones last, which would hide them."""
+    """Make every NaN of choice positive. top_k puts negative NaNs last, which would hide them."""
     return jnp.where(jnp.isnan(choice), jnp.nan, choice)
 
 
 def _of_best_groups(choice, rule):
-    """choice [T,E], minus infinity outside each token's best groups."""
+    """Set choice [T,E] to minus infinity outside each token's best groups."""
     by_group = choice.reshape(len(choice), rule.num_groups, -1)
     score = jnp.sum(
         jax.lax.top_k(_nan_first(by_group), min(rule.experts_per_group_score, by_group.shape[2]))[0], axis=-1
@@ -107,10 +113,10 @@ def replica_hash(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array
 def to_physical(
     weights: Float[Array, "T E"], physical_expert_map: Int[Array, "3 R"], replica_hashes: Int[Array, "T"]
 ) -> Float[Array, "T R"]:  # fmt: skip
-    """Map routing weights from logical to physical experts; of an expert's replicas, a token's hash chooses one.
+    """Map routing weights from logical to physical experts. A token's hash chooses one replica of each expert.
 
-    physical_expert_map: the logical expert of each physical one (any number of at least E for none), which of its
-    replicas it is, and how many it has.
+    physical_expert_map: for each physical expert, its logical expert (E or more if the slot is unused), its replica
+    index, and the number of replicas of the logical expert.
     """
     expert, index, num_replicas = physical_expert_map
     here = weights.at[:, expert].get(mode="fill", fill_value=0)

@@ -1,12 +1,14 @@
-"""From logits to one token a row: penalties and biases, then greedy, or drawn by temperature, top-k, top-p and min-p
-from the row's own seed.
+"""Sample one token per row from logits.
 
-- xla: any backend; what no row asks for is left out.
-- native: on the CPU, a C++ kernel (ops/native; it needs a compiler); programs with it compile in half the time.
+Penalties and biases are applied first. Then the token is chosen greedily, or drawn at random with temperature, top-k,
+top-p and min-p from the seed of its row.
+
+- xla: runs on any platform; skips features that no row uses.
+- native: a C++ kernel for CPUs (ops/native; needs a compiler); programs with it compile in half the time.
 """
 
-# Dims: B rows, V vocabulary, C tokens of a row known so far (with room), L tokens with a bias, T likeliest tokens,
-# M pages of S tokens, P of a row.
+# Dims: B rows, V vocabulary, C token capacity of a row's history, L tokens with a bias, T top tokens,
+# M pages of S tokens, P pages of a row.
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
@@ -24,11 +26,12 @@ MAX_TOP = 20
 
 
 class SamplingArrays(NamedTuple):
-    """Per-row sampling values. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalties 1, 0, 0 are off.
+    """Hold the sampling parameters of every row.
 
-    seed and seed_high: the low and the high half of a seed of 64 bits. prompt_length: tokens of the prompt.
-    bias_token_ids: token ids with a bias, past the vocabulary where unused; the first num_stop_ids of them cannot come
-    while the new token stands before position min_tokens_until.
+    temperature 0 means greedy sampling. top_k 0, top_p 1, min_p 0, repetition 1, presence 0 and frequency 0 disable
+    their feature. seed and seed_high: low and high half of a 64-bit seed. prompt_length: number of prompt tokens.
+    bias_token_ids: ids of tokens with a bias, at least V where unused. The first num_stop_ids of them are banned for
+    new tokens at positions below min_tokens_until.
     """
 
     temperature: Float[Array, "B"]
@@ -48,10 +51,10 @@ class SamplingArrays(NamedTuple):
 
 
 class SamplerOutput(NamedTuple):
-    """The next token of every row, its log-probability under the model, and the likeliest tokens with theirs.
+    """Hold the next token of every row, its log-probability under the model, and the top tokens with theirs.
 
-    logprobs is NaN where the row's logits are not finite: one is NaN or plus infinity, or all are minus infinity. The
-    token is then to be ignored.
+    logprobs is NaN if the logits of a row are invalid: one is NaN or plus infinity, or all are minus infinity. Ignore
+    the token in that case.
     """
 
     tokens: Int[Array, "B"]
@@ -61,8 +64,10 @@ class SamplerOutput(NamedTuple):
 
 
 class SamplingFeatures(NamedTuple):
-    """Flags of a batch: whether any row draws at random, has penalties or biases, or asks for the likeliest tokens;
-    work that none asks for is left out."""
+    """Flag the sampling features that at least one row of a batch uses. The others are skipped.
+
+    random: a row samples at random. adjusted: a row has penalties or biases. top: a row returns top log-probabilities.
+    """
 
     random: Bool[Array, ""]
     adjusted: Bool[Array, ""]
@@ -72,7 +77,10 @@ class SamplingFeatures(NamedTuple):
 def adjust_logits(
     logits: Float[Array, "B V"], rows: SamplingArrays, history: Int[Array, "B C"], positions: Int[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """logits after penalties, then biases, then bans. history [B,C]: a row's first `positions` tokens are real."""
+    """Apply penalties, then biases, then token bans to logits.
+
+    history: earlier tokens of every row, of which the first `positions` are valid.
+    """
     num_rows, vocab = logits.shape
     place = jnp.arange(history.shape[1])
     row = jnp.arange(num_rows)[:, None]
@@ -93,11 +101,12 @@ def adjust_logits(
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Array, "B V"]:
-    """logits over temperature, with -inf where top-k, then top-p, then min-p exclude a token; the best always stays.
+    """Divide logits by temperature and set tokens that top-k, then top-p, then min-p exclude to -inf.
 
-    Source: Holtzman et al. (2019) for top-p, Nguyen et al. (2024) for min-p; ties at the top-k edge all stay.
+    The best token always remains. All tokens that tie with the k-th best one remain, too.
+    Source: Holtzman et al. (2019) for top-p, Nguyen et al. (2024) for min-p.
     """
-    best = jnp.max(logits, axis=-1, keepdims=True)  # taken off first: a small temperature overflows nothing
+    best = jnp.max(logits, axis=-1, keepdims=True)  # subtracted first, so that a small temperature cannot overflow
     scaled = (logits - best) / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     falling = -jnp.sort(-scaled, axis=-1)
     vocab = logits.shape[-1]
@@ -106,7 +115,7 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
     within_k = falling >= smallest
     share = jax.nn.softmax(jnp.where(within_k, falling, -jnp.inf), axis=-1)
     before = jnp.cumsum(share, axis=-1) - share
-    top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)[:, None]  # 1 is off, though float32 sums reach it early
+    top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)[:, None]  # 1 disables top-p; float32 sums may reach 1 early
     kept = within_k & (before < top_p) & (share >= rows.min_p[:, None] * share[:, :1])
     kept = kept.at[:, 0].set(True)
     lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
@@ -116,9 +125,10 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Ar
 def gumbel_noise(
     seed: UInt32[Array, "B"], seed_high: UInt32[Array, "B"], positions: Int[Array, "B"], vocab_size: int
 ) -> Float[Array, "B {vocab_size}"]:
-    """Noise that a row's seed and position alone decide, by Threefry-2x32; the same on every backend.
+    """Return Gumbel noise that depends on a row's seed and position only. It is the same on every backend.
 
-    The key is the seed and the position; of a seed above 32 bits, Threefry of the position under the seed.
+    The generator is Threefry-2x32. Its key is (seed, position) for seeds of up to 32 bits, and Threefry of the position
+    under the seed for larger ones.
     """
 
     def row(low: Array, high: Array, position: Array) -> Array:
@@ -141,10 +151,10 @@ def sample(
     *,
     backend: SamplingBackend = "xla",
 ) -> SamplerOutput:
-    """The next token of every row. positions: where it stands; the tokens before it lie in the pages of its block
-    table.
+    """Sample the next token of every row.
 
-    Draws depend on the row's seed and position alone, never on its neighbors.
+    positions: position of the new token. Earlier tokens of the row are read from token_pages through its block table.
+    Random draws depend on the row's seed and position only, never on other rows of the batch.
     """
     logits = logits.astype(jnp.float32)
     num_top = min(MAX_TOP, logits.shape[-1])

@@ -1,1 +1,1 @@
-"""Training a small model on the same mesh and tables as inference: data, loss, sharded step, loop, export."""
+"""Training of a small model with the meshes and sharding rules of inference: data, loss, step, loop, export."""

@@ -1,4 +1,4 @@
-"""The loop: steps with a progress line, the held-out loss now and then, the result at the end."""
+"""Training loop with a progress line and periodic evaluation on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmoe.train.step import Metrics, Trainer, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Loss on text never trained on, natural logarithms; bits_per_byte is nats_per_byte over log 2."""
+    """Report the loss on text that is not trained on, in nats. bits_per_byte is nats_per_byte / log(2)."""
 
     nats_per_token: float
     nats_per_byte: float
@@ -27,9 +27,11 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run. held_out is of the weights as they are written; loss and balance of the last training batch.
+    """Report a finished run.
 
-    wall_s and cpu_s are of the training alone; a machine that was busy otherwise shows in wall_s, not in cpu_s.
+    held_out: evaluation of the weights as exported, rounded to the checkpoint's dtype. loss_nats_per_token, balance:
+    losses of the last training batch. wall_s, cpu_s: wall and CPU time of train() alone; other load on the machine
+    affects only wall_s.
     """
 
     state: TrainState
@@ -42,7 +44,7 @@ class TrainResult:
 
 
 def evaluate(trainer: Trainer, state: TrainState, stream: np.ndarray, *, num_bytes: int) -> HeldOut:
-    """The loss over a held-out token stream of a text of num_bytes, in windows of the recipe's length."""
+    """Evaluate the loss over a token stream, in windows of the recipe's length. num_bytes: size of its text."""
     recipe = trainer.recipe
     nats, num_tokens = 0.0, 0
     for tokens, lengths in evaluation_batches(stream, batch_rows=recipe.batch_rows, window_tokens=recipe.window_tokens):
@@ -58,7 +60,7 @@ def evaluate(trainer: Trainer, state: TrainState, stream: np.ndarray, *, num_byt
 
 
 def as_written(params: tuple[jax.Array, ...], dtype: str) -> tuple[jax.Array, ...]:
-    """Parameters rounded to the dtype of the checkpoint, in the dtype of training."""
+    """Round parameters to the dtype of the checkpoint and return them in the training dtype."""
     return tuple(param.astype(dtype).astype(param.dtype) for param in params)
 
 
@@ -71,9 +73,9 @@ def train(
     evaluate_every: int = 200,
     console: Console | None = None,
 ) -> TrainResult:
-    """Run the recipe over a token stream. Metrics are read a step late, so the host never holds up the device.
+    """Train the recipe on a token stream. Metrics are read one step late, so the host never blocks the device.
 
-    Raises: FloatingPointError if the loss stops being a finite number.
+    Raises: FloatingPointError if the loss is not finite.
     """
     recipe = trainer.recipe
     console = Console(stderr=True) if console is None else console
@@ -121,6 +123,6 @@ def _read(metrics: Metrics, step: int) -> tuple[float, float]:
 
 def _line(held_out: HeldOut, metrics: tuple[float, float], wall_s: float) -> str:
     return (
-        f"held-out {held_out.nats_per_token:.4f} nats a token, {held_out.bits_per_byte:.4f} bits a byte; "
+        f"held-out {held_out.nats_per_token:.4f} nats/token, {held_out.bits_per_byte:.4f} bits/byte; "
         f"training {metrics[0]:.4f}, balance {metrics[1]:.3f}; {wall_s:.0f} s"
     )

@@ -1,4 +1,4 @@
-"""The two losses: next-token cross entropy, and the balance of the router."""
+"""Training losses: next-token cross entropy and the router's load-balancing loss."""
 
 # Dims: B batch, S length, V vocabulary, E experts, L MoE layers.
 from __future__ import annotations
@@ -11,20 +11,23 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """Nats by which each target surprises: -log softmax(logits)[target]. float32."""
+    """Return the cross entropy -log softmax(logits)[target] of each target, in nats. float32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def balance_loss(probabilities: Sequence[Float[Array, "B S E"]], *, top_k: int) -> Float[Array, ""]:
-    """E * sum over experts of (choices of the expert a token) * (its mean probability), averaged over the layers.
+    """Return the load-balancing loss, averaged over layers.
 
-    top_k at perfect balance, up to E as routing collapses. Only the probabilities carry a gradient.
-    Source: Fedus et al., Switch Transformers (2021); choices counted as in Hugging Face's load_balancing_loss_func.
+    The loss of a layer is E * sum over experts of (mean choices of the expert per token) * (its mean probability).
+    It is top_k at perfect balance and grows up to E as routing collapses. Only the probabilities carry a gradient.
+    Raises: ValueError if probabilities is empty.
+    Source: Fedus et al., Switch Transformers (2021); choices are counted as in Hugging Face's
+    load_balancing_loss_func.
     """
     if not probabilities:
-        raise ValueError("balance_loss needs the router probabilities of at least one MoE layer, got none")
+        raise ValueError("probabilities is empty: balance_loss needs router probabilities of at least one MoE layer")
     return jnp.mean(jnp.stack([_layer_balance(layer, top_k) for layer in probabilities]))
 
 

@@ -1,4 +1,4 @@
-"""Recipe: every number a training run depends on, beside the corpus."""
+"""Hyperparameters of a training run. With the corpus they determine the run; the defaults give checkpoints/demo."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from jaxmoe.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """AdamW with linear warm-up and cosine decay to learning_rate * final_fraction, gradients clipped by global norm.
+    """Configure a training run.
 
-    batch_rows windows of window_tokens a step; balance_weight times the load-balancing loss joins the cross entropy.
-    Weights and optimizer are float32. Raises: ConfigError naming the value and its limit.
+    The optimizer is AdamW with linear warmup and cosine decay to learning_rate * final_fraction. Gradients are clipped
+    by global norm. A step trains on batch_rows windows of window_tokens. The loss is the cross entropy plus
+    balance_weight times the load-balancing loss. Weights and optimizer state are float32.
+
+    Raises: ConfigError with the value and its limit if a value is out of range.
     """
 
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""The training step: loss, gradients, AdamW, as one jitted call whose state lies by the same tables as the weights."""
+"""Sharded training step: loss, gradients and AdamW in one jitted call. Optimizer state is sharded like the weights."""
 
 # Dims: B batch rows, S window tokens.
 from __future__ import annotations
@@ -26,14 +26,14 @@ DTYPE = "float32"
 
 
 class TrainState(NamedTuple):
-    """What one step hands to the next: parameters in the order of the parameter table, and the optimizer's state."""
+    """Hold the state between steps: parameters in the order of the parameter table, and the optimizer state."""
 
     params: tuple[jax.Array, ...]
     optimizer: optax.OptState
 
 
 class Metrics(NamedTuple):
-    """Of one step: cross entropy in nats a token, balance loss, global norm of the gradient before clipping."""
+    """Report one step: cross entropy in nats per token, balance loss, global gradient norm before clipping."""
 
     loss: jax.Array
     balance: jax.Array
@@ -41,7 +41,7 @@ class Metrics(NamedTuple):
 
 
 def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTransformation:
-    """The recipe's AdamW; decayed says of each parameter whether weight decay applies."""
+    """Return the recipe's AdamW. decayed: for each parameter, whether weight decay applies."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=recipe.learning_rate,
@@ -56,7 +56,7 @@ def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTra
 
 
 class Trainer:
-    """The jitted functions of one recipe on one placement. State goes in and comes out; nothing is kept here."""
+    """Provide the jitted functions of one recipe on one placement. They are pure: state is an argument and a result."""
 
     def __init__(
         self, recipe: Recipe, placement: Placement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
@@ -74,26 +74,29 @@ class Trainer:
         self._nats_fn = jax.jit(self._nats)
 
     def init(self) -> TrainState:
-        """Fresh parameters from the recipe's seed: the same values on every mesh."""
+        """Return the initial state. Parameters depend on the recipe's seed only and are the same on every mesh."""
         return self._init_fn()
 
     def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, Metrics]:
-        """One update from windows [B, S + 1] of token ids; state is donated."""
+        """Update the state with one batch of windows [B, S + 1] of token ids. state is donated."""
         return self._step_fn(state, self._put(tokens, "batch", "length"))
 
     def nats(self, params: tuple[jax.Array, ...], tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """Nats [B] of the first lengths[B] targets of windows [B, S + 1]; the rest is padding."""
+        """Return the summed loss [B] in nats of the first lengths[B] targets of windows [B, S + 1].
+
+        The other targets are padding.
+        """
         return self._nats_fn(params, self._put(tokens, "batch", "length"), self._put(lengths, "batch"))
 
     def named(self, params: tuple[jax.Array, ...]) -> Mapping[str, jax.Array]:
-        """Parameters by their path in the model."""
+        """Map each parameter's path in the model to its array."""
         return {info.path: array for info, array in zip(self.table, params, strict=True)}
 
     def _put(self, values: np.ndarray, *dims: str) -> jax.Array:
         return jax.device_put(values, self.placement.sharding(*dims))
 
     def _state_sharding(self) -> Any:
-        """A TrainState of shardings."""
+        """Return a TrainState of shardings."""
         params = tuple(info.sharding for info in self.table)
         shapes = tuple(jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.table)
         everywhere = self.placement.sharding()
@@ -118,7 +121,7 @@ class Trainer:
         return TrainState(params, self._optimizer.init(params))
 
     def _forward(self, params, tokens, valid) -> tuple[jax.Array, list[jax.Array]]:
-        """Cross entropy [B,S] of each target, and the router probabilities of each layer."""
+        """Return the cross entropy [B,S] of each target and the router probabilities of each MoE layer."""
         model = self._model(params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         step_inputs = DensePrefillInputs(valid=valid, num_ranks=self.placement.num_shards("batch"))
@@ -147,13 +150,17 @@ class Trainer:
 
 
 def _check_mesh(recipe: Recipe, placement: Placement) -> None:
-    """Training starts from random values, so padding could not stay zero, nor copies of a head stay equal."""
+    """Raise MeshError for pipelines, uneven splits and unsuitable batch sizes.
+
+    Uneven splits pad dims or replicate heads. Training starts from random values, so padding would not stay zero and
+    replicated heads would not stay equal.
+    """
     if placement.num_stages > 1:
         raise MeshError(f"pipeline={placement.num_stages}: training runs pipeline=1 only; use data, tensor, expert")
     wanted, got = _own_sizes(recipe.model), array_sizes(recipe.model, placement)
     if wanted != got:
         raise MeshError(
-            f"training needs every split to come out even: the mesh would make {got} of {wanted}; use smaller axes"
+            f"training needs even splits without padding, but this mesh gives {got}, not {wanted}; use smaller axes"
         )
     if recipe.batch_rows % placement.num_shards("batch"):
         raise MeshError(

@@ -212,7 +212,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=8", "--dispatch", "hierarchical"],
-        ["dispatch=hierarchical goes along two axes or more, experts are exchanged along one axis"],
+        ["dispatch=hierarchical needs two or more expert axes, but experts are exchanged along"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-tpot-ms", "0.01"],

@@ -170,7 +170,7 @@ def test_every_dispatch_gives_what_one_device_gives_and_says_what_was_planned(ki
 
 @pytest.mark.parametrize("kind", HIERARCHICAL)
 def test_levels_along_one_axis_are_refused(kind, tiny_dir):
-    with pytest.raises(ConfigError, match=f"dispatch={kind} .* along expert alone: share them out over two"):
+    with pytest.raises(ConfigError, match=f"dispatch={kind} .* along expert alone: shard experts over two"):
         LLM.load(tiny_dir("mixtral_six_experts"), mesh=mesh_of("expert=8"), kernels={"dispatch": kind})
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels, compiled on the user's machine by the C++ compiler it finds there, and kept."""
+"""Native CPU kernels: compiled once on the user's machine by its C++ compiler, cached, and called through XLA's FFI."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _TARGETS = {
 
 
 def find_compiler() -> str | None:
-    """Path of a C++ compiler: that of the variable CXX, else g++, clang++ or c++ on the PATH."""
+    """Return the path of a C++ compiler, or None: $CXX if set, else the first of g++, clang++, c++ on the PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _cache_path(compiler: str) -> Path:
-    """Where the library for these sources, compiler and processor is kept."""
+    """Return the cache path of the library, which depends on sources, flags, compiler, processor and JAX version."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     cpu = Path("/proc/cpuinfo")
     flags = (
@@ -67,13 +67,13 @@ def _cache_path(compiler: str) -> Path:
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile to a file beside path and rename, so that a library is there whole or not at all."""
+    """Compile the library to a temporary file and rename it to path, so that path is never incomplete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
     except OSError as error:
         raise ConfigError(
-            f"native kernels are kept in {path.parent}: {error}; set XDG_CACHE_HOME to a folder that can be written"
+            f"native kernels cannot be cached in {path.parent}: {error}; set XDG_CACHE_HOME to a writable folder"
         ) from error
     os.close(handle)
     command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_UNIT), "-o", partial]
@@ -86,35 +86,36 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def check(dtype: str, *, option: str) -> str:
-    """Path of the C++ compiler that would make the kernels. Nothing is compiled or written.
+    """Check that native kernels can be used and return the path of the C++ compiler. Compiles and writes nothing.
 
-    Raises: ConfigError naming the option that asked, for another dtype than bfloat16 and float32, where JAX does not
-    run on the CPU, or where no compiler is found.
+    option: name of the option that selected the native backend, for error messages.
+    Raises: ConfigError if dtype is not bfloat16 or float32, if JAX does not run on the CPU, or if no compiler is found.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"{option}='native' computes in bfloat16 or float32, not {dtype}; {_REMEDY}")
     if jax.default_backend() != "cpu":
-        raise ConfigError(f"native kernels run on the CPU and JAX is on {jax.default_backend()}; {_REMEDY}")
+        raise ConfigError(f"native kernels run on the CPU only, but JAX runs on {jax.default_backend()}; {_REMEDY}")
     compiler = find_compiler()
     if compiler is None:
         raise ConfigError(
-            f"native kernels need a C++ compiler (g++ or clang++, or CXX) and none was found: install one, or {_REMEDY}"
+            f"native kernels need a C++ compiler, but no g++, clang++, c++ or $CXX was found: install one, or {_REMEDY}"
         )
     return compiler
 
 
 def prepare(dtype: str, *, option: str = "grouped") -> None:
-    """Compile (once a machine) and register the kernels, for arrays of dtype.
+    """Compile the kernels if they are not cached on this machine, and register them for arrays of dtype.
 
-    Raises: as check, and ConfigError where the compiler fails or its library cannot be kept or loaded.
+    Raises: ConfigError as check does, and if the compiler fails or its library cannot be cached or loaded.
     """
     _register(check(dtype, option=option))
 
 
 def max_tokens(dtype: str) -> int:
-    """The most tokens that the kernels are the fastest for, once prepared.
+    """Return the largest number of tokens for which the kernels are faster than XLA. Call prepare() first.
 
-    Few where the processor multiplies bfloat16 itself: XLA uses that for many tokens, the kernels widen to float32.
+    It is small for bfloat16 if the processor multiplies bfloat16 in hardware: XLA uses that for many tokens, while the
+    kernels widen to float32.
     """
     library = _register(check(dtype, option="native"))
     return _FEW_TOKENS if dtype == "bfloat16" and library.JaxmoeMultipliesBfloat16() else sys.maxsize
@@ -122,20 +123,20 @@ def max_tokens(dtype: str) -> int:
 
 @cache
 def _register(compiler: str) -> ctypes.CDLL:
-    """The library, its kernels known to JAX."""
+    """Load the library, compile it first if needed, and register its kernels with JAX."""
     path = _cache_path(compiler)
     if not path.exists():
         _build(compiler, path)
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:  # not a library (any more): once more from the source
+    except OSError:  # the cached file is corrupt: compile it again
         _build(compiler, path)
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise ConfigError(
-                f"native kernels cannot be loaded from {path}: {error}; set XDG_CACHE_HOME to a folder that programs "
-                f"may run from, or {_REMEDY}"
+                f"native kernels cannot be loaded from {path}: {error}; set XDG_CACHE_HOME to a folder from which "
+                f"libraries can be loaded, or {_REMEDY}"
             ) from error
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
@@ -152,7 +153,7 @@ def native_experts(
     *,
     clamp: SwiGLUClamp | None,
 ) -> Float[Array, "T D"]:
-    """As ops.grouped's blocks. bfloat16 or float32; call prepare() first."""
+    """Compute ops.grouped's blocks natively. bfloat16 or float32; call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_experts", jax.ShapeDtypeStruct(x.shape, x.dtype))
     own = jnp.zeros((0, 0), x.dtype) if bias is None else bias
     limits = dict(limit=np.float32(clamp.limit if clamp else 0), alpha=np.float32(clamp.alpha if clamp else 1))
@@ -168,7 +169,11 @@ def native_linear(
     transposed: bool,
     dtype: str,
 ) -> Float[Array, "T N"]:
-    """As ops.linear's xla. bfloat16 (giving that or float32) or float32; call prepare() first."""
+    """Compute ops.linear's xla natively. Call prepare() first.
+
+    x and w are bfloat16 or float32. dtype: of the result; bfloat16 inputs give bfloat16 or float32, float32 inputs
+    float32.
+    """
     columns = w.shape[1 if transposed else 2]
     call = jax.ffi.ffi_call("jaxmoe_linear", jax.ShapeDtypeStruct((x.shape[0], columns), jnp.dtype(dtype)))
     return call(x, w, jnp.int32(layer), jnp.int32(num_valid), transposed=transposed)
@@ -186,10 +191,13 @@ def native_paged(
     mask_spec: Any,
     value_dim: int | None,
 ) -> Float[Array, "N Q K G V"]:
-    """As ops.paged's loop. q of bfloat16 or float32, pages of these, int8 or float8_e4m3fn; call prepare() first."""
+    """Compute ops.paged's loop natively. Call prepare() first.
+
+    q is bfloat16 or float32; pages are bfloat16, float32, int8 or float8_e4m3fn.
+    """
     block_metadata = (block_table, positions, query_lens, jnp.int32(layer))
     dim = pages[1].shape[4] if value_dim is None else value_dim
-    cache = (pages[0], *pages) if value_dim is not None else pages  # values that are the keys' own, and one scale
+    cache = (pages[0], *pages) if value_dim is not None else pages  # latent: values are the keys, with the same scale
     cache = (*cache, cache[2]) if len(cache) == 3 else cache
     cache = cache if len(cache) == 4 else (*cache, jnp.zeros(0), jnp.zeros(0))
     own = jnp.zeros((0, 0)) if sinks is None else sinks.astype(jnp.float32)
@@ -203,43 +211,43 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 
 
 def native_norm(x: Float[Array, "T D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "T D"]:
-    """As ops.norm's xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.norm.rms_norm's xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_norm", _like(x))(x, weight, eps=np.float32(eps))
 
 
 def native_squares(x: Float[Array, "T D"]) -> Float[Array, "T"]:
-    """As ops.norm.sum_of_squares' xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.norm.sum_of_squares' xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_squares", jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))(x)
 
 
 def native_scaled(
     x: Float[Array, "T D"], weight: Float[Array, "D"], mean_square: Float[Array, "T"], *, eps: float
 ) -> Float[Array, "T D"]:
-    """As ops.norm.scale_by_rms' xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.norm.scale_by_rms' xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_scaled", _like(x))(x, weight, mean_square, eps=np.float32(eps))
 
 
 def native_rotate(
     x: Float[Array, "T N H"], cos: Float[Array, "T H/2"], sin: Float[Array, "T H/2"]
 ) -> Float[Array, "T N H"]:
-    """As ops.rope's xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.rope.rotate's xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_rotate", _like(x))(x, cos, sin)
 
 
 def native_gated_unit(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
-    """As ops.gate.gated_unit's xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.gate.gated_unit's xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_gated_unit", _like(gate))(gate, up)
 
 
 def native_gated_rows(x: Float[Array, "T D"], gates: Float[Array, "T 1"]) -> Float[Array, "T D"]:
-    """As ops.gate.gated_rows' xla. bfloat16 or float32; call prepare() first."""
+    """Compute ops.gate.gated_rows' xla natively. bfloat16 or float32; call prepare() first."""
     return jax.ffi.ffi_call("jaxmoe_gated_rows", _like(x))(x, gates)
 
 
 def native_route(
     logits: Float[Array, "T E"], valid: Bool[Array, "T"], bias: Float[Array, "E"] | None, *, rule: Any
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-    """As ops.route's xla. Call prepare() first."""
+    """Compute ops.route's xla natively. Call prepare() first."""
     call = jax.ffi.ffi_call("jaxmoe_route", (_like(logits), _like(logits)))
     names = ("top_k", "normalize", "num_groups", "top_groups")
     numbers = {name: np.int64(getattr(rule, name)) for name in names}
@@ -260,7 +268,7 @@ def native_sample(
     *,
     num_top: int,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Int[Array, "B T"], Float[Array, "B T"]]:
-    """As ops.sample's xla; rows are its SamplingArrays in order. Call prepare() first."""
+    """Compute ops.sample's xla natively. rows: the fields of SamplingArrays in order. Call prepare() first."""
     count = len(logits)
     one, many = (count,), (count, num_top)
     results = tuple(jax.ShapeDtypeStruct(shape, t) for shape in (one, many) for t in (jnp.int32, jnp.float32))

@@ -1,5 +1,5 @@
-// What a kernel needs of XLA's foreign function interface, over its C header alone: the C++ header takes several seconds
-// to compile, and these kernels are compiled on the user's machine.
+// A minimal wrapper of XLA's foreign function interface (FFI). It uses the C header only: these kernels are compiled on
+// the user's machine, and the C++ header takes several seconds to compile.
 
 #pragma once
 
@@ -15,13 +15,13 @@ namespace jaxmoe {
 
 constexpr XLA_FFI_DataType kFloat32 = XLA_FFI_DataType_F32, kBfloat16 = XLA_FFI_DataType_BF16;
 
-// An array: its kind, its numbers, its sizes.
+// An array argument or result.
 struct Array {
   const XLA_FFI_Buffer* buffer;
 
   XLA_FFI_DataType Kind() const { return buffer->dtype; }
   int64_t Size(int64_t dim) const { return buffer->dims[dim]; }
-  // Numbers from one index of a dim to the next.
+  // Returns the stride of a dim in elements.
   int64_t Stride(int64_t dim) const {
     int64_t count = 1;
     for (int64_t inner = dim + 1; inner < buffer->rank; ++inner) count *= buffer->dims[inner];
@@ -33,7 +33,7 @@ struct Array {
   }
 };
 
-// The threads that XLA runs its own work on.
+// XLA's thread pool.
 class Threads {
  public:
   Threads(const XLA_FFI_CallFrame* frame) : api_(frame->api), context_(frame->ctx) {}
@@ -48,7 +48,7 @@ class Threads {
     return count > 1 ? count : 1;
   }
 
-  // Runs task on another thread, or here where there is none.
+  // Runs task on a thread of the pool, or on this thread if scheduling fails.
   void Schedule(std::function<void()> task) const {
     auto* kept = new std::function<void()>(std::move(task));
     XLA_FFI_ThreadPool_Schedule_Args args{};
@@ -77,7 +77,7 @@ class Threads {
   decltype(XLA_FFI_CallFrame::ctx) context_;
 };
 
-// One call of a kernel.
+// The arguments, results and attributes of one kernel call.
 struct Call {
   XLA_FFI_CallFrame* frame;
 
@@ -85,7 +85,7 @@ struct Call {
   Array Result(int64_t index = 0) const { return {static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[index])}; }
   Threads Pool() const { return Threads(frame); }
 
-  // The scalar attribute of that name.
+  // Returns the scalar attribute of this name, or zero if it is missing.
   template <typename T>
   T Attribute(const char* name) const {
     for (int64_t i = 0; i < frame->attrs.size; ++i) {
@@ -105,7 +105,7 @@ struct Call {
   }
 };
 
-// What a handler does: says which interface it was compiled for where XLA asks that, else runs the kernel.
+// Handles a call: reports the FFI version if XLA asks for metadata, else runs the kernel.
 inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, int64_t num_results,
                              XLA_FFI_Error* (*kernel)(const Call&)) {
   const Call call{frame};
@@ -121,11 +121,11 @@ inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, in
   }
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->args.size != num_arguments ||
       frame->rets.size != num_results)
-    return call.Refuse("a native kernel was called with another number of arguments than it has");
+    return call.Refuse("a native kernel was called with the wrong number of arguments or results");
   try {
     return kernel(call);
-  } catch (const std::bad_alloc&) {  // nothing may be thrown into XLA
-    return call.Refuse("a native kernel found no memory for its sums");
+  } catch (const std::bad_alloc&) {  // exceptions must not propagate into XLA
+    return call.Refuse("a native kernel could not allocate memory");
   }
 }
 

@@ -1,18 +1,20 @@
-// SwiGLU of routed experts: weights stream from memory once for few tokens, those of experts nobody chose never.
+// Grouped SwiGLU of routed experts. For few tokens, weights are read from memory once. Weights of experts without
+// tokens are never read.
 //
-// Rows are (token, expert) pairs with a weight other than zero, by expert and then by token. An item of work is some rows
-// of one expert and, where there are too few of those for all threads, a part of its width F. Items are independent and
-// threads take them in turn; each row's result is kept, and a token's rows are added in the order of the experts. Every
-// sum has an order that depends on the shapes alone: neither other tokens nor threads change a bit of a token's result.
+// Rows are (token, expert) pairs with a nonzero weight, sorted by expert and then by token. A work item is a block of
+// rows of one expert. If there are too few items for all threads, each is split along the expert width F. Items are
+// independent, and threads fetch them in turn. Row results are stored, and a token's rows are added in the order of the
+// experts. The order of every sum depends on the shapes alone, so a token's result is bitwise independent of other
+// tokens and of the threads.
 
 #include "packed.h"
 
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kRange = 256;  // columns of F whose part of the product with `down` is summed by itself
+constexpr int64_t kRange = 256;  // columns of F per partial sum of the matmul with `down`
 
-constexpr int64_t kMostTokens = 2048;  // at once: their rows' results are held until all are there
+constexpr int64_t kMostTokens = 2048;  // per pass; the results of their rows are buffered
 
 struct Item {
   int64_t expert, first, rows, low, high;  // rows [first, first + rows), ranges [low, high)
@@ -20,16 +22,16 @@ struct Item {
 
 template <typename T>
 struct Problem {
-  const T *x, *gate_up, *down, *bias;  // bias [experts, gate or up, ffn]: null where there is none
-  float limit, alpha;                  // of the clamped SwiGLU; a limit of 0: the plain one
+  const T *x, *gate_up, *down, *bias;  // bias [experts, gate or up, ffn]: null without bias
+  float limit, alpha;                  // of the clamped SwiGLU; limit 0 selects the plain one
   const float* weights;  // [tokens, experts]
   int64_t num_tokens, num_experts, width, ffn;
-  std::vector<int32_t> tokens;   // of every row
-  std::vector<int32_t> experts;  // of every row
-  std::vector<int32_t> rows_of;  // rows by token, in the order of their experts
-  std::vector<int32_t> ends;     // of every token in rows_of
+  std::vector<int32_t> tokens;   // token of every row
+  std::vector<int32_t> experts;  // expert of every row
+  std::vector<int32_t> rows_of;  // rows sorted by token, then expert
+  std::vector<int32_t> ends;     // end of every token's rows in rows_of
   std::vector<Item> items;
-  bool split = false;  // whether items are parts of F, each range of which keeps its own result
+  bool split = false;  // whether items are split along F; each range then stores its own result
 
   int64_t NumRanges() const { return (ffn + kRange - 1) / kRange; }
   int64_t NumRows() const { return static_cast<int64_t>(tokens.size()); }
@@ -50,7 +52,7 @@ struct Problem {
         items.push_back({e, first, std::min(kRowBlock, starts[e + 1] - first), 0, NumRanges()});
     const int64_t whole = static_cast<int64_t>(items.size());
     const int64_t parts = whole ? std::min((2 * threads + whole - 1) / whole, NumRanges()) : 1;
-    if (parts > 1) {  // only where there are few: long rows of the matrix are read faster
+    if (parts > 1) {  // only with few items: longer rows of the matrix are read faster
       split = true;
       const std::vector<Item> wholes = std::move(items);
       items.clear();
@@ -68,7 +70,7 @@ struct Problem {
     for (int64_t row = 0; row < NumRows(); ++row) rows_of[at[tokens[row]]++] = static_cast<int32_t>(row);
   }
 
-  // y: [ranges, rows, width] where split, else [rows, width].
+  // Computes one item. y: [ranges, rows, width] if split, else [rows, width].
   void Run(const Item& item, float* y) const {
     static thread_local std::vector<float> scratch;
     const int64_t rows = item.rows, from = item.low * kRange, to = std::min(ffn, item.high * kRange), range = to - from;
@@ -90,7 +92,7 @@ struct Problem {
           gate[i] = std::min(gate[i], limit);
           up[i] = std::clamp(up[i], -limit, limit) + 1.0f;
         }
-      for (int64_t i = 0; i < range; i += kLanes) {  // rounded as the other implementations round between two products
+      for (int64_t i = 0; i < range; i += kLanes) {  // rounded between the matmuls, as in the other backends
         float strip[2][kLanes] = {};
         const int64_t count = std::min(kLanes, range - i);
         std::copy_n(gate + i, count, strip[0]);
@@ -113,7 +115,7 @@ struct Problem {
     }
   }
 
-  // out[t] = the sum of token t's rows, each times its weight.
+  // Writes the weighted sum of a token's rows to out.
   void Collect(int64_t token, const float* y, T* out) const {
     static thread_local std::vector<float> sums, row_sums;
     sums.assign(width, 0.0f);
@@ -133,7 +135,7 @@ struct Problem {
   }
 
   void RunAll(const Threads& pool, T* out) {
-    constexpr int64_t kTokens = 64;  // collected together
+    constexpr int64_t kTokens = 64;  // tokens per work item of Collect
     const int64_t threads = pool.Count();
     Plan(threads);
     const std::unique_ptr<float[]> results(new float[NumRows() * width * (split ? NumRanges() : 1)]);

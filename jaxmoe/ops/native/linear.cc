@@ -1,17 +1,17 @@
-// Products with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear.py. The order of a result's sums depends
-// on the matrix's shape and the number of threads alone, not on the other rows.
+// Matmuls with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear.py. The order of summation depends only
+// on the shape of the matrix and the number of threads, not on the other rows.
 
 #include "packed.h"
 
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kLeastBytes = 1 << 16;   // of the matrix, for a thread to be worth waking
-constexpr int64_t kLeastColumns = 2048;    // of an item, where the matrix has them: long pieces of rows are read faster
-constexpr int64_t kMostSums = 4096;        // of all rows together, so that they stay in a core's first cache
+constexpr int64_t kLeastBytes = 1 << 16;   // of the matrix per thread: less is not worth waking a thread
+constexpr int64_t kLeastColumns = 2048;    // of an item, if possible: longer pieces of rows are read faster
+constexpr int64_t kMostSums = 4096;        // of all rows, so that they fit a core's L1 cache
 
-// One item is a range of columns, and where there are too few of those for all threads also a part of the depth, whose
-// sums are added to those of the other parts at the end. Many rows go in blocks, and each item does all parts itself.
+// A work item is a range of columns. If there are too few ranges for all threads, the depth is split into parts, too,
+// and the partial sums are added at the end. Many rows are cut into blocks, and each item computes all parts itself.
 template <typename T, typename Out>
 struct Product {
   const T *x, *w;
@@ -44,7 +44,7 @@ struct Product {
     });
   }
 
-  // out[r, 0:high-low] (rows `stride` apart) gains the part of the sum over depth [from, to).
+  // Adds the partial sum over depth [from, to) of columns [low, high) to out, whose rows are `stride` apart.
   void Add(const float* wide, int64_t from, int64_t to, int64_t low, int64_t high, float* out, int64_t stride) const {
     if (transposed)
       DotProduct(rows, wide, depth, w + low * depth, depth, high - low, out, stride);
@@ -52,7 +52,7 @@ struct Product {
       AddProduct(rows, wide + from, depth, w + from * columns + low, columns, to - from, high - low, out, stride);
   }
 
-  // Where part `index` of `parts` of the depth begins.
+  // Returns the first depth index of part `index` of `parts`.
   int64_t PartStart(int64_t index, int64_t parts) const {
     return index == parts ? depth : depth * index / parts / kDepth * kDepth;
   }
@@ -67,7 +67,7 @@ struct Product {
     if (rows > kFewRows && !transposed) return RunBlocks(pool, down);
     std::vector<float> wide(rows * depth);
     WidenAll(x, rows * depth, wide.data());
-    const int64_t strips = (columns + 63) / 64;  // whole ones, so that two threads never write one line of memory
+    const int64_t strips = (columns + 63) / 64;  // so that two threads never write one cache line
     const int64_t step = std::max<int64_t>(256, kMostSums / rows / 64 * 64);
     std::vector<std::vector<float>> parts(down);
     if (down > 1)

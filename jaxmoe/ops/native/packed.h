@@ -1,5 +1,5 @@
-// Products of any number of rows, each entry summed over the depth in order, one fused multiply and add after another:
-// a row's result is the same to the last bit whatever rows stand beside it.
+// Matmuls of any number of rows. Each entry is summed over the depth in order by fused multiply-adds, so a row's result
+// is bitwise independent of the other rows.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace jaxmoe {
 
-constexpr int64_t kFewRows = 16;    // up to so many, the matrix streams past the rows; beyond, panels of it are packed
-constexpr int64_t kRowBlock = 192;  // rows that share a packed panel and stay in a core's second cache
+constexpr int64_t kFewRows = 16;    // up to this many, the matrix is streamed; for more, panels of it are packed
+constexpr int64_t kRowBlock = 192;  // rows that share a packed panel and fit a core's L2 cache
 constexpr int64_t kPanelDepth = 256;
 #ifdef __AVX512F__
 constexpr int64_t kTileRows = 12;
@@ -17,7 +17,7 @@ constexpr int64_t kTileRows = 6;
 #endif
 constexpr int64_t kPanelColumns = 2 * kLanes;
 
-// out[r, 0:kPanelColumns] += x[0:depth, r] * panel[0:depth, 0:kPanelColumns] for R rows; x is packed, kTileRows a row.
+// out[r, 0:kPanelColumns] += x[0:depth, r] * panel[0:depth, 0:kPanelColumns] for R rows; x is packed, kTileRows per k.
 template <int R>
 void AddTile(const float* __restrict__ x, const float* __restrict__ panel, int64_t depth, float* __restrict__ out,
              int64_t out_stride) {
@@ -105,7 +105,7 @@ __attribute__((noinline)) void AddRowBlock(int64_t rows, const float* x, int64_t
   }
 }
 
-// out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows, the faster way.
+// out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows, by the faster method.
 template <typename T>
 void Add(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t stride, int64_t depth, int64_t columns,
          float* out, int64_t out_stride) {

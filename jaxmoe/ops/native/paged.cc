@@ -1,13 +1,13 @@
-// Attention over pages for ops/paged.py: one item is some tokens of one block and one key/value head.
+// Paged attention for ops/paged.py. One work item is a range of tokens of one query block and one key/value head.
 
 #include "rows.h"
 
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kTile = 16, kMostRows = 256;  // tokens of an item, and about how many rows (tokens times heads)
+constexpr int64_t kTile = 16, kMostRows = 256;  // maximum tokens of an item, approximate maximum of its rows
 
-// Numbers of any kind: how to read them, how wide they are, and (of queries and results) how to write them.
+// A number type: its size in bytes, its conversion to float and, for queries and results, from float.
 struct Numbers {
   int64_t bytes;
   void (*widen)(const void* from, int64_t count, float* to);
@@ -44,22 +44,22 @@ void Shares(float* row, int64_t count, float best) {
 }
 
 struct Paged {
-  Numbers numbers, cache;  // of queries and results, and of pages
+  Numbers numbers, cache;  // types of queries and results, and of pages
   const void *q, *k_pages, *v_pages;
-  const float *k_scales, *v_scales;  // null where pages have none
-  const float* sinks;                // of every head of queries; null where there are none
+  const float *k_scales, *v_scales;  // null if pages are not quantized
+  const float* sinks;                // per query head; null without sinks
   const int32_t *block_table, *positions, *query_lens;
   void* out;
   int64_t blocks, tokens, heads, group, head_dim, value_dim, value_stride, pages_of_row, page_size, window, chunk;
   float scale;
 
-  // The first position that a query sees.
+  // Returns the first position that a query sees.
   int64_t First(int64_t at) const {
     const int64_t first = window > 0 ? std::max<int64_t>(0, at - window + 1) : 0;
     return chunk > 0 ? std::max(first, at / chunk * chunk) : first;
   }
 
-  // Tokens [low, high) of a block over the keys they may see.
+  // Computes attention of tokens [low, high) of a block over the keys that they see.
   void Run(int64_t block, int64_t head, int64_t low, int64_t high) const {
     static thread_local std::vector<float> scratch;
     const int64_t rows = (high - low) * group, position = positions[block];
@@ -67,13 +67,13 @@ struct Paged {
     const int64_t end = (position + high - 1) / page_size + 1, span = (end - first) * page_size;
     scratch.assign(rows * (head_dim + value_dim + span), 0.0f);
     float *in = scratch.data(), *mixed = in + rows * head_dim, *scores = mixed + rows * value_dim;
-    auto place = [&](int64_t r) {  // of row r (token, then query head) in q and out
+    auto place = [&](int64_t r) {  // index in q and out of row r, ordered by token, then query head
       return ((block * tokens + low + r / group) * heads + head) * group + r % group;
     };
     static thread_local std::vector<float> widened, rounding;
     widened.resize(page_size * std::max(head_dim, value_stride));
     rounding.resize(std::max(head_dim, span));
-    auto rounded = [&](float* values, int64_t count) {  // as the other implementations round
+    auto rounded = [&](float* values, int64_t count) {  // rounds to the dtype of q, as the other backends do
       if (numbers.bytes == 4) return;
       numbers.narrow(values, count, rounding.data());
       numbers.widen(rounding.data(), count, values);
@@ -107,7 +107,7 @@ struct Paged {
     }
     std::vector<float> totals(rows, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = position + low + r / group - first * page_size;  // its own place among the scores
+      const int64_t at = position + low + r / group - first * page_size;  // index of its own score
       const int64_t from = std::max<int64_t>(0, First(at + first * page_size) - first * page_size);
       float *row = scores + r * span, best = sinks != nullptr ? sinks[head * group + r % group] : row[from];
       const float sink = best;
@@ -122,7 +122,7 @@ struct Paged {
       rounded(row, span);
     }
     for (int64_t page = first; page < end; ++page) {
-      const int64_t written = std::min(page_size, position + high - page * page_size);  // what lies beyond is anything
+      const int64_t written = std::min(page_size, position + high - page * page_size);  // the rest is undefined
       AddProduct(rows, scores + (page - first) * page_size, span, wide(v_pages, page, value_stride), value_stride,
                  written, value_dim, mixed, value_dim);
     }

@@ -1,14 +1,14 @@
-// What stands between the products: norms, rotary embedding, routing, gates. Each row is computed by itself in a fixed
-// order; the compiler's own vector code for such work may round a row differently when others stand beside it.
+// Row-wise operations between matmuls: norms, rotary embedding, routing, gates. Each row is computed by itself in a
+// fixed order. The compiler's own vector code may round a row differently depending on the number of rows.
 
 #include "rows.h"
 
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kLeastNumbers = 1 << 15;  // for a thread to be worth waking
+constexpr int64_t kLeastNumbers = 1 << 15;  // per thread: less work is not worth waking a thread
 
-// work(row) for every row of `numbers` numbers each, in runs on several threads where there are many.
+// Calls work(row) for every row of `numbers` elements. Large inputs are split among several threads.
 template <typename Work>
 void ForEachRow(const Threads& pool, int64_t rows, int64_t numbers, const Work& work) {
   const int64_t runs = std::clamp<int64_t>(rows * numbers / kLeastNumbers, 1, std::max<int64_t>(1, rows));
@@ -18,7 +18,7 @@ void ForEachRow(const Threads& pool, int64_t rows, int64_t numbers, const Work& 
   });
 }
 
-// A strip of numbers starting at `i` of `count`, zeros past the end, and back.
+// LoadSome and StoreSome access a strip of numbers from index `i` of `count`. LoadSome pads it with zeros.
 template <typename T>
 Floats LoadSome(const T* from, int64_t i, int64_t count) {
   if (i + kLanes <= count) return Load(from + i);
@@ -40,7 +40,7 @@ Floats RoundedStrip(Floats values) {
 
 inline Floats Sigmoid(Floats x) { return 1.0f / (1.0f + Exp(-x)); }
 
-// The sum of the squares of `width` numbers.
+// Returns the sum of the squares of `width` numbers.
 template <typename T>
 float SquaresOf(const T* from, int64_t width) {
   Floats sums[2] = {};
@@ -51,7 +51,7 @@ float SquaresOf(const T* from, int64_t width) {
   return Sum(sums[0] + sums[1]);
 }
 
-// `width` numbers over the root of a mean square, times weight.
+// Divides `width` numbers by the root of a mean square and multiplies them by weight.
 template <typename T>
 void Scale(const T* from, const T* weight, float mean, float eps, T* to, int64_t width) {
   const Floats factor = Spread(1.0f / std::sqrt(mean + eps));
@@ -59,7 +59,7 @@ void Scale(const T* from, const T* weight, float mean, float eps, T* to, int64_t
     StoreSome(LoadSome(weight, i, width) * RoundedStrip<T>(LoadSome(from, i, width) * factor), to, i, width);
 }
 
-// Rows of x over their root mean square, times weight.
+// Divides rows of x by their root mean square and multiplies them by weight.
 template <typename T>
 void Norm(const Call& call) {
   const Array x = call.Argument(0), weight = call.Argument(1);
@@ -73,7 +73,7 @@ void Norm(const Call& call) {
   });
 }
 
-// The sum of the squares of every row of x.
+// Computes the sum of the squares of every row of x.
 template <typename T>
 void Squares(const Call& call) {
   const Array x = call.Argument(0);
@@ -83,7 +83,7 @@ void Squares(const Call& call) {
              [&](int64_t row) { out[row] = SquaresOf(x.As<T>() + row * width, width); });
 }
 
-// Rows of x over the roots of their given mean squares, times weight.
+// Divides rows of x by the roots of the given mean squares and multiplies them by weight.
 template <typename T>
 void Scaled(const Call& call) {
   const Array x = call.Argument(0), weight = call.Argument(1), means = call.Argument(2);
@@ -95,7 +95,7 @@ void Scaled(const Call& call) {
   });
 }
 
-// x [tokens, heads, 2 * half] with each pair (i, i + half) turned by its token's angle i.
+// Rotates each pair (i, i + half) of x [tokens, heads, 2 * half] by angle i of its token.
 template <typename T>
 void Rotate(const Call& call) {
   const Array x = call.Argument(0), cosines = call.Argument(1), sines = call.Argument(2);
@@ -115,7 +115,7 @@ void Rotate(const Call& call) {
   });
 }
 
-// silu(gate) * up of gate and up [rows, columns].
+// Computes silu(gate) * up of gate and up [rows, columns].
 template <typename T>
 void GatedUnit(const Call& call) {
   const Array gates = call.Argument(0);
@@ -130,7 +130,7 @@ void GatedUnit(const Call& call) {
   });
 }
 
-// Rows of x [rows, columns] times the sigmoid of their gate [rows, 1].
+// Multiplies rows of x [rows, columns] by the sigmoid of their gate [rows, 1].
 template <typename T>
 void GatedRows(const Call& call) {
   const Array x = call.Argument(0), gates = call.Argument(1);
@@ -144,15 +144,15 @@ void GatedRows(const Call& call) {
   });
 }
 
-// A whole number for each float, in the order of XLA's top-k: NaN above all, minus zero below zero.
+// Maps a float to an integer that sorts as XLA's top-k does: NaN above all, minus zero below zero.
 inline int32_t OrderOf(float value) {
   int32_t bits;
   std::memcpy(&bits, &value, 4);
   return value != value ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
 }
 
-// The indices of the `top` largest of `count` values, largest first, ties by the lower index. Valid until the thread's
-// next call.
+// Returns the indices of the `top` largest of `count` values, largest first. Ties go to the lower index. The result is
+// valid until the next call on this thread.
 inline const int32_t* TopOf(const float* values, int64_t count, int64_t top) {
   static thread_local std::vector<int32_t> order;
   order.resize(count);
@@ -164,11 +164,11 @@ inline const int32_t* TopOf(const float* values, int64_t count, int64_t top) {
   return order.data();
 }
 
-// Experts a token may choose: all, or those of its best groups.
+// Group-limited routing: the experts that a token may choose.
 struct Limit {
   int64_t groups, top, best;
 
-  // kept [experts] = choice of the best groups, minus infinity for others.
+  // Copies the choice of the best groups to kept [experts]; the other experts get minus infinity.
   void Keep(const float* choice, int64_t experts, float* kept) const {
     const int64_t size = experts / groups, best_few = std::min(best, size);
     std::fill_n(kept, experts, -INFINITY);
@@ -182,10 +182,10 @@ struct Limit {
   }
 };
 
-constexpr float kTiny = 1e-20f;  // DeepSeek-V3's: keeps a sum of sigmoids from being zero
+constexpr float kTiny = 1e-20f;  // as in DeepSeek-V3: keeps the sum of sigmoids above zero
 
-// Scores of logits [tokens, experts], and the weights of each token's best, by score (or logit) and bias: zero for others,
-// and where not valid.
+// Computes the scores of logits [tokens, experts] and the combine weights of each token's best experts, chosen by score
+// (or logit) plus bias. Weights are zero for other experts and for tokens that are not valid.
 void RouteAll(const Call& call) {
   const Array logits = call.Argument(0), valid = call.Argument(1), bias = call.Argument(2);
   const int64_t experts = logits.Size(1), chosen = std::min<int64_t>(call.Attribute<int64_t>("top_k"), experts);

@@ -1,4 +1,4 @@
-// Products of few rows with a matrix that streams from memory once, and the sharing of such work among threads.
+// Matmuls of few rows with a matrix that is read from memory once, and the distribution of work among threads.
 
 #pragma once
 
@@ -23,7 +23,7 @@
 
 namespace jaxmoe {
 
-constexpr int64_t kDepth = 8;  // rows of a matrix read side by side
+constexpr int64_t kDepth = 8;  // rows of a matrix that are read together
 
 inline float Widen(uint16_t bits) {
   uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -41,7 +41,7 @@ struct Float8 {  // float8_e4m3fn
 inline float Widen(Float8 value) {
   const uint32_t rest = value.bits & 0x7f, sign = static_cast<uint32_t>(value.bits & 0x80) << 24;
   uint32_t wide = (rest << 20) + (120u << 23);
-  const float small = static_cast<float>(rest) * 0x1p-9f;  // below the smallest normal number
+  const float small = static_cast<float>(rest) * 0x1p-9f;  // subnormal
   if (rest < 8) std::memcpy(&wide, &small, 4);
   if (rest == 0x7f) wide = 0x7fc00000u;  // NaN
   wide |= sign;
@@ -83,7 +83,7 @@ inline Floats Load(const float* from) {
   return values;
 }
 inline Floats Load(const uint16_t* from) {
-#if defined(__AVX512F__)  // one instruction where the general form below becomes several
+#if defined(__AVX512F__)  // one instruction; the generic form below compiles to several
   const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
 #elif defined(__AVX2__)
@@ -119,7 +119,7 @@ void WidenAll(const T* x, int64_t count, float* wide) {
   for (; i < count; ++i) wide[i] = Widen(x[i]);
 }
 
-// x * y + sum, rounded once wherever it stands: which rows go together must not change a bit.
+// Fused x * y + sum, rounded once, so that the grouping of rows never changes a result.
 inline float MultiplyAdd(float x, float y, float sum) { return __builtin_fmaf(x, y, sum); }
 inline Floats MultiplyAdd(Floats x, Floats y, Floats sum) {
 #if defined(__AVX512F__)
@@ -144,8 +144,8 @@ inline Floats Spread(float x) {
 }
 inline Floats MultiplyAdd(float x, Floats y, Floats sum) { return MultiplyAdd(Spread(x), y, sum); }
 
-// e^x to two units in the last place, over the whole range of float32: 0 below -104, infinite above 88.7228. Source: the
-// polynomial of Cephes' expf (Moshier).
+// Computes e^x with an error of two units in the last place over the whole range of float32: 0 below -104, infinite
+// above 88.7228. Source: the polynomial of Cephes' expf (Moshier).
 inline Floats Exp(Floats x) {
   const Floats zero = {}, low = zero - 104.0f, high = zero + 88.72283f, shift = zero + 12582912.0f;  // 1.5 * 2^23: rounds
   const auto small = x < low, large = x > high;
@@ -159,7 +159,7 @@ inline Floats Exp(Floats x) {
   y = y * rest + 5.0000001201e-1f;
   y = y * rest * rest + rest + 1.0f;
   const auto power = __builtin_convertvector(small || large ? zero : whole, Signed);
-  const auto half = power >> 1;  // 2^power by two factors, since it alone may be no normal number
+  const auto half = power >> 1;  // 2^power as two factors, since it may be outside the normal range
   y = y * reinterpret_cast<Floats>((half + 127) << 23) * reinterpret_cast<Floats>((power - half + 127) << 23);
   return small ? zero : large ? zero + __builtin_inff() : y;
 }
@@ -170,7 +170,7 @@ inline float Sum(Floats values) {
   return total;
 }
 
-// Sums of R rows in S strips side by side fill the registers: each number of x is fetched once for S strips.
+// Returns S such that the sums of R rows and S strips fill the registers. Each number of x is read once for S strips.
 template <int R>
 constexpr int StripsOf() {
 #ifdef __AVX512F__
@@ -180,7 +180,7 @@ constexpr int StripsOf() {
 #endif
 }
 
-// out[r, 0:columns] += x[r, 0:deep] * w[0:deep, 0:columns] for R rows and deep <= kDepth; w's rows lie `stride` apart.
+// out[r, 0:columns] += x[r, 0:deep] * w[0:deep, 0:columns] for R rows and deep <= kDepth; w's rows are `stride` apart.
 template <int R, typename T>
 void AddBlock(const float* __restrict__ x, int64_t x_stride, const T* __restrict__ w, int64_t stride, int64_t deep,
               int64_t columns, float* __restrict__ out, int64_t out_stride) {
@@ -233,14 +233,14 @@ void DotColumn(const float* __restrict__ x, int64_t x_stride, const T* __restric
   }
 }
 
-// out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows; w passes once.
+// out[r, 0:columns] += x[r, 0:depth] * w[0:depth, 0:columns] for any number of rows; w is read once.
 template <typename T>
 __attribute__((noinline)) void AddProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t stride, int64_t depth,
                 int64_t columns, float* out, int64_t out_stride) {
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t deep = std::min(kDepth, depth - k);
     int64_t first = 0;
-    auto add = [&](auto count) {  // rows that share one fetch of a strip; those that follow find it in the first cache
+    auto add = [&](auto count) {  // rows that share one load of a strip; later rows find it in the L1 cache
       for (; rows - first >= count(); first += count())
         AddBlock<count()>(x + first * x_stride + k, x_stride, w + k * stride, stride, deep, columns,
                           out + first * out_stride, out_stride);
@@ -252,7 +252,7 @@ __attribute__((noinline)) void AddProduct(int64_t rows, const float* x, int64_t 
   }
 }
 
-// out[r, c] = x[r, 0:depth] . w[c, 0:depth] for any number of rows; w's rows lie one after another.
+// out[r, c] = x[r, 0:depth] . w[c, 0:depth] for any number of rows; w's rows are contiguous.
 template <typename T>
 __attribute__((noinline)) void DotProduct(int64_t rows, const float* x, int64_t x_stride, const T* w, int64_t depth, int64_t columns, float* out,
                 int64_t out_stride) {
@@ -270,8 +270,8 @@ __attribute__((noinline)) void DotProduct(int64_t rows, const float* x, int64_t 
     }
 }
 
-// work(item, worker) for every item in [0, items) by up to `workers` threads, this one among them; returns when all are
-// done. A helper may start late, after the last item: what it touches is kept alive until it has looked.
+// Calls work(item, worker) for every item in [0, items) on up to `workers` threads, including this one. Returns when
+// all items are done. A helper thread may start after the last item; it shares ownership of the state that it reads.
 inline void ForEach(const Threads& pool, int64_t items, int64_t workers,
                     const std::function<void(int64_t, int64_t)>& work) {
   workers = std::min(workers, items);
@@ -283,7 +283,7 @@ inline void ForEach(const Threads& pool, int64_t items, int64_t workers,
     std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable ended;
-    const std::function<void(int64_t, int64_t)>* work;  // alive while an item is left
+    const std::function<void(int64_t, int64_t)>* work;  // valid while items remain
     int64_t items;
 
     std::atomic<bool> failed{false};

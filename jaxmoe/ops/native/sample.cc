@@ -1,4 +1,4 @@
-// From logits to one token a row, for ops/sample.py, which says what each value means.
+// Sampling of one token per row, for ops/sample.py. SamplingArrays there documents the parameters.
 
 #include "rows.h"
 
@@ -38,7 +38,7 @@ inline float Gumbel(uint32_t bits) {
 struct Rows {
   const float* logits;
   const int32_t *token_pages, *block_table, *positions;
-  const bool* features;  // draws, adjusts, likeliest
+  const bool* features;  // random, adjusted, top: see SamplingFeatures
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
   const int32_t *top_k, *prompt_length, *bias_token_ids, *num_stop_ids, *min_tokens_until;
   const uint32_t *seed, *seed_high;
@@ -46,7 +46,7 @@ struct Rows {
   int32_t *tokens, *top_tokens;
   float *logprobs, *top_logprobs;
 
-  // The row's logits after penalties, biases and bans.
+  // Applies penalties, biases and token bans to the row's logits in out.
   void Adjust(int64_t row, float* out) const {
     if (repetition[row] != 1.0f || presence[row] != 0.0f || frequency[row] != 0.0f) {
       std::vector<int32_t> seen(vocab, 0), answered(vocab, 0);
@@ -74,7 +74,7 @@ struct Rows {
     }
   }
 
-  // The least of `scaled` (highest 0) that top-k, then top-p, then min-p leave.
+  // Returns the smallest entry of `scaled` (maximum 0) that remains after top-k, top-p and min-p.
   float Lowest(int64_t row, const float* scaled) const {
     std::vector<float> falling(scaled, scaled + vocab);
     falling.erase(std::remove_if(falling.begin(), falling.end(), [](float x) { return x != x; }), falling.end());
@@ -90,7 +90,7 @@ struct Rows {
     if (min_p[row] > 0.0f) lowest = std::max(lowest, std::min(0.0f, std::log(min_p[row])));
     if (top_p[row] < 1.0f) {
       std::sort(falling.begin(), falling.end(), std::greater<float>());
-      float total = 0.0f, before = 0.0f, last = 0.0f;  // last: of those before which less than top_p has gone
+      float total = 0.0f, before = 0.0f, last = 0.0f;  // last: lowest score within the top-p set
       for (float x : falling) total += std::exp(x);
       for (float x : falling) {
         if (before > 0.0f && before / total >= top_p[row]) break;
@@ -109,7 +109,7 @@ struct Rows {
     const float lowest = filters ? Lowest(row, scaled.data()) : kNever;
     const int64_t half = (vocab + 1) / 2;
     uint32_t key0 = seed[row], key1 = static_cast<uint32_t>(positions[row]);
-    if (seed_high[row] != 0) {  // a seed of 64 bits
+    if (seed_high[row] != 0) {  // 64-bit seed
       uint32_t x0 = key1, x1 = 0;
       Threefry(seed[row], seed_high[row], &x0, &x1);
       key0 = x0, key1 = x1;
@@ -132,8 +132,8 @@ struct Rows {
     return static_cast<int32_t>(sampled < 0 ? 0 : sampled);
   }
 
-  // log of the sum of e^logits, the highest taken off first; strips are added in order. NaN where one of them is NaN or
-  // infinite, or all are minus infinity.
+  // Returns the log-sum-exp of the logits, with the maximum subtracted first. Strips are added in order. NaN if a logit
+  // is NaN or plus infinity, or if all are minus infinity.
   float LogSum(const float* from, float best) const {
     Floats sums = {};
     int64_t i = 0;
