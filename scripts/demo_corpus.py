@@ -1,4 +1,4 @@
-"""The corpus: sources and docstrings of the running Python's own standard library, a fixed list of modules held out."""
+"""Training corpus: sources of the running Python's standard library. A fixed list of modules is for evaluation only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from jaxmoe.errors import ConfigError
 
-# Never trained on: modules of several kinds, in every supported Python, without a twin elsewhere in the library.
+# Evaluation only. These modules are of several kinds, exist in every supported Python, and have no near-duplicate.
 HELD_OUT = (
     "argparse.py", "bisect.py", "calendar.py", "cmd.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py",
     "queue.py", "sched.py", "shlex.py", "statistics.py", "textwrap.py",
 )  # fmt: skip
 
-# Tests; programs of their own; tables written by machines; what only some Pythons carry; files about one machine.
+# Tests, separate programs, generated tables, modules that only some Pythons include, machine-specific files.
 _SKIPPED_DIRS = {
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "turtledemo", "lib2to3", "distutils",
     "pydoc_data", "encodings", "lib-dynload", "__phello__", "ensurepip",
@@ -29,7 +29,7 @@ LICENSE = "PSF-2.0 (Python Software Foundation License Version 2)"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One module: its path below the standard library, and its text."""
+    """Hold the text of one module and its path below the standard library."""
 
     name: str
     text: str
@@ -37,13 +37,13 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files to train on and files held out, each sorted by name; no file is in both."""
+    """Hold the disjoint training and evaluation files, each sorted by name."""
 
     training: tuple[SourceFile, ...]
     held_out: tuple[SourceFile, ...]
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of the data: where it came from, its license, its size."""
+        """Return the manifest entry of the data: origin, license and size."""
         return {
             "description": "sources and docstrings of Python's standard library, without tests, tables and idlelib",
             "license": LICENSE,
@@ -58,9 +58,10 @@ class Corpus:
 
 
 def read_corpus(root: Path | None = None) -> Corpus:
-    """Every module below root (the running Python's standard library), sorted; files that are not UTF-8 are left out.
+    """Read every module below root, sorted by path. Files that are not UTF-8 are skipped.
 
-    Raises: ConfigError if root has no sources, or lacks a module of HELD_OUT.
+    root: the running Python's standard library by default.
+    Raises: ConfigError if root has no sources or lacks a module of HELD_OUT.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = tuple(_read(root))
@@ -88,7 +89,7 @@ def _read(root: Path) -> Iterator[SourceFile]:
 
 
 def num_bytes(files: Sequence[SourceFile]) -> int:
-    """UTF-8 bytes of the texts."""
+    """Count the UTF-8 bytes of the files' texts."""
     return sum(len(file.text.encode()) for file in files)
 
 

@@ -32,7 +32,7 @@ class KernelConfig:
 
     The backends are described in dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
     layers: "scan" runs identical layers in a loop that is compiled once, "unroll" compiles each layer separately
-    (depth.py).
+    (parallel/stages.py).
     Raises: ConfigError if an op has no backend of that name.
     """
 

@@ -46,7 +46,7 @@ class Placement:
         virtual_stages: number of runs of layers that a pipeline stage holds, interleaved with the runs of other stages.
         view: relation of the arrays to the pipeline.
         redundant_experts: number of physical experts beyond the logical ones. The program then receives the expert map
-            as an input (planner/balance.py). With None, the program assumes one replica of each expert, in order.
+            as an input (parallel/eplb.py). With None, the program assumes one replica of each expert, in order.
     """
 
     mesh: Mesh
