@@ -82,7 +82,7 @@ class CheckpointQuantization:
 class BlockAlignment:
     """Hold the extents that the blocks of one parameter must divide, along inputs and outputs.
 
-    Then no block of the parameter spans two blocks of the checkpoint. An extent is 0 if the checkpoint has only one block.
+    Then no block of the parameter spans two blocks of the checkpoint. 0 means that the checkpoint has only one block.
     """
 
     inputs: int
