@@ -122,8 +122,8 @@ def param_scale_shape(
     extents: shape of the parameter; its first `lead` dims index matrices, the next `over` dims are inputs, and the
     others are outputs. shares: extents of one device's shard; blocks divide them, so that scales are sharded like their
     numbers.
-    Blocks divide the last dim of the inputs and the last dim of the outputs. With format.inputs=None, a scale covers
-    all input dims.
+    Blocks divide the last input dim and the last output dim. With format.inputs=None, a block instead covers all input
+    dims of a shard.
     """
     blocks = [1] * len(extents)
     if format.inputs is None:
