@@ -82,7 +82,8 @@ def _staggered(arguments: argparse.Namespace) -> None:
 
     context = min(llm.config.max_position_embeddings, arguments.prompt + arguments.new)
     with AsyncEngine(llm, max_num_seqs=arguments.rows, context=context) as engine:
-        fresh = lambda: engine._core.scheduler.reset_prefix_cache()  # noqa: E731  # cached prompts would shorten later runs
+        # Cached prompts would shorten later runs.
+        fresh = lambda: engine._core.scheduler.reset_prefix_cache()  # noqa: E731
         static, expected = asyncio.run(run(engine, [0.0] * len(requests)))
         rng = random.Random(1)
         gaps = [rng.expovariate(1.0) for _ in requests]
