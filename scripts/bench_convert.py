@@ -1,9 +1,9 @@
-"""What conversion costs beside cp, how much memory it takes, and what kills do to it.
+"""Benchmark conversion against cp: its time, its memory, and how it resumes after kills.
 
 python -m scripts.bench_convert DIRECTORY [--gb 6] [--ram-gib 1] [--repeats 3] [--kills 20] [--seed 0]
 
-DIRECTORY needs room for three times the checkpoint; all that is made there is removed. Prints a table and, at the end,
-one JSON object.
+DIRECTORY needs room for three times the checkpoint; the script removes everything that it writes there. It prints a
+table and, at the end, one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ D, F, V, C = 2048, 4096, 32000, 128  # width, expert width, vocabulary, head dim
 
 
 def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Mixtral with 8 experts a layer, by name."""
+    """Return the tensor shapes of a Mixtral with 8 experts per layer, by name."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
@@ -46,7 +46,10 @@ def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(directory: Path, num_bytes: int, seed: int) -> int:
-    """A Mixtral of random bits of at least num_bytes, one file for every 2 GB; its bytes."""
+    """Write a Mixtral checkpoint of random bits of at least num_bytes, and return its size in bytes.
+
+    It has one file for every 2 GB.
+    """
 
     def size(layers: int) -> int:
         return sum(2 * math.prod(shape) for shape in shapes(layers).values())
@@ -80,20 +83,20 @@ def write_checkpoint(directory: Path, num_bytes: int, seed: int) -> int:
 
 
 def children_cpu_s() -> float:
-    """Processor seconds of all ended children so far."""
+    """Return the CPU seconds of all child processes that have ended so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def timed(command: list[str]) -> float:
-    """Seconds of a command."""
+    """Run a command and return its seconds."""
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def converted(source: Path, destination: Path, ram_gib: float, *more: str) -> tuple[float, dict[str, Any]]:
-    """Seconds of jaxmoe convert, start to end, and what it reports."""
+    """Run jaxmoe convert; return its seconds from start to end, and its report."""
     started = time.perf_counter()
     command = [*CONVERT, str(source), str(destination), "--ram-gib", str(ram_gib), "--json", *more]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -101,7 +104,7 @@ def converted(source: Path, destination: Path, ram_gib: float, *more: str) -> tu
 
 
 def interpreter_bytes() -> int:
-    """Peak resident memory of an interpreter that does nothing."""
+    """Return the peak resident memory in bytes of an idle interpreter."""
     code = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
     return 1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -109,7 +112,10 @@ def interpreter_bytes() -> int:
 def kill_and_resume(
     source: Path, destination: Path, ram_gib: float, seconds: float, kills: int, seed: int
 ) -> list[float]:
-    """Run with so many SIGKILLs, each after a random part of `seconds`, then to the end; when each came."""
+    """Restart the conversion until `kills` runs were killed (SIGKILL); return the seconds that each killed run took.
+
+    Each kill happens after a random part of `seconds`.
+    """
     rng, moments = random.Random(seed), []
     while len(moments) < kills:
         moment = rng.uniform(0, seconds)
@@ -117,30 +123,30 @@ def kill_and_resume(
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             running.wait(moment)
-            assert running.returncode == 0, "it failed by itself"
+            assert running.returncode == 0, "the conversion failed before the kill"
         except subprocess.TimeoutExpired:
             running.send_signal(signal.SIGKILL)
             running.wait()
             moments.append(moment)
-        if destination.exists():  # it was faster than the kill: begin anew
+        if destination.exists():  # the run ended before the kill: start over
             shutil.rmtree(destination)
     return moments
 
 
 def differing(a: Path, b: Path) -> Iterator[str]:
-    """Files that are not in both trees with the same bytes."""
+    """Yield the files that are not in both trees with the same bytes."""
     names = [{str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} for root in (a, b)]
     yield from sorted(names[0] ^ names[1])
     yield from (name for name in sorted(names[0] & names[1]) if not filecmp.cmp(a / name, b / name, shallow=False))
 
 
 def main() -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description="Conversion beside cp: time, memory, kills.")
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description="Benchmark conversion against cp: time, memory, kills.")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--gb", type=float, default=6.0, help="of the checkpoint, in 1e9 bytes")
+    parser.add_argument("--gb", type=float, default=6.0, help="size of the checkpoint, in 1e9 bytes")
     parser.add_argument("--ram-gib", type=float, default=1.0)
-    parser.add_argument("--repeats", type=int, default=3, help="cp and both conversions, in alternation")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of cp and of both conversions, in alternation")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -187,7 +193,7 @@ def main() -> None:
             cpu_s = children_cpu_s()
             last, report = converted(source, back, asked.ram_gib)
             wrong = list(differing(store, back))
-            row("last run after the kills", last, f"{report['resumed_tensors']} of {report['num_tensors']} were there")
+            row("last run after the kills", last, f"{report['resumed_tensors']} of {report['num_tensors']} resumed")
             when = ", ".join(f"{moment:.1f}" for moment in moments)
             print(f"{len(moments)} kills after s: {when}; files that differ from an undisturbed run: {wrong or 'none'}")
             rows["kills"], rows["differing"] = len(moments), len(wrong)

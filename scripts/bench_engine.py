@@ -1,9 +1,9 @@
-"""What serving costs: `python -m scripts.bench_engine WHAT MODEL`, one JSON object a line. WHAT is one of
+"""Benchmark serving: `python -m scripts.bench_engine WHAT MODEL`, one JSON object per line. WHAT is one of
 
-staggered   64 requests that arrive at random against the same ones at once; with --alone, tokens against each one's own
-emulation   the same requests on 8 emulated devices against one, by axis
+staggered   64 requests at random times against the same ones at once; --alone also compares tokens with single requests
+emulation   the same requests on 8 emulated devices against one device, by mesh axis
 pool        a decode step with 1 and 8 times the pages
-startup     from the start of the process to the first token, with nothing kept and again
+startup     from the start of the process to the first token, with an empty compilation cache and with a full one
 soak        20,000 small requests: memory and pages at the end
 """
 
@@ -36,7 +36,7 @@ def _jaxmoe(*arguments: str, env: dict[str, str] | None = None) -> str:
 
 
 def _start(arguments: argparse.Namespace):
-    """The model, with devices emulated as asked."""
+    """Load the model, with emulated devices if requested."""
     from jaxmoe.cli.options import start_jax
 
     start_jax(arguments.devices)
@@ -58,7 +58,10 @@ def _random_requests(vocab: int, count: int, *, longest: int, max_new: int) -> l
 
 
 def _staggered(arguments: argparse.Namespace) -> None:
-    """Arrivals are Poisson's, half as long in all as the static batch takes, so that they are not what is measured."""
+    """Compare requests that arrive by a Poisson process with the same requests as one static batch.
+
+    The arrivals take half as long as the static batch, so that they do not dominate the measurement.
+    """
     from jaxmoe import AsyncEngine
 
     llm = _start(arguments)
@@ -79,7 +82,8 @@ def _staggered(arguments: argparse.Namespace) -> None:
 
     context = min(llm.config.max_position_embeddings, arguments.prompt + arguments.new)
     with AsyncEngine(llm, max_num_seqs=arguments.rows, context=context) as engine:
-        fresh = lambda: engine._core.scheduler.reset_prefix_cache()  # noqa: E731  # known prompts would make later runs shorter
+        # Cached prompts would shorten later runs.
+        fresh = lambda: engine._core.scheduler.reset_prefix_cache()  # noqa: E731
         static, expected = asyncio.run(run(engine, [0.0] * len(requests)))
         rng = random.Random(1)
         gaps = [rng.expovariate(1.0) for _ in requests]
@@ -231,7 +235,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--alone", action="store_true", help="staggered: compare with each request alone, too")
+    parser.add_argument("--alone", action="store_true", help="staggered: also compare with each request run alone")
     asked = parser.parse_args()
     if asked.requests is None:
         asked.requests = 20_000 if asked.what == "soak" else 64

@@ -1,10 +1,10 @@
-"""How long stages of a pipeline stand idle: `python -m scripts.bench_pipeline [--json]`, on 8 emulated devices.
+"""Measure the idle share of pipeline stages: `python -m scripts.bench_pipeline [--json]`, on 8 emulated devices.
 
-A stack of matrices runs through jaxmoe.model.pipeline for numbers of stages P, micro-batches M and virtual stages v.
-Ticks are counted on the devices: a stage adds one for each unit of work that is real. Beside them the formula,
-(P - 1) / (v M + P - 1), and the median time of a whole pass. With --decode-steps N tokens are decoded one after
-another: idle is then of the ticks that N more decode steps take once the pipeline is full, and the formula 1 - min(1, M
-/ P).
+A stack of matrices runs through jaxmoe.model.pipeline for P stages, M micro-batches and v virtual stages. The devices
+count ticks: a stage adds one for each valid unit of work. Each line has the measured idle share, the formula
+(P - 1) / (v M + P - 1), and the median time of a whole pass. With --decode-steps N, tokens are decoded one after
+another. Then idle is a share of the ticks that N more decode steps take once the pipeline is full, and the formula is
+1 - min(1, M / P).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ WIDTH, ROWS = 256, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One pipeline: idle and formula are shares of all stages' ticks; seconds of one pass."""
+    """Hold the result of one pipeline.
+
+    idle and formula are shares of all stages' ticks; seconds is the time of one pass.
+    """
 
     stages: int
     micro_batches: int
@@ -36,7 +39,7 @@ class Measured:
 def count_ticks(
     stages: int, micro_batches: int, virtual_stages: int, *, decode_steps: int = 1, repeats: int = 0
 ) -> Measured:
-    """Run a stack of matrices through the stages; counts of units that each stage computed, summed."""
+    """Run a stack of matrices through the stages, and count the ticks and the units that the stages computed."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -101,7 +104,7 @@ def count_ticks(
 
 
 def count_steady_ticks(stages: int, micro_batches: int, virtual_stages: int, *, decode_steps: int) -> Measured:
-    """Ticks and units that so many more decode steps take, once as many have filled the pipeline."""
+    """Count the ticks and units of `decode_steps` more decode steps, after as many have filled the pipeline."""
     first, both = (
         count_ticks(stages, micro_batches, virtual_stages, decode_steps=times * decode_steps) for times in (1, 2)
     )
@@ -118,7 +121,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(range(1, 17)))
     parser.add_argument("--virtual-stages", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--decode-steps", type=int, help="decode so many tokens one after another")
+    parser.add_argument("--decode-steps", type=int, help="decode this many tokens one after another")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     from jaxmoe.parallel.mesh import emulate_devices

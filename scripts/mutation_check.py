@@ -2,9 +2,9 @@
 
     python -m scripts.mutation_check [--jobs N] [--only NAME]... [--json FILE] [--stale]
 
-Faults are listed in scripts/mutation_faults.py. For each, the test files most likely to find it run first, up to the
-first failure; where they pass, everything `make test` selects. A test that also fails without the fault finds nothing.
-Exit status: 0 if every fault is found, 1 if one is not, 2 if a fault is stale or unknown.
+scripts/mutation_faults.py lists the faults. For each fault, the test files most likely to find it run first, up to the
+first failure. If they pass, everything that `make test` selects runs. A test that also fails without the fault does not
+count. Exit status: 0 if every fault is found, 1 if one is not, 2 if a fault is stale or unknown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SELECTION = "not sweep and not oracle and not browser"
 NATIVE = "jaxmoe/ops/native/"
 _NONE_COLLECTED = 5  # exit status of pytest
-# A pytest plugin: the first failing example is enough, a smaller one takes minutes to find.
+# A pytest plugin: the first failing example is enough, and shrinking it takes minutes.
 _NO_SHRINKING = """from hypothesis import Phase, settings
 settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.generate])
 settings.load_profile("no shrinking")
@@ -41,8 +41,11 @@ settings.load_profile("no shrinking")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Outcome of one fault. found_by: node id of a failing test; first_guess: whether the likely files held it.
-    why: what went wrong where the fault is not found."""
+    """Hold the outcome of one fault.
+
+    found_by: node id of a failing test. first_guess: whether it is in the likely test files. why: the reason if the
+    fault was not found.
+    """
 
     name: str
     group: str
@@ -55,7 +58,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """One pytest process: its exit status (None after a timeout) and the node ids of tests that failed."""
+    """Hold the outcome of one pytest process: its exit status (None after a timeout) and failed tests' node ids."""
 
     status: int | None
     failed: tuple[str, ...]
@@ -69,9 +72,9 @@ def stale_faults(faults: Sequence[Fault]) -> list[str]:
         path = ROOT / fault.file
         count = path.read_text(encoding="utf-8").count(fault.old) if path.is_file() else 0
         if count != 1:
-            lines.append(f"{fault.name}: its old text stands {count} times in {fault.file}, it must stand once")
+            lines.append(f"{fault.name}: its old text occurs {count} times in {fault.file}, it must occur exactly once")
         if fault.old == fault.new or fault.group not in GROUPS:
-            lines.append(f"{fault.name}: it changes nothing or is of no known group")
+            lines.append(f"{fault.name}: it changes no text, or its group is unknown")
     return lines
 
 
@@ -88,7 +91,7 @@ def copy_tree(to: Path) -> None:
 
 
 def environment(tree: Path, *, own_kernels: bool) -> dict[str, str]:
-    """Environment of tests of a tree: its own package, compiled programs shared with all others."""
+    """Return the environment for the tests of a tree: its own package, and a shared compilation cache."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "tests")
     paths = f"{tree}{os.pathsep}{tree / '.cache'}"
     env = os.environ | {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -113,14 +116,14 @@ def run_pytest(tree: Path, arguments: Sequence[str], env: dict[str, str], timeou
         process.kill()
         process.wait()
         if isinstance(error, subprocess.TimeoutExpired):
-            return Run(None, (), f"no end after {timeout:.0f} s")
+            return Run(None, (), f"timed out after {timeout:.0f} s")
         raise
     failed = _failed(report) if report.is_file() else ()
     return Run(process.returncode, failed, " ".join(output.strip().splitlines()[-3:])[-300:])
 
 
 def _failed(report: Path) -> tuple[str, ...]:
-    """Node ids of the tests that failed, from a JUnit report."""
+    """Return the node ids of the tests that failed, from a JUnit report."""
     found = []
     for case in ElementTree.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -141,7 +144,7 @@ def make_test(tree: Path) -> list[tuple[list[str], dict[str, str]]]:
         env = dict(word.split("=", 1) for word in words[: next(i for i, word in enumerate(words) if "=" not in word)])
         runs.append((words[words.index("pytest") + 1 :], env))
     if not runs:
-        raise SystemExit("make --dry-run test names no pytest run: mend scripts/mutation_check.py")
+        raise SystemExit("make --dry-run test shows no pytest run: fix scripts/mutation_check.py")
     return runs
 
 
@@ -175,7 +178,7 @@ def check_fault(fault: Fault, timeout: float) -> Result:
 
 
 def failing_anyway(tests: Sequence[str], timeout: float) -> set[str]:
-    """Return those of the tests that fail without any fault."""
+    """Return the tests that fail without any fault."""
     if not tests:
         return set()
     with tempfile.TemporaryDirectory(prefix="jaxmoe-unmutated-") as folder:
@@ -183,7 +186,7 @@ def failing_anyway(tests: Sequence[str], timeout: float) -> set[str]:
         copy_tree(tree)
         files = sorted({test.split("::")[0] for test in tests})
         run = run_pytest(tree, ["-m", SELECTION, *tests], environment(tree, own_kernels=False), timeout)
-        if run.status == 4:  # a node id that pytest does not read back: all of its file then
+        if run.status == 4:  # pytest does not accept a reported node id: run its whole file
             run = run_pytest(tree, ["-m", SELECTION, *files], environment(tree, own_kernels=False), timeout)
         if run.status not in (0, 1):
             raise SystemExit(f"the tests that found faults do not run without them: {run.tail}")
@@ -191,14 +194,14 @@ def failing_anyway(tests: Sequence[str], timeout: float) -> set[str]:
 
 
 def report(result: Result) -> None:
-    """Print one line."""
+    """Print one line for a result."""
     word = f"found by {result.found_by}" if result.found_by else f"NOT FOUND: {result.why}"
     where = "" if result.first_guess or not result.found_by else " (beyond the first guess)"
     print(f"{result.group:10} {result.name}: {word}{where}, {result.seconds:.0f} s", flush=True)
 
 
 def write(results: Sequence[Result], path: Path | None) -> None:
-    """Write what is known so far as JSON, where a file is given."""
+    """Write the results so far as JSON, if a file is given."""
     if path is not None:
         path.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n", encoding="utf-8")
 
@@ -209,8 +212,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="faults checked at once")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a fault or a group; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-    parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="of one pytest process")
-    parser.add_argument("--stale", action="store_true", help="check that every fault can be seeded, run nothing")
+    parser.add_argument(
+        "--timeout", type=float, default=3600, metavar="SECONDS", help="time limit of one pytest process"
+    )
+    parser.add_argument("--stale", action="store_true", help="only check that every fault can be seeded")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that copies of the tree are removed
     if unknown := set(asked.only) - {fault.name for fault in FAULTS} - set(GROUPS):

@@ -1,7 +1,7 @@
-"""Seeded faults for scripts/mutation_check.py: each is one small, exact replacement in a source file.
+"""List of faults for scripts/mutation_check.py: each is one small, exact replacement in a source file.
 
-Every fault imports and runs; what it changes are values. `tests` names what is run first: the files most likely to find
-it. A fault whose old text no longer stands exactly once in its file is stale and must be rewritten.
+Every fault imports and runs; only values change. `tests` names the test files to run first, as the most likely to find
+the fault. A fault is stale if its old text does not occur exactly once in its file; it must then be rewritten.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ GROUPS = ("routing", "masks", "sharding", "paging", "sampling", "loading", "conv
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One replacement: old text (once in file, a path within the repository) by new. tests: pytest arguments."""
+    """Describe one replacement of the text `old` by `new` in a file.
+
+    file: path within the repository; `old` occurs in it exactly once. tests: pytest arguments.
+    """
 
     name: str
     group: str

@@ -1,4 +1,4 @@
-"""Hold what is planned for a device against what the clusters' own compilers make of the steps.
+"""Compare the plan for a device with the programs that the target clusters' own compilers produce.
 
 python -m scripts.plan_against_compile [--rows 0,1,2] needs the compilers: pip install 'jaxmoe[aot-cuda,aot-tpu]'.
 """
@@ -36,7 +36,7 @@ ROWS = [
 
 
 def compared(model: str, target: str, mesh: str, layout: str, batch: int, context: int) -> dict[str, Any]:
-    """Planned and compiled bytes of one device, and whether all collectives are as planned."""
+    """Return the planned and compiled bytes of one device, and whether all collectives match the plan."""
     dispatch = "hierarchical" if layout == "dp-ep" else None
     question = CompileRequest(
         config=model, target=target, mesh=mesh, layout=layout, max_num_seqs=batch, context=context, dispatch=dispatch
@@ -63,7 +63,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
 def main() -> int:
     """Print a line for each row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", help="numbers of rows, as in 0,3; all by default")
+    parser.add_argument("--rows", help="row numbers, as in 0,3; default: all rows")
     options = parser.parse_args()
     chosen = [int(row) for row in options.rows.split(",")] if options.rows else range(len(ROWS))
     print("| model | target, mesh, layout | weights | pages | planned GiB | compiled GiB | total | collectives |")

@@ -2,9 +2,9 @@
 
     python -m scripts.real_model DIRECTORY ANSWER.json...
 
-DIRECTORY is what scripts.gguf_to_hf wrote. Each file holds what `jaxmoe generate --json --ignore-eos` wrote for one of
-the two prompts below: its name begins with "plain-" or "chat-". transformers reads tensors and tokenizer from the GGUF
-file itself, so that the converted checkpoint is compared as well. Exit status: 0 if every token is equal.
+DIRECTORY is the output of scripts.gguf_to_hf. Each file is the output of `jaxmoe generate --json --ignore-eos` for one
+of the two prompts below: its name begins with "plain-" or "chat-". transformers reads tensors and tokenizer from the
+GGUF file itself, so that the converted checkpoint is checked as well. Exit status: 0 if every token is equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN = "Once upon a time, in a small village by the sea, there lived a clockmak
 CHAT = "Give me five tips for learning a language."
 
 
-MIN_LOGIT_GAP = 1e-3  # far above what sums in another order move a logit by
+MIN_LOGIT_GAP = 1e-3  # far above the change of a logit from another order of summation
 _SAME = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "bos_token_id",
@@ -34,7 +34,7 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Oracle:
-    """transformers' reading of a GGUF file, in float32. tensors: by published name."""
+    """Hold the model that transformers reads from a GGUF file, in float32. tensors: by published name."""
 
     tokenizer: Any
     model: Any
@@ -42,10 +42,10 @@ class Oracle:
 
     @classmethod
     def load(cls, gguf: Path, directory: Path) -> Oracle:
-        """Read tensors and tokenizer from the GGUF file, by the config of the converted checkpoint in directory, which
-        is held against that of the file. (from_pretrained does the same and wants accelerate.)
+        """Read tensors and tokenizer from the GGUF file, with the config of the converted checkpoint in directory.
 
-        Raises: ValueError where configs or names of tensors differ.
+        The config is checked against the config of the GGUF file. (from_pretrained does the same but needs accelerate.)
+        Raises: ValueError if configs or tensor names differ.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -76,14 +76,15 @@ class Oracle:
         return {"plain": self.ids(PLAIN), "chat": self.ids(chat)}
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, with nothing added."""
+        """Return the token ids of a text, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def difference(self, prompt: list[int], answer: list[int]) -> str | None:
-        """Return where an answer differs from greedy decoding, None where it does not: whether each of NUM_TOKENS
-        tokens is the likeliest after all before it, in one forward pass without a cache.
+        """Return how an answer differs from greedy decoding, or None if it does not.
 
-        Raises: ValueError where a choice is too near to a tie to hold on another backend.
+        One forward pass without a cache checks that each of NUM_TOKENS tokens is the most likely one after all tokens
+        before it.
+        Raises: ValueError if a choice is too close to a tie to be the same on another backend.
         """
         import torch
 
@@ -103,7 +104,7 @@ class Oracle:
 
 
 def main() -> int:
-    """Compare files named on the command line."""
+    """Compare the files named on the command line."""
     directory, *paths = map(Path, sys.argv[1:])
     oracle = Oracle.load(packaged_model(), directory)
     prompts, num_different = oracle.prompts(), 0
@@ -112,7 +113,7 @@ def main() -> int:
         why = oracle.difference(prompts[path.name.split("-")[0]], answer["token_ids"])
         num_different += why is not None
         print(f"{path.stem}: {answer['text']!r}")
-        print(f"{path.stem}: {why or f'all {NUM_TOKENS} tokens are those of transformers'}")
+        print(f"{path.stem}: {why or f'all {NUM_TOKENS} tokens are equal to those of transformers'}")
     return 1 if num_different else 0
 
 

@@ -1,4 +1,4 @@
-"""Take tests/golden/*.json anew from transformers, and record why. Needs torch and transformers.
+"""Regenerate tests/golden/*.json from transformers, and record the reason. Needs torch and transformers.
 
 python -m scripts.refresh_goldens [--case NAME] --reason TEXT
 """
@@ -17,19 +17,19 @@ from tests.tiny.checkpoint import write_checkpoint
 from tests.tiny.golden import GOLDEN_DIR, Reference, save_golden
 from tests.tiny.oracle import reference
 
-# Far above what float32 sums in another order move a logit by. Sigmoids lie closer together than logits, and groups are
-# a second choice: such routers come nearer to a tie.
+# Far above the change of a logit from another order of float32 sums. Sigmoids are closer together than logits, and
+# groups add a second choice, so that routers with groups come closer to a tie.
 MIN_LOGIT_GAP = 5e-3
 MIN_ROUTER_GAP, MIN_SIGMOID_GAP = 1e-3, 1e-4
 
 
 def min_router_gap(case: Case) -> float:
-    """The least router gap of a case."""
+    """Return the smallest accepted router gap of a case."""
     return MIN_SIGMOID_GAP if "n_group" in case.config else MIN_ROUTER_GAP
 
 
 def check_gaps(case: Case, taken: Reference) -> None:
-    """Raises: ValueError if a choice of `case` is too close to a tie to hold on another backend."""
+    """Raise ValueError if a choice of `case` is too close to a tie to be the same on another backend."""
     for name, gap, limit in (
         ("logit", taken.min_logit_gap, MIN_LOGIT_GAP),
         ("router", taken.min_router_gap, min_router_gap(case)),
@@ -41,10 +41,10 @@ def check_gaps(case: Case, taken: Reference) -> None:
 
 
 def main() -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description="Take tests/golden/*.json anew from transformers.")
-    parser.add_argument("--case", choices=CASES_BY_NAME, metavar="NAME", help="one case; all when not given")
-    parser.add_argument("--reason", required=True, help="why the goldens change; kept in tests/golden/README.md")
+    """Regenerate the goldens from the command line."""
+    parser = argparse.ArgumentParser(description="Regenerate tests/golden/*.json from transformers.")
+    parser.add_argument("--case", choices=CASES_BY_NAME, metavar="NAME", help="regenerate one case; default: all cases")
+    parser.add_argument("--reason", required=True, help="why the goldens change; recorded in tests/golden/README.md")
     arguments = parser.parse_args()
 
     for case in [CASES_BY_NAME[arguments.case]] if arguments.case else CASES:

@@ -1,6 +1,6 @@
-"""Hold the planner against published measurements: python -m scripts.score_planner [ROWS.csv] [--worst N] [--all].
+"""Compare the planner with published measurements: python -m scripts.score_planner [ROWS.csv] [--worst N] [--all].
 
-Without a file: those of tests/planner/data, the calibration rows and the rows held out apart.
+Without a file, it scores the rows of tests/planner/data, with calibration rows and held-out rows apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLE, MORE, LOADS = (DATA / f"published_{name}.csv" for name in ("sample", "mo
 
 @cache
 def config_of(model: str) -> ModelConfig:
-    """The preset that a table means by a model's name: Llama-3.3-70B has the sizes of Llama-3.1-70B."""
+    """Return the preset that a table's model name refers to; Llama-3.3-70B has the sizes of Llama-3.1-70B."""
     name = model.lower().removeprefix("meta-").replace("llama-3.3", "llama-3.1").replace("_", "-")
     name = name.split("/")[-1]
     near = [preset for preset in preset_configs() if name.startswith(preset) or preset.startswith(name)]
@@ -34,7 +34,7 @@ def config_of(model: str) -> ModelConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the scores, by metric too, and the worst rows; or all."""
+    """Print the scores, also by metric, and the worst rows; with --all, also every row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, nargs="?")
     parser.add_argument("--worst", type=int, default=10)
@@ -66,12 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def predicted(path: Path) -> Iterator[MeasuredRow]:
-    """The rows of a file that can be placed; the others are named."""
+    """Yield the predictions of a file's rows; print the rows that cannot be predicted to stderr."""
     for facts in read_rows(path):
         try:
             yield predict(facts, config_of)
         except JaxmoeError as error:
-            print(f"left out: {facts['model']} on {facts['num_gpus']} x {facts['hardware']}: {error}", file=sys.stderr)
+            print(f"skipped: {facts['model']} on {facts['num_gpus']} x {facts['hardware']}: {error}", file=sys.stderr)
 
 
 def _scores(sets: Mapping[str, Sequence[MeasuredRow]]) -> None:

@@ -1,4 +1,4 @@
-"""Train the small model of checkpoints/demo on the sources of Python's standard library; writes it with a manifest.
+"""Train the small model of checkpoints/demo on the sources of Python's standard library, and write its manifest.
 
 python -m scripts.train_demo --out checkpoints/demo
 python -m scripts.train_demo --out /tmp/again --reproduces checkpoints/demo
@@ -35,7 +35,7 @@ SAMPLES = (
 
 
 def sample(directory: Path, placement: Placement) -> list[dict[str, Any]]:
-    """What the checkpoint in directory writes, greedy and drawn."""
+    """Return greedy and random samples that the checkpoint in directory generates."""
     from jaxmoe import LLM, SamplingParams
 
     llm = LLM.load(directory, mesh=placement.mesh, dtype="float32")
@@ -48,7 +48,7 @@ def sample(directory: Path, placement: Placement) -> list[dict[str, Any]]:
 
 
 def run(out: Path, mesh: str, recipe: Recipe, reproduces: Path | None) -> None:
-    """The whole run: corpus, tokenizer, training, checkpoint, samples, manifest, and the rename at the end."""
+    """Run everything: corpus, tokenizer, training, checkpoint, samples, manifest, and the rename at the end."""
     console = Console(stderr=True)
     placement = Placement(mesh=build_mesh(parse_mesh(mesh)))
     corpus = read_corpus()
@@ -79,7 +79,7 @@ def run(out: Path, mesh: str, recipe: Recipe, reproduces: Path | None) -> None:
     console.print(f"wrote {out}")
     if reproduces is not None:
         distance = record_reproduction(reproduces, result, placement)
-        console.print(f"held-out loss a byte is {distance:+.2%} from that of {reproduces}")
+        console.print(f"held-out loss per byte differs by {distance:+.2%} from that of {reproduces}")
         if distance > REPRODUCED_WITHIN:
             raise click.ClickException(
                 f"the recipe missed the stated loss by {distance:.2%}, above {REPRODUCED_WITHIN:.0%}"
@@ -88,18 +88,18 @@ def run(out: Path, mesh: str, recipe: Recipe, reproduces: Path | None) -> None:
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="checkpoint to write")
-@click.option("--mesh", default="data=1", show_default=True, help="axes, as in data=2,tensor=2")
+@click.option("--mesh", default="data=1", show_default=True, help="mesh axes, as in data=2,tensor=2")
 @click.option(
-    "--devices", type=int, default=1, show_default=True, help="emulate this many CPU devices; 0: use those there are"
+    "--devices", type=int, default=1, show_default=True, help="emulate this many CPU devices; 0: use the real ones"
 )
 @click.option("--steps", type=int, default=DEFAULT.num_steps, show_default=True)
 @click.option("--seed", type=int, default=DEFAULT.seed, show_default=True)
 @click.option(
     "--reproduces", type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="a checkpoint of the same recipe: hold the loss against it, and record the result in its manifest",
+    help="a checkpoint of the same recipe: compare the loss with its loss, and record the result in its manifest",
 )  # fmt: skip
 def main(out: Path, mesh: str, devices: int, steps: int, seed: int, reproduces: Path | None) -> None:
-    """Read the command line; errors a person can mend take one line."""
+    """Read the command line; print a user's error on one line."""
     try:
         if devices:
             emulate_devices(devices)

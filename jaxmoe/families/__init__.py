@@ -1,4 +1,7 @@
-"""Model families by config.json's model_type. Adding one adds a file here and a name to this list."""
+"""Registry of the model families, by the model_type of config.json.
+
+To add a family, add a file to this package and list it below.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ FAMILIES: dict[str, ModelFamily] = {
 }
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-# What models hold in float32 whatever their dtype (model/params.py, ParamFactory.exact), by the ends of its names.
+# Name endings of the tensors that models store in float32 regardless of their dtype (ParamFactory.exact).
 _EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values() if family.names.selection_bias})
 
 __all__ = [
@@ -77,13 +80,14 @@ def read_config(
     planned: bool = False,
     not_understood: list[str] | None = None,
 ) -> ModelConfig:
-    """The ModelConfig of a parsed config.json.
+    """Return the ModelConfig of a parsed config.json.
 
-    ignore: keys to pass over although they are not understood. planned: also of a checkpoint whose format of weights
-    is planned with and cannot be run. not_understood: a list that receives "key = value" of each setting that may
-    change the computation, and no size, in place of an error: for reports on a model that is not run.
-    Raises: ConfigError for an unknown model_type, a bad value, a key that may change the maths, or one to ignore that
-    is not there.
+    ignore: keys to ignore even if they are unknown. planned: whether to accept also a weight format that the planner
+    supports but that cannot be run. not_understood: for reports on a model that is not run, a list of the
+    unsupported settings, as "key = value". They are appended to it instead of being an error if they may change the
+    computation but no array size.
+    Raises: ConfigError for an unknown model_type, a bad value, a key that may change the computation, or an ignored key
+    that config.json does not have.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -104,7 +108,7 @@ def read_config(
     try:
         config = family.read(reader)
     except ConfigError as error:
-        if refused and not_understood is None:  # of two faults that of another model altogether
+        if refused and not_understood is None:  # a different model explains the error better
             raise refusal(family, refused) from error
         raise
     refused |= suspicious_keys(reader)
@@ -117,7 +121,7 @@ def read_config(
 
 
 def _check_causal(reader: ConfigReader) -> None:
-    """Raise a ConfigError where is_causal is anything but true: transformers then attends in both directions."""
+    """Raise ConfigError unless is_causal is true or absent: transformers otherwise attends in both directions."""
     if reader.get("is_causal", False, absent=True) is not True:
         stated = reader.stated("is_causal")
         reader.unsupported(
@@ -129,13 +133,16 @@ def _check_causal(reader: ConfigReader) -> None:
 
 
 def states_dtype(raw: Mapping[str, Any]) -> bool:
-    """Return whether a parsed config.json of a known family gives the dtype of its weights."""
+    """Return whether the parsed config.json of a known family gives the dtype of its weights."""
     text = _of_text(raw, FAMILIES[raw["model_type"]].part)
     return any(text.get(key) is not None for key in _DTYPE_KEYS)
 
 
 def with_layout(config: ModelConfig, layout: CheckpointLayout) -> ModelConfig:
-    """Return the config of a checkpoint stored in a layout. What it keeps quantized follows the stored tensors."""
+    """Return the config for a checkpoint stored in another layout.
+
+    The stored tensors determine which parameters stay quantized.
+    """
     if layout == config.checkpoint:
         return config
     plain = replace(config, checkpoint=layout, checkpoint_quantization=None, quantization=None)
@@ -143,30 +150,33 @@ def with_layout(config: ModelConfig, layout: CheckpointLayout) -> ModelConfig:
 
 
 def is_exact(key: str) -> bool:
-    """Whether a tensor is of what models hold in float32 whatever their dtype, be it of a layer that none here runs."""
+    """Return whether models store a tensor in float32 regardless of their dtype.
+
+    The tensor may belong to a layer that this package does not run.
+    """
     return key.endswith(_EXACT)
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None) -> ModelConfig:
-    """The config of a model that keeps matrices as asked: see families/quantization_reader.py."""
+    """Return the config of a model with matrices in weights_dtype; see families/quantization_reader.py."""
     return quantization_reader.with_weights_dtype(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def quantized_keys(config: ModelConfig, weights_dtype: str) -> set[str]:
-    """The tensors of a plain checkpoint that are quantized: see families/quantization_writer.py."""
+    """Return the tensors of an unquantized checkpoint to quantize; see families/quantization_writer.py."""
     return quantization_writer.quantized_keys(config, weights_dtype, FAMILIES[config.family].names)
 
 
 def _check_ignored(ignored: Iterable[str], known: Collection[str]) -> None:
-    """Raise a ConfigError for a key that is to be passed over and is not there."""
+    """Raise ConfigError for an ignored key that config.json does not have."""
     for key in ignored:
         if key not in known:
             near = "".join(f", did you mean {shown(one)}?" for one in difflib.get_close_matches(key, known, 1))
-            raise ConfigError(f"--ignore-config-key {shown(key)} names no key of config.json: leave it out{near}")
+            raise ConfigError(f"--ignore-config-key {shown(key)} is not a key of config.json: remove the option{near}")
 
 
 def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
-    """The text model's config, with what the whole file says of its numbers."""
+    """Return the text model's config; without a dtype of its own it takes the dtype of the whole file."""
     if part is None:
         return raw
     text = raw.get(part)
@@ -174,7 +184,7 @@ def _of_text(raw: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
         raise ConfigError(f"config.json of family {raw['model_type']!r} has no object {part!r}: add it")
     if text.get(QUANTIZATION_CONFIG) is not None:
         raise ConfigError(
-            f"config key {QUANTIZATION_CONFIG!r} stands in {part!r}, where it is not looked for: move it to the top of "
+            f"config key {QUANTIZATION_CONFIG!r} is in {part!r}, where it is not read: move it to the top level of "
             f"config.json"
         )
     check_other_keys(text)

@@ -1,4 +1,4 @@
-"""Where the tensors of an attention block lie: grouped-query attention, and latent attention."""
+"""Weight slices of an attention block: grouped-query attention, and latent attention (MLA)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ _PATH = "attention"
 
 
 def _halves(config: ModelConfig, first: int, head_dim: int) -> list[tuple[slice, slice]]:
-    """(in the tensor, in the parameter) of the numbers of a head that begins at `first`: pairs that rotary embedding
-    turns lie half of its dims apart in parameters, whichever way they are published."""
+    """Return (tensor slice, parameter slice) pairs of the head that begins at index `first`.
+
+    Parameters store the two dims of a rotary pair half of the rotary dims apart. Checkpoints with interleaved RoPE
+    store them next to each other, so their even and odd dims become separate slices.
+    """
     dims = config.rotary_dims
     if not config.rope.interleaved:
         return [(slice(first, first + head_dim), slice(0, head_dim))]
-    start = head_dim - dims if config.mla is not None else 0  # where the turned ones begin
+    start = head_dim - dims if config.mla is not None else 0  # the first rotated dim
     slices = [(slice(first, first + start), slice(0, start))] if start else []
     for part in range(2):
         place = slice(start + part * dims // 2, start + (part + 1) * dims // 2)
@@ -26,7 +29,7 @@ def _halves(config: ModelConfig, first: int, head_dim: int) -> list[tuple[slice,
 
 
 def _query_heads(config: ModelConfig, sizes: ArraySizes) -> list[tuple[int, int, int]]:
-    """Of every query head its number, its slot, and its place among the slot's."""
+    """Return (head, head slot, index within the slot) of every query head."""
     return [(head, *sizes.query_slot(config, head)) for head in range(config.num_attention_heads)]
 
 
@@ -43,7 +46,10 @@ def _out(config: ModelConfig, sizes: ArraySizes, hf: str, head_dim: int) -> Iter
 
 
 def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
-    """Grouped-query attention: query, key and value of a head slot side by side."""
+    """Yield the weight slices of grouped-query attention.
+
+    The qkv parameter holds the query heads of each head slot, then its key head, then its value head.
+    """
     width, head_dim = config.hidden_size, config.head_dim
     num_heads, num_kv = config.num_attention_heads, config.num_key_value_heads
     query = _query_heads(config, sizes)
@@ -102,7 +108,10 @@ def _norms_and_sinks(
 
 
 def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
-    """Latent attention: the way down to the latents whole, the ways up from them by query head."""
+    """Yield the weight slices of latent attention.
+
+    The down projections to the latents are whole; the up projections are split by query head.
+    """
     mla = config.mla
     assert mla is not None
     width, rank, nope = config.hidden_size, mla.kv_lora_rank, mla.qk_nope_head_dim

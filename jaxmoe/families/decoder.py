@@ -1,4 +1,4 @@
-"""Reading what families of decoders share: sizes, attention windows, which layers are MoE."""
+"""Readers of the config keys that decoder families share: sizes, attention windows, MoE layers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def read_windows(
     typed: bool,
     absent: int | None = None,
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer: those the rule names, or layer by layer what layer_types says.
+    """Return the sliding window of each layer, by layer_types where present, else by the rule.
 
-    switched: a window counts only with use_sliding_window true. max_window_layers is 28 where absent. typed: whether
-    the family has layer_types. absent: the window where the key does not stand at all; null and 0 mean none.
+    switched: whether windows apply only if use_sliding_window is true. typed: whether the family has layer_types.
+    absent: the window if the file lacks sliding_window; null and 0 mean no window. max_window_layers is 28 by default.
     """
     window = reader.whole("sliding_window", None, absent=absent) or None
     enabled = reader.flag("use_sliding_window") if switched else True
@@ -55,7 +55,7 @@ def read_windows(
         reader.unsupported(
             "layer_types",
             types,
-            f"config key 'layer_types' names sliding_attention but no sliding_window is switched on: give "
+            f"config key 'layer_types' names sliding_attention but no sliding_window is enabled: give "
             f"sliding_window{switch}, or name full_attention",
         )
         return (None,) * num_layers
@@ -75,12 +75,12 @@ def read_decoder(
     absent_kv_heads: Literal["needed", "as heads"] = "needed",
     absent_positions: Any = REQUIRED,
 ) -> dict[str, Any]:
-    """What every Llama-like decoder shares, as keyword arguments of ModelConfig. default_partial, default_scaling: see
-    read_rope.
+    """Return the keyword arguments of ModelConfig that all Llama-like decoders share.
 
-    latent: of a family whose heads share one: their sizes are its own. absent_kv_heads: where num_key_value_heads does
-    not stand at all, which transformers takes for a number of the family's own; null is num_attention_heads.
-    absent_positions: max_position_embeddings where that does not stand at all.
+    default_partial, default_scaling: see read_rope. latent: sizes of latent attention, which give the head dims; all
+    heads then share one key-value head. absent_kv_heads: "needed" makes num_key_value_heads required, because
+    transformers fills in a number specific to the family; "as heads" uses num_attention_heads. null always means
+    num_attention_heads. absent_positions: max_position_embeddings if the file lacks the key.
     """
     _check_activation(reader)
     layers = reader.whole("num_hidden_layers", within=(1, MAX_LAYERS))
@@ -124,7 +124,7 @@ def read_decoder(
 
 
 def _check_activation(reader: ConfigReader) -> None:
-    """Raise a ConfigError for a hidden_act other than silu, which transformers also calls swish."""
+    """Raise ConfigError for a hidden_act other than silu, which transformers also calls swish."""
     value = reader.get("hidden_act", "silu")
     if value not in ("silu", "swish"):
         reader.unsupported("hidden_act", value, only_supported("hidden_act", value, "'silu'"))
@@ -138,8 +138,11 @@ def read_layer_types(
     key: str = "layer_types",
     sized: bool = False,
 ) -> list[str] | None:
-    """What layer_types says of each layer, None where it is absent. sized: see ConfigReader.expect. Raises: ConfigError
-    for a kind not in known; a lenient reader takes the key as absent."""
+    """Return the kind of each layer from layer_types, or None if the key is absent.
+
+    sized: see ConfigReader.expect. Raises: ConfigError for a kind not in `known`; a lenient reader treats the key as
+    absent.
+    """
     types = reader.get(key, None)
     if types is None or (isinstance(types, list) and len(types) == num_layers and all(kind in known for kind in types)):
         return types
@@ -147,7 +150,7 @@ def read_layer_types(
     odd = next((kind for kind in types if kind not in known), None) if isinstance(types, list) else None
     message = (
         f"config key {key!r} = {shown(types)} must hold one of {known} for each of {num_layers} layers{has}"
-        f"{'' if odd is None else f', not {shown(odd)}: use a model with these alone'}"
+        f"{'' if odd is None else f', not {shown(odd)}: use a model with only these'}"
     )
     if sized:
         raise ConfigError(message)
@@ -156,14 +159,20 @@ def read_layer_types(
 
 
 def read_dense_prefix(reader: ConfigReader, *, num_layers: int, default: Any) -> tuple[bool, ...]:
-    """DeepSeek's rule: the first first_k_dense_replace layers are dense, all others MoE (moe_layer_freq 1)."""
+    """Return which layers are MoE by DeepSeek's rule: all but the first first_k_dense_replace ones.
+
+    moe_layer_freq must be 1.
+    """
     reader.expect("moe_layer_freq", 1, sized=True)
     dense = reader.whole("first_k_dense_replace", default, within=(0, num_layers))
     return tuple(layer >= dense for layer in range(num_layers))
 
 
 def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, ...]:
-    """Qwen's rule: layer i is MoE unless it stands in mlp_only_layers, and (i + 1) % decoder_sparse_step == 0."""
+    """Return which layers are MoE by Qwen's rule.
+
+    Layer i is MoE if (i + 1) % decoder_sparse_step == 0 and mlp_only_layers does not list it.
+    """
     step = reader.whole("decoder_sparse_step", 1)
     dense = reader.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):

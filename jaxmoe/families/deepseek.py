@@ -1,7 +1,7 @@
 """DeepSeek-V2, V3, R1, V3.1 and Kimi-K2: latent attention, a dense prefix, shared experts, group-limited routing.
-DeepSeek-V3.2, whose attention is sparse beside that, is read and not run.
 
-Where DeepSeek's own code and Hugging Face's take different things for an absent key, the key is needed.
+DeepSeek-V3.2, which adds sparse attention, can be read but not run. A key is required if DeepSeek's own code and
+Hugging Face's disagree on its default.
 Source: the published configs and modeling code of DeepSeek-V2 and DeepSeek-V3; Hugging Face's DeepseekV2Config and
 DeepseekV3Config.
 """
@@ -23,7 +23,7 @@ _SPARSE = "deepseek_v32"
 
 
 def read_latent(reader: ConfigReader) -> MLAConfig:
-    """The sizes of the latents."""
+    """Return the sizes of latent attention."""
     return MLAConfig(
         kv_lora_rank=reader.whole("kv_lora_rank"),
         q_lora_rank=reader.whole("q_lora_rank", None, absent=1536),
@@ -34,7 +34,10 @@ def read_latent(reader: ConfigReader) -> MLAConfig:
 
 
 def read_score_scale(reader: ConfigReader, head_dim: int, rope: RopeConfig) -> float:
-    """Of attention scores: YaRN's mscale_all_dim sharpens them twice over."""
+    """Return the scale of attention scores.
+
+    It is head_dim**-0.5, times the square of YaRN's factor for mscale_all_dim if that is set.
+    """
     said = {key: ConfigReader(one).number("mscale_all_dim", 0.0) for key, one in rope_scalings(reader).items()}
     if len(set(said.values())) > 1:
         check_agree(reader, ["mscale_all_dim"])
@@ -44,7 +47,7 @@ def read_score_scale(reader: ConfigReader, head_dim: int, rope: RopeConfig) -> f
 
 
 def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQUIRED) -> int:
-    """Columns of the shared experts, which are one SwiGLU as wide as all of them."""
+    """Return the total width of the shared experts, which are computed as one SwiGLU."""
     count = reader.whole("n_shared_experts", default)
     if count < 0:
         raise ConfigError(f"config key 'n_shared_experts' = {count} must be at least 0")
@@ -52,7 +55,7 @@ def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQU
 
 
 def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
-    """DeepSeek-V2: softmax; of groups the best expert counts; weights are not normalized."""
+    """Return the routing of DeepSeek-V2: softmax scores, unnormalized weights, groups ranked by their best expert."""
     reader.expect("scoring_func", "softmax")
     reader.expect("topk_method", "greedy", "group_limited_greedy")
     reader.expect("norm_topk_prob", False)
@@ -67,9 +70,10 @@ def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
 
 
 def sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any = REQUIRED) -> dict[str, Any]:
-    """DeepSeek-V3: sigmoid; a bias takes part in the choice alone; of groups the two best experts count.
+    """Return the routing of DeepSeek-V3: sigmoid scores, groups ranked by their two best experts.
 
-    groups, normed: where the file does not say.
+    A selection bias affects only the choice of experts. groups, normed: defaults for n_group and topk_group, and for
+    norm_topk_prob.
     """
     reader.expect("scoring_func", "sigmoid")
     reader.expect("topk_method", "noaux_tc")
@@ -115,7 +119,10 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
 
 
 def _moe_layers(reader: ConfigReader, layers: int, *, family: str) -> tuple[bool, ...]:
-    """All layers but a dense prefix. DeepSeek-V3.2's class in transformers also lists the kinds of layers."""
+    """Return which layers are MoE: all after a dense prefix.
+
+    transformers' DeepSeek-V3.2 class may also list the kind of each layer.
+    """
     if family != _SPARSE:
         return read_dense_prefix(reader, num_layers=layers, default=0 if family == "deepseek_v2" else REQUIRED)
     read_layer_types(reader, ("indexed_attention", "deepseek_sparse_attention"), num_layers=layers)
@@ -123,7 +130,7 @@ def _moe_layers(reader: ConfigReader, layers: int, *, family: str) -> tuple[bool
     if kinds is None:
         return read_dense_prefix(reader, num_layers=layers, default=REQUIRED)
     reader.expect("moe_layer_freq", 1, sized=True)
-    reader.get("first_k_dense_replace", None)  # of the two the list counts
+    reader.get("first_k_dense_replace", None)  # the list takes precedence
     return tuple(kind == "sparse" for kind in kinds)
 
 
@@ -133,7 +140,7 @@ def _read_indexer(reader: ConfigReader) -> IndexerConfig:
 
 
 def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
-    """Layers of multi-token prediction that checkpoints carry after all others."""
+    """Return the number of multi-token prediction layers, which checkpoints store after all other layers."""
     keys = "num_nextn_predict_layers", "num_mtp_layers"  # as published, and as transformers writes it
     return read_agreed(reader, "layers of multi-token prediction", *keys, default=0, absent=absent, within=_MTP_LAYERS)
 

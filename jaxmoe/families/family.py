@@ -1,4 +1,4 @@
-"""What one file of a model family provides."""
+"""Interface that the file of each model family implements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from jaxmoe.families.reader import ConfigReader
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """name is config.json's model_type; read turns its keys into a ModelConfig; names are its tensor keys.
+    """Describe one model family.
 
-    architectures: what config.json calls its causal language model. part: the key of config.json whose object is the
-    text model's, where there are other models beside it. own_code: whether published files point to modeling code of
-    their own that this family is read from.
+    name: model_type of config.json. read: turns the keys of config.json into a ModelConfig. names: tensor keys of its
+    checkpoints. architectures: names of its causal language model in config.json. part: key of the text model's object
+    in config.json, if the file describes other models too. own_code: whether published checkpoints point to custom
+    modeling code on which this family is based.
     """
 
     name: str

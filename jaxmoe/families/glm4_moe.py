@@ -1,4 +1,4 @@
-"""GLM-4.5: half of each head turned, QK norms by choice, DeepSeek-V3's routing. Source: Hugging Face, Glm4MoeConfig."""
+"""GLM-4.5: half of each head rotated, optional QK norms, DeepSeek-V3's routing. Source: Hugging Face, Glm4MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_dense_prefix
@@ -8,7 +8,10 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """attention_bias puts a bias on q, k and v; use_qk_norm a norm over each query and key head."""
+    """Read the config of GLM-4.5.
+
+    attention_bias adds a bias to q, k and v; use_qk_norm adds a norm over each query and key head.
+    """
     shared = read_decoder(reader, default_eps=1e-5, default_partial=0.5)
     layers, width = shared["num_hidden_layers"], reader.whole("moe_intermediate_size")
     moe = MoEConfig(

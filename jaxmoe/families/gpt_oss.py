@@ -16,14 +16,17 @@ _YARN = {
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Every layer routes, over experts of width intermediate_size; weights of the chosen ones sum to 1."""
+    """Read the config of GPT-OSS.
+
+    Every layer is MoE, with experts of width intermediate_size. The weights of the chosen experts sum to 1.
+    """
     shared = read_decoder(reader, default_eps=1e-5, default_theta=150000.0, default_head_dim=64, default_scaling=_YARN)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias", True)
-    reader.get("initial_context_length", None)  # said again by rope_scaling
+    reader.get("initial_context_length", None)  # rope_scaling repeats it
     moe = MoEConfig(
         num_experts=read_num_experts(reader, "num_local_experts", "num_experts"),
-        num_experts_per_tok=read_agreed(reader, "experts a token", "num_experts_per_tok", "experts_per_token"),
+        num_experts_per_tok=read_agreed(reader, "experts per token", "num_experts_per_tok", "experts_per_token"),
         intermediate_size=shared["intermediate_size"],
         norm_topk_prob=True,
         top_k_of="logits",

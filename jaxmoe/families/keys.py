@@ -1,7 +1,8 @@
-"""Which tensor of a published checkpoint lies where in which parameter: one table, read by loading and by saving.
+"""Table of the checkpoint tensors that fill each parameter, used by loading and by saving.
 
-A WeightSlice says: tensor `key`, of shape `key_shape`, taken at `src`, transposed or not, is the parameter `path` at
-`dst`. Published matrices are [out, in], fused ones of all experts [expert, in, out]; parameters are [in, ...out].
+A WeightSlice maps the rectangle `src` of tensor `key`, of shape `key_shape`, to `dst` of parameter `path`, transposed
+or not. Published matrices are [out, in], and fused matrices of all experts are [expert, in, out].
+Parameters are [in, ...out].
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from jaxmoe.families.attention_keys import grouped_attention, latent_attention
 from jaxmoe.parallel.stages import LayerSegment, locate_layer
 from jaxmoe.weight_slice import ArrayIndex, WeightSlice, full_slice
 
-# How gate and up lie in one tensor: column by column, or one after the other
+# Order of gate and up in one tensor: alternating columns, or all of gate before all of up
 FusedLayout = Literal["interleaved", "halves"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointKeys:
-    """The names in which families differ; {e} is the expert.
+    """Hold the tensor names in which model families differ; {e} is the index of the expert.
 
-    prefix: of every key. others: prefixes of keys of other models in the checkpoint. fused: all experts in one tensor.
-    stacked_moe: the module of an MoE block in checkpoints with stacked experts (config.CheckpointLayout).
+    prefix: of every key. others: key prefixes of other models in the checkpoint. fused: order of gate and up if one
+    tensor holds all experts. stacked_moe: module of an MoE block in checkpoints with stacked experts
+    (config.CheckpointLayout).
     """
 
     prefix: str = ""
@@ -48,14 +50,14 @@ _GATED = ("gate", "up", "down")
 
 
 def _gated(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int) -> Iterator[WeightSlice]:
-    """Gate, up and down projections of one SwiGLU."""
+    """Yield the gate, up and down projections of one SwiGLU."""
     for name, key in zip(_GATED, hf_keys, strict=True):
         shape = (width, ffn) if name == "down" else (ffn, width)
         yield full_slice(f"{key}.weight", shape, f"{path}/{name}", transpose=True)
 
 
 def _expert(hf_keys: tuple[str, str, str], path: str, width: int, ffn: int, expert: int) -> Iterator[WeightSlice]:
-    """The same of one expert, whose gate and up are one parameter."""
+    """Yield the gate, up and down projections of one expert; gate and up fill one parameter."""
     rows, columns = slice(0, width), slice(0, ffn)
     for part, key in enumerate(hf_keys[:2]):
         dst: ArrayIndex = (expert, part, rows, columns)
@@ -94,7 +96,7 @@ def _stacked_experts(moe: MoEConfig, width: int, hf: str) -> Iterator[WeightSlic
 
 
 def _fused_experts(moe: MoEConfig, width: int, hf: str, fused: FusedLayout) -> Iterator[WeightSlice]:
-    """Experts of one tensor each for gate and up [E, D, 2F] and for down [E, F, D], and their biases."""
+    """Yield the weight slices of fused experts: gate and up [E, D, 2F], down [E, F, D], and their biases."""
     count, ffn, path = moe.num_experts, moe.intermediate_size, "moe/experts"
     parts = [
         slice(part, 2 * ffn, 2) if fused == "interleaved" else slice(part * ffn, (part + 1) * ffn) for part in (0, 1)
@@ -145,7 +147,7 @@ def _moe(config: ModelConfig, names: CheckpointKeys, hf: str) -> Iterator[Weight
 
 
 def _layer(config: ModelConfig, sizes: ArraySizes, names: CheckpointKeys, layer: int) -> Iterator[WeightSlice]:
-    """The weight slices of one layer, with paths and places inside its block."""
+    """Yield the weight slices of one layer, with paths and indices relative to its block."""
     hf = f"model.layers.{layer}"
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield full_slice(f"{hf}.{norm}.weight", (config.hidden_size,), norm)
@@ -166,8 +168,11 @@ def weight_slices(
     *,
     layers: Collection[int] | None = None,
 ) -> Iterator[WeightSlice]:
-    """Every weight slice of a whole checkpoint, in the order of the layers, or of some layers alone and what is outside
-    all. sizes: of the layers of each segment."""
+    """Yield the weight slices of a whole checkpoint, in the order of the layers.
+
+    sizes: array sizes of the layers of each segment. layers: if given, yield only these layers and the parameters
+    outside the layer stack.
+    """
     width, vocab = config.hidden_size, config.vocab_size
 
     def named(weight_slice: WeightSlice) -> WeightSlice:
@@ -190,8 +195,11 @@ def weight_slices(
 
 
 def may_stand_unused(key: str, config: ModelConfig, names: CheckpointKeys) -> bool:
-    """Tensors that published checkpoints carry and inference does not need: rotary tables, a tied head's copy, layers
-    of multi-token prediction, models beside the text's."""
+    """Return whether inference does not need a tensor that published checkpoints may contain.
+
+    These are rotary tables, the copy of a tied head, multi-token prediction layers, and models other than the text
+    model.
+    """
     own = key.removeprefix(names.prefix)
     layer = re.match(r"model\.layers\.([1-9][0-9]{0,8})\.", own)
     return (

@@ -1,6 +1,6 @@
-"""Keys of config.json that no family reads: which never matter, which are fine at one value, which may change the
-computation.
+"""Classification of the config.json keys that no family reads.
 
+A key never matters, is harmless at certain values, or may change the computation.
 Sources: Hugging Face's PreTrainedConfig.to_dict and GenerationConfig (transformers 4.27 to 5.24), and the keys that
 transformers' shared code (masks, caches, rotary embedding) reads from any config.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Training settings, token ids (the tokenizer's and generation_config's business), bookkeeping of the writing library.
+# Training settings, token ids (set by the tokenizer and generation_config), bookkeeping of the writing library.
 _BOOKKEEPING = frozenset({
     "add_cross_attention", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids",
     "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size",
@@ -39,17 +39,17 @@ _GENERATION = frozenset({
     "target_lookbehind", "temperature", "token_healing", "top_h", "top_k", "top_p", "typical_p", "use_model_defaults",
     "watermarking_config",
 })  # fmt: skip
-_PREFIXES = ("_", "unsloth_")  # what the writing library keeps for itself
+_PREFIXES = ("_", "unsloth_")  # private keys of the writing library
 
-# Keys that say what a family without them does anyway, at these values.
+# Values at which a key describes the default behavior of a family that does not read it.
 _USUAL: dict[str, tuple[Any, ...]] = {
     "first_k_dense_replace": (0,), "moe_frequency": (1,), "moe_layer_freq": (1,), "n_group": (1,),
     "n_shared_experts": (0,), "num_nextn_predict_layers": (0,), "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (0,), "topk_group": (1,), "is_causal": (True,),
 }  # fmt: skip
-# transformers' masks and caches take these from any config, whatever its family; only null is the same as absent.
+# transformers' masks and caches read these keys for every family, so only null is the same as absent.
 _NEVER_OFF = ("attention_chunk_size", "layer_types", "sliding_window")
-# What names of keys hold that have to do with the computation.
+# Parts of key names that relate to the computation.
 _SUSPICIOUS = (
     "act", "atten", "attn", "bias", "cap", "causal", "chunk", "clip", "compress", "dim", "direction", "embed", "expert",
     "ffn", "freq", "gate", "head", "hidden", "kv", "layer", "logit", "mask", "mix", "mlp", "moe", "multipl", "mup",
@@ -59,13 +59,16 @@ _SUSPICIOUS = (
 
 
 def is_harmless(key: str) -> bool:
-    """Tell whether a key never changes what a model computes, whatever its value."""
+    """Return whether a key never changes the computation, at any value."""
     return key in _BOOKKEEPING or key in _GENERATION or key.startswith(_PREFIXES)
 
 
 def is_usual(key: str, value: Any) -> bool:
-    """Tell whether a value says what a family that does not read the key does anyway: it is switched off (null, false,
-    an empty list or object), or at a value that changes nothing. A zero may mean something."""
+    """Return whether a value describes the default behavior of a family that does not read the key.
+
+    The value is off (null, false, an empty list or object), or listed above as having no effect. Other zeros may have a
+    meaning.
+    """
     if key in _NEVER_OFF:
         return value is None
     off = value is None or value is False or value == [] or value == {}
@@ -73,5 +76,5 @@ def is_usual(key: str, value: Any) -> bool:
 
 
 def is_suspicious(key: str) -> bool:
-    """Tell whether an unknown key, by its name, may have to do with the computation."""
+    """Return whether the name of an unknown key suggests that it changes the computation."""
     return key in _NEVER_OFF or any(part in key.lower() for part in _SUSPICIOUS)

@@ -7,8 +7,11 @@ from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Full attention, dense MLP. A file without max_position_embeddings, as Llama 1 has it, means 2048; attention_bias
-    puts a bias on q, k, v and o, mlp_bias on gate, up and down."""
+    """Read the config of Llama: full attention and dense MLPs.
+
+    A file without max_position_embeddings, as for Llama 1, means 2048. attention_bias adds a bias to q, k, v and o;
+    mlp_bias adds one to gate, up and down.
+    """
     shared = read_decoder(reader, absent_kv_heads="as heads", absent_positions=2048)
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")

@@ -1,7 +1,7 @@
-"""Llama-4's text model: attention in chunks, layers without rotary embedding, one routed expert, its input weighted.
+"""Llama 4's text model: chunked attention, layers without RoPE, one routed expert with router weights on its input.
 
-Source: Hugging Face's Llama4TextConfig and modeling_llama4. Images are left out: of a checkpoint with a vision tower
-the text model is read.
+Source: Hugging Face's Llama4TextConfig and modeling_llama4. Images are not supported: only the text model of a
+checkpoint with a vision tower is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts, shown
 
 
 def _rope_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
-    """no_rope_layers has a 1 for every layer with rotary embedding; else every so manieth is without."""
+    """Return which layers have rotary embedding.
+
+    no_rope_layers holds a 1 for these layers. Without it, every no_rope_layer_interval-th layer lacks rotary embedding.
+    """
     said = reader.get("no_rope_layers", None) or None
     interval = reader.whole("no_rope_layer_interval", 4)
     if said is None:
@@ -30,7 +33,7 @@ def _rope_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
 
 
 def _moe_layers(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
-    """moe_layers names them; else every so manieth is one."""
+    """Return which layers are MoE: the ones in moe_layers, else every interleave_moe_layer_step-th layer."""
     said, step = reader.get("moe_layers", None), reader.whole("interleave_moe_layer_step", 1)
     if said is None:
         if step < 1:

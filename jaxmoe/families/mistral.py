@@ -7,7 +7,10 @@ from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """sliding_window null means full attention; an absent key means 4096, as in the published default."""
+    """Read the config of Mistral.
+
+    sliding_window null means full attention; an absent key means 4096, the published default.
+    """
     shared = read_decoder(reader)
     layers = shared["num_hidden_layers"]
     return ModelConfig(

@@ -8,7 +8,7 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Every layer routes; the chosen experts' probabilities always sum to 1."""
+    """Read the config of Mixtral: every layer is MoE, and the weights of the chosen experts sum to 1."""
     shared = read_decoder(reader, default_theta=1e6, default_eps=1e-5)
     layers = shared["num_hidden_layers"]
     moe = MoEConfig(

@@ -7,7 +7,7 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Every layer routes, over experts of width intermediate_size."""
+    """Read the config of OLMoE: every layer is MoE, with experts of width intermediate_size."""
     shared = read_decoder(reader, default_eps=1e-5, absent_kv_heads="as heads")
     reader.expect("use_qk_norm", True, sized=True)
     layers = shared["num_hidden_layers"]

@@ -1,6 +1,6 @@
-"""Which matrices of a checkpoint are quantized, and how: config.json's quantization_config, read strictly.
+"""Strict reader of config.json's quantization_config: which matrices of a checkpoint are quantized, and how.
 
-Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme, the
+Sources: Hugging Face's FineGrainedFP8Config and Mxfp4Config, compressed-tensors' QuantizationScheme, and the
 hf_quant_config.json of checkpoints that NVIDIA publishes.
 """
 
@@ -32,19 +32,19 @@ from jaxmoe.quantization.layout import block_alignment, combined_alignment, is_m
 from jaxmoe.weight_slice import WeightSlice
 
 FLOATS = ("float32", "bfloat16", "float16")
-# Of a block, by their paths: matrices that are small, or are not only multiplied by; plain in the model always.
+# Paths within a block of matrices that models never quantize: small ones, or ones with another use than a matmul.
 _PLAIN = ("router", "shared_gate", "key_up", "value_up")
-# Of compressed-tensors: who wrote it and how far they got; how scales were found, and dtypes that tensors have anyway.
+# Ignored keys of compressed-tensors: its writer and progress; the calibration, and dtypes that the tensors state too.
 _OF_WRITERS = ("global_compression_ratio", "quantization_status", "version")
 _OF_SCALES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _NUMBERS = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "float8_e4m3fn"}
 
 
 def read_quantization_config(value: Any, *, planned: bool = False) -> CheckpointQuantization | None:
-    """The format that a quantization_config names; None where there is none. planned: also one that is sized and
-    planned with, and cannot be run.
+    """Return the quantization that a quantization_config describes, or None if there is none.
 
-    Raises: ConfigError for a quant_method that is not known, or a setting of it that is not.
+    planned: whether to accept also a format that can be sized and planned but not run.
+    Raises: ConfigError for an unknown quant_method or an unsupported setting of a known one.
     """
     if value is None or value == {}:
         return None
@@ -55,8 +55,8 @@ def read_quantization_config(value: Any, *, planned: bool = False) -> Checkpoint
         if planned:
             return quant_config
         raise ConfigError(
-            f"config key 'quantization_config' has quant_method 'modelopt', which is sized and planned (jaxmoe info, "
-            f"jaxmoe plan), not run; {', '.join(readers)} are, and unquantized weights: use such a checkpoint"
+            f"config key 'quantization_config' has quant_method 'modelopt', which can be sized and planned (jaxmoe "
+            f"info, jaxmoe plan) but not run; use a checkpoint of {', '.join(readers)}, or an unquantized one"
         )
     if not isinstance(value, Mapping) or not isinstance(method, str) or method not in readers:
         named = isinstance(value, Mapping) and method is None
@@ -96,18 +96,18 @@ def _read_mxfp4(reader: ConfigReader) -> CheckpointQuantization:
 
 
 def _read_modelopt(reader: ConfigReader) -> CheckpointQuantization:
-    """NVFP4: numbers of 4 bits, a scale of 8 for 16 of them along the inputs."""
+    """Read NVFP4: 4-bit numbers, with one 8-bit scale for every 16 of them along the inputs."""
     _expect(reader, "quant_algo", "NVFP4")
     _expect(reader, "group_size", 16, None)
     for key in ("producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups"):
-        reader.get(key, None)  # who made it; --kv-dtype's business; the same said again
+        reader.get(key, None)  # the producer; the KV cache's dtype (--kv-dtype); a repetition
     ignored = (*_names(reader, "exclude_modules"), *_names(reader, "ignore"))
     _finish(reader, "modelopt")
     return CheckpointQuantization(method="modelopt", format=NVFP4, ignored=ignored)
 
 
 def _read_compressed(reader: ConfigReader) -> CheckpointQuantization:
-    """One group for all Linear modules, symmetric int8 or fp8, one scale for each output channel."""
+    """Read one group for all Linear modules: symmetric int8 or fp8, with one scale for each output channel."""
     groups = reader.get("config_groups", None)
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise ConfigError("config key 'quantization_config' must have one group in config_groups")
@@ -168,38 +168,40 @@ def _names(reader: ConfigReader, key: str) -> tuple[str, ...]:
 
 
 def is_plain(module: str, quant_config: CheckpointQuantization) -> bool:
-    """Whether the names that a checkpoint leaves unquantized cover a module, as the method reads them."""
+    """Return whether a module matches a name that the checkpoint leaves unquantized, by its method's rules."""
     ends, patterns = _plain_names(quant_config)
     return module.endswith(ends) or any(pattern.match(module) for pattern in patterns)
 
 
 def tells_layers(quant_config: CheckpointQuantization) -> bool:
-    """Whether the names that are left unquantized may tell a layer from others of its kind: those of letters and
-    wildcards cannot."""
+    """Return whether the names of unquantized modules may distinguish layers of the same kind.
+
+    Names of only letters, underscores, dots and wildcards cannot.
+    """
     return not all(re.fullmatch(r"[A-Za-z_.*]+", name) for name in quant_config.ignored)
 
 
 @lru_cache(maxsize=64)
 def _plain_names(quant_config: CheckpointQuantization) -> tuple[tuple[str, ...], tuple[re.Pattern[str], ...]]:
-    """What names of modules end in, or match from their start, that are left unquantized."""
+    """Return the name endings of unquantized modules, and the patterns that match their names from the start."""
     ends, patterns = [], []
     for name in quant_config.ignored:
         try:
             if quant_config.method == "compressed-tensors":
                 patterns.append(re.compile(name[3:] if name.startswith("re:") else rf"{re.escape(name)}\Z"))
-            else:  # from its start up to a dot, or its end
+            else:  # matches from the start up to a dot or the end
                 pattern = name if quant_config.method == "fp8" else name.replace(".", r"\.").replace("*", ".*")
                 ends.append(name)
                 patterns.append(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"))
         except re.error as error:
             raise ConfigError(
-                f"config key 'quantization_config' leaves out {shown(name)}: no pattern ({error})"
+                f"config key 'quantization_config' ignores {shown(name)}, which is not a valid pattern ({error})"
             ) from error
     return tuple(ends), tuple(patterns)
 
 
 def is_quantized(weight_slice: WeightSlice, quant_config: CheckpointQuantization) -> bool:
-    """Whether files hold a tensor of a layer quantized."""
+    """Return whether the checkpoint's files store a tensor of a layer quantized."""
     only = quant_config.method != "mxfp4" or "/moe/experts/" in weight_slice.path
     return only and is_matrix(weight_slice) and not is_plain(weight_slice.key.removesuffix(".weight"), quant_config)
 
@@ -207,7 +209,7 @@ def is_quantized(weight_slice: WeightSlice, quant_config: CheckpointQuantization
 def with_checkpoint_quantization(
     config: ModelConfig, quant_config: CheckpointQuantization | None, names: CheckpointKeys
 ) -> ModelConfig:
-    """The config of a model that keeps what its checkpoint has quantized."""
+    """Return the config of a model that keeps the quantized matrices of its checkpoint as they are."""
     if quant_config is None:
         return config
     plain = (lambda module: is_plain(module, quant_config)) if quant_config.ignored else None
@@ -219,10 +221,11 @@ def with_checkpoint_quantization(
 
 
 def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: CheckpointKeys) -> ModelConfig:
-    """The config of a model that keeps matrices as asked: as in the checkpoint (None), plain ("float32", "bfloat16",
-    "float16"), or in one of FORMATS.
+    """Return the config of a model that stores its matrices in weights_dtype.
 
-    Raises: ConfigError for another name, or a format that a quantized checkpoint would have to be turned into.
+    weights_dtype: None to keep the checkpoint's format, "float32", "bfloat16" or "float16" for unquantized weights, or
+    a name in FORMATS.
+    Raises: ConfigError for another name, or for a name in FORMATS if the checkpoint is already quantized.
     """
     if weights_dtype is None:
         return config
@@ -233,15 +236,15 @@ def with_weights_dtype(config: ModelConfig, weights_dtype: str | None, names: Ch
         raise ConfigError(f"weights_dtype={weights_dtype!r} must be one of {', '.join((*FLOATS, *FORMATS))}")
     if config.checkpoint_quantization is not None:
         raise ConfigError(
-            f"weights_dtype={weights_dtype} quantizes plain checkpoints, this one has quant_method "
-            f"{config.checkpoint_quantization.method!r}: leave it out to keep that, or give {', '.join(FLOATS)}"
+            f"weights_dtype={weights_dtype} needs an unquantized checkpoint, but this one has quant_method "
+            f"{config.checkpoint_quantization.method!r}: omit it to keep that format, or give {', '.join(FLOATS)}"
         )
     kept = weight_quantization(config, FORMATS[weights_dtype], names)
     return replace(config, quantization=kept)
 
 
 def quantized_slices(config: ModelConfig, names: CheckpointKeys) -> list[WeightSlice]:
-    """Weight slices of the matrices that a model keeps quantized."""
+    """Return the weight slices of the matrices that a model stores quantized."""
     if config.quantization is None:
         return []
     of = config.quantization.of
@@ -259,18 +262,19 @@ def weight_quantization(
     only: str = "",
     apart: bool = False,
 ) -> WeightQuantization | None:
-    """What a model keeps in a format: matrices of layers (those whose paths in their blocks begin with `only`) but the
-    router's, unless any of the tensors they come from is of a plain module. None where that is nothing. apart: whether
-    plain may tell layers of a kind apart.
+    """Return which matrices a model stores in a format, or None if there are no such matrices.
 
-    Raises: ConfigError where blocks do not divide the inputs of a matrix whose numbers are packed.
+    These are the matrices of layers with a path in their block that begins with `only`, except the ones in _PLAIN.
+    plain: returns whether a module is unquantized; a matrix stays unquantized if any of its tensors belongs to one.
+    apart: whether `plain` may distinguish layers of the same kind.
+    Raises: ConfigError if blocks do not divide the inputs of a matrix with packed numbers.
     """
     config = replace(config, checkpoint_quantization=None, quantization=None)
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
-    # Where no name is told apart, layers of a kind keep the same.
+    # If `plain` does not distinguish layers, one layer represents all of its kind.
     chosen = None if apart else {kinds.index(kind) for kind in kinds}
     layers: dict[int, list[tuple[str, BlockAlignment]]] = defaultdict(list)
-    alignments: dict[tuple[object, str], BlockAlignment] = {}  # of one layer of each kind
+    alignments: dict[tuple[object, str], BlockAlignment] = {}  # from one layer of each kind
     for (layer, path), group in sorted(_matrices(config, names, chosen).items(), key=lambda item: item[0]):
         if not path.startswith(only):
             continue
@@ -280,7 +284,9 @@ def weight_quantization(
             continue
         inputs = oriented(group[0]).key_shape[-1]
         if format.packing_factor > 1 and inputs % (format.inputs or 1):
-            raise ConfigError(f"{path} has {inputs} inputs, of which {format.name} makes blocks of {format.inputs}")
+            raise ConfigError(
+                f"{path} has {inputs} inputs, not a multiple of the {format.name} block size {format.inputs}"
+            )
         like = kinds[layer], path
         if like not in alignments:
             alignments[like] = reduce(
@@ -295,16 +301,21 @@ def weight_quantization(
 
 @lru_cache(maxsize=256)
 def _one(kept: WeightQuantization) -> WeightQuantization:
-    """The first of all that are equal: configs are keys of tables, and what is the same object is equal at once."""
+    """Return the first of all equal objects.
+
+    Configs are dict keys, and a comparison of identical objects is immediate.
+    """
     return kept
 
 
 def _matrices(
     config: ModelConfig, names: CheckpointKeys, layers: Collection[int] | None = None
 ) -> dict[tuple[int, str], list[WeightSlice]]:
-    """Weight slices of the matrices that may be kept quantized, by layer and path within its block; of some layers
-    alone."""
-    segments = layer_segments(config, "unroll")  # one a layer
+    """Return the weight slices of the matrices that may be quantized, by layer and path within its block.
+
+    layers: if given, only these layers.
+    """
+    segments = layer_segments(config, "unroll")  # one segment per layer
     matrices: dict[tuple[int, str], list[WeightSlice]] = defaultdict(list)
     for weight_slice in weight_slices(
         config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers

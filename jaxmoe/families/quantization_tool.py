@@ -1,4 +1,4 @@
-"""Which tool quantized a checkpoint, as far as its config.json tells."""
+"""Detection of the tool that quantized a checkpoint, from its config.json."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.reader import shown
 from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 
-# Where else a config.json describes quantized weights: MLX's key (which NVIDIA's tools used, too) and that of
+# Other keys that describe quantized weights: MLX's key (which NVIDIA's tools used, too), and the key of
 # compressed-tensors before it moved into quantization_config.
 _OTHER_KEYS = ("quantization", "compression_config")
 QUANTIZATION_KEYS = (QUANTIZATION_CONFIG, *_OTHER_KEYS)
-# Settings that one tool alone writes, any of which decides; MLX's are all needed.
+# Settings that only one tool writes. Any one of them identifies the tool; MLX needs all of its settings.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NVIDIA ModelOpt", ("quant_algo",)),
     ("compressed-tensors", ("config_groups", "quantization_status")),
@@ -27,20 +27,22 @@ _MLX = ("group_size", "bits")
 
 
 def quantization_key(raw: Mapping[str, Any]) -> str | None:
-    """Return the key of a config.json that describes quantized weights; None where weights are plain."""
+    """Return the key of a config.json that describes quantized weights, or None if they are unquantized."""
     if raw.get(QUANTIZATION_CONFIG) not in (None, {}):
         return QUANTIZATION_CONFIG
     return next((key for key in _OTHER_KEYS if raw.get(key)), None)
 
 
 def without_quantization(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json as if its weights were plain."""
+    """Return a config.json without the keys that describe quantized weights."""
     return {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
 
 
 def quantizer_name(value: Any) -> str:
-    """Return what a description of quantized weights says it was made by: its quant_method, else the tool that writes
-    such settings."""
+    """Return the name of the tool that wrote a description of quantized weights.
+
+    It is the quant_method, else the producer's name, else the tool that writes these settings.
+    """
     if not isinstance(value, Mapping):
         return _printable(value)
     if value.get("quant_method") is not None:
@@ -57,12 +59,12 @@ def quantizer_name(value: Any) -> str:
 
 
 def _printable(name: Any) -> str:
-    """Return a name as it is where it can be shown on one line, else as a quoted string."""
+    """Return a name unchanged if it fits on one line, else as a quoted string."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def check_other_keys(raw: Mapping[str, Any]) -> None:
-    """Raise a ConfigError where quantized weights are described elsewhere than in quantization_config."""
+    """Raise ConfigError if a key other than quantization_config describes quantized weights."""
     for key in _OTHER_KEYS:
         if raw.get(key):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v, none on o. Source: Hugging Face's Qwen2Config and modeling_qwen2."""
+"""Qwen2 and Qwen2.5: biases on q, k and v, but not on o. Source: Hugging Face's Qwen2Config and modeling_qwen2."""
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.families.decoder import read_decoder, read_windows
@@ -7,7 +7,10 @@ from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Dense layers; use_sliding_window gives the layers from max_window_layers on a window."""
+    """Read the config of Qwen2: dense layers.
+
+    With use_sliding_window, the layers from max_window_layers on have a sliding window.
+    """
     shared = read_decoder(reader)
     layers = shared["num_hidden_layers"]
     return ModelConfig(

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a sigmoid gate. Source: Hugging Face's Qwen2MoeConfig."""
+"""Qwen1.5-MoE and Qwen2-MoE: a shared expert with a sigmoid gate. Source: Hugging Face's Qwen2MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
@@ -7,7 +7,10 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Layers may be dense by decoder_sparse_step and mlp_only_layers; q, k and v have biases (qkv_bias)."""
+    """Read the config of Qwen2-MoE.
+
+    decoder_sparse_step and mlp_only_layers may make layers dense. q, k and v have biases unless qkv_bias is false.
+    """
     shared = read_decoder(reader)
     layers = shared["num_hidden_layers"]
     moe = MoEConfig(

@@ -7,9 +7,9 @@ from jaxmoe.families.reader import ConfigReader
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Dense layers; head_dim is 128 where the config does not say."""
+    """Read the config of Qwen3: dense layers, with a head_dim of 128 by default."""
     shared = read_decoder(reader, default_head_dim=128)
-    reader.expect("use_qk_norm", True, sized=True)  # as these models always are
+    reader.expect("use_qk_norm", True, sized=True)  # always true in these models
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     return ModelConfig(

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, an MoE without shared expert. Source: Hugging Face's Qwen3MoeConfig."""
+"""Qwen3-MoE: Qwen3's attention and an MoE without a shared expert. Source: Hugging Face's Qwen3MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
 from jaxmoe.families.decoder import read_decoder, read_sparse_layers, read_windows
@@ -7,13 +7,13 @@ from jaxmoe.families.reader import ConfigReader, read_num_experts
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    """Layers may be dense by decoder_sparse_step and mlp_only_layers."""
+    """Read the config of Qwen3-MoE; decoder_sparse_step and mlp_only_layers may make layers dense."""
     shared = read_decoder(reader)
-    reader.expect("use_qk_norm", True, sized=True)  # as these models always are
+    reader.expect("use_qk_norm", True, sized=True)  # always true in these models
     layers = shared["num_hidden_layers"]
     bias = reader.flag("attention_bias")
     moe = MoEConfig(
-        num_experts=read_num_experts(reader, "num_experts", "num_local_experts"),  # either name is published
+        num_experts=read_num_experts(reader, "num_experts", "num_local_experts"),  # published files use either name
         num_experts_per_tok=reader.whole("num_experts_per_tok"),
         intermediate_size=reader.whole("moe_intermediate_size"),
         norm_topk_prob=reader.flag("norm_topk_prob", False),

@@ -1,4 +1,4 @@
-"""Reading a config.json strictly: every key is used, known to be harmless, or an error that names it."""
+"""Strict reader of config.json: every key is used, known to be harmless, or reported as an error."""
 
 from __future__ import annotations
 
@@ -9,74 +9,80 @@ from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.known_keys import is_harmless, is_usual
 
-REQUIRED = object()  # in place of a default
+REQUIRED = object()  # marks a key without a default
 _AS_NULL = object()
 MAX_WHOLE = 2**31 - 1
 MAX_LAYERS = 10_000
 MAX_HEADS = _MAX_EXPERTS = 10_000
-MAX_SHOWN = 10  # keys that an error names; of more it says how many
+MAX_SHOWN = 10  # keys that an error lists; it counts the others
 
 
 def is_finite(value: Any) -> bool:
-    """Tell whether a value is a number that a float can hold; true and false are none."""
+    """Return whether a value is a number that a float can represent; true and false are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """Return a value of a config.json for an error or a note: on one line, without control characters, cut at a
-    limit of characters, and null as the file has it."""
+    """Return a config value as text for a message: one line, no control characters, at most `limit` characters.
+
+    null is written as in the file.
+    """
     if value is None:
         return "null"
     try:
         return f"{value!r:.{limit}}"
-    except ValueError:  # Python converts no whole number of more than 4,300 digits
+    except ValueError:  # Python does not format integers of more than 4,300 digits
         return "a number of thousands of digits"
 
 
 def shown_settings(settings: Mapping[Any, Any]) -> str:
-    """Return "'key' = value" of the first settings and how many more there are."""
+    """Return "'key' = value" of the first settings and the number of the others."""
     first = ", ".join(f"{shown(key)} = {shown(value)}" for key, value in list(settings.items())[:MAX_SHOWN])
     return first + and_more(len(settings))
 
 
 def and_more(count: int) -> str:
-    """Return how many of count items are not among the first MAX_SHOWN, as the end of a list of these."""
+    """Return " and N more" for the items beyond the first MAX_SHOWN, or an empty string."""
     return f" and {count - MAX_SHOWN:,} more" if count > MAX_SHOWN else ""
 
 
 def only_supported(key: str, value: Any, choices: str) -> str:
-    """Return the message for a value that the computation here does not implement."""
+    """Return the message for a value that this package does not implement."""
     return (
-        f"config key {key!r} = {shown(value)} changes the maths and only {choices} is supported: use a model that has "
-        f"it, or correct config.json where the value is a mistake"
+        f"config key {key!r} = {shown(value)} changes the computation and only {choices} is supported: use a model "
+        f"that has it, or correct config.json where the value is a mistake"
     )
 
 
 class ConfigReader:
-    """Hands out the values of one config.json and remembers which were asked for."""
+    """Read the values of one config.json and record which keys were used."""
 
     def __init__(self, raw: Mapping[str, Any], *, ignore: Iterable[str] = (), lenient: bool = False) -> None:
-        """lenient: a setting that is not supported, and changes no shape, is listed in `passed_over` in place of an
-        error."""
+        """Create a reader.
+
+        ignore: keys to treat as used. lenient: whether to record an unsupported setting in `passed_over` instead of
+        raising an error, if it changes no shape.
+        """
         self._raw = dict(raw)
         self._used = set(ignore)
         self._lenient = lenient
         self.passed_over: dict[str, Any] = {}
 
     def inside(self, raw: Mapping[str, Any]) -> ConfigReader:
-        """Return a reader of an object within the file, as lenient as this one, that lists in the same place."""
+        """Return a reader of an object within the file, with the same leniency and the same `passed_over`."""
         inner = ConfigReader(raw, lenient=self._lenient)
         inner.passed_over = self.passed_over
         return inner
 
     def stated(self, key: str) -> Any:
-        """Return the value of a key as the file has it; None where it is null or absent."""
+        """Return the value of a key as the file has it, or None if it is null or absent."""
         return self._raw.get(key)
 
     def get(self, key: str, default: Any = REQUIRED, *, absent: Any = _AS_NULL) -> Any:
-        """The value of key; default where it is null. absent: what a file without the key means, by default the same.
+        """Return the value of key, or default if it is null.
 
-        Raises: ConfigError where it is required and not there.
+        absent: the value if the file lacks the key; default if not given. Raises: ConfigError if a required key has no
+        value.
         """
         self._used.add(key)
         value = self._raw.get(key)
@@ -90,7 +96,7 @@ class ConfigReader:
     def whole(
         self, key: str, default: Any = REQUIRED, *, absent: Any = _AS_NULL, within: tuple[int, int] | None = None
     ) -> Any:
-        """A whole number (or the default), within limits. absent: see get."""
+        """Return a whole number within limits, or the default. absent: see get."""
         value = self.get(key, default, absent=absent)
         if value is default or value is absent:
             return value
@@ -103,7 +109,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """A finite number (or the default)."""
+        """Return a finite number, or the default."""
         value = self.get(key, default)
         if value is default:
             return value
@@ -112,15 +118,18 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: Any = False) -> bool:
-        """True or false (or the default)."""
+        """Return true or false, or the default."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"config key {key!r} = {shown(value)} must be true or false")
         return value
 
     def expect(self, key: str, *allowed: Any, sized: bool = False) -> None:
-        """Insist on one of the values the family implements. sized: whether shapes depend on the key, so that a lenient
-        reader raises, too. Raises ConfigError naming key, value, choices and remedy."""
+        """Check that a key has one of the values that the family implements; null or absent is accepted.
+
+        sized: whether shapes depend on the key, so that a lenient reader raises an error, too. Raises: ConfigError with
+        the key, its value, the choices and the remedy.
+        """
         value = self.get(key, None)
         if value is None or value in allowed:
             return
@@ -130,13 +139,16 @@ class ConfigReader:
         self.unsupported(key, value, message)
 
     def unsupported(self, key: str, value: Any, message: str) -> None:
-        """Raise a ConfigError with a message, unless the reader is lenient. value: the part of key's that is meant."""
+        """Raise ConfigError with the message; a lenient reader records the key instead.
+
+        value: the unsupported part of the key's value.
+        """
         if not self._lenient:
             raise ConfigError(message)
         self.passed_over[key] = value
 
     def unknown(self) -> dict[str, Any]:
-        """Return the keys that nobody asked for, with values that say more than what any family does anyway."""
+        """Return the unused keys that are not harmless and do not have a usual value."""
         return {
             key: value
             for key, value in sorted(self._raw.items(), key=lambda item: str(item[0]))
@@ -144,17 +156,17 @@ class ConfigReader:
         }
 
     def finish(self, where: str, remedy: str) -> None:
-        """Raise ConfigError for any key nobody asked for that could change the maths. where: whose keys these are."""
+        """Raise ConfigError for unused keys that may change the computation. where: the owner of the keys."""
         if unknown := self.unknown():
             raise ConfigError(
-                f"config.json {where} has keys that may change the maths and are not supported: "
+                f"config.json {where} has keys that may change the computation and are not supported: "
                 f"{shown_settings(unknown)}; {remedy}"
             )
 
 
 def read_dtype(reader: ConfigReader) -> str:
-    """The dtype the checkpoint was published in ("bfloat16" when it does not say)."""
-    key = "torch_dtype" if reader.get("dtype", None) is None else "dtype"  # of both the newer, as transformers does
+    """Return the dtype in which the checkpoint was published, bfloat16 by default."""
+    key = "torch_dtype" if reader.get("dtype", None) is None else "dtype"  # dtype takes precedence, as in transformers
     dtype = canonical_dtype(str(reader.get(key, "bfloat16")))
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"config key {key!r} = {shown(dtype)} must be bfloat16, float16 or float32")
@@ -162,7 +174,10 @@ def read_dtype(reader: ConfigReader) -> str:
 
 
 def read_agreed(reader: ConfigReader, what: str, *keys: str, **how: Any) -> Any:
-    """A whole number under whichever of the keys the file uses; they must agree. how: of ConfigReader.whole."""
+    """Return a whole number that the file gives under one or more of the keys, which must agree.
+
+    how: arguments of ConfigReader.whole.
+    """
     used = [key for key in keys if reader.get(key, None) is not None] or keys[:1]
     counts = {key: reader.whole(key, **how) for key in used}
     if len(set(counts.values())) != 1:
@@ -171,5 +186,5 @@ def read_agreed(reader: ConfigReader, what: str, *keys: str, **how: Any) -> Any:
 
 
 def read_num_experts(reader: ConfigReader, *keys: str) -> int:
-    """How many experts there are, as read_agreed."""
+    """Return the number of experts; see read_agreed."""
     return read_agreed(reader, "experts", *keys, within=(1, _MAX_EXPERTS))

@@ -1,4 +1,4 @@
-"""Which keys of a config.json are refused although the rest is read: another model, code of its own, unknown keys."""
+"""Keys that make a config.json unsupported: another model, custom modeling code, or unknown keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _NO_MODEL = ("AutoFeatureExtractor", "AutoImageProcessor", "AutoProcessor", "Aut
 
 
 def foreign_keys(raw: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
-    """Return `architectures` and `auto_map` where they name a model other than the family's causal language model, or
-    modeling code that comes with the checkpoint."""
+    """Return `architectures` and `auto_map` if they name another model or custom modeling code.
+
+    Another model is one that is not the family's causal language model.
+    """
     foreign: dict[str, Any] = {}
     named = raw.get("architectures")
     known = {name.lower() for name in family.architectures}
@@ -35,28 +37,26 @@ def foreign_keys(raw: Mapping[str, Any], family: ModelFamily) -> dict[str, Any]:
 
 
 def suspicious_keys(reader: ConfigReader) -> dict[str, Any]:
-    """Return the unknown keys that by their names may change the computation; log a line for each of the others."""
+    """Return the unknown keys that may change the computation, by their names; log the others as warnings."""
     unknown = reader.unknown()
     harmless = {key: value for key, value in unknown.items() if not is_suspicious(key)}
     for key, value in list(harmless.items())[:MAX_SHOWN]:
-        _log_once(f"config.json: key {shown(key)} = {shown(value)} is not known and is passed over")
+        _log_once(f"config.json: key {shown(key)} = {shown(value)} is unknown and ignored")
     if more := and_more(len(harmless)):
-        _log_once(f"config.json:{more} keys are not known and are passed over")
+        _log_once(f"config.json:{more} keys are unknown and ignored")
     return {key: value for key, value in unknown.items() if key not in harmless}
 
 
 def refusal(family: ModelFamily, refused: Mapping[str, Any]) -> ConfigError:
-    """Return the error for keys of foreign_keys and suspicious_keys, which ends in the options that pass over them."""
+    """Return the error for keys of foreign_keys and suspicious_keys, which ends in the options that ignore them."""
     unknown = {key: value for key, value in refused.items() if key not in ("architectures", "auto_map")}
     reasons = []
     if "architectures" in refused:
-        reasons.append(
-            f"architectures {shown(refused['architectures'], 80)}, another model than {family.architectures[0]}"
-        )
+        reasons.append(f"architectures {shown(refused['architectures'], 80)} instead of {family.architectures[0]}")
     if "auto_map" in refused:
-        reasons.append(f"modeling code of its own (auto_map {shown(refused['auto_map'], 80)}), which is not run")
+        reasons.append(f"custom modeling code (auto_map {shown(refused['auto_map'], 80)}), which is not run")
     if unknown:
-        reasons.append(f"keys that may change the maths and are not supported: {shown_settings(unknown)}")
+        reasons.append(f"keys that may change the computation and are not supported: {shown_settings(unknown)}")
     options = [f"--ignore-config-key {shlex.quote(str(key))}" for key in refused if _can_be_pasted(key)]
     paste = ", or " + " ".join(options[:MAX_SHOWN]) + and_more(len(options)) if options else ""
     return ConfigError(
@@ -70,11 +70,11 @@ def noted(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _can_be_pasted(key: Any) -> bool:
-    """Tell whether a key is one that people can read and give as an option."""
+    """Return whether a key is readable and short enough to be given as an option."""
     return isinstance(key, str) and key.isprintable() and len(key) <= 60
 
 
 @lru_cache(maxsize=256)
 def _log_once(message: str) -> None:
-    """Log a warning the first time that it comes: a command reads its config.json more than once."""
+    """Log a warning once, because a command reads its config.json more than once."""
     _log.warning(message)

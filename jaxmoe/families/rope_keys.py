@@ -1,4 +1,4 @@
-"""Reading rotary embedding: rope_theta, rope_scaling, and the newer rope_parameters, as transformers reads them."""
+"""Reader of rotary embedding settings: rope_theta, rope_scaling and rope_parameters, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.families.reader import MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, is_finite, shown, shown_settings
 
 _ORIGINAL = "original_max_position_embeddings"
-# What a rope_scaling of each kind needs, and may have beside it.
+# Required and optional keys of each kind of rope_scaling.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("factor",),
@@ -27,15 +27,16 @@ _MAY: dict[str, tuple[str, ...]] = {
 _FIELDS = {
     kind: (*needed, *(key for key in _MAY.get(kind, ()) if not key.startswith("mscale")))
     for kind, needed in _NEEDS.items()
-}  # of RopeConfig
+}  # fields of RopeConfig
 _FORMS = ("rope_scaling", "rope_parameters")  # the published key and the newer one
-_SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")  # of any kind; a label, the last
+# Keys of any kind; the last is only a label.
+_SETTINGS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
 def rope_scalings(reader: ConfigReader) -> dict[str, Mapping[str, Any]]:
-    """Return the published rope_scaling and the newer rope_parameters by their keys, those that the file has.
+    """Return the objects rope_scaling and rope_parameters that the file has, by key.
 
-    Raises: ConfigError where one is no object.
+    Raises: ConfigError if one is not an object.
     """
     scalings: dict[str, Mapping[str, Any]] = {}
     for key in _FORMS:
@@ -50,7 +51,7 @@ def rope_scalings(reader: ConfigReader) -> dict[str, Mapping[str, Any]]:
 
 
 def check_agree(reader: ConfigReader, differ: Sequence[str]) -> None:
-    """Raise a ConfigError, unless the reader is lenient, for settings in which the two forms differ."""
+    """Raise ConfigError for settings in which the two forms differ; a lenient reader records them instead."""
     reader.unsupported(
         _FORMS[1],
         reader.stated(_FORMS[1]),
@@ -68,12 +69,12 @@ def read_rope(
     default_scaling: Mapping[str, Any] = MappingProxyType({}),
     interleaved: bool = False,
 ) -> RopeConfig:
-    """Read rotary settings in the published form (rope_theta, rope_scaling), the newer one (rope_parameters), or both
-    where they mean the same.
+    """Read rotary settings from rope_theta and rope_scaling, from rope_parameters, or from both if they agree.
 
-    max_positions: max_position_embeddings as the file has it. default_partial: the share of a head that is turned,
-    where the file does not say; None where a family turns all. default_scaling: a rope_scaling where the file has none.
-    Raises: ConfigError for an unknown scaling, a key of it that is unknown, or two forms that differ.
+    max_positions: max_position_embeddings of the file. default_partial: fraction of a head's dims to rotate if the file
+    has no partial_rotary_factor; None for families that rotate all dims. default_scaling: rope_scaling if the file has
+    none.
+    Raises: ConfigError for an unknown rope_type, an unknown key of rope_scaling, or two forms that differ.
     """
     forms = rope_scalings(reader)
     first, *others = (
@@ -90,8 +91,10 @@ def read_rope(
 
 
 def _differences(one: RopeConfig, other: RopeConfig, forms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the settings in which two differ, by the names of config.json; an attention_factor that only follows from
-    others is left out."""
+    """Return the settings in which two configs differ, by their names in config.json.
+
+    An attention_factor that only follows from other settings is left out.
+    """
     names = {"theta": "rope_theta", "scaling": "rope_type", "dims": "partial_rotary_factor"}
     differ = {field.name for field in fields(one) if getattr(one, field.name) != getattr(other, field.name)}
     if len(differ) > 1 and not any("attention_factor" in form for form in forms.values()):
@@ -110,7 +113,7 @@ def _read_form(
     default_partial: float | None,
     interleaved: bool,
 ) -> RopeConfig:
-    """What one of the two forms means with the keys beside it. form: its key in config.json."""
+    """Return the RopeConfig of one of the two forms and the keys at the top level. form: its key in config.json."""
     original = reader.whole(_ORIGINAL, None)
     inner = reader.inside(scaling)
     thetas = [one.number("rope_theta", None) for one in (inner, reader)]
@@ -125,7 +128,7 @@ def _read_form(
     dims = int(head_dim * partial)
     kind = _checked_kind(reader, form, scaling)
     values = {key: scaling[key] for key in (*_NEEDS[kind], *_MAY.get(kind, ())) if key in scaling}
-    if original is not None:  # beside rope_scaling, where transformers prefers it
+    if original is not None:  # transformers prefers the value at the top level
         values[_ORIGINAL] = original
     if kind == "yarn":
         values = _yarn(ConfigReader(values), max_positions)
@@ -148,7 +151,10 @@ def _kind(scaling: Mapping[str, Any]) -> Any:
 
 
 def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -> str:
-    """The kind of a rope_scaling whose keys are known. Raises: ConfigError; a lenient reader takes it as "none"."""
+    """Return the rope_type of a rope_scaling after checking its keys.
+
+    Raises: ConfigError for an unsupported one; a lenient reader returns "none" for an unknown rope_type.
+    """
     kind = _kind(scaling)
     kinds = ", ".join(name for name in _NEEDS if name != "none")
     if not isinstance(kind, str) or kind not in _NEEDS:
@@ -170,7 +176,8 @@ def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -
             message = f"has unsupported keys {which} for rope_type 'default': leave them out, or give {kinds}"
         said = {key: scaling.get(key) for key in extra}
         reader.unsupported(form, said, f"config key {form!r} {message}")
-    null_factor = kind == "yarn" and "factor" in scaling and scaling["factor"] is None  # the ratio of lengths
+    # A null factor of YaRN means the ratio of the context lengths.
+    null_factor = kind == "yarn" and "factor" in scaling and scaling["factor"] is None
     needed = () if null_factor else _NEEDS[kind]
     wrong = {key: scaling[key] for key in needed if scaling.get(key) is not None and not is_finite(scaling[key])}
     if wrong:
@@ -184,7 +191,7 @@ def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much YaRN sharpens attention for a context that grew by factor. Source: YaRN, DeepSeek's modeling code."""
+    """Return YaRN's scale for attention over a context extended by factor. Source: YaRN, DeepSeek's modeling code."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -204,7 +211,7 @@ def _yarn(scaling: ConfigReader, max_positions: int) -> dict[str, Any]:
     default = yarn_mscale(factor, 1.0)
     if mscale and all_dim:
         default = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-    truncate = scaling.get("truncate", False, absent=True)  # null is false, as transformers takes it
+    truncate = scaling.get("truncate", False, absent=True)  # transformers reads null as false
     if not isinstance(truncate, bool):
         raise ConfigError(f"config key 'truncate' = {shown(truncate)} must be true, false or null")
     return dict(
@@ -218,10 +225,11 @@ def _yarn(scaling: ConfigReader, max_positions: int) -> dict[str, Any]:
 
 
 def context_length(rope: RopeConfig, max_positions: int) -> int:
-    """Return the most positions of a sequence: max_position_embeddings, or YaRN's factor times the original context
-    where that is more, as it is where YaRN was added to a published config by hand.
+    """Return the maximum number of positions of a sequence.
 
-    Raises: ConfigError where that is beyond any context.
+    It is max_position_embeddings, or YaRN's factor times the original context if that is larger. That happens if YaRN
+    was added to a published config by hand.
+    Raises: ConfigError if it exceeds MAX_WHOLE.
     """
     if rope.scaling != "yarn":
         return max_positions

@@ -1,1 +1,1 @@
-"""Quantized matrices: formats, how blocks lie in parameters, tensors that quantize or dequantize what they read."""
+"""Quantized matrices: formats, layout of blocks in parameters, and tensors that quantize or dequantize on read."""

@@ -1,7 +1,7 @@
-"""Weight slices of numbers and of scales, from the weight slices of the plain matrices that they stand for.
+"""Weight slices of the numbers and scales of quantized matrices, derived from the slices of unquantized matrices.
 
-A checkpoint matrix here is [..., out, in]; its numbers may be packed along the inputs. Its scales are read at the
-parameter's own blocks: a ScaleView, each entry of which is that of the checkpoint block it lies in.
+A checkpoint matrix here is [..., out, in]; its numbers may be packed along the inputs. Scales are read through a
+ScaleView at the parameter's own blocks: each block gets the scale of the checkpoint block that contains it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from jaxmoe.weight_slice import ArrayIndex, WeightSlice
 
 
 def is_matrix(weight_slice: WeightSlice) -> bool:
-    """Whether the tensor is a matrix, or holds one of every expert."""
+    """Return whether the tensor is a matrix, or contains one matrix per expert."""
     return len(weight_slice.cut) == 2 and not weight_slice.path.endswith("bias")
 
 
 def oriented(weight_slice: WeightSlice) -> WeightSlice:
-    """The same weight slice of a matrix, of a tensor that is [..., out, in]: those of all experts are published the
-    other way round where they are plain."""
+    """Return the weight slice of a matrix with its tensor in the order [..., out, in].
+
+    Unquantized tensors that contain all experts are published as [..., in, out].
+    """
     if weight_slice.lead is None or weight_slice.transpose:
         return weight_slice
     swapped = lambda dims: (*dims[:-2], dims[-1], dims[-2])  # noqa: E731
@@ -36,7 +38,7 @@ def _slice_dims(index: ArrayIndex) -> list[int]:
 
 
 def block_alignment(weight_slice: WeightSlice, format: QuantizationFormat) -> BlockAlignment:
-    """What blocks along inputs and outputs must divide for this weight slice alone."""
+    """Return the extents that blocks along inputs and outputs must divide for this weight slice."""
     weight_slice = oriented(weight_slice)
     src, (inputs, outputs) = weight_slice.src, _slice_dims(weight_slice.dst)
 
@@ -57,12 +59,12 @@ def block_alignment(weight_slice: WeightSlice, format: QuantizationFormat) -> Bl
 
 
 def combined_alignment(one: BlockAlignment, other: BlockAlignment) -> BlockAlignment:
-    """What holds for both."""
+    """Return the block alignment that satisfies both."""
     return BlockAlignment(inputs=math.gcd(one.inputs, other.inputs), outputs=math.gcd(one.outputs, other.outputs))
 
 
 def number_slice(weight_slice: WeightSlice, format: QuantizationFormat) -> WeightSlice:
-    """The weight slice of the numbers as they are stored: two halves of a byte along the inputs are one item."""
+    """Return the weight slice of the stored numbers, in items that pack numbers along the inputs as the format does."""
     weight_slice = oriented(weight_slice)
     factor = format.packing_factor
     if factor == 1:
@@ -85,19 +87,24 @@ def number_slice(weight_slice: WeightSlice, format: QuantizationFormat) -> Weigh
 
 
 def block_shape(numbers: Sequence[int], scales: Sequence[int]) -> tuple[int, ...]:
-    """The extents of a parameter's blocks, in items of its numbers, from the shapes of both."""
+    """Return the extents of a parameter's blocks, in stored items, from the shapes of its numbers and scales."""
     return tuple(whole // count for whole, count in zip(numbers, scales, strict=True))
 
 
 def matrix_block_shape(weight_slice: WeightSlice, blocks: Sequence[int]) -> tuple[int, int]:
-    """Outputs and inputs of a block, for an oriented weight slice of numbers of a parameter with such blocks."""
+    """Return the extents of a block along outputs and inputs, for an oriented weight slice of numbers.
+
+    blocks: extents of the parameter's blocks.
+    """
     inputs, outputs = _slice_dims(weight_slice.dst)
     return blocks[outputs], blocks[inputs]
 
 
 def scale_slices(parts: Sequence[WeightSlice], blocks: Sequence[int]) -> Iterator[WeightSlice]:
-    """The weight slices of a parameter's scales, from those of its numbers; each key is the numbers' own, of a
-    ScaleView."""
+    """Yield the weight slices of a parameter's scales, from the weight slices of its numbers.
+
+    Each has the key of the numbers and reads from a ScaleView.
+    """
     seen = set()
     for weight_slice in parts:
         high, wide = matrix_block_shape(weight_slice, blocks)
@@ -105,7 +112,7 @@ def scale_slices(parts: Sequence[WeightSlice], blocks: Sequence[int]) -> Iterato
             at // block if isinstance(at, int) else slice(at.start // block, -(-at.stop // block))
             for at, block in zip(weight_slice.dst, blocks, strict=True)
         )
-        # Heads that share a scale for all their inputs give one weight slice.
+        # Heads that share a scale over all inputs yield one weight slice.
         where = tuple(chain.from_iterable((at,) if isinstance(at, int) else (at.start, at.stop) for at in dst))
         if where in seen:
             continue

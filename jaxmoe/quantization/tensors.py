@@ -1,5 +1,8 @@
-"""Tensors that files do not hold as they are wanted: numbers and scales of a checkpoint format, dequantized values, and
-plain matrices quantized. All are read by rows of their first dim, as those of files are."""
+"""Lazy tensors that convert the contents of files when rows are read.
+
+They give the numbers and scales of a checkpoint format, dequantized values, or quantized matrices. All of them are read
+by rows of the first dim, like tensors of files.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _BYTE_VALUES = np.stack([np.concatenate([_E2M1, -_E2M1])[np.arange(256) >> shift
 
 
 class LazyTensor(Protocol):
-    """A tensor of a file, or one made of such: path and start say where its bytes begin."""
+    """Read rows of a tensor from a file, or compute them from tensors of a file.
+
+    path, start: location of its first byte.
+    """
 
     path: Path
     start: int
@@ -26,25 +32,28 @@ class LazyTensor(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the rows that are read."""
+        """Return the dtype of the rows that are read."""
         ...
 
     @property
     def num_bytes(self) -> int:
-        """What all rows take in memory while they are read."""
+        """Return the memory in bytes that all rows take while they are read."""
         ...
 
     def at(self, index: int) -> LazyTensor:
-        """One entry of the first dim, as a tensor by itself."""
+        """Return one entry of the first dim as a tensor."""
         ...
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         ...
 
 
 class _TensorView:
-    """What tensors made of one of a file share; those of two dims are read, others an entry at a time."""
+    """Provide the common part of tensors derived from a tensor of a file.
+
+    Tensors of two dims are read by rows; others are read one entry at a time.
+    """
 
     def __init__(self, source: LazyTensor, shape: tuple[int, ...], dtype: Any) -> None:
         self.source, self.shape, self.dtype = source, shape, np.dtype(dtype)
@@ -52,27 +61,27 @@ class _TensorView:
 
     @property
     def num_bytes(self) -> int:
-        """What the rows take that they come from, or float32 that values pass through."""
+        """Return the bytes of all source rows, or of their values in float32 if that is more."""
         return max(self.source.num_bytes, math.prod(self.shape) * 4)
 
 
 class ReshapedTensor(_TensorView):
-    """The same numbers in the same order, in other dims after the first."""
+    """Reshape the dims after the first; the numbers and their order stay the same."""
 
     def __init__(self, source: LazyTensor, shape: tuple[int, ...]) -> None:
         super().__init__(source, shape, source.dtype)
 
     def at(self, index: int) -> ReshapedTensor:
-        """One entry of the first dim."""
+        """Return one entry of the first dim."""
         return ReshapedTensor(self.source.at(index), self.shape[1:])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         return self.source.read_rows(start, stop).reshape(stop - start, *self.shape[1:])
 
 
 class TransposedTensor(_TensorView):
-    """The same numbers with the last two dims exchanged; all rows of a matrix are read for any."""
+    """Exchange the last two dims of a tensor; reading any row reads the whole source matrix."""
 
     def __init__(self, source: LazyTensor) -> None:
         *lead, rows, columns = source.shape
@@ -80,43 +89,43 @@ class TransposedTensor(_TensorView):
 
     @property
     def num_bytes(self) -> int:
-        """Few: rows are best read all at once."""
+        """Return a small size so that the reader takes all rows in one call."""
         return self.shape[0]
 
     def at(self, index: int) -> TransposedTensor:
-        """One entry of the first dim."""
+        """Return one entry of the first dim."""
         return TransposedTensor(self.source.at(index))
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         return self.source.read_rows(0, self.source.shape[0]).T[start:stop]
 
 
 class BitcastTensor(_TensorView):
-    """The bits of numbers of eight of them."""
+    """Reinterpret 8-bit numbers as uint8."""
 
     def __init__(self, source: LazyTensor) -> None:
         super().__init__(source, source.shape, np.uint8)
 
     @property
     def num_bytes(self) -> int:
-        """What the rows take that they come from."""
+        """Return the bytes of all source rows."""
         return self.source.num_bytes
 
     def at(self, index: int) -> BitcastTensor:
-        """One entry of the first dim."""
+        """Return one entry of the first dim."""
         return BitcastTensor(self.source.at(index))
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         return self.source.read_rows(start, stop).view(np.uint8)
 
 
 class ScaleView(_TensorView):
-    """Checkpoint scales [..., rows, columns] at the blocks of a parameter: each has the scale of the block that it lies
-    in.
+    """Read checkpoint scales [..., rows, columns] at the blocks of a parameter.
 
-    outputs, inputs: of a checkpoint block (inputs None: all); high, wide: of a parameter's.
+    Each block gets the scale of the checkpoint block that contains it. outputs, inputs: extents of a checkpoint block
+    (inputs=None: all). high, wide: extents of a parameter block along outputs and inputs.
     """
 
     def __init__(
@@ -128,18 +137,18 @@ class ScaleView(_TensorView):
         self._columns = np.arange(shape[-1]) * (0 if inputs is None else wide) // (inputs or 1)
 
     def at(self, index: int) -> ScaleView:
-        """One entry of the first dim."""
+        """Return one entry of the first dim."""
         return ScaleView(self.source.at(index), self.shape[1:], **self._blocks)  # type: ignore[arg-type]
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         rows = np.arange(start, stop) * self._high // self._outputs
         values = self.source.read_rows(int(rows[0]), int(rows[-1]) + 1)
         return values[rows - rows[0]][:, self._columns]
 
 
 class DequantizedTensor(_TensorView):
-    """The values [..., out, in] of numbers and their checkpoint scales, as float32."""
+    """Compute float32 values [..., out, in] from numbers and their checkpoint scales."""
 
     def __init__(self, numbers: LazyTensor, scales: LazyTensor, format: QuantizationFormat) -> None:
         *lead, outputs, items = numbers.shape
@@ -147,20 +156,20 @@ class DequantizedTensor(_TensorView):
         self._scales, self._format = scales, format
 
     def at(self, index: int) -> DequantizedTensor:
-        """One entry of the first dim."""
+        """Return one entry of the first dim."""
         return DequantizedTensor(self.source.at(index), self._scales.at(index), self._format)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim."""
+        """Return rows start..stop of the first dim."""
         block = self._format.outputs
         scales = self._scales.read_rows(start // block, -(-stop // block))
         return dequantize(self.source.read_rows(start, stop), scales, self._format, first=start % block)
 
 
 def dequantize(numbers: np.ndarray, scales: np.ndarray, format: QuantizationFormat, *, first: int = 0) -> np.ndarray:
-    """float32 values [..., out, in] of numbers (packed where the format packs) and the scales of their blocks.
+    """Return float32 values [..., out, in] from numbers (packed if the format packs them) and block scales.
 
-    first: the row of a block that the first row is.
+    first: index of the first row within its block.
     """
     values = (
         _BYTE_VALUES[numbers].reshape(*numbers.shape[:-1], -1)
@@ -175,14 +184,16 @@ def dequantize(numbers: np.ndarray, scales: np.ndarray, format: QuantizationForm
 
 
 def _as_float(scales: np.ndarray) -> np.ndarray:
-    """Scales as float32; those of eight bits are exponents."""
+    """Return scales as float32; 8-bit scales are exponents."""
     scales = scales.view(ml_dtypes.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
     return scales.astype(np.float32)
 
 
 def scales_of(values: np.ndarray, format: QuantizationFormat) -> np.ndarray:
-    """float32 scales of the blocks of float32 values [out, in]: the largest number of a block becomes the largest there
-    is, QMAX of the dtype. 0 where that would be no normal number."""
+    """Return the float32 scales of the blocks of float32 values [out, in].
+
+    A scale is the largest magnitude of its block divided by QMAX of the dtype, or 0 if that is not a normal number.
+    """
     wide = format.inputs or values.shape[1]
     largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], wide), axis=1)
     largest = np.maximum.reduceat(largest, np.arange(0, len(values), format.outputs), axis=0)
@@ -191,14 +202,16 @@ def scales_of(values: np.ndarray, format: QuantizationFormat) -> np.ndarray:
 
 
 def check_quantizable(name: str, scales: np.ndarray) -> None:
-    """Raise a CheckpointError where scales of a tensor tell of a number that is not finite."""
+    """Raise CheckpointError if the scales of a tensor show that it contains a non-finite number."""
     if not np.isfinite(scales).all():
-        raise CheckpointError(f"tensor {name!r} holds a number that is not finite: it cannot be quantized")
+        raise CheckpointError(f"tensor {name!r} contains a number that is not finite, so it cannot be quantized")
 
 
 def quantized(values: np.ndarray, scales: np.ndarray, format: QuantizationFormat) -> np.ndarray:
-    """Numbers of float32 values [out, in], which it writes over: divided by the scales of their blocks, rounded to
-    nearest, ties to even."""
+    """Return the numbers of float32 values [out, in], and overwrite the values.
+
+    Values are divided by the scales of their blocks and rounded to nearest, ties to even.
+    """
     divisors = np.where(scales > 0, scales, np.float32(1))
     if format.inputs is not None:
         divisors = np.repeat(divisors, format.inputs, axis=1)[:, : values.shape[1]]
@@ -214,48 +227,48 @@ def quantized(values: np.ndarray, scales: np.ndarray, format: QuantizationFormat
 
 
 class TensorQuantizer:
-    """Plain matrices [..., out, in] as numbers and scales, as scales_of and quantized give them."""
+    """Quantize matrices [..., out, in] into numbers and scales on read; see scales_of and quantized."""
 
     def __init__(self, source: LazyTensor, format: QuantizationFormat, name: str) -> None:
-        """name: of the tensor, for errors."""
+        """Create a quantizer. name: name of the tensor in errors."""
         assert format.packing_factor == 1
         *lead, outputs, inputs = source.shape
         self.source, self.format, self.name = source, format, name
         columns = 1 if format.inputs is None else -(-inputs // format.inputs)
         self.scale_shape = (*lead, -(-outputs // format.outputs), columns)
         self._entries: dict[int, TensorQuantizer] = {}
-        self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # kept once they are found: they are few
+        self._scales = np.zeros(self.scale_shape[-2:], np.float32)  # cached, because they are few
         self._known = np.zeros(len(self._scales), bool)
 
     @property
     def numbers(self) -> LazyTensor:
-        """Of the shape of the source."""
+        """Return the numbers, in the shape of the source."""
         return _QuantizedNumbers(self)
 
     @property
     def scales(self) -> LazyTensor:
-        """Of all blocks."""
+        """Return the scales of all blocks."""
         return _QuantizedScales(self)
 
     def at(self, index: int) -> TensorQuantizer:
-        """Of one entry of the first dim."""
+        """Return the quantizer of one entry of the first dim."""
         return self._entries.setdefault(index, TensorQuantizer(self.source.at(index), self.format, self.name))
 
     def numbers_of(self, start: int, stop: int) -> np.ndarray:
-        """Numbers of rows start..stop."""
+        """Return the numbers of rows start..stop."""
         high = self.format.outputs
         first, last = start // high, -(-stop // high)
         numbers = quantized(self._find(first, last), self._scales[first:last], self.format)
         return numbers[start - first * high : stop - first * high]
 
     def scales_of(self, first: int, last: int) -> np.ndarray:
-        """Scales of rows first..last of blocks."""
+        """Return the scales of block rows first..last."""
         if not self._known[first:last].all():
             self._find(first, last)
         return self._scales[first:last]
 
     def _find(self, first: int, last: int) -> np.ndarray:
-        """The values of rows first..last of blocks, whose scales are then known. Raises: CheckpointError."""
+        """Return the values of block rows first..last and cache their scales. Raises: CheckpointError."""
         high = self.format.outputs
         values = self.source.read_rows(first * high, min(last * high, self.source.shape[0])).astype(np.float32)
         self._scales[first:last] = scales = scales_of(values, self.format)

@@ -115,7 +115,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
         ["good", "out", "--to", "hf", "--mesh", "expert=8"],
         ["mesh='expert=8' cuts the chunks of an orbax", "leave it out"],
     ),
-    (["good", "out", "--ignore-config-key", "nokey"], ["--ignore-config-key 'nokey' names no key of config.json"]),
+    (["good", "out", "--ignore-config-key", "nokey"], ["--ignore-config-key 'nokey' is not a key of config.json"]),
     (["good", "out", "--weights-dtype", "int4"], ["weights_dtype='int4' must be one of float32, bfloat16, float16"]),
     (["good", "out", "--weights-dtype", "int8-block"], ["int8-block has no checkpoint format", "int8, fp8, fp8-block"]),
     (["good", "out", "--ram-gib", "0"], ["ram_gib=0.0 must lie in [0.125,"]),

@@ -98,7 +98,7 @@ def test_another_head_is_refused_by_name(family, head):
     own = FAMILIES[family].architectures[0]
     assert _read(family, architectures=[own.upper()]) == read_config(QUICK[family])  # LLaMAForCausalLM, too
     named = own.removesuffix("ForCausalLM") + head
-    with pytest.raises(ConfigError, match=rf"has architectures \['{named}'\], another model than {own}; .* --ignore"):
+    with pytest.raises(ConfigError, match=rf"has architectures \['{named}'\] instead of {own}; .* --ignore"):
         _read(family, architectures=[named])
     assert read_config(QUICK[family] | {"architectures": [named]}, ignore=["architectures"]) is not None
 
@@ -110,7 +110,7 @@ def test_code_of_the_checkpoints_own_is_refused(family):
     if family in OWN_CODE:
         assert _read(family, auto_map=code) == read_config(QUICK[family])
         return
-    with pytest.raises(ConfigError, match=r"modeling code of its own \(auto_map .* --ignore-config-key auto_map$"):
+    with pytest.raises(ConfigError, match=r"custom modeling code \(auto_map .* --ignore-config-key auto_map$"):
         _read(family, auto_map=code)
 
 
@@ -130,7 +130,7 @@ def test_another_unknown_key_passes_with_one_line(caplog):
         for _ in range(2):
             assert _read("llama", max_sequence_length=2048) == read_config(QUICK["llama"])
     assert [record.message for record in caplog.records] == [
-        "config.json: key 'max_sequence_length' = 2048 is not known and is passed over"
+        "config.json: key 'max_sequence_length' = 2048 is unknown and ignored"
     ]
     for key in ("attn_logit_cap", "attention_sink_tokens", "mup_base", "logits_scaling", "residual_multiplier"):
         with pytest.raises(ConfigError, match=f"not supported: '{key}' = 1"):
@@ -247,8 +247,8 @@ def test_what_the_text_part_says_of_another_model_is_looked_at():
     for key, value, words in (
         ("quantization", {"group_size": 64, "bits": 4}, "'quantization' = .* is the format of MLX, which is not supp"),
         ("compression_config", {"config_groups": {}}, "'compression_config' = .* the format of compressed-tensors"),
-        ("architectures", ["Llama4ForSequenceClassification"], "has architectures .*, another model than Llama4ForC"),
-        ("auto_map", {"AutoModel": "modeling_x.X"}, "modeling code of its own"),
+        ("architectures", ["Llama4ForSequenceClassification"], "has architectures .* instead of Llama4ForC"),
+        ("auto_map", {"AutoModel": "modeling_x.X"}, "custom modeling code"),
     ):
         with pytest.raises(ConfigError, match=words):
             read_config(whole(**{key: value}))

@@ -72,7 +72,7 @@ def test_the_name_of_the_published_format_keeps_it(name, words):
     assert config.checkpoint_quantization.format.names == tuple(words.split())
     for word in words.split():
         assert choose_dtypes(config, weights_dtype=word, **chosen) == (config, config.dtype)
-    with pytest.raises(ConfigError, match=r"weights_dtype=int8-block quantizes plain checkpoints"):
+    with pytest.raises(ConfigError, match=r"weights_dtype=int8-block needs an unquantized checkpoint"):
         choose_dtypes(config, weights_dtype="int8-block", **chosen)
 
 
@@ -83,9 +83,9 @@ def test_an_empty_dtype_is_no_dtype():
 
 def test_blocks_of_packed_numbers_must_divide_inputs():
     case = CASES_BY_NAME["mixtral_six_experts"].config | {"hidden_size": 96, "intermediate_size": 56}
-    with pytest.raises(ConfigError, match=r"56 inputs, of which nvfp4 makes blocks of 16"):
+    with pytest.raises(ConfigError, match=r"56 inputs, not a multiple of the nvfp4 block size 16"):
         read_config(case | {"quantization_config": NVFP4_SETTINGS}, planned=True)
-    with pytest.raises(ConfigError, match=r"moe/experts/down has 44 inputs.*blocks of 32"):
+    with pytest.raises(ConfigError, match=r"moe/experts/down has 44 inputs.*block size 32"):
         config_of(form("mxfp4"), "mixtral_six_experts", hidden_size=96)
 
 
@@ -133,7 +133,7 @@ def test_what_compressed_tensors_writes_beside_a_format_is_passed_over():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (NVFP4_SETTINGS, "quant_method 'modelopt', which is sized and planned (jaxmoe info, jaxmoe plan), not run"),
+        (NVFP4_SETTINGS, "quant_method 'modelopt', which can be sized and planned (jaxmoe info, jaxmoe plan) but not"),
         (NVFP4_SETTINGS | {"quant_algo": "FP8"}, "quant_algo 'FP8'; only 'NVFP4' is supported"),
         (NVFP4_SETTINGS | {"group_size": 32}, "group_size 32; only 16"),
         (NVFP4_SETTINGS | {"rotation": "hadamard"}, "'rotation' = 'hadamard'"),
@@ -153,7 +153,7 @@ def test_what_compressed_tensors_writes_beside_a_format_is_passed_over():
         (form("int8-channel", format="pack-quantized"), "format 'pack-quantized' of type 'int'"),
         (form("int8-channel", config_groups={}), "one group in config_groups"),
         (form("int8-channel", kv_cache_scheme={"num_bits": 8}), "has kv_cache_scheme"),
-        (form("int8-channel", ignore=["re:("]), "no pattern"),
+        (form("int8-channel", ignore=["re:("]), "not a valid pattern"),
         (form("int8-channel", rotation="hadamard"), "'rotation' = 'hadamard'"),
         (form("int8-channel", sparsity_config={"sparsity_structure": "2:4"}), "has sparsity_config"),
         (compressed(zero_point=3), "'zero_point' = 3"),
@@ -178,7 +178,7 @@ def test_weights_dtype_says_what_is_kept():
     assert with_weights_dtype(quantized, None) == quantized
     assert with_weights_dtype(quantized, "bfloat16").quantization is None
     with pytest.raises(
-        ConfigError, match=r"weights_dtype=int8 quantizes plain checkpoints, this one has quant_method 'fp8'"
+        ConfigError, match=r"weights_dtype=int8 needs an unquantized checkpoint, but this one has quant_method 'fp8'"
     ):
         with_weights_dtype(quantized, "int8")
     with pytest.raises(ConfigError, match=r"weights_dtype='int4' must be one of float32, .*fp8-block"):

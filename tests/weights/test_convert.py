@@ -230,7 +230,7 @@ def test_what_nvidia_says_in_a_file_beside_config_is_read(source, tmp_path):
     convert(source, tmp_path / "bits")
     for name in ("config.json", BESIDE):
         assert (tmp_path / "bits" / name).read_bytes() == (source / name).read_bytes()
-    with pytest.raises(ConfigError, match="quant_method 'modelopt', which is sized and planned"):
+    with pytest.raises(ConfigError, match="quant_method 'modelopt', which can be sized and planned"):
         convert(source, tmp_path / "out", weights_dtype="float32")
     beside.write_text("{")
     with pytest.raises(CheckpointError, match=f"{BESIDE} is not readable JSON"):

@@ -346,5 +346,5 @@ def test_a_number_that_is_not_finite_is_not_quantized_on_load(tiny_dir, tmp_path
     tensor = load_file(tiny_dir("llama_mha") / "model.safetensors")[key].copy()
     tensor[3, 5] = np.inf
     directory = _changed(tiny_dir, tmp_path, "llama_mha", replace={key: tensor})
-    with pytest.raises(CheckpointError, match=f"tensor '{key}' holds a number that is not finite"):
+    with pytest.raises(CheckpointError, match=f"tensor '{key}' contains a number that is not finite"):
         LLM.load(directory, mesh=mesh_of(ONE_DEVICE), weights_dtype="int8")

@@ -178,9 +178,9 @@ def _bad(tmp_path: Path, case: str) -> Path:
             "weights_dtype=int8-block has no checkpoint format .* choose one of int8, fp8, fp8-block",
         ),
         ("gpt_oss_window", "fp8", "family gpt_oss holds the matrices of all experts in one tensor"),
-        ("quantized", "int8", "weights_dtype=int8 quantizes plain checkpoints, this one has quant_method 'fp8'"),
+        ("quantized", "int8", "weights_dtype=int8 needs an unquantized checkpoint, but this one has"),
         ("unknown", "int8", "model_type 'none', which is not a supported family"),
-        ("nan", "fp8-block", r"o_proj.weight' holds a number that is not finite"),
+        ("nan", "fp8-block", r"o_proj.weight' contains a number that is not finite"),
         (LLAMA, "int4", "weights_dtype='int4' must be one of float32, bfloat16, float16, int8, fp8, fp8-block"),
     ],
 )
