@@ -92,7 +92,7 @@ class AsyncEngine:
     ) -> None:
         if isinstance(model, LLM) and (mesh is not None or dtype is not None or load):
             raise ConfigError(
-                "mesh, dtype or other arguments of LLM.load come with an LLM, which is loaded already; remove them"
+                "mesh, dtype or other load arguments were given with an LLM, which is loaded already; remove them"
             )
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
