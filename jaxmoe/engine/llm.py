@@ -161,7 +161,7 @@ class LLM:
         sizes = segment_sizes(config, placement, shapes.layer_segments)
         parts = assign_weight_slices(directory, tensors, config, sizes, shapes.layer_segments)
 
-        with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
+        with ThreadPoolExecutor(1) as beside:  # only after all checks, as compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
             arrays = load_params(tensors, table, parts, config, on_progress=on_progress)
         if ready.result() != chosen:  # native kernels do not compile here; other kernels need other arrays
