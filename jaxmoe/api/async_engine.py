@@ -1,4 +1,4 @@
-"""Many requests at once, from asynchronous code: the loop of the engine runs in a thread of its own."""
+"""The asynchronous serving API: many concurrent requests, with the engine loop in its own thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 
 @contextlib.contextmanager
 def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error for programs compiled at start-up; nothing where that is not a terminal."""
+    """Show a progress bar of compiled programs on standard error, if standard error is a terminal."""
     console = Console(stderr=True, highlight=False)
     tokens, each = scheduler_config.pool_tokens * scheduler_config.num_ranks, llm.runner.bytes_per_token
     label = f"pages for {tokens} tokens of {each} bytes ({tokens * each / 2**30:.2f} GiB); compiling steps"
@@ -44,17 +44,33 @@ def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callab
 
 
 class AsyncEngine:
-    """A model that serves requests as they come. Start-up compiles every program it will run.
+    """Serve requests concurrently from asynchronous code, with continuous batching.
 
-    model, mesh, dtype and what else `load` names: as LLM.load. max_num_seqs: run at once, over all ranks of the batch;
-    rounded up. context: tokens of a request at most; the model's own by default. kv_cache_gib: for keys and values on
-    each device; by default 1 on a CPU, 90% of what is left on an accelerator. host_cache_gib: of host memory, for
-    pages that are taken off the devices and come back instead of being computed again, where that is measured to be
-    cheaper. page_size: tokens; as many on each rank of a context. chunk_tokens: of prompts, a step and rank.
-    decode_steps: tokens that a request decodes in one step where no prompt waits. on_compile is told (programs ready,
-    programs in all) at start-up; by default a bar shows them on a terminal, with the size of the pool. trace: a file
-    that close() writes what happened to, with a page beside it (engine/trace.py).
-    Raises: as LLM.load, and ConfigError for sizes that cannot be.
+    Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close().
+
+    Args:
+        model: As in LLM.load, or a loaded LLM.
+        mesh: As in LLM.load.
+        dtype: As in LLM.load.
+        max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch; rounded up.
+        context: Maximum number of tokens of a request, prompt included. By default the context length of the model.
+        kv_cache_gib: GiB of each device for the KV cache. By default 1 on a CPU, and 90% of the free memory on an
+            accelerator.
+        host_cache_gib: GiB of host memory for pages that are evicted from the devices. A prompt that matches them
+            swaps them in. Used only if copying a page is measured to be faster than computing it.
+        page_size: Tokens of a page on each context-parallel rank.
+        chunk_tokens: Maximum number of prompt tokens per step and rank; rounded up to whole blocks.
+        decode_steps: Maximum number of tokens that a request decodes in one step while no prompt waits.
+        trace: A file to which close() writes a trace, next to an HTML page (engine/trace.py).
+        on_compile: Called at start-up with (programs compiled, total programs). By default a progress bar shows both on
+            a terminal, with the size of the KV cache.
+        **load: Further arguments of LLM.load.
+
+    Raises:
+        ConfigError: If a size is out of range, the KV cache does not fit, or arguments of LLM.load are given with a
+            loaded LLM.
+        RequestError: If the trace file cannot be written.
+        JaxmoeError: As in LLM.load.
     """
 
     def __init__(
@@ -76,7 +92,7 @@ class AsyncEngine:
     ) -> None:
         if isinstance(model, LLM) and (mesh is not None or dtype is not None or load):
             raise ConfigError(
-                "mesh, dtype and other options of loading were given with an LLM, which is loaded already"
+                "mesh, dtype or other load arguments were given with an LLM, which is loaded already; remove them"
             )
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
@@ -90,7 +106,7 @@ class AsyncEngine:
                 self._scheduler_config, trace=None if trace is None else Trace(self.llm.trace_facts())
             )
         except RequestError as error:
-            raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have: {error}") from error
+            raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have free: {error}") from error
         try:
             self._warm_up(on_compile)
         except BaseException:
@@ -99,7 +115,7 @@ class AsyncEngine:
         self._ids = itertools.count()
         self._event_queues: dict[str, _EventQueue] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # around _closed and the names in use
+        self._lock = threading.Lock()  # guards _closed and _event_queues
         self._closed = self._released = self._failed = False
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
@@ -120,12 +136,25 @@ class AsyncEngine:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> RequestStream:
-        """The tokens of one request as they come: `async for event in engine.stream(...)`.
+        """Submit a request and stream its tokens: `async for event in engine.stream(...)`.
 
-        priority: lower is served first. timeout_s: seconds from now after which the request ends.
-        Raises: RequestError at the call for a prompt or value out of range, an id that is in use, or a request that can
-        never fit; StepError while listening if a step failed with it, its logits are not finite, or the engine ended
-        it.
+        Call it from a coroutine. The request is cancelled when its stream is closed or garbage-collected.
+
+        Args:
+            prompt: A text or token ids.
+            params: Sampling parameters.
+            request_id: Name of the request, for cancel and for traces. By default a new name.
+            priority: Requests of lower priority values are served first.
+            timeout_s: Seconds from now after which the request ends.
+
+        Returns:
+            An asynchronous iterator over the token events of all n samples.
+
+        Raises:
+            RequestError: At the call, if an argument is out of range, the request can never fit, request_id is in use,
+                the engine is closed, or no event loop is running.
+            StepError: While iterating, if a step that computed the request failed, its logits are not finite, or it was
+                cancelled or timed out.
         """
         ids = self.llm.checked_prompt(prompt, params)
         self._core.check(len(ids), params)
@@ -148,14 +177,25 @@ class AsyncEngine:
         return RequestStream(event_queue, params.n, lambda: self._commands.put(lambda: self._cancel(event_queue)))
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its pages are free at once. An unknown or ended one is left alone."""
-        with self._lock:  # behind the request itself, where that is being queued now
+        """Cancel a request and release its pages. Does nothing if the id is unknown or the request has ended.
+
+        Args:
+            request_id: Id of the request, as given to stream or as RequestStream.request_id.
+        """
+        with self._lock:  # so that the command is queued after the submission of the request
             event_queue = self._event_queues.get(request_id)
             if event_queue is not None:
                 self._commands.put(lambda: self._cancel(event_queue))
 
     def stats(self) -> dict[str, Any]:
-        """Counts since start-up, and what is held now."""
+        """Return statistics of the engine.
+
+        Returns:
+            Totals since start-up: steps, new_tokens, prompt_tokens, cached_prompt_tokens, prefix_hit_rate (a fraction
+            of prompt_tokens), preemptions, pages_evicted and pages_swapped_in. Current numbers: running, waiting,
+            pages_in_use and pages_on_host. Sizes over all ranks of the batch: num_pages and pool_tokens. Sizes of one
+            page and one token: page_size in tokens, and bytes_per_token over all devices that share a rank.
+        """
         scheduler, scheduler_config = self._core.scheduler, self._scheduler_config
         prompt = scheduler.num_prompt_tokens
         return {
@@ -175,7 +215,11 @@ class AsyncEngine:
         }  # fmt: skip
 
     def close(self) -> None:
-        """End every request and the thread; write the trace where one was asked for."""
+        """Cancel all requests, stop the engine thread, and write the trace if one was requested.
+
+        Raises:
+            RequestError: If the trace cannot be written.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -194,13 +238,13 @@ class AsyncEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- in the engine's thread ---
+    # --- in the engine thread ---
 
     def _run(self) -> None:
         try:
             self._serve()
             reason, fault = "cancelled", None
-        except Exception as error:  # nothing is left to serve with: say so to everyone rather than fall silent
+        except Exception as error:  # the engine cannot go on: raise in every stream rather than hang
             self._failed = True
             reason, fault = "error", StepError(f"the engine stopped: {error}")
             fault.__cause__ = error
@@ -255,11 +299,11 @@ class AsyncEngine:
 
 
 class _EventQueue:
-    """Queue of one request's events, from the engine's thread to its asynchronous consumer."""
+    """Pass the events of one request from the engine thread to its asynchronous consumer."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.requests: list[Request] = []  # that have not ended
+        self.requests: list[Request] = []  # samples that have not ended
         self.events: asyncio.Queue[TokenEvent | RequestFinished] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()
@@ -267,15 +311,16 @@ class _EventQueue:
             raise RequestError("engine.stream is for asynchronous code: call it inside a coroutine") from None
 
     def put(self, event: TokenEvent | RequestFinished) -> None:
-        """Add an event. Called in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        """Add an event. Called by the engine thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so there is no consumer
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class RequestStream:
-    """The tokens of one request, for one listener. Ends after the event that ends its last sample.
+    """Iterate asynchronously over the token events of one request, for a single consumer.
 
-    A request whose stream nobody listens to any more, or holds any more, ends.
+    The iteration ends after the last token of the last sample. The request is cancelled when the iteration is left
+    early or the stream is garbage-collected.
     """
 
     def __init__(self, event_queue: _EventQueue, num_samples: int, end: Callable[[], None]) -> None:
@@ -302,7 +347,7 @@ def _scheduler_config(
     llm: LLM, *, max_num_seqs: int, context: int | None, kv_cache_gib: float | None, page_size: int, chunk_tokens: int,
     decode_steps: int, host_cache_gib: float,
 ) -> SchedulerConfig:  # fmt: skip
-    """The engine's limits from what a user asked for. Raises: ConfigError naming the value that cannot be."""
+    """Convert the arguments of AsyncEngine to a SchedulerConfig. Raises: ConfigError that names an invalid value."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if context is None else context
     named = {
@@ -313,7 +358,7 @@ def _scheduler_config(
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
     if context > longest:
-        raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
+        raise ConfigError(f"context={context} must lie in [1, {longest}], the context of the model")
     if kv_cache_gib is None:
         kv_cache_gib = _spare_gib()
     for name, gib in (("kv_cache_gib", kv_cache_gib), ("host_cache_gib", host_cache_gib)):
@@ -322,7 +367,7 @@ def _scheduler_config(
     token_bytes = runner.device_bytes_per_token
     num_pages = int(kv_cache_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
-        raise ConfigError(f"kv_cache_gib={kv_cache_gib} does not hold one page of {page_size} tokens: give more")
+        raise ConfigError(f"kv_cache_gib={kv_cache_gib} does not hold one page of {page_size} tokens: increase it")
     page_size *= runner.context_ranks
     seq_slots = runner.padded_num_seqs(max_num_seqs) // runner.num_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
@@ -342,7 +387,7 @@ def _scheduler_config(
 
 
 def _spare_gib() -> float:
-    """Memory for pages where the user named none."""
+    """Return the default of kv_cache_gib: GiB of KV cache on each device."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return _DEFAULT_CPU_GIB

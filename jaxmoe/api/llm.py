@@ -1,4 +1,4 @@
-"""The Python API: load a checkpoint on a mesh, generate, score."""
+"""The offline Python API: load a checkpoint onto a device mesh, generate text, score tokens."""
 
 from __future__ import annotations
 
@@ -45,13 +45,23 @@ from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.verify import check_whole
 
 Prompt = str | Sequence[int]
-_MAX_PREFILL_TOKENS = 65536  # scored at once
-_CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens of a step and rank
-_OPEN_TOKENS = 1024  # new ones that there are pages for, of each request that may go on to the end of the context
+_MAX_PREFILL_TOKENS = 65536  # tokens of one batch of LLM.score
+_CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens per step and rank
+_OPEN_TOKENS = 1024  # new tokens to allocate pages for, per request without max_tokens
 
 
 class LLM:
-    """A model on a mesh. Make one with LLM.load."""
+    """Load and run one model on a device mesh: generate, stream, chat and score.
+
+    Create instances with LLM.load. A call allocates a KV cache for its requests, or reuses that of an earlier call
+    if it is large enough.
+
+    Args:
+        runner: Weights and compiled steps.
+        tokenizer: Tokenizer of the checkpoint; without one (None), prompts must be token ids.
+        eos: End tokens of the model.
+        max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch.
+    """
 
     def __init__(
         self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_num_seqs: int = 64
@@ -80,29 +90,51 @@ class LLM:
         verify: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> LLM:
-        """Read a checkpoint, as Hugging Face publishes it or as jaxmoe convert wrote it, onto a device mesh.
+        """Load a checkpoint onto a device mesh, as published on Hugging Face or as written by `jaxmoe convert`.
 
-        model: a directory, a preset ("demo") or a hub id. mesh: axes ("data=2,tensor=2,expert=2"), a preset, or a Mesh
-        over some of these axes, whose devices keep their coordinates; axes that need fewer devices than there are take
-        the nearest ones and log a warning; None puts all devices on expert (MoE) or tensor (dense). dtype: of weights
-        and activations; None keeps the checkpoint's. weights_dtype: how matrices of attention, MLPs and experts are
-        kept: None as in the checkpoint, quantized ones too, as their own format's name does; int8, fp8 (a scale for
-        each output), int8-block, fp8-block (for 128x128) quantizes plain ones; float32, bfloat16 or float16, which is
-        dtype's own, dequantizes. kv_dtype: of cached keys and values: float32, bfloat16, fp8, int8, or dtype's own
-        (None). kernels: KernelConfig, or a mapping such as {"grouped": "blocks"}; what it does not name is what runs
-        fastest here: on a CPU the native kernels where there is a C++ compiler. max_num_seqs: requests run together,
-        rounded up to a power of two a rank. layout: which axes share out tokens, layers and experts (parallel/layouts).
-        virtual_stages: of each pipeline stage: more make stages wait less and send more. redundant_experts: places for
-        experts beyond their number in each MoE layer, 0 or more (rounded up so that all ranks have as many), to move
-        experts among by place_experts; None keeps them in order. verify: hold a converted checkpoint against its
-        checksums first (reads it once more). on_progress is told (bytes of parameters filled, bytes in all) as files
-        are read.
-        Raises: CheckpointError, ConfigError, LayoutError, MeshError; nothing is read before input is checked.
+        All arguments are checked before any weights are read.
+
+        Args:
+            model: A directory, a preset ("demo") or a Hugging Face Hub id.
+            mesh: Mesh axes ("data=2,tensor=2,expert=2"), a preset, or a jax Mesh over some of these axes, whose devices
+                keep their coordinates. Axes that need fewer devices than are present use the nearest ones and log a
+                warning. By default all devices are on the expert axis (MoE) or the tensor axis (dense).
+            dtype: Dtype of activations and unquantized weights: float32, bfloat16 or float16. By default that of the
+                checkpoint.
+            weights_dtype: Format of the matrices of attention, MLPs and experts. The default, or the name of the
+                checkpoint's own quantization, keeps the format of the checkpoint. int8 and fp8 (one scale per output)
+                and int8-block and fp8-block (one scale per 128x128 block) quantize unquantized matrices. float32,
+                bfloat16 or float16 dequantizes; it is also the dtype of activations, and dtype may not name another.
+            kv_dtype: Dtype of cached keys and values: float32, bfloat16, fp8 or int8. By default that of activations.
+            revision: Branch, tag or commit of a Hub id.
+            kernels: A KernelConfig, or a mapping from op to backend such as {"grouped": "blocks"}. Ops that a mapping
+                omits use the fastest backend of the platform: on a CPU with a C++ compiler, the native kernels.
+            ignore_config_keys: Keys of config.json to ignore although jaxmoe does not support them.
+            max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch. Rounded up on
+                each rank, normally to a power of two.
+            virtual_stages: Virtual stages of each pipeline stage. More of them shorten pipeline bubbles and increase
+                communication.
+            layout: Parallelism layout: how mesh axes shard tokens, layers and experts (layouts.py).
+            redundant_experts: Physical experts of each MoE layer beyond its logical experts, at least 0, so that
+                place_experts can move and replicate experts. Rounded up so that all ranks have equally many. By default
+                the experts keep their order and cannot be moved.
+            verify: Whether to check a converted checkpoint against its checksums first, which reads it once more.
+            on_progress: Called with (bytes of parameters loaded, total bytes) as files are read.
+
+        Returns:
+            An LLM whose weights are on the devices.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, corrupt, or does not match its config.
+            ConfigError: If the model config, a dtype, a kernel or another option is not supported.
+            LayoutError: If the layout is not valid.
+            MeshError: If the mesh is not valid on these devices.
+            RequestError: If max_num_seqs is not a positive integer.
         """
         directory = find_model(model, revision=revision)
         raw = read_json(directory / "config.json")
         config = read_config(raw, ignore=ignore_config_keys)
-        choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)  # refused before files open
+        choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)  # fail before opening files
         if type(max_num_seqs) is not int or max_num_seqs < 1:
             raise RequestError(f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1")
         layout = parse_layout(layout) if isinstance(layout, str) else layout
@@ -129,10 +161,10 @@ class LLM:
         sizes = segment_sizes(config, placement, shapes.layer_segments)
         parts = assign_weight_slices(directory, tensors, config, sizes, shapes.layer_segments)
 
-        with ThreadPoolExecutor(1) as beside:  # after all input is checked: compiling writes to the cache
+        with ThreadPoolExecutor(1) as beside:  # only after all checks, as compiling writes to the cache
             ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
             arrays = load_params(tensors, table, parts, config, on_progress=on_progress)
-        if ready.result() != chosen:  # the native kernels do not compile here: others want other arrays
+        if ready.result() != chosen:  # native kernels do not compile here; other kernels need other arrays
             del arrays
             return cls.load(
                 directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
@@ -158,26 +190,34 @@ class LLM:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's configuration."""
+        """Return the configuration of the model."""
         return self.runner.config
 
     @property
     def mesh(self) -> Mesh:
-        """The device mesh the weights lie on."""
+        """Return the device mesh that holds the weights."""
         return self.runner.placement.mesh
 
     @property
     def timing(self) -> StepClock | None:
-        """How long the steps of generate and stream took since their pages were laid out; None before any."""
+        """Return the step times of generate and stream since the KV cache was allocated; None before the first call."""
         return None if self._core is None else self._core.timing
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, or token ids); results in the order of the prompts.
+        """Generate completions for a batch of prompts.
 
-        Raises: RequestError before anything runs if any prompt or value is out of range; StepError if a step that held
-        one of them failed, or the logits of one are not finite.
+        Args:
+            prompts: Prompts, each a text or a sequence of token ids.
+            params: Sampling parameters of all prompts, or one for each prompt.
+
+        Returns:
+            One RequestOutput per prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: If a prompt or a parameter is out of range. Nothing runs in that case.
+            StepError: If a step that computed one of the requests failed, or the logits of a request are not finite.
         """
         inputs = self._checked_inputs(_listed(prompts), params)
         requests: list[list[Request]] = []
@@ -191,36 +231,75 @@ class LLM:
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> Iterator[TokenEvent]:
-        """As generate, giving each token as it comes. Input is checked at the call, not at the first token."""
+        """Generate completions and yield each token as it is sampled.
+
+        The input is checked at the call, not at the first token. Closing the iterator cancels the unfinished requests.
+
+        Args:
+            prompts: As in generate.
+            params: As in generate.
+
+        Returns:
+            An iterator over the token events of all prompts. TokenEvent.index is the index of the prompt.
+
+        Raises:
+            RequestError: As in generate.
+            StepError: As in generate, while iterating.
+        """
         return self._events(self._checked_inputs(_listed(prompts), params), [])
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams = SamplingParams(), *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> RequestOutput:  # fmt: skip
-        """The assistant's answer to a conversation, by the model's chat template. tools: as in chat_prompt.
+        """Generate the assistant's answer to a conversation with the model's chat template.
 
-        Raises: RequestError without a template.
+        Args:
+            messages: The conversation, as in chat_prompt.
+            params: Sampling parameters.
+            tools: As in chat_prompt.
+
+        Returns:
+            The finished request. prompt_token_ids holds the rendered conversation.
+
+        Raises:
+            RequestError: If the model has no tokenizer or chat template, the template rejects the messages, or a
+                parameter is out of range.
+            StepError: As in generate.
         """
         return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]
 
     def chat_prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of a conversation by the model's chat template. tools: JSON schemas of functions that the answer
-        may call.
+        """Render a conversation with the model's chat template and tokenize it.
 
-        Raises: RequestError without a template.
+        Args:
+            messages: Messages with a role and a content, which is a text or a list of text parts.
+            tools: JSON schemas of functions that the answer may call.
+
+        Returns:
+            The token ids of the prompt, up to the start of the assistant's answer.
+
+        Raises:
+            RequestError: If the model has no tokenizer or chat template, or the template rejects the messages.
         """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer.json: give token ids")
         return self.tokenizer.encode(self.tokenizer.chat(messages, tools), special=False)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probability of each token given those before it: float32 [T - 1] for each list of T ids.
+        """Return the log-probability of each token given the tokens before it.
 
-        Raises: RequestError for an empty list, one longer than the context, or an id out of range; StepError where the
-        logits of a place are not finite.
+        Args:
+            prompts: Token ids of each sequence.
+
+        Returns:
+            One float32 array [T - 1] per sequence of T token ids: natural log-probabilities of tokens 1 to T - 1.
+
+        Raises:
+            RequestError: If a sequence is empty or longer than the context, or a token id is out of range.
+            StepError: If the logits at a position are not finite.
         """
         scores = []
         for index, (logprobs, _) in enumerate(self._scored(prompts)):
@@ -230,7 +309,18 @@ class LLM:
         return scores
 
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits [P, vocab_size] of the token after each of P lists of ids, float32. Raises: as score."""
+        """Return the logits of the token that follows each sequence.
+
+        Args:
+            prompts: Token ids of each of P sequences.
+
+        Returns:
+            A float32 array [P, vocab_size].
+
+        Raises:
+            RequestError: As in score.
+            StepError: If the logits after a sequence are not finite.
+        """
         rows = []
         for index, (_, logits) in enumerate(self._scored(prompts)):
             if not np.isfinite(logits.max()):
@@ -258,7 +348,7 @@ class LLM:
         ]
 
     def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many prompts run together: no more than max_num_seqs, nor than a prefill's tokens allow."""
+        """Return the number of prompts of one batch, limited by max_num_seqs and by the tokens of one prefill."""
         longest = max(len(ids) for ids in prompts)
         return max(1, min(self.max_num_seqs, _MAX_PREFILL_TOKENS // longest))
 
@@ -272,7 +362,7 @@ class LLM:
     def _checked_inputs(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[tuple[list[int], SamplingParams]]:
-        """Token ids and sampling values of each request, checked."""
+        """Check all requests and return the token ids and sampling parameters of each."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
             raise RequestError(
@@ -291,10 +381,10 @@ class LLM:
     def _events(
         self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
     ) -> Iterator[TokenEvent]:
-        """Yield the token events of these requests, to the last; `requests` receives them.
+        """Submit the inputs, append their requests to `requests`, and yield all of their token events.
 
-        Whoever stops listening ends the requests. Raises: StepError if a step that held one of them failed, or
-        its logits are not finite.
+        Closing the generator cancels the unfinished requests. Raises: StepError if a step that computed one of the
+        requests failed, or its logits are not finite.
         """
         with self._shared.lock:
             core = self._core_for(inputs)
@@ -323,10 +413,22 @@ class LLM:
     def expert_loads(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> ExpertLoads:
-        """Complete each prompt, and count the tokens that went to each expert, on the devices without a collective.
+        """Generate completions and count the tokens that the router sends to each expert.
 
-        What earlier prompts left on pages is forgotten, so that every token is counted; so are those of requests that
-        other threads have on this LLM meanwhile, and experts must stay where they are. Raises: as generate.
+        The devices count without an extra collective. The prefix cache is dropped first, so that every prompt token is
+        counted. Tokens of requests that other threads run on this LLM at the same time are counted too. Do not call
+        place_experts meanwhile.
+
+        Args:
+            prompts: As in generate.
+            params: As in generate.
+
+        Returns:
+            Token counts of each MoE layer by physical expert, logical expert and rank.
+
+        Raises:
+            RequestError: As in generate.
+            StepError: As in generate.
         """
         experts = self.runner.experts
         totals = np.zeros((experts.num_layers, experts.num_physical_experts), np.int64)
@@ -353,20 +455,34 @@ class LLM:
         return experts.expert_loads(totals)
 
     def place_experts(self, experts: ExpertPlacement) -> None:
-        """Move experts, and copies of them, to where they are to stand (parallel/eplb.py); no step is compiled anew.
+        """Move and replicate experts according to a placement; running requests continue.
 
-        Requests that run go on. Raises: ConfigError if the placement is not of this model, or it was loaded without
-        redundant_experts.
+        No step is compiled again.
+
+        Args:
+            experts: The placement, as from planner/balance.py.
+
+        Raises:
+            ConfigError: If the placement does not match this model, or the model was loaded without redundant_experts.
         """
         with self._shared.lock:
             self.runner.place_experts(experts)
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[Trace]:
-        """Record what generate and stream do inside the with-statement; writes PATH (Chrome's format, for
-        ui.perfetto.dev) and a page beside it (.html) at its end.
+        """Trace the steps and requests of generate and stream inside a with statement.
 
-        Raises: RequestError at once if the path cannot be written.
+        Leaving the with statement writes the trace to `path` in Chrome's format (for ui.perfetto.dev), and an HTML page
+        to the same path with the suffix .html.
+
+        Args:
+            path: The file to write.
+
+        Yields:
+            The trace.
+
+        Raises:
+            RequestError: If the path cannot be written. Raised on entry.
         """
         check_trace_path(path)
         trace = Trace(self.trace_facts())
@@ -384,7 +500,7 @@ class LLM:
             trace.write(path)
 
     def trace_facts(self) -> dict[str, Any]:
-        """What a trace says of the model and where it runs."""
+        """Return the facts about the model and the mesh that a trace records."""
         config = self.config
         facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
         if config.moe is not None:
@@ -392,7 +508,18 @@ class LLM:
         return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self.runner.bytes_per_token}
 
     def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The token ids of one prompt. Raises: RequestError if it or params cannot be run by this model."""
+        """Check one request and return the token ids of its prompt.
+
+        Args:
+            prompt: A text or token ids.
+            params: Sampling parameters of the request.
+
+        Returns:
+            The token ids of the prompt.
+
+        Raises:
+            RequestError: If the model cannot run the prompt or the parameters.
+        """
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
         ((ids, _),) = self._checked_inputs([prompt], params)
@@ -401,9 +528,18 @@ class LLM:
     def pool_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> tuple[int, int]:
-        """(tokens whose keys and values generate would have room for, bytes of one) over all devices.
+        """Return the size of the KV cache that generate would allocate for these prompts.
 
-        Raises: as generate.
+        Args:
+            prompts: As in generate.
+            params: As in generate.
+
+        Returns:
+            (tokens of the KV cache over all ranks of the batch, bytes of one token over all devices that share its
+            rank).
+
+        Raises:
+            RequestError: As in generate.
         """
         scheduler_config = self._scheduler_config_for(self._checked_inputs(_listed(prompts), params))
         return (
@@ -412,7 +548,7 @@ class LLM:
         )
 
     def _scheduler_config_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
-        """Room for these requests, and for what there is room for already."""
+        """Return a configuration that fits these requests and is at least as large as that of the current core."""
         fixed = self._shared.fixed([(len(ids), p) for ids, p in inputs])
         if fixed is not None:
             return fixed.scheduler_config
@@ -445,7 +581,7 @@ class LLM:
         return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
 
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
-        """An engine core with room for these requests: the one there is, or a larger one in its place."""
+        """Return an engine core that fits these requests: the current one, or a larger one that replaces it."""
         core = self._shared.fixed([(len(ids), p) for ids, p in inputs])
         if core is None:
             core = self._shared.fit(self._scheduler_config_for(inputs))
@@ -459,7 +595,7 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
     if redundant_experts is None:
         return None
     if config.moe is None:
-        raise ConfigError(f"redundant_experts={redundant_experts!r}: the model has no experts; leave it out")
+        raise ConfigError(f"redundant_experts={redundant_experts!r}: the model has no experts; remove the option")
     most = 15 * config.moe.num_experts
     if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
         raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
@@ -467,7 +603,7 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
 
 
 def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """tokens [rows, bucket] right-padded with 0, lengths [rows]."""
+    """Return tokens [rows, bucket], right-padded with 0, and lengths [rows], both int32."""
     lengths = np.zeros(rows, np.int32)
     lengths[: len(prompts)] = [len(ids) for ids in prompts]
     tokens = np.zeros((rows, bucket(max(len(ids) for ids in prompts))), np.int32)
@@ -477,7 +613,7 @@ def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np
 
 
 def _listed(prompts: Iterable[Any]) -> list[Any]:
-    """The prompts as a list. Raises: RequestError for one text, or what is no list at all."""
+    """Return the prompts as a list. Raises: RequestError for a single text or an object that is not iterable."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise RequestError(f"prompts must be a list of texts or of lists of token ids, not {prompts!r:.60}")
     return list(prompts)

@@ -1,10 +1,9 @@
-"""What one step is told, as one array of numbers a rank: the bucket it runs in, and where in the array each part lies.
+"""Packing of the metadata of one step into one int32 array per rank, and the buckets that fix its shapes.
 
-A bucket fixes the shapes of a step, and so which compiled program runs it. There are few of them.
+A bucket fixes the shapes of a step and with them the compiled program. There are few buckets.
 """
 
-# Dims: r ranks of the batch, d rows, n blocks of prompt tokens, q tokens of a block, p pages of a row, l tokens with a
-# bias.
+# Dims: r ranks of the batch, d rows, n prompt blocks, q tokens of a block, p pages of a row, l biased tokens.
 from __future__ import annotations
 
 import math
@@ -20,18 +19,18 @@ from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
 from jaxmoe.engine.scheduler import PromptChunk, StepPlan
 from jaxmoe.engine.scheduler import Sequence as Running
 
-# What an engine takes where nobody says otherwise. Chunk: prompt tokens of a step and rank; decode_steps: tokens a
-# request decodes in one step where no prompt waits.
+# Defaults of an engine. CHUNK_TOKENS: prompt tokens per step and rank. MAX_DECODE_STEPS: tokens that a request decodes
+# in one step while no prompt waits.
 PAGE_SIZE, BLOCK_TOKENS, CHUNK_TOKENS, MAX_DECODE_STEPS = 16, 32, 512, 4
 _NOWHERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Shapes of a step of one rank: sequence slots, blocks of prompt tokens, tokens of a block, pages of a sequence.
+    """Fix the shapes of one rank's step: sequence slots, prompt blocks, tokens of a block, pages of a sequence.
 
-    A sequence slot holds one request: it decodes, or a token is sampled for it after the last block of its prompt.
-    micro_batches: even parts of slots and of blocks, in their order, which pass the stages of a pipeline one by one.
+    A sequence slot holds one request, which decodes, or samples a token after the last block of its prompt.
+    micro_batches: number of equal parts of slots and blocks, in order, that pass through the pipeline one by one.
     """
 
     seq_slots: int
@@ -42,16 +41,16 @@ class Bucket:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens a rank computes, padding included."""
+        """Return the number of tokens that a rank computes, padding included."""
         return self.seq_slots + self.blocks * self.block_tokens
 
     def slot_token(self, slot: int) -> int:
-        """Return the index of a slot's decoded token among those of its rank, which are ordered by micro-batch."""
+        """Return the index of a slot's decoded token among the tokens of its rank, which are ordered by micro-batch."""
         part, place = divmod(slot, self.seq_slots // self.micro_batches)
         return part * (self.num_tokens // self.micro_batches) + place
 
     def block_token(self, block: int, place: int) -> int:
-        """Where a token of a block is among those of its rank."""
+        """Return the index of the token at `place` in a block among the tokens of its rank."""
         part, block = divmod(block, self.blocks // self.micro_batches)
         start = part * (self.num_tokens // self.micro_batches) + self.seq_slots // self.micro_batches
         return start + block * self.block_tokens + place
@@ -60,9 +59,9 @@ class Bucket:
         per_slot, blocks = (self.seq_slots,), (self.blocks,)
         bias_token_ids = (self.seq_slots, MAX_BIAS_TOKEN_IDS)
         return {
-            "positions": per_slot,  # of the token each row reads, which the step before drew; or of its prompt's last
-            "query_lens": per_slot,  # tokens the row decodes, one a decode step; 0 where it does not
-            "logits_indices": per_slot,  # which of the rank's tokens the row's next one follows; -1 where none is drawn
+            "positions": per_slot,  # of the token each row reads: the last sampled one, or the last of its prompt
+            "query_lens": per_slot,  # tokens that the row decodes, one per decode step; 0 if it does not decode
+            "logits_indices": per_slot,  # index of the token whose logits the row samples; -1 if it samples nothing
             "block_table": (self.seq_slots, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
             "block_seq_slots": blocks,
@@ -86,11 +85,11 @@ class Bucket:
 
     @property
     def length(self) -> int:
-        """Numbers of 32 bits a rank is told."""
+        """Return the length of the packed array of a rank, in 32-bit numbers."""
         return sum(math.prod(shape) for shape in self._parts().values())
 
     def split(self, packed: Any) -> dict[str, Any]:
-        """The parts of packed [r, length] by name, [r, ...] each: views of a NumPy array, slices of a JAX one."""
+        """Split packed [r, length] into its parts by name, [r, ...] each: NumPy views, or slices of a JAX array."""
         parts, start = {}, 0
         for name, shape in self._parts().items():
             stop = start + math.prod(shape)
@@ -99,14 +98,16 @@ class Bucket:
         return parts
 
 
-# Parts whose bits are those of float32 numbers.
+# Parts that hold the bits of float32 numbers.
 FLOAT_PARTS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestMetadata:
-    """What a step needs to know of one request beside its tokens. num_prompt: tokens of its prompt. ends: tokens that
-    end it, which may not come before its min_tokens."""
+    """Hold the metadata that a step needs of one request in addition to its tokens.
+
+    num_prompt: tokens of its prompt. ends: end and stop tokens, which are masked before its min_tokens.
+    """
 
     params: SamplingParams
     num_prompt: int
@@ -115,13 +116,13 @@ class RequestMetadata:
 
 
 def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
-    """(chunk_tokens rounded up to whole blocks, tokens of a block: a multiple of `shares`)."""
+    """Return chunk_tokens rounded up to whole blocks, and the tokens of a block, a multiple of `shares`."""
     block_tokens = -(-min(BLOCK_TOKENS, chunk_tokens) // shares) * shares
     return -(-chunk_tokens // block_tokens) * block_tokens, block_tokens
 
 
 def slot_buckets(*, least: int, most: int) -> list[int]:
-    """The numbers of slots that are computed: least, four times that and so on while well below `most`, and `most`."""
+    """Return the slot counts to compile: least, multiplied by four repeatedly while below most / 2, and `most`."""
     sizes = []
     while least < most / 2:
         sizes.append(least)
@@ -130,8 +131,10 @@ def slot_buckets(*, least: int, most: int) -> list[int]:
 
 
 def _block_buckets(config: SchedulerConfig, stages: int) -> list[int]:
-    """The numbers of prompt blocks that are computed: all a step may have, a quarter of them, and so on down to 4; at
-    least one for every stage of a pipeline."""
+    """Return the prompt block counts to compile: the maximum, a quarter of it, and so on down to 4.
+
+    Each is rounded up to a multiple of the pipeline stages.
+    """
     sizes = [config.chunk_tokens // config.block_tokens]
     while sizes[-1] > 4:
         sizes.append(max(4, sizes[-1] // 4))
@@ -139,7 +142,10 @@ def _block_buckets(config: SchedulerConfig, stages: int) -> list[int]:
 
 
 def _micro_batches(seq_slots: int, blocks: int, stages: int) -> Iterator[int]:
-    """One a stage keeps decoding stages busy; steps with prompts may have up to four times that, so that fewer wait."""
+    """Yield the possible numbers of micro-batches: one per stage, and two or four per stage in steps with prompts.
+
+    One per stage keeps all stages busy while decoding. More of them shorten the bubbles of a step with prompts.
+    """
     yield stages
     parts = 2 * stages
     while stages > 1 and blocks and parts <= 4 * stages and seq_slots % parts == 0 and blocks % parts == 0:
@@ -151,7 +157,7 @@ def bucket_of(
     plan: StepPlan, config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1,
     whole: int = 1
 ) -> Bucket:  # fmt: skip
-    """The bucket a plan runs in. Steps with prompts always have all slots, so that there are few programs."""
+    """Return the bucket of a plan. Steps with prompts always have all slots, so that few programs are compiled."""
     size = config.block_tokens
     blocks = 0
     for rank in range(config.num_ranks):
@@ -168,17 +174,19 @@ def bucket_of(
     )  # fmt: skip
 
 
-@cache  # asked before every step
+@cache  # called before every step
 def bucket_with(
     seq_slots: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
 ) -> Bucket:
-    """The bucket of so many rows and blocks, both multiples of the stages of the pipeline; rows, and tokens of a block,
-    also of the ranks that share out the tokens of a context. whole: of what the tokens of a micro-batch should be a
-    multiple, so that they can be shared out between the regions of layers; a step with prompts has blocks added for
-    that, or fewer micro-batches, whichever takes less time."""
+    """Return the bucket of seq_slots slots and `blocks` prompt blocks, both multiples of the pipeline stages.
+
+    shares: context-parallel ranks; seq_slots and block_tokens must be multiples of them. whole: desired alignment of
+    the tokens of a micro-batch, so that sequence parallelism can shard them. To reach it, a step with prompts gets more
+    blocks or fewer micro-batches, whichever is estimated to be faster.
+    """
 
     def tokens_waited(blocks: int, parts: int) -> float:
-        """What a stage computes or waits for: each of the parts, and as many more as there are stages before it."""
+        """Return the time of a pipelined step in tokens: micro-batch size times (micro-batches + stages - 1)."""
         return (seq_slots + blocks * block_tokens) / parts * (parts + stages - 1)
 
     more = range(blocks, blocks + whole * stages, stages) if blocks else [0]
@@ -192,7 +200,7 @@ def bucket_with(
 def all_buckets(
     config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
 ) -> list[Bucket]:
-    """Every bucket that bucket_of can give."""
+    """Return every bucket that bucket_of can return."""
     seq_slots = slot_buckets(least=min_seq_slots, most=config.max_num_seqs)
     mixed = [(seq_slots[-1], blocks) for blocks in _block_buckets(config, stages)]
     return [
@@ -204,7 +212,7 @@ def all_buckets(
 def pack(
     plan: StepPlan, bucket: Bucket, config: SchedulerConfig, metadata_of: Callable[[int], RequestMetadata]
 ) -> np.ndarray:
-    """What every rank is told of the plan, [r, length] int32. metadata_of: of a request, by its id."""
+    """Pack the metadata of a plan for every rank: [r, length] int32. metadata_of: metadata of a request by its id."""
     packed = np.zeros((config.num_ranks, bucket.length), np.int32)
     parts = bucket.split(packed)
     floats = {name: parts[name].view(np.float32) for name in FLOAT_PARTS}
@@ -213,10 +221,10 @@ def pack(
     parts["bias_token_ids"][:] = np.iinfo(np.int32).max
 
     def write_request(sequence: Running) -> tuple[int, int]:
-        """Fill in a row, whether it decodes or has blocks."""
+        """Write the row of a sequence that decodes or has prompt blocks, and return its rank and slot."""
         at = sequence.rank, sequence.slot
         parts["block_table"][at][: len(sequence.pages)] = sequence.pages
-        parts["block_table"][at][: sequence.num_behind] = 0  # any page: what lies there is not read, or not used
+        parts["block_table"][at][: sequence.num_behind] = 0  # any page: attention ignores its contents
         request = metadata_of(sequence.request_id)
         params = request.params
         high, low = divmod(request.seed % 2**64, 2**32)
@@ -249,7 +257,7 @@ def pack(
 
 
 def _pack_chunk(chunk: PromptChunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int]) -> int:
-    """Fill in the blocks of one chunk; where its last token is among those of its rank."""
+    """Write the blocks of one prompt chunk, and return the index of its last token among the tokens of its rank."""
     sequence, rank, size = chunk.sequence, chunk.sequence.rank, bucket.block_tokens
     ids: Sequence[int] = sequence.tokens[chunk.start : chunk.start + chunk.count]
     last = _NOWHERE

@@ -1,4 +1,4 @@
-"""The loop of the engine: plan a step, send it to the devices, take what an earlier one brought. Single-threaded."""
+"""The engine loop: schedule a step, dispatch it, process the output of an earlier step. Single-threaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _TIMINGS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFinished:
-    """End of a request without another token: "cancelled", "deadline", or "error" with the StepError."""
+    """Report the end of a request without a further token.
+
+    finish_reason: "cancelled", "deadline" or "error". error: the StepError, if finish_reason is "error".
+    """
 
     index: int
     sample: int
@@ -41,7 +44,7 @@ class RequestFinished:
 
 @dataclass(kw_only=True, eq=False)
 class Request:
-    """One sample of a request from the moment it is queued: its parameters, and its tokens so far."""
+    """Hold one sample of a request from submission on: its parameters, its tokens so far and its pending events."""
 
     index: int
     sample: int
@@ -49,25 +52,25 @@ class Request:
     sequence: Sequence
     stream: TextStream
     num_prompt: int
-    ends: tuple[int, ...]  # tokens that end it
+    ends: tuple[int, ...]  # end tokens and stop tokens
     seed: int
     record: RequestRecord | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
-    events: deque[TokenEvent | RequestFinished] = field(default_factory=deque)  # what came and nobody has looked at yet
+    events: deque[TokenEvent | RequestFinished] = field(default_factory=deque)  # not consumed yet
 
     @property
     def token_ids(self) -> list[int]:
-        """The answer so far."""
+        """Return the tokens generated so far."""
         return self.sequence.tokens[self.num_prompt :]
 
     def metadata(self) -> RequestMetadata:
-        """What a step needs to know of it."""
+        """Return the metadata that a step needs of this request."""
         return RequestMetadata(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
 
     def push(self, token: int, logprob: float, top: dict[int, float]) -> TokenEvent:
-        """Take the newest token; decides whether it was the last."""
+        """Append a sampled token, set finish_reason if it is the last, and return its event."""
         self.logprobs.append(logprob)
         self.top_logprobs.append(top)
         if token in self.ends:
@@ -84,7 +87,7 @@ class Request:
         )  # fmt: skip
 
     def output(self) -> CompletionOutput:
-        """The finished sample."""
+        """Return the output of this finished sample."""
         assert self.finish_reason is not None
         return CompletionOutput(
             token_ids=self.token_ids, logprobs=self.logprobs,
@@ -94,7 +97,7 @@ class Request:
 
 
 def not_finite(runner: Runner, where: str) -> StepError:
-    """Return the error of logits that hold NaN or plus infinity, or minus infinity alone. where: whose they are."""
+    """Return the error for logits that contain NaN or plus infinity, or only minus infinity. where: their origin."""
     others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
     remedy = f"load it with dtype {others[runner.dtype]}, or check" if runner.dtype in others else "check"
     return StepError(
@@ -106,15 +109,15 @@ def not_finite(runner: Runner, where: str) -> StepError:
 @dataclass(kw_only=True)
 class _InFlight:
     plan: StepPlan
-    slots: list[tuple[int, int]]  # rank and slot of each of plan.sampled()
+    slots: list[tuple[int, int]]  # rank and sequence slot of each entry of plan.sampled()
     output: StepOutput
     record: StepRecord | None
-    sent: float  # after its program was compiled
-    done_at: float | None = None  # where that is known before its tokens are taken
+    sent: float  # time of dispatch, after its program was compiled
+    done_at: float | None = None  # set if known before its output is processed
 
 
 class EngineCore:
-    """Engine core: schedules requests, runs steps, emits events. Not thread-safe."""
+    """Schedule requests, run steps and emit events. Not thread-safe."""
 
     def __init__(
         self,
@@ -134,8 +137,8 @@ class EngineCore:
         self.num_new_tokens = 0
         self.timing = StepClock()
         self.trace = trace
-        self.on_loads: Callable[[np.ndarray], None] | None = None  # told where each step's tokens went (physical_loads)
-        self.copy_s = self.compute_s = 0.0  # of one page: to host memory and back, and computed again
+        self.on_loads: Callable[[np.ndarray], None] | None = None  # called with physical_loads of each step
+        self.copy_s = self.compute_s = 0.0  # seconds of a page: round trip to the host; prefill
         self._clock = clock
         self._pages_per_seq = -(-scheduler_config.context // scheduler_config.page_size)
         self._in_flight: deque[_InFlight] = deque()
@@ -156,7 +159,7 @@ class EngineCore:
         )
 
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compile every bucket; after that a step of another shape is an error."""
+        """Compile the program of every bucket. Afterwards a step of any other shape raises StepError."""
         buckets = all_buckets(self.scheduler_config, **self._bucket_sizes())
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
@@ -176,7 +179,7 @@ class EngineCore:
         self.warmed_up = True
 
     def _time_copies(self, host_offload: HostOffload) -> float:
-        """Seconds to copy one page to host memory and back; compiles both."""
+        """Measure the seconds to copy one page to host memory and back. Compiles both copies."""
         seconds = []
         for _ in range(1 + _TIMINGS):
             start = self._clock()
@@ -187,7 +190,7 @@ class EngineCore:
         return min(seconds[1:])
 
     def _time_prompts(self, bucket: Bucket) -> float:
-        """Seconds to compute one page's tokens of a prompt, in a step full of them."""
+        """Measure the seconds to prefill one page of tokens, in a step with a full chunk of prompt tokens."""
         scheduler_config = self.scheduler_config
         count = min(scheduler_config.chunk_tokens, scheduler_config.context, scheduler_config.pool_tokens)
         pages = list(range(-(-count // scheduler_config.page_size)))
@@ -195,7 +198,7 @@ class EngineCore:
         plan = StepPlan(decodes=[], chunks=[PromptChunk(sequence=sequence, start=0, count=count, last=True)])
         metadata = RequestMetadata(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
         packed, seconds = pack(plan, bucket, scheduler_config, lambda index: metadata), []
-        for _ in range(_TIMINGS):  # what is written lies on pages that nobody holds yet
+        for _ in range(_TIMINGS):  # writes only to pages that no request uses yet
             start = self._clock()
             self._state, output = self._step(packed, (False, False, False), bucket, 1)
             jax.block_until_ready(output)
@@ -206,7 +209,7 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Whether anything runs or waits."""
+        """Return whether any request runs or waits, or any step is in flight."""
         return bool(self.requests or self._in_flight)
 
     def check(self, num_prompt: int, params: SamplingParams) -> None:
@@ -219,9 +222,9 @@ class EngineCore:
         self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
         deadline: float | None = None,
     ) -> list[Request]:  # fmt: skip
-        """Queue a request, each of its samples by itself. name: in a trace. deadline: by the core's clock.
+        """Queue a request; each of its n samples becomes one Request.
 
-        Raises: RequestError if it can never fit.
+        name: shown in traces. deadline: time of the core's clock. Raises: RequestError if the request can never fit.
         """
         most = self.scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
@@ -250,7 +253,7 @@ class EngineCore:
         return queued
 
     def cancel(self, request: Request) -> None:
-        """End a request now; an ended one is left alone."""
+        """Cancel a request. Does nothing if it has ended."""
         if request.finish_reason is None:
             self._end(request.sequence, "cancelled")
 
@@ -263,10 +266,10 @@ class EngineCore:
             RequestFinished(index=request.index, sample=request.sample, finish_reason=reason, error=error)
         )
 
-    # --- the loop ---
+    # --- engine loop ---
 
     def step(self) -> list[Request]:
-        """Dispatch the next step and complete the one before: the requests that have new events."""
+        """Dispatch the next step, process the output of the previous one, and return the requests with new events."""
         updated: list[Request] = []
         try:
             for sequence in self.scheduler.expired(self._clock()):
@@ -277,29 +280,29 @@ class EngineCore:
             if self._in_flight and (len(self._in_flight) > 1 or not plan):
                 step = self._in_flight.popleft()
                 self._guarded(step.plan, lambda: updated.extend(self._complete(step)), step.record)
-        except BaseException:  # an interruption in the middle: what was planned may or may not have been sent
+        except BaseException:  # interrupted: the planned step may or may not have been dispatched
             self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
             raise
         return updated
 
     def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
-        """The plan's requests end, fault is told each; the others are computed again on fresh pages."""
+        """End the sequences of a plan, call fault with each, and compute all other requests again on fresh pages."""
         for step in self._in_flight:
             self._trace_failure(step.record)
         self._in_flight.clear()
         self.scheduler.fail(plan, fault)
-        for array in jax.tree.leaves(self._state):  # some may have been donated; there is no room for both
+        for array in jax.tree.leaves(self._state):  # free memory for the fresh state; some may have been donated
             array.delete()
         self._state = self._fresh_state()
         if self._host_offload is not None:
             self._host_offload.clear()
 
     def _guarded(self, plan: StepPlan, action: Callable[[], None], record: StepRecord | None = None) -> None:
-        """action(); if it throws, the plan's requests fail and the rest start over with empty pages."""
+        """Run action. If it raises, the requests of the plan fail and all others start over with empty pages."""
         try:
             action()
-        except Exception as error:  # whatever a device or a compiler throws
-            fault = StepError(f"a step failed and this request was in it: {error}")
+        except Exception as error:  # any error of a device or a compiler
+            fault = StepError(f"the step that computed this request failed: {error}")
             fault.__cause__ = error
             self._trace_failure(record)
             self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
@@ -308,7 +311,7 @@ class EngineCore:
         bucket = bucket_of(plan, self.scheduler_config, **self._bucket_sizes())
         if self.warmed_up and bucket not in self.buckets:
             raise StepError(
-                f"no program was compiled at start-up for {bucket}; there are {sorted(map(str, self.buckets))}"
+                f"no program was compiled at start-up for {bucket}; compiled buckets: {sorted(map(str, self.buckets))}"
             )
         params = [self.requests[sequence.request_id].params for sequence, _ in plan.sampled()]
         features = (
@@ -327,13 +330,13 @@ class EngineCore:
         self._state, output = self._step(packed, features, bucket, plan.decode_steps)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
-        if not known:  # what the call took was compiling: steps are only queued
+        if not known:  # the call's time is compile time: dispatch is asynchronous
             self.timing.compile_s, start = self.timing.compile_s + self._clock() - start, self._clock()
         self._in_flight.append(_InFlight(plan=plan, slots=slots, output=output, record=record, sent=start))
 
     def _settle(self) -> float:
-        """Wait for the steps in flight, so that they do not count as compiling nor compiling as them. Returns now."""
-        with contextlib.suppress(Exception):  # a step that failed says so when its tokens are taken
+        """Wait for the steps in flight, so that step times and compile time do not overlap. Return the current time."""
+        with contextlib.suppress(Exception):  # the error of a failed step is raised when its output is processed
             jax.block_until_ready(self._state)
         now = self._clock()
         for step in self._in_flight:
@@ -417,7 +420,7 @@ class EngineCore:
 
     @staticmethod
     def _top(sampled: SamplerOutput, at: tuple[int, ...], count: int) -> dict[int, float]:
-        """The likeliest `count` tokens at one place, with their logprobs."""
+        """Return the top `count` tokens at index `at` with their log-probabilities, likeliest first."""
         if not count:
             return {}
         tokens, logprobs = np.asarray(sampled.top_tokens)[at], np.asarray(sampled.top_logprobs)[at]

@@ -1,4 +1,4 @@
-"""Placement of a model's experts: token counts per expert, and moves between physical experts."""
+"""Expert placement of a running model: token counts per expert, and moves between physical experts."""
 
 # Dims: E logical experts, R physical experts (of all ranks), n ranks that route.
 from __future__ import annotations
@@ -21,8 +21,13 @@ from jaxmoe.weights.params import ParamInfo
 
 
 class ExpertLoads(NamedTuple):
-    """Tokens routed to every physical expert [layers,R], logical expert [layers,E] and rank [layers,ranks] of each
-    MoE layer."""
+    """Hold the tokens routed to each physical expert, logical expert and rank of each MoE layer.
+
+    Attributes:
+        by_physical_expert: Token counts [layers,R].
+        by_expert: Token counts [layers,E].
+        by_rank: Token counts [layers,ranks].
+    """
 
     by_physical_expert: np.ndarray
     by_expert: np.ndarray
@@ -30,10 +35,11 @@ class ExpertLoads(NamedTuple):
 
 
 class ExpertManager:
-    """The num_physical_experts expert slots of every MoE layer, as many on each of num_ranks ranks.
+    """Count tokens per expert and move experts between the physical experts of every MoE layer.
 
-    placement: the experts in them; None while they are in order, as they always are in a program without a map of
-    physical experts (Placement.redundant_experts).
+    num_physical_experts: physical experts of a layer, equally many on each of num_ranks ranks. placement: the current
+    placement; None while the experts are in their original order. Without Placement.redundant_experts the program has
+    no map of physical experts, and the order never changes.
     """
 
     def __init__(
@@ -47,17 +53,17 @@ class ExpertManager:
         self.num_experts = config.moe.num_experts if config.moe else 0
         self.num_physical_experts, self.num_ranks = sizes[0].moe_experts, model_placement.num_shards("moe_expert")
         self.placement: ExpertPlacement | None = None
-        # A CPU's devices may share the arrays of a loaded checkpoint, which are then not theirs to write to.
+        # CPU devices may share the memory of a loaded checkpoint, which must not be overwritten.
         donated = () if model_placement.platform == "cpu" else (0,)
         self._move_fn = jax.jit(self._move, donate_argnums=donated, static_argnames=("segment", "dims"))
-        self._moves: dict[int, Any] = {}  # compiled, by the parameter's index
+        self._moves: dict[int, Any] = {}  # compiled programs by parameter index
 
     @property
     def num_layers(self) -> int:
-        """MoE layers."""
+        """Return the number of MoE layers."""
         return len(self._layers)
 
-    # --- how many tokens they got ---
+    # --- expert loads ---
 
     def physical_loads(self, tokens_per_expert: TokensPerExpert) -> np.ndarray:
         """Return the tokens routed to each physical expert in a traced step: [layers,R]."""
@@ -80,19 +86,19 @@ class ExpertManager:
                 np.add.at(loads[layer], physical_to_logical_map, physical_loads[layer])
         return ExpertLoads(physical_loads, loads, self.rank_loads(physical_loads))
 
-    # --- how they move ---
+    # --- moving experts ---
 
     def move(self, leaves: list[jax.Array], wanted: ExpertPlacement) -> None:
-        """Change the parameters, in the table's order, so that every expert and its replicas are where they are wanted.
+        """Move the experts and their replicas to the wanted placement, by replacing parameters in `leaves` in place.
 
-        On accelerators the arrays there were are given up for those that take their place. Raises: ConfigError where
-        the placement is of other layers, places or ranks, or its experts and replicas are not all there, once each, or
-        the program was not told of places.
+        leaves: parameters in the order of the parameter table. On accelerators the old arrays are donated. Raises:
+        ConfigError if the placement has other numbers of layers, physical experts or ranks than the model, an expert
+        or replica is missing or repeated, or the model was loaded without redundant_experts.
         """
         self._check(wanted)
         sources: dict[tuple[int, ...], np.ndarray] = {}
         expert_maps: dict[tuple[int, ...], np.ndarray] = {}
-        as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # those past the last logical expert are empty
+        as_loaded = np.arange(self.num_physical_experts, dtype=np.int32)  # empty beyond the logical experts
         for layer, at in enumerate(self._layers):
             slots, block = self._segments[at.segment].slots, (at.segment, at.block)
             source = sources.setdefault(block, np.tile(as_loaded, (slots, 1)))
@@ -111,19 +117,19 @@ class ExpertManager:
                 moves.append((index, self._moves[index], sources[at_block]))
             elif "expert_map" in info.dims:
                 moves.append((index, partial(_put, info=info), expert_maps[at_block]))
-        for index, run, indices in moves:  # whatever can fail has been compiled
+        for index, run, indices in moves:  # compiled above, so that errors come before any change
             leaves[index] = run(leaves[index], indices)
         self.placement = wanted
 
     def _check(self, wanted: ExpertPlacement) -> None:
         if self._model_placement.redundant_experts is None:
             raise ConfigError(
-                "experts stand in order in this program: load the model with redundant_experts, 0 or more"
+                "experts cannot be moved in this program: load the model with redundant_experts=0 or more"
             )
         own = self.num_layers, self.num_physical_experts
         if wanted.physical_to_logical_map.shape != own or wanted.num_ranks != self.num_ranks:
             raise ConfigError(
-                f"the placement is of {wanted.physical_to_logical_map.shape[0]} layers, "
+                f"the placement has {wanted.physical_to_logical_map.shape[0]} layers, "
                 f"{wanted.physical_to_logical_map.shape[1]} physical experts and {wanted.num_ranks} ranks, "
                 f"the model has {own[0]}, {own[1]} and {self.num_ranks}"
             )
@@ -138,18 +144,19 @@ class ExpertManager:
             right = right and sorted(zip(at.tolist(), nth.tolist(), strict=True)) == every
             if not right:
                 raise ConfigError(
-                    f"the placement must have each of {self.num_experts} experts somewhere in every layer, and number "
-                    f"its replicas from 0 on; in MoE layer {layer} it does not"
+                    f"the placement must have each of {self.num_experts} experts at least once in every layer, with "
+                    f"replicas numbered from 0; in MoE layer {layer} it does not"
                 )
 
     def _move(self, weights: jax.Array, source: jax.Array, *, segment: LayerSegment, dims: Dims) -> jax.Array:
-        """weights [slots,R,...] as they are to stand: place p of a slot gets what stands at its source [slots,R].
+        """Move experts: physical expert p of each slot of weights [slots,R,...] receives the one at source[slot, p].
 
-        One slot after the other: its experts go once round the ranks, and each takes what it needs.
+        Slots are processed one by one. The experts of a slot pass once around the ring of ranks, and each rank copies
+        the ones that it needs.
         """
         model_placement = self._model_placement.for_params(segment)
         axes, ranks, shape = model_placement.axes("moe_expert"), self.num_ranks, model_placement.mesh.shape
-        ordered = tuple(axis for axis in shape if axis in axes)  # ppermute wants axes in the mesh's order
+        ordered = tuple(axis for axis in shape if axis in axes)  # ppermute requires axes in mesh order
         along = np.arange(ranks).reshape([shape[axis] for axis in ordered])
         order = along.transpose([ordered.index(axis) for axis in axes]).reshape(-1).tolist()
         ring = list(zip(order, order[1:] + order[:1], strict=True))
@@ -178,5 +185,5 @@ class ExpertManager:
 
 
 def _put(_: jax.Array, values: np.ndarray, *, info: ParamInfo) -> jax.Array:
-    """The values, where the parameter's are."""
+    """Put values on the devices with the sharding of the parameter."""
     return jax.device_put(values, info.sharding)

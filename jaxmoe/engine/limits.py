@@ -1,4 +1,4 @@
-"""What one rank of the batch can take, and what pages a request needs of it. Pure numbers: no arrays, no device."""
+"""Scheduler configuration of one rank of the batch, and the pages that a request needs. No arrays, no device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Scheduler and cache configuration of one rank of the batch, and the number of ranks.
+    """Configure the scheduler and the KV cache of one rank of the batch. num_ranks: number of these ranks.
 
-    max_num_seqs: sequences that run at once. chunk_tokens: prompt tokens a step, in blocks of block_tokens of one
-    request each. num_pages pages of page_size tokens, and num_host_pages more in host memory. context: tokens of a
-    request at most. decode_steps: tokens that a request may decode in one step, where no prompt waits. aging_steps:
-    steps of age that make up for one step of priority. window, attention_chunk: no layer sees more than the last
-    `window` tokens, or than those of its own chunk of so many positions, whichever reaches further back; 0 where no
-    layer is so limited, both 0 where some layer sees all.
+    max_num_seqs: maximum number of sequences that run at once. chunk_tokens: maximum number of prompt tokens per step,
+    in blocks of block_tokens tokens of one request each. num_pages, num_host_pages: pages of page_size tokens on the
+    device and in host memory. context: maximum number of tokens of a request. decode_steps: maximum number of tokens
+    that a request decodes in one step while no prompt waits. aging_steps: steps of age that compensate for one step of
+    priority.
+
+    window, attention_chunk: sliding window and attention chunk of the layers, in tokens. Every layer attends at most to
+    the last `window` tokens, or to its own chunk of attention_chunk positions, whichever reaches further back. 0 if no
+    layer has such a limit; both are 0 if any layer has full attention.
+
+    Raises: ValueError if a value is out of range or chunk_tokens is not a multiple of block_tokens.
     """
 
     num_ranks: int
@@ -43,10 +48,10 @@ class SchedulerConfig:
         return SchedulerConfig(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
 
     def max_total(self, num_prompt: int, max_new: int | None, *, keeps_all: bool = False) -> int:
-        """Return the most tokens of a request, prompt included.
+        """Return the maximum number of tokens of a request, prompt included.
 
-        max_new: new tokens at most, within the context; None for as many as the context and the pages of one rank hold.
-        keeps_all: whether the request gives no page back before it ends.
+        max_new: maximum number of new tokens, limited by the context; by default as many as the context and the pages
+        of one rank allow. keeps_all: whether the request releases no page before it ends.
         """
         if max_new is not None:
             return max(num_prompt, min(self.context, num_prompt + max_new))
@@ -55,16 +60,16 @@ class SchedulerConfig:
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens that the pages of one rank hold."""
+        """Return the number of tokens that the pages of one rank hold."""
         return self.num_pages * self.page_size
 
     @property
     def frees_pages(self) -> bool:
-        """Whether pages of a request that runs come to lie behind what any layer sees."""
+        """Return whether running requests release pages that no layer attends to any more."""
         return bool(self.window or self.attention_chunk)
 
     def first_visible(self, position: int) -> int:
-        """The first position that the token at `position`, or any after it, sees in some layer."""
+        """Return the first position that the token at `position` or any later one attends to in any layer."""
         firsts = []
         if self.window:
             firsts.append(max(0, position - self.window + 1))
@@ -73,9 +78,9 @@ class SchedulerConfig:
         return min(firsts, default=0)
 
     def max_pages(self, num_tokens: int, *, keeps_all: bool = False) -> int:
-        """The most pages that a request of num_tokens needs at once. keeps_all: whether it gives none back early."""
+        """Return the most pages that a request of num_tokens holds at once. keeps_all: as in max_total."""
         pages = -(-num_tokens // self.page_size)
         if keeps_all or not self.frees_pages:
             return pages
-        together = max(self.window, self.attention_chunk) - 1 + self.chunk_tokens  # seen before a chunk, and its own
+        together = max(self.window, self.attention_chunk) - 1 + self.chunk_tokens  # visible before a chunk, plus chunk
         return min(pages, (together + self.page_size - 2) // self.page_size + 1)

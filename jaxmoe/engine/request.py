@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back. No JAX here."""
+"""Sampling parameters, request outputs and token events of the public API. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -16,28 +16,44 @@ def _require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
-MAX_BIAS_TOKEN_IDS = 384  # entries of logit_bias, stop_token_ids and the model's end tokens of one request together
+MAX_BIAS_TOKEN_IDS = 384  # of one request: entries of logit_bias, stop_token_ids and the end tokens of the model
 MAX_TOP_LOGPROBS = 20
 _MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
+    """Set how tokens are sampled and when generation stops.
 
-    max_tokens: of the answer; None goes on to the end of the context. temperature 0 is greedy. top_k 0 or -1 (all),
-    top_p 1 and min_p 0 are off. repetition_penalty divides (multiplies, below
-    zero) the logits of tokens seen in prompt or answer; presence_penalty is taken from those seen in the answer,
-    frequency_penalty as often as they were. logit_bias: added to the logits of these token ids. seed: same seed and
-    prompt, same tokens, whatever else runs beside; of 64 bits, signed or not; sample i of n draws by seed + i. None
-    draws a seed for every request, which its CompletionOutput names.
-    stop: strings that end the text (not part of it); the text of a special token stands for its id. stop_token_ids:
-    tokens that end it. ignore_eos goes on past the end token. min_tokens: neither an end token nor a stop token comes
-    before so many, and no stop string ends the text within them. top_logprobs: how many of the likeliest tokens are
-    reported at each place.
-    Raises: RequestError naming the value and its limits.
+    The repetition penalty is that of CTRL (Keskar et al., 2019); the other penalties are those of OpenAI's API.
 
-    Source: repetition penalty as in CTRL (Keskar et al., 2019); the others as in OpenAI's API.
+    Args:
+        max_tokens: Maximum number of generated tokens, in [1, 2^31). None generates up to the end of the context.
+        min_tokens: Minimum number of generated tokens, in [0, max_tokens]. Until then end tokens and stop tokens are
+            not sampled, and stop strings do not end the text.
+        n: Number of samples of each prompt, in [1, 128].
+        temperature: Sampling temperature: 0 (greedy), or a number in [0.000001, 100].
+        top_k: Sample only from the top_k most likely tokens. 0 and -1 keep all tokens.
+        top_p: Sample only from the most likely tokens that together reach this probability, in (0, 1]. 1 keeps all
+            tokens.
+        min_p: Drop tokens below this fraction of the top probability, in [0, 1]. 0 keeps all tokens.
+        repetition_penalty: Divisor of positive logits, and multiplier of negative logits, of tokens that occur in the
+            prompt or the output; in [0.01, 100]. 1 is off.
+        presence_penalty: Number subtracted from the logits of tokens that occur in the output, in [-100, 100]. 0 is
+            off.
+        frequency_penalty: Number subtracted from the logits of a token for each of its occurrences in the output, in
+            [-100, 100]. 0 is off.
+        logit_bias: Mapping from token id to a number in [-1000, 1000] that is added to the logit of the token.
+        seed: Random seed in [-2^63, 2^64). Sample i of n uses seed + i. The same seed and prompt give the same tokens,
+            independent of other requests. None draws a new seed for each request, reported in CompletionOutput.seed.
+        stop: Strings that end the text. The text does not include them. A string that is exactly a special token of the
+            tokenizer matches the id of this token.
+        stop_token_ids: Token ids that end the output.
+        ignore_eos: Whether to continue past the end tokens of the model.
+        top_logprobs: Number of most likely tokens to report at each position, in [0, 20].
+
+    Raises:
+        RequestError: If a value is out of range. The message gives the value and its limits.
     """
 
     max_tokens: int | None = 128
@@ -60,7 +76,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):  # copies, which nobody changes while the request runs
+        for name in ("stop", "stop_token_ids"):  # copy, so that the caller cannot change them while the request runs
             if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_tokens", "min_tokens", "n", "top_k", "seed", "top_logprobs"):
@@ -96,7 +112,7 @@ class SamplingParams:
             _require(-100 <= value <= 100, f"{name}={value} must lie in [-100, 100]; 0 is off")
         _require(
             self.seed is None or -(2**63) <= self.seed < 2**64,
-            f"seed={self.seed} must lie in [-2^63, 2^64); None draws one",
+            f"seed={self.seed} must lie in [-2^63, 2^64); None draws a random seed",
         )
         _require(
             0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
@@ -107,7 +123,7 @@ class SamplingParams:
         for text in self.stop:
             _require(
                 is_unicode(text),
-                f"stop has {text[:40]!r}, which is not valid Unicode: no answer holds a lone surrogate",
+                f"stop has {text[:40]!r}, which is not valid Unicode: remove its lone surrogates",
             )
         ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
         _require(ids, f"stop_token_ids={self.stop_token_ids!r} must be token ids")
@@ -122,7 +138,7 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether penalties, a bias or a least length change the logits."""
+        """Return whether penalties, logit_bias or min_tokens change the logits."""
         return bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
             or self.min_tokens
@@ -130,12 +146,20 @@ class SamplingParams:
 
     @property
     def reads_history(self) -> bool:
-        """Whether penalties read all tokens before the next one."""
+        """Return whether a penalty reads all previous tokens."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     def check_token_ids(self, *, vocab_size: int, num_eos: int) -> None:
-        """Raises: RequestError if a token id of these is outside the vocabulary, or they are too many with the end
-        tokens of the model."""
+        """Check logit_bias and stop_token_ids against a model.
+
+        Args:
+            vocab_size: Number of tokens of the vocabulary.
+            num_eos: Number of end tokens of the model, including stop strings that are special tokens.
+
+        Raises:
+            RequestError: If a token id is outside the vocabulary, or logit_bias, stop_token_ids and the end tokens have
+                more than 384 entries in total.
+        """
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):
                 _require(token < vocab_size, f"{name} has token id {token}; ids must lie in [0, {vocab_size})")
@@ -143,22 +167,22 @@ class SamplingParams:
         _require(
             num_token_ids <= MAX_BIAS_TOKEN_IDS,
             f"logit_bias and stop_token_ids have {num_token_ids - num_eos} entries, a request of this model may have "
-            f"{MAX_BIAS_TOKEN_IDS - num_eos} in all",
+            f"at most {MAX_BIAS_TOKEN_IDS - num_eos}: remove some",
         )
 
 
 def drawn_seed() -> int:
-    """Draw a seed for a request that names none, below 2^53: every reader of JSON holds it exactly."""
+    """Draw a random seed below 2^53, which every JSON reader represents exactly."""
     return secrets.randbits(53)
 
 
 def seed_of_sample(seed: int, sample: int) -> int:
-    """Return the seed of one sample of a request of this seed; past the largest it goes on from 0."""
+    """Return the seed of one sample of a request: seed + sample, wrapped around at 2^64."""
     return seed + sample if seed + sample < 2**64 else seed + sample - 2**64
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text is valid Unicode: JSON escapes can spell lone surrogates, which no encoding takes."""
+    """Return whether a text is valid Unicode. JSON escapes can produce lone surrogates, which UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -167,7 +191,7 @@ def is_unicode(text: str) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether value is a number, and a float can hold it."""
+    """Return whether value is a finite number that fits a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
@@ -182,11 +206,16 @@ def _is_id(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
-    """One answer. logprobs: natural log-probability of each new token under the model, before penalties and filters.
+    """Hold one generated sample of a request.
 
-    top_logprobs: for each new token the likeliest tokens and their logprobs, likeliest first; none if not asked for.
-    text is "" where the model has no tokenizer. finish_reason: "stop" (end token, stop token or stop string) or
-    "length". seed: what it was drawn by; SamplingParams(seed=...) with it draws the same tokens after the same prompt.
+    Attributes:
+        token_ids: Generated token ids.
+        logprobs: Natural log-probability of each generated token under the model, before penalties and filters.
+        top_logprobs: For each generated token, the log-probabilities of the most likely tokens by token id, likeliest
+            first. Empty if SamplingParams.top_logprobs is 0.
+        text: Generated text; empty if the model has no tokenizer.
+        finish_reason: "stop" (end token, stop token or stop string) or "length" (max_tokens or end of the context).
+        seed: Seed of this sample. SamplingParams(seed=...) with it samples the same tokens after the same prompt.
     """
 
     token_ids: list[int]
@@ -199,7 +228,15 @@ class CompletionOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """One finished request: its n samples; token_ids, logprobs, text, finish_reason and seed are those of the first."""
+    """Hold one finished request with its n samples.
+
+    The properties token_ids, logprobs, text, finish_reason and seed return values of the first sample.
+
+    Attributes:
+        index: Index of the prompt in the call.
+        prompt_token_ids: Token ids of the prompt.
+        outputs: The n samples.
+    """
 
     index: int
     prompt_token_ids: list[int]
@@ -207,36 +244,43 @@ class RequestOutput:
 
     @property
     def token_ids(self) -> list[int]:
-        """Of the first sample."""
+        """Return the generated token ids of the first sample."""
         return self.outputs[0].token_ids
 
     @property
     def logprobs(self) -> list[float]:
-        """Of the first sample."""
+        """Return the log-probabilities of the generated tokens of the first sample."""
         return self.outputs[0].logprobs
 
     @property
     def text(self) -> str:
-        """Of the first sample."""
+        """Return the generated text of the first sample."""
         return self.outputs[0].text
 
     @property
     def finish_reason(self) -> str:
-        """Of the first sample."""
+        """Return the finish reason of the first sample."""
         return self.outputs[0].finish_reason
 
     @property
     def seed(self) -> int:
-        """Of the first sample; with n as it was it repeats all of them."""
+        """Return the seed of the first sample. With the same n, it reproduces all samples."""
         return self.outputs[0].seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEvent:
-    """One new token of one sample of one request, as it comes.
+    """Describe one new token of one sample, as it is streamed.
 
-    text is what it adds that is final; finish_reason is None until the sample's last. top_logprobs, seed: as in
-    CompletionOutput.
+    Attributes:
+        index: Index of the prompt in the call of LLM.stream; 0 in AsyncEngine.stream.
+        sample: Index of the sample, in [0, n).
+        token_id: The token id.
+        logprob: Natural log-probability of the token under the model, before penalties and filters.
+        top_logprobs: Log-probabilities of the most likely tokens by token id, likeliest first.
+        text: Text that became final with this token. It may be empty.
+        finish_reason: As in CompletionOutput with the last token of the sample, otherwise None.
+        seed: Seed of this sample.
     """
 
     index: int
@@ -250,7 +294,7 @@ class TokenEvent:
 
 
 def check_prompt(ids: Sequence[int], *, index: int, vocab_size: int, context: int) -> list[int]:
-    """The token ids as a list. Raises: RequestError if it is empty, too long for the context, or out of range."""
+    """Return the token ids as a list. Raises: RequestError if they are empty, out of range or exceed the context."""
     _require(
         isinstance(ids, Iterable) and not isinstance(ids, str | bytes | Mapping),
         f"prompt {index} is {str(ids)[:40]!r}, token ids must be a list of whole numbers",
@@ -264,6 +308,6 @@ def check_prompt(ids: Sequence[int], *, index: int, vocab_size: int, context: in
         whole = isinstance(token, Integral) and not isinstance(token, bool)
         _require(
             whole and 0 <= token < vocab_size,
-            f"prompt {index} has token id {token!r} at place {at}; ids must be whole numbers in [0, {vocab_size})",
+            f"prompt {index} has token id {token!r} at position {at}; ids must be whole numbers in [0, {vocab_size})",
         )
     return [int(token) for token in ids]

@@ -1,7 +1,7 @@
-"""The compiled programs: a step of the engine, and scoring. Arrays in, arrays out; pages are donated."""
+"""The compiled programs: an engine step, and scoring. Both take and return arrays; KV pages are donated."""
 
-# Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows,
-# n blocks of q prompt tokens, t = d + n * q tokens in all; T decode steps, L likeliest tokens.
+# Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows and
+# n blocks of q prompt tokens, t = d + n * q tokens in total; T decode steps, L top log-probabilities.
 from __future__ import annotations
 
 import math
@@ -51,17 +51,17 @@ from jaxmoe.quantization.formats import QMAX
 from jaxmoe.weights.params import parameter_table
 
 _SCORE_POSITIONS = 256
-# XLA's CPU products of a single row in bfloat16 run ten times slower than those of two (docs/benchmarks.md).
+# XLA's CPU matmuls of a single bfloat16 row run ten times slower than matmuls of two rows (docs/benchmarks.md).
 _MIN_SEQ_SLOTS = 2
 
 
 def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """hidden [B,S,D] at each row's last token: [B,1,D]."""
+    """Select the last token of each row of hidden [B,S,D]: [B,1,D]."""
     return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
 
 
 def bucket(value: int, *, least: int = 16) -> int:
-    """The next of 16, 32, 48, 64, 96, 128, 192, 256, 384, ...: few shapes to compile, little padding."""
+    """Round up to one of 16, 32, 48, 64, 96, 128, 192, 256, 384, ...: few shapes to compile, little padding."""
     size = least
     while size < value:
         size = size * 2 if value > size * 3 // 2 or size < 32 else size * 3 // 2
@@ -69,8 +69,10 @@ def bucket(value: int, *, least: int = 16) -> int:
 
 
 class EngineState(NamedTuple):
-    """What one step hands to the next, on device: the last token of every row [r, rows], the pages of keys and values,
-    and the token ids in them [pages, page_size]."""
+    """Hold the device state carried between steps.
+
+    tokens: last token of every row [r, rows]. pages: KV pages. token_pages: token ids of the pages [pages, page_size].
+    """
 
     tokens: jax.Array
     pages: KVPages
@@ -78,29 +80,32 @@ class EngineState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Output of one step: sampled tokens of each decode step and row, [T,r,d] and [T,r,d,L]; and how many went to each
-    place of an expert in all decode steps, as in ForwardState; None unless traced."""
+    """Hold the output of one step.
+
+    sampled: sampled tokens of each decode step and row, arrays [T,r,d] and [T,r,d,L]. tokens_per_expert: tokens routed
+    to each physical expert, summed over the decode steps, as in ForwardState; None unless traced.
+    """
 
     sampled: SamplerOutput
     tokens_per_expert: TokensPerExpert | None
 
 
 class Runner:
-    """Holds the weights, split once into flat arrays, and the jitted steps over them."""
+    """Hold the weights as a flat list of arrays, and the jitted steps that read them."""
 
     def __init__(self, model: Transformer, *, dtype: str, kv_dtype: str | None = None) -> None:
-        """kv_dtype: of keys and values in pages; that of the activations by default."""
+        """dtype: of activations. kv_dtype: of keys and values in pages; by default that of activations."""
         graph, state = nnx.split(model)
         leaves, structure = jax.tree.flatten(state)
         self.leaves: list[jax.Array] = leaves
-        self._leaves_lock = threading.Lock()  # while a step is sent, or leaves are changed
+        self._leaves_lock = threading.Lock()  # guards leaves while a step is dispatched or experts move
         self.config: ModelConfig = model.config
         self.placement: Placement = model.placement
         self.kernels, self.segments = model.kernels, model.layer_segments
         self.sizes = segment_sizes(model.config, model.placement, model.layer_segments)
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-        # float32 asked for is float32 computed: accelerators would otherwise use shorter products.
+        # Accelerators would otherwise compute float32 matmuls in lower precision.
         self._precision = "highest" if dtype == "float32" else None
         options = compiler_options(self.placement.mesh)
         static = ("bucket", "max_decode_steps", "traced")
@@ -112,42 +117,45 @@ class Runner:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the batch."""
+        """Return the number of ranks that shard the batch."""
         return self.placement.num_shards("batch")
 
     @property
     def context_ranks(self) -> int:
-        """Ranks that share out the keys and values of each request, and the tokens of a step."""
+        """Return the number of context-parallel ranks, which shard each request's KV cache and the tokens of a step."""
         return self.placement.num_shards("page_token")
 
     @property
     def block_shares(self) -> int:
-        """What the tokens of a block of a prompt are a multiple of: the ranks of a context, and what is shared out
-        together between the split regions of layers, or a part of it that is no more than a block."""
+        """Return the alignment of prompt blocks, in tokens.
+
+        It is the least common multiple of the context-parallel ranks and Placement.strip_tokens, the alignment that
+        sequence parallelism needs. If strip_tokens exceeds BLOCK_TOKENS, their greatest common divisor takes its place.
+        """
         whole = self.placement.strip_tokens
         return math.lcm(self.context_ranks, whole if whole <= BLOCK_TOKENS else math.gcd(whole, BLOCK_TOKENS))
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number of the activations."""
+        """Return the bytes of one activation value."""
         return jnp.dtype(self.dtype).itemsize
 
     @property
     def min_seq_slots(self) -> int:
-        """Sequence slots of a rank that a step should have at least: some for every stage of a pipeline and rank of a
-        context."""
+        """Return the minimum number of sequence slots of a rank, which fills every pipeline stage and context-parallel
+        rank."""
         return (
             self.placement.num_stages * self.context_ranks * (1 if self.kernels.linear == "native" else _MIN_SEQ_SLOTS)
         )
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values (and their scales) of one token, over all devices that share its rank."""
+        """Return the bytes of keys, values and their scales of one token, over all devices that share its rank."""
         return self._bytes_per_token(lambda segment: 1)
 
     @property
     def device_bytes_per_token(self) -> int:
-        """Of those, the bytes of a device that holds the token: one of a context's ranks."""
+        """Return the KV cache bytes of one token on one device of the context-parallel rank that holds it."""
 
         def devices(segment: LayerSegment) -> int:
             placement = self.placement.for_params(segment)
@@ -188,33 +196,35 @@ class Runner:
         return EngineState(tokens, pages, token_pages)
 
     def padded_num_seqs(self, num_seqs: int) -> int:
-        """Sequence slots over all ranks for num_seqs prompts or requests: doubled from the least that every rank can
-        have, and as many more as it takes to share out tokens between the split regions of layers, where the layout
-        does."""
+        """Return the number of sequence slots over all ranks that num_seqs sequences need.
+
+        The slots per rank are min_seq_slots, doubled until all sequences fit. A layout with sequence parallelism rounds
+        them up further, so that the tokens shard evenly.
+        """
         seq_slots = self.min_seq_slots
         while seq_slots * self.num_ranks < num_seqs:
             seq_slots *= 2
         placement = self.placement
-        if placement.sequence_gather_axes("sequence_sharded"):  # with prompt blocks beside them, added by bucket_with
+        if placement.sequence_gather_axes("sequence_sharded"):  # bucket_with adds prompt blocks for steps with prompts
             even = self.block_shares * placement.num_stages
             seq_slots = -(-seq_slots // even) * even
         return seq_slots * self.num_ranks
 
     def put(self, values: np.ndarray, *dims: str) -> jax.Array:
-        """A host array laid out on the mesh by its logical dims."""
+        """Put a host array on the mesh, sharded by its logical dims."""
         return jax.device_put(values, self.placement.sharding(*dims))
 
-    # --- the steps, traced once a shape ---
+    # --- the steps, traced once per shape ---
 
     def _step(
         self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, decode_steps,
         *, bucket: Bucket, max_decode_steps: int, traced: bool,
     ):  # fmt: skip
-        """flags: of SamplingFeatures; decode_steps: to run, at most max_decode_steps. Every row that draws yields one
-        token a step.
+        """Run one engine step of decode_steps decode steps, at most max_decode_steps.
 
-        In a step of one decode step, as with prompts, all micro-batches pass the model before tokens are drawn; of
-        several, those of a micro-batch are drawn as soon as it has passed, and its next decode step begins.
+        flags: the SamplingFeatures. Every sampling row yields one token per decode step. If max_decode_steps is 1, as
+        in every step with prompts, all micro-batches pass through the model before any token is sampled. Otherwise each
+        micro-batch is sampled as soon as it leaves the model, and its next decode step begins.
         """
         model, metadata, features = self._merge(leaves), bucket.split(packed), SamplingFeatures(*flags)
         tokens_per_expert = self._zero_tokens_per_expert(bucket) if traced else None
@@ -224,7 +234,7 @@ class Runner:
         return self._decode(model, state, tokens_per_expert, metadata, features, bucket, decode_steps, max_decode_steps)
 
     def _zero_tokens_per_expert(self, bucket: Bucket) -> TokensPerExpert:
-        """Of every MoE layer and rank that routes, tokens that went to each place of an expert [slots,n,R]: none."""
+        """Return zero token counts [slots,n,R] of n routing ranks and R physical experts, for every MoE layer."""
         rows = self.num_ranks * bucket.num_tokens // bucket.micro_batches
 
         def block(segment: LayerSegment, number: int) -> jax.Array | None:
@@ -362,7 +372,7 @@ class Runner:
         positions: jax.Array,
         features: SamplingFeatures,
     ) -> SamplerOutput:
-        """A token a row, after hidden [r*d,1,D] of tokens at positions [r,d]."""
+        """Sample one token per row after hidden states [r*d,1,D] of tokens at positions [r,d]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
         return self._sample_logits(logits, metadata, token_pages, positions + 1, features)
@@ -370,7 +380,7 @@ class Runner:
     def _sample_logits(
         self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures
     ) -> SamplerOutput:
-        """A token a row, drawn by each rank for its own. logits [r,d,V]; positions [r,d]: where the tokens stand."""
+        """Sample one token per row, on the rank of the row. logits [r,d,V]; positions [r,d] of the new tokens."""
         values = {name: metadata[name] for name in SamplingArrays._fields}
         for name in FLOAT_PARTS:
             values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
@@ -405,7 +415,7 @@ class Runner:
         hidden, *_ = model(tokens, step_inputs, schedule=self._schedule(parts))
         target = jnp.roll(tokens, -1, axis=1)
         strips = []
-        for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # never the logits of a whole prompt at once
+        for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # in parts, to bound the memory of the logits
             part = slice(start, start + _SCORE_POSITIONS)
             logits = model.logits(hidden[:, part])
             logits = self.placement.constrain(logits, "batch", "length", "unsharded")
@@ -421,23 +431,24 @@ class Runner:
         return jax.default_matmul_precision(self._precision) if self._precision else nullcontext()
 
     def empty_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
-        """Return zeroed slots and pages of every rank. Raises: RequestError if the devices have no room for them."""
+        """Allocate zeroed slots and pages of every rank. Raises: RequestError if the devices have too little memory."""
         try:
             return jax.block_until_ready(self._empty_fn(max_num_seqs, num_pages, page_size))
         except (jax.errors.JaxRuntimeError, OverflowError) as error:
             gib = self.bytes_per_token * num_pages * page_size * self.num_ranks / 2**30
             raise RequestError(
                 f"{num_pages} pages of {page_size} tokens take {gib:.1f} GiB over {self.placement.mesh.size} "
-                f"device(s), which have no room for it: lower max_tokens or max_num_seqs"
+                f"device(s), which have too little free memory: lower max_tokens or max_num_seqs"
             ) from error
 
     def step(
         self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket,
         *, decode_steps: int, max_decode_steps: int, traced: bool = False,
     ) -> tuple[EngineState, StepOutput]:  # fmt: skip
-        """Run one step of decode_steps, at most max_decode_steps (one where there are blocks). state is donated.
+        """Run one engine step and return the new state and the output. Donates state.
 
-        features: whether any row draws, has penalties or biases, asks for the likeliest tokens. traced: count experts.
+        features: whether any row samples at random, adjusts logits, or returns top log-probabilities. decode_steps: at
+        most max_decode_steps, which is 1 in a step with prompt blocks. traced: whether to count tokens per expert.
         """
         with self._precisely():
             metadata = self.put(packed, "batch", "unsharded")
@@ -447,25 +458,25 @@ class Runner:
                 return self.step_fn(self.leaves, state, metadata, flags, np.int32(decode_steps), **static)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
-        """Move experts to where they are to stand; steps sent from now on read there. Raises: as ExpertManager.move."""
+        """Move experts to the wanted placement, for all steps dispatched from now on. Raises: as ExpertManager.move."""
         with self._leaves_lock:
             self.experts.move(self.leaves, wanted)
 
     def planned(self, bucket: Bucket) -> Counter[Collective]:
-        """The collectives of a step of one decode step."""
+        """Return the planned collectives of a step with max_decode_steps=1, with their counts."""
         return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def planned_decode_step(self, bucket: Bucket) -> Counter[Collective]:
-        """Those of one iteration of a step of several decode steps: there are iterations(bucket, decode_steps)."""
+        """Return the planned collectives of one iteration of a decode loop, which runs `iterations` of them."""
         return planned_decode_step(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def sites(self, bucket: Bucket) -> list[CollectiveSite]:
-        """What planned counts of a step with prompts, planned_decode_step of one without, place by place."""
+        """Return the planned collectives by call site: as `planned` with prompts, else as `planned_decode_step`."""
         planned = planned_sites if bucket.blocks else planned_decode_step_sites
         return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
     def iterations(self, bucket: Bucket, decode_steps: int) -> int:
-        """Iterations of a step of several decode steps: as many, and those in which a pipeline fills and empties."""
+        """Return the iterations of a decode loop: one per decode step, or the ticks of the pipeline schedule."""
         return (
             self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
         )
@@ -477,13 +488,13 @@ class Runner:
         )  # fmt: skip
 
     def abstract_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
-        """The shapes of empty_state, and how they lie."""
+        """Return the shapes, dtypes and shardings of empty_state, without allocating."""
         shapes = jax.eval_shape(lambda: self._empty(max_num_seqs, num_pages, page_size))
         as_struct = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(as_struct, shapes, self._state_sharding())
 
     def lower(self, state: EngineState, bucket: Bucket, *, max_decode_steps: int) -> Any:
-        """The step of one bucket, lowered for the devices of the mesh, without running it."""
+        """Lower the step of one bucket for the devices of the mesh, without running it."""
         packed = jax.ShapeDtypeStruct(
             (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "unsharded")
         )
@@ -501,6 +512,9 @@ class Runner:
             )
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """tokens [B,S] -> log-probability of the token that follows each place [B,S], logits after the last [B,V]."""
+        """Return the log-probability [B,S] of the token after each position of tokens [B,S], and the last logits [B,V].
+
+        lengths [B]: valid tokens of each row; the last logits follow the last of them.
+        """
         with self._precisely(), self._leaves_lock:
             return self.score_fn(self.leaves, self.put(tokens, "batch", "length"), self.put(lengths, "batch"))

@@ -1,14 +1,16 @@
-"""Which tokens of which requests the next step computes. Pure policy: no arrays, no device, no clock of its own.
+"""The scheduler: decide which tokens of which requests the next step computes. Uses no arrays, no device and no clock.
 
-Every rank of the batch has sequence slots, a page pool and a budget of prompt tokens a step. A running request decodes
-one token a step; what is left of the budget goes to prompts in chunks, so that a long prompt never holds up the others.
-Where pages run out the request that came last (of the least urgent ones) gives its pages back and is computed again
-later: the first always goes on, so all end.
+Every rank of the batch has sequence slots, a page pool and a budget of prompt tokens per step. A request that has
+computed its prompt decodes in every step. Prompts are computed in chunks within the budget (chunked prefill), so that a
+long prompt does not stall the decoding requests. If the pages run out, the least urgent request, and among equals the
+latest arrival, is preempted: it releases its pages and is computed again later. The most urgent request is never
+preempted for another, so every request finishes.
 
-Where every layer has a window (or chunks of attention), a request gives the pages back that none of its next tokens
-sees, and holds no more than a window and a chunk of its prompt need.
+If every layer has a sliding window or chunked attention, a request releases the pages that its later tokens do not
+attend to. It then holds only the pages of one window and one prompt chunk.
 
-The host runs ahead: a step is planned before the tokens of the one before are known. `complete` brings them.
+The host runs ahead of the devices: it plans a step before the tokens of the previous step are known. `complete` appends
+them later.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from jaxmoe.errors import RequestError
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One request's tokens, and where it stands. `tokens` holds the prompt and what is known of the answer.
+    """Hold the tokens of one sequence and its scheduling state.
 
-    keeps_all: it needs the token ids in all of its pages, so that none is given back before it ends.
+    tokens: prompt and generated tokens known so far. max_total: maximum number of tokens, prompt included. keeps_all:
+    whether the sequence needs the token ids of all its pages, so that it releases no page before it ends. deadline:
+    time at which it expires. arrival: order of submission. queued_at: number of the step at which it was queued.
     """
 
     request_id: int
@@ -39,24 +43,24 @@ class Sequence:
     queued_at: int = 0
     rank: int = -1
     slot: int = -1
-    pages: list[int] = field(default_factory=list)  # -1 for each of the first num_behind, which were given back
+    pages: list[int] = field(default_factory=list)  # -1 for the first num_behind pages, which were released
     num_behind: int = 0
-    num_written: int = 0  # tokens whose keys and values are in pages, or will be after the steps planned so far
-    num_pending: int = 0  # tokens that steps planned so far will bring
+    num_written: int = 0  # tokens with keys and values in pages once the steps planned so far are done
+    num_pending: int = 0  # tokens that the steps planned so far will sample
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     num_cached_pages: int = 0  # pages, from the first, that are in the prefix cache
-    decoding: bool = False  # its prompt is planned to the end: from now on one token a step
+    decoding: bool = False  # whether its whole prompt is planned, so that it decodes from now on
     finished: bool = False
 
     @property
     def num_total(self) -> int:
-        """Tokens, those to come of steps already planned included."""
+        """Return the number of tokens, including pending ones of planned steps."""
         return len(self.tokens) + self.num_pending
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptChunk:
-    """Tokens [start, start + count) of a sequence's prompt; `last` where its next token is drawn after them."""
+    """Describe prompt tokens [start, start + count) of a sequence. last: whether a token is sampled after them."""
 
     sequence: Sequence
     start: int
@@ -66,7 +70,7 @@ class PromptChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTokens:
-    """`count` tokens one after another, the first of which reads the token at place `start`."""
+    """Describe `count` consecutive decode steps of a sequence. The first one reads the token at position `start`."""
 
     sequence: Sequence
     start: int
@@ -75,9 +79,10 @@ class DecodeTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one step computes: tokens of decoding sequences (one each where there are chunks), and chunks of prompts.
+    """Describe the work of one step: tokens of decoding sequences, and prompt chunks.
 
-    page_copies: (rank, copy) to or from host memory, to be made before it in this order.
+    With prompt chunks, every decoding sequence decodes one token. page_copies: (rank, copy) to or from host memory, to
+    be run in this order before the step.
     """
 
     decodes: list[DecodeTokens]
@@ -89,22 +94,22 @@ class StepPlan:
 
     @property
     def decode_steps(self) -> int:
-        """How many tokens one after another the step computes for those who decode."""
+        """Return the number of decode steps: the most tokens that any sequence decodes."""
         return max((decode.count for decode in self.decodes), default=1)
 
     def sampled(self) -> Iterator[tuple[Sequence, int]]:
-        """The sequences that tokens come of, and how many, in the order of `decodes` and then of `chunks`."""
+        """Yield (sequence, number of sampled tokens), in the order of `decodes` and then of `chunks`."""
         yield from ((decode.sequence, decode.count) for decode in self.decodes)
         yield from ((chunk.sequence, 1) for chunk in self.chunks if chunk.last)
 
     def sequences(self) -> Iterator[Sequence]:
-        """Every sequence with a part in it, once."""
+        """Yield every sequence of the step once."""
         parts = [decode.sequence for decode in self.decodes] + [chunk.sequence for chunk in self.chunks]
         yield from {id(sequence): sequence for sequence in parts}.values()
 
 
 class Scheduler:
-    """Requests waiting and running, and the plan of the next step."""
+    """Schedule waiting and running requests, and plan each step."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
@@ -118,12 +123,12 @@ class Scheduler:
 
     @property
     def num_evicted(self) -> int:
-        """Cached pages evicted since the start."""
+        """Return the number of cached pages evicted since the start."""
         return self._evicted_before + sum(pool.num_evicted for pool in self.pools)
 
     @property
     def num_swapped_in(self) -> int:
-        """Pages swapped in from host memory since the start."""
+        """Return the number of pages swapped in from host memory since the start."""
         return self._swapped_in_before + sum(pool.num_swapped_in for pool in self.pools)
 
     def _new_pool(self) -> PagePool:
@@ -135,15 +140,14 @@ class Scheduler:
         )  # fmt: skip
 
     def enable_offload(self, enabled: bool) -> None:
-        """Set whether evicted pages are offloaded to host memory, to be swapped in again. Requires that nothing is
-        running."""
+        """Set whether evicted pages are offloaded to host memory. No sequence may be running."""
         self.offloads_pages = enabled
         self.reset_prefix_cache()
 
-    # --- requests come and go ---
+    # --- requests ---
 
     def check(self, num_prompt: int, max_total: int, *, keeps_all: bool = False) -> None:
-        """Raises: RequestError with the numbers for a request that could never run to its end."""
+        """Raise RequestError if a request of this size could never run to its end."""
         config = self.config
         if max_total > config.context:
             raise RequestError(
@@ -160,15 +164,17 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a request. Raises: RequestError if it can never fit."""
+        """Queue a sequence. Raises: RequestError if it can never fit."""
         self.check(len(sequence.tokens), sequence.max_total, keeps_all=sequence.keeps_all)
         sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         sequence.queued_at = self.num_steps
         self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence, *, discard: bool = False) -> None:
-        """End a request, whatever its state: its pages are free from now on, its results are ignored. discard: what its
-        pages hold is not to be found by later prompts."""
+        """End a sequence in any state: release its pages and ignore its pending tokens.
+
+        discard: whether to remove its pages from the prefix cache, so that later prompts do not match them.
+        """
         if sequence.finished:
             return
         sequence.finished = True
@@ -179,31 +185,31 @@ class Scheduler:
                 pool.discard(pages)
         else:
             self.waiting.remove(sequence)
-            for pool in self.pools if discard else ():  # a preempted request's pages
+            for pool in self.pools if discard else ():  # pages that a preempted sequence left in the prefix cache
                 pool.discard_prefix(sequence.tokens)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free_slots[sequence.rank].append(sequence.slot)
-        self._free_slots[sequence.rank].sort(reverse=True)  # low slots first, so that few are computed
+        self._free_slots[sequence.rank].sort(reverse=True)  # use low slots first, so that a small bucket suffices
         self.pools[sequence.rank].decref(sequence.pages)
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
         sequence.decoding, sequence.num_cached_pages, sequence.num_behind = False, 0, 0
 
     def expired(self, now: float) -> list[Sequence]:
-        """Requests whose deadline has passed; the caller finishes them."""
+        """Return the sequences whose deadline has passed. The caller finishes them."""
         return [s for s in (*self.running, *self.waiting) if s.deadline is not None and s.deadline <= now]
 
-    # --- one step ---
+    # --- planning a step ---
 
     def plan(self) -> StepPlan:
-        """What to compute next; empty where nothing can be (every token of every request is planned, or none waits)."""
+        """Plan the next step. The plan is empty if no token can be computed before pending tokens are known."""
         self.num_steps += 1
         self.running.sort(key=self._urgency)
         for sequence in self.running:
             self._free_behind(sequence)
         ready = [sequence for sequence in list(self.running) if self._make_room(sequence)]
-        ready = [sequence for sequence in ready if sequence.slot >= 0]  # without those preempted for another
+        ready = [sequence for sequence in ready if sequence.slot >= 0]  # drop sequences preempted for another
         chunks = self._plan_chunks()
         decode_steps = 1 if chunks or self.waiting else self.config.decode_steps
         decodes = [self._plan_decode(sequence, decode_steps) for sequence in ready]
@@ -218,16 +224,19 @@ class Scheduler:
         return page_copies
 
     def _urgency(self, sequence: Sequence) -> tuple[int, int]:
-        """Sorts requests: the first is served first and gives way last. Age makes up for low priority.
+        """Return the sort key of a sequence: the lowest is served first and preempted last.
 
-        Age counts while it runs too: who was let in for it and then gives way has not lost it.
+        Age compensates for low priority (a high value): one step of priority for every aging_steps steps. Age also
+        grows while a sequence runs, so that a preempted sequence keeps the urgency with which it was admitted.
         """
         age = self.num_steps - sequence.queued_at
         return sequence.priority - age // self.config.aging_steps, sequence.arrival
 
     def _free_behind(self, sequence: Sequence) -> None:
-        """Give the pages back that no token computed from now on sees. Steps on their way come before any that writes
-        to them again."""
+        """Release the pages that no later token of the sequence attends to.
+
+        Steps in flight may still read them: devices run steps in order, so any step that rewrites them comes later.
+        """
         if sequence.keeps_all or not self.config.frees_pages:
             return
         behind = min(self.config.first_visible(sequence.num_written) // self.config.page_size, len(sequence.pages))
@@ -238,14 +247,16 @@ class Scheduler:
             sequence.num_behind = behind
 
     def _prompt_pages(self, sequence: Sequence) -> int:
-        """How many pages, from the first, a sequence has or has given back while its next chunk is computed."""
+        """Return the number of pages, including released ones, that a sequence needs for its next prompt chunk."""
         config, num_tokens = self.config, len(sequence.tokens)
         most = config.max_pages(num_tokens, keeps_all=sequence.keeps_all)
         return min(-(-num_tokens // config.page_size), sequence.num_behind + most)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence decodes now; finds pages for its next token or chunk, at the cost of later ones where
-        need be."""
+        """Allocate pages for the next token or prompt chunk of a running sequence, and return whether it decodes now.
+
+        Preempts less urgent sequences of its rank, and at last the sequence itself, if pages run out.
+        """
         if sequence.slot < 0 or (sequence.decoding and sequence.num_total >= sequence.max_total):
             return False
         needed = self._prompt_pages(sequence)
@@ -263,7 +274,10 @@ class Scheduler:
         return sequence.decoding
 
     def _plan_decode(self, sequence: Sequence, decode_steps: int) -> DecodeTokens:
-        """As many tokens as are wanted and as there are pages for, beside one that each running sequence may need."""
+        """Plan up to decode_steps tokens of a sequence, as far as pages suffice.
+
+        Further pages are allocated only while more are available than sequences run, as each may need one.
+        """
         pool, size = self.pools[sequence.rank], self.config.page_size
         wanted = min(decode_steps, sequence.max_total - sequence.num_total)
         while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_available > len(self.running):
@@ -286,16 +300,19 @@ class Scheduler:
             if not sequence.decoding:
                 chunks += self._plan_chunk(sequence, blocks_left)
         for sequence in sorted(self.waiting, key=self._urgency):
-            if sequence.num_pending:  # preempted, and a token of it is still on its way
+            if sequence.num_pending:  # preempted, and a sampled token is still pending
                 continue
             if not any(blocks_left) or not self._admit(sequence, blocks_left):
-                break  # nobody overtakes: who needs much room gets it in the end
+                break  # strict order, so that a large request is admitted eventually
             chunks += self._plan_chunk(sequence, blocks_left)
         return chunks
 
     def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
-        """Give a waiting sequence a slot on the rank that has cached most of its prefix, and pages for all its tokens,
-        or for as many as it ever holds at once."""
+        """Admit a waiting sequence if a rank has a free slot, prompt budget and enough pages; return whether one has.
+
+        Chooses the rank with the longest cached prefix. Allocates pages for all tokens of the sequence, or for the most
+        that it holds at once.
+        """
         tokens, size = sequence.tokens, self.config.page_size
         limit, whole = len(tokens) - 1, sequence.keeps_all
         choices = []
@@ -339,13 +356,14 @@ class Scheduler:
         self._insert_prefix(sequence, sequence.num_written, replace=False)
         return [PromptChunk(sequence=sequence, start=start, count=count, last=sequence.decoding)]
 
-    # --- what steps bring ---
+    # --- outputs of steps ---
 
     def complete(self, plan: StepPlan, tokens: Listed[Listed[int]]) -> Iterator[tuple[Sequence, int, int]]:
-        """Take the tokens of a step, a list for each of plan.sampled(): (sequence, which of plan.sampled(), token) of
-        those still wanted, one by one. Whoever hears of a token may finish its sequence before asking for the next.
+        """Append the sampled tokens of a step and yield (sequence, index, token).
 
-        Pages full of known tokens enter the prefix cache.
+        tokens: one list per entry of plan.sampled(); `index` is the index of the entry. Tokens of finished sequences
+        are dropped. The caller may finish a sequence before it takes the next token. Full pages of known tokens are
+        inserted into the prefix cache.
         """
         for index, ((sequence, _), sampled) in enumerate(zip(plan.sampled(), tokens, strict=True)):
             for token in sampled:
@@ -361,10 +379,10 @@ class Scheduler:
             self._insert_prefix(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
 
     def _insert_prefix(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
-        """Add the pages full of a sequence's first `known` tokens to the prefix cache.
+        """Insert the full pages of the first `known` tokens of a sequence into the prefix cache.
 
-        A step still on its way counts as done: devices take steps in order, so whoever reads its pages comes later (or
-        in the same step, which writes before it reads), and if it fails the prefix cache is reset.
+        Steps in flight count as done. Devices run steps in order, so a request that matches the pages reads them later,
+        or in the same step, which writes before it reads. If a step fails, the prefix cache is reset.
         """
         full = known // self.config.page_size
         if sequence.slot >= 0 and full > sequence.num_cached_pages:
@@ -374,7 +392,10 @@ class Scheduler:
             )
 
     def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
-        """A step threw: its sequences end (fault is told each), all others are computed again, nothing stays cached."""
+        """Handle a failed step: end its sequences, preempt all others, and reset the prefix cache.
+
+        fault: called with each sequence of the step.
+        """
         for sequence in plan.sequences():
             if not sequence.finished:
                 self.finish(sequence)
@@ -386,7 +407,7 @@ class Scheduler:
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
-        """Drop the prefix cache and free all pages. Requires that nothing is running."""
+        """Drop the prefix cache and free all pages. No sequence may be running."""
         assert not self.running
         self._evicted_before, self._swapped_in_before = self.num_evicted, self.num_swapped_in
         self.pools = [self._new_pool() for _ in range(self.config.num_ranks)]

@@ -1,4 +1,4 @@
-"""Pages of keys and values in host memory: copied out on eviction, swapped in when a prompt matches them."""
+"""Offload of KV pages to host memory: copied out on eviction, swapped in when a prompt matches them."""
 
 # Dims: r ranks of the batch, L layers, K key/value head slots, S tokens of a page, H head dim.
 from __future__ import annotations
@@ -15,8 +15,7 @@ from jaxmoe.engine.runner import EngineState, Runner
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
 from jaxmoe.quantization.formats import QMAX
 
-# One page of every rank, of the layers that stand alike to a pipeline: numbers of keys and values, their scales; and
-# token ids.
+# Dims of one page of every rank, for layers of one pipeline view: keys and values, their scales, and token ids.
 _NUMBERS = ("batch", "layer", "unsharded", "kv_head", "page_token", "head_dim")
 _SCALES = _NUMBERS[:-1]
 _TOKENS = ("batch", "unsharded")
@@ -24,13 +23,13 @@ _HOST_MEMORY = "pinned_host"
 
 
 class HostOffload:
-    """Host pages of every rank. Copies are queued on the devices in the order of the calls, behind earlier steps."""
+    """Copy pages to and from host memory. Copies are queued on the devices in call order, after earlier steps."""
 
     def __init__(self, runner: Runner) -> None:
         self._placement = runner.placement
-        self._each = len(runner.config.cached_dims)  # arrays of a kind: keys and values, or keys alone
+        self._each = len(runner.config.cached_dims)  # arrays per kind: keys and values, or only keys
         kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in QMAX else (_NUMBERS,)
-        self._kinds, self._width = kinds, len(kinds) * self._each  # arrays of a block
+        self._kinds, self._width = kinds, len(kinds) * self._each  # arrays per block
         held = [runner.placement.for_params(segment) for segment in runner.segments for _ in range(segment.period)]
         views = dict.fromkeys(placement.view for placement in held)
         self._groups = [
@@ -55,14 +54,17 @@ class HostOffload:
     # --- programs: one page of each rank ---
 
     def _arrays(self, state: EngineState, blocks: list[int]) -> tuple[list[jax.Array], list[tuple[str, ...]]]:
-        """The pages of some blocks, one array after the other, and their dims."""
+        """Return the page arrays of some blocks as a flat list, and their dims."""
         leaves = jax.tree.leaves(state.pages)
         arrays = [leaves[block * self._width + which] for block in blocks for which in range(self._width)]
         return arrays, [PAGE_DIMS[: array.ndim] for array in arrays]
 
     def _read(self, state: EngineState, page: jax.Array):
-        """page [r] -> of every group of layers numbers [r,L,2,K,S,H] and scales [r,L,2,K,S] where there are any, of
-        keys and values (1 in place of 2 of keys alone); token ids [r,S]."""
+        """Read page [r] of each rank.
+
+        Returns, for every group of layers, keys and values [r,L,2,K,S,H] and, if quantized, their scales [r,L,2,K,S];
+        the last array is the token ids [r,S]. The dim of 2 is 1 if the cache has only keys.
+        """
 
         def on_rank(page, *arrays):
             taken = [jax.lax.dynamic_index_in_dim(array, page[0], axis=1, keepdims=False) for array in arrays]
@@ -83,7 +85,7 @@ class HostOffload:
         return (*copies, tokens)
 
     def _write(self, state: EngineState, page: jax.Array, *parts: jax.Array) -> EngineState:
-        """state with parts (as _read gives them) at page [r] of each rank; a page past the last changes nothing."""
+        """Write parts, as returned by _read, to page [r] of each rank. A page out of range is not written."""
         kinds = len(self._kinds)
 
         def on_rank(page, *rest):
@@ -114,7 +116,7 @@ class HostOffload:
     # --- called by the engine ---
 
     def run(self, state: EngineState, rank: int, page_copy: PageCopy) -> EngineState:
-        """Return the state after one page copy; state is donated where a page comes in."""
+        """Run one page copy and return the new state. A copy to the device donates `state`."""
         ranks = self._placement.num_shards("batch")
         pages = np.full(ranks, np.iinfo(np.int32).max, np.int32)
         pages[rank] = page_copy.page
@@ -134,7 +136,7 @@ class HostOffload:
         return jax.device_put(pages, self._placement.sharding("batch"))
 
     def _whole(self, index: int, shards: dict[Any, jax.Array]) -> jax.Array:
-        """An array of every rank with one rank's shards at their devices, zeros elsewhere."""
+        """Build the array of all ranks from the shards of one rank, with zeros on all other devices."""
         sharding, shape = self._shardings[index], self._shapes[index]
         if self._zeros is None:
             self._zeros = [{} for _ in self._shardings]
@@ -151,12 +153,12 @@ class HostOffload:
 
 
 def _shards_of(part: jax.Array, rank: int) -> dict[Any, jax.Array]:
-    """The shards of one rank, by device."""
+    """Return the shards of one rank by device."""
     return {shard.device: shard.data for shard in part.addressable_shards if shard.index[0].start in (rank, None)}
 
 
 def _to_host(shards: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
-    """The same in host memory: on a CPU they lie there already."""
+    """Move shards to pinned host memory. Shards on a CPU stay where they are."""
     return {device: jax.device_put(data, sharding) if (sharding := _host_sharding(device)) else data
             for device, data in shards.items()}  # fmt: skip
 

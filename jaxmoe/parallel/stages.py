@@ -218,5 +218,5 @@ def check_virtual_stages(virtual_stages: int, *, stages: int) -> None:
         raise ConfigError(f"virtual_stages={virtual_stages!r} must be a whole number of at least 1")
     if virtual_stages > 1 and stages == 1:
         raise ConfigError(
-            f"virtual_stages={virtual_stages} needs stages: the mesh has pipeline=1; leave it or add stages"
+            f"virtual_stages={virtual_stages} needs stages: the mesh has pipeline=1; remove the option or add stages"
         )

@@ -98,10 +98,10 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["generate", "good", "--prompt-ids", "long.jsonl"], ["prompt 0 has 129 tokens", "127", "shorten it"]),
     (["generate", "good", "--prompt-ids", "full.jsonl"], ["prompt 0 has 128 tokens", "127", "shorten it"]),
     (["score", "good", "--ids", "long.jsonl"], ["prompt 0 has 129 tokens", "128", "shorten it"]),
-    (["generate", "good", "--prompt-ids", "range.jsonl"], ["prompt 1 has token id 97 at place 1", "[0, 97)"]),
-    (["score", "good", "--ids", "range.jsonl"], ["prompt 1 has token id 97 at place 1", "[0, 97)"]),
+    (["generate", "good", "--prompt-ids", "range.jsonl"], ["prompt 1 has token id 97 at position 1", "[0, 97)"]),
+    (["score", "good", "--ids", "range.jsonl"], ["prompt 1 has token id 97 at position 1", "[0, 97)"]),
     (["score", "good", "--ids", "negative.jsonl"], ["token id -1", "[0, 97)"]),
-    (["score", "good", "--ids", "float.jsonl"], ["token id 2.0 at place 1", "whole numbers"]),
+    (["score", "good", "--ids", "float.jsonl"], ["token id 2.0 at position 1", "whole numbers"]),
     (["score", "good", "--ids", "text.jsonl"], ["token id 'a'", "whole numbers"]),
     (["score", "good", "--ids", "bool.jsonl"], ["token id True", "whole numbers"]),
     # sampling

@@ -84,9 +84,9 @@ def test_a_damaged_checkpoint(tiny_dir, tmp_path):
     ("prompt", "words"),
     [
         ([], "prompt 0 is empty"),
-        ([97], r"token id 97 at place 0; ids must be whole numbers in \[0, 97\)"),
-        ([1, -1], "token id -1 at place 1"),
-        ([1, 2.0], "token id 2.0 at place 1"),
+        ([97], r"token id 97 at position 0; ids must be whole numbers in \[0, 97\)"),
+        ([1, -1], "token id -1 at position 1"),
+        ([1, 2.0], "token id 2.0 at position 1"),
         ([True], "token id True"),
         ([None], "token id None"),
         ([[1]], r"token id \[1\]"),

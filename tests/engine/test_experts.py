@@ -155,7 +155,7 @@ def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
         {"physical_to_logical_map": -whole.physical_to_logical_map},
         {"logical_replica_count": whole.logical_replica_count + 1}, {"replica_index": twice + 1},
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match="somewhere in every layer"):
+        with pytest.raises(ConfigError, match="at least once in every layer"):
             llm.place_experts(replace(whole, **wrong))
     llm.place_experts(whole)
     in_order = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32")

@@ -206,7 +206,7 @@ def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
     ("prompts", "said"),
     [
         ([], "no prompts"), ([[]], "prompt 0 is empty"),
-        ([[1], [2, 10**6]], "prompt 1 has token id 1000000 at place 1"),
+        ([[1], [2, 10**6]], "prompt 1 has token id 1000000 at position 1"),
         ([[-1]], "token id -1"), ([[1.5]], "token id 1.5"), ([[True]], "token id True"), (["text"], "no tokenizer"),
         ([[1] * 4096], "has 4096 tokens"), ("text", "list of texts"),
         (None, "not None"), (7, "not 7"),
