@@ -114,7 +114,7 @@ class LLM:
                 each rank, normally to a power of two.
             virtual_stages: Virtual stages of each pipeline stage. More of them shorten pipeline bubbles and increase
                 communication.
-            layout: Parallelism layout: how mesh axes shard tokens, layers and experts (layouts.py).
+            layout: Parallelism layout: how mesh axes shard tokens, layers and experts (parallel/layouts.py).
             redundant_experts: Physical experts of each MoE layer beyond its logical experts, at least 0, so that
                 place_experts can move and replicate experts. Rounded up so that all ranks have equally many. By default
                 the experts keep their order and cannot be moved.
@@ -460,7 +460,7 @@ class LLM:
         No step is compiled again.
 
         Args:
-            experts: The placement, as from planner/balance.py.
+            experts: The placement, as from parallel/eplb.py.
 
         Raises:
             ConfigError: If the placement does not match this model, or the model was loaded without redundant_experts.
