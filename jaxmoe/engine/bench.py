@@ -57,7 +57,7 @@ def parse_cases(text: str) -> list[Case]:
     cases = []
     for part in text.split(","):
         if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}x[1-9]\d{0,6}", part.strip()):
-            raise RequestError(f"case {part!r} must be REQUESTSxPROMPTxNEW with whole numbers from 1, as in 8x128x64")
+            raise RequestError(f"case {part!r} must read REQUESTSxPROMPTxNEW with whole numbers from 1, as in 8x128x64")
         requests, prompt, new = map(int, part.strip().split("x"))
         cases.append(Case(num_requests=requests, prompt_tokens=prompt, new_tokens=new))
     return cases
