@@ -23,7 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     """Read a JSON object from a file; return {} if the file is absent and not required.
 
-    The quantization of NVIDIA's hf_quant_config.json is added to its config.json as quantization_config.
+    If a config.json has no quantization_config, it gets that of NVIDIA's hf_quant_config.json in the same directory.
     Raises: CheckpointError for an unreadable file, and if one of these two files is a link out of its directory.
     """
     value = _read_object(path, required=required)

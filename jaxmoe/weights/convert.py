@@ -89,11 +89,11 @@ def convert(
     Args:
         source: Checkpoint directory to read.
         destination: Directory to create.
-        to: Format to write: "orbax" or "hf". Default: the format that the source does not have.
+        to: Format to write: "orbax" or "hf". Default: the opposite of the source.
         mesh: Mesh axes or a preset. Its devices will read whole chunks; the result still loads on any mesh.
-        weights_dtype: "float32", "bfloat16" or "float16" casts all floating-point tensors and dequantizes quantized
-            ones. "int8", "fp8" or "fp8-block" quantizes the matrices that would be quantized on load. None preserves
-            every bit.
+        weights_dtype: "float32", "bfloat16" or "float16" casts floating-point tensors to this dtype and dequantizes
+            quantized ones. "int8", "fp8" or "fp8-block" quantizes the matrices that would be quantized on load. None
+            preserves every bit.
         ram_gib: Memory in GiB that the conversion may use in addition to the memory of the process at the start.
         verify: Check a converted source against its checksums first, and read the result again at the end.
         ignore_config_keys: Keys of config.json to ignore.

@@ -25,7 +25,7 @@ from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
 CHUNK_BYTES = 32 << 20
-_MIN_CHUNK_BYTES = 1 << 20  # of the chunks within one device's share
+_MIN_CHUNK_BYTES = 1 << 20  # chunks are not made smaller than this to fit shares or to divide evenly
 _MAX_DIMS = 32  # limit of numpy before version 2; chunk names have one number per dim
 _BLOCK_BYTES = 4096  # block size of a file system
 
