@@ -53,7 +53,7 @@ class CaseResult:
 
 
 def parse_cases(text: str) -> list[Case]:
-    """Parse cases such as "1x128x64,8x128x64". Raises: RequestError naming an invalid part."""
+    """Parse cases like "1x128x64,8x128x64". Raises: RequestError naming an invalid part."""
     cases = []
     for part in text.split(","):
         if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}x[1-9]\d{0,6}", part.strip()):

@@ -66,7 +66,7 @@ def render(
     """Render a conversation into a prompt that ends where the assistant's answer begins.
 
     templates: chat templates by name. With tools (JSON schemas), the template "tool_use" is used if it exists.
-    variables: further variables of the template, such as bos_token. A message's content is text, or a list of parts
+    variables: further variables of the template, for example bos_token. A message's content is text, or a list of parts
     {"type": "text", "text": ...}. If the template does not support lists, their parts are joined by line breaks.
     Raises: RequestError if there is no template, or the template rejects the messages.
     """

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from tokenizers import Tokenizer as HFTokenizer
 
 # A character has at most 4 bytes and a token at least one, so an incomplete character spans at most the last 3 units.
-_LONGEST, _KEPT = 16, 8  # units: a window that reaches _LONGEST is cut to its last _KEPT
+_LONGEST, _KEPT = 16, 8  # units: a window that grows to the first is cut to the second
 # This token starts a window in place of earlier tokens. Otherwise the window's first token would be decoded as the
 # first of a text.
 _ANCHOR = ("a",)

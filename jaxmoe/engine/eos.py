@@ -23,7 +23,7 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
     tokenizer_config.json and special_tokens_map.json. Ids outside the vocabulary, such as -1, are ignored: the model
     never samples them. A single id of config.json (or of its text_config) is also ignored if generation_config.json
     names ids of the vocabulary and the id is an ordinary word piece, neither added nor special. Config classes write
-    such a default (2 for Llama) into files with another vocabulary, and answers would end in the middle of a sentence.
+    this default (2 for Llama) into files with another vocabulary, and answers would end in the middle of a sentence.
     Raises: ConfigError for a value that is not an id, CheckpointError for a file that cannot be read.
     """
     config = read_json(directory / CONFIG)

@@ -83,7 +83,7 @@ class Tokenizer:
         return render(self._templates, messages, variables=self._added.variables(), tools=tools)
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of the special token with exactly this text; None if there is no such token."""
+        """Return the id of the special token with exactly this text; None if it does not exist."""
         token_id = self._tokenizer.token_to_id(text)
         return None if token_id is None or self.is_text(token_id) else token_id
 
