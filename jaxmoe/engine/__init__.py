@@ -1,1 +1,1 @@
-"""Requests in, tokens out: sampling values, the compiled steps, and the Python API."""
+"""The inference engine: requests, scheduling, compiled steps, tokenization and the Python API."""

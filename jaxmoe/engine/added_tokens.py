@@ -1,8 +1,8 @@
-"""Tokens that the files beside tokenizer.json add to it, as transformers reads them.
+"""Tokens that other files of a checkpoint add to tokenizer.json, read as transformers reads them.
 
-tokenizer_config.json names the special tokens (eos_token, extra_special_tokens, ...) and may list all added tokens by
-id (added_tokens_decoder). Where it does not, as in files of older versions, special_tokens_map.json goes before its
-names and added_tokens.json lists ids.
+tokenizer_config.json names the special tokens (eos_token, extra_special_tokens, ...). It may also list all added tokens
+by id (added_tokens_decoder). Older checkpoints lack this list: there special_tokens_map.json overrides the names of
+tokenizer_config.json, and added_tokens.json gives the ids.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ _DECODER = "added_tokens_decoder"
 
 @dataclass(frozen=True, kw_only=True)
 class AddedTokens:
-    """named: texts of special tokens by name ("eos_token"). extra: of special tokens without one. special: both as
-    tokens, in the order they are added. by_id: all tokens that have an id, and listed_in, the file that says so. ends:
-    texts of end tokens, of whichever file."""
+    """Hold the added tokens of one checkpoint.
+
+    named: the text of each named special token, by name ("eos_token"). extra: the texts of special tokens without a
+    name. special: both kinds as AddedToken, in the order in which they are added. by_id: all tokens with an explicit
+    id. listed_in: the file that gives these ids. ends: the texts of the end tokens, from any of the files.
+    """
 
     named: Mapping[str, str]
     extra: tuple[str, ...]
@@ -42,13 +45,13 @@ class AddedTokens:
     ends: tuple[str, ...]
 
     def variables(self) -> dict[str, Any]:
-        """What a chat template may name: the text of every named token, and the list of the others."""
+        """Return the variables of chat templates: the text of every named token, and the list of extra tokens."""
         return dict(self.named) | ({_LEGACY_EXTRA: list(self.extra)} if self.extra else {})
 
     def add_to(self, tokenizer: HFTokenizer) -> None:
-        """Add to a tokenizer what it lacks. A token that it has keeps its id, whatever these files say.
+        """Add the missing tokens to a tokenizer. A token that the tokenizer already has keeps its id.
 
-        Raises: CheckpointError where a token that it lacks would get an id that none of the files' entries gives.
+        Raises: CheckpointError if a new token would get another id than the files give it.
         """
         lacking: dict[str, set[int]] = {}
         for token_id, token in self.by_id.items():
@@ -65,12 +68,12 @@ class AddedTokens:
         for content, ids in lacking.items():
             if (known_id := tokenizer.token_to_id(content)) not in ids:
                 raise CheckpointError(
-                    f"{self.listed_in} gives the token {content[:60]!r} the id {min(ids)}, with tokenizer.json "
-                    f"it gets {known_id}: the two files do not belong together; fetch both again"
+                    f"{self.listed_in} gives the token {content[:60]!r} the id {min(ids)}, but with tokenizer.json "
+                    f"it gets {known_id}: the two files do not match; fetch both again"
                 )
 
     def end_ids(self, tokenizer: HFTokenizer | None) -> set[int]:
-        """Ids of the end tokens, by a tokenizer or, without one, by the list of added tokens."""
+        """Return the ids of the end tokens. Without a tokenizer the list of added tokens gives the ids."""
         ids = {token.content: token_id for token_id, token in self.by_id.items()}
         token_ids = {ids.get(end) if tokenizer is None else tokenizer.token_to_id(end) for end in self.ends}
         return {token_id for token_id in token_ids if token_id is not None}
@@ -86,7 +89,7 @@ def added_tokens(
     settings: Mapping[str, Any], special_map: Mapping[str, Any] = MappingProxyType({}),
     ids: Mapping[str, Any] = MappingProxyType({}),
 ) -> AddedTokens:  # fmt: skip
-    """Gather the added tokens of the three files. Raises: CheckpointError naming an entry that is no token."""
+    """Collect the added tokens of the three files. Raises: CheckpointError naming an invalid entry."""
     is_listed = settings.get(_DECODER) is not None
     for name, file in ((CONFIG, settings), (SPECIAL_MAP, {} if is_listed else special_map)):
         _check_extra(name, file)
@@ -95,7 +98,7 @@ def added_tokens(
     named |= {name: value for name, value in values.items() if name.endswith("_token") and _is_token(value)}
     named |= values[_EXTRA] if isinstance(values[_EXTRA], Mapping) else {}  # a model's own names, such as image_token
     extra = _as_list(values[_EXTRA])
-    # A text may stand several times, with other settings each: then the last ones hold.
+    # A text may occur several times with different settings. Then the tokenizer applies the last ones.
     tokens: dict[tuple[bool, str], AddedToken] = {}
     for name, value in (*named.items(), *((_EXTRA, one) for one in extra)):
         token = _special(name, value)
@@ -113,7 +116,7 @@ def added_tokens(
 
 
 def _merged(settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tokenizer_config.json's values with those of special_tokens_map.json, which win, put over them."""
+    """Return the values of tokenizer_config.json, overridden by the values of special_tokens_map.json."""
     values = dict(settings)
     if not values.get(_EXTRA) and _LEGACY_EXTRA in values:
         values[_EXTRA] = values.pop(_LEGACY_EXTRA)
@@ -147,7 +150,7 @@ def _text(value: Any) -> str:
 
 
 def _special(name: str, value: Any) -> AddedToken:
-    """A special token from its text, or from an object with its settings."""
+    """Return a special token from its text, or from an object with its settings."""
     what = f"{listed([name])} {value!r:.60}"
     if isinstance(value, str):
         return _token(what, {"content": value}, special=True)
@@ -155,20 +158,20 @@ def _special(name: str, value: Any) -> AddedToken:
 
 
 def _token(what: str, value: Any, **fixed: bool) -> AddedToken:
-    """A token from an object with its text and settings. Raises: CheckpointError for anything else."""
+    """Return a token from an object with its text and settings. Raises: CheckpointError for anything else."""
     if isinstance(value, Mapping) and isinstance(content := value.get("content"), str) and is_unicode(content):
         try:
             return AddedToken(content, **{flag: value[flag] for flag in _FLAGS if flag in value} | fixed)
         except TypeError:
             pass
     raise CheckpointError(
-        f"{CONFIG} or {SPECIAL_MAP} has {what}: a token is text without lone surrogates, or an object with content "
-        f"and lstrip, rstrip, single_word, normalized and special; fetch it again"
+        f"{CONFIG} or {SPECIAL_MAP} has {what}: a token must be text without lone surrogates, or an object with "
+        f"content and lstrip, rstrip, single_word, normalized and special; fetch it again"
     )
 
 
 def _listed(decoder: Any) -> dict[int, AddedToken]:
-    """The tokens of an added_tokens_decoder. Raises: CheckpointError."""
+    """Return the tokens of an added_tokens_decoder, by id. Raises: CheckpointError for an invalid entry."""
     if not isinstance(decoder, Mapping):
         raise CheckpointError(f"{CONFIG} has {_DECODER} {decoder!r:.40}: it must map ids to tokens; fetch it again")
     tokens = {}
@@ -182,7 +185,7 @@ def _listed(decoder: Any) -> dict[int, AddedToken]:
 
 
 def _legacy_listed(ids: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
-    """The tokens of an added_tokens.json. Raises: CheckpointError."""
+    """Return the tokens of an added_tokens.json, by id. Raises: CheckpointError for an invalid entry."""
     tokens = {}
     for content, token_id in ids.items():
         if type(token_id) is not int or not 0 <= token_id < 2**31:
@@ -191,7 +194,7 @@ def _legacy_listed(ids: Mapping[str, Any], special: set[str]) -> dict[int, Added
             )
         if not is_unicode(content):
             raise CheckpointError(
-                f"{ADDED} has {content[:40]!r}: a token is text without lone surrogates; fetch it again"
+                f"{ADDED} has {content[:40]!r}: a token must be text without lone surrogates; fetch it again"
             )
         is_special = content in special
         tokens[token_id] = AddedToken(content, normalized=not is_special, special=is_special)

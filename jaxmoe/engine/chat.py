@@ -1,4 +1,4 @@
-"""Chat templates: where a checkpoint has them, and how they are rendered; both as transformers does."""
+"""Chat templates of a checkpoint: reading and rendering them, compatible with transformers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _BESIDE, _OF_PROCESSOR = "chat_template.jinja", "chat_template.json"
 
 
 def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates of a checkpoint directory by name; the one used by default is "default".
+    """Return the chat templates of a checkpoint directory by name. The default template is named "default".
 
-    Those in files of their own (chat_template.jinja, additional_chat_templates/NAME.jinja) replace those of
-    tokenizer_config.json (settings), which replace that of chat_template.json. Raises: CheckpointError.
+    Template files (chat_template.jinja, additional_chat_templates/NAME.jinja) take precedence over the templates of
+    tokenizer_config.json (settings), and these over the template of chat_template.json.
+    Raises: CheckpointError if a template is not readable text.
     """
     files = {DEFAULT: directory / _BESIDE} if (directory / _BESIDE).is_file() else {}
     files |= {path.stem: path for path in sorted((directory / CHAT_TEMPLATES).glob("*.jinja")) if path.is_file()}
@@ -62,12 +63,12 @@ def render(
     templates: Mapping[str, str], messages: Sequence[Message], *, variables: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:  # fmt: skip
-    """Return the prompt of a conversation, ready for the assistant's answer.
+    """Render a conversation into a prompt that ends where the assistant's answer begins.
 
-    templates: by name; with tools (JSON schemas) that called tool_use is taken where there is one. variables: what a
-    template may name besides, such as bos_token. A message's content is text, or a list of parts {"type": "text",
-    "text": ...}; for templates that know no parts they are joined by line breaks.
-    Raises: RequestError if there is no template or it refuses the messages.
+    templates: chat templates by name. With tools (JSON schemas), the template "tool_use" is used if it exists.
+    variables: further variables of the template, for example bos_token. A message's content is text, or a list of parts
+    {"type": "text", "text": ...}. If the template does not support lists, their parts are joined by line breaks.
+    Raises: RequestError if there is no template, or the template rejects the messages.
     """
     template = _compiled(_choose(templates, tools))
     messages = _checked(messages)
@@ -83,7 +84,7 @@ def render(
         text = rendered(messages)
         if _has_all(text, listed):
             return text
-    except Exception as error:  # the template is foreign code, and may fail in any way
+    except Exception as error:  # the template is third-party code and may raise any exception
         if not listed:
             raise RequestError(f"the chat template refused the messages: {error}") from error
     try:
@@ -94,18 +95,18 @@ def render(
 
 def _choose(templates: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None) -> str:
     if not templates:
-        raise RequestError("this model has no chat template: give plain prompts")
+        raise RequestError("this model has no chat template: pass plain prompts")
     name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in templates else DEFAULT
     if name not in templates:
         raise RequestError(
-            f"this model has several chat templates ({', '.join(sorted(templates))}) and none is the default: render "
-            f"one of them and give the text as a plain prompt"
+            f"this model has several chat templates ({', '.join(sorted(templates))}) and no default: render "
+            f"one of them and pass the text as a plain prompt"
         )
     return templates[name]
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages without keys whose value is None. Raises: RequestError for what is no conversation of texts."""
+    """Return the messages without keys whose value is None. Raises: RequestError for an invalid conversation."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(f"messages must be a list of at least one message, not {messages!r:.60}")
     for at, message in enumerate(messages):
@@ -122,7 +123,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _has_all(text: str, listed: Sequence[list[Mapping[str, str]]]) -> bool:
-    """Whether a rendered text has the text of all parts of these contents, and none of them printed as a list."""
+    """Return whether a rendered prompt contains the text of every content part, and no content as a printed list."""
     texts = all(part["text"].strip() in text for content in listed for part in content)
     return texts and not any(str(content) in text for content in listed if content)
 
@@ -135,12 +136,12 @@ def _with_joined_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's text for training; renders what it holds."""
+    """Render the body of {% generation %} ... {% endgeneration %}, which marks the assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the statements inside the block, in a scope of their own as those of transformers are."""
+        """Return the statements inside the block, in a scope of their own as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return [nodes.Scope(body, lineno=line)]
@@ -148,16 +149,16 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> Template:
-    """Compile a template. Raises: RequestError if it is no template."""
+    """Compile a template. Raises: RequestError if its syntax is invalid."""
     environment: Environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    # What published templates expect besides the messages.
+    # Published templates expect these functions and this filter.
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(text)
-    except Exception as error:  # the template is foreign code
+    except Exception as error:  # the template is third-party code
         raise RequestError(f"the chat template is not readable: {error}") from error
 
 
@@ -173,5 +174,5 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
     separators: tuple[str, str] | None = None, sort_keys: bool = False,
 ) -> str:  # fmt: skip
-    """Write value as JSON, unescaped, with what jinja2's own filter does not take."""
+    """Serialize a value to JSON without HTML escapes, with arguments that jinja2's own filter does not take."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,9 +1,9 @@
-"""Incremental detokenization: the text that each token of an answer adds to that of the prompt and the tokens before.
+"""Incremental detokenization: the text that each new token of an answer adds.
 
-The text of a token depends on its neighbors: most decoders drop the leading space of a text's first token, and the
-bytes of one character may be spread over several tokens. So tokens are decoded in a window that begins before the
-newest one, in the prompt if need be, and a character is given out once it is whole. The window is bounded: time is
-linear in the number of tokens.
+The text of a token depends on its neighbors. Most decoders drop the leading space of a text's first token, and the
+bytes of one character may be spread over several tokens. So tokens are decoded in a window that begins some tokens
+earlier, in the prompt if necessary. A character is emitted once it is complete. The window is bounded: time is linear
+in the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from itertools import chain, islice
 
 from tokenizers import Tokenizer as HFTokenizer
 
-# A character has 4 bytes at most and a token at least one, so an unfinished character lies in the last 3 units.
-_LONGEST, _KEPT = 16, 8  # units of a window: it is cut down to the last _KEPT when it reaches _LONGEST
-# Begins a window in place of earlier tokens, so that none of the window's own is decoded as the first of a text.
+# A character has at most 4 bytes and a token at least one, so an incomplete character spans at most the last 3 units.
+_LONGEST, _KEPT = 16, 8  # units: a window that grows to the first is cut to the second
+# This token starts a window in place of earlier tokens. Otherwise the window's first token would be decoded as the
+# first of a text.
 _ANCHOR = ("a",)
-_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character
-_CONTINUATIONS = ("Ģ", "¿")  # bytes 80 and BF in byte-level vocabularies: one of them goes on with any character
+_REPLACEMENT = "\ufffd"  # decoders replace invalid bytes by it
+_CONTINUATIONS = ("Ģ", "¿")  # bytes 80 and BF in byte-level vocabularies: one of them continues any character
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Unit = tuple[str, ...]  # token strings that are decoded together: one, or the byte tokens of one character
 
 
 class TokenDecoder:
-    """A tokenizer's way from ids to token strings, and from those to text; special tokens are left out."""
+    """Convert ids to token strings, and token strings to text. Special tokens are left out."""
 
     def __init__(self, tokenizer: HFTokenizer) -> None:
         self._id_to_token, self._decoder = tokenizer.id_to_token, tokenizer.decoder
@@ -39,20 +40,20 @@ class TokenDecoder:
         self.has_byte_tokens = self.join(["<0x41>"]) == "A"
 
     def token(self, token_id: int) -> str | None:
-        """The string of an id, None if it is special or unknown to the tokenizer."""
+        """Return the token string of an id; None if the id is special or unknown to the tokenizer."""
         token = self._id_to_token(token_id)
         return None if token in self._special else token
 
     def join(self, tokens: list[str]) -> str:
-        """The text of a list of token strings."""
+        """Return the text of a list of token strings."""
         return " ".join(tokens) if self._decoder is None else self._decoder.decode(tokens)
 
 
 class _ByteTokens:
-    """Groups byte tokens such as <0xE2> into characters; a byte that belongs to none becomes U+FFFD.
+    """Group byte tokens such as <0xE2> into characters. An invalid byte becomes U+FFFD.
 
-    A decoder that knows byte tokens turns all bytes of a run into U+FFFD where one of them is invalid. Which runs those
-    are is known at their ends alone, too late for a stream: characters before an invalid byte are kept here.
+    A decoder that supports byte tokens replaces all bytes of a run by U+FFFD if one of them is invalid. This is known
+    only at the end of the run, too late for a stream. So this class preserves the characters before an invalid byte.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class _ByteTokens:
         self._bytes = b""
 
     def push(self, token: str) -> Iterator[Unit]:
-        """The units that are complete with one more token."""
+        """Add a token and yield the units that it completes."""
         matched = _BYTE_TOKEN.fullmatch(token)
         if matched is None:
             yield from self.flush()
@@ -74,23 +75,23 @@ class _ByteTokens:
             except UnicodeDecodeError as error:
                 if error.reason == "unexpected end of data":
                     return
-                yield (_REPLACEMENT,)  # for the first byte; those after it may begin a character
+                yield (_REPLACEMENT,)  # for the first byte; the bytes after it may begin a character
                 self._tokens, self._bytes = self._tokens[1:], self._bytes[1:]
             else:
                 yield tuple(self._tokens)
                 self._tokens, self._bytes = [], b""
 
     def flush(self) -> list[Unit]:
-        """The bytes of an unfinished character, as U+FFFD each."""
+        """Return one U+FFFD for each byte of an incomplete character, and clear them."""
         units: list[Unit] = [(_REPLACEMENT,)] * len(self._tokens)
         self._tokens, self._bytes = [], b""
         return units
 
 
 class Detokenizer:
-    """Text of a growing list of ids that follow a prompt: text of prompt + text given out = text of all ids.
+    """Decode a growing answer: text of the prompt + emitted text = text of all ids.
 
-    The text of the prompt ends before a character that its last ids begin and do not finish. prompt: its ids.
+    prompt: ids of the prompt. If its last ids are the beginning of a character, the text of the prompt ends before it.
     """
 
     def __init__(self, decoder: TokenDecoder, prompt: Sequence[int] = ()) -> None:
@@ -98,7 +99,7 @@ class Detokenizer:
         self._bytes = _ByteTokens() if decoder.has_byte_tokens else None
         self._units: list[Unit] = []
         self._text = ""  # of the window
-        self._num_shown = 0  # characters of it that were given out
+        self._num_shown = 0  # characters of the window that were emitted
         self._has_answer = False
         seen = (token for token in map(decoder.token, reversed(prompt)) if token is not None)
         tokens = list(islice(seen, _LONGEST))
@@ -111,7 +112,7 @@ class Detokenizer:
             self._num_shown = self._num_final()
 
     def push(self, token_id: int) -> str:
-        """Return the text that is final with one more id."""
+        """Add an id and return the text that became final."""
         token = self._decoder.token(token_id)
         if token is None:
             return ""
@@ -120,7 +121,7 @@ class Detokenizer:
         return self._advance(last=False) if units else ""
 
     def finish(self) -> str:
-        """Return the rest: an unfinished character, as U+FFFD."""
+        """Return the remaining text: an incomplete character as U+FFFD."""
         if not self._has_answer:
             return ""
         self._units += [] if self._bytes is None else self._bytes.flush()
@@ -133,7 +134,7 @@ class Detokenizer:
         return self._decoder.join(list(chain.from_iterable(self._units)))
 
     def _num_final(self) -> int:
-        """Count the characters of the window that no later token changes: all, or all but an unfinished last one."""
+        """Return the number of final characters of the window: all, or all except an incomplete last one."""
         if not self._decoder.is_byte_level or not self._text.endswith(_REPLACEMENT):
             return len(self._text)
         end = list(chain.from_iterable(self._units[-3:]))

@@ -1,4 +1,4 @@
-"""Which token ids end an answer."""
+"""End-of-sequence token ids of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _KEY = "eos_token_id"
 
 
 def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> frozenset[int]:
-    """Return every end token that the files of a checkpoint directory name.
+    """Return every end token id that the files of a checkpoint directory name.
 
-    Those are eos_token_id of generation_config.json, of config.json and of its text_config, and the eos_token of
-    tokenizer_config.json and special_tokens_map.json. Ids outside the vocabulary, such as -1, are left out: they never
-    come. So is a lone id of config.json (or of its text_config) where generation_config.json names other ids of the
-    vocabulary and the id is an ordinary word piece, neither added nor special: config classes write such a default (2
-    for Llama) into files whose vocabulary is another, and answers would end in the middle of a sentence.
-    Raises: ConfigError for a value that is no id, CheckpointError for a file that cannot be read.
+    These are eos_token_id of generation_config.json, of config.json and of its text_config, and eos_token of
+    tokenizer_config.json and special_tokens_map.json. Ids outside the vocabulary, such as -1, are ignored: the model
+    never samples them. A single id of config.json (or of its text_config) is also ignored if generation_config.json
+    names ids of the vocabulary and the id is an ordinary word piece, neither added nor special. Config classes write
+    this default (2 for Llama) into files with another vocabulary, and answers would end in the middle of a sentence.
+    Raises: ConfigError for a value that is not an id, CheckpointError for a file that cannot be read.
     """
     config = read_json(directory / CONFIG)
     nested = config.get("text_config")
@@ -45,7 +45,7 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
 
 
 def special_stop_ids(tokenizer: Tokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:
-    """Return the ids of stop strings that are special tokens: those have no text that could be searched."""
+    """Return the ids of stop strings that are special tokens, since decoded text never contains special tokens."""
     special_ids = [] if tokenizer is None else [tokenizer.special_id(text) for text in stop]
     return frozenset(one for one in special_ids if one is not None and one < vocab_size)
 

@@ -1,4 +1,4 @@
-"""How long steps took: those with prompt tokens and those of decoding apart, compiling in neither."""
+"""Step times, separately for steps with prompt tokens and for decode steps; compile time is not included."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class StepClock:
-    """Seconds that steps of an engine took, and the tokens they computed.
+    """Accumulate the times of an engine's steps in seconds, and the tokens they computed.
 
-    A step counts from when it was sent, or the one before it was done, to when its tokens were there; programs are
-    compiled before that. prompt_s: of steps with prompt tokens, of which num_prompt_tokens were computed (not those
-    found in shared pages); tokens that other requests decode in these steps count nowhere. decode_s: of the others,
-    which gave num_decoded_tokens.
+    The time of a step runs from its dispatch, or from the end of the previous step if that is later, until its tokens
+    arrive. Programs are compiled before the dispatch. prompt_s: time of steps with prompt tokens. num_prompt_tokens:
+    prompt tokens computed in them, without tokens reused from the prefix cache. Tokens that other requests decode in
+    these steps are not counted. decode_s and num_decoded_tokens: time and tokens of all other steps.
     """
 
     compile_s: float = 0.0
@@ -23,7 +23,7 @@ class StepClock:
     last_done: float = 0.0
 
     def done(self, *, sent: float, at: float, num_prompt: int, num_new: int) -> None:
-        """Count a step that was sent and done at these times, computed num_prompt prompt tokens and gave num_new."""
+        """Record a step dispatched at `sent` and done at `at`, with num_prompt prompt tokens and num_new new tokens."""
         seconds, self.last_done = at - max(sent, self.last_done), at
         if num_prompt:
             self.prompt_s += seconds
@@ -34,10 +34,10 @@ class StepClock:
 
     @property
     def prompt_tok_s(self) -> float | None:
-        """Prompt tokens a second; None where none were computed."""
+        """Return the prompt tokens per second; None if no prompt token was computed."""
         return self.num_prompt_tokens / self.prompt_s if self.prompt_s > 0 else None
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Decoded tokens a second; None where none were."""
+        """Return the decoded tokens per second; None if no token was decoded."""
         return self.num_decoded_tokens / self.decode_s if self.decode_s > 0 and self.num_decoded_tokens else None

@@ -1,4 +1,4 @@
-"""Text to ids and back with a checkpoint's tokenizer.json, and its chat template."""
+"""The tokenizer of a checkpoint: encoding, decoding, chat templates, and text streams with stop strings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from jaxmoe.errors import CheckpointError, RequestError
 
 
 class Tokenizer:
-    """tokenizer.json with the settings beside it. chat_template: one, or several by name; added: the tokens that the
-    settings add, which the tokenizer has already."""
+    """Encode and decode text with a checkpoint's tokenizer.json and its settings.
+
+    chat_template: one template, or several by name. added: the added tokens of the settings; the tokenizer already
+    includes them.
+    """
 
     def __init__(
         self,
@@ -32,8 +35,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
-        """The tokenizer of a checkpoint directory, None if it has none. settings: its tokenizer_config.json.
+        """Load the tokenizer of a checkpoint directory; return None if it has no tokenizer.json.
 
+        settings: the parsed tokenizer_config.json.
         Raises: CheckpointError for a file that cannot be read, or files that contradict each other.
         """
         path = directory / "tokenizer.json"
@@ -43,7 +47,7 @@ class Tokenizer:
             tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
-        tokenizer.no_truncation()  # files may carry settings of their training
+        tokenizer.no_truncation()  # the file may have truncation and padding of the training
         tokenizer.no_padding()
         split = settings.get("split_special_tokens")
         if not isinstance(split, bool | None):
@@ -56,9 +60,9 @@ class Tokenizer:
         return cls(tokenizer, settings, read_templates(directory, settings), added)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of text; special adds the tokens the tokenizer puts around every text.
+        """Return the ids of a text. special: add the tokens that the tokenizer puts around every text.
 
-        Raises: RequestError for text that is not Unicode (lone surrogates, as from a command line of other bytes).
+        Raises: RequestError for text with lone surrogates, as from a command line that is not UTF-8.
         """
         try:
             text.encode("utf-8")
@@ -67,24 +71,24 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer; encode it with special=False.
+        """Render a conversation into a prompt for the assistant's answer. Encode the prompt with special=False.
 
-        tools: JSON schemas of functions that the answer may call. Raises: RequestError if there is no template or it
-        refuses the messages.
+        tools: JSON schemas of functions that the answer may call.
+        Raises: RequestError if there is no template, or the template rejects the messages.
         """
         return render(self._templates, messages, variables=self._added.variables(), tools=tools)
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token that has exactly this text, None if there is none."""
+        """Return the id of the special token with exactly this text; None if it does not exist."""
         token_id = self._tokenizer.token_to_id(text)
         return None if token_id is None or self.is_text(token_id) else token_id
 
     def is_text(self, token_id: int) -> bool:
-        """Whether an id is part of decoded text: known, and not special."""
+        """Return whether an id is part of decoded text: known, and not special."""
         return self.decoder.token(token_id) is not None
 
     def is_word_piece(self, token_id: int) -> bool:
@@ -93,16 +97,16 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> set[int]:
-        """Ids of the end tokens that the tokenizer's files name."""
+        """Return the ids of the end tokens that the tokenizer's files name."""
         return self._added.end_ids(self._tokenizer)
 
 
 class TextStream:
-    """The text of an answer as it grows: gives out what no later token can change, and ends at stop strings.
+    """Stream the text of an answer: emit text once it is final, and end at a stop string.
 
-    The texts of prompt and answer, joined, are what the tokenizer makes of the ids of both, special tokens left out.
-    prompt: its ids. stop: strings that end the text and are not part of it. min_tokens: a stop string ends the text
-    where a token beyond so many completes it.
+    The text of the prompt followed by the text of the answer equals the decoded ids of both, without special tokens.
+    prompt: ids of the prompt. stop: strings that end the text and are not part of it. min_tokens: number of tokens
+    before a stop string may end the text; the string may begin in them, but a later token must complete it.
     """
 
     def __init__(
@@ -110,19 +114,19 @@ class TextStream:
     ) -> None:
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer.decoder, prompt)
         self._stop = tuple(stop)
-        self._num_unchecked = min_tokens  # tokens to come before stop strings count
-        self._pending = ""  # final, but it may be the start of a stop string
-        self._checked_from = 0  # a stop string must end beyond this place of _pending
+        self._num_unchecked = min_tokens  # tokens left before stop strings are checked
+        self._pending = ""  # final text that may be the start of a stop string
+        self._checked_from = 0  # a stop string must end after this index of _pending
         self._shown: list[str] = []
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """All text given out so far."""
+        """Return all text emitted so far."""
         return "".join(self._shown)
 
     def push(self, token: int) -> str:
-        """The new final text after one more token; sets `stopped` once a stop string has come."""
+        """Add a token and return the new final text. Set `stopped` if a stop string was completed."""
         if self._detokenizer is None:
             return ""
         self._pending += self._detokenizer.push(token)
@@ -132,7 +136,7 @@ class TextStream:
         return self._give(last=False)
 
     def finish(self) -> str:
-        """Whatever text was still held back."""
+        """Return the remaining text."""
         if self._detokenizer is None or self.stopped:
             return ""
         self._pending += self._detokenizer.finish()
@@ -154,11 +158,11 @@ class TextStream:
         return delta
 
     def _find(self, stop: str) -> int:
-        """Return where a stop string stands in the pending text, -1 if nowhere."""
+        """Return the index of a stop string in the pending text; -1 if it is absent."""
         return self._pending.find(stop, max(0, self._checked_from - len(stop) + 1))
 
     def _held_back(self, text: str) -> int:
-        """How many last characters might be the start of a stop string."""
+        """Return the number of characters at the end that may be the start of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
         for count in range(min(longest, len(text)), 0, -1):
             if any(len(s) > count and s.startswith(text[-count:]) for s in self._stop):

@@ -1,9 +1,9 @@
-"""What happened to every request and in every step: recorded by the engine, written for Perfetto and as a page.
+"""Traces of the engine: a record of every request and step, written for Perfetto and as an HTML page.
 
-A trace is one JSON file in Chrome's format (open it at ui.perfetto.dev or chrome://tracing) and beside it one page that
-needs nothing else. Both say of each request when it was queued, which chunks of its prompt ran in which step, when its
-tokens came and how it ended; of each step what it computed, which collectives it held with how many bytes, and how many
-tokens each rank of the expert axis got in each layer.
+A trace is one JSON file in Chrome's trace format (open it at ui.perfetto.dev or chrome://tracing) and one
+self-contained HTML page. For each request both show when it was queued, which chunks of its prompt ran in which step,
+when its tokens arrived, and how it ended. For each step they show the work, the collectives with their bytes, and the
+number of tokens that each expert parallel rank received in each layer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from jaxmoe.errors import RequestError
 from jaxmoe.jsontext import json_text
 from jaxmoe.parallel.collectives import Collective
 
-_MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped, and the files say how many
+_MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped and counted in the files
 
 
 @dataclass(kw_only=True)
 class RequestRecord:
-    """The life of one sample of one request; times in seconds of the engine's clock."""
+    """Record the life of one sample of one request. Times are seconds of the engine's clock."""
 
     name: str
     num_prompt: int
@@ -45,7 +45,7 @@ class RequestRecord:
     finish_reason: str | None = None
 
     def add_token(self, step: int) -> None:
-        """A new token came of that step."""
+        """Record a new token from this step."""
         if not self.num_tokens:
             self.first_token_step = step
         self.num_tokens, self.last_token_step = self.num_tokens + 1, step
@@ -53,7 +53,7 @@ class RequestRecord:
 
 @dataclass(kw_only=True)
 class StepRecord:
-    """One step. expert_tokens [layers, expert ranks]: tokens each rank of the expert axis got, over the data ranks."""
+    """Record one step. expert_tokens [layers, expert ranks]: tokens per expert rank, summed over the data ranks."""
 
     index: int
     sent: float
@@ -70,10 +70,10 @@ class StepRecord:
 
 
 class Trace:
-    """Collects records while requests run. Not to be used from two threads at once."""
+    """Collect records while requests run. Not thread-safe."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        """facts: of the model and the mesh, to be shown."""
+        """facts: properties of the model and the mesh that the trace shows."""
         self.facts = dict(facts)
         self.steps: deque[StepRecord] = deque(maxlen=_MAX_KEPT)
         self.requests: deque[RequestRecord] = deque(maxlen=_MAX_KEPT)
@@ -81,7 +81,7 @@ class Trace:
         self._collectives: dict[tuple[Bucket, int], list[dict[str, Any]]] = {}
 
     def queued(self, name: str, *, num_prompt: int, max_new: int, now: float) -> RequestRecord:
-        """A request (or one sample of it) begins."""
+        """Record a queued request, or one sample of it, and return its record."""
         record = RequestRecord(name=name, num_prompt=num_prompt, max_new=max_new, queued=now)
         self.requests.append(record)
         self.num_requests += 1
@@ -98,7 +98,7 @@ class Trace:
         pages_in_use: int,
         now: float,
     ) -> StepRecord:
-        """A step goes to the devices; records: of its requests, by id."""
+        """Record a step that is dispatched to the devices. records: the records of its requests, by id."""
         step = StepRecord(
             index=self.num_steps,
             sent=now,
@@ -112,7 +112,7 @@ class Trace:
         )
         for chunk in plan.chunks:
             record = records.get(chunk.sequence.request_id)
-            if record is None:  # it was queued before the trace began
+            if record is None:  # the request was queued before the trace began
                 continue
             record.cached = max(record.cached, chunk.sequence.num_cached_tokens)
             record.chunks.append({"step": step.index, "start": chunk.start, "count": chunk.count})
@@ -121,7 +121,7 @@ class Trace:
         return step
 
     def _listed(self, bucket: Bucket, decode_steps: int, collectives: Mapping[Collective, int]) -> list[dict[str, Any]]:
-        """The collectives as plain values: one list for all steps alike."""
+        """Return the collectives as plain values. Steps of the same bucket and decode steps share one list."""
         key = bucket, decode_steps
         if key not in self._collectives:
             self._collectives[key] = [
@@ -131,20 +131,20 @@ class Trace:
         return self._collectives[key]
 
     def done(self, step: StepRecord, rank_loads: np.ndarray, *, now: float) -> None:
-        """A step's results are there. rank_loads [layers, expert ranks]: tokens that went to each rank's experts."""
+        """Record that a step is done. rank_loads [layers, expert ranks]: tokens routed to each rank's experts."""
         step.done = now
         if rank_loads.size:
             step.expert_tokens = rank_loads.astype(np.int32)
 
     @staticmethod
     def ended(record: RequestRecord, reason: str, *, now: float) -> None:
-        """A request has its last token, or ends without."""
+        """Record the end of a request and its reason."""
         record.ended, record.finish_reason = now, reason
 
     # --- writing ---
 
     def as_chrome(self) -> dict[str, Any]:
-        """The trace in Chrome's format: a track of steps with counters, and a track a request."""
+        """Return the trace in Chrome's format: a track of steps with counters, and one track per request."""
         zero, by_index = self._step_spans()
         micro = lambda time: round((time - zero) * 1e6, 1)  # noqa: E731
         events: list[dict[str, Any]] = [
@@ -182,7 +182,7 @@ class Trace:
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": self.facts | self._dropped()}
 
     def _step_spans(self) -> tuple[float, dict[int, tuple[float, float]]]:
-        """When the trace begins, and from when to when the devices ran each step: one after another."""
+        """Return the start of the trace, and the start and end of each step. Steps do not overlap."""
         zero = min([r.queued for r in self.requests] + [s.sent for s in self.steps], default=0.0)
         busy_until, spans = zero, {}
         for step in self.steps:
@@ -201,7 +201,7 @@ class Trace:
     def _spans(
         request: RequestRecord, steps: Mapping[int, tuple[float, float]]
     ) -> list[tuple[str, float, float, dict[str, Any]]]:
-        """(what, from, to, details) of one request, in order."""
+        """Return the spans (name, start, end, details) of one request, in order."""
         spans: list[tuple[str, float, float, dict[str, Any]]] = []
         begun = [steps[chunk["step"]][0] for chunk in request.chunks if chunk["step"] in steps]
         first = min(begun, default=request.queued if request.ended is None else request.ended)
@@ -219,7 +219,7 @@ class Trace:
         return spans
 
     def as_page(self) -> str:
-        """The timeline as one page of HTML that needs nothing else."""
+        """Return the timeline as one self-contained HTML page."""
         zero, spans_of = self._step_spans()
         steps = []
         for step in self.steps:
@@ -238,14 +238,14 @@ class Trace:
             for request in self.requests
         ]
         data = {"facts": self.facts | self._dropped(), "steps": steps, "requests": requests}
-        text = json_text(data).replace("<", "\\u003c")  # no name may end the script, or begin one
+        text = json_text(data).replace("<", "\\u003c")  # a request's name must not close the script element
         template = resources.files("jaxmoe.engine").joinpath("timeline.html").read_text(encoding="utf-8")
         return template.replace("/*DATA*/null", text)
 
     def write(self, path: str | Path) -> tuple[Path, Path]:
-        """Write PATH (Chrome's format) and the page beside it (.html); where they are. Whole files or none.
+        """Write the trace to path (Chrome's format) and the HTML page next to it; return both paths.
 
-        Raises: RequestError naming the path if it cannot be written.
+        Each file is written atomically. Raises: RequestError naming the path if it cannot be written.
         """
         target = check_trace_path(path)
         page = target.with_suffix(".html")
@@ -258,17 +258,22 @@ class Trace:
 
 
 def check_trace_path(path: str | Path) -> Path:
-    """The path of a trace. Raises: RequestError for one that is a folder, ends in .html, or lies in no folder."""
+    """Return the path of a trace.
+
+    Raises: RequestError for a directory, a path with suffix .html, or a parent directory that is not writable.
+    """
     target = Path(path)
     if target.is_dir() or target.suffix == ".html":
-        raise RequestError(f"trace {target} must name a file such as trace.json; the page goes beside it as .html")
+        raise RequestError(
+            f"trace {target} must name a file such as trace.json; the HTML page is written next to it as .html"
+        )
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise RequestError(f"trace {target} cannot be written: {target.parent} is no folder open to you")
+        raise RequestError(f"trace {target} cannot be written: {target.parent} is not a writable directory")
     return target
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
-    """A file with this text, or these bytes, or none: written beside it and renamed. Raises: OSError."""
+    """Write text or bytes to a file atomically: write a temporary file, then rename it. Raises: OSError."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,4 +1,4 @@
-"""Throughput of whole requests: random token ids, end tokens ignored, the median of several runs."""
+"""Throughput benchmark on complete requests: random token ids, end tokens ignored, median of several runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmoe.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """num_requests prompts of prompt_tokens each, new_tokens generated for each."""
+    """Describe one workload: num_requests prompts of prompt_tokens tokens, each generating new_tokens tokens."""
 
     num_requests: int
     prompt_tokens: int
@@ -30,7 +30,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """One case measured. seconds is the median over repeats; compile_s the first run's excess over it."""
+    """Report one measured case.
+
+    seconds: the median run time over the repeats. new_tok_s, total_tok_s: generated tokens, and prompt plus generated
+    tokens, per second. compile_s: by how much the first run exceeded the median.
+    """
 
     engine: str
     case: str
@@ -44,12 +48,12 @@ class CaseResult:
     dtype: str
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, rounded for people."""
+        """Return the fields as a dict for JSON; floats are rounded to three digits."""
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 def parse_cases(text: str) -> list[Case]:
-    """Cases from "1x128x64,8x128x64". Raises: RequestError naming the part that does not read so."""
+    """Parse cases like "1x128x64,8x128x64". Raises: RequestError naming an invalid part."""
     cases = []
     for part in text.split(","):
         if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}x[1-9]\d{0,6}", part.strip()):
@@ -60,7 +64,10 @@ def parse_cases(text: str) -> list[Case]:
 
 
 def run_case(llm: LLM, case: Case, *, repeats: int, startup_s: float) -> CaseResult:
-    """Measure one case: a first run that compiles, then `repeats` counted ones, each on new random ids."""
+    """Measure one case: a first run that compiles, then `repeats` timed runs, each on new random ids.
+
+    Raises: RequestError if a request does not fit the model's context.
+    """
     context = llm.config.max_position_embeddings
     if case.prompt_tokens + case.new_tokens > context:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Is a model the same on every mesh, in every layout? Each against one device, by logits and greedy tokens."""
+"""Parity check: compare a model on every mesh and layout with one device, by logits and greedy tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TEXTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A mesh and a layout to compare. also: layouts that place the model on this mesh as this one does."""
+    """Describe a mesh and a layout to compare. also: layouts that shard the model identically on this mesh."""
 
     mesh: dict[str, int]
     layout: Layout = DEFAULT_LAYOUT
@@ -36,10 +36,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshCheck:
-    """One trial against one device: largest difference of a logit (infinite where logits are not finite), greedy tokens
-    compared and equal.
+    """Report the comparison of one trial with one device.
 
-    refused: why the model cannot run on it, where it cannot.
+    max_logit_error: largest difference of a logit, infinite if logits are not finite. num_tokens, num_equal: greedy
+    tokens compared, and equal ones. refused: why the model cannot run on this mesh; empty if it can.
     """
 
     trial: Trial
@@ -51,12 +51,12 @@ class MeshCheck:
 
     @property
     def passed(self) -> bool:
-        """Every greedy token equal, and every logit within tolerance."""
+        """Return whether all greedy tokens are equal and all logits are within the tolerance."""
         return not self.refused and self.num_equal == self.num_tokens and self.max_logit_error <= self.logit_tolerance
 
 
 def all_meshes(num_devices: int) -> list[dict[str, int]]:
-    """Every way to write num_devices as data x pipeline x tensor x expert."""
+    """Return every factorization of num_devices into data x pipeline x tensor x expert."""
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
     return [
         {"data": data, "pipeline": pipeline, "tensor": tensor, "expert": num_devices // data // pipeline // tensor}
@@ -68,7 +68,10 @@ def all_meshes(num_devices: int) -> list[dict[str, int]]:
 def all_trials(
     meshes: Iterable[dict[str, int]], layouts: Iterable[Layout] = tuple(LAYOUTS.values()), *, moe: bool = True
 ) -> list[Trial]:
-    """Every mesh in every layout, those that place a model (moe: one with experts) alike as one, under the first."""
+    """Return a trial for every mesh and layout. moe: the model has experts.
+
+    Layouts that shard the model identically on a mesh form one trial, named after the first of them.
+    """
     trials = []
     for mesh in meshes:
         alike: dict[tuple[Axes, ...], list[Layout]] = {}
@@ -79,7 +82,7 @@ def all_trials(
 
 
 def sample_prompts(llm: LLM) -> list[list[int]]:
-    """A few short prompts: text where the model has a tokenizer, else ids drawn from seed 0."""
+    """Return a few short prompts as token ids: texts if the model has a tokenizer, else random ids of seed 0."""
     if llm.tokenizer is not None:
         return [llm.tokenizer.encode(text) for text in _TEXTS]
     rng = np.random.default_rng(0)
@@ -99,7 +102,10 @@ def verify_trials(
     weights_dtype: str | None = None,
     ignore_config_keys: Sequence[str] = (),
 ) -> Iterator[MeshCheck]:
-    """Load the model in float32 on one device, then on each mesh and layout, and compare. Raises: as LLM.load."""
+    """Load the model in float32 on one device, then on each mesh and layout, and yield each comparison.
+
+    Raises: the same errors as LLM.load.
+    """
     devices = jax.devices()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
@@ -117,12 +123,12 @@ def verify_trials(
     for trial in trials:
         try:
             layer_segments(config, "scan", stages=trial.mesh.get("pipeline", 1))
-        except ConfigError as error:  # more stages than layers: nothing else keeps a model from a mesh
+        except ConfigError as error:  # more stages than layers; no other reason excludes a mesh
             yield MeshCheck(trial=trial, refused=str(error))
             continue
         try:
             *_, mesh_logits, mesh_tokens = outcome(trial, prompts)
-        except StepError:  # one device gave finite logits
+        except StepError:  # logits are not finite, although they are on one device
             num_tokens = sum(map(len, tokens))
             yield MeshCheck(
                 trial=trial, max_logit_error=math.inf, num_tokens=num_tokens, logit_tolerance=logit_tolerance

@@ -1,1 +1,1 @@
-"""Published checkpoints: finding them, reading them by slice, putting each slice where it belongs."""
+"""Checkpoints: locating, reading, converting and verifying them, and loading them into sharded parameters."""

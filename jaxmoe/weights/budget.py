@@ -1,4 +1,4 @@
-"""Memory under a cap: buffers are taken from a budget, and what the process holds is asked of the system."""
+"""Memory limits: a budget for buffers, and the resident memory of the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class MemoryBudget:
-    """Bytes of buffers that may be in flight; who asks for more waits until others have given theirs back."""
+    """Limit the bytes of buffers in use. A thread that exceeds the limit waits until others release buffers."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.peak_bytes, self._held = limit_bytes, 0, 0
@@ -23,7 +23,7 @@ class MemoryBudget:
 
     @contextmanager
     def take(self, num_bytes: int, what: str) -> Iterator[None]:
-        """Hold so many bytes. Raises: CheckpointError if that is more than the whole budget."""
+        """Reserve num_bytes inside the context. Raises: CheckpointError if that exceeds the whole budget."""
         if num_bytes > self.limit_bytes:
             raise CheckpointError(
                 f"{what} needs {num_bytes} bytes of buffers, the budget is {self.limit_bytes}, half of --ram-gib: "
@@ -42,7 +42,10 @@ class MemoryBudget:
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Resident memory of this process, now or at most so far; at most wherever the system tells no more."""
+    """Return the resident memory of this process in bytes.
+
+    peak: return the highest value so far. Systems without /proc always report the peak.
+    """
     if _STATUS.exists():
         field = "VmHWM:" if peak else "VmRSS:"
         for line in _STATUS.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A checkpoint directory as Hugging Face publishes it: config.json and one or several .safetensors files."""
+"""Reading a Hugging Face checkpoint directory: config.json and one or several .safetensors files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object from a file; {} where it is absent and not required. A config.json has the quantization_config that
-    NVIDIA's checkpoints have in a hf_quant_config.json beside it.
+    """Read a JSON object from a file; return {} if the file is absent and not required.
 
-    Raises: CheckpointError, also where either of those two is a link that leaves its directory.
+    If a config.json has no quantization_config, it gets that of NVIDIA's hf_quant_config.json in the same directory.
+    Raises: CheckpointError for an unreadable file, and if one of these two files is a link out of its directory.
     """
     value = _read_object(path, required=required)
     if path.name == CONFIG and QUANTIZATION_CONFIG not in value and (beside := path.with_name(BESIDE)).is_file():
@@ -45,15 +45,15 @@ def _read_object(path: Path, *, required: bool) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, but must hold an object")
     return value
 
 
 def open_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """All tensors of a published or converted checkpoint by name, headers checked, nothing read yet.
+    """Open all tensors of a published or converted checkpoint, by name. Only headers are read and checked.
 
-    Raises: CheckpointError naming links that leave the directory, or where index and files differ; its subclass
-    MissingWeightsError where there are no weights, or files are missing.
+    Raises: CheckpointError naming links that leave the directory, or differences between the index and the files; its
+    subclass MissingWeightsError if there are no weights, or files are missing.
     """
     manifest = read_manifest(directory)
     tensors = open_converted(directory, manifest) if manifest is not None else _open_hf(directory)
@@ -63,9 +63,9 @@ def open_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def open_converted(directory: Path, manifest: CheckpointManifest, *, whole: bool = True) -> dict[str, TensorInfo]:
-    """The tensors of the files that a manifest lists, whatever lies beside those. whole: see open_store.
+    """Open the tensors of the files that a manifest lists; ignore all other files. whole: see open_store.
 
-    Raises: CheckpointError, also where headers say anything else than the manifest.
+    Raises: CheckpointError, also if a header differs from the manifest.
     """
     if manifest.kind == "orbax":
         return open_store(directory, manifest, whole=whole)
@@ -81,7 +81,7 @@ def open_converted(directory: Path, manifest: CheckpointManifest, *, whole: bool
 
 
 def _open_hf(directory: Path) -> dict[str, TensorInfo]:
-    """The tensors of the files that an index names, or of the only file."""
+    """Open the tensors of the files that an index names, or of the single file."""
     _refuse_others(directory)
     if not (directory / INDEX).is_file():
         return _open_shards(directory, [SINGLE])
@@ -106,33 +106,29 @@ def _open_shards(directory: Path, names: list[str]) -> dict[str, TensorInfo]:
     for name in names:
         for key, info in read_header(directory / name).items():
             if key in tensors:
-                raise CheckpointError(f"tensor {key!r} stands in both {tensors[key].path.name} and {name}: remove one")
+                raise CheckpointError(f"tensor {key!r} is in both {tensors[key].path.name} and {name}: remove one")
             tensors[key] = info
     return tensors
 
 
 def _check_index(directory: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise a CheckpointError where an index and the files that it names differ, or where it names others than SINGLE,
-    which stands beside it."""
+    """Raise CheckpointError if an index differs from its files, or if SINGLE exists and the index does not name it."""
     if absent := sorted(set(weight_map) - set(tensors)):
-        raise CheckpointError(f"{INDEX} names {len(absent)} tensors the files lack: {listed(absent)}")
+        raise CheckpointError(f"{INDEX} names {len(absent)} tensors that the files lack: {listed(absent)}")
     if unnamed := sorted(set(tensors) - set(weight_map)):
-        raise CheckpointError(
-            f"{INDEX} leaves out {len(unnamed)} tensors that its files hold: {listed(unnamed)}; fetch both again"
-        )
+        raise CheckpointError(f"{INDEX} omits {len(unnamed)} tensors of its files: {listed(unnamed)}; fetch both again")
     if strayed := [key for key, name in weight_map.items() if tensors[key].path.name != name]:
         said, actual = weight_map[strayed[0]], tensors[strayed[0]].path.name
         raise CheckpointError(
-            f"{INDEX} looks for {len(strayed)} tensors in the wrong files: {strayed[0]!r} in {listed([said])}, "
-            f"it lies in {listed([actual])}; fetch both again"
+            f"{INDEX} names the wrong files for {len(strayed)} tensors: {strayed[0]!r} is not in {listed([said])}, "
+            f"but in {listed([actual])}; fetch both again"
         )
     if SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
         raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove one")
 
 
 def _refuse_others(directory: Path) -> None:
-    """Raise a MissingWeightsError for what is an Orbax checkpoint but not a whole one of ours, and for pickles
-    alone."""
+    """Raise MissingWeightsError for an Orbax checkpoint without our manifest, and for a checkpoint of pickles only."""
     if any((directory / name).exists() for name in (TREE, CHECKPOINT)):
         raise MissingWeightsError(
             f"{directory} is an Orbax checkpoint without {MANIFEST}: unfinished, or not written by jaxmoe convert; "
@@ -142,6 +138,6 @@ def _refuse_others(directory: Path) -> None:
         return
     if pickles := sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES):
         raise MissingWeightsError(
-            f"{directory} has pickled weights alone ({', '.join(pickles[:4])}), which can hold code and are never "
-            f"loaded: have them saved as safetensors"
+            f"{directory} has only pickled weights ({', '.join(pickles[:4])}), which can run code and are never "
+            f"loaded: save them as safetensors"
         )

@@ -1,7 +1,7 @@
-"""From a published checkpoint to an Orbax one and back: slices stream under a memory cap, and a kill loses little.
+"""Conversion between Hugging Face and Orbax checkpoints, with bounded memory and resumable after a kill.
 
-What is finished is journalled beside the destination (journal.py); the destination appears by one rename at the end,
-with a manifest of checksums in it. Why so: docs/decisions/0010-orbax-holds-published-tensors.md.
+Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
+the end, with a manifest of checksums in it. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ from jaxmoe.weights.verify import check_whole
 DEFAULT_RAM_GIB = 4.0
 _MAX_DEVICES = 2**20
 _RAM_LIMITS = (0.125, 2.0**20)
-_MARGIN_BYTES = 16 << 20  # of a disk, for the journal and the manifest
-_MARGIN_FILES = 8  # those, and folders they lie in
+_MARGIN_BYTES = 16 << 20  # disk space for the journal and the manifest
+_MARGIN_FILES = 8  # the journal, the manifest and their folders
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did. resumed_tensors: those that an earlier, killed run had finished. Bytes of memory:
-    buffer_bytes at most in flight, of budget_bytes; peak_rss_bytes of the process, rss_before_bytes of them before."""
+    """Report the result of a conversion.
+
+    resumed_tensors: tensors that an earlier, killed run had finished. buffer_bytes: the peak of buffers in use, out of
+    budget_bytes. peak_rss_bytes: peak resident memory of the process. rss_before_bytes: its resident memory before the
+    conversion. left_behind: files of the source that were not copied.
+    """
 
     source: str
     destination: str
@@ -68,7 +72,7 @@ class ConversionReport:
     verified: bool
 
     def as_json(self) -> dict[str, Any]:
-        """Its fields."""
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
@@ -77,17 +81,31 @@ def convert(
     weights_dtype: str | None = None, ram_gib: float = DEFAULT_RAM_GIB, verify: bool = False,
     ignore_config_keys: Iterable[str] = (), on_progress: OnProgress = lambda done, total: None,
 ) -> ConversionReport:  # fmt: skip
-    """Write the checkpoint in source (a directory) as another, of kind `to`: "orbax" or "hf"; by default the other one.
+    """Convert a checkpoint directory to another format, resuming an interrupted conversion.
 
-    mesh: axes or a preset whose devices are to read whole chunks; the result loads on any mesh all the same.
-    weights_dtype: float32, bfloat16 or float16 for all plain floating point, and for what is quantized, which is then
-    held by value; int8, fp8 or fp8-block for the matrices that are quantized on load; None keeps every bit. ram_gib:
-    memory this may take beyond what the process had. verify: hold the source, if it was converted, against its
-    checksums first, and read the result again. on_progress is told (source bytes done, bytes in all), by any thread,
-    one at a time.
-    Run again after a kill, with the same options, it goes on from DESTINATION.partial.
+    After a kill, a call with the same options resumes from DESTINATION.partial. All of the input is checked before
+    anything is written.
 
-    Raises: CheckpointError, ConfigError, MeshError; all of the input is checked before anything is written.
+    Args:
+        source: Checkpoint directory to read.
+        destination: Directory to create.
+        to: Format to write: "orbax" or "hf". Default: the opposite of the source.
+        mesh: Mesh axes or a preset. Its devices will read whole chunks; the result still loads on any mesh.
+        weights_dtype: "float32", "bfloat16" or "float16" casts floating-point tensors to this dtype and dequantizes
+            quantized ones. "int8", "fp8" or "fp8-block" quantizes the matrices that would be quantized on load. None
+            preserves every bit.
+        ram_gib: Memory in GiB that the conversion may use in addition to the memory of the process at the start.
+        verify: Check a converted source against its checksums first, and read the result again at the end.
+        ignore_config_keys: Keys of config.json to ignore.
+        on_progress: Called with (source bytes done, total bytes) by any thread, one at a time.
+
+    Returns:
+        The sizes, time, memory use and checks of the conversion.
+
+    Raises:
+        CheckpointError: The source, the destination or an option is invalid, or reading or writing fails.
+        ConfigError: config.json is invalid.
+        MeshError: mesh is invalid.
     """
     started, rss_before = time.perf_counter(), resident_bytes()
     budget = MemoryBudget(_half(ram_gib))
@@ -101,7 +119,7 @@ def convert(
     kind = to or {"hf": "orbax", "orbax": "hf"}[source_checkpoint.kind]
     if mesh is not None and kind != "orbax":
         raise CheckpointError(
-            f"mesh={mesh!r} cuts the chunks of an orbax checkpoint, to={kind!r} has none: leave it out"
+            f"mesh={mesh!r} sets the chunks of an orbax checkpoint, to={kind!r} has no chunks: leave it out"
         )
     options = {"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype}
     destination = Path(os.path.abspath(destination))
@@ -109,8 +127,8 @@ def convert(
         raise CheckpointError(f"destination {destination} exists: name another, or move it away")
     if source.resolve().is_relative_to(partial_path(destination).resolve()):
         raise CheckpointError(
-            f"destination {destination} has its unfinished work in {partial_path(destination)}, where the source lies: "
-            f"name another"
+            f"destination {destination} has its unfinished work in {partial_path(destination)}, which contains the "
+            f"source: name another"
         )
     job = _ConversionJob(
         source_checkpoint=source_checkpoint,
@@ -140,12 +158,12 @@ def convert(
 def _num_devices(mesh: str | None) -> int:
     count = math.prod(parse_mesh(mesh).values()) if mesh is not None else 1
     if count > _MAX_DEVICES:
-        raise CheckpointError(f"mesh={mesh!r} has {count} devices, it may have {_MAX_DEVICES}: name fewer")
+        raise CheckpointError(f"mesh={mesh!r} has {count} devices, at most {_MAX_DEVICES} are allowed: name fewer")
     return count
 
 
 def _half(ram_gib: float) -> int:
-    """Bytes for buffers: the other half is for all else that a conversion holds."""
+    """Return the bytes for buffers: half of ram_gib. The rest is for other memory of the conversion."""
     if not (math.isfinite(ram_gib) and _RAM_LIMITS[0] <= ram_gib <= _RAM_LIMITS[1]):
         raise CheckpointError(f"ram_gib={ram_gib} must lie in [{_RAM_LIMITS[0]}, {_RAM_LIMITS[1]:.0f}] GiB")
     return int(ram_gib * 2**29)
@@ -156,15 +174,15 @@ def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -
     if os.path.lexists(destination):
         raise CheckpointError(f"destination {destination} exists: name another, or move it away")
     if not parent.is_dir():
-        raise CheckpointError(f"destination {destination} lies in {parent}, which is no directory: make it first")
+        raise CheckpointError(f"destination {destination} lies in {parent}, which is not a directory: create it first")
     if destination.resolve().is_relative_to(source_checkpoint.directory.resolve()):
         raise CheckpointError(f"destination {destination} lies inside the source, which stays untouched: name another")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"destination {destination} lies in {parent}, which cannot be written: name another")
+        raise CheckpointError(f"destination {destination} lies in {parent}, which is not writable: name another")
 
 
 class _ConversionJob:
-    """One conversion: what is made of what, and where it goes."""
+    """Run one conversion: plan its tasks, write the tensors and side files, and commit the destination."""
 
     def __init__(
         self,
@@ -186,7 +204,7 @@ class _ConversionJob:
         for task in self._tasks:
             for output in task.outputs:
                 if output.name in self.outputs:
-                    raise CheckpointError(f"tensor {output.name!r} would be made twice: rename one in the source")
+                    raise CheckpointError(f"tensor {output.name!r} would be written twice: rename one in the source")
                 self.outputs[output.name] = output
 
     def _sink(self, whole: Path) -> CheckpointSink:
@@ -195,7 +213,7 @@ class _ConversionJob:
         return ShardSink(whole, self.outputs)
 
     def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
-        """All of it; the number of source tensors that an earlier run had finished."""
+        """Run the whole conversion; return the number of source tensors that an earlier run had finished."""
         self._check_room(self._sink(partial_path(self._destination) / WHOLE))
         total, done, lock = self._source_checkpoint.num_bytes, 0, threading.Lock()
 
@@ -210,8 +228,8 @@ class _ConversionJob:
                 return self._into(journal, ram_bytes, verify, on_bytes)
         except OSError as error:
             raise CheckpointError(
-                f"{error.filename or self._destination}: {error.strerror}; mend that and run the same again: what is "
-                f"done is kept in {partial_path(self._destination).name}"
+                f"{error.filename or self._destination}: {error.strerror}; fix that and run the same command again: "
+                f"finished tensors are saved in {partial_path(self._destination).name}"
             ) from error
 
     def _into(self, journal: ConversionJournal, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
@@ -226,7 +244,7 @@ class _ConversionJob:
         try:
             sums = executor.run(sorted(self._tasks, key=lambda task: _order(sink, task)))
         except CheckpointError as error:
-            raise CheckpointError(f"{error} (what is done is kept in {journal.folder.name})") from error
+            raise CheckpointError(f"{error} (finished tensors are saved in {journal.folder.name})") from error
         self._finish(journal.whole, sink, sums)
         if verify:
             check_whole(journal.whole)
@@ -235,15 +253,14 @@ class _ConversionJob:
             != self.options["source"]
         ):
             raise CheckpointError(
-                f"{self._source_checkpoint.directory} changed meanwhile: remove {journal.folder} and run again "
-                f"once it is at "
-                f"rest"
+                f"{self._source_checkpoint.directory} changed during the conversion: remove {journal.folder} and "
+                f"run again once the source no longer changes"
             )
         journal.commit()
         return executor.num_resumed
 
     def _finish(self, whole: Path, sink: CheckpointSink, sums: dict[str, str]) -> None:
-        """What stands beside the tensors; the manifest is last."""
+        """Write the side files, finish the sink, and write the manifest last."""
         files: dict[str, FileEntry] = {}
         changed = self._transform.config(dict(self._source_checkpoint.config))
         for name in self._source_checkpoint.side_files:
@@ -264,7 +281,7 @@ class _ConversionJob:
         (whole / MANIFEST).write_bytes(manifest.dump())
 
     def _check_room(self, sink: CheckpointSink) -> None:
-        """Raise a CheckpointError if the disk has no room for what is not there yet."""
+        """Raise CheckpointError if the disk lacks space or inodes for the remaining files."""
         bytes_there, files_there = _allocated(partial_path(self._destination))
         side = [
             os.stat(self._source_checkpoint.directory / name).st_size for name in self._source_checkpoint.side_files
@@ -278,7 +295,7 @@ class _ConversionJob:
             )
         num_files = sink.num_files() + len(side) + _MARGIN_FILES - files_there
         disk = os.statvfs(self._destination.parent)
-        if disk.f_files and num_files > disk.f_favail:  # f_files is 0 where a disk makes them as it goes
+        if disk.f_files and num_files > disk.f_favail:  # f_files is 0 if the file system allocates inodes on demand
             raise CheckpointError(
                 f"destination {self._destination} needs {num_files} more files and its disk has room for "
                 f"{disk.f_favail}: remove some, or choose another disk"
@@ -286,14 +303,17 @@ class _ConversionJob:
 
 
 def _order(sink: CheckpointSink, task: ConversionTask) -> tuple[tuple[str, int], Path, int]:
-    """By the place in the new file, which costs more than to read from many places; then by that in the old one."""
+    """Return the sort key of a task: its offset in the destination, then its offset in the source.
+
+    Writing out of order costs more than reading out of order.
+    """
     return sink.place(task.outputs[0].name), task.tensor.path, task.tensor.start
 
 
 def _sources(
     source_checkpoint: SourceCheckpoint, *, plain: bool
 ) -> Iterator[tuple[TensorInfo | DerivedTensor, TensorSpec]]:
-    """The tensors to convert; plain: values in place of numbers and scales. Raises: CheckpointError, ConfigError."""
+    """Yield the tensors to convert. plain: dequantize quantized tensors. Raises: CheckpointError, ConfigError."""
     how = read_quantization_config(source_checkpoint.config.get(QUANTIZATION_CONFIG)) if plain else None
     if how is None:
         yield from ((source_checkpoint.tensors[name], spec) for name, spec in source_checkpoint.specs.items())
@@ -305,6 +325,6 @@ def _sources(
 
 
 def _allocated(folder: Path) -> tuple[int, int]:
-    """Bytes of a tree on its disk, and how many files and folders it has."""
+    """Return the allocated bytes of a directory tree, and its number of files and folders."""
     paths = [Path(at) / name for at, _, names in os.walk(folder) for name in (".", *names)]
     return sum(os.lstat(path).st_blocks * 512 for path in paths), len(paths)

@@ -1,5 +1,7 @@
-"""A quantized checkpoint's tensors as plain ones, by their published names alone: any family, layers that no model here
-runs among them. Rows are dequantized as they are read."""
+"""Dequantization of a checkpoint's tensors by their names alone.
+
+It works for any model family, including layers that no model here runs. Rows are dequantized as they are read.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ from jaxmoe.weights.dtypes import TensorSpec
 from jaxmoe.weights.quantized_sources import NUMBER_NAMES, expected_scales, quantized_tensor_names, shaped
 from jaxmoe.weights.safetensors_file import TensorInfo
 
-_SCALES = ("_scale", "_scale_inv", "_scales")  # what names of scales end in, of any format
+_SCALES = ("_scale", "_scale_inv", "_scales")  # suffixes of scale names, for all formats
 
 
 class DerivedTensor:
-    """A tensor that is made of others, sources, read as if a file held it. source_bytes: of those."""
+    """Present the dequantized values of two stored tensors (numbers and scales) as one float32 tensor of a file.
+
+    source_bytes: bytes of the two stored tensors.
+    """
 
     def __init__(self, name: str, tensor: LazyTensor, source: TensorInfo, scales: TensorInfo) -> None:
         self.spec = TensorSpec(name=name, dtype="F32", shape=tensor.shape)
@@ -29,7 +34,7 @@ class DerivedTensor:
 
     @property
     def row_numbers(self) -> int:
-        """Numbers of one entry of the first dim."""
+        """Return the number of elements in one entry of the first dim."""
         return math.prod(self.spec.shape[1:])
 
     def read_bytes(self, start: int, out: memoryview) -> None:
@@ -47,13 +52,13 @@ class DerivedTensor:
 def plain_tensors(
     tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization, *, turn_experts: bool = True
 ) -> Iterator[TensorInfo | DerivedTensor]:
-    """Every tensor of a checkpoint that is quantized, in place of numbers and scales their values.
-    turn_experts: whether the plain matrices of all experts in one tensor are stored [expert, in, out].
+    """Yield every tensor of a quantized checkpoint, with dequantized values in place of numbers and scales.
 
-    Raises: CheckpointError for numbers without scales, or either of a shape or dtype that cannot be.
+    turn_experts: whether a plain tensor with the matrices of all experts is stored as [expert, in, out].
+    Raises: CheckpointError for numbers without scales, scales without numbers, and invalid shapes or dtypes.
     """
     form, number_dtype = quant_config.format, NUMBER_NAMES[quant_config.format.dtype]
-    of_numbers, of_scales = quantized_tensor_names("", quant_config)  # what their names end in
+    of_numbers, of_scales = quantized_tensor_names("", quant_config)  # suffixes of their names
     stems = {
         name: name.removesuffix(of_numbers)
         for name, tensor in tensors.items()
@@ -74,7 +79,7 @@ def plain_tensors(
         expected = expected_scales(shape, quant_config, why=f" (scales of {name!r})")
         if scales.shape not in expected.shapes:
             raise CheckpointError(
-                f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, that of {name!r} needs "
+                f"tensor {stem + of_scales!r} has shape {list(scales.shape)}, but {name!r} needs "
                 f"{list(expected.shapes[0])}: fetch it again"
             )
         scales.check_dtype(expected.dtypes, why=expected.why)
@@ -85,32 +90,34 @@ def plain_tensors(
 
 
 def _check_plain(tensor: TensorInfo, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization) -> None:
-    """Raise a CheckpointError for what looks like scales, or like numbers with some, and is of no matrix."""
+    """Raise CheckpointError for a tensor that looks like scales or quantized numbers but has no counterpart."""
     of_numbers, of_scales = quantized_tensor_names("", quant_config)
     number_dtype, stem = NUMBER_NAMES[quant_config.format.dtype], tensor.name.removesuffix(of_scales)
-    # What ends in "_scale" may be a plain parameter.
+    # A name that ends in "_scale" may be a plain parameter.
     sure = stem + of_numbers in tensors or stem.endswith(".weight") or of_scales != "_scale"
     scales = tensor.name.endswith(of_scales) and sure
     stem = tensor.name.removesuffix("_blocks")
     few_bits = tensor.dtype_name in ("I8", "U8") or tensor.dtype_name.startswith("F8_")
     if scales or (few_bits and any(stem + end in tensors for end in _SCALES)):
         raise CheckpointError(
-            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} is of no matrix of "
-            f"quant_method {quant_config.method}, "
-            f"which has numbers NAME{of_numbers} of dtype {number_dtype} beside scales NAME{of_scales}: fetch the "
-            f"checkpoint again"
+            f"tensor {tensor.name!r} of dtype {tensor.dtype_name} belongs to no matrix of quant_method "
+            f"{quant_config.method}, which has numbers NAME{of_numbers} of dtype {number_dtype} and scales "
+            f"NAME{of_scales}: fetch the checkpoint again"
         )
 
 
 def _shape_of_values(tensor: TensorInfo, form: QuantizationFormat) -> tuple[int, ...]:
-    """[out, in] or, of all experts, [expert, out, in]; packed numbers have a dim for a block's bytes beside that."""
+    """Return the shape of the values: [out, in], or [expert, out, in] for stacked experts.
+
+    Packed numbers have one more dim, the bytes of a block. Raises: CheckpointError for any other shape.
+    """
     shape = tensor.shape
     if form.packing_factor > 1:
         block = (form.inputs or 1) // form.packing_factor
         shape = (*shape[:-2], shape[-2] * block * form.packing_factor) if len(shape) > 2 and shape[-1] == block else ()
     if len(shape) not in (2, 3):
         raise CheckpointError(
-            f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is none of a quantized matrix, or of all "
-            f"experts': fetch it again"
+            f"tensor {tensor.name!r} has shape {list(tensor.shape)}, which is not that of a quantized matrix or of "
+            f"stacked experts: fetch it again"
         )
     return shape

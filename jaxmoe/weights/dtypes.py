@@ -1,4 +1,4 @@
-"""Every dtype a published tensor may have: its name in safetensors, in numpy, and in an Orbax checkpoint's arrays."""
+"""The dtypes of checkpoint tensors: their names in safetensors, in numpy, and in the arrays of an Orbax checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxmoe.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDtype:
-    """One dtype. zarr: what an array's .zarray calls it; bytes lie in little-endian order."""
+    """Describe one dtype, stored in little-endian order. zarr: its name in the .zarray of an array."""
 
     name: str
     numpy: np.dtype
@@ -40,13 +40,13 @@ DTYPES: dict[str, StoredDtype] = {
     )
 }  # fmt: skip
 
-# Plain floating point that models run in: as safetensors names it, and as users do.
+# The floating-point dtypes that models run in: safetensors name to user-facing name.
 FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor. Raises: CheckpointError for a dtype that is not in the table."""
+    """Describe a tensor by name, dtype and shape. Raises: CheckpointError for a dtype that DTYPES does not have."""
 
     name: str
     dtype: str
@@ -54,34 +54,36 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise CheckpointError(f"tensor {self.name!r} has dtype {self.dtype}; what can be held: {', '.join(DTYPES)}")
+            raise CheckpointError(f"tensor {self.name!r} has dtype {self.dtype}; supported: {', '.join(DTYPES)}")
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number."""
+        """Return the bytes of one number."""
         return DTYPES[self.dtype].numpy.itemsize
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all numbers."""
+        """Return the bytes of the tensor."""
         return math.prod(self.shape) * self.itemsize
 
 
 def check_reach(name: str, numbers: np.ndarray, to: np.dtype, remedy: str) -> None:
-    """Raise a CheckpointError, with a remedy, where a finite number of a tensor becomes infinite in the dtype `to`."""
+    """Raise CheckpointError with a remedy if a finite number of a tensor would become infinite in the dtype `to`."""
     number = _first_beyond(numbers, to)
     if number is not None:
         raise beyond_reach(name, number, to.name, remedy)
 
 
 def beyond_reach(name: str, number: float, dtype: str, remedy: str) -> CheckpointError:
-    """Return the error of a tensor that holds a number too large for a dtype."""
-    return CheckpointError(f"tensor {name!r} holds {number:.4g}, beyond what {dtype} reaches: {remedy}")
+    """Return the error for a tensor with a number that is too large for a dtype."""
+    return CheckpointError(f"tensor {name!r} holds {number:.4g}, outside the range of {dtype}: {remedy}")
 
 
 def _first_beyond(numbers: np.ndarray, to: np.dtype) -> float | None:
-    """The first finite number that is infinite in another dtype. Two passes over bits as whole numbers, which take far
-    less time than a cast."""
+    """Return the first finite number that would be infinite in another dtype; None if there is none.
+
+    The two passes compare bit patterns as integers, which takes far less time than a cast.
+    """
     limit = _reach(numbers.dtype, to)
     if limit is None or numbers.size == 0:
         return None
@@ -95,7 +97,7 @@ def _first_beyond(numbers: np.ndarray, to: np.dtype) -> float | None:
 
 @cache
 def _reach(numbers: np.dtype, to: np.dtype) -> int | None:
-    """The bits of the largest number of a dtype that is finite in another; None where all finite ones are."""
+    """Return the bits of the largest number of a dtype that stays finite in another; None if all finite ones do."""
     floats = [DTYPES[name].numpy for name in FLOAT_NAMES]
     if numbers == to or numbers not in floats or to not in floats:
         return None

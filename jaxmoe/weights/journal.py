@@ -1,9 +1,10 @@
-"""Work that a kill does not undo: a folder beside the destination, with a journal of what is finished.
+"""The journal of a conversion, which lets a killed conversion resume.
 
-DESTINATION.partial/ holds the journal and whole/, which becomes the destination by one rename. The journal's first line
-says what was asked for; each further line is a source tensor whose outputs are written, with their checksums, and the
-last, just before the rename, the manifest with its own. A line may be torn, and its tensors may not have reached the
-disk when the machine lost power: a rerun reads them again before it believes the line.
+DESTINATION.partial/ contains the journal and the folder whole/, which one rename turns into the destination. The first
+line of the journal has the options of the conversion. Each further line names a source tensor whose outputs are
+written, with their checksums. The last line, written just before the rename, has the checksum of the manifest. A line
+may be incomplete, and its tensors may not have reached the disk when the machine lost power. So a resumed conversion
+reads these tensors again and checks them before it relies on the line.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.manifest import JOURNAL, MANIFEST, sum_file
 
 SUFFIX, WHOLE = ".partial", "whole"
-_SYNCS = 32  # at once
+_SYNCS = 32  # concurrent fsync calls
 
 
 def partial_path(destination: Path) -> Path:
-    """Where unfinished work for a destination lies."""
+    """Return the folder of the unfinished conversion to a destination."""
     return destination.with_name(destination.name + SUFFIX)
 
 
 class ConversionJournal:
-    """Unfinished work for a destination, held by one process at a time; begun, or gone on with if asked for the same.
+    """Create or resume the unfinished conversion to a destination, locked by one process at a time.
 
-    Raises: CheckpointError if another process is at it, or it was begun for something else.
+    Raises: CheckpointError if another process holds the lock, or the conversion was started with other options.
     """
 
     def __init__(self, destination: Path, options: Mapping[str, Any]) -> None:
@@ -44,7 +45,7 @@ class ConversionJournal:
         strange = os.path.lexists(self.folder) and not self.folder.is_dir()
         if strange or (self.folder.exists() and not (self.folder / JOURNAL).is_file() and any(self.folder.iterdir())):
             raise CheckpointError(
-                f"{self.folder} is in the way and is no unfinished conversion: remove it, or choose another destination"
+                f"{self.folder} exists and is not a resumable conversion: remove it, or choose another destination"
             )
         self.folder.mkdir(exist_ok=True)
         self._lock = threading.Lock()
@@ -53,7 +54,7 @@ class ConversionJournal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise CheckpointError(f"{self.folder} is being written by another process: let it end first") from error
+            raise CheckpointError(f"{self.folder} is being written by another process: wait until it ends") from error
         try:
             self._read(json.dumps(options, sort_keys=True))
         except BaseException:
@@ -63,14 +64,14 @@ class ConversionJournal:
     def _read(self, options: str) -> None:
         self._file.seek(0)
         first, *lines = self._file.read().split(b"\n")
-        if not lines:  # not even the first line is whole
+        if not lines:  # the first line is incomplete
             shutil.rmtree(self.whole, ignore_errors=True)
             self._file.truncate(0)
             self._file.write(options.encode() + b"\n")
         elif first.decode(errors="replace") != options:
             raise CheckpointError(
-                f"{self.folder} was begun with {_difference(first, options)}: ask for the same to go on with it, or "
-                f"remove it to begin anew"
+                f"{self.folder} was started with {_difference(first, options)}: use the same options to resume it, or "
+                f"remove it to start again"
             )
         else:
             good = len(first) + 1
@@ -85,17 +86,22 @@ class ConversionJournal:
         self.whole.mkdir(exist_ok=True)
 
     def record(self, name: str, sums: Mapping[str, str]) -> None:
-        """The outputs of a source tensor are written."""
+        """Record that the outputs of a source tensor are written. sums: their sha256 by name."""
         with self._lock:
             self._file.write(json.dumps([name, dict(sums)]).encode() + b"\n")
 
     def commit(self) -> None:
-        """Bring all to the disk, then give it the destination's name. Raises: CheckpointError if that is taken."""
+        """Sync all files to disk, then rename the folder to the destination.
+
+        Raises: CheckpointError if the destination exists.
+        """
         sync_tree(self.whole)
         self._file.write(_commit_line(self.whole) + b"\n")
         os.fsync(self._file.fileno())
         if os.path.lexists(self._destination):
-            raise CheckpointError(f"destination {self._destination} appeared meanwhile: move it away and run again")
+            raise CheckpointError(
+                f"destination {self._destination} was created during the conversion: move it away and run again"
+            )
         self.whole.rename(self._destination)
         _sync(self._destination.parent)
         shutil.rmtree(self.folder)
@@ -110,8 +116,10 @@ class ConversionJournal:
 
 
 def end_committed(destination: Path, options: Mapping[str, Any]) -> bool:
-    """Whether a process asked for the same was killed just after it had committed this very destination; what it left
-    is removed."""
+    """Return whether a conversion with the same options was killed just after it committed this destination.
+
+    If so, remove the journal that it left.
+    """
     folder = partial_path(destination)
     if not (destination / MANIFEST).is_file() or not (folder / JOURNAL).is_file() or (folder / WHOLE).exists():
         return False
@@ -130,15 +138,15 @@ def _difference(begun: bytes, options: str) -> str:
     try:
         before, now = json.loads(begun), json.loads(options)
         key = next(key for key in now if before.get(key) != now[key])
-        return "another source" if key == "source" else f"{key}={before.get(key)!r}, this asks for {key}={now[key]!r}"
+        return "another source" if key == "source" else f"{key}={before.get(key)!r}, this run has {key}={now[key]!r}"
     except (ValueError, AttributeError, StopIteration, RecursionError):
-        return "something else"
+        return "other options"
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring every file and folder of a tree to the disk."""
+    """Sync every file and folder of a directory tree to disk."""
     paths = [Path(at) / name for at, _, files in os.walk(folder) for name in (*files, ".")]
-    with ThreadPoolExecutor(_SYNCS) as workers:  # a file system joins those that come together
+    with ThreadPoolExecutor(_SYNCS) as workers:  # a file system merges concurrent syncs
         list(workers.map(_sync, paths))
 
 

@@ -1,4 +1,4 @@
-"""From .safetensors to sharded arrays: each device's part is cut from rows read once; the host holds a block of it."""
+"""Loading .safetensors files into sharded arrays, with bounded host memory and each row read once."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ from jaxmoe.weights.quantized_sources import ExpectedTensor, expected_tensors, q
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.windows import Cut, WeightSliceIndex, Window, intersect
 
-_MAX_LISTED, _MAX_NUMBERS = 1000, 10_000_000  # of missing tensors that are listed one by one
+# Missing tensors are listed one by one up to this excess of tensors and numbers over those in the files.
+_MAX_LISTED, _MAX_NUMBERS = 1000, 10_000_000
 _STAGING_BYTES = 128 << 20
-_READ_BYTES = 32 << 20  # of one tensor, at once
-_MAX_WORKERS = 8  # that read and turn tensors
+_READ_BYTES = 32 << 20  # of one tensor, per read
+_MAX_WORKERS = 8  # threads that read and convert tensors
 _TILE_BYTES = 32
 _ALIGNMENT = 64
-_IN_REACH = "load it in one that does (dtype, --dtype), such as float32"
+_IN_REACH = "choose a dtype of larger range (dtype, --dtype), such as float32"
 
 
 def check_keys(
     tensors: Mapping[str, TensorInfo], expected: Mapping[str, ExpectedTensor], config: ModelConfig, directory: Path
 ) -> None:
-    """Raise one CheckpointError listing every missing, unused and misshapen tensor, or naming one whose dtype is none
-    of those wanted; silent if there is none."""
+    """Raise CheckpointError if any tensors are missing, unused or misshapen, and list all of them.
+
+    Otherwise raise CheckpointError for the first tensor of an unsupported dtype.
+    """
     missing = sorted(set(expected) - set(tensors))
     names = FAMILIES[config.family].names
     unused = sorted(key for key in set(tensors) - set(expected) if not may_stand_unused(key, config, names))
@@ -65,7 +68,7 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Window:
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
 
 
-Source = tuple[str, int | None]  # the key of a tensor, and the index of its first dim where one is taken
+Source = tuple[str, int | None]  # the key of a tensor, and optionally an index into its first dim
 
 
 def _fill(
@@ -76,9 +79,12 @@ def _fill(
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> dict[Window, np.ndarray]:
-    """Windows of a parameter as host arrays; what no weight slice covers is zero. Each tensor's rows are read once."""
+    """Return windows of a parameter as host arrays, reading each row of a tensor once.
+
+    Elements without a weight slice are zero. on_bytes: called with the bytes filled by each read.
+    """
     out = {window: _zeros_on_host([high - low for low, high in window], dtype) for window in windows}
-    cuts: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and where they go
+    cuts: dict[Source, list[tuple[Cut, np.ndarray]]] = defaultdict(list)  # cuts of a tensor, and their destinations
     for window, array in out.items():
         for weight_slice, cut, place in parts.inside(window):
             cuts[weight_slice.key, weight_slice.lead].append(
@@ -87,7 +93,7 @@ def _fill(
     opened = {(key, lead): tensors[key] if lead is None else tensors[key].at(lead) for key, lead in cuts}
 
     def reads() -> Iterator[tuple[Source, int, int]]:
-        """(tensor, first row, last row + 1) of each read, in the order of the files."""
+        """Yield (tensor, first row, last row + 1) of each read, in file order."""
         for source in sorted(cuts, key=lambda source: (opened[source].path, opened[source].start)):
             tensor = opened[source]
             step = max(1, _READ_BYTES // max(1, tensor.num_bytes // max(1, tensor.shape[0])))
@@ -95,7 +101,7 @@ def _fill(
                 yield from ((source, first, min(high, first + step)) for first in range(low, high, step))
 
     def read(source: Source, first: int, last: int) -> int:
-        """The bytes of the windows that the rows gave."""
+        """Read some rows of a tensor into the windows; return the bytes filled."""
         rows, num_bytes = opened[source].read_rows(first, last), 0
         check_reach(source[0], rows, dtype, _IN_REACH)
         for (span, *others), destination in cuts[source]:
@@ -114,7 +120,7 @@ def _fill(
 
 
 def _runs(spans: Iterable[slice]) -> list[tuple[int, int]]:
-    """Where the rows of all spans lie, as runs in order."""
+    """Merge overlapping or adjacent spans of rows into sorted runs."""
     runs: list[tuple[int, int]] = []
     for low, high in sorted((span.start, span.stop) for span in spans):
         if runs and low <= runs[-1][1]:
@@ -125,8 +131,8 @@ def _runs(spans: Iterable[slice]) -> list[tuple[int, int]]:
 
 
 def _copy(rows: np.ndarray, to: np.ndarray) -> None:
-    """to[...] = rows, a few rows at a time: where `to` is transposed, those fill whole lines of the cache."""
-    if rows.dtype == to.dtype:  # NumPy copies its own numbers faster than those of ml_dtypes
+    """Copy rows into `to`. For a transposed `to`, copy a few rows at a time, which fills whole cache lines."""
+    if rows.dtype == to.dtype:  # NumPy copies its own dtypes faster than ml_dtypes
         same_size = np.dtype(f"u{rows.itemsize}")
         rows, to = rows.view(same_size), to.view(same_size)
     step = len(rows) if to.flags.c_contiguous else max(1, _TILE_BYTES // to.itemsize)
@@ -135,7 +141,7 @@ def _copy(rows: np.ndarray, to: np.ndarray) -> None:
 
 
 def _zeros_on_host(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Zeros that lie as XLA wants arrays to, so that a CPU device takes them without a copy."""
+    """Return zeros with the alignment that XLA requires to use them on a CPU device without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     room = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
@@ -143,10 +149,10 @@ def _zeros_on_host(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _cutting_order(parts: list[WeightSlice]) -> list[int]:
-    """Dims along which a parameter is cut into blocks that share no row of a tensor, so that each is read once.
+    """Return the dims to split a parameter along, such that no two blocks share a row of a tensor.
 
-    First the indices that deal out whole tensors (experts, gate and up) or runs of rows (heads), then the dim that is
-    the tensors' rows.
+    First come the dims that select whole tensors (experts, gate and up) or runs of rows (heads), then the dim of the
+    tensors' rows.
     """
     first = parts[0]
     slices = [dim for dim, at in enumerate(first.dst) if isinstance(at, slice)]
@@ -171,9 +177,9 @@ def _cutting_order(parts: list[WeightSlice]) -> list[int]:
 
 
 def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, ...]) -> Iterator[Window]:
-    """The window cut along the dims of `order` until each block is within the staging limit, or cannot be cut further.
+    """Split a window along the dims of `order` until each block is within the staging limit or no dim is left.
 
-    shares: one device's extent along each dim; cuts fall on its bounds, so that few different shapes arise.
+    shares: extent of one device's shard along each dim. Splits fall on shard bounds, which gives few different shapes.
     """
     num_bytes = math.prod(high - low for low, high in window) * itemsize
     if num_bytes <= _STAGING_BYTES or not order:
@@ -183,7 +189,7 @@ def _blocks(window: Window, itemsize: int, order: list[int], shares: tuple[int, 
     low, high = window[dim]
     share = shares[dim]
     step = max(1, _STAGING_BYTES * (high - low) // num_bytes)
-    # whole shares, or one share in even parts
+    # several whole shards, or equal parts of one shard
     step = step // share * share if step >= share else -(-share // -(-share // step))
     run = max(step, share)
     for start in range(low, high, run):
@@ -199,11 +205,11 @@ def load_param(
     workers: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> jax.Array:
-    """One parameter, sharded. on_bytes is told the bytes of it that each read gave: in all, those that are not padding.
+    """Load one parameter as a sharded array.
 
-    Host memory, whatever the size of the parameter: twice the staging limit, and for each worker _READ_BYTES, or one
-    row of a tensor where that is more. On CPU devices the staged arrays are the shards; devices that hold the same
-    share one.
+    on_bytes: called with the bytes of the parameter that each read filled; padding is not included. Host memory does
+    not depend on the size of the parameter: it is twice the staging limit, plus _READ_BYTES (or one row of a tensor,
+    if larger) for each worker. On CPU devices the staged arrays become the shards, and replicas share one array.
     """
     windows = {
         device: _bounds(index, info.shape)
@@ -230,12 +236,12 @@ def load_param(
                     shards[device] = _zeros(shares, info.dtype, device)
                 start = [low - first for (low, _), (first, _) in zip(window, windows[device], strict=True)]
                 shards[device] = _write_block(shards[device], part, start)
-        jax.block_until_ready(list(shards.values()))  # staged blocks are freed before the next come
+        jax.block_until_ready(list(shards.values()))  # free the staged blocks before the next ones
     return jax.make_array_from_single_device_arrays(info.shape, info.sharding, [shards[device] for device in windows])
 
 
 def _staged_whole(devices: Iterable[jax.Device]) -> bool:
-    """Whether device memory is host memory, so that staging a whole parameter takes no more of it."""
+    """Return whether device memory is host memory, so that staging a whole parameter takes no extra memory."""
     return all(device.platform == "cpu" for device in devices)
 
 
@@ -256,8 +262,9 @@ def assign_weight_slices(
     sizes: Sequence[ArraySizes],
     segments: tuple[LayerSegment, ...],
 ) -> dict[str, list[WeightSlice]]:
-    """The weight slices of every parameter, by its path, as if all were plain. sizes: of the layers of each segment.
+    """Return the weight slices of every parameter by its path, without regard to quantization.
 
+    sizes: array sizes of the layers of each segment.
     Raises: CheckpointError if any key is missing, unused, misshapen or of another dtype.
     """
     _check_count(directory, tensors, config, sizes, segments)
@@ -279,12 +286,15 @@ def _check_count(
     sizes: Sequence[ArraySizes],
     segments: tuple[LayerSegment, ...],
 ) -> None:
-    """Raise a CheckpointError where a config asks for many more tensors or numbers than there can be, before its weight
-    slices are listed: by a layer of each kind, so that time and memory follow the files and not the config."""
+    """Raise CheckpointError if a config requires many more tensors or numbers than the files can have.
+
+    This check comes before the weight slices are listed. It counts one layer of each kind, so that time and memory
+    depend on the files and not on the config.
+    """
     kinds, names = [config.kind(layer) for layer in range(config.num_hidden_layers)], FAMILIES[config.family].names
 
     def num_params(layers: Collection[int]) -> dict[str, int]:
-        """Numbers of each tensor of some layers, and of those outside all."""
+        """Return the number of elements of each tensor in some layers and outside the layer stack."""
         needed = weight_slices(config, sizes, names, segments, layers=layers)
         return {weight_slice.key: math.prod(weight_slice.key_shape) for weight_slice in needed}
 
@@ -294,16 +304,17 @@ def _check_count(
         inside = num_params((kinds.index(kind),))
         num_tensors += count * (len(inside) - len(outside))
         num_numbers += count * (sum(inside.values()) - sum(outside.values()))
-        if num_tensors > len(tensors) + _MAX_LISTED or num_numbers > 2 * num_bytes + _MAX_NUMBERS:  # of 4 bits
+        # A byte has at most two numbers, of 4 bits.
+        if num_tensors > len(tensors) + _MAX_LISTED or num_numbers > 2 * num_bytes + _MAX_NUMBERS:
             raise CheckpointError(
-                f"{directory} does not match its config.json (family {config.family}): that asks for {num_tensors} "
-                f"tensors of {num_numbers} numbers or more, the files hold {len(tensors)} of {num_bytes} bytes; check "
-                f"that config.json and the weight files belong together"
+                f"{directory} does not match its config.json (family {config.family}): the config requires at least "
+                f"{num_tensors} tensors with {num_numbers} numbers, the files have {len(tensors)} tensors of "
+                f"{num_bytes} bytes; check that config.json and the weight files belong together"
             )
 
 
 def _kept_paths(config: ModelConfig, segments: tuple[LayerSegment, ...]) -> set[str]:
-    """Of parameters that are kept quantized."""
+    """Return the paths of the parameters that stay quantized on the devices."""
     if config.quantization is None:
         return set()
     return {
@@ -322,11 +333,11 @@ def load_params(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[jax.Array]:
-    """Every parameter of the table, sharded, in its order; zeros for what checkpoints do not hold.
+    """Load every parameter of the table as a sharded array, in table order.
 
-    parts: of plain parameters, as assign_weight_slices gives them; what is kept quantized is made of them
-    (quantized_sources.py). on_progress is told (bytes of parameters filled, bytes in all) at each read of rows, by the
-    calling thread.
+    Parameters that checkpoints do not have are zero. parts: the weight slices from assign_weight_slices;
+    quantized_sources.py derives the slices of quantized parameters from them. on_progress: called with (bytes filled,
+    total bytes) after each read, by the calling thread.
     """
     sources, parts = quantized_sources(tensors, table, parts, config)
     in_checkpoint = {info.path for info in table if info.in_checkpoint}
@@ -344,7 +355,7 @@ def load_params(
         for info in table:
             end = done + info.num_bytes
             arrays.append(load_param(info, parts.get(info.path, []), sources, workers, on_bytes))
-            if done < end:  # padding, which no tensor gives
+            if done < end:  # padding, which no tensor fills
                 on_bytes(end - done)
     assert done == total, (done, total)
     return arrays

@@ -1,6 +1,6 @@
-"""What a converted checkpoint says of itself: every tensor and every file with its checksum, and one of the manifest.
+"""The manifest of a converted checkpoint: checksums of every tensor, of every file, and of the manifest itself.
 
-It is written last, so that a directory that has it is whole.
+It is written last, so that a directory with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from jaxmoe.weights.symlinks import check_symlink
 
 MANIFEST = "jaxmoe_manifest.json"
 JOURNAL = "jaxmoe_journal.jsonl"
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder of files that may travel along
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of templates that are copied along
 KINDS = ("orbax", "hf")
 READ_BYTES = 4 << 20
 _VERSION = 1
 _SUM = re.compile(r"[0-9a-f]{64}")
-_MAX_NAME_BYTES = 240  # of a file's name, with room for suffixes
+_MAX_NAME_BYTES = 240  # leaves room for suffixes of file names
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """A tensor: sha256 is of its numbers in C order, little-endian, however they lie. chunk: of its Orbax array."""
+    """Describe a tensor.
+
+    sha256: checksum of its numbers in C order, little-endian, regardless of how files store them. chunk: the chunk
+    shape of its Orbax array.
+    """
 
     spec: TensorSpec
     sha256: str
@@ -39,7 +43,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """A file: num_bytes in all, sha256 of the first head_bytes of them (all but the tensors of a .safetensors file)."""
+    """Describe a file of num_bytes bytes.
+
+    sha256: checksum of its first head_bytes bytes. These are the header of a .safetensors file, else the whole file.
+    """
 
     num_bytes: int
     head_bytes: int
@@ -48,7 +55,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """All of it. kind: "orbax" or "hf". options: how it was asked for."""
+    """Hold all entries of a manifest. kind: "orbax" or "hf". options: the options of the conversion."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +63,7 @@ class CheckpointManifest:
     files: Mapping[str, FileEntry]
 
     def dump(self) -> bytes:
-        """The file's bytes: the same for the same content, so that a change anywhere shows."""
+        """Serialize the manifest deterministically, so that any change of the file is detected."""
         body: dict[str, Any] = {"jaxmoe_manifest": _VERSION, "kind": self.kind, "options": dict(self.options)}
         body["files"] = {name: [entry.num_bytes, entry.head_bytes, entry.sha256] for name, entry in self.files.items()}
         body["tensors"] = {
@@ -70,19 +77,21 @@ class CheckpointManifest:
 
 
 def check_name(name: str) -> str:
-    """A tensor's name as that of a folder. Raises: CheckpointError for one that could leave the directory."""
+    """Return the name if it is a valid folder name. Raises: CheckpointError for one that could leave the directory."""
     bad = "/" in name or "\\" in name or "\0" in name or name[:1] in ("", ".", "_")
     if bad or len(name.encode(errors="replace")) > _MAX_NAME_BYTES or not name.isprintable():
         raise CheckpointError(
-            f"tensor name {name[:80]!r} cannot be that of a folder: it must be printable, of 1 to {_MAX_NAME_BYTES} "
+            f"tensor name {name[:80]!r} cannot be a folder name: it must be printable, of 1 to {_MAX_NAME_BYTES} "
             f"bytes, without slashes and not begin with a dot or an underscore; rename the tensor"
         )
     return name
 
 
 def read_manifest(directory: Path) -> CheckpointManifest | None:
-    """The manifest of a directory, None where there is none. Raises: CheckpointError if it is not as it was written, or
-    a link that leaves the directory."""
+    """Read the manifest of a directory; return None if there is no manifest.
+
+    Raises: CheckpointError if the manifest is corrupt, or a link that leaves the directory.
+    """
     path = directory / MANIFEST
     check_symlink(directory, path)
     if not path.is_file():
@@ -139,12 +148,15 @@ def _sum(value: Any) -> str:
 
 
 def sum_file(path: Path, head_bytes: int | None = None) -> FileEntry:
-    """The entry of a file: of the whole, or of its first head_bytes. Raises: CheckpointError if it ends earlier."""
+    """Return the entry of a file, with the checksum of its first head_bytes bytes (default: all).
+
+    Raises: CheckpointError if the file ends earlier.
+    """
     num_bytes = path.stat().st_size
     head = num_bytes if head_bytes is None else head_bytes
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, head)))
     for start in range(0, head, READ_BYTES):
         part = buffer[: min(READ_BYTES, head - start)]
-        read_exactly(path, start, part, "its checked part")
+        read_exactly(path, start, part, "its checksummed part")
         digest.update(part)
     return FileEntry(num_bytes=num_bytes, head_bytes=head, sha256=digest.hexdigest())

@@ -1,4 +1,4 @@
-"""The parameter table: path, shape, dtype and sharding of every parameter, read off the abstract model."""
+"""The parameter table: path, shape, dtype and sharding of every parameter of the abstract model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmoe.parallel.sharding import Dims, Placement
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInfo:
-    """One parameter: where it stands in the model, what it is, where it lies."""
+    """Describe one parameter: its path in the model, shape, dtype, logical dims and sharding."""
 
     path: str
     shape: tuple[int, ...]
@@ -26,17 +26,17 @@ class ParamInfo:
 
     @property
     def in_checkpoint(self) -> bool:
-        """Whether checkpoints hold it: all but where experts stand."""
+        """Return whether checkpoints have this parameter: true for all but the expert map."""
         return "expert_map" not in self.dims
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole array."""
+        """Return the bytes of the unsharded array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def parameter_table(state: nnx.State, placement: Placement) -> list[ParamInfo]:
-    """Every parameter, in the order of the state's leaves."""
+    """Return an entry for every parameter, in the order of the state's leaves."""
     table = []
     for path, param in nnx.to_flat_state(state):
         leaf = param.get_value() if hasattr(param, "get_value") else param.value
@@ -51,5 +51,5 @@ def parameter_table(state: nnx.State, placement: Placement) -> list[ParamInfo]:
 
 
 def state_of(abstract: nnx.State, arrays: Iterable[jax.Array]) -> nnx.State:
-    """The abstract state with arrays in place of its shapes, in the order of its leaves."""
+    """Return the abstract state with its leaves replaced by arrays, in the order of the leaves."""
     return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays))

@@ -1,4 +1,4 @@
-"""Quantizing on the way: the matrices that are quantized on load become numbers and scales of a checkpoint form."""
+"""Quantization during conversion: matrices become numbers and scales in a checkpoint format."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _WEIGHT = ".weight"
 
 
 class QuantizeTransform(IdentityTransform):
-    """Matrices become numbers and scales, all else stays as it is."""
+    """Quantize matrices into numbers and scales; leave other tensors unchanged."""
 
-    working_ratio = 6.0  # of two bytes: float32 values and their magnitudes, numbers, and what a cast needs
+    working_ratio = 6.0  # for 2-byte inputs: float32 values, their magnitudes, numbers, and the cast's buffer
 
     def __init__(self, tensors: Mapping[str, TensorSpec], keys: set[str], weights_dtype: str, head: str) -> None:
-        """tensors: of the checkpoint; keys: those that are quantized; head: the module of the output head, which is
-        there even where its tensor is not."""
+        """tensors: all tensors of the checkpoint. keys: names of the tensors to quantize. head: module name of the LM
+        head, which exists even if the checkpoint has no tensor for it."""
         matrices = {name for name, spec in tensors.items() if name.endswith(_WEIGHT) and len(spec.shape) > 1}
         plain = {name.removesuffix(_WEIGHT) for name in matrices - keys} | {head}
         self._keys = keys
         self._quant_config = written_as(weights_dtype, plain)
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
-        """The tensor, or its numbers and scales."""
+        """Return the tensor itself, or its numbers and scales."""
         if tensor.name not in self._keys:
             return (tensor,)
         format = self._quant_config.format
@@ -48,11 +48,11 @@ class QuantizeTransform(IdentityTransform):
         )
 
     def granule(self, tensor: TensorSpec) -> int:
-        """A row of blocks."""
+        """Return the numbers in a row of blocks; 1 for tensors that are not quantized."""
         return self._quant_config.format.outputs * tensor.shape[1] if tensor.name in self._keys else 1
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
-        """As on load. Raises: CheckpointError for a number that is not finite."""
+        """Quantize as on load. Raises: CheckpointError for a number that is not finite."""
         if tensor.name not in self._keys:
             return (numbers,)
         values = numbers.reshape(-1, tensor.shape[1]).astype(np.float32)
@@ -61,17 +61,17 @@ class QuantizeTransform(IdentityTransform):
         return quantized(values, scales, self._quant_config.format).reshape(-1), scales.reshape(-1)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """With the form, and the modules that are plain."""
+        """Return config.json with a quantization_config that has the format and the unquantized modules."""
         return {**raw, QUANTIZATION_CONFIG: quantization_config(self._quant_config)}
 
 
 def transform_of(
     weights_dtype: str | None, source_checkpoint: SourceCheckpoint, *, ignore_config_keys: Iterable[str] = ()
 ) -> TensorTransform:  # fmt: skip
-    """What --weights-dtype asks for: None as in the checkpoint, float32 and so on values, int8 and so on numbers and
-    scales.
+    """Return the transform for a --weights-dtype.
 
-    Raises: CheckpointError for another; ConfigError where a checkpoint cannot be quantized so.
+    None copies tensors unchanged, "float32" and other floating-point dtypes cast, "int8" and other formats quantize.
+    Raises: CheckpointError for an unknown dtype; ConfigError if the checkpoint does not support this quantization.
     """
     if weights_dtype is None:
         return IdentityTransform()

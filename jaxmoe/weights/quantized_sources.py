@@ -1,4 +1,4 @@
-"""From tensors as files hold them to those that parameters are filled from, where either are quantized."""
+"""Lazy tensors for loading, if the checkpoint or the parameters are quantized: dequantize, quantize or reshape."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from jaxmoe.weight_slice import WeightSlice
 from jaxmoe.weights.params import ParamInfo
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
-NUMBERS, SCALES = "numbers", "scales"  # of a quantized parameter, the last parts of their paths
+NUMBERS, SCALES = "numbers", "scales"  # last path components of a quantized parameter's two arrays
 NUMBER_NAMES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "mxfp4": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedTensor:
-    """A tensor that files must hold. shapes: any of them; dtypes: names, any of them."""
+    """Describe a tensor that the files must have. shapes, dtypes (safetensors names): any one of them is accepted."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...] = FLOATS
@@ -42,7 +42,7 @@ class ExpectedTensor:
 
 
 def quantized_tensor_names(key: str, quant_config: CheckpointQuantization) -> tuple[str, str]:
-    """What the numbers and the scales of a plain matrix are called."""
+    """Return the names of the tensors with the numbers and the scales of a matrix."""
     if quant_config.method == "mxfp4":
         stem = key.removesuffix(".weight")
         return f"{stem}_blocks", f"{stem}_scales"
@@ -50,13 +50,16 @@ def quantized_tensor_names(key: str, quant_config: CheckpointQuantization) -> tu
 
 
 def checkpoint_scale_shape(shape: Sequence[int], format: QuantizationFormat) -> tuple[int, ...]:
-    """Of a matrix [..., out, in]: how many blocks it has."""
+    """Return the scale shape of a matrix [..., out, in]: its number of scale blocks along each dim."""
     *lead, outputs, inputs = shape
     return (*lead, -(-outputs // format.outputs), 1 if format.inputs is None else -(-inputs // format.inputs))
 
 
 def expected_scales(shape: Sequence[int], quant_config: CheckpointQuantization, why: str) -> ExpectedTensor:
-    """The scales of a matrix [..., out, in]: compressed-tensors' may be without their last dim, of 1."""
+    """Return the expected scales of a matrix [..., out, in].
+
+    The method compressed-tensors may omit the last dim of the scales, which has size 1.
+    """
     scales = checkpoint_scale_shape(shape, quant_config.format)
     flat = (scales[:-1],) if quant_config.method == "compressed-tensors" else ()
     dtypes = ("U8",) if quant_config.format.packing_factor > 1 else (*FLOATS, "F8_E8M0")
@@ -70,7 +73,7 @@ def _is_quantized(
     *,
     kept: bool,
 ) -> bool:
-    """Whether files hold a weight slice's tensor as numbers and scales, or ought to."""
+    """Return whether the tensor of a weight slice is, or must be, stored as numbers and scales."""
     if quant_config is None or not is_matrix(weight_slice):
         return False
     return kept or any(
@@ -81,7 +84,10 @@ def _is_quantized(
 def expected_tensors(
     slices: Iterable[tuple[WeightSlice, bool]], tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, ExpectedTensor]:
-    """What files must hold for weight slices, each with whether it is kept quantized, by name."""
+    """Return the tensors that the files must have for weight slices, by name.
+
+    slices: each weight slice with a flag that says whether its parameter stays quantized.
+    """
     expected: dict[str, ExpectedTensor] = {}
     quant_config = config.checkpoint_quantization
     for weight_slice, kept in slices:
@@ -105,12 +111,12 @@ def expected_tensors(
 def _why_plain(
     weight_slice: WeightSlice, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
 ) -> str:
-    """What to say of a tensor that holds numbers of eight bits and ought not to."""
+    """Return the hint of an error message about a tensor with 8-bit numbers where a plain one is expected."""
     if weight_slice.key not in tensors or tensors[weight_slice.key].dtype_name not in NUMBER_NAMES.values():
         return ""
     if quant_config is None:
-        return ": config.json has no quantization_config that says what such numbers mean"
-    return f": the checkpoint has no scales of it, {quantized_tensor_names(weight_slice.key, quant_config)[1]}"
+        return ": config.json has no quantization_config that describes these numbers"
+    return f": the checkpoint lacks its scales, {quantized_tensor_names(weight_slice.key, quant_config)[1]}"
 
 
 def quantized_sources(
@@ -119,8 +125,11 @@ def quantized_sources(
     parts: Mapping[str, list[WeightSlice]],
     config: ModelConfig,
 ) -> tuple[dict[str, LazyTensor], dict[str, list[WeightSlice]]]:
-    """Tensors and weight slices for every parameter of the table, where parts has those of plain ones: matrices that
-    the files hold quantized and the model does not are dequantized, and the other way round."""
+    """Return the lazy tensors and the weight slices of every parameter of the table.
+
+    parts: weight slices of all parameters as if they were plain. Matrices that are quantized only in the files are
+    dequantized; matrices that are quantized only in the model are quantized.
+    """
     shapes = {info.path: info.shape for info in table}
     sources: dict[str, LazyTensor] = dict(tensors)
     by_path: dict[str, list[WeightSlice]] = {}
@@ -157,28 +166,28 @@ def quantized_sources(
 
 
 def _derived_name(key: str, what: object) -> str:
-    """The name of a tensor that is made of those of a matrix; no file has such."""
+    """Return the name of a tensor derived from a matrix; no tensor of a file has such a name."""
     return f"{key} {what}"
 
 
 def _open_quantized(
     key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization
 ) -> tuple[LazyTensor, LazyTensor]:
-    """Checkpoint numbers, packed where they are, and scales of a matrix [..., out, in]."""
+    """Return the stored numbers (packed if the format packs) and the scales of a matrix [..., out, in]."""
     numbers, scales = (tensors[name] for name in quantized_tensor_names(key, quant_config))
     items = (*shape[:-1], shape[-1] // quant_config.format.packing_factor)
     return shaped(numbers, items), shaped(scales, checkpoint_scale_shape(shape, quant_config.format))
 
 
 def shaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """The same numbers in another shape."""
+    """Return a tensor with the same numbers in another shape."""
     return tensor if tensor.shape == shape else ReshapedTensor(tensor, shape)
 
 
 def _dequantized(
     weight_slice: WeightSlice, tensors: Mapping[str, TensorInfo], quant_config: CheckpointQuantization | None
 ) -> LazyTensor:
-    """The values of a matrix, in the dims that plain checkpoints have."""
+    """Return the dequantized values of a matrix, with the dim order of plain checkpoints."""
     assert quant_config is not None
     arrays = _open_quantized(weight_slice.key, oriented(weight_slice).key_shape, tensors, quant_config)
     values = DequantizedTensor(*arrays, quant_config.format)
@@ -193,8 +202,10 @@ def _quantized(
     *,
     turned: bool,
 ) -> dict[str, LazyTensor]:
-    """The numbers and scales of a matrix whose stored numbers a weight slice is of: the files' own, or made of plain
-    ones. turned: whether the plain one is stored [..., in, out]."""
+    """Return the numbers and scales of a matrix: read from the files, or quantized from a plain tensor.
+
+    weight_slice: a slice of the matrix's numbers. turned: whether the plain tensor is stored [..., in, out].
+    """
     if config.checkpoint_quantization is not None:
         shape = (*weight_slice.key_shape[:-1], weight_slice.key_shape[-1] * format.packing_factor)
         numbers, scales = _open_quantized(weight_slice.key, shape, tensors, config.checkpoint_quantization)

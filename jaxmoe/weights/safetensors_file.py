@@ -1,7 +1,7 @@
 """Reading tensors of one .safetensors file by rows, without mapping the file into memory.
 
-The safetensors library maps whole files, which counts every page read as this process's memory; here each read is a
-pread into a buffer of its own, so that memory stays bounded by what is asked for. The header is checked in full first.
+The safetensors library maps whole files, so that every page read counts as memory of this process. Here each read is a
+pread into its own buffer, which limits the memory to the requested rows. The complete header is checked first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 FLOATS = tuple(_DTYPES)
-_DTYPES |= {  # of numbers that mean something with their scales only
+_DTYPES |= {  # numbers of quantized tensors, and their scales
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -35,7 +35,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class TensorInfo:
-    """Name, dtype, shape and place in the file of one tensor."""
+    """Describe one tensor of a file: name, dtype, shape and byte range."""
 
     def __init__(self, path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> None:
         def bad(why: str) -> CheckpointError:
@@ -48,7 +48,7 @@ class TensorInfo:
         if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
             raise bad(f"has shape {shape} and data_offsets {offsets}, which are not lists of whole numbers")
         if offsets[0] > offsets[1] or offsets[1] > data_bytes:
-            raise bad(f"lies at bytes {offsets[0]}..{offsets[1]} of {data_bytes}")
+            raise bad(f"has bytes {offsets[0]}..{offsets[1]} of {data_bytes}")
         self.path, self.name, self.shape, self.dtype_name = path, name, tuple(shape), str(entry["dtype"])
         self.start = data_start + offsets[0]
         self.num_bytes = offsets[1] - offsets[0]
@@ -59,38 +59,38 @@ class TensorInfo:
 
     @property
     def dtype(self) -> np.dtype:
-        """numpy dtype. Raises: CheckpointError for one that is not read."""
+        """Return the numpy dtype. Raises: CheckpointError for an unsupported dtype."""
         self.check_dtype(tuple(_DTYPES))
         return _DTYPES[self.dtype_name]
 
     def check_dtype(self, allowed: Collection[str] = FLOATS, *, why: str = "") -> None:
-        """Raise CheckpointError unless the dtype has one of the names allowed: plain floating point by default."""
+        """Raise CheckpointError unless the dtype is one of those allowed: floating point by default."""
         if self.dtype_name not in allowed:
             raise CheckpointError(
                 f"{self.path.name}: tensor {self.name!r} has dtype {self.dtype_name}; use {', '.join(allowed)}{why}"
             )
 
     def at(self, index: int) -> TensorInfo:
-        """One entry of the first dim, as a tensor by itself."""
+        """Return one entry of the first dim as a tensor."""
         part = copy(self)
         part.shape, part.num_bytes = self.shape[1:], self.num_bytes // self.shape[0]
         part.start = self.start + index * part.num_bytes
         return part
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the first dim, as a new array. Raises: CheckpointError if the file ends early."""
+        """Read rows start..stop of the first dim into a new array. Raises: CheckpointError if the file ends early."""
         row_items = math.prod(self.shape[1:])
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self.read_bytes(start * row_items * self.dtype.itemsize, memoryview(out.reshape(-1).view(np.uint8)))
         return out
 
     def read_bytes(self, start: int, out: memoryview) -> None:
-        """Fill out with the tensor's bytes from its byte `start` on. Raises: CheckpointError if the file ends early."""
+        """Fill `out` with the tensor's bytes from byte `start` on. Raises: CheckpointError if the file ends early."""
         read_exactly(self.path, self.start + start, out, f"tensor {self.name!r}")
 
 
 def read_exactly(path: Path, start: int, out: memoryview, what: str) -> None:
-    """Fill out from a file, from byte `start` on. Raises: CheckpointError if it ends early or cannot be read."""
+    """Fill `out` from a file, from byte `start` on. Raises: CheckpointError if it ends early or cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             done = 0
@@ -104,7 +104,7 @@ def read_exactly(path: Path, start: int, out: memoryview, what: str) -> None:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the file, by name. Raises: CheckpointError if the file is truncated, corrupt or hostile."""
+    """Read the header of a file; return its tensors by name. Raises: CheckpointError if it is truncated or invalid."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -136,12 +136,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name appears twice")
     return values
 
 
 def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
-    """The format has tensors lie end to end over the whole file. Raises: CheckpointError for a gap or an overlap."""
+    """Check that the tensors fill the file end to end, as the format requires.
+
+    Raises: CheckpointError for a gap or an overlap.
+    """
     end, before = data_start, "the header"
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.num_bytes)):
         if tensor.start != end:

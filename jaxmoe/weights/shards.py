@@ -1,4 +1,4 @@
-"""Converted tensors as Hugging Face publishes them: .safetensors files of about 5 GB and an index."""
+"""Writing a Hugging Face checkpoint: .safetensors files of about 5 GB and an index."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxmoe.weights.safetensors_file import TensorInfo, read_header
 from jaxmoe.weights.writing import write_all
 
 SHARD_BYTES = 5_000_000_000
-UNFINISHED = ".unfinished"  # ends the names of files that have no tensors yet, or not all
+UNFINISHED = ".unfinished"  # suffix of files with missing tensors
 
 
 @dataclass
 class _ShardFile:
-    """Tensors of one file, the widest numbers first so that all lie aligned."""
+    """Describe the tensors of one file. The widest dtypes come first, so that all tensors are aligned."""
 
     specs: list[TensorSpec] = field(default_factory=list)
     name: str = ""
@@ -31,7 +31,7 @@ class _ShardFile:
         return sum(spec.num_bytes for spec in self.specs)
 
     def header(self) -> tuple[bytes, dict[str, int]]:
-        """The file up to its tensors, and where each begins."""
+        """Return the bytes of the file before its tensors, and the byte offset of each tensor by name."""
         fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end, starts = 0, {}
         for spec in self.specs:
@@ -62,9 +62,10 @@ def _plan(specs: Mapping[str, TensorSpec], limit: int) -> list[_ShardFile]:
 
 
 class _RangeWriter:
-    """Takes a tensor's bytes in order, into its place in a file.
+    """Write a tensor's bytes, in order, to its byte range of a file.
 
-    lock: one thread writes to a file at a time; the kernel lets no more, and those it keeps waiting would spin.
+    lock: lets one thread at a time write to the file. The kernel serializes these writes anyway, and waiting threads
+    would spin.
     """
 
     def __init__(self, path: Path, start: int, lock: threading.Lock) -> None:
@@ -73,17 +74,17 @@ class _RangeWriter:
         self._file.seek(start)
 
     def append(self, part: memoryview) -> None:
-        """The next bytes."""
+        """Write the next bytes."""
         with self._lock:
             write_all(self._file, part)
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Close the file."""
         self._file.close()
 
 
 class ShardSink:
-    """Where converted tensors become .safetensors files."""
+    """Write converted tensors to .safetensors files of at most `limit` bytes (or one tensor each)."""
 
     kind = "hf"
 
@@ -97,11 +98,11 @@ class ShardSink:
         self.chunks: Mapping[str, tuple[int, ...] | None] = dict.fromkeys(specs)
 
     def disk_bytes(self) -> int:
-        """What it takes on a disk."""
+        """Return the disk space of the checkpoint in bytes."""
         return sum(len(shard.header()[0]) + shard.num_bytes for shard in self._shards) + 256 * len(self._specs)
 
     def num_files(self) -> int:
-        """Files of it, an index among them."""
+        """Return the number of files, including an index."""
         return len(self._shards) + 1
 
     def _path(self, shard: _ShardFile) -> Path:
@@ -109,7 +110,7 @@ class ShardSink:
         return whole if whole.exists() else self._directory / (shard.name + UNFINISHED)
 
     def create(self) -> None:
-        """Files of the right size, with headers, under names that say they are not finished."""
+        """Create files of the final size, with headers, under names with the suffix UNFINISHED."""
         for shard in self._shards:
             head, _ = shard.header()
             path = self._path(shard)
@@ -120,17 +121,17 @@ class ShardSink:
                 file.truncate(len(head) + shard.num_bytes)
 
     def place(self, name: str) -> tuple[str, int]:
-        """Which file, and the first byte in it."""
+        """Return the file of a tensor and its first byte in that file."""
         shard, start = self._starts[name]
         return shard.name, start
 
     def writer(self, name: str) -> _RangeWriter:
-        """Takes the bytes of a tensor, from its beginning."""
+        """Return a writer that takes the bytes of a tensor in order."""
         shard, start = self._starts[name]
         return _RangeWriter(self._path(shard), start, shard.lock)
 
     def written(self, name: str) -> TensorInfo:
-        """A finished tensor."""
+        """Return a finished tensor for reading."""
         shard, start = self._starts[name]
         head = len(shard.header()[0])
         spec = self._specs[name]
@@ -139,12 +140,12 @@ class ShardSink:
         return TensorInfo(self._path(shard), name, entry, head, shard.num_bytes)
 
     def finish(self) -> dict[str, FileEntry]:
-        """Give the files their names, and write the index where there are several; the files' entries."""
+        """Rename the files, write an index if there are several files, and return the files' entries."""
         entries = {}
         for shard in self._shards:
             path = self._path(shard)
             head, _ = shard.header()
-            with path.open("r+b") as file:  # a kill may have come between the file and its header
+            with path.open("r+b") as file:  # an earlier run may have been killed before it wrote the header
                 file.write(head)
             path = path.rename(self._directory / shard.name)
             read_header(path)

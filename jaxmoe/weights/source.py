@@ -1,4 +1,4 @@
-"""From what the user calls a model to a directory: a path, the name of an embedded preset, or a hub id."""
+"""Resolving a model to a directory: a path, the name of an embedded preset, or a hub id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmoe.weights.checkpoint import BESIDE
 from jaxmoe.weights.manifest import CHAT_TEMPLATES, JOURNAL
 
 DEFAULT_MODEL = "demo"
-_ONLY_PLANNED = ("deepseek-v3.1-nvfp4", "deepseek-v3.2")  # of preset_configs
+_ONLY_PLANNED = ("deepseek-v3.1-nvfp4", "deepseek-v3.2")  # presets that cannot be run
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = [
     "config.json",
@@ -30,14 +30,14 @@ _HUB_FILES = [
 
 
 def preset_models() -> list[str]:
-    """Names of the checkpoints that travel with the package."""
+    """Return the names of the checkpoints in the package."""
     return sorted(path.parent.name for path in asset_dir("checkpoints").glob("*/config.json"))
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> Path:
-    """The local directory of a model; a hub id is fetched first (resumed where a fetch was cut off).
+    """Return the local directory of a model. A hub id is downloaded first; an interrupted download is resumed.
 
-    Raises: CheckpointError naming the value and what would be accepted.
+    Raises: CheckpointError naming the value and the accepted forms.
     """
     text = str(model)
     path = expanded(model, "model", CheckpointError)
@@ -57,17 +57,19 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def preset_configs(*, planned: bool = False) -> list[str]:
-    """Names of the published configs that travel with the package, without weights. planned: also of models that are
-    sized and planned with, and cannot be run."""
+    """Return the names of the model configs in the package, which have no weights.
+
+    planned: include models that can be planned but not run.
+    """
     names = sorted(path.stem for path in asset_dir("models").glob("*.json"))
     return [name for name in names if planned or name not in _ONLY_PLANNED]
 
 
 def find_config(model: str | Path, *, hub: bool = False, revision: str | None = None) -> Path:
-    """The config.json of a model: the file itself, that of a folder, or that of a preset, with weights or without.
+    """Return the path of a model's config.json: the file itself, or the config of a directory or preset.
 
-    hub: whether what is none of these may be a hub id, whose config.json alone is then fetched, at a revision.
-    Raises: CheckpointError naming the value and what would be accepted.
+    hub: also accept a hub id, and download only its config.json, at a revision.
+    Raises: CheckpointError naming the value and the accepted forms.
     """
     name = str(model)
     if name in preset_configs(planned=True):
@@ -80,21 +82,21 @@ def find_config(model: str | Path, *, hub: bool = False, revision: str | None = 
     if not path.is_file():
         near, known = _nearest(Path(model)), ", ".join([*preset_models(), *preset_configs(planned=True)])
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise CheckpointError(f"config {name!r} is no config.json, no folder with one and no preset ({known}){hint}")
+        raise CheckpointError(f"config {name!r} is not a config.json, a folder with one, or a preset ({known}){hint}")
     _check_revision(name, revision)
     return path
 
 
 def _check_revision(name: str, revision: str | None) -> None:
-    """Raise a CheckpointError for a revision of a model that is local."""
+    """Raise CheckpointError if a revision is given for a local model."""
     if revision is not None:
         raise CheckpointError(
-            f"revision {revision!r} was given and model {name!r} is local: only hub models have revisions; leave it out"
+            f"revision {revision!r} was given but model {name!r} is local: only hub models have revisions; leave it out"
         )
 
 
 def _nearest(path: Path) -> list[str]:
-    """Presets, and what lies beside path and may be a config, that are called nearly so."""
+    """Return presets, and possible configs in the directory of path, with names similar to path."""
     try:
         near = [one for one in path.parent.iterdir() if one.suffix == ".json" or one.is_dir()]
         beside = {one.name: str(one) for one in near if one.name != path.name}
@@ -117,14 +119,14 @@ def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"model {repo_id!r} is no local directory and the hub has no such model{at}: check the name, "
+            f"model {repo_id!r} is not a local directory and the hub has no such model{at}: check the name, "
             f"or log in for a private one"
         ) from error
     except Exception as error:  # the HTTP client's errors share no base with the library's
         reason = next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
         raise CheckpointError(
-            f"model {repo_id!r} is no local directory and could not be fetched{at}: {reason}; check the name and the "
-            f"connection and run again (what has been fetched is kept), or give a local directory"
+            f"model {repo_id!r} is not a local directory and could not be fetched{at}: {reason}; check the name and "
+            f"the connection and run again (the download resumes), or give a local directory"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is to be converted: everything that can be wrong with it is said before anything is written."""
+"""The source of a conversion: all checks of the source checkpoint, made before anything is written."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ from jaxmoe.weights.store import CHECKPOINT, TREE
 from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.symlinks import check_symlink
 
-_TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")  # suffixes of what is neither weights nor code
+# Suffixes of the files to copy, which are neither weights nor code.
+_TRAVEL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 _LICENSES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _STAY = (INDEX, MANIFEST, TREE, CHECKPOINT, "commit_success.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCheckpoint:
-    """A checked checkpoint. kind: "hf" or "orbax". side_files travel along; left_behind do not; config_check says
-    whether shapes were held against config.json, or why not."""
+    """Describe a checked source checkpoint.
+
+    kind: "hf" or "orbax". side_files: files that are copied along. left_behind: files that are not copied.
+    config_check: the result of comparing shapes with config.json, or the reason why they were not compared.
+    """
 
     directory: Path
     kind: str
@@ -49,12 +53,15 @@ class SourceCheckpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
     def fingerprint(self) -> str:
-        """Changes when a file does: names, sizes, which files they are, times of change (one of which a copy cannot
-        bring along), headers."""
+        """Return a hash that changes if a file changes.
+
+        It covers names, sizes, inodes, the times of modification and status change, and headers. Copying a file cannot
+        preserve its time of status change.
+        """
         digest = hashlib.sha256()
         paths = {self.directory / name for name in (*self.side_files, *([MANIFEST] if self.manifest else []))}
         for path in {tensor.path for tensor in self.tensors.values()}:
@@ -73,7 +80,10 @@ class SourceCheckpoint:
 def open_source_checkpoint(
     directory: Path, *, ignore_config_keys: Iterable[str] = (), check_config: bool = True
 ) -> SourceCheckpoint:  # fmt: skip
-    """Raises: CheckpointError or ConfigError naming what is missing, cut short, contradictory, unknown or unsafe."""
+    """Open and check a source checkpoint.
+
+    Raises: CheckpointError or ConfigError naming a missing, truncated, contradictory, unknown or unsafe item.
+    """
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     files = sorted(path for path in directory.iterdir() if not path.is_dir())
     for path in files:
@@ -91,7 +101,7 @@ def open_source_checkpoint(
             )
     names = {path.name for path in files} | {MANIFEST, INDEX, CHAT_TEMPLATES}
     if both := sorted(names & set(tensors)):
-        raise CheckpointError(f"tensor name {both[0]!r} is also that of a file beside it: rename the tensor")
+        raise CheckpointError(f"tensor name {both[0]!r} is also the name of a file next to it: rename the tensor")
     side, left = _side_files(directory, files, {tensor.path.name for tensor in tensors.values()})
     return SourceCheckpoint(
         directory=directory, kind=manifest.kind if manifest else "hf", manifest=manifest, tensors=tensors, specs=specs,
@@ -101,7 +111,7 @@ def open_source_checkpoint(
 
 
 def _side_files(directory: Path, files: list[Path], read: Container[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files that travel along (configs, tokenizers, licenses), and of all else that is not read."""
+    """Return the files to copy along (configs, tokenizers, licenses), and all other entries that are not read."""
     travel = [str(path.relative_to(directory)) for path in _chat_templates(directory)]
     not_read = [path.name for path in directory.iterdir() if path.is_dir() and path.name not in read]
     stay = [f"{name}/" for name in not_read if not (travel and name == CHAT_TEMPLATES)]
@@ -114,7 +124,7 @@ def _side_files(directory: Path, files: list[Path], read: Container[str]) -> tup
 
 
 def _chat_templates(directory: Path) -> list[Path]:
-    """The templates in a folder of their own. Raises: CheckpointError for a link that leaves the directory."""
+    """Return the template files of CHAT_TEMPLATES. Raises: CheckpointError for a link that leaves the directory."""
     paths = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
     for path in (directory / CHAT_TEMPLATES, *paths):
         check_symlink(directory, path)
@@ -124,17 +134,17 @@ def _chat_templates(directory: Path) -> list[Path]:
 def config_check(
     directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> str:
-    """Holds shapes against config.json: "shapes agree", or why that was not looked at.
+    """Compare shapes with config.json; return "shapes agree", or the reason why they were not compared.
 
-    Raises: CheckpointError where they differ; ConfigError for a config that cannot be, whatever quantizes its weights.
+    Raises: CheckpointError if shapes differ; ConfigError for an invalid config, apart from its quantization.
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        return f"not checked: model_type {str(family)[:40]!r} is no family known here"
+        return f"not checked: model_type {str(family)[:40]!r} is not supported"
     try:
         read_quantization_config(raw.get(QUANTIZATION_CONFIG))
         check_other_keys(raw)
-    except ConfigError as error:  # bits go through, whatever they mean
+    except ConfigError as error:  # conversion copies the bits of unknown quantization formats
         read_config(without_quantization(raw), ignore=ignore)
         return f"not checked: {error}"
     config = as_stored(read_config(raw, ignore=ignore), tensors, raw, compare=False)

@@ -1,8 +1,9 @@
-"""An Orbax checkpoint on disk: the published tensors under their published names, each an array cut into chunk files.
+"""Orbax checkpoints on disk: the published tensors under their published names, each stored in chunk files.
 
-Orbax's form without OCDBT: a folder a tensor, with .zarray (zarr version 2) and a file a chunk; here without
-compression, so that a chunk file is a run of the tensor's bytes in C order, and reading or writing a part of it takes
-no more memory than that part. _METADATA lists the names. Why so: docs/decisions/0010-orbax-holds-published-tensors.md.
+This is Orbax's format without OCDBT: one folder per tensor, with .zarray (zarr version 2) and one file per chunk. The
+chunks are not compressed. So a chunk file is a run of the tensor's bytes in C order, and reading or writing a part of
+it takes no more memory than that part. _METADATA lists the names. The reasons:
+docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from jaxmoe.weights.writing import write_all
 
 ZARRAY, TREE, CHECKPOINT = ".zarray", "_METADATA", "_CHECKPOINT_METADATA"
 CHUNK_BYTES = 32 << 20
-_MIN_CHUNK_BYTES = 1 << 20  # into which a mesh's share is cut
-_MAX_DIMS = 32  # numpy's before version 2; names of chunks have a number for each
-_BLOCK_BYTES = 4096  # a file system's
+_MIN_CHUNK_BYTES = 1 << 20  # chunks are not made smaller than this to fit shares or to divide evenly
+_MAX_DIMS = 32  # limit of numpy before version 2; chunk names have one number per dim
+_BLOCK_BYTES = 4096  # block size of a file system
 
 
 class ByteRun(NamedTuple):
-    """Neighboring bytes of a tensor in one chunk file: name of the file, first byte in it, how many."""
+    """Describe contiguous bytes of a tensor in one chunk file: file name, first byte in the file, and count."""
 
     file: str
     start: int
@@ -39,7 +40,11 @@ class ByteRun(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkGrid:
-    """How a tensor is cut: chunk is 1 along the first dims, any extent along one, whole along the rest."""
+    """Map bytes of a tensor to chunk files.
+
+    chunk: extents of a chunk: 1 along the first dims, any extent along the next (the cut dim), complete along the rest.
+    Raises: CheckpointError for any other chunk.
+    """
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
@@ -52,17 +57,17 @@ class ChunkGrid:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of every chunk file; the last along the cut dim is filled up with zeros."""
+        """Return the bytes of every chunk file; the last chunk along the cut dim is padded with zeros."""
         return math.prod(self.chunk) * self.itemsize
 
     @property
     def _cut(self) -> int:
-        """The dim that is cut: the first where a chunk is longer than 1, or the last."""
+        """Return the cut dim: the first along which a chunk is longer than 1, or the last dim."""
         longer = (dim for dim, extent in enumerate(self.chunk) if extent > 1)
         return next(longer, max(0, len(self.chunk) - 1))
 
     def runs(self, start: int, stop: int) -> Iterator[ByteRun]:
-        """The bytes start..stop of the tensor, in order."""
+        """Yield the runs that hold the bytes start..stop of the tensor, in order."""
         if not self.shape:
             yield ByteRun("0", start, stop - start)
             return
@@ -84,7 +89,7 @@ class ChunkGrid:
         return ".".join(str(place) for place in (*index, *(0 for _ in self.shape[cut + 1 :])))
 
     def files(self) -> Iterator[ByteRun]:
-        """Every chunk file, with the bytes of the tensor in it (start is 0)."""
+        """Yield every chunk file, as the run of the tensor's bytes in it (start is 0)."""
         at, total = 0, math.prod(self.shape) * self.itemsize
         while at < total:
             run = next(self.runs(at, min(total, at + self.chunk_bytes)))
@@ -93,10 +98,10 @@ class ChunkGrid:
 
 
 def choose_chunk(spec: TensorSpec, num_shares: int = 1, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """Extents of a chunk of at most `limit` bytes (or one number).
+    """Return the extents of a chunk of at most `limit` bytes (or one number).
 
-    Where the first dim divides into num_shares, no chunk lies in two shares, so that a process which holds some of them
-    reads whole chunks. Chunks divide what they cut if that makes none smaller than a MiB.
+    If num_shares divides the first dim, no chunk crosses a share, so that a process that loads some of the shares reads
+    whole chunks. Chunks divide the share (or the dim) evenly unless that makes them smaller than 1 MiB.
     """
     cut = 0
     while cut < len(spec.shape) - 1 and math.prod(spec.shape[cut + 1 :]) * spec.itemsize > limit:
@@ -115,7 +120,7 @@ def choose_chunk(spec: TensorSpec, num_shares: int = 1, limit: int = CHUNK_BYTES
 
 
 class StoredTensor(TensorInfo):
-    """A tensor of an Orbax checkpoint, read as one of a .safetensors file is."""
+    """Read a tensor of an Orbax checkpoint through the interface of .safetensors tensors."""
 
     def __init__(self, folder: Path, spec: TensorSpec, chunk: tuple[int, ...]) -> None:
         self.path, self.name, self.shape, self.dtype_name = folder, spec.name, spec.shape, spec.dtype
@@ -123,7 +128,7 @@ class StoredTensor(TensorInfo):
         self.grid = ChunkGrid(shape=spec.shape, chunk=chunk, itemsize=spec.itemsize)
 
     def read_bytes(self, start: int, out: memoryview) -> None:
-        """Fill out with the tensor's bytes from its byte `start` on. Raises: CheckpointError if a chunk ends early."""
+        """Fill `out` with the tensor's bytes from byte `start` on. Raises: CheckpointError if a chunk ends early."""
         done, first = 0, self.start + start
         for run in self.grid.runs(first, first + len(out)):
             read_exactly(self.path / run.file, run.start, out[done : done + run.num_bytes], f"tensor {self.name!r}")
@@ -131,11 +136,11 @@ class StoredTensor(TensorInfo):
 
 
 def open_store(directory: Path, manifest: CheckpointManifest, *, whole: bool = True) -> dict[str, TensorInfo]:
-    """All tensors of an Orbax checkpoint by name; nothing read yet. whole: whether each must have its chunks, of the
-    right sizes.
+    """Open all tensors of an Orbax checkpoint, by name, without reading them.
 
-    Raises: CheckpointError naming chunks that are not right, or links that leave the directory; MissingWeightsError
-    naming folders it lacks, or chunks where no other fault is found.
+    whole: check that each tensor has all chunks, of the right sizes.
+    Raises: CheckpointError naming tensors with chunks of a wrong size, or links that leave the directory;
+    MissingWeightsError naming missing folders, or tensors with missing chunks if there is no other fault.
     """
     tensors: dict[str, StoredTensor] = {}
     for name, entry in manifest.tensors.items():
@@ -144,7 +149,7 @@ def open_store(directory: Path, manifest: CheckpointManifest, *, whole: bool = T
     if missing := [name for name in tensors if not (directory / name / ZARRAY).is_file()]:
         raise MissingWeightsError(f"{directory} lacks {len(missing)} of {len(tensors)} tensors: {listed(missing)}")
     wrong: list[str] = []
-    is_damaged = False  # rather than incomplete
+    is_damaged = False  # True: some chunk has a wrong size. False: chunks are only missing.
     for name, tensor in tensors.items():
         check_symlink(directory, directory / name)
         sizes = {}
@@ -160,14 +165,14 @@ def open_store(directory: Path, manifest: CheckpointManifest, *, whole: bool = T
             is_damaged |= any(sizes.get(run.file, num_bytes) != num_bytes for run in tensor.grid.files())
     if wrong:
         raise (CheckpointError if is_damaged else MissingWeightsError)(
-            f"{directory} lacks chunks of {len(wrong)} tensors, or they are not as long as written: {listed(wrong)}; "
+            f"{directory} has missing chunks, or chunks of a wrong size, in {len(wrong)} tensors: {listed(wrong)}; "
             f"convert again or fetch it again"
         )
     return {**tensors}
 
 
 def array_metadata(spec: TensorSpec, chunk: tuple[int, ...]) -> bytes:
-    """The .zarray of a tensor."""
+    """Return the content of a tensor's .zarray."""
     fields: dict[str, object] = {
         "chunks": chunk, "compressor": None, "dimension_separator": ".", "dtype": DTYPES[spec.dtype].zarr,
         "fill_value": None, "filters": None, "order": "C", "shape": spec.shape, "zarr_format": 2,
@@ -176,7 +181,7 @@ def array_metadata(spec: TensorSpec, chunk: tuple[int, ...]) -> bytes:
 
 
 def tree_metadata(names: Iterable[str]) -> bytes:
-    """The _METADATA of a flat tree of arrays."""
+    """Return the content of _METADATA for a flat tree of arrays."""
     tree = {
         str((name,)): {
             "key_metadata": [{"key": name, "key_type": 2}],
@@ -192,7 +197,7 @@ def tree_metadata(names: Iterable[str]) -> bytes:
 
 
 def checkpoint_metadata() -> bytes:
-    """The _CHECKPOINT_METADATA, without times: the same conversion gives the same bytes."""
+    """Return the content of _CHECKPOINT_METADATA, without times: the same conversion gives the same bytes."""
     fields: dict[str, object] = {
         "item_handlers": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
         "metrics": {}, "performance_metrics": {}, "init_timestamp_nsecs": None, "commit_timestamp_nsecs": None,
@@ -202,7 +207,7 @@ def checkpoint_metadata() -> bytes:
 
 
 class _ChunkWriter:
-    """Takes a tensor's bytes in order."""
+    """Write a tensor's bytes, in order, to its chunk files."""
 
     def __init__(self, folder: Path, spec: TensorSpec, grid: ChunkGrid) -> None:
         folder.mkdir(exist_ok=True)
@@ -211,7 +216,7 @@ class _ChunkWriter:
         self._file: IO[bytes] | None = None
 
     def append(self, part: memoryview) -> None:
-        """The next bytes."""
+        """Write the next bytes."""
         done = 0
         for run in self._grid.runs(self._done, self._done + len(part)):
             if run.start == 0:
@@ -223,7 +228,7 @@ class _ChunkWriter:
         self._done += done
 
     def close(self) -> None:
-        """Fill the last chunk up."""
+        """Pad the last chunk with zeros and close it."""
         if self._file is not None:
             with self._file as file:
                 if file.tell() < self._grid.chunk_bytes:
@@ -232,7 +237,7 @@ class _ChunkWriter:
 
 
 class StoreSink:
-    """Where converted tensors become an Orbax checkpoint. num_shares: see choose_chunk."""
+    """Write converted tensors to an Orbax checkpoint. num_shares: see choose_chunk."""
 
     kind = "orbax"
 
@@ -249,7 +254,7 @@ class StoreSink:
         }
 
     def disk_bytes(self) -> int:
-        """What it takes on a disk, folders and ends of blocks among it."""
+        """Return the disk space of the checkpoint in bytes, including folders and partly filled blocks."""
         total = _BLOCK_BYTES * 2
         for name in self._specs:
             grid = self._grid(name)
@@ -258,7 +263,7 @@ class StoreSink:
         return total
 
     def num_files(self) -> int:
-        """Files and folders of it."""
+        """Return the number of files and folders."""
         return 2 + sum(2 + sum(1 for _ in self._grid(name).files()) for name in self._specs)
 
     def _grid(self, name: str) -> ChunkGrid:
@@ -267,22 +272,22 @@ class StoreSink:
         return ChunkGrid(shape=spec.shape, chunk=chunk, itemsize=spec.itemsize)
 
     def create(self) -> None:
-        """Nothing: folders come with their tensors."""
+        """Do nothing: the writer of a tensor creates its folder."""
 
     def place(self, name: str) -> tuple[str, int]:
-        """Nowhere in particular: every tensor has files of its own."""
+        """Return a constant: every tensor has its own files, so the order does not matter."""
         return "", 0
 
     def writer(self, name: str) -> _ChunkWriter:
-        """Takes the bytes of a tensor, from its beginning."""
+        """Return a writer that takes the bytes of a tensor in order."""
         return _ChunkWriter(self._directory / name, self._specs[name], self._grid(name))
 
     def written(self, name: str) -> TensorInfo:
-        """A finished tensor."""
+        """Return a finished tensor for reading."""
         return StoredTensor(self._directory / name, self._specs[name], self._grid(name).chunk)
 
     def finish(self) -> dict[str, FileEntry]:
-        """Write what makes the folders a checkpoint; the files' entries."""
+        """Write the metadata of the checkpoint and return the entries of these files."""
         contents = {TREE: tree_metadata(self._specs), CHECKPOINT: checkpoint_metadata()}
         for name, content in contents.items():
             (self._directory / name).write_bytes(content)
@@ -290,7 +295,7 @@ class StoreSink:
 
 
 def array_problems(directory: Path, name: str, manifest: CheckpointManifest) -> Iterator[str]:
-    """What is wrong with a tensor's folder apart from its numbers: .zarray, sizes of chunks, what fills them up."""
+    """Yield problems of a tensor's folder other than its numbers: .zarray, sizes of chunks, and padding."""
     entry = manifest.tensors[name]
     assert entry.chunk is not None
     grid = ChunkGrid(shape=entry.spec.shape, chunk=entry.chunk, itemsize=entry.spec.itemsize)
@@ -302,12 +307,12 @@ def array_problems(directory: Path, name: str, manifest: CheckpointManifest) -> 
             if (num_bytes := os.stat(path).st_size) != grid.chunk_bytes:
                 yield f"tensor {name!r}: {name}/{run.file} has {num_bytes} bytes instead of {grid.chunk_bytes}"
             elif run.num_bytes < grid.chunk_bytes and not _is_zero(path, run.num_bytes, grid.chunk_bytes):
-                yield f"tensor {name!r}: {name}/{run.file} is not filled up with zeros"
+                yield f"tensor {name!r}: {name}/{run.file} is not padded with zeros"
     except OSError as error:
         yield f"tensor {name!r}: {name}/{Path(error.filename or '').name}: {error.strerror}"
 
 
 def _is_zero(path: Path, start: int, stop: int) -> bool:
     rest = bytearray(stop - start)
-    read_exactly(path, start, memoryview(rest), "what fills it up")
+    read_exactly(path, start, memoryview(rest), "its zero padding")
     return not any(rest)

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint tell and its config.json does not: names, whether the head is tied, the dtype."""
+"""Completing a model config from the checkpoint's tensors: layout of names, tied LM head, and dtype."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from jaxmoe.weights.dtypes import FLOAT_NAMES
 from jaxmoe.weights.quantized_sources import quantized_tensor_names
 from jaxmoe.weights.safetensors_file import FLOATS, TensorInfo
 
-_COMPARED_BYTES = 4 << 20  # of each of two tensors, at once
+_COMPARED_BYTES = 4 << 20  # of each of two tensors, per read
 _STACKED_ENDS = tuple(f".{name}{end}" for name in (GATE_UP, DOWN) for end in ("", "_blocks"))
 
 
 def as_stored(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], raw: Mapping[str, Any], *, compare: bool = True
 ) -> ModelConfig:
-    """Return the config of the model in a checkpoint, from that of its parsed config.json, raw.
+    """Return the config of the model in a checkpoint, completed from its tensors.
 
-    The layout follows the names of the tensors. Without a dtype in config.json the files' own holds. A head that is
-    said to be tied and is stored with other values than the embedding is used, as transformers does; both are read for
-    that. compare=False: a stored head counts as other without being read.
-    Raises: CheckpointError where a file cannot be read.
+    raw: the parsed config.json, which config was read from. The layout follows the names of the tensors. If config.json
+    states no dtype, the dtype of the files is used. A stored LM head is used, as in transformers, if its values differ
+    from the embedding although config.json ties them; both tensors are read for this comparison. compare=False:
+    consider a stored head different without reading it.
+    Raises: CheckpointError if a file cannot be read.
     """
     names = FAMILIES[config.family].names
     head, embedding = (tensors.get(names.prefix + key) for key in (HEAD, EMBEDDING))
@@ -45,10 +46,10 @@ def as_stored(
 def read_stored_config(
     path: Path, *, ignore: Iterable[str] = (), planned: bool = False, not_understood: list[str] | None = None
 ) -> ModelConfig:
-    """Return the config of a config.json, with what the weights beside it tell where all their files are there.
-    ignore, planned, not_understood: see read_config.
+    """Return the config of a config.json, completed from the weights next to it if their files are complete.
 
-    Raises: CheckpointError, also for weights that are all there and damaged or contradictory; ConfigError.
+    ignore, planned, not_understood: see read_config.
+    Raises: CheckpointError, also for complete weights that are damaged or contradictory; ConfigError.
     """
     raw = read_json(path)
     config = read_config(raw, ignore=ignore, planned=planned, not_understood=not_understood)
@@ -56,13 +57,13 @@ def read_stored_config(
         return config
     try:
         tensors = open_tensors(path.parent)
-    except MissingWeightsError:  # none, or a part of them: the config alone was asked about
+    except MissingWeightsError:  # weights are missing or incomplete: use the config alone
         return config
     return as_stored(config, tensors, raw)
 
 
 def stored_layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> CheckpointLayout:
-    """Return the layout that the names of a checkpoint's tensors tell."""
+    """Return the checkpoint layout that the names of its tensors imply."""
     names = FAMILIES[config.family].names
     experts = config.moe is not None and names.fused is None
     alone = names.prefix + HEAD in tensors and names.prefix + EMBEDDING not in tensors
@@ -73,8 +74,7 @@ def stored_layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Che
 
 
 def same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Return whether two tensors of plain floating point hold the same values; up to the first slice that differs is
-    read."""
+    """Return whether two floating-point tensors have equal values, reading them up to the first difference."""
     if one.shape != other.shape or one.dtype_name not in FLOATS or other.dtype_name not in FLOATS:
         return False
     num_rows = one.shape[0] if one.shape else 0
@@ -83,7 +83,7 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
         last = min(first + step, num_rows)
         rows, others = one.read_rows(first, last), other.read_rows(first, last)
         if one.dtype_name == other.dtype_name:
-            rows, others = rows.view(np.uint8), others.view(np.uint8)  # bits: not-a-number equals itself
+            rows, others = rows.view(np.uint8), others.view(np.uint8)  # compare bits, so that NaN equals itself
         else:
             rows, others = rows.astype(np.float32), others.astype(np.float32)
         if not np.array_equal(rows, others):
@@ -92,8 +92,10 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _dtype_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> str:
-    """The dtype of most numbers among plain floating-point tensors, scales of quantized ones left out; the config's
-    where there are none."""
+    """Return the dtype of most numbers in floating-point tensors, without scales of quantized tensors.
+
+    Without such tensors, return the dtype of the config.
+    """
     others = FAMILIES[config.family].names.others
     scales = (
         quantized_tensor_names("", config.checkpoint_quantization)[1]

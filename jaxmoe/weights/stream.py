@@ -1,4 +1,4 @@
-"""Tensors from one checkpoint into another, a slice at a time, by several threads that share a budget of memory."""
+"""Streaming tensors from one checkpoint into another, slice by slice, by threads that share a memory budget."""
 
 from __future__ import annotations
 
@@ -26,59 +26,59 @@ from jaxmoe.weights.verify import sum_tensor
 _SLICE_BYTES = 4 << 20
 _MAX_WORKERS = 16
 
-Sums = dict[str, str]  # sha256 of each output by its name
+Sums = dict[str, str]  # sha256 of each output, by name
 
 
 class TensorWriter(Protocol):
-    """Takes a tensor's bytes in order."""
+    """Write a tensor's bytes in order."""
 
     def append(self, part: memoryview) -> None:
-        """The next bytes."""
+        """Write the next bytes."""
         ...
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Finish the tensor."""
         ...
 
 
 class CheckpointSink(Protocol):
-    """Where converted tensors go: a folder that becomes a checkpoint of one kind."""
+    """Write converted tensors to a folder that becomes a checkpoint of one kind ("hf" or "orbax")."""
 
     kind: str
     chunks: Mapping[str, tuple[int, ...] | None]
 
     def disk_bytes(self) -> int:
-        """What it takes on a disk."""
+        """Return the disk space of the checkpoint in bytes."""
         ...
 
     def num_files(self) -> int:
-        """Files and folders of it."""
+        """Return the number of files and folders."""
         ...
 
     def create(self) -> None:
-        """Files that must be there first; those that are stay."""
+        """Create the files that writers need; do not change existing ones."""
         ...
 
     def place(self, name: str) -> tuple[str, int]:
-        """Tensors are best written in the order of these."""
+        """Return the location of a tensor. Writing tensors in the order of locations is fastest."""
         ...
 
     def writer(self, name: str) -> TensorWriter:
-        """Takes the bytes of a tensor, from its beginning."""
+        """Return a writer that takes the bytes of a tensor in order."""
         ...
 
     def written(self, name: str) -> TensorInfo:
-        """A finished tensor, to be read."""
+        """Return a finished tensor for reading."""
         ...
 
     def finish(self) -> dict[str, FileEntry]:
-        """What makes it a checkpoint; entries of its files."""
+        """Write the remaining files of the checkpoint and return the entries of its files."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionTask:
-    """A source tensor and what is made of it."""
+    """Describe a source tensor and the outputs that conversion writes for it."""
 
     tensor: TensorInfo | DerivedTensor
     spec: TensorSpec
@@ -86,30 +86,34 @@ class ConversionTask:
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
-        """The tensors of files that it is made of."""
+        """Return the stored tensors that the source tensor is read from."""
         return self.tensor.sources if isinstance(self.tensor, DerivedTensor) else (self.tensor,)
 
     @property
     def untouched(self) -> bool:
-        """Whether its bits go through."""
+        """Return whether conversion copies the tensor's bits unchanged."""
         return isinstance(self.tensor, TensorInfo) and self.outputs == (self.spec,)
 
     @property
     def granule(self) -> int:
-        """Slices begin at multiples of so many numbers."""
+        """Return the alignment of slices, in numbers of the source tensor."""
         return self.tensor.row_numbers if isinstance(self.tensor, DerivedTensor) else 1
 
     def source_bytes(self, num_bytes: int) -> int:
-        """Bytes of files that so many of the tensor's come from, as near as a progress bar needs."""
+        """Return approximately how many bytes of files give num_bytes of the tensor, for progress reports."""
         made = self.tensor
         return num_bytes * made.source_bytes // max(1, made.num_bytes) if isinstance(made, DerivedTensor) else num_bytes
 
 
 @dataclass(kw_only=True)
 class ConversionExecutor:
-    """expected: sha256 of every source tensor, where the source says it. finished: what a journal says is written, read
-    again before it is believed. record: told of each task's sums. on_bytes: told of source bytes done. ram_bytes: by
-    how much resident memory may grow; budget: of buffers."""
+    """Run conversion tasks by several threads within a memory budget.
+
+    ram_bytes: allowed growth of resident memory. budget: the budget for buffers. expected: sha256 of every source
+    tensor, if the source has a manifest. finished: checksums of finished tasks from the journal; their outputs are read
+    and checked again. record: called with the name and checksums of each finished task. on_bytes: called with the
+    number of source bytes done.
+    """
 
     sink: CheckpointSink
     transform: TensorTransform
@@ -123,7 +127,7 @@ class ConversionExecutor:
     num_resumed: int = 0
 
     def run(self, tasks: Sequence[ConversionTask]) -> Sums:
-        """sha256 of every output, once all are written. Raises: what the first thread that failed raised."""
+        """Run all tasks; return the sha256 of every output. Raises: the exception of the first thread that failed."""
         self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
         need = self._need(_SLICE_BYTES)
         num_workers = max(1, min(_MAX_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
@@ -139,7 +143,7 @@ class ConversionExecutor:
         return self.sums
 
     def _need(self, slice_bytes: int) -> int:
-        """Bytes of buffers while a slice is worked on."""
+        """Return the bytes of buffers that a slice needs."""
         return int(slice_bytes * (1 + self.transform.working_ratio))
 
     def _work(self, source: Iterator[ConversionTask]) -> None:
@@ -159,15 +163,15 @@ class ConversionExecutor:
             if grown > self.ram_bytes:
                 raise CheckpointError(
                     f"memory grew by {grown / 2**30:.2f} GiB, --ram-gib is {self.ram_bytes / 2**30:.2f}: raise it and "
-                    f"run the same again"
+                    f"run the same command again"
                 )
 
     def _again(self, task: ConversionTask) -> Sums | None:
-        """The sums of a task that an earlier run has written; None if it has not, or what it wrote is not there."""
+        """Return the checksums of a task that an earlier run finished; None if its outputs are absent or differ."""
         said = self.finished.get(task.spec.name)
         if said is None or set(said) != {output.name for output in task.outputs}:
             return None
-        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading what is done"):
+        with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading finished tensors"):
             try:
                 actual = {name: sum_tensor(self.sink.written(name), step_bytes=_SLICE_BYTES) for name in said}
             except CheckpointError:
@@ -205,8 +209,11 @@ class ConversionExecutor:
         return sums
 
     def _check(self, task: ConversionTask, written: Sums | None = None) -> None:
-        """Hold a source that says its checksums against them: before other numbers are made of it, or by what was
-        written where its bits went through. Raises: CheckpointError."""
+        """Compare a source tensor with its checksum, if the source has a manifest.
+
+        A tensor that is transformed is checked before, a tensor that is copied unchanged after its output is written.
+        Raises: CheckpointError if the checksum differs.
+        """
         if self.expected is None or task.untouched != (written is not None):
             return
         if written is None:
@@ -219,7 +226,7 @@ class ConversionExecutor:
                 )
 
     def _slice_bytes(self, task: ConversionTask) -> int:
-        """Bytes of a slice: whole granules, one at least, and no more than the budget has room for."""
+        """Return the bytes of a slice: as many whole granules as the budget allows, and at least one."""
         granule = max(1, math.lcm(self.transform.granule(task.spec), task.granule)) * task.spec.itemsize
         room = min(_SLICE_BYTES, int(self.budget.limit_bytes / (1 + self.transform.working_ratio)))
         return max(1, room // granule) * granule

@@ -1,7 +1,7 @@
-"""What conversion does to tensors on their way: nothing, or another dtype. The place where quantization joins.
+"""Tensor transforms of a conversion: the identity and casts. quantize_transform.py adds quantization.
 
-A transform sees a tensor as a stream of slices and gives the next part of each tensor that is made of it, so that none
-need be whole in memory: a block-quantized weight, say, is two outputs, and its granule is one row of blocks.
+A transform receives a tensor as a stream of slices and returns the next part of each of its outputs, so that no tensor
+must fit in memory. For example, a block-quantized weight has two outputs, and its granule is one row of blocks.
 """
 
 from __future__ import annotations
@@ -22,69 +22,71 @@ _PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorTransform(Protocol):
-    """From one checkpoint tensor to one or several. The same tensor always gives the same bytes."""
+    """Transform one checkpoint tensor into one or several, deterministically."""
 
     working_ratio: float
-    """Most bytes that apply holds at once, for each byte of its slice."""
+    """Peak bytes that apply allocates per byte of its slice."""
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
-        """What is made of a tensor: where that is the tensor alone, bits go through. Raises: CheckpointError for one
-        that it cannot take."""
+        """Return the outputs for a tensor. If the only output equals the tensor, its bits are copied unchanged.
+
+        Raises: CheckpointError for an unsupported tensor.
+        """
         ...
 
     def granule(self, tensor: TensorSpec) -> int:
-        """Slices begin at multiples of so many numbers."""
+        """Return the alignment of slices, in numbers of the tensor."""
         ...
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
-        """The next numbers of every output, flat, from the tensor's next."""
+        """Return the next numbers of every output, as flat arrays, for the next numbers of the tensor."""
         ...
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """config.json of the result."""
+        """Return the config.json of the result for the parsed config.json of the source."""
         ...
 
 
 class IdentityTransform:
-    """Bits go through, whatever they mean."""
+    """Copy the bits of tensors of any dtype unchanged."""
 
     working_ratio = 0.0
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return (tensor,)
 
     def granule(self, tensor: TensorSpec) -> int:
-        """Any slice will do."""
+        """Return 1: slices may begin anywhere."""
         return 1
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
-        """The same."""
+        """Return the numbers unchanged."""
         return (numbers,)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """The same."""
+        """Return the config unchanged."""
         return raw
 
 
 class CastFloats(IdentityTransform):
-    """Plain floating point becomes another; integers stay, and what models hold exactly, whatever their dtype."""
+    """Cast floating-point tensors to another dtype; leave integers and tensors that models need exact unchanged."""
 
-    working_ratio = 6.0  # float16 by way of float32, the result, and two masks
+    working_ratio = 6.0  # float16 via float32, the result, and two masks
 
     def __init__(self, dtype: str) -> None:
-        """dtype: one of WEIGHTS_DTYPES. Raises: CheckpointError for another."""
+        """dtype: one of WEIGHTS_DTYPES. Raises: CheckpointError for any other."""
         if dtype not in WEIGHTS_DTYPES:
             raise CheckpointError(f"weights_dtype={dtype!r} must be one of {', '.join(WEIGHTS_DTYPES)}")
         self._name, self._to = dtype, WEIGHTS_DTYPES[dtype]
 
     def outputs(self, tensor: TensorSpec) -> tuple[TensorSpec, ...]:
-        """One, of the same name and shape."""
+        """Return one output of the same name and shape."""
         dtype = self._to if tensor.dtype in _PLAIN_FLOATS and not is_exact(tensor.name) else tensor.dtype
         return (TensorSpec(name=tensor.name, dtype=dtype, shape=tensor.shape),)
 
     def apply(self, tensor: TensorSpec, numbers: np.ndarray) -> Sequence[np.ndarray]:
-        """Rounded to nearest, ties to even. Raises: CheckpointError where a finite number becomes infinite."""
+        """Round to nearest, ties to even. Raises: CheckpointError if a finite number becomes infinite."""
         if self.outputs(tensor) == (tensor,):
             return (numbers,)
         to = DTYPES[self._to].numpy
@@ -94,26 +96,31 @@ class CastFloats(IdentityTransform):
         if float(ml_dtypes.finfo(to).max) < float(ml_dtypes.finfo(numbers.dtype).max):
             infinite = _is_infinite(cast)
             if infinite.any() and (lost := infinite & np.isfinite(numbers)).any():
-                remedy = "choose one that does, or leave it out to keep every bit"
+                remedy = "choose a dtype of larger range, or omit weights_dtype to keep every bit"
                 raise beyond_reach(tensor.name, float(numbers[lost][0]), self._name, remedy)
         return (cast,)
 
     def config(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """With the dtype wherever it is named, and at the top where it is nowhere; nothing is quantized any more."""
+        """Return config.json with every dtype replaced (or one added at the top level) and no quantization_config."""
         raw = {key: value for key, value in raw.items() if key != QUANTIZATION_CONFIG}
         changed = _named(raw, self._name)
         return changed if changed != raw or _names_dtype(raw) else {**raw, "torch_dtype": self._name}
 
 
 def _is_infinite(numbers: np.ndarray) -> np.ndarray:
-    """Which are, by their bits but the sign's: several times as fast as np.isinf for 16 of them."""
+    """Return a mask of infinite numbers.
+
+    It compares bits without the sign, which is several times faster than np.isinf for 16-bit numbers.
+    """
     whole = np.dtype(f"u{numbers.itemsize}")
     return numbers.view(whole) << 1 == np.array([np.inf], numbers.dtype).view(whole) << 1
 
 
 def _odd_float32(numbers: np.ndarray) -> np.ndarray:
-    """float32 of float64: cut off, and the last bit set where that loses something. Numbers rounded again, to fewer
-    bits, are then the nearest of those; rounded twice they need not be."""
+    """Convert float64 to float32 by truncation, and set the last bit of inexact results (round to odd).
+
+    Rounding the result again, to fewer bits, then gives the nearest number. Rounding to nearest twice may not.
+    """
     near = numbers.astype(np.float32)
     bits = near.view(np.uint32)
     bits -= np.abs(near) > np.abs(numbers)

@@ -1,4 +1,4 @@
-"""Holding a converted checkpoint against its manifest: every byte of every file that was written."""
+"""Verifying a converted checkpoint against its manifest: every byte of every written file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_WORKERS = 8
 def sum_tensor(
     tensor: TensorInfo, on_bytes: Callable[[int], None] = lambda num_bytes: None, step_bytes: int = READ_BYTES
 ) -> str:  # fmt: skip
-    """sha256 of a tensor's bytes, read so many at a time. Raises: CheckpointError if they end early."""
+    """Return the sha256 of a tensor, read step_bytes at a time. Raises: CheckpointError if its bytes end early."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(step_bytes, tensor.num_bytes)))
     for start in range(0, tensor.num_bytes, step_bytes):
         part = buffer[: min(step_bytes, tensor.num_bytes - start)]
@@ -33,13 +33,15 @@ def sum_tensor(
 def problems(
     directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:  # fmt: skip
-    """What differs from the manifest, one line each, naming the tensor or file; empty where nothing does.
+    """Return one line for each difference from the manifest, naming the tensor or file; empty if there is none.
 
-    Raises: CheckpointError where there is no manifest, or it is itself not as written.
+    Raises: CheckpointError if the manifest is missing or corrupt.
     """
     manifest = read_manifest(directory)
     if manifest is None:
-        raise CheckpointError(f"{directory} has no {MANIFEST}: only what jaxmoe convert wrote can be verified")
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}: only checkpoints written by jaxmoe convert can be verified"
+        )
     errors = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
     errors += _strays(directory, manifest)
     try:
@@ -61,23 +63,23 @@ def problems(
 
 
 def check_whole(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Raise a CheckpointError naming what differs from the manifest, if anything does."""
+    """Raise CheckpointError naming the differences from the manifest, if there are any."""
     if errors := problems(directory, on_progress):
         raise CheckpointError(in_words(directory, errors))
 
 
 def in_words(directory: Path, errors: list[str]) -> str:
-    """Problems in one line."""
+    """Return the message that reports problems in one line."""
     more = f"; and {len(errors) - 8} more" if len(errors) > 8 else ""
     return f"{directory} is corrupt: {'; '.join(errors[:8])}{more}; convert again or fetch it again"
 
 
 def _strays(directory: Path, manifest: CheckpointManifest) -> Iterator[str]:
-    """Weights and indices that others may take for the checkpoint's."""
+    """Yield a problem for each extra file that a loader may mistake for weights or an index of the checkpoint."""
     for path in sorted(directory.iterdir()):
         weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith(".index.json")
         if weights and path.name not in manifest.files and path.name not in manifest.tensors:
-            yield f"file {path.name} is none that was written: remove it"
+            yield f"file {path.name} is not in the manifest: remove it"
 
 
 def _file_problems(directory: Path, name: str, manifest: CheckpointManifest) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Windows of a parameter, and which weight slices of the checkpoint's tensors lie in them."""
+"""Windows of a parameter, and the weight slices of checkpoint tensors that overlap them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from itertools import product
 from jaxmoe.weight_slice import ArrayIndex, WeightSlice
 
 Window = tuple[tuple[int, int], ...]
-Cut = tuple[slice, ...]  # of a tensor, without its leading dim where a weight slice fixes an index of that
+Cut = tuple[slice, ...]  # slices of a tensor, without its first dim if the weight slice fixes an index there
 
 
 def intersect(a: Window, b: Window) -> Window | None:
-    """What both hold, None where that is nothing."""
+    """Return the intersection of two windows; None if it is empty."""
     both = tuple((max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(a, b, strict=True))
     return both if all(low < high for low, high in both) else None
 
 
 def overlap(weight_slice: WeightSlice, window: Window) -> tuple[Cut, ArrayIndex] | None:
-    """The part of a weight slice inside a window of its parameter: a cut of the tensor, and a place within the
-    window."""
+    """Return the part of a weight slice inside a window of its parameter; None if they do not overlap.
+
+    The part is a cut of the tensor, and the index of its destination within the window.
+    """
     index: list[int | slice] = []
     ranges: list[tuple[int, int]] = []
     for at, (low, high) in zip(weight_slice.dst, window, strict=True):
@@ -40,24 +42,27 @@ def overlap(weight_slice: WeightSlice, window: Window) -> tuple[Cut, ArrayIndex]
 
 
 def _part(whole: slice, low: int, high: int) -> slice:
-    """Entries low up to high of those that a slice takes."""
+    """Return the slice of entries low..high among those that `whole` selects."""
     step = whole.step or 1
     return slice(whole.start + low * step, min(whole.start + high * step, whole.stop), step)
 
 
 class WeightSliceIndex:
-    """The weight slices of one parameter by the indices they fix (layer, expert, head): only those of a window are
-    tested."""
+    """Index the weight slices of one parameter by their fixed indices (layer, expert, head).
+
+    A lookup tests only weight slices with indices inside the window.
+    """
 
     def __init__(self, parts: Iterable[WeightSlice]) -> None:
         self._by_index: dict[ArrayIndex, list[WeightSlice]] = defaultdict(list)
         self._fixed: list[int] = []
         for weight_slice in parts:
-            self._fixed = [dim for dim, at in enumerate(weight_slice.dst) if isinstance(at, int)]  # alike in all
+            # The dims are the same in all weight slices of a parameter.
+            self._fixed = [dim for dim, at in enumerate(weight_slice.dst) if isinstance(at, int)]
             self._by_index[tuple(weight_slice.dst[dim] for dim in self._fixed)].append(weight_slice)
 
     def inside(self, window: Window) -> Iterator[tuple[WeightSlice, Cut, ArrayIndex]]:
-        """Every weight slice that overlaps the window, with its cut and place as `overlap` gives them."""
+        """Yield every weight slice that overlaps the window, with its cut and index as `overlap` returns them."""
         for index in product(*(range(*window[dim]) for dim in self._fixed)):
             for weight_slice in self._by_index.get(index, ()):
                 if (hit := overlap(weight_slice, window)) is not None:

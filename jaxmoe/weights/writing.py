@@ -1,7 +1,7 @@
-"""Writing more than memory holds: what has been written is sent to the disk at once and takes no room in memory after.
+"""Writing files larger than memory: data goes to the disk at once and does not stay in the page cache.
 
-Pages that stay behind in the system's cache must be found, one by one, for each new page; with memory full of them that
-took more processor time than all else that a conversion does.
+The kernel must reclaim a page of a full page cache for each new page. With memory full of cached pages this took more
+processor time than all other work of a conversion.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CACHED_BYTES = 256 << 10  # with memory full of cached files, a MiB at once tak
 
 
 def write_all(file: IO[bytes], part: memoryview) -> None:
-    """All of part at the position of an unbuffered file, past the system's cache where that can be."""
+    """Write all of part at the position of an unbuffered file, bypassing the page cache if possible."""
     if sys.platform == "linux":
         part = _write_uncached(file, part)
     while len(part):
@@ -25,7 +25,7 @@ def write_all(file: IO[bytes], part: memoryview) -> None:
 
 
 def _write_uncached(file: IO[bytes], part: memoryview) -> memoryview:
-    """What is left of part: all of it where the kernel or the file system cannot."""
+    """Write part uncached; return the unwritten rest, which is all of it without support of kernel and file system."""
     try:
         while len(part):
             part = part[os.pwritev(file.fileno(), [part[:_UNCACHED_BYTES]], -1, _DONTCACHE) :]

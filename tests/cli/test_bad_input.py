@@ -120,7 +120,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     # plans
     (
         ["plan", "deepsek-v3", "--hardware", "b200"],
-        ["config 'deepsek-v3' is no config.json", "did you mean deepseek-v3"],
+        ["config 'deepsek-v3' is not a config.json", "did you mean deepseek-v3"],
     ),
     (["plan", "deepseek-v3", "--hardware", "b20"], ["hardware 'b20' is no preset", "did you mean b200"]),
     (
@@ -267,7 +267,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*COMPILE, "--max-num-seqs", "0"], ["max_num_seqs=0 must lie in [1, "]),
     ([*COMPILE, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*COMPILE[:-1], "tensor=8"], ["of 8 devices, target v5p:2x2x1 has 4"]),
-    (["compile", "none", *COMPILE[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo, "]),
+    (["compile", "none", *COMPILE[2:]], ["config 'none' is not a config.json, a folder with one, or a preset (demo, "]),
     # what is asked of inspect
     (["inspect", "good"], ["Missing option", "--mesh"]),
     ([*INSPECT, "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp, tp-ep, dp-ep, tp"]),
@@ -281,8 +281,8 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*INSPECT, "--max-num-seqs", "0"], ["max_num_seqs=0 must lie in [1, "]),
     ([*INSPECT, "--context", "129"], ["context=129 must lie in [1, 128]"]),
     ([*INSPECT, "--devices", "0"], ["devices=0 must lie in [1, 512]"]),
-    (["inspect", "none", *INSPECT[2:]], ["config 'none' is no config.json, no folder with one and no preset (demo, "]),
-    (["inspect", "ids.jsonl", *INSPECT[2:]], ["ids.jsonl holds a JSON list, an object is needed"]),
+    (["inspect", "none", *INSPECT[2:]], ["config 'none' is not a config.json, a folder with one, or a preset (demo, "]),
+    (["inspect", "ids.jsonl", *INSPECT[2:]], ["ids.jsonl holds a JSON list, but must hold an object"]),
     # what is asked of map
     (MAP[:4], ["--json prints the data, -o writes the page: give one of them"]),
     ([*MAP, "--json"], ["--json prints the data, -o writes the page: give one of them"]),
@@ -312,7 +312,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is no folder"]),
     ([*MAP[:-1], "good"], ["output good is a folder: name a file"]),
     ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is no folder open to you"]),
-    (["map", "goood", *MAP[2:]], ["config 'goood' is no config.json", "did you mean good?"]),
+    (["map", "goood", *MAP[2:]], ["config 'goood' is not a config.json", "did you mean good?"]),
     # which model
     (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),
     (["verify", ""], ["model '' is not an existing directory"]),
@@ -342,7 +342,7 @@ DAMAGES = {
     "empty file": (lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors has 0 bytes"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["has no config.json"]),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json is not readable JSON"]),
-    "config a list": (lambda d: (d / "config.json").write_text("[]"), ["holds a JSON list, an object is needed"]),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), ["holds a JSON list, but must hold an object"]),
     "unknown family": (lambda d: _edit(d / "config.json", model_type="gpt2"), ["'gpt2'", "supported: deepseek_v2"]),
     "other maths": (lambda d: _edit(d / "config.json", hidden_act="gelu"), ["'hidden_act' = 'gelu'", "'silu'"]),
     "unknown key": (lambda d: _edit(d / "config.json", softcap=30.0), ["'softcap' = 30.0", "--ignore-config-key"]),
@@ -412,5 +412,5 @@ def test_a_folder_without_a_config_is_not_offered_in_its_own_place(capsys, tmp_p
     empty.mkdir()
     outcome = jaxmoe(capsys, "plan", empty, "--hardware", "h100")
     assert outcome.code == 2
-    assert f"config '{empty}' is no config.json" in outcome.err
+    assert f"config '{empty}' is not a config.json" in outcome.err
     assert "did you mean" not in outcome.err

@@ -84,7 +84,7 @@ def test_verify_says_what_differs_and_exits_1(capsys, work):
     outcome = jaxmoe(capsys, "convert", "orbax", "hf")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "tensor 'model.norm.weight' of the source differs" in outcome.err
-    assert "(what is done is kept in hf.partial)" in outcome.err
+    assert "(finished tensors are saved in hf.partial)" in outcome.err
     assert not (work / "hf").exists()
     outcome = jaxmoe(capsys, "generate", "orbax", "--prompt", "x", "--verify")
     assert outcome.code == 2
@@ -96,24 +96,24 @@ def test_verify_says_what_differs_and_exits_1(capsys, work):
 COMMANDS: list[tuple[list[str], list[str]]] = [
     ([], ["Missing argument"]),
     (["good"], ["DST is missing", "--verify to check SRC"]),
-    (["good", "--verify"], ["good has no jaxmoe_manifest.json", "only what jaxmoe convert wrote"]),
+    (["good", "--verify"], ["good has no jaxmoe_manifest.json", "only checkpoints written by jaxmoe convert"]),
     (["good", "--verify", "--mesh", "tensor=2"], ["leave --mesh out"]),
     (["none", "out"], ["'none' is not an existing directory"]),
     (["good", "good"], ["destination", "good exists", "name another"]),
     (["good", "~nobody-of-this-name/out"], ["DST '~nobody-of-this-name/out' is not a valid path"]),
     (["good", "/"], ["destination / exists", "name another"]),
     (["good", "good/out"], ["lies inside the source"]),
-    (["good", "none/out"], ["none, which is no directory", "make it first"]),
+    (["good", "none/out"], ["none, which is not a directory", "create it first"]),
     (["good", "good/config.json/out"], ["is no directory"]),
     (["good", "out", "--to", "zip"], ["to='zip' must be one of orbax, hf"]),
     (["good", "out", "--mesh", "rows=2"], ["unknown mesh axis 'rows'"]),
     (
         ["good", "out", "--mesh", "expert=99999999999999999999"],
-        ["has 99999999999999999999 devices", "may have 1048576"],
+        ["has 99999999999999999999 devices", "at most 1048576"],
     ),
     (
         ["good", "out", "--to", "hf", "--mesh", "expert=8"],
-        ["mesh='expert=8' cuts the chunks of an orbax", "leave it out"],
+        ["mesh='expert=8' sets the chunks of an orbax", "leave it out"],
     ),
     (["good", "out", "--ignore-config-key", "nokey"], ["--ignore-config-key 'nokey' is not a key of config.json"]),
     (["good", "out", "--weights-dtype", "int4"], ["weights_dtype='int4' must be one of float32, bfloat16, float16"]),
@@ -219,36 +219,36 @@ SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (_remove("config.json"), ["no config.json"]),
     "config is no JSON": (lambda good: (good / "config.json").write_text("{"), ["config.json is not readable JSON"]),
     "no weights": (_remove("*.safetensors*"), ["lacks 1 of 1 weight files"]),
-    "pickles alone": (_only_pickles, ["pickled weights alone (pytorch_model.bin)", "never loaded", "safetensors"]),
+    "pickles alone": (_only_pickles, ["only pickled weights (pytorch_model.bin)", "never loaded", "safetensors"]),
     "a missing shard": (_shards(IN_A | IN_B, a="a"), ["lacks 1 of 2 weight files: b.safetensors"]),
-    "an absent tensor": (_shards({**IN_A, "b": "a.safetensors"}, a="a"), ["names 1 tensors the files lack: b"]),
-    "a tensor twice": (_shards(IN_A | IN_B, a="ab", b="b"), ["'b' stands in both a.safetensors and b.safetensors"]),
+    "an absent tensor": (_shards({**IN_A, "b": "a.safetensors"}, a="a"), ["names 1 tensors that the files lack: b"]),
+    "a tensor twice": (_shards(IN_A | IN_B, a="ab", b="b"), ["'b' is in both a.safetensors and b.safetensors"]),
     "an index that leaves": (_shards({"a": "../a.safetensors"}), ["files outside its directory", "../a.safetensors"]),
     "cut short": (_cut, [".safetensors"]),
     "a header of 2^60": (_header(2**60), ["header length of 1152921504606846976"]),
     "a header of 2^64 - 1": (_header(2**64 - 1), ["header length of"]),
     "integers for floats": (_dtype("I32"), ["has dtype I32"]),
-    "an unknown dtype": (_named("x", "F4"), ["tensor 'x' has dtype F4; what can be held: F64"]),
+    "an unknown dtype": (_named("x", "F4"), ["tensor 'x' has dtype F4; supported: F64"]),
     "a dtype of another width": (_named("x", "I64"), ["tensor 'x' of shape [1] and dtype I64 needs 8 bytes, has 4"]),
-    "a name that leaves": (_named("../x"), ["tensor name '../x' cannot be that of a folder"]),
+    "a name that leaves": (_named("../x"), ["tensor name '../x' cannot be a folder name"]),
     "an absolute name": (_named("/x"), ["tensor name '/x'"]),
     "a name of dots": (_named(".."), ["tensor name '..'"]),
     "a name of a file of ours": (_named("_METADATA"), ["tensor name '_METADATA'"]),
-    "a name of a side file": (_named("config.json"), ["tensor name 'config.json'", "is also that of a file"]),
+    "a name of a side file": (_named("config.json"), ["tensor name 'config.json'", "is also the name of a file"]),
     "a long name": (_named("x" * 300), ["of 1 to 240 bytes"]),
     "no tensors": (lambda good: _raw_header(good, {}, 0), ["holds no tensors"]),
     "shapes": (_config(vocab_size=98), ["misshapen", "model.embed_tokens.weight"]),
     "names that steer a terminal": (
         _shards({**IN_A, "\x1b[31m": "a.safetensors", "\u202eb": "a.safetensors"}, a="a"),
-        ["names 2 tensors the files lack: '\\x1b[31m', '\\u202eb'"],
+        ["names 2 tensors that the files lack: '\\x1b[31m', '\\u202eb'"],
     ),
     "many dims": (_named("x", shape=(1,) * 140), ["tensor 'x' has 140 dims", "may have 32", "--to hf"]),
     "too few layers": (_config(num_hidden_layers=1), ["unused"]),
     "a config key": (_config(new_gate=3), ["new_gate"]),
     "a link that leaves": (_link("tokenizer.json", ETC), ["tokenizer.json is a link that leaves the directory", ETC]),
     "weights behind a link": (_link("model.safetensors", "../other.safetensors"), ["is a link that leaves"]),
-    "a link to itself": (_link("merges.txt", "merges.txt"), ["merges.txt is a link to nothing (merges.txt)"]),
-    "a link to nothing": (_link("merges.txt", "gone"), ["merges.txt is a link to nothing (gone)"]),
+    "a link to itself": (_link("merges.txt", "merges.txt"), ["merges.txt is a broken link (merges.txt)"]),
+    "a link to nothing": (_link("merges.txt", "gone"), ["merges.txt is a broken link (gone)"]),
 }
 
 
@@ -310,9 +310,7 @@ def test_quantized_ones_must_have_a_config_that_can_be_all_the_same(settings, ca
 def test_a_model_type_that_is_none(model_type, capsys, work):
     _edit(work / "good" / "config.json", model_type=model_type)
     outcome = jaxmoe(capsys, "convert", "good", "out", "--json")
-    assert json.loads(outcome.out)["config_check"] == (
-        f"not checked: model_type '{model_type}' is no family known here"
-    )
+    assert json.loads(outcome.out)["config_check"] == (f"not checked: model_type '{model_type}' is not supported")
 
 
 def test_a_hub_snapshot_may_link_to_its_blobs(capsys, work):
@@ -365,7 +363,7 @@ def test_a_disk_that_fills_up_meanwhile(to, capsys, work, monkeypatch):
             patched.setattr(module, "write_all", full)
         outcome = jaxmoe(capsys, "convert", "good", "out", "--to", to)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "No space left on device; mend that and run the same again" in outcome.err
+    assert "No space left on device; fix that and run the same command again" in outcome.err
     assert contents(work / "good") == before
     assert not (work / "out").exists()
     for name in ("out.partial", "out.partial/whole"):
@@ -381,7 +379,7 @@ def test_a_destination_that_cannot_be_written(capsys, work, monkeypatch):
     (work / "shut").mkdir(mode=0o555)
     if os.access(work / "shut", os.W_OK):  # root may all the same
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut")
-    _assert_refused(capsys, ["good", "shut/out"], "shut, which cannot be written")
+    _assert_refused(capsys, ["good", "shut/out"], "shut, which is not writable")
     monkeypatch.undo()
 
     def read_only(self: Path, *args: object, **kwargs: object) -> None:
@@ -401,7 +399,7 @@ def test_a_destination_that_cannot_be_written(capsys, work, monkeypatch):
 )  # fmt: skip
 def test_work_in_the_way(make, capsys, work):
     make(work / "out.partial")
-    _assert_refused(capsys, ["good", "out"], "out.partial is in the way and is no unfinished conversion")
+    _assert_refused(capsys, ["good", "out"], "out.partial exists and is not a resumable conversion")
 
 
 @pytest.mark.parametrize(("script", "kind"), [("convert_hf_to_orbax", "orbax"), ("convert_orbax_to_hf", "hf")])

@@ -119,5 +119,5 @@ def test_an_output_that_cannot_be_written_leaves_nothing(capsys, tiny_dir, tmp_p
 def test_a_model_that_is_not_known_brings_its_nearest(name, capsys):
     outcome = jaxmoe(capsys, "map", name, *OPTIONS, "--json")
     assert outcome.code == 2
-    assert f"config '{name}' is no config.json, no folder with one and no preset (demo, " in outcome.err
+    assert f"config '{name}' is not a config.json, a folder with one, or a preset (demo, " in outcome.err
     assert "; did you mean demo?" in outcome.err

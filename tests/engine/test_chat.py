@@ -83,7 +83,7 @@ def test_a_conversation_with_tools_takes_the_template_for_them():
     assert render(templates, USER, variables={}) == "plain"
     assert render(templates, USER, variables={}, tools=tools) == '[{"name": "f"}]'
     assert render({"default": "{{ tools[0].name }}"}, USER, variables={}, tools=tools) == "f"
-    with pytest.raises(RequestError, match=r"several chat templates \(rag, tool_use\) and none is the default"):
+    with pytest.raises(RequestError, match=r"several chat templates \(rag, tool_use\) and no default"):
         render({"tool_use": "x", "rag": "y"}, USER, variables={})
 
 

@@ -50,13 +50,13 @@ def test_a_missing_shard_is_named(sharded):
 
 def test_tensors_the_index_promises_and_the_files_lack(sharded):
     _index(sharded, {"a": FILES[0], "gone": FILES[1], "away": FILES[1]})
-    with pytest.raises(CheckpointError, match="names 2 tensors the files lack: away, gone"):
+    with pytest.raises(CheckpointError, match="names 2 tensors that the files lack: away, gone"):
         open_tensors(sharded)
 
 
 def test_a_tensor_in_two_files(sharded):
     save_file({"a": np.ones(2, np.float32)}, sharded / FILES[1])
-    with pytest.raises(CheckpointError, match=f"tensor 'a' stands in both {FILES[0]} and {FILES[1]}"):
+    with pytest.raises(CheckpointError, match=f"tensor 'a' is in both {FILES[0]} and {FILES[1]}"):
         open_tensors(sharded)
 
 
@@ -78,13 +78,13 @@ def test_names_too_long_for_a_file(sharded):
 
 
 def test_tensors_that_an_index_leaves_out(sharded):
-    with pytest.raises(CheckpointError, match=r"leaves out 1 tensors that its files hold: b; fetch both again"):
+    with pytest.raises(CheckpointError, match=r"omits 1 tensors of its files: b; fetch both again"):
         open_tensors(_index(sharded, {"a": FILES[0], "c": FILES[1]}))
 
 
 def test_tensors_that_an_index_looks_for_elsewhere(sharded):
     with pytest.raises(
-        CheckpointError, match=f"1 tensors in the wrong files: 'b' in {FILES[1]}, it lies in {FILES[0]}"
+        CheckpointError, match=f"wrong files for 1 tensors: 'b' is not in {FILES[1]}, but in {FILES[0]}"
     ):
         open_tensors(_index(sharded, {"a": FILES[0], "b": FILES[1], "c": FILES[1]}))
 

@@ -108,7 +108,7 @@ def test_a_fetch_cut_off_within_a_file_goes_on_from_there(hub, tiny_dir, monkeyp
 def test_a_fetch_that_failed_is_taken_up_where_it_ended(hub, tiny_dir):
     *done, last = _weight_files(tiny_dir)
     hub.broken.add(last)
-    with pytest.raises(CheckpointError, match=r"model 'org/tiny' .*could not be fetched: .*500.*what has been fetched"):
+    with pytest.raises(CheckpointError, match=r"model 'org/tiny' .*could not be fetched: .*500.*the download resumes"):
         find_model("org/tiny")
     assert set(done) <= set(hub.fetched())
     hub.broken.clear()
@@ -121,9 +121,9 @@ def test_a_fetch_that_failed_is_taken_up_where_it_ended(hub, tiny_dir):
     ("model", "revision", "words"),
     [
         ("org/tiny", "v9", "hub model 'org/tiny' has no revision 'v9': name a branch, tag or commit"),
-        ("org/none", None, "model 'org/none' is no local directory and the hub has no such model: check the name"),
+        ("org/none", None, "model 'org/none' is not a local directory and the hub has no such model: check the name"),
         ("org/none", "v9", "the hub has no such model at revision 'v9': check the name"),
-        ("org/a--b", None, "model 'org/a--b' is no local directory and could not be fetched"),
+        ("org/a--b", None, "model 'org/a--b' is not a local directory and could not be fetched"),
         ("org/" + "n" * 100, None, "could not be fetched"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_config_alone_is_fetched(hub):
     """find_config is told that what is no file may be a hub id; then nothing else comes."""
     config = json.loads(find_config("org/tiny", hub=True, revision="v1").read_text())
     assert (config["sliding_window"], hub.fetched()) == (7, ["config.json"])
-    with pytest.raises(CheckpointError, match=r"'org/tiny' is no config.json, no folder with one and no preset"):
+    with pytest.raises(CheckpointError, match=r"'org/tiny' is not a config.json, a folder with one, or a preset"):
         find_config("org/tiny")
     with pytest.raises(CheckpointError, match="the hub has no such model"):
         find_config("org/none", hub=True)

@@ -71,7 +71,7 @@ def _stop_after(monkeypatch, num_tensors: int) -> None:
 def test_what_is_done_is_not_written_again(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         _stop_after(patched, 9)
-        with pytest.raises(CheckpointError, match=r"No space left on device; .* is kept in orbax.partial"):
+        with pytest.raises(CheckpointError, match=r"No space left on device; .* are saved in orbax.partial"):
             convert(source, tmp_path / "orbax")
     partial = partial_path(tmp_path / "orbax")
     with pytest.raises(CheckpointError, match="is an unfinished conversion: run the same"):
@@ -126,7 +126,7 @@ def test_a_source_that_changes_meanwhile_says_what_to_remove(source, tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(convert_module.ShardSink, "finish", changing)
-        with pytest.raises(CheckpointError, match=f"changed meanwhile: remove {partial_path(tmp_path / 'hf')} and run"):
+        with pytest.raises(CheckpointError, match=f"the conversion: remove {partial_path(tmp_path / 'hf')} and run"):
             convert(source, tmp_path / "hf", to="hf")
     shutil.rmtree(partial_path(tmp_path / "hf"))
     convert(source, tmp_path / "hf", to="hf")
@@ -135,7 +135,7 @@ def test_a_source_that_changes_meanwhile_says_what_to_remove(source, tmp_path, m
 def test_a_source_is_not_taken_for_unfinished_work(source, tmp_path):
     source = source.rename(tmp_path / "out.partial")
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=r"out has its unfinished work in .*out.partial, where the source lies"):
+    with pytest.raises(CheckpointError, match=r"out has its unfinished work in .*out.partial, which contains"):
         convert(source, tmp_path / "out")
     assert contents(tmp_path) == before
 
@@ -143,9 +143,9 @@ def test_a_source_is_not_taken_for_unfinished_work(source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mesh": "tensor=8"}, "mesh_devices=1, this asks for mesh_devices=8"),
+        ({"mesh": "tensor=8"}, "mesh_devices=1, this run has mesh_devices=8"),
         ({"weights_dtype": "float32"}, "weights_dtype=None"),
-        ({"to": "hf"}, "to='orbax', this asks for to='hf'"),
+        ({"to": "hf"}, "to='orbax', this run has to='hf'"),
         (None, "another source"),
     ],
 )
@@ -157,7 +157,7 @@ def test_other_work_is_not_gone_on_with(options, words, source, tmp_path, monkey
     if options is None:
         os.utime(source / "model.safetensors", ns=(1, 1))
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=f"was begun with {words}"):
+    with pytest.raises(CheckpointError, match=f"was started with {words}"):
         convert(source, tmp_path / "orbax", **(options or {}))
     assert contents(tmp_path) == before
 
@@ -174,7 +174,7 @@ def test_another_source_of_the_same_sizes_and_times_is_not_gone_on_with(kind, so
     status, content = path.stat(), path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(CheckpointError, match="was begun with another source"):
+    with pytest.raises(CheckpointError, match="was started with another source"):
         convert(tmp_path / kind, tmp_path / "out")
 
 

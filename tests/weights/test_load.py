@@ -327,7 +327,7 @@ def test_a_number_beyond_the_dtype_is_named(dtype, value, said, tiny_dir, tmp_pa
     directory = _changed(tiny_dir, tmp_path, "llama_mha", replace={key: tensor})
     with pytest.raises(CheckpointError) as caught:
         LLM.load(directory, mesh=mesh_of("tensor=2"), dtype=dtype)
-    words = f"tensor {key!r} holds {said}, beyond what {dtype} reaches: load it in one that does (dtype, --dtype)"
+    words = f"tensor {key!r} holds {said}, outside the range of {dtype}: choose a dtype of larger range (dtype"
     assert str(caught.value).startswith(words)
     assert LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32").config
 

@@ -129,7 +129,7 @@ def test_what_a_kill_left_is_gone_on_with(tmp_path, monkeypatch):
     convert(source, tmp_path / "whole", to="hf", weights_dtype="int8")
     with monkeypatch.context() as patched:
         stop_after(patched, 5)
-        with pytest.raises(CheckpointError, match=r"is kept in out.partial"):
+        with pytest.raises(CheckpointError, match=r"are saved in out.partial"):
             convert(source, tmp_path / "out", to="hf", weights_dtype="int8")
     assert convert(source, tmp_path / "out", to="hf", weights_dtype="int8").resumed_tensors == 5
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

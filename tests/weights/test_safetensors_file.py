@@ -113,9 +113,9 @@ def test_flipped_header_bytes_give_an_error_or_the_right_tensors(good, tmp_path)
     ("entry", "words"),
     [
         (_entry([4], 0, 32), "needs 16 bytes, has 32"),
-        (_entry([4], 16, 0), "lies at bytes 16..0 of 16"),
-        (_entry([8], 0, 32), "lies at bytes 0..32 of 16"),
-        (_entry([4], 2**62, 2**62 + 16), "lies at bytes"),
+        (_entry([4], 16, 0), "has bytes 16..0 of 16"),
+        (_entry([8], 0, 32), "has bytes 0..32 of 16"),
+        (_entry([4], 2**62, 2**62 + 16), "has bytes"),
         (_entry([4], -16, 0), "not lists of whole numbers"),
         (_entry([4.0], 0, 16), "not lists of whole numbers"),
         (_entry([True, 4], 0, 16), "not lists of whole numbers"),
@@ -148,7 +148,7 @@ def test_a_bad_entry_is_named_with_its_values(tmp_path, entry, words):
         (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
         (b"[]", "not a JSON object"),
         (b"null", "not a JSON object"),
-        (b'{"a":' + b'{"dtype":"F32","shape":[],"data_offsets":[0,0]},"a":1}', "a name stands in it twice"),
+        (b'{"a":' + b'{"dtype":"F32","shape":[],"data_offsets":[0,0]},"a":1}', "a name appears twice"),
     ],
 )
 def test_a_header_that_is_no_table_of_tensors(tmp_path, header, words):

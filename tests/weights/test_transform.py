@@ -95,7 +95,7 @@ def test_a_cast_model_runs_in_its_dtype(tiny_dir, tmp_path):
 def test_numbers_out_of_reach_are_said(dtype, to, large, tmp_path):
     numbers = np.array([1.0, np.inf, large], DTYPES[dtype].numpy)
     source = write_checkpoint_dir(tmp_path / "source", {"x": (dtype, (3,), numbers.tobytes())})
-    with pytest.raises(CheckpointError, match=re.escape(f"tensor 'x' holds {large:.4g}, beyond what {to} reaches")):
+    with pytest.raises(CheckpointError, match=re.escape(f"tensor 'x' holds {large:.4g}, outside the range of {to}")):
         convert(source, tmp_path / "out", weights_dtype=to)
     assert not (tmp_path / "out").exists()
 

@@ -126,7 +126,7 @@ def _one_byte_longer(chunk: Path) -> None:
 def test_chunks_that_went_or_grew_are_said_before_anything_is_written(change, source, tmp_path):
     convert(source, tmp_path / "orbax")
     change(tmp_path / "orbax" / "of.F32" / "0.0")
-    with pytest.raises(CheckpointError, match=r"lacks chunks of 1 tensors, or .* as long as written: of.F32; convert"):
+    with pytest.raises(CheckpointError, match=r"missing chunks, or .* of a wrong size, in 1 tensors: of.F32; convert"):
         convert(tmp_path / "orbax", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["orbax", "source"]
 
@@ -173,14 +173,14 @@ def test_weights_that_were_not_written_are_reported_and_not_read(limit, source, 
         (whole / INDEX).write_text(json.dumps(index))
         strays.insert(0, INDEX)
     assert bytes_of(whole) == expected
-    assert problems(whole) == [f"file {name} is none that was written: remove it" for name in strays]
+    assert problems(whole) == [f"file {name} is not in the manifest: remove it" for name in strays]
     assert "other.safetensors" in convert(whole, tmp_path / "orbax").left_behind
 
 
 def test_a_stray_file_beside_an_orbax_checkpoint_is_reported(source, tmp_path):
     convert(source, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    assert problems(tmp_path / "out") == ["file model.safetensors is none that was written: remove it"]
+    assert problems(tmp_path / "out") == ["file model.safetensors is not in the manifest: remove it"]
 
 
 def _reversed(path: Path) -> None:
