@@ -18,7 +18,7 @@ from jaxmoe.aot.compile import PHASES, CompiledStep, collective_rows, compile_st
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.aot.targets import CompileTarget, environment, parse_target, topology_devices
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import MAX_DECODE_STEPS
+from jaxmoe.config.engine import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.aot.compile import abstract_runner
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import CHUNK_TOKENS, PAGE_SIZE
+from jaxmoe.config.engine import CHUNK_TOKENS, PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.dtypes import canonical, choose_dtypes, kv_array_dtype

@@ -11,15 +11,16 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxmoe.api.llm import LLM, Prompt
-from jaxmoe.engine.batch import CHUNK_TOKENS, MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
+from jaxmoe.config import EngineConfig, EngineOptions
+from jaxmoe.config.engine import SERVING_OPTIONS
+from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
@@ -49,64 +50,46 @@ class AsyncEngine:
     Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close().
 
     Args:
-        model: As in LLM.load, or a loaded LLM.
-        mesh: As in LLM.load.
-        dtype: As in LLM.load.
-        max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch; rounded up.
-        context: Maximum number of tokens of a request, prompt included. By default the context length of the model.
-        kv_cache_gib: GiB of each device for the KV cache. By default 1 on a CPU, and 90% of the free memory on an
-            accelerator.
-        host_cache_gib: GiB of host memory for pages that are evicted from the devices. A prompt that matches them
-            swaps them in. Used only if copying a page is measured to be faster than computing it.
-        page_size: Tokens of a page on each context-parallel rank.
-        chunk_tokens: Maximum number of prompt tokens per step and rank; rounded up to whole blocks.
-        decode_steps: Maximum number of tokens that a request decodes in one step while no prompt waits.
+        model: As in LLM, or a loaded LLM. An engine on a loaded LLM shares its KV cache and prefix cache with
+            LLM.generate; one engine at a time can run on an LLM.
+        config: Options of loading and serving. By default those of the LLM, or of EngineConfig.
         trace: A file to which close() writes a trace, next to an HTML page (engine/trace.py).
+        on_progress: Called with (bytes of parameters loaded, total bytes) as files are read.
         on_compile: Called at start-up with (programs compiled, total programs). By default a progress bar shows both on
             a terminal, with the size of the KV cache.
-        **load: Further arguments of LLM.load.
+        **options: Options of EngineConfig by their own names, in place of those of `config`: `max_num_seqs=16`,
+            `context=4096`, `kv_cache_gib=8`, `host_cache_gib=32`, `mesh="tensor=2"`, ...
 
     Raises:
-        ConfigError: If a size is out of range, the KV cache does not fit, or arguments of LLM.load are given with a
-            loaded LLM.
+        ConfigError: If a size is out of range, the KV cache does not fit, options of loading are given with a loaded
+            LLM, or another engine runs on it.
         RequestError: If the trace file cannot be written.
-        JaxmoeError: As in LLM.load.
+        JaxmoeError: As in LLM.
     """
 
     def __init__(
         self,
         model: str | Path | LLM = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
         *,
-        mesh: str | Mapping[str, int] | Mesh | None = None,
-        dtype: str | None = None,
-        max_num_seqs: int = 32,
-        context: int | None = None,
-        kv_cache_gib: float | None = None,
-        host_cache_gib: float = 0.0,
-        page_size: int = PAGE_SIZE,
-        chunk_tokens: int = CHUNK_TOKENS,
-        decode_steps: int = MAX_DECODE_STEPS,
         trace: str | Path | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_compile: Callable[[int, int], None] | None = None,
-        **load: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        if isinstance(model, LLM) and (mesh is not None or dtype is not None or load):
-            raise ConfigError(
-                "mesh, dtype or other load arguments were given with an LLM, which is loaded already; remove them"
-            )
+        engine_config = _engine_config(model, config, options)
         self._trace_path = None if trace is None else check_trace_path(trace)
-        self.llm = model if isinstance(model, LLM) else LLM.load(model, mesh=mesh, dtype=dtype, **load)
-        self._scheduler_config = _scheduler_config(
-            self.llm, max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib, page_size=page_size,
-            chunk_tokens=chunk_tokens, decode_steps=decode_steps, host_cache_gib=host_cache_gib,
-        )  # fmt: skip
+        self.llm = model if isinstance(model, LLM) else LLM(model, engine_config, on_progress=on_progress)
+        self.engine_config = engine_config
+        self._scheduler_config = _scheduler_config(self.llm, engine_config)
         self._shared = self.llm._shared
         try:
             self._core = self._shared.reserve(
                 self._scheduler_config, trace=None if trace is None else Trace(self.llm.trace_facts())
             )
         except RequestError as error:
-            raise ConfigError(f"kv_cache_gib={kv_cache_gib} is more than the devices have free: {error}") from error
+            given = f"kv_cache_gib={engine_config.cache.kv_cache_gib}"
+            raise ConfigError(f"{given} is more than the devices have free: {error}") from error
         try:
             self._warm_up(on_compile)
         except BaseException:
@@ -343,34 +326,37 @@ class RequestStream:
             self._end()
 
 
-def _scheduler_config(
-    llm: LLM, *, max_num_seqs: int, context: int | None, kv_cache_gib: float | None, page_size: int, chunk_tokens: int,
-    decode_steps: int, host_cache_gib: float,
-) -> SchedulerConfig:  # fmt: skip
-    """Convert the arguments of AsyncEngine to a SchedulerConfig. Raises: ConfigError that names an invalid value."""
+def _engine_config(model: str | Path | LLM, config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    """Return the options of an engine. Raises: ConfigError for options of loading with an LLM that is loaded."""
+    if not isinstance(model, LLM):
+        return (config or EngineConfig()).with_options(options)
+    engine_config = (config or model.engine_config).with_options(options)
+    loaded, given = model.engine_config.options(), engine_config.options()
+    differing = [name for name in given if name not in SERVING_OPTIONS and given[name] is not loaded[name]]
+    if config is None:
+        differing = [name for name in options if name not in SERVING_OPTIONS]
+    if differing:
+        raise ConfigError(
+            f"{', '.join(differing)}: options of loading were given with an LLM, which is loaded already; remove them"
+        )
+    return engine_config
+
+
+def _scheduler_config(llm: LLM, config: EngineConfig) -> SchedulerConfig:
+    """Return the sizes of an engine's core. Raises: ConfigError naming a value that the model or devices cannot hold."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
-    context = longest if context is None else context
-    named = {
-        "max_num_seqs": max_num_seqs, "context": context, "page_size": page_size, "chunk_tokens": chunk_tokens,
-        "decode_steps": decode_steps,
-    }  # fmt: skip
-    for name, value in named.items():
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    context = longest if config.context is None else config.context
     if context > longest:
-        raise ConfigError(f"context={context} must lie in [1, {longest}], the context of the model")
-    if kv_cache_gib is None:
-        kv_cache_gib = _spare_gib()
-    for name, gib in (("kv_cache_gib", kv_cache_gib), ("host_cache_gib", host_cache_gib)):
-        if not (is_finite(gib) and 0 <= gib < 2**40):
-            raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
+        raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
+    cache, page_size = config.cache, config.cache.page_size
+    kv_cache_gib = _spare_gib() if cache.kv_cache_gib is None else cache.kv_cache_gib
     token_bytes = runner.device_bytes_per_token
     num_pages = int(kv_cache_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
         raise ConfigError(f"kv_cache_gib={kv_cache_gib} does not hold one page of {page_size} tokens: increase it")
     page_size *= runner.context_ranks
-    seq_slots = runner.padded_num_seqs(max_num_seqs) // runner.num_ranks
-    chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
+    seq_slots = runner.padded_num_seqs(config.max_num_seqs) // runner.num_ranks
+    chunk_tokens, block_tokens = whole_blocks(config.chunk_tokens, runner.block_shares)
     return SchedulerConfig(
         num_ranks=runner.num_ranks,
         max_num_seqs=seq_slots,
@@ -379,10 +365,10 @@ def _scheduler_config(
         num_pages=min(num_pages, seq_slots * -(-context // page_size)),
         page_size=page_size,
         context=context,
-        decode_steps=decode_steps,
+        decode_steps=config.decode_steps,
         window=runner.config.visible_span[0],
         attention_chunk=runner.config.visible_span[1],
-        num_host_pages=int(host_cache_gib * 2**30 / (runner.bytes_per_token * page_size * runner.num_ranks)),
+        num_host_pages=int(cache.host_cache_gib * 2**30 / (runner.bytes_per_token * page_size * runner.num_ranks)),
     )
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
-import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.api.loader import LoadedModel, load_model
 from jaxmoe.api.shared_core import SharedCore
-from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import MAX_DECODE_STEPS, PAGE_SIZE, whole_blocks
+from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
+from jaxmoe.config.engine import MAX_DECODE_STEPS, PAGE_SIZE
+from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
-from jaxmoe.engine.eos import eos_ids, special_stop_ids
+from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent, check_prompt
@@ -27,22 +25,10 @@ from jaxmoe.engine.runner import Runner, bucket
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
-from jaxmoe.errors import ConfigError, MeshError, RequestError, StepError
-from jaxmoe.families import read_config
-from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
-from jaxmoe.model.kernels import KernelOverrides, choose_kernels, prepare_kernels
-from jaxmoe.model.transformer import abstract_model
-from jaxmoe.parallel.eplb import ExpertPlacement, balance
-from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, Layout, parse_layout
-from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, describe, parse_mesh
-from jaxmoe.parallel.sharding import Placement, segment_sizes
-from jaxmoe.parallel.stages import check_virtual_stages
-from jaxmoe.weights.checkpoint import open_tensors, read_json
-from jaxmoe.weights.load import assign_weight_slices, load_params
-from jaxmoe.weights.params import parameter_table, state_of
-from jaxmoe.weights.source import DEFAULT_MODEL, find_model
-from jaxmoe.weights.stored import as_stored
-from jaxmoe.weights.verify import check_whole
+from jaxmoe.errors import RequestError, StepError
+from jaxmoe.parallel.eplb import ExpertPlacement
+from jaxmoe.parallel.mesh import describe
+from jaxmoe.weights.source import DEFAULT_MODEL
 
 Prompt = str | Sequence[int]
 _MAX_PREFILL_TOKENS = 65536  # tokens of one batch of LLM.score
@@ -53,132 +39,68 @@ _OPEN_TOKENS = 1024  # new tokens to allocate pages for, per request without max
 class LLM:
     """Load and run one model on a device mesh: generate, stream, chat and score.
 
-    Create instances with LLM.load. A call allocates a KV cache for its requests, or reuses that of an earlier call
-    if it is large enough.
+    A call allocates a KV cache for its requests, or reuses that of an earlier call if it is large enough. An
+    AsyncEngine on the same LLM shares its KV cache and prefix cache.
 
     Args:
-        runner: Weights and compiled steps.
-        tokenizer: Tokenizer of the checkpoint; without one (None), prompts must be token ids.
-        eos: End tokens of the model.
-        max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch.
+        model: A directory, a preset ("demo") or a Hugging Face Hub id.
+        config: Options of loading and serving. By default those of EngineConfig.
+        on_progress: Called with (bytes of parameters loaded, total bytes) as files are read.
+        **options: Options of EngineConfig by their own names, in place of those of `config`: `mesh="tensor=2"`,
+            `dtype="bfloat16"`, `kernels={"grouped": "blocks"}`, `max_num_seqs=16`, ...
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, corrupt, or does not match its config.
+        ConfigError: If the model config, a dtype, a kernel or another option is not supported.
+        LayoutError: If the layout is not valid.
+        MeshError: If the mesh is not valid on these devices.
     """
 
     def __init__(
-        self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], max_num_seqs: int = 64
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
+        *,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        self.runner, self.tokenizer, self.eos, self.max_num_seqs = runner, tokenizer, eos, max_num_seqs
-        self._shared = SharedCore(runner, tokenizer=tokenizer, eos=eos)
-        self._trace: Trace | None = None
-        self._on_loads: Callable[[np.ndarray], None] | None = None
+        engine_config = (config or EngineConfig()).with_options(options)
+        self._adopt(load_model(model, engine_config, on_progress=on_progress), engine_config)
 
     @classmethod
     def load(
         cls,
         model: str | Path = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
         *,
-        mesh: str | Mapping[str, int] | Mesh | None = None,
-        dtype: str | None = None,
-        weights_dtype: str | None = None,
-        kv_dtype: str | None = None,
-        revision: str | None = None,
-        kernels: KernelOverrides = MappingProxyType({}),
-        ignore_config_keys: Iterable[str] = (),
-        max_num_seqs: int = 64,
-        virtual_stages: int = 1,
-        layout: str | Layout = DEFAULT_LAYOUT,
-        redundant_experts: int | None = None,
-        verify: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Unpack[EngineOptions],
     ) -> LLM:
-        """Load a checkpoint onto a device mesh, as published on Hugging Face or as written by `jaxmoe convert`.
+        """Load a checkpoint onto a device mesh: the same as LLM(model, config, ...)."""
+        return cls(model, config, on_progress=on_progress, **options)
 
-        All arguments are checked before any weights are read.
+    @classmethod
+    def from_runner(
+        cls, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], config: EngineConfig | None = None
+    ) -> LLM:
+        """Return an LLM of weights that are on their devices already, with a KV cache of its own.
 
         Args:
-            model: A directory, a preset ("demo") or a Hugging Face Hub id.
-            mesh: Mesh axes ("data=2,tensor=2,expert=2"), a preset, or a jax Mesh over some of these axes, whose devices
-                keep their coordinates. Axes that need fewer devices than are present use the nearest ones and log a
-                warning. By default all devices are on the expert axis (MoE) or the tensor axis (dense).
-            dtype: Dtype of activations and unquantized weights: float32, bfloat16 or float16. By default that of the
-                checkpoint.
-            weights_dtype: Format of the matrices of attention, MLPs and experts. The default, or the name of the
-                checkpoint's own quantization, keeps the format of the checkpoint. int8 and fp8 (one scale per output)
-                and int8-block and fp8-block (one scale per 128x128 block) quantize unquantized matrices. float32,
-                bfloat16 or float16 dequantizes; it is also the dtype of activations, and dtype may not name another.
-            kv_dtype: Dtype of cached keys and values: float32, bfloat16, fp8 or int8. By default that of activations.
-            revision: Branch, tag or commit of a Hub id.
-            kernels: A KernelConfig, or a mapping from op to backend such as {"grouped": "blocks"}. Ops that a mapping
-                omits use the fastest backend of the platform: on a CPU with a C++ compiler, the native kernels.
-            ignore_config_keys: Keys of config.json to ignore although jaxmoe does not support them.
-            max_num_seqs: Maximum number of sequences that run at once, over all ranks of the batch. Rounded up on
-                each rank, normally to a power of two.
-            virtual_stages: Virtual stages of each pipeline stage. More of them shorten pipeline bubbles and increase
-                communication.
-            layout: Parallelism layout: how mesh axes shard tokens, layers and experts (parallel/layouts.py).
-            redundant_experts: Physical experts of each MoE layer beyond its logical experts, at least 0, so that
-                place_experts can move and replicate experts. Rounded up so that all ranks have equally many. By default
-                the experts keep their order and cannot be moved.
-            verify: Whether to check a converted checkpoint against its checksums first, which reads it once more.
-            on_progress: Called with (bytes of parameters loaded, total bytes) as files are read.
-
-        Returns:
-            An LLM whose weights are on the devices.
-
-        Raises:
-            CheckpointError: If the checkpoint is missing, corrupt, or does not match its config.
-            ConfigError: If the model config, a dtype, a kernel or another option is not supported.
-            LayoutError: If the layout is not valid.
-            MeshError: If the mesh is not valid on these devices.
-            RequestError: If max_num_seqs is not a positive integer.
+            runner: Weights and compiled steps.
+            tokenizer: Tokenizer of the checkpoint; without one (None), prompts must be token ids.
+            eos: End tokens of the model.
+            config: Options of serving.
         """
-        directory = find_model(model, revision=revision)
-        raw = read_json(directory / "config.json")
-        config = read_config(raw, ignore=ignore_config_keys)
-        choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)  # fail before opening files
-        if type(max_num_seqs) is not int or max_num_seqs < 1:
-            raise RequestError(f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1")
-        layout = parse_layout(layout) if isinstance(layout, str) else layout
-        placement = Placement(
-            mesh=_as_mesh(mesh, config), layout=layout, virtual_stages=virtual_stages,
-            redundant_experts=_check_redundant(redundant_experts, config),
-        )  # fmt: skip
-        check_virtual_stages(virtual_stages, stages=placement.num_stages)
-        settings = read_json(directory / "tokenizer_config.json", required=False)
-        tokenizer = Tokenizer.load(directory, settings)
-        eos = eos_ids(directory, tokenizer, vocab_size=config.vocab_size)
-        tensors = open_tensors(directory)
-        config = as_stored(config, tensors, raw)
-        config, dtype = choose_dtypes(config, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype)
-        chosen = choose_kernels(
-            dtype, kernels, shared_pages=placement.num_shards("page_token") > 1, quantization=config.quantization
-        )
-        if verify:
-            check_whole(directory)
+        llm = cls.__new__(cls)
+        llm._adopt(LoadedModel(runner=runner, tokenizer=tokenizer, eos=eos), config or EngineConfig())
+        return llm
 
-        shapes = abstract_model(config, placement, dtype=dtype, kernels=chosen)
-        abstract = nnx.state(shapes)
-        table = parameter_table(abstract, placement)
-        sizes = segment_sizes(config, placement, shapes.layer_segments)
-        parts = assign_weight_slices(directory, tensors, config, sizes, shapes.layer_segments)
-
-        with ThreadPoolExecutor(1) as beside:  # only after all checks, as compiling writes to the cache
-            ready = beside.submit(prepare_kernels, dtype, kernels, chosen)
-            arrays = load_params(tensors, table, parts, config, on_progress=on_progress)
-        if ready.result() != chosen:  # native kernels do not compile here; other kernels need other arrays
-            del arrays
-            return cls.load(
-                directory, mesh=placement.mesh, dtype=dtype, weights_dtype=weights_dtype, kv_dtype=kv_dtype,
-                kernels=ready.result(),
-                ignore_config_keys=ignore_config_keys, max_num_seqs=max_num_seqs, virtual_stages=virtual_stages,
-                layout=layout, redundant_experts=redundant_experts, on_progress=on_progress,
-            )  # fmt: skip
-        whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
-        runner = Runner(whole, dtype=dtype, kv_dtype=kv_array_dtype(kv_dtype))
-        if redundant_experts is not None:
-            own = runner.experts
-            even = np.ones((own.num_layers, own.num_experts))
-            runner.place_experts(balance(even, num_replicas=own.num_physical_experts, num_ranks=own.num_ranks))
-        return cls(runner, tokenizer=tokenizer, eos=eos, max_num_seqs=max_num_seqs)
+    def _adopt(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
+        self.engine_config, self.max_num_seqs = config, config.max_num_seqs
+        self._shared = SharedCore(self.runner, tokenizer=self.tokenizer, eos=self.eos)
+        self._trace: Trace | None = None
+        self._on_loads: Callable[[np.ndarray], None] | None = None
 
     @property
     def _core(self) -> EngineCore | None:
@@ -591,17 +513,6 @@ class LLM:
         return core
 
 
-def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:
-    if redundant_experts is None:
-        return None
-    if config.moe is None:
-        raise ConfigError(f"redundant_experts={redundant_experts!r}: the model has no experts; remove the option")
-    most = 15 * config.moe.num_experts
-    if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
-        raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
-    return redundant_experts
-
-
 def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens [rows, bucket], right-padded with 0, and lengths [rows], both int32."""
     lengths = np.zeros(rows, np.int32)
@@ -617,17 +528,3 @@ def _listed(prompts: Iterable[Any]) -> list[Any]:
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise RequestError(f"prompts must be a list of texts or of lists of token ids, not {prompts!r:.60}")
     return list(prompts)
-
-
-def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -> Mesh:
-    if isinstance(mesh, Mesh):
-        return conform_mesh(mesh)
-    if mesh is None:
-        axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
-    else:
-        if not isinstance(mesh, str | Mapping):
-            raise MeshError(
-                f"mesh={mesh!r} must be text such as data=2,tensor=4, a mapping of axis sizes, or a jax Mesh"
-            )
-        axes = parse_mesh(mesh) if isinstance(mesh, str) else check_axes(mesh)
-    return build_mesh(axes)

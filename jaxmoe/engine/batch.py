@@ -21,7 +21,7 @@ from jaxmoe.engine.scheduler import Sequence as Running
 
 # Defaults of an engine. CHUNK_TOKENS: prompt tokens per step and rank. MAX_DECODE_STEPS: tokens that a request decodes
 # in one step while no prompt waits.
-PAGE_SIZE, BLOCK_TOKENS, CHUNK_TOKENS, MAX_DECODE_STEPS = 16, 32, 512, 4
+BLOCK_TOKENS = 32
 _NOWHERE = -1
 
 

@@ -15,7 +15,7 @@ from jaxmoe.aot.compile import PHASES, Phase, engine_state, held_bytes, step_buc
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.aot.targets import DEVICES, parse_target
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import PAGE_SIZE
+from jaxmoe.config.engine import PAGE_SIZE
 from jaxmoe.engine.runner import Runner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config

@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.config.engine import MAX_DECODE_STEPS
 from jaxmoe.parallel.collectives import Collective, StepShape, planned_collectives
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.links import LinkModel, RankGroup, group_of
@@ -49,7 +50,7 @@ _UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 SKEW = 0.5
 # Groups in which a step with prompts passes a pipeline's stages, for each stage; decode steps before they drain
 # (engine/batch.py).
-_MICRO_BATCHES, MAX_DECODE_STEPS = 4, 4
+_MICRO_BATCHES = 4
 MATRICES: tuple[Part, ...] = ("attention", "dense_mlp", "shared_expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
 SILENT = "silent"  # in place of a dispatch

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import CHUNK_TOKENS
+from jaxmoe.config.engine import CHUNK_TOKENS
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import quantization_key, quantizer_name, read_config, without_quantization
 from jaxmoe.planner.sizes import behind_windows, checkpoint_tensors, count_parameters, kv_numbers

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxmoe.aot.compile import PHASES, collective_rows, compile_step
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import MAX_DECODE_STEPS
+from jaxmoe.config.engine import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import Runner
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model

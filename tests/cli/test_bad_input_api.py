@@ -59,7 +59,7 @@ def test_a_dtype_that_is_none(tiny_dir, dtype):
 
 @pytest.mark.parametrize("max_num_seqs", [0, -1, 1.5, "8", True])
 def test_a_batch_that_cannot_be(tiny_dir, max_num_seqs):
-    with pytest.raises(RequestError, match=f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1"):
+    with pytest.raises(ConfigError, match=f"max_num_seqs={max_num_seqs!r} must be a whole number of at least 1"):
         LLM.load(tiny_dir(CASE), mesh="data=8", max_num_seqs=max_num_seqs)
 
 

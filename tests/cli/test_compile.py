@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxmoe.aot import fit
-from jaxmoe.engine.batch import CHUNK_TOKENS
+from jaxmoe.config.engine import CHUNK_TOKENS
 
 from .commands import Outcome, jaxmoe
 

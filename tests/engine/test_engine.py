@@ -229,7 +229,7 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
 
 def apart(llm: LLM) -> LLM:
     """The same weights and programs with an engine core of their own, beside the engine of this module."""
-    return LLM(llm.runner, tokenizer=llm.tokenizer, eos=llm.eos)
+    return LLM.from_runner(llm.runner, tokenizer=llm.tokenizer, eos=llm.eos)
 
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):

@@ -126,7 +126,7 @@ def test_text_goes_on_from_the_prompt_and_ends_at_stop_strings(tiny_llm):
     words.decoder = decoders.Metaspace()
     words.add_special_tokens([AddedToken(f"\u2581{special}")])
     tokenizer = Tokenizer(words, {}, None)
-    llm = LLM(llm.runner, tokenizer=tokenizer, eos=frozenset())
+    llm = LLM.from_runner(llm.runner, tokenizer=tokenizer, eos=frozenset())
 
     def answer(**options) -> tuple[list[int], str, str]:
         params = SamplingParams(max_tokens=8, **options)

@@ -1,0 +1,125 @@
+"""Load a checkpoint onto a device mesh: check every input, then read weights while the kernels compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmoe.config import EngineConfig, ModelConfig
+from jaxmoe.engine.eos import eos_ids
+from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.errors import ConfigError, MeshError
+from jaxmoe.families import read_config
+from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
+from jaxmoe.model.kernels import choose_kernels, prepare_kernels
+from jaxmoe.model.transformer import abstract_model
+from jaxmoe.parallel.eplb import balance
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, parse_mesh
+from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.stages import check_virtual_stages
+from jaxmoe.weights.checkpoint import open_tensors, read_json
+from jaxmoe.weights.load import assign_weight_slices, load_params
+from jaxmoe.weights.params import parameter_table, state_of
+from jaxmoe.weights.source import find_model
+from jaxmoe.weights.stored import as_stored
+from jaxmoe.weights.verify import check_whole
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """Hold the weights of a model on its devices, with its tokenizer (None where there is none) and its end tokens."""
+
+    runner: Runner
+    tokenizer: Tokenizer | None
+    eos: frozenset[int]
+
+
+def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress) -> LoadedModel:
+    """Load a checkpoint as a configuration says. Raises: as LLM; all input is checked before weights are read."""
+    directory = find_model(model, revision=config.revision)
+    raw = read_json(directory / "config.json")
+    model_config = read_config(raw, ignore=config.ignore_config_keys)
+    dtypes = dict(dtype=config.dtype, weights_dtype=config.weights_dtype, kv_dtype=config.cache.kv_dtype)
+    choose_dtypes(model_config, **dtypes)  # fail before opening files
+    placement = _placement(config, model_config)
+    tokenizer = Tokenizer.load(directory, read_json(directory / "tokenizer_config.json", required=False))
+    eos = eos_ids(directory, tokenizer, vocab_size=model_config.vocab_size)
+    tensors = open_tensors(directory)
+    model_config, dtype = choose_dtypes(as_stored(model_config, tensors, raw), **dtypes)
+    overrides = {} if config.kernels is None else config.kernels
+    kernels = choose_kernels(
+        dtype, overrides, shared_pages=placement.num_shards("page_token") > 1, quantization=model_config.quantization
+    )
+    if config.verify:
+        check_whole(directory)
+    shapes = abstract_model(model_config, placement, dtype=dtype, kernels=kernels)
+    abstract = nnx.state(shapes)
+    table = parameter_table(abstract, placement)
+    sizes = segment_sizes(model_config, placement, shapes.layer_segments)
+    slices = assign_weight_slices(directory, tensors, model_config, sizes, shapes.layer_segments)
+    with ThreadPoolExecutor(1) as background:  # only after all checks, as compiling writes to the cache
+        ready = background.submit(prepare_kernels, dtype, overrides, kernels)
+        arrays = load_params(tensors, table, slices, model_config, on_progress=on_progress)
+    if ready.result() != kernels:  # native kernels do not compile here; other kernels need other arrays
+        del arrays
+        again = config.with_options({"kernels": ready.result(), "mesh": placement.mesh, "verify": False})
+        return load_model(directory, replace(again, revision=None), on_progress=on_progress)
+    whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
+    runner = Runner(whole, dtype=dtype, kv_dtype=kv_array_dtype(config.cache.kv_dtype))
+    if config.parallel.redundant_experts is not None:
+        _spread_experts(runner)
+    return LoadedModel(runner=runner, tokenizer=tokenizer, eos=eos)
+
+
+def _placement(config: EngineConfig, model_config: ModelConfig) -> Placement:
+    parallel = config.parallel
+    layout = parse_layout(parallel.layout) if isinstance(parallel.layout, str) else parallel.layout
+    placement = Placement(
+        mesh=_as_mesh(parallel.mesh, model_config), layout=layout, virtual_stages=parallel.virtual_stages,
+        redundant_experts=_check_redundant(parallel.redundant_experts, model_config),
+    )  # fmt: skip
+    check_virtual_stages(parallel.virtual_stages, stages=placement.num_stages)
+    return placement
+
+
+def _spread_experts(runner: Runner) -> None:
+    """Place all experts, redundant ones included, as for equal loads."""
+    own = runner.experts
+    even = np.ones((own.num_layers, own.num_experts))
+    runner.place_experts(balance(even, num_replicas=own.num_physical_experts, num_ranks=own.num_ranks))
+
+
+def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int | None:
+    if redundant_experts is None:
+        return None
+    if config.moe is None:
+        raise ConfigError(f"redundant_experts={redundant_experts!r}: the model has no experts; remove the option")
+    most = 15 * config.moe.num_experts
+    if type(redundant_experts) is not int or not 0 <= redundant_experts <= most:
+        raise ConfigError(f"redundant_experts={redundant_experts!r} must be a whole number in [0, {most}]")
+    return redundant_experts
+
+
+def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -> Mesh:
+    if isinstance(mesh, Mesh):
+        return conform_mesh(mesh)
+    if mesh is None:
+        axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
+    else:
+        if not isinstance(mesh, str | Mapping):
+            raise MeshError(
+                f"mesh={mesh!r} must be text such as data=2,tensor=4, a mapping of axis sizes, or a jax Mesh"
+            )
+        axes = parse_mesh(mesh) if isinstance(mesh, str) else check_axes(mesh)
+    return build_mesh(axes)
