@@ -43,7 +43,7 @@ _TILE_ROWS, _MIN_TILE_ROWS = 128, 8
 _GROUPED_READS = 0.8
 # Ranks with different tokens do not reach an all-to-all at the same time. They wait for a part of the layer's time that
 # depends on tokens (chosen; reading weights takes all ranks the same time), and for each other's kernels (chosen;
-# DeepEP's dispatch of 128 tokens among 8 H800 takes 77 us, its combine 114 us, mostly for the bytes).
+# DeepEP's dispatch of 128 tokens among 8 H800 takes 77 us, its combine 114 us, mostly data transfer).
 _UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
 # Expert loads without load balancing are proportional to (1 + index) ** -skew.
 SKEW = 0.5
@@ -223,7 +223,7 @@ class StepCost:
 
     def _dense(self, block: DeviceLayers, part: Part) -> _DenseCost:
         numbers, matmuls = self._matmuls(matrices_of(block, part), block)
-        wide = numbers / self.config.hidden_size  # roughly the sum of output widths
+        wide = numbers / self.config.hidden_size  # roughly the widths of inputs and outputs other than hidden_size
         moved = (6 * self.config.hidden_size + 2 * wide) * self.device_memory.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
         return _DenseCost(matmuls, block.bytes_of(part), moved, kernels)
@@ -267,7 +267,7 @@ class StepCost:
         groups = min(groups, max(1, int(batch.tokens)))  # no group is empty
         each = StepBatch(batch.decode / groups, batch.prefill / groups, batch.context, batch.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
-        passes = max(1.0, groups / stages)  # through all layers, per group; fewer groups leave stages idle
+        passes = max(1.0, groups / stages)  # of one group through all layers; fewer groups leave stages idle
         compute, memory, launch, waiting = (passes * one for one in self._work(each))
         link, out = passes * link, passes * out
         if self.dispatch != SILENT:

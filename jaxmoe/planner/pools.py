@@ -95,8 +95,8 @@ def _disaggregated(
 ) -> DisaggregatedPlan:
     """Return the plan for given numbers of prefill and decode engines.
 
-    The throughput is the lowest of both pools' and, with a given concurrency, of the running requests'. Requests of a
-    given concurrency that no engine works on wait for prefill, which raises the TTFT.
+    The throughput is limited by each pool and by the given concurrency. With a given concurrency, requests in excess of
+    the engines' capacity wait for prefill, which raises the TTFT.
     """
     (parallelism, serving, estimate), (size, prefilling, decoding) = second, shared
     transfer, osl = _transfer(request, serving), request.workload.osl

@@ -136,7 +136,7 @@ def search(request: SearchRequest) -> SearchResult:
 
 
 def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[ServingPlan]:
-    """Return plans of all candidates whose bound is near the best plan, and of the best bound of each sort of split.
+    """Return plans of the candidates with a bound near the best plan, and of the first candidate of each sort of split.
 
     The bound is the estimate without collectives, which is cheap. Candidates are estimated in the order of their
     bounds.
