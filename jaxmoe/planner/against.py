@@ -132,9 +132,7 @@ def _precision(text: str) -> str:
 def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
     """Return the config with matrices in the measured precision, regardless of its checkpoint."""
     kept = config.quantization.format.dtype if config.quantization else None
-    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(
-        precision
-    ) == kept:  # keep the checkpoint's own blocks
+    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # with its own blocks
         return config
     plain = with_weights_dtype(replace(config, checkpoint_quantization=None), "bfloat16")
     if precision == "bf16":

@@ -44,7 +44,7 @@ class ExpertPlacement:
     num_ranks: int
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
-        """Return the tokens of each rank [layers, ranks]; the replicas of an expert share its loads [layers, E]."""
+        """Return the tokens of each rank [layers, ranks]; replicas share the loads [layers, E] evenly."""
         share = np.take_along_axis(
             np.asarray(loads, np.float64) / self.logical_replica_count, self.physical_to_logical_map, axis=1
         )

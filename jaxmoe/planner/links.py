@@ -1,9 +1,9 @@
 """Estimate the time of a collective from its devices, the links between them, and measured times if available.
 
-Measured tables are interpolated piecewise linearly in the logarithms of bytes and microseconds; a straight line from
-latency and bandwidth has errors of 21 to 56% (ai-dynamo/aiconfigurator's tables of NCCL). Without a table, rings are
-estimated from bytes and steps. A collective across nodes is hierarchical: first inside every node, then between devices
-of the same index in different nodes.
+Measured tables are interpolated piecewise linearly in the logarithms of bytes and microseconds; a linear model of
+latency and bandwidth has errors of 21 to 56% (ai-dynamo/aiconfigurator's tables of NCCL). Times of messages larger than
+a table's last scale with their bytes. Without a table, rings are estimated from bytes and steps. A collective across
+nodes is hierarchical: first inside every node, then between devices of the same index in different nodes.
 """
 
 from __future__ import annotations
