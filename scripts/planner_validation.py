@@ -1,5 +1,8 @@
-"""Predictions held against published measurements: rows of a CSV, each a model on hardware under a load, and what a
-system reached there. Nothing is fitted to a row."""
+"""Compare predictions with published measurements.
+
+Each row of a CSV file has a model, hardware, a workload and the performance that a system reached. No constant is
+fitted to a row.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ COLUMNS = (
     "system", "model", "hardware", "num_gpus", "parallelism", "precision", "phase", "isl", "osl",
     "batch_or_concurrency", "metric", "value", "unit", "source",
 )  # fmt: skip
-# Rows on which no constant was chosen (docs/planner.md): whole models, and whole machines.
+# Held-out models and machines: no constant was chosen on their rows (docs/planner.md).
 _HELD_OUT = {
     "model": ("Llama-3.1-405B", "gpt-oss-120b", "Qwen3-30B-A3B", "Mixtral-8x22B", "Kimi-K2-Instruct"),
     "hardware": ("GB200", "A100"),
 }  # fmt: skip
-_CHUNK_TOKENS = 8192  # of a step, as serving systems set it where throughput is measured
+_CHUNK_TOKENS = 8192  # per step, as serving systems set it in throughput benchmarks
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4}
-# Requests that NVIDIA's tables of trtllm-bench sent in all, by prompt and output tokens: docs/source/performance/
+# Total requests in NVIDIA's tables of trtllm-bench, by prompt and output tokens: docs/source/performance/
 # perf-overview.md of NVIDIA/TensorRT-LLM@00f37686 (v0.14 to v1.0) and developer-guide/perf-overview.md@03e27c7d.
 _SENT = {
     (128, 128): 30000, (128, 2048): 3000, (128, 4096): 1500, (500, 2000): 3000, (1000, 1000): 3000, (1000, 2000): 1500,
@@ -48,7 +51,7 @@ _SENT = {
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One measurement and what is predicted for it: by the planner, and by the speed of light alone."""
+    """Hold a measurement and its predictions by the planner and by the speed-of-light baseline."""
 
     facts: Mapping[str, str]
     measured: float
@@ -57,12 +60,12 @@ class MeasuredRow:
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """Return the error of the prediction relative to the measurement."""
         return self.predicted / self.measured - 1
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises: ConfigError naming the file and the column it lacks."""
+    """Read the rows of a CSV file. Raises: ConfigError naming the file and the missing column."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for column in COLUMNS[1:12]:
@@ -72,13 +75,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def held_out(facts: Mapping[str, str]) -> bool:
-    """Whether a row's model or machine is one of those on which no constant was chosen."""
+    """Return whether a row's model or machine is held out: no constant was chosen on its rows."""
     return any(facts[column] in names for column, names in _HELD_OUT.items())
 
 
 def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -> MeasuredRow:
-    """What is predicted for a row. config_of: from the model's name. Raises: ConfigError, MeshError for a row that
-    cannot be placed."""
+    """Predict a row. config_of: returns the config for a model's name.
+
+    Raises: ConfigError or MeshError for a row without a valid placement.
+    """
     config, devices = config_of(facts["model"]), int(facts["num_gpus"])
     precision = _precision(facts["precision"])
     config = _in_precision(config, precision)
@@ -89,7 +94,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     )  # fmt: skip
     kept = re.search(r"(bf16|fp8) KV|bf16 activations and KV", facts["precision"])
     kv_dtype = "fp8" if (kept and kept[1] == "fp8") or (kept is None and _BITS[precision] <= 8) else None
-    evened = "EPLB" in facts["system"]  # experts stand where their loads are even
+    evened = "EPLB" in facts["system"]  # experts are load-balanced
     request = SearchRequest(
         config=config, hardware=hardware, devices=devices, workload=workload, kv_dtype=kv_dtype,
         chunk_tokens=_CHUNK_TOKENS,
@@ -98,7 +103,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     )  # fmt: skip
     try:
         plan = search(request).best
-    except NoPlanError:  # more requests than have room wait for it
+    except NoPlanError:  # requests that do not fit are queued
         plan = search(replace(request, workload=replace(workload, concurrency=None))).best
     return MeasuredRow(
         facts, float(facts["value"]), _metric(facts, plan, workload), _light(facts, config, hardware, devices, workload)
@@ -106,7 +111,7 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
 
 
 def _load(facts: Mapping[str, str]) -> Workload:
-    """The requests a row was measured with; their mean lengths where they were drawn from a range."""
+    """Return the workload of a row, with the mean lengths if the lengths were random."""
     share = 1.0
     if drawn := re.search(r"(\d+)-(\d+)% of isl", facts["system"]):
         share = (int(drawn[1]) + int(drawn[2])) / 200
@@ -125,9 +130,9 @@ def _precision(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
-    """The config with matrices in the precision measured, whatever its checkpoint has."""
+    """Return the config with matrices in the measured precision, regardless of its checkpoint."""
     kept = config.quantization.format.dtype if config.quantization else None
-    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # in its own blocks
+    if {"fp8": "float8_e4m3fn", "int8": "int8", "fp4": "mxfp4"}.get(precision) == kept:  # with its own blocks
         return config
     plain = with_weights_dtype(replace(config, checkpoint_quantization=None), "bfloat16")
     if precision == "bf16":
@@ -137,7 +142,7 @@ def _in_precision(config: ModelConfig, precision: str) -> ModelConfig:
 
 
 def _hardware_name(text: str) -> str:
-    """The preset a table means: the longest whose name stands in the text as a word."""
+    """Return the hardware preset of a table entry: the longest preset name that is a word of the text."""
     text = text.lower().replace("trillium", "v6e").replace("ironwood", "tpu7x").replace("tpu 7x", "tpu7x")
     words = [name for name in hardware_names() if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text)]
     return max(words, key=len, default=text)
@@ -146,11 +151,11 @@ def _hardware_name(text: str) -> str:
 def placed(
     parallelism: str, devices: int, *, moe: bool, domain: int = 8
 ) -> tuple[dict[str, int] | None, str | None]:  # fmt: skip
-    """(axes, layout) of a split in the field's words, as TP8, TP8 PP2, DEP8, EP16, TP8 EP4; (None, None) where it says
-    none. domain: devices of one fast fabric; experts over several are exchanged between these and then inside.
+    """Parse a split (TP8, TP8 PP2, DEP8, EP16, TP8 EP4) into (axes, layout), or (None, None) if it has no degrees.
 
-    Devices beyond the split are replicas. Experts split by width among ranks that attend to other requests, as some
-    systems have them with attention data parallelism, are priced as whole experts on these ranks.
+    domain: devices of one scale-up domain. Experts over several domains use a hierarchical dispatch. Devices beyond the
+    split are data parallel replicas. Some systems shard experts by width over attention data parallel ranks; they are
+    estimated as whole experts on these ranks.
     """
     said = re.sub(r"\(.*?\)", "", parallelism)
     degrees = {name: int(number) for name, number in re.findall(r"\b(TEP|DEP|TP|PP|EP|DP)\s*=?\s*(\d+)", said)}
@@ -179,14 +184,14 @@ def placed(
 
 
 def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: Workload) -> float:
-    """The prediction of a row's metric, in its unit."""
+    """Return the prediction of a row's metric, in its unit."""
     metric, estimate = facts["metric"].lower(), plan.estimate
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
         serving = plan.serving
         step = serving.cost.step_time(StepBatch(0, serving.chunk_tokens, 0, workload.isl / 2)).total
         return serving.chunk_tokens * serving.ranks / step / (plan.devices if "per_" in metric else 1)
     if "decode" in facts["phase"].lower() and ("throughput" in metric or "disaggregated" in facts["system"].lower()):
-        estimate = plan.serving.estimate(workload, estimate.concurrency, prefills=False)  # prompts are read elsewhere
+        estimate = plan.serving.estimate(workload, estimate.concurrency, prefills=False)  # other devices prefill
     tokens = estimate.tokens_per_s
     if "trtllm-bench max load" in facts["system"] and (sent := _SENT.get((workload.isl, workload.osl))):
         tokens = _of_so_many(plan, workload, sent)
@@ -194,7 +199,7 @@ def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: Workload) -> 
 
 
 def _of_so_many(plan: ServingPlan, workload: Workload, sent: int) -> float:
-    """Tokens a second of so many requests in all: as many at once as the plan has, and at last those that are left."""
+    """Return tokens per second for `sent` requests in total, at the plan's concurrency and then with the remainder."""
     each = plan.estimate.concurrency
     whole, rest = divmod(sent, each)
     seconds = whole * each * workload.osl / plan.estimate.tokens_per_s
@@ -206,7 +211,10 @@ def _of_so_many(plan: ServingPlan, workload: Workload, sent: int) -> float:
 def _in_unit(
     facts: Mapping[str, str], workload: Workload, devices: int, *, ttft: float, tpot: float, tokens: float
 ) -> float:
-    """A row's metric, in its unit, of seconds to the first token, seconds a token, generated tokens a second of all."""
+    """Convert an estimate to a row's metric and unit.
+
+    ttft, tpot: seconds. tokens: generated tokens per second over all devices.
+    """
     metric, unit = facts["metric"].lower(), facts.get("unit", "").lower()
     seconds = 1.0 if unit == "s" else 1e3
     if any(word in metric for word in ("ttft", "first")):
@@ -227,8 +235,11 @@ def _in_unit(
 def _light(
     facts: Mapping[str, str], config: ModelConfig, hardware: HardwareSpec, devices: int, workload: Workload
 ) -> float:  # fmt: skip
-    """The baseline: rates on paper, no collectives, no launches; as many requests as memory left by weights has room
-    for, each token's products by its active parameters, weights and pages read once a step."""
+    """Predict a row by the speed-of-light baseline: peak rates, no collectives, no launches.
+
+    Concurrency is limited only by the memory that weights leave free. Each token costs the FLOPs of the active
+    parameters. Weights and KV cache are read once per step.
+    """
     precision = _precision(facts["precision"])
     counts, width = _counts(config), _BITS[precision] / 8
     rate = hardware.tflops.get({"fp4": "fp8"}.get(precision, precision), hardware.tflops["bf16"]) * 1e12 * devices
@@ -250,9 +261,12 @@ def _counts(config: ModelConfig) -> ParameterCounts:
 
 @dataclass(frozen=True)
 class PredictionScore:
-    """How predictions agree with measurements. mape: mean absolute relative error. rank: Spearman's correlation.
-    regret: over groups of rows that differ in hardware and split alone, the share of the best measured that is lost by
-    taking the one predicted best; None without such groups."""
+    """Describe how well predictions agree with measurements.
+
+    mape: mean absolute relative error. rank: Spearman's rank correlation. regret: throughput lost by choosing the row
+    predicted best, as a share of the best measured one, averaged over groups of rows that differ only in hardware and
+    split; None without groups.
+    """
 
     rows: int
     mape: float
@@ -263,16 +277,16 @@ class PredictionScore:
 def score(
     rows: Sequence[MeasuredRow], *, of: Callable[[MeasuredRow], float] = lambda row: row.predicted
 ) -> PredictionScore:
-    """Of predictions, or of another number of each row."""
+    """Score the predictions of rows, or another number of each row (of)."""
     errors = [abs(of(row) / row.measured - 1) for row in rows]
     places = _ranks([of(row) for row in rows]), _ranks([row.measured for row in rows])
-    with np.errstate(invalid="ignore"):  # of a single row
+    with np.errstate(invalid="ignore"):  # constant values have no correlation
         rank = float(np.corrcoef(*places)[0, 1]) if len(rows) > 1 else math.nan
     return PredictionScore(len(rows), float(np.mean(errors)), rank, _regret(rows, of))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Places in order, equal values sharing theirs."""
+    """Return the ranks of values; ties get their mean rank."""
     ordered, where = np.unique(np.asarray(values), return_inverse=True)
     counts = np.bincount(where, minlength=len(ordered))
     return (np.cumsum(counts) - (counts - 1) / 2)[where]
@@ -282,7 +296,7 @@ _LOAD = ("model", "precision", "isl", "osl", "system", "batch_or_concurrency", "
 
 
 def _regret(rows: Sequence[MeasuredRow], of: Callable[[MeasuredRow], float]) -> float | None:
-    """Of each load of a model: more tokens a second of a device are better; rows of times are left out."""
+    """Return the mean regret over workloads, by throughput per device; rows of other metrics are ignored."""
     groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for row in rows:
         facts = row.facts

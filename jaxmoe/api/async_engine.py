@@ -343,7 +343,7 @@ def _engine_config(model: str | Path | LLM, config: EngineConfig | None, options
 
 
 def _scheduler_config(llm: LLM, config: EngineConfig) -> SchedulerConfig:
-    """Return the sizes of an engine's core. Raises: ConfigError naming a value that the model or devices cannot hold."""
+    """Return the sizes of the core. Raises: ConfigError naming a value that the model or the devices cannot hold."""
     runner, longest = llm.runner, llm.config.max_position_embeddings
     context = longest if config.context is None else config.context
     if context > longest:

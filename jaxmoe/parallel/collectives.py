@@ -1,4 +1,4 @@
-"""The collectives one step holds under a layout: which, over which axes, how many, how many bytes.
+"""Plan the collectives of one step under a layout: ops, mesh axes, counts and bytes.
 
 Source: docs/architecture.md, "Communication is a contract"; byte counts of rings as in the Megatron-LM papers.
 """
@@ -27,23 +27,26 @@ SiteLocation = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One kind of collective: op over mesh axes, with result_bytes on each device."""
+    """Describe one kind of collective: an op over mesh axes, with result_bytes on each device."""
 
     op: CollectiveOp
     axes: tuple[str, ...]
     result_bytes: int
 
     def whole_bytes(self, num_ranks: int) -> int:
-        """Of the whole message: an all-reduce's buffer, an all-gather's result, what a reduce-scatter sums."""
+        """Return the bytes of the whole message.
+
+        It is the buffer of an all-reduce, the result of an all-gather, the input of a reduce-scatter.
+        """
         return self.result_bytes * (num_ranks if self.op == "reduce-scatter" else 1)
 
     def sent_bytes(self, num_ranks: int) -> float:
-        """Bytes one device sends: ring for all-reduce, directly for the others; a ragged one's, at most."""
+        """Return the bytes one device sends: an all-reduce by a ring, others directly; an upper bound if ragged."""
         return sent_of(self.op, self.whole_bytes(num_ranks), num_ranks)
 
 
 def sent_of(op: CollectiveOp, whole_bytes: float, num_ranks: int) -> float:
-    """Of a whole message, the bytes that one of its ranks sends."""
+    """Return the bytes that each rank sends for a whole message."""
     if op == "collective-permute":
         return whole_bytes
     return (2 if op == "all-reduce" else 1) * whole_bytes * (num_ranks - 1) / num_ranks
@@ -51,10 +54,11 @@ def sent_of(op: CollectiveOp, whole_bytes: float, num_ranks: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What decides a step's traffic: of one rank of the batch, tokens and rows of logits, padding included.
+    """Describe the arrays that determine a step's traffic.
 
-    micro_batches: even parts in which they pass the stages of a pipeline. picked: whether rows of logits are other than
-    the tokens. itemsize: bytes of a number of the activations.
+    num_tokens, num_sampled: tokens and rows of logits of one data parallel rank, including padding. itemsize: bytes of
+    an activation element. micro_batches: number of equal pipeline micro-batches. picked: whether logits are computed
+    for selected rows and not for all tokens.
     """
 
     num_tokens: int
@@ -66,10 +70,10 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveSite:
-    """A collective where the forward pass holds it, and how often a step runs it there.
+    """Locate a collective in the forward pass, with the number of times that a step runs it there.
 
-    segment, block: of the layers (depth.LayerSegment) that each run it; None outside of layers. Sites of one
-    location come in the order in which a token passes them.
+    segment, block: indices of the layer segment (depth.LayerSegment) and its block; None outside the layers. Sites of
+    one location are in the order in which a token passes them.
     """
 
     location: SiteLocation
@@ -82,15 +86,14 @@ class CollectiveSite:
 def planned_collectives(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
-    """Every collective of one step of one decode step, whose tokens are drawn at its end, and how often it runs."""
+    """Count every collective of an engine step with one decode step, including sampling."""
     return _counted(planned_sites(config, placement, shape, dispatch=dispatch))
 
 
 def planned_decode_step(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> Counter[Collective]:
-    """Every collective of one iteration of the loop that decodes several tokens: a decode step, or a tick of a
-    pipeline."""
+    """Count every collective of one iteration of the multi-step decode loop: a decode step, or a pipeline tick."""
     return _counted(planned_decode_step_sites(config, placement, shape, dispatch=dispatch))
 
 
@@ -104,12 +107,12 @@ def _counted(sites: Iterable[CollectiveSite]) -> Counter[Collective]:
 def planned_sites(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[CollectiveSite]:
-    """What planned_collectives counts, place by place."""
+    """Return the collective sites that planned_collectives counts."""
     plan = _SitePlanner(config, placement, shape, dispatch)
     token_shard_axes, hidden = plan.token_shard_axes, plan.hidden
     plan.location = "embedding"
     if placement.num_stages == 1:
-        plan.sum(plan.outside, "vocab", plan.shared_rows * hidden, 1)  # rows of the split embedding table
+        plan.sum(plan.outside, "vocab", plan.shared_rows * hidden, 1)  # rows of the vocabulary-parallel embedding
         plan.layers(1)
         op: CollectiveOp = "all-reduce" if shape.picked else "all-gather"
         plan.location = "sampled rows"
@@ -122,7 +125,7 @@ def planned_sites(
         plan.add(plan.outside, "all-reduce", "vocab", shape.num_tokens * hidden)
         plan.layers(ticks)
         plan.send(sending)
-        if plan.segments[-1].stages == 1:  # layers that follow get every micro-batch from the last stage
+        if plan.segments[-1].stages == 1:  # layers after the pipeline receive every micro-batch from the last stage
             plan.from_last(ticks)
             plan.location = "sampled rows"
         else:
@@ -136,7 +139,7 @@ def planned_sites(
 def planned_decode_step_sites(
     config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[CollectiveSite]:
-    """What planned_decode_step counts, place by place."""
+    """Return the collective sites that planned_decode_step counts."""
     if placement.num_stages == 1:
         return planned_sites(config, placement, shape, dispatch=dispatch)
     plan = _SitePlanner(config, placement, shape, dispatch)
@@ -155,11 +158,11 @@ def planned_decode_step_sites(
 
 
 class _SitePlanner:
-    """The collectives of a step as they are found, with what all of them are counted by.
+    """Collect the collective sites of a step in the order of the forward pass.
 
-    tokens: of a rank of the batch, in one micro-batch; shared_rows: of a rank of the context. hidden: bytes of a
-    token's hidden state. token_shard_axes: axes that share out a rank's tokens between layers; strip: how many each
-    then has. location, layer (segment and block): of what is found next.
+    tokens: tokens of a data parallel rank in one micro-batch. shared_rows: tokens of a context-parallel rank. hidden:
+    bytes of a token's hidden state. token_shard_axes: axes that shard a rank's tokens between layers. strip: tokens per
+    shard. location, layer (segment and block): position of the next site.
     """
 
     def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
@@ -183,7 +186,7 @@ class _SitePlanner:
         self._sizes: dict[str, ArraySizes] = {}
 
     def sizes(self, placement: Placement) -> ArraySizes:
-        """Padded as seen from a place."""
+        """Return the padded array sizes for the view of a placement."""
         if placement.view not in self._sizes:
             self._sizes[placement.view] = array_sizes(self.config, placement)
         return self._sizes[placement.view]
@@ -191,7 +194,7 @@ class _SitePlanner:
     def add(
         self, placement: Placement, op: CollectiveOp, over: str | Iterable[str], result_bytes: int, count: int = 1
     ) -> None:
-        """One kind of collective over a dim's axes, or over axes."""
+        """Add a collective over the axes of a logical dim, or over given mesh axes."""
         over = placement.axes(over) if isinstance(over, str) else tuple(over)
         axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
@@ -202,7 +205,7 @@ class _SitePlanner:
             )
 
     def sum(self, placement: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
-        """Sums over axes; along those that share out tokens between layers every rank keeps its strip."""
+        """Add a reduction: a reduce-scatter along axes that shard tokens between layers, an all-reduce along others."""
         over = placement.axes(over) if isinstance(over, str) else tuple(over)
         scattered = [axis for axis in placement.sequence_gather_axes(self.token_dim) if axis in over]
         strip = result_bytes // placement.size(scattered)
@@ -210,26 +213,26 @@ class _SitePlanner:
         self.add(placement, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
 
     def gather(self, placement: Placement, axes: Iterable[str], rows: int, count: int) -> None:
-        """Strips of tokens between the layers to all the tokens a split region needs."""
+        """Add the all-gather of sequence-sharded tokens before a sharded region."""
         self.add(placement, "all-gather", axes, rows * self.hidden, count)
 
     def send(self, count: int) -> None:
-        """Hidden states from stage to stage."""
+        """Add the permutes of hidden states from stage to stage."""
         self.location = "between stages"
         self.add(self.placement, "collective-permute", "stage", self.strip * self.hidden, count)
 
     def from_last(self, count: int) -> None:
-        """Hidden states of the last stage to all."""
+        """Add the broadcast (as an all-reduce) of the last stage's hidden states."""
         self.location = "from the last stage"
         self.add(self.placement, "all-reduce", "stage", self.strip * self.hidden, count)
 
     def logits(self, rows: int) -> None:
-        """float32."""
+        """Add the all-gather of the float32 logits."""
         self.location = "head"
         self.add(self.outside, "all-gather", "vocab", rows * self.sizes(self.outside).vocab * 4)
 
     def layers(self, ticks: int) -> None:
-        """All layers, as often as they run."""
+        """Add all layers; ticks: number of times that each runs."""
         for number, segment in enumerate(self.segments):
             each = segment.virtual_stage_slots if segment.stages > 1 else segment.repeats
             for block in range(segment.period):
@@ -243,14 +246,16 @@ class _SitePlanner:
         self.layer = None
 
     def mlp(self, placement: Placement, count: int) -> None:
-        """A region split by its width: tokens gathered before it, summed after it."""
+        """Add a tensor-parallel MLP: tokens are gathered before it and reduced after it."""
         self.location = "mlp"
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         self.sum(placement, "ffn", self.shared_rows * self.hidden, count)
 
     def attention(self, placement: Placement, count: int) -> None:
-        """Split by heads, with what ranks of a context tell each other: queries, keys and values of all, and what they
-        found."""
+        """Add attention sharded by heads.
+
+        Context-parallel ranks also all-gather queries, keys and values, and exchange partial attention outputs.
+        """
         self.location = "attention"
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         config, sizes = self.config, self.sizes(placement)
@@ -269,7 +274,7 @@ class _SitePlanner:
         self.sum(placement, "kv_head", self.shared_rows * self.hidden, count)
 
     def experts(self, placement: Placement, count: int) -> None:
-        """An MoE block: see model/moe.py."""
+        """Add an MoE block; see model/moe.py."""
         self.location = "experts"
         moe, gather_axes, summed = (
             self.config.moe,
@@ -277,13 +282,13 @@ class _SitePlanner:
             placement.expert_reduce_axes(self.token_dim),
         )
         assert moe is not None
-        # Ranks that exchange what they do not gather.
+        # Ranks that exchange tokens instead of gathering them.
         apart = placement.size(placement.sequence_gather_axes(self.token_dim)) // placement.size(gather_axes)
         rows = self.shared_rows // apart
         self.gather(placement, gather_axes, rows, count)
         self.exchange(placement, rows, count)
         sequence_axes = placement.sequence_gather_axes(self.token_dim)
-        if moe.shared_intermediate_size and sequence_axes != gather_axes:  # gathered by itself, and scattered
+        if moe.shared_intermediate_size and sequence_axes != gather_axes:  # has its own gather and scatter
             self.location = "shared expert"
             self.gather(placement, sequence_axes, self.shared_rows, count)
             self.sum(placement, sequence_axes, self.shared_rows * self.hidden, count)
@@ -291,9 +296,9 @@ class _SitePlanner:
         self.sum(placement, summed, rows * self.hidden, count)
 
     def exchange(self, placement: Placement, rows: int, count: int) -> None:
-        """So many tokens of a device to the ranks of their experts, and back: level by level, and back through them."""
+        """Add dispatch and combine of `rows` tokens per device: level by level, and back in reverse order."""
         over = tuple(axis for axis in placement.ep_exchange_axes(self.token_dim) if placement.mesh.shape[axis] > 1)
-        # Weights of the experts there travel beside a token.
+        # Every token is sent with its router weights for the experts of the destination.
         places = self.sizes(placement).moe_experts // placement.size(placement.ep_replicated_axes(self.token_dim))
         levels = [(over, rows, places, self.dispatch)]
         if self.dispatch.startswith("hierarchical"):
@@ -307,7 +312,7 @@ class _SitePlanner:
                 packet = sent * (self.config.hidden_size + split) * self.itemsize
                 self.add(placement, "all-gather", axes, placement.size(axes) * packet, count)
                 continue
-            if backend == "ragged_all_to_all":  # how many rows come, and where they come from
+            if backend == "ragged_all_to_all":  # row counts, and their offsets at the sender
                 self.add(placement, "all-to-all", axes, placement.size(axes) * 2 * 4, count)
             self.add(placement, *self._carried(placement, axes, backend, sent, packet, placement.size(axes)), count)
         self.location = "combine"
@@ -325,7 +330,7 @@ class _SitePlanner:
             )
 
     def _max_ranks(self, placement: Placement, axes: tuple[str, ...], backend: str) -> int:
-        """Ranks from which a token's results come back, at most."""
+        """Return the most ranks that send results back for one token."""
         ranks, moe = placement.size(axes), self.config.moe
         assert moe is not None
         ragged = backend == "ragged_all_to_all" and placement.platform != "cpu"
@@ -334,7 +339,7 @@ class _SitePlanner:
     def _carried(
         self, placement: Placement, axes: tuple[str, ...], backend: str, rows: int, num_bytes: int, ranks: int
     ) -> tuple[CollectiveOp, tuple[str, ...], int]:
-        """The collective that carries so many rows to, or from, so many ranks, as a platform has it."""
+        """Return the platform's collective for `rows` rows of num_bytes in all, to or from each of `ranks` ranks."""
         if backend != "ragged_all_to_all" or placement.platform == "cpu":
             return "all-to-all", axes, ranks * num_bytes
         if placement.platform == "tpu" and rows:  # XLA rounds the bytes of a row up

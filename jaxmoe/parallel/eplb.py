@@ -1,15 +1,16 @@
-"""Which expert stands on which rank, and which stand on several: expert-parallel load balance (EPLB).
+"""Place experts and redundant replicas on ranks: expert-parallel load balancing (EPLB).
 
-Loads [layers, experts] -> a placement of replicas on ranks. Hierarchical where groups of experts divide among nodes:
-each group stays inside one node, so that group-limited routing keeps a token there; global otherwise.
+The input is loads [layers, experts], the result a placement of replicas on ranks. The placement is hierarchical if the
+number of expert groups is a multiple of the nodes: each group stays inside one node, so that group-limited routing
+keeps a token there. It is global otherwise.
 
-- distinct: no rank has two replicas of one expert, as long as there are no more places on a rank than experts to fill
-  them; see parallel/eplb_spread.py.
-- eplb: the published algorithm, which may put several replicas of an expert on one rank, where they are of no use.
-Source of the latter: DeepSeek-AI, Expert Parallelism Load Balancer (2025), whose published example it reproduces.
+- distinct: no rank has two replicas of one expert, unless a rank has more slots than there are experts; see
+  planner/spread.py.
+- eplb: the published algorithm, which may put several replicas of an expert on one rank, without any benefit.
+Source of eplb: DeepSeek-AI, Expert Parallelism Load Balancer (2025); the code reproduces its published example.
 """
 
-# Dims: X rows packed by themselves (layers, or layers x nodes), N items of a row, E experts, R replicas in all.
+# Dims: X independent rows (layers, or layers x nodes), N items of a row, E experts, R replicas in all.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,17 +24,18 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.parallel.eplb_spread import MAX_TRIES, gain_of, rank_loads, spread
 
 Algorithm = Literal["distinct", "eplb"]
-_MAX_EXCHANGES = 64  # of groups between nodes, for each layer
-_FEWER_TRIES = 8  # of other placements, for each of these
+_MAX_EXCHANGES = 64  # swaps of groups between nodes, per layer
+_FEWER_TRIES = 8  # perturbed placements per swap
 ALGORITHMS: tuple[Algorithm, ...] = ("distinct", "eplb")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
-    """Placement of all replicas of each layer's experts: physical experts are dealt to ranks in order, as many to each.
+    """Map the physical experts of each layer to logical experts. Each rank has an equal run of physical experts.
 
-    physical_to_logical_map [layers, R]: the logical expert of each physical expert. replica_index [layers, R]: which of
-    its replicas that is. logical_replica_count [layers, E]: how many replicas each expert has.
+    physical_to_logical_map [layers, R]: the logical expert of each physical expert. replica_index [layers, R]: index of
+    the physical expert among the replicas of its logical expert. logical_replica_count [layers, E]: number of replicas
+    of each logical expert.
     """
 
     physical_to_logical_map: np.ndarray
@@ -42,7 +44,7 @@ class ExpertPlacement:
     num_ranks: int
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
-        """[layers, ranks]: tokens of each rank, where an expert's (loads [layers, E]) are shared by its replicas."""
+        """Return the tokens of each rank [layers, ranks]; replicas share the loads [layers, E] evenly."""
         share = np.take_along_axis(
             np.asarray(loads, np.float64) / self.logical_replica_count, self.physical_to_logical_map, axis=1
         )
@@ -50,9 +52,9 @@ class ExpertPlacement:
 
 
 def balancedness(rank_loads: np.ndarray) -> float:
-    """Mean load of a rank over that of the fullest, each summed over layers; 1 is even. rank_loads [layers, ranks].
+    """Return the mean over the maximum load of a rank, each summed over layers; 1 is perfectly balanced.
 
-    A layer without any tokens adds nothing; where no layer has any the result is 1.
+    rank_loads: [layers, ranks]. Layers without tokens do not count; without any tokens the result is 1.
     """
     fullest = rank_loads.max(axis=1).sum()
     return float(rank_loads.mean(axis=1).sum() / fullest) if fullest > 0 else 1.0
@@ -62,9 +64,10 @@ def balance(
     loads: np.ndarray, *, num_replicas: int, num_groups: int = 1, num_nodes: int = 1, num_ranks: int,
     algorithm: Algorithm = "distinct",
 ) -> ExpertPlacement:  # fmt: skip
-    """Place num_replicas replicas on num_ranks ranks so that loads [layers, experts] come out even.
+    """Place num_replicas replicas on num_ranks ranks so that the loads [layers, experts] are balanced.
 
-    Raises: ConfigError for an unknown algorithm, or numbers that do not divide as they must, naming them.
+    Raises: ConfigError naming the values, for an unknown algorithm, counts that do not divide, too few replicas, or
+    loads that are negative or not finite.
     """
     check_algorithm(algorithm)
     loads = np.asarray(loads, np.float64)
@@ -80,7 +83,7 @@ def balance(
         raise ConfigError(f"{num_replicas} replicas for {num_experts} experts: each needs at least one")
     if not np.isfinite(loads).all() or (loads < 0).any():
         raise ConfigError("loads must be finite and at least 0")
-    if num_groups % num_nodes:  # groups cannot stay inside nodes
+    if num_groups % num_nodes:  # groups do not fit nodes: place globally
         num_groups = num_nodes = 1
 
     in_node, node_experts = _groups_to_nodes(loads, num_groups, num_nodes)
@@ -106,14 +109,13 @@ def balance(
 
 
 def check_algorithm(algorithm: str) -> None:
-    """Raise a ConfigError for a name of no algorithm."""
+    """Raise ConfigError if the algorithm is unknown."""
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}")
 
 
 def _eplb(loads: np.ndarray, num_replicas: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The published placement of each row: (expert at each place [X,R], which of its replicas [X,R], replicas of each
-    expert [X,N])."""
+    """Place by the published algorithm: (expert of each slot [X,R], its replica index [X,R], replica counts [X,N])."""
     local, replica, counts = _replicate(loads, num_replicas)
     load_at = np.take_along_axis(loads / counts, local, axis=1)
     rank, slot = _pack(load_at, num_ranks)
@@ -124,10 +126,11 @@ def _eplb(loads: np.ndarray, num_replicas: int, num_ranks: int) -> tuple[np.ndar
 def _distinct(
     loads: np.ndarray, experts: np.ndarray, published: np.ndarray, num_groups: int, num_ranks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Spread the experts of one layer: (experts of each node [M,N], replicas of each on the node's ranks [M,R,N]).
+    """Return the distinct placement of one layer: (experts of each node [M,N], replicas on the node's ranks [M,R,N]).
 
-    loads [E]. experts [M,N]: of each node, in num_groups groups. published [M,P]: what _eplb puts at each place. Where
-    the fullest rank has more than there, other nodes for the groups are tried, two groups exchanged at a time.
+    loads [E]: load of each expert. experts [M,N]: experts of each node, in num_groups groups. published [M,P]: expert
+    of each slot by _eplb. While the most loaded rank has more load than by _eplb, swaps of two groups between nodes are
+    tried.
     """
 
     def spread_over(experts: np.ndarray, local: np.ndarray, tries: int) -> tuple[float, np.ndarray]:
@@ -153,7 +156,7 @@ def _distinct(
 
 
 def _exchanged(experts: np.ndarray, num_groups: int) -> Iterator[np.ndarray]:
-    """The experts of each node [M,N] with one group of num_groups each exchanged between two nodes, every such pair."""
+    """Yield the experts of each node [M,N] for every swap of two groups between different nodes."""
     nodes = len(experts)
     by_group = experts.reshape(nodes * num_groups, -1)
     for one, two in combinations(range(len(by_group)), 2):
@@ -164,7 +167,7 @@ def _exchanged(experts: np.ndarray, num_groups: int) -> Iterator[np.ndarray]:
 
 
 def _numbered(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(expert at each place [M,P], which of its replicas) of replicas on ranks [M,R,N], numbered in their order."""
+    """Return (expert of each slot [M,P], its replica index [M,P]) for replica counts on ranks [M,R,N]."""
     local, replica = [], []
     for ranks in held:
         local.append(np.concatenate([np.repeat(np.arange(len(own)), own) for own in ranks]))
@@ -178,8 +181,10 @@ def _numbered(held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:
-    """For each place [R] with an expert of `new`, a place where `old` has it: on the same rank (share places each)
-    where there is one there, else the first."""
+    """Return, for the expert of each slot [R] in `new`, a slot of `old` that has it.
+
+    The slot is on the same rank if possible, else the first one. share: slots per rank.
+    """
     sources = np.empty(len(new), np.int32)
     for slot, expert in enumerate(new):
         (there,) = np.nonzero(old == expert)
@@ -189,7 +194,7 @@ def sources_of(old: np.ndarray, new: np.ndarray, share: int) -> np.ndarray:
 
 
 def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Loads [layers*nodes, E/nodes] of each node's experts, and which experts they are, of the same shape."""
+    """Assign groups to nodes and return the loads and the ids of each node's experts, both [layers*nodes, E/nodes]."""
     layers, num_experts = loads.shape
     size = num_experts // num_groups
     node, slot = _pack(loads.reshape(layers, num_groups, size).sum(axis=-1), num_nodes)
@@ -200,7 +205,7 @@ def _groups_to_nodes(loads: np.ndarray, num_groups: int, num_nodes: int) -> tupl
 
 
 def _pack(loads: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pack, place within it) of every item [X,N]: heaviest first, to the lightest pack that still has room."""
+    """Return (pack, index within the pack) of every item [X,N]: heaviest first, into the lightest pack with room."""
     room = loads.shape[1] // num_packs
     pack, slot = np.zeros(loads.shape, np.int64), np.zeros(loads.shape, np.int64)
     if room == 1:
@@ -217,9 +222,9 @@ def _pack(loads: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _replicate(loads: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(expert of each replica [X,R], which of its replicas [X,R], replicas of each expert [X,N]).
+    """Return (expert of each replica [X,R], its replica index [X,R], replicas per expert [X,N]).
 
-    Each expert has one; every further one goes to the expert whose replicas carry most.
+    Each expert has one replica; every further one goes to the expert with the highest load per replica.
     """
     rows, num_experts = loads.shape
     every = np.arange(rows)

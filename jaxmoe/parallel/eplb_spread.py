@@ -1,26 +1,27 @@
-"""Replicas of experts dealt to ranks so that no rank has two of one expert, and the fullest rank gets little.
+"""Assign replicas of experts to ranks with distinct experts per rank and a low load on the most loaded rank.
 
-One row at a time: the experts of a layer, or of one node of it. A first placement is made greedily and one more comes
-from another placement; both are repaired and then improved step by step, each step lowering the fullest rank, and the
-better one is kept. Everything is deterministic: of equal choices the one with the lowest index is taken.
+The functions work on one row at a time: the experts of a layer, or of a layer's experts on one node. One placement is
+made greedily, and one starts from a given placement. Both are repaired and then improved by local search, in which each
+step lowers the load of the most loaded rank. The better one wins. The result is deterministic: ties go to the lowest
+index.
 """
 
-# Dims: N experts of a row, R ranks. `held` [R,N]: replicas of each expert on each rank.
+# Dims: N experts of a row, R ranks. `held` [R,N]: number of replicas of each expert on each rank.
 from __future__ import annotations
 
 import numpy as np
 
-_MAX_STEPS = 2000  # of improvement
-MAX_TRIES = 128  # of a changed placement, for each row
-_MIN_GAIN = 1e-12  # of the load of an even rank: less is rounding
+_MAX_STEPS = 2000  # of local search
+MAX_TRIES = 128  # perturbed placements per row
+_MIN_GAIN = 1e-12  # relative to the mean load of a rank: less is rounding
 
 
 def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *, tries: int = MAX_TRIES) -> np.ndarray:
-    """Place replicas of experts with `loads` [N] at `places` places of each rank: `held` [R,N].
+    """Assign replicas of experts with `loads` [N] to `places` slots of each rank and return `held` [R,N].
 
-    No rank has two replicas of one expert where places <= N. other [R,N]: a placement to improve on as well, and to be
-    no less even than: while the fullest rank has more than there, up to `tries` changed placements are tried; where a
-    rank has more places than there are experts `other` itself will do.
+    No rank has two replicas of one expert if places <= N. other [R,N]: a second placement to start from, and the one to
+    match: while the most loaded rank has more load than in `other`, up to `tries` perturbed placements are tried. If
+    places > N, `other` itself is an acceptable result.
     """
     counts = _capped_counts(loads, places * num_ranks, num_ranks)
     most = float(rank_loads(other, loads).max()) + gain_of(loads, num_ranks)
@@ -44,12 +45,12 @@ def spread(loads: np.ndarray, places: int, num_ranks: int, other: np.ndarray, *,
 
 
 def gain_of(loads: np.ndarray, num_ranks: int) -> float:
-    """Load of a rank below which a difference is rounding."""
+    """Return the load difference of a rank below which it counts as rounding."""
     return _MIN_GAIN * max(float(loads.sum()) / num_ranks, 1e-300)
 
 
 def _shake(held: np.ndarray, rng: np.random.Generator) -> None:
-    """Exchange a few replicas between ranks chosen at random, or give their places to other experts."""
+    """Perturb a placement in place: swap a few replicas between random ranks, or replace them by other experts."""
     for _ in range(int(rng.integers(1, 4))):
         rank, other = rng.integers(len(held), size=2)
         own = int(rng.choice(np.flatnonzero(held[rank])))
@@ -66,13 +67,16 @@ def _shake(held: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def rank_loads(held: np.ndarray, loads: np.ndarray) -> np.ndarray:
-    """Sum the load on each rank [R], where an expert's is shared evenly by its replicas."""
+    """Return the load of each rank [R]; the replicas of an expert share its load evenly."""
     return held @ (loads / held.sum(axis=0))
 
 
 def _capped_counts(loads: np.ndarray, num_replicas: int, num_ranks: int) -> np.ndarray:
-    """Replicas of each expert [N]: one, and every further one to the expert whose replicas carry most, of those that
-    some rank lacks; where every rank has every expert, of all."""
+    """Return the number of replicas of each expert [N].
+
+    Every expert gets one replica. Each further replica goes to the expert with the highest load per replica among the
+    experts with fewer than num_ranks replicas, or among all experts once every rank has all.
+    """
     counts = np.ones(len(loads), np.int64)
     for _ in range(num_replicas - len(loads)):
         lacking = counts < num_ranks
@@ -82,7 +86,7 @@ def _capped_counts(loads: np.ndarray, num_replicas: int, num_ranks: int) -> np.n
 
 
 def _greedy(loads: np.ndarray, counts: np.ndarray, places: int, num_ranks: int) -> np.ndarray:
-    """Deal out experts, the heaviest replicas first, each to the lightest ranks that have room and lack it."""
+    """Assign replicas, highest load first, to the least loaded rank with a free slot and no replica of the expert."""
     held = np.zeros((num_ranks, len(loads)), np.int64)
     weight, room = np.zeros(num_ranks), np.full(num_ranks, places)
     carried = loads / counts
@@ -98,7 +102,7 @@ def _greedy(loads: np.ndarray, counts: np.ndarray, places: int, num_ranks: int) 
 
 
 def _with_counts(loads: np.ndarray, held: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A placement with replicas exchanged until each expert has as many as `counts` says."""
+    """Return a placement with replicas replaced until each expert has `counts` replicas."""
     held = held.copy()
     while (more := held.sum(axis=0) - counts).any():
         gives, takes = int(np.argmax(more)), int(np.argmin(more))
@@ -112,7 +116,7 @@ def _with_counts(loads: np.ndarray, held: np.ndarray, counts: np.ndarray) -> np.
 
 
 def _separate(held: np.ndarray, loads: np.ndarray) -> None:
-    """Exchange replicas between ranks until no rank has two of an expert that another lacks."""
+    """Swap replicas between ranks in place until no rank has two of an expert that another rank lacks."""
     while True:
         twice = np.argwhere((held > 1) & (held == 0).any(axis=0))
         if not len(twice):
@@ -121,7 +125,7 @@ def _separate(held: np.ndarray, loads: np.ndarray) -> None:
         rank, expert = twice[0]
         best: tuple[float, int, int] | None = None
         for other in np.flatnonzero(held[:, expert] == 0):
-            # One of these always exists: with an expert that `rank` lacks or one that `other` has twice, one pair less.
+            # A candidate always exists: an expert that `rank` lacks or that `other` has twice. It leaves one pair less.
             fits = (held[other] > 0) & ((held[rank] == 0) | (held[other] > 1))
             fits[expert] = False
             for back in np.flatnonzero(fits):
@@ -138,7 +142,7 @@ def _separate(held: np.ndarray, loads: np.ndarray) -> None:
 
 
 def _improve(held: np.ndarray, loads: np.ndarray) -> None:
-    """Exchange replicas between ranks, or a replica for one of another expert, while the fullest rank gets less."""
+    """Swap replicas between ranks, or replace replicas, as long as the load of the most loaded rank falls."""
     gain = gain_of(loads, len(held))
     for _ in range(_MAX_STEPS):
         weight = rank_loads(held, loads)
@@ -148,8 +152,10 @@ def _improve(held: np.ndarray, loads: np.ndarray) -> None:
 
 
 def _exchange(held: np.ndarray, loads: np.ndarray, weight: np.ndarray, fullest: int, gain: float) -> bool:
-    """Make the exchange of one replica each between the fullest rank and another that leaves the fuller of the two
-    with least, if both then have less than the fullest had."""
+    """Swap one replica of the most loaded rank with one of another rank, if both then have less than its load.
+
+    The best swap minimizes the higher load of the two ranks. Return whether a swap was made.
+    """
     carried = loads / held.sum(axis=0)
     own = np.flatnonzero(held[fullest])
     moved = carried[own][:, None, None] - carried[None, None, :]  # [own, rank, N], rank of 1
@@ -169,8 +175,10 @@ def _exchange(held: np.ndarray, loads: np.ndarray, weight: np.ndarray, fullest: 
 
 
 def _replace(held: np.ndarray, loads: np.ndarray, weight: np.ndarray, fullest: int, gain: float) -> bool:
-    """Give one place on some rank from an expert with several replicas to another expert, if every rank that this
-    changes then has less than the fullest had."""
+    """Replace one replica of an expert that has several by another expert, on any rank.
+
+    Every rank whose load changes must then have less than the most loaded rank had. Return whether one was replaced.
+    """
     counts = held.sum(axis=0)
     best: tuple[float, int, int, int] | None = None
     for rank in range(len(held)):

@@ -1,1 +1,1 @@
-"""What a step should cost, from the same abstract facts the model is built of."""
+"""Estimate the time and memory of a step from a model's config, and search for the best parallelism."""

@@ -1,4 +1,4 @@
-"""Which plan is the best, of those as good as the best, and which are the front of throughput against latency."""
+"""Select the best plan, with tie-breaking among equally good ones, and the Pareto front of throughput and latency."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from jaxmoe.parallel.layouts import LAYOUTS
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import ParallelismConfig, SearchRequest
 
-# Plans whose values lie so near are as good as each other: prices are not that exact.
+# Relative difference up to which plans count as equally good: the estimates are not more accurate.
 REL_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """A parallelism config that fits, and what it serves at one concurrency. Bytes are one device's."""
+    """Hold a parallelism config that fits, with its estimated serving performance at one concurrency.
+
+    max_requests: the most concurrent requests that fit, over all devices.
+    """
 
     parallelism: ParallelismConfig
     estimate: ServingEstimate
@@ -25,54 +28,63 @@ class ServingPlan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated, over all devices."""
+        """Return generated tokens per second, over all devices."""
         return self.estimate.tokens_per_s
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Return the number of devices of the mesh."""
         return math.prod(size for _, size in self.parallelism.axes)
 
     @property
     def request_seconds(self) -> float:
-        """From a request's arrival to its last token."""
+        """Return the seconds from a request's arrival to its last token."""
         return self.estimate.request_seconds
 
     @property
     def osl(self) -> int:
-        """Tokens each request generates."""
+        """Return the number of tokens that each request generates (OSL)."""
         return self.estimate.osl
 
 
 def limited(request: SearchRequest) -> bool:
-    """Whether a limit of latency was asked for."""
+    """Return whether the request has a latency limit (TTFT or TPOT)."""
     return request.ttft_limit is not None or request.tpot_limit is not None
 
 
 def meets(request: SearchRequest, plan: ServingPlan) -> bool:
-    """Whether a plan keeps the limits of latency."""
+    """Return whether a plan meets the latency limits of the request."""
     return (request.ttft_limit is None or plan.estimate.ttft <= request.ttft_limit) and (
         request.tpot_limit is None or plan.estimate.tpot <= request.tpot_limit
     )
 
 
 def objective_value(request: SearchRequest, plan: ServingPlan) -> float:
-    """What the objective wants least of."""
+    """Return the number that the objective minimizes.
+
+    Seconds per request for "latency", else device seconds per generated token.
+    """
     if request.objective == "latency":
         return plan.request_seconds
     return plan.devices / plan.tokens_per_s
 
 
 def order(request: SearchRequest, plan: ServingPlan) -> tuple[int, float]:
-    """By what plans are sorted, the best first. Where the lowest latency is asked for and nobody says of how many
-    requests, fewer of them come later: of one request alone all latencies are low."""
+    """Return the sort key of a plan; the best plan has the least key.
+
+    With objective "latency" and no given concurrency, plans with more concurrent requests sort first. Otherwise plans
+    with a single request, which always has a low latency, would win.
+    """
     assumed = request.objective == "latency" and request.workload.concurrency is None
     return (-plan.estimate.concurrency if assumed else 0, objective_value(request, plan))
 
 
 def select_best(request: SearchRequest, plans: list[ServingPlan]) -> ServingPlan:
-    """Of the plans as good as the best: the best in what was not asked for (a request's time, or tokens a second), then
-    the one that leans least on links between fabrics, then the plainest."""
+    """Return the best plan by the objective, breaking ties within REL_TOLERANCE.
+
+    Among equally good plans, select by the other objective (throughput for "latency", else latency), then by the least
+    share of time on links between scale-up domains, then by the simplest split.
+    """
     first, least = min(order(request, plan) for plan in plans)
     alike = [plan for plan in plans if order(request, plan) <= (first, least * (1 + REL_TOLERANCE))]
     other = replace(request, objective="throughput" if request.objective == "latency" else "latency")
@@ -93,8 +105,11 @@ def select_best(request: SearchRequest, plans: list[ServingPlan]) -> ServingPlan
 
 
 def pareto_front(plans: Iterable[ServingPlan], *, best: ServingPlan) -> list[ServingPlan]:
-    """Plans that no other beats in both tokens a second of a device and time a token, the fastest for a user first, and
-    `best` in place of those as good as it. Of plans as good that differ in the tokens of a chunk alone, one."""
+    """Return the plans that no other plan beats in both throughput per device and time per token.
+
+    The lowest time per token comes first. `best` is always included; it replaces plans that beat it in both, which they
+    do within the tolerance only. Equally good plans that differ only in chunk_tokens are listed once.
+    """
     front: list[ServingPlan] = []
     for plan in sorted(plans, key=lambda plan: (plan.estimate.seconds_per_token, -_each(plan))):
         if not front or _each(plan) > _each(front[-1]):
@@ -114,12 +129,12 @@ def pareto_front(plans: Iterable[ServingPlan], *, best: ServingPlan) -> list[Ser
 
 
 def _each(plan: ServingPlan) -> float:
-    """Tokens a second of a device."""
+    """Return tokens per second per device."""
     return plan.tokens_per_s / plan.devices
 
 
 def _doubles(plan: ServingPlan, other: ServingPlan) -> bool:
-    """Whether plans that differ in the tokens of a chunk alone are as good as each other."""
+    """Return whether two plans differ only in chunk_tokens and are equally good in latency and throughput."""
     if replace(plan.parallelism, chunk_tokens=0) != replace(other.parallelism, chunk_tokens=0):
         return False
     ratios = plan.estimate.seconds_per_token / other.estimate.seconds_per_token, _each(plan) / _each(other)

@@ -1,7 +1,7 @@
-"""How long a step takes: a roofline of every kind of layer, launches, and collectives on the links they ride.
+"""Estimate the time of a step: a roofline of every kind of layer, kernel launches, and collectives on their links.
 
-No constant here belongs to a model. What belongs to hardware stands in its file; what belongs to programs stands
-below, with where it comes from; docs/planner.md holds it against published measurements.
+No constant here is specific to a model. Constants of the hardware are in its hardware file. Constants of the programs
+are below, with their sources; docs/planner.md compares the estimates with published measurements.
 """
 
 from __future__ import annotations
@@ -25,42 +25,44 @@ from jaxmoe.planner.parameters import ParameterShape
 from jaxmoe.planner.sizes import Part
 from jaxmoe.quantization.formats import NVFP4
 
-# A kernel's launch inside a compiled step: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over memory. Of
-# ROCm: chosen on rows of MI300X. XLA's programs for TPUs are one launch.
+# Seconds per kernel launch inside a compiled step. cuda: ai-dynamo/aiconfigurator@095f58a5 adds 3 us to every pass over
+# memory. rocm: chosen on rows of MI300X. tpu: an XLA program is one launch.
 LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 3e-6, "rocm": 7e-6, "tpu": 0.5e-6, "cpu": 2e-6}
-# Kernels of a layer's parts, as tuned programs fuse them; of latent attention so many more.
+# Kernels of each part of a layer, as tuned programs fuse them, and the additional ones of latent attention.
 _KERNELS: Mapping[Part, int] = {"attention": 4, "dense_mlp": 3, "shared_expert": 2, "router": 2, "experts": 7}
 _LATENT_KERNELS = 5
-# The five that are called chosen were, on the calibration rows of docs/planner.md, all together.
-# A product's output takes as long as so many more inputs would in bf16, to fill the pipeline and to be written: narrow
-# shards, and numbers of few bits, attain less. Chosen.
+# The five constants marked "chosen" below were chosen together, on the calibration rows of docs/planner.md.
+# Filling the pipeline and writing the output of a matmul takes as long as this many more inputs in bf16, so that narrow
+# shards and dtypes of few bits attain less. Chosen.
 _OUTPUT_PRODUCTS = 768
-# Of the share that other products attain: by 4 bits (vllm-project/vllm#20646 on B200: 3,904 of 9,000 TFLOPS beside
-# 1,420 of 2,250 in bf16); by numbers of 4 bits that the hardware has to unpack first (chosen).
+# Attained rate relative to other matmuls: 4-bit matmuls (vllm-project/vllm#20646 on B200: 3,904 of 9,000 TFLOPS, and
+# 1,420 of 2,250 in bf16); 4-bit weights that the hardware has to unpack first (chosen).
 _FOUR_BITS, _UNPACKED = 0.7, 0.5
-# Rows of an expert are multiplied in tiles, of which the last is half full: of 128 rows, smaller for fewer rows.
+# Grouped matmuls work on tiles of up to 128 rows, smaller if an expert has fewer; the last tile is taken as half full.
 _TILE_ROWS, _MIN_TILE_ROWS = 128, 8
-# Reading many experts attains less of the memory's rate than one matrix does. Chosen.
+# Share of the memory bandwidth that reading many experts attains, relative to one matrix. Chosen.
 _GROUPED_READS = 0.8
-# Ranks that compute other tokens do not arrive at an exchange together: they wait a part of what tokens take in that
-# layer (chosen; weights take all ranks as long), and for each other's kernels (chosen; DeepEP's dispatch of 128 tokens
-# among 8 H800 takes 77 us, its combine 114, of which bytes are the most).
+# Ranks with different tokens do not reach an all-to-all at the same time. They wait for a part of the layer's time that
+# depends on tokens (chosen; reading weights takes all ranks the same time), and for each other's kernels (chosen;
+# DeepEP's dispatch of 128 tokens among 8 H800 takes 77 us, its combine 114 us, mostly data transfer).
 _UNEVEN, _WAIT_SECONDS = 0.5, 10e-6
-# Experts' loads fall off by (1 + place) ** -skew where nothing evens them out.
+# Expert loads without load balancing are proportional to (1 + index) ** -skew.
 SKEW = 0.5
-# Groups in which a step with prompts passes a pipeline's stages, for each stage; decode steps before they drain
-# (engine/batch.py).
+# Micro-batches per pipeline stage of a step with prompts; decode steps before the pipeline drains (engine/batch.py).
 _MICRO_BATCHES = 4
 MATRICES: tuple[Part, ...] = ("attention", "dense_mlp", "shared_expert", "router")
 _RATES = {"int8": "int8", "float8_e4m3fn": "fp8", "mxfp4": "bf16"}
-SILENT = "silent"  # in place of a dispatch
-_MANY = 1 << 14  # tokens for which collectives are planned once; bytes grow with tokens
+SILENT = "silent"  # a dispatch without collectives
+_MANY = 1 << 14  # tokens for which collectives are planned once; bytes scale with tokens
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank of the batch does in a step. decode: requests that take a token; prefill: tokens of prompts.
-    context: tokens cached of a decoding request; prompt: mean tokens that a prompt's token attends to."""
+    """Describe the work of one data parallel rank in a step.
+
+    decode: decoding requests. prefill: prompt tokens. context: cached tokens of each decoding request. prompt: mean
+    number of tokens that a prompt token attends to.
+    """
 
     decode: float
     prefill: float
@@ -69,14 +71,17 @@ class StepBatch:
 
     @property
     def tokens(self) -> float:
-        """In all."""
+        """Return the number of tokens, decoding and prompt."""
         return self.decode + self.prefill
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step, by bottleneck: products, memory, links of a fast fabric, links between those, launches, stages that
-    wait."""
+    """Hold the seconds of one step by bottleneck.
+
+    compute: matmuls. memory: memory traffic. link: collectives inside a scale-up domain. scale_out: collectives between
+    scale-up domains. launch: kernel launches. bubble: idle pipeline stages.
+    """
 
     compute: float = 0.0
     memory: float = 0.0
@@ -87,11 +92,11 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Return the seconds of the step."""
         return self.compute + self.memory + self.link + self.scale_out + self.launch + self.bubble
 
     def mixed(self, share: float, other: StepTime, rest: float) -> StepTime:
-        """So much of this and so much of another."""
+        """Return share * self + rest * other."""
         return StepTime(
             share * self.compute + rest * other.compute, share * self.memory + rest * other.memory,
             share * self.link + rest * other.link, share * self.scale_out + rest * other.scale_out,
@@ -99,7 +104,7 @@ class StepTime:
         )  # fmt: skip
 
     def parts(self) -> dict[str, float]:
-        """By name."""
+        """Return the seconds by bottleneck."""
         return {
             "compute": self.compute, "memory": self.memory, "link": self.link, "scale_out": self.scale_out,
             "launch": self.launch, "bubble": self.bubble,
@@ -108,7 +113,10 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _DenseCost:
-    """Matrices that every token meets: seconds of a token's products, bytes read once, bytes moved a token."""
+    """Hold the cost of matrices that multiply every token.
+
+    matmuls: seconds per token. num_bytes: weight bytes, read once per step. moved: activation bytes per token.
+    """
 
     matmuls: float
     num_bytes: float
@@ -118,8 +126,12 @@ class _DenseCost:
 
 @dataclass(frozen=True)
 class _ExpertCost:
-    """Of one device: experts it holds, seconds of products and bytes moved for a token that came to one of them, bytes
-    of one expert; reach: tokens of how many ranks may come, and how many devices share those out."""
+    """Hold the cost of the experts on one device.
+
+    num_experts: experts on the device. matmuls, moved: seconds and activation bytes per token and expert. num_bytes:
+    weight bytes of one expert. reach: number of ranks whose tokens the experts may receive. num_shards: number of
+    devices that the experts are sharded over.
+    """
 
     num_experts: int
     matmuls: float
@@ -131,25 +143,25 @@ class _ExpertCost:
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """Layers of one kind on one device."""
+    """Hold the cost of the layers of one kind on one device."""
 
     count: int
     dense: tuple[_DenseCost, ...]
     experts: _ExpertCost | None
-    decode_flops: float  # a decoded token and a token it attends to
+    decode_flops: float  # per decoding token and cached token it attends to
     prefill_flops: float
-    exchanges: bool  # whether tokens of several ranks meet its experts
+    exchanges: bool  # whether several ranks exchange tokens for its experts
     kv_bytes: float
     window: float
     chunk: float
 
     def seen(self, context: float) -> float:
-        """Cached tokens that a query attends to."""
+        """Return the number of cached tokens that a query attends to."""
         return min(context, self.window, self.chunk)
 
 
 class StepCost:
-    """Prices steps of a model on a placement of some hardware."""
+    """Estimate the step time of a model on a placement and hardware."""
 
     def __init__(
         self, device_memory: DeviceMemory, hardware: HardwareSpec, *, dispatch: str = "all_to_all", skew: float = SKEW
@@ -178,22 +190,21 @@ class StepCost:
         self._said: dict[tuple[int, int], tuple[float, float]] = {}
 
     def dispatched(self, dispatch: str) -> StepCost:
-        """The same, with tokens sent to experts another way; by SILENT with no collective at all, which bounds what
-        any other can reach."""
+        """Return a copy with another dispatch backend; SILENT has no collectives and so bounds all others."""
         other = copy(self)
         other.dispatch, other._said = dispatch, {}
         other.__dict__.pop("_planned", None)
         return other
 
-    # --- what layers are, once a placement ---
+    # --- Costs of layers, computed once per placement ---
 
     def rate(self, part: Part) -> float:
-        """Products a second with a part's matrices: in their own dtype where the hardware has such products."""
+        """Return the FLOP/s of matmuls with a part's matrices, in their own dtype if the hardware supports it."""
         format = self.config.quantization.format if self.config.quantization else None
         if format is None or part == "router":
             return self._plain_rate
         attained = self.hardware.flops_per_s
-        if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # beside activations of 4 bits, or of 8
+        if format.dtype == "mxfp4" and "fp4" in self.hardware.tflops:  # with 4-bit or 8-bit activations
             return _FOUR_BITS * attained("fp4") if format == NVFP4 else attained("fp8")
         unpacked = format.dtype == "mxfp4" or _RATES[format.dtype] not in self.hardware.tflops
         return attained(_RATES[format.dtype]) * (_UNPACKED if unpacked else 1.0)
@@ -213,14 +224,16 @@ class StepCost:
 
     def _dense(self, block: DeviceLayers, part: Part) -> _DenseCost:
         numbers, matmuls = self._matmuls(matrices_of(block, part), block)
-        wide = numbers / self.config.hidden_size  # what goes into them and comes out, nearly
+        wide = numbers / self.config.hidden_size  # roughly the widths of inputs and outputs other than hidden_size
         moved = (6 * self.config.hidden_size + 2 * wide) * self.device_memory.itemsize
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
         return _DenseCost(matmuls, block.bytes_of(part), moved, kernels)
 
     def _matmuls(self, matrices: Sequence[ParameterShape], block: DeviceLayers) -> tuple[int, float]:
-        """Numbers of some matrices of one part, and seconds of a token's products with them: of these numbers, and what
-        every output takes besides."""
+        """Return the number of weights of matrices of one part, and the matmul seconds of one token with them.
+
+        The seconds include the overhead of every output (_OUTPUT_PRODUCTS).
+        """
         total, outputs = 0, 0
         for one in matrices:
             share = one.share(block.shards)
@@ -241,18 +254,21 @@ class StepCost:
             num_experts, matmuls, moved, block.bytes_of("experts") / num_experts, reach, block.shards.moe_expert
         )
 
-    # --- what a step takes ---
+    # --- Time of a step ---
 
     def step_time(self, batch: StepBatch) -> StepTime:
-        """Of one step of one decode step. Its rows pass the stages of a pipeline in groups, as many as the engine
-        makes: one a stage while all decode, several decode steps at a time, four a stage with prompts; the stages fill
-        and empty."""
+        """Return the time of an engine step with one decode step.
+
+        In a pipeline the batch passes the stages in micro-batches, as in the engine: one per stage if all requests
+        decode, with several decode steps before the pipeline drains; four per stage with prompts. The bubble is the
+        time that stages are idle while the pipeline fills and drains.
+        """
         stages, virtual_stages = self.num_stages, self.placement.virtual_stages
         groups = stages * (_MICRO_BATCHES if batch.prefill and stages > 1 else 1)
-        groups = min(groups, max(1, int(batch.tokens)))  # none is empty
+        groups = min(groups, max(1, int(batch.tokens)))  # no group is empty
         each = StepBatch(batch.decode / groups, batch.prefill / groups, batch.context, batch.prompt)
         link, out = self._collectives(_grain(each.tokens), _grain(max(each.decode, 1.0)))
-        passes = max(1.0, groups / stages)  # of all layers, one group at a time; fewer groups leave stages idle
+        passes = max(1.0, groups / stages)  # of one group through all layers; fewer groups leave stages idle
         compute, memory, launch, waiting = (passes * one for one in self._work(each))
         link, out = passes * link, passes * out
         if self.dispatch != SILENT:
@@ -262,11 +278,13 @@ class StepCost:
         return StepTime(compute, memory, link, out, launch, bubble)
 
     def _work(self, each: StepBatch) -> tuple[float, float, float, float]:
-        """Seconds of products, memory and launches of one group of tokens through all layers; and of waiting at
-        exchanges for ranks that are later."""
+        """Return the seconds of one micro-batch through all layers: compute, memory, launches and waiting.
+
+        Waiting is the time at an all-to-all until the slowest rank arrives.
+        """
         if (known := self._worked.get(each)) is not None:
             return known
-        times = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, what tokens decide
+        times = [0.0, 0.0, 0.0, 0.0]  # compute, memory, launch; of these, the seconds that depend on tokens
         self._outside(each, times)
         waiting = 0.0
         for layer in self._layers:
@@ -286,8 +304,10 @@ class StepCost:
         return self._worked[each]
 
     def _pass(self, times: list[float], compute: float, weights: float, kernels: int, *, pages: float = 0.0) -> None:
-        """Add an op by a smooth roofline: the Euclidean norm of its compute time and its memory time, for weights and
-        pages."""
+        """Add an op by a smooth roofline: the Euclidean norm of its compute time and memory time.
+
+        weights, pages: bytes of weights and of KV cache pages that the op reads.
+        """
         read = weights / self._bandwidth
         memory = read + pages / self._bandwidth
         seconds = math.hypot(compute, memory)
@@ -296,13 +316,12 @@ class StepCost:
         times[3] += seconds - read
 
     def _move(self, times: list[float], num_bytes: float) -> None:
-        """Adds activations that kernels hand to each other: norms, quantizing and the like run before a product or
-        after it, not beside."""
+        """Add activation bytes between kernels: norms, quantization and others do not overlap with matmuls."""
         times[1] += num_bytes / self._bandwidth
         times[3] += num_bytes / self._bandwidth
 
     def _outside(self, batch: StepBatch, times: list[float]) -> None:
-        """Embedding and head; logits of the rows that draw."""
+        """Add the embedding, the LM head and the logits of decoding requests."""
         width, item = self.config.hidden_size, self.device_memory.itemsize
         vocab = self._vocab
         moved = vocab * width * item + batch.decode * (vocab * 12 + width * item)
@@ -315,7 +334,7 @@ class StepCost:
         )
 
     def _attend(self, layer: _LayerCost, batch: StepBatch, times: list[float]) -> None:
-        """Over cached keys and values, and among a prompt's own."""
+        """Add attention of decoding requests over the KV cache, and of prompt tokens within their prompt."""
         met = batch.decode * layer.seen(batch.context) / self._context_ranks
         self._pass(times, met * layer.decode_flops / self._plain_rate, 0.0, 2, pages=met * layer.kv_bytes)
         if batch.prefill:
@@ -323,7 +342,7 @@ class StepCost:
             self._pass(times, met * layer.prefill_flops / self._plain_rate, 0.0, 1)
 
     def _meet_experts(self, experts: _ExpertCost, batch: StepBatch, times: list[float]) -> None:
-        """The fullest rank's: as many tokens as come to it, and the experts that any of them chose."""
+        """Add the experts of the most loaded rank: the tokens it receives and the experts that they activate."""
         moe = self.config.moe
         assert moe is not None
         tokens = batch.tokens * experts.reach
@@ -335,7 +354,7 @@ class StepCost:
         self._move(times, experts.moved * chosen)
 
     def _collectives(self, tokens: int, sampled: int) -> tuple[float, float]:
-        """Seconds on links of a fast fabric, and between those, of one group of tokens through all layers."""
+        """Return the collective seconds of one micro-batch, inside and between scale-up domains."""
         if self.dispatch == SILENT:
             return 0.0, 0.0
         seconds = self._said.get((tokens, sampled))
@@ -350,7 +369,7 @@ class StepCost:
 
     @cached_property
     def _planned(self) -> list[tuple[Collective, RankGroup, int, bool]]:
-        """Collectives of very many tokens, and of one row that draws; whether they grow with tokens."""
+        """Return (collective, group, count, scales_with_tokens) for _MANY tokens and for one sampled row."""
         return [*self._planned_for(_MANY * self._context_ranks, 0), *self._of_rows]
 
     @cached_property
@@ -363,20 +382,20 @@ class StepCost:
             return planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
 
         planned = planned_of(sampled)
-        if not tokens:  # how many tokens come is told even where none do; that goes with the tokens
+        if not tokens:  # token counts are exchanged even for zero tokens; they are counted with the tokens
             planned -= planned_of(0)
         grouped = []
         for one, count in planned.items():
             if not one.result_bytes:
                 continue
             group = group_of(one.axes, self._shape, self.hardware.scale_up_devices)
-            if one.op == "ragged-all-to-all":  # planned are the most that may travel
+            if one.op == "ragged-all-to-all":  # the planned bytes are an upper bound
                 one = replace(one, result_bytes=self._visited_bytes(group.ranks))
             grouped.append((one, group, count, bool(tokens)))
         return grouped
 
     def _visited_bytes(self, ranks: int) -> int:
-        """Of _MANY tokens, each sent once to every rank that has one of its experts, which are drawn at random."""
+        """Return the bytes of _MANY tokens, each sent once to every rank with one of its experts, chosen at random."""
         moe = self.config.moe
         assert moe is not None
         ranks = min(ranks, moe.num_experts)
@@ -386,8 +405,11 @@ class StepCost:
 
 
 def attention_dims(config: ModelConfig, block: DeviceLayers) -> tuple[int, int, int]:
-    """Heads of a layer on a device, and for each of them the products of a query and a token it attends to: of a cached
-    one, and of a prompt's own."""
+    """Return (heads on a device, decode dims, prefill dims) of a layer.
+
+    The dims are the multiply-adds per head for a query and a token it attends to: a cached token in decode, a token of
+    the same prompt in prefill.
+    """
     heads, mla = block.sizes.kv_slots // block.shards.kv_head * block.sizes.group_slots, config.mla
     if mla is None:
         return heads, 2 * config.head_dim, 2 * config.head_dim
@@ -395,18 +417,18 @@ def attention_dims(config: ModelConfig, block: DeviceLayers) -> tuple[int, int, 
 
 
 def matrices_of(block: DeviceLayers, part: Part) -> list[ParameterShape]:
-    """Of a part that every token meets."""
+    """Return the matrices of a part that multiplies every token."""
     return [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
 
 
 def experts_of(block: DeviceLayers) -> tuple[int, list[ParameterShape]]:
-    """How many experts a device holds of a layer, and the matrices of all of them."""
+    """Return the number of a layer's experts on a device, and their matrices."""
     num_experts = block.sizes.moe_experts // block.shards.moe_expert
     return num_experts, [one for one, _ in block.params if one.part == "experts" and one.lead]
 
 
 def _grain(value: float) -> int:
-    """Whole numbers that stand for those near them, an eighth apart."""
+    """Round up to an integer on a grid with steps of about an eighth, so that nearby values share one estimate."""
     whole = max(1, math.ceil(value))
     step = 1 << max(0, whole.bit_length() - 4)
     return -(-whole // step) * step
@@ -418,7 +440,7 @@ def _loads(num_experts: int, skew: float) -> np.ndarray:
 
 @lru_cache(maxsize=1 << 16)
 def chosen_share(num_experts: int, top_k: int, skew: float, tokens: float) -> float:
-    """The share of experts that any of so many tokens chose, whose loads fall off as (1 + place) ** -skew."""
+    """Return the share of experts that a number of tokens activates, with loads (1 + index) ** -skew."""
     loads = _loads(num_experts, skew)
     each = np.minimum(top_k * loads / loads.sum(), 1.0 - 1e-12)
     return float(1 - np.exp(tokens * np.log1p(-each)).mean())
@@ -426,8 +448,10 @@ def chosen_share(num_experts: int, top_k: int, skew: float, tokens: float) -> fl
 
 @lru_cache(maxsize=1024)
 def imbalance(num_experts: int, ranks: int, skew: float) -> float:
-    """Load of the fullest of so many ranks over the mean, where experts' loads fall off as (1 + place) ** -skew and
-    experts stand in no order: the mean of some deals, always the same ones."""
+    """Return the load of the most loaded rank over the mean load, with expert loads (1 + index) ** -skew.
+
+    Experts are assigned to ranks at random: the result is the mean over 32 assignments with a fixed seed.
+    """
     if ranks <= 1 or skew == 0:
         return 1.0
     loads = _loads(num_experts, skew)

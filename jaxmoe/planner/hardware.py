@@ -1,4 +1,4 @@
-"""Hardware facts: memory, rates and links of a kind of device, from a preset of meshes/ or a user's TOML file."""
+"""Read hardware facts: memory, rates and links of a device, from a preset in meshes/ or a user's TOML file."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ Platform = Literal["cuda", "rocm", "tpu", "cpu"]
 # (bytes of the whole message, microseconds), in the order of bytes
 Points = tuple[tuple[float, float], ...]
 
-_MIN = 1e-9  # of any number here that is not 0
+_MIN = 1e-9  # least value of any nonzero number
 _MAX_TORUS_DIMS = 3
-_MORE_GIB = 1.1  # times hbm_gb: what is sold as 16 GB may be 16 GiB, not more
-# Facts by which links are priced where no table was measured: those of a preset are no longer true where a file changes
-# one. A share of rates attained is one of both.
+_MORE_GIB = 1.1  # limit of hbm_gib / hbm_gb: memory sold as 16 GB may be 16 GiB, not more
+# Link facts behind each table of measured collectives. If a file changes one of them, or attained.link, the measured
+# tables of its preset are not valid any more.
 _LINK_FACTS = {
     "collectives": ("scale_up", "scale_up_gbps", "latency_us", "torus_dims"),
     "collectives_between_nodes": ("scale_out_gbps", "scale_out_latency_us"),
 }
 
-# Tables beside [hardware] and [axes], and the keys of those that are numbers by name
+# Tables other than [hardware] and [axes], and the keys of the tables of rates
 _COLLECTIVES = ("collectives", "collectives_between_nodes")
 _RATES = {"tflops": ("bf16", "f32", "fp8", "int8", "fp4"), "attained": ("hbm", "compute", "link")}
-_RATE_NAMES = {"bfloat16": "bf16", "float16": "bf16", "float32": "f32"}  # of dtypes, in [tflops]
+_RATE_NAMES = {"bfloat16": "bf16", "float16": "bf16", "float32": "f32"}  # aliases of dtypes in [tflops]
 
 _GIB = 1 << 30
-_LARGEST = 1e18  # of any number here
-# The share of a rate on paper that well-tuned programs attain; measured rates (jaxmoe probe) are attained whole.
+_LARGEST = 1e18  # upper limit of any number
+# Default share of a peak rate that well-tuned programs attain. Measured rates (jaxmoe probe) have a share of 1.
 _HBM, _COMPUTE, _LINK = 0.8, 0.8, 0.8
 
 
 class _FactError(MeshError):
-    """A fact that cannot be; place: its table and key in a file."""
+    """Report an invalid hardware fact. place: its table and key in the file."""
 
     def __init__(self, message: str, *place: str) -> None:
         super().__init__(message)
@@ -54,15 +54,19 @@ class _FactError(MeshError):
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
-    """One kind of device and how such devices are joined.
+    """Describe one kind of device and its interconnect.
 
-    hbm_gb: as sold; hbm_gib: what a program may use. *_gbps: 10^9 bytes a second of one device, links one way.
-    devices_per_node: of one host. scale_up_devices: the most that one fast fabric joins, a node's of GPUs, a slice's of
-    TPUs. scale_up: "switch" (all at full rate), "torus" (neighbors along torus_dims dims), "peers" (each pair has a
-    link of its own). tflops: dense, by dtype: bf16, f32, fp8, int8, fp4. attained: shares of these rates that programs
-    get: hbm, compute, link. collectives: measured, by op and ranks, inside the fast fabric; collectives_between_nodes:
-    of ranks that all lie on other nodes; where none is, rates are used.
-    latency_us, scale_out_latency_us: of one message. dollars_per_hour: of one device.
+    hbm_gb: nominal memory. hbm_gib: memory that a program may use. hbm_gbps: memory bandwidth in 10^9 bytes/s.
+    scale_up_gbps, scale_out_gbps: link bandwidth of one device in one direction, in 10^9 bytes/s, inside and between
+    scale-up domains. devices_per_node: devices of one host. scale_up_devices: most devices of one scale-up domain (the
+    GPUs of an NVLink domain, a slice of TPUs); by default devices_per_node.
+
+    scale_up: "switch" (all devices at full rate), "torus" (neighbors along torus_dims dims) or "peers" (a separate link
+    for each pair). tflops: dense peak TFLOP/s by dtype: bf16, f32, fp8, int8, fp4. attained: shares of the peak rates
+    that programs attain: hbm, compute, link. collectives: measured times inside a scale-up domain, by op and number of
+    ranks. collectives_between_nodes: measured times of ranks that are all on different nodes. Without measurements,
+    times follow from the rates. latency_us, scale_out_latency_us: latency of one message. dollars_per_hour: price of
+    one device.
     """
 
     device: str
@@ -113,8 +117,8 @@ class HardwareSpec:
             )
         if self.hbm_gib > _MORE_GIB * self.hbm_gb:
             raise _FactError(
-                f"hardware hbm_gib={self.hbm_gib:g} must not exceed what is sold, hbm_gb={self.hbm_gb:g}: it is what a "
-                f"program may use of that", "hardware", "hbm_gib",
+                f"hardware hbm_gib={self.hbm_gib:g} must not exceed the nominal memory, hbm_gb={self.hbm_gb:g}: it is "
+                f"the part that a program may use", "hardware", "hbm_gib",
             )  # fmt: skip
         for name, value, known in (
             ("platform", self.platform, get_args(Platform)), ("scale_up", self.scale_up, get_args(Topology)),
@@ -126,7 +130,7 @@ class HardwareSpec:
         for name, names in _RATES.items():
             for key, rate in getattr(self, name).items():
                 if key not in names:
-                    raise _FactError(f"hardware [{name}] {key}: there are {', '.join(names)}", name, key)
+                    raise _FactError(f"hardware [{name}] {key}: valid keys are {', '.join(names)}", name, key)
                 if not _is_number(rate) or rate <= 0:
                     raise _FactError(
                         f"hardware [{name}] {key}={rate!r} must be a number above 0 and below {_LARGEST:g}", name, key
@@ -140,39 +144,41 @@ class HardwareSpec:
 
     @cached_property
     def priced(self) -> dict[tuple[Hashable, ...], dict[Any, Any]]:
-        """What was priced on it before: collectives (links.py) and work (cost.py), each by all that decides it."""
+        """Cache the estimates for this hardware: collectives (links.py) and compute (cost.py), by all their inputs."""
         return {}
 
     @property
     def hbm_bytes(self) -> float:
-        """What a program may use of a device's memory."""
+        """Return the bytes of a device's memory that a program may use."""
         return self.hbm_gib * _GIB
 
     @property
     def fabric(self) -> str:
-        """What people call the devices of one fast fabric: a node of GPUs, a slice of TPUs, else a fabric."""
+        """Return the common name of a scale-up domain: "slice" for TPUs, "node", or "fabric" if larger than a node."""
         if self.scale_up == "torus":
             return "slice"
         return "node" if self.scale_up_devices <= self.devices_per_node else "fabric"
 
     @property
     def bytes_per_s(self) -> float:
-        """Of a device's memory, as programs attain it."""
+        """Return the attainable memory bandwidth of a device."""
         return self.hbm_gbps * 1e9 * self.attained.get("hbm", _HBM)
 
     def flops_per_s(self, dtype: str) -> float:
-        """Of products in a dtype (bf16, f32, fp8, int8, fp4), as programs attain it; a dtype without products of its
-        own is computed in bf16."""
+        """Return the attainable FLOP/s of matmuls in a dtype: bf16, f32, fp8, int8 or fp4.
+
+        A dtype that the hardware does not support is computed in bf16.
+        """
         return self.tflops.get(dtype, self.tflops["bf16"]) * 1e12 * self.attained.get("compute", _COMPUTE)
 
     def link_bytes_per_s(self, *, scale_out: bool) -> float:
-        """Of a device's links, one way, as programs attain it."""
+        """Return the attainable link bandwidth of a device in one direction."""
         rate = self.scale_out_gbps if scale_out else self.scale_up_gbps
         return rate * 1e9 * self.attained.get("link", _LINK)
 
 
 def names_nodes(name: str) -> bool:
-    """Whether hardware that read_hardware reads says how many nodes there are; one is a number of them, too."""
+    """Return whether a preset or file for read_hardware sets the number of nodes, including 1."""
     raw = hardware_presets().get(name)
     if raw is None:
         raw = tomllib.loads(expanded(name, "hardware", MeshError).read_text(encoding="utf-8"))
@@ -180,14 +186,14 @@ def names_nodes(name: str) -> bool:
 
 
 def hardware_names() -> list[str]:
-    """Presets of meshes/ that say what hardware is, sorted."""
+    """Return the sorted presets of meshes/ that describe a device."""
     return sorted(name for name, raw in hardware_presets().items() if "device" in raw.get("hardware", {}))
 
 
 def read_hardware(name: str) -> HardwareSpec:
-    """The hardware of a preset (b200), of a mesh preset that names one, or of a TOML file.
+    """Read the hardware of a preset (b200), of a mesh preset that names one, or of a TOML file.
 
-    Raises: MeshError naming the file, the line, the key and what would be accepted, or the nearest presets.
+    Raises: MeshError naming the file, the line, the key and the accepted values, or the nearest presets.
     """
     if name in hardware_presets():
         return _hardware(hardware_presets()[name], name)
@@ -214,14 +220,17 @@ def read_hardware(name: str) -> HardwareSpec:
 
 @cache
 def hardware_presets() -> dict[str, dict[str, Any]]:
-    """What stands in each file of meshes/, by name."""
+    """Read every file of meshes/, by name."""
     return {
         path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in asset_dir("meshes").glob("*.toml")
     }  # fmt: skip
 
 
 def line_of(text: str, *place: str) -> int | None:
-    """Where in the text of a TOML file a key stands (its tables, then itself), else the nearest table around it."""
+    """Return the line number of a key in the text of a TOML file, else of the nearest table around it.
+
+    place: the key's tables, then the key.
+    """
     table: tuple[str, ...] = ()
     line_numbers: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -244,7 +253,7 @@ def _parts(dotted: str) -> tuple[str, ...]:
 
 
 def _not_toml(text: str, name: str, said: str) -> str:
-    """What the parser said of a file, with the line and what stands there."""
+    """Return the parser's message for a file, with the line number and the text of the line."""
     lines = text.splitlines() or [""]
     at = re.search(r"\(at line (\d+), column \d+\)", said)
     if "integer string conversion" in said:
@@ -269,7 +278,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> HardwareSpec:
     tables = ("axes", "hardware", *_RATES, *_COLLECTIVES)
     for table in raw:
         if table not in tables:
-            raise _FactError(f"unknown table [{table}]; there are {', '.join(tables)}", table)
+            raise _FactError(f"unknown table [{table}]; valid tables are {', '.join(tables)}", table)
         if not isinstance(raw[table], Mapping):
             raise _FactError(f"{table} must be a table, as in meshes/h100.toml", table)
     _check_axes(raw.get("axes", {}))
@@ -288,7 +297,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> HardwareSpec:
     for key in facts:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"
+            hint = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(keys)}"
             raise _FactError(f"unknown key {key!r} in [hardware]; {hint}", "hardware", key)
     for table in _RATES:
         if table in raw:
@@ -308,7 +317,7 @@ def _hardware(raw: Mapping[str, Any], name: str) -> HardwareSpec:
 
 
 def _rates(raw: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """A table of rates, its dtypes by the names that Hardware has for them; float16 is as fast as bfloat16."""
+    """Return a table of rates with the dtype names of HardwareSpec; float16 is as fast as bfloat16."""
     rates: dict[str, Any] = {}
     for key, rate in raw.items():
         name = _RATE_NAMES.get(canonical_dtype(key), key) if table == "tflops" else key
@@ -320,9 +329,11 @@ def _rates(raw: Mapping[str, Any], table: str) -> dict[str, Any]:
 
 
 def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a preset's facts, those that still hold beside a file's own: measured times of links until a fact of such
-    links is another, a fast fabric of as many devices as a node has until a node has others, and the share of memory
-    that a program may use."""
+    """Return a preset's facts without the ones that a file's own facts invalidate.
+
+    Measured collectives are dropped if a fact of their links changes, and scale_up_devices if devices_per_node changes
+    (except for a torus). If hbm_gb changes without hbm_gib, hbm_gib keeps its share of hbm_gb.
+    """
     kept = dict(based)
     changed = {key for key, value in facts.items() if key in based and value != based[key]}
     link = "attained" in changed and facts["attained"].get("link") != based["attained"].get("link")
@@ -339,7 +350,7 @@ def _not_contradicted(based: Mapping[str, Any], facts: Mapping[str, Any]) -> dic
 def _check_axes(axes: Mapping[str, Any]) -> None:
     for axis, size in axes.items():
         if axis not in AXES:
-            raise _FactError(f"[axes] {axis}: there are {', '.join(AXES)}", "axes", axis)
+            raise _FactError(f"[axes] {axis}: valid axes are {', '.join(AXES)}", "axes", axis)
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < _LARGEST:
             raise _FactError(f"[axes] {axis}={size!r} must be a whole number of at least 1", "axes", axis)
 

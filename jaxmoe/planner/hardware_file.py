@@ -1,4 +1,4 @@
-"""Hardware facts written as a TOML file that read_hardware reads back to the same facts."""
+"""Write hardware facts as a TOML file that read_hardware reads back to the same facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hardware_text(
     heading: Iterable[str] = (),
     notes: Mapping[str, str] | None = None,
 ) -> str:
-    """The facts as TOML. heading: comments at the top; notes: a comment beside a key of [hardware]."""
+    """Format the facts as TOML. heading: comment lines at the top. notes: trailing comments by key of [hardware]."""
     notes = notes or {}
     lines = [f"# {one}" for one in heading]
     if axes:
@@ -47,14 +47,14 @@ def hardware_text(
 
 
 def write_hardware(path: Path, text: str, hardware: HardwareSpec) -> None:
-    """Puts text at path once it reads back to the same facts; a file there is replaced, whole or not at all.
+    """Write text to path after checking that it reads back to the same facts; replace an existing file atomically.
 
-    Raises: OSError where the folder cannot be written.
+    Raises: OSError if the folder cannot be written.
     """
     beside = path.with_name(f".{path.stem}.{os.getpid()}.toml")
     try:
         beside.write_text(text, encoding="utf-8")
-        assert read_hardware(str(beside)) == hardware, f"{path} would not read back to what was measured"
+        assert read_hardware(str(beside)) == hardware, f"{path} would not read back to the measured facts"
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""What would improve a plan: of the request, each change that is not so already, priced on the plan's own split.
+"""List the changes to a request that would improve its plan, each estimated on the plan's own split.
 
-Other splits are no remedy: all were priced, unless a mesh was asked for. What is left is dtypes, requests, limits,
-virtual stages; and links and devices, where they are the bottleneck or were looked at.
+Other splits are not listed: the search has estimated all of them, unless the request fixes the mesh. The changes
+concern dtypes, the number of requests, latency limits and virtual stages. Faster links and another mesh are listed if
+links or pipeline bubbles are the bottleneck, more devices if a search with twice as many found a better plan.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ _WIDE = ("float32", "bfloat16", "float16")
 
 
 def improvements(request: SearchRequest, best: ServingPlan, bottleneck: str, *, more_devices: bool) -> list[str]:
-    """What to ask for, with what it gains, the most first: what gains no more than prices are exact is left out. binds:
-    the part of a step that takes longest (cost.StepTime.parts). more_devices: whether the best plan of twice the
-    devices is better."""
+    """Return changes to the request that improve the plan, each with its gain, the largest gain first.
+
+    Gains up to REL_TOLERANCE, the accuracy of the estimates, are omitted. bottleneck: the part of the mean step that
+    takes longest, a key of cost.StepTime.parts. more_devices: whether the best plan for twice the devices is better.
+    """
     gains = ((words, _gain(request, best, other)) for words, other in _changes(request, best))
     ranked = sorted(((words, gain) for words, gain in gains if gain > REL_TOLERANCE), key=lambda one: -one[1])
     lines = [f"{words}: {_gained(request, gain)}" for words, gain in ranked]
@@ -30,7 +33,7 @@ def improvements(request: SearchRequest, best: ServingPlan, bottleneck: str, *, 
 
 
 def _gain(request: SearchRequest, best: ServingPlan, other: SearchRequest) -> float:
-    """How much more is served, or how much sooner, of the same split with another request; 0 where it has no room."""
+    """Return the relative gain in the objective if the same split serves another request; 0 if it cannot."""
     parallelism, workload = best.parallelism, other.workload
     if request.objective == "latency":
         workload = replace(workload, concurrency=best.estimate.concurrency)
@@ -52,10 +55,10 @@ def _gained(request: SearchRequest, gain: float) -> str:
 
 
 def _changes(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
-    """Each with the request that it makes."""
+    """Yield each change in words, with the changed request."""
     yield from _weights(request)
     if best.serving.device_memory.kv_dtype in _WIDE:
-        yield "shorter pages (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
+        yield "quantized KV cache (--kv-dtype fp8)", replace(request, kv_dtype="fp8")
     yield from _requests(request, best)
     stages, virtual_stages = dict(best.parallelism.axes)["pipeline"], 2 * best.parallelism.virtual_stages
     if stages > 1 and request.config.num_hidden_layers >= stages * virtual_stages:
@@ -66,32 +69,36 @@ def _changes(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, S
 
 
 def _weights(request: SearchRequest) -> Iterator[tuple[str, SearchRequest]]:
-    """Shorter numbers: those published, else those that the hardware multiplies faster, else those it unpacks."""
+    """Yield a quantized weight dtype, unless the weights are quantized.
+
+    A dequantized checkpoint's own quantization comes first, then a dtype that the hardware multiplies faster than bf16,
+    then int8.
+    """
     config, rates = request.config, request.hardware.tflops
     if config.quantization is not None:
         return
-    if config.checkpoint_quantization is not None:  # and dequantized
+    if config.checkpoint_quantization is not None:  # dequantized on request
         name = config.checkpoint_quantization.format.name
         as_stored = with_checkpoint_quantization(config, config.checkpoint_quantization, FAMILIES[config.family].names)
         yield (
-            f"weights as the checkpoint has them (leave out --weights-dtype: {name})",
+            f"quantized weights as in the checkpoint (omit --weights-dtype: {name})",
             replace(request, config=as_stored),
         )
         return
     known = [name for name in ("fp8", "int8") if rates.get(name, 0) > rates["bf16"]]
     name = known[0] if known else "int8"
-    yield f"shorter weights (--weights-dtype {name})", replace(request, config=with_weights_dtype(config, name))
+    yield f"quantized weights (--weights-dtype {name})", replace(request, config=with_weights_dtype(config, name))
 
 
 def _requests(request: SearchRequest, best: ServingPlan) -> Iterator[tuple[str, SearchRequest]]:
-    """More requests for the same weights and launches, where it is the request that keeps them few."""
+    """Yield a higher concurrency, which amortizes weight reads and launches, if the request limits concurrency."""
     if request.objective == "latency" or best.estimate.concurrency >= best.max_requests:
         return
     if request.workload.concurrency is not None:
         free = replace(request, workload=replace(request.workload, concurrency=None))
-        yield f"more requests at once (--max-num-seqs, up to {best.max_requests:,})", free
+        yield f"more concurrent requests (--max-num-seqs, up to {best.max_requests:,})", free
     elif limited(request):
-        yield "looser limits, which let more requests in", replace(request, ttft_limit=None, tpot_limit=None)
+        yield "looser latency limits, which admit more requests", replace(request, ttft_limit=None, tpot_limit=None)
 
 
 def _links(request: SearchRequest, bottleneck: str) -> Iterator[str]:
@@ -99,6 +106,6 @@ def _links(request: SearchRequest, bottleneck: str) -> Iterator[str]:
     if bottleneck in ("link", "scale_out"):
         rate = hardware.scale_up_gbps if bottleneck == "link" else hardware.scale_out_gbps
         where = f"inside a {hardware.fabric}" if bottleneck == "link" else f"between {hardware.fabric}s"
-        yield f"faster links {where} than {rate:g} GB/s a device"
+        yield f"faster links {where} than {rate:g} GB/s per device"
     if request.axes and bottleneck in ("link", "scale_out", "bubble"):
-        yield "another mesh, of which none was priced (leave out --mesh)"
+        yield "another mesh, since only the given one was estimated (omit --mesh)"

@@ -1,9 +1,9 @@
-"""What a collective costs: the devices that take part, the links between them, measured times where there are any.
+"""Estimate the time of a collective from its devices, the links between them, and measured times if available.
 
-Times are read off measured tables piecewise, in the logarithms of bytes and of microseconds; a straight line between
-a latency and a bandwidth errs by 21 to 56% (ai-dynamo/aiconfigurator's tables of NCCL). Beyond a table, and where none
-was measured, rings are counted in bytes and steps. Between nodes a collective is taken apart: within every node
-first, then each device with its equals of the other nodes.
+Measured tables are interpolated piecewise linearly in the logarithms of bytes and microseconds; a linear model of
+latency and bandwidth has errors of 21 to 56% (ai-dynamo/aiconfigurator's tables of NCCL). Times of messages larger than
+a table's last scale with their bytes. Without a table, rings are estimated from bytes and steps. A collective across
+nodes is hierarchical: first inside every node, then between devices of the same index in different nodes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from jaxmoe.parallel.collectives import Collective, CollectiveOp, sent_of
 from jaxmoe.parallel.mesh import AXES
 from jaxmoe.planner.hardware import HardwareSpec, Points
 
-# Small all-reduces inside a node need no library: one kernel reads the message of every peer. vllm-project/vllm#37756
-# has 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X; to which
-# comes a launch, as in cost.py.
+# A small all-reduce inside a node is one custom kernel that reads the message of every peer. vllm-project/vllm#37756
+# measures 7 us for 16 KiB, 11 for 512 KiB and 17 for 1 MiB among 8 B300, #19744 7.2, 14.7 and 22.9 among 4 MI300X. Add
+# a kernel launch, as in cost.py.
 _KERNEL_PLATFORMS, _KERNEL_SECONDS, KERNEL_BYTES = ("cuda", "rocm"), 10e-6, 2 << 20
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Devices that a collective joins: `ranks` in all, `inside` of them on one fast fabric; apart: how many devices
-    lie between neighbors there."""
+    """Describe the devices of a collective.
+
+    ranks: number of devices. inside: number of them in one scale-up domain. apart: distance in device indices between
+    neighbors in the domain.
+    """
 
     ranks: int
     inside: int
@@ -36,12 +39,15 @@ class RankGroup:
 
     @property
     def across(self) -> int:
-        """Fabrics that take part."""
+        """Return the number of scale-up domains that the group spans."""
         return -(-self.ranks // self.inside)
 
 
 def group_of(axes: tuple[str, ...], sizes: Mapping[str, int], domain: int) -> RankGroup:
-    """The devices along some axes of a mesh whose devices fill fabrics of `domain` each, tensor innermost."""
+    """Return the group of devices along mesh axes.
+
+    Devices fill scale-up domains of `domain` devices in mesh order, with the tensor axis innermost.
+    """
     return _group(axes, tuple(sizes.get(axis, 1) for axis in AXES), domain)
 
 
@@ -53,19 +59,19 @@ def _group(axes: tuple[str, ...], sizes: tuple[int, ...], domain: int) -> RankGr
         if axis in axes and size > 1:
             places = [place + step for step in steps for place in places]
             apart = apart or stride
-        else:  # where groups begin, as far as it matters to fabrics
+        else:  # first device of every group, modulo the domain
             starts = sorted({(start + step) % domain for step in steps for start in starts})
         stride *= size
-    # The group that lies worst: the others wait for it.
+    # The group with the fewest devices per domain: all others wait for it.
     inside = min(min(Counter((start + place) // domain for place in places).values()) for start in starts)
     return RankGroup(len(places), inside, apart or 1)
 
 
 class LinkModel:
-    """Prices collectives on one kind of hardware, in seconds."""
+    """Estimate the seconds of collectives on one kind of hardware."""
 
     def __init__(self, hardware: HardwareSpec, *, devices: int) -> None:
-        """devices: of the whole mesh; a torus is taken as near to a cube as they are."""
+        """Prepare estimates for a mesh of `devices` devices; a torus is approximated by a cube."""
         self.hardware = hardware
         self._side = max(2.0, devices ** (1 / hardware.torus_dims))
         self._priced: dict[tuple[CollectiveOp, int, RankGroup], float] = hardware.priced.setdefault(
@@ -73,7 +79,7 @@ class LinkModel:
         )
 
     def seconds(self, collective: Collective, group: RankGroup) -> float:
-        """Of one collective among a group."""
+        """Return the seconds of one collective among a group."""
         op: CollectiveOp = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
         whole = collective.whole_bytes(group.ranks)
         if group.ranks == 1 or not whole:
@@ -91,20 +97,20 @@ class LinkModel:
         if op == "all-to-all":
             near = self._within(op, whole * inside / group.ranks, group) if inside > 1 else 0.0
             return max(near, self._far(op, whole / inside, across, times=inside))
-        far = self._far(op, whole / inside, across)  # of what a device and its equals of other fabrics have
+        far = self._far(op, whole / inside, across)  # between devices of the same index in different domains
         if inside == 1:
             return far
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
 
     def _far(self, op: CollectiveOp, whole: float, ranks: int, *, times: int = 1) -> float:
-        """Among devices of as many fabrics, each beside its neighbors of the same; of `times` such messages."""
+        """Return the seconds between domains of `times` messages, while all devices of a domain communicate."""
         if tables := self.hardware.collectives_between_nodes.get(op):
             return self._measured(tables, op, whole * times, ranks)
         steps = 1 if op in ("collective-permute", "all-to-all") else ranks * (2 if op == "all-reduce" else 1)
         return self._out(sent_of(op, whole * times, ranks), steps)
 
     def _out(self, sent: float, steps: int) -> float:
-        """So many bytes of a device to other fabrics; steps grow a tree's way."""
+        """Return the seconds for a device to send bytes to other domains; latency grows with log2(steps)."""
         hardware = self.hardware
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
         return latency + sent / hardware.link_bytes_per_s(scale_out=True)
@@ -116,8 +122,10 @@ class LinkModel:
         return self._listed(op, whole, ranks)
 
     def _by_a_kernel(self, whole: float, ranks: int) -> float:
-        """An all-reduce by one kernel that reads its peers' memory: all of every message at once, or each its part
-        and then the sums of the others."""
+        """Return the seconds of a custom all-reduce kernel that reads its peers' memory.
+
+        The result is the faster of one-shot (read all messages) and two-shot (reduce-scatter, then all-gather).
+        """
         once = _KERNEL_SECONDS + self._sent_seconds("all-gather", whole * ranks, ranks)
         twice = 2 * (_KERNEL_SECONDS + self._sent_seconds("all-gather", whole, ranks))
         return min(once, twice)
@@ -130,15 +138,17 @@ class LinkModel:
         return latency + self._sent_seconds(op, whole, ranks)
 
     def _measured(self, tables: Mapping[int, Points], op: CollectiveOp, whole: float, ranks: int) -> float:
-        """Interpolate the table of the nearest number of ranks; for another number at equal bytes per device, with
-        latency growing as log2(ranks)."""
+        """Interpolate the table of the nearest number of ranks, at equal bytes per device.
+
+        Latency grows with log2(ranks).
+        """
         near = min(tables, key=lambda n: (abs(math.log2(n / ranks)), n))
         sent = sent_of(op, whole, ranks) / sent_of(op, 1, near)
         more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
         return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
 
     def _sent_seconds(self, op: CollectiveOp, whole: float, ranks: int) -> float:
-        """By the bytes each device sends, over the links that the group can use."""
+        """Return the seconds for the bytes that each device sends over the links the group can use."""
         hardware = self.hardware
         rate = hardware.link_bytes_per_s(scale_out=False)
         if hardware.scale_up == "peers":
@@ -146,13 +156,13 @@ class LinkModel:
         if hardware.scale_up == "torus":
             dims = min(hardware.torus_dims, max(1, math.ceil(math.log(ranks, self._side) - 1e-9)))
             rate *= dims / hardware.torus_dims
-            if op == "all-to-all":  # every byte takes a quarter of a ring's hops along each dim, either way round
+            if op == "all-to-all":  # on average a quarter of the ring's hops along each dim
                 return whole * max(1.0, min(self._side, ranks) / 4) / rate
         return sent_of(op, whole, ranks) / rate
 
 
 def _read(points: Points, size: float) -> float:
-    """Microseconds of a message of `size` bytes."""
+    """Interpolate the microseconds of a message of `size` bytes."""
     if size <= points[0][0]:
         return points[0][1]
     if size >= points[-1][0]:

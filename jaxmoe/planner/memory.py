@@ -1,4 +1,4 @@
-"""What a device holds: weights by part, keys and values of a token, what a step needs besides; how many tokens fit."""
+"""Compute the memory of a device: weights by part, KV cache bytes per token, and temporary buffers of a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxmoe.planner.parameters import (
 )
 from jaxmoe.planner.sizes import Part
 
-# Bytes of a cached number, and of the scale of a head's.
+# Bytes of a cached element, and of the scale per head and token, by KV cache dtype.
 KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {
     "float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "fp8": (1, 4), "int8": (1, 4),
 }  # fmt: skip
@@ -33,8 +33,10 @@ KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class DeviceLayers:
-    """Layers of one kind, as a device sees them: num_slots it has room for, num_layers of the model in all
-    stages together."""
+    """Describe layers of one kind as one device holds them.
+
+    num_slots: layer slots on the device. num_layers: layers of the model, over all pipeline stages.
+    """
 
     layer: int
     num_slots: int
@@ -42,23 +44,26 @@ class DeviceLayers:
     sizes: ArraySizes
     placement: Placement
     shards: ShardCounts
-    params: tuple[tuple[ParameterShape, int], ...]  # with the bytes of one layer's on one device
+    params: tuple[tuple[ParameterShape, int], ...]  # with the bytes of one layer on one device
 
     def bytes_of(self, *parts: Part) -> int:
-        """Of one layer, on one device."""
+        """Return the bytes of parts of one layer on one device."""
         return sum(size for param, size in self.params if param.part in parts)
 
 
 class DeviceMemory:
-    """What every device of a placement holds of a model."""
+    """Compute the memory that a model needs on every device of a placement."""
 
     def __init__(self, config: ModelConfig, placement: Placement, *, kv_dtype: str | None = None) -> None:
-        """config: its dtype is that of activations and plain weights. kv_dtype: of KV_ITEMSIZES; the config's own by
-        default. Raises: ConfigError where the pipeline has more stages than layers to share out."""
+        """Compute the parameters on a device.
+
+        config: its dtype is the dtype of activations and unquantized weights. kv_dtype: a key of KV_ITEMSIZES; by
+        default the config's dtype. Raises: ConfigError if the pipeline has more stages than layers.
+        """
         self.config, self.placement = config, placement
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
-        self._known: dict[tuple[object, ...], tuple[tuple[ParameterShape, int], ...]] = {}  # by kind of layer
+        self._known: dict[tuple[object, ...], tuple[tuple[ParameterShape, int], ...]] = {}  # by kind of layer and view
         self.segments = layer_segments(
             config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
@@ -87,7 +92,7 @@ class DeviceMemory:
 
     @cached_property
     def weights_by_part(self) -> dict[Part, int]:
-        """Bytes of one device."""
+        """Return the weight bytes on one device by part."""
         num_bytes: Counter[Part] = Counter()
         for param, size in self.outer:
             num_bytes[param.part] += size
@@ -98,12 +103,12 @@ class DeviceMemory:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of one device."""
+        """Return the weight bytes on one device."""
         return sum(self.weights_by_part.values())
 
     @cached_property
     def unpadded_bytes(self) -> float:
-        """Of the weights if every device held its even share and nothing twice."""
+        """Return the weight bytes per device without padding and replication."""
         one = PlannedMesh({}, self.placement.platform)
         whole = DeviceMemory(
             self.config, replace(self.placement, mesh=cast("Mesh", one), virtual_stages=1, redundant_experts=None)
@@ -112,8 +117,7 @@ class DeviceMemory:
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """On each device that holds a part of the token's: of one request's tokens, where a context's ranks share
-        them out, its even part."""
+        """Return the KV cache bytes per token on one device, averaged over context-parallel ranks."""
         return sum(self.kv_bytes(block) * block.num_slots for block in self.blocks) / self.placement.num_shards(
             "page_token"
         )
@@ -123,18 +127,21 @@ class DeviceMemory:
         return max(map(_width, self.blocks))
 
     def kv_bytes(self, block: DeviceLayers) -> int:
-        """Of one token and layer, on a device that holds the token."""
+        """Return the KV cache bytes of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
         slots = block.sizes.kv_slots // block.placement.num_shards("kv_head")
         return slots * sum(dim * item + scale for dim in self.config.cached_dims)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
-        """What a step needs besides, all parts of it together."""
+        """Return the estimated temporary bytes of a step, the sum of step_parts."""
         return sum(self.step_parts(num_tokens, num_sampled).values())
 
     def step_parts(self, num_tokens: int, num_sampled: int) -> dict[str, float]:
-        """The parts of what a step needs besides, with so many tokens and rows of logits of a rank: the widest layer's
-        activations, what is sent to experts, float32 logits. An estimate; the compiler's own is `jaxmoe compile`."""
+        """Estimate the temporary bytes of a step by part: activations of the widest layer, dispatch buffers, logits.
+
+        num_tokens, num_sampled: tokens and rows of logits of one rank. Logits are float32. `jaxmoe compile` reports the
+        compiler's own figures.
+        """
         config, moe = self.config, self.config.moe
         outside = self.placement.with_view("outside_pipeline")
         wide = 2 * self._widest
@@ -153,7 +160,7 @@ class DeviceMemory:
 def _params(
     config: ModelConfig, layer: int, sizes: ArraySizes, shards: ShardCounts, itemsize: int, maps_experts: bool
 ) -> tuple[tuple[ParameterShape, int], ...]:  # fmt: skip
-    """Those of a layer with their bytes on a device; many placements split a layer alike."""
+    """Return a layer's parameters with their bytes on a device, cached since many placements shard a layer equally."""
     kept = config.quantization.of(layer) if config.quantization else {}
     format = config.quantization.format if config.quantization else None
     return tuple(
@@ -163,7 +170,7 @@ def _params(
 
 
 def _width(block: DeviceLayers) -> int:
-    """Numbers of a token on either side of a layer's widest matrix, on a device."""
+    """Return the largest input or output width of a layer's matrices on a device."""
     widest = 0
     for param, _ in block.params:
         if param.over and not param.lead:

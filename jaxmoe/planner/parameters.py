@@ -1,6 +1,6 @@
-"""The parameters of a model on a mesh, from its config alone: what the abstract model holds, without building it.
+"""List the parameters of a model on a mesh from its config alone, without building the abstract model.
 
-A test holds every byte of it against the abstract model, for every family and layout.
+A test compares every byte with the abstract model, for every family and layout.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ShardedDims(Protocol):
-    """What says how many parts a logical dim is split in: a Placement, or less."""
+    """Return the number of shards of a logical dim, as Placement and ShardCounts do."""
 
     def num_shards(self, dim: str, /) -> int:
-        """Of one dim."""
+        """Return the number of shards of a logical dim."""
         ...
 
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """The parts of the dims of a block's parameters that any layout splits; of all others there is one."""
+    """Hold the number of shards of the logical dims in a block that a layout may split; all others have one shard."""
 
     kv_head: int
     ffn: int
@@ -38,7 +38,7 @@ class ShardCounts:
 
     @classmethod
     def of(cls, placement: Placement) -> ShardCounts:
-        """As a placement has them."""
+        """Return the shard counts of a placement."""
         return cls(
             placement.num_shards("kv_head"),
             placement.num_shards("ffn"),
@@ -47,16 +47,17 @@ class ShardCounts:
         )
 
     def num_shards(self, dim: str, /) -> int:
-        """Of one dim."""
+        """Return the number of shards of a logical dim."""
         return getattr(self, dim, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterShape:
-    """One parameter of a block, or beside all blocks: its logical dims and their sizes on the mesh, in order.
+    """Describe one parameter of a block, or outside all blocks.
 
-    path: within its block. lead, over: of a matrix, the first dims that tell matrices apart, and those of its inputs
-    after them; over=0 where it is no matrix. itemsize: bytes of one number; None for the model's own dtype.
+    path: path within its block. dims: padded sizes of its logical dims, in order. lead: number of leading batch dims of
+    a stack of matrices. over: number of input dims after them; 0 if the parameter is not a matrix. itemsize: bytes of
+    one element; None for the model's dtype.
     """
 
     path: str
@@ -67,7 +68,7 @@ class ParameterShape:
     itemsize: int | None = None
 
     def share(self, placement: ShardedDims) -> list[int]:
-        """What one device has of each dim."""
+        """Return the shape of the shard on one device."""
         return [size // placement.num_shards(dim) for dim, size in self.dims.items()]
 
     def device_bytes(
@@ -78,7 +79,7 @@ class ParameterShape:
         format: QuantizationFormat | None,
         alignment: BlockAlignment | None,
     ) -> int:
-        """Bytes of one layer's on one device; format, alignment: where it is quantized."""
+        """Return the bytes of one layer's parameter on one device. format, alignment: given if it is quantized."""
         share = self.share(placement)
         if format is None or alignment is None:
             return math.prod(share) * (self.itemsize or itemsize)
@@ -90,7 +91,7 @@ class ParameterShape:
 
 
 def itemsize_of(dtype: str) -> int:
-    """Bytes of one number of a plain dtype."""
+    """Return the bytes of one element of an unquantized dtype."""
     return _ITEMSIZES[dtype]
 
 
@@ -105,7 +106,7 @@ def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Paramet
 def block_parameters(
     config: ModelConfig, sizes: ArraySizes, layer: int, *, maps_experts: bool = False
 ) -> Iterator[ParameterShape]:
-    """Those of one layer. maps_experts: whether it has a map of physical experts."""
+    """Yield the parameters of one layer. maps_experts: whether it has a map of physical experts."""
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield ParameterShape(path=name, part="norms", dims={"width": config.hidden_size})
     yield from (_grouped if config.mla is None else _latent)(config, sizes)
@@ -205,5 +206,5 @@ def _experts(config: ModelConfig, sizes: ArraySizes, *, maps_experts: bool) -> I
 
 
 def num_layer_slots(part: LayerSegment) -> int:
-    """Layers of one block of a segment that a device has room for."""
+    """Return the number of layer slots on a device for one block of a segment."""
     return part.slots // part.stages

@@ -1,7 +1,7 @@
-"""Prefill and decode on devices of their own: how a cluster would be shared out between them, and what that serves.
+"""Plan disaggregated serving: how to divide a cluster between prefill and decode engines, and its performance.
 
-A pool is several engines of the same size. Prompts' keys and values travel from an engine of one pool to one of the
-other; how a plan says so is its business, jaxmoe runs each engine by itself.
+A pool is several engines of the same size. The KV cache of a prompt is transferred from a prefill engine to a decode
+engine. jaxmoe itself runs each engine separately.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from jaxmoe.planner.search import ParallelismConfig, SearchRequest, ServingPlan,
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
 from jaxmoe.planner.specs import CHUNKS
 
-_SHARES = 64  # ways to share out engines that are looked at, at most
+_SHARES = 64  # most ways to divide the engines that are tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class DisaggregatedPlan:
-    """Engines of `engine_devices` each: so many that prefill, so many that decode. Seconds; tokens a second of all."""
+    """Describe pools of prefill and decode engines of `engine_devices` devices each, and their performance.
+
+    ttft, tpot, transfer (of a prompt's KV cache): seconds. tokens_per_s: generated tokens per second over all engines.
+    """
 
     engine_devices: int
     prefill_engines: int
@@ -36,7 +39,7 @@ class DisaggregatedPlan:
 
     @property
     def request_seconds(self) -> float:
-        """From a request's arrival to its last token."""
+        """Return the seconds from a request's arrival to its last token."""
         return self.ttft + (self.osl - 1) * self.tpot
 
 
@@ -53,14 +56,16 @@ _DecodeEngine = tuple[ParallelismConfig, ServingModel, ServingEstimate]
 def best_disaggregated(
     request: SearchRequest, *, engine_devices: int, concurrency: int | None = None
 ) -> DisaggregatedPlan | None:
-    """The best way to share out the devices in engines of this size; None where there are fewer than two, one holds too
-    little, nothing is decoded, or no limit of latency can be met. concurrency: requests at once over all of them; as
-    many as are best by default."""
+    """Return the best division of the devices into prefill and decode engines of a given size.
+
+    Returns None if there are fewer than two engines, the model or requests do not fit in one, osl is 1, or the latency
+    limits cannot be met. concurrency: concurrent requests over all engines; searched by default.
+    """
     engines = request.devices // engine_devices
     if engines < 2 or request.workload.osl == 1:
         return None
     small = replace(request, devices=engine_devices, axes=None, workload=replace(request.workload, concurrency=None))
-    # One way of sending tokens to experts: the last that the hardware has sends least.
+    # One dispatch backend is enough: the last that the hardware supports sends the fewest bytes.
     servings = [
         (alike[-1], serving.dispatched(alike[-1].dispatch))
         for alike, serving in servings_of(small, candidates_of(small))
@@ -88,8 +93,11 @@ def _disaggregated(
     shared: tuple[int, int, int],
     concurrency: int | None,
 ) -> DisaggregatedPlan:
-    """What so many engines of each serve: no more than either kind can, nor than requests at once allow. Of a known
-    number of requests those that neither kind has begun with wait for their prompts to be read."""
+    """Return the plan for given numbers of prefill and decode engines.
+
+    The throughput is limited by each pool and by the given concurrency. With a given concurrency, requests in excess of
+    the engines' capacity wait for prefill, which raises the TTFT.
+    """
     (parallelism, serving, estimate), (size, prefilling, decoding) = second, shared
     transfer, osl = _transfer(request, serving), request.workload.osl
     ttft = first.seconds + transfer
@@ -98,7 +106,7 @@ def _disaggregated(
         decoding_seconds = (osl - 1) * estimate.tpot
         rate = min(rate, concurrency * osl / (ttft + decoding_seconds))
         ttft = max(ttft, concurrency * osl / rate - decoding_seconds)
-    else:  # those on their way to the first token too
+    else:  # requests in prefill count, too
         concurrency = math.ceil(rate / osl * (ttft + (osl - 1) * estimate.tpot))
     return DisaggregatedPlan(
         engine_devices=size, prefill_engines=prefilling, decode_engines=decoding,
@@ -108,8 +116,7 @@ def _disaggregated(
 
 
 def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel) -> list[_PrefillEngine]:
-    """What an engine that only reads prompts does, by the tokens of a step; a prompt takes whole steps, those of others
-    with it."""
+    """Return prefill engines for each chunk size. A prompt takes whole steps, which it may share with others."""
     isl, engines = request.workload.isl, []
     for chunk in [request.chunk_tokens] if request.chunk_tokens else sorted({*CHUNKS, min(isl, CHUNKS[-1])}):
         step = serving.cost.step_time(StepBatch(0, chunk, 0, isl / 2)).total
@@ -119,7 +126,7 @@ def _prefills(request: SearchRequest, parallelism: ParallelismConfig, serving: S
 
 
 def _first(request: SearchRequest, prefills: Iterable[_PrefillEngine], transfer: float) -> _PrefillEngine | None:
-    """The engine that reads most prompts within the limit of the first token's time; for latency the fastest."""
+    """Return the prefill engine with the highest throughput within the TTFT limit; for latency the fastest."""
     limit = math.inf if request.ttft_limit is None else request.ttft_limit
     kept = [one for one in prefills if one.seconds + transfer <= limit]
     if request.objective == "latency":
@@ -130,7 +137,10 @@ def _first(request: SearchRequest, prefills: Iterable[_PrefillEngine], transfer:
 def _decode(
     request: SearchRequest, servings: list[tuple[ParallelismConfig, ServingModel]], rows: int | None
 ) -> _DecodeEngine | None:
-    """The engine that decodes most, with prompts already there. rows: the most requests it has, where that is known."""
+    """Return the decode engine with the highest throughput within the TPOT limit; for latency the lowest TPOT.
+
+    rows: its number of requests, if known.
+    """
     engines: list[_DecodeEngine] = []
     for parallelism, serving in servings:
         most = serving.max_requests(request.workload)
@@ -148,7 +158,7 @@ def _decode(
 
 
 def _transfer(request: SearchRequest, serving: ServingModel) -> float:
-    """Seconds for a prompt's keys and values to travel: every device of an engine sends what it holds."""
+    """Return the seconds to transfer a prompt's KV cache; every device of an engine sends its part."""
     memory, hardware = serving.device_memory, request.hardware
     near = request.devices <= hardware.scale_up_devices
     rate = hardware.link_bytes_per_s(scale_out=not near)
@@ -156,7 +166,7 @@ def _transfer(request: SearchRequest, serving: ServingModel) -> float:
 
 
 def beats(disaggregated: DisaggregatedPlan, plan: ServingPlan, request: SearchRequest) -> bool:
-    """Whether disaggregated engines serve more than a plan whose engines do both, by more than prices are exact."""
+    """Return whether disaggregated engines beat a plan whose engines do both by 5%, beyond the estimates' error."""
     if request.objective == "latency":
         return disaggregated.request_seconds < 0.95 * plan.request_seconds
     return disaggregated.tokens_per_s > 1.05 * plan.tokens_per_s

@@ -1,7 +1,7 @@
-"""The roofline of a plan: products of each kind of work against the bytes it moves, of prompts and of decoding.
+"""Compute the roofline of a plan: FLOPs and bytes of each kind of op, for prefill and decode.
 
-Work is counted as it would be with nothing done twice: every weight met is read once, every cached token once, the
-activations that go into a matrix and come out of it. What programs lose beside that is in the price (cost.py).
+The counts are ideal: every weight and every cached token is read once, and every matrix reads its input activations
+and writes its outputs. The inefficiencies of programs are part of the step estimate (cost.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmoe.planner.serving import ServingModel, Workload
 
 @dataclass(frozen=True)
 class OpCost:
-    """Of one device and layer: products, bytes, and the products a second that the hardware attains in its dtype."""
+    """Hold the FLOPs and bytes of an op of one layer on one device, and the attainable FLOP/s in its dtype (rate)."""
 
     kind: str
     flops: float
@@ -28,13 +28,16 @@ class OpCost:
 
     @property
     def intensity(self) -> float:
-        """Products a byte."""
+        """Return the arithmetic intensity in FLOPs per byte."""
         return self.flops / self.num_bytes
 
 
 def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> dict[str, Any]:
-    """Both roofs of a device, as attained and as on paper, and a point for each kind of work of a step of prompts and
-    of a step that decodes so many requests, whose products a second are what the lower roof lets it attain."""
+    """Return the compute and memory roofs of a device, attainable and peak, and a point for each kind of op.
+
+    The points are of a prefill step and of a decode step at the given concurrency. Their flops_per_s is the lower of
+    the two roofs at their intensity.
+    """
     cost, hardware = serving.cost, serving.cost.hardware
     rows = max(1.0, concurrency / serving.ranks)
     context = workload.isl + workload.osl / 2
@@ -56,7 +59,7 @@ def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> 
 
 
 def op_costs(cost: StepCost, batch: StepBatch) -> Iterator[OpCost]:
-    """Each kind of work of a step of one rank of the batch, once: of the first layer that has such."""
+    """Yield each kind of op in a step of one data parallel rank once, for the first layer that has it."""
     seen: set[str] = set()
     stages = cost.num_stages
     each = StepBatch(batch.decode / stages, batch.prefill / stages, batch.context, batch.prompt)
@@ -72,7 +75,7 @@ def _numbers(params: list[ParameterShape], block: DeviceLayers) -> float:
 
 
 def _dense(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
-    """Matrices that every token meets."""
+    """Yield the matrices that multiply every token."""
     width, item = cost.config.hidden_size, cost.device_memory.itemsize
     tokens = batch.tokens / block.placement.num_shards("page_token")
     for part in MATRICES:
@@ -83,7 +86,7 @@ def _dense(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[Op
 
 
 def _attention(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
-    """Of queries over keys and values: those of pages, or a prompt's own."""
+    """Yield attention of queries over the KV cache, or over their own prompt."""
     config = cost.config
     heads, decode, prefill = attention_dims(config, block)
     most = min(config.sliding_windows[block.layer] or math.inf, config.chunk(block.layer) or math.inf)
@@ -98,7 +101,7 @@ def _attention(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterato
 
 
 def _experts(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:
-    """The experts that a mean rank's tokens choose."""
+    """Yield the routed experts at the mean load of a rank."""
     moe, placement = cost.config.moe, block.placement
     if moe is None or not cost.config.moe_layers[block.layer]:
         return

@@ -1,7 +1,8 @@
-"""Every split that some devices allow, priced: the best by an objective, the front of throughput against latency.
+"""Search all splits of a model over a number of devices for the best plan by an objective, and the Pareto front.
 
-First all candidates without collectives, which is cheap and bounds what they can reach; then those near the best with
-their collectives; then the leading ones at other chunks of prompts and more numbers of requests.
+The search has three passes. The first estimates all candidates without collectives, which is cheap and bounds their
+performance. The second estimates candidates near the best with their collectives. The third varies the chunk size of
+prompts and the concurrency of the leading candidates.
 """
 
 from __future__ import annotations
@@ -58,19 +59,22 @@ __all__ = [
 ]
 
 PlanFailure = Literal["room", "latency", "split"]
-# Requests a device at once where the lowest latency is asked for and nobody says how many there are: halved while no
-# split has room for them, or keeps the limits asked for.
+# Concurrent requests per device, assumed for objective "latency" without a given concurrency. Halved until a split has
+# room for them and meets the latency limits.
 LATENCY_REQUESTS = 4
-# Candidates that would be so much worse than the best even without collectives are not priced with them.
+# Candidates worse than the best by this factor even without collectives are not estimated with them.
 _HOPELESS = 1.1
-_LEADING = 12  # plans whose other options are looked at too
+_LEADING = 12  # plans tried with other chunk sizes and concurrencies
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """best: the plan chosen; every: one of each candidate that fits, for as many requests where a number was assumed,
-    best first; front: plans that none beats in both tokens a second and time a token, slowest tokens last, `best` among
-    them; tried: candidates looked at."""
+    """Hold the result of a search.
+
+    best: the selected plan. every: the best plan of each candidate that fits, best first; if the search assumed a
+    concurrency, only plans with that of `best`. front: the Pareto front of throughput per device and time per token,
+    lowest time first, including `best`. tried: number of candidates.
+    """
 
     best: ServingPlan
     every: list[ServingPlan]
@@ -79,10 +83,10 @@ class SearchResult:
 
 
 class NoPlanError(ConfigError):
-    """No split of the devices holds the model, keeps limits of latency, or is as asked: `lacks` says which.
+    """Report that no split of the devices fits (failure="room"), meets the latency limits or matches the request.
 
-    ttft, tpot: the least there are, where limits of latency are not kept; most: requests that have room, where those
-    asked for have none.
+    failure: "room", "latency" or "split". ttft, tpot: the lowest possible seconds, if the latency limits cannot be met.
+    most: concurrent requests that would fit, if the requested number does not.
     """
 
     def __init__(
@@ -93,9 +97,9 @@ class NoPlanError(ConfigError):
 
 
 def search(request: SearchRequest) -> SearchResult:
-    """Price all candidates, at all numbers of requests that may matter.
+    """Return the best plan of all candidates, over all concurrencies that may matter.
 
-    Raises: NoPlanError, ConfigError naming what is asked and what is possible.
+    Raises: NoPlanError, ConfigError naming the request and the limits of what is possible.
     """
     candidates = list(candidates_of(request))
     if not candidates:
@@ -104,7 +108,7 @@ def search(request: SearchRequest) -> SearchResult:
     if not plans:
         raise NoPlanError(_no_room(request, candidates), failure="room", most=_max_requests(request))
     shown: list[ServingPlan] = []
-    # Other chunks of prompts, and numbers of requests between, only for what leads without.
+    # Try other chunk sizes and intermediate concurrencies only for the leading candidates.
     leading = sorted(plans, key=lambda plan: (not meets(request, plan), order(request, plan)))
     for parallelism in dict.fromkeys(plan.parallelism for plan in leading[:_LEADING]):
         for fine, serving in _servings(
@@ -112,7 +116,7 @@ def search(request: SearchRequest) -> SearchResult:
         ):
             plans += _plans(request, fine, serving, finely=True)
             if request.workload.concurrency is None and (request.objective == "latency" or limited(request)):
-                # For the front alone.
+                # Only the Pareto front needs these.
                 free = replace(request, objective="throughput", ttft_limit=None, tpot_limit=None)
                 shown += _plans(free, fine, serving, finely=True)
     allowed = [plan for plan in plans if meets(request, plan)]
@@ -132,9 +136,11 @@ def search(request: SearchRequest) -> SearchResult:
 
 
 def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list[ServingPlan]:
-    """Plans of all candidates but the hopeless: first without collectives, which is cheap and bounds what one can
-    reach; then in that order, as long as the bound is near the best there is, and one of each sort of split
-    all the same."""
+    """Return plans of the candidates with a bound near the best plan, and of the first candidate of each sort of split.
+
+    The bound is the estimate without collectives, which is cheap. Candidates are estimated in the order of their
+    bounds.
+    """
     worst = (1, math.inf)
     bounds: list[tuple[tuple[int, float], str, ServingModel, list[ParallelismConfig]]] = []
     for alike, serving in servings_of(request, candidates):
@@ -155,7 +161,7 @@ def _priced(request: SearchRequest, candidates: list[ParallelismConfig]) -> list
 
 
 def _sort_of(request: SearchRequest, parallelism: ParallelismConfig) -> str:
-    """A kind of split without its numbers, and whether layers are split between fabrics."""
+    """Return the kind of split without degrees, and whether tensor parallelism spans scale-up domains."""
     kind = re.sub(r"\d", "", kind_of(parallelism, moe=request.config.moe is not None))
     axes, domain = dict(parallelism.axes), request.hardware.scale_up_devices
     return f"{kind} {group_of(parallelism.layout.split, axes, domain).across > 1}"
@@ -164,8 +170,11 @@ def _sort_of(request: SearchRequest, parallelism: ParallelismConfig) -> str:
 def _plans(
     request: SearchRequest, parallelism: ParallelismConfig, serving: ServingModel, *, finely: bool, fully: bool = False
 ) -> list[ServingPlan]:  # fmt: skip
-    """Plans for the numbers of requests that may matter; finely: for more of them. fully: of those for throughput the
-    largest two, which are the best where requests say nothing to each other."""
+    """Return plans for the concurrencies that may matter.
+
+    finely: try more concurrencies. fully: for throughput, try only the two largest, which are the best without
+    collectives.
+    """
     most, workload = serving.max_requests(request.workload), request.workload
 
     def plan(count: int) -> ServingPlan:
@@ -190,7 +199,7 @@ def _plans(
 
 
 def _down_to_limits(request: SearchRequest, plan: Callable[[int], ServingPlan], counts: list[int]) -> list[ServingPlan]:
-    """Plans of ever fewer requests, to the first that keeps limits of latency."""
+    """Return plans with decreasing concurrency, up to the first that meets the latency limits."""
     plans: list[ServingPlan] = []
     for count in counts:
         plans.append(plan(count))
@@ -202,7 +211,7 @@ def _down_to_limits(request: SearchRequest, plan: Callable[[int], ServingPlan], 
 def _between(
     request: SearchRequest, plan: Callable[[int], ServingPlan], down: list[ServingPlan], *, finely: bool
 ) -> list[ServingPlan]:
-    """Plans of more requests than the last of `down`, which keeps the limits, and fewer than the one before."""
+    """Return plans between the last of `down`, if it meets the latency limits, and the one before, by bisection."""
     plans: list[ServingPlan] = []
     if len(down) < 2 or not meets(request, down[-1]):
         return plans
@@ -219,8 +228,11 @@ def _between(
 def servings_of(
     request: SearchRequest, candidates: Iterable[ParallelismConfig]
 ) -> Iterator[tuple[list[ParallelismConfig], ServingModel]]:
-    """Candidates that differ in dispatch alone, and what they can serve, by the first's; those that have room for the
-    requests, where the first chunk of prompts leaves too little by the smallest."""
+    """Yield groups of candidates that differ only in dispatch, each with the serving model of its first one.
+
+    Candidates without room for the requests are omitted. If the first chunk size leaves too little memory, the smallest
+    is used, unless the request fixes it.
+    """
     for _, same in groupby(candidates, key=lambda parallelism: replace(parallelism, dispatch="")):
         alike = list(same)
         first = alike[0].chunk_tokens
@@ -233,8 +245,11 @@ def servings_of(
 def _servings(
     request: SearchRequest, parallelism: ParallelismConfig, chunks: Iterable[int]
 ) -> Iterator[tuple[ParallelismConfig, ServingModel]]:
-    """What a candidate can serve with each of these chunks of prompts; with none where it has too few layers for
-    its stages, or too little memory for the requests (of an unknown number for one)."""
+    """Yield the serving model of a candidate for each chunk size with enough memory for the requests.
+
+    Yields nothing if the pipeline has more stages than layers or the weights do not fit. Without a given concurrency,
+    memory for one request is enough.
+    """
     placement = placement_of(
         request.hardware, parallelism.axes, parallelism.layout, virtual_stages=parallelism.virtual_stages
     )
@@ -252,7 +267,7 @@ def _servings(
 
 
 def _max_requests(request: SearchRequest) -> int:
-    """Those that any candidate has room for, with the smallest chunks of prompts; 0 where nobody said how many."""
+    """Return the most requests that any candidate fits, with the smallest chunks; 0 without a given concurrency."""
     if request.workload.concurrency is None:
         return 0
     workload = replace(request.workload, concurrency=None)
@@ -261,7 +276,7 @@ def _max_requests(request: SearchRequest) -> int:
 
 
 def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str:
-    """Why nothing fits, with numbers."""
+    """Return why no candidate fits, with the memory it needs and the memory of a device."""
     workload, hardware = request.workload, request.hardware
     weight_bytes: list[int] = []
     error: ConfigError | None = None
@@ -273,7 +288,7 @@ def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str
             weight_bytes.append(DeviceMemory(request.config, placement).weight_bytes)
         except ConfigError as cannot:
             error = error or cannot
-    if error is not None and not weight_bytes:  # it is not for lack of room
+    if error is not None and not weight_bytes:  # the cause is not memory
         raise error
     least = min(weight_bytes)
     many = f"{request.devices} x {hardware.device}" if request.devices > 1 else f"one {hardware.device}"
@@ -282,27 +297,27 @@ def _no_room(request: SearchRequest, candidates: list[ParallelismConfig]) -> str
         return f"{many}: the weights take at least {least / 2**30:.1f} GiB of every device, {has}"
     requests = "one request" if workload.concurrency in (None, 1) else f"{workload.concurrency} requests"
     return (
-        f"{many}: beside {least / 2**30:.1f} GiB of weights there is no room for {requests} "
+        f"{many}: with {least / 2**30:.1f} GiB of weights per device there is no room for {requests} "
         f"of {workload.isl + workload.osl} "
         f"tokens; {has}"
     )
 
 
 def _out_of_reach(request: SearchRequest, plans: list[ServingPlan]) -> NoPlanError:
-    """With what the best possible is, where limits of latency cannot be met."""
+    """Return the error for latency limits that cannot be met, with the lowest possible TTFT and TPOT."""
     ttft, tpot = min(plan.estimate.ttft for plan in plans), min(plan.estimate.tpot for plan in plans)
     devices = f"{request.devices} x {request.hardware.device}"
     return NoPlanError(missed(request, devices, ttft=ttft, tpot=tpot), failure="latency", ttft=ttft, tpot=tpot)
 
 
 def missed(request: SearchRequest, devices: str, *, ttft: float, tpot: float) -> str:
-    """That limits cannot be met, beside the best there is of each that was asked for."""
+    """Return the message that latency limits cannot be met, with the lowest possible value of each."""
     limits, best = [], []
     if request.ttft_limit is not None:
         limits.append(f"--sla-ttft-ms {request.ttft_limit * 1e3:g}")
-        best.append(f"the best time to the first token is {ttft * 1e3:,.1f} ms")
+        best.append(f"the lowest TTFT is {ttft * 1e3:,.1f} ms")
     if request.tpot_limit is not None:
         limits.append(f"--sla-tpot-ms {request.tpot_limit * 1e3:g}")
-        best.append(f"the best time a token is {tpot * 1e3:,.2f} ms")
+        best.append(f"the lowest TPOT is {tpot * 1e3:,.2f} ms")
     each = ", each by itself" * (len(best) > 1)
     return f"{' with '.join(limits)} cannot be met by {devices}: {', '.join(best)}{each}"

@@ -1,8 +1,8 @@
-"""What a placement serves: requests at once, time to the first token, time a token, tokens a second.
+"""Estimate the concurrency, TTFT, TPOT and throughput of a placement.
 
-Requests of equal lengths, always as many at once, chunked prefill beside decoding: of `b` requests of a rank,
-b * isl / chunk of a request's steps carry a chunk of some prompt; the others decode alone. The controller takes
-in as many as its pages have room for to the end.
+The model assumes requests of equal lengths, a constant concurrency and chunked prefill. With b running requests on a
+rank, b * isl / chunk of the steps in a request's lifetime contain a chunk of some prompt; the others only decode. The
+scheduler admits only requests whose KV cache fits up to their last token.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from dataclasses import dataclass
 
 from jaxmoe.planner.cost import StepBatch, StepCost, StepTime
 
-# Of what weights and a step leave, the share that pages may take.
+# Share of the memory left by weights and step buffers that KV cache pages may use.
 _PAGES = 0.9
-_MAX_ROWS = 4096  # of a rank
-_RESERVE = 0.02  # of a device's memory, for the runtime itself
+_MAX_ROWS = 4096  # requests per rank
+_RESERVE = 0.02  # share of a device's memory for the runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Requests: prompt tokens, tokens to generate, how many at once over all devices (None: as many as fit)."""
+    """Describe the requests to serve.
+
+    isl: prompt tokens. osl: tokens to generate. concurrency: concurrent requests over all devices; searched if None.
+    """
 
     isl: int
     osl: int
@@ -29,8 +32,11 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingEstimate:
-    """Of one placement under one load; seconds. tpot: 0 where no token follows the first. tokens_per_s: generated
-    ones, over all devices. mean_step: time of the mean step, by bottleneck; num_steps: that a request takes."""
+    """Hold the estimated performance of one placement under one workload. Times are in seconds.
+
+    tpot: time per output token, 0 if osl is 1. tokens_per_s: generated tokens per second over all devices. mean_step:
+    time of the mean step by bottleneck. num_steps: steps per request.
+    """
 
     concurrency: int
     ttft: float
@@ -43,17 +49,17 @@ class ServingEstimate:
 
     @property
     def request_seconds(self) -> float:
-        """From a request's arrival to its last token."""
+        """Return the seconds from a request's arrival to its last token."""
         return self.ttft + (self.osl - 1) * self.tpot
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds that a user waits for a token: each after the first, or the only one."""
+        """Return the seconds a user waits for a token: the TPOT, or the TTFT if there is only one token."""
         return self.tpot or self.ttft
 
 
 class ServingModel:
-    """What one placement can serve."""
+    """Estimate the serving performance of one placement."""
 
     def __init__(self, cost: StepCost, *, chunk_tokens: int) -> None:
         self.cost, self.device_memory, self.chunk_tokens = cost, cost.device_memory, chunk_tokens
@@ -61,39 +67,45 @@ class ServingModel:
         self._most: dict[int, int] = {}
 
     def dispatched(self, dispatch: str) -> ServingModel:
-        """The same, with tokens sent to experts another way."""
+        """Return a copy with another dispatch backend."""
         other = ServingModel(self.cost.dispatched(dispatch), chunk_tokens=self.chunk_tokens)
         other._most = self._most
         return other
 
     def step_bytes(self, rows: int) -> float:
-        """What a step of `rows` decoding requests of a rank and a chunk needs on a device."""
+        """Return the temporary bytes on a device for a step of `rows` decoding requests per rank and one chunk."""
         return sum(self.step_parts(rows).values())
 
     def step_parts(self, rows: int) -> dict[str, float]:
-        """The same, by what it is for."""
+        """Return step_bytes by part."""
         parts = self.device_memory.step_parts(self.chunk_tokens + rows, rows)
         return {name: num_bytes / self.cost.num_stages for name, num_bytes in parts.items()}
 
     def pool_tokens(self, rows: int = 64) -> float:
-        """Tokens that a rank's pages hold, beside weights and a step of `rows` decoding requests and a chunk."""
+        """Return the tokens that fit in a rank's KV cache, given a step of `rows` decoding requests and one chunk."""
         free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.device_memory.weight_bytes - self.step_bytes(rows)
         return max(0.0, free * _PAGES / self.device_memory.kv_bytes_per_token)
 
     def max_requests(self, workload: Workload) -> int:
-        """Over all devices, each with room to its end; where every layer has a window, for what it holds at once."""
+        """Return the most concurrent requests over all devices whose KV cache fits up to their last token.
+
+        If every layer has a window, only the most tokens cached at once count.
+        """
         tokens, rows = self.device_memory.config.cached_tokens(workload.isl + workload.osl, self.chunk_tokens), 64
         if tokens not in self._most:
-            for _ in range(3):  # more rows need more room for their logits
+            for _ in range(3):  # more rows need more memory for logits
                 rows = max(1, min(_MAX_ROWS, int(self.pool_tokens(rows) / tokens)))
             self._most[tokens] = int(min(_MAX_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
         return self._most[tokens]
 
     def estimate(self, workload: Workload, concurrency: int, *, prefills: bool = True) -> ServingEstimate:
-        """With so many requests at once. prefills: whether their prompts are read here too. A request takes as long as
-        all requests of a rank take to come by once: what it does not decode in, it waits for its first token."""
-        rows = max(concurrency / self.ranks, 1.0)  # a rank without requests takes part in every step all the same
-        chunk = min(self.chunk_tokens, math.ceil(rows * workload.isl))  # no more than there are
+        """Estimate the performance at a concurrency.
+
+        prefills: whether these devices also prefill the prompts. The time of a request is the time in which a rank
+        processes all its running requests once; the part that is not decoding is the TTFT.
+        """
+        rows = max(concurrency / self.ranks, 1.0)  # a rank without requests still runs every step
+        chunk = min(self.chunk_tokens, math.ceil(rows * workload.isl))  # at most the prompt tokens of all requests
         context, prompt, later = workload.isl + workload.osl / 2, workload.isl / 2, workload.osl - 1
         alone = self.cost.step_time(StepBatch(rows, 0, context))
         if not prefills:
@@ -101,10 +113,10 @@ class ServingModel:
                 workload, concurrency, alone.mixed(workload.osl, alone, 0.0), workload.osl, tpot=alone.total
             )
         mixed = self.cost.step_time(StepBatch(rows, chunk, context, prompt))
-        own = max(1.0, workload.isl / chunk)  # steps that read a request's prompt, the last of which draws a token
-        chunks = max(own, rows * workload.isl / chunk)  # steps that read anyone's
+        own = max(1.0, workload.isl / chunk)  # prefill steps of one request; the last samples a token
+        chunks = max(own, rows * workload.isl / chunk)  # prefill steps of all requests
         seconds = mixed.mixed(chunks, alone, max(0.0, own + later - chunks))
-        waiting = 0.5 * (chunks - own) / workload.osl * mixed.total  # behind others' chunks
+        waiting = 0.5 * (chunks - own) / workload.osl * mixed.total  # for chunks of other requests
         tpot = 0.0
         if later:
             tpot = (seconds.total - own * mixed.total - waiting) / later
@@ -114,7 +126,7 @@ class ServingModel:
     def _estimate(
         self, workload: Workload, concurrency: int, seconds: StepTime, num_steps: float, *, tpot: float
     ) -> ServingEstimate:
-        """What is served where a request takes so many seconds, in so many steps."""
+        """Return the estimate for requests of the given total seconds and number of steps."""
         return ServingEstimate(
             concurrency=concurrency,
             ttft=seconds.total - (workload.osl - 1) * tpot,

@@ -1,4 +1,4 @@
-"""How many parameters a model has, in which parts, and what a token's keys and values take: from its config alone."""
+"""Count the parameters of a model by part, and its KV cache elements per token, from its config alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ PARTS: tuple[Part, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointTensor:
-    """One published tensor as it is where it is not quantized: key, shape, and the part of the model it belongs to.
-    num_bytes: as the checkpoint's files have it, its scales included. layer: None of those outside all."""
+    """Describe one tensor of a published checkpoint.
+
+    shape: of the unquantized values. part: the part of the model it belongs to. num_bytes: size in the checkpoint's
+    files, including scales. layer: index of its layer, None outside the layers.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -34,14 +37,17 @@ class CheckpointTensor:
 
     @property
     def num_params(self) -> int:
-        """Its numbers."""
+        """Return the number of parameters."""
         return math.prod(self.shape)
 
 
 def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = None) -> Iterator[CheckpointTensor]:
-    """Every tensor of a checkpoint, once, in the order of the layers; or of some layers alone and outside all."""
+    """Yield every tensor of a checkpoint once, in layer order.
+
+    layers: restrict to these layers and the tensors outside all layers.
+    """
     config = replace(config, quantization=None)
-    segments = layer_segments(config, "unroll")  # one a layer
+    segments = layer_segments(config, "unroll")  # one segment per layer
     sizes = [ArraySizes.unpadded(config)] * len(segments)
     seen: set[str] = set()
     for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
@@ -65,7 +71,7 @@ def _num_bytes(weight_slice: WeightSlice, part: Part, config: ModelConfig) -> in
 
 
 def part_of(path: str) -> Part:
-    """The part of the model that the parameter at a path belongs to."""
+    """Return the part of the model that the parameter at a path belongs to."""
     outside: dict[str, Part] = {"embed": "embedding", "head": "head", "final_norm": "norms"}
     if path in outside:
         return outside[path]
@@ -81,9 +87,12 @@ def part_of(path: str) -> Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of a model: by part; those in all; those that work for one token, embedding and head included, and
-    without the embedding, as publishers often count, where the head has a matrix of its own. num_bytes: of checkpoint
-    files, by part."""
+    """Hold the parameter counts of a model.
+
+    by_part: parameters by part. num_bytes: bytes in the checkpoint's files by part. total: all parameters. active:
+    parameters that compute one token, including embedding and LM head. active_without_embedding: the same without the
+    embedding, as publishers often count, unless the head is tied to it.
+    """
 
     by_part: dict[Part, int]
     num_bytes: dict[Part, int]
@@ -93,7 +102,7 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """The parameters of a model."""
+    """Count the parameters of a model."""
     by_part: Counter[Part] = Counter()
     num_bytes: Counter[Part] = Counter()
     kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
@@ -117,11 +126,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 def behind_windows(
     config: ModelConfig, num_tokens: int, *, chunk_tokens: int, num_bytes: float
 ) -> dict[str, int | bool] | None:
-    """Describe what becomes of pages behind the windows of a request of num_tokens; None of a model without windows.
+    """Describe how pages outside the attention windows of a request of num_tokens are used; None without windows.
 
-    num_bytes: of one token's keys and values in one layer. layers: those with a window or attention chunk. freed: every
-    layer has one, so that pages no layer sees go to other requests; if not, pages keep all tokens for all layers, of
-    which kept_bytes are seen by no layer any more. held_tokens: of the request, at once at most.
+    num_bytes: bytes of one token's keys and values in one layer. Keys of the result: layers: number of layers with a
+    sliding window or attention chunk. freed: whether every layer has one, so that pages outside all windows are freed
+    for other requests. If not, pages hold all tokens for all layers, and kept_bytes of them are outside the layers'
+    windows. held_tokens: the most tokens of the request in the cache at once.
     """
     spans = [_span(config, layer) for layer in range(config.num_hidden_layers)]
     limited = [span for span in spans if span is not None]
@@ -136,24 +146,24 @@ def behind_windows(
 
 
 def behind_words(facts: Mapping[str, Any]) -> str:
-    """behind_windows in one sentence."""
+    """Format the result of behind_windows as a sentence."""
     if facts["freed"]:
         return (
-            f"Pages behind the windows are freed: a request of {facts['tokens']:,} tokens holds up to "
+            f"Pages outside attention windows are freed: a request of {facts['tokens']:,} tokens holds at most "
             f"{facts['held_tokens']:,} at once."
         )
     return (
-        f"Pages behind the windows of {facts['layers']} of {facts['of_layers']} layers are kept: "
-        f"{facts['kept_bytes'] / 2**20:,.1f} MiB of a request of {facts['tokens']:,} tokens."
+        f"Pages outside attention windows of {facts['layers']} of {facts['of_layers']} layers are not freed: "
+        f"{facts['kept_bytes'] / 2**20:,.1f} MiB for a request of {facts['tokens']:,} tokens."
     )
 
 
 def _span(config: ModelConfig, layer: int) -> int | None:
-    """Tokens that a layer sees at most; None where it sees all."""
+    """Return the most tokens that a layer attends to; None if it attends to all."""
     both = (config.sliding_windows[layer], config.chunk(layer))
     return min((span for span in both if span), default=None)
 
 
 def kv_numbers(config: ModelConfig) -> int:
-    """Numbers of keys and values of one token, of all layers, where no head is held twice."""
+    """Return the KV cache elements per token, over all layers, without replicated heads."""
     return config.num_hidden_layers * config.num_key_value_heads * sum(config.cached_dims)

@@ -1,7 +1,6 @@
-"""Every way to split a model over some devices: a mesh, a layout and a few options, as `--mesh` and `--layout` take
-them.
+"""Enumerate the ways to split a model over devices: a mesh, a layout and a few options, as for --mesh and --layout.
 
-Nothing here knows which split suits which model: what the field advises must come out of the prices.
+No rule here prefers a split for a model: the usual advice must follow from the estimates.
 """
 
 from __future__ import annotations
@@ -24,15 +23,19 @@ from jaxmoe.planner.serving import Workload
 
 Objective = Literal["latency", "throughput", "cost"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
-# Prompt tokens of a step and rank that are looked at, unless they are asked for; where to begin.
+# Prompt tokens per step and rank that the search tries unless the request fixes them, and the first it tries.
 CHUNKS, FIRST_CHUNK = (512, 2048, 8192), 2048
-# Axes are not looked at beyond these; a plan asked for with --mesh may have more.
+# Largest axes that the search tries; --mesh may have larger ones.
 _MAX_STAGES, _MAX_TENSOR = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What is to be planned. ttft_limit, tpot_limit: seconds. The last five: as asked for; searched where None."""
+    """Describe what to search for: model, hardware, devices, workload, objective and limits.
+
+    ttft_limit, tpot_limit: in seconds. skew: of the expert loads (cost.SKEW). axes, layout, dispatch, virtual_stages,
+    chunk_tokens: fixed values; searched if None.
+    """
 
     config: ModelConfig
     hardware: HardwareSpec
@@ -52,7 +55,7 @@ class SearchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """One way to split a model."""
+    """Describe one way to split a model over devices."""
 
     axes: tuple[tuple[str, int], ...]
     layout: Layout
@@ -62,13 +65,13 @@ class ParallelismConfig:
 
     @property
     def mesh(self) -> str:
-        """As --mesh takes it."""
+        """Return the mesh in the format of --mesh."""
         shown = [f"{axis}={size}" for axis, size in self.axes if size > 1]
         return ",".join(shown) or "data=1"
 
 
 def candidates_of(request: SearchRequest) -> Iterator[ParallelismConfig]:
-    """Every way to split the model over the devices; those that place it alike once."""
+    """Yield every way to split the model over the devices, without equivalent ones."""
     config, moe = request.config, request.config.moe is not None
     layouts = [request.layout] if request.layout else list(LAYOUTS.values())
     all_axes = [tuple(request.axes.items())] if request.axes else list(_all_axes(request.devices, config))
@@ -90,8 +93,10 @@ def candidates_of(request: SearchRequest) -> Iterator[ParallelismConfig]:
 
 
 def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
-    """What the axes of a layout do, outermost first: neighbors that do the same are one, unless they are levels of
-    an exchange (apart)."""
+    """Return the role and size of each mesh axis, outermost first; two splits with equal results are equivalent.
+
+    Adjacent axes of the same role are merged, unless they are levels of a hierarchical dispatch (apart).
+    """
     merged: list[tuple[object, int]] = []
     experts = (layout.experts, layout.expert_width) if moe else ()
     parts = (layout.batch, layout.split, layout.context, layout.sequence, *experts)
@@ -106,8 +111,10 @@ def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, ap
 
 
 def _all_axes(devices: int, config: ModelConfig) -> Iterator[tuple[tuple[str, int], ...]]:
-    """Sizes of data, pipeline, expert and tensor that multiply to the devices; without experts the expert axis would
-    be another data axis."""
+    """Yield all sizes of the axes data, pipeline, expert and tensor whose product is the number of devices.
+
+    The expert axis of a dense model has size 1, since it would be another data axis.
+    """
     for pipeline in _divisors(devices):
         if pipeline > min(config.num_hidden_layers, _MAX_STAGES):
             continue
@@ -124,14 +131,14 @@ def _divisors(number: int) -> list[int]:
 
 
 def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> bool:
-    """Whether a layout splits heads no finer than there are any, and a context not too finely."""
+    """Return whether a layout has at most one shard per attention head and at most 16 context-parallel ranks."""
     split = math.prod(sizes[axis] for axis in layout.split)
     context = math.prod(sizes[axis] for axis in layout.context)
     return split <= config.num_attention_heads and context <= 16
 
 
 def _dispatches(request: SearchRequest, placement: Placement) -> Iterator[str]:
-    """Those that differ, and that the hardware has."""
+    """Yield the dispatch backends that differ on the placement and that the hardware supports."""
     if request.dispatch:
         if _why_not(request.dispatch, placement) is None:
             yield request.dispatch
@@ -145,9 +152,9 @@ def _dispatches(request: SearchRequest, placement: Placement) -> Iterator[str]:
 
 
 def _why_not(dispatch: str, placement: Placement) -> str | None:
-    """Why a dispatch that is asked for is none of a placement's; None where it is."""
+    """Return why a placement does not support the requested dispatch; None if it does."""
     if dispatch != "all_to_all" and not placement.dispatch_levels:
-        return "sends tokens to the experts of other devices, and here none has others: leave it out"
+        return "exchanges tokens between expert-parallel ranks, but this mesh and layout exchange none: omit it"
     return unsupported_reason(dispatch, placement)
 
 
@@ -157,11 +164,12 @@ def why_none(request: SearchRequest) -> str:
     layouts = [request.layout] if request.layout else list(LAYOUTS.values())
     many = f"{request.devices} device{'s' * (request.devices > 1)}"
     if request.virtual_stages and all(dict(one)["pipeline"] == 1 for one in axes):
-        return f"virtual_stages={request.virtual_stages} needs stages: no mesh of {many} has any; leave it out"
+        return f"virtual_stages={request.virtual_stages} needs stages: no mesh of {many} has any; omit it"
     assert request.dispatch is not None
     placements = (placement_of(request.hardware, one, layout) for one in axes for layout in layouts)
     why = next(
-        filter(None, (_why_not(request.dispatch, placement) for placement in placements)), f"suits no mesh of {many}"
+        filter(None, (_why_not(request.dispatch, placement) for placement in placements)),
+        f"has no valid mesh of {many}",
     )
     return f"dispatch={request.dispatch} {why}"
 
@@ -173,7 +181,7 @@ def _virtual_stages(request: SearchRequest, sizes: Mapping[str, int]) -> Iterabl
 
 
 def kind_of(parallelism: ParallelismConfig, *, moe: bool) -> str:
-    """A split in the field's words: TP8 PP2, EP16, DP8."""
+    """Format the degrees of parallelism of a split: TP8 PP2, EP16, DP8."""
     sizes, layout = dict(parallelism.axes), parallelism.layout
     degree = {
         "TP": math.prod(sizes[axis] for axis in layout.split), "PP": sizes["pipeline"],
@@ -188,6 +196,6 @@ def kind_of(parallelism: ParallelismConfig, *, moe: bool) -> str:
 def placement_of(
     hardware: HardwareSpec, axes: tuple[tuple[str, int], ...], layout: Layout, *, virtual_stages: int = 1
 ) -> Placement:  # fmt: skip
-    """On devices of a kind that need not be there."""
+    """Return a placement on devices of a platform that need not be present."""
     platform = device_platform(hardware.platform)
     return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, virtual_stages=virtual_stages)

@@ -141,7 +141,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--price", "nan"], ["price=nan must be above 0, and at most"]),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "1", "--sla-tpot-ms", "0.1"],
-        ["--sla-tpot-ms 0.1 cannot be met by 1 x h100", "the best time a token"],
+        ["--sla-tpot-ms 0.1 cannot be met by 1 x h100", "the lowest TPOT is"],
     ),
     (
         ["plan", "llama-3.1-405b", "--hardware", "h100", "--nodes", "1"],
@@ -208,7 +208,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--devices", "1", "--dispatch", "all_gather"],
-        ["dispatch=all_gather sends tokens to the experts of other devices, and here none has others"],
+        ["dispatch=all_gather exchanges tokens between expert-parallel ranks, but this mesh and layout exchange none"],
     ),
     (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=8", "--dispatch", "hierarchical"],

@@ -40,7 +40,9 @@ def test_pages_that_are_kept_behind_windows_are_said(run_compile):
         "tokens": 4096, "layers": 12, "of_layers": 24, "freed": False, "held_tokens": 4096, "kept_bytes": 3 * 2**20
     }  # fmt: skip
     said = run_compile(answer(behind_windows=found)).out
-    assert "Pages behind the windows of 12 of 24 layers are kept: 3.0 MiB of a request of 4,096 tokens." in said
+    assert (
+        "Pages outside attention windows of 12 of 24 layers are not freed: 3.0 MiB for a request of 4,096 tokens."
+    ) in said
 
 
 @pytest.fixture

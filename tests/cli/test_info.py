@@ -52,7 +52,9 @@ def test_pages_behind_windows_are_kept_where_some_layer_sees_all(capsys):
         "kept_bytes": 12 * (131072 - 128) * 8 * 64 * 2 * 2,
     }  # fmt: skip
     said = jaxmoe(capsys, "info", CONFIGS / "openai--gpt-oss-20b.json").out
-    assert "Pages behind the windows of 12 of 24 layers are kept: 3,069.0 MiB of a request of 131,072 tokens." in said
+    assert (
+        "Pages outside attention windows of 12 of 24 layers are not freed: 3,069.0 MiB for a request of 131,072 tokens."
+    ) in said
     assert info(capsys, CONFIGS / "deepseek-ai--DeepSeek-V3.json")["behind_windows"] is None
 
 
@@ -63,7 +65,7 @@ def test_pages_behind_windows_are_freed_where_every_layer_has_one(capsys, tiny_d
     raw = json.loads((tiny_dir("mistral_window") / "config.json").read_text(encoding="utf-8"))
     (config := tmp_path / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 32768}))
     said = jaxmoe(capsys, "info", config).out
-    assert "Pages behind the windows are freed: a request of 32,768 tokens holds up to 521 at once." in said
+    assert "Pages outside attention windows are freed: a request of 32,768 tokens holds at most 521 at once." in said
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3_groups", "gpt_oss_window", "llama_llama3"])

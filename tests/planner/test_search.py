@@ -52,7 +52,7 @@ def test_a_model_that_fits_one_node_stays_there():
     assert best.estimate.mean_step.scale_out == 0
     said = " ".join(reasons(question("deepseek-v3.1", "b200", 16), found("deepseek-v3.1", "b200", 16), None,
                             NeighborPlans(half=None, twice=None)))  # fmt: skip
-    assert "do not reach for multi-node yet" in said
+    assert "multi-node parallelism is not needed yet" in said
 
 
 def test_the_front_trades_tokens_a_second_for_time_a_token():
@@ -205,7 +205,7 @@ def test_limits_of_latency_bound_the_plan_or_name_the_best_possible():
     asked = question("llama-3.1-70b", "h100", 8)
     limited = search(replace(asked, tpot_limit=0.02))
     assert limited.best.estimate.tpot <= 0.02 < search(asked).best.estimate.tpot
-    with pytest.raises(NoPlanError, match=r"--sla-tpot-ms 0\.1 cannot be met by 8 x h100: .* best time a token is \d"):
+    with pytest.raises(NoPlanError, match=r"--sla-tpot-ms 0\.1 cannot be met by 8 x h100: .* lowest TPOT is \d"):
         search(replace(asked, tpot_limit=0.0001))
 
 
