@@ -184,7 +184,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--rule-of-thumb", "--plot", "x.png"],
-        ["--rule-of-thumb draws nothing: leave --plot out"],
+        ["--rule-of-thumb has no plot: leave --plot out"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "pipeline=64"],
