@@ -166,7 +166,7 @@ def _planned(
 def _measured(
     llm: LLM, rows: list[list[int]] | None, max_tokens: int, groups: int | None, nodes: int, algorithm: Algorithm
 ) -> dict[str, Any]:  # fmt: skip
-    """Report rank loads measured as loaded, as planned from those, and measured again after experts moved."""
+    """Report rank loads measured as loaded, planned from these loads, and measured after experts moved."""
     from jaxmoe.engine.request import SamplingParams
     from jaxmoe.engine.verify import sample_prompts
     from jaxmoe.planner import balance as planner

@@ -106,7 +106,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, limit: int) -> str:
-    """Return why the model does not fit, and by what factor devices fall short if known."""
+    """Return why the model does not fit, and by which factor the devices are too few, if known."""
     held = weights + kv
     if total is not None:
         lack, devices = f"a device needs {_gib(total)} GiB and has {_gib(limit)}", f"about {_times(total, limit)}"

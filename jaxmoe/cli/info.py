@@ -26,7 +26,7 @@ def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], 
 
     MODEL is a config.json, a folder that holds one, a preset, or a Hugging Face Hub id, whose config.json is
     downloaded. Print the family, layers, routing, total and active parameters, bytes by part, KV cache bytes per token,
-    and quantization. If weight files lie next to config.json, bytes are measured from them and their tensors are
+    and quantization. If weight files are next to config.json, bytes are measured from them and their tensors are
     checked against the config.
     """
     from jaxmoe.inspect.info import model_info

@@ -1,1 +1,1 @@
-"""Reading compiled programs: collectives, products, memory."""
+"""Inspect models and compiled programs: collectives, matmuls, memory, plans."""

@@ -160,9 +160,9 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--mesh", "tensor=4"],
-        ["mesh tensor=4 is of 4 devices and 8 are asked for"],
+        ["mesh tensor=4 has 4 devices, but 8 were requested"],
     ),
-    (["plan", "llama-3.1-8b", "--hardware", "gb200", "--nodes", "8192"], ["589824 devices of gb200 are asked for"]),
+    (["plan", "llama-3.1-8b", "--hardware", "gb200", "--nodes", "8192"], ["589824 devices of gb200 were requested"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--weights-dtype", "fp6"], ["weights_dtype='fp6' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "post"], ["dispatch='post' must be one of"]),
@@ -200,7 +200,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "all_gather"],
-        ["dispatch=all_gather sends tokens to experts, and llama has none: leave it out"],
+        ["dispatch=all_gather sends tokens to experts, but llama has no experts: leave it out"],
     ),
     (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=16", "--dispatch", "ragged_all_to_all"],

@@ -36,7 +36,7 @@ def test_a_file_a_table_and_a_picture(capsys, tmp_path):
     assert (hardware.device, hardware.hbm_gbps, list(hardware.collectives["all-to-all"])) == ("mine", 100, [2, 4])
     assert "matmuls bf16 2, f32 1 Tflop/s; memory 100 GB/s" in outcome.out
     assert "collective-permute" in outcome.out
-    assert "scale_out_gbps: not measured: as inside a node" in outcome.out
+    assert "scale_out_gbps: not measured: set to the rate inside a node" in outcome.out
     assert "hardware.toml describes this hardware" in outcome.out
     assert "</svg>" in (tmp_path / "mine.svg").read_text()
     text = (tmp_path / "hardware.toml").read_text()
@@ -68,7 +68,7 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
     outcome = jaxmoe(capsys, "probe", "--max-mib", 0.001, "--plot", "one.png")
     assert outcome.code == 0, outcome.err
     assert "one device: there are no collectives to measure" in outcome.out
-    assert "scale_up_gbps: not measured: the memory's rate" in outcome.out
+    assert "scale_up_gbps: not measured: set to the memory bandwidth" in outcome.out
     assert read_hardware("hardware.toml").collectives == {}
 
 
