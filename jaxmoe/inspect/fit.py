@@ -90,7 +90,7 @@ def _compile_steps(request: CompileRequest, say: Callable[[Mapping[str, Any]], N
     """Compile each step and return the result. Runs in the separate process."""
     config, target, axes = request.checked()
     kernels = request.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
-    # Refuse what is invalid, or has no room for weights and pages, before the slow start of the target's compiler.
+    # Refuse invalid requests, and weights and pages that do not fit, before the target's compiler starts.
     runner = request.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
     weights, kv = held_bytes(runner, **request.sizes)
     size: dict[str, int | None]

@@ -86,7 +86,7 @@ def _kv_copies(runner: Runner, info: ParamInfo) -> int:
 def _report(config: ModelConfig, info: ParamInfo, config_shape: tuple[int, ...], kv_copies: int) -> ParamReport:
     mesh, itemsize = info.sharding.mesh, info.dtype.itemsize
     model = math.prod(config_shape) * itemsize
-    # Columns per head slot: those of its queries alone, or with one key and one value column, or a single column.
+    # Columns per head slot: its queries alone, or its queries, one key and one value, or a single column.
     columns = config_shape[info.dims.index("head_slot")] if "head_slot" in info.dims else 1
     keys_and_values = columns - config.num_query_groups if "head_slot" in info.dims else 1
     head_copies = model // columns * keys_and_values * (kv_copies - 1)

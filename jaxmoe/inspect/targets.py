@@ -68,7 +68,7 @@ class CompileTarget:
 
 
 def parse_target(text: str) -> CompileTarget:
-    """Parse a target such as "v5p:4x4x8" or "h200:2x8". Raises: ConfigError naming the value and the valid form."""
+    """Parse a target, as in "v5p:4x4x8" or "h200:2x8". Raises: ConfigError naming the value and the valid form."""
     name, _, shape = text.partition(":")
     if name not in DEVICES:
         raise ConfigError(f"target {text!r}: unknown device {name!r}; known devices are {', '.join(DEVICES)}")

@@ -170,7 +170,9 @@ def test_nodes_that_hardware_names_are_all_planned_for(capsys, hardware, devices
 def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs):
     length = ["--isl", "32", "--osl", "32", "--mesh", "expert=8"]
     said = plan(capsys, model, "--hardware", "b200", *length)["reasons"]
-    assert any(line.startswith("Planned only: generate, inspect, compile and map do not support") for line in said) != runs
+    assert (
+        any(line.startswith("Planned only: generate, inspect, compile and map do not support") for line in said) != runs
+    )
     read = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1)
     if runs:
         assert read.checked_model()
