@@ -1,4 +1,4 @@
-"""A step compiled ahead of time, without arrays: what it holds of memory and says to other devices."""
+"""Compile a step ahead of time, without arrays, and report its memory and collectives."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What the compiler made of one step, in bytes of one device.
+    """Describe one compiled step. Bytes are per device.
 
-    total is all that lies there meanwhile: weights, keys and values (held_bytes), the little that tells a step what to
-    do, and temp, what it needs besides. collectives and planned: the collectives, and how often each runs in a decode
-    step, or where stages decode in a tick. scatter_padding: what the compiler adds to the bytes of reduce-scatters, as
-    a share. optimal_seconds: the compiler's own estimate of a decode step or tick, where it gives one.
+    total_bytes: memory during the step: weights and KV cache (held_bytes), the small step inputs, and temp_bytes.
+    temp_bytes: temporary buffers. collectives, planned: compiled and planned collectives, and how often each runs per
+    decode step, or per tick if a pipeline decodes. scatter_padding: bytes that the compiler adds to reduce-scatters, as
+    a fraction of theirs. optimal_seconds: the compiler's estimate of a decode step or tick, or None if it gives none.
     """
 
     temp_bytes: int
@@ -49,7 +49,7 @@ class CompiledStep:
 def abstract_runner(
     config: ModelConfig, placement: Placement, *, dtype: str, kv_dtype: str | None, kernels: KernelConfig
 ) -> Runner:
-    """A Runner whose weights are shapes that lie on the placement's mesh; it can be compiled, not run."""
+    """Return a Runner whose weights are abstract shapes with shardings: it can be compiled, but not run."""
     model = abstract_model(config, placement, dtype=dtype, kernels=kernels)
     graph, state = nnx.split(model)
     shapes: list[Any] = [
@@ -60,8 +60,11 @@ def abstract_runner(
 
 
 def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
-    """The rows an engine has for `max_num_seqs` requests, and pages for `context` tokens of each, or where every layer
-    has a window for as many as a request holds at once."""
+    """Return the abstract state of an engine with sequence slots for `max_num_seqs` requests.
+
+    Its KV cache has pages for `context` tokens per request. If every layer has a window or attention chunk, it has only
+    as many pages per request as one needs at once.
+    """
     requests, seq_slots = -(-max_num_seqs // runner.num_ranks), runner.padded_num_seqs(max_num_seqs) // runner.num_ranks
     page_size *= runner.context_ranks
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
@@ -77,7 +80,7 @@ def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: 
 def held_bytes(
     runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
 ) -> tuple[int, int]:
-    """Bytes of weights, and of keys and values of `max_num_seqs` requests of `context` tokens each, on one device."""
+    """Return bytes per device of the weights, and of the KV cache of `max_num_seqs` requests of `context` tokens."""
     state = engine_state(
         runner, max_num_seqs=max_num_seqs, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )
@@ -90,7 +93,7 @@ def held_bytes(
 def step_bucket(
     runner: Runner, phase: Phase, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
 ) -> Bucket:  # fmt: skip
-    """The shapes of that step of an engine, as compile_step compiles it."""
+    """Return the bucket (the shapes) of the step that compile_step compiles."""
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
     stages = runner.placement.num_stages
@@ -112,8 +115,11 @@ def compile_step(
     chunk_tokens: int,
     decode_steps: int,
 ) -> CompiledStep:
-    """One step of an engine with `max_num_seqs` requests of `context` tokens each over all ranks: up to decode_steps
-    tokens of each, or one with chunk_tokens of prompts a rank beside it."""
+    """Compile one step of an engine with `max_num_seqs` requests of `context` tokens each, over all ranks.
+
+    A decode step decodes up to decode_steps tokens per request. A prefill step decodes one token per request and
+    computes chunk_tokens prompt tokens per rank.
+    """
     state = engine_state(
         runner, max_num_seqs=max_num_seqs, context=context, page_size=page_size, chunk_tokens=chunk_tokens
     )
@@ -140,7 +146,7 @@ def compile_step(
 
 
 def collective_rows(phase: Phase, step: CompiledStep) -> list[dict[str, Any]]:
-    """Every collective that was found in a step or planned for it, and how often each runs, as --json prints it."""
+    """List every compiled or planned collective of a step with both counts, as --json prints them."""
     return [
         {"phase": phase, "op": one.op, "axes": list(one.axes), "count": step.collectives[one],
          "bytes": one.result_bytes,

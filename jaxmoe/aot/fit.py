@@ -1,4 +1,4 @@
-"""Does a model fit a cluster that is not there? Its steps, by the cluster's own compiler, in a process apart."""
+"""Check whether a model fits a target cluster: compile its steps with the target's compiler, in a separate process."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform
 from jaxmoe.planner.sizes import behind_windows
 
-# What XLA:TPU says of a step that does not fit: bytes of all it needs, arguments too, and of what a device has for it.
+# Out-of-memory messages of XLA:TPU: bytes that the step needs, arguments included, and bytes available on a device.
 _NO_ROOM = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)(?: hbm|\))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileRequest(InspectRequest):
-    """What to compile, and for which target."""
+    """Describe a model to compile ahead of time, and the target cluster."""
 
     target: str
 
     def checked(self) -> tuple[ModelConfig, CompileTarget, dict[str, int]]:
-        """The config, target and axes. Raises: as checked_model."""
+        """Return config, target and mesh axes. Raises: as checked_model; MeshError if device counts differ."""
         config, axes = self.checked_model()
         target = parse_target(self.target)
         devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
-                f"mesh {self.mesh} is of {devices} devices, target {target} has {target.num_devices}: make them equal"
+                f"mesh {self.mesh} has {devices} devices, target {target} has {target.num_devices}: make them equal"
             )
         return config, target, axes
 
 
 def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
-    """What the target's compiler makes of the model's steps, as `jaxmoe compile --json` prints it.
+    """Compile the model's steps with the target's compiler and return the result that `jaxmoe compile --json` prints.
 
-    on_phase is told the name of each step before it is compiled. Raises: as CompileRequest.checked, and ConfigError
-    where the compiler is not installed or fails.
+    on_phase is called with the name of each step before it is compiled. Raises: as CompileRequest.checked; ConfigError
+    if the compiler is not installed or fails.
     """
     _, target, _ = request.checked()
     command = [sys.executable, "-m", "jaxmoe.aot.fit"]
@@ -64,9 +64,9 @@ def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambd
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            print(json.dumps(asdict(request)), file=child.stdin, flush=True)  # and its end when this process ends
+            print(json.dumps(asdict(request)), file=child.stdin, flush=True)  # open until this process ends
             for line in child.stdout:
-                if not line.startswith("{"):  # whatever a plugin prints
+                if not line.startswith("{"):  # skip output of plugins
                     continue
                 said = json.loads(line)
                 if "phase" in said:
@@ -87,10 +87,10 @@ def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambd
 
 
 def _compile_steps(request: CompileRequest, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
-    """In the process apart: compile each step."""
+    """Compile each step and return the result. Runs in the separate process."""
     config, target, axes = request.checked()
     kernels = request.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
-    # Neither what is refused nor what has no room for weights and pages needs the target's compiler.
+    # Refuse invalid requests, and weights and pages that do not fit, before the target's compiler starts.
     runner = request.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
     weights, kv = held_bytes(runner, **request.sizes)
     size: dict[str, int | None]
@@ -144,7 +144,7 @@ def _compiled(step: CompiledStep, limit: int) -> dict[str, Any]:
 
 
 def _no_room(error: str, held: int, limit: int) -> tuple[dict[str, Any], int]:
-    """A step its compiler found no room for, and the bytes it had: as it says where it says so, else limit."""
+    """Describe a step that ran out of memory, and return the bytes available: from the message, else limit."""
     temp = total = None
     if said := _NO_ROOM.search(error):
         needed, had = (
@@ -158,7 +158,7 @@ def _no_room(error: str, held: int, limit: int) -> tuple[dict[str, Any], int]:
 
 
 def _end_with_stdin() -> None:
-    """End when the process that asked does, however that ends: nobody waits for what is being compiled."""
+    """Exit when standard input closes, which means that the parent process has ended in any way."""
     sys.stdin.read()
     os._exit(1)
 
@@ -173,7 +173,7 @@ def _main() -> None:
 
     try:
         say(_compile_steps(CompileRequest(**request), say))
-    except Exception as error:  # all that is known of it goes to the process that asked
+    except Exception as error:  # report any error to the parent process
         say({"error": " ".join(str(error).split())[:400]})
 
 

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: op, mesh axes, bytes."""
+"""Parse the collectives of a compiled program from its HLO text: op, mesh axes, bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxmoe.parallel.collectives import Collective, CollectiveOp
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
-# Other collectives, none of which a step holds.
+# Other collectives. No step uses them, so they are an error.
 _UNKNOWN = ("collective-broadcast", "ragged-all-gather", "send", "recv")
 _LINE = re.compile(
     rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(CollectiveOp), *_UNKNOWN))})(?P<start>-start)?\("
@@ -36,8 +36,9 @@ _NAMES = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
 _COMPARED = re.compile(r"ROOT %\S+ = \S+ compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
-# XLA:TPU prints some reduce-scatters as a fusion of an all-reduce and the slice of it that stays, in a computation of
-# this name; over links goes a reduce-scatter (docs/clusters.md). Some it pads, and sends on slices of the result.
+# XLA:TPU prints some reduce-scatters as a fusion of an all-reduce and a slice of its result, in a computation of this
+# name. On the links it is a reduce-scatter (docs/clusters.md). Some are padded; collective-permutes then send on slices
+# of the result.
 _SCATTER = "all-reduce-scatter"
 _OPERAND = re.compile(r"= ([^ ]*) parameter\(0\)")
 _SCATTERED = re.compile(rf"%(?P<result>[\w.-]+) = .* calls=%{_SCATTER}")
@@ -47,18 +48,20 @@ _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
 def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
-    """Every collective instruction in the text of a compiled program, with how often it runs.
+    """Count the collectives in the text of a compiled program, by how often each runs.
 
-    Inside a loop that means once an iteration, where the compiler knows the trip count; other loops count once.
-    One among a part of the devices along its axes is told apart by the name of its axes. Raises: ValueError for
-    replica groups in a form not known here, and for other ways that devices may tell each other something.
+    A collective inside a loop counts once per iteration if the trip count is known, else once. If its groups span only
+    a part of the devices along their axes, the name of its axes says so ("2 ranks of expert").
+    Raises: ValueError for an unknown form of replica groups, or an unknown kind of collective.
     """
     return collectives_and_padding(compiled_text, mesh)[0]
 
 
 def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Collective], float]:
-    """The collectives with the bytes asked for, and what reduce-scatters send besides, as a share of theirs: XLA:TPU
-    pads some. Raises: as collectives."""
+    """Count collectives without padding, and return the padding of reduce-scatters as a fraction of their bytes.
+
+    XLA:TPU pads some reduce-scatters. Raises: as collectives.
+    """
     counts: Counter[Collective] = Counter()
     added = 0
     lines, entry = _computations(compiled_text)
@@ -79,13 +82,13 @@ def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Col
         result = match["result"]
         nested = match["start"] and _NESTED.match(result)  # ((operands), results)
         arrays = _ARRAY.findall(nested[1] if nested else result)
-        if nested:  # beside results, what the one that waits is told
+        if nested:  # skip the context scalars (u32[], s32[]) that -start returns with its results
             arrays = [(kind, shape) for kind, shape in arrays if shape or kind not in ("u32", "s32")] or arrays
         sizes = [_array_bytes(kind, shape) for kind, shape in arrays]
         if match["start"] and not nested and len(sizes) > 1:  # (operand, result, ...)
             if op == "collective-permute":
                 sizes = sizes[1:2]
-            elif op != "all-reduce":  # whose tuple is of results alone
+            elif op != "all-reduce":  # an all-reduce returns results only
                 sizes = sizes[len(sizes) // 2 :]
         num_bytes = sum(sizes)
         if op == "collective-permute" and (permuted := _PERMUTED.search(line)) and permuted[1] in realigned:
@@ -102,7 +105,7 @@ def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Col
 
 
 def _scattered_slices(lines: Mapping[str, list[str]]) -> set[str]:
-    """Names of values that are slices of what such a fusion gave."""
+    """Return the names of values that are slices of the result of an all-reduce-scatter fusion."""
     every = [line for body in lines.values() for line in body]
     results = {match["result"] for line in every if (match := _SCATTERED.search(line))}
     sliced = [match for line in every if (match := _SLICED.search(line))]
@@ -110,7 +113,7 @@ def _scattered_slices(lines: Mapping[str, list[str]]) -> set[str]:
 
 
 def _computations(compiled_text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, by its name; and the name of the one that is run."""
+    """Return the lines of every computation by its name, and the name of the entry computation."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in compiled_text.splitlines():
@@ -124,7 +127,7 @@ def _computations(compiled_text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _lines_run(lines: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, str, int]]:
-    """The name of a computation, a line of it, and how often it runs: every line of every computation."""
+    """Yield every line that runs, as (name of its computation, line, how often it runs)."""
     runs: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:
@@ -140,8 +143,7 @@ def _lines_run(lines: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str
 
 
 def _trip_count(loop: str, lines: Mapping[str, list[str]]) -> int:
-    """Return how often a loop iterates: as the compiler says, or up to the constant its condition compares with; else
-    1."""
+    """Return the trip count of a loop: the known_trip_count, or the constant in its condition, or else 1."""
     if known := _TRIPS.search(loop):
         return int(known[1])
     condition = _CONDITION.search(loop)
@@ -160,7 +162,7 @@ def _ints(text: str) -> list[int]:
 
 
 def _groups(line: str) -> np.ndarray:
-    """Device groups [groups, members] of one instruction, in any of the forms XLA prints."""
+    """Parse the replica groups [groups, members] of an instruction, in any form that XLA prints."""
     if match := _MESH_GROUPS.search(line):
         names = re.findall(r"'([^']+)'=(\d+)", match["axes"])
         shape = [int(size) for _, size in names]
@@ -185,7 +187,7 @@ def _groups(line: str) -> np.ndarray:
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ, in the order placements name them."""
+    """Return the mesh axes along which the members of a group differ, in the order of the mesh."""
     shape = tuple(mesh.shape.values())
     coordinates = np.stack(np.unravel_index(groups, shape), axis=-1)
     differs = (coordinates != coordinates[:, :1]).any(axis=(0, 1))

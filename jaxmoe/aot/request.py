@@ -1,4 +1,4 @@
-"""What is asked of a model whose weights need not be there: its config.json, a mesh, requests; checked in one place."""
+"""Request to inspect a model without its weights: config.json, mesh and workload, checked in one place."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from jaxmoe.parallel.stages import check_virtual_stages, layer_segments
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
 
-_MAX_COUNT = 1 << 20  # of requests, and of a chunk's tokens
+_MAX_COUNT = 1 << 20  # largest max_num_seqs and chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRequest:
-    """A config.json, a mesh, and how many requests of how many tokens each.
+    """Describe a model on a mesh, and the requests to serve.
 
-    config: the file, a folder with it, or a preset. dtype, weights_dtype, kv_dtype, layout, virtual_stages: as
-    LLM.load. chunk_tokens: as AsyncEngine.
+    config: a config.json, a folder that holds one, or a preset. max_num_seqs: concurrent requests over all ranks.
+    context: tokens per request. dtype, weights_dtype, kv_dtype, layout, virtual_stages: as in LLM.load. chunk_tokens:
+    as in AsyncEngine.
     """
 
     config: str
@@ -53,7 +54,7 @@ class InspectRequest:
     def chosen_kernels(
         self, config: ModelConfig, dtype: str, axes: Mapping[str, int], *, platform: str | None = None
     ) -> KernelConfig:
-        """As LLM.load chooses them on a platform, on that of this machine where none is named. Raises: ConfigError."""
+        """Choose kernels as LLM.load does. platform: by default this machine's. Raises: ConfigError."""
         shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.layout).context)
         return choose_kernels(
             dtype, self.kernels, platform=platform, shared_pages=shared, quantization=config.quantization
@@ -61,19 +62,19 @@ class InspectRequest:
 
     @property
     def kernels(self) -> dict[str, Any]:
-        """Those that were chosen."""
+        """Return the kernel overrides of this request."""
         return {} if self.dispatch is None else {"dispatch": self.dispatch}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the engine, as held_bytes and compile_step are told."""
+        """Return the sizes of the engine, as arguments of held_bytes and compile_step."""
         return {
             "max_num_seqs": self.max_num_seqs, "context": self.context, "page_size": PAGE_SIZE,
             "chunk_tokens": self.chunk_tokens
         }  # fmt: skip
 
     def checked_model(self) -> tuple[ModelConfig, dict[str, int]]:
-        """The config, whose dtype and formats are those asked for, and the axes.
+        """Return the config in the requested dtypes, and the mesh axes.
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
@@ -100,8 +101,10 @@ class InspectRequest:
     def runner(
         self, config: ModelConfig, mesh: Mesh | PlannedMesh, kernels: KernelConfig, *, dtype: str | None = None
     ) -> Runner:
-        """A Runner of shapes: it can be compiled where the mesh has devices, not run. dtype: the config's own by
-        default."""
+        """Return a Runner of abstract shapes. It cannot run, but compiles if the mesh has devices.
+
+        dtype: of activations; by default the config's.
+        """
         placement = Placement(
             mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), virtual_stages=self.virtual_stages
         )

@@ -1,1 +1,1 @@
-"""The command line: one command, one file."""
+"""Command-line interface, one file per command."""

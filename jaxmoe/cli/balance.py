@@ -1,4 +1,4 @@
-"""jaxmoe balance: how evenly tokens fall on the ranks of experts, and how evenly they could."""
+"""jaxmoe balance: measure the expert load of every rank, and balance it by placing experts (EPLB)."""
 
 from __future__ import annotations
 
@@ -29,29 +29,57 @@ _FORMS = ("before", "planned", "after")
 @click.command()
 @click.argument("model", required=False)
 @model_options
-@click.option("--prompt-ids", metavar="FILE.jsonl", help="prompts to count tokens of, one JSON list of ids a line")
-@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True, help="tokens for each prompt")
-@click.option("--redundant-experts", type=int, default=0, show_default=True, help="replicas beyond one of each expert")
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="number of nodes")
-@click.option("--groups", type=click.IntRange(1), help="of experts, to keep inside nodes; the model's own by default")
+@click.option(
+    "--prompt-ids",
+    metavar="FILE.jsonl",
+    help="File of prompts to run, one JSON list of token ids per line. Defaults to a few sample prompts.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Number of tokens to generate per prompt.",
+)
+@click.option(
+    "--redundant-experts",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Number of redundant expert replicas per layer, beyond one replica of each expert.",
+)
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Number of nodes that the ranks are on."
+)
+@click.option(
+    "--groups",
+    type=click.IntRange(1),
+    help="Number of expert groups; each group is placed inside one node. Defaults to the model's, or to 1 on one node "
+    "or with --loads.",
+)
 @click.option(
     "--algorithm",
     default="distinct",
     show_default=True,
-    help="distinct (no two replicas of an expert on one rank) or eplb (as DeepSeek published it)",
+    help="Placement algorithm: distinct (no two replicas of an expert on one rank) or eplb (as published by DeepSeek).",
 )
-@click.option("--loads", metavar="FILE.json", help="tokens of each expert, [layer][expert]: plan for them, run nothing")
-@click.option("--ranks", type=click.IntRange(1), help="of experts, with --loads")
-@click.option("--plot", metavar="FILE", help="write a picture (.png or .svg) of every rank's load")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option(
+    "--loads",
+    metavar="FILE.json",
+    help="File of token counts [layer][expert]. Plan a placement for them without running a model.",
+)
+@click.option("--ranks", type=click.IntRange(1), help="Number of expert parallel ranks. Use with --loads.")
+@click.option("--plot", metavar="FILE", help="Write a plot of the load of every rank, as .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def balance(
     model: str | None, options: ModelOptions, prompt_ids: str | None, max_tokens: int, redundant_experts: int,
     nodes: int, groups: int | None, algorithm: Algorithm, loads: str | None, ranks: int | None, plot: str | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Count where MODEL's tokens go, place its experts by that (EPLB), and count again.
+    """Measure and balance the expert load of every rank (EPLB).
 
-    Experts move between steps and nothing is compiled for it. With --loads only the placement is planned.
+    Count the tokens that MODEL routes to each expert, place the experts accordingly, and count again. Experts move
+    between steps without recompilation. With --loads, only plan the placement.
     """
     from jaxmoe.parallel.eplb import check_algorithm
 
@@ -59,7 +87,7 @@ def balance(
     if plot is not None:
         check_plot_path(plot)
     if (loads is None) != (ranks is None):
-        raise RequestError("--loads and --ranks go together: give both, or neither and a model")
+        raise RequestError("--loads and --ranks must be given together: give both, or a model and neither of them")
     if loads is not None and ranks is not None:
         given = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
         if given:
@@ -78,7 +106,7 @@ def balance(
     Console().print(_table(report))
     print(_in_words(report))
     if plot is not None:
-        console.print(f"[dim]every rank's load is drawn in {plot}[/dim]")
+        console.print(f"[dim]the plot of every rank's load is in {plot}[/dim]")
 
 
 def _was_given(name: str) -> bool:
@@ -87,10 +115,10 @@ def _was_given(name: str) -> bool:
 
 
 def _read_loads(path: str) -> np.ndarray:
-    """Raises: RequestError for a file that is not rows of numbers, as many in each."""
+    """Read loads [layer, expert] from a JSON file. Raises: RequestError unless it holds number lists of one length."""
     import numpy as np
 
-    wrong = RequestError(f"{path} must hold one JSON list of numbers in [0, 1e18] a layer, as many in each")
+    wrong = RequestError(f"{path} must hold one JSON list of numbers in [0, 1e18] per layer, all of one length")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,7 +138,7 @@ def _read_loads(path: str) -> np.ndarray:
 def _planned(
     loads: np.ndarray, redundant: int, groups: int, nodes: int, ranks: int, algorithm: Algorithm
 ) -> dict[str, Any]:
-    """Loads of experts as they would fall on ranks, in order and balanced."""
+    """Report the load of each rank with experts placed in order, and with the balanced placement."""
     import numpy as np
 
     from jaxmoe.parallel import eplb as planner
@@ -138,7 +166,7 @@ def _planned(
 def _measured(
     llm: LLM, rows: list[list[int]] | None, max_tokens: int, groups: int | None, nodes: int, algorithm: Algorithm
 ) -> dict[str, Any]:  # fmt: skip
-    """Loads of ranks while the model completes prompts: as loaded, as planned for these, and once experts moved."""
+    """Report rank loads measured as loaded, planned from these loads, and measured after experts moved."""
     from jaxmoe.engine.request import SamplingParams
     from jaxmoe.parallel import eplb as planner
     from jaxmoe.report.verify import sample_prompts
@@ -188,7 +216,7 @@ def _report(
 
 def _table(report: dict[str, Any]) -> Table:
     forms = [name for name in _FORMS if name in report]
-    table = Table("MoE layer", *forms, title="mean load over the fullest rank's")
+    table = Table("MoE layer", *forms, title="balancedness: mean rank load / largest rank load")
     for layer in range(report["layers"]):
         shares = [report[name]["by_layer"][layer] for name in forms]
         table.add_row(str(layer), *(f"{share:.3f} {'█' * round(share * _BAR):<{_BAR}}" for share in shares))
@@ -199,17 +227,19 @@ def _in_words(report: dict[str, Any]) -> str:
     forms = ", ".join(f"{name} {report[name]['balancedness']:.3f}" for name in _FORMS if name in report)
     nodes, groups, placed = report["nodes"], report["groups"], ""
     if nodes > 1:
-        placed = f"; groups of experts kept inside {nodes} nodes"
+        placed = f"; each group of experts is inside one of {nodes} nodes"
         if not report["hierarchical"]:
-            placed = f"; placed over all {nodes} nodes alike, since {groups} groups of experts do not divide among them"
+            placed = (
+                f"; experts may be on any of {nodes} nodes, because {groups} expert groups do not divide among them"
+            )
     return (
         f"{report['experts']} experts in {report['physical_experts']} expert slots on {report['ranks']} ranks; "
-        f"balancedness (mean load over the fullest rank's, 1 is even): {forms}{placed}"
+        f"balancedness (mean rank load / largest rank load, 1 is even): {forms}{placed}"
     )
 
 
 def _draw(figure: Any, report: dict[str, Any]) -> None:
-    """A panel a form: layers down, ranks across, load over the layer's mean as color."""
+    """Draw one panel per form: layers down, ranks across, load relative to the layer's mean as color."""
     import numpy as np
 
     forms = [name for name in _FORMS if name in report]
@@ -223,4 +253,4 @@ def _draw(figure: Any, report: dict[str, Any]) -> None:
         panel.set_title(f"{name}: balancedness {report[name]['balancedness']:.3f}")
         panel.set_xlabel("rank")
     figure.axes[0].set_ylabel("MoE layer")
-    figure.colorbar(image, ax=figure.axes, label="load over the layer's mean")
+    figure.colorbar(image, ax=figure.axes, label="load / mean load of the layer")

@@ -1,4 +1,4 @@
-"""jaxmoe bench: throughput of whole requests."""
+"""jaxmoe bench: measure the throughput of whole requests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,26 @@ _CASES = "1x128x64,8x128x64,32x128x64,32x512x1"
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--cases", default=_CASES, show_default=True, help="REQUESTSxPROMPTxNEW, separated by commas")
-@click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="the median of this many")
+@click.option(
+    "--cases",
+    default=_CASES,
+    show_default=True,
+    help="Cases to run, separated by commas. Each is REQUESTSxPROMPTxNEW: the number of requests, and the prompt "
+    "tokens and generated tokens per request.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    help="Number of measured runs per case. The median is reported.",
+)
 @model_options
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a case on standard output, nothing else")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per case on standard output and nothing else."
+)
 def bench(model: str | None, cases: str, repeats: int, options: ModelOptions, as_json: bool) -> None:
-    """Measure MODEL on random token ids, end tokens ignored. Compiling is reported apart."""
+    """Measure the throughput of MODEL on random token ids, ignoring end tokens. Compile time is reported separately."""
     from jaxmoe.report.bench import parse_cases, run_case
 
     wanted = parse_cases(cases)

@@ -1,4 +1,4 @@
-"""jaxmoe compile: a model's steps by the compiler of a cluster that is not there."""
+"""jaxmoe compile: compile a model's steps for a target cluster, without its devices."""
 
 from __future__ import annotations
 
@@ -15,33 +15,55 @@ from jaxmoe.jsontext import json_text
 
 @click.command("compile")
 @click.argument("config")
-@click.option("--target", required=True, help="a cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8")
-@click.option("--mesh", required=True, help="axes, as in expert=16 or data=4,expert=4,tensor=4")
-@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
-@click.option("--context", type=int, default=4096, show_default=True, help="tokens of each request")
-@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
-@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option("--target", required=True, help="Target cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8.")
+@click.option("--mesh", required=True, help="Mesh axes and their sizes, as in expert=16 or data=4,expert=4,tensor=4.")
+@click.option(
+    "--max-num-seqs",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Maximum number of concurrent requests, over all devices.",
+)
+@click.option("--context", type=int, default=4096, show_default=True, help="Context length of each request, in tokens.")
+@click.option(
+    "--chunk-tokens",
+    type=int,
+    help="Prompt tokens that each rank computes in one step. Defaults to that of AsyncEngine.",
+)
+@click.option("--dtype", help="Dtype of weights and activations. Defaults to the dtype in config.json.")
 @click.option(
     "--weights-dtype",
-    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
+    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
+    "checkpoint's format.",
 )
-@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
 @click.option(
-    "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
+    "--dispatch",
+    help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
+    "hierarchical or hierarchical_ragged.",
 )
 @click.option(
     "--layout",
-    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+    help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp (default), tp-ep, dp-ep, tp, "
+    "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
 )
 @click.option(
-    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+    "--virtual-stages", type=int, help="Virtual stages per pipeline stage (interleaved schedule). Defaults to 1."
 )
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def compile_model(as_json: bool, **args: Any) -> int:
-    """Compile prefill and decode, as AsyncEngine runs them, of the model of CONFIG (a config.json, a folder with one,
-    or a preset) for a target that need not be there: what each device holds, and its collectives beside those
-    planned. Exit with 1 if out of memory or if collectives differ from the plan."""
+    """Compile the prefill and decode steps of a model for a target cluster.
+
+    CONFIG is a config.json, a folder that holds one, or a preset. Steps are compiled as AsyncEngine runs them. Neither
+    weights nor the target's devices are needed. Print the memory that each device needs, and compare the compiled
+    collectives with the planned ones. Exit with 1 if out of memory or if collectives differ from the plan.
+    """
     from jaxmoe.aot.fit import CompileRequest, compile_for
 
     request = CompileRequest(**{name: value for name, value in args.items() if value is not None})
@@ -62,7 +84,7 @@ def _print(result: dict[str, Any]) -> None:
     from jaxmoe.planner.sizes import behind_words
 
     size, screen = result["bytes"], table_console()
-    table = Table(title=f"{result['target']}, GiB of each device", title_justify="left")
+    table = Table(title=f"{result['target']}, GiB per device", title_justify="left")
     for name in ("weights", "kv", "temp", "total", "limit"):
         table.add_column(name, justify="right")
     table.add_row(*(_gib(size[name]) for name in ("weights", "kv", "temp", "total", "limit")))
@@ -84,7 +106,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, limit: int) -> str:
-    """What a device lacks, and by how many times where that is known."""
+    """Return why the model does not fit, and by which factor the devices are too few, if known."""
     held = weights + kv
     if total is not None:
         lack, devices = f"a device needs {_gib(total)} GiB and has {_gib(limit)}", f"about {_times(total, limit)}"
@@ -95,7 +117,8 @@ def _shortage(*, weights: int, kv: int, temp: int | None, total: int | None, lim
         else:
             lack += ", and the compiler found no room for the rest"
     return (
-        f"{lack}; {devices} devices, a smaller --max-num-seqs or --context, or a shorter --dtype or --kv-dtype would do"
+        f"{lack}; {devices} devices, a smaller --max-num-seqs or --context, "
+        f"or a narrower --dtype or --kv-dtype would do"
     )
 
 

@@ -1,4 +1,4 @@
-"""How commands show compiled collectives beside planned ones."""
+"""Tables that compare the collectives of compiled steps with the planned ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows of inspect.aot.collective_rows, those marked that run more or less often than planned."""
+    """Return a table of inspect.aot.collective_rows; rows whose count differs from the plan are marked."""
     table = Table(title="collectives of a step", title_justify="left")
     for name in ("step", "collective", "axes"):
         table.add_column(name, overflow="fold")
@@ -23,7 +23,7 @@ def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def print_differing(rows: Sequence[dict[str, Any]]) -> None:
-    """A line for each step that is not as planned."""
+    """Print a line for each step whose collectives differ from the plan."""
     for phase in dict.fromkeys(one["phase"] for one in rows):
         differ = [_differs(one) for one in rows if one["phase"] == phase]
         if any(differ):

@@ -1,4 +1,4 @@
-"""jaxmoe convert: a published checkpoint as an Orbax one, and back; a converted one held against its checksums."""
+"""jaxmoe convert: convert a published checkpoint to Orbax and back, or verify a converted one by its checksums."""
 
 from __future__ import annotations
 
@@ -17,30 +17,44 @@ from jaxmoe.paths import expanded
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
-@click.option("--to", help="orbax or hf (safetensors); by default the one that SRC is not")
-@click.option("--mesh", help="axes or a preset, the devices of which are to read whole chunks; any mesh can load it")
+@click.option("--to", help="Format to write: orbax or hf (safetensors). Defaults to the one that SRC does not have.")
+@click.option(
+    "--mesh",
+    help="Mesh axes or preset whose devices will read whole chunks of the Orbax checkpoint. Any other mesh can load "
+    "it, too.",
+)
 @click.option(
     "--weights-dtype",
-    help="float32, bfloat16 or float16, of quantized ones too; int8, fp8 or fp8-block quantizes; every bit is kept by "
-    "default",
+    help="Dtype to write: float32, bfloat16 or float16 casts (and dequantizes) weights; int8, fp8 or fp8-block "
+    "quantizes the weight matrices. By default every tensor is copied bit for bit.",
 )
-@click.option("--ram-gib", type=float, default=4.0, show_default=True, help="memory that may be taken")
-@click.option("--verify", is_flag=True, help="check SRC (if it was converted) and DST against their checksums")
-@click.option("--revision", help="branch, tag or commit of a hub model")
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option(
+    "--ram-gib", type=float, default=4.0, show_default=True, help="Memory that the conversion may use, in GiB."
+)
+@click.option("--verify", is_flag=True, help="Verify SRC (if it was converted) and DST by their checksums.")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face Hub model.")
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def convert(
     source: str, destination: str | None, to: str | None, mesh: str | None, weights_dtype: str | None, ram_gib: float,
     verify: bool, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool,
 ) -> int:  # fmt: skip
-    """Write the checkpoint SRC (a directory, a hub id or a preset) to the new directory DST, bit for bit, a slice at a
-    time. Killed at any point, the same command goes on where it was. With --verify and no DST, SRC is held against the
-    checksums it was written with; exit 1 where it differs."""
+    """Convert the checkpoint SRC to the new directory DST.
+
+    SRC is a checkpoint directory, a Hugging Face Hub id or a preset. Tensors are streamed slice by slice and copied bit
+    for bit. A conversion that was killed resumes when the same command is run again. With --verify and no DST, compare
+    SRC with the checksums that were recorded when it was written, and exit with 1 if it differs.
+    """
     from jaxmoe.weights.convert import convert as run
     from jaxmoe.weights.source import find_model
 
     if destination is None and not verify:
-        raise RequestError("DST is missing: name a new directory, or give --verify to check SRC")
+        raise RequestError("DST is missing: name a new directory, or pass --verify to check SRC")
     directory = find_model(source, revision=revision)
     if destination is None:
         if given := [
@@ -57,18 +71,18 @@ def convert(
     if as_json:
         print(json_text(report.as_json() | {"bytes_per_second": report.num_bytes / report.seconds}), flush=True)
         return 0
-    resumed = f" ({report.resumed_tensors} were there already)" if report.resumed_tensors else ""
+    resumed = f" ({report.resumed_tensors} were converted before)" if report.resumed_tensors else ""
     print(
         f"{report.destination}: {report.num_tensors} tensors{resumed}, {report.num_bytes / 2**20:.1f} MiB in "
         f"{report.seconds:.1f} s ({report.num_bytes / 2**20 / report.seconds:.0f} MiB/s), {report.kind}"
     )
     print(
-        f"memory: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, resident at most "
-        f"{report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} of them before"
+        f"memory: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, peak resident "
+        f"{report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} before the conversion"
     )
-    print(f"config.json: {report.config_check}" + ("; checksums hold" if report.verified else ""))
+    print(f"config.json: {report.config_check}" + ("; checksums match" if report.verified else ""))
     if report.left_behind:
-        console.print(f"[dim]left behind: {escape(listed(report.left_behind, len(report.left_behind)))}[/dim]")
+        console.print(f"[dim]not copied: {escape(listed(report.left_behind, len(report.left_behind)))}[/dim]")
     return 0
 
 
@@ -81,7 +95,7 @@ def _verify(directory: Path, as_json: bool) -> int:
     if as_json:
         print(json_text({"source": str(directory), "whole": not errors, "problems": errors}), flush=True)
     elif not errors:
-        print(f"{directory}: every tensor and file is as written ({time.perf_counter() - started:.1f} s)")
+        print(f"{directory}: every tensor and file matches its checksum ({time.perf_counter() - started:.1f} s)")
     if errors:
         click.echo(f"jaxmoe: error: {in_words(directory, errors)}", err=True)
     return 1 if errors else 0

@@ -1,4 +1,4 @@
-"""jaxmoe generate: complete prompts."""
+"""jaxmoe generate: complete prompts with a model."""
 
 from __future__ import annotations
 
@@ -20,33 +20,86 @@ _DEMO_PROMPT = "def read_lines(path):\n"
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--prompt", help="text to go on from")
-@click.option("--prompt-ids", metavar="FILE.jsonl", help="prompts as one JSON list of token ids a line")
-@click.option("--chat", is_flag=True, help="treat --prompt as a user's message and apply the chat template")
+@click.option("--prompt", help="Text to complete.")
+@click.option("--prompt-ids", metavar="FILE.jsonl", help="File of prompts, one JSON list of token ids per line.")
+@click.option("--chat", is_flag=True, help="Apply the chat template to --prompt as a user message.")
 @model_options
-@click.option("--max-tokens", type=int, default=128, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy")
-@click.option("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 or -1 for all")
-@click.option("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this probability")
-@click.option("--min-p", type=float, default=0.0, help="drop tokens below this fraction of the top probability")
-@click.option("--seed", type=int, help="of the draws, 64 bits; drawn anew by default, and printed with --json")
-@click.option("--stop", multiple=True, help="end at this text (may be given several times)")
-@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="end at this token (several times)")
-@click.option("--min-tokens", type=int, default=0, help="no end before so many tokens")
-@click.option("-n", "n", type=int, default=1, help="samples of each prompt")
-@click.option("--repetition-penalty", type=float, default=1.0, help="divides the logits of tokens seen before")
-@click.option("--presence-penalty", type=float, default=0.0, help="taken from the logits of tokens in the answer")
-@click.option("--frequency-penalty", type=float, default=0.0, help="penalty per occurrence in the output")
-@click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="added to a token's logits (several times)")
-@click.option("--top-logprobs", type=int, default=0, help="with --json: number of log-probabilities per token")
-@click.option("--trace", metavar="FILE.json", help="write what happened, for ui.perfetto.dev, and a page beside it")
-@click.option("--ignore-eos", is_flag=True, help="go on past the model's end token")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a request on standard output, nothing else")
+@click.option(
+    "--max-tokens", type=int, default=128, show_default=True, help="Maximum number of tokens to generate per sample."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="Sampling temperature. 0 decodes greedily."
+)
+@click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens. 0 or -1 means all.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Sample from the most likely tokens whose probabilities sum to this value."
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    help="Drop tokens whose probability is below this fraction of the top probability.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    help="Seed of sampling, 64 bits. By default each request gets a random seed, which --json prints.",
+)
+@click.option("--stop", multiple=True, help="Stop at this text. Can be given several times.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=int,
+    multiple=True,
+    help="Stop at this token id. Can be given several times.",
+)
+@click.option("--min-tokens", type=int, default=0, help="Minimum number of tokens to generate before a stop.")
+@click.option("-n", "n", type=int, default=1, help="Number of samples per prompt.")
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    help="Divide positive logits of tokens in the prompt or output by this value, and multiply negative ones.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    help="Subtract this value from the logits of tokens that occur in the output.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    help="Subtract this value from the logits of a token for each of its occurrences in the output.",
+)
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=BIAS",
+    help="Add this bias to the logits of this token id. Can be given several times.",
+)
+@click.option(
+    "--top-logprobs", type=int, default=0, help="Number of log-probabilities per token in the output of --json."
+)
+@click.option(
+    "--trace",
+    metavar="FILE.json",
+    help="Write a trace of requests and steps for ui.perfetto.dev, and an HTML page with the same name.",
+)
+@click.option("--ignore-eos", is_flag=True, help="Continue past the model's end-of-sequence token.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per request on standard output and nothing else."
+)
 def generate(
     model: str | None, prompt: str | None, prompt_ids: str | None, chat: bool, options: ModelOptions, as_json: bool,
     trace: str | None, logit_bias: tuple[str, ...], **sampling: Any,
 ) -> None:  # fmt: skip
-    """Complete prompts with MODEL: a checkpoint directory, a hub id or a preset; without it the embedded default."""
+    """Complete prompts with a model.
+
+    MODEL is a checkpoint directory, a Hugging Face Hub id or a preset. It defaults to the model that is part of the
+    package.
+    """
     from jaxmoe.engine.request import SamplingParams
     from jaxmoe.engine.trace import check_trace_path
 
@@ -77,11 +130,11 @@ def generate(
             _stream_to_terminal(llm, prompts, params)
     if trace is not None:
         page = Path(trace).with_suffix(".html")
-        console.print(f"[dim]what happened is in {trace} (for ui.perfetto.dev) and {page}[/dim]")
+        console.print(f"[dim]the trace is in {trace} (for ui.perfetto.dev) and {page}[/dim]")
 
 
 def _read_biases(pairs: tuple[str, ...]) -> dict[int, float]:
-    """Biases from "ID=BIAS". Raises: RequestError naming the one that does not read so."""
+    """Parse biases from "ID=BIAS" pairs. Raises: RequestError naming the first malformed pair."""
     biases = {}
     for pair in pairs:
         token, _, bias = pair.partition("=")
@@ -106,19 +159,19 @@ def _as_json(output: Any) -> dict[str, Any]:
 
 
 def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
-    """One prompt streams as it comes; several are printed each as a whole. Rates go to standard error."""
+    """Stream the completion of a single prompt, or print several completions in full. Rates go to standard error."""
     from jaxmoe.parallel.mesh import describe
 
     single = len(prompts) == 1 and params.n == 1
     events = llm.stream(prompts, params)
     tokens, num_bytes = llm.pool_for(prompts, params)
     pool = f"pages for {tokens} tokens of {num_bytes} bytes ({tokens * num_bytes / 2**20:.1f} MiB)"
-    console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (kept for next time)...[/dim]")
+    console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (cached for next time)...[/dim]")
     if single and isinstance(prompts[0], str):
         print(prompts[0], end="", flush=True)
     texts: dict[tuple[int, int], str] = {}
     ids: dict[tuple[int, int], list[int]] = {}
-    seeds: dict[int, int] = {}  # of each prompt's first sample, where tokens are drawn
+    seeds: dict[int, int] = {}  # seed of each prompt's first sample, if tokens are sampled
     for event in events:
         which = (event.index, event.sample)
         if params.temperature > 0 and event.sample == 0:
@@ -139,7 +192,7 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
 
 
 def _seeds(seeds: list[int]) -> str:
-    """Return the seeds that --seed takes to draw these answers again, for people."""
+    """Format the seeds that reproduce these completions with --seed, for the terminal."""
     if not seeds:
         return ""
     shown = ", ".join(map(str, dict.fromkeys(seeds[:4]))) + (", ... (--json gives all)" if len(seeds) > 4 else "")
@@ -147,7 +200,7 @@ def _seeds(seeds: list[int]) -> str:
 
 
 def _rates(timing: StepClock, num_new: int) -> str:
-    """Return tokens and tokens/s of prompts and of answers, and how long compiling took, for people."""
+    """Format tokens and tokens/s of prompts and completions, and the compile time, for the terminal."""
 
     def rate(tok_s: float | None) -> str:
         return "" if tok_s is None else f" at {tok_s:.1f} tokens/s"

@@ -1,4 +1,4 @@
-"""jaxmoe inspect: how a model lies on a mesh, and its collectives, before any weight is read."""
+"""jaxmoe inspect: show how a model is sharded over a mesh, and its collectives, without loading weights."""
 
 from __future__ import annotations
 
@@ -14,32 +14,54 @@ from jaxmoe.jsontext import json_text
 
 @click.command("inspect")
 @click.argument("model")
-@click.option("--mesh", required=True, help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8")
-@click.option("--devices", type=int, help="emulate this many devices on the CPU")
+@click.option(
+    "--mesh",
+    required=True,
+    help="Mesh axes and their sizes, as in data=2,tensor=2,expert=2, or a mesh preset such as cpu-8.",
+)
+@click.option("--devices", type=int, help="Emulate this many devices on the CPU.")
 @click.option(
     "--layout",
-    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+    help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp (default), tp-ep, dp-ep, tp, "
+    "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
 )
 @click.option(
-    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+    "--virtual-stages", type=int, help="Virtual stages per pipeline stage (interleaved schedule). Defaults to 1."
 )
-@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
-@click.option("--context", type=int, default=128, show_default=True, help="tokens of each request")
-@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--max-num-seqs",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Maximum number of concurrent requests, over all devices.",
+)
+@click.option("--context", type=int, default=128, show_default=True, help="Context length of each request, in tokens.")
+@click.option("--dtype", help="Dtype of weights and activations. Defaults to the dtype in config.json.")
 @click.option(
     "--weights-dtype",
-    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
+    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
+    "checkpoint's format.",
 )
-@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
+@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
 @click.option(
-    "--dispatch", help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]"
+    "--dispatch",
+    help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
+    "hierarchical or hierarchical_ragged.",
 )
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -> int:
-    """How the parameters of MODEL (a config.json, a folder with one, or a preset) lie on a mesh of this machine's
-    devices, and the collectives of prefill and decode, compiled for them, beside those planned. No weights are needed.
-    Exit with 1 if collectives differ from the plan."""
+    """Show how a model is sharded over a mesh of this machine's devices.
+
+    MODEL is a config.json, a folder that holds one, or a preset. No weights are needed. Print the sharding and bytes of
+    every parameter. Compile the prefill and decode steps and compare their collectives with the planned ones. Exit with
+    1 if collectives differ from the plan.
+    """
     start_jax(devices)
     from jaxmoe.aot.request import InspectRequest
     from jaxmoe.report.parameters import report
@@ -54,11 +76,11 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -
     return 0 if result["as_planned"] else 1
 
 
-_PARTS = {"device": "on a device", "padding": "padding", "head_copies": "head copies", "replicas": "replicas"}
+_PARTS = {"device": "per device", "padding": "padding", "head_copies": "head copies", "replicas": "replicas"}
 _MEANINGS = {
-    "padding": "zeros that make splits even, of one copy of each array",
-    "head_copies": "key/value heads held again, of one copy of each array",
-    "replicas": "further copies of arrays, on devices along axes that do not split them",
+    "padding": "zeros added so that dims split evenly, counted once per array",
+    "head_copies": "repeated key/value heads, counted once per array",
+    "replicas": "further copies of arrays, on devices along mesh axes that do not split them",
 }
 
 
@@ -81,7 +103,7 @@ def _print(result: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", "", "", *(size_text(result["bytes"][part]) for part in shown))
     screen.print(table)
-    print(f"the model's own numbers take {size_text(result['bytes']['model'])}")
+    print(f"the model's parameters alone take {size_text(result['bytes']['model'])}")
     for part, meaning in _MEANINGS.items():
         if part in shown:
             print(f"{_PARTS[part]}: {meaning}")
@@ -90,7 +112,9 @@ def _print(result: dict[str, Any]) -> None:
     if result["collectives"]:
         screen.print(collectives_table(result["collectives"]))
     if result["steps"]["dtype"] != result["dtype"]:
-        print(f"steps are compiled in float32: on a CPU the compiler sends every {result['dtype']} as one")
+        print(
+            f"steps are compiled in float32: on a CPU the compiler runs every {result['dtype']} collective in float32"
+        )
     print_differing(result["collectives"])
     if result["as_planned"]:
         print("prefill and decode: collectives match the plan")

@@ -1,4 +1,4 @@
-"""The command `jaxmoe`: every mistake of a person's is one line on standard error and exit code 2."""
+"""Entry point of the command `jaxmoe`. User errors print one line on standard error and exit with code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxmoe.errors import JaxmoeError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="jaxmoe")
 def cli() -> None:
-    """Run a Mixture-of-Experts model that is too big for one device, on a named mesh of many."""
+    """Run Mixture-of-Experts models that are too large for one device on a named mesh of many devices."""
 
 
 for command in (
@@ -36,8 +36,8 @@ for command in (
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Entry point: exit code 0, 1 where a check found a difference, 2 for a mistake in what was asked."""
-    for stream in (sys.stdout, sys.stderr):  # text a terminal cannot show is escaped, not an error
+    """Run the command and exit: 0 on success, 1 if a check failed, 2 for invalid input, 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

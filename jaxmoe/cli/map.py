@@ -1,4 +1,4 @@
-"""jaxmoe map: a model on a mesh as a page, before any weight is read."""
+"""jaxmoe map: draw a model on a mesh as an HTML page, without loading weights."""
 
 from __future__ import annotations
 
@@ -16,37 +16,76 @@ if TYPE_CHECKING:
 
 @click.command("map")
 @click.argument("model")
-@click.option("--mesh", required=True, help="axes, as in data=4,expert=16, or a preset such as b200-2x8")
-@click.option("-o", "--output", help="the page to write, as in map.html; one that is there is replaced")
 @click.option(
-    "--hardware", help="a preset (b200, v5p, ...) or a TOML file; the mesh preset's or the target's by default"
+    "--mesh",
+    required=True,
+    help="Mesh axes and their sizes, as in data=4,expert=16, or a mesh preset such as b200-2x8.",
 )
-@click.option("--compiled", help="what jaxmoe compile --json printed for the same, to be shown beside the plan")
-@click.option("--target", help="compile now, for a cluster as in v5p:4x4x8 or b200:2x8")
+@click.option("-o", "--output", help="HTML page to write, as in map.html. An existing file is replaced.")
+@click.option(
+    "--hardware",
+    help="Hardware preset (b200, v5p, ...) or TOML file. Defaults to the hardware of the target or of the mesh preset.",
+)
+@click.option("--compiled", help="Output of jaxmoe compile --json for the same request, to compare with the plan.")
+@click.option("--target", help="Compile for this cluster now, as in v5p:4x4x8 or b200:2x8.")
 @click.option(
     "--layout",
-    help="how mesh axes shard attention and experts: ep-tp (default), tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+    help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp (default), tp-ep, dp-ep, tp, "
+    "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
 )
 @click.option(
-    "--virtual-stages", type=int, help="virtual stages of each pipeline stage (interleaved schedule); 1 by default"
+    "--virtual-stages", type=int, help="Virtual stages per pipeline stage (interleaved schedule). Defaults to 1."
 )
-@click.option("--micro-batches", type=int, help="of the timeline of stages at first; the engine's own by default")
-@click.option("--max-num-seqs", type=int, default=64, show_default=True, help="requests at once, over all devices")
-@click.option("--context", type=int, help="tokens of each request; 4096, or the model's most, by default")
-@click.option("--chunk-tokens", type=int, help="of prompts, a step and rank; AsyncEngine's by default")
-@click.option("--dtype", help="of weights and activations; the config's own by default")
+@click.option(
+    "--micro-batches",
+    type=int,
+    help="Initial number of micro-batches in the pipeline timeline. Defaults to that of the engine.",
+)
+@click.option(
+    "--max-num-seqs",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Maximum number of concurrent requests, over all devices.",
+)
+@click.option(
+    "--context",
+    type=int,
+    help="Context length of each request, in tokens. Defaults to 4096, or to the model's maximum if that is less.",
+)
+@click.option(
+    "--chunk-tokens",
+    type=int,
+    help="Prompt tokens that each rank computes in one step. Defaults to that of AsyncEngine.",
+)
+@click.option("--dtype", help="Dtype of weights and activations. Defaults to the dtype in config.json.")
 @click.option(
     "--weights-dtype",
-    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
+    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
+    "checkpoint's format.",
 )
-@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
-@click.option("--dispatch", help="tokens to experts: all_to_all (default), ragged_all_to_all or all_gather")
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--json", "as_json", is_flag=True, help="the page's data as one JSON object on standard output, no page")
+@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
+@click.option(
+    "--dispatch",
+    help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
+    "hierarchical or hierarchical_ragged.",
+)
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the data as one JSON object on standard output; write no page."
+)
 def map_model(model: str, output: str | None, compiled: str | None, as_json: bool, **args: Any) -> None:
-    """One page that shows MODEL (a config.json, a folder with one, or a preset) on a mesh that need not be there: what
-    every device holds, and which collectives a token's way through the model runs over which links. It needs no network
-    and no weights."""
+    """Draw a model on a mesh as one HTML page.
+
+    MODEL is a config.json, a folder that holds one, or a preset. The page shows what every device holds, and which
+    links each collective uses as a token passes through the model. Neither weights nor the mesh's devices are needed,
+    and the page needs no network.
+    """
     if as_json == (output is not None):
         raise click.UsageError("--json prints the data, -o writes the page: give one of them")
     if compiled is not None and args["target"] is not None:
@@ -63,7 +102,7 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
     if result is not None and "target" in result:
         given["target"] = result["target"]
     request = MapRequest(config=model, **given)
-    request.checked_fabric()  # what is wrong with it is said before anything is compiled
+    request.checked_fabric()  # raise errors before anything is compiled
     if result is None and request.target is not None:
         result = _compile(request)
     data = map_data(request, result=result)

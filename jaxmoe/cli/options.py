@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they set up before JAX starts."""
+"""Options and helpers that several commands share, such as starting JAX and loading the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from jaxmoe.api.llm import LLM
 
 console = Console(stderr=True, highlight=False)
-_MIN_WIDTH = 140  # of tables that no terminal shows
+_MIN_WIDTH = 140  # columns, for tables that are not printed to a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What a command was told of the model it loads; load_model reads it."""
+    """Hold the values of the options of model_options, which load_model reads."""
 
     mesh: str | None
     devices: int | None
@@ -47,49 +47,74 @@ class ModelOptions:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of ModelOptions, which reach the command as its argument `options`."""
+    """Add the options of ModelOptions to a command, which receives them as its argument `options`."""
     declared = [
-        click.option("--mesh", help="axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8"),
-        click.option("--devices", type=int, help="emulate this many devices on the CPU"),
-        click.option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own by default"),
+        click.option(
+            "--mesh", help="Mesh axes and their sizes, as in data=2,tensor=2,expert=2, or a mesh preset such as cpu-8."
+        ),
+        click.option("--devices", type=int, help="Emulate this many devices on the CPU."),
+        click.option(
+            "--dtype",
+            help="Dtype of weights and activations: float32, bfloat16 or float16. Defaults to the checkpoint's dtype.",
+        ),
         click.option(
             "--weights-dtype",
-            help="of matrices: int8, fp8, int8-block or fp8-block quantizes; float32, bfloat16 or float16 dequantizes; "
-            "as the checkpoint has them by default",
+            help="Dtype of the weight matrices: int8, fp8, int8-block or fp8-block quantizes them on load; float32, "
+            "bfloat16 or float16 dequantizes them. Defaults to the checkpoint's format.",
+        ),
+        click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype."),
+        click.option("--revision", help="Branch, tag or commit of a Hugging Face Hub model."),
+        click.option(
+            "--ignore-config-key",
+            "ignore_config_keys",
+            multiple=True,
+            help="Ignore this key of config.json. Can be given several times.",
         ),
         click.option(
-            "--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default"
-        ),
-        click.option("--revision", help="branch, tag or commit of a hub model"),
-        click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over"),
-        click.option(
-            "--native/--no-native", default=None, help="C++ kernels for the CPU; by default where they compile"
+            "--native/--no-native",
+            default=None,
+            help="Use C++ kernels, or XLA only. By default C++ kernels are used on a CPU with a C++ compiler.",
         ),
         click.option(
             "--dispatch",
-            help="tokens to experts: all_to_all (default), all_gather, ragged_all_to_all, hierarchical[_ragged]",
+            help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
+            "hierarchical or hierarchical_ragged.",
         ),
-        click.option("--grouped", help="grouped matmul backend of experts: blocks, ragged, native or dense"),
-        click.option("--linear", help="backend of all other matmuls: xla or native"),
-        click.option("--attention", help="over pages: loop or native"),
-        click.option("--pointwise", help="norms, rotary embedding, routing and gates: xla or native"),
-        click.option("--sampling", help="from logits to tokens: xla or native"),
-        click.option("--layers", help="alike layers: scan (one program in a loop) or unroll"),
+        click.option("--grouped", help="Grouped matmul backend of the experts: blocks, ragged, native or dense."),
+        click.option("--linear", help="Backend of all other matmuls: xla or native."),
+        click.option("--attention", help="Backend of attention over the paged KV cache: loop or native."),
+        click.option(
+            "--pointwise", help="Backend of norms, rotary embedding, routing and gated activations: xla or native."
+        ),
+        click.option("--sampling", help="Backend of sampling tokens from logits: xla or native."),
+        click.option(
+            "--layers",
+            help="Execution of equal layers: scan (compile one and loop over them) or unroll (compile each).",
+        ),
         click.option(
             "--virtual-stages",
             type=int,
             default=1,
             show_default=True,
-            help="virtual stages of each pipeline stage (interleaved schedule)",
+            help="Virtual stages per pipeline stage (interleaved schedule).",
         ),
         click.option(
             "--layout",
             default="ep-tp",
             show_default=True,
-            help="how mesh axes shard attention and experts: ep-tp, tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+            help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp, tp-ep, dp-ep, tp, "
+            "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
         ),
-        click.option("--max-num-seqs", type=int, default=64, show_default=True, help="most requests that run at once"),
-        click.option("--verify", is_flag=True, help="hold a converted checkpoint against its checksums first"),
+        click.option(
+            "--max-num-seqs",
+            type=int,
+            default=64,
+            show_default=True,
+            help="Maximum number of requests that run at once, over all devices.",
+        ),
+        click.option(
+            "--verify", is_flag=True, help="Verify a converted checkpoint by its checksums before loading it."
+        ),
     ]
     names = [field.name for field in fields(ModelOptions)]
 
@@ -104,13 +129,13 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether folder is there and open to us, or can be made. Nothing is made yet: input is not checked."""
+    """Return whether folder is writable or can be created. It is not created here, before the input is checked."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def start_jax(devices: int | None) -> None:
-    """Emulate devices if asked, and keep compiled programs between runs. Call before anything else touches JAX."""
+    """Emulate devices if given, and set up the cache of compiled programs. Call before anything else uses JAX."""
     import jax
 
     from jaxmoe.parallel.mesh import emulate_devices
@@ -122,13 +147,13 @@ def start_jax(devices: int | None) -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         else:
-            console.print(f"jaxmoe: compiled programs are not kept: {folder} cannot be written; set XDG_CACHE_HOME")
+            console.print(f"jaxmoe: compiled programs are not cached: {folder} cannot be written; set XDG_CACHE_HOME")
     if devices is not None:
         emulate_devices(devices)
 
 
 def table_console() -> Console:
-    """Standard output for tables: as wide as the terminal, or wide enough for most of them where there is none."""
+    """Return the console that prints tables: as wide as the terminal, or at least _MIN_WIDTH columns without one."""
     screen = Console()
     if not screen.is_terminal:
         screen.width = max(screen.width, _MIN_WIDTH)
@@ -136,7 +161,7 @@ def table_console() -> Console:
 
 
 def size_text(num_bytes: float) -> str:
-    """In a unit that makes it a short number; nothing of nothing."""
+    """Format a number of bytes in B, KiB, MiB or GiB; zero gives an empty string."""
     if not num_bytes:
         return ""
     for unit in ("B", "KiB", "MiB"):
@@ -148,7 +173,10 @@ def size_text(num_bytes: float) -> str:
 
 @contextmanager
 def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error for bytes placed; nothing where not shown or not a terminal."""
+    """Show a progress bar of bytes on standard error, if `show` is set and it is a terminal.
+
+    Yield a callback (bytes done, bytes in all).
+    """
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=console, disable=not show or not console.is_terminal, transient=True,
@@ -160,7 +188,7 @@ def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None
 def load_model(
     model: str | None, options: ModelOptions, *, quiet: bool = False, redundant_experts: int | None = None
 ) -> LLM:  # fmt: skip
-    """The model on its mesh, with a progress bar unless quiet. JAX must have been started (start_jax)."""
+    """Load the model on its mesh, with a progress bar unless quiet. Call start_jax before."""
     from jaxmoe.api.llm import LLM
     from jaxmoe.model.kernels import NATIVE_OPS, OPS, KernelConfig
     from jaxmoe.weights.source import DEFAULT_MODEL
@@ -170,7 +198,7 @@ def load_model(
     if options.native is not None:
         plain = KernelConfig()
         steps = {op: "native" if options.native else getattr(plain, op) for op in NATIVE_OPS} | steps
-    KernelConfig(**steps)  # a kernel that does not exist is said before anything is read
+    KernelConfig(**steps)  # raises for an unknown backend before any file is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
         return LLM.load(
             name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
@@ -182,7 +210,7 @@ def load_model(
 
 
 def read_id_lines(path: str) -> list[list[int]]:
-    """One JSON list of token ids a line. Raises: RequestError naming the file and line."""
+    """Read token ids from a file with one JSON list per line. Raises: RequestError naming the file and line."""
     import json
 
     from jaxmoe.errors import RequestError
@@ -198,10 +226,12 @@ def read_id_lines(path: str) -> list[list[int]]:
         try:
             ids = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path} line {number} is not JSON: one list of token ids a line is needed") from error
+            raise RequestError(
+                f"{path} line {number} is not JSON: write one JSON list of token ids per line"
+            ) from error
         if not isinstance(ids, list):
-            raise RequestError(f"{path} line {number} holds {line.strip()[:40]!r}, a JSON list of token ids is needed")
+            raise RequestError(f"{path} line {number} holds {line.strip()[:40]!r}: write a JSON list of token ids")
         rows.append(ids)
     if not rows:
-        raise RequestError(f"{path} holds no lines: one JSON list of token ids a line is needed")
+        raise RequestError(f"{path} holds no lines: write one JSON list of token ids per line")
     return rows

@@ -1,4 +1,4 @@
-"""jaxmoe plan: how to split a model over hardware one need not have, why, and what it will do."""
+"""jaxmoe plan: find the best way to shard a model over given hardware, and explain and predict its performance."""
 
 from __future__ import annotations
 
@@ -17,48 +17,81 @@ from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.search import OBJECTIVES
 from jaxmoe.planner.why import counted, digits
 
-_PHASES = {"prefill": "o", "decode": "^"}  # marks of the roofline
+_PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
 
 
 @click.command("plan")
 @click.argument("config", metavar="MODEL")
-@click.option("--hardware", required=True, help="a preset of meshes/ (h100, b200, gb200, v5p ...) or a TOML file")
-@click.option("--nodes", type=int, help="whole nodes of it")
-@click.option("--devices", type=int, help="devices of it; without --nodes or this, the fewest that are worthwhile")
-@click.option("--isl", type=int, default=1024, show_default=True, help="tokens of a prompt")
-@click.option("--osl", type=int, default=1024, show_default=True, help="tokens to generate")
+@click.option("--hardware", required=True, help="Hardware preset of meshes/ (h100, b200, gb200, v5p ...) or TOML file.")
+@click.option("--nodes", type=int, help="Number of nodes. All devices of a node are used.")
+@click.option(
+    "--devices",
+    type=int,
+    help="Number of devices. Without --nodes and --devices, the planner chooses the fewest that are worthwhile.",
+)
+@click.option(
+    "--isl", type=int, default=1024, show_default=True, help="Input sequence length: prompt tokens per request."
+)
+@click.option(
+    "--osl", type=int, default=1024, show_default=True, help="Output sequence length: generated tokens per request."
+)
 @click.option(
     "--max-num-seqs",
     type=int,
-    help="requests at once; by default as many as is best, for latency 4 a device if they fit",
+    help="Maximum number of concurrent requests. By default the planner chooses the best number; with --objective "
+    "latency, 4 per device if they fit.",
 )
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
-@click.option("--sla-ttft-ms", type=float, help="the longest time to the first token")
-@click.option("--sla-tpot-ms", type=float, help="the longest time a token")
-@click.option("--dtype", help="of activations, and plain weights; the config's own by default")
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="throughput",
+    show_default=True,
+    help="Objective of the search.",
+)
+@click.option("--sla-ttft-ms", type=float, help="Upper limit of the time to first token (TTFT), in milliseconds.")
+@click.option("--sla-tpot-ms", type=float, help="Upper limit of the time per output token (TPOT), in milliseconds.")
+@click.option("--dtype", help="Dtype of activations and unquantized weights. Defaults to the dtype in config.json.")
 @click.option(
     "--weights-dtype",
-    help="of matrices: int8, fp8, int8-block, fp8-block, or plain; as the checkpoint has them by default",
+    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
+    "checkpoint's format.",
 )
-@click.option("--kv-dtype", help="of cached keys and values: float32, bfloat16, fp8 or int8; as --dtype by default")
-@click.option("--skew", type=float, default=SKEW, show_default=True, help="how uneven experts' loads are; 0 is even")
-@click.option("--price", type=float, help="dollars an hour of a device")
-@click.option("--mesh", help="restrict the search to this mesh, as in expert=8")
-@click.option("--layout", help="restrict the search to this layout")
-@click.option("--dispatch", help="restrict the search to this way of sending tokens to experts")
-@click.option("--virtual-stages", type=int, help="price this number of virtual stages a stage alone")
-@click.option("--chunk-tokens", type=int, help="restrict the search to so many prompt tokens of a step and rank")
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
-@click.option("--rule-of-thumb", is_flag=True, help="the rule of thumb for memory alone: bits / 8 x parameters x 1.8")
-@click.option("--plot", help="a picture of the front, the memory and the roofline, .png or .svg")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
+@click.option(
+    "--skew",
+    type=float,
+    default=SKEW,
+    show_default=True,
+    help="Assumed imbalance of expert loads: the exponent by which they fall off from expert to expert. 0 is even.",
+)
+@click.option("--price", type=float, help="Price of a device, in dollars per hour.")
+@click.option("--mesh", help="Restrict the search to this mesh, as in expert=8.")
+@click.option("--layout", help="Restrict the search to this layout.")
+@click.option("--dispatch", help="Restrict the search to this dispatch backend.")
+@click.option("--virtual-stages", type=int, help="Restrict the search to this number of virtual stages per stage.")
+@click.option("--chunk-tokens", type=int, help="Restrict the search to this number of prompt tokens per step and rank.")
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option(
+    "--rule-of-thumb", is_flag=True, help="Print only the rule of thumb for memory: bits / 8 x parameters x 1.8."
+)
+@click.option("--plot", help="Write a plot of Pareto front, memory and roofline to this .png or .svg file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> None:
-    """What fits, how to split it, why, and what it will serve: MODEL (a config.json, a folder with one, or a preset) on
-    hardware that need not be there. Every mesh and layout is priced; the best comes as arguments to paste."""
+    """Find the best way to shard a model over given hardware.
+
+    MODEL is a config.json, a folder that holds one, or a preset. The hardware need not be present. Estimate the time
+    and memory of every mesh and layout. Print the best plan as arguments for other commands, with its predicted
+    performance, its memory, the reasons for it, and the Pareto front of latency and throughput.
+    """
     from jaxmoe.planner.api import PlanRequest, plan_model, rule_of_thumb_of
 
     if rule_of_thumb and plot is not None:
-        raise click.UsageError("--rule-of-thumb draws nothing: leave --plot out")
+        raise click.UsageError("--rule-of-thumb has no plot: leave --plot out")
     request = PlanRequest(**{name: value for name, value in args.items() if value is not None})
     if plot is not None:
         check_plot_path(plot)
@@ -80,7 +113,7 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> N
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without looks for garbage in cycles, of which a search leaves none: a fifth of its time."""
+    """Disable the cyclic garbage collector: it takes a fifth of a search's time, and a search leaves no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,19 +135,19 @@ def _print(result: dict[str, Any]) -> None:
     plan, screen = result["plan"], table_console()
     devices = f"{result['devices']} x {result['hardware']}"
     nodes = f" ({counted(result['nodes'], result['node'])})" if result["nodes"] > 1 else ""
-    then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:,.2f} ms a token"
+    then = "" if plan["tpot_ms"] is None else f", then {plan['tpot_ms']:,.2f} ms per token"
     for note in result["not_understood"]:
         print(f"not understood: {note}")
     print(f"{result['model']} on {devices}{nodes}: {plan['split']}")
     print(f"  {result['arguments']}")
     print(f"  engine: {', '.join(f'{name}={number}' for name, number in result['engine'].items())}")
     print(
-        f"  {digits(plan['tokens_per_s'])} tokens/s, {digits(plan['tokens_per_s_per_device'])} a device; "
-        f"{digits(plan['tokens_per_s_per_user'])} a user; first token {plan['ttft_ms']:,.0f} ms"
+        f"  {digits(plan['tokens_per_s'])} tokens/s, {digits(plan['tokens_per_s_per_device'])} per device; "
+        f"{digits(plan['tokens_per_s_per_user'])} per user; first token {plan['ttft_ms']:,.0f} ms"
         f"{then}; {counted(plan['max_num_seqs'], 'request')} at once"
     )
     if plan["dollars_per_million_tokens"] is not None:
-        print(f"  {digits(plan['dollars_per_million_tokens'])} dollars a million generated tokens")
+        print(f"  {digits(plan['dollars_per_million_tokens'])} dollars per million generated tokens")
     print()
     screen.print(_memory_table(result))
     print(_thumb(result["rule_of_thumb"], result["hardware"]) + "\n")
@@ -126,7 +159,7 @@ def _print(result: dict[str, Any]) -> None:
 
 def _memory_table(result: dict[str, Any]) -> Table:
     memory = result["memory"]
-    table = Table(title="memory of a device", title_justify="left")
+    table = Table(title="memory per device", title_justify="left")
     for name in ("part", "bytes", "of the device"):
         table.add_column(name, justify="left" if name == "part" else "right")
 
@@ -143,9 +176,9 @@ def _memory_table(result: dict[str, Any]) -> Table:
         row(f"a step's {part}", num_bytes)
     row("left", memory["left"])
     table.add_section()
-    row("all of the device", memory["limit"])
+    row("device total", memory["limit"])
     table.caption = (
-        f"pages: {memory['kv_bytes_per_token']:,.0f} bytes a token; there is room for {memory['pool_tokens']:,} tokens "
+        f"pages: {memory['kv_bytes_per_token']:,.0f} bytes per token; room for {memory['pool_tokens']:,} tokens "
         f"over all devices, {counted(memory['max_requests'], 'request')}"
     )
     return table
@@ -153,7 +186,7 @@ def _memory_table(result: dict[str, Any]) -> Table:
 
 def _front_table(result: dict[str, Any]) -> Table:
     table = Table(title="Pareto front of latency and throughput", title_justify="left")
-    for name in ("split", "arguments", "requests", "first token ms", "ms a token", "tokens/s/device"):
+    for name in ("split", "arguments", "requests", "first token ms", "ms per token", "tokens/s/device"):
         table.add_column(name, justify="left" if name in ("split", "arguments") else "right")
     for plan in result["front"]:
         words = f"{plan['mesh']} {plan['layout']}" + (
@@ -167,7 +200,7 @@ def _front_table(result: dict[str, Any]) -> Table:
 
 
 def _draw(figure: Any, result: dict[str, Any]) -> None:
-    """The front, a device's memory by part, and the roofline."""
+    """Draw the Pareto front, the memory of a device by part, and the roofline."""
     front, memory, roof = figure.subplots(1, 3)
     plans, best = result["front"], result["plan"]
     users = [one["tokens_per_s_per_user"] for one in plans]
@@ -191,14 +224,14 @@ def _draw(figure: Any, result: dict[str, Any]) -> None:
     memory.axhline(result["memory"]["limit"] / 2**30, color="black", linestyle="--")
     memory.set_ylabel("GiB")
     memory.set_title("memory")
-    memory.set_xlim(-0.5, 1.4)  # beside the bar there is room for its legend
+    memory.set_xlim(-0.5, 1.4)  # leave room for the legend to the right of the bar
     memory.legend(fontsize=7, loc="center right")
     _draw_roofline(roof, result["roofline"])
     roof.set_title(f"roofline of a device, {best['split']}")
 
 
 def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
-    """Both roofs, as attained and on paper (dotted); a point for each kind of work of both phases."""
+    """Draw the attainable roofline, the nominal one (dotted), and a point for each op of prefill and decode."""
     points = roofline["points"]
     reached = [one["flops_per_byte"] for one in points]
     for facts, line in ((roofline, "-"), (roofline["on_paper"], ":")):
@@ -216,6 +249,6 @@ def _draw_roofline(roof: Any, roofline: dict[str, Any]) -> None:
         roof.plot(one["flops_per_byte"], one["flops_per_s"], marker, color=color, label=label, markerfacecolor="none")
     roof.set_xscale("log")
     roof.set_yscale("log")
-    roof.set_xlabel("FLOPs a byte (circles: prefill, triangles: decode)")
+    roof.set_xlabel("FLOPs per byte (circles: prefill, triangles: decode)")
     roof.set_ylabel("FLOP/s attained")
     roof.legend(fontsize=6)

@@ -1,4 +1,4 @@
-"""Pictures of results, by matplotlib where it is installed."""
+"""Plots of results with matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ _FORMATS = (".png", ".svg")
 
 
 def check_plot_path(path: str) -> None:
-    """Raises: RequestError for a name that is no picture's or a folder that is not there; ConfigError where matplotlib
-    is not installed."""
+    """Check that a plot can be written to path.
+
+    Raises: RequestError if the suffix is not .png or .svg, or the folder does not exist; ConfigError if matplotlib is
+    not installed.
+    """
     if Path(path).suffix not in _FORMATS:
         raise RequestError(f"--plot {path!r} must end in {' or '.join(_FORMATS)}")
     if not Path(path).resolve().parent.is_dir():
@@ -26,8 +29,10 @@ def check_plot_path(path: str) -> None:
 
 
 def save_plot(path: str, draw: Callable[[Any], None], *, inches: tuple[float, float] = (10.0, 5.0)) -> None:
-    """The picture that draw makes of an empty figure, whole at path or not at all. Raises: RequestError naming the path
-    if it cannot be written."""
+    """Let draw fill an empty figure, and write it to path atomically.
+
+    Raises: RequestError naming the path if it cannot be written.
+    """
     from matplotlib.figure import Figure
 
     from jaxmoe.engine.trace import write_whole

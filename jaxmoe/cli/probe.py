@@ -1,4 +1,4 @@
-"""jaxmoe probe: what this machine's devices and links do in fact, as a hardware file for the planner."""
+"""jaxmoe probe: measure this machine's devices and links, and write a hardware file for the planner."""
 
 from __future__ import annotations
 
@@ -24,39 +24,60 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--devices", type=int, help="emulate this many devices on the CPU, of each process")
-@click.option("--mesh", help="axes to measure along, as in data=2,tensor=4; by default groups of every size")
-@click.option("--coordinator", help="HOST:PORT of the first process of several, or auto under Slurm, MPI, GKE or a pod")
-@click.option("--num-processes", type=click.IntRange(1), help="with --coordinator HOST:PORT")
+@click.option("--devices", type=int, help="Emulate this many devices on the CPU in each process.")
 @click.option(
-    "--process-id", type=click.IntRange(0), help="with --coordinator HOST:PORT; the first, 0, writes the file"
+    "--mesh", help="Mesh axes to measure along, as in data=2,tensor=4. By default groups of every size are measured."
 )
-@click.option("--name", help="of the hardware, in the file; what JAX calls the device by default")
-@click.option("--max-mib", type=float, default=64, show_default=True, help="MiB of the largest message")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="of each program; medians count")
-@click.option("-o", "--output", metavar="FILE.toml", default="hardware.toml", show_default=True, help="to write")
-@click.option("--force", is_flag=True, help="replace a file that is there")
-@click.option("--plot", metavar="FILE", help="write a picture (.png or .svg) of bandwidth by size")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on standard output, nothing else")
+@click.option(
+    "--coordinator",
+    help="HOST:PORT of the first of several processes, or auto under a cluster manager (Slurm, MPI, GKE or a TPU pod).",
+)
+@click.option("--num-processes", type=click.IntRange(1), help="Number of processes. Use with --coordinator HOST:PORT.")
+@click.option(
+    "--process-id",
+    type=click.IntRange(0),
+    help="Index of this process. Use with --coordinator HOST:PORT. Process 0 writes the file.",
+)
+@click.option("--name", help="Name of the hardware in the file. Defaults to the device kind that JAX reports.")
+@click.option("--max-mib", type=float, default=64, show_default=True, help="Size of the largest message, in MiB.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Number of measured runs per program. The median is used.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.toml",
+    default="hardware.toml",
+    show_default=True,
+    help="Hardware file to write.",
+)
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--plot", metavar="FILE", help="Write a plot of bandwidth by message size, as .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def probe(
     devices: int | None, mesh: str | None, coordinator: str | None, num_processes: int | None, process_id: int | None,
     name: str | None, max_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure collectives by size and group, products and memory of the devices there are, and write them as a TOML
-    file that says what hardware this is.
+    """Measure this machine's devices and write a hardware file.
 
-    With several processes (one a host), run it in each: links between hosts are measured, too.
+    Time collectives by message size and group, matmuls, and memory bandwidth. The results are written as a TOML file
+    that jaxmoe plan takes as --hardware. With several processes (one per host), run the command in each of them; the
+    links between hosts are then measured, too.
     """
     from jaxmoe.parallel.mesh import join_processes, parse_mesh
 
     if plot is not None:
         check_plot_path(plot)
     if name is not None and (not name or not name.isprintable()):
-        raise RequestError(f"--name {name!r} must be of characters that print")
+        raise RequestError(f"--name {name!r} must consist of printable characters")
     path = _output_path(output, force=force)
     axes = parse_mesh(mesh) if mesh is not None else None
     if coordinator in (None, "auto") and (num_processes, process_id) != (None, None):
-        raise RequestError("--num-processes and --process-id go with --coordinator HOST:PORT")
+        raise RequestError("--num-processes and --process-id need --coordinator HOST:PORT")
     if not 0 < max_mib < 1 << 24:
         raise MeshError(f"--max-mib {max_mib:g} must lie above 0 and below {1 << 24}")
     if coordinator is not None:
@@ -85,7 +106,7 @@ def probe(
 
 @contextmanager
 def _quiet_output(wanted: bool) -> Iterator[None]:
-    """What libraries print themselves (gloo greets every peer) goes to standard error."""
+    """Redirect standard output to standard error if wanted: libraries print to it (gloo for every peer)."""
     if not wanted:
         yield
         return
@@ -101,7 +122,7 @@ def _quiet_output(wanted: bool) -> Iterator[None]:
 
 
 def _output_path(output: str, *, force: bool) -> Path:
-    """Raises: RequestError for a file that cannot be written or is there already."""
+    """Return the path to write. Raises: RequestError if it cannot be written, or exists and force is not set."""
     path = expanded(output, "--output", RequestError)
     folder = path.resolve().parent
     if path.suffix != ".toml":
@@ -130,7 +151,7 @@ def _heading(result: ProbeResult, repeats: int) -> list[str]:
     where = f"{count} {kind} device{'s' * (count > 1)} in {hosts} process{'es' * (hosts > 1)}"
     return [
         f"{where}, measured by jaxmoe probe ({__version__}, JAX {jax.__version__}).",
-        f"Medians of {repeats} runs, all devices at work at once; [bytes of the whole message, microseconds].",
+        f"Medians of {repeats} runs, all devices active at once; [bytes of the whole message, microseconds].",
         *(f"Left out: {one}" for one in result.left_out),
     ]
 
@@ -149,7 +170,7 @@ def _as_json(result: ProbeResult, path: Path) -> dict[str, Any]:
 def _print(result: ProbeResult, path: Path) -> None:
     screen = table_console()
     rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in result.rates.tflops.items())
-    print(f"of one device: products {rates} Tflop/s; memory {result.rates.hbm_gbps:g} GB/s")
+    print(f"per device: matmuls {rates} Tflop/s; memory {result.rates.hbm_gbps:g} GB/s")
     if result.points:
         screen.print(_table(result.points))
     elif not result.left_out:
@@ -158,11 +179,11 @@ def _print(result: ProbeResult, path: Path) -> None:
         print(f"left out: {one}")
     for key, note in result.notes.items():
         print(f"{key}: {note}")
-    print(f"{path} says what hardware this is")
+    print(f"{path} describes this hardware")
 
 
 def _series(points: Sequence[ProbePoint]) -> dict[tuple[str, str, int, str], list[ProbePoint]]:
-    """Points of one line each: op, axis, ranks, where."""
+    """Group points into one series per (op, axis, ranks, span)."""
     series: dict[tuple[str, str, int, str], list[ProbePoint]] = {}
     for one in points:
         series.setdefault((one.op, one.axis, one.ranks, one.span), []).append(one)
@@ -170,7 +191,7 @@ def _series(points: Sequence[ProbePoint]) -> dict[tuple[str, str, int, str], lis
 
 
 def _table(points: Sequence[ProbePoint]) -> Table:
-    table = Table(title="microseconds by bytes of the whole message; GB/s of the largest", title_justify="left")
+    table = Table(title="microseconds by size of the whole message; GB/s of the largest message", title_justify="left")
     sizes = sorted({one.num_bytes for one in points})
     shown = sizes[:: max(1, len(sizes) // 4)] if len(sizes) > 6 else sizes
     shown = sorted({*shown, sizes[-1]})
@@ -186,7 +207,7 @@ def _table(points: Sequence[ProbePoint]) -> Table:
 
 
 def _draw(figure: Any, points: Sequence[ProbePoint]) -> None:
-    """A panel an op: bytes across, GB/s up, a line a group."""
+    """Draw one panel per op: bytes across, GB/s up, one line per group."""
     ops: list[str] = list(dict.fromkeys(one.op for one in points)) or ["no collectives"]
     panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
     for panel, op in zip(panels, ops, strict=True):

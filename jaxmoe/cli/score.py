@@ -1,4 +1,4 @@
-"""jaxmoe score: the log-probability of every token of given sequences."""
+"""jaxmoe score: compute the log-probability of every token of given sequences."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import click
 from jaxmoe.cli.options import ModelOptions, load_model, model_options, read_id_lines, start_jax
 from jaxmoe.jsontext import json_text
 
-_MIN_MEAN = -700.0  # of logprobs: the perplexity of less is more than a float holds
+_MIN_MEAN = -700.0  # mean log-probability below which the perplexity overflows a float
 
 
 @click.command()
 @click.argument("model")
-@click.option("--ids", required=True, metavar="FILE.jsonl", help="one JSON list of token ids a line")
+@click.option(
+    "--ids", required=True, metavar="FILE.jsonl", help="File of sequences, one JSON list of token ids per line."
+)
 @model_options
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a sequence on standard output, nothing else")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per sequence on standard output and nothing else."
+)
 def score(model: str, ids: str, options: ModelOptions, as_json: bool) -> None:
-    """Log-probability (natural) of each token given those before it, under MODEL."""
+    """Compute the log-probability of each token, given the tokens before it.
+
+    MODEL is a checkpoint directory, a Hugging Face Hub id or a preset. Logarithms are natural.
+    """
     rows = read_id_lines(ids)
     start_jax(options.devices)
     llm = load_model(model, options, quiet=as_json)

@@ -1,4 +1,4 @@
-"""jaxmoe verify: every mesh of a number of devices, in every layout, against one device."""
+"""jaxmoe verify: compare a model on every mesh and layout with the same model on one device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,34 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--devices", type=int, help="emulate this many devices on the CPU; without it, the devices there are")
-@click.option("--layout", "layouts", multiple=True, help="a layout (several times); all there are by default")
 @click.option(
-    "--max-tokens", type=click.IntRange(1, 4096), default=32, show_default=True, help="greedy tokens a prompt"
+    "--devices", type=int, help="Emulate this many devices on the CPU. By default the machine's devices are used."
 )
-@click.option("--weights-dtype", help="of matrices, as in generate; as the checkpoint has them by default")
-@click.option("--ignore-config-key", "ignore_config_keys", multiple=True, help="a config.json key to pass over")
 @click.option(
-    "--json", "as_json", is_flag=True, help="one JSON object a mesh and layout on standard output, nothing else"
+    "--layout", "layouts", multiple=True, help="Layout to verify. Can be given several times. Defaults to all layouts."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, 4096),
+    default=32,
+    show_default=True,
+    help="Number of tokens to decode greedily per prompt.",
+)
+@click.option(
+    "--weights-dtype",
+    help="Dtype of the weight matrices, as in jaxmoe generate. Defaults to the checkpoint's format.",
+)
+@click.option(
+    "--ignore-config-key",
+    "ignore_config_keys",
+    multiple=True,
+    help="Ignore this key of config.json. Can be given several times.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object per mesh and layout on standard output and nothing else.",
 )
 def verify(
     model: str | None,
@@ -35,8 +54,12 @@ def verify(
     ignore_config_keys: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Run MODEL in float32 on every data x pipeline x tensor x expert mesh in every layout, those alike on a mesh once;
-    exit 1 if any differs from one device, or none can hold the model."""
+    """Compare a model on every mesh and layout with the same model on one device.
+
+    MODEL runs in float32 on every data x pipeline x tensor x expert mesh in every layout. Layouts that place the model
+    identically on a mesh run once. Exit with 1 if any mesh gives other results than one device, or if no mesh can hold
+    the model.
+    """
     start_jax(devices)
     import jax
 
@@ -66,7 +89,7 @@ def verify(
     if not as_json:
         table_console().print(table)
         more = f"; {len(trials) - ran} cannot hold this model" if ran < len(trials) else ""
-        result = f"{same} of {ran} placements give what one device gives" if ran else "nothing was compared"
+        result = f"{same} of {ran} placements match one device" if ran else "nothing was compared"
         print(f"{result}{more}")
     return 0 if ran and same == ran else 1
 

@@ -1,1 +1,1 @@
-"""A model on a mesh as one page: which device holds what, and what a token's way through it sends over which links."""
+"""Draw a model on a mesh as one HTML page: the arrays on each device, and the collectives of a token on each link."""

@@ -1,4 +1,4 @@
-"""What a compiler answered (`jaxmoe compile --json`), held against what the map plans."""
+"""Compare the result of `jaxmoe compile --json` with the collectives that the map plans."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _OPTIONS = {
 
 
 def read_compile_result(path: str) -> dict[str, Any]:
-    """The answer in a file. Raises: ConfigError naming the file where it is none."""
+    """Read a compile result. Raises: ConfigError naming the file if it is not one."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: give what jaxmoe compile --json printed") from error
+        raise ConfigError(f"{path} is not JSON: give the output of jaxmoe compile --json") from error
     if not _is_compile_result(result):
-        raise ConfigError(f"{path} is no answer of jaxmoe compile --json")
+        raise ConfigError(f"{path} is not an output of jaxmoe compile --json")
     return result
 
 
@@ -47,7 +47,7 @@ def _is_compile_result(result: Any) -> bool:
 def check_compile_result(
     result: Mapping[str, Any], request: InspectRequest, runner: Runner, axes: Mapping[str, int]
 ) -> None:
-    """Raises: ConfigError for the result of another request, naming where they differ."""
+    """Raise ConfigError if the result belongs to another request, naming the difference."""
     here = {
         "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
@@ -57,7 +57,7 @@ def check_compile_result(
     for name, value in here.items():
         if name in result and result[name] != value:
             raise ConfigError(
-                f"the compiled answer is of {name}={_shown(result[name])}, this map of {name}={_shown(value)}: "
+                f"the compile result has {name}={_shown(result[name])}, this map has {name}={_shown(value)}: "
                 f"make {_OPTIONS[name]} equal"
             )
 
@@ -67,8 +67,10 @@ def _shown(value: Any) -> str:
 
 
 def compared(steps: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Every collective of each step with how often it is planned to run, and how often the compiled step does; None
-    where that step was not compiled."""
+    """List every collective of each step with its planned and compiled counts.
+
+    The compiled count is None if that step was not compiled.
+    """
     rows: list[dict[str, Any]] = []
     for phase, step in steps.items():
         planned: Counter[tuple[Any, ...]] = Counter()

@@ -1,4 +1,4 @@
-"""What the map shows, as plain values: where every array lies, and what a step says at every place of the model."""
+"""Data of the map page as plain values: the sharding of every array, and the collectives of a step by location."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ _MAX_DEVICES, _MAX_MICRO_BATCHES, _MAX_VIRTUAL_STAGES, _USUAL_CONTEXT = 1024, 64
 
 @dataclass(frozen=True, kw_only=True)
 class MapRequest(InspectRequest):
-    """What to draw. hardware: a preset or a TOML file (planner/hardware.py); by default that of the target or of the
-    mesh's preset, else none. target: the cluster a program was compiled for. micro_batches: those the timeline of
-    stages begins with; the engine's own by default."""
+    """Describe the map to draw.
+
+    hardware: a preset or a TOML file (planner/hardware.py); by default that of the target or of the mesh preset, if
+    any. target: the cluster that a program was compiled for. micro_batches: initial number in the pipeline timeline; by
+    default the engine's.
+    """
 
     hardware: str | None = None
     target: str | None = None
     micro_batches: int | None = None
 
     def checked_hardware(self) -> HardwareSpec | None:
-        """Raises: MeshError as read_hardware, ConfigError where target is another kind of device."""
+        """Return the hardware, if any. Raises: MeshError as read_hardware; ConfigError if the target differs."""
         if self.target is not None:
             target = parse_target(self.target)
             chosen = read_hardware(target.name if self.hardware is None else self.hardware)
@@ -57,13 +60,16 @@ class MapRequest(InspectRequest):
         return None if name is None else read_hardware(name)
 
     def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], DeviceFabric]:
-        """The config, the axes, and how the devices are joined. Raises: as checked_model and checked_hardware;
-        ConfigError for micro-batches without stages, or more devices than can be drawn."""
+        """Return the config, the mesh axes, and the fabric that connects the devices.
+
+        Raises: as checked_model and checked_hardware; ConfigError for micro_batches without a pipeline, or more devices
+        than can be drawn.
+        """
         config, axes = self.checked_model()
         _check_micro_batches(self.micro_batches, axes["pipeline"])
         count = math.prod(axes.values())
         if count > _MAX_DEVICES:
-            raise ConfigError(f"mesh {self.mesh} is of {count} devices, the map draws at most {_MAX_DEVICES}")
+            raise ConfigError(f"mesh {self.mesh} has {count} devices, the map draws at most {_MAX_DEVICES}")
         shape: tuple[int, ...] = ()
         if self.target is not None and (target := parse_target(self.target)).device.platform == "tpu":
             *outer, last = target.shape
@@ -72,10 +78,10 @@ class MapRequest(InspectRequest):
 
 
 def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All that the page shows of a model on a mesh, as `jaxmoe map --json` prints it. Nothing is compiled or run.
+    """Return the data that the page shows, as `jaxmoe map --json` prints it. Nothing is compiled or run.
 
-    result: of `jaxmoe compile --json` for the same request, shown beside what is planned.
-    Raises: as MapRequest.checked_fabric; ConfigError for the result of another request.
+    result: output of `jaxmoe compile --json` for the same request, compared with the plan.
+    Raises: as MapRequest.checked_fabric; ConfigError if the result belongs to another request.
     """
     config, axes, fabric = request.checked_fabric()
     kernels = request.chosen_kernels(config, config.dtype, axes, platform=fabric.platform)
@@ -109,7 +115,7 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
 
 
 def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
-    """Tokens of a request where nobody says: 4096, or the model's most. Raises: as InspectRequest.checked_model."""
+    """Return the default context length: the smaller of 4096 and the model's maximum. Raises: as checked_model."""
     most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
     return min(_USUAL_CONTEXT, most)
 
@@ -119,19 +125,19 @@ def _check_micro_batches(micro_batches: int | None, stages: int) -> None:
         return
     if stages == 1:
         raise ConfigError(
-            f"micro_batches={micro_batches} needs stages: the mesh has pipeline=1; leave it or add stages"
+            f"micro_batches={micro_batches} needs stages: the mesh has pipeline=1; leave it out or add stages"
         )
     if not 1 <= micro_batches <= _MAX_MICRO_BATCHES:
         raise ConfigError(f"micro_batches={micro_batches} must lie in [1, {_MAX_MICRO_BATCHES}]")
 
 
 def _max_virtual_stages(segment: LayerSegment) -> int:
-    """Chunks a stage that the timeline of stages goes up to: those there are, or a few more where layers allow it."""
+    """Return the most virtual stages that the timeline offers: the number in use, or more if the layers allow it."""
     return max(segment.virtual_stages, min(_MAX_VIRTUAL_STAGES, segment.repeats // segment.stages))
 
 
 def _facts(config: ModelConfig) -> dict[str, int]:
-    """Numbers that say which slices of padded arrays are the model's own."""
+    """Return model sizes, by which the page distinguishes padding from the model's own slices."""
     moe = config.moe
     return {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "vocab": config.vocab_size,
@@ -142,7 +148,7 @@ def _facts(config: ModelConfig) -> dict[str, int]:
 
 
 def _parameters(runner: Runner) -> list[dict[str, Any]]:
-    """Every parameter: of all alike layers, its logical dims, whole shape, and the axes that split each dim."""
+    """List every parameter, stacked over equal layers: logical dims, global shape, mesh axes that split each dim."""
     model = abstract_model(runner.config, runner.placement, dtype=runner.dtype, kernels=runner.kernels)
     return [
         {"path": info.path, "part": part_of(info.path), "times": 1, "dims": list(info.dims), "shape": list(info.shape),
@@ -152,7 +158,7 @@ def _parameters(runner: Runner) -> list[dict[str, Any]]:
 
 
 def _pages(runner: Runner, request: InspectRequest) -> list[dict[str, Any]]:
-    """The arrays of keys and values; times: blocks of the segment that have one each."""
+    """List the KV cache arrays. times: number of blocks of the segment, which have one array each."""
     state = engine_state(runner, **request.sizes)
     names = ("keys", "values") if len(runner.config.cached_dims) == 2 else ("latents",)
     arrays = []
@@ -169,13 +175,13 @@ def _pages(runner: Runner, request: InspectRequest) -> list[dict[str, Any]]:
 
 
 def _split(sharding: Any) -> list[list[str]]:
-    """Of every dim, the mesh axes that split it, those of size 1 left out; the first is the outermost."""
+    """Return the mesh axes that split each dim, outermost first, without axes of size 1."""
     axes = (one if isinstance(one, tuple) else (one,) for one in sharding.spec)
     return [[axis for axis in one if axis is not None and sharding.mesh.shape[axis] > 1] for one in axes]
 
 
 def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, Any]:
-    """The shapes of a step of one rank of the batch, and every collective at its place."""
+    """Return the shapes of a step on one batch rank, and every collective with its location."""
     placement = runner.placement
     bucket = step_bucket(runner, phase, **request.sizes)
     tokens = bucket.num_tokens // bucket.micro_batches
@@ -197,7 +203,7 @@ def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, An
 
 
 def bytes_by_part(arrays: Iterable[Mapping[str, Any]], axes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of one device, by the part of the model."""
+    """Return the bytes of one device by part of the model."""
     totals: Counter[str] = Counter()
     for one in arrays:
         split = math.prod(axes[axis] for names in one["axes"] for axis in names)

@@ -1,9 +1,9 @@
-// Where devices and links are drawn, and which links lie between two devices.
+// Positions of devices and links in the drawing, and the route between two devices.
 const fabric = data.fabric, numDomains = Math.ceil(numDevices / fabric.domain);
 const domainOf = device => Math.floor(device / fabric.domain), nodeOf = device => Math.floor(device / fabric.node);
 const members = domain => range(Math.min(numDevices, (domain + 1) * fabric.domain), domain * fabric.domain);
 
-// Link ids between two devices, each with the direction its bytes take: [id, 0 or 1].
+// The links from one device to another, as [link id, direction 0 or 1].
 function route(from, to) {
   if (domainOf(from) !== domainOf(to))
     return [[`out:${from}`, 0], [`rail:${domainOf(from)}`, 0], ["network", 0],
@@ -12,7 +12,7 @@ function route(from, to) {
   if (fabric.kind === "peers") return [[`peer:${Math.min(from, to)}-${Math.max(from, to)}`, from < to ? 0 : 1]];
   return torusRoute(from, to);
 }
-// A torus's shape and the dims that are closed to rings; the last domain may have fewer devices than the others.
+// The shape of a torus, and which of its dims are rings. The last domain may have fewer devices than the others.
 const isLast = domain => domain === numDomains - 1;
 const shapeOf = domain => isLast(domain) ? fabric.last_shape : fabric.shape;
 const wrapsOf = domain => isLast(domain) ? fabric.last_wraps : fabric.wraps;
@@ -26,7 +26,7 @@ const torusAt = device => {
 };
 const torusIndex = (at, domain) =>
   at.reduce((index, one, dim) => index * shapeOf(domain)[dim] + one, 0) + domain * fabric.domain;
-function torusRoute(from, to) {  // dim by dim, the shorter way round
+function torusRoute(from, to) {  // dim by dim, in the shorter direction
   const at = torusAt(from), goal = torusAt(to), links = [], domain = domainOf(from);
   shapeOf(domain).forEach((size, dim) => {
     while (at[dim] !== goal[dim]) {
@@ -40,7 +40,7 @@ function torusRoute(from, to) {  // dim by dim, the shorter way round
   return links;
 }
 
-// Bytes on every link in each direction, for the flows of some groups; layers say the same, so what was found is kept.
+// Bytes on every link in each direction for the transfers of some groups. Cached, because layers repeat collectives.
 const known = new Map();
 function loads(event, chosen) {
   const key = [event.op, event.axes, event.sent, event.stage, event.to, chosen.length, chosen[0]].join("|");
@@ -55,7 +55,7 @@ function loads(event, chosen) {
   return traffic;
 }
 
-// { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }: of all domains, side by side.
+// The drawing of all domains: { width, height, boxes, devices: [{x, y}], links: [{id, d, kind, name}], round }.
 function geometry(room) {
   const draw = { switch: switchDomain, peers: peersDomain, torus: torusDomain }[fabric.kind];
   const first = draw(room, 0), last = fabric.kind === "torus" ? draw(room, numDomains - 1) : first;
@@ -144,7 +144,7 @@ function peersDomain() {
       })],
   };
 }
-function torusDomain(room, drawn) {  // the longest dim goes right, the next down, the third away from the reader
+function torusDomain(room, drawn) {  // the longest dim goes right, the next one down, the third one into the page
   const shape = shapeOf(drawn), order = range(shape.length).sort((a, b) => shape[b] - shape[a] || a - b);
   const [right, down, away] = order;
   const depth = away === undefined ? 1 : shape[away], dx = 27, dy = 25;
@@ -166,7 +166,7 @@ function torusDomain(room, drawn) {  // the longest dim goes right, the next dow
       const other = torusIndex(next, domain), a = devices[i], b = devices[other % fabric.domain];
       const share = 20 / Math.hypot(b.x - a.x, b.y - a.y);
       const d = end ? `${toward(a, b, -share * 1.2)} ${toward(b, a, -share * 1.2)}` : toward(a, b, 1);
-      const name = `device ${device} to device ${other}${end ? ", round the ring" : ""}`;
+      const name = `device ${device} to device ${other}${end ? ", closing the ring" : ""}`;
       return [{ id: `torus:${dim}:${device}`, kind: "up", name, d }];
     })),
     out: (mine, domain) => [

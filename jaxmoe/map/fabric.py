@@ -1,4 +1,4 @@
-"""How devices are joined, as the map draws them: nodes, fast fabrics, the way between them."""
+"""Fabric that connects the devices of the map: nodes, fast fabrics (domains), and the network between them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from jaxmoe.planner.hardware import HardwareSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFabric:
-    """Devices in the order of the mesh: node devices on each host, domain devices on each fast fabric.
+    """Describe the links between devices, which are numbered in the order of the mesh.
 
-    kind: "switch", "torus" or "peers" (each pair of a domain has a link). shape, wraps: of a domain's torus, and which
-    of its dims are closed to rings; last_shape, last_wraps: of the last domain's, which may have fewer devices.
-    hbm_bytes, *_gbps: of one device, None where no hardware was named. given: whether it was.
+    node, domain: devices per host and per fast fabric. kind: "switch", "torus" or "peers" (a link between each pair of
+    a domain). shape, wraps: torus shape of a domain, and which of its dims are rings. last_shape, last_wraps: the same
+    of the last domain, which may have fewer devices. given: whether hardware was named. hbm_bytes, *_gbps: of one
+    device, None if not.
     """
 
     name: str
@@ -35,12 +36,15 @@ class DeviceFabric:
     scale_out_gbps: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """As the page reads it."""
+        """Return the dict that the page reads."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def fabric_of(hardware: HardwareSpec | None, num_devices: int, *, shape: tuple[int, ...] = ()) -> DeviceFabric:
-    """So many devices of a kind; of none, one node whose devices share a switch. shape: of the torus, where known."""
+    """Return the fabric of num_devices devices. shape: of the torus, if known.
+
+    Without hardware it is one node with a switch.
+    """
     if hardware is None:
         return DeviceFabric(
             name="one switch", given=False, platform="gpu", node=num_devices, domain=num_devices, kind="switch"
@@ -60,7 +64,7 @@ def fabric_of(hardware: HardwareSpec | None, num_devices: int, *, shape: tuple[i
 
 
 def torus_shape(num_devices: int, dims: int) -> tuple[int, ...]:
-    """The sizes of a torus of so many dims that are nearest each other, ascending."""
+    """Return the torus shape with the given number of dims whose sizes differ least, in ascending order."""
     factors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     shapes = (
         (*sizes, num_devices // math.prod(sizes))
@@ -71,6 +75,8 @@ def torus_shape(num_devices: int, dims: int) -> tuple[int, ...]:
 
 
 def _wraps(size: int, dims: int) -> bool:
-    """Slices of three dims are closed where whole cubes of 4 lie behind each other, of two where a pod's side is whole.
-    Source: jax-ml/scaling-book (tpus.md)."""
+    """Return whether a torus dim is a ring: a multiple of 4 (cubes) in 3D slices, of 16 (a pod's side) in 2D.
+
+    Source: jax-ml/scaling-book (tpus.md).
+    """
     return size % 4 == 0 if dims > 2 else size % 16 == 0

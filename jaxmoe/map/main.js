@@ -1,6 +1,6 @@
-// The page comes together: what it is about, what a whole step says, keys.
+// Fills the page: title, collectives of a whole step, and keyboard control.
 function showTitle() {
-  const { facts } = data, kinds = { switch: "On a switch", torus: "On a torus", peers: "Each linked to each" };
+  const { facts } = data, kinds = { switch: "Switch", torus: "Torus", peers: "A link between each pair" };
   const plural = (number, word, kept) => `${number} ${word}${number > 1 && !kept ? "s" : ""}`;
   byId("title").textContent = data.model;
   document.title = `${data.model} on ${numDevices} devices · jaxmoe map`;
@@ -8,31 +8,31 @@ function showTitle() {
   const mesh = named.join(" × ") || "one device";
   const nodes = Math.ceil(numDevices / fabric.node), hosts = fabric.kind === "torus" ? "host" : "node";
   byId("facts").textContent = [
-    data.family, `${facts.layers} layers`, facts.experts ? `${facts.experts} experts, ${facts.top_k} a token` : "dense",
-    mesh, `layout ${data.layout}`, `${plural(numDevices, fabric.given ? fabric.name : "device", fabric.given)} on `
+    data.family, `${facts.layers} layers`,
+    facts.experts ? `${facts.experts} experts, ${facts.top_k} per token` : "dense", mesh, `layout ${data.layout}`, `${plural(numDevices, fabric.given ? fabric.name : "device", fabric.given)} on `
       + plural(nodes, hosts),
-    `activations ${data.dtype}, weights ${data.weights_dtype}, cache ${data.kv_dtype}`,
+    `activations ${data.dtype}, weights ${data.weights_dtype}, KV cache ${data.kv_dtype}`,
     `${data.max_num_seqs} requests of ${count(data.context)} tokens`].join(" · ");
-  const beyond = numDomains > 1 ? `, ${fabric.scale_out_gbps} GB/s between` : "";
+  const beyond = numDomains > 1 ? `, ${fabric.scale_out_gbps} GB/s between fabrics` : "";
   byId("note").textContent = fabric.given
-    ? `${kinds[fabric.kind]}: ${fabric.scale_up_gbps} GB/s a device one way${beyond}; `
-      + `${size(fabric.hbm_bytes)} of memory a device.`
-    : "No hardware was named: drawn as one node whose devices share a switch, without rates or a limit of memory. "
-      + "Name it with --hardware.";
+    ? `${kinds[fabric.kind]}: ${fabric.scale_up_gbps} GB/s per device and direction${beyond}; `
+      + `${size(fabric.hbm_bytes)} of memory per device.`
+    : "No hardware was given, so the page draws one node with a switch, without bandwidths and memory limit. "
+      + "Choose hardware with --hardware.";
 }
 function showStep() {
   const rows = data.collectives.filter(one => one.phase === phase), step = data.steps[phase];
   const compiled = rows.some(one => one.compiled !== null);
-  const tick = data.mesh.pipeline > 1 && phase === "decode" ? "tick of the stages" : "step";
+  const tick = data.mesh.pipeline > 1 && phase === "decode" ? "pipeline tick" : "step";
   const wrong = rows.filter(one => one.compiled !== null && one.compiled !== one.planned).length;
   const parts = step.micro_batches > 1 ? `, in ${step.micro_batches} micro-batches` : "";
-  const words = [`${phase}: ${count(step.tokens)} tokens a rank of the batch, padding included${parts}; counts are of `
-    + `one ${tick}.`];
+  const words = [`${phase}: ${count(step.tokens)} tokens per batch rank, with padding${parts}; counts are per `
+    + `${tick}.`];
   const differ = wrong ? `${wrong} of ${rows.length} differ from the plan.` : "all as planned.";
-  const verdict = compiled ? differ : "this step was not.";
+  const verdict = compiled ? differ : "this step was not compiled.";
   if (data.compiled) words.push(`Compiled for ${data.compiled.target}: ${verdict}`, comparedBytes());
   byId("collectives-note").textContent = words.join(" ");
-  const head = ["collective", "axes", "where", "result on a device", "sent by a device, each", "planned",
+  const head = ["collective", "axes", "where", "result on a device", "sent per device, each", "planned",
     ...compiled ? ["compiled", ""] : []];
   byId("collectives-head").replaceChildren(html("tr", {}, ...head.map((name, i) =>
     html("th", { scope: "col", class: i > 2 && i < 7 ? "number" : "" }, name))));
@@ -41,17 +41,17 @@ function showStep() {
     const number = (text, more = {}) => html("td", { class: "number", ...more }, text);
     return html("tr", differs ? { class: "wrong" } : {},
       html("th", { scope: "row" }, one.op), html("td", {}, one.axes.join(" × ")),
-      html("td", {}, one.location.join(", ") || "nowhere in the plan"),
+      html("td", {}, one.location.join(", ") || "not in the plan"),
       number(size(one.bytes), { title: `${count(one.bytes)} bytes` }), number(one.sent === null ? "" : size(one.sent)),
       number(count(one.planned)),
       ...compiled ? [number(count(one.compiled)), html("td", {}, differs ? "differs" : "as planned")] : []);
-  }) : [html("tr", {}, html("td", { colspan: head.length }, "Nothing: no device needs another."))]);
+  }) : [html("tr", {}, html("td", { colspan: head.length }, "None: the devices do not communicate."))]);
 }
 function comparedBytes() {
   const { weights, kv, temp } = data.compiled.bytes, same = weights === data.bytes.weights && kv === data.bytes.kv;
-  const beside = temp === null ? "" : ` It needs ${size(temp)} besides.`;
-  return same ? `Weights and pages take the bytes planned.${beside}`
-    : `It holds ${count(weights)} bytes of weights and ${count(kv)} of pages, planned are `
+  const beside = temp === null ? "" : ` Temporary buffers need ${size(temp)} more.`;
+  return same ? `Weights and pages take the planned bytes.${beside}`
+    : `It has ${count(weights)} bytes of weights and ${count(kv)} of pages; the plan has `
       + `${count(data.bytes.weights)} and ${count(data.bytes.kv)}.${beside}`;
 }
 

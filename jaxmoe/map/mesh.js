@@ -1,4 +1,4 @@
-// The drawing of the mesh: devices that can be chosen, links, colors by coordinate.
+// Draws the mesh: selectable devices, links, and colors by mesh coordinate.
 const byId = id => document.getElementById(id);
 const svgNS = "http://www.w3.org/2000/svg";
 function svg(name, attributes = {}, ...children) {
@@ -34,7 +34,7 @@ let chosen = 0;
 const drawn = { devices: [], links: new Map() };
 
 function drawMesh() {
-  const room = numDomains > 8 ? 1380 : 980;  // many nodes are drawn smaller, so that all are seen at once
+  const room = numDomains > 8 ? 1380 : 980;  // draw many nodes smaller, so that all are visible at once
   const figure = geometry(Math.max(500, Math.min(room, (byId("figure").clientWidth || 900) * room / 900)));
   const root = svg("svg", { viewBox: `-2 -2 ${figure.width + 4} ${figure.height + 4}`, role: "listbox",
     "aria-label": `${numDevices} devices` });
@@ -54,7 +54,7 @@ function drawMesh() {
   byId("figure").replaceChildren(root);
   root.addEventListener("keydown", moveByKey);
 }
-function drawHosts(root, figure) {  // a shade behind the devices of one host, where fabrics are larger than hosts
+function drawHosts(root, figure) {  // a shade behind the devices of each host, if fabrics are larger than hosts
   if (fabric.node === fabric.domain || fabric.node < 2) return;
   for (const node of range(Math.ceil(numDevices / fabric.node))) {
     const points = figure.devices.slice(node * fabric.node, (node + 1) * fabric.node).map(({ x, y }) => `${x} ${y}`);
@@ -87,7 +87,7 @@ function choose(device) {
   showDevice(device);
   showEvent(false);
 }
-// The nearest device in the direction of an arrow, those straight ahead first.
+// Moves to the nearest device in the direction of an arrow key; devices straight ahead are preferred.
 function moveByKey(event) {
   const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   const end = { Home: 0, End: numDevices - 1 }[event.key];
@@ -107,7 +107,7 @@ function moveByKey(event) {
 
 const tokenShardAxes = () => [...new Set([...data.pages.context_axes, ...data.steps[phase].token_shard_axes])]
   .filter(axis => data.mesh[axis] > 1);
-const unshared = "this layout shares out neither the tokens between layers nor a context";
+const unshared = "this layout has neither sequence nor context parallelism on this mesh";
 function drawToggles() {
   const names = ["data", "tensor", "pipeline", "expert", "sequence"];
   byId("toggles").replaceChildren(html("span", { class: "soft" }, "Color by"), ...names.map(name => {
@@ -115,7 +115,7 @@ function drawToggles() {
     const button = html("button", { "aria-pressed": chosenAxes.has(name), "data-axis": name },
       name, html("small", {}, ` ${parts}`));
     button.disabled = parts === 1;
-    button.title = parts > 1 ? "" : name === "sequence" ? unshared : "an axis of one";
+    button.title = parts > 1 ? "" : name === "sequence" ? unshared : "this mesh axis has size 1";
     button.addEventListener("click", () => {
       chosenAxes.has(name) ? chosenAxes.delete(name) : chosenAxes.add(name);
       button.setAttribute("aria-pressed", chosenAxes.has(name));
@@ -141,14 +141,15 @@ function color() {
     node.setAttribute("aria-label", `device ${device}: ${text}`);
   });
   for (const [id, { path }] of drawn.links) path.classList.toggle("dim", names.length > 0 && !onAxis.has(id));
-  const said = names.join(" and "), strips = chosenAxes.has("sequence") ? " (strips of tokens, or of a context)" : "";
+  const said = names.join(" and ");
+  const strips = chosenAxes.has("sequence") ? " (shards of the tokens, or of the context)" : "";
   byId("legend").textContent = names.length
-    ? `Alike in color: the same place along ${said}${strips}, ${parts} in all. Links that ${said} `
-      + `do${names.length > 1 ? "" : "es"} not use are faint.`
-    : "No axis is chosen.";
+    ? `Devices of one color have the same coordinate along ${said}${strips}; there are ${parts} such groups. Links `
+      + `that ${said} do${names.length > 1 ? "" : "es"} not use are faint.`
+    : "No mesh axis is selected.";
 }
 
-// --- what a device holds ---
+// --- arrays on a device ---
 
 const partOrder = ["embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head", "kv"];
 function showDevice(device) {
@@ -162,7 +163,7 @@ function showDevice(device) {
   held.textContent = `${size(total)}${limit ? ` of ${size(limit)}` : ""}${limit && total > limit ? ": does not fit" : ""}`;
   held.classList.toggle("wrong", Boolean(limit && total > limit));
   const { weights, kv } = data.bytes;
-  held.append(html("small", { class: "soft" }, ` weights ${size(weights)}, keys and values ${size(kv)}`));
+  held.append(html("small", { class: "soft" }, ` weights ${size(weights)}, KV cache ${size(kv)}`));
   showParts(total, limit);
   const rows = holdings(at).flatMap(([term, text]) => [html("dt", {}, term), html("dd", {}, text)]);
   byId("device-holds").replaceChildren(...rows);
@@ -182,7 +183,7 @@ function showParts(total, limit) {
     const key = html("i", { class: part === "kv" ? "kv" : "" });
     key.style.setProperty("--hue", hue(part));
     return html("li", { "data-part": part, "data-bytes": parts.get(part) }, key,
-      `${part === "kv" ? "keys and values" : part} `, html("b", {}, size(parts.get(part))));
+      `${part === "kv" ? "KV cache" : part} `, html("b", {}, size(parts.get(part))));
   }));
 }
 function holdings(at) {
@@ -192,21 +193,21 @@ function holdings(at) {
   if (experts) {
     const share = experts.share < 1 ? `1/${Math.round(1 / experts.share)} of each` : "whole";
     rows.push(["Experts", experts.stop > experts.first
-      ? `${span([experts.first, experts.stop])} of ${facts.experts}, ${share}` : "none: its places are padding"]);
+      ? `${span([experts.first, experts.stop])} of ${facts.experts}, ${share}` : "none: its expert slots are padding"]);
   }
   const plural = cache.heads.length === 1 ? "head" : "heads";
-  const heads = facts.latent ? "the latent of every token"
+  const heads = facts.latent ? "the latent vector of every token"
     : `${plural} ${spans(cache.heads) || "none (padding)"} of ${facts.kv_heads}`;
-  rows.push(["Keys, values", `${heads}, of these layers`]);
+  rows.push(["KV cache", `${heads}, of these layers`]);
   const part = sizeOver(data.pages.context_axes) > 1 ? `, tokens ${span(cache.offsets)} of each` : "";
   rows.push(["KV pages", `${span(cache.pages)}, ${data.pages.tokens} tokens each${part}`]);
   const rank = indexOver(data.pages.axes, at);
   const most = Math.ceil(data.max_num_seqs / data.pages.ranks);
-  rows.push(["Requests", data.pages.ranks > 1 ? `those of batch rank ${rank}: up to ${most} of ${data.max_num_seqs}`
+  rows.push(["Requests", data.pages.ranks > 1 ? `batch rank ${rank}: up to ${most} of ${data.max_num_seqs}`
     : `all ${data.max_num_seqs}`]);
   const step = data.steps[phase], strip = indexOver(step.token_shard_axes, at);
   const strips = step.strip * sizeOver(step.token_shard_axes), own = span([strip * step.strip, (strip + 1) * step.strip]);
-  if (step.token_shard_axes.length) rows.push(["Tokens", `between layers ${own} of its rank's ${strips} in ${phase}`]);
+  if (step.token_shard_axes.length) rows.push(["Tokens", `${own} of ${strips} of its batch rank, in ${phase}`]);
   return rows;
 }
 function nameOf(array) {
@@ -220,7 +221,7 @@ function nameOf(array) {
     : `layer${layers.length > 1 ? "s" : ""} ${spans(layers)}`;
   return [rest.join(" ").replaceAll("_", " "), html("small", { class: "soft" }, which)];
 }
-// Stages hold layers in slots, which follow each other by stage and virtual stage: see the layers above.
+// Stages hold layers in slots, ordered by stage and virtual stage. The row "Layers" lists the layers.
 const dimName = (array, dim) => array.dims[dim] === "layer" ? "slot" : array.dims[dim].replaceAll("_", " ");
 function sliceOf(array, at) {
   const own = slices(array, at), split = own.flatMap((slice, dim) => array.axes[dim].length

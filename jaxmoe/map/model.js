@@ -1,4 +1,4 @@
-// What follows from the data: coordinates, slices, the way of a token, who sends to whom. Nothing is drawn here.
+// Derives coordinates, slices, the path of a token and the traffic of collectives from the data. Draws nothing.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const axes = Object.keys(data.mesh);
@@ -7,7 +7,7 @@ const numDevices = sizeOver(axes);
 const range = (stop, start = 0) => Array.from({ length: Math.max(0, stop - start) }, (_, i) => start + i);
 const sum = values => values.reduce((a, b) => a + b, 0);
 
-// Device numbers go through the axes as nested loops do: the last axis is the innermost.
+// Devices are numbered in row-major order of the mesh: the last axis is the innermost.
 function coordinates(device) {
   const at = {};
   for (const axis of [...axes].reverse()) {
@@ -21,7 +21,7 @@ const indexOver = (names, at) => names.reduce((index, axis) => index * data.mesh
 
 // --- what a device holds ---
 
-// [start, stop) of every dim of an array on the device at some coordinates.
+// The slice [start, stop) of every dim of an array, on the device at these coordinates.
 function slices(array, at) {
   return array.shape.map((size, dim) => {
     const share = size / sizeOver(array.axes[dim]), start = indexOver(array.axes[dim], at) * share;
@@ -37,12 +37,12 @@ function bytesByPart() {
   return parts;
 }
 
-// Repeats in one virtual stage of one stage, and the slot of every repeat, as depth.LayerSegment has them.
+// Number of repeats in a virtual stage, and the slot of every repeat, as in depth.LayerSegment.
 function filled(part, stage, virtualStage) {
   const each = Math.floor(part.repeats / (part.stages * part.virtual_stages)), left = part.repeats % (part.stages * part.virtual_stages);
   return each + (virtualStage * part.stages + stage < left ? 1 : 0);
 }
-function visits(part) {  // every repeat in the order of the layers: its stage, virtual stage and slot
+function visits(part) {  // stage, virtual stage and slot of every repeat, in the order of the layers
   const matches = [];
   for (const virtualStage of range(part.virtual_stages)) for (const stage of range(part.stages))
     for (const at of range(filled(part, stage, virtualStage)))
@@ -64,13 +64,13 @@ function layersHeld(at) {
   });
   return layers;
 }
-function expertsHeld(at) {  // { first, stop, share } or null; share: of each one's width
+function expertsHeld(at) {  // { first, stop, share } or null; share: fraction of each expert's width on this device
   const array = data.arrays.find(one => one.dims.includes("moe_expert") && one.dims.includes("moe_ffn"));
   if (!array) return null;
   const [first, stop] = slicesNamed(array, at).moe_expert, width = array.dims.indexOf("moe_ffn");
   return { first, stop: Math.min(stop, data.facts.experts), share: 1 / sizeOver(array.axes[width]) };
 }
-function cacheHeld(at) {  // { heads, pages, offsets }: of keys and values, of the stage's layers
+function cacheHeld(at) {  // { heads, pages, offsets } of the KV cache of the stage's layers
   const segment = Math.max(0, data.segments.findIndex(part => part.stages > 1)), part = data.segments[segment];
   const named = slicesNamed(data.arrays.find(one => one.path.startsWith(`pages/${segment}/`)), at);
   const slots = range(named.kv_head[1], named.kv_head[0]).filter(slot => slot < data.facts.kv_heads * part.kv_copies);
@@ -78,9 +78,9 @@ function cacheHeld(at) {  // { heads, pages, offsets }: of keys and values, of t
   return { heads, pages: named.page, offsets: named.page_token };
 }
 
-// --- the way of a token ---
+// --- the path of a token ---
 
-// Every place it passes, in order, with the collective said there; op null where devices only compute.
+// Every location on the path, in order, with its collective. op is null if devices only compute there.
 function tokenPath(phase) {
   const { sites } = data.steps[phase], path = [];
   const say = (site, more) => path.push({ segment: null, layer: null, stage: null, to: null, ...site, ...more });
@@ -116,9 +116,9 @@ function tokenPath(phase) {
   return path;
 }
 
-// --- who sends to whom ---
+// --- the traffic of collectives ---
 
-// Devices that take part together in an event: those along its axes, of its stage where only that has the token.
+// Groups of devices of a collective: along its axes, and only in its stage if the token is in one stage.
 function groups(event) {
   if (event.op === "collective-permute") return between(event);
   const matches = new Map();
@@ -138,7 +138,7 @@ function between({ stage, to }) {
       && same.every(axis => places[other][axis] === places[device][axis]))]);
 }
 
-// [from, to, bytes] of one group in an event.
+// Transfers [from, to, bytes] of a collective in one group.
 function flows(event, group) {
   const count = group.length;
   if (event.op === null || count < 2) return [];
@@ -149,7 +149,7 @@ function flows(event, group) {
 const onlyStage = event => event.op === "collective-permute" || event.stage !== null && !event.axes.includes("pipeline");
 const sends = (event, device) => event.op !== null && (!onlyStage(event) || places[device].pipeline === event.stage);
 
-// --- the order of stages, as depth.PipelineSchedule has it ---
+// --- the pipeline schedule, as in depth.PipelineSchedule ---
 
 const modulo = (a, b) => ((a % b) + b) % b;
 function schedule(stages, virtualStages, microBatches, decodeSteps = 1) {

@@ -1,4 +1,4 @@
-// One token on its way: what each place says, which links that takes, what a device has sent so far.
+// Plays the path of one token: the collective at each location, its links, and the bytes a device has sent so far.
 let phase = "decode", path = [], at = 0, timer = null;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const verbs = {
@@ -47,7 +47,7 @@ function pause() {
 }
 const playing = () => timer !== null;
 
-// announce: whether a screen reader is to read it out; while it plays by itself it is not.
+// announce: whether a screen reader reads the event. It does not while the path plays.
 function showEvent(announce = true) {
   const event = path[at], all = event.op === null ? [] : groups(event), own = all.filter(group => group.includes(chosen));
   byId("event").setAttribute("aria-live", announce ? "polite" : "off");
@@ -63,18 +63,18 @@ function showEvent(announce = true) {
   byId("event").replaceChildren(head, where ? ` · ${where}` : "", html("span", { class: "said" }, ...said(event, own)));
   const sent = path.map(one => sends(one, chosen) ? one.sent : 0), until = sum(sent.slice(0, at + 1));
   const running = html("b", { id: "running", "data-bytes": Math.round(until) }, size(until));
-  byId("sent").replaceChildren(`Device ${chosen} has sent `, running, ` of ${size(sum(sent))} on this way.`);
+  byId("sent").replaceChildren(`Device ${chosen} has sent `, running, ` of ${size(sum(sent))} on this path.`);
 }
 function said(event, own) {
-  if (event.op === null) return ["computes; nothing is said"];
+  if (event.op === null) return ["computes; no communication"];
   const over = `${event.op} over ${event.axes.join(" × ")}`, group = own[0] || [];
   const result = `${over}: ${size(event.bytes)} on each device`;
-  if (!own.length) return [result, `; device ${chosen} takes no part`];
+  if (!own.length) return [result, `; device ${chosen} does not take part`];
   const mine = flows(event, group).filter(([from]) => from === chosen);
   const far = sum(mine.filter(([, to]) => domainOf(to) !== domainOf(chosen)).map(flow => flow[2]));
   const sent = sum(mine.map(flow => flow[2]));
   const near = fabric.kind === "torus" ? "slice" : "fast fabric";
-  const split = numDomains > 1 && sent ? ` (${size(sent - far)} inside its ${near}, ${size(far)} beyond)` : "";
+  const split = numDomains > 1 && sent ? ` (${size(sent - far)} inside its ${near}, ${size(far)} outside)` : "";
   return [result, sent ? `; device ${chosen} sends ${size(sent)}${split}` : `; device ${chosen} sends nothing`];
 }
 function light(event, all, own) {
@@ -96,7 +96,7 @@ function light(event, all, own) {
   });
 }
 
-// --- the way, drawn as a row of layers ---
+// --- the path, drawn as a row of layers ---
 
 const track = { cells: new Map() };
 function drawTrack() {

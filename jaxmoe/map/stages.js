@@ -1,9 +1,9 @@
-// Stages of a pipeline against ticks: which micro-batch each has, and where it waits.
+// Draws the pipeline schedule: the micro-batch of every stage and tick, and the bubbles.
 function drawStages() {
   const stages = data.mesh.pipeline, room = byId("stages");
   if (stages === 1) {
-    room.replaceChildren(html("p", {}, "This mesh has one stage: every device works on every layer, and none waits for "
-      + "another's. With pipeline=2 or more, stages and their bubbles are drawn here."));
+    room.replaceChildren(html("p", {}, "This mesh has one stage: every device computes every layer, so there are no "
+      + "pipeline bubbles. With pipeline=2 or more, the stages and their bubbles are drawn here."));
     return;
   }
   const part = data.segments.find(one => one.stages > 1);
@@ -11,7 +11,7 @@ function drawStages() {
   const sliders = [
     slider("micro-batches M", "M", 1, Math.max(32, first), first),
     slider("virtual stages v", "v", 1, part.max_virtual_stages, part.virtual_stages), slider("decode steps", "decode-steps", 1, 8, 1)];
-  const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Stages and ticks" });
+  const figure = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Pipeline stages by tick" });
   const formula = html("p", { id: "idle", "aria-live": "polite" });
   const redraw = () => {
     const [microBatches, virtualStages, decodeSteps] = sliders.map(one => Number(one.input.value));
@@ -24,12 +24,12 @@ function drawStages() {
       html("b", {}, `${ticks - idle} ⁄ ${ticks}`),
       ` = ${(100 * idle / ticks).toFixed(1)} %`,
       html("small", { class: "soft" },
-        `ticks = (decode steps · v − 1) · max(P, M) + M + P − 1, of P = ${stages} stages; a tick is `
-        + `one micro-batch in one virtual stage, ${layers} layers at most`));
+        `ticks = (decode steps · v − 1) · max(P, M) + M + P − 1, with P = ${stages} stages; in a tick a stage computes `
+        + `one micro-batch in one virtual stage, which has at most ${layers} layers`));
   };
   sliders.forEach(one => one.input.addEventListener("input", redraw));
-  const key = "Color and number: the micro-batch; a shade darker for every further virtual stage. Hatched: a bubble. Embedding, "
-    + "head and layers that no stage holds lie over all stages and are not drawn.";
+  const key = "Color and number show the micro-batch; darker shades are later virtual stages. Hatched cells are bubbles. "
+    + "Embedding, head and layers outside the pipeline run on all stages and are not drawn.";
   const controls = html("div", { class: "row" }, ...sliders.map(one => one.label));
   room.replaceChildren(controls, figure, formula, html("p", { class: "soft" }, key));
   redraw();

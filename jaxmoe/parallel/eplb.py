@@ -5,7 +5,7 @@ number of expert groups is a multiple of the nodes: each group stays inside one 
 keeps a token there. It is global otherwise.
 
 - distinct: no rank has two replicas of one expert, unless a rank has more slots than there are experts; see
-  planner/spread.py.
+  parallel/eplb_spread.py.
 - eplb: the published algorithm, which may put several replicas of an expert on one rank, without any benefit.
 Source of eplb: DeepSeek-AI, Expert Parallelism Load Balancer (2025); the code reproduces its published example.
 """

@@ -1,4 +1,4 @@
-"""A plan for a model on hardware one need not have, as `jaxmoe plan --json` prints it."""
+"""Plan a model on given hardware, which need not be present, as `jaxmoe plan --json` prints it."""
 
 from __future__ import annotations
 
@@ -49,22 +49,23 @@ from jaxmoe.weights.source import find_config, model_name
 from jaxmoe.weights.stored import read_stored_config
 
 _PLANNED_ONLY = (
-    "Planned only: generate, inspect, compile and map refuse this model, so that these arguments run nowhere."
+    "Planned only: generate, inspect, compile and map do not support this model, so no command takes these arguments."
 )
 _MAX_DEVICES = 8192
-_MAX_NUMBER = 1e12  # milliseconds, dollars an hour
-_NEIGHBORS_OF_AT_MOST = 64  # devices, beyond which plans for half and twice of them are not looked for
-_WORTHWHILE = 0.1  # of what is served for each, or of a request's time: fewer devices are taken for it, not for cost
-_TRIED_AT_MOST = 256  # devices, where nobody says how many and limits of latency are not met
+_MAX_NUMBER = 1e12  # milliseconds, dollars per hour
+_NEIGHBORS_OF_AT_MOST = 64  # devices; plans for half and twice as many are not searched beyond it
+_WORTHWHILE = 0.1  # tolerated loss of throughput per device, or of latency, to use fewer devices; not for cost
+_TRIED_AT_MOST = 256  # devices, if their number is not given and latency limits are not met
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is asked: a model (config.json, folder, preset), hardware (preset or TOML), devices, requests.
+    """Describe a model, hardware, devices and requests to plan for.
 
-    nodes, devices: at most one of them; without, the fewest that hold the model and the requests. isl, osl: tokens of
-    a prompt and generated. sla_*: limits in milliseconds. price: dollars an hour of a device. The last five fix a part
-    of the plan that is searched otherwise.
+    config: config.json, folder or preset. hardware: preset or TOML file. nodes, devices: give at most one of them; by
+    default the planner chooses the fewest that are worthwhile. isl, osl: prompt tokens and generated tokens. sla_*:
+    latency limits in milliseconds. price: dollars per hour of a device. mesh, layout, dispatch, virtual_stages,
+    chunk_tokens: fix a part of the plan that is searched otherwise.
     """
 
     config: str
@@ -94,8 +95,10 @@ class PlanRequest:
             object.__setattr__(self, name, canonical(getattr(self, name)))
 
     def checked(self) -> tuple[ModelConfig, HardwareSpec]:
-        """The config in the dtypes asked for, and the hardware. Raises: CheckpointError, ConfigError, MeshError,
-        LayoutError naming the value, the limit and the remedy."""
+        """Return the config in the requested dtypes, and the hardware.
+
+        Raises: CheckpointError, ConfigError, MeshError or LayoutError naming the value, the limit and the remedy.
+        """
         config, _ = self._read()
         config, dtype = choose_dtypes(
             config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
@@ -108,26 +111,26 @@ class PlanRequest:
         return config, hardware
 
     def _read(self) -> tuple[ModelConfig, list[str]]:
-        """The config, and "key = value" of what is not understood of its file. Raises: CheckpointError, ConfigError."""
+        """Read the config, and list unknown settings as "key = value". Raises: CheckpointError, ConfigError."""
         notes: list[str] = []
         path, ignored = find_config(self.config), self.ignore_config_keys
         return read_stored_config(path, ignore=ignored, planned=True, not_understood=notes), notes
 
     def not_understood(self) -> list[str]:
-        """Return "key = value" of each setting of config.json that is planned without. Raises: as checked."""
+        """Return "key = value" of each setting of config.json that the plan ignores. Raises: as checked."""
         return self._read()[1]
 
     def runs(self) -> bool:
-        """Whether other commands take the model, or it is planned with alone. Raises: CheckpointError."""
+        """Return whether other commands support the model, too, or only the planner. Raises: CheckpointError."""
         raw = read_json(find_config(self.config))
         try:
             return read_config(raw, ignore=self.ignore_config_keys).indexer is None
-        except ConfigError:  # which a reading for plans passed over
+        except ConfigError:  # which reading with planned=True tolerates
             return False
 
     def _check_numbers(self, config: ModelConfig) -> None:
         if self.nodes is not None and self.devices is not None:
-            raise MeshError(f"nodes={self.nodes} and devices={self.devices} both say how many: give one of them")
+            raise MeshError(f"nodes={self.nodes} and devices={self.devices} both set a number of devices: give one")
         limits = {
             "nodes": _MAX_DEVICES, "devices": _MAX_DEVICES, "max_num_seqs": 1 << 24, "virtual_stages": 64,
             "chunk_tokens": 1 << 20, "isl": config.max_position_embeddings, "osl": config.max_position_embeddings,
@@ -153,37 +156,37 @@ class PlanRequest:
             raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_BACKENDS)}")
         if self.dispatch is not None and config.moe is None:
             raise ConfigError(
-                f"dispatch={self.dispatch} sends tokens to experts, and {config.family} has none: leave it out"
+                f"dispatch={self.dispatch} sends tokens to experts, but {config.family} has no experts: leave it out"
             )
         if self.virtual_stages is not None and self.mesh is not None:
             check_virtual_stages(self.virtual_stages, stages=parse_mesh(self.mesh)["pipeline"])
 
     def dtypes(self, config: ModelConfig) -> dict[str, str | None]:
-        """Those that were asked for, by option; None for what the checkpoint has anyway."""
+        """Return the requested dtypes by option. weights-dtype is None if it is the checkpoint's own format."""
         weights = None if is_checkpoint_format(config, self.weights_dtype) else self.weights_dtype
         return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
 
     def search_request(self, config: ModelConfig, hardware: HardwareSpec, devices: int) -> SearchRequest:
-        """For the search."""
+        """Return the SearchRequest for a number of devices. Raises: MeshError if the mesh has another number."""
         axes = None if self.mesh is None else parse_mesh(self.mesh)
         if axes and math.prod(axes.values()) != devices:
             meant = math.prod(axes.values())
-            raise MeshError(f"mesh {self.mesh} is of {meant} devices and {devices} are asked for: make them equal")
+            raise MeshError(f"mesh {self.mesh} has {meant} devices, but {devices} were requested: make them equal")
         return SearchRequest(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
             workload=Workload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
-            tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # of one token: kept
+            tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # no TPOT for one token
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
             virtual_stages=self.virtual_stages, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
 
 
 def plan_model(request: PlanRequest) -> dict[str, Any]:
-    """The plan, its predictions and reasons, the front, the memory of a device, as `jaxmoe plan --json` prints it.
+    """Return the best plan with predictions, reasons, Pareto front and memory, as `jaxmoe plan --json` prints it.
 
-    Raises: as PlanRequest.checked, and NoPlanError (a ConfigError) with the devices that would do, or the best
-    possible where a limit cannot be met.
+    Raises: as PlanRequest.checked; NoPlanError (a ConfigError) naming a number of devices that suffices, or the best
+    possible latency if a limit cannot be met.
     """
     config, hardware = request.checked()
     search_request, search_result = _search_devices(request, config, hardware)
@@ -218,7 +221,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
 def _search_devices(
     request: PlanRequest, config: ModelConfig, hardware: HardwareSpec
 ) -> tuple[SearchRequest, SearchResult]:
-    """For the devices asked for, or the fewest that do."""
+    """Search with the requested number of devices, or with the fewest that are worthwhile."""
     given = request.devices or (request.nodes * hardware.devices_per_node if request.nodes else None)
     if given is None and request.mesh is not None:
         given = math.prod(parse_mesh(request.mesh).values())
@@ -226,7 +229,7 @@ def _search_devices(
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
         if given > _MAX_DEVICES:
-            raise MeshError(f"{given} devices of {hardware.device} are asked for; plans are made for {_MAX_DEVICES}")
+            raise MeshError(f"{given} devices of {hardware.device} were requested; the limit is {_MAX_DEVICES}")
         search_request = request.search_request(config, hardware, given)
         try:
             return search_request, search(search_request)
@@ -253,9 +256,11 @@ def _search_devices(
 def _worthwhile(
     request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, least: int
 ) -> tuple[SearchRequest, SearchResult]:
-    """Return the smallest device count whose throughput per device is within tolerance of the best up to a
-    node: devices that hold the weights and little else serve far less each. Where limits of latency are not met, more
-    devices are tried, as long as that comes nearer."""
+    """Search with the smallest number of devices that comes within tolerance of the best objective up to a node.
+
+    Devices that hold the weights and little else serve far fewer tokens each. If latency limits are not met, more
+    devices are tried while that reduces the latency.
+    """
     tried: list[tuple[SearchRequest, SearchResult]] = []
     errors: list[NoPlanError] = []
     devices, usual = least, min(max(2 * least, hardware.devices_per_node), _MAX_DEVICES)
@@ -289,13 +294,13 @@ def _worthwhile(
 
 
 def _halved(search_request: SearchRequest, best: ServingPlan) -> float:
-    """How many times as many requests were assumed as a plan has; latencies of fewer do not compare."""
+    """Return assumed requests / requests of the plan. Latencies at different concurrency do not compare."""
     assumed = search_request.objective == "latency" and search_request.workload.concurrency is None
     return LATENCY_REQUESTS * search_request.devices / best.estimate.concurrency if assumed else 1.0
 
 
 def _nearer(errors: list[NoPlanError]) -> bool:
-    """Whether the last doubling of the devices made either time shorter by more than prices are exact."""
+    """Return whether the last doubling of the devices reduced TTFT or TPOT by more than the tolerance of estimates."""
     if len(errors) < 2 or errors[-1].failure != "latency":
         return True
     before, last = errors[-2:]
@@ -303,12 +308,12 @@ def _nearer(errors: list[NoPlanError]) -> bool:
 
 
 def _least(request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, *, above: int) -> int | None:
-    """The fewest devices, doubled from one, that hold the model and the requests asked for (else one)."""
+    """Return the fewest devices (a power of two) that hold the model and the requested concurrency (else 1)."""
     devices = 1
     while devices <= _MAX_DEVICES:
         if devices > above:
             search_request = request.search_request(config, hardware, devices)
-            if not request.dispatch and not request.virtual_stages:  # others need no less room
+            if not request.dispatch and not request.virtual_stages:  # other settings need at least as much memory
                 search_request = replace(search_request, dispatch="all_to_all", virtual_stages=1)
             if next(servings_of(search_request, candidates_of(search_request)), None) is not None:
                 return devices
@@ -322,7 +327,7 @@ def _engine_devices(best: ServingPlan) -> int:
 
 
 def _neighbors(search_request: SearchRequest, best: ServingPlan) -> NeighborPlans:
-    """Of half and twice the devices, with the same requests where the lowest latency is asked for."""
+    """Plan for half and twice the devices, with the same concurrency if the objective is latency."""
     workload, plans, unmet = search_request.workload, [], []
     if search_request.objective == "latency":
         workload = replace(workload, concurrency=best.estimate.concurrency)
@@ -347,5 +352,5 @@ def _unmet_limit(search_request: SearchRequest, error: NoPlanError) -> UnmetLimi
 
 
 def rule_of_thumb_of(request: PlanRequest) -> dict[str, Any]:
-    """Return the rule of thumb of a request. Raises: as PlanRequest.checked."""
-    return rule_of_thumb(*replace(request, isl=1, osl=1).checked())  # of no load
+    """Return the rule of thumb for memory. Raises: as PlanRequest.checked."""
+    return rule_of_thumb(*replace(request, isl=1, osl=1).checked())  # independent of the workload

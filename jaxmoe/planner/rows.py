@@ -1,4 +1,4 @@
-"""What `jaxmoe plan --json` says of a plan: what it serves, what a device holds, the options that run it."""
+"""Rows of `jaxmoe plan --json`: performance of a plan, memory of a device, and the options that run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 
 
 def plan_row(plan: ServingPlan, hardware: HardwareSpec, config: ModelConfig) -> dict[str, Any]:
-    """One plan and what it is predicted to serve; no time a token where no token follows the first."""
+    """Return one plan with its predicted performance. tpot_ms is None if only one token is generated."""
     parallelism, estimate = plan.parallelism, plan.estimate
     dollars = hardware.dollars_per_hour
     return {
@@ -34,9 +34,12 @@ def plan_row(plan: ServingPlan, hardware: HardwareSpec, config: ModelConfig) -> 
 
 
 def memory_of(plan: ServingPlan, request: SearchRequest) -> dict[str, Any]:
-    """Bytes of one device: weights by part at their own width, padding and copies in them; pages of the plan's requests
-    to their ends; what a step needs, by part; what is left. And what pages may take in all, as tokens over all devices
-    and as requests."""
+    """Return the memory of one device in bytes.
+
+    Weights are listed by part; padding and copies in them are summed. Pages hold the plan's requests at full length.
+    The buffers of a step are listed by part; left is the rest. pool_tokens and max_requests: capacity of the KV cache
+    over all devices.
+    """
     memory, serving, estimate, limit = (
         plan.serving.device_memory,
         plan.serving,
@@ -58,8 +61,10 @@ def memory_of(plan: ServingPlan, request: SearchRequest) -> dict[str, Any]:
 
 
 def rule_of_thumb(config: ModelConfig, hardware: HardwareSpec) -> dict[str, Any]:
-    """bits / 8 x billions of parameters x 1.8 GB, on the next of 1, 2, 4, 8 devices (then whole nodes, doubled). bits:
-    of the numbers that most weights are kept in."""
+    """Estimate memory as bits / 8 x billions of parameters x 1.8 GB, and round up to a power of two of devices.
+
+    bits: width of the dtype that most weights have.
+    """
     kept = config.quantization
     bits = _BITS[kept.format.name] if kept else 32 if config.dtype == "float32" else 16
     billions = _rounded(count_parameters(config).total / 1e9)
@@ -73,18 +78,20 @@ def rule_of_thumb(config: ModelConfig, hardware: HardwareSpec) -> dict[str, Any]
 
 
 def _rounded(number: float) -> float:
-    """Whole from 1 on, three digits below."""
+    """Round to a whole number from 1 on, and to three significant digits below."""
     return round(number) if number >= 1 else float(f"{number:.3g}")
 
 
 def weights_dtype_of(config: ModelConfig) -> str:
-    """What the matrices are kept in."""
+    """Return the format of the weight matrices."""
     return config.quantization.format.name if config.quantization else config.dtype
 
 
 def arguments_of(plan: ServingPlan, given: Mapping[str, str | None], *, ignored: Iterable[str] = ()) -> str:
-    """Options that generate, inspect, compile and map all take. given: those that were asked for, None where they say
-    nothing. ignored: keys of config.json to pass over."""
+    """Return the options that generate, inspect, compile and map all take.
+
+    given: dtype options by name, None if not requested. ignored: keys of config.json to ignore.
+    """
     parallelism, words = plan.parallelism, [f"--mesh {plan.parallelism.mesh}"]
     if str(parallelism.layout) != "ep-tp":
         words.append(f"--layout {parallelism.layout}")
@@ -97,7 +104,7 @@ def arguments_of(plan: ServingPlan, given: Mapping[str, str | None], *, ignored:
 
 
 def engine_of(plan: ServingPlan, request: SearchRequest) -> dict[str, int]:
-    """Return the other arguments of AsyncEngine; compile and map have options of the same names, generate
+    """Return the other arguments of AsyncEngine. compile and map have options of the same names, generate has
     --max-num-seqs."""
     return {
         "max_num_seqs": plan.estimate.concurrency, "context": request.workload.isl + request.workload.osl,
@@ -106,7 +113,7 @@ def engine_of(plan: ServingPlan, request: SearchRequest) -> dict[str, int]:
 
 
 def disaggregated_row(plan: DisaggregatedPlan, best: ServingPlan, request: SearchRequest) -> Mapping[str, Any]:
-    """Disaggregated prefill and decode, and whether they are better than the plan."""
+    """Return the plan of disaggregated prefill and decode, and whether it is better than the best plan."""
     return {
         "engine_devices": plan.engine_devices, "prefill_engines": plan.prefill_engines,
         "decode_engines": plan.decode_engines, "prefill_mesh": plan.prefill.mesh,

@@ -1,4 +1,4 @@
-"""What the devices of this machine, or of this cluster, do in fact: their collectives, products and memory, timed."""
+"""Measure collectives, matmuls and memory bandwidth of the devices of this machine or cluster."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from jaxmoe.probe import timed
 GroupSpan = Literal["inside", "between", "both"]
 _GIB = 1 << 30
 _MIN_BYTES, _STEP = 512, 4
-_BUFFERS = 6  # of one message, that a program and its compiler may hold
-_WIDTHS = (256, 16384)  # of products: tried by doubling until one takes _PRODUCT_SECONDS
+_BUFFERS = 6  # copies of one message that a program may hold
+_WIDTHS = (256, 16384)  # matmul widths, doubled until one matmul takes _PRODUCT_SECONDS
 _PRODUCT_SECONDS, _PRODUCT_ITERATIONS, _MEMORY_ITERATIONS = 0.01, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbePoint:
-    """One collective of num_bytes along an axis of `ranks`, all groups of the mesh at once: median microseconds.
+    """Describe one measured collective along a mesh axis of `ranks` ranks. All groups of the mesh run at once.
 
-    where: whether the ranks of a group lie inside one fast fabric, all on different ones (between), or both.
+    num_bytes: size of the whole message. us: median microseconds. span: whether the ranks of a group are inside one
+    fast fabric, each on another fabric (between), or both.
     """
 
     op: MeasuredOp
@@ -41,13 +42,13 @@ class ProbePoint:
 
     @property
     def gbps(self) -> float:
-        """10^9 bytes of the message a second."""
+        """Return the message rate in 10^9 bytes per second."""
         return self.num_bytes / self.us / 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRates:
-    """Of one device while all compute: 10^12 operations a second by dtype, 10^9 bytes a second of memory."""
+    """Hold the rates of one device while all are active: 10^12 FLOP/s by dtype, and memory in 10^9 bytes per second."""
 
     tflops: Mapping[str, float]
     hbm_gbps: float
@@ -55,7 +56,10 @@ class DeviceRates:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What was measured and the facts it makes. left_out: what could not be, and why. notes: of keys not measured."""
+    """Hold measured points and rates, and the HardwareSpec made of them.
+
+    left_out: measurements that failed, with the reason. notes: how keys that are not measured were set.
+    """
 
     hardware: HardwareSpec
     axes: Mapping[str, int]
@@ -73,10 +77,11 @@ def probe(
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> ProbeResult:
-    """Measures all devices there are, of every process, in groups of every size, or those of a mesh along its axes.
+    """Measure the devices of all processes, in groups of every size, or a mesh along its axes if `axes` is given.
 
-    max_bytes: of the largest message, from 512 by fours. repeats: of each program, whose median counts.
-    Raises: MeshError for axes that do not fit, messages too large or too small, or a platform not known.
+    max_bytes: upper limit of message sizes, which grow from 512 bytes by factors of 4. repeats: measured runs of each
+    program; their median is used. on_progress is called with a description of each measurement before it starts.
+    Raises: MeshError for axes that do not fit, max_bytes out of range, or an unknown platform.
     """
     devices = jax.devices()
     platform, by_fabric = _platform(devices[0]), fabrics(devices)
@@ -110,16 +115,16 @@ def probe(
 
 
 def fabrics(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
-    """Devices by the fast fabric they share: a slice of TPUs or node of GPUs where JAX says so, else a process.
+    """Group devices by their fast fabric: the TPU slice or GPU node that JAX reports as slice_index, else the process.
 
-    Raises: MeshError where fabrics hold unequal numbers of devices.
+    Raises: MeshError if fabrics have different numbers of devices.
     """
     by_fabric: dict[int, list[jax.Device]] = {}
     for device in sorted(devices, key=lambda one: one.id):
         by_fabric.setdefault(_fabric(device), []).append(device)
     if len({len(members) for members in by_fabric.values()}) > 1:
         counts = ", ".join(str(len(members)) for members in by_fabric.values())
-        raise MeshError(f"nodes hold {counts} devices: they must hold as many each")
+        raise MeshError(f"nodes have {counts} devices: all must have the same number")
     return by_fabric
 
 
@@ -129,7 +134,7 @@ def _fabric(device: jax.Device) -> int:
 
 
 def _groups(devices: Sequence[jax.Device]) -> Iterator[tuple[Mesh, str]]:
-    """Meshes with the axis to measure: groups of 2, 4, 8... neighbors on one fabric, then of equals of as many."""
+    """Yield meshes and the axis to measure: groups of 2, 4, 8... ranks on one fabric, then on different fabrics."""
     by_fabric = fabrics(devices)
     count, share = len(by_fabric), len(devices) // len(by_fabric)
     for ranks in _sizes(share):
@@ -144,7 +149,7 @@ def _groups(devices: Sequence[jax.Device]) -> Iterator[tuple[Mesh, str]]:
 
 
 def _sizes(limit: int) -> list[int]:
-    """2, 4, 8... as far as they divide limit, and limit."""
+    """Return the powers of two from 2 that divide limit, and limit itself."""
     powers = [1 << at for at in range(1, limit.bit_length()) if limit % (1 << at) == 0]
     return sorted({*powers, limit} - {1})
 
@@ -164,16 +169,16 @@ def _group_span(mesh: Mesh, axis: str) -> GroupSpan:
 
 
 def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> ProbePoint | str:
-    """One collective timed, or why it could not be."""
+    """Time one collective, or return the reason why it cannot be measured."""
     ranks = mesh.shape[axis]
     size = timed.message_bytes(size, ranks, mesh)
     iterations, label = timed.num_iterations(size), f"{op} of {size:,} bytes over {ranks} ranks"
     try:
         program, argument = timed.collective_program(op, axis, size, mesh, iterations)
         if held := timed.differing(program, timed.expected(op, axis, size, ranks), iterations, mesh):
-            return f"{label}: the compiler makes {held} of {iterations}"
+            return f"{label}: the compiler emits {held} instead of {iterations}"
         seconds = timed.median_seconds(program, argument, repeats)
-    except RuntimeError as error:  # of XLA: not implemented here, or no room
+    except RuntimeError as error:  # XLA: not implemented on this platform, or out of memory
         return f"{label}: {_first_line(error)}"
     return ProbePoint(
         op=op,
@@ -188,25 +193,25 @@ def _time(op: MeasuredOp, mesh: Mesh, axis: str, size: int, repeats: int) -> Pro
 def _rates(
     max_bytes: int, memory: int, repeats: int, on_progress: Callable[[str], None], left_out: list[str]
 ) -> DeviceRates:
-    """Of products and of memory, on all devices of this process at once."""
+    """Measure matmul and memory rates with all devices of this process active."""
     mesh = build_mesh({"data": jax.local_device_count()}, jax.local_devices())
     tflops: dict[str, float] = {}
     for dtype in timed.DTYPES:
         width = _WIDTHS[0]
         while width <= _WIDTHS[1]:
-            on_progress(f"{dtype} products of {width} x {width} matrices")
+            on_progress(f"{dtype} matmuls of {width} x {width} matrices")
             try:
                 program, argument = timed.product_program(dtype, width, mesh, _PRODUCT_ITERATIONS)
                 seconds = timed.median_seconds(program, argument, repeats) / _PRODUCT_ITERATIONS
-            except RuntimeError as error:  # of XLA: not implemented here, or no room
-                left_out.append(f"{dtype} products of width {width}: {_first_line(error)}")
+            except RuntimeError as error:  # XLA: not implemented on this platform, or out of memory
+                left_out.append(f"{dtype} matmuls of width {width}: {_first_line(error)}")
                 break
             tflops[dtype] = max(tflops.get(dtype, 0.0), _short(2 * width**3 / seconds / 1e12))
             width = width * 2 if seconds < _PRODUCT_SECONDS else _WIDTHS[1] + 1
     if "bf16" not in tflops:
-        raise MeshError(f"the {mesh.devices.flat[0].device_kind} computes no bf16 products: {left_out[-1]}")
+        raise MeshError(f"the {mesh.devices.flat[0].device_kind} computes no bf16 matmuls: {left_out[-1]}")
     on_progress("memory")
-    least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # beyond what caches hold
+    least = 16 << 20 if mesh.devices.flat[0].platform == "cpu" else _GIB  # larger than caches
     num_bytes = min(max(max_bytes, least), memory // _BUFFERS) // 512 * 512
     seconds = timed.median_seconds(*timed.memory_program(num_bytes, mesh, _MEMORY_ITERATIONS), repeats)
     return DeviceRates(tflops=tflops, hbm_gbps=_short(2 * num_bytes * _MEMORY_ITERATIONS / seconds / 1e9))
@@ -215,15 +220,15 @@ def _rates(
 def _hardware(
     platform: Platform, share: int, points: Sequence[ProbePoint], rates: DeviceRates, memory: int, name: str | None
 ) -> tuple[HardwareSpec, dict[str, str]]:
-    """Facts as the planner takes them, and notes on those that were not measured. share: devices of a fabric."""
+    """Return the measured HardwareSpec, and notes on keys that were not measured. share: devices per fabric."""
     devices = jax.devices()
     per_node = min(share, jax.local_device_count()) if platform == "tpu" else share
-    notes = {"hbm_gb": "not measured: as much as a program may use"}
+    notes = {"hbm_gb": "not measured: memory that a program may use"}
     inside, between = _link(points, "inside"), _link(points, "between")
     if inside is None:
-        notes["scale_up_gbps"] = "not measured: the memory's rate"
+        notes["scale_up_gbps"] = "not measured: set to the memory bandwidth"
     if between is None:
-        notes["scale_out_gbps"] = "not measured: as inside a node"
+        notes["scale_out_gbps"] = "not measured: set to the rate inside a node"
     shapes: dict[str, Topology] = {"tpu": "torus", "rocm": "peers"}
     facts: dict[str, Any] = {"torus_dims": _torus_dims(devices)} if platform == "tpu" else {}
     facts |= {"latency_us": inside[1]} if inside else {}
@@ -235,7 +240,7 @@ def _hardware(
         platform=platform, devices_per_node=per_node, scale_up_devices=share, nodes=len(devices) // per_node,
         hbm_gb=_short(memory / 1e9), hbm_gib=_short(memory / _GIB), hbm_gbps=rates.hbm_gbps,
         scale_up=shapes.get(platform, "switch"), scale_up_gbps=up, scale_out_gbps=between[0] if between else up,
-        # A quantized dtype no faster than bf16 has no products of its own.
+        # A quantized dtype that is no faster than bf16 has no hardware matmul.
         tflops={key: rate for key, rate in rates.tflops.items() if key in ("bf16", "f32") or rate > bf16},
         attained={"hbm": 1, "compute": 1, "link": 1},
         collectives=_tables(points, "inside"), collectives_between_nodes=_tables(points, "between"), **facts,
@@ -257,7 +262,7 @@ def _torus_dims(devices: Sequence[Any]) -> int:
 
 
 def _memory_bytes(device: jax.Device, share: int) -> int:
-    """What a program may use of one device; an emulated one's is its part of the host's, which `share` have."""
+    """Return the bytes that a program may use of one device. `share` emulated devices split the host's memory."""
     try:
         stats = device.memory_stats() or {}
     except (RuntimeError, NotImplementedError):
@@ -268,8 +273,11 @@ def _memory_bytes(device: jax.Device, share: int) -> int:
 
 
 def _link(points: Sequence[ProbePoint], span: GroupSpan) -> tuple[float, float] | None:
-    """Of the widest groups: 10^9 bytes a second that one device sends in the largest permute or all-gather, whichever
-    is faster, and microseconds of the smallest permute."""
+    """Return link rate (10^9 bytes per second) and latency (microseconds), measured in the widest groups.
+
+    The rate is that at which one device sends in the largest permute or all-gather, whichever is faster. The latency is
+    the time of the smallest permute. Return None if nothing was measured in this span.
+    """
     matching = [one for one in points if one.span == span and one.op in ("collective-permute", "all-gather")]
     widest = max((one.ranks for one in matching), default=0)
     matching = [one for one in matching if one.ranks == widest]
@@ -283,7 +291,7 @@ def _link(points: Sequence[ProbePoint], span: GroupSpan) -> tuple[float, float] 
 
 
 def _tables(points: Sequence[ProbePoint], span: GroupSpan) -> dict[str, dict[int, Points]]:
-    """Measured times as a hardware file has them; of axes as long as each other, the slower."""
+    """Return measured times as tables of a hardware file. For axes of equal size, the slower time is used."""
     tables: dict[str, dict[int, dict[float, float]]] = {}
     for one in sorted((one for one in points if one.span == span), key=lambda one: (one.ranks, one.num_bytes)):
         times = tables.setdefault(one.op, {}).setdefault(one.ranks, {})
@@ -292,7 +300,7 @@ def _tables(points: Sequence[ProbePoint], span: GroupSpan) -> dict[str, dict[int
 
 
 def _short(value: float) -> float:
-    """Four digits, as they are written."""
+    """Round to four significant digits, as the file has them."""
     return float(f"{value:.4g}")
 
 

@@ -1,6 +1,7 @@
-"""Programs whose time is a fact of the hardware: one collective, product or pass over memory, many times in one loop.
+"""Benchmark programs: one collective, matmul or pass over memory, repeated in a loop.
 
-Every iteration reads a number that the one before wrote, so none can be left out, run early or run beside another.
+Every iteration reads a number that the previous one wrote. So the compiler can neither remove iterations nor run them
+early or at the same time.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from jaxmoe.parallel.collectives import Collective
 from jaxmoe.planner.hardware import MeasuredOp
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-_ROW = 1024  # numbers of a message lie in rows, as those of activations do
-# Small messages are sent often, so that a call costs nothing beside them; large ones so that a call's fresh memory
-# does.
+_ROW = 1024  # message elements per row, as in activations
+# Small messages need many iterations to hide the cost of a call, large ones some to hide that of its fresh memory.
 _MIN_ITERATIONS, _MAX_ITERATIONS, _ITERATIONS_BYTES = 8, 256, 32 << 20
 
 
 def num_iterations(num_bytes: int) -> int:
-    """Return the iterations of a loop over one message: the more, the smaller it is."""
+    """Return the loop iterations for a message size: the smaller the message, the more."""
     return max(_MIN_ITERATIONS, min(_MAX_ITERATIONS, _ITERATIONS_BYTES // num_bytes))
 
 
 def median_seconds(program: Callable[[Any], Any], argument: Any, repeats: int) -> float:
-    """Of one call, until its result is there, which the next call takes; one more goes before and is not counted."""
+    """Return the median seconds of a call until its result is ready. Each call takes the previous result.
+
+    A first call warms up and is not counted.
+    """
     argument = jax.block_until_ready(program(argument))
     taken = []
     for _ in range(repeats):
@@ -45,27 +48,27 @@ def median_seconds(program: Callable[[Any], Any], argument: Any, repeats: int) -
 
 
 def message_dtype(mesh: Mesh) -> Any:
-    """What messages are made of: half precision, but float32 on a CPU, whose compiler sends all others as that."""
+    """Return the dtype of messages: bfloat16, but float32 on a CPU, because XLA:CPU sends other dtypes as float32."""
     return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
 
 
 def message_bytes(least: int, ranks: int, mesh: Mesh) -> int:
-    """least, rounded up to what ranks can share evenly."""
+    """Round `least` bytes up so that the elements split evenly over ranks."""
     share = ranks * jnp.dtype(message_dtype(mesh)).itemsize
     return -(-least // share) * share
 
 
 def expected(op: MeasuredOp, axis: str, num_bytes: int, ranks: int) -> Collective:
-    """The only collective that a program of collective_program may hold."""
+    """Return the only collective that a program of collective_program may contain."""
     result = num_bytes // ranks if op == "reduce-scatter" else num_bytes
     return Collective(op=op, axes=(axis,), result_bytes=result)
 
 
 def collective_program(op: MeasuredOp, axis: str, num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: op along axis in all of the mesh's groups at once, so many times.
+    """Compile a loop of collectives along an axis, in all groups of the mesh at once. Return it with its argument.
 
-    num_bytes, of the whole message: the buffer of an all-reduce, the result of an all-gather, what a rank gives to a
-    reduce-scatter or an all-to-all, what one permute sends.
+    num_bytes: size of the whole message, which is the buffer of an all-reduce, the result of an all-gather, the operand
+    of a reduce-scatter or all-to-all on one rank, or the bytes that one permute sends.
     """
     ranks, dtype = mesh.shape[axis], message_dtype(mesh)
     numbers = num_bytes // jnp.dtype(dtype).itemsize
@@ -80,14 +83,13 @@ def collective_program(op: MeasuredOp, axis: str, num_bytes: int, mesh: Mesh, it
     }
 
     def body(_: Any, x: jax.Array) -> jax.Array:
-        return x.at[0, 0].set(send[op](x)[-1, -1])  # the next message waits for the end of this one
+        return x.at[0, 0].set(send[op](x)[-1, -1])  # the next message depends on the end of this one
 
     return _compiled(lambda x: lax.fori_loop(0, iterations, body, x), mesh, (held // width, width), dtype)
 
 
 def differing(program: Any, wanted: Collective, iterations: int, mesh: Mesh) -> str:
-    """What a compiled program holds in place of iterations times the wanted collective; nothing if it holds just
-    that."""
+    """Describe the collectives of a compiled program if they differ from `iterations` wanted ones; else return ""."""
     compiled = collectives(program.as_text(), mesh)
     if compiled == {wanted: iterations}:
         return ""
@@ -97,7 +99,7 @@ def differing(program: Any, wanted: Collective, iterations: int, mesh: Mesh) -> 
 
 
 def product_program(dtype: str, width: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: on every device, iterations products of width x width matrices, each of the last."""
+    """Compile a loop of width x width matmuls of the previous result on every device. Return it with its argument."""
     kind = DTYPES[dtype]
     total = jnp.int32 if kind == jnp.int8 else jnp.float32
 
@@ -111,7 +113,7 @@ def product_program(dtype: str, width: int, mesh: Mesh, iterations: int) -> tupl
 
 
 def memory_program(num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
-    """Compiled, with its argument: every device reads and writes num_bytes, so many times."""
+    """Compile a loop in which every device reads and writes num_bytes. Return it with its argument."""
     return _compiled(
         lambda x: lax.fori_loop(0, iterations, lambda _, held: held * 0.5 + 1, x), mesh, (num_bytes // 4,), jnp.float32
     )
@@ -120,7 +122,7 @@ def memory_program(num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, ja
 def _compiled(
     local: Callable[[jax.Array], jax.Array], mesh: Mesh, shape: tuple[int, ...], dtype: Any, *, products: bool = False
 ) -> Any:
-    """The program of local on every device, and an argument of that shape on each, which it takes and gives back."""
+    """Compile `local` on every device, and create its argument of that shape per device, which it takes and returns."""
     spec = P(mesh.axis_names)
     sharding = NamedSharding(mesh, spec)
     whole = (shape[0] * mesh.size, *shape[1:])
@@ -128,7 +130,7 @@ def _compiled(
     def fill() -> jax.Array:
         if not products:
             return jnp.full(whole, 0.5, dtype)
-        scale = 3.0 if dtype == jnp.int8 else (3 / shape[-1]) ** 0.5  # products of products keep their size
+        scale = 3.0 if dtype == jnp.int8 else (3 / shape[-1]) ** 0.5  # keeps repeated matmuls at the same magnitude
         return (jax.random.uniform(jax.random.key(0), whole, jnp.float32, -1.0, 1.0) * scale).astype(dtype)
 
     argument = jax.jit(fill, out_shardings=sharding)()

@@ -1,4 +1,4 @@
-"""What a model is, in words and numbers, from its config.json and the headers of weights that lie beside it."""
+"""Describe a model from its config.json, and from the headers of weight files next to it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from jaxmoe.weights.stored import as_stored
 
 
 def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
-    """All that `jaxmoe info --json` says of the model of a config.json.
+    """Return the description of a model that `jaxmoe info --json` prints.
 
-    A format of weights that cannot be run is named, and their bytes are then None. Settings that are not understood and
-    change no size are listed. Weights that lie beside it are held against it. Raises: CheckpointError, ConfigError.
+    A weight format that cannot be run is named, and its bytes are None. Unknown settings that change no size are
+    listed. If weight files are next to config.json, their tensors are checked against it.
+    Raises: CheckpointError, ConfigError.
     """
     raw, ignored = read_json(path), list(ignore)
     key, notes = quantization_key(raw), list[str]()
@@ -35,7 +36,7 @@ def model_info(path: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     except ConfigError:
         if key is None:
             raise
-        notes.clear()  # a format of weights that is not known, or another fault, which is then raised again
+        notes.clear()  # retry without quantization; any other error is raised again
         config, runs = read_config(without_quantization(raw), ignore=ignored, not_understood=notes), False
     has_weights = any((path.parent / name).is_file() for name in (SINGLE, INDEX, MANIFEST))
     tensors = open_tensors(path.parent) if has_weights else None
@@ -83,7 +84,7 @@ def _check(directory: Path, tensors: Mapping[str, TensorInfo], raw: Mapping[str,
 
 
 def _bytes_of_files(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, int]:
-    """Bytes by part of weights. Tensors the model does not use count as unused."""
+    """Sum the bytes of weight files by part of the model. Tensors that the model does not use count as unused."""
     numbers = (re.search(r"\blayers\.([0-9]{1,9})\.", key) for key in tensors)
     layers = {int(number[1]) for number in numbers if number}
     parts = {tensor.key: str(tensor.part) for tensor in checkpoint_tensors(config, layers=layers)}
@@ -106,7 +107,7 @@ def _quantization(config: ModelConfig, raw: Any, *, runs: bool) -> dict[str, Any
 
 
 def _layers(config: ModelConfig) -> dict[str, int]:
-    """How many layers there are of each kind."""
+    """Count the layers of each kind."""
     kinds: Counter[str] = Counter()
     for layer, sparse in enumerate(config.moe_layers):
         words = ["MoE" if sparse else "dense"]

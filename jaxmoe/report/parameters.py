@@ -1,4 +1,4 @@
-"""What a model is on a mesh, before any weight is read: how every parameter lies, and what its steps say."""
+"""Report how a model is sharded over a mesh, and the collectives of its steps, without loading weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jaxmoe.weights.params import ParamInfo, parameter_table
 
 @dataclass(frozen=True, kw_only=True)
 class ByteCounts:
-    """Where the bytes of arrays go; device * devices of the mesh = model + padding + head_copies + replicas.
+    """Break down the bytes of arrays: device * number of devices = model + padding + head_copies + replicas.
 
-    device: on each of them. model: numbers of the model, once. padding: zeros that make splits even, those of slots
-    that no layer fills, and scales that are held once more where a split cuts their blocks. head_copies: further copies
-    of key/value heads inside an array. replicas: further copies of whole arrays, padding and all, on devices along axes
-    that do not split them.
+    device: bytes per device. model: the model's parameters, once. padding: zeros that make splits even, zeros of slots
+    without a layer, and scales that are repeated because a split cuts their blocks. head_copies: repeated key/value
+    heads inside an array. replicas: further copies of whole arrays, with their padding, on devices along mesh axes that
+    do not split them.
     """
 
     device: int
@@ -41,7 +41,10 @@ class ByteCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamReport:
-    """One parameter, of all alike layers. config_shape: without padding and copies; axes: those that split it."""
+    """Describe one parameter, stacked over equal layers.
+
+    config_shape: shape without padding and copies. axes: mesh axes that split each logical dim.
+    """
 
     path: str
     dtype: str
@@ -51,7 +54,7 @@ class ParamReport:
     bytes: ByteCounts
 
     def as_json(self) -> dict[str, Any]:
-        """As `jaxmoe inspect --json` prints it."""
+        """Return the row that `jaxmoe inspect --json` prints."""
         return {
             "path": self.path, "dtype": self.dtype, "shape": list(self.shape), "config_shape": list(self.config_shape),
             "sharding": {dim: list(axes) for dim, axes in self.axes.items()}, "bytes": vars(self.bytes),
@@ -59,9 +62,9 @@ class ParamReport:
 
 
 def parameter_reports(runner: Runner) -> list[ParamReport]:
-    """Every parameter, in the order of the runner's leaves."""
+    """Report every parameter, in the order of the runner's leaves."""
     config, placement, kernels = runner.config, runner.placement, runner.kernels
-    if placement.num_stages > 1:  # which stacks layers whatever was chosen
+    if placement.num_stages > 1:  # pipeline stages always stack layers
         kernels = replace(kernels, layers="scan")
     alone = replace(placement, mesh=build_mesh({}, placement.mesh.devices.flat[:1].tolist()), virtual_stages=1)
     here, plain = (
@@ -73,7 +76,7 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
 
 
 def _kv_copies(runner: Runner, info: ParamInfo) -> int:
-    """How often a parameter holds each key/value head. Further scales of quantized ones count as padding."""
+    """Return how many copies of each key/value head a parameter holds. Repeated scales count as padding instead."""
     if "kv_head" not in info.dims or info.path.endswith("/scales"):
         return 1
     _, segment, *_ = info.path.split("/")  # as LayerPlace.path
@@ -83,7 +86,7 @@ def _kv_copies(runner: Runner, info: ParamInfo) -> int:
 def _report(config: ModelConfig, info: ParamInfo, config_shape: tuple[int, ...], kv_copies: int) -> ParamReport:
     mesh, itemsize = info.sharding.mesh, info.dtype.itemsize
     model = math.prod(config_shape) * itemsize
-    # A head's columns: its queries' where head_slot has room for them alone, a key's and a value's beside them, or one.
+    # Columns per head slot: its queries alone, or its queries, one key and one value, or a single column.
     columns = config_shape[info.dims.index("head_slot")] if "head_slot" in info.dims else 1
     keys_and_values = columns - config.num_query_groups if "head_slot" in info.dims else 1
     head_copies = model // columns * keys_and_values * (kv_copies - 1)
@@ -103,18 +106,18 @@ def _report(config: ModelConfig, info: ParamInfo, config_shape: tuple[int, ...],
 
 
 def total_bytes(reports: list[ParamReport]) -> ByteCounts:
-    """Of all parameters."""
+    """Sum the bytes of all parameters."""
     return ByteCounts(
         **{one.name: sum(getattr(report.bytes, one.name) for report in reports) for one in fields(ByteCounts)}
     )
 
 
 def report(request: InspectRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
-    """How the model lies on a mesh of this machine's devices and what its steps say there, as `jaxmoe inspect --json`.
+    """Report sharding and collectives of a model on this machine's devices, as `jaxmoe inspect --json` prints them.
 
-    Steps of bfloat16 on a CPU are compiled in float32, for that compiler sends every bfloat16 as one. on_phase is told
-    the name of each step before it is compiled. Raises: as InspectRequest.checked_model, and MeshError for a mesh of
-    more devices than there are.
+    On a CPU, bfloat16 steps are compiled in float32, because XLA:CPU sends bfloat16 as float32. on_phase is called with
+    the name of each step before it is compiled. Raises: as InspectRequest.checked_model; MeshError if the mesh needs
+    more devices than are available.
     """
     config, axes = request.checked_model()
     mesh, dtype = build_mesh(axes), config.dtype

@@ -131,6 +131,6 @@ def _fetch(repo_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def model_name(config: str) -> str:
-    """What to call the model of a config.json, of a folder with one, or of a preset."""
+    """Return a short name for the model of a config.json, a folder, or a preset."""
     path = Path(config)
     return (path.resolve().parent.name or path.name) if path.name == "config.json" else path.name.removesuffix(".json")

@@ -1,4 +1,4 @@
-"""Matrix products of a compiled program, read from its text: what each costs every time it runs."""
+"""Parse the matmuls of a compiled program from its HLO text, with the FLOPs of each run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NAME = re.compile(r"%([\w.-]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulCost:
-    """One dot instruction: the shape of its result, and how many numbers each of its entries sums."""
+    """Describe one dot instruction. depth: number of products summed in each entry of the result."""
 
     result_shape: tuple[int, ...]
     depth: int
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one run."""
+        """Return the floating-point operations of one run."""
         return 2 * self.depth * math.prod(self.result_shape)
 
 
@@ -30,9 +30,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def matmuls(compiled_text: str) -> list[MatmulCost]:
-    """Every dot in the text of a compiled program, loops' bodies included once.
+    """List every dot in the text of a compiled program. Loop bodies count once.
 
-    Raises: ValueError for a dot whose operands' shapes are not in the text.
+    Raises: ValueError for a dot if the text lacks the shapes of its operands.
     """
     dots, shapes = [], {}
     for line in compiled_text.splitlines():

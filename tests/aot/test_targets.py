@@ -21,7 +21,7 @@ def test_devices_of_a_target(text, devices):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("h300:1x8", "unknown device 'h300'; there are v4"),
+        ("h300:1x8", "unknown device 'h300'; known devices are v4"),
         ("h200", "needs 2 sizes, as in h200:2x8"),
         ("h200:8", "needs 2 sizes"),
         ("v5p:4x4", "needs 3 sizes, as in v5p:4x4x4"),
@@ -29,7 +29,7 @@ def test_devices_of_a_target(text, devices):
         ("v5p:4x0x4", "needs 3 sizes"),
         ("v5p:4x-4x4", "needs 3 sizes"),
         ("", "unknown device ''"),
-        ("h200:99999999999x8", "is of 799999999992 devices; at most 65536"),
+        ("h200:99999999999x8", "has 799999999992 devices; at most 65536"),
     ],
 )
 def test_what_is_no_target_is_named(text, words):

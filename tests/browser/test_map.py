@@ -194,7 +194,7 @@ def test_toggles_color_devices_and_dim_links(chromium, drawn):
         page.click('[data-phase="prefill"]')
         page.click('[data-axis="sequence"]')
         assert pressed("sequence") == "true"
-        assert "strips of tokens" in page.locator("#legend").inner_text()
+        assert "shards of the tokens" in page.locator("#legend").inner_text()
 
 
 def test_it_is_used_by_keyboard(chromium, drawn):

@@ -125,7 +125,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     (["plan", "deepseek-v3", "--hardware", "b20"], ["hardware 'b20' is no preset", "did you mean b200"]),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--nodes", "1", "--devices", "8"],
-        ["nodes=1 and devices=8 both say"],
+        ["nodes=1 and devices=8 both set"],
     ),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "0"], ["devices=0 must lie in [1, 8192]"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--isl", "0"], ["isl=0 must lie in [1, 131072]"]),
@@ -160,9 +160,9 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--devices", "8", "--mesh", "tensor=4"],
-        ["mesh tensor=4 is of 4 devices and 8 are asked for"],
+        ["mesh tensor=4 has 4 devices, but 8 were requested"],
     ),
-    (["plan", "llama-3.1-8b", "--hardware", "gb200", "--nodes", "8192"], ["589824 devices of gb200 are asked for"]),
+    (["plan", "llama-3.1-8b", "--hardware", "gb200", "--nodes", "8192"], ["589824 devices of gb200 were requested"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--kv-dtype", "int4"], ["kv_dtype='int4' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--weights-dtype", "fp6"], ["weights_dtype='fp6' must be one of"]),
     (["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "post"], ["dispatch='post' must be one of"]),
@@ -184,7 +184,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--rule-of-thumb", "--plot", "x.png"],
-        ["--rule-of-thumb draws nothing: leave --plot out"],
+        ["--rule-of-thumb has no plot: leave --plot out"],
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--mesh", "pipeline=64"],
@@ -200,7 +200,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--dispatch", "all_gather"],
-        ["dispatch=all_gather sends tokens to experts, and llama has none: leave it out"],
+        ["dispatch=all_gather sends tokens to experts, but llama has no experts: leave it out"],
     ),
     (
         ["plan", "qwen3-30b-a3b", "--hardware", "h100", "--mesh", "expert=16", "--dispatch", "ragged_all_to_all"],
@@ -289,7 +289,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--compiled", "x.json", "--target", "v5p:4x4x8"], ["--compiled and --target were both given"]),
     ([*MAP, "--compiled", "none.json"], ["none.json cannot be read", "No such file"]),
     ([*MAP, "--compiled", "broken.jsonl"], ["broken.jsonl is not JSON"]),
-    ([*MAP, "--compiled", "ids.jsonl"], ["ids.jsonl is no answer of jaxmoe compile --json"]),
+    ([*MAP, "--compiled", "ids.jsonl"], ["ids.jsonl is not an output of jaxmoe compile --json"]),
     ([*MAP, "--hardware", "b2000"], ["hardware 'b2000' is no preset", "did you mean b200"]),
     ([*MAP, "--hardware", "ids.jsonl"], ["ids.jsonl line 1: not TOML"]),
     ([*MAP, "--hardware", "v5p", "--target", "h100:16x8"], ["hardware v5p and target h100:16x8 differ"]),
@@ -297,7 +297,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--target", "z9:1"], ["unknown device 'z9'"]),
     ([*MAP, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
     ([*MAP, "--mesh", "b200-2x9"], ["'b200-2x9' is neither axes", "b200-2x8"]),
-    ([*MAP, "--mesh", "data=100000"], ["of 100000 devices, the map draws at most 1024"]),
+    ([*MAP, "--mesh", "data=100000"], ["has 100000 devices, the map draws at most 1024"]),
     ([*MAP, "--micro-batches", "4"], ["micro_batches=4 needs stages"]),
     ([*MAP, "--layout", "fastest"], ["layout 'fastest' must be one of ep-tp"]),
     ([*MAP, "--context", "129"], ["context=129 must lie in [1, 128]"]),
@@ -307,11 +307,11 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--hardware", "a100", "--target", "v5e:16x8"], ["hardware a100 and target v5e:16x8 differ"]),
     ([*MAP[:-1], "map.txt"], ["output map.txt must end in .html"]),
     ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
-    ([*MAP[:-1], "page.html", "--compiled", "page.html"], ["output page.html is what the map is made of"]),
-    (["map", "page.html", *MAP[2:-1], "page.html"], ["output page.html is what the map is made of"]),
+    ([*MAP[:-1], "page.html", "--compiled", "page.html"], ["output page.html is an input of the map"]),
+    (["map", "page.html", *MAP[2:-1], "page.html"], ["output page.html is an input of the map"]),
     ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is no folder"]),
     ([*MAP[:-1], "good"], ["output good is a folder: name a file"]),
-    ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is no folder open to you"]),
+    ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is not a writable folder"]),
     (["map", "goood", *MAP[2:]], ["config 'goood' is not a config.json", "did you mean good?"]),
     # which model
     (["generate", "", "--prompt", "x"], ["model '' is not an existing directory, a preset", "hub id"]),

@@ -76,8 +76,8 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--loads", "LOADS"], "--loads and --ranks go together"),
-        (["--ranks", "8"], "--loads and --ranks go together"),
+        (["--loads", "LOADS"], "--loads and --ranks must be given together"),
+        (["--ranks", "8"], "--loads and --ranks must be given together"),
         (["demo", "--loads", "LOADS", "--ranks", "8"], "leave model out"),
         (["--loads", "LOADS", "--ranks", "8", "--mesh", "data=2", "--max-tokens", "4"], "leave mesh, max_tokens out"),
         (["--loads", "HUGE", "--ranks", "2"], "numbers in [0, 1e18]"),
@@ -85,7 +85,7 @@ def test_a_person_sees_a_table_and_one_sentence(capsys, loads_file, tmp_path):
         (["--loads", "LOADS", "--ranks", "8", "--redundant-experts", "99999999999"], "must lie in [0, 180]"),
         (["--loads", "LOADS", "--ranks", "100000000000"], "--ranks 100000000000 must lie in [1, 192]"),
         (["--loads", "nowhere.json", "--ranks", "8"], "nowhere.json cannot be read"),
-        (["--loads", "RAGGED", "--ranks", "8"], "a layer, as many in each"),
+        (["--loads", "RAGGED", "--ranks", "8"], "per layer, all of one length"),
         (["--loads", "LOADS", "--ranks", "8", "--groups", "5"], "12 experts do not divide among 5 groups"),
         (["--loads", "LOADS", "--ranks", "8", "--algorithm", "best"], "must be one of distinct, eplb"),
         (["--loads", "LOADS", "--ranks", "8", "--nodes", "3"], "8 ranks do not divide among 3 nodes"),

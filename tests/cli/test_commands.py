@@ -142,7 +142,7 @@ def test_verify_runs_layouts_that_are_alike_on_a_mesh_once(capsys, tiny_dir, mon
     outcome = _verify(capsys, tiny_dir, "--layout", "tp", "--layout", "ep-tp", "--layout", "tp")
     assert outcome.code == 0
     assert "│ tp, ep-tp │" in outcome.out
-    assert "1 of 1 placements give what one device gives" in outcome.out
+    assert "1 of 1 placements match one device" in outcome.out
 
 
 def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_dir, monkeypatch):
@@ -152,7 +152,7 @@ def test_verify_says_which_meshes_a_model_has_too_few_layers_for(capsys, tiny_di
     assert (refused["passed"], passed["passed"]) == (False, True)
     outcome = _verify(capsys, tiny_dir, "--layout", "ep-tp")
     assert outcome.code == 0
-    assert "1 of 1 placements give what one device gives; 1 cannot hold this model" in outcome.out
+    assert "1 of 1 placements match one device; 1 cannot hold this model" in outcome.out
 
 
 def test_verify_exits_1_where_nothing_could_run(capsys, tiny_dir, monkeypatch):
@@ -202,7 +202,7 @@ def test_verify_counts_tokens_that_differ(capsys, tiny_dir, monkeypatch):
     assert "DIFFERENT" in outcome.out
     assert "of 12" in outcome.out
     assert "12 of 12" not in outcome.out
-    assert "0 of 1 placements give what one device gives" in outcome.out
+    assert "0 of 1 placements match one device" in outcome.out
 
 
 def test_bench_prints_one_object_a_case(capsys, tiny_dir):

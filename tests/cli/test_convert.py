@@ -71,7 +71,7 @@ def test_verify_says_what_differs_and_exits_1(capsys, work):
     assert jaxmoe(capsys, "convert", "good", "orbax").code == 0
     outcome = jaxmoe(capsys, "convert", "orbax", "--verify")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "every tensor and file is as written" in outcome.out
+    assert "every tensor and file matches its checksum" in outcome.out
     chunk = work / "orbax" / "model.norm.weight" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x55")
     outcome = jaxmoe(capsys, "convert", "orbax", "--verify")
@@ -284,7 +284,7 @@ def test_names_of_what_is_left_behind_are_shown_as_they_are(capsys, work):
         (work / "good" / name).write_bytes(b"")
     outcome = jaxmoe(capsys, "convert", "good", "out")
     assert outcome.code == 0
-    assert "left behind: '\\x1b[31m.bin', [bold]x.bin" in " ".join(outcome.err.split())
+    assert "not copied: '\\x1b[31m.bin', [bold]x.bin" in " ".join(outcome.err.split())
 
 
 def test_quantized_checkpoints_of_unknown_kinds_go_through_and_are_not_cast(capsys, work):
@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_meanwhile(to, capsys, work, monkeypatch):
         assert (refused.code, refused.out) == (2, "")
     outcome = jaxmoe(capsys, "convert", "good", "out", "--to", to)
     assert outcome.code == 0
-    assert "were there already" in outcome.out
+    assert "were converted before" in outcome.out
     assert sorted(os.listdir()) == ["good", "out"]
 
 

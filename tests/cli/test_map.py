@@ -97,7 +97,7 @@ def test_an_answer_in_a_file_is_shown(capsys, tmp_path, tiny_dir):
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     refused = jaxmoe(capsys, *command)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "mesh=data=8,pipeline=1,expert=16,tensor=2, this map of mesh=data=4,pipeline=1,expert=16" in refused.err
+    assert "mesh=data=8,pipeline=1,expert=16,tensor=2, this map has mesh=data=4,pipeline=1,expert=16" in refused.err
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(capsys, tiny_dir, tmp_path, monkeypatch):

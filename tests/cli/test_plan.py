@@ -170,7 +170,9 @@ def test_nodes_that_hardware_names_are_all_planned_for(capsys, hardware, devices
 def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs):
     length = ["--isl", "32", "--osl", "32", "--mesh", "expert=8"]
     said = plan(capsys, model, "--hardware", "b200", *length)["reasons"]
-    assert any(line.startswith("Planned only: generate, inspect, compile and map refuse") for line in said) != runs
+    assert (
+        any(line.startswith("Planned only: generate, inspect, compile and map do not support") for line in said) != runs
+    )
     read = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1)
     if runs:
         assert read.checked_model()
@@ -186,7 +188,7 @@ def test_of_one_token_no_time_between_tokens_is_told_or_limited(capsys):
     assert free["plan"]["tpot_ms"] is None
     assert free["plan"]["tokens_per_s_per_user"] == pytest.approx(1e3 / free["plan"]["ttft_ms"])
     out = jaxmoe(capsys, "plan", *words).out
-    assert "ms a token;" not in out
+    assert "ms per token;" not in out
     assert "ms; " in out
 
 
@@ -194,7 +196,7 @@ def test_small_rates_keep_their_digits(capsys):
     out = jaxmoe(capsys, "plan", "llama-3.1-8b", "--hardware", "cpu-8", "--weights-dtype", "int8").out
     assert "x cpu-8" in out
     assert " 0 a device" not in out
-    assert " 0.0 a user" not in out
+    assert " 0.0 per user" not in out
 
 
 def test_a_picture_that_cannot_be_written_leaves_none(capsys, tmp_path, monkeypatch):
@@ -217,7 +219,7 @@ def test_people_see_the_plan_a_table_and_reasons_and_a_picture(capsys, tmp_path)
         "llama-3.1-8b on 8 x v5e",
         "--mesh ",
         "tokens/s",
-        "memory of a device",
+        "memory per device",
         "Bottleneck:",
         "Pareto front",
     ):

@@ -34,10 +34,10 @@ def test_a_file_a_table_and_a_picture(capsys, tmp_path):
     assert outcome.code == 0, outcome.err
     hardware = read_hardware("hardware.toml")
     assert (hardware.device, hardware.hbm_gbps, list(hardware.collectives["all-to-all"])) == ("mine", 100, [2, 4])
-    assert "products bf16 2, f32 1 Tflop/s; memory 100 GB/s" in outcome.out
+    assert "matmuls bf16 2, f32 1 Tflop/s; memory 100 GB/s" in outcome.out
     assert "collective-permute" in outcome.out
-    assert "scale_out_gbps: not measured: as inside a node" in outcome.out
-    assert "hardware.toml says what hardware this is" in outcome.out
+    assert "scale_out_gbps: not measured: set to the rate inside a node" in outcome.out
+    assert "hardware.toml describes this hardware" in outcome.out
     assert "</svg>" in (tmp_path / "mine.svg").read_text()
     text = (tmp_path / "hardware.toml").read_text()
     assert text.startswith("# 8 cpu devices in 1 process, measured by jaxmoe probe")
@@ -68,7 +68,7 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
     outcome = jaxmoe(capsys, "probe", "--max-mib", 0.001, "--plot", "one.png")
     assert outcome.code == 0, outcome.err
     assert "one device: there are no collectives to measure" in outcome.out
-    assert "scale_up_gbps: not measured: the memory's rate" in outcome.out
+    assert "scale_up_gbps: not measured: set to the memory bandwidth" in outcome.out
     assert read_hardware("hardware.toml").collectives == {}
 
 
@@ -91,10 +91,10 @@ def test_one_device_is_said_to_have_no_collectives(capsys, monkeypatch):
         (["--max-mib", "0.0001"], "largest message 104 bytes must lie in [512, "),
         (["--max-mib", "999999"], "a program holds up to 6 of them in"),
         (["--repeats", "0"], "--repeats"),
-        (["--name", ""], "--name '' must be of characters that print"),
-        (["--name", "a\nb"], "must be of characters that print"),
+        (["--name", ""], "--name '' must consist of printable characters"),
+        (["--name", "a\nb"], "must consist of printable characters"),
         (["--plot", "mine.pdf"], "must end in .png or .svg"),
-        (["--num-processes", "2"], "go with --coordinator HOST:PORT"),
+        (["--num-processes", "2"], "need --coordinator HOST:PORT"),
         (["--coordinator", "localhost:1"], "process_id=None must lie in [0, num_processes=None)"),
         (
             ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"],

@@ -38,5 +38,5 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, tiny_dir):
     done = subprocess.run(command, env=environment(tmp_path / "file"), capture_output=True, text=True)
     assert done.returncode == 0
     assert len(done.stdout.split()) == 2
-    assert done.stderr.replace("\n", " ").count("compiled programs are not kept") == 1
+    assert done.stderr.replace("\n", " ").count("compiled programs are not cached") == 1
     assert "Warning" not in done.stderr

@@ -62,7 +62,7 @@ def test_command(command, capsys, tmp_path, monkeypatch):
     elif " compile" in command:
         assert "fits; compiled" in out
     elif " verify" in command:
-        assert "placements give what one device gives" in out
+        assert "placements match one device" in out
     elif " inspect" in command:
         assert "prefill and decode: collectives match the plan" in out
     elif " map " in command:
@@ -76,13 +76,14 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         assert "8 experts in 12 expert slots on 4 ranks; balancedness" in out
         assert "after" in out
     elif " probe" in command:
-        assert "eight.toml says what hardware this is" in out
+        assert "eight.toml describes this hardware" in out
         assert list(read_hardware(str(tmp_path / "eight.toml")).collectives["all-to-all"]) == [8]
     elif " convert" in command:
         written = command.split()[3] if "--verify" not in command else "demo-orbax"
         count = 307 if "fp8" in command else 167  # 140 matrices with scales
         assert (
-            f"{tmp_path / written}: {count} tensors" in out or "demo-orbax: every tensor and file is as written" in out
+            f"{tmp_path / written}: {count} tensors" in out
+            or "demo-orbax: every tensor and file matches its checksum" in out
         )
         assert (tmp_path / written / "jaxmoe_manifest.json").exists()
     elif " generate" in command:
@@ -103,7 +104,7 @@ def test_verify_on_every_mesh(capsys):
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
     assert stopped.value.code == 0
-    assert "20 of 20 placements give what one device gives" in capsys.readouterr().out
+    assert "20 of 20 placements match one device" in capsys.readouterr().out
 
 
 def test_make_demo(tmp_path):

@@ -145,9 +145,9 @@ def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
     ("changes", "words"),
     [
         ({"mesh": {"data": 1, "pipeline": 1, "expert": 8, "tensor": 1}}, "mesh=data=1,pipeline=1,expert=8,tensor=1"),
-        ({"max_num_seqs": 9}, "max_num_seqs=9, this map of max_num_seqs=8: make --max-num-seqs equal"),
-        ({"layout": "tp"}, "layout=tp, this map of layout=ep-tp"),
-        ({"family": "llama"}, "family=llama, this map of family=qwen3_moe"),
+        ({"max_num_seqs": 9}, "max_num_seqs=9, this map has max_num_seqs=8: make --max-num-seqs equal"),
+        ({"layout": "tp"}, "layout=tp, this map has layout=ep-tp"),
+        ({"family": "llama"}, "family=llama, this map has family=qwen3_moe"),
     ],
 )
 def test_an_answer_to_another_question_is_refused(changes, words, changed_dir):

@@ -122,7 +122,7 @@ def test_what_is_probed_reads_back_to_the_same_hardware(quick, tmp_path):
     fastest = max(2048 / times["collective-permute", 8, 2048], 1792 / times["all-gather", 8, 2048]) / 1e3
     assert read.scale_up_gbps == pytest.approx(fastest, rel=1e-3)
     assert "scale_out_gbps" in text
-    assert "# not measured: as inside a node" in text
+    assert "# not measured: set to the rate inside a node" in text
 
 
 def test_axes_of_one_length_are_measured_apart_and_the_slower_is_written(quick):
@@ -164,7 +164,7 @@ def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
 
 def test_nodes_must_hold_as_many_devices_each(monkeypatch):
     monkeypatch.setattr(probing, "_fabric", lambda device: device.id // 3)
-    with pytest.raises(MeshError, match="nodes hold 3, 3, 2 devices"):
+    with pytest.raises(MeshError, match="nodes have 3, 3, 2 devices"):
         probe(max_bytes=512, repeats=1)
 
 
@@ -188,7 +188,7 @@ def test_what_a_platform_cannot_do_is_left_out_by_name(quick, monkeypatch):
     found = probe(axes={"tensor": 8}, max_bytes=512, repeats=1)
     assert set(found.hardware.collectives) == {"all-gather", "reduce-scatter", "collective-permute"}
     assert found.left_out == (
-        "all-reduce of 512 bytes over 8 ranks: the compiler makes 2 all-gather of 512 bytes of 2",
+        "all-reduce of 512 bytes over 8 ranks: the compiler emits 2 all-gather of 512 bytes instead of 2",
         "all-to-all of 512 bytes over 8 ranks: UNIMPLEMENTED: not here",
     )
 
@@ -212,7 +212,7 @@ def test_rates_grow_products_until_one_takes_its_time(monkeypatch):
     assert widths == [256, 512, 1024]
     assert rates.tflops["bf16"] == pytest.approx(2 * 512**3 * 4 / 0.02 / 1e12, rel=1e-3)
     assert rates.hbm_gbps == pytest.approx(2 * 8 * (32 << 20) / 0.2 / 1e9, rel=1e-3)
-    assert left_out == ["fp8 products of width 256: no fp8 here"]
+    assert left_out == ["fp8 matmuls of width 256: no fp8 here"]
 
 
 def test_rates_are_measured_on_all_devices(monkeypatch):
