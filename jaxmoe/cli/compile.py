@@ -9,53 +9,25 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
-from jaxmoe.cli.options import console, table_console
+from jaxmoe.cli.engine_options import engine_option
+from jaxmoe.cli.options import console, dispatch_option, table_console
 from jaxmoe.jsontext import json_text
 
 
 @click.command("compile")
 @click.argument("config")
 @click.option("--target", required=True, help="Target cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8.")
-@click.option("--mesh", required=True, help="Mesh axes and their sizes, as in expert=16 or data=4,expert=4,tensor=4.")
-@click.option(
-    "--max-num-seqs",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Maximum number of concurrent requests, over all devices.",
-)
-@click.option("--context", type=int, default=4096, show_default=True, help="Context length of each request, in tokens.")
-@click.option(
-    "--chunk-tokens",
-    type=int,
-    help="Prompt tokens that each rank computes in one step. Defaults to that of AsyncEngine.",
-)
-@click.option("--dtype", help="Dtype of weights and activations. Defaults to the dtype in config.json.")
-@click.option(
-    "--weights-dtype",
-    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
-    "checkpoint's format.",
-)
-@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
-@click.option(
-    "--dispatch",
-    help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
-    "hierarchical or hierarchical_ragged.",
-)
-@click.option(
-    "--layout",
-    help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp (default), tp-ep, dp-ep, tp, "
-    "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
-)
-@click.option(
-    "--virtual-stages", type=int, help="Virtual stages per pipeline stage (interleaved schedule). Defaults to 1."
-)
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
-)
+@engine_option("mesh", required=True)
+@engine_option("max_num_seqs")
+@engine_option("context", default=4096, show_default=True)
+@engine_option("chunk_tokens")
+@engine_option("dtype")
+@engine_option("weights_dtype")
+@engine_option("kv_dtype")
+@dispatch_option()
+@engine_option("layout")
+@engine_option("virtual_stages")
+@engine_option("ignore_config_keys")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
 def compile_model(as_json: bool, **args: Any) -> int:
     """Compile the prefill and decode steps of a model for a target cluster.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxmoe.cli.options import console, size_text
+from jaxmoe.cli.engine_options import engine_option
+from jaxmoe.cli.options import console, dispatch_option, size_text
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -16,11 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("map")
 @click.argument("model")
-@click.option(
-    "--mesh",
-    required=True,
-    help="Mesh axes and their sizes, as in data=4,expert=16, or a mesh preset such as b200-2x8.",
-)
+@engine_option("mesh", required=True)
 @click.option("-o", "--output", help="HTML page to write, as in map.html. An existing file is replaced.")
 @click.option(
     "--hardware",
@@ -28,54 +25,24 @@ if TYPE_CHECKING:
 )
 @click.option("--compiled", help="Output of jaxmoe compile --json for the same request, to compare with the plan.")
 @click.option("--target", help="Compile for this cluster now, as in v5p:4x4x8 or b200:2x8.")
-@click.option(
-    "--layout",
-    help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp (default), tp-ep, dp-ep, tp, "
-    "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
-)
-@click.option(
-    "--virtual-stages", type=int, help="Virtual stages per pipeline stage (interleaved schedule). Defaults to 1."
-)
+@engine_option("layout")
+@engine_option("virtual_stages")
 @click.option(
     "--micro-batches",
     type=int,
     help="Initial number of micro-batches in the pipeline timeline. Defaults to that of the engine.",
 )
-@click.option(
-    "--max-num-seqs",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Maximum number of concurrent requests, over all devices.",
-)
-@click.option(
-    "--context",
-    type=int,
+@engine_option("max_num_seqs")
+@engine_option(
+    "context",
     help="Context length of each request, in tokens. Defaults to 4096, or to the model's maximum if that is less.",
 )
-@click.option(
-    "--chunk-tokens",
-    type=int,
-    help="Prompt tokens that each rank computes in one step. Defaults to that of AsyncEngine.",
-)
-@click.option("--dtype", help="Dtype of weights and activations. Defaults to the dtype in config.json.")
-@click.option(
-    "--weights-dtype",
-    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
-    "checkpoint's format.",
-)
-@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
-@click.option(
-    "--dispatch",
-    help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
-    "hierarchical or hierarchical_ragged.",
-)
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
-)
+@engine_option("chunk_tokens")
+@engine_option("dtype")
+@engine_option("weights_dtype")
+@engine_option("kv_dtype")
+@dispatch_option()
+@engine_option("ignore_config_keys")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the data as one JSON object on standard output; write no page."
 )

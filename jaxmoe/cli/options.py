@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from jaxmoe.cli.engine_options import engine_options
+from jaxmoe.config.engine import EngineConfig
 
 if TYPE_CHECKING:
     from jaxmoe.api.llm import LLM
@@ -23,109 +26,65 @@ _MIN_WIDTH = 140  # columns, for tables that are not printed to a terminal
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Hold the values of the options of model_options, which load_model reads."""
+    """Hold the options of model_options: devices to emulate, and how load_model loads and serves the model."""
 
-    mesh: str | None
     devices: int | None
-    dtype: str | None
-    weights_dtype: str | None
-    kv_dtype: str | None
-    revision: str | None
-    ignore_config_keys: tuple[str, ...]
-    dispatch: str | None
-    grouped: str | None
-    linear: str | None
-    attention: str | None
-    pointwise: str | None
-    sampling: str | None
-    layers: str | None
-    native: bool | None
-    virtual_stages: int
-    layout: str
-    max_num_seqs: int
-    verify: bool
+    engine: EngineConfig
+
+
+_ENGINE_OPTIONS = (
+    "mesh", "dtype", "weights_dtype", "kv_dtype", "revision", "ignore_config_keys", "virtual_stages", "layout",
+    "max_num_seqs", "verify",
+)  # fmt: skip
+_BACKENDS = {
+    "dispatch": "Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
+    "hierarchical or hierarchical_ragged.",
+    "grouped": "Grouped matmul backend of the experts: blocks, ragged, native or dense.",
+    "linear": "Backend of all other matmuls: xla or native.",
+    "attention": "Backend of attention over the paged KV cache: loop or native.",
+    "pointwise": "Backend of norms, rotary embedding, routing and gated activations: xla or native.",
+    "sampling": "Backend of sampling tokens from logits: xla or native.",
+    "layers": "Execution of equal layers: scan (compile one and loop over them) or unroll (compile each).",
+}
+
+
+def dispatch_option(**changes: Any) -> Callable[..., Any]:
+    """Return the option --dispatch."""
+    return click.option("--dispatch", **{"help": _BACKENDS["dispatch"]} | changes)
+
+
+def devices_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option --devices, which start_jax reads."""
+    return click.option("--devices", type=int, help="Emulate this many devices on the CPU.")(function)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of ModelOptions to a command, which receives them as its argument `options`."""
-    declared = [
-        click.option(
-            "--mesh", help="Mesh axes and their sizes, as in data=2,tensor=2,expert=2, or a mesh preset such as cpu-8."
-        ),
-        click.option("--devices", type=int, help="Emulate this many devices on the CPU."),
-        click.option(
-            "--dtype",
-            help="Dtype of weights and activations: float32, bfloat16 or float16. Defaults to the checkpoint's dtype.",
-        ),
-        click.option(
-            "--weights-dtype",
-            help="Dtype of the weight matrices: int8, fp8, int8-block or fp8-block quantizes them on load; float32, "
-            "bfloat16 or float16 dequantizes them. Defaults to the checkpoint's format.",
-        ),
-        click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype."),
-        click.option("--revision", help="Branch, tag or commit of a Hugging Face Hub model."),
-        click.option(
-            "--ignore-config-key",
-            "ignore_config_keys",
-            multiple=True,
-            help="Ignore this key of config.json. Can be given several times.",
-        ),
-        click.option(
-            "--native/--no-native",
-            default=None,
-            help="Use C++ kernels, or XLA only. By default C++ kernels are used on a CPU with a C++ compiler.",
-        ),
-        click.option(
-            "--dispatch",
-            help="Backend that sends tokens to their experts: all_to_all (default), all_gather, ragged_all_to_all, "
-            "hierarchical or hierarchical_ragged.",
-        ),
-        click.option("--grouped", help="Grouped matmul backend of the experts: blocks, ragged, native or dense."),
-        click.option("--linear", help="Backend of all other matmuls: xla or native."),
-        click.option("--attention", help="Backend of attention over the paged KV cache: loop or native."),
-        click.option(
-            "--pointwise", help="Backend of norms, rotary embedding, routing and gated activations: xla or native."
-        ),
-        click.option("--sampling", help="Backend of sampling tokens from logits: xla or native."),
-        click.option(
-            "--layers",
-            help="Execution of equal layers: scan (compile one and loop over them) or unroll (compile each).",
-        ),
-        click.option(
-            "--virtual-stages",
-            type=int,
-            default=1,
-            show_default=True,
-            help="Virtual stages per pipeline stage (interleaved schedule).",
-        ),
-        click.option(
-            "--layout",
-            default="ep-tp",
-            show_default=True,
-            help="Parallelism layout: how mesh axes shard attention and experts. One of ep-tp, tp-ep, dp-ep, tp, "
-            "ep-tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
-        ),
-        click.option(
-            "--max-num-seqs",
-            type=int,
-            default=64,
-            show_default=True,
-            help="Maximum number of requests that run at once, over all devices.",
-        ),
-        click.option(
-            "--verify", is_flag=True, help="Verify a converted checkpoint by its checksums before loading it."
-        ),
-    ]
-    names = [field.name for field in fields(ModelOptions)]
+    """Add the options of loading a model to a command, which receives them as its argument `options`."""
 
     @wraps(function)
-    def command(*args: Any, **kwargs: Any) -> Any:
-        options = ModelOptions(**{name: kwargs.pop(name) for name in names})
-        return function(*args, options=options, **kwargs)
+    def command(*args: Any, devices: int | None, native: bool | None, **kwargs: Any) -> Any:
+        kernels = _kernel_overrides(native, {op: kwargs.pop(op) for op in _BACKENDS})
+        engine = EngineConfig().with_options(
+            {name: kwargs.pop(name) for name in _ENGINE_OPTIONS} | {"kernels": kernels}
+        )
+        return function(*args, options=ModelOptions(devices=devices, engine=engine), **kwargs)
 
-    for option in reversed(declared):
-        command = option(command)
-    return command
+    for op, text in reversed(_BACKENDS.items()):
+        command = click.option(f"--{op}", help=text)(command)
+    native_help = "Use C++ kernels, or XLA only. By default C++ kernels are used on a CPU with a C++ compiler."
+    command = click.option("--native/--no-native", default=None, help=native_help)(command)
+    return engine_options(*_ENGINE_OPTIONS)(devices_option(command))
+
+
+def _kernel_overrides(native: bool | None, chosen: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the backends that were chosen, by op."""
+    overrides = {op: backend for op, backend in chosen.items() if backend is not None}
+    if native is None:
+        return overrides
+    from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig
+
+    plain = KernelConfig()
+    return {op: "native" if native else getattr(plain, op) for op in NATIVE_OPS} | overrides
 
 
 def _can_write(folder: Path) -> bool:
@@ -190,23 +149,14 @@ def load_model(
 ) -> LLM:  # fmt: skip
     """Load the model on its mesh, with a progress bar unless quiet. Call start_jax before."""
     from jaxmoe.api.llm import LLM
-    from jaxmoe.model.kernels import NATIVE_OPS, OPS, KernelConfig
+    from jaxmoe.model.kernels import KernelConfig
     from jaxmoe.weights.source import DEFAULT_MODEL
 
     name = DEFAULT_MODEL if model is None else model
-    steps = {op: getattr(options, op) for op in OPS if getattr(options, op) is not None}
-    if options.native is not None:
-        plain = KernelConfig()
-        steps = {op: "native" if options.native else getattr(plain, op) for op in NATIVE_OPS} | steps
-    KernelConfig(**steps)  # raises for an unknown backend before any file is read
+    engine = options.engine.with_options({"redundant_experts": redundant_experts})
+    KernelConfig(**engine.kernels)  # reject an unknown backend before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
-        return LLM.load(
-            name, mesh=options.mesh, dtype=options.dtype, weights_dtype=options.weights_dtype,
-            kv_dtype=options.kv_dtype, revision=options.revision, kernels=steps,
-            ignore_config_keys=options.ignore_config_keys, max_num_seqs=options.max_num_seqs,
-            virtual_stages=options.virtual_stages, layout=options.layout, redundant_experts=redundant_experts,
-            verify=options.verify, on_progress=on_progress,
-        )  # fmt: skip
+        return LLM(name, engine, on_progress=on_progress)
 
 
 def read_id_lines(path: str) -> list[list[int]]:

@@ -10,7 +10,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import console, size_text, table_console
+from jaxmoe.cli.engine_options import engine_option
+from jaxmoe.cli.options import console, dispatch_option, size_text, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
@@ -35,9 +36,9 @@ _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
 @click.option(
     "--osl", type=int, default=1024, show_default=True, help="Output sequence length: generated tokens per request."
 )
-@click.option(
-    "--max-num-seqs",
-    type=int,
+@engine_option(
+    "max_num_seqs",
+    default=None,
     help="Maximum number of concurrent requests. By default the planner chooses the best number; with --objective "
     "latency, 4 per device if they fit.",
 )
@@ -50,13 +51,9 @@ _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
 )
 @click.option("--sla-ttft-ms", type=float, help="Upper limit of the time to first token (TTFT), in milliseconds.")
 @click.option("--sla-tpot-ms", type=float, help="Upper limit of the time per output token (TPOT), in milliseconds.")
-@click.option("--dtype", help="Dtype of activations and unquantized weights. Defaults to the dtype in config.json.")
-@click.option(
-    "--weights-dtype",
-    help="Dtype of the weight matrices: int8, fp8, int8-block, fp8-block, or a plain float dtype. Defaults to the "
-    "checkpoint's format.",
-)
-@click.option("--kv-dtype", help="Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
+@engine_option("dtype")
+@engine_option("weights_dtype")
+@engine_option("kv_dtype")
 @click.option(
     "--skew",
     type=float,
@@ -65,17 +62,14 @@ _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
     help="Assumed imbalance of expert loads: the exponent by which they fall off from expert to expert. 0 is even.",
 )
 @click.option("--price", type=float, help="Price of a device, in dollars per hour.")
-@click.option("--mesh", help="Restrict the search to this mesh, as in expert=8.")
-@click.option("--layout", help="Restrict the search to this layout.")
-@click.option("--dispatch", help="Restrict the search to this dispatch backend.")
-@click.option("--virtual-stages", type=int, help="Restrict the search to this number of virtual stages per stage.")
-@click.option("--chunk-tokens", type=int, help="Restrict the search to this number of prompt tokens per step and rank.")
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
+@engine_option("mesh", help="Restrict the search to this mesh, as in expert=8.")
+@engine_option("layout", default=None, help="Restrict the search to this layout.")
+@dispatch_option(help="Restrict the search to this dispatch backend.")
+@engine_option("virtual_stages", default=None, help="Restrict the search to this number of virtual stages per stage.")
+@engine_option(
+    "chunk_tokens", default=None, help="Restrict the search to this number of prompt tokens per step and rank."
 )
+@engine_option("ignore_config_keys")
 @click.option(
     "--rule-of-thumb", is_flag=True, help="Print only the rule of thumb for memory: bits / 8 x parameters x 1.8."
 )

@@ -44,13 +44,16 @@ class ParallelConfig:
             (None) the experts keep their order and cannot be moved.
     """
 
-    mesh: Any = _option(None, "mesh axes, as in data=2,tensor=2,expert=2, or a preset such as cpu-8")
+    mesh: Any = _option(
+        None, "Mesh axes and their sizes, as in data=2,tensor=2,expert=2, or a mesh preset such as cpu-8."
+    )
     layout: Any = _option(
         DEFAULT_LAYOUT_NAME,
-        "how mesh axes shard attention and experts: ep-tp, tp-ep, dp-ep, tp, with -sp, cp-ep-tp, or parts",
+        "Parallelism layout: how mesh axes shard attention and experts. One of ep-tp, tp-ep, dp-ep, tp, ep- "
+        "tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
     )
-    virtual_stages: int = _option(1, "virtual stages of each pipeline stage (interleaved schedule)")
-    redundant_experts: int | None = _option(None, "physical experts of each MoE layer beyond its logical experts")
+    virtual_stages: int = _option(1, "Virtual stages per pipeline stage (interleaved schedule).")
+    redundant_experts: int | None = _option(None, "Physical experts of each MoE layer beyond its logical experts.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,10 @@ class CacheConfig:
     Raises: ConfigError if a value is out of range.
     """
 
-    kv_dtype: str | None = _option(
-        None, "dtype of cached keys and values: float32, bfloat16, fp8 or int8; that of activations by default"
-    )
-    kv_cache_gib: float | None = _option(None, "GiB of KV cache pages on each device")
-    host_cache_gib: float = _option(0.0, "GiB of host memory for offloaded pages")
-    page_size: int = _option(PAGE_SIZE, "tokens of a KV cache page")
+    kv_dtype: str | None = _option(None, "Dtype of the KV cache: float32, bfloat16, fp8 or int8. Defaults to --dtype.")
+    kv_cache_gib: float | None = _option(None, "GiB of KV cache pages on each device.")
+    host_cache_gib: float = _option(0.0, "GiB of host memory for offloaded pages.")
+    page_size: int = _option(PAGE_SIZE, "Tokens of a KV cache page.")
 
     def __post_init__(self) -> None:
         _check_positive(self, ("page_size",))
@@ -117,22 +118,22 @@ class EngineConfig:
 
     parallel: ParallelConfig = ParallelConfig()
     cache: CacheConfig = CacheConfig()
-    kernels: Any = _option(None, "backend of each op")
+    kernels: Any = _option(None, "Backend of each op.")
     dtype: str | None = _option(
-        None, "dtype of activations and unquantized weights: float32, bfloat16 or float16; the checkpoint's by default"
+        None, "Dtype of weights and activations: float32, bfloat16 or float16. Defaults to the checkpoint's dtype."
     )
     weights_dtype: str | None = _option(
         None,
-        "format of matrices: int8, fp8, int8-block or fp8-block quantizes; float32, bfloat16 or float16 dequantizes; "
-        "that of the checkpoint by default",
+        "Dtype of the weight matrices: int8, fp8, int8-block or fp8-block quantizes them on load; float32, "
+        "bfloat16 or float16 dequantizes them. Defaults to the checkpoint's format.",
     )
-    revision: str | None = _option(None, "branch, tag or commit of a Hugging Face Hub id")
-    ignore_config_keys: Iterable[str] = _option((), "a config.json key to ignore (may be repeated)")
-    verify: bool = _option(False, "check a converted checkpoint against its checksums first")
-    max_num_seqs: int = _option(64, "maximum number of sequences that run at once")
-    context: int | None = _option(None, "maximum number of tokens of a request")
-    chunk_tokens: int = _option(CHUNK_TOKENS, "prompt tokens of a step and rank")
-    decode_steps: int = _option(MAX_DECODE_STEPS, "tokens that a request decodes in one step where no prompt waits")
+    revision: str | None = _option(None, "Branch, tag or commit of a Hugging Face Hub model.")
+    ignore_config_keys: Iterable[str] = _option((), "Ignore this key of config.json. Can be given several times.")
+    verify: bool = _option(False, "Verify a converted checkpoint by its checksums before loading it.")
+    max_num_seqs: int = _option(64, "Maximum number of requests that run at once, over all devices.")
+    context: int | None = _option(None, "Context length of each request, in tokens.")
+    chunk_tokens: int = _option(CHUNK_TOKENS, "Prompt tokens that each rank computes in one step.")
+    decode_steps: int = _option(MAX_DECODE_STEPS, "Tokens that a request decodes in one step where no prompt waits.")
 
     def __post_init__(self) -> None:
         _check_positive(self, ("max_num_seqs", "chunk_tokens", "decode_steps"))
