@@ -162,3 +162,16 @@ def test_python_example(code, tmp_path):
 @pytest.mark.parametrize(("page", "target"), LINKS)
 def test_links_lead_somewhere(page, target):
     assert ((ROOT / page).parent / target).exists()
+
+
+def test_the_architecture_names_every_module():
+    package, floor, named = ROOT / "jaxmoe", "", set()
+    for line in (ROOT / "docs" / "architecture.md").read_text("utf-8").split("## All modules")[1].splitlines():
+        if line.startswith("### "):
+            floors = re.findall(r"`([a-z_/]+/)`", line)
+            floor = floors[0] if len(floors) == 1 else ""
+        elif line.startswith("| `"):
+            named |= {floor + name for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert {name for name in modules if not name.endswith(("__init__.py", "__main__.py"))} <= named
+    assert [name for name in named if not list(package.glob(name))] == []
