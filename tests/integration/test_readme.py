@@ -1,4 +1,4 @@
-"""Every command of the README does what it says."""
+"""Every command and every Python example of README.md and docs/guide runs and does what its page says."""
 
 from __future__ import annotations
 
@@ -18,9 +18,25 @@ from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.report import verify
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.strip()]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+SHELL_LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.strip()]
+COMMANDS = list(dict.fromkeys(SHELL_LINES))  # a command that several pages show runs once
+EXAMPLES = list(dict.fromkeys(text for kind, text in BLOCKS if kind == "python"))
+LINKS = [
+    (page.relative_to(ROOT).as_posix(), target)
+    for page in DOCUMENTS
+    for target in dict.fromkeys(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")))
+]
+
+
+def writers_of_input(command: str) -> list[str]:
+    """Return the earlier commands that write the checkpoint which a command reads: `jaxmoe convert SRC DST`."""
+    source = shlex.split(command)[2]
+    earlier = [one for one in COMMANDS[: COMMANDS.index(command)] if one.startswith("jaxmoe convert ")]
+    return [one for one in earlier if shlex.split(one)[3] == source]
 
 
 def make_dry_run(target: str) -> str:
@@ -34,18 +50,21 @@ def make_dry_run(target: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_readme_names_its_commands():
+def test_the_pages_name_their_commands():
     assert "make demo" in COMMANDS
     assert "make test" in COMMANDS
     assert {command.split()[0] for command in COMMANDS} == {"make", "jaxmoe"}
+    assert len(README.read_text("utf-8").splitlines()) <= 120
+    linked = {target for page, target in LINKS if page == "README.md"}
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES} - {"README.md"} <= linked
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ")])
 def test_command(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if " demo-orbax" in command and " demo demo-orbax" not in command:  # what the command before it wrote
+    for earlier in writers_of_input(command):
         with pytest.raises(SystemExit):
-            run(["convert", "demo", "demo-orbax"])
+            run(shlex.split(earlier)[1:])
         capsys.readouterr()
     if " verify" in command:  # one of the twenty meshes: `make test-all` runs them all
         monkeypatch.setattr(verify, "all_meshes", lambda num_devices: [{"data": 2, "tensor": 2, "expert": 2}])
@@ -99,7 +118,7 @@ def test_command(command, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.sweep
 def test_verify_on_every_mesh(capsys):
-    """The README's command as it stands, on all twenty meshes."""
+    """The guide's command as it stands, on all twenty meshes."""
     (command,) = [command for command in COMMANDS if command.startswith("jaxmoe verify")]
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
@@ -132,7 +151,7 @@ def test_make_test_and_check_run_what_they_say():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_python_example(code, tmp_path):
     """In a process of its own, with the one device a user's has."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
@@ -141,6 +160,19 @@ def test_python_example(code, tmp_path):
     assert len(done.stdout) > 40
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize(("page", "target"), LINKS)
+def test_links_lead_somewhere(page, target):
+    assert ((ROOT / page).parent / target).exists()
+
+
+def test_the_architecture_names_every_module():
+    package, floor, named = ROOT / "jaxmoe", "", set()
+    for line in (ROOT / "docs" / "architecture.md").read_text("utf-8").split("## All modules")[1].splitlines():
+        if line.startswith("### "):
+            floors = re.findall(r"`([a-z_/]+/)`", line)
+            floor = floors[0] if len(floors) == 1 else ""
+        elif line.startswith("| `"):
+            named |= {floor + name for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert {name for name in modules if not name.endswith(("__init__.py", "__main__.py"))} <= named
+    assert [name for name in named if not list(package.glob(name))] == []
