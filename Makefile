@@ -61,6 +61,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m scripts.check_prose
 
 browser: $(VENV)/browser.stamp
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m browser

@@ -160,14 +160,14 @@ class Trace:
             events.append({
                 "ph": "X", "pid": 1, "tid": 1, "name": kind, "ts": micro(start), "dur": round((end - start) * 1e6, 1),
                 "args": {
-                    "step": step.index, "decodes": step.num_decodes, "decode steps": step.decode_steps,
-                    "prompt_tokens": step.num_prompt_tokens, "seq slots": step.bucket.seq_slots,
+                    "step": step.index, "decodes": step.num_decodes, "decode_steps": step.decode_steps,
+                    "prompt_tokens": step.num_prompt_tokens, "seq_slots": step.bucket.seq_slots,
                     "blocks": step.bucket.blocks,
                     "collectives": step.collectives, "collective_bytes_per_device": traffic,
                     "tokens_per_expert_rank_by_layer": step.expert_tokens.tolist(), "failed": step.failed,
                 },
             })  # fmt: skip
-            values = {"waiting": step.waiting, "pages in use": step.pages_in_use, "decoding": step.num_decodes}
+            values = {"waiting": step.waiting, "pages_in_use": step.pages_in_use, "decoding": step.num_decodes}
             for name, value in values.items():
                 events.append({"ph": "C", "pid": 1, "name": name, "ts": micro(start), "args": {name: value}})
         for number, request in enumerate(self.requests, 1):
