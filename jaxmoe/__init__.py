@@ -5,30 +5,53 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.errors import CheckpointError, ConfigError, JaxmoeError, MeshError, RequestError, StepError
+from jaxmoe.config import CacheConfig, EngineConfig, ParallelConfig
+from jaxmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    JaxmoeError,
+    LayoutError,
+    MeshError,
+    RequestError,
+    StepError,
+)
 
 if TYPE_CHECKING:
-    from jaxmoe.api.async_engine import AsyncEngine
+    from jaxmoe.api.async_engine import AsyncEngine, RequestStream
     from jaxmoe.api.llm import LLM
-    from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
+    from jaxmoe.engine.experts import ExpertLoads
+    from jaxmoe.engine.request import CompletionOutput, RequestOutput, SamplingParams, TokenEvent
+    from jaxmoe.model.kernels import KernelConfig
+    from jaxmoe.parallel.eplb import ExpertPlacement
+    from jaxmoe.parallel.layouts import Layout
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "AsyncEngine", "CheckpointError", "ConfigError", "JaxmoeError", "MeshError", "RequestError",
-    "RequestOutput", "SamplingParams", "StepError", "TokenEvent",
+    "LLM", "AsyncEngine", "CacheConfig", "CheckpointError", "CompletionOutput", "ConfigError", "EngineConfig",
+    "ExpertLoads", "ExpertPlacement", "JaxmoeError", "KernelConfig", "Layout", "LayoutError", "MeshError",
+    "ParallelConfig", "RequestError", "RequestOutput", "RequestStream", "SamplingParams", "StepError", "TokenEvent",
 ]  # fmt: skip
 
 # Imported on first use: JAX must not start before the number of devices is known.
 _LAZY = {
     "LLM": "jaxmoe.api.llm",
     "AsyncEngine": "jaxmoe.api.async_engine",
+    "RequestStream": "jaxmoe.api.async_engine",
+    "ExpertLoads": "jaxmoe.engine.experts",
+    "CompletionOutput": "jaxmoe.engine.request",
     "TokenEvent": "jaxmoe.engine.request",
     "RequestOutput": "jaxmoe.engine.request",
     "SamplingParams": "jaxmoe.engine.request",
+    "KernelConfig": "jaxmoe.model.kernels",
+    "ExpertPlacement": "jaxmoe.parallel.eplb",
+    "Layout": "jaxmoe.parallel.layouts",
 }
+_RENAMED = {"Engine": "AsyncEngine", "Chunk": "TokenEvent"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"jaxmoe.{name} is now called jaxmoe.{_RENAMED[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

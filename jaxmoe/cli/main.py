@@ -20,6 +20,7 @@ from jaxmoe.cli.plan import plan
 from jaxmoe.cli.probe import probe
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
+from jaxmoe.config.engine import RENAMED
 from jaxmoe.errors import JaxmoeError
 
 
@@ -48,6 +49,8 @@ def run(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
+    except click.NoSuchOption as error:
+        message = _renamed(error.option_name) or error.format_message()
     except click.ClickException as error:
         message = error.format_message()
     except (click.Abort, KeyboardInterrupt):
@@ -57,3 +60,9 @@ def run(arguments: list[str] | None = None) -> None:
         message = f"{error.filename or 'output'}: {error.strerror}"
     print(f"jaxmoe: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _renamed(option: str) -> str | None:
+    """Return the message for an option of an earlier version, or None."""
+    name = option.lstrip("-").replace("-", "_")
+    return f"{option} is now called --{RENAMED[name].replace('_', '-')}" if name in RENAMED else None

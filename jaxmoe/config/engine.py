@@ -16,20 +16,11 @@ MAX_DECODE_STEPS = 4  # tokens that a request decodes in one step where no promp
 DEFAULT_LAYOUT_NAME = "ep-tp"
 
 # Old keyword arguments and command-line options, with their present names.
-RENAMED = dict(
-    pair.split("=")
-    for pair in [
-        "max_batch=max_num_seqs",
-        "max_requests=max_num_seqs",
-        "batch=max_num_seqs",
-        "concurrency=max_num_seqs",
-        "memory_gib=kv_cache_gib",
-        "host_gib=host_cache_gib",
-        "turns=decode_steps",
-        "stage_chunks=virtual_stages",
-        "most_mib=max_mib",
-    ]
-)
+_RENAMED = """
+max_batch=max_num_seqs max_requests=max_num_seqs batch=max_num_seqs concurrency=max_num_seqs memory_gib=kv_cache_gib
+host_gib=host_cache_gib turns=decode_steps stage_chunks=virtual_stages most_mib=max_mib
+"""
+RENAMED = dict(pair.split("=") for pair in _RENAMED.split())
 
 
 def _option(default: Any, text: str) -> Any:

@@ -1,0 +1,112 @@
+"""EngineConfig: one list of options for LLM, AsyncEngine and the command line; old names are named with the new one."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+import jaxmoe
+from jaxmoe import LLM, AsyncEngine, CacheConfig, ConfigError, EngineConfig, ParallelConfig
+from jaxmoe.aot.fit import CompileRequest
+from jaxmoe.aot.request import InspectRequest
+from jaxmoe.cli.main import cli, run
+from jaxmoe.config.engine import OPTION_FIELDS, RENAMED, SERVING_OPTIONS, EngineOptions
+from jaxmoe.map.data import MapRequest
+from jaxmoe.planner.api import PlanRequest
+
+
+def test_keyword_arguments_are_the_fields_of_the_configuration():
+    assert set(EngineOptions.__annotations__) == {*OPTION_FIELDS, "parallel", "cache"}
+    assert set(EngineConfig().options()) == set(OPTION_FIELDS)
+    assert set(OPTION_FIELDS) > SERVING_OPTIONS
+
+
+def test_options_go_to_their_parts():
+    config = EngineConfig(dtype="float32").with_options(
+        {"mesh": "tensor=2", "kv_dtype": "int8", "max_num_seqs": 3, "kernels": {"grouped": "blocks"}}
+    )
+    assert (config.parallel.mesh, config.cache.kv_dtype, config.max_num_seqs) == ("tensor=2", "int8", 3)
+    assert config.options() | {"dtype": None} == EngineConfig().options() | {
+        "mesh": "tensor=2", "kv_dtype": "int8", "max_num_seqs": 3, "kernels": {"grouped": "blocks"},
+    }  # fmt: skip
+    whole = config.with_options({"cache": CacheConfig(page_size=8), "parallel": ParallelConfig()})
+    assert (whole.cache.page_size, whole.cache.kv_dtype, whole.parallel.mesh) == (8, None, None)
+    assert EngineConfig().options() == EngineConfig().with_options({}).options()
+
+
+def _flags(command: str) -> set[str]:
+    return {name for option in cli.commands[command].params if isinstance(option, click.Option) for name in option.opts}
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "score", "verify", "bench", "balance", "compile", "inspect", "map", "plan"]
+)
+def test_the_command_line_has_the_same_names_and_texts(command):
+    options = {option.name: option for option in cli.commands[command].params if isinstance(option, click.Option)}
+    shared = set(options) & set(OPTION_FIELDS)
+    assert {"dtype", "weights_dtype", "kv_dtype", "layout"} <= shared or command == "verify"
+    if command in ("generate", "score", "bench"):
+        for name in shared:
+            assert options[name].help == OPTION_FIELDS[name].metadata["help"]
+            assert options[name].default in (OPTION_FIELDS[name].default, None, ())
+    assert _flags(command).isdisjoint({f"--{old.replace('_', '-')}" for old in RENAMED} - {"--batch"})
+
+
+@pytest.mark.parametrize("request_type", [InspectRequest, CompileRequest, MapRequest, PlanRequest])
+def test_requests_name_their_options_as_the_engine_does(request_type):
+    names = set(request_type.__dataclass_fields__)
+    assert {"dtype", "weights_dtype", "kv_dtype", "layout", "virtual_stages", "max_num_seqs", "chunk_tokens"} <= names
+    assert names.isdisjoint(RENAMED)
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_an_old_keyword_argument_is_named_with_the_new_one(old):
+    for load in (LLM, LLM.load, AsyncEngine):
+        with pytest.raises(ConfigError, match=f"{old} is now called {RENAMED[old]}"):
+            load("demo", **{old: 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["generate", "--max-batch", "4"], "--max-batch is now called --max-num-seqs"),
+        (["compile", "demo", "--batch", "4"], "--batch is now called --max-num-seqs"),
+        (["plan", "demo", "--concurrency", "4"], "--concurrency is now called --max-num-seqs"),
+        (["generate", "--stage-chunks", "2"], "--stage-chunks is now called --virtual-stages"),
+        (["probe", "--most-mib", "1"], "--most-mib is now called --max-mib"),
+    ],
+)
+def test_an_old_option_is_named_with_the_new_one(line, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(line)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"jaxmoe: error: {words}\n"
+
+
+@pytest.mark.parametrize(("old", "new"), [("Engine", "AsyncEngine"), ("Chunk", "TokenEvent")])
+def test_an_old_export_is_named_with_the_new_one(old, new):
+    with pytest.raises(AttributeError, match=f"jaxmoe.{old} is now called jaxmoe.{new}"):
+        getattr(jaxmoe, old)
+
+
+def test_everything_a_user_meets_is_exported():
+    for name in jaxmoe.__all__:
+        assert getattr(jaxmoe, name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number of at least 1"),
+        ({"page_size": True}, "page_size=True must be a whole number"),
+        ({"decode_steps": 1.5}, "decode_steps=1.5"),
+        ({"host_cache_gib": -1}, "host_cache_gib=-1 must be a number of at least 0"),
+        ({"kv_cache_gib": "8"}, "kv_cache_gib='8'"),
+        ({"max_num_seq": 3}, "there is no option max_num_seq: did you mean max_num_seqs?"),
+        ({"zzz": 3}, "there is no option zzz: the options are "),
+    ],
+)
+def test_values_that_cannot_be_are_named(options, words):
+    with pytest.raises(ConfigError) as error:
+        EngineConfig().with_options(options)
+    assert words in str(error.value)
