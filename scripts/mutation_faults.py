@@ -263,7 +263,7 @@ LOADING = _faults(
     ),
     (
         "only-the-first-copy-of-a-key-head-is-loaded",
-        "jaxmoe/config.py",
+        "jaxmoe/config/model.py",
         "return range(kv_head * self.kv_copies, (kv_head + 1) * self.kv_copies)",
         "return range(kv_head * self.kv_copies, kv_head * self.kv_copies + 1)",
         "parallel/test_sharding.py",

@@ -16,7 +16,8 @@ from jaxmoe.aot.hlo_collectives import collectives_and_padding
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.runner import EngineState, Runner
+from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.step_programs import EngineState
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.collectives import Collective

@@ -17,7 +17,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxmoe.api.llm import LLM, Prompt
+from jaxmoe.api.inputs import Prompt
+from jaxmoe.api.llm import LLM
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS
 from jaxmoe.engine.batch import whole_blocks
@@ -85,7 +86,7 @@ class AsyncEngine:
         self._shared = self.llm._shared
         try:
             self._core = self._shared.reserve(
-                self._scheduler_config, trace=None if trace is None else Trace(self.llm.trace_facts())
+                self._scheduler_config, trace=None if trace is None else Trace(self.llm._trace_facts())
             )
         except RequestError as error:
             given = f"kv_cache_gib={engine_config.cache.kv_cache_gib}"
@@ -139,7 +140,9 @@ class AsyncEngine:
             StepError: While iterating, if a step that computed the request failed, its logits are not finite, or it was
                 cancelled or timed out.
         """
-        ids = self.llm.checked_prompt(prompt, params)
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
+        ((ids, _),) = self.llm._check_inputs([prompt], params)
         self._core.check(len(ids), params)
         if type(priority) is not int:
             raise RequestError(f"priority={priority!r} must be a whole number")

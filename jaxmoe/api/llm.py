@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmoe.api.inputs import Prompt, check_inputs, check_prompts, listed
 from jaxmoe.api.loader import LoadedModel, load_model
+from jaxmoe.api.request_sizing import size_for_requests
+from jaxmoe.api.scoring import score_batches
 from jaxmoe.api.shared_core import SharedCore
 from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
-from jaxmoe.config.engine import MAX_DECODE_STEPS, PAGE_SIZE
-from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
-from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent, check_prompt
-from jaxmoe.engine.runner import Runner, bucket
+from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
+from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import Message, Tokenizer
 from jaxmoe.engine.trace import Trace, check_trace_path
@@ -29,11 +28,6 @@ from jaxmoe.errors import RequestError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import describe
 from jaxmoe.weights.source import DEFAULT_MODEL
-
-Prompt = str | Sequence[int]
-_MAX_PREFILL_TOKENS = 65536  # tokens of one batch of LLM.score
-_CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens per step and rank
-_OPEN_TOKENS = 1024  # new tokens to allocate pages for, per request without max_tokens
 
 
 class LLM:
@@ -141,7 +135,7 @@ class LLM:
             RequestError: If a prompt or a parameter is out of range. Nothing runs in that case.
             StepError: If a step that computed one of the requests failed, or the logits of a request are not finite.
         """
-        inputs = self._checked_inputs(_listed(prompts), params)
+        inputs = self._check_inputs(prompts, params)
         requests: list[list[Request]] = []
         for _ in self._events(inputs, requests):
             pass
@@ -168,7 +162,7 @@ class LLM:
             RequestError: As in generate.
             StepError: As in generate, while iterating.
         """
-        return self._events(self._checked_inputs(_listed(prompts), params), [])
+        return self._events(self._check_inputs(prompts, params), [])
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams = SamplingParams(), *,
@@ -251,54 +245,8 @@ class LLM:
         return np.stack(rows)
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        checked = self._checked(_listed(prompts), room=0)
-        size = self._batch_size(checked)
-        for first in range(0, len(checked), size):
-            group = checked[first : first + size]
-            tokens, lengths = pad_prompts(group, self.runner.padded_num_seqs(len(group)))
-            logprobs, logits = (np.asarray(part) for part in self.runner.score(tokens, lengths))
-            for row, ids in enumerate(group):
-                yield logprobs[row, : len(ids) - 1], logits[row]
-
-    def _checked(self, prompts: Sequence[Sequence[int]], *, room: int) -> list[list[int]]:
-        context = self.config.max_position_embeddings - room
-        if not prompts:
-            raise RequestError("no prompts were given: give at least one")
-        return [
-            check_prompt(ids, index=index, vocab_size=self.config.vocab_size, context=context)
-            for index, ids in enumerate(prompts)
-        ]
-
-    def _batch_size(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Return the number of prompts of one batch, limited by max_num_seqs and by the tokens of one prefill."""
-        longest = max(len(ids) for ids in prompts)
-        return max(1, min(self.max_num_seqs, _MAX_PREFILL_TOKENS // longest))
-
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer.json: give token ids")
-        return self.tokenizer.encode(prompt)
-
-    def _checked_inputs(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[tuple[list[int], SamplingParams]]:
-        """Check all requests and return the token ids and sampling parameters of each."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
-            raise RequestError(
-                f"params must be SamplingParams, one or a list with one for each prompt, not {params!r:.60}"
-            )
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one for each")
-        if self.tokenizer is None and any(p.stop for p in each):
-            raise RequestError("stop strings need a tokenizer.json, and this model has none: leave stop empty")
-        for p in each:
-            special = special_stop_ids(self.tokenizer, p.stop, vocab_size=self.config.vocab_size)
-            p.check_token_ids(vocab_size=self.config.vocab_size, num_eos=len(self.eos.union(special)))
-        checked = self._checked([self._ids(prompt) for prompt in prompts], room=1)
-        return list(zip(checked, each, strict=True))
+        checked = check_prompts(listed(prompts), self.config, room=0)
+        return score_batches(self.runner, checked, max_num_seqs=self.max_num_seqs)
 
     def _events(
         self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
@@ -407,7 +355,7 @@ class LLM:
             RequestError: If the path cannot be written. Raised on entry.
         """
         check_trace_path(path)
-        trace = Trace(self.trace_facts())
+        trace = Trace(self._trace_facts())
         with self._shared.lock:
             if self._shared.reserved and self._core is not None and self._core.trace is not None:
                 raise RequestError("the AsyncEngine on this LLM writes a trace already: close it first")
@@ -421,7 +369,7 @@ class LLM:
                     self._core.trace = None
             trace.write(path)
 
-    def trace_facts(self) -> dict[str, Any]:
+    def _trace_facts(self) -> dict[str, Any]:
         """Return the facts about the model and the mesh that a trace records."""
         config = self.config
         facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
@@ -429,23 +377,10 @@ class LLM:
             facts |= {"experts": config.moe.num_experts, "experts_per_token": config.moe.num_experts_per_tok}
         return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self.runner.bytes_per_token}
 
-    def checked_prompt(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """Check one request and return the token ids of its prompt.
-
-        Args:
-            prompt: A text or token ids.
-            params: Sampling parameters of the request.
-
-        Returns:
-            The token ids of the prompt.
-
-        Raises:
-            RequestError: If the model cannot run the prompt or the parameters.
-        """
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
-        ((ids, _),) = self._checked_inputs([prompt], params)
-        return ids
+    def _check_inputs(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[tuple[list[int], SamplingParams]]:
+        return check_inputs(prompts, params, tokenizer=self.tokenizer, config=self.config, eos=self.eos)
 
     def pool_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
@@ -463,7 +398,7 @@ class LLM:
         Raises:
             RequestError: As in generate.
         """
-        scheduler_config = self._scheduler_config_for(self._checked_inputs(_listed(prompts), params))
+        scheduler_config = self._scheduler_config_for(self._check_inputs(prompts, params))
         return (
             scheduler_config.num_ranks * scheduler_config.num_pages * scheduler_config.page_size,
             self.runner.bytes_per_token,
@@ -474,33 +409,8 @@ class LLM:
         fixed = self._shared.fixed([(len(ids), p) for ids, p in inputs])
         if fixed is not None:
             return fixed.scheduler_config
-        context, ranks = self.config.max_position_embeddings, self.runner.num_ranks
-        longest = max(context if p.max_tokens is None else min(context, len(ids) + p.max_tokens) for ids, p in inputs)
-        expected = max(min(context, len(ids) + (p.max_tokens or _OPEN_TOKENS)) for ids, p in inputs)
-        seq_slots = self.runner.padded_num_seqs(min(sum(p.n for _, p in inputs), self.max_num_seqs)) // ranks
-        length = min(bucket(longest), context)
-        share = -(-sum(len(ids) for ids, _ in inputs) // ranks)
-        page_size = PAGE_SIZE * self.runner.context_ranks
-        chunk_tokens = next((n for n in _CHUNK_TOKENS if n >= share), _CHUNK_TOKENS[-1])
-        chunk_tokens, block_tokens = whole_blocks(chunk_tokens, self.runner.block_shares)
-        needed = SchedulerConfig(
-            num_ranks=ranks,
-            max_num_seqs=seq_slots,
-            block_tokens=block_tokens,
-            context=length,
-            page_size=page_size,
-            decode_steps=MAX_DECODE_STEPS,
-            chunk_tokens=chunk_tokens,
-            num_pages=1,
-            window=self.config.visible_span[0],
-            attention_chunk=self.config.visible_span[1],
-        )
-        keeps_all = any(p.reads_history for _, p in inputs)
-        whole = (
-            needed if self._core is None or self._core.warmed_up else needed.joined(self._core.scheduler_config)
-        )  # larger chunks need more pages
-        usual, most = (whole.max_pages(n, keeps_all=keeps_all) for n in (min(bucket(expected), length), length))
-        return replace(whole, num_pages=max(whole.num_pages, seq_slots * usual, most))
+        present = None if self._core is None or self._core.warmed_up else self._core.scheduler_config
+        return size_for_requests(self.runner, inputs, max_num_seqs=self.max_num_seqs, present=present)
 
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """Return an engine core that fits these requests: the current one, or a larger one that replaces it."""
@@ -511,20 +421,3 @@ class LLM:
             core.trace = self._trace
         core.on_loads = self._on_loads
         return core
-
-
-def pad_prompts(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens [rows, bucket], right-padded with 0, and lengths [rows], both int32."""
-    lengths = np.zeros(rows, np.int32)
-    lengths[: len(prompts)] = [len(ids) for ids in prompts]
-    tokens = np.zeros((rows, bucket(max(len(ids) for ids in prompts))), np.int32)
-    for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)] = ids
-    return tokens, lengths
-
-
-def _listed(prompts: Iterable[Any]) -> list[Any]:
-    """Return the prompts as a list. Raises: RequestError for a single text or an object that is not iterable."""
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts must be a list of texts or of lists of token ids, not {prompts!r:.60}")
-    return list(prompts)

@@ -17,8 +17,9 @@ from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of,
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
-from jaxmoe.engine.runner import EngineState, Runner, StepOutput
+from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.step_programs import EngineState, StepOutput
 from jaxmoe.engine.tier import HostOffload
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer

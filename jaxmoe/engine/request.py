@@ -118,6 +118,10 @@ class SamplingParams:
             0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
             f"top_logprobs={self.top_logprobs} must lie in [0, {MAX_TOP_LOGPROBS}]",
         )
+        self._check_stop()
+        self._check_logit_bias()
+
+    def _check_stop(self) -> None:
         strings = isinstance(self.stop, Sequence) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, f"stop={self.stop!r} must be non-empty strings")
         for text in self.stop:
@@ -127,6 +131,8 @@ class SamplingParams:
             )
         ids = isinstance(self.stop_token_ids, Sequence) and all(_is_id(token) for token in self.stop_token_ids)
         _require(ids, f"stop_token_ids={self.stop_token_ids!r} must be token ids")
+
+    def _check_logit_bias(self) -> None:
         _require(
             isinstance(self.logit_bias, Mapping), f"logit_bias={self.logit_bias!r:.60} must map token ids to numbers"
         )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,13 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import BLOCK_TOKENS, FLOAT_PARTS, Bucket
+from jaxmoe.engine.batch import BLOCK_TOKENS, Bucket
 from jaxmoe.engine.experts import ExpertManager
+from jaxmoe.engine.step_programs import EngineState, StepOutput, output_buffers, sample_logits, score_prompts
 from jaxmoe.errors import RequestError
 from jaxmoe.model.attend import (
     PAGE_DIMS,
     TOKEN_PAGE_DIMS,
-    DensePrefillInputs,
-    KVPages,
     PagedStepInputs,
     QueryBlocks,
     empty_pages,
@@ -33,7 +32,7 @@ from jaxmoe.model.attend import (
     split_rows,
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
-from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
+from jaxmoe.ops.sample import SamplerOutput, SamplingFeatures
 from jaxmoe.parallel.collectives import (
     Collective,
     CollectiveSite,
@@ -50,14 +49,8 @@ from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule
 from jaxmoe.quantization.formats import QMAX
 from jaxmoe.weights.params import parameter_table
 
-_SCORE_POSITIONS = 256
 # XLA's CPU matmuls of a single bfloat16 row run ten times slower than matmuls of two rows (docs/benchmarks.md).
 _MIN_SEQ_SLOTS = 2
-
-
-def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Select the last token of each row of hidden [B,S,D]: [B,1,D]."""
-    return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
 
 
 def bucket(value: int, *, least: int = 16) -> int:
@@ -66,28 +59,6 @@ def bucket(value: int, *, least: int = 16) -> int:
     while size < value:
         size = size * 2 if value > size * 3 // 2 or size < 32 else size * 3 // 2
     return size
-
-
-class EngineState(NamedTuple):
-    """Hold the device state carried between steps.
-
-    tokens: last token of every row [r, rows]. pages: KV pages. token_pages: token ids of the pages [pages, page_size].
-    """
-
-    tokens: jax.Array
-    pages: KVPages
-    token_pages: jax.Array
-
-
-class StepOutput(NamedTuple):
-    """Hold the output of one step.
-
-    sampled: sampled tokens of each decode step and row, arrays [T,r,d] and [T,r,d,L]. tokens_per_expert: tokens routed
-    to each physical expert, summed over the decode steps, as in ForwardState; None unless traced.
-    """
-
-    sampled: SamplerOutput
-    tokens_per_expert: TokensPerExpert | None
 
 
 class Runner:
@@ -293,16 +264,9 @@ class Runner:
         return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
-        self,
-        model: Transformer,
-        state: EngineState,
-        tokens_per_expert: TokensPerExpert | None,
-        metadata,
-        features: SamplingFeatures,
-        bucket: Bucket,
-        decode_steps,
-        max_decode_steps: int,
-    ):
+        self, model: Transformer, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
+        features: SamplingFeatures, bucket: Bucket, decode_steps, max_decode_steps: int,
+    ):  # fmt: skip
         placement, ranks, seq_slots = self.placement.with_view("outside_pipeline"), self.num_ranks, bucket.seq_slots
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
         blocks = QueryBlocks(
@@ -350,18 +314,15 @@ class Runner:
             return state, forward_state.tokens_per_expert, buffers, room
 
         buffers = model.empty_buffers(schedule, ranks * seq_slots // of, 1) if schedule.stages > 1 else None
-        carry = state, tokens_per_expert, buffers, self._room(max_decode_steps, of, seq_slots)
+        carry = (
+            state,
+            tokens_per_expert,
+            buffers,
+            output_buffers(max_decode_steps, ranks, of, seq_slots, vocab_size=self.config.vocab_size),
+        )
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
         sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, seq_slots, *part.shape[4:]) for part in room))
         return state, StepOutput(sampled, tokens_per_expert)
-
-    def _room(self, max_decode_steps: int, of: int, seq_slots: int) -> tuple[jax.Array, ...]:
-        """Buffers for sampled tokens, by decode step, rank, micro-batch and row."""
-        per_row, top = (max_decode_steps, self.num_ranks, of, seq_slots // of), min(MAX_TOP, self.config.vocab_size)
-        return (
-            jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
-            jnp.zeros((*per_row, top)),
-        )  # fmt: skip
 
     def _sample_hidden(
         self,
@@ -375,55 +336,15 @@ class Runner:
         """Sample one token per row after hidden states [r*d,1,D] of tokens at positions [r,d]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
-        return self._sample_logits(logits, metadata, token_pages, positions + 1, features)
-
-    def _sample_logits(
-        self, logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures
-    ) -> SamplerOutput:
-        """Sample one token per row, on the rank of the row. logits [r,d,V]; positions [r,d] of the new tokens."""
-        values = {name: metadata[name] for name in SamplingArrays._fields}
-        for name in FLOAT_PARTS:
-            values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
-        for name in ("seed", "seed_high"):
-            values[name] = jax.lax.bitcast_convert_type(values[name], jnp.uint32)
-        names = list(values)
-
-        def on_rank(logits, token_pages, block_table, positions, features, *arrays):
-            rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
-            backend = self.kernels.sampling
-            sampled = sample(
-                logits[0], rows, token_pages, block_table[0], positions[0], SamplingFeatures(*features), backend=backend
-            )
-            return tuple(part[None] for part in sampled)
-
-        per_row = ("batch", "block")
-        sampled = self.placement.shard_map_local(
-            on_rank,
-            (logits, (*per_row, "unsharded")), (token_pages, TOKEN_PAGE_DIMS),
-            (metadata["block_table"], (*per_row, "unsharded")),
-            (positions, per_row), (jnp.stack(features), ("unsharded",)),
-            *((values[name], (*per_row, "unsharded")[: values[name].ndim]) for name in names),
-            out=(per_row, per_row, (*per_row, "unsharded"), (*per_row, "unsharded")),
+        return sample_logits(
+            logits, metadata, token_pages, positions + 1, features,
+            placement=self.placement, backend=self.kernels.sampling,
         )  # fmt: skip
-        return SamplerOutput(*sampled)
 
     def _score(self, leaves, tokens, lengths):
-        model = self._merge(leaves)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        step_inputs = DensePrefillInputs(valid=positions < lengths[:, None], num_ranks=self.num_ranks)
-        parts = math.gcd(tokens.shape[0] // self.num_ranks // self.context_ranks, self.placement.num_stages)
-        hidden, *_ = model(tokens, step_inputs, schedule=self._schedule(parts))
-        target = jnp.roll(tokens, -1, axis=1)
-        strips = []
-        for start in range(0, tokens.shape[1], _SCORE_POSITIONS):  # in parts, to bound the memory of the logits
-            part = slice(start, start + _SCORE_POSITIONS)
-            logits = model.logits(hidden[:, part])
-            logits = self.placement.constrain(logits, "batch", "length", "unsharded")
-            picked = jnp.take_along_axis(logits, target[:, part, None], axis=-1)[..., 0]
-            total = jax.nn.logsumexp(logits, axis=-1)
-            strips.append(picked - jnp.where(jnp.isfinite(total), total, jnp.nan))
-        logits = model.logits(_last(hidden, lengths))[:, 0, : self.config.vocab_size]
-        return jnp.concatenate(strips, axis=1), self.placement.constrain(logits, "batch", "unsharded")
+        rows_of_rank = tokens.shape[0] // self.num_ranks // self.context_ranks
+        schedule = self._schedule(math.gcd(rows_of_rank, self.placement.num_stages))
+        return score_prompts(self._merge(leaves), tokens, lengths, schedule=schedule)
 
     # --- called by the engine ---
 

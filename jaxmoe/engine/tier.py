@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.cache.pages import PageCopy
-from jaxmoe.engine.runner import EngineState, Runner
+from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.step_programs import EngineState
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
 from jaxmoe.quantization.formats import QMAX
 

@@ -49,19 +49,9 @@ Through = Callable[[Any, PipelineSlot, jax.Array, jax.Array | None, jax.Array, A
 
 
 def tick_stages(
-    through: Through,
-    weights: Any,
-    buffers: StageBuffers,
-    enters: jax.Array,
-    layer_state: Any,
-    step_inputs: Any,
-    tick: Any,
-    decode_steps: Any,
-    *,
-    segment: LayerSegment,
-    schedule: PipelineSchedule,
-    placement: Placement,
-) -> tuple[StageBuffers, Any]:
+    through: Through, weights: Any, buffers: StageBuffers, enters: jax.Array, layer_state: Any, step_inputs: Any,
+    tick: Any, decode_steps: Any, *, segment: LayerSegment, schedule: PipelineSchedule, placement: Placement,
+) -> tuple[StageBuffers, Any]:  # fmt: skip
     """Run one tick of all stages. Their outputs are `sent` of the returned buffers.
 
     weights, layer_state: trees of arrays with a leading dim of slots. enters [B,S,D]: input of the first stage's first

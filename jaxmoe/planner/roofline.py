@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.planner.cost import MATRICES, StepBatch, StepCost, attention_dims, experts_of, matrices_of
+from jaxmoe.planner.cost import MATRICES, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import DeviceLayers
 from jaxmoe.planner.parameters import ParameterShape
 from jaxmoe.planner.serving import ServingModel, Workload
+from jaxmoe.planner.step_time import StepBatch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxmoe.planner.cost import StepBatch, StepCost, StepTime
+from jaxmoe.planner.cost import StepCost
+from jaxmoe.planner.step_time import StepBatch, StepTime
 
 # Share of the memory left by weights and step buffers that KV cache pages may use.
 _PAGES = 0.9

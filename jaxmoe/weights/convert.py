@@ -117,19 +117,8 @@ def convert(
     weights_dtype = None if weights_dtype is None else canonical_dtype(weights_dtype)
     transform = transform_of(weights_dtype, source_checkpoint, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[source_checkpoint.kind]
-    if mesh is not None and kind != "orbax":
-        raise CheckpointError(
-            f"mesh={mesh!r} sets the chunks of an orbax checkpoint, to={kind!r} has no chunks: leave it out"
-        )
     options = {"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype}
-    destination = Path(os.path.abspath(destination))
-    if not destination.name:
-        raise CheckpointError(f"destination {destination} exists: name another, or move it away")
-    if source.resolve().is_relative_to(partial_path(destination).resolve()):
-        raise CheckpointError(
-            f"destination {destination} has its unfinished work in {partial_path(destination)}, which contains the "
-            f"source: name another"
-        )
+    destination = _checked_destination(source, destination, kind=kind, mesh=mesh)
     job = _ConversionJob(
         source_checkpoint=source_checkpoint,
         destination=destination,
@@ -167,6 +156,23 @@ def _half(ram_gib: float) -> int:
     if not (math.isfinite(ram_gib) and _RAM_LIMITS[0] <= ram_gib <= _RAM_LIMITS[1]):
         raise CheckpointError(f"ram_gib={ram_gib} must lie in [{_RAM_LIMITS[0]}, {_RAM_LIMITS[1]:.0f}] GiB")
     return int(ram_gib * 2**29)
+
+
+def _checked_destination(source: Path, destination: Path, *, kind: str, mesh: str | None) -> Path:
+    """Return the absolute destination. Raises: CheckpointError if it or the mesh cannot be."""
+    if mesh is not None and kind != "orbax":
+        raise CheckpointError(
+            f"mesh={mesh!r} sets the chunks of an orbax checkpoint, to={kind!r} has no chunks: leave it out"
+        )
+    destination = Path(os.path.abspath(destination))
+    if not destination.name:
+        raise CheckpointError(f"destination {destination} exists: name another, or move it away")
+    if source.resolve().is_relative_to(partial_path(destination).resolve()):
+        raise CheckpointError(
+            f"destination {destination} has its unfinished work in {partial_path(destination)}, which contains the "
+            f"source: name another"
+        )
+    return destination
 
 
 def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_longer_prompt_before_leaves_room_for_what_had_room(changed_dir):
     for before in ([], [([1] * 2000, SamplingParams(max_tokens=10))]):
         for others in (asked, before, asked):
             if others:
-                llm._core = SimpleNamespace(scheduler_config=llm._scheduler_config_for(others))
+                llm._core = SimpleNamespace(scheduler_config=llm._scheduler_config_for(others), warmed_up=False)
         scheduler_config = llm._scheduler_config_for(asked)
         Scheduler(scheduler_config).check(100, 3100)
         assert scheduler_config.max_pages(scheduler_config.context) <= scheduler_config.num_pages < 300

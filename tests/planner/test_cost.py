@@ -14,11 +14,12 @@ from jaxmoe.parallel.collectives import StepShape, planned_collectives
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
 from jaxmoe.parallel.sharding import Placement
-from jaxmoe.planner.cost import StepBatch, StepCost, imbalance
+from jaxmoe.planner.cost import StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.planner.serving import ServingModel, Workload
+from jaxmoe.planner.step_time import StepBatch
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 

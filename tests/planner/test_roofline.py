@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoe.planner.cost import StepBatch
 from jaxmoe.planner.roofline import op_costs, roofline
 from jaxmoe.planner.search import search
+from jaxmoe.planner.step_time import StepBatch
 
 from .plans import LOAD, found, question
 
