@@ -22,11 +22,13 @@ from jaxmoe.families import FAMILIES, with_weights_dtype
 from jaxmoe.families.quantization_reader import weight_quantization
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import check_axes
+from jaxmoe.planner.choose import ServingPlan
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, hardware_names, read_hardware
-from jaxmoe.planner.search import NoPlanError, SearchRequest, ServingPlan, search
+from jaxmoe.planner.search import NoPlanError, search
 from jaxmoe.planner.serving import Workload
 from jaxmoe.planner.sizes import ParameterCounts, count_parameters, kv_numbers
+from jaxmoe.planner.specs import SearchRequest
 from jaxmoe.planner.step_time import StepBatch
 from jaxmoe.quantization.formats import FORMATS, NVFP4
 

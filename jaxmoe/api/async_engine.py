@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.api.inputs import Prompt
 from jaxmoe.api.llm import LLM
+from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS
 from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.request import SamplingParams, TokenEvent, is_finite
+from jaxmoe.engine.request import SamplingParams, TokenEvent
 from jaxmoe.engine.trace import Trace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL

@@ -15,7 +15,7 @@ from jaxmoe.cli.options import console, dispatch_option, size_text, table_consol
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
-from jaxmoe.planner.search import OBJECTIVES
+from jaxmoe.planner.specs import OBJECTIVES
 from jaxmoe.planner.why import counted, digits
 
 _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot

@@ -35,7 +35,7 @@ def save_plot(path: str, draw: Callable[[Any], None], *, inches: tuple[float, fl
     """
     from matplotlib.figure import Figure
 
-    from jaxmoe.engine.trace import write_whole
+    from jaxmoe.files import write_whole
 
     figure = Figure(figsize=inches, layout="constrained")
     draw(figure)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
+from jaxmoe.checks import is_finite
 from jaxmoe.errors import ConfigError
 
 PAGE_SIZE = 16  # tokens of a KV cache page
@@ -82,7 +82,7 @@ class CacheConfig:
             gib = getattr(self, name)
             if gib is None and name == "kv_cache_gib":
                 continue
-            if type(gib) not in (int, float) or not (math.isfinite(gib) and 0 <= gib < 2**40):
+            if not is_finite(gib, below=2**40) or gib < 0:
                 raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
 
 

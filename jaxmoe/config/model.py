@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from jaxmoe.checks import require
 from jaxmoe.errors import ConfigError
 from jaxmoe.quantization.formats import CheckpointQuantization, WeightQuantization
 
@@ -28,9 +30,7 @@ def canonical_dtype(name: str) -> str:
     return _DTYPE_ALIASES.get(short, short)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+_require = partial(require, ConfigError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -269,9 +269,8 @@ class EngineCore:
 
     # --- engine loop ---
 
-    def step(self) -> list[Request]:
-        """Dispatch the next step, process the output of the previous one, and return the requests with new events."""
-        updated: list[Request] = []
+    def step(self) -> None:
+        """Dispatch the next step, and process the output of the previous one: requests get their new events."""
         try:
             for sequence in self.scheduler.expired(self._clock()):
                 self._end(sequence, "deadline")
@@ -280,11 +279,10 @@ class EngineCore:
                 self._guarded(plan, lambda: self._dispatch(plan))
             if self._in_flight and (len(self._in_flight) > 1 or not plan):
                 step = self._in_flight.popleft()
-                self._guarded(step.plan, lambda: updated.extend(self._complete(step)), step.record)
+                self._guarded(step.plan, lambda: self._complete(step), step.record)
         except BaseException:  # interrupted: the planned step may or may not have been dispatched
             self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
             raise
-        return updated
 
     def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
         """End the sequences of a plan, call fault with each, and compute all other requests again on fresh pages."""
@@ -382,7 +380,7 @@ class EngineCore:
             traced=traced,
         )
 
-    def _complete(self, step: _InFlight) -> list[Request]:
+    def _complete(self, step: _InFlight) -> None:
         tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)
         done_at = self._clock() if step.done_at is None else step.done_at
         sampled = list(step.plan.sampled())
@@ -394,20 +392,19 @@ class EngineCore:
             self.on_loads(loads)
         if loads is not None and self.trace is not None and step.record is not None:
             self.trace.done(step.record, experts.rank_loads(loads), now=self._clock())
-        updated = []
+        num_new = 0
         for sequence, which, token in self.scheduler.complete(step.plan, sampled_tokens):
             request, at = self.requests[sequence.request_id], (decode_step[which], *step.slots[which])
             decode_step[which] += 1
             if math.isnan(logprobs[at]):
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
                 self._end(sequence, "error", not_finite(self.runner, where))
-                updated.append(request)
                 continue
             event = request.push(
                 token, float(logprobs[at]), self._top(step.output.sampled, at, request.params.top_logprobs)
             )
             request.events.append(event)
-            updated.append(request)
+            num_new += 1
             self.num_new_tokens += 1
             if request.record is not None and step.record is not None:
                 request.record.add_token(step.record.index)
@@ -416,8 +413,7 @@ class EngineCore:
                 self.scheduler.finish(sequence)
                 del self.requests[sequence.request_id]
         num_prompt = sum(chunk.count for chunk in step.plan.chunks)
-        self.timing.done(sent=step.sent, at=done_at, num_prompt=num_prompt, num_new=len(updated))
-        return updated
+        self.timing.done(sent=step.sent, at=done_at, num_prompt=num_prompt, num_new=num_new)
 
     @staticmethod
     def _top(sampled: SamplerOutput, at: tuple[int, ...], count: int) -> dict[int, float]:

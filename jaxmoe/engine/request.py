@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 
+from jaxmoe.checks import is_finite, require
 from jaxmoe.errors import RequestError
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RequestError(message)
-
-
+_require = partial(require, RequestError)
 MAX_BIAS_TOKEN_IDS = 384  # of one request: entries of logit_bias, stop_token_ids and the end tokens of the model
 MAX_TOP_LOGPROBS = 20
 _MAX_SAMPLES = 128
@@ -194,16 +190,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def is_finite(value: object) -> bool:
-    """Return whether value is a finite number that fits a float."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
 
 
 def _is_id(value: object) -> bool:

@@ -9,7 +9,6 @@ number of tokens that each expert parallel rank received in each layer.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 from jaxmoe.engine.batch import Bucket
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import RequestError
+from jaxmoe.files import write_whole
 from jaxmoe.jsontext import json_text
 from jaxmoe.parallel.collectives import Collective
 
@@ -270,16 +270,3 @@ def check_trace_path(path: str | Path) -> Path:
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise RequestError(f"trace {target} cannot be written: {target.parent} is not a writable directory")
     return target
-
-
-def write_whole(path: Path, text: str | bytes) -> None:
-    """Write text or bytes to a file atomically: write a temporary file, then rename it. Raises: OSError."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxmoe.checks import is_finite
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.known_keys import is_harmless, is_usual
@@ -12,14 +13,10 @@ from jaxmoe.families.known_keys import is_harmless, is_usual
 REQUIRED = object()  # marks a key without a default
 _AS_NULL = object()
 MAX_WHOLE = 2**31 - 1
+LARGEST = 1e300  # of numbers in a config.json
 MAX_LAYERS = 10_000
 MAX_HEADS = _MAX_EXPERTS = 10_000
 MAX_SHOWN = 10  # keys that an error lists; it counts the others
-
-
-def is_finite(value: Any) -> bool:
-    """Return whether a value is a number that a float can represent; true and false are not numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -113,7 +110,7 @@ class ConfigReader:
         value = self.get(key, default)
         if value is default:
             return value
-        if not is_finite(value):
+        if not is_finite(value, below=LARGEST):
             raise ConfigError(f"config key {key!r} = {shown(value)} must be a finite number")
         return float(value)
 

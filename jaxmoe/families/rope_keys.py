@@ -8,9 +8,10 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from jaxmoe.checks import is_finite
 from jaxmoe.config import RopeConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.reader import MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, is_finite, shown, shown_settings
+from jaxmoe.families.reader import LARGEST, MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, shown, shown_settings
 
 _ORIGINAL = "original_max_position_embeddings"
 # Required and optional keys of each kind of rope_scaling.
@@ -179,7 +180,11 @@ def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -
     # A null factor of YaRN means the ratio of the context lengths.
     null_factor = kind == "yarn" and "factor" in scaling and scaling["factor"] is None
     needed = () if null_factor else _NEEDS[kind]
-    wrong = {key: scaling[key] for key in needed if scaling.get(key) is not None and not is_finite(scaling[key])}
+    wrong = {
+        key: scaling[key]
+        for key in needed
+        if scaling.get(key) is not None and not is_finite(scaling[key], below=LARGEST)
+    }
     if wrong:
         raise ConfigError(
             f"config key {form!r} of rope_type {kind!r} has {shown_settings(wrong)}: give a finite number, without "

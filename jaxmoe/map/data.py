@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -200,12 +199,3 @@ def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, An
             for site in runner.sites(bucket)
         ],
     }  # fmt: skip
-
-
-def bytes_by_part(arrays: Iterable[Mapping[str, Any]], axes: Mapping[str, int]) -> dict[str, int]:
-    """Return the bytes of one device by part of the model."""
-    totals: Counter[str] = Counter()
-    for one in arrays:
-        split = math.prod(axes[axis] for names in one["axes"] for axis in names)
-        totals[one["part"]] += one["times"] * one["itemsize"] * math.prod(one["shape"]) // split
-    return dict(totals)

@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.engine.trace import write_whole
 from jaxmoe.errors import RequestError
+from jaxmoe.files import write_whole
 from jaxmoe.jsontext import json_text
 
 _SUFFIXES = (".html", ".htm")

@@ -108,13 +108,6 @@ def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
     return Blocks(jnp.cumsum(full, dtype=jnp.int32), jnp.argsort(size_index, stable=True), rest_starts, rest_ends)
 
 
-def planned_rows(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Int[Array, ""]:
-    """Count the rows of all blocks including padding. This is the cost, compared with ends[-1] routed rows."""
-    blocks = plan_blocks(ends, sizes)
-    rests = jnp.sum((blocks.rest_ends - blocks.rest_starts) * jnp.array(sizes))
-    return blocks.full_ends[-1] * sizes[-1] + rests
-
-
 def _for_each_block(plan: Assignments, sizes: tuple[int, ...], visit, carry):
     """Fold carry = visit(carry, expert, tokens, weights) over all blocks, where tokens and weights are rows [R].
 

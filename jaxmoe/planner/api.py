@@ -14,6 +14,7 @@ from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import parse_mesh
 from jaxmoe.parallel.stages import check_virtual_stages
+from jaxmoe.planner.choose import REL_TOLERANCE, ServingPlan, objective_value
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
 from jaxmoe.planner.pools import best_disaggregated
@@ -27,22 +28,9 @@ from jaxmoe.planner.rows import (
     rule_of_thumb,
     weights_dtype_of,
 )
-from jaxmoe.planner.search import (
-    LATENCY_REQUESTS,
-    OBJECTIVES,
-    REL_TOLERANCE,
-    NoPlanError,
-    Objective,
-    SearchRequest,
-    SearchResult,
-    ServingPlan,
-    candidates_of,
-    missed,
-    objective_value,
-    search,
-    servings_of,
-)
+from jaxmoe.planner.search import LATENCY_REQUESTS, NoPlanError, SearchResult, missed, search, servings_of
 from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.specs import OBJECTIVES, Objective, SearchRequest, candidates_of
 from jaxmoe.planner.why import NeighborPlans, UnmetLimit, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, model_name

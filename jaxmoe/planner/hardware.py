@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from jaxmoe.assets import asset_dir
+from jaxmoe.checks import is_finite
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import MeshError
 from jaxmoe.parallel.mesh import AXES
@@ -271,7 +272,7 @@ def _presets_like(name: str, names: list[str]) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return is_finite(value, below=_LARGEST)
 
 
 def _hardware(raw: Mapping[str, Any], name: str) -> HardwareSpec:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.files import write_whole
 from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 
 _TABLES = ("tflops", "attained")
@@ -51,13 +51,11 @@ def write_hardware(path: Path, text: str, hardware: HardwareSpec) -> None:
 
     Raises: OSError if the folder cannot be written.
     """
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.toml")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        assert read_hardware(str(beside)) == hardware, f"{path} would not read back to the measured facts"
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    def check(partial: Path) -> None:
+        assert read_hardware(str(partial)) == hardware, f"{path} would not read back to the measured facts"
+
+    write_whole(path, text, check=check)
 
 
 def _value(value: Any) -> str:

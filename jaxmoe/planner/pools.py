@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxmoe.planner.search import ParallelismConfig, SearchRequest, ServingPlan, candidates_of, servings_of
+from jaxmoe.planner.choose import ServingPlan
+from jaxmoe.planner.search import servings_of
 from jaxmoe.planner.serving import ServingEstimate, ServingModel
-from jaxmoe.planner.specs import CHUNKS
+from jaxmoe.planner.specs import CHUNKS, ParallelismConfig, SearchRequest, candidates_of
 from jaxmoe.planner.step_time import StepBatch
 
 _SHARES = 64  # most ways to divide the engines that are tried

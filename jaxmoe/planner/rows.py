@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.planner.choose import ServingPlan
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.pools import DisaggregatedPlan, beats
-from jaxmoe.planner.search import SearchRequest, ServingPlan, kind_of
 from jaxmoe.planner.sizes import count_parameters
+from jaxmoe.planner.specs import SearchRequest, kind_of
 
 _BITS = {"fp8": 8, "int8": 8, "mxfp4": 4, "nvfp4": 4}
 

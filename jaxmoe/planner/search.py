@@ -16,11 +16,9 @@ from typing import Literal
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.planner.choose import (
-    REL_TOLERANCE,
     ServingPlan,
     limited,
     meets,
-    objective_value,
     order,
     pareto_front,
     select_best,
@@ -28,11 +26,9 @@ from jaxmoe.planner.choose import (
 from jaxmoe.planner.cost import SILENT, StepCost
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import DeviceMemory
-from jaxmoe.planner.serving import ServingModel, Workload
+from jaxmoe.planner.serving import ServingModel
 from jaxmoe.planner.specs import (
     CHUNKS,
-    OBJECTIVES,
-    Objective,
     ParallelismConfig,
     SearchRequest,
     candidates_of,
@@ -40,23 +36,6 @@ from jaxmoe.planner.specs import (
     placement_of,
     why_none,
 )
-
-__all__ = [
-    "OBJECTIVES",
-    "REL_TOLERANCE",
-    "NoPlanError",
-    "Objective",
-    "ParallelismConfig",
-    "SearchRequest",
-    "SearchResult",
-    "ServingPlan",
-    "Workload",
-    "candidates_of",
-    "kind_of",
-    "objective_value",
-    "search",
-    "servings_of",
-]
 
 PlanFailure = Literal["room", "latency", "split"]
 # Concurrent requests per device, assumed for objective "latency" without a given concurrency. Halved until a split has

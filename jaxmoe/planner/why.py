@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxmoe.planner.choose import limited
+from jaxmoe.planner.choose import REL_TOLERANCE, ServingPlan, limited, objective_value
 from jaxmoe.planner.improvements import improvements
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import KV_ITEMSIZES
 from jaxmoe.planner.pools import DisaggregatedPlan, beats
-from jaxmoe.planner.search import REL_TOLERANCE, SearchRequest, SearchResult, ServingPlan, kind_of, objective_value
+from jaxmoe.planner.search import SearchResult
 from jaxmoe.planner.sizes import behind_windows, behind_words
+from jaxmoe.planner.specs import SearchRequest, kind_of
 
 _BOTTLENECKS = {
     "compute": "matmuls", "memory": "reading weights and KV cache from memory", "link": "collectives inside a {fabric}",

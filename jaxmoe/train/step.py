@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.config import ArraySizes
 from jaxmoe.errors import MeshError
 from jaxmoe.model.attend import DensePrefillInputs
 from jaxmoe.model.kernels import KernelConfig
@@ -157,7 +157,7 @@ def _check_mesh(recipe: Recipe, placement: Placement) -> None:
     """
     if placement.num_stages > 1:
         raise MeshError(f"pipeline={placement.num_stages}: training runs pipeline=1 only; use data, tensor, expert")
-    wanted, got = _own_sizes(recipe.model), array_sizes(recipe.model, placement)
+    wanted, got = ArraySizes.unpadded(recipe.model), array_sizes(recipe.model, placement)
     if wanted != got:
         raise MeshError(
             f"training needs even splits without padding, but this mesh gives {got}, not {wanted}; use smaller axes"
@@ -166,17 +166,3 @@ def _check_mesh(recipe: Recipe, placement: Placement) -> None:
         raise MeshError(
             f"batch_rows={recipe.batch_rows} must be a multiple of data x expert = {placement.num_shards('batch')}"
         )
-
-
-def _own_sizes(config: ModelConfig) -> ArraySizes:
-    moe = config.moe
-    return ArraySizes(
-        vocab=config.vocab_size,
-        kv_slots=config.num_key_value_heads,
-        kv_copies=1,
-        group_slots=config.num_query_groups,
-        ffn=config.intermediate_size,
-        moe_experts=moe.num_experts if moe else 0,
-        moe_ffn=moe.intermediate_size if moe else 0,
-        shared_ffn=moe.shared_intermediate_size if moe else 0,
-    )

@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.aot.compile import held_bytes
-from jaxmoe.map.data import MapRequest, bytes_by_part, map_data
+from jaxmoe.map.data import MapRequest, map_data
 from jaxmoe.map.page import write_page
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 
 from ..conftest import mesh_of
+from ..map.parts import bytes_by_part
 from .pages import browser, opened
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.aot.compile import engine_state, held_bytes, step_bucket
 from jaxmoe.errors import ConfigError, MeshError
-from jaxmoe.map.data import MapRequest, bytes_by_part, map_data
+from jaxmoe.map.data import MapRequest, map_data
 from jaxmoe.map.fabric import fabric_of, torus_shape
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.collectives import Collective
@@ -20,6 +20,7 @@ from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.weights.source import model_name
 
 from ..conftest import mesh_of
+from .parts import bytes_by_part
 
 ALL = "data=2,tensor=2,expert=2"
 CASES = [

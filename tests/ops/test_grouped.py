@@ -17,7 +17,6 @@ from jaxmoe.ops.grouped import (
     block_sizes,
     grouped_swiglu,
     plan_blocks,
-    planned_rows,
     sort_assignments,
 )
 
@@ -29,6 +28,13 @@ FAST_BACKENDS = tuple(
     backend for backend in GROUPED_BACKENDS if backend not in ("dense", "native")
 )  # native: test_native.py
 ROUTINGS = ("spread", "some experts empty", "all on one expert", "some tokens inactive", "no token active")
+
+
+def planned_rows(ends, sizes: tuple[int, ...]):
+    """Rows of all blocks, padding included: the cost, beside ends[-1] routed rows."""
+    blocks = plan_blocks(jnp.asarray(ends), sizes)
+    rests = jnp.sum((blocks.rest_ends - blocks.rest_starts) * jnp.array(sizes))
+    return blocks.full_ends[-1] * sizes[-1] + rests
 
 
 def routing(name: str, num_tokens: int, rng: np.random.Generator) -> np.ndarray:

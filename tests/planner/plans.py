@@ -6,8 +6,9 @@ from functools import cache
 
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import read_hardware
-from jaxmoe.planner.search import SearchRequest, SearchResult, search
+from jaxmoe.planner.search import SearchResult, search
 from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.specs import SearchRequest
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 

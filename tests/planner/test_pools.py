@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from jaxmoe.planner.pools import beats, best_disaggregated
-from jaxmoe.planner.search import candidates_of, servings_of
+from jaxmoe.planner.search import servings_of
 from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.specs import candidates_of
 from jaxmoe.planner.step_time import StepBatch
 
 from .plans import found, question

@@ -13,8 +13,9 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
 from jaxmoe.parallel.mesh import check_axes
 from jaxmoe.planner.links import group_of
-from jaxmoe.planner.search import NoPlanError, candidates_of, kind_of, search
+from jaxmoe.planner.search import NoPlanError, search
 from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.specs import candidates_of, kind_of
 from jaxmoe.planner.why import NeighborPlans, reasons
 from scripts.planner_validation import predict, read_rows, score
 from scripts.score_planner import config_of

@@ -9,10 +9,12 @@ import pytest
 
 from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.parallel.mesh import check_axes
+from jaxmoe.planner.choose import REL_TOLERANCE, objective_value
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.improvements import improvements
-from jaxmoe.planner.search import REL_TOLERANCE, kind_of, objective_value, search
+from jaxmoe.planner.search import search
 from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.specs import kind_of
 from jaxmoe.planner.why import NeighborPlans, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
