@@ -118,12 +118,12 @@ def test_command(command, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.sweep
 def test_verify_on_every_mesh(capsys):
-    """The guide's command as it stands, on all twenty meshes."""
+    """The guide's command as it stands, on the nineteen meshes that have no more stages than the model has layers."""
     (command,) = [command for command in COMMANDS if command.startswith("jaxmoe verify")]
     with pytest.raises(SystemExit) as stopped:
         run(shlex.split(command)[1:])
     assert stopped.value.code == 0
-    assert "20 of 20 placements match one device" in capsys.readouterr().out
+    assert "19 of 19 placements match one device" in capsys.readouterr().out
 
 
 def test_make_demo(tmp_path):
@@ -145,7 +145,7 @@ def test_make_demo(tmp_path):
 def test_make_test_and_check_run_what_they_say():
     everything, optimized = make_dry_run("test").splitlines()
     assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle and not browser"')
-    assert optimized.endswith("-m pytest -n 2 --dist worksteal -m optimized")
+    assert "-m pytest -n 2 --dist worksteal -m optimized tests/" in optimized
     assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
         "ruff", "ruff", "mypy", "lint-imports",
     ]  # fmt: skip
