@@ -94,7 +94,7 @@ def _staggered(arguments: argparse.Namespace) -> None:
         again, _ = asyncio.run(run(engine, [0.0] * len(requests)))
     static = (static + again) / 2
     _say(
-        what="staggered", mesh=str(dict(llm.mesh.shape)), dtype=llm.runner.dtype, requests=len(requests),
+        what="staggered", mesh=str(dict(llm.mesh.shape)), dtype=llm._runner.dtype, requests=len(requests),
         new_tokens=total, static_tok_s=total / static, staggered_tok_s=total / seconds, ratio=static / seconds,
         equal_to_static=found == expected,
     )  # fmt: skip
@@ -129,12 +129,12 @@ def _pool(arguments: argparse.Namespace) -> None:
     pages = 16 * arguments.rows
     sizes = {1: [], 8: []}
     scheduler_config = SchedulerConfig(
-        num_ranks=llm.runner.num_ranks, max_num_seqs=arguments.rows, chunk_tokens=128, block_tokens=32, num_pages=pages,
-        page_size=16, context=256,
+        num_ranks=llm._runner.num_ranks, max_num_seqs=arguments.rows, chunk_tokens=128, block_tokens=32,
+        num_pages=pages, page_size=16, context=256,
     )  # fmt: skip
     for _ in range(3):
         for times, found in sizes.items():
-            core = EngineCore(llm.runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
+            core = EngineCore(llm._runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
             "num_pages": pages * times})),
                         tokenizer=None, eos=frozenset())  # fmt: skip
             bucket = Bucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)
@@ -144,7 +144,7 @@ def _pool(arguments: argparse.Namespace) -> None:
             parts["block_table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()
-                core._state, output = llm.runner.step(
+                core._state, output = llm._runner.step(
                     core._state, metadata, (False,) * 3, bucket, decode_steps=1, max_decode_steps=1
                 )
                 np.asarray(output.sampled.tokens)

@@ -38,7 +38,7 @@ _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar of compiled programs on standard error, if standard error is a terminal."""
     console = Console(stderr=True, highlight=False)
-    tokens, each = scheduler_config.pool_tokens * scheduler_config.num_ranks, llm.runner.bytes_per_token
+    tokens, each = scheduler_config.pool_tokens * scheduler_config.num_ranks, llm._runner.bytes_per_token
     label = f"pages for {tokens} tokens of {each} bytes ({tokens * each / 2**30:.2f} GiB); compiling steps"
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -198,7 +198,7 @@ class AsyncEngine:
             "num_pages": scheduler_config.num_pages * scheduler_config.num_ranks,
             "page_size": scheduler_config.page_size,
             "pool_tokens": scheduler_config.pool_tokens * scheduler_config.num_ranks,
-            "bytes_per_token": self.llm.runner.bytes_per_token,
+            "bytes_per_token": self.llm._runner.bytes_per_token,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -348,7 +348,7 @@ def _engine_config(model: str | Path | LLM, config: EngineConfig | None, options
 
 def _scheduler_config(llm: LLM, config: EngineConfig) -> SchedulerConfig:
     """Return the sizes of the core. Raises: ConfigError naming a value that the model or the devices cannot hold."""
-    runner, longest = llm.runner, llm.config.max_position_embeddings
+    runner, longest = llm._runner, llm.config.max_position_embeddings
     context = longest if config.context is None else config.context
     if context > longest:
         raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")

@@ -90,9 +90,9 @@ class LLM:
         return llm
 
     def _adopt(self, loaded: LoadedModel, config: EngineConfig) -> None:
-        self.runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
+        self._runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
         self.engine_config, self.max_num_seqs = config, config.max_num_seqs
-        self._shared = SharedCore(self.runner, tokenizer=self.tokenizer, eos=self.eos)
+        self._shared = SharedCore(self._runner, tokenizer=self.tokenizer, eos=self.eos)
         self._trace: Trace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
 
@@ -107,12 +107,12 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         """Return the configuration of the model."""
-        return self.runner.config
+        return self._runner.config
 
     @property
     def mesh(self) -> Mesh:
         """Return the device mesh that holds the weights."""
-        return self.runner.placement.mesh
+        return self._runner.placement.mesh
 
     @property
     def timing(self) -> StepClock | None:
@@ -220,7 +220,7 @@ class LLM:
         scores = []
         for index, (logprobs, _) in enumerate(self._scored(prompts)):
             if np.isnan(logprobs).any():
-                raise not_finite(self.runner, f"prompt {index}")
+                raise not_finite(self._runner, f"prompt {index}")
             scores.append(logprobs)
         return scores
 
@@ -240,13 +240,13 @@ class LLM:
         rows = []
         for index, (_, logits) in enumerate(self._scored(prompts)):
             if not np.isfinite(logits.max()):
-                raise not_finite(self.runner, f"the last token of prompt {index}")
+                raise not_finite(self._runner, f"the last token of prompt {index}")
             rows.append(logits)
         return np.stack(rows)
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         checked = check_prompts(listed(prompts), self.config, room=0)
-        return score_batches(self.runner, checked, max_num_seqs=self.max_num_seqs)
+        return score_batches(self._runner, checked, max_num_seqs=self.max_num_seqs)
 
     def _events(
         self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
@@ -300,7 +300,7 @@ class LLM:
             RequestError: As in generate.
             StepError: As in generate.
         """
-        experts = self.runner.experts
+        experts = self._runner.experts
         totals = np.zeros((experts.num_layers, experts.num_physical_experts), np.int64)
 
         def count(loads: np.ndarray) -> None:
@@ -336,7 +336,7 @@ class LLM:
             ConfigError: If the placement does not match this model, or the model was loaded without redundant_experts.
         """
         with self._shared.lock:
-            self.runner.place_experts(experts)
+            self._runner.place_experts(experts)
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[Trace]:
@@ -372,17 +372,17 @@ class LLM:
     def _trace_facts(self) -> dict[str, Any]:
         """Return the facts about the model and the mesh that a trace records."""
         config = self.config
-        facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self.runner.dtype}
+        facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self._runner.dtype}
         if config.moe is not None:
             facts |= {"experts": config.moe.num_experts, "experts_per_token": config.moe.num_experts_per_tok}
-        return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self.runner.bytes_per_token}
+        return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self._runner.bytes_per_token}
 
     def _check_inputs(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[tuple[list[int], SamplingParams]]:
         return check_inputs(prompts, params, tokenizer=self.tokenizer, config=self.config, eos=self.eos)
 
-    def pool_for(
+    def _pool_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> tuple[int, int]:
         """Return the size of the KV cache that generate would allocate for these prompts.
@@ -401,7 +401,7 @@ class LLM:
         scheduler_config = self._scheduler_config_for(self._check_inputs(prompts, params))
         return (
             scheduler_config.num_ranks * scheduler_config.num_pages * scheduler_config.page_size,
-            self.runner.bytes_per_token,
+            self._runner.bytes_per_token,
         )
 
     def _scheduler_config_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
@@ -410,7 +410,7 @@ class LLM:
         if fixed is not None:
             return fixed.scheduler_config
         present = None if self._core is None or self._core.warmed_up else self._core.scheduler_config
-        return size_for_requests(self.runner, inputs, max_num_seqs=self.max_num_seqs, present=present)
+        return size_for_requests(self._runner, inputs, max_num_seqs=self.max_num_seqs, present=present)
 
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """Return an engine core that fits these requests: the current one, or a larger one that replaces it."""

@@ -171,7 +171,7 @@ def _measured(
     from jaxmoe.parallel import eplb as planner
     from jaxmoe.report.verify import sample_prompts
 
-    experts, moe = llm.runner.experts, llm.config.moe
+    experts, moe = llm._runner.experts, llm.config.moe
     assert moe is not None
     groups = (moe.num_groups if nodes > 1 else 1) if groups is None else groups
     prompts, params = rows or sample_prompts(llm), SamplingParams(max_tokens=max_tokens, ignore_eos=True)

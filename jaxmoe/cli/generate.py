@@ -164,9 +164,9 @@ def _stream_to_terminal(llm: Any, prompts: list[Any], params: Any) -> None:
 
     single = len(prompts) == 1 and params.n == 1
     events = llm.stream(prompts, params)
-    tokens, num_bytes = llm.pool_for(prompts, params)
+    tokens, num_bytes = llm._pool_for(prompts, params)
     pool = f"pages for {tokens} tokens of {num_bytes} bytes ({tokens * num_bytes / 2**20:.1f} MiB)"
-    console.print(f"[dim]{describe(llm.mesh)}, {llm.runner.dtype}; {pool}; compiling (cached for next time)...[/dim]")
+    console.print(f"[dim]{describe(llm.mesh)}, {llm._runner.dtype}; {pool}; compiling (cached for next time)...[/dim]")
     if single and isinstance(prompts[0], str):
         print(prompts[0], end="", flush=True)
     texts: dict[tuple[int, int], str] = {}

@@ -93,5 +93,5 @@ def run_case(llm: LLM, case: Case, *, repeats: int, startup_s: float) -> CaseRes
     return CaseResult(
         engine="jaxmoe", case=str(case), seconds=seconds, new_tok_s=new / seconds, total_tok_s=total / seconds,
         startup_s=startup_s, compile_s=max(0.0, first - seconds), repeats=repeats, mesh=dict(llm.mesh.shape),
-        dtype=llm.runner.dtype,
+        dtype=llm._runner.dtype,
     )  # fmt: skip

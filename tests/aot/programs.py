@@ -12,9 +12,9 @@ _PAGES, _PAGE_SIZE = 8, 16
 
 def step_program(llm, bucket: Bucket, *, decode_steps: int = 1):
     """The step of a bucket, compiled as for float32."""
-    state = llm.runner.abstract_state(bucket.seq_slots, _PAGES, _PAGE_SIZE * llm.runner.context_ranks)
+    state = llm._runner.abstract_state(bucket.seq_slots, _PAGES, _PAGE_SIZE * llm._runner.context_ranks)
     with jax.default_matmul_precision("highest"):
-        return llm.runner.lower(state, bucket, max_decode_steps=decode_steps).compile()
+        return llm._runner.lower(state, bucket, max_decode_steps=decode_steps).compile()
 
 
 def assert_steps_hold_what_is_planned(llm, *, prefill: bool = True) -> None:
@@ -22,7 +22,7 @@ def assert_steps_hold_what_is_planned(llm, *, prefill: bool = True) -> None:
 
     Those of decode are in JAX's caches: nothing is compiled anew.
     """
-    core, runner = llm._core, llm.runner
+    core, runner = llm._core, llm._runner
     assert any(bucket.blocks for bucket in core.buckets)
     assert any(not bucket.blocks for bucket in core.buckets)
     for bucket in core.buckets:
@@ -38,8 +38,8 @@ def assert_steps_hold_what_is_planned(llm, *, prefill: bool = True) -> None:
 def assert_nothing_is_copied(llm, program) -> None:
     """Pages are donated, and a step needs less than half as much memory besides as its weights take."""
     memory = program.memory_analysis()
-    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
-    state = llm.runner.empty_state(1, _PAGES, _PAGE_SIZE * llm.runner.context_ranks)
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm._runner.leaves)
+    state = llm._runner.empty_state(1, _PAGES, _PAGE_SIZE * llm._runner.context_ranks)
     pages = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(state.pages))
     assert memory.alias_size_in_bytes >= pages
     assert memory.temp_size_in_bytes < weights / 2

@@ -23,12 +23,12 @@ FAMILY_CASES += ["deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"]
 
 
 def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
-    return Bucket(seq_slots=num_rows // llm.runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
+    return Bucket(seq_slots=num_rows // llm._runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
 
 
 def assert_as_planned(llm, bucket: Bucket):
     program = step_program(llm, bucket, decode_steps=1 if bucket.blocks else 2)
-    assert collectives(program.as_text(), llm.mesh) == llm.runner.planned(bucket)
+    assert collectives(program.as_text(), llm.mesh) == llm._runner.planned(bucket)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
     config, layers = llm.config, llm.config.num_hidden_layers
     bucket = bucket_for(llm, 8)
     tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
-    inside = llm.runner.planned(bucket)
+    inside = llm._runner.planned(bucket)
     inside -= {Collective(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
     assert inside == {
         Collective(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,

@@ -40,8 +40,8 @@ def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_d
     assert step.collectives == step.planned
 
     llm = tiny_llm(CASE, MESH, kernels)
-    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
-    pages = llm.runner.empty_state(2, 2 * 4, 8).pages
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm._runner.leaves)
+    pages = llm._runner.empty_state(2, 2 * 4, 8).pages
     kv = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(pages))
     assert held_bytes(runner, max_num_seqs=8, context=32, page_size=8, chunk_tokens=32) == (weights, kv)
     assert step.total_bytes >= weights + kv + step.temp_bytes

@@ -22,13 +22,13 @@ def loaded(tiny_llm):
 @pytest.fixture
 def llm(loaded):
     """The model with no core yet; programs are compiled once for all tests here."""
-    return LLM.from_runner(loaded.runner, tokenizer=loaded.tokenizer, eos=loaded.eos)
+    return LLM.from_runner(loaded._runner, tokenizer=loaded.tokenizer, eos=loaded.eos)
 
 
 @pytest.fixture(scope="module")
 def alone(loaded):
     """Tokens of a request by itself, on a core of LLM.generate's own."""
-    apart = LLM.from_runner(loaded.runner, tokenizer=loaded.tokenizer, eos=loaded.eos)
+    apart = LLM.from_runner(loaded._runner, tokenizer=loaded.tokenizer, eos=loaded.eos)
     return lambda prompt: apart.generate([prompt], PARAMS)[0].token_ids
 
 

@@ -256,7 +256,12 @@ def test_the_timeline_is_the_schedule(stages, chromium, drawn):
             for tick in range(ticks):
                 for stage in range(stages):
                     wanted = plan.slot(tick, stage, decode_steps)
-                    assert slots[tick][stage] == [wanted.decode_step, wanted.virtual_stage, wanted.micro_batch, wanted.valid]
+                    assert slots[tick][stage] == [
+                        wanted.decode_step,
+                        wanted.virtual_stage,
+                        wanted.micro_batch,
+                        wanted.valid,
+                    ]
 
 
 def test_one_stage_is_said_in_words(chromium, drawn):

@@ -59,7 +59,7 @@ def test_generate_for_people_prints_each_request(capsys, tiny_dir, tiny_llm, ids
     assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in outcome.err
     rates = r"6 prompt tokens at [\d.]+ tokens/s, 6 new tokens at [\d.]+ tokens/s; compiling took [\d.]+ s"
     assert re.search(rates, outcome.err.splitlines()[-1])
-    runner = tiny_llm(CASE, MESH).runner
+    runner = tiny_llm(CASE, MESH)._runner
     pool, num_bytes = 4 * runner.min_seq_slots * 16, runner.bytes_per_token  # ranks, rows of each, a page for each
     said = f"pages for {pool} tokens of {num_bytes} bytes ({pool * num_bytes / 2**20:.1f} MiB)"
     assert said in " ".join(outcome.err.split())

@@ -23,8 +23,8 @@ def test_json_is_one_object_with_every_parameter_and_collective(capsys, tiny_dir
     assert outcome.out.count("\n") == 1
     found = json.loads(outcome.out)
     llm = tiny_llm(CASE, OPTIONS[1])
-    assert [one["shape"] for one in found["parameters"]] == [list(leaf.shape) for leaf in llm.runner.leaves]
-    on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm.runner.leaves)
+    assert [one["shape"] for one in found["parameters"]] == [list(leaf.shape) for leaf in llm._runner.leaves]
+    on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in llm._runner.leaves)
     assert found["bytes"]["device"] == sum(one["bytes"]["device"] for one in found["parameters"]) == on_a_device
     assert found["mesh"] == {"data": 2, "pipeline": 1, "expert": 2, "tensor": 2}
     assert (found["layout"], found["dtype"], found["steps"]["dtype"]) == ("ep-tp", "float32", "float32")

@@ -153,7 +153,7 @@ def test_who_is_cancelled_or_late_frees_its_pages(engine):
 
 def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch):
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    real, calls = engine.llm.runner.step, []
+    real, calls = engine.llm._runner.step, []
 
     def step(*arguments, **named):
         calls.append(1)
@@ -166,7 +166,7 @@ def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch)
             await collect(engine, [1, 2, 3], params)
         return await collect(engine, [4, 5, 6], params)
 
-    monkeypatch.setattr(engine.llm.runner, "step", step)
+    monkeypatch.setattr(engine.llm._runner, "step", step)
     found = asyncio.run(scene())
     monkeypatch.undo()
     assert found == engine.llm.generate([[4, 5, 6]], params)[0].token_ids
@@ -229,7 +229,7 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
 
 def apart(llm: LLM) -> LLM:
     """The same weights and programs with an engine core of their own, beside the engine of this module."""
-    return LLM.from_runner(llm.runner, tokenizer=llm.tokenizer, eos=llm.eos)
+    return LLM.from_runner(llm._runner, tokenizer=llm.tokenizer, eos=llm.eos)
 
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):

@@ -89,9 +89,9 @@ def test_moved_experts_give_the_same_and_nothing_is_compiled(name, mesh, layout,
         with programs_compiled() as compiled:
             assert_same_answers(answers(llm, PROMPTS, PARAMS), expected)
         assert bool(compiled) == (seed == 0)
-        wanted = shuffled(llm.runner.experts, seed)
+        wanted = shuffled(llm._runner.experts, seed)
         llm.place_experts(wanted)
-        assert llm.runner.experts.placement is wanted
+        assert llm._runner.experts.placement is wanted
     if dispatch in ("all_to_all", "hierarchical"):  # the program that scores whole prompts reads where they stand, too
         np.testing.assert_allclose(llm.last_logits(PROMPTS), one.last_logits(PROMPTS), atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_counters_add_up_to_every_token_and_every_expert_it_chose(redundant, tin
     one = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=1"), dtype="float32")
     found = llm.expert_loads(PROMPTS, PARAMS)
     loads = found.by_physical_expert
-    experts = llm.runner.experts
+    experts = llm._runner.experts
     moe = llm.config.moe
     num_tokens = sum(len(prompt) for prompt in PROMPTS) + (PARAMS.max_tokens - 1) * len(PROMPTS)
     assert (found.by_expert.sum(axis=1) == num_tokens * moe.num_experts_per_tok).all()
@@ -124,7 +124,7 @@ def test_experts_placed_by_their_loads_fill_ranks_more_evenly(tiny_dir):
     from jaxmoe.parallel.eplb import balancedness
 
     llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("expert=4"), dtype="float32", redundant_experts=4)
-    experts, rng = llm.runner.experts, np.random.default_rng(0)
+    experts, rng = llm._runner.experts, np.random.default_rng(0)
     prompts = [rng.integers(0, llm.config.vocab_size, 40).tolist() for _ in range(24)]
     before = llm.expert_loads(prompts, PARAMS).by_expert
     popular = np.argsort(-before, axis=1)
@@ -140,7 +140,7 @@ def test_experts_placed_by_their_loads_fill_ranks_more_evenly(tiny_dir):
 def test_placements_that_do_not_fit_the_model_are_refused(tiny_dir):
     mesh = mesh_of("expert=4")
     llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh, dtype="float32", redundant_experts=0)
-    experts = llm.runner.experts
+    experts = llm._runner.experts
     loads = np.ones((experts.num_layers, experts.num_experts))
     with pytest.raises(ConfigError, match="physical experts"):
         llm.place_experts(balance(loads, num_replicas=experts.num_physical_experts + 4, num_ranks=4))

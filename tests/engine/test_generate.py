@@ -76,14 +76,14 @@ def test_logprobs_are_those_of_score(tiny_llm):
 def test_pool_for_says_what_generate_holds(mesh, tiny_llm):
     llm = tiny_llm(CASE, mesh)
     llm._core = None  # a core there is already may be larger
-    tokens, num_bytes = llm.pool_for(PROMPTS, random_params(1, tokens=40))
+    tokens, num_bytes = llm._pool_for(PROMPTS, random_params(1, tokens=40))
     assert llm._core is None
     llm.generate(PROMPTS, random_params(1, tokens=40))
     assert tokens * num_bytes == sum(part.nbytes for part in jax.tree.leaves(llm._core._state.pages))
     assert tokens >= sum(len(prompt) + 40 for prompt in PROMPTS)
-    assert llm.pool_for(PROMPTS[:1], random_params(1)) == (tokens, num_bytes)  # the pool there is has room for that
+    assert llm._pool_for(PROMPTS[:1], random_params(1)) == (tokens, num_bytes)  # the pool there is has room for that
     with pytest.raises(RequestError, match="prompt 0 is empty"):
-        llm.pool_for([[]])
+        llm._pool_for([[]])
 
 
 def test_more_requests_than_a_batch_come_back_in_order(tiny_dir):
@@ -126,7 +126,7 @@ def test_text_goes_on_from_the_prompt_and_ends_at_stop_strings(tiny_llm):
     words.decoder = decoders.Metaspace()
     words.add_special_tokens([AddedToken(f"\u2581{special}")])
     tokenizer = Tokenizer(words, {}, None)
-    llm = LLM.from_runner(llm.runner, tokenizer=tokenizer, eos=frozenset())
+    llm = LLM.from_runner(llm._runner, tokenizer=tokenizer, eos=frozenset())
 
     def answer(**options) -> tuple[list[int], str, str]:
         params = SamplingParams(max_tokens=8, **options)
@@ -188,13 +188,13 @@ def test_an_interruption_leaves_the_model_whole(tiny_llm, monkeypatch):
     wanted = llm.generate([PROMPTS[0]], random_params(4))[0].token_ids
     other = llm.stream([PROMPTS[0]], random_params(4))
     heard = [next(other).token_id]
-    real = llm.runner.step
+    real = llm._runner.step
 
     def interrupted(*arguments, **named):
         real(*arguments, **named)  # the pages are donated, and nobody hears of the new ones
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.runner, "step", interrupted)
+    monkeypatch.setattr(llm._runner, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPTS[1]], random_params(4))
     monkeypatch.undo()

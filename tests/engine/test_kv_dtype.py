@@ -42,7 +42,7 @@ def test_every_mesh_and_kernel_gives_the_same(kv_dtype, tiny_dir):
 
 
 def test_bytes_of_a_token_count_numbers_and_scales(tiny_dir):
-    runners = {kv_dtype: load(tiny_dir, kv_dtype).runner for kv_dtype in NEAR}
+    runners = {kv_dtype: load(tiny_dir, kv_dtype)._runner for kv_dtype in NEAR}
     config = runners["float32"].config
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
     sizes = {name: runner.bytes_per_token for name, runner in runners.items()}

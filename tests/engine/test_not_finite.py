@@ -26,11 +26,11 @@ SAID = "are not finite: qwen3_moe in float32 overflowed, or its weights hold NaN
 def llm(tiny_llm):
     """A model whose embedding of one token is NaN; the others are as they were."""
     llm = tiny_llm(CASE, ONE_DEVICE)
-    at = next(i for i, leaf in enumerate(llm.runner.leaves) if leaf.shape[0] == llm.config.vocab_size)
-    whole = llm.runner.leaves[at]
-    llm.runner.leaves[at], llm._core = whole.at[BAD].set(jnp.nan), None
+    at = next(i for i, leaf in enumerate(llm._runner.leaves) if leaf.shape[0] == llm.config.vocab_size)
+    whole = llm._runner.leaves[at]
+    llm._runner.leaves[at], llm._core = whole.at[BAD].set(jnp.nan), None
     yield llm
-    llm.runner.leaves[at], llm._core = whole, None
+    llm._runner.leaves[at], llm._core = whole, None
 
 
 def test_a_request_fails_by_itself_and_leaves_nothing_behind(llm):
@@ -75,9 +75,9 @@ def test_no_request_of_another_rank_fails_on_a_mesh(tiny_llm):
     """Tokens travel to the experts of other ranks beside the one that has no number."""
     llm = tiny_llm(CASE, "data=2,tensor=2,expert=2")
     expected = [out.token_ids for out in llm.generate(PROMPTS, GREEDY)]
-    at = next(i for i, leaf in enumerate(llm.runner.leaves) if leaf.shape[0] == llm.runner.sizes[0].vocab)
-    whole, llm._core = llm.runner.leaves[at], None
-    llm.runner.leaves[at] = jax.device_put(whole.at[BAD].set(jnp.nan), whole.sharding)
+    at = next(i for i, leaf in enumerate(llm._runner.leaves) if leaf.shape[0] == llm._runner.sizes[0].vocab)
+    whole, llm._core = llm._runner.leaves[at], None
+    llm._runner.leaves[at] = jax.device_put(whole.at[BAD].set(jnp.nan), whole.sharding)
     try:
         chunks = {}
         with AsyncEngine(llm, max_num_seqs=8, context=32, page_size=4, chunk_tokens=16) as engine:
@@ -94,14 +94,14 @@ def test_no_request_of_another_rank_fails_on_a_mesh(tiny_llm):
         assert [isinstance(one, StepError) for one in failed] == [True, True, False, False, False]
         assert [chunks[index] for index in range(len(PROMPTS))] == expected
     finally:
-        llm.runner.leaves[at], llm._core = whole, None
+        llm._runner.leaves[at], llm._core = whole, None
 
 
 def test_the_remedy_is_a_wider_dtype_where_there_is_one(llm, monkeypatch):
     for dtype, remedy in (("float16", "dtype bfloat16 or float32"), ("bfloat16", "dtype float32")):
-        monkeypatch.setattr(llm.runner, "dtype", dtype)
-        assert f"in {dtype} overflowed" in str(not_finite(llm.runner, "prompt 0"))
-        assert f"load it with {remedy}, or check" in str(not_finite(llm.runner, "prompt 0"))
+        monkeypatch.setattr(llm._runner, "dtype", dtype)
+        assert f"in {dtype} overflowed" in str(not_finite(llm._runner, "prompt 0"))
+        assert f"load it with {remedy}, or check" in str(not_finite(llm._runner, "prompt 0"))
 
 
 @pytest.mark.parametrize("command", ["generate", "score"])

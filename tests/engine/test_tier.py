@@ -21,7 +21,7 @@ MESH = "data=2,tensor=2,expert=2"
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH])
 def test_a_page_comes_back_as_it_went(mesh, kv_dtype, tiny_dir):
-    runner = LLM.load(tiny_dir(CASE), mesh=mesh_of(mesh), dtype="float32", kv_dtype=kv_dtype).runner
+    runner = LLM.load(tiny_dir(CASE), mesh=mesh_of(mesh), dtype="float32", kv_dtype=kv_dtype)._runner
     empty = runner.empty_state(2, 5, 4)
     rng = np.random.default_rng(0)
     fill = lambda array: jax.device_put(rng.integers(1, 99, array.shape).astype(array.dtype), array.sharding)  # noqa: E731
@@ -52,7 +52,7 @@ def test_prompts_that_come_again_are_brought_back(mesh, tiny_llm):
     async def one_by_one(engine):
         return [[chunk.token_id async for chunk in engine.stream(prompt, params)] for prompt in prompts]
 
-    page_gib = llm.runner.bytes_per_token / llm.runner.placement.num_shards("kv_head") * 4 / 2**30
+    page_gib = llm._runner.bytes_per_token / llm._runner.placement.num_shards("kv_head") * 4 / 2**30
     with AsyncEngine(
         llm, max_num_seqs=2, context=40, page_size=4, chunk_tokens=16, kv_cache_gib=10.5 * page_gib, host_cache_gib=1e-3
     ) as engine:

@@ -59,7 +59,7 @@ def test_every_token_is_counted_at_its_experts(llm, tmp_path):
     llm._core = None
     with llm.trace(tmp_path / "trace.json") as trace:
         llm.generate(PROMPTS, PARAMS)
-    moe, ranks = llm.config.moe, llm.runner.placement.num_shards("moe_expert")
+    moe, ranks = llm.config.moe, llm._runner.placement.num_shards("moe_expert")
     computed = sum(len(prompt) - request.cached for prompt, request in zip(PROMPTS, trace.requests, strict=True))
     computed += 3 * 5  # the last of six new tokens is not read any more
     for layer in range(sum(llm.config.moe_layers)):
@@ -114,14 +114,14 @@ def test_a_trace_that_begins_late_harms_nobody(tiny_llm, tmp_path):
 
 def test_a_step_that_fails_is_marked(tiny_llm, tmp_path, monkeypatch):
     llm = tiny_llm(CASE, ONE_DEVICE)
-    real, calls = llm.runner.step, []
+    real, calls = llm._runner.step, []
 
     def step(*arguments, **named):
         calls.append(1)
         state, output = real(*arguments, **named)
         return state, output._replace(sampled=1 / 0 if len(calls) == 3 else output.sampled)
 
-    monkeypatch.setattr(llm.runner, "step", step)
+    monkeypatch.setattr(llm._runner, "step", step)
     with llm.trace(tmp_path / "trace.json") as trace, pytest.raises(StepError):
         llm.generate([PROMPTS[1]], SamplingParams(max_tokens=30, ignore_eos=True))
     assert any(step.failed for step in trace.steps)

@@ -73,7 +73,7 @@ DEEPSEEK = ("fp8", "deepseek_v3_groups")
 def test_kept_matrices_give_the_logits_of_dequantized_ones_and_say_what_was_planned(form, mesh, layout, written):
     directory = written(*form, **KEYS.get(form[0], {}))
     plain = LLM.load(directory, mesh=mesh_of("data=1"), weights_dtype="float32", kernels=XLA)
-    assert plain.runner.dtype == "float32"
+    assert plain._runner.dtype == "float32"
     wanted = plain.last_logits(PROMPTS)
     kept = LLM.load(directory, mesh=mesh_of(mesh), layout=layout, dtype="float32", kernels=XLA)
     assert kept.config.quantization is not None
@@ -86,7 +86,7 @@ def test_bfloat16_activations_err_as_with_plain_weights_and_generate(written):
     exact = LLM.load(directory, mesh=mesh_of("data=1"), weights_dtype="float32").last_logits(PROMPTS)
     kept = LLM.load(directory, mesh=mesh_of("data=1"), dtype="bfloat16")
     plain = LLM.load(directory, mesh=mesh_of("data=1"), weights_dtype="bfloat16")
-    assert plain.runner.dtype == "bfloat16"
+    assert plain._runner.dtype == "bfloat16"
     errors = [np.linalg.norm(llm.last_logits(PROMPTS) - exact) / np.linalg.norm(exact) for llm in (kept, plain)]
     assert errors[0] < 1.5 * errors[1]  # which is that of activations
     assert kept.generate(PROMPTS[:1])[0].token_ids
@@ -105,7 +105,7 @@ def test_native_kernels_that_were_asked_for_are_refused(written):
         directory = written(*form, **KEYS.get(form[0], {}))
         with pytest.raises(ConfigError, match=f"{step}=native reads plain weights.*--weights-dtype"):
             LLM.load(directory, mesh=mesh_of("data=1"), kernels={step: "native"})
-    assert isinstance(LLM.load(directory, mesh=mesh_of("data=1")).runner.kernels, KernelConfig)
+    assert isinstance(LLM.load(directory, mesh=mesh_of("data=1"))._runner.kernels, KernelConfig)
 
 
 def test_plain_weights_have_the_dtype_of_activations(tiny_dir):
@@ -117,7 +117,7 @@ def test_bytes_that_are_told_are_those_of_the_arrays(written):
     directory = written(*MXFP4, **KEYS["mxfp4"])
     llm = LLM.load(directory, mesh=mesh_of(ALL), dtype="float32")
     found = reports_of(llm, directory, ALL)
-    for one, leaf in zip(found, llm.runner.leaves, strict=True):
+    for one, leaf in zip(found, llm._runner.leaves, strict=True):
         assert (one.shape, one.dtype) == (leaf.shape, leaf.dtype.name)
         assert {shard.data.nbytes for shard in leaf.addressable_shards} == {one.bytes.device}
         assert one.bytes.model + one.bytes.padding + one.bytes.head_copies == leaf.nbytes

@@ -40,7 +40,7 @@ def answers(
     llm: LLM, scheduler_config: SchedulerConfig, prompts: list[list[int]], params: SamplingParams
 ) -> tuple[EngineCore, list[Request]]:
     """What a core makes of prompts that are there at once; no page may be lost or left held."""
-    core = EngineCore(llm.runner, scheduler_config, tokenizer=None, eos=frozenset())
+    core = EngineCore(llm._runner, scheduler_config, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(prompts)]
     while core.busy:
         core.step()
@@ -70,7 +70,7 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
     plain = SamplingParams(max_tokens=28, ignore_eos=True)
     assert params.reads_history
     kept = [answers(llm, replace(SCHEDULER_CONFIG, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS[:2]]
-    core = EngineCore(llm.runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
+    core = EngineCore(llm._runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(PROMPTS[:2])]
     other = core.submit(2, PROMPTS[2], plain)[0]
     while core.busy:
@@ -99,10 +99,10 @@ def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm)
 def test_generate_asks_for_no_more_pages_than_windows_need(changed_dir):
     llm = LLM.load(changed_dir(CASE, max_position_embeddings=1024), mesh=mesh_of(ONE_DEVICE), dtype="float32")
     prompts, long = [[1, 2, 3]] * 2, SamplingParams(max_tokens=400, ignore_eos=True)
-    rows = llm.runner.padded_num_seqs(2)
-    tokens, _ = llm.pool_for(prompts, long)
+    rows = llm._runner.padded_num_seqs(2)
+    tokens, _ = llm._pool_for(prompts, long)
     assert tokens == rows * 16 * ((8 + 128 + 14) // 16 + 1)
-    tokens, _ = llm.pool_for(prompts, replace(long, repetition_penalty=1.1))  # which reads all tokens before
+    tokens, _ = llm._pool_for(prompts, replace(long, repetition_penalty=1.1))  # which reads all tokens before
     assert tokens >= rows * 403
 
 

@@ -93,7 +93,7 @@ def test_a_model_loads_without_the_kernels_that_do_not_compile(tiny_dir, caplog)
     load = partial(LLM.load, tiny_dir("llama_mha"), mesh=mesh_of("data=1"), dtype="float32")
     llm = load(on_progress=lambda done, total: steps.append((done, total)))
     assert "out of order" in caplog.text
-    assert llm.runner.kernels == KernelConfig(layers="unroll")
+    assert llm._runner.kernels == KernelConfig(layers="unroll")
     assert steps[-1][0] == steps[-1][1]
     wanted = load(kernels=KernelConfig()).last_logits([[5, 6, 7]])
     np.testing.assert_allclose(llm.last_logits([[5, 6, 7]]), wanted, atol=2e-5)

@@ -35,10 +35,10 @@ def results(directory, mesh: str, kernels):
 
 def test_a_period_of_two_layers_means_what_layers_by_themselves_do(directory):
     by_itself, wanted = results(directory, "data=1", {"layers": "unroll"})
-    assert len(by_itself.runner.segments) == by_itself.config.num_hidden_layers
+    assert len(by_itself._runner.segments) == by_itself.config.num_hidden_layers
     for mesh, kernels in (("data=1", XLA), ("tensor=2,expert=2", {"layers": "scan"})):
         llm, found = results(directory, mesh, kernels)
-        (segment,) = llm.runner.segments
+        (segment,) = llm._runner.segments
         assert (segment.period, segment.repeats) == (2, llm.config.num_hidden_layers // 2)
         assert segment == layer_segments(llm.config, "scan")[0]
         assert_same_answers(found, wanted)

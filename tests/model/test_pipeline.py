@@ -79,7 +79,7 @@ def loaded(changed_dir, model, mesh, **options) -> LLM:
 )
 def test_stages_give_what_one_device_gives(model, mesh, options, changed_dir, one_device):
     llm = loaded(changed_dir, model, mesh, **options)
-    assert any(segment.stages == llm.mesh.shape["pipeline"] for segment in llm.runner.segments)
+    assert any(segment.stages == llm.mesh.shape["pipeline"] for segment in llm._runner.segments)
     assert_same_answers(outcome(llm), one_device(model))
     assert_steps_hold_what_is_planned(llm)
 
@@ -150,7 +150,7 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
     llm = loaded(changed_dir, model, mesh, **options)
     stages = llm.mesh.shape["pipeline"]
     bucket = bucket_with(2 * stages, blocks, block_tokens=8, pages=3, stages=stages)
-    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm.runner.planned(bucket)
+    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm._runner.planned(bucket)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +164,11 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
 def test_a_tick_of_decoding_stages_holds_exactly_the_planned_collectives(model, mesh, layout, changed_dir):
     """Of the loop over several decode steps: an iteration is a tick, and there are as many as the schedule says."""
     llm = loaded(changed_dir, model, mesh, kernels=XLA, layout=layout)
-    stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
+    stages, shares = llm.mesh.shape["pipeline"], llm._runner.context_ranks
     bucket = bucket_with(4 * stages * shares, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
     found = collectives(step_program(llm, bucket, decode_steps=3).as_text(), llm.mesh)
-    assert found == llm.runner.planned_decode_step(bucket)
-    assert llm.runner.iterations(bucket, 3) == 3 * stages + stages - 1
+    assert found == llm._runner.planned_decode_step(bucket)
+    assert llm._runner.iterations(bucket, 3) == 3 * stages + stages - 1
 
 
 def test_two_stages_send_each_token_on_once(changed_dir):
@@ -177,7 +177,7 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     bucket = bucket_with(4, 0, block_tokens=8, pages=3, stages=2)
     hidden = llm.config.hidden_size * 4
     sent = Collective(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
-    assert llm.runner.planned(bucket)[sent] == bucket.micro_batches == 2
+    assert llm._runner.planned(bucket)[sent] == bucket.micro_batches == 2
     assert sum(len(PipelineSchedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
 
 
@@ -235,7 +235,7 @@ def test_requests_that_come_and_go_give_what_each_gives_alone(changed_dir):
 def test_an_engine_keeps_pages_of_all_stages(changed_dir):
     llm = loaded(changed_dir, AROUND, "data=2,pipeline=2,tensor=2", kv_dtype="int8")
     requests = requests_of(24, llm.config.vocab_size)
-    page_gib = llm.runner.device_bytes_per_token * 4 / 2**30
+    page_gib = llm._runner.device_bytes_per_token * 4 / 2**30
     sizes = dict(max_num_seqs=8, context=48, kv_cache_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)

@@ -81,4 +81,4 @@ def test_files_give_the_dtype_as_in_transformers(name, tiny_dir, tmp_path):
     write_tensors(tiny_dir(name), tmp_path, tensors, torch_dtype=None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     llm = LLM.load(tmp_path, mesh=mesh_of(ONE_DEVICE))
-    assert str(model.dtype).removeprefix("torch.") == llm.runner.dtype == CASES_BY_NAME[name].dtype
+    assert str(model.dtype).removeprefix("torch.") == llm._runner.dtype == CASES_BY_NAME[name].dtype

@@ -187,9 +187,9 @@ def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
 
 def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> None:
     """A step of so many rows for each rank of a context, and blocks for each stage, holds what is planned."""
-    stages, shares = llm.mesh.shape["pipeline"], llm.runner.context_ranks
+    stages, shares = llm.mesh.shape["pipeline"], llm._runner.context_ranks
     bucket = bucket_with(rows * shares * stages, blocks * stages, block_tokens=8, pages=3, stages=stages, shares=shares)
-    planned = llm.runner.planned(bucket) if decode_steps == 1 else llm.runner.planned_decode_step(bucket)
+    planned = llm._runner.planned(bucket) if decode_steps == 1 else llm._runner.planned_decode_step(bucket)
     assert collectives(step_program(llm, bucket, decode_steps=decode_steps).as_text(), llm.mesh) == planned
 
 
@@ -227,9 +227,9 @@ def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_dir):
             tiny_dir("mixtral_six_experts"), mesh=mesh_of("tensor=4,expert=2"), layout=layout, kernels=NATIVE
         )
         bucket = bucket_with(2, 0, block_tokens=8, pages=3, stages=1)
-        layers, hidden = llm.config.num_hidden_layers, 2 * llm.config.hidden_size * llm.runner.itemsize
+        layers, hidden = llm.config.num_hidden_layers, 2 * llm.config.hidden_size * llm._runner.itemsize
         found = {}
-        for one, count in llm.runner.planned(bucket).items():
+        for one, count in llm._runner.planned(bucket).items():
             found.setdefault((one.op, one.axes), [0, []])
             found[one.op, one.axes][0] += count
             found[one.op, one.axes][1].append(one.result_bytes / hidden)
@@ -294,7 +294,7 @@ def test_an_engine_runs_requests_that_come_and_go(layout, changed_dir):
         mesh=mesh_of("data=2,tensor=2,expert=2"), layout=layout, dtype="float32", kv_dtype="int8",
     )  # fmt: skip
     requests = requests_of(24, llm.config.vocab_size)
-    page_gib = llm.runner.device_bytes_per_token * 4 / 2**30
+    page_gib = llm._runner.device_bytes_per_token * 4 / 2**30
     sizes = dict(max_num_seqs=8, context=48, kv_cache_gib=24 * page_gib, page_size=4, chunk_tokens=16)
 
     found = twice_with_pages_that_come_back(llm, requests, **sizes)
@@ -308,7 +308,7 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
         changed_dir("qwen3_moe_norm", num_key_value_heads=1), mesh=mesh_of(f"data={ranks}"), layout="cp-ep-tp",
         dtype="float32",
     )  # fmt: skip
-    kv_cache_gib = 10.5 * llm.runner.device_bytes_per_token * 4 / 2**30
+    kv_cache_gib = 10.5 * llm._runner.device_bytes_per_token * 4 / 2**30
     with AsyncEngine(
         llm, max_num_seqs=12, context=64, page_size=4, chunk_tokens=8, kv_cache_gib=kv_cache_gib
     ) as engine:
@@ -318,12 +318,12 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
         for array in jax.tree.leaves(state.pages):
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
-        assert set(held.values()) == {10 * 4 * llm.runner.device_bytes_per_token}
+        assert set(held.values()) == {10 * 4 * llm._runner.device_bytes_per_token}
 
 
 def test_a_context_is_read_by_the_loop(tiny_dir):
     llm = LLM.load(tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=4"), layout="cp-ep-tp", dtype="float32")
-    assert llm.runner.kernels.attention == "loop"
+    assert llm._runner.kernels.attention == "loop"
     with pytest.raises(ConfigError, match="attention=native reads whole pages"):
         LLM.load(
             tiny_dir("qwen3_moe_norm"), mesh=mesh_of("data=4"), layout="cp-ep-tp", dtype="float32",

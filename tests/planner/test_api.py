@@ -171,7 +171,7 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
     defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
     scheduler_config = engine._scheduler_config(llm, max_num_seqs=9, context=100, kv_cache_gib=1.0, **defaults)
     buckets = all_buckets(
-        scheduler_config, min_seq_slots=llm.runner.min_seq_slots, pages=-(-100 // scheduler_config.page_size)
+        scheduler_config, min_seq_slots=llm._runner.min_seq_slots, pages=-(-100 // scheduler_config.page_size)
     )
     decode = [bucket for bucket in buckets if not bucket.blocks][-1]
     assert lowered == [(buckets[-1], 1, grouped), (decode, scheduler_config.decode_steps, grouped)]

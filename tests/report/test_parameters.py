@@ -44,7 +44,7 @@ def test_bytes_are_those_of_the_arrays(name, keys, mesh, asked, changed_dir):
     directory = changed_dir(name, **keys)
     llm = LLM.load(directory, mesh=mesh_of(mesh), dtype="float32", **asked)
     found = reports_of(llm, directory, mesh, **asked)
-    leaves = llm.runner.leaves
+    leaves = llm._runner.leaves
     for one, leaf in zip(found, leaves, strict=True):
         shards = [shard.data.nbytes for shard in leaf.addressable_shards]
         assert one.shape == leaf.shape

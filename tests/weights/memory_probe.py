@@ -28,7 +28,7 @@ def main(directory: str, num_devices: str, mesh: str) -> None:
     llm = LLM.load(directory, mesh=mesh, dtype="bfloat16")
     most = _status_bytes("VmHWM")
     # Emulated devices may share a buffer; it is counted once.
-    shards = [shard.data for leaf in llm.runner.leaves for shard in leaf.addressable_shards]
+    shards = [shard.data for leaf in llm._runner.leaves for shard in leaf.addressable_shards]
     buffers = {data.unsafe_buffer_pointer(): data.nbytes for data in shards}
     print(json.dumps({"before": before, "most": most, "on_devices": sum(buffers.values())}))
 

@@ -190,11 +190,11 @@ def test_progress_moves_with_every_read(tiny_dir, bytes_read, monkeypatch):
         dtype="bfloat16",
         on_progress=lambda done, total: seen.append((done, total)),
     )
-    total = sum(leaf.nbytes for leaf in llm.runner.leaves)
+    total = sum(leaf.nbytes for leaf in llm._runner.leaves)
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     steps = [after - before for (before, _), (after, _) in pairwise(seen)]
-    assert len(steps) == len(bytes_read) > 5 * len(llm.runner.leaves)
+    assert len(steps) == len(bytes_read) > 5 * len(llm._runner.leaves)
     assert 0 < min(steps) <= max(steps) <= 500  # the files hold float32
 
 

@@ -41,7 +41,7 @@ TIED, PLAIN = "llama_llama3", "llama_mha"  # in three files of bfloat16; one of 
 
 
 def leaves_of(directory: Path, mesh: str = ONE_DEVICE, **options) -> list[jax.Array]:
-    return LLM.load(directory, mesh=mesh_of(mesh), **({"dtype": "float32"} | options)).runner.leaves
+    return LLM.load(directory, mesh=mesh_of(mesh), **({"dtype": "float32"} | options))._runner.leaves
 
 
 def assert_same(found: list[jax.Array], wanted: list[jax.Array]) -> None:
@@ -134,7 +134,7 @@ def test_a_tied_head_of_other_values_is_used(tiny_dir, tmp_path):
     untied = with_head(tiny_dir(TIED), tmp_path / "untied", other=True, tie_word_embeddings=False)
     llm = LLM.load(directory, mesh=mesh_of(ONE_DEVICE), dtype="float32")
     assert not llm.config.tie_word_embeddings
-    assert_same(llm.runner.leaves, leaves_of(untied))
+    assert_same(llm._runner.leaves, leaves_of(untied))
     found = [model_info(path / "config.json") for path in (directory, untied)]
     assert found[0] == found[1]
     assert found[0]["parameters"]["by_part"]["head"] == 131 * 48
@@ -204,7 +204,7 @@ def test_float16_files_run_in_float16(tiny_dir, tmp_path):
     tensors = {key: value.astype(np.float16) for key, value in read_tensors(tiny_dir(PLAIN)).items()}
     directory = write_tensors(tiny_dir(PLAIN), tmp_path / "out", tensors, torch_dtype=None)
     llm = LLM.load(directory, mesh=mesh_of(ONE_DEVICE))
-    assert (llm.config.dtype, llm.runner.dtype) == ("float16", "float16")
+    assert (llm.config.dtype, llm._runner.dtype) == ("float16", "float16")
 
 
 def test_a_quantized_checkpoint_has_the_dtype_of_its_plain_tensors(tmp_path):
@@ -214,7 +214,7 @@ def test_a_quantized_checkpoint_has_the_dtype_of_its_plain_tensors(tmp_path):
     case = replace(case, config={key: value for key, value in case.config.items() if key != "torch_dtype"})
     write_quantized(case, "fp8", tmp_path)
     assert "model.layers.0.mlp.up_proj.weight" in tensor_shapes(case)
-    assert LLM.load(tmp_path, mesh=mesh_of(ONE_DEVICE)).runner.dtype == "bfloat16"
+    assert LLM.load(tmp_path, mesh=mesh_of(ONE_DEVICE))._runner.dtype == "bfloat16"
 
 
 def test_a_config_alone_keeps_the_default(tiny_dir, tmp_path):
