@@ -178,10 +178,10 @@ PAGING = _faults(
     ),
     (
         "values-come-back-from-the-host-as-keys",
-        "jaxmoe/engine/tier.py",
-        "values = new[which // self._each][0, layer : layer + len(array), which % self._each]",
-        "values = new[which // self._each][0, layer : layer + len(array), 0]",
-        "engine/test_tier.py",
+        "jaxmoe/engine/transfer.py",
+        "values = new[which // num_vectors][0, layer : layer + len(array), which % num_vectors]",
+        "values = new[which // num_vectors][0, layer : layer + len(array), 0]",
+        "engine/test_transfer.py",
     ),
     (
         "page-released-last-is-evicted-first",
@@ -321,8 +321,8 @@ PLANNING = _faults(
     (
         "cached-tokens-without-their-scales",
         "jaxmoe/planner/memory.py",
-        "return slots * sum(dim * item + scale for dim in self.config.cached_dims)",
-        "return slots * sum(dim * item for dim in self.config.cached_dims)",
+        "return slots * self.config.cache_spec(block.layer).bytes_per_head(item, scale)",
+        "return slots * self.config.cache_spec(block.layer).bytes_per_head(item, 0)",
         "planner/test_parameters.py",
     ),
     (

@@ -1,5 +1,6 @@
 """Configurations: ModelConfig of a model, EngineConfig of how it is loaded, placed and served."""
 
+from jaxmoe.config.cache_spec import LayerCacheSpec, cache_groups
 from jaxmoe.config.engine import CacheConfig, EngineConfig, EngineOptions, ParallelConfig
 from jaxmoe.config.model import (
     ArraySizes,
@@ -22,6 +23,7 @@ __all__ = [
     "EngineConfig",
     "EngineOptions",
     "IndexerConfig",
+    "LayerCacheSpec",
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -30,5 +32,6 @@ __all__ = [
     "Scoring",
     "SwiGLUClamp",
     "TopKOf",
+    "cache_groups",
     "canonical_dtype",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from jaxmoe.checks import require
+from jaxmoe.config.cache_spec import LayerCacheSpec
 from jaxmoe.errors import ConfigError
 from jaxmoe.quantization.formats import CheckpointQuantization, WeightQuantization
 
@@ -341,14 +342,17 @@ class ModelConfig:
         """Return how many query heads share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    @property
-    def cached_dims(self) -> tuple[int, ...]:
-        """Return the sizes of the vectors cached per token, layer and head slot.
+    def cache_spec(self, layer: int) -> LayerCacheSpec:
+        """Return what the KV cache holds for a layer."""
+        dims = (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
+        return LayerCacheSpec(
+            head_dims=dims, window=self.sliding_windows[layer] or 0, attention_chunk=self.chunk(layer) or 0
+        )
 
-        These are a key and a value. For latent attention there is only a key, the latent, whose first numbers are the
-        value.
-        """
-        return (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
+    @property
+    def cache_specs(self) -> tuple[LayerCacheSpec, ...]:
+        """Return what the KV cache holds for every layer."""
+        return tuple(self.cache_spec(layer) for layer in range(self.num_hidden_layers))
 
     @property
     def attention_output_dim(self) -> int:

@@ -20,10 +20,10 @@ from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, 
 from jaxmoe.engine.runner import Runner
 from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
 from jaxmoe.engine.step_programs import EngineState, StepOutput
-from jaxmoe.engine.tier import HostOffload
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.tokenizer import TextStream, Tokenizer
 from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
+from jaxmoe.engine.transfer import HostOffload
 from jaxmoe.errors import StepError
 from jaxmoe.ops.sample import SamplerOutput
 

@@ -135,23 +135,25 @@ class Runner:
         return self._bytes_per_token(devices)
 
     def _bytes_per_token(self, share: Callable[[LayerSegment], int]) -> int:
-        scale = 4 if self.kv_dtype in QMAX else 0
-        head = sum(dim * jnp.dtype(self.kv_dtype).itemsize + scale for dim in self.config.cached_dims)
-        heads = (
-            segment.period * segment.slots * sizes.kv_slots // share(segment)
-            for segment, sizes in zip(self.segments, self.sizes, strict=True)
-        )
-        return head * sum(heads)
+        itemsize, scale = jnp.dtype(self.kv_dtype).itemsize, 4 if self.kv_dtype in QMAX else 0
+        total = 0.0
+        for segment, sizes in zip(self.segments, self.sizes, strict=True):
+            head = sum(
+                self.config.cache_spec(segment.first + at).bytes_per_head(itemsize, scale)
+                for at in range(segment.period)
+            )
+            total += head * segment.slots * sizes.kv_slots / share(segment)
+        return int(total)
 
     def _state_sharding(self) -> Any:
         lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in QMAX else (5,)
-        ndims = [ndim for ndim in kinds for _ in self.config.cached_dims]
 
-        def block(segment: LayerSegment) -> tuple[Any, ...]:
+        def block(segment: LayerSegment, at: int) -> tuple[Any, ...]:
             placement = self.placement.for_params(segment)
-            return tuple(placement.sharding(*PAGE_DIMS[:ndim]) for ndim in ndims)
+            head_dims = self.config.cache_spec(segment.first + at).head_dims
+            return tuple(placement.sharding(*PAGE_DIMS[:ndim]) for ndim in kinds for _ in head_dims)
 
-        pages: Any = [(block(segment),) * segment.period for segment in self.segments]
+        pages: Any = [tuple(block(segment, at) for at in range(segment.period)) for segment in self.segments]
         tokens, token_pages = lie("batch", "unsharded"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 

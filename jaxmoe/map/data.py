@@ -159,9 +159,10 @@ def _parameters(runner: Runner) -> list[dict[str, Any]]:
 def _pages(runner: Runner, request: InspectRequest) -> list[dict[str, Any]]:
     """List the KV cache arrays. times: number of blocks of the segment, which have one array each."""
     state = engine_state(runner, **request.sizes)
-    names = ("keys", "values") if len(runner.config.cached_dims) == 2 else ("latents",)
     arrays = []
     for segment, blocks in enumerate(state.pages):
+        head_dims = runner.config.cache_spec(runner.segments[segment].first).head_dims
+        names = ("keys", "values") if len(head_dims) == 2 else ("latents",)
         for number, array in enumerate(blocks[0]):
             kind = names[number % len(names)] + ("" if number < len(names) else " scales")
             dtype = jnp.dtype(array.dtype)

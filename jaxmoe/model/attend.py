@@ -50,13 +50,13 @@ def empty_pages(
     [L,num_pages,K,page_size] follow.
     """
 
-    def block(layers: int, kv_slots: int) -> Pages:
-        shape = (layers, num_pages, kv_slots, page_size)
-        numbers = tuple(jnp.zeros((*shape, dim), dtype) for dim in config.cached_dims)
+    def block(layer: int, slots: int, kv_slots: int) -> Pages:
+        shape = (slots, num_pages, kv_slots, page_size)
+        numbers = tuple(jnp.zeros((*shape, dim), dtype) for dim in config.cache_spec(layer).head_dims)
         return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in QMAX else numbers
 
     return [
-        tuple(block(segment.slots, size.kv_slots) for _ in range(segment.period))
+        tuple(block(segment.first + at, segment.slots, size.kv_slots) for at in range(segment.period))
         for segment, size in zip(segments, sizes, strict=True)
     ]
 

@@ -238,7 +238,7 @@ class _SitePlanner:
             for block in range(segment.period):
                 self.layer = number, block
                 placement, count = self.placement.for_layers(segment), each * ticks
-                self.attention(placement, count)
+                self.attention(placement, self.config.cache_spec(segment.first + block).head_dims, count)
                 if self.config.moe_layers[segment.first + block]:
                     self.experts(placement, count)
                 else:
@@ -251,7 +251,7 @@ class _SitePlanner:
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         self.sum(placement, "ffn", self.shared_rows * self.hidden, count)
 
-    def attention(self, placement: Placement, count: int) -> None:
+    def attention(self, placement: Placement, head_dims: tuple[int, ...], count: int) -> None:
         """Add attention sharded by heads.
 
         Context-parallel ranks also all-gather queries, keys and values, and exchange partial attention outputs.
@@ -262,7 +262,7 @@ class _SitePlanner:
         if config.qk_norm == "full":  # squares of query and key, float32
             self.add(placement, "all-reduce", "kv_head", self.shared_rows * 2 * 4, count)
         slots = self.tokens * sizes.kv_slots // placement.num_shards("kv_head")
-        both = slots * sum((sizes.group_slots * config.cached_dims[0], *config.cached_dims)) * self.itemsize
+        both = slots * sum((sizes.group_slots * head_dims[0], *head_dims)) * self.itemsize
         self.add(placement, "all-gather", "page_token", both, count)
         self.add(
             placement,

@@ -130,7 +130,7 @@ class DeviceMemory:
         """Return the KV cache bytes of one token and layer, on a device that holds the token."""
         item, scale = KV_ITEMSIZES[self.kv_dtype]
         slots = block.sizes.kv_slots // block.placement.num_shards("kv_head")
-        return slots * sum(dim * item + scale for dim in self.config.cached_dims)
+        return slots * self.config.cache_spec(block.layer).bytes_per_head(item, scale)
 
     def step_bytes(self, num_tokens: int, num_sampled: int) -> float:
         """Return the estimated temporary bytes of a step, the sum of step_parts."""

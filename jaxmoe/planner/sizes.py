@@ -133,7 +133,7 @@ def behind_windows(
     for other requests. If not, pages hold all tokens for all layers, and kept_bytes of them are outside the layers'
     windows. held_tokens: the most tokens of the request in the cache at once.
     """
-    spans = [_span(config, layer) for layer in range(config.num_hidden_layers)]
+    spans = [spec.span for spec in config.cache_specs]
     limited = [span for span in spans if span is not None]
     if not limited:
         return None
@@ -158,12 +158,6 @@ def behind_words(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _span(config: ModelConfig, layer: int) -> int | None:
-    """Return the most tokens that a layer attends to; None if it attends to all."""
-    both = (config.sliding_windows[layer], config.chunk(layer))
-    return min((span for span in both if span), default=None)
-
-
 def kv_numbers(config: ModelConfig) -> int:
     """Return the KV cache elements per token, over all layers, without replicated heads."""
-    return config.num_hidden_layers * config.num_key_value_heads * sum(config.cached_dims)
+    return config.num_key_value_heads * sum(spec.numbers_per_head for spec in config.cache_specs)

@@ -79,7 +79,7 @@ def test_deepseek_v3():
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
     )
     assert (config.head_dim, config.num_key_value_heads, config.num_query_groups) == (192, 1, 128)
-    assert config.cached_dims == (576,)
+    assert {spec.head_dims for spec in config.cache_specs} == {(576,)}
     moe = config.moe
     assert (moe.scoring, moe.num_groups, moe.top_groups, moe.experts_per_group_score, moe.routed_scaling) == (
         "sigmoid",

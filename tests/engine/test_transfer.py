@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.cache.pages import PageCopy
-from jaxmoe.engine.tier import HostOffload
+from jaxmoe.engine.transfer import HostOffload
 
 from ..conftest import ONE_DEVICE, mesh_of
 
