@@ -336,7 +336,7 @@ def _engine_config(model: str | Path | LLM, config: EngineConfig | None, options
         return (config or EngineConfig()).with_options(options)
     engine_config = (config or model.engine_config).with_options(options)
     loaded, given = model.engine_config.options(), engine_config.options()
-    differing = [name for name in given if name not in SERVING_OPTIONS and given[name] is not loaded[name]]
+    differing = [name for name in given if name not in SERVING_OPTIONS and given[name] != loaded[name]]
     if config is None:
         differing = [name for name in options if name not in SERVING_OPTIONS]
     if differing:
