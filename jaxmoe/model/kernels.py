@@ -11,17 +11,18 @@ import jax
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, DispatchBackend
-from jaxmoe.ops.grouped import GROUPED_BACKENDS, GroupedBackend
-from jaxmoe.ops.linear import LINEAR_BACKENDS, LinearBackend
-from jaxmoe.ops.paged import PAGED_BACKENDS, PagedBackend
-from jaxmoe.ops.pointwise import POINTWISE_BACKENDS, PointwiseBackend
-from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingBackend
+from jaxmoe.ops.dispatch import DispatchBackend
+from jaxmoe.ops.grouped import GroupedBackend
+from jaxmoe.ops.linear import LinearBackend
+from jaxmoe.ops.paged import PagedBackend
+from jaxmoe.ops.pointwise import PointwiseBackend
+from jaxmoe.ops.registry import REGISTRY
+from jaxmoe.ops.sample import SamplingBackend
 from jaxmoe.parallel.stages import LAYERS_MODES, LayersMode
 from jaxmoe.quantization.formats import WeightQuantization
 
-OPS = ("dispatch", "grouped", "linear", "attention", "pointwise", "sampling", "layers")
-NATIVE_OPS = ("grouped", "linear", "attention", "pointwise", "sampling")
+OPS = (*REGISTRY, "layers")
+NATIVE_OPS = tuple(op for op, backends in REGISTRY.items() if any(each.is_native for each in backends.values()))
 _log = logging.getLogger("jaxmoe")
 _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 
@@ -30,7 +31,8 @@ _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 class KernelConfig:
     """Select a backend for each op.
 
-    The backends are described in dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/.
+    ops/registry.py lists the backends; dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/
+    describe them.
     layers: "scan" runs identical layers in a loop that is compiled once, "unroll" compiles each layer separately
     (parallel/stages.py).
     Raises: ConfigError if an op has no backend of that name.
@@ -45,16 +47,8 @@ class KernelConfig:
     layers: LayersMode = "scan"
 
     def __post_init__(self) -> None:
-        for name, backends in (
-            ("dispatch", DISPATCH_BACKENDS),
-            ("grouped", GROUPED_BACKENDS),
-            ("linear", LINEAR_BACKENDS),
-            ("attention", PAGED_BACKENDS),
-            ("pointwise", POINTWISE_BACKENDS),
-            ("sampling", SAMPLING_BACKENDS),
-            ("layers", LAYERS_MODES),
-        ):
-            value = getattr(self, name)
+        for name in OPS:
+            value, backends = getattr(self, name), LAYERS_MODES if name == "layers" else tuple(REGISTRY[name])
             if value not in backends:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(backends)}")
 
@@ -90,46 +84,38 @@ def choose_kernels(
     for name in named:
         if name not in OPS:
             raise ConfigError(f"kernels has unknown op {name!r}; the ops are {', '.join(OPS)}")
-    if shared_pages and named.setdefault("attention", "loop") != "loop":
-        raise ConfigError(
-            f"attention={named['attention']} reads whole pages, but this layout shards them over context: use loop"
-        )
-    if quantization is not None:
-        _choose_for_quantized(named, quantization, dtype)
+    formats = {} if quantization is None else _quantized_ops(quantization)
     for name, backend in vars(KernelConfig(**named)).items():
-        if backend == "native":
-            native.check(dtype, option=name)
+        if name in named and name in REGISTRY:
+            reason = REGISTRY[name][backend].unsupported_reason(
+                dtype=dtype, quantized=formats.get(name), page_shards=shared_pages
+            )
+            if reason is not None:
+                raise ConfigError(reason)
     platform = platform or jax.default_backend()
+    if shared_pages:
+        named.setdefault("attention", "loop")
+    if "grouped" in formats:
+        named.setdefault("grouped", "blocks")
     unnamed = [] if isinstance(choice, KernelConfig) else [name for name in NATIVE_OPS if name not in named]
     if platform == "cpu" and unnamed and dtype in native.DTYPES:
-        try:
-            native.check(dtype, option=unnamed[0])
+        reason = REGISTRY[unnamed[0]]["native"].unsupported_reason(dtype=dtype)
+        if reason is None:
             named |= dict.fromkeys(unnamed, "native")
-        except ConfigError as error:
-            _log.warning(_SLOWER, error)
+        else:
+            _log.warning(_SLOWER, reason)
     if platform == "cpu" and named.get("linear") != "native":
         named.setdefault("layers", "unroll")
     return KernelConfig(**named)
 
 
-def _choose_for_quantized(named: dict[str, Any], quantization: WeightQuantization, dtype: str) -> None:
-    """Set the backends of ops on quantized weights, which native kernels cannot read.
-
-    linear may still run its plain matrices natively by default.
-    Raises: ConfigError if a native kernel was chosen for quantized weights.
-    """
-    quantized = {
+def _quantized_ops(quantization: WeightQuantization) -> dict[str, str]:
+    """Return the ops that read quantized weights, with the format. linear reads its other matrices by any backend."""
+    reads = {
         "grouped": quantization.holds("moe/experts/"),
         "linear": quantization.holds("attention/", "mlp/", "moe/shared/"),
     }
-    for op in (op for op, some in quantized.items() if some):
-        if named.get(op) == "native":
-            raise ConfigError(
-                f"{op}=native reads plain weights, but this model's weights are {quantization.format.dtype}: "
-                f"leave it out, or set weights_dtype (--weights-dtype) to {dtype}"
-            )
-    if quantized["grouped"]:
-        named.setdefault("grouped", "blocks")
+    return {op: quantization.format.dtype for op, some in reads.items() if some}
 
 
 def prepare_kernels(dtype: str, choice: KernelOverrides, kernels: KernelConfig) -> KernelConfig:

@@ -3,6 +3,7 @@
 # Dims: B batch, S length, D width, F ffn, H head dim.
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxmoe.ops.gate import gated_unit
 from jaxmoe.ops.norm import rms_norm as rms_norm_op
 from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import PointwiseBackend
+from jaxmoe.ops.registry import is_opaque
 from jaxmoe.ops.rope import rotate
 from jaxmoe.parallel.sharding import Dims, Placement
 
@@ -52,16 +54,22 @@ def make_token_mask(valid: jax.Array, positions: jax.Array, placement: Placement
 _HALVES = ("token", "length", "unsharded")
 
 
+def _run(
+    op: Callable[..., jax.Array], backend: PointwiseBackend, placement: Placement, *operands: tuple[jax.Array, Dims],
+    out: Dims,
+) -> jax.Array:  # fmt: skip
+    """Call a row-wise op on whole arrays if XLA can shard it, otherwise on the arrays of each rank."""
+    if is_opaque("pointwise", backend):
+        return placement.shard_map_local(op, *operands, out=out)
+    return op(*(array for array, _ in operands))
+
+
 def rms_norm(
     x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend, *, eps: float
 ) -> jax.Array:
     """Apply RMS norm over the last of x's dims, which no mesh axis shards."""
     norm = partial(rms_norm_op, eps=eps, backend=backend)
-    return (
-        norm(x, weight)
-        if backend == "xla"
-        else placement.shard_map_local(norm, (x, dims), (weight, dims[-1:]), out=dims)
-    )
+    return _run(norm, backend, placement, (x, dims), (weight, dims[-1:]), out=dims)
 
 
 def mean_squares(
@@ -87,9 +95,7 @@ def qk_norm(
 ) -> jax.Array:  # fmt: skip
     """Apply RMS norm to x [B,S,K,...] over all its heads, from their mean square [B,S]."""
     scale = partial(scale_by_rms, eps=eps, backend=backend)
-    if backend == "xla":
-        return scale(x, weight, mean_square)
-    return placement.shard_map_local(scale, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
+    return _run(scale, backend, placement, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
 
 
 def apply_rope(
@@ -97,9 +103,7 @@ def apply_rope(
 ) -> jax.Array:
     """Apply rotary position embedding to x [B,S,...,H] by cos and sin [B,S,H/2]."""
     rotate_fn = partial(rotate, backend=backend)
-    if backend == "xla":
-        return rotate_fn(x, cos, sin)
-    return placement.shard_map_local(rotate_fn, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
+    return _run(rotate_fn, backend, placement, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
 def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, backend: PointwiseBackend) -> jax.Array:
@@ -109,7 +113,5 @@ def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, backend: Pointw
         flat = (-1, gate.shape[2])
         return gated_unit(gate.reshape(flat), up.reshape(flat), backend=backend).reshape(gate.shape)
 
-    if backend == "xla":
-        return unit(gate, up)
     dims = ("token", "length", "ffn")
-    return placement.shard_map_local(unit, (gate, dims), (up, dims), out=dims)
+    return _run(unit, backend, placement, (gate, dims), (up, dims), out=dims)

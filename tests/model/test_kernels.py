@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from jaxmoe import LLM
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import KernelConfig, choose_kernels, prepare_kernels
 from jaxmoe.ops import native
+from jaxmoe.ops.registry import REGISTRY, is_opaque
 
 from ..conftest import NATIVE, mesh_of
 
@@ -111,3 +113,27 @@ def test_a_native_one_that_was_named_is_refused_before_anything_is_read():
     for choice in ({"linear": "native"}, NATIVE):
         with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
             choose_kernels("bfloat16", choice)
+
+
+@pytest.mark.parametrize("op", sorted(REGISTRY))
+def test_the_registry_says_where_a_backend_cannot_run(op, monkeypatch):
+    for name, backend in REGISTRY[op].items():
+        assert (backend.op, backend.name) == (op, name)
+        assert KernelConfig(**{op: name}) is not None
+        assert backend.is_opaque == is_opaque(op, name) == backend.is_native
+        if native.find_compiler() is not None:
+            assert backend.unsupported_reason(dtype="float32") is None
+        assert (backend.unsupported_reason(dtype="float16") is None) == (not backend.is_native)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    reasons = {name: backend.unsupported_reason(dtype="float32") for name, backend in REGISTRY[op].items()}
+    assert {name for name, reason in reasons.items() if reason is not None} == {"native"} & set(REGISTRY[op])
+
+
+def test_the_registry_says_what_a_backend_cannot_read():
+    said = REGISTRY["attention"]["native"].unsupported_reason(dtype="float32", page_shards=True)
+    assert said == "attention=native reads whole pages, but this layout shards them over context: use loop"
+    for op in ("grouped", "linear"):
+        said = REGISTRY[op]["native"].unsupported_reason(dtype="float32", quantized="fp8")
+        assert said.startswith(f"{op}=native reads plain weights, but this model's weights are fp8")
+        for name in set(REGISTRY[op]) - {"native"}:
+            assert REGISTRY[op][name].unsupported_reason(dtype="float32", quantized="fp8") is None
