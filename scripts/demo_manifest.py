@@ -14,7 +14,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.parallel.mesh import describe
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.loop import TrainResult
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 from scripts.demo_export import file_facts, write_json
 
 MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 def manifest_of(
     directory: Path,
     *,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     corpus: dict[str, object],
     placement: Placement,
     result: TrainResult,

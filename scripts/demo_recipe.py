@@ -1,7 +1,7 @@
 """The embedded model of checkpoints/demo and the recipe it is trained by."""
 
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 
 DEMO_LAYERS = 5
 
@@ -26,4 +26,4 @@ DEMO_MODEL = ModelConfig(
 )
 
 
-DEMO_RECIPE = Recipe(model=DEMO_MODEL)
+DEMO_RECIPE = TrainingRecipe(model=DEMO_MODEL)

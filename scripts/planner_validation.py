@@ -26,7 +26,7 @@ from jaxmoe.planner.choose import ServingPlan
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, hardware_names, read_hardware
 from jaxmoe.planner.search import NoPlanError, search
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.sizes import ParameterCounts, count_parameters, kv_numbers
 from jaxmoe.planner.specs import SearchRequest
 from jaxmoe.planner.step_time import StepBatch
@@ -113,14 +113,14 @@ def predict(facts: Mapping[str, str], config_of: Callable[[str], ModelConfig]) -
     )
 
 
-def _load(facts: Mapping[str, str]) -> Workload:
+def _load(facts: Mapping[str, str]) -> RequestWorkload:
     """Return the workload of a row, with the mean lengths if the lengths were random."""
     share = 1.0
     if drawn := re.search(r"(\d+)-(\d+)% of isl", facts["system"]):
         share = (int(drawn[1]) + int(drawn[2])) / 200
     concurrency = re.search(r"\d+", facts["batch_or_concurrency"])
     isl, osl = (max(1, round(share * int(facts[name]))) for name in ("isl", "osl"))
-    return Workload(isl=isl, osl=osl, concurrency=int(concurrency[0]) if concurrency else None)
+    return RequestWorkload(isl=isl, osl=osl, concurrency=int(concurrency[0]) if concurrency else None)
 
 
 def _precision(text: str) -> str:
@@ -186,7 +186,7 @@ def placed(
     return {"data": max(1, replicas), **axes}, layout
 
 
-def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: Workload) -> float:
+def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: RequestWorkload) -> float:
     """Return the prediction of a row's metric, in its unit."""
     metric, estimate = facts["metric"].lower(), plan.estimate
     if "prefill" in facts["phase"].lower() and "throughput" in metric:
@@ -201,7 +201,7 @@ def _metric(facts: Mapping[str, str], plan: ServingPlan, workload: Workload) -> 
     return _in_unit(facts, workload, plan.devices, ttft=estimate.ttft, tpot=estimate.seconds_per_token, tokens=tokens)
 
 
-def _of_so_many(plan: ServingPlan, workload: Workload, sent: int) -> float:
+def _of_so_many(plan: ServingPlan, workload: RequestWorkload, sent: int) -> float:
     """Return tokens per second for `sent` requests in total, at the plan's concurrency and then with the remainder."""
     each = plan.estimate.concurrency
     whole, rest = divmod(sent, each)
@@ -212,7 +212,7 @@ def _of_so_many(plan: ServingPlan, workload: Workload, sent: int) -> float:
 
 
 def _in_unit(
-    facts: Mapping[str, str], workload: Workload, devices: int, *, ttft: float, tpot: float, tokens: float
+    facts: Mapping[str, str], workload: RequestWorkload, devices: int, *, ttft: float, tpot: float, tokens: float
 ) -> float:
     """Convert an estimate to a row's metric and unit.
 
@@ -236,7 +236,7 @@ def _in_unit(
 
 
 def _light(
-    facts: Mapping[str, str], config: ModelConfig, hardware: HardwareSpec, devices: int, workload: Workload
+    facts: Mapping[str, str], config: ModelConfig, hardware: HardwareSpec, devices: int, workload: RequestWorkload
 ) -> float:  # fmt: skip
     """Predict a row by the speed-of-light baseline: peak rates, no collectives, no launches.
 

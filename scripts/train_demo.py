@@ -17,7 +17,7 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.parallel.mesh import build_mesh, emulate_devices, parse_mesh
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.loop import train
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
 from scripts.demo_corpus import num_bytes, read_corpus
 from scripts.demo_export import replace_directory, write_checkpoint, write_json
@@ -47,7 +47,7 @@ def sample(directory: Path, placement: Placement) -> list[dict[str, Any]]:
     ]
 
 
-def run(out: Path, mesh: str, recipe: Recipe, reproduces: Path | None) -> None:
+def run(out: Path, mesh: str, recipe: TrainingRecipe, reproduces: Path | None) -> None:
     """Run everything: corpus, tokenizer, training, checkpoint, samples, manifest, and the rename at the end."""
     console = Console(stderr=True)
     placement = Placement(mesh=build_mesh(parse_mesh(mesh)))

@@ -11,7 +11,7 @@ from jaxmoe.cli.options import console, start_jax, table_console
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
-    from jaxmoe.report.verify import MeshCheck
+    from jaxmoe.report.verify import ParityResult
 
 
 @click.command()
@@ -97,7 +97,7 @@ def verify(
 _AXES = ("data", "pipeline", "tensor", "expert")
 
 
-def _cells(check: MeshCheck) -> list[str]:
+def _cells(check: ParityResult) -> list[str]:
     mesh, layouts = check.trial.mesh, (check.trial.layout, *check.trial.also)
     cells = [*(str(mesh.get(axis, 1)) for axis in _AXES), ", ".join(map(str, layouts))]
     if check.refused:
@@ -106,7 +106,7 @@ def _cells(check: MeshCheck) -> list[str]:
     return [*cells, equal, largest, "same" if check.passed else "DIFFERENT"]
 
 
-def _as_json(check: MeshCheck) -> dict[str, Any]:
+def _as_json(check: ParityResult) -> dict[str, Any]:
     return {
         "mesh": check.trial.mesh, "layout": str(check.trial.layout), "also": [str(one) for one in check.trial.also],
         "passed": check.passed, "num_tokens": check.num_tokens, "num_equal": check.num_equal,

@@ -135,7 +135,7 @@ def _with_joined_parts(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": "\n".join(part["text"] for part in content)}
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """Render the body of {% generation %} ... {% endgeneration %}, which marks the assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
@@ -151,7 +151,7 @@ class _Generation(Extension):
 def _compiled(text: str) -> Template:
     """Compile a template. Raises: RequestError if its syntax is invalid."""
     environment: Environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
     )
     # Published templates expect these functions and this filter.
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}

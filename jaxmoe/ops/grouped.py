@@ -38,7 +38,7 @@ GroupedBackend = Literal["blocks", "ragged", "native", "dense"]
 GROUPED_BACKENDS: tuple[GroupedBackend, ...] = ("blocks", "ragged", "native", "dense")
 
 
-class Assignments(NamedTuple):
+class ExpertAssignments(NamedTuple):
     """List routed (token, expert) pairs sorted by expert. Rows from ends[-1] on have token index T and weight 0.
 
     ends: for each expert, the index after its last row.
@@ -49,7 +49,7 @@ class Assignments(NamedTuple):
     ends: Int[Array, "E"]
 
 
-def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments:
+def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> ExpertAssignments:
     """Return one row per nonzero weight, sorted by expert and then by token. No token may have more than top_k."""
     num_tokens, num_experts = weights.shape
     routed = weights != 0
@@ -61,7 +61,7 @@ def sort_assignments(weights: Float[Array, "T E"], *, top_k: int) -> Assignments
     token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
     tokens = jnp.full((bound,), num_tokens, jnp.int32).at[row].set(token, mode="drop")
     sorted_weights = jnp.zeros((bound,), weights.dtype).at[row].set(weights, mode="drop")
-    return Assignments(tokens, sorted_weights, ends)
+    return ExpertAssignments(tokens, sorted_weights, ends)
 
 
 _DROPPED = 1 << 30  # token indices from here on are out of range of any array
@@ -82,7 +82,7 @@ def block_sizes(num_tokens: int) -> tuple[int, ...]:
     return tuple(rows for rows in sizes if rows <= num_tokens)
 
 
-class Blocks(NamedTuple):
+class BlockPlan(NamedTuple):
     """Partition each expert's rows into full blocks of the largest size and one block for the remaining rows.
 
     full_ends: cumulative number of full blocks of the experts. by_size: experts sorted by the size of their remainder
@@ -96,7 +96,7 @@ class Blocks(NamedTuple):
     rest_ends: Int[Array, " sizes"]
 
 
-def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
+def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> BlockPlan:
     """Plan the blocks of experts with rows that end at `ends`. Remainders are rounded up to the next block size."""
     counts = jnp.diff(ends, prepend=0)
     full, rest = counts // sizes[-1], counts % sizes[-1]
@@ -105,10 +105,10 @@ def plan_blocks(ends: Int[Array, "E"], sizes: tuple[int, ...]) -> Blocks:
     rest_ends = jnp.sum(size_index[:, None] <= jnp.arange(len(sizes)), axis=0, dtype=jnp.int32)
     empty = jnp.sum(size_index < 0, dtype=jnp.int32)
     rest_starts = jnp.concatenate([empty[None], rest_ends[:-1]])
-    return Blocks(jnp.cumsum(full, dtype=jnp.int32), jnp.argsort(size_index, stable=True), rest_starts, rest_ends)
+    return BlockPlan(jnp.cumsum(full, dtype=jnp.int32), jnp.argsort(size_index, stable=True), rest_starts, rest_ends)
 
 
-def _for_each_block(plan: Assignments, sizes: tuple[int, ...], visit, carry):
+def _for_each_block(plan: ExpertAssignments, sizes: tuple[int, ...], visit, carry):
     """Fold carry = visit(carry, expert, tokens, weights) over all blocks, where tokens and weights are rows [R].
 
     Padded rows have weight 0 and distinct token indices that are out of range.
@@ -145,7 +145,7 @@ def _take(values, start, rows):
     return jax.lax.dynamic_slice_in_dim(values, start, rows, axis=0)
 
 
-class _Matrix(NamedTuple):
+class _ExpertMatrix(NamedTuple):
     """Reference one matrix in a stack of quantized ones without copying it."""
 
     stacked: QuantizedArray
@@ -155,14 +155,14 @@ class _Matrix(NamedTuple):
 def _matrix(stacked, *index):
     """Slice the matrix [M, N] at `index` of stacked [..., M, N] without copying the stack."""
     if isinstance(stacked, QuantizedArray):
-        return _Matrix(stacked, index)
+        return _ExpertMatrix(stacked, index)
     matrix = stacked.shape[-2:]
     return jax.lax.dynamic_slice(stacked, (*index, 0, 0), (*(1,) * len(index), *matrix)).reshape(matrix)
 
 
 def _times(x, matrix):
     """Multiply rows x [R, M] by a matrix [M, N]; return float32."""
-    if isinstance(matrix, _Matrix):
+    if isinstance(matrix, _ExpertMatrix):
         return multiply(x, matrix.stacked, matrix.indices)
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
@@ -170,9 +170,9 @@ def _times(x, matrix):
 class ExpertWeights(NamedTuple):
     """Hold the weights of one expert of one layer, with the gate and up biases if the model has them."""
 
-    gate: Float[Array, "D F"] | _Matrix
-    up: Float[Array, "D F"] | _Matrix
-    down: Float[Array, "F D"] | _Matrix
+    gate: Float[Array, "D F"] | _ExpertMatrix
+    up: Float[Array, "D F"] | _ExpertMatrix
+    down: Float[Array, "F D"] | _ExpertMatrix
     bias: Float[Array, "2 F"] | None = None
 
 
@@ -204,7 +204,7 @@ def _swiglu(x, w: ExpertWeights, clamp: SwiGLUClamp | None):
         hidden = _unit(gate, up, w.bias, clamp).astype(x.dtype)
         return _times(hidden, w.down)
 
-    if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _Matrix):
+    if x.shape[0] == 1 and x.dtype.itemsize < 4 and not isinstance(w.gate, _ExpertMatrix):
         # CPU only: for sums of rows, XLA:TPU would change the layout of all experts' weights.
         one = partial(_swiglu_row, clamp=clamp)
         return jax.lax.platform_dependent(x, w, cpu=one, default=matmuls)

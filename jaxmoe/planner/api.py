@@ -29,7 +29,7 @@ from jaxmoe.planner.rows import (
     weights_dtype_of,
 )
 from jaxmoe.planner.search import LATENCY_REQUESTS, NoPlanError, SearchResult, missed, search, servings_of
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.specs import OBJECTIVES, Objective, SearchRequest, candidates_of
 from jaxmoe.planner.why import NeighborPlans, UnmetLimit, reasons
 from jaxmoe.weights.checkpoint import read_json
@@ -162,7 +162,7 @@ class PlanRequest:
             raise MeshError(f"mesh {self.mesh} has {meant} devices, but {devices} were requested: make them equal")
         return SearchRequest(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
-            workload=Workload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
+            workload=RequestWorkload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # no TPOT for one token
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,

@@ -14,7 +14,7 @@ from typing import Any
 from jaxmoe.planner.cost import MATRICES, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import DeviceLayers
 from jaxmoe.planner.parameters import ParameterShape
-from jaxmoe.planner.serving import ServingModel, Workload
+from jaxmoe.planner.serving import RequestWorkload, ServingModel
 from jaxmoe.planner.step_time import StepBatch
 
 
@@ -33,7 +33,7 @@ class OpCost:
         return self.flops / self.num_bytes
 
 
-def roofline(serving: ServingModel, workload: Workload, *, concurrency: int) -> dict[str, Any]:
+def roofline(serving: ServingModel, workload: RequestWorkload, *, concurrency: int) -> dict[str, Any]:
     """Return the compute and memory roofs of a device, attainable and peak, and a point for each kind of op.
 
     The points are of a prefill step and of a decode step at the given concurrency. Their flops_per_s is the lower of

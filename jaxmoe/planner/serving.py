@@ -20,7 +20,7 @@ _RESERVE = 0.02  # share of a device's memory for the runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class RequestWorkload:
     """Describe the requests to serve.
 
     isl: prompt tokens. osl: tokens to generate. concurrency: concurrent requests over all devices; searched if None.
@@ -87,7 +87,7 @@ class ServingModel:
         free = self.cost.hardware.hbm_bytes * (1 - _RESERVE) - self.device_memory.weight_bytes - self.step_bytes(rows)
         return max(0.0, free * _PAGES / self.device_memory.kv_bytes_per_token)
 
-    def max_requests(self, workload: Workload) -> int:
+    def max_requests(self, workload: RequestWorkload) -> int:
         """Return the most concurrent requests over all devices whose KV cache fits up to their last token.
 
         If every layer has a window, only the most tokens cached at once count.
@@ -99,7 +99,7 @@ class ServingModel:
             self._most[tokens] = int(min(_MAX_ROWS, self.pool_tokens(rows) / tokens)) * self.ranks
         return self._most[tokens]
 
-    def estimate(self, workload: Workload, concurrency: int, *, prefills: bool = True) -> ServingEstimate:
+    def estimate(self, workload: RequestWorkload, concurrency: int, *, prefills: bool = True) -> ServingEstimate:
         """Estimate the performance at a concurrency.
 
         prefills: whether these devices also prefill the prompts. The time of a request is the time in which a rank
@@ -125,7 +125,7 @@ class ServingModel:
         return self._estimate(workload, concurrency, seconds, max(chunks, own + later), tpot=tpot)
 
     def _estimate(
-        self, workload: Workload, concurrency: int, seconds: StepTime, num_steps: float, *, tpot: float
+        self, workload: RequestWorkload, concurrency: int, seconds: StepTime, num_steps: float, *, tpot: float
     ) -> ServingEstimate:
         """Return the estimate for requests of the given total seconds and number of steps."""
         return ServingEstimate(

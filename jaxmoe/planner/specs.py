@@ -19,7 +19,7 @@ from jaxmoe.parallel.mesh import PlannedMesh, device_platform
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 
 Objective = Literal["latency", "throughput", "cost"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "cost")
@@ -40,7 +40,7 @@ class SearchRequest:
     config: ModelConfig
     hardware: HardwareSpec
     devices: int
-    workload: Workload
+    workload: RequestWorkload
     objective: Objective = "throughput"
     ttft_limit: float | None = None
     tpot_limit: float | None = None

@@ -17,7 +17,7 @@ from jaxmoe.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class BenchCase:
     """Describe one workload: num_requests prompts of prompt_tokens tokens, each generating new_tokens tokens."""
 
     num_requests: int
@@ -52,18 +52,18 @@ class CaseResult:
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def parse_cases(text: str) -> list[Case]:
+def parse_cases(text: str) -> list[BenchCase]:
     """Parse cases like "1x128x64,8x128x64". Raises: RequestError naming an invalid part."""
     cases = []
     for part in text.split(","):
         if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}x[1-9]\d{0,6}", part.strip()):
             raise RequestError(f"case {part!r} must read REQUESTSxPROMPTxNEW with whole numbers from 1, as in 8x128x64")
         requests, prompt, new = map(int, part.strip().split("x"))
-        cases.append(Case(num_requests=requests, prompt_tokens=prompt, new_tokens=new))
+        cases.append(BenchCase(num_requests=requests, prompt_tokens=prompt, new_tokens=new))
     return cases
 
 
-def run_case(llm: LLM, case: Case, *, repeats: int, startup_s: float) -> CaseResult:
+def run_case(llm: LLM, case: BenchCase, *, repeats: int, startup_s: float) -> CaseResult:
     """Measure one case: a first run that compiles, then `repeats` timed runs, each on new random ids.
 
     Raises: RequestError if a request does not fit the model's context.

@@ -26,7 +26,7 @@ _TEXTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class ParityCase:
     """Describe a mesh and a layout to compare. also: layouts that shard the model identically on this mesh."""
 
     mesh: dict[str, int]
@@ -35,14 +35,14 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshCheck:
+class ParityResult:
     """Report the comparison of one trial with one device.
 
     max_logit_error: largest difference of a logit, infinite if logits are not finite. num_tokens, num_equal: greedy
     tokens compared, and equal ones. refused: why the model cannot run on this mesh; empty if it can.
     """
 
-    trial: Trial
+    trial: ParityCase
     max_logit_error: float = 0.0
     num_tokens: int = 0
     num_equal: int = 0
@@ -67,7 +67,7 @@ def all_meshes(num_devices: int) -> list[dict[str, int]]:
 
 def all_trials(
     meshes: Iterable[dict[str, int]], layouts: Iterable[Layout] = tuple(LAYOUTS.values()), *, moe: bool = True
-) -> list[Trial]:
+) -> list[ParityCase]:
     """Return a trial for every mesh and layout. moe: the model has experts.
 
     Layouts that shard the model identically on a mesh form one trial, named after the first of them.
@@ -77,7 +77,7 @@ def all_trials(
         alike: dict[tuple[Axes, ...], list[Layout]] = {}
         for layout in dict.fromkeys(layouts):
             alike.setdefault(layout.used(mesh, moe=moe), []).append(layout)
-        trials += [Trial(mesh=mesh, layout=first, also=tuple(others)) for first, *others in alike.values()]
+        trials += [ParityCase(mesh=mesh, layout=first, also=tuple(others)) for first, *others in alike.values()]
     return trials
 
 
@@ -96,12 +96,12 @@ def sample_prompts(llm: LLM) -> list[list[int]]:
 def verify_trials(
     model: str | Path,
     *,
-    trials: Iterable[Trial],
+    trials: Iterable[ParityCase],
     max_tokens: int = 32,
     logit_tolerance: float = 1e-4,
     weights_dtype: str | None = None,
     ignore_config_keys: Sequence[str] = (),
-) -> Iterator[MeshCheck]:
+) -> Iterator[ParityResult]:
     """Load the model in float32 on one device, then on each mesh and layout, and yield each comparison.
 
     Raises: the same errors as LLM.load.
@@ -109,7 +109,7 @@ def verify_trials(
     devices = jax.devices()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
-    def outcome(trial: Trial, prompts: list[list[int]] | None):
+    def outcome(trial: ParityCase, prompts: list[list[int]] | None):
         count = math.prod(trial.mesh.values())
         llm = LLM.load(
             model, mesh=build_mesh(trial.mesh, nearest_devices(devices, count)), layout=trial.layout, dtype="float32",
@@ -119,23 +119,23 @@ def verify_trials(
         tokens = [out.token_ids for out in llm.generate(prompts, params)]
         return llm.config, prompts, llm.last_logits(prompts), tokens
 
-    config, prompts, logits, tokens = outcome(Trial(mesh={}), None)
+    config, prompts, logits, tokens = outcome(ParityCase(mesh={}), None)
     for trial in trials:
         try:
             layer_segments(config, "scan", stages=trial.mesh.get("pipeline", 1))
         except ConfigError as error:  # more stages than layers; no other reason excludes a mesh
-            yield MeshCheck(trial=trial, refused=str(error))
+            yield ParityResult(trial=trial, refused=str(error))
             continue
         try:
             *_, mesh_logits, mesh_tokens = outcome(trial, prompts)
         except StepError:  # logits are not finite, although they are on one device
             num_tokens = sum(map(len, tokens))
-            yield MeshCheck(
+            yield ParityResult(
                 trial=trial, max_logit_error=math.inf, num_tokens=num_tokens, logit_tolerance=logit_tolerance
             )
             continue
         pairs = [pair for a, b in zip(tokens, mesh_tokens, strict=True) for pair in zip(a, b, strict=True)]
-        yield MeshCheck(
+        yield ParityResult(
             trial=trial,
             max_logit_error=float(np.abs(mesh_logits - logits).max()),
             num_tokens=len(pairs),

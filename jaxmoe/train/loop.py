@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxmoe.train.data import batches, evaluation_batches
-from jaxmoe.train.step import Metrics, Trainer, TrainState
+from jaxmoe.train.step import StepMetrics, Trainer, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def train(
     )
 
 
-def _read(metrics: Metrics, step: int) -> tuple[float, float]:
+def _read(metrics: StepMetrics, step: int) -> tuple[float, float]:
     loss, balance = float(metrics.loss), float(metrics.balance)
     if not np.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at step {step}: lower learning_rate")

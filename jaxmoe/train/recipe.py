@@ -9,7 +9,7 @@ from jaxmoe.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainingRecipe:
     """Configure a training run.
 
     The optimizer is AdamW with linear warmup and cosine decay to learning_rate * final_fraction. Gradients are clipped

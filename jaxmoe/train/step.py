@@ -19,7 +19,7 @@ from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import Transformer, abstract_model
 from jaxmoe.parallel.sharding import Placement, array_sizes
 from jaxmoe.train.loss import balance_loss, cross_entropy
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.weights.params import parameter_table
 
 DTYPE = "float32"
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """Report one step: cross entropy in nats per token, balance loss, global gradient norm before clipping."""
 
     loss: jax.Array
@@ -40,7 +40,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array
 
 
-def optimizer_of(recipe: Recipe, decayed: tuple[bool, ...]) -> optax.GradientTransformation:
+def optimizer_of(recipe: TrainingRecipe, decayed: tuple[bool, ...]) -> optax.GradientTransformation:
     """Return the recipe's AdamW. decayed: for each parameter, whether weight decay applies."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -59,7 +59,7 @@ class Trainer:
     """Provide the jitted functions of one recipe on one placement. They are pure: state is an argument and a result."""
 
     def __init__(
-        self, recipe: Recipe, placement: Placement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
+        self, recipe: TrainingRecipe, placement: Placement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
     ) -> None:
         _check_mesh(recipe, placement)
         self.recipe, self.placement, self.kernels = recipe, placement, kernels
@@ -77,7 +77,7 @@ class Trainer:
         """Return the initial state. Parameters depend on the recipe's seed only and are the same on every mesh."""
         return self._init_fn()
 
-    def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, StepMetrics]:
         """Update the state with one batch of windows [B, S + 1] of token ids. state is donated."""
         return self._step_fn(state, self._put(tokens, "batch", "length"))
 
@@ -128,7 +128,7 @@ class Trainer:
         hidden, _, routed = model(inputs, step_inputs, probabilities=True)
         return cross_entropy(model.logits(hidden), targets), routed
 
-    def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
         moe = self.recipe.model.moe
 
         def total_loss(params):
@@ -141,7 +141,7 @@ class Trainer:
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads))
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer), Metrics(loss, balance, grad_norm)
+        return TrainState(params, optimizer), StepMetrics(loss, balance, grad_norm)
 
     def _nats(self, params, tokens, lengths) -> jax.Array:
         valid = jnp.arange(tokens.shape[1] - 1) < lengths[:, None]
@@ -149,7 +149,7 @@ class Trainer:
         return jnp.sum(jnp.where(valid, nats, 0.0), axis=1)
 
 
-def _check_mesh(recipe: Recipe, placement: Placement) -> None:
+def _check_mesh(recipe: TrainingRecipe, placement: Placement) -> None:
     """Raise MeshError for pipelines, uneven splits and unsuitable batch sizes.
 
     Uneven splits pad dims or replicate heads. Training starts from random values, so padding would not stay zero and

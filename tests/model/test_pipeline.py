@@ -16,7 +16,7 @@ from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
 from jaxmoe.parallel.collectives import Collective
 from jaxmoe.parallel.stages import PipelineSchedule
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
 from scripts.bench_pipeline import count_steady_ticks, count_ticks
 
@@ -255,7 +255,7 @@ def test_experts_are_counted_on_their_stages(changed_dir, tmp_path):
 
 def test_training_says_that_it_has_no_stages(changed_dir):
     llm = loaded(changed_dir, DEEP, "data=1")
-    recipe = Recipe.__new__(Recipe)
+    recipe = TrainingRecipe.__new__(TrainingRecipe)
     object.__setattr__(recipe, "model", llm.config)
     from jaxmoe.parallel.sharding import Placement
 

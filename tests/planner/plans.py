@@ -7,12 +7,12 @@ from functools import cache
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.search import SearchResult, search
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.specs import SearchRequest
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 
-LOAD = Workload(isl=1024, osl=1024)
+LOAD = RequestWorkload(isl=1024, osl=1024)
 
 
 @cache

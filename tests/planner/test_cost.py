@@ -18,7 +18,7 @@ from jaxmoe.planner.cost import StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.memory import DeviceMemory
-from jaxmoe.planner.serving import ServingModel, Workload
+from jaxmoe.planner.serving import RequestWorkload, ServingModel
 from jaxmoe.planner.step_time import StepBatch
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
@@ -131,12 +131,12 @@ def test_pages_fill_what_weights_leave():
     room = cost.hardware.hbm_bytes - cost.device_memory.weight_bytes
     taken = serving.pool_tokens() * cost.device_memory.kv_bytes_per_token
     assert 0.8 * room < taken < room
-    load = Workload(isl=1000, osl=1000)
+    load = RequestWorkload(isl=1000, osl=1000)
     assert serving.max_requests(load) == math.floor(serving.pool_tokens(512) / 2000) or serving.max_requests(load) > 0
 
 
 def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
-    cost, load = cost_of("llama-3.1-8b", "data=1"), Workload(isl=16000, osl=16000)
+    cost, load = cost_of("llama-3.1-8b", "data=1"), RequestWorkload(isl=16000, osl=16000)
     windowed = replace(cost.device_memory.config, sliding_windows=(4096,) * 32)
     half = replace(windowed, sliding_windows=(4096, None) * 16)
     found = [
@@ -148,13 +148,13 @@ def test_where_every_layer_has_a_window_a_request_holds_a_window_and_a_chunk():
     whole, mixed, freed = (serving.max_requests(load) for serving in found)
     assert whole == mixed
     assert freed == pytest.approx(whole * 32000 / (4096 + 512), rel=0.05)
-    short = Workload(isl=100, osl=100)
+    short = RequestWorkload(isl=100, osl=100)
     assert found[0].max_requests(short) == found[2].max_requests(short)
 
 
 def test_more_requests_serve_more_tokens_and_each_slower():
     serving = ServingModel(cost_of("llama-3.1-70b", "tensor=8"), chunk_tokens=2048)
-    found = [serving.estimate(Workload(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
+    found = [serving.estimate(RequestWorkload(isl=1000, osl=1000), count) for count in (1, 8, 64, 512)]
     assert all(a.tokens_per_s < b.tokens_per_s and a.tpot < b.tpot for a, b in pairwise(found))
     for one in found:
         assert one.tpot <= 1.001 * one.mean_step.total  # which has its own prompt's steps in it
@@ -163,7 +163,7 @@ def test_more_requests_serve_more_tokens_and_each_slower():
 
 def test_a_request_alone_waits_for_its_prompt_once():
     serving = ServingModel(cost_of("llama-3.1-8b", "data=1"), chunk_tokens=2048)
-    short, long = (serving.estimate(Workload(isl=8000, osl=osl), 1) for osl in (10, 1000))
+    short, long = (serving.estimate(RequestWorkload(isl=8000, osl=osl), 1) for osl in (10, 1000))
     alone = serving.cost.step_time(StepBatch(1, 0, 8005)).total
     assert short.tpot == pytest.approx(alone, rel=0.2)
     assert short.ttft == pytest.approx(long.ttft, rel=0.05)
@@ -176,7 +176,7 @@ def test_a_pipeline_of_one_request_is_no_faster_than_reading_its_weights():
 
 
 def test_replicas_serve_as_many_times_more():
-    load = Workload(isl=1000, osl=1000)
+    load = RequestWorkload(isl=1000, osl=1000)
     one, four = (ServingModel(cost_of("llama-3.1-8b", mesh), chunk_tokens=2048) for mesh in ("data=1", "data=4"))
     assert four.max_requests(load) == 4 * one.max_requests(load)
     single, many = one.estimate(load, 16), four.estimate(load, 64)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.planner.pools import beats, best_disaggregated
 from jaxmoe.planner.search import servings_of
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.specs import candidates_of
 from jaxmoe.planner.step_time import StepBatch
 
@@ -28,7 +28,7 @@ def test_pools_share_out_what_they_serve():
 
 @pytest.mark.parametrize("isl", [1024, 5000])
 def test_a_prompt_takes_whole_steps_of_the_engine_that_reads_it(isl):
-    asked = replace(question("llama-3.1-8b", "h100", 8), workload=Workload(isl=isl, osl=1024))
+    asked = replace(question("llama-3.1-8b", "h100", 8), workload=RequestWorkload(isl=isl, osl=1024))
     pools = best_disaggregated(asked, engine_devices=4)
     assert pools is not None
     engine = replace(asked, devices=4)
@@ -65,14 +65,14 @@ def test_requests_at_once_bound_what_pools_serve():
 @pytest.mark.parametrize("osl", [8, 1024])
 def test_requests_on_their_way_to_the_first_token_are_counted(osl):
     """Little's law."""
-    asked = replace(question("llama-3.1-70b", "h100", 16), workload=Workload(isl=8192, osl=osl))
+    asked = replace(question("llama-3.1-70b", "h100", 16), workload=RequestWorkload(isl=8192, osl=osl))
     pools = best_disaggregated(asked, engine_devices=4)
     assert pools is not None
     assert pools.concurrency == math.ceil(pools.tokens_per_s / osl * pools.request_seconds)
 
 
 def test_one_token_needs_no_pool_that_decodes():
-    asked = replace(question("llama-3.1-70b", "h100", 16), workload=Workload(isl=8192, osl=1))
+    asked = replace(question("llama-3.1-70b", "h100", 16), workload=RequestWorkload(isl=8192, osl=1))
     assert best_disaggregated(asked, engine_devices=4) is None
 
 

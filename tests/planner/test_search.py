@@ -14,7 +14,7 @@ from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
 from jaxmoe.parallel.mesh import check_axes
 from jaxmoe.planner.links import group_of
 from jaxmoe.planner.search import NoPlanError, search
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.specs import candidates_of, kind_of
 from jaxmoe.planner.why import NeighborPlans, reasons
 from scripts.planner_validation import predict, read_rows, score
@@ -100,11 +100,11 @@ def test_what_is_asked_for_is_kept():
 
 def test_requests_that_nobody_named_are_halved_where_they_have_no_room():
     """A H100 has room for three requests so long beside Llama-3.1-8B; four are assumed for the lowest latency."""
-    asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), workload=Workload(isl=120_000, osl=1000))
+    asked = replace(question("llama-3.1-8b", "h100", 1, "latency"), workload=RequestWorkload(isl=120_000, osl=1000))
     best = search(asked).best
     assert (best.estimate.concurrency, best.max_requests) == (2, 3)
     with pytest.raises(NoPlanError, match="no room for 4 requests"):
-        search(replace(asked, workload=Workload(isl=120_000, osl=1000, concurrency=4)))
+        search(replace(asked, workload=RequestWorkload(isl=120_000, osl=1000, concurrency=4)))
 
 
 @pytest.mark.parametrize("case", [("llama-3.1-8b", "h100", 1), ("llama-3.1-8b", "v5e", 4), ("gpt-oss-120b", "h100", 2)])
@@ -126,7 +126,7 @@ def test_as_many_requests_as_are_said_to_have_room_are_planned_for(case):
 @pytest.mark.parametrize("count", [1, 7, 48])
 def test_times_agree_with_tokens_a_second(load, count):
     """So many requests, always at once, each as long as its tokens take (Little's law)."""
-    asked = Workload(isl=load[0], osl=load[1], concurrency=count)
+    asked = RequestWorkload(isl=load[0], osl=load[1], concurrency=count)
     served = search(replace(question("llama-3.1-70b", "h100", 8), workload=asked)).best.estimate
     assert count * served.osl / served.request_seconds == pytest.approx(served.tokens_per_s)
     assert served.mean_step.total * served.num_steps == pytest.approx(served.request_seconds)
@@ -136,7 +136,7 @@ def test_times_agree_with_tokens_a_second(load, count):
 
 
 def test_the_front_of_single_tokens_trades_their_time():
-    one = search(replace(question("llama-3.1-8b", "h100", 8), workload=Workload(isl=1024, osl=1)))
+    one = search(replace(question("llama-3.1-8b", "h100", 8), workload=RequestWorkload(isl=1024, osl=1)))
     assert len(one.front) > 3
     for fast, full in pairwise(one.front):
         assert fast.estimate.ttft < full.estimate.ttft

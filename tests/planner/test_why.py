@@ -13,7 +13,7 @@ from jaxmoe.planner.choose import REL_TOLERANCE, objective_value
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.improvements import improvements
 from jaxmoe.planner.search import search
-from jaxmoe.planner.serving import Workload
+from jaxmoe.planner.serving import RequestWorkload
 from jaxmoe.planner.specs import kind_of
 from jaxmoe.planner.why import NeighborPlans, counted, digits, reasons
 from jaxmoe.weights.checkpoint import read_json
@@ -90,7 +90,7 @@ def test_remedies_differ_from_what_is():
     assert "--weights-dtype" not in binds("deepseek-v3", "b200", "compute")
     assert "--kv-dtype fp8" in binds("llama-3.1-8b", "h100", "memory")
     assert "--kv-dtype" not in binds("llama-3.1-8b", "h100", "memory", kv_dtype="int8")
-    few = Workload(isl=1024, osl=1024, concurrency=8)
+    few = RequestWorkload(isl=1024, osl=1024, concurrency=8)
     assert "--max-num-seqs, up to" in binds("llama-3.1-8b", "h100", "memory", workload=few)
     assert "requests" not in binds("llama-3.1-8b", "h100", "memory")  # as many as are best
     assert "requests" not in binds("llama-3.1-8b", "h100", "memory", workload=few, objective="latency")
@@ -111,9 +111,15 @@ def test_every_remedy_gains_what_it_says():
 @pytest.mark.parametrize(
     ("model", "hardware", "devices", "changes", "left_out"),
     [
-        ("llama-3.1-8b", "h100", 1, {"workload": Workload(isl=1024, osl=1024, concurrency=4)}, "--kv-dtype"),
+        ("llama-3.1-8b", "h100", 1, {"workload": RequestWorkload(isl=1024, osl=1024, concurrency=4)}, "--kv-dtype"),
         ("mixtral-8x7b", "h200", 8, {"objective": "latency"}, "--kv-dtype"),
-        ("llama-3.1-8b", "v4", 1, {"workload": Workload(isl=4096, osl=1), "kv_dtype": "int8"}, "--weights-dtype"),
+        (
+            "llama-3.1-8b",
+            "v4",
+            1,
+            {"workload": RequestWorkload(isl=4096, osl=1), "kv_dtype": "int8"},
+            "--weights-dtype",
+        ),
     ],
 )
 def test_what_gains_no_more_than_prices_are_exact_is_left_out(model, hardware, devices, changes, left_out):
@@ -130,7 +136,7 @@ def test_small_numbers_keep_their_digits():
         "28,920",
     ]
     asked = question("demo", "h100", 8, "latency")
-    asked = replace(asked, workload=Workload(isl=32, osl=16))
+    asked = replace(asked, workload=RequestWorkload(isl=32, osl=16))
     lines = reasons(asked, search(asked), None, ALONE)
     assert any(line.startswith("Alternative") for line in lines)
     assert not any(" 0.00 " in line for line in lines)

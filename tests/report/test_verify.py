@@ -21,7 +21,7 @@ from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, check_axes
 from jaxmoe.parallel.sharding import PipelineView, Placement
 from jaxmoe.parallel.stages import layer_segments
-from jaxmoe.report.verify import Trial, all_meshes, all_trials, verify_trials
+from jaxmoe.report.verify import ParityCase, all_meshes, all_trials, verify_trials
 
 from ..tiny.cases import CASES_BY_NAME, QUICK_CASES
 
@@ -75,7 +75,7 @@ def test_layouts_of_experts_are_alike_to_a_model_without():
 
 
 def test_a_trial_alone_is_of_the_default_layout(tiny_dir):
-    (check,) = verify_trials(tiny_dir("mixtral_window"), trials=[Trial(mesh={"tensor": 2})], max_tokens=2)
+    (check,) = verify_trials(tiny_dir("mixtral_window"), trials=[ParityCase(mesh={"tensor": 2})], max_tokens=2)
     assert check.passed
     assert check.trial.layout == DEFAULT_LAYOUT
     assert not replace(check, max_logit_error=2e-4).passed
@@ -121,12 +121,12 @@ def test_tokens_that_are_shared_out_wrongly_are_found(tiny_dir, monkeypatch):
             lambda x, axes: jnp.tile(x, (jax.lax.axis_size(axes[0]), 1, 1)[: x.ndim]) if axes else x,
         )
     (check,) = verify_trials(
-        tiny_dir("mixtral_window"), trials=[Trial(mesh={"tensor": 2}, layout=LAYOUTS["tp-sp"])], max_tokens=2
+        tiny_dir("mixtral_window"), trials=[ParityCase(mesh={"tensor": 2}, layout=LAYOUTS["tp-sp"])], max_tokens=2
     )
     assert not check.passed
 
 
-def _trials(case, layout: str) -> list[Trial]:
+def _trials(case, layout: str) -> list[ParityCase]:
     moe = any(read_config(case.config).moe_layers)
     return [trial for trial in all_trials(all_meshes(8), moe=moe) if str(trial.layout) == layout]
 

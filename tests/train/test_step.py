@@ -15,7 +15,7 @@ from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.train.loop import as_written, evaluate, train
-from jaxmoe.train.recipe import Recipe
+from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
 from scripts.demo_export import replace_directory, write_checkpoint
 from scripts.demo_recipe import DEMO_MODEL, DEMO_RECIPE
@@ -40,14 +40,14 @@ MODEL = ModelConfig(
     tie_word_embeddings=True,
 )
 # epsilon well above the noise of float32: Adam divides by the size of a gradient, and near zero would magnify it.
-RECIPE = Recipe(
+RECIPE = TrainingRecipe(
     model=MODEL, num_steps=40, warmup_steps=4, batch_rows=8, window_tokens=16, learning_rate=1e-2, epsilon=1e-5
 )
 ONE, EIGHT = "data=1", "data=2,tensor=2,expert=2"
 
 
 @cache  # its step is compiled once
-def trainer(mesh: str = ONE, recipe: Recipe = RECIPE, kernels: KernelConfig = KernelConfig()) -> Trainer:
+def trainer(mesh: str = ONE, recipe: TrainingRecipe = RECIPE, kernels: KernelConfig = KernelConfig()) -> Trainer:
     return Trainer(recipe, Placement(mesh=mesh_of(mesh)), kernels=kernels)
 
 
