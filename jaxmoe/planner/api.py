@@ -162,7 +162,8 @@ class PlanRequest:
             raise MeshError(f"mesh {self.mesh} has {meant} devices, but {devices} were requested: make them equal")
         return SearchRequest(
             config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
-            workload=RequestWorkload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew, axes=axes,
+            workload=RequestWorkload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew,
+            axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # no TPOT for one token
             layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
