@@ -45,6 +45,11 @@ def test_every_kind_of_layer_gives_the_same_bits_beside_others(name, mesh, tiny_
     assert (alone.token_ids, alone.logprobs) == (among.token_ids, among.logprobs)
 
 
+def apart(llm: LLM) -> LLM:
+    """The same weights and programs with an engine core of their own, beside the engine of this module."""
+    return LLM.from_runner(llm._runner, tokenizer=llm.tokenizer, eos=llm.eos)
+
+
 async def collect(engine: AsyncEngine, prompt, params, after: float = 0.0, **options) -> list[int]:
     await asyncio.sleep(after)
     return [chunk.token_id async for chunk in engine.stream(prompt, params, **options)]
@@ -89,7 +94,8 @@ def test_no_neighbor_changes_an_output(engine):
         return await asyncio.gather(*(collect(engine, *r, after=rng.random() / 5) for r in requests))
 
     found = asyncio.run(together())
-    alone = [engine.llm.generate([prompt], params)[0].token_ids for prompt, params in requests]
+    by_itself = apart(engine.llm)
+    alone = [by_itself.generate([prompt], params)[0].token_ids for prompt, params in requests]
     assert found == alone
     stats = engine.stats()
     assert (stats["running"], stats["waiting"], stats["pages_in_use"]) == (0, 0, 0)
@@ -110,7 +116,7 @@ def test_pages_run_out_and_everyone_still_ends(engine):
     found = asyncio.run(together())
     assert [len(tokens) for tokens in found] == [40] * 16
     assert engine.stats()["preemptions"] > before
-    assert found[3] == engine.llm.generate([requests[3][0]], requests[3][1])[0].token_ids
+    assert found[3] == apart(engine.llm).generate([requests[3][0]], requests[3][1])[0].token_ids
 
 
 def test_nothing_is_compiled_after_start_up(engine):
@@ -169,7 +175,7 @@ def test_a_step_that_throws_ends_its_requests_and_no_others(engine, monkeypatch)
     monkeypatch.setattr(engine.llm._runner, "step", step)
     found = asyncio.run(scene())
     monkeypatch.undo()
-    assert found == engine.llm.generate([[4, 5, 6]], params)[0].token_ids
+    assert found == apart(engine.llm).generate([[4, 5, 6]], params)[0].token_ids
     assert engine.stats()["pages_in_use"] == 0
 
 
@@ -225,11 +231,6 @@ def test_a_stream_that_is_dropped_ends_its_request(engine):
     asyncio.run(scene())
     assert engine.stats()["new_tokens"] - before < 12 * 40
     assert engine.stats()["pages_in_use"] == 0
-
-
-def apart(llm: LLM) -> LLM:
-    """The same weights and programs with an engine core of their own, beside the engine of this module."""
-    return LLM.from_runner(llm._runner, tokenizer=llm.tokenizer, eos=llm.eos)
 
 
 def test_start_up_tells_how_many_programs_are_ready(tiny_llm, capsys, monkeypatch):
