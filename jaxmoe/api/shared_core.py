@@ -29,21 +29,30 @@ class SharedCore:
         self._runner, self._tokenizer, self._eos = runner, tokenizer, eos
 
     def fixed(self, requests: Iterable[tuple[int, SamplingParams]]) -> EngineCore | None:
-        """Return the core that an AsyncEngine reserved, or left where it holds these requests; None otherwise.
+        """Return the core that an AsyncEngine reserved, or left if it holds these requests to their ends; else None.
 
-        requests: prompt tokens and sampling parameters of each. A reserved core that cannot hold one refuses it later.
+        requests: prompt tokens and sampling parameters of each. A reserved core refuses one that it cannot hold, and
+        ends answers at its own context.
         """
         with self.lock:
             core = self.core
             if core is None or not core.warmed_up:
                 return None
-            if not self.reserved:
-                try:
-                    for num_prompt, params in requests:
-                        core.check(num_prompt, params)
-                except RequestError:
-                    return None
-            return core
+            holds_all = self.reserved or all(self._holds(core, *request) for request in requests)
+            return core if holds_all else None
+
+    def _holds(self, core: EngineCore, num_prompt: int, params: SamplingParams) -> bool:
+        """Return whether a core runs a request to the end that the model's own context gives it."""
+        longest = self._runner.config.max_position_embeddings
+        wanted = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
+        keeps_all = params.reads_history
+        if core.scheduler_config.max_total(num_prompt, params.max_tokens, keeps_all=keeps_all) < wanted:
+            return False
+        try:
+            core.check(num_prompt, params)
+        except RequestError:
+            return False
+        return True
 
     def fit(self, scheduler_config: SchedulerConfig) -> EngineCore:
         """Return a core of this size for LLM.generate: the present one where it has that size, otherwise a new one."""

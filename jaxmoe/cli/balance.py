@@ -11,7 +11,15 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
-from jaxmoe.cli.options import ModelOptions, console, load_model, model_options, read_id_lines, start_jax
+from jaxmoe.cli.options import (
+    MODEL_OPTION_NAMES,
+    ModelOptions,
+    console,
+    load_model,
+    model_options,
+    read_id_lines,
+    start_jax,
+)
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import ConfigError, RequestError
 from jaxmoe.jsontext import json_text
@@ -89,7 +97,7 @@ def balance(
     if (loads is None) != (ranks is None):
         raise RequestError("--loads and --ranks must be given together: give both, or a model and neither of them")
     if loads is not None and ranks is not None:
-        given = [name for name in (*vars(options), "model", "prompt_ids", "max_tokens") if _was_given(name)]
+        given = [name for name in (*MODEL_OPTION_NAMES, "model", "prompt_ids", "max_tokens") if _was_given(name)]
         if given:
             raise RequestError(f"--loads runs no model: leave {', '.join(given)} out")
         report = _planned(_read_loads(loads), redundant_experts, groups or 1, nodes, ranks, algorithm)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def collectives_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of inspect.aot.collective_rows; rows whose count differs from the plan are marked."""
+    """Return a table of aot.compile.collective_rows; rows whose count differs from the plan are marked."""
     table = Table(title="collectives of a step", title_justify="left")
     for name in ("step", "collective", "axes"):
         table.add_column(name, overflow="fold")

@@ -16,7 +16,7 @@ _FLAGS = {"ignore_config_keys": "--ignore-config-key"}
 def engine_option(name: str, **changes: Any) -> Callable[..., Any]:
     """Return the click option of one option of EngineConfig.
 
-    changes: Parameters of click.option in place of those of the field, such as required, default or help. A default of
+    changes: Parameters of click.option that replace the field's, as in required, default or help. A default of
     None leaves the option unset, so that the command's request decides.
     """
     field = OPTION_FIELDS[name]
@@ -36,7 +36,7 @@ def engine_option(name: str, **changes: Any) -> Callable[..., Any]:
 
 
 def engine_options(*names: str, unset: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add options of EngineConfig to a command, in this order. unset: without defaults, as None."""
+    """Add options of EngineConfig to a command, in this order. unset: without defaults."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):

@@ -48,6 +48,9 @@ _BACKENDS = {
 }
 
 
+MODEL_OPTION_NAMES = (*_ENGINE_OPTIONS, "devices", "native", *_BACKENDS)  # parameters of a command with model_options
+
+
 def dispatch_option(**changes: Any) -> Callable[..., Any]:
     """Return the option --dispatch."""
     return click.option("--dispatch", **{"help": _BACKENDS["dispatch"]} | changes)

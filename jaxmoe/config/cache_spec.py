@@ -1,4 +1,4 @@
-"""LayerCacheSpec: what the KV cache holds for one layer, and how far back the layer attends."""
+"""LayerCacheSpec: the KV cache of one layer, and how far back the layer attends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LayerCacheSpec:
 
     head_dims: sizes of the vectors cached per token and head slot: a key and a value, or the latent alone, whose first
     numbers are the value. window: the layer attends to at most the last `window` tokens. attention_chunk: it attends to
-    at most the tokens of its own chunk of this many positions. 0: no such limit.
+    at most the tokens of its own chunk of this many positions. 0: no limit.
     """
 
     head_dims: tuple[int, ...]
@@ -26,7 +26,7 @@ class LayerCacheSpec:
 
     @property
     def span(self) -> int | None:
-        """Return the most tokens that the layer attends to; None if it attends to all."""
+        """Return the most tokens that the layer attends to; None without a limit."""
         return min((limit for limit in (self.window, self.attention_chunk) if limit), default=None)
 
     @property
@@ -34,7 +34,7 @@ class LayerCacheSpec:
         """Return the elements cached per token and head slot."""
         return sum(self.head_dims)
 
-    def bytes_per_head(self, itemsize: float, scale_bytes: int = 0) -> float:
+    def bytes_per_head(self, itemsize: int, scale_bytes: int = 0) -> int:
         """Return the bytes per token and head slot; scale_bytes: of each vector, if its elements are quantized."""
         return sum(dim * itemsize + scale_bytes for dim in self.head_dims)
 

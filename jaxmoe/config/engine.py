@@ -23,6 +23,13 @@ host_gib=host_cache_gib turns=decode_steps stage_chunks=virtual_stages most_mib=
 RENAMED = dict(pair.split("=") for pair in _RENAMED.split())
 
 
+def _check_positive(config: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -90,13 +97,13 @@ class CacheConfig:
 class EngineConfig:
     """Configure how a model is loaded, placed on devices and served.
 
-    LLM, LLM.load and AsyncEngine take these options as keyword arguments, those of the parts by their own names:
+    LLM, LLM.load and AsyncEngine take these options, also the options of the parts, as keyword arguments:
     `LLM("demo", mesh="tensor=2", kv_dtype="int8")`. The command line has an option of the same name for each.
 
     Attributes:
         parallel: Mesh, layout, virtual stages and redundant experts.
         cache: Dtype and size of the KV cache.
-        kernels: A KernelConfig, or a mapping from op to backend such as {"grouped": "blocks"}. Ops that a mapping omits
+        kernels: A KernelConfig, or a mapping from op to backend, as in {"grouped": "blocks"}. Ops that a mapping omits
             use the fastest backend of the platform: on a CPU with a C++ compiler, the native kernels.
         dtype: Dtype of activations and unquantized weights: float32, bfloat16 or float16. By default that of the
             checkpoint.
@@ -189,9 +196,9 @@ class EngineOptions(TypedDict, total=False):
     decode_steps: int
 
 
-_PARTS = {"parallel": ParallelConfig, "cache": CacheConfig}
+_PARTS: dict[str, Any] = {"parallel": ParallelConfig, "cache": CacheConfig}
 _PART_OF = {one.name: part for part, kind in _PARTS.items() for one in fields(kind)}
-# Every option by name, those of the parts included.
+# Every option by name, with the options of the parts.
 OPTION_FIELDS: dict[str, Field[Any]] = {
     one.name: one for kind in (*_PARTS.values(), EngineConfig) for one in fields(kind) if one.name not in _PARTS
 }
@@ -208,10 +215,3 @@ def unknown_option(name: str) -> str:
     close = get_close_matches(name, OPTION_FIELDS, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"the options are {', '.join(sorted(OPTION_FIELDS))}"
     return f"there is no option {name}: {remedy}"
-
-
-def _check_positive(config: object, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")

@@ -125,7 +125,7 @@ class MLAConfig:
 class IndexerConfig:
     """Configure the indexer of sparse latent attention, which selects top_k tokens for each query (DeepSeek-V3.2).
 
-    It is read to size such models. It cannot be run.
+    It is read to size these models. It cannot be run.
     """
 
     num_heads: int
@@ -343,7 +343,7 @@ class ModelConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     def cache_spec(self, layer: int) -> LayerCacheSpec:
-        """Return what the KV cache holds for a layer."""
+        """Return the KV cache spec of a layer."""
         dims = (self.head_dim, self.head_dim) if self.mla is None else (self.mla.cached_dim,)
         return LayerCacheSpec(
             head_dims=dims, window=self.sliding_windows[layer] or 0, attention_chunk=self.chunk(layer) or 0
@@ -351,7 +351,7 @@ class ModelConfig:
 
     @property
     def cache_specs(self) -> tuple[LayerCacheSpec, ...]:
-        """Return what the KV cache holds for every layer."""
+        """Return the KV cache specs of all layers, in order."""
         return tuple(self.cache_spec(layer) for layer in range(self.num_hidden_layers))
 
     @property

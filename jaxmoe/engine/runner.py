@@ -139,8 +139,8 @@ class Runner:
         total = 0.0
         for segment, sizes in zip(self.segments, self.sizes, strict=True):
             head = sum(
-                self.config.cache_spec(segment.first + at).bytes_per_head(itemsize, scale)
-                for at in range(segment.period)
+                self.config.cache_spec(segment.first + number).bytes_per_head(itemsize, scale)
+                for number in range(segment.period)
             )
             total += head * segment.slots * sizes.kv_slots / share(segment)
         return int(total)
@@ -148,12 +148,12 @@ class Runner:
     def _state_sharding(self) -> Any:
         lie, kinds = self.placement.sharding, (5, 4) if self.kv_dtype in QMAX else (5,)
 
-        def block(segment: LayerSegment, at: int) -> tuple[Any, ...]:
+        def block(segment: LayerSegment, number: int) -> tuple[Any, ...]:
             placement = self.placement.for_params(segment)
-            head_dims = self.config.cache_spec(segment.first + at).head_dims
+            head_dims = self.config.cache_spec(segment.first + number).head_dims
             return tuple(placement.sharding(*PAGE_DIMS[:ndim]) for ndim in kinds for _ in head_dims)
 
-        pages: Any = [tuple(block(segment, at) for at in range(segment.period)) for segment in self.segments]
+        pages: Any = [tuple(block(segment, number) for number in range(segment.period)) for segment in self.segments]
         tokens, token_pages = lie("batch", "unsharded"), lie(*TOKEN_PAGE_DIMS)
         return EngineState(*cast("Any", (tokens, pages, token_pages)))
 

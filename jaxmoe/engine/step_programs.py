@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxmoe.engine.batch import FLOAT_PARTS
 from jaxmoe.model.attend import TOKEN_PAGE_DIMS, DensePrefillInputs, KVPages
 from jaxmoe.model.transformer import TokensPerExpert, Transformer
-from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingFeatures, sample
+from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingBackend, SamplingFeatures, sample
 from jaxmoe.parallel.sharding import Placement
 from jaxmoe.parallel.stages import PipelineSchedule
 
@@ -59,7 +59,7 @@ def output_buffers(
 
 def sample_logits(
     logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures,
-    *, placement: Placement, backend: str,
+    *, placement: Placement, backend: SamplingBackend,
 ) -> SamplerOutput:  # fmt: skip
     """Sample one token per row, on the rank of the row. logits [r,d,V]; positions [r,d] of the new tokens."""
     values = {name: metadata[name] for name in SamplingArrays._fields}

@@ -59,8 +59,8 @@ class PageTransfer:
         start = 0
         for segment in runner.segments:
             placement = runner.placement.for_params(segment)
-            for at in range(segment.period):
-                num_vectors = len(runner.config.cache_spec(segment.first + at).head_dims)
+            for number in range(segment.period):
+                num_vectors = len(runner.config.cache_spec(segment.first + number).head_dims)
                 group = _TransferGroup(self._placement.with_view(placement.view), num_vectors, [])
                 own = groups.setdefault((placement.view, num_vectors), group)
                 own.leaves.append(range(start, start + num_vectors * len(self._kinds)))

@@ -13,7 +13,7 @@ from jaxmoe.families.known_keys import is_harmless, is_usual
 REQUIRED = object()  # marks a key without a default
 _AS_NULL = object()
 MAX_WHOLE = 2**31 - 1
-LARGEST = 1e300  # of numbers in a config.json
+MAX_NUMBER = 1e300  # of numbers in a config.json
 MAX_LAYERS = 10_000
 MAX_HEADS = _MAX_EXPERTS = 10_000
 MAX_SHOWN = 10  # keys that an error lists; it counts the others
@@ -110,7 +110,7 @@ class ConfigReader:
         value = self.get(key, default)
         if value is default:
             return value
-        if not is_finite(value, below=LARGEST):
+        if not is_finite(value, below=MAX_NUMBER):
             raise ConfigError(f"config key {key!r} = {shown(value)} must be a finite number")
         return float(value)
 

@@ -11,7 +11,7 @@ from typing import Any
 from jaxmoe.checks import is_finite
 from jaxmoe.config import RopeConfig
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.reader import LARGEST, MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, shown, shown_settings
+from jaxmoe.families.reader import MAX_NUMBER, MAX_SHOWN, MAX_WHOLE, ConfigReader, and_more, shown, shown_settings
 
 _ORIGINAL = "original_max_position_embeddings"
 # Required and optional keys of each kind of rope_scaling.
@@ -183,7 +183,7 @@ def _checked_kind(reader: ConfigReader, form: str, scaling: Mapping[str, Any]) -
     wrong = {
         key: scaling[key]
         for key in needed
-        if scaling.get(key) is not None and not is_finite(scaling[key], below=LARGEST)
+        if scaling.get(key) is not None and not is_finite(scaling[key], below=MAX_NUMBER)
     }
     if wrong:
         raise ConfigError(

@@ -77,7 +77,7 @@ class MapRequest(InspectRequest):
 
 
 def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the data that the page shows, as `jaxmoe map --json` prints it. Nothing is compiled or run.
+    """Return the data that the page shows, as `jaxmoe map --json` prints it, without compiling or running a step.
 
     result: output of `jaxmoe compile --json` for the same request, compared with the plan.
     Raises: as MapRequest.checked_fabric; ConfigError if the result belongs to another request.

@@ -56,7 +56,7 @@ def empty_pages(
         return (*numbers, *(jnp.zeros(shape) for _ in numbers)) if dtype in QMAX else numbers
 
     return [
-        tuple(block(segment.first + at, segment.slots, size.kv_slots) for at in range(segment.period))
+        tuple(block(segment.first + number, segment.slots, size.kv_slots) for number in range(segment.period))
         for segment, size in zip(segments, sizes, strict=True)
     ]
 

@@ -133,7 +133,7 @@ def behind_windows(
     for other requests. If not, pages hold all tokens for all layers, and kept_bytes of them are outside the layers'
     windows. held_tokens: the most tokens of the request in the cache at once.
     """
-    spans = [spec.span for spec in config.cache_specs]
+    spans = [cache_spec.span for cache_spec in config.cache_specs]
     limited = [span for span in spans if span is not None]
     if not limited:
         return None
@@ -160,4 +160,4 @@ def behind_words(facts: Mapping[str, Any]) -> str:
 
 def kv_numbers(config: ModelConfig) -> int:
     """Return the KV cache elements per token, over all layers, without replicated heads."""
-    return config.num_key_value_heads * sum(spec.numbers_per_head for spec in config.cache_specs)
+    return config.num_key_value_heads * sum(cache_spec.numbers_per_head for cache_spec in config.cache_specs)

@@ -100,7 +100,7 @@ def _memory(request: SearchRequest, best: ServingPlan) -> Iterator[str]:
         f"the KV cache has room for {counted(best.max_requests, 'request')} of {tokens:,} tokens at once."
     )
     config, (item, scale) = request.config, KV_ITEMSIZES[memory.kv_dtype]
-    each = [config.num_key_value_heads * spec.bytes_per_head(item, scale) for spec in config.cache_specs]
+    each = [config.num_key_value_heads * cache_spec.bytes_per_head(item, scale) for cache_spec in config.cache_specs]
     layer_bytes = sum(each) / len(each)
     behind = behind_windows(config, tokens, chunk_tokens=best.serving.chunk_tokens, num_bytes=layer_bytes)
     if behind is not None:

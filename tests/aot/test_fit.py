@@ -65,9 +65,9 @@ def question(tiny_dir, **changes) -> CompileRequest:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        (dict(config="nowhere"), CheckpointError, "config 'nowhere' is no config.json"),
+        (dict(config="nowhere"), CheckpointError, "config 'nowhere' is not a config.json"),
         (dict(target="z9:1x8"), ConfigError, "unknown device 'z9'"),
-        (dict(mesh="tensor=8"), MeshError, "of 8 devices, target v5p:2x2x1 has 4"),
+        (dict(mesh="tensor=8"), MeshError, "has 8 devices, target v5p:2x2x1 has 4"),
         (dict(mesh="rows=4"), MeshError, "unknown mesh axis 'rows'"),
         (dict(max_num_seqs=0), ConfigError, "max_num_seqs=0 must lie in"),
         (dict(context=10**6), ConfigError, "context=1000000 must lie in"),

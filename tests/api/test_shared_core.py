@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe import LLM, AsyncEngine, ConfigError, RequestError, SamplingParams
 
-SIZES = dict(max_num_seqs=4, context=64, page_size=4, chunk_tokens=16)
+SIZES = dict(max_num_seqs=4, context=48, page_size=4, chunk_tokens=16)
 PROMPT = [(5 * i) % 97 + 1 for i in range(33)]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -83,15 +83,15 @@ def test_a_closed_engine_leaves_its_core_and_the_next_one_takes_it_over(llm):
         before = again.stats()["cached_prompt_tokens"]
         asyncio.run(collect(again, PROMPT))
         assert again.stats()["cached_prompt_tokens"] - before == 32
-    (output,) = llm.generate([PROMPT], SamplingParams(max_tokens=60, ignore_eos=True))  # more than its context
-    assert len(output.token_ids) == 60
+    (output,) = llm.generate([PROMPT], SamplingParams(max_tokens=31, ignore_eos=True))  # past its context
+    assert len(output.token_ids) == 31
     assert llm._core is not core
 
 
 def test_what_an_engine_cannot_hold_is_refused_and_nothing_is_left_behind(llm):
     with AsyncEngine(llm, **SIZES) as engine:
-        with pytest.raises(RequestError, match="the context holds 64"):
-            llm.generate([[1, 2], PROMPT], [PARAMS, SamplingParams(max_tokens=60)])
+        with pytest.raises(RequestError, match="the context holds 48"):
+            llm.generate([[1, 2], PROMPT + PROMPT[:20]], PARAMS)
         assert engine.stats()["waiting"] == engine.stats()["running"] == 0
         with pytest.raises(ConfigError, match="an AsyncEngine runs on this LLM already"):
             AsyncEngine(llm, **SIZES)

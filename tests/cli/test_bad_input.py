@@ -216,7 +216,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["plan", "llama-3.1-8b", "--hardware", "h100", "--sla-tpot-ms", "0.01"],
-        ["any number of h100 up to", "a token is"],
+        ["any number of h100 up to", "the lowest TPOT is"],
     ),
     (["probe", "-o", "~nobody-of-this-name/x.toml"], ["--output '~nobody-of-this-name/x.toml'"]),
     # devices, mesh, numbers, kernels
@@ -266,7 +266,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*COMPILE, "--chunk-tokens", "0"], ["chunk_tokens=0 must lie in [1, "]),
     ([*COMPILE, "--max-num-seqs", "0"], ["max_num_seqs=0 must lie in [1, "]),
     ([*COMPILE, "--context", "129"], ["context=129 must lie in [1, 128]"]),
-    ([*COMPILE[:-1], "tensor=8"], ["of 8 devices, target v5p:2x2x1 has 4"]),
+    ([*COMPILE[:-1], "tensor=8"], ["has 8 devices, target v5p:2x2x1 has 4"]),
     (["compile", "none", *COMPILE[2:]], ["config 'none' is not a config.json, a folder with one, or a preset (demo, "]),
     # what is asked of inspect
     (["inspect", "good"], ["Missing option", "--mesh"]),
@@ -293,7 +293,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP, "--hardware", "b2000"], ["hardware 'b2000' is no preset", "did you mean b200"]),
     ([*MAP, "--hardware", "ids.jsonl"], ["ids.jsonl line 1: not TOML"]),
     ([*MAP, "--hardware", "v5p", "--target", "h100:16x8"], ["hardware v5p and target h100:16x8 differ"]),
-    ([*MAP, "--target", "h100:1x8"], ["of 128 devices, target h100:1x8 has 8"]),
+    ([*MAP, "--target", "h100:1x8"], ["has 128 devices, target h100:1x8 has 8"]),
     ([*MAP, "--target", "z9:1"], ["unknown device 'z9'"]),
     ([*MAP, "--mesh", "rows=8"], ["unknown mesh axis 'rows'"]),
     ([*MAP, "--mesh", "b200-2x9"], ["'b200-2x9' is neither axes", "b200-2x8"]),
@@ -309,7 +309,7 @@ COMMAND_LINES: list[tuple[list[str], list[str]]] = [
     ([*MAP[:-1], "ids.jsonl"], ["output ids.jsonl must end in .html"]),
     ([*MAP[:-1], "page.html", "--compiled", "page.html"], ["output page.html is an input of the map"]),
     (["map", "page.html", *MAP[2:-1], "page.html"], ["output page.html is an input of the map"]),
-    ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is no folder"]),
+    ([*MAP[:-1], "none/map.html"], ["output none/map.html cannot be written: none is not a writable folder"]),
     ([*MAP[:-1], "good"], ["output good is a folder: name a file"]),
     ([*MAP[:-1], "ids.jsonl/map.html"], ["cannot be written: ids.jsonl is not a writable folder"]),
     (["map", "goood", *MAP[2:]], ["config 'goood' is not a config.json", "did you mean good?"]),

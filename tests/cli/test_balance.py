@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ..planner.test_balance import PUBLISHED
+from ..parallel.test_eplb import PUBLISHED
 from .commands import jaxmoe
 
 MODEL = "qwen3_moe_norm"

@@ -98,11 +98,11 @@ PLAIN = {step: getattr(KernelConfig(), step) for step in NATIVE_OPS}
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_options_choose_is_all_that_is_chosen(options, kernels, capsys, tiny_dir, ids, monkeypatch):
-    def load(*_, **asked):
-        assert asked["kernels"] == kernels
+    def load(_, model, config, **options):
+        assert config.kernels == kernels
         raise ConfigError("asked")
 
-    monkeypatch.setattr(LLM, "load", load)
+    monkeypatch.setattr(LLM, "__init__", load)
     assert "asked" in jaxmoe(capsys, "generate", tiny_dir(CASE), "--prompt-ids", ids, *options).err
 
 

@@ -104,7 +104,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["good", "/"], ["destination / exists", "name another"]),
     (["good", "good/out"], ["lies inside the source"]),
     (["good", "none/out"], ["none, which is not a directory", "create it first"]),
-    (["good", "good/config.json/out"], ["is no directory"]),
+    (["good", "good/config.json/out"], ["is not a directory"]),
     (["good", "out", "--to", "zip"], ["to='zip' must be one of orbax, hf"]),
     (["good", "out", "--mesh", "rows=2"], ["unknown mesh axis 'rows'"]),
     (

@@ -16,8 +16,8 @@ from jaxmoe.ops import quantized_matmul
 from jaxmoe.report.parameters import parameter_reports, total_bytes
 
 from ..conftest import XLA, mesh_of
-from ..inspect.test_report import reports_of
-from ..test_layouts import assert_planned
+from ..parallel.test_layouts import assert_planned
+from ..report.test_parameters import reports_of
 from ..tiny.cases import CASES_BY_NAME
 from ..tiny.quantized import FORMS, write_quantized
 

@@ -147,7 +147,7 @@ def test_make_test_and_check_run_what_they_say():
     assert everything.endswith('-m pytest -n 2 --dist worksteal -m "not sweep and not oracle and not browser"')
     assert "-m pytest -n 2 --dist worksteal -m optimized tests/" in optimized
     assert [line.split("/")[-1].split()[0] for line in make_dry_run("check").splitlines()] == [
-        "ruff", "ruff", "mypy", "lint-imports",
+        "ruff", "ruff", "mypy", "lint-imports", "python",
     ]  # fmt: skip
 
 

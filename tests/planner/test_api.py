@@ -3,7 +3,6 @@ devices stand in for the target's, and given steps for compiled ones."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxmoe import AsyncEngine
+from jaxmoe import EngineConfig
 from jaxmoe.aot import compile as aot
 from jaxmoe.aot import fit
 from jaxmoe.aot.compile import PHASES, CompiledStep
@@ -167,9 +166,8 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
     answer(compile_step, compile_step, target=target, max_num_seqs=9, context=100)
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)
-    names = ("page_size", "chunk_tokens", "decode_steps", "host_cache_gib")
-    defaults: Any = {name: inspect.signature(AsyncEngine).parameters[name].default for name in names}
-    scheduler_config = engine._scheduler_config(llm, max_num_seqs=9, context=100, kv_cache_gib=1.0, **defaults)
+    options = EngineConfig().with_options({"max_num_seqs": 9, "context": 100, "kv_cache_gib": 1.0})
+    scheduler_config = engine._scheduler_config(llm, options)
     buckets = all_buckets(
         scheduler_config, min_seq_slots=llm._runner.min_seq_slots, pages=-(-100 // scheduler_config.page_size)
     )
