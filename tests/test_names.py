@@ -57,7 +57,8 @@ def test_a_retired_name_is_not_defined(kind, old, scope, new):
     paths = _matches(scope)
     assert paths, f"{scope} names no file"
     if kind == "module":
-        assert not [path for path in paths if path.stem == old]
+        path = ROOT / (old.replace(".", "/") + ".py")
+        assert not path.exists(), f"{old} is called {new}"
         return
     where = [
         path.relative_to(ROOT).as_posix()

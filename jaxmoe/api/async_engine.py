@@ -21,9 +21,9 @@ from jaxmoe.api.inputs import Prompt
 from jaxmoe.api.llm import LLM
 from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
-from jaxmoe.config.engine import SERVING_OPTIONS
+from jaxmoe.config.engine import SERVING_OPTIONS, checked_config
 from jaxmoe.engine.batch import whole_blocks
-from jaxmoe.engine.core import Request, RequestFinished
+from jaxmoe.engine.core import EngineCore, Request, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams, TokenEvent
 from jaxmoe.engine.trace import Trace, check_trace_path
@@ -85,31 +85,38 @@ class AsyncEngine:
         self.engine_config = engine_config
         self._scheduler_config = _scheduler_config(self.llm, engine_config)
         self._shared = self.llm._shared
-        try:
-            self._core = self._shared.reserve(
-                self._scheduler_config, trace=None if trace is None else Trace(self.llm._trace_facts())
-            )
-        except RequestError as error:
-            given = f"kv_cache_gib={engine_config.cache.kv_cache_gib}"
-            raise ConfigError(f"{given} is more than the devices have free: {error}") from error
-        try:
-            self._warm_up(on_compile)
-        except BaseException:
-            self._shared.release()
-            raise
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        with self._shared.lock:  # LLM.generate of other threads waits until the programs are compiled
+            self._core = self._reserve(None if trace is None else Trace(self.llm._trace_facts()))
+            try:
+                self._warm_up(on_compile)
+            except BaseException:
+                self._shared.release(discard=True)
+                raise
+        self._trace = self._core.trace  # the core drops it when the engine's thread ends
         self._ids = itertools.count()
         self._event_queues: dict[str, _EventQueue] = {}
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards _closed and _event_queues
-        self._closed = self._released = self._failed = False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
+
+    def _reserve(self, trace: Trace | None) -> EngineCore:
+        if trace is not None and self.llm._trace is not None:
+            raise ConfigError("LLM.trace records this LLM already: leave its with-statement, or remove trace")
+        try:
+            return self._shared.reserve(
+                self._scheduler_config, trace=trace, wake=lambda: self._commands.put(lambda: None)
+            )
+        except RequestError as error:
+            given = f"kv_cache_gib={self.engine_config.cache.kv_cache_gib}"
+            raise ConfigError(f"{given} is more than the devices have free: {error}") from error
 
     def _warm_up(self, on_compile: Callable[[int, int], None] | None) -> None:
         if self._core.warmed_up:  # by an earlier engine of the same size on this LLM
             return
         bar = contextlib.nullcontext(on_compile) if on_compile else _compile_bar(self._scheduler_config, self.llm)
-        with self._shared.lock, bar as report:
+        with bar as report:
             self._core.warm_up(report)
 
     def stream(
@@ -212,10 +219,7 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
-        trace = self._core.trace
-        if not self._released:
-            self._released = True
-            self._shared.release(discard=self._failed)
+        trace, self._trace = self._trace, None
         if self._trace_path is not None and trace is not None:
             trace.write(self._trace_path)
 
@@ -232,9 +236,9 @@ class AsyncEngine:
             self._serve()
             reason, fault = "cancelled", None
         except Exception as error:  # the engine cannot go on: raise in every stream rather than hang
-            self._failed = True
             reason, fault = "error", StepError(f"the engine stopped: {error}")
             fault.__cause__ = error
+        self._shared.release(discard=fault is not None)
         with self._lock:
             self._closed = True
             left = list(self._event_queues.values())
@@ -243,7 +247,7 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         while True:
-            while not self._has_requests() or not self._commands.empty():
+            while not (self._core.busy or self._has_requests()) or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     for event_queue in list(self._event_queues.values()):
@@ -251,13 +255,14 @@ class AsyncEngine:
                     return
                 command()
             with self._shared.lock:
-                if self._core.busy:  # LLM.generate in another thread may have run the last step
-                    self._core.step()
+                if self._core.busy:
+                    self._core.step()  # also the requests of LLM.generate
+                self._shared.stepped.notify_all()
             for event_queue in list(self._event_queues.values()):
                 self._publish(event_queue)
 
     def _has_requests(self) -> bool:
-        """Return whether any request runs, waits or has events that are not published yet."""
+        """Return whether any request of this engine runs, waits or has events that are not published yet."""
         return any(event_queue.requests for event_queue in list(self._event_queues.values()))
 
     def _submit(
@@ -333,15 +338,14 @@ class RequestStream:
 def _engine_config(model: str | Path | LLM, config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
     """Return the options of an engine. Raises: ConfigError for options of loading with an LLM that is loaded."""
     if not isinstance(model, LLM):
-        return (config or EngineConfig()).with_options(options)
-    engine_config = (config or model.engine_config).with_options(options)
-    loaded, given = model.engine_config.options(), engine_config.options()
-    differing = [name for name in given if name not in SERVING_OPTIONS and given[name] != loaded[name]]
-    if config is None:
-        differing = [name for name in options if name not in SERVING_OPTIONS]
-    if differing:
+        return checked_config(config).with_options(options)
+    engine_config = (model.engine_config if config is None else checked_config(config)).with_options(options)
+    loaded, given, default = (each.options() for each in (model.engine_config, engine_config, EngineConfig()))
+    loading = [name for name in given if name not in SERVING_OPTIONS]
+    named = [name for name in loading if name in options or given[name] not in (loaded[name], default[name])]
+    if named:
         raise ConfigError(
-            f"{', '.join(differing)}: options of loading were given with an LLM, which is loaded already; remove them"
+            f"{', '.join(named)}: options of loading were given with an LLM, which is loaded already; remove them"
         )
     return engine_config
 
@@ -353,7 +357,7 @@ def _scheduler_config(llm: LLM, config: EngineConfig) -> SchedulerConfig:
     if context > longest:
         raise ConfigError(f"context={context} must lie in [1, {longest}], the model's own")
     cache, page_size = config.cache, config.cache.page_size
-    kv_cache_gib = _spare_gib() if cache.kv_cache_gib is None else cache.kv_cache_gib
+    kv_cache_gib = _spare_gib(llm) if cache.kv_cache_gib is None else cache.kv_cache_gib
     token_bytes = runner.device_bytes_per_token
     num_pages = int(kv_cache_gib * 2**30 / (token_bytes * page_size))
     if num_pages < 1:
@@ -376,9 +380,10 @@ def _scheduler_config(llm: LLM, config: EngineConfig) -> SchedulerConfig:
     )
 
 
-def _spare_gib() -> float:
-    """Return the default of kv_cache_gib: GiB of KV cache on each device."""
+def _spare_gib(llm: LLM) -> float:
+    """Return the default GiB of each device for the KV cache; the cache that is there already counts as free."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return _DEFAULT_CPU_GIB
-    return _DEFAULT_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]) / 2**30
+    free = stats["bytes_limit"] - stats["bytes_in_use"] + llm._shared.device_bytes
+    return _DEFAULT_SHARE * free / 2**30

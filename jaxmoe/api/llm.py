@@ -16,6 +16,7 @@ from jaxmoe.api.request_sizing import size_for_requests
 from jaxmoe.api.scoring import score_batches
 from jaxmoe.api.shared_core import SharedCore
 from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
+from jaxmoe.config.engine import checked_config
 from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
@@ -58,7 +59,7 @@ class LLM:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        engine_config = (config or EngineConfig()).with_options(options)
+        engine_config = checked_config(config).with_options(options)
         self._adopt(load_model(model, engine_config, on_progress=on_progress), engine_config)
 
     @classmethod
@@ -274,7 +275,8 @@ class LLM:
                         yield event
                 if unfinished:
                     with self._shared.lock:
-                        core.step()
+                        if not any(request.events for request in unfinished.values()):
+                            self._shared.run_step(core)
         finally:
             with self._shared.lock:
                 for request in unfinished.values():
@@ -286,7 +288,7 @@ class LLM:
         """Generate completions and count the tokens that the router sends to each expert.
 
         The devices count without an extra collective. The prefix cache is dropped first, so that every prompt token is
-        counted. Tokens of requests that other threads run on this LLM at the same time are counted too. Do not call
+        counted; no request may run then. Requests that other threads submit later are counted too. Do not call
         place_experts meanwhile.
 
         Args:
@@ -309,11 +311,11 @@ class LLM:
 
         with self._shared.lock:
             if self._core is not None:
-                if self._core.busy:
+                if self._core.requests:
                     raise RequestError(
                         "expert_loads counts from an empty cache, and requests run on this LLM: wait for them"
                     )
-                self._core.scheduler.reset_prefix_cache()
+                self._core.reset_prefix_cache()
             self._on_loads = count
         try:
             self.generate(prompts, params)
@@ -380,7 +382,12 @@ class LLM:
     def _check_inputs(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[tuple[list[int], SamplingParams]]:
-        return check_inputs(prompts, params, tokenizer=self.tokenizer, config=self.config, eos=self.eos)
+        inputs = check_inputs(prompts, params, tokenizer=self.tokenizer, config=self.config, eos=self.eos)
+        core = self._core
+        if self._shared.reserved and core is not None:
+            for ids, p in inputs:
+                core.check(len(ids), p)
+        return inputs
 
     def _pool_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
@@ -406,15 +413,18 @@ class LLM:
 
     def _scheduler_config_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> SchedulerConfig:
         """Return a configuration that fits these requests and is at least as large as that of the current core."""
-        fixed = self._shared.fixed([(len(ids), p) for ids, p in inputs])
+        fixed = self._fixed_core(inputs)
         if fixed is not None:
             return fixed.scheduler_config
         present = None if self._core is None or self._core.warmed_up else self._core.scheduler_config
         return size_for_requests(self._runner, inputs, max_num_seqs=self.max_num_seqs, present=present)
 
+    def _fixed_core(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore | None:
+        return self._shared.fixed([(len(ids), p) for ids, p in inputs], max_num_seqs=self.max_num_seqs)
+
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """Return an engine core that fits these requests: the current one, or a larger one that replaces it."""
-        core = self._shared.fixed([(len(ids), p) for ids, p in inputs])
+        core = self._fixed_core(inputs)
         if core is None:
             core = self._shared.fit(self._scheduler_config_for(inputs))
         if not self._shared.reserved or self._trace is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
@@ -13,33 +13,49 @@ from jaxmoe.engine.tokenizer import Tokenizer
 from jaxmoe.engine.trace import Trace
 from jaxmoe.errors import ConfigError, RequestError
 
+_WAIT_SECONDS = 1.0  # for the engine's thread, before looking again whether there is one
+
 
 class SharedCore:
     """Own the EngineCore of one Runner: one KV cache, one prefix cache, one scheduler.
 
-    Hold `lock` around every call of the core: one thread at a time schedules and runs steps; a request's events may be
-    produced by a step that another thread runs. Without an AsyncEngine the core grows with the requests of
-    LLM.generate. An AsyncEngine fixes its size from `reserve` to `release`: its programs are compiled by then.
+    Hold `lock` around every call of the core. Without an AsyncEngine, threads of LLM.generate run the steps, and the
+    core grows with their requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are
+    compiled by then, and its thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
     """
 
     def __init__(self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int]) -> None:
         self.lock = threading.RLock()
+        self.stepped = threading.Condition(self.lock)
         self.core: EngineCore | None = None
         self.reserved = False  # by an AsyncEngine
+        self._wake: Callable[[], None] = lambda: None
+        self._traced = False  # whether the engine's programs count tokens per expert
         self._runner, self._tokenizer, self._eos = runner, tokenizer, eos
 
-    def fixed(self, requests: Iterable[tuple[int, SamplingParams]]) -> EngineCore | None:
+    def run_step(self, core: EngineCore) -> None:
+        """Run the next step of a core, or let the engine's thread do so and wait for it. Hold `lock`."""
+        if self.reserved and self.core is core:
+            self._wake()
+            self.stepped.wait(timeout=_WAIT_SECONDS)
+        else:
+            core.step()
+
+    def fixed(self, requests: Sequence[tuple[int, SamplingParams]], *, max_num_seqs: int) -> EngineCore | None:
         """Return the core that an AsyncEngine reserved, or left if it holds these requests to their ends; else None.
 
-        requests: prompt tokens and sampling parameters of each. A reserved core refuses one that it cannot hold, and
-        ends answers at its own context.
+        requests: prompt tokens and sampling parameters of each. max_num_seqs: of them that are to run at once. A
+        reserved core refuses a request that it cannot hold, and ends answers at its own context.
         """
         with self.lock:
             core = self.core
             if core is None or not core.warmed_up:
                 return None
-            holds_all = self.reserved or all(self._holds(core, *request) for request in requests)
-            return core if holds_all else None
+            if self.reserved:
+                return core
+            slots = core.scheduler_config.max_num_seqs * core.scheduler_config.num_ranks
+            wanted = min(sum(params.n for _, params in requests), max_num_seqs)
+            return core if wanted <= slots and all(self._holds(core, *request) for request in requests) else None
 
     def _holds(self, core: EngineCore, num_prompt: int, params: SamplingParams) -> bool:
         """Return whether a core runs a request to the end that the model's own context gives it."""
@@ -63,38 +79,53 @@ class SharedCore:
             return self.core
 
     def _make(self, scheduler_config: SchedulerConfig) -> EngineCore:
-        self.core = None  # its pages are freed before new ones are allocated
+        old, self.core = self.core, None
+        if old is not None and not old.requests:
+            old.free()  # before new pages are allocated, even if somebody holds the old core
         self.core = EngineCore(self._runner, scheduler_config, tokenizer=self._tokenizer, eos=self._eos)
         return self.core
 
-    def reserve(self, scheduler_config: SchedulerConfig, *, trace: Trace | None) -> EngineCore:
+    def reserve(
+        self, scheduler_config: SchedulerConfig, *, trace: Trace | None, wake: Callable[[], None]
+    ) -> EngineCore:
         """Return a core of exactly this size for an AsyncEngine, and keep LLM.generate from replacing it.
 
         A core of the same size that an earlier AsyncEngine left is taken over with its programs and prefix cache,
-        unless a trace is wanted, which needs other programs. Raises: ConfigError if another AsyncEngine runs on this
-        LLM, or requests of LLM.generate do.
+        unless one of both engines has a trace, which needs other programs. wake: called, from any thread, if the
+        engine's thread has steps to run. Raises: ConfigError if another AsyncEngine runs on this LLM, or requests of
+        LLM.generate do.
         """
         with self.lock:
             if self.reserved:
                 raise ConfigError("an AsyncEngine runs on this LLM already: close it first, or share it")
-            if self.core is not None and self.core.busy:
+            if self.core is not None and self.core.requests:
                 raise ConfigError("this LLM has requests that run: start the AsyncEngine before them, or after")
-            core = self.core
-            reusable = core is not None and core.warmed_up and trace is None
+            core, traced = self.core, trace is not None
+            if core is not None:
+                core.drain()
+            reusable = core is not None and core.warmed_up and not traced and not self._traced
             if core is None or not reusable or core.scheduler_config != scheduler_config:
                 core = self._make(scheduler_config)
             core.trace, core.on_loads = trace, None
-            self.reserved = True
+            self.reserved, self._traced, self._wake = True, traced, wake
             return core
 
     def release(self, *, discard: bool = False) -> None:
-        """Let LLM.generate replace the core again. Its pages and prefix cache stay until another size is needed.
+        """Let LLM.generate replace the core, and run its steps, again. Its pages and prefix cache stay.
 
         discard: drop the core, whose state is unknown after a fault.
         """
         with self.lock:
-            self.reserved = False
+            self.reserved, self._wake = False, lambda: None
             if discard:
                 self.core = None
             elif self.core is not None:
                 self.core.trace = None
+            self.stepped.notify_all()
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes of pages of the core on each device; 0 without a core."""
+        with self.lock:
+            tokens = 0 if self.core is None else self.core.scheduler_config.pool_tokens
+            return tokens * self._runner.device_bytes_per_token // self._runner.context_ranks

@@ -50,7 +50,7 @@ def run(arguments: list[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.NoSuchOption as error:
-        message = _renamed(error.option_name) or error.format_message()
+        message = _renamed(error) or error.format_message()
     except click.ClickException as error:
         message = error.format_message()
     except (click.Abort, KeyboardInterrupt):
@@ -62,7 +62,8 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(2)
 
 
-def _renamed(option: str) -> str | None:
-    """Return the message for an option of an earlier version, or None."""
-    name = option.lstrip("-").replace("-", "_")
-    return f"{option} is now called --{RENAMED[name].replace('_', '-')}" if name in RENAMED else None
+def _renamed(error: click.NoSuchOption) -> str | None:
+    """Return the message for an option of an earlier version of the command, or None."""
+    new = "--" + RENAMED.get(error.option_name.lstrip("-").replace("-", "_"), "").replace("_", "-")
+    options = [] if error.ctx is None else [option for param in error.ctx.command.params for option in param.opts]
+    return f"{error.option_name} is now called {new}" if new in options else None

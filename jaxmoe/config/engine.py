@@ -56,8 +56,8 @@ class ParallelConfig:
     )
     layout: Any = _option(
         DEFAULT_LAYOUT_NAME,
-        "Parallelism layout: how mesh axes shard attention and experts. One of ep-tp, tp-ep, dp-ep, tp, ep- "
-        "tp-sp, tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
+        "Parallelism layout: how mesh axes shard attention and experts. One of ep-tp, tp-ep, dp-ep, tp, ep-tp-sp, "
+        "tp-ep-sp, tp-sp and cp-ep-tp, or its parts, as in batch=data+expert,split=tensor.",
     )
     virtual_stages: int = _option(1, "Virtual stages per pipeline stage (interleaved schedule).")
     redundant_experts: int | None = _option(None, "Physical experts of each MoE layer beyond its logical experts.")
@@ -91,6 +91,14 @@ class CacheConfig:
                 continue
             if not is_finite(gib, below=2**40) or gib < 0:
                 raise ConfigError(f"{name}={gib!r} must be a number of at least 0")
+
+
+_PARTS: dict[str, Any] = {"parallel": ParallelConfig, "cache": CacheConfig}
+
+
+def _check_part(name: str, value: object) -> None:
+    if not isinstance(value, _PARTS[name]):
+        raise ConfigError(f"{name}={value!r:.60} must be a {_PARTS[name].__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +151,8 @@ class EngineConfig:
     decode_steps: int = _option(MAX_DECODE_STEPS, "Tokens that a request decodes in one step where no prompt waits.")
 
     def __post_init__(self) -> None:
+        for name in _PARTS:
+            _check_part(name, getattr(self, name))
         _check_positive(self, ("max_num_seqs", "chunk_tokens", "decode_steps"))
         if self.context is not None:
             _check_positive(self, ("context",))
@@ -152,15 +162,17 @@ class EngineConfig:
 
         Raises: ConfigError for an unknown name, naming the closest one, or for one that was renamed.
         """
-        parts = {name: getattr(self, name) for name in _PARTS}
+        parts = {name: options.get(name, getattr(self, name)) for name in _PARTS}  # before options of their own
         own: dict[str, Any] = {}
+        for name in _PARTS:
+            _check_part(name, parts[name])
         for name, value in options.items():
             part = _PART_OF.get(name)
             if part is not None:
                 parts[part] = replace(parts[part], **{name: value})
-            elif name in OPTION_FIELDS or name in _PARTS:
-                (parts if name in _PARTS else own)[name] = value
-            else:
+            elif name in OPTION_FIELDS:
+                own[name] = value
+            elif name not in _PARTS:
                 raise ConfigError(unknown_option(name))
         return replace(self, **parts, **own)
 
@@ -196,7 +208,6 @@ class EngineOptions(TypedDict, total=False):
     decode_steps: int
 
 
-_PARTS: dict[str, Any] = {"parallel": ParallelConfig, "cache": CacheConfig}
 _PART_OF = {one.name: part for part, kind in _PARTS.items() for one in fields(kind)}
 # Every option by name, with the options of the parts.
 OPTION_FIELDS: dict[str, Field[Any]] = {
@@ -208,9 +219,18 @@ SERVING_OPTIONS = frozenset(
 )
 
 
+def checked_config(config: EngineConfig | None) -> EngineConfig:
+    """Return a configuration, the default one for None. Raises: ConfigError for anything else."""
+    if config is None:
+        return EngineConfig()
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"config={config!r:.60} must be an EngineConfig; options have names, as in mesh='tensor=2'")
+    return config
+
+
 def unknown_option(name: str) -> str:
     """Return the message for an option that does not exist: its present name, or the closest one."""
-    if name in RENAMED:
+    if RENAMED.get(name) in OPTION_FIELDS:
         return f"{name} is now called {RENAMED[name]}: use {RENAMED[name]}"
     close = get_close_matches(name, OPTION_FIELDS, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"the options are {', '.join(sorted(OPTION_FIELDS))}"

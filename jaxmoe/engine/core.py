@@ -219,6 +219,24 @@ class EngineCore:
         max_total = self.scheduler_config.max_total(num_prompt, params.max_tokens, keeps_all=keeps_all)
         self.scheduler.check(num_prompt, max(num_prompt + 1, max_total), keeps_all=keeps_all)
 
+    def drain(self) -> None:
+        """Process the steps in flight that an ended request left behind. Requires that no request is left."""
+        assert not self.requests
+        while self._in_flight:
+            self.step()
+
+    def reset_prefix_cache(self) -> None:
+        """Drop the prefix cache, in host memory too. Requires that no request is left."""
+        self.drain()
+        self.scheduler.reset_prefix_cache()
+        if self._host_offload is not None:
+            self._host_offload.clear()
+
+    def free(self) -> None:
+        """Free the device arrays. The core cannot run afterwards."""
+        for array in jax.tree.leaves(self._state):
+            array.delete()
+
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
         deadline: float | None = None,

@@ -55,15 +55,15 @@ class PageTransfer:
         self._write_fn = jax.jit(self._write, donate_argnums=(0,))
 
     def _group(self, runner: Runner) -> list[_TransferGroup]:
-        groups: dict[tuple[Any, int], _TransferGroup] = {}
+        groups: dict[tuple[Any, tuple[int, ...]], _TransferGroup] = {}
         start = 0
         for segment in runner.segments:
             placement = runner.placement.for_params(segment)
             for number in range(segment.period):
-                num_vectors = len(runner.config.cache_spec(segment.first + number).head_dims)
-                group = _TransferGroup(self._placement.with_view(placement.view), num_vectors, [])
-                own = groups.setdefault((placement.view, num_vectors), group)
-                own.leaves.append(range(start, start + num_vectors * len(self._kinds)))
+                head_dims = runner.config.cache_spec(segment.first + number).head_dims
+                group = _TransferGroup(self._placement.with_view(placement.view), len(head_dims), [])
+                own = groups.setdefault((placement.view, head_dims), group)
+                own.leaves.append(range(start, start + len(head_dims) * len(self._kinds)))
                 start = own.leaves[-1].stop
         return list(groups.values())
 

@@ -60,7 +60,7 @@ def test_requests_name_their_options_as_the_engine_does(request_type):
     assert names.isdisjoint(RENAMED)
 
 
-@pytest.mark.parametrize("old", sorted(RENAMED))
+@pytest.mark.parametrize("old", sorted(old for old, new in RENAMED.items() if new in OPTION_FIELDS))
 def test_an_old_keyword_argument_is_named_with_the_new_one(old):
     for load in (LLM, LLM.load, AsyncEngine):
         with pytest.raises(ConfigError, match=f"{old} is now called {RENAMED[old]}"):
@@ -111,3 +111,30 @@ def test_values_that_cannot_be_are_named(options, words):
     with pytest.raises(ConfigError) as error:
         EngineConfig().with_options(options)
     assert words in str(error.value)
+
+
+def test_a_part_and_its_options_may_come_in_any_order():
+    part = CacheConfig(page_size=8)
+    for options in ({"kv_dtype": "int8", "cache": part}, {"cache": part, "kv_dtype": "int8"}):
+        config = EngineConfig().with_options(options)
+        assert (config.cache.page_size, config.cache.kv_dtype) == (8, "int8")
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (lambda: LLM("demo", "tensor=2"), "config='tensor=2' must be an EngineConfig"),
+        (lambda: AsyncEngine("demo", {"mesh": "tensor=2"}), "must be an EngineConfig"),
+        (lambda: LLM("demo", parallel="tensor=2"), "parallel='tensor=2' must be a ParallelConfig"),
+        (lambda: EngineConfig(cache=None), "cache=None must be a CacheConfig"),
+    ],
+)
+def test_a_configuration_of_another_type_is_named(load, words):
+    with pytest.raises(ConfigError, match=words):
+        load()
+
+
+def test_an_old_option_is_unknown_where_the_new_one_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        run(["generate", "--memory-gib", "4"])
+    assert "is now called" not in capsys.readouterr().err

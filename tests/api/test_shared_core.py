@@ -105,3 +105,88 @@ def test_an_engine_does_not_start_while_generate_runs(llm):
         AsyncEngine(llm, **SIZES)
     assert len(list(events)) == 5
     AsyncEngine(llm, **SIZES).close()
+
+
+def test_a_step_that_an_ended_answer_left_in_flight_does_not_count_as_a_request(llm, alone):
+    """An answer ends at a stop token while the next step is on the devices already."""
+    first = alone(PROMPT)[0]
+    ending = SamplingParams(max_tokens=6, stop_token_ids=(first,))
+    assert llm.generate([PROMPT], ending)[0].finish_reason == "stop"
+    loads = llm.expert_loads([PROMPT], PARAMS)
+    assert loads is not None
+    llm.generate([PROMPT], ending)
+    with AsyncEngine(llm, **SIZES) as engine:
+
+        async def ended() -> list[int]:
+            return [event.token_id async for event in engine.stream(PROMPT, ending)]
+
+        assert asyncio.run(ended()) == [first]
+        assert llm.generate([PROMPT], ending)[0].token_ids == [first]
+    with AsyncEngine(llm, **SIZES) as engine:
+        assert asyncio.run(collect(engine, PROMPT)) == alone(PROMPT)
+
+
+def test_a_start_up_that_fails_leaves_no_core(llm, alone):
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        AsyncEngine(llm, **SIZES, on_compile=stop)
+    assert llm._core is None
+    assert llm.generate([PROMPT], PARAMS)[0].token_ids == alone(PROMPT)
+    AsyncEngine(llm, **SIZES).close()
+
+
+def test_a_small_core_that_an_engine_left_does_not_slow_more_sequences_down(llm):
+    AsyncEngine(llm, **SIZES | {"max_num_seqs": 1}).close()
+    slots = llm._core.scheduler_config.max_num_seqs
+    llm.generate([PROMPT] * slots, PARAMS)
+    small = llm._core
+    assert small.warmed_up
+    llm.generate([PROMPT] * (slots + 1), PARAMS)
+    assert llm._core is not small
+
+
+def test_one_trace_at_a_time(llm, tmp_path):
+    with llm.trace(tmp_path / "offline.json"), pytest.raises(ConfigError, match=r"LLM\.trace records this LLM already"):
+        AsyncEngine(llm, **SIZES, trace=tmp_path / "engine.json")
+    with AsyncEngine(llm, **SIZES, trace=tmp_path / "engine.json") as engine:
+        with pytest.raises(RequestError, match="writes a trace already"), llm.trace(tmp_path / "offline.json"):
+            pass
+        asyncio.run(collect(engine, PROMPT))
+    assert (tmp_path / "engine.json").stat().st_size > 100
+    traced = llm._core
+    with AsyncEngine(llm, **SIZES) as engine:  # whose programs count no experts
+        assert engine._core is not traced
+
+
+def test_an_engine_that_closes_or_dies_leaves_generate_running(llm, alone, monkeypatch):
+    prompts = [[(3 * i + j) % 97 + 1 for j in range(5)] for i in range(2)]
+    engine = AsyncEngine(llm, **SIZES)
+    events = llm.stream(prompts, PARAMS)
+    got = [next(events)]
+    engine.close()
+    got += list(events)
+    tokens = [[event.token_id for event in got if event.index == index] for index in range(2)]
+    assert tokens == [alone(prompt) for prompt in prompts]
+
+    engine = AsyncEngine(llm, **SIZES)
+    events = llm.stream(prompts, PARAMS)
+    monkeypatch.setattr(engine._core.scheduler, "plan", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(events)
+    engine.close()
+    assert llm.generate(prompts, PARAMS)[0].token_ids == alone(prompts[0])
+
+
+def test_options_of_loading_are_refused_where_they_would_change_something(llm):
+    from jaxmoe import CacheConfig, EngineConfig
+
+    AsyncEngine(llm, cache=CacheConfig(kv_cache_gib=1e-3), max_num_seqs=2, context=32).close()
+    AsyncEngine(llm, EngineConfig(max_num_seqs=2, context=32)).close()
+    with pytest.raises(ConfigError, match="kv_dtype: options of loading were given with an LLM"):
+        AsyncEngine(llm, cache=CacheConfig(kv_dtype="int8"))
