@@ -127,14 +127,14 @@ def test_a_step_that_an_ended_answer_left_in_flight_does_not_count_as_a_request(
 
 
 def test_a_start_up_that_fails_leaves_no_core(llm, alone):
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(done: int, total: int) -> None:
         if done == 1:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         AsyncEngine(llm, **SIZES, on_compile=stop)
     assert llm._core is None
     assert llm.generate([PROMPT], PARAMS)[0].token_ids == alone(PROMPT)
