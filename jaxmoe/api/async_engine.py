@@ -185,10 +185,11 @@ class AsyncEngine:
         """Return statistics of the engine.
 
         Returns:
-            Totals since start-up: steps, new_tokens, prompt_tokens, cached_prompt_tokens, prefix_hit_rate (a fraction
-            of prompt_tokens), preemptions, pages_evicted and pages_swapped_in. Current numbers: running, waiting,
-            pages_in_use and pages_on_host. Sizes over all ranks of the batch: num_pages and pool_tokens. Sizes of one
-            page and one token: page_size in tokens, and bytes_per_token over all devices that share a rank.
+            Totals since the engine core was created, with the requests of LLM.generate: steps, new_tokens,
+            prompt_tokens, cached_prompt_tokens, prefix_hit_rate (a fraction of prompt_tokens), preemptions,
+            pages_evicted and pages_swapped_in. Current numbers: running, waiting, pages_in_use and pages_on_host.
+            Sizes over all ranks of the batch: num_pages and pool_tokens. Sizes of one page and one token: page_size in
+            tokens, and bytes_per_token over all devices that share a rank.
         """
         scheduler, scheduler_config = self._core.scheduler, self._scheduler_config
         prompt = scheduler.num_prompt_tokens
