@@ -121,6 +121,19 @@ def test_both_kinds_draw_the_same(
     np.testing.assert_allclose(found[3], wanted[3], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", SAMPLING_BACKENDS)
+@pytest.mark.parametrize("best", [[1.2, 1.0], [-1.0, -1.2]])
+def test_a_repeated_token_becomes_less_likely_whatever_the_sign_of_its_logit(best, backend):
+    logits = np.full((1, VOCAB), -9.0, np.float32)
+    logits[0, :2] = best
+    history = np.full((1, 8), 5)
+    history[0, 2] = 0
+    row = [(0.0, 0, 1.0, 0.0, 0)]
+    for repetition, token in ((1.0, 0), (1.3, 1)):
+        tokens, *_ = sampled_by(backend, logits, row, [8], history, repetition=[repetition], prompt_length=[8])
+        assert tokens.tolist() == [token]
+
+
 def test_greedy_and_logprobs(draw):
     logits = np.random.default_rng(0).normal(0, 3, (4, VOCAB)).astype(np.float32)
     tokens, logprobs, *_ = draw(logits, [(0.0, 0, 1.0, 0.0, 0)] * 4, [0] * 4)
