@@ -117,15 +117,11 @@ def convert(
     weights_dtype = None if weights_dtype is None else canonical_dtype(weights_dtype)
     transform = transform_of(weights_dtype, source_checkpoint, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[source_checkpoint.kind]
-    options = {"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype}
     destination = _checked_destination(source, destination, kind=kind, mesh=mesh)
     job = _ConversionJob(
-        source_checkpoint=source_checkpoint,
-        destination=destination,
-        options=options,
-        transform=transform,
-        budget=budget,
-    )
+        source_checkpoint=source_checkpoint, destination=destination, transform=transform, budget=budget,
+        options={"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype},
+    )  # fmt: skip
     if end_committed(destination, job.options):
         num_resumed = len(job.outputs)
         if verify:
