@@ -104,12 +104,10 @@ def convert(
 
     Raises:
         CheckpointError: The source, the destination or an option is invalid, or reading or writing fails.
-        ConfigError: config.json is invalid.
-        MeshError: mesh is invalid.
+        ConfigError, MeshError: config.json or mesh is invalid.
     """
     started, rss_before = time.perf_counter(), resident_bytes()
-    budget = MemoryBudget(_half(ram_gib))
-    num_shares = _num_devices(mesh)
+    budget, num_shares = MemoryBudget(_half(ram_gib)), _num_devices(mesh)
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
         raise CheckpointError(f"to={to!r} must be one of {', '.join(KINDS)}")
