@@ -92,7 +92,7 @@ class LLM:
 
     def _adopt(self, loaded: LoadedModel, config: EngineConfig) -> None:
         self._runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
-        self.engine_config, self.max_num_seqs = config, config.max_num_seqs
+        self.engine_config = config
         self._shared = SharedCore(self._runner, tokenizer=self.tokenizer, eos=self.eos)
         self._trace: Trace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
@@ -247,7 +247,7 @@ class LLM:
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         checked = check_prompts(listed(prompts), self.config, room=0)
-        return score_batches(self._runner, checked, max_num_seqs=self.max_num_seqs)
+        return score_batches(self._runner, checked, max_num_seqs=self.engine_config.max_num_seqs)
 
     def _events(
         self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
@@ -417,10 +417,10 @@ class LLM:
         if fixed is not None:
             return fixed.scheduler_config
         present = None if self._core is None or self._core.warmed_up else self._core.scheduler_config
-        return size_for_requests(self._runner, inputs, max_num_seqs=self.max_num_seqs, present=present)
+        return size_for_requests(self._runner, inputs, max_num_seqs=self.engine_config.max_num_seqs, present=present)
 
     def _fixed_core(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore | None:
-        return self._shared.fixed([(len(ids), p) for ids, p in inputs], max_num_seqs=self.max_num_seqs)
+        return self._shared.fixed([(len(ids), p) for ids, p in inputs], max_num_seqs=self.engine_config.max_num_seqs)
 
     def _core_for(self, inputs: Sequence[tuple[Sequence[int], SamplingParams]]) -> EngineCore:
         """Return an engine core that fits these requests: the current one, or a larger one that replaces it."""

@@ -15,6 +15,7 @@ from jaxmoe.cli.options import (
     MODEL_OPTION_NAMES,
     ModelOptions,
     console,
+    json_option,
     load_model,
     model_options,
     read_id_lines,
@@ -78,7 +79,7 @@ _FORMS = ("before", "planned", "after")
 )
 @click.option("--ranks", type=click.IntRange(1), help="Number of expert parallel ranks. Use with --loads.")
 @click.option("--plot", metavar="FILE", help="Write a plot of the load of every rank, as .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@json_option
 def balance(
     model: str | None, options: ModelOptions, prompt_ids: str | None, max_tokens: int, redundant_experts: int,
     nodes: int, groups: int | None, algorithm: Algorithm, loads: str | None, ranks: int | None, plot: str | None,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, dispatch_option, table_console
+from jaxmoe.cli.options import console, dispatch_option, json_option, table_console
 from jaxmoe.jsontext import json_text
 
 
@@ -28,7 +28,7 @@ from jaxmoe.jsontext import json_text
 @engine_option("layout")
 @engine_option("virtual_stages")
 @engine_option("ignore_config_keys")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@json_option
 def compile_model(as_json: bool, **args: Any) -> int:
     """Compile the prefill and decode steps of a model for a target cluster.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from jaxmoe.cli.options import console, loading_bar
+from jaxmoe.cli.engine_options import engine_option
+from jaxmoe.cli.options import console, json_option, loading_bar
 from jaxmoe.errors import RequestError, listed
 from jaxmoe.jsontext import json_text
 from jaxmoe.paths import expanded
@@ -32,14 +33,9 @@ from jaxmoe.paths import expanded
     "--ram-gib", type=float, default=4.0, show_default=True, help="Memory that the conversion may use, in GiB."
 )
 @click.option("--verify", is_flag=True, help="Verify SRC (if it was converted) and DST by their checksums.")
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face Hub model.")
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@engine_option("revision")
+@engine_option("ignore_config_keys")
+@json_option
 def convert(
     source: str, destination: str | None, to: str | None, mesh: str | None, weights_dtype: str | None, ram_gib: float,
     verify: bool, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool,

@@ -35,13 +35,12 @@ def engine_option(name: str, **changes: Any) -> Callable[..., Any]:
     return click.option(_FLAGS.get(name, "--" + name.replace("_", "-")), name, **declared)
 
 
-def engine_options(*names: str, unset: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add options of EngineConfig to a command, in this order. unset: without defaults."""
+def engine_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add options of EngineConfig to a command, in this order."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            changes = {"default": None} if unset and name not in _FLAGS else {}
-            command = engine_option(name, **changes)(command)
+            command = engine_option(name)(command)
         return command
 
     return add

@@ -7,20 +7,16 @@ from typing import Any
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import size_text, table_console
+from jaxmoe.cli.engine_options import engine_option
+from jaxmoe.cli.options import json_option, size_text, table_console
 from jaxmoe.jsontext import json_text
 
 
 @click.command("info")
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face Hub model.")
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@engine_option("revision")
+@engine_option("ignore_config_keys")
+@json_option
 def info(model: str, revision: str | None, ignore_config_keys: tuple[str, ...], as_json: bool) -> None:
     """Describe a model from its config.json.
 

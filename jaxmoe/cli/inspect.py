@@ -9,7 +9,15 @@ from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, devices_option, dispatch_option, size_text, start_jax, table_console
+from jaxmoe.cli.options import (
+    console,
+    devices_option,
+    dispatch_option,
+    json_option,
+    size_text,
+    start_jax,
+    table_console,
+)
 from jaxmoe.jsontext import json_text
 
 
@@ -26,7 +34,7 @@ from jaxmoe.jsontext import json_text
 @engine_option("kv_dtype")
 @dispatch_option()
 @engine_option("ignore_config_keys")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@json_option
 def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -> int:
     """Show how a model is sharded over a mesh of this machine's devices.
 

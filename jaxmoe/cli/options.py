@@ -56,6 +56,12 @@ def dispatch_option(**changes: Any) -> Callable[..., Any]:
     return click.option("--dispatch", **{"help": _BACKENDS["dispatch"]} | changes)
 
 
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option --json of commands with one result, which reach it as `as_json`."""
+    text = "Print one JSON object on standard output and nothing else."
+    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
 def devices_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option --devices, which start_jax reads."""
     return click.option("--devices", type=int, help="Emulate this many devices on the CPU.")(function)

@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, dispatch_option, size_text, table_console
+from jaxmoe.cli.options import console, dispatch_option, json_option, size_text, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
@@ -74,7 +74,7 @@ _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
     "--rule-of-thumb", is_flag=True, help="Print only the rule of thumb for memory: bits / 8 x parameters x 1.8."
 )
 @click.option("--plot", help="Write a plot of Pareto front, memory and roofline to this .png or .svg file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@json_option
 def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> None:
     """Find the best way to shard a model over given hardware.
 

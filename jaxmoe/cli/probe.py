@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import console, size_text, start_jax, table_console
+from jaxmoe.cli.options import console, json_option, size_text, start_jax, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import MeshError, RequestError
 from jaxmoe.jsontext import json_text
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--plot", metavar="FILE", help="Write a plot of bandwidth by message size, as .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else.")
+@json_option
 def probe(
     devices: int | None, mesh: str | None, coordinator: str | None, num_processes: int | None, process_id: int | None,
     name: str | None, max_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from jaxmoe.cli.engine_options import engine_option
 from jaxmoe.cli.options import console, start_jax, table_console
 from jaxmoe.jsontext import json_text
 
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
     "--weights-dtype",
     help="Dtype of the weight matrices, as in jaxmoe generate. Defaults to the checkpoint's format.",
 )
-@click.option(
-    "--ignore-config-key",
-    "ignore_config_keys",
-    multiple=True,
-    help="Ignore this key of config.json. Can be given several times.",
-)
+@engine_option("ignore_config_keys")
 @click.option(
     "--json",
     "as_json",

@@ -40,23 +40,36 @@ class LayerCacheSpec:
 
     def first_visible(self, position: int) -> int:
         """Return the first position that the token at `position` or any later one attends to."""
-        firsts = []
-        if self.window:
-            firsts.append(max(0, position - self.window + 1))
-        if self.attention_chunk:
-            firsts.append(position // self.attention_chunk * self.attention_chunk)
-        return max(firsts, default=0)
+        return max(first_positions(position, self.window, self.attention_chunk), default=0)
 
     def max_pages(self, num_tokens: int, *, page_size: int, chunk_tokens: int) -> int:
         """Return the most pages that a request of num_tokens holds at once, if prompts are run chunk_tokens at a time.
 
         A windowed layer releases pages that no later token attends to.
         """
-        pages = -(-num_tokens // page_size)
-        if self.span is None:
-            return pages
-        together = self.span - 1 + chunk_tokens  # visible before a chunk, plus the chunk
-        return min(pages, (together + page_size - 2) // page_size + 1)
+        return pages_at_once(num_tokens, self.span, page_size=page_size, chunk_tokens=chunk_tokens)
+
+
+def first_positions(position: int, window: int, attention_chunk: int) -> list[int]:
+    """Return the first positions that the token at `position` or any later one attends to, one for each limit."""
+    firsts = []
+    if window:
+        firsts.append(max(0, position - window + 1))
+    if attention_chunk:
+        firsts.append(position // attention_chunk * attention_chunk)
+    return firsts
+
+
+def pages_at_once(num_tokens: int, span: int | None, *, page_size: int, chunk_tokens: int) -> int:
+    """Return the most pages that a request holds at once, of layers that attend to at most `span` tokens (None: all).
+
+    Prompts are run chunk_tokens at a time.
+    """
+    pages = -(-num_tokens // page_size)
+    if span is None:
+        return pages
+    together = span - 1 + chunk_tokens  # visible before a chunk, plus the chunk
+    return min(pages, (together + page_size - 2) // page_size + 1)
 
 
 def cache_groups(specs: Sequence[LayerCacheSpec]) -> dict[LayerCacheSpec, list[int]]:

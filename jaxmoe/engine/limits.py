@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxmoe.config.cache_spec import first_positions, pages_at_once
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -70,17 +72,9 @@ class SchedulerConfig:
 
     def first_visible(self, position: int) -> int:
         """Return the first position that the token at `position` or any later one attends to in any layer."""
-        firsts = []
-        if self.window:
-            firsts.append(max(0, position - self.window + 1))
-        if self.attention_chunk:
-            firsts.append(position // self.attention_chunk * self.attention_chunk)
-        return min(firsts, default=0)
+        return min(first_positions(position, self.window, self.attention_chunk), default=0)
 
     def max_pages(self, num_tokens: int, *, keeps_all: bool = False) -> int:
         """Return the most pages that a request of num_tokens holds at once. keeps_all: as in max_total."""
-        pages = -(-num_tokens // self.page_size)
-        if keeps_all or not self.frees_pages:
-            return pages
-        together = max(self.window, self.attention_chunk) - 1 + self.chunk_tokens  # visible before a chunk, plus chunk
-        return min(pages, (together + self.page_size - 2) // self.page_size + 1)
+        span = None if keeps_all or not self.frees_pages else max(self.window, self.attention_chunk)
+        return pages_at_once(num_tokens, span, page_size=self.page_size, chunk_tokens=self.chunk_tokens)
