@@ -23,13 +23,31 @@ if TYPE_CHECKING:
     from jaxmoe.engine.request import CompletionOutput, RequestOutput, SamplingParams, TokenEvent
     from jaxmoe.model.kernels import KernelConfig
     from jaxmoe.parallel.eplb import ExpertPlacement
-    from jaxmoe.parallel.layouts import Layout
+    from jaxmoe.parallel.layouts import ShardingLayout
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "AsyncEngine", "CacheConfig", "CheckpointError", "CompletionOutput", "ConfigError", "EngineConfig",
-    "ExpertLoads", "ExpertPlacement", "JaxmoeError", "KernelConfig", "Layout", "LayoutError", "MeshError",
-    "ParallelConfig", "RequestError", "RequestOutput", "RequestStream", "SamplingParams", "StepError", "TokenEvent",
+    "LLM",
+    "AsyncEngine",
+    "CacheConfig",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "ExpertLoads",
+    "ExpertPlacement",
+    "JaxmoeError",
+    "KernelConfig",
+    "LayoutError",
+    "MeshError",
+    "ParallelConfig",
+    "RequestError",
+    "RequestOutput",
+    "RequestStream",
+    "SamplingParams",
+    "ShardingLayout",
+    "StepError",
+    "TokenEvent",
 ]  # fmt: skip
 
 # Imported on first use: JAX must not start before the number of devices is known.
@@ -44,9 +62,9 @@ _LAZY = {
     "SamplingParams": "jaxmoe.engine.request",
     "KernelConfig": "jaxmoe.model.kernels",
     "ExpertPlacement": "jaxmoe.parallel.eplb",
-    "Layout": "jaxmoe.parallel.layouts",
+    "ShardingLayout": "jaxmoe.parallel.layouts",
 }
-_RENAMED = {"Engine": "AsyncEngine", "Chunk": "TokenEvent"}
+_RENAMED = {"Engine": "AsyncEngine", "Chunk": "TokenEvent", "Layout": "ShardingLayout"}
 
 
 def __getattr__(name: str) -> Any:

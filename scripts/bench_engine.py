@@ -121,7 +121,7 @@ def _pool(arguments: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from jaxmoe.engine.batch import Bucket
+    from jaxmoe.engine.batch import StepBucket
     from jaxmoe.engine.core import EngineCore
     from jaxmoe.engine.limits import SchedulerConfig
 
@@ -137,7 +137,7 @@ def _pool(arguments: argparse.Namespace) -> None:
             core = EngineCore(llm._runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
             "num_pages": pages * times})),
                         tokenizer=None, eos=frozenset())  # fmt: skip
-            bucket = Bucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)
+            bucket = StepBucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)
             metadata = np.zeros((scheduler_config.num_ranks, bucket.length), np.int32)
             parts = bucket.split(metadata)
             parts["positions"][:], parts["query_lens"][:] = 200, 1

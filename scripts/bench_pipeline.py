@@ -47,10 +47,12 @@ def count_ticks(
     from jaxmoe.model.pipeline import empty_buffers, run_ticks, tick_stages
     from jaxmoe.model.rows import HIDDEN
     from jaxmoe.parallel.mesh import build_mesh
-    from jaxmoe.parallel.sharding import Placement
+    from jaxmoe.parallel.sharding import MeshPlacement
     from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule
 
-    placement = Placement(mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages)
+    placement = MeshPlacement(
+        mesh=build_mesh({"pipeline": stages}, jax.devices()[:stages]), virtual_stages=virtual_stages
+    )
     segment = LayerSegment(
         first=0, period=1, repeats=stages * virtual_stages, stages=stages, virtual_stages=virtual_stages
     )

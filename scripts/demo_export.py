@@ -19,7 +19,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, weight_slices
 from jaxmoe.jsontext import json_text
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.weights.checkpoint import SINGLE
 from jaxmoe.weights.dtypes import check_reach
@@ -29,7 +29,7 @@ _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.
 
 
 def checkpoint_arrays(
-    params: Mapping[str, jax.Array], config: ModelConfig, placement: Placement, segments: tuple[LayerSegment, ...]
+    params: Mapping[str, jax.Array], config: ModelConfig, placement: MeshPlacement, segments: tuple[LayerSegment, ...]
 ) -> dict[str, np.ndarray]:
     """Return every checkpoint tensor by its key, in the config's dtype. params: arrays by their path in the model."""
     arrays = {path: np.asarray(array) for path, array in params.items()}
@@ -95,7 +95,7 @@ def write_checkpoint(
     directory: Path,
     params: Mapping[str, jax.Array],
     config: ModelConfig,
-    placement: Placement,
+    placement: MeshPlacement,
     segments: tuple[LayerSegment, ...],
     tokenizer: Tokenizer | None = None,
 ) -> None:

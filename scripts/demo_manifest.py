@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.parallel.mesh import describe
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.train.loop import TrainResult
 from jaxmoe.train.recipe import TrainingRecipe
 from scripts.demo_export import file_facts, write_json
@@ -37,7 +37,7 @@ def manifest_of(
     *,
     recipe: TrainingRecipe,
     corpus: dict[str, object],
-    placement: Placement,
+    placement: MeshPlacement,
     result: TrainResult,
     num_parameters: int,
     samples: list[dict[str, Any]],
@@ -65,7 +65,7 @@ def manifest_of(
     }
 
 
-def record_reproduction(directory: Path, result: TrainResult, placement: Placement) -> float:
+def record_reproduction(directory: Path, result: TrainResult, placement: MeshPlacement) -> float:
     """Add another run of the recipe to the manifest in directory.
 
     Returns the relative difference of its evaluation loss per byte. The loss is compared per byte, not per token,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxmoe.aot.fit import CompileRequest, compile_for
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, device_platform
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.planner.memory import DeviceMemory
 
 # (model, target, mesh, layout, batch, context)
@@ -45,7 +45,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     config, machine, axes = question.checked()
     platform = device_platform(machine.device.platform)
     memory = DeviceMemory(
-        config, Placement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout))
+        config, MeshPlacement(mesh=cast("Mesh", PlannedMesh(axes, platform)), layout=parse_layout(layout))
     )
     ranks = memory.placement.num_shards("batch")
     rows = -(-batch // ranks)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.parallel.mesh import build_mesh, emulate_devices, parse_mesh
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.train.loop import train
 from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
@@ -34,7 +34,7 @@ SAMPLES = (
 )
 
 
-def sample(directory: Path, placement: Placement) -> list[dict[str, Any]]:
+def sample(directory: Path, placement: MeshPlacement) -> list[dict[str, Any]]:
     """Return greedy and random samples that the checkpoint in directory generates."""
     from jaxmoe import LLM, SamplingParams
 
@@ -50,7 +50,7 @@ def sample(directory: Path, placement: Placement) -> list[dict[str, Any]]:
 def run(out: Path, mesh: str, recipe: TrainingRecipe, reproduces: Path | None) -> None:
     """Run everything: corpus, tokenizer, training, checkpoint, samples, manifest, and the rename at the end."""
     console = Console(stderr=True)
-    placement = Placement(mesh=build_mesh(parse_mesh(mesh)))
+    placement = MeshPlacement(mesh=build_mesh(parse_mesh(mesh)))
     corpus = read_corpus()
     tokenizer = train_tokenizer(corpus.training, vocab_size=recipe.model.vocab_size)
     training, held_out = token_stream(tokenizer, corpus.training), token_stream(tokenizer, corpus.held_out)

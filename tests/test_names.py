@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -77,3 +78,10 @@ def test_a_class_name_has_one_meaning():
 def test_keys_of_json_have_no_spaces(folder):
     keys = {key for path in (PACKAGE / folder).rglob("*.py") for key in _definitions(path)["key"]}
     assert [key for key in keys if isinstance(key, str) and " " in key] == []
+
+
+def test_a_class_name_has_two_words():
+    names = {name for path in PACKAGE.rglob("*.py") for name in _definitions(path)["class"]}
+    words = {name: re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", name) for name in names if name[0] != "_"}
+    # Acronyms, and the name that transformers users know.
+    assert sorted(name for name, parts in words.items() if len(parts) < 2) == ["LLM", "MLP", "Trainer"]

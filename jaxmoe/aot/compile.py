@@ -14,14 +14,14 @@ from flax import nnx
 
 from jaxmoe.aot.hlo_collectives import collectives_and_padding
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import Bucket, bucket_with, whole_blocks
+from jaxmoe.engine.batch import StepBucket, bucket_with, whole_blocks
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.step_programs import EngineState
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.parallel.collectives import Collective
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.collectives import CollectiveOp
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.weights.params import parameter_table, state_of
 
 Phase = Literal["prefill", "decode"]
@@ -40,27 +40,29 @@ class CompiledStep:
 
     temp_bytes: int
     total_bytes: int
-    collectives: Counter[Collective]
-    planned: Counter[Collective]
+    collectives: Counter[CollectiveOp]
+    planned: Counter[CollectiveOp]
     scatter_padding: float
     optimal_seconds: float | None
     compile_seconds: float
 
 
 def abstract_runner(
-    config: ModelConfig, placement: Placement, *, dtype: str, kv_dtype: str | None, kernels: KernelConfig
-) -> Runner:
-    """Return a Runner whose weights are abstract shapes with shardings: it can be compiled, but not run."""
+    config: ModelConfig, placement: MeshPlacement, *, dtype: str, kv_dtype: str | None, kernels: KernelConfig
+) -> ModelRunner:
+    """Return a ModelRunner whose weights are abstract shapes with shardings: it can be compiled, but not run."""
     model = abstract_model(config, placement, dtype=dtype, kernels=kernels)
     graph, state = nnx.split(model)
     shapes: list[Any] = [
         jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=info.sharding)
         for info in parameter_table(state, placement)
     ]
-    return Runner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
+    return ModelRunner(nnx.merge(graph, state_of(state, shapes)), dtype=dtype, kv_dtype=kv_dtype)
 
 
-def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int) -> EngineState:
+def engine_state(
+    runner: ModelRunner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
+) -> EngineState:
     """Return the abstract state of an engine with sequence slots for `max_num_seqs` requests.
 
     Its KV cache has pages for `context` tokens per request. If every layer has a window or attention chunk, it has only
@@ -79,7 +81,7 @@ def engine_state(runner: Runner, *, max_num_seqs: int, context: int, page_size: 
 
 
 def held_bytes(
-    runner: Runner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
+    runner: ModelRunner, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
 ) -> tuple[int, int]:
     """Return bytes per device of the weights, and of the KV cache of `max_num_seqs` requests of `context` tokens."""
     state = engine_state(
@@ -92,8 +94,8 @@ def held_bytes(
 
 
 def step_bucket(
-    runner: Runner, phase: Phase, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
-) -> Bucket:  # fmt: skip
+    runner: ModelRunner, phase: Phase, *, max_num_seqs: int, context: int, page_size: int, chunk_tokens: int
+) -> StepBucket:  # fmt: skip
     """Return the bucket (the shapes) of the step that compile_step compiles."""
     chunk_tokens, block_tokens = whole_blocks(chunk_tokens, runner.block_shares)
     blocks = chunk_tokens // block_tokens if phase == "prefill" else 0
@@ -107,7 +109,7 @@ def step_bucket(
 
 
 def compile_step(
-    runner: Runner,
+    runner: ModelRunner,
     phase: Phase,
     *,
     max_num_seqs: int,

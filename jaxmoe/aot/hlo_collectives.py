@@ -11,14 +11,14 @@ from typing import get_args
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.parallel.collectives import Collective, CollectiveOp
+from jaxmoe.parallel.collectives import CollectiveKind, CollectiveOp
 
 _ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 _ITEM_BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 # Other collectives. No step uses them, so they are an error.
 _UNKNOWN = ("collective-broadcast", "ragged-all-gather", "send", "recv")
 _LINE = re.compile(
-    rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(CollectiveOp), *_UNKNOWN))})(?P<start>-start)?\("
+    rf"= (?P<result>\(?.*?\)?) (?P<op>{'|'.join((*get_args(CollectiveKind), *_UNKNOWN))})(?P<start>-start)?\("
 )
 _NESTED = re.compile(r"\(\([^()]*(?:\([^()]*\)[^()]*)*\), (.*)\)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
@@ -47,7 +47,7 @@ _PERMUTED = re.compile(r" collective-permute(?:-start)?\(%([\w.-]+)\)")
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
-def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
+def collectives(compiled_text: str, mesh: Mesh) -> Counter[CollectiveOp]:
     """Count the collectives in the text of a compiled program, by how often each runs.
 
     A collective inside a loop counts once per iteration if the trip count is known, else once. If its groups span only
@@ -57,12 +57,12 @@ def collectives(compiled_text: str, mesh: Mesh) -> Counter[Collective]:
     return collectives_and_padding(compiled_text, mesh)[0]
 
 
-def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Collective], float]:
+def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[CollectiveOp], float]:
     """Count collectives without padding, and return the padding of reduce-scatters as a fraction of their bytes.
 
     XLA:TPU pads some reduce-scatters. Raises: as collectives.
     """
-    counts: Counter[Collective] = Counter()
+    counts: Counter[CollectiveOp] = Counter()
     added = 0
     lines, entry = _computations(compiled_text)
     realigned = _scattered_slices(lines)
@@ -99,7 +99,7 @@ def collectives_and_padding(compiled_text: str, mesh: Mesh) -> tuple[Counter[Col
             requested = sum(_array_bytes(*array) for array in _ARRAY.findall(operand[1])) if operand else num_bytes
             added += (num_bytes - requested) // groups.shape[1] * times
             op, num_bytes = "reduce-scatter", requested // groups.shape[1]
-        counts[Collective(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
+        counts[CollectiveOp(op=op, axes=axes, result_bytes=num_bytes)] += times  # type: ignore[arg-type]
     requested = sum(one.result_bytes * times for one, times in counts.items() if one.op == "reduce-scatter")
     return counts, added / requested if added else 0.0
 

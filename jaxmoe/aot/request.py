@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from jaxmoe.aot.compile import abstract_runner
 from jaxmoe.config import ModelConfig
 from jaxmoe.config.engine import CHUNK_TOKENS, PAGE_SIZE
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.dtypes import canonical, choose_dtypes, kv_array_dtype
 from jaxmoe.model.kernels import KernelConfig, choose_kernels
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import check_virtual_stages, layer_segments
 from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
@@ -100,12 +100,12 @@ class InspectRequest:
 
     def runner(
         self, config: ModelConfig, mesh: Mesh | PlannedMesh, kernels: KernelConfig, *, dtype: str | None = None
-    ) -> Runner:
-        """Return a Runner of abstract shapes. It cannot run, but compiles if the mesh has devices.
+    ) -> ModelRunner:
+        """Return a ModelRunner of abstract shapes. It cannot run, but compiles if the mesh has devices.
 
         dtype: of activations; by default the config's.
         """
-        placement = Placement(
+        placement = MeshPlacement(
             mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), virtual_stages=self.virtual_stages
         )
         kv_dtype = kv_array_dtype(self.kv_dtype)

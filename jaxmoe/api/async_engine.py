@@ -23,10 +23,10 @@ from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS, checked_config
 from jaxmoe.engine.batch import whole_blocks
-from jaxmoe.engine.core import EngineCore, Request, RequestFinished
+from jaxmoe.engine.core import EngineCore, EngineRequest, RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams, TokenEvent
-from jaxmoe.engine.trace import Trace, check_trace_path
+from jaxmoe.engine.trace import EngineTrace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL
 
@@ -87,7 +87,7 @@ class AsyncEngine:
         self._shared = self.llm._shared
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         with self._shared.lock:  # LLM.generate of other threads waits until the programs are compiled
-            self._core = self._reserve(None if trace is None else Trace(self.llm._trace_facts()))
+            self._core = self._reserve(None if trace is None else EngineTrace(self.llm._trace_facts()))
             try:
                 self._warm_up(on_compile)
             except BaseException:
@@ -101,7 +101,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
 
-    def _reserve(self, trace: Trace | None) -> EngineCore:
+    def _reserve(self, trace: EngineTrace | None) -> EngineCore:
         if trace is not None and self.llm._trace is not None:
             raise ConfigError("LLM.trace records this LLM already: leave its with-statement, or remove trace")
         try:
@@ -296,7 +296,7 @@ class _EventQueue:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.requests: list[Request] = []  # samples that have not ended
+        self.requests: list[EngineRequest] = []  # samples that have not ended
         self.events: asyncio.Queue[TokenEvent | RequestFinished] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()

@@ -8,15 +8,15 @@ from typing import Any
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.request import SamplingParams, check_prompt
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import RequestError
 
 Prompt = str | Sequence[int]
 
 
 def check_inputs(
-    prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams], *, tokenizer: Tokenizer | None,
-    config: ModelConfig, eos: frozenset[int],
+    prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams], *,
+    tokenizer: CheckpointTokenizer | None, config: ModelConfig, eos: frozenset[int],
 ) -> list[tuple[list[int], SamplingParams]]:  # fmt: skip
     """Return the token ids and sampling parameters of each request.
 
@@ -48,7 +48,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, *, room
     ]
 
 
-def _token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
+def _token_ids(prompt: Prompt, tokenizer: CheckpointTokenizer | None) -> Sequence[int]:
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:

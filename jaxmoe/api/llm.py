@@ -17,14 +17,14 @@ from jaxmoe.api.scoring import score_batches
 from jaxmoe.api.shared_core import SharedCore
 from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
 from jaxmoe.config.engine import checked_config
-from jaxmoe.engine.core import EngineCore, Request, RequestFinished, not_finite
+from jaxmoe.engine.core import EngineCore, EngineRequest, RequestFinished, not_finite
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.timing import StepClock
-from jaxmoe.engine.tokenizer import Message, Tokenizer
-from jaxmoe.engine.trace import Trace, check_trace_path
+from jaxmoe.engine.tokenizer import CheckpointTokenizer, Message
+from jaxmoe.engine.trace import EngineTrace, check_trace_path
 from jaxmoe.errors import RequestError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import describe
@@ -76,8 +76,13 @@ class LLM:
 
     @classmethod
     def from_runner(
-        cls, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int], config: EngineConfig | None = None
-    ) -> LLM:
+        cls,
+        runner: ModelRunner,
+        *,
+        tokenizer: CheckpointTokenizer | None,
+        eos: frozenset[int],
+        config: EngineConfig | None = None,
+    ) -> LLM:  # fmt: skip
         """Return an LLM of weights that are on their devices already, with a KV cache of its own.
 
         Args:
@@ -94,7 +99,7 @@ class LLM:
         self._runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
         self.engine_config = config
         self._shared = SharedCore(self._runner, tokenizer=self.tokenizer, eos=self.eos)
-        self._trace: Trace | None = None
+        self._trace: EngineTrace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
 
     @property
@@ -137,7 +142,7 @@ class LLM:
             StepError: If a step that computed one of the requests failed, or the logits of a request are not finite.
         """
         inputs = self._check_inputs(prompts, params)
-        requests: list[list[Request]] = []
+        requests: list[list[EngineRequest]] = []
         for _ in self._events(inputs, requests):
             pass
         return [
@@ -250,7 +255,7 @@ class LLM:
         return score_batches(self._runner, checked, max_num_seqs=self.engine_config.max_num_seqs)
 
     def _events(
-        self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[Request]]
+        self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[EngineRequest]]
     ) -> Iterator[TokenEvent]:
         """Submit the inputs, append their requests to `requests`, and yield all of their token events.
 
@@ -341,7 +346,7 @@ class LLM:
             self._runner.place_experts(experts)
 
     @contextmanager
-    def trace(self, path: str | Path) -> Iterator[Trace]:
+    def trace(self, path: str | Path) -> Iterator[EngineTrace]:
         """Trace the steps and requests of generate and stream inside a with statement.
 
         Leaving the with statement writes the trace to `path` in Chrome's format (for ui.perfetto.dev), and an HTML page
@@ -357,7 +362,7 @@ class LLM:
             RequestError: If the path cannot be written. Raised on entry.
         """
         check_trace_path(path)
-        trace = Trace(self._trace_facts())
+        trace = EngineTrace(self._trace_facts())
         with self._shared.lock:
             if self._shared.reserved and self._core is not None and self._core.trace is not None:
                 raise RequestError("the AsyncEngine on this LLM writes a trace already: close it first")

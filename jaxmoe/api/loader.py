@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.engine.eos import eos_ids
-from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.runner import ModelRunner
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
@@ -24,7 +24,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.eplb import balance
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, parse_mesh
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import check_virtual_stages
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_weight_slices, load_params
@@ -40,8 +40,8 @@ Progress = Callable[[int, int], None]
 class LoadedModel:
     """Hold the weights of a model on its devices, with its tokenizer (None where there is none) and its end tokens."""
 
-    runner: Runner
-    tokenizer: Tokenizer | None
+    runner: ModelRunner
+    tokenizer: CheckpointTokenizer | None
     eos: frozenset[int]
 
 
@@ -53,7 +53,7 @@ def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress
     dtypes = dict(dtype=config.dtype, weights_dtype=config.weights_dtype, kv_dtype=config.cache.kv_dtype)
     choose_dtypes(model_config, **dtypes)  # fail before opening files
     placement = _placement(config, model_config)
-    tokenizer = Tokenizer.load(directory, read_json(directory / "tokenizer_config.json", required=False))
+    tokenizer = CheckpointTokenizer.load(directory, read_json(directory / "tokenizer_config.json", required=False))
     eos = eos_ids(directory, tokenizer, vocab_size=model_config.vocab_size)
     tensors = open_tensors(directory)
     model_config, dtype = choose_dtypes(as_stored(model_config, tensors, raw), **dtypes)
@@ -76,16 +76,16 @@ def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress
         again = config.with_options({"kernels": ready.result(), "mesh": placement.mesh, "verify": False})
         return load_model(directory, replace(again, revision=None), on_progress=on_progress)
     whole = nnx.merge(nnx.graphdef(shapes), state_of(abstract, arrays))
-    runner = Runner(whole, dtype=dtype, kv_dtype=kv_array_dtype(config.cache.kv_dtype))
+    runner = ModelRunner(whole, dtype=dtype, kv_dtype=kv_array_dtype(config.cache.kv_dtype))
     if config.parallel.redundant_experts is not None:
         _spread_experts(runner)
     return LoadedModel(runner=runner, tokenizer=tokenizer, eos=eos)
 
 
-def _placement(config: EngineConfig, model_config: ModelConfig) -> Placement:
+def _placement(config: EngineConfig, model_config: ModelConfig) -> MeshPlacement:
     parallel = config.parallel
     layout = parse_layout(parallel.layout) if isinstance(parallel.layout, str) else parallel.layout
-    placement = Placement(
+    placement = MeshPlacement(
         mesh=_as_mesh(parallel.mesh, model_config), layout=layout, virtual_stages=parallel.virtual_stages,
         redundant_experts=_check_redundant(parallel.redundant_experts, model_config),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _placement(config: EngineConfig, model_config: ModelConfig) -> Placement:
     return placement
 
 
-def _spread_experts(runner: Runner) -> None:
+def _spread_experts(runner: ModelRunner) -> None:
     """Place all experts, redundant ones included, as for equal loads."""
     own = runner.experts
     even = np.ones((own.num_layers, own.num_experts))

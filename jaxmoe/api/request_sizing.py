@@ -9,14 +9,14 @@ from jaxmoe.config.engine import MAX_DECODE_STEPS, PAGE_SIZE
 from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.engine.runner import Runner, bucket
+from jaxmoe.engine.runner import ModelRunner, bucket
 
 _CHUNK_TOKENS = (128, 512, 2048)  # prompt tokens per step and rank
 _OPEN_TOKENS = 1024  # new tokens to allocate pages for, per request without max_tokens
 
 
 def size_for_requests(
-    runner: Runner, inputs: Sequence[tuple[Sequence[int], SamplingParams]], *, max_num_seqs: int,
+    runner: ModelRunner, inputs: Sequence[tuple[Sequence[int], SamplingParams]], *, max_num_seqs: int,
     present: SchedulerConfig | None,
 ) -> SchedulerConfig:  # fmt: skip
     """Return a configuration that fits these requests and is at least as large as the present one.

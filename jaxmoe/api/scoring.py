@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxmoe.engine.runner import Runner, bucket
+from jaxmoe.engine.runner import ModelRunner, bucket
 
 _MAX_PREFILL_TOKENS = 65536  # tokens of one batch
 
 
 def score_batches(
-    runner: Runner, prompts: Sequence[list[int]], *, max_num_seqs: int
+    runner: ModelRunner, prompts: Sequence[list[int]], *, max_num_seqs: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield of each prompt of T ids its log-probabilities [T - 1] and the logits [V] after its last token, float32."""
     longest = max(len(ids) for ids in prompts)

@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.tokenizer import Tokenizer
-from jaxmoe.engine.trace import Trace
+from jaxmoe.engine.runner import ModelRunner
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
+from jaxmoe.engine.trace import EngineTrace
 from jaxmoe.errors import ConfigError, RequestError
 
 _WAIT_SECONDS = 1.0  # for the engine's thread, before looking again whether there is one
 
 
 class SharedCore:
-    """Own the EngineCore of one Runner: one KV cache, one prefix cache, one scheduler.
+    """Own the EngineCore of one ModelRunner: one KV cache, one prefix cache, one scheduler.
 
     Hold `lock` around every call of the core. Without an AsyncEngine, threads of LLM.generate run the steps, and the
     core grows with their requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are
     compiled by then, and its thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
     """
 
-    def __init__(self, runner: Runner, *, tokenizer: Tokenizer | None, eos: frozenset[int]) -> None:
+    def __init__(self, runner: ModelRunner, *, tokenizer: CheckpointTokenizer | None, eos: frozenset[int]) -> None:
         self.lock = threading.RLock()
         self.stepped = threading.Condition(self.lock)
         self.core: EngineCore | None = None
@@ -86,7 +86,7 @@ class SharedCore:
         return self.core
 
     def reserve(
-        self, scheduler_config: SchedulerConfig, *, trace: Trace | None, wake: Callable[[], None]
+        self, scheduler_config: SchedulerConfig, *, trace: EngineTrace | None, wake: Callable[[], None]
     ) -> EngineCore:
         """Return a core of exactly this size for an AsyncEngine, and keep LLM.generate from replacing it.
 

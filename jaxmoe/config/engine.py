@@ -43,7 +43,7 @@ class ParallelConfig:
             these axes, whose devices keep their coordinates. Axes that need fewer devices than are present use the
             nearest ones and log a warning. By default all devices are on the expert axis (MoE) or the tensor axis.
         layout: How mesh axes shard tokens, layers and experts: a name ("ep-tp", "tp-ep-sp", ...), its parts, or a
-            Layout (parallel/layouts.py).
+            ShardingLayout (parallel/layouts.py).
         virtual_stages: Virtual stages of each pipeline stage. More of them shorten pipeline bubbles and increase
             communication.
         redundant_experts: Physical experts of each MoE layer beyond its logical experts, at least 0, so that

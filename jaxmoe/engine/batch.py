@@ -16,8 +16,7 @@ import numpy as np
 
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
-from jaxmoe.engine.scheduler import PromptChunk, StepPlan
-from jaxmoe.engine.scheduler import Sequence as Running
+from jaxmoe.engine.scheduler import PromptChunk, ScheduledSequence, StepPlan
 
 # Defaults of an engine. CHUNK_TOKENS: prompt tokens per step and rank. MAX_DECODE_STEPS: tokens that a request decodes
 # in one step while no prompt waits.
@@ -26,7 +25,7 @@ _NOWHERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bucket:
+class StepBucket:
     """Fix the shapes of one rank's step: sequence slots, prompt blocks, tokens of a block, pages of a sequence.
 
     A sequence slot holds one request, which decodes, or samples a token after the last block of its prompt.
@@ -156,7 +155,7 @@ def _micro_batches(seq_slots: int, blocks: int, stages: int) -> Iterator[int]:
 def bucket_of(
     plan: StepPlan, config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1,
     whole: int = 1
-) -> Bucket:  # fmt: skip
+) -> StepBucket:  # fmt: skip
     """Return the bucket of a plan. Steps with prompts always have all slots, so that few programs are compiled."""
     size = config.block_tokens
     blocks = 0
@@ -177,7 +176,7 @@ def bucket_of(
 @cache  # called before every step
 def bucket_with(
     seq_slots: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
-) -> Bucket:
+) -> StepBucket:
     """Return the bucket of seq_slots slots and `blocks` prompt blocks, both multiples of the pipeline stages.
 
     shares: context-parallel ranks; seq_slots and block_tokens must be multiples of them. whole: desired alignment of
@@ -194,12 +193,12 @@ def bucket_with(
     even = [(count, parts) for count, parts in choices if (seq_slots + count * block_tokens) % (parts * whole) == 0]
     as_they_are = [choice for choice in choices if choice[0] == blocks]
     blocks, parts = min(even or as_they_are, key=lambda choice: tokens_waited(*choice))
-    return Bucket(seq_slots=seq_slots, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
+    return StepBucket(seq_slots=seq_slots, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
 
 
 def all_buckets(
     config: SchedulerConfig, *, min_seq_slots: int, pages: int, stages: int = 1, shares: int = 1, whole: int = 1
-) -> list[Bucket]:
+) -> list[StepBucket]:
     """Return every bucket that bucket_of can return."""
     seq_slots = slot_buckets(least=min_seq_slots, most=config.max_num_seqs)
     mixed = [(seq_slots[-1], blocks) for blocks in _block_buckets(config, stages)]
@@ -210,7 +209,7 @@ def all_buckets(
 
 
 def pack(
-    plan: StepPlan, bucket: Bucket, config: SchedulerConfig, metadata_of: Callable[[int], RequestMetadata]
+    plan: StepPlan, bucket: StepBucket, config: SchedulerConfig, metadata_of: Callable[[int], RequestMetadata]
 ) -> np.ndarray:
     """Pack the metadata of a plan for every rank: [r, length] int32. metadata_of: metadata of a request by its id."""
     packed = np.zeros((config.num_ranks, bucket.length), np.int32)
@@ -220,7 +219,7 @@ def pack(
     parts["logits_indices"][:] = _NOWHERE
     parts["bias_token_ids"][:] = np.iinfo(np.int32).max
 
-    def write_request(sequence: Running) -> tuple[int, int]:
+    def write_request(sequence: ScheduledSequence) -> tuple[int, int]:
         """Write the row of a sequence that decodes or has prompt blocks, and return its rank and slot."""
         at = sequence.rank, sequence.slot
         parts["block_table"][at][: len(sequence.pages)] = sequence.pages
@@ -256,7 +255,7 @@ def pack(
     return packed
 
 
-def _pack_chunk(chunk: PromptChunk, bucket: Bucket, parts: dict[str, Any], next_block: list[int]) -> int:
+def _pack_chunk(chunk: PromptChunk, bucket: StepBucket, parts: dict[str, Any], next_block: list[int]) -> int:
     """Write the blocks of one prompt chunk, and return the index of its last token among the tokens of its rank."""
     sequence, rank, size = chunk.sequence, chunk.sequence.rank, bucket.block_tokens
     ids: Sequence[int] = sequence.tokens[chunk.start : chunk.start + chunk.count]

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from jaxmoe.cache.pages import PageCopy
-from jaxmoe.engine.batch import Bucket, RequestMetadata, all_buckets, bucket_of, pack
+from jaxmoe.engine.batch import RequestMetadata, StepBucket, all_buckets, bucket_of, pack
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
-from jaxmoe.engine.runner import Runner
-from jaxmoe.engine.scheduler import PromptChunk, Scheduler, Sequence, StepPlan
+from jaxmoe.engine.runner import ModelRunner
+from jaxmoe.engine.scheduler import PromptChunk, ScheduledSequence, StepPlan, StepScheduler
 from jaxmoe.engine.step_programs import EngineState, StepOutput
 from jaxmoe.engine.timing import StepClock
-from jaxmoe.engine.tokenizer import TextStream, Tokenizer
-from jaxmoe.engine.trace import RequestRecord, StepRecord, Trace
+from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
+from jaxmoe.engine.trace import EngineTrace, RequestRecord, StepRecord
 from jaxmoe.engine.transfer import HostOffload
 from jaxmoe.errors import StepError
 from jaxmoe.ops.sample import SamplerOutput
@@ -44,13 +44,13 @@ class RequestFinished:
 
 
 @dataclass(kw_only=True, eq=False)
-class Request:
+class EngineRequest:
     """Hold one sample of a request from submission on: its parameters, its tokens so far and its pending events."""
 
     index: int
     sample: int
     params: SamplingParams
-    sequence: Sequence
+    sequence: ScheduledSequence
     stream: TextStream
     num_prompt: int
     ends: tuple[int, ...]  # end tokens and stop tokens
@@ -97,7 +97,7 @@ class Request:
         )  # fmt: skip
 
 
-def not_finite(runner: Runner, where: str) -> StepError:
+def not_finite(runner: ModelRunner, where: str) -> StepError:
     """Return the error for logits that contain NaN or plus infinity, or only minus infinity. where: their origin."""
     others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
     remedy = f"load it with dtype {others[runner.dtype]}, or check" if runner.dtype in others else "check"
@@ -122,18 +122,18 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         scheduler_config: SchedulerConfig,
         *,
-        tokenizer: Tokenizer | None,
+        tokenizer: CheckpointTokenizer | None,
         eos: frozenset[int],
-        trace: Trace | None = None,
+        trace: EngineTrace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner, self.scheduler_config, self.tokenizer, self.eos = runner, scheduler_config, tokenizer, eos
-        self.scheduler = Scheduler(scheduler_config)
-        self.requests: dict[int, Request] = {}
-        self.buckets: set[Bucket] = set()
+        self.scheduler = StepScheduler(scheduler_config)
+        self.requests: dict[int, EngineRequest] = {}
+        self.buckets: set[StepBucket] = set()
         self.warmed_up = False
         self.num_new_tokens = 0
         self.timing = StepClock()
@@ -190,12 +190,14 @@ class EngineCore:
             seconds.append(self._clock() - start)
         return min(seconds[1:])
 
-    def _time_prompts(self, bucket: Bucket) -> float:
+    def _time_prompts(self, bucket: StepBucket) -> float:
         """Measure the seconds to prefill one page of tokens, in a step with a full chunk of prompt tokens."""
         scheduler_config = self.scheduler_config
         count = min(scheduler_config.chunk_tokens, scheduler_config.context, scheduler_config.pool_tokens)
         pages = list(range(-(-count // scheduler_config.page_size)))
-        sequence = Sequence(request_id=-1, tokens=[0] * count, max_total=count + 1, rank=0, slot=0, pages=pages)
+        sequence = ScheduledSequence(
+            request_id=-1, tokens=[0] * count, max_total=count + 1, rank=0, slot=0, pages=pages
+        )
         plan = StepPlan(decodes=[], chunks=[PromptChunk(sequence=sequence, start=0, count=count, last=True)])
         metadata = RequestMetadata(params=SamplingParams(), num_prompt=count, ends=(), seed=0)
         packed, seconds = pack(plan, bucket, scheduler_config, lambda index: metadata), []
@@ -240,8 +242,8 @@ class EngineCore:
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
         deadline: float | None = None,
-    ) -> list[Request]:  # fmt: skip
-        """Queue a request; each of its n samples becomes one Request.
+    ) -> list[EngineRequest]:  # fmt: skip
+        """Queue a request; each of its n samples becomes one EngineRequest.
 
         name: shown in traces. deadline: time of the core's clock. Raises: RequestError if the request can never fit.
         """
@@ -251,12 +253,12 @@ class EngineCore:
         ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
         queued = []
         for sample in range(params.n):
-            sequence = Sequence(
+            sequence = ScheduledSequence(
                 request_id=self._next_id, tokens=list(ids), max_total=most, keeps_all=params.reads_history,
                 priority=priority, deadline=deadline,
             )  # fmt: skip
             self.scheduler.add(sequence)
-            request = Request(
+            request = EngineRequest(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
                 stream=TextStream(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens),
                 seed=seed_of_sample(seed, sample),
@@ -271,12 +273,12 @@ class EngineCore:
             queued.append(request)
         return queued
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: EngineRequest) -> None:
         """Cancel a request. Does nothing if it has ended."""
         if request.finish_reason is None:
             self._end(request.sequence, "cancelled")
 
-    def _end(self, sequence: Sequence, reason: str, error: StepError | None = None) -> None:
+    def _end(self, sequence: ScheduledSequence, reason: str, error: StepError | None = None) -> None:
         request = self.requests.pop(sequence.request_id)
         self.scheduler.finish(sequence, discard=error is not None)
         request.finish_reason = reason
@@ -302,7 +304,7 @@ class EngineCore:
             self._start_over(StepPlan(decodes=[], chunks=[]), lambda sequence: None)
             raise
 
-    def _start_over(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
+    def _start_over(self, plan: StepPlan, fault: Callable[[ScheduledSequence], None]) -> None:
         """End the sequences of a plan, call fault with each, and compute all other requests again on fresh pages."""
         for step in self._in_flight:
             self._trace_failure(step.record)
@@ -360,7 +362,7 @@ class EngineCore:
             step.done_at = now
         return now
 
-    def _trace_step(self, plan: StepPlan, bucket: Bucket, sent: float) -> StepRecord | None:
+    def _trace_step(self, plan: StepPlan, bucket: StepBucket, sent: float) -> StepRecord | None:
         if self.trace is None:
             return None
         runner, scheduler = self.runner, self.scheduler
@@ -378,14 +380,14 @@ class EngineCore:
         if record is not None:
             record.failed, record.done = True, self._clock()
 
-    def _trace_end(self, request: Request) -> None:
+    def _trace_end(self, request: EngineRequest) -> None:
         if request.record is not None:
-            Trace.ended(request.record, request.finish_reason or "", now=self._clock())
+            EngineTrace.ended(request.record, request.finish_reason or "", now=self._clock())
 
     def _request_metadata(self, request_id: int) -> RequestMetadata:
         return self.requests[request_id].metadata()
 
-    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket, decode_steps: int):
+    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket, decode_steps: int):
         max_decode_steps = 1 if bucket.blocks else self.scheduler_config.decode_steps
         traced = self.trace is not None or self.on_loads is not None
         return self.runner.step(

@@ -88,7 +88,7 @@ class _ByteTokens:
         return units
 
 
-class Detokenizer:
+class IncrementalDetokenizer:
     """Decode a growing answer: text of the prompt + emitted text = text of all ids.
 
     prompt: ids of the prompt. If its last ids are the beginning of a character, the text of the prompt ends before it.

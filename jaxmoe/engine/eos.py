@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmoe.engine.added_tokens import CONFIG as TOKENIZER_CONFIG
 from jaxmoe.engine.added_tokens import read_added_tokens
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import ConfigError
 from jaxmoe.weights.checkpoint import CONFIG, read_json
 
@@ -16,7 +16,7 @@ _GENERATION = "generation_config.json"
 _KEY = "eos_token_id"
 
 
-def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> frozenset[int]:
+def eos_ids(directory: Path, tokenizer: CheckpointTokenizer | None, *, vocab_size: int) -> frozenset[int]:
     """Return every end token id that the files of a checkpoint directory name.
 
     These are eos_token_id of generation_config.json, of config.json and of its text_config, and eos_token of
@@ -44,7 +44,7 @@ def eos_ids(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) ->
     return frozenset(generation.union(named, *places).intersection(vocabulary))
 
 
-def special_stop_ids(tokenizer: Tokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:
+def special_stop_ids(tokenizer: CheckpointTokenizer | None, stop: Iterable[str], *, vocab_size: int) -> frozenset[int]:
     """Return the ids of stop strings that are special tokens, since decoded text never contains special tokens."""
     special_ids = [] if tokenizer is None else [tokenizer.special_id(text) for text in stop]
     return frozenset(one for one in special_ids if one is not None and one < vocab_size)

@@ -15,7 +15,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.transformer import TokensPerExpert
 from jaxmoe.parallel.eplb import ExpertPlacement, sources_of
-from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement
 from jaxmoe.parallel.stages import LayerLocation, LayerSegment, locate_layer
 from jaxmoe.weights.params import ParamInfo
 
@@ -38,12 +38,12 @@ class ExpertManager:
     """Count tokens per expert and move experts between the physical experts of every MoE layer.
 
     num_physical_experts: physical experts of a layer, equally many on each of num_ranks ranks. placement: the current
-    placement; None while the experts are in their original order. Without Placement.redundant_experts the program has
-    no map of physical experts, and the order never changes.
+    placement; None while the experts are in their original order. Without MeshPlacement.redundant_experts the program
+    has no map of physical experts, and the order never changes.
     """
 
     def __init__(
-        self, config: ModelConfig, model_placement: Placement,
+        self, config: ModelConfig, model_placement: MeshPlacement,
         segments: Sequence[LayerSegment], sizes: Sequence[ArraySizes],
         table: Sequence[ParamInfo],
     ) -> None:  # fmt: skip

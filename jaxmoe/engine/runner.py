@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.batch import BLOCK_TOKENS, Bucket
+from jaxmoe.engine.batch import BLOCK_TOKENS, StepBucket
 from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.engine.step_programs import EngineState, StepOutput, output_buffers, sample_logits, score_prompts
 from jaxmoe.errors import RequestError
@@ -31,10 +31,10 @@ from jaxmoe.model.attend import (
     micro_batch_of,
     split_rows,
 )
-from jaxmoe.model.transformer import ForwardState, TokensPerExpert, Transformer, at_rows
+from jaxmoe.model.transformer import ForwardState, TokensPerExpert, TransformerModel, at_rows
 from jaxmoe.ops.sample import SamplerOutput, SamplingFeatures
 from jaxmoe.parallel.collectives import (
-    Collective,
+    CollectiveOp,
     CollectiveSite,
     StepShape,
     planned_collectives,
@@ -44,7 +44,7 @@ from jaxmoe.parallel.collectives import (
 )
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import compiler_options
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule
 from jaxmoe.quantization.formats import QMAX
 from jaxmoe.weights.params import parameter_table
@@ -61,17 +61,17 @@ def bucket(value: int, *, least: int = 16) -> int:
     return size
 
 
-class Runner:
+class ModelRunner:
     """Hold the weights as a flat list of arrays, and the jitted steps that read them."""
 
-    def __init__(self, model: Transformer, *, dtype: str, kv_dtype: str | None = None) -> None:
+    def __init__(self, model: TransformerModel, *, dtype: str, kv_dtype: str | None = None) -> None:
         """dtype: of activations. kv_dtype: of keys and values in pages; by default that of activations."""
         graph, state = nnx.split(model)
         leaves, structure = jax.tree.flatten(state)
         self.leaves: list[jax.Array] = leaves
         self._leaves_lock = threading.Lock()  # guards leaves while a step is dispatched or experts move
         self.config: ModelConfig = model.config
-        self.placement: Placement = model.placement
+        self.placement: MeshPlacement = model.placement
         self.kernels, self.segments = model.kernels, model.layer_segments
         self.sizes = segment_sizes(model.config, model.placement, model.layer_segments)
         self.dtype, self.kv_dtype = dtype, dtype if kv_dtype is None else kv_dtype
@@ -100,7 +100,7 @@ class Runner:
     def block_shares(self) -> int:
         """Return the alignment of prompt blocks, in tokens.
 
-        It is the least common multiple of the context-parallel ranks and Placement.strip_tokens, the alignment that
+        It is the least common multiple of the context-parallel ranks and MeshPlacement.strip_tokens, the alignment that
         sequence parallelism needs. If strip_tokens exceeds BLOCK_TOKENS, their greatest common divisor takes its place.
         """
         whole = self.placement.strip_tokens
@@ -191,7 +191,7 @@ class Runner:
 
     def _step(
         self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, decode_steps,
-        *, bucket: Bucket, max_decode_steps: int, traced: bool,
+        *, bucket: StepBucket, max_decode_steps: int, traced: bool,
     ):  # fmt: skip
         """Run one engine step of decode_steps decode steps, at most max_decode_steps.
 
@@ -206,7 +206,7 @@ class Runner:
         assert not bucket.blocks
         return self._decode(model, state, tokens_per_expert, metadata, features, bucket, decode_steps, max_decode_steps)
 
-    def _zero_tokens_per_expert(self, bucket: Bucket) -> TokensPerExpert:
+    def _zero_tokens_per_expert(self, bucket: StepBucket) -> TokensPerExpert:
         """Return zero token counts [slots,n,R] of n routing ranks and R physical experts, for every MoE layer."""
         rows = self.num_ranks * bucket.num_tokens // bucket.micro_batches
 
@@ -230,12 +230,12 @@ class Runner:
 
     def _single_step(
         self,
-        model: Transformer,
+        model: TransformerModel,
         state: EngineState,
         tokens_per_expert: TokensPerExpert | None,
         metadata,
         features: SamplingFeatures,
-        bucket: Bucket,
+        bucket: StepBucket,
     ):
         placement, ranks, parts = self.placement.with_view("in_stage"), self.num_ranks, bucket.micro_batches
         query_blocks = [
@@ -266,8 +266,8 @@ class Runner:
         return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
 
     def _decode(
-        self, model: Transformer, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
-        features: SamplingFeatures, bucket: Bucket, decode_steps, max_decode_steps: int,
+        self, model: TransformerModel, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
+        features: SamplingFeatures, bucket: StepBucket, decode_steps, max_decode_steps: int,
     ):  # fmt: skip
         placement, ranks, seq_slots = self.placement.with_view("outside_pipeline"), self.num_ranks, bucket.seq_slots
         schedule, of = self._schedule(bucket.micro_batches), bucket.micro_batches
@@ -328,7 +328,7 @@ class Runner:
 
     def _sample_hidden(
         self,
-        model: Transformer,
+        model: TransformerModel,
         hidden: jax.Array,
         metadata,
         token_pages: jax.Array,
@@ -365,7 +365,7 @@ class Runner:
             ) from error
 
     def step(
-        self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: Bucket,
+        self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket,
         *, decode_steps: int, max_decode_steps: int, traced: bool = False,
     ) -> tuple[EngineState, StepOutput]:  # fmt: skip
         """Run one engine step and return the new state and the output. Donates state.
@@ -385,26 +385,26 @@ class Runner:
         with self._leaves_lock:
             self.experts.move(self.leaves, wanted)
 
-    def planned(self, bucket: Bucket) -> Counter[Collective]:
+    def planned(self, bucket: StepBucket) -> Counter[CollectiveOp]:
         """Return the planned collectives of a step with max_decode_steps=1, with their counts."""
         return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def planned_decode_step(self, bucket: Bucket) -> Counter[Collective]:
+    def planned_decode_step(self, bucket: StepBucket) -> Counter[CollectiveOp]:
         """Return the planned collectives of one iteration of a decode loop, which runs `iterations` of them."""
         return planned_decode_step(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def sites(self, bucket: Bucket) -> list[CollectiveSite]:
+    def sites(self, bucket: StepBucket) -> list[CollectiveSite]:
         """Return the planned collectives by call site: as `planned` with prompts, else as `planned_decode_step`."""
         planned = planned_sites if bucket.blocks else planned_decode_step_sites
         return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
 
-    def iterations(self, bucket: Bucket, decode_steps: int) -> int:
+    def iterations(self, bucket: StepBucket, decode_steps: int) -> int:
         """Return the iterations of a decode loop: one per decode step, or the ticks of the pipeline schedule."""
         return (
             self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
         )
 
-    def _shape(self, bucket: Bucket) -> StepShape:
+    def _shape(self, bucket: StepBucket) -> StepShape:
         return StepShape(
             num_tokens=bucket.num_tokens, num_sampled=bucket.seq_slots, itemsize=self.itemsize,
             micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
@@ -416,7 +416,7 @@ class Runner:
         as_struct = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(as_struct, shapes, self._state_sharding())
 
-    def lower(self, state: EngineState, bucket: Bucket, *, max_decode_steps: int) -> Any:
+    def lower(self, state: EngineState, bucket: StepBucket, *, max_decode_steps: int) -> Any:
         """Lower the step of one bucket for the devices of the mesh, without running it."""
         packed = jax.ShapeDtypeStruct(
             (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "unsharded")

@@ -15,8 +15,7 @@ them later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Listed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jaxmoe.cache.pages import PageCopy, PagePool
@@ -25,7 +24,7 @@ from jaxmoe.errors import RequestError
 
 
 @dataclass(eq=False, kw_only=True)
-class Sequence:
+class ScheduledSequence:
     """Hold the tokens of one sequence and its scheduling state.
 
     tokens: prompt and generated tokens known so far. max_total: maximum number of tokens, prompt included. keeps_all:
@@ -62,7 +61,7 @@ class Sequence:
 class PromptChunk:
     """Describe prompt tokens [start, start + count) of a sequence. last: whether a token is sampled after them."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     start: int
     count: int
     last: bool
@@ -72,7 +71,7 @@ class PromptChunk:
 class DecodeTokens:
     """Describe `count` consecutive decode steps of a sequence. The first one reads the token at position `start`."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     start: int
     count: int
 
@@ -97,26 +96,26 @@ class StepPlan:
         """Return the number of decode steps: the most tokens that any sequence decodes."""
         return max((decode.count for decode in self.decodes), default=1)
 
-    def sampled(self) -> Iterator[tuple[Sequence, int]]:
+    def sampled(self) -> Iterator[tuple[ScheduledSequence, int]]:
         """Yield (sequence, number of sampled tokens), in the order of `decodes` and then of `chunks`."""
         yield from ((decode.sequence, decode.count) for decode in self.decodes)
         yield from ((chunk.sequence, 1) for chunk in self.chunks if chunk.last)
 
-    def sequences(self) -> Iterator[Sequence]:
+    def sequences(self) -> Iterator[ScheduledSequence]:
         """Yield every sequence of the step once."""
         parts = [decode.sequence for decode in self.decodes] + [chunk.sequence for chunk in self.chunks]
         yield from {id(sequence): sequence for sequence in parts}.values()
 
 
-class Scheduler:
+class StepScheduler:
     """Schedule waiting and running requests, and plan each step."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.offloads_pages = True
         self.pools = [self._new_pool() for _ in range(config.num_ranks)]
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: list[ScheduledSequence] = []
+        self.running: list[ScheduledSequence] = []
         self._free_slots = [list(range(config.max_num_seqs - 1, -1, -1)) for _ in range(config.num_ranks)]
         self._arrivals = self._evicted_before = self._swapped_in_before = 0
         self.num_steps = self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
@@ -163,14 +162,14 @@ class Scheduler:
                 f"max_tokens or give the pool more memory"
             )
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         """Queue a sequence. Raises: RequestError if it can never fit."""
         self.check(len(sequence.tokens), sequence.max_total, keeps_all=sequence.keeps_all)
         sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         sequence.queued_at = self.num_steps
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence, *, discard: bool = False) -> None:
+    def finish(self, sequence: ScheduledSequence, *, discard: bool = False) -> None:
         """End a sequence in any state: release its pages and ignore its pending tokens.
 
         discard: whether to remove its pages from the prefix cache, so that later prompts do not match them.
@@ -188,7 +187,7 @@ class Scheduler:
             for pool in self.pools if discard else ():  # pages that a preempted sequence left in the prefix cache
                 pool.discard_prefix(sequence.tokens)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: ScheduledSequence) -> None:
         self.running.remove(sequence)
         self._free_slots[sequence.rank].append(sequence.slot)
         self._free_slots[sequence.rank].sort(reverse=True)  # use low slots first, so that a small bucket suffices
@@ -196,7 +195,7 @@ class Scheduler:
         sequence.pages, sequence.num_written, sequence.slot, sequence.rank = [], 0, -1, -1
         sequence.decoding, sequence.num_cached_pages, sequence.num_behind = False, 0, 0
 
-    def expired(self, now: float) -> list[Sequence]:
+    def expired(self, now: float) -> list[ScheduledSequence]:
         """Return the sequences whose deadline has passed. The caller finishes them."""
         return [s for s in (*self.running, *self.waiting) if s.deadline is not None and s.deadline <= now]
 
@@ -223,7 +222,7 @@ class Scheduler:
             pool.pending_copies.clear()
         return page_copies
 
-    def _urgency(self, sequence: Sequence) -> tuple[int, int]:
+    def _urgency(self, sequence: ScheduledSequence) -> tuple[int, int]:
         """Return the sort key of a sequence: the lowest is served first and preempted last.
 
         Age compensates for low priority (a high value): one step of priority for every aging_steps steps. Age also
@@ -232,7 +231,7 @@ class Scheduler:
         age = self.num_steps - sequence.queued_at
         return sequence.priority - age // self.config.aging_steps, sequence.arrival
 
-    def _free_behind(self, sequence: Sequence) -> None:
+    def _free_behind(self, sequence: ScheduledSequence) -> None:
         """Release the pages that no later token of the sequence attends to.
 
         Steps in flight may still read them: devices run steps in order, so any step that rewrites them comes later.
@@ -246,13 +245,13 @@ class Scheduler:
             sequence.pages[freed] = [-1] * (behind - sequence.num_behind)
             sequence.num_behind = behind
 
-    def _prompt_pages(self, sequence: Sequence) -> int:
+    def _prompt_pages(self, sequence: ScheduledSequence) -> int:
         """Return the number of pages, including released ones, that a sequence needs for its next prompt chunk."""
         config, num_tokens = self.config, len(sequence.tokens)
         most = config.max_pages(num_tokens, keeps_all=sequence.keeps_all)
         return min(-(-num_tokens // config.page_size), sequence.num_behind + most)
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: ScheduledSequence) -> bool:
         """Allocate pages for the next token or prompt chunk of a running sequence, and return whether it decodes now.
 
         Preempts less urgent sequences of its rank, and at last the sequence itself, if pages run out.
@@ -273,7 +272,7 @@ class Scheduler:
                 return False
         return sequence.decoding
 
-    def _plan_decode(self, sequence: Sequence, decode_steps: int) -> DecodeTokens:
+    def _plan_decode(self, sequence: ScheduledSequence, decode_steps: int) -> DecodeTokens:
         """Plan up to decode_steps tokens of a sequence, as far as pages suffice.
 
         Further pages are allocated only while more are available than sequences run, as each may need one.
@@ -288,7 +287,7 @@ class Scheduler:
         sequence.num_pending += count
         return DecodeTokens(sequence=sequence, start=start, count=count)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         self._leave(sequence)
         self.num_preemptions += 1
         self.waiting.append(sequence)
@@ -307,7 +306,7 @@ class Scheduler:
             chunks += self._plan_chunk(sequence, blocks_left)
         return chunks
 
-    def _admit(self, sequence: Sequence, blocks_left: Listed[int]) -> bool:
+    def _admit(self, sequence: ScheduledSequence, blocks_left: Sequence[int]) -> bool:
         """Admit a waiting sequence if a rank has a free slot, prompt budget and enough pages; return whether one has.
 
         Chooses the rank with the longest cached prefix. Allocates pages for all tokens of the sequence, or for the most
@@ -341,7 +340,7 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _plan_chunk(self, sequence: Sequence, blocks_left: list[int]) -> list[PromptChunk]:
+    def _plan_chunk(self, sequence: ScheduledSequence, blocks_left: list[int]) -> list[PromptChunk]:
         size = self.config.block_tokens
         start, total = sequence.num_written, len(sequence.tokens)
         count = min(
@@ -358,7 +357,7 @@ class Scheduler:
 
     # --- outputs of steps ---
 
-    def complete(self, plan: StepPlan, tokens: Listed[Listed[int]]) -> Iterator[tuple[Sequence, int, int]]:
+    def complete(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[ScheduledSequence, int, int]]:
         """Append the sampled tokens of a step and yield (sequence, index, token).
 
         tokens: one list per entry of plan.sampled(); `index` is the index of the entry. Tokens of finished sequences
@@ -378,7 +377,7 @@ class Scheduler:
         for sequence in plan.sequences():
             self._insert_prefix(sequence, min(len(sequence.tokens) - 1, sequence.num_written - sequence.num_pending))
 
-    def _insert_prefix(self, sequence: Sequence, known: int, *, replace: bool = True) -> None:
+    def _insert_prefix(self, sequence: ScheduledSequence, known: int, *, replace: bool = True) -> None:
         """Insert the full pages of the first `known` tokens of a sequence into the prefix cache.
 
         Steps in flight count as done. Devices run steps in order, so a request that matches the pages reads them later,
@@ -391,7 +390,7 @@ class Scheduler:
                 sequence.pages, sequence.tokens, start=sequence.num_cached_pages, stop=full, replace=replace
             )
 
-    def fail(self, plan: StepPlan, fault: Callable[[Sequence], None]) -> None:
+    def fail(self, plan: StepPlan, fault: Callable[[ScheduledSequence], None]) -> None:
         """Handle a failed step: end its sequences, preempt all others, and reset the prefix cache.
 
         fault: called with each sequence of the step.

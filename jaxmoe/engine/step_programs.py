@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from jaxmoe.engine.batch import FLOAT_PARTS
 from jaxmoe.model.attend import TOKEN_PAGE_DIMS, DensePrefillInputs, KVPages
-from jaxmoe.model.transformer import TokensPerExpert, Transformer
+from jaxmoe.model.transformer import TokensPerExpert, TransformerModel
 from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingBackend, SamplingFeatures, sample
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import PipelineSchedule
 
 _SCORE_POSITIONS = 256
@@ -59,7 +59,7 @@ def output_buffers(
 
 def sample_logits(
     logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures,
-    *, placement: Placement, backend: SamplingBackend,
+    *, placement: MeshPlacement, backend: SamplingBackend,
 ) -> SamplerOutput:  # fmt: skip
     """Sample one token per row, on the rank of the row. logits [r,d,V]; positions [r,d] of the new tokens."""
     values = {name: metadata[name] for name in SamplingArrays._fields}
@@ -89,7 +89,7 @@ def sample_logits(
 
 
 def score_prompts(
-    model: Transformer, tokens: jax.Array, lengths: jax.Array, *, schedule: PipelineSchedule
+    model: TransformerModel, tokens: jax.Array, lengths: jax.Array, *, schedule: PipelineSchedule
 ) -> tuple[jax.Array, jax.Array]:
     """Return log-probabilities [B,S] of the token after each position, and the logits [B,V] after the last one."""
     placement = model.placement

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe.engine.added_tokens import CONFIG, AddedTokens, added_tokens, read_added_tokens
 from jaxmoe.engine.chat import DEFAULT, Message, read_templates, render
-from jaxmoe.engine.detokenize import Detokenizer, TokenDecoder
+from jaxmoe.engine.detokenize import IncrementalDetokenizer, TokenDecoder
 from jaxmoe.errors import CheckpointError, RequestError
 
 
-class Tokenizer:
+class CheckpointTokenizer:
     """Encode and decode text with a checkpoint's tokenizer.json and its settings.
 
     chat_template: one template, or several by name. added: the added tokens of the settings; the tokenizer already
@@ -34,7 +34,7 @@ class Tokenizer:
         self.decoder = TokenDecoder(tokenizer)
 
     @classmethod
-    def load(cls, directory: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
+    def load(cls, directory: Path, settings: Mapping[str, Any]) -> CheckpointTokenizer | None:
         """Load the tokenizer of a checkpoint directory; return None if it has no tokenizer.json.
 
         settings: the parsed tokenizer_config.json.
@@ -110,9 +110,14 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, stop: Sequence[str], *, prompt: Sequence[int] = (), min_tokens: int = 0
+        self,
+        tokenizer: CheckpointTokenizer | None,
+        stop: Sequence[str],
+        *,
+        prompt: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer.decoder, prompt)
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer.decoder, prompt)
         self._stop = tuple(stop)
         self._num_unchecked = min_tokens  # tokens left before stop strings are checked
         self._pending = ""  # final text that may be the start of a stop string

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.batch import StepBucket
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import RequestError
 from jaxmoe.files import write_whole
 from jaxmoe.jsontext import json_text
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 
 _MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped and counted in the files
 
@@ -57,7 +57,7 @@ class StepRecord:
 
     index: int
     sent: float
-    bucket: Bucket
+    bucket: StepBucket
     decode_steps: int
     num_decodes: int
     num_prompt_tokens: int
@@ -69,7 +69,7 @@ class StepRecord:
     expert_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
 
 
-class Trace:
+class EngineTrace:
     """Collect records while requests run. Not thread-safe."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Trace:
         self.steps: deque[StepRecord] = deque(maxlen=_MAX_KEPT)
         self.requests: deque[RequestRecord] = deque(maxlen=_MAX_KEPT)
         self.num_steps = self.num_requests = 0
-        self._collectives: dict[tuple[Bucket, int], list[dict[str, Any]]] = {}
+        self._collectives: dict[tuple[StepBucket, int], list[dict[str, Any]]] = {}
 
     def queued(self, name: str, *, num_prompt: int, max_new: int, now: float) -> RequestRecord:
         """Record a queued request, or one sample of it, and return its record."""
@@ -90,9 +90,9 @@ class Trace:
     def sent(
         self,
         plan: StepPlan,
-        bucket: Bucket,
+        bucket: StepBucket,
         records: Mapping[int, RequestRecord],
-        collectives: Mapping[Collective, int],
+        collectives: Mapping[CollectiveOp, int],
         *,
         waiting: int,
         pages_in_use: int,
@@ -120,7 +120,9 @@ class Trace:
         self.num_steps += 1
         return step
 
-    def _listed(self, bucket: Bucket, decode_steps: int, collectives: Mapping[Collective, int]) -> list[dict[str, Any]]:
+    def _listed(
+        self, bucket: StepBucket, decode_steps: int, collectives: Mapping[CollectiveOp, int]
+    ) -> list[dict[str, Any]]:
         """Return the collectives as plain values. Steps of the same bucket and decode steps share one list."""
         key = bucket, decode_steps
         if key not in self._collectives:

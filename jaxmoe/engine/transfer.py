@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.cache.pages import PageCopy
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.step_programs import EngineState
 from jaxmoe.model.attend import PAGE_DIMS, TOKEN_PAGE_DIMS
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.quantization.formats import QMAX
 
 # Dims of one page of every rank, for layers of one pipeline view: keys and values, their scales, and token ids.
@@ -32,7 +32,7 @@ class _TransferGroup(NamedTuple):
     num_vectors: keys and values, or the latent alone. leaves: indices of each block's arrays in the flat KV pages.
     """
 
-    placement: Placement
+    placement: MeshPlacement
     num_vectors: int
     leaves: list[range]
 
@@ -45,7 +45,7 @@ class PageTransfer:
     [r,S]. All ranks take part in a transfer; a rank without a page reads any, and writes none.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self._placement = runner.placement
         self._kinds = (_NUMBERS, _SCALES) if runner.kv_dtype in QMAX else (_NUMBERS,)
         self._groups = self._group(runner)
@@ -54,7 +54,7 @@ class PageTransfer:
         self._read_fn = jax.jit(self._read)
         self._write_fn = jax.jit(self._write, donate_argnums=(0,))
 
-    def _group(self, runner: Runner) -> list[_TransferGroup]:
+    def _group(self, runner: ModelRunner) -> list[_TransferGroup]:
         groups: dict[tuple[Any, tuple[int, ...]], _TransferGroup] = {}
         start = 0
         for segment in runner.segments:
@@ -144,7 +144,7 @@ def _write_group(page: jax.Array, *rest: jax.Array, kinds: int, num_vectors: int
 class HostOffload:
     """Copy pages to and from host memory. Copies are queued on the devices in call order, after earlier steps."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self._transfer = PageTransfer(runner)
         self._host_pages: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
         self._zeros: list[dict[Any, jax.Array]] | None = None

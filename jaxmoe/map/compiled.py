@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.aot.request import InspectRequest
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.errors import ConfigError
 
 _ROW = ("phase", "op", "axes", "count", "bytes")
@@ -45,7 +45,7 @@ def _is_compile_result(result: Any) -> bool:
 
 
 def check_compile_result(
-    result: Mapping[str, Any], request: InspectRequest, runner: Runner, axes: Mapping[str, int]
+    result: Mapping[str, Any], request: InspectRequest, runner: ModelRunner, axes: Mapping[str, int]
 ) -> None:
     """Raise ConfigError if the result belongs to another request, naming the difference."""
     here = {

@@ -15,7 +15,7 @@ from jaxmoe.aot.request import InspectRequest
 from jaxmoe.aot.targets import DEVICES, parse_target
 from jaxmoe.config import ModelConfig
 from jaxmoe.config.engine import PAGE_SIZE
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.map.compiled import check_compile_result, compared
@@ -146,7 +146,7 @@ def _facts(config: ModelConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _parameters(runner: Runner) -> list[dict[str, Any]]:
+def _parameters(runner: ModelRunner) -> list[dict[str, Any]]:
     """List every parameter, stacked over equal layers: logical dims, global shape, mesh axes that split each dim."""
     model = abstract_model(runner.config, runner.placement, dtype=runner.dtype, kernels=runner.kernels)
     return [
@@ -156,7 +156,7 @@ def _parameters(runner: Runner) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _pages(runner: Runner, request: InspectRequest) -> list[dict[str, Any]]:
+def _pages(runner: ModelRunner, request: InspectRequest) -> list[dict[str, Any]]:
     """List the KV cache arrays. times: number of blocks of the segment, which have one array each."""
     state = engine_state(runner, **request.sizes)
     arrays = []
@@ -180,7 +180,7 @@ def _split(sharding: Any) -> list[list[str]]:
     return [[axis for axis in one if axis is not None and sharding.mesh.shape[axis] > 1] for one in axes]
 
 
-def _step(runner: Runner, request: InspectRequest, phase: Phase) -> dict[str, Any]:
+def _step(runner: ModelRunner, request: InspectRequest, phase: Phase) -> dict[str, Any]:
     """Return the shapes of a step on one batch rank, and every collective with its location."""
     placement = runner.placement
     bucket = step_bucket(runner, phase, **request.sizes)

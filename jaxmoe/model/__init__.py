@@ -1,1 +1,1 @@
-"""The model in Flax NNX. Modules name logical dims; a Placement maps them to devices."""
+"""The model in Flax NNX. Modules name logical dims; a MeshPlacement maps them to devices."""

@@ -27,7 +27,7 @@ from jaxmoe.ops.paged import (
     write_pages,
 )
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import QMAX
 
@@ -91,7 +91,7 @@ class CausalAttention:
     def __call__(
         self, kv_cache: None, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *,
         mask_spec: MaskSpec,
-        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: MeshPlacement, value_dim: int | None = None,
     ) -> tuple[jax.Array, None]:  # fmt: skip
         """Compute attention as AttentionBackend describes. v must be given."""
         del layer, value_dim
@@ -213,7 +213,7 @@ class PagedAttention:
     def __call__(
         self, kv_cache: Pages, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *,
         mask_spec: MaskSpec,
-        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: MeshPlacement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Pages]:  # fmt: skip
         """Compute attention as AttentionBackend describes."""
         dims = tuple(PAGE_DIMS[: array.ndim] for array in kv_cache)
@@ -233,7 +233,7 @@ class PagedAttention:
         )  # fmt: skip
         return mixed, tuple(pages)
 
-    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
+    def write_tokens(self, token_pages: jax.Array, tokens: jax.Array, placement: MeshPlacement) -> jax.Array:
         """Write the ids of tokens [r*t,1] into token_pages [pages,page_size] by their slot mapping."""
 
         def write(token_pages, tokens, *metadata):

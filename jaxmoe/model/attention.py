@@ -16,7 +16,7 @@ from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, apply_rope, mean_squares, qk_norm, rms_norm
 from jaxmoe.ops.attention import MaskSpec
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.parallel.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
 
 class AttentionBackend(Protocol):
@@ -29,7 +29,7 @@ class AttentionBackend(Protocol):
 
     def __call__(
         self, kv_cache: Any, layer: LayerIndex, q: jax.Array, k: jax.Array, v: jax.Array | None, *, mask_spec: MaskSpec,
-        sinks: jax.Array | None, placement: Placement, value_dim: int | None = None,
+        sinks: jax.Array | None, placement: MeshPlacement, value_dim: int | None = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Attend with q [B,S,K,G,H] to kv_cache and to the new tokens' k [B,S,K,H] and v [B,S,K,V].
 
@@ -82,7 +82,7 @@ def layer_mask_spec(config: ModelConfig, layer: int) -> MaskSpec:
     return MaskSpec(scale=config.scale, window=config.sliding_windows[layer], chunk=config.chunk(layer))
 
 
-class Attention(nnx.Module):
+class GroupedQueryAttention(nnx.Module):
     """Compute grouped-query attention for one layer, or for stacked identical layers starting at index `layer`.
 
     Query, key and value of a head slot are adjacent in one matrix.
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         self,
         config: ModelConfig,
         sizes: ArraySizes,
-        placement: Placement,
+        placement: MeshPlacement,
         kernels: KernelConfig,
         layer: int,
         *,

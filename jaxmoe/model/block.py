@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.model.attention import Attention, ForwardContext
+from jaxmoe.model.attention import ForwardContext, GroupedQueryAttention
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
@@ -16,7 +16,7 @@ from jaxmoe.model.moe import MoE, RouterOutput
 from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
 from jaxmoe.model.rows import hidden_dims, rms_norm
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 
 
 class DecoderLayer(nnx.Module):
@@ -26,7 +26,7 @@ class DecoderLayer(nnx.Module):
         self,
         config: ModelConfig,
         sizes: ArraySizes,
-        placement: Placement,
+        placement: MeshPlacement,
         kernels: KernelConfig,
         layer: int,
         *,
@@ -37,7 +37,7 @@ class DecoderLayer(nnx.Module):
         self.placement, self.kernels = placement, kernels
         self.input_layernorm = params(ones, width=config.hidden_size)
         self.post_attention_layernorm = params(ones, width=config.hidden_size)
-        attention = Attention if config.mla is None else LatentAttention
+        attention = GroupedQueryAttention if config.mla is None else LatentAttention
         self.attention = attention(config, sizes, placement, kernels, layer, params=params, init=init)
         if self.sparse:
             self.moe = MoE(config, sizes, placement, kernels, params=params, init=init)

@@ -23,7 +23,7 @@ from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.parallel.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
 _EPS = 1e-6  # for both latent norms; rms_norm_eps of the config applies to the other norms
 _LATENT = ("token", "length", "latent")
@@ -39,7 +39,7 @@ class LatentAttention(nnx.Module):
         self,
         config: ModelConfig,
         sizes: ArraySizes,
-        placement: Placement,
+        placement: MeshPlacement,
         kernels: KernelConfig,
         layer: int,
         *,

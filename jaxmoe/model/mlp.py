@@ -12,7 +12,7 @@ from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import swiglu
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.parallel.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
 
 class MLP(nnx.Module):
@@ -26,7 +26,7 @@ class MLP(nnx.Module):
         self,
         config: ModelConfig,
         ffn: int,
-        placement: Placement,
+        placement: MeshPlacement,
         kernels: KernelConfig,
         *,
         params: ParamFactory,

@@ -24,7 +24,7 @@ from jaxmoe.ops.grouped import grouped_swiglu
 from jaxmoe.ops.linear import linear
 from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
 from jaxmoe.ops.stack import LayerIndex, layer_of
-from jaxmoe.parallel.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
 
 class RoutedExperts(nnx.Module):
@@ -71,7 +71,7 @@ class MoE(nnx.Module):
         self,
         config: ModelConfig,
         sizes: ArraySizes,
-        placement: Placement,
+        placement: MeshPlacement,
         kernels: KernelConfig,
         *,
         params: ParamFactory,
@@ -153,7 +153,7 @@ def _on_device(
     *,
     moe: MoEConfig,
     kernels: KernelConfig,
-    placement: Placement,
+    placement: MeshPlacement,
     token_dim: TokenDim,
 ):
     """Compute one device's part: its batch rows x [b,s,D], its experts, and its columns of each."""
@@ -177,7 +177,7 @@ def _on_device(
 
 
 def _routed_experts(
-    x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: KernelConfig, placement: Placement,
+    x_tD, token_mask, layer, num_valid, arrays, moe: MoEConfig, kernels: KernelConfig, placement: MeshPlacement,
     token_dim: TokenDim
 ):  # fmt: skip
     """Route tokens x_tD and return their sum over routed experts, the router scores and the tokens per expert.
@@ -227,7 +227,7 @@ def _routed_experts(
     return y_tD, probabilities, tokens_per_expert
 
 
-def _down_biases(weights_tE, bias_ED, placement: Placement, token_dim: TokenDim):
+def _down_biases(weights_tE, bias_ED, placement: MeshPlacement, token_dim: TokenDim):
     """Return the weighted sum of the down biases of each token's experts.
 
     Among ranks whose results are summed, only the first contributes.

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
-from jaxmoe.parallel.sharding import Dims, PipelineView, Placement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement, PipelineView
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 
@@ -74,7 +74,7 @@ class QuantizedMatrices(NamedTuple):
 
     format: QuantizationFormat
     alignments: Mapping[str, BlockAlignment]
-    placement: Placement
+    placement: MeshPlacement
 
 
 class ParamFactory:
@@ -90,7 +90,7 @@ class ParamFactory:
     ) -> None:
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
 
-    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: Placement) -> ParamFactory:
+    def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: MeshPlacement) -> ParamFactory:
         """Return a factory for the parameters of one block of a segment, which stack its layers in a leading dim.
 
         placement: as the stacked parameters see it.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, PipelineSlot
 
 STAGE = "pipeline"
@@ -32,7 +32,7 @@ class StageBuffers(NamedTuple):
 
 
 def empty_buffers(
-    schedule: PipelineSchedule, shape: tuple[int, ...], dtype: Any, placement: Placement, dims: Dims
+    schedule: PipelineSchedule, shape: tuple[int, ...], dtype: Any, placement: MeshPlacement, dims: Dims
 ) -> StageBuffers:
     """Return zeroed stage buffers. shape [B,S,D], dims: of one micro-batch."""
     rooms = schedule.micro_batches if schedule.virtual_stages > 1 else 0
@@ -50,7 +50,7 @@ Through = Callable[[Any, PipelineSlot, jax.Array, jax.Array | None, jax.Array, A
 
 def tick_stages(
     through: Through, weights: Any, buffers: StageBuffers, enters: jax.Array, layer_state: Any, step_inputs: Any,
-    tick: Any, decode_steps: Any, *, segment: LayerSegment, schedule: PipelineSchedule, placement: Placement,
+    tick: Any, decode_steps: Any, *, segment: LayerSegment, schedule: PipelineSchedule, placement: MeshPlacement,
 ) -> tuple[StageBuffers, Any]:  # fmt: skip
     """Run one tick of all stages. Their outputs are `sent` of the returned buffers.
 
@@ -107,7 +107,7 @@ def _sent_on(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
 
 
 def from_last_stage(
-    x: jax.Array, placement: Placement, pick: Callable[[jax.Array], jax.Array] = lambda x: x
+    x: jax.Array, placement: MeshPlacement, pick: Callable[[jax.Array], jax.Array] = lambda x: x
 ) -> jax.Array:
     """Return pick(x) [...] of the last stage's x [P,...] on every stage, by one all-reduce over the pipeline."""
 

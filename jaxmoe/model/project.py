@@ -15,13 +15,13 @@ from jaxmoe.model.params import Matrix, dims_of, weights_of
 from jaxmoe.ops.linear import LinearBackend, linear
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights, as_matrices
 from jaxmoe.ops.stack import LayerIndex, layer_of
-from jaxmoe.parallel.sharding import Placement, TokenDim
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
 
 def project(
     x: jax.Array,
     param: Matrix,
-    placement: Placement,
+    placement: MeshPlacement,
     backend: LinearBackend,
     layer: LayerIndex | None = None,
     num_valid: jax.Array | None = None,
@@ -84,7 +84,7 @@ def _plain(
     return jax.lax.dot_general(x, layer_of(w, layer), (contracted, ((), ())), preferred_element_type=y_dtype)
 
 
-def all_gather_tokens(x: jax.Array, placement: Placement, token_dim: TokenDim) -> jax.Array:
+def all_gather_tokens(x: jax.Array, placement: MeshPlacement, token_dim: TokenDim) -> jax.Array:
     """Gather sequence-sharded x [B,S,D] before a tensor-parallel region. token_dim: logical dim of its rows.
 
     A caller that uses x in several products gathers once.

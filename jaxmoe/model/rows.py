@@ -16,7 +16,7 @@ from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
 from jaxmoe.ops.pointwise import PointwiseBackend
 from jaxmoe.ops.registry import is_opaque
 from jaxmoe.ops.rope import rotate
-from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement
 
 HIDDEN = ("batch", "length", "width")
 QUERY_DIMS = ("token", "length", "kv_head", "head_slot", "head_dim")
@@ -40,7 +40,7 @@ class TokenMask(NamedTuple):
     num_valid: jax.Array | None
 
 
-def make_token_mask(valid: jax.Array, positions: jax.Array, placement: Placement, *, count: bool) -> TokenMask:
+def make_token_mask(valid: jax.Array, positions: jax.Array, placement: MeshPlacement, *, count: bool) -> TokenMask:
     """Build a token mask from valid [B,S] and positions [B,S]. count: whether to compute num_valid."""
 
     def last(valid: jax.Array) -> jax.Array:
@@ -55,8 +55,8 @@ _HALVES = ("token", "length", "unsharded")
 
 
 def _run(
-    op: Callable[..., jax.Array], backend: PointwiseBackend, placement: Placement, *operands: tuple[jax.Array, Dims],
-    out: Dims,
+    op: Callable[..., jax.Array], backend: PointwiseBackend, placement: MeshPlacement,
+    *operands: tuple[jax.Array, Dims], out: Dims,
 ) -> jax.Array:  # fmt: skip
     """Call a row-wise op on whole arrays if XLA can shard it, otherwise on the arrays of each rank."""
     if is_opaque("pointwise", backend):
@@ -65,7 +65,7 @@ def _run(
 
 
 def rms_norm(
-    x: jax.Array, weight: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend, *, eps: float
+    x: jax.Array, weight: jax.Array, dims: Dims, placement: MeshPlacement, backend: PointwiseBackend, *, eps: float
 ) -> jax.Array:
     """Apply RMS norm over the last of x's dims, which no mesh axis shards."""
     norm = partial(rms_norm_op, eps=eps, backend=backend)
@@ -73,7 +73,7 @@ def rms_norm(
 
 
 def mean_squares(
-    q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: Placement, backend: PointwiseBackend
+    q: jax.Array, k: jax.Array, columns: tuple[int, int], placement: MeshPlacement, backend: PointwiseBackend
 ) -> jax.Array:
     """Return the mean squares [B,S,2] of a query [B,S,K,G,H] and a key [B,S,K,H] over all heads, by one all-reduce.
 
@@ -90,7 +90,7 @@ def mean_squares(
 
 
 def qk_norm(
-    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: Placement,
+    x: jax.Array, weight: jax.Array, mean_square: jax.Array, dims: Dims, placement: MeshPlacement,
     backend: PointwiseBackend, *, eps: float,
 ) -> jax.Array:  # fmt: skip
     """Apply RMS norm to x [B,S,K,...] over all its heads, from their mean square [B,S]."""
@@ -99,14 +99,14 @@ def qk_norm(
 
 
 def apply_rope(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: Placement, backend: PointwiseBackend
+    x: jax.Array, cos: jax.Array, sin: jax.Array, dims: Dims, placement: MeshPlacement, backend: PointwiseBackend
 ) -> jax.Array:
     """Apply rotary position embedding to x [B,S,...,H] by cos and sin [B,S,H/2]."""
     rotate_fn = partial(rotate, backend=backend)
     return _run(rotate_fn, backend, placement, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
-def swiglu(gate: jax.Array, up: jax.Array, placement: Placement, backend: PointwiseBackend) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array, placement: MeshPlacement, backend: PointwiseBackend) -> jax.Array:
     """Return silu(gate) * up [B,S,F] of gate and up [B,S,F]."""
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:

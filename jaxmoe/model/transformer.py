@@ -22,12 +22,12 @@ from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, 
 from jaxmoe.model.project import project, reduce_or_scatter
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, rms_norm
 from jaxmoe.ops.rope import inverse_frequencies, rotation
-from jaxmoe.parallel.sharding import Placement, TokenDim, array_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, TokenDim, array_sizes
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments
 
 LayerCaches = list[tuple[Any, ...]]  # KV cache by segment and block
 # Selects rows of [B,S,D], given the placement and the logical dim of its token rows.
-Pick = Callable[[jax.Array, Placement, Any], jax.Array]
+Pick = Callable[[jax.Array, MeshPlacement, Any], jax.Array]
 TokensPerExpert = list[
     tuple[jax.Array | None, ...]
 ]  # tokens of each rank routed to each physical expert [slots,n,R], if counted
@@ -43,13 +43,13 @@ class ForwardState(NamedTuple):
     tokens_per_expert: TokensPerExpert | None
 
 
-class Transformer(nnx.Module):
+class TransformerModel(nnx.Module):
     """Compute a decoder-only transformer of any supported family."""
 
     def __init__(
         self,
         config: ModelConfig,
-        placement: Placement,
+        placement: MeshPlacement,
         *,
         dtype: str,
         rngs: nnx.Rngs,
@@ -210,7 +210,7 @@ class Transformer(nnx.Module):
                 tokens_per_expert[number] = carry[2]
         return x, ForwardState(kv_cache, tokens_per_expert)
 
-    def _forward_context(self, layer_inputs: LayerInputs, placement: Placement) -> ForwardContext:
+    def _forward_context(self, layer_inputs: LayerInputs, placement: MeshPlacement) -> ForwardContext:
         positions, valid = (
             placement.constrain(array, "batch", "length") for array in (layer_inputs.positions, layer_inputs.valid)
         )
@@ -356,7 +356,7 @@ class Transformer(nnx.Module):
 
 
 def at_rows(
-    hidden: jax.Array, placement: Placement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
+    hidden: jax.Array, placement: MeshPlacement, token_dim: TokenDim | Literal["batch"], *, index: jax.Array
 ) -> jax.Array:
     """Return the rows at index [r,d] of each rank of the batch: hidden [r*t,1,D] -> [r*d,1,D].
 
@@ -399,7 +399,7 @@ def _through(
 
 
 def abstract_model(
-    config: ModelConfig, placement: Placement, *, dtype: str, kernels: KernelConfig = KernelConfig()
-) -> Transformer:
+    config: ModelConfig, placement: MeshPlacement, *, dtype: str, kernels: KernelConfig = KernelConfig()
+) -> TransformerModel:
     """Return the model without arrays: shape, dtype and logical dims of every parameter, for other modules to read."""
-    return nnx.eval_shape(lambda: Transformer(config, placement, dtype=dtype, rngs=nnx.Rngs(0), kernels=kernels))
+    return nnx.eval_shape(lambda: TransformerModel(config, placement, dtype=dtype, rngs=nnx.Rngs(0), kernels=kernels))

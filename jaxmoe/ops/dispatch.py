@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 
 DispatchBackend = Literal["all_to_all", "all_gather", "ragged_all_to_all", "hierarchical", "hierarchical_ragged"]
 DISPATCH_BACKENDS: tuple[DispatchBackend, ...] = (
@@ -38,7 +38,7 @@ HIERARCHICAL: tuple[DispatchBackend, ...] = ("hierarchical", "hierarchical_ragge
 MAX_RAGGED_GPUS = 8  # the most ranks that XLA's GPU kernel supports; see docs/decisions/0008
 
 
-def unsupported_reason(backend: str, placement: Placement) -> str | None:
+def unsupported_reason(backend: str, placement: MeshPlacement) -> str | None:
     """Return why a backend is unsupported on this platform or mesh, or None if it is supported."""
     peers, levels = placement.ragged_peers(backend), placement.dispatch_levels
     if placement.platform == "gpu" and peers > MAX_RAGGED_GPUS:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 
 _TPU_ROW = 512
-CollectiveOp = Literal[
+CollectiveKind = Literal[
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
 ]
 SiteLocation = Literal[
@@ -26,10 +26,10 @@ SiteLocation = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collective:
+class CollectiveOp:
     """Describe one kind of collective: an op over mesh axes, with result_bytes on each device."""
 
-    op: CollectiveOp
+    op: CollectiveKind
     axes: tuple[str, ...]
     result_bytes: int
 
@@ -45,7 +45,7 @@ class Collective:
         return sent_of(self.op, self.whole_bytes(num_ranks), num_ranks)
 
 
-def sent_of(op: CollectiveOp, whole_bytes: float, num_ranks: int) -> float:
+def sent_of(op: CollectiveKind, whole_bytes: float, num_ranks: int) -> float:
     """Return the bytes that each rank sends for a whole message."""
     if op == "collective-permute":
         return whole_bytes
@@ -77,35 +77,35 @@ class CollectiveSite:
     """
 
     location: SiteLocation
-    collective: Collective
+    collective: CollectiveOp
     count: int
     segment: int | None = None
     block: int | None = None
 
 
 def planned_collectives(
-    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
-) -> Counter[Collective]:
+    config: ModelConfig, placement: MeshPlacement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> Counter[CollectiveOp]:
     """Count every collective of an engine step with one decode step, including sampling."""
     return _counted(planned_sites(config, placement, shape, dispatch=dispatch))
 
 
 def planned_decode_step(
-    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
-) -> Counter[Collective]:
+    config: ModelConfig, placement: MeshPlacement, shape: StepShape, *, dispatch: str = "all_to_all"
+) -> Counter[CollectiveOp]:
     """Count every collective of one iteration of the multi-step decode loop: a decode step, or a pipeline tick."""
     return _counted(planned_decode_step_sites(config, placement, shape, dispatch=dispatch))
 
 
-def _counted(sites: Iterable[CollectiveSite]) -> Counter[Collective]:
-    counts: Counter[Collective] = Counter()
+def _counted(sites: Iterable[CollectiveSite]) -> Counter[CollectiveOp]:
+    counts: Counter[CollectiveOp] = Counter()
     for site in sites:
         counts[site.collective] += site.count
     return counts
 
 
 def planned_sites(
-    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+    config: ModelConfig, placement: MeshPlacement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[CollectiveSite]:
     """Return the collective sites that planned_collectives counts."""
     plan = _SitePlanner(config, placement, shape, dispatch)
@@ -114,7 +114,7 @@ def planned_sites(
     if placement.num_stages == 1:
         plan.sum(plan.outside, "vocab", plan.shared_rows * hidden, 1)  # rows of the vocabulary-parallel embedding
         plan.layers(1)
-        op: CollectiveOp = "all-reduce" if shape.picked else "all-gather"
+        op: CollectiveKind = "all-reduce" if shape.picked else "all-gather"
         plan.location = "sampled rows"
         plan.add(placement, op, token_shard_axes, (shape.num_sampled if shape.picked else shape.num_tokens) * hidden)
     else:
@@ -137,7 +137,7 @@ def planned_sites(
 
 
 def planned_decode_step_sites(
-    config: ModelConfig, placement: Placement, shape: StepShape, *, dispatch: str = "all_to_all"
+    config: ModelConfig, placement: MeshPlacement, shape: StepShape, *, dispatch: str = "all_to_all"
 ) -> list[CollectiveSite]:
     """Return the collective sites that planned_decode_step counts."""
     if placement.num_stages == 1:
@@ -165,7 +165,7 @@ class _SitePlanner:
     shard. location, layer (segment and block): position of the next site.
     """
 
-    def __init__(self, config: ModelConfig, placement: Placement, shape: StepShape, dispatch: str) -> None:
+    def __init__(self, config: ModelConfig, placement: MeshPlacement, shape: StepShape, dispatch: str) -> None:
         self.config, self.placement, self.itemsize, self.dispatch = config, placement, shape.itemsize, dispatch
         self.outside = placement.with_view("outside_pipeline")
         self.schedule = PipelineSchedule(
@@ -185,26 +185,26 @@ class _SitePlanner:
         self.sites: list[CollectiveSite] = []
         self._sizes: dict[str, ArraySizes] = {}
 
-    def sizes(self, placement: Placement) -> ArraySizes:
+    def sizes(self, placement: MeshPlacement) -> ArraySizes:
         """Return the padded array sizes for the view of a placement."""
         if placement.view not in self._sizes:
             self._sizes[placement.view] = array_sizes(self.config, placement)
         return self._sizes[placement.view]
 
     def add(
-        self, placement: Placement, op: CollectiveOp, over: str | Iterable[str], result_bytes: int, count: int = 1
+        self, placement: MeshPlacement, op: CollectiveKind, over: str | Iterable[str], result_bytes: int, count: int = 1
     ) -> None:
         """Add a collective over the axes of a logical dim, or over given mesh axes."""
         over = placement.axes(over) if isinstance(over, str) else tuple(over)
         axes = tuple(axis for axis, size in placement.mesh.shape.items() if axis in over and size > 1)
         if axes and count:
-            collective = Collective(op=op, axes=axes, result_bytes=result_bytes)
+            collective = CollectiveOp(op=op, axes=axes, result_bytes=result_bytes)
             segment, block = self.layer or (None, None)
             self.sites.append(
                 CollectiveSite(location=self.location, collective=collective, count=count, segment=segment, block=block)
             )
 
-    def sum(self, placement: Placement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
+    def sum(self, placement: MeshPlacement, over: str | Iterable[str], result_bytes: int, count: int) -> None:
         """Add a reduction: a reduce-scatter along axes that shard tokens between layers, an all-reduce along others."""
         over = placement.axes(over) if isinstance(over, str) else tuple(over)
         scattered = [axis for axis in placement.sequence_gather_axes(self.token_dim) if axis in over]
@@ -212,7 +212,7 @@ class _SitePlanner:
         self.add(placement, "reduce-scatter", scattered, strip, count)
         self.add(placement, "all-reduce", [axis for axis in over if axis not in scattered], strip, count)
 
-    def gather(self, placement: Placement, axes: Iterable[str], rows: int, count: int) -> None:
+    def gather(self, placement: MeshPlacement, axes: Iterable[str], rows: int, count: int) -> None:
         """Add the all-gather of sequence-sharded tokens before a sharded region."""
         self.add(placement, "all-gather", axes, rows * self.hidden, count)
 
@@ -245,13 +245,13 @@ class _SitePlanner:
                     self.mlp(placement, count)
         self.layer = None
 
-    def mlp(self, placement: Placement, count: int) -> None:
+    def mlp(self, placement: MeshPlacement, count: int) -> None:
         """Add a tensor-parallel MLP: tokens are gathered before it and reduced after it."""
         self.location = "mlp"
         self.gather(placement, placement.sequence_gather_axes(self.token_dim), self.shared_rows, count)
         self.sum(placement, "ffn", self.shared_rows * self.hidden, count)
 
-    def attention(self, placement: Placement, head_dims: tuple[int, ...], count: int) -> None:
+    def attention(self, placement: MeshPlacement, head_dims: tuple[int, ...], count: int) -> None:
         """Add attention sharded by heads.
 
         Context-parallel ranks also all-gather queries, keys and values, and exchange partial attention outputs.
@@ -273,7 +273,7 @@ class _SitePlanner:
         )
         self.sum(placement, "kv_head", self.shared_rows * self.hidden, count)
 
-    def experts(self, placement: Placement, count: int) -> None:
+    def experts(self, placement: MeshPlacement, count: int) -> None:
         """Add an MoE block; see model/moe.py."""
         self.location = "experts"
         moe, gather_axes, summed = (
@@ -295,7 +295,7 @@ class _SitePlanner:
         self.location = "experts"
         self.sum(placement, summed, rows * self.hidden, count)
 
-    def exchange(self, placement: Placement, rows: int, count: int) -> None:
+    def exchange(self, placement: MeshPlacement, rows: int, count: int) -> None:
         """Add dispatch and combine of `rows` tokens per device: level by level, and back in reverse order."""
         over = tuple(axis for axis in placement.ep_exchange_axes(self.token_dim) if placement.mesh.shape[axis] > 1)
         # Every token is sent with its router weights for the experts of the destination.
@@ -329,7 +329,7 @@ class _SitePlanner:
                 count,
             )
 
-    def _max_ranks(self, placement: Placement, axes: tuple[str, ...], backend: str) -> int:
+    def _max_ranks(self, placement: MeshPlacement, axes: tuple[str, ...], backend: str) -> int:
         """Return the most ranks that send results back for one token."""
         ranks, moe = placement.size(axes), self.config.moe
         assert moe is not None
@@ -337,8 +337,8 @@ class _SitePlanner:
         return min(ranks, moe.num_experts_per_tok) if ragged else ranks
 
     def _carried(
-        self, placement: Placement, axes: tuple[str, ...], backend: str, rows: int, num_bytes: int, ranks: int
-    ) -> tuple[CollectiveOp, tuple[str, ...], int]:
+        self, placement: MeshPlacement, axes: tuple[str, ...], backend: str, rows: int, num_bytes: int, ranks: int
+    ) -> tuple[CollectiveKind, tuple[str, ...], int]:
         """Return the platform's collective for `rows` rows of num_bytes in all, to or from each of `ranks` ranks."""
         if backend != "ragged_all_to_all" or placement.platform == "cpu":
             return "all-to-all", axes, ranks * num_bytes

@@ -17,7 +17,7 @@ _FREE_AXES = tuple(axis for axis in AXES if axis != "pipeline")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardingLayout:
     """Assign every mesh axis except pipeline to the dims that it shards.
 
     Attributes:
@@ -122,15 +122,15 @@ class Layout:
         return ",".join(f"{one.name}={'+'.join(getattr(self, one.name))}" for one in fields(self))
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, ShardingLayout] = {
     # experts over the expert axis, with tensor parallelism in layers and in each expert
-    "ep-tp": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert",), expert_width=("tensor",)),
+    "ep-tp": ShardingLayout(batch=("data", "expert"), split=("tensor",), experts=("expert",), expert_width=("tensor",)),
     # tensor-parallel attention, whole experts over expert and tensor
-    "tp-ep": Layout(batch=("data", "expert"), split=("tensor",), experts=("expert", "tensor"), expert_width=()),
+    "tp-ep": ShardingLayout(batch=("data", "expert"), split=("tensor",), experts=("expert", "tensor"), expert_width=()),
     # data-parallel attention, whole experts over expert and tensor
-    "dp-ep": Layout(batch=_FREE_AXES, split=(), experts=("expert", "tensor"), expert_width=()),
+    "dp-ep": ShardingLayout(batch=_FREE_AXES, split=(), experts=("expert", "tensor"), expert_width=()),
     # tensor parallelism everywhere
-    "tp": Layout(batch=("data",), split=("expert", "tensor"), experts=(), expert_width=("expert", "tensor")),
+    "tp": ShardingLayout(batch=("data",), split=("expert", "tensor"), experts=(), expert_width=("expert", "tensor")),
 }
 # the same layouts with sequence parallelism
 LAYOUTS |= {f"{name}-sp": replace(LAYOUTS[name], sequence=LAYOUTS[name].split) for name in ("ep-tp", "tp-ep", "tp")}
@@ -139,14 +139,14 @@ LAYOUTS["cp-ep-tp"] = replace(LAYOUTS["ep-tp"], batch=("expert",), context=("dat
 DEFAULT_LAYOUT = LAYOUTS["ep-tp"]
 
 
-def parse_layout(text: str) -> Layout:
+def parse_layout(text: str) -> ShardingLayout:
     """Return the layout of this name, or parse parts such as "batch=data+expert,split=tensor,experts=expert+tensor".
 
-    Omitted parts have no axes. Raises: LayoutError if the text cannot be parsed, or as Layout does.
+    Omitted parts have no axes. Raises: LayoutError if the text cannot be parsed, or as ShardingLayout does.
     """
     if text in LAYOUTS:
         return LAYOUTS[text]
-    names = [one.name for one in fields(Layout)]
+    names = [one.name for one in fields(ShardingLayout)]
     parts: dict[str, Axes] = dict.fromkeys(names, ())
     for part in text.split(","):
         name, equals, axes = part.partition("=")
@@ -158,4 +158,4 @@ def parse_layout(text: str) -> Layout:
         if parts[name.strip()]:
             raise LayoutError(f"layout {text!r} names {name.strip()!r} twice: name each part once")
         parts[name.strip()] = tuple(axis.strip() for axis in axes.split("+") if axis.strip())
-    return Layout(**parts)
+    return ShardingLayout(**parts)

@@ -281,7 +281,7 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class PlannedMesh:
-    """Represent a mesh of devices that need not exist, so that a Placement can compute shardings.
+    """Represent a mesh of devices that need not exist, so that a MeshPlacement can compute shardings.
 
     No array can be placed on it and no program compiled for it. Raises: MeshError as check_axes does.
     """

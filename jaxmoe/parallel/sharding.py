@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, Layout
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, ShardingLayout
 from jaxmoe.parallel.mesh import PlannedMesh, conform_mesh
 from jaxmoe.parallel.stages import LayerSegment
 
@@ -36,7 +36,7 @@ _LAYER_DIMS = ("vocab", "kv_head", "ffn", "moe_ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class MeshPlacement:
     """Resolve logical dims to mesh axes for a mesh and a layout, as seen from a position in the pipeline.
 
     Attributes:
@@ -50,7 +50,7 @@ class Placement:
     """
 
     mesh: Mesh
-    layout: Layout = DEFAULT_LAYOUT
+    layout: ShardingLayout = DEFAULT_LAYOUT
     virtual_stages: int = 1
     view: PipelineView = "stacked"
     redundant_experts: int | None = None
@@ -59,7 +59,7 @@ class Placement:
         if isinstance(self.mesh, Mesh):
             object.__setattr__(self, "mesh", conform_mesh(self.mesh))
 
-    def with_view(self, view: PipelineView) -> Placement:
+    def with_view(self, view: PipelineView) -> MeshPlacement:
         """Return this placement for arrays with another relation to the pipeline."""
         if view == self.view:
             return self
@@ -67,11 +67,11 @@ class Placement:
             self._views[view] = replace(self, view=view)
         return self._views[view]
 
-    def for_layers(self, segment: LayerSegment) -> Placement:
+    def for_layers(self, segment: LayerSegment) -> MeshPlacement:
         """Return this placement as seen inside the layers of a segment."""
         return self.with_view("in_stage" if segment.stages > 1 else "outside_pipeline")
 
-    def for_params(self, segment: LayerSegment) -> Placement:
+    def for_params(self, segment: LayerSegment) -> MeshPlacement:
         """Return this placement for the stacked parameters of a segment."""
         return self.with_view("stacked" if segment.stages > 1 else "outside_pipeline")
 
@@ -181,7 +181,7 @@ class Placement:
         return {}
 
     @cached_property
-    def _views(self) -> dict[PipelineView, Placement]:
+    def _views(self) -> dict[PipelineView, MeshPlacement]:
         return {}
 
     def spec(self, *dims: str) -> P:
@@ -241,12 +241,12 @@ def _whole_blocks(config: ModelConfig) -> int:
     return kept.format.inputs or 1 if kept is not None and kept.format.packing_factor > 1 else 1
 
 
-def segment_sizes(config: ModelConfig, placement: Placement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:
+def segment_sizes(config: ModelConfig, placement: MeshPlacement, segments: Iterable[LayerSegment]) -> list[ArraySizes]:
     """Return array_sizes for the layers of each segment."""
     return [array_sizes(config, placement.for_layers(segment)) for segment in segments]
 
 
-def array_sizes(config: ModelConfig, placement: Placement) -> ArraySizes:
+def array_sizes(config: ModelConfig, placement: MeshPlacement) -> ArraySizes:
     """Return the config's sizes, padded or replicated so that every shard is even.
 
     Sizes of layers depend on the placement's pipeline view.

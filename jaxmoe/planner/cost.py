@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.config.engine import MAX_DECODE_STEPS
-from jaxmoe.parallel.collectives import Collective, StepShape, planned_collectives
+from jaxmoe.parallel.collectives import CollectiveOp, StepShape, planned_collectives
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.links import LinkModel, RankGroup, group_of
 from jaxmoe.planner.memory import DeviceLayers, DeviceMemory
@@ -308,22 +308,22 @@ class StepCost:
             link_seconds = [0.0, 0.0]
             for one, group, count, of_tokens in self._planned:
                 rows = tokens / _MANY if of_tokens else sampled
-                scaled = Collective(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
+                scaled = CollectiveOp(op=one.op, axes=one.axes, result_bytes=math.ceil(one.result_bytes * rows))
                 link_seconds[group.across > 1] += count * self.links.seconds(scaled, group)
             seconds = self._said[tokens, sampled] = link_seconds[0], link_seconds[1]
         return seconds
 
     @cached_property
-    def _planned(self) -> list[tuple[Collective, RankGroup, int, bool]]:
+    def _planned(self) -> list[tuple[CollectiveOp, RankGroup, int, bool]]:
         """Return (collective, group, count, scales_with_tokens) for _MANY tokens and for one sampled row."""
         return [*self._planned_for(_MANY * self._context_ranks, 0), *self._of_rows]
 
     @cached_property
-    def _of_rows(self) -> list[tuple[Collective, RankGroup, int, bool]]:
+    def _of_rows(self) -> list[tuple[CollectiveOp, RankGroup, int, bool]]:
         return self._planned_for(0, 1)
 
-    def _planned_for(self, tokens: int, sampled: int) -> list[tuple[Collective, RankGroup, int, bool]]:
-        def planned_of(sampled: int) -> Counter[Collective]:
+    def _planned_for(self, tokens: int, sampled: int) -> list[tuple[CollectiveOp, RankGroup, int, bool]]:
+        def planned_of(sampled: int) -> Counter[CollectiveOp]:
             shape = StepShape(num_tokens=tokens, num_sampled=sampled, itemsize=self.device_memory.itemsize, picked=True)
             return planned_collectives(self.config, self.placement, shape, dispatch=self.dispatch)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jaxmoe.parallel.collectives import Collective, CollectiveOp, sent_of
+from jaxmoe.parallel.collectives import CollectiveKind, CollectiveOp, sent_of
 from jaxmoe.parallel.mesh import AXES
 from jaxmoe.planner.hardware import HardwareSpec, Points
 
@@ -74,13 +74,13 @@ class LinkModel:
         """Prepare estimates for a mesh of `devices` devices; a torus is approximated by a cube."""
         self.hardware = hardware
         self._side = max(2.0, devices ** (1 / hardware.torus_dims))
-        self._priced: dict[tuple[CollectiveOp, int, RankGroup], float] = hardware.priced.setdefault(
+        self._priced: dict[tuple[CollectiveKind, int, RankGroup], float] = hardware.priced.setdefault(
             ("links", self._side), {}
         )
 
-    def seconds(self, collective: Collective, group: RankGroup) -> float:
+    def seconds(self, collective: CollectiveOp, group: RankGroup) -> float:
         """Return the seconds of one collective among a group."""
-        op: CollectiveOp = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
+        op: CollectiveKind = "all-to-all" if collective.op == "ragged-all-to-all" else collective.op
         whole = collective.whole_bytes(group.ranks)
         if group.ranks == 1 or not whole:
             return 0.0
@@ -88,7 +88,7 @@ class LinkModel:
             price = self._priced[op, whole, group] = self._price(op, whole, group)
         return price
 
-    def _price(self, op: CollectiveOp, whole: int, group: RankGroup) -> float:
+    def _price(self, op: CollectiveKind, whole: int, group: RankGroup) -> float:
         inside, across = group.inside, group.across
         if across == 1:
             return self._within(op, whole, group)
@@ -102,7 +102,7 @@ class LinkModel:
             return far
         return far + self._within(op, whole, group)  # a reduce-scatter and an all-gather are an all-reduce
 
-    def _far(self, op: CollectiveOp, whole: float, ranks: int, *, times: int = 1) -> float:
+    def _far(self, op: CollectiveKind, whole: float, ranks: int, *, times: int = 1) -> float:
         """Return the seconds between domains of `times` messages, while all devices of a domain communicate."""
         if tables := self.hardware.collectives_between_nodes.get(op):
             return self._measured(tables, op, whole * times, ranks)
@@ -115,7 +115,7 @@ class LinkModel:
         latency = hardware.scale_out_latency_us * 1e-6 * max(1.0, math.log2(steps))
         return latency + sent / hardware.link_bytes_per_s(scale_out=True)
 
-    def _within(self, op: CollectiveOp, whole: float, group: RankGroup) -> float:
+    def _within(self, op: CollectiveKind, whole: float, group: RankGroup) -> float:
         ranks = group.inside
         if op == "all-reduce" and whole <= KERNEL_BYTES and self.hardware.platform in _KERNEL_PLATFORMS:
             return min(self._listed(op, whole, ranks), self._by_a_kernel(whole, ranks))
@@ -130,14 +130,14 @@ class LinkModel:
         twice = 2 * (_KERNEL_SECONDS + self._sent_seconds("all-gather", whole, ranks))
         return min(once, twice)
 
-    def _listed(self, op: CollectiveOp, whole: float, ranks: int) -> float:
+    def _listed(self, op: CollectiveKind, whole: float, ranks: int) -> float:
         if tables := self.hardware.collectives.get(op):
             return self._measured(tables, op, whole, ranks)
         steps = math.log2(ranks) if self.hardware.scale_up == "switch" else ranks / 2
         latency = self.hardware.latency_us * 1e-6 * max(1.0, min(steps, 8.0))
         return latency + self._sent_seconds(op, whole, ranks)
 
-    def _measured(self, tables: Mapping[int, Points], op: CollectiveOp, whole: float, ranks: int) -> float:
+    def _measured(self, tables: Mapping[int, Points], op: CollectiveKind, whole: float, ranks: int) -> float:
         """Interpolate the table of the nearest number of ranks, at equal bytes per device.
 
         Latency grows with log2(ranks).
@@ -147,7 +147,7 @@ class LinkModel:
         more = tables[near][0][1] * (math.log2(ranks) / math.log2(near) - 1)
         return (_read(tables[near], sent) + max(more, -0.5 * tables[near][0][1])) * 1e-6
 
-    def _sent_seconds(self, op: CollectiveOp, whole: float, ranks: int) -> float:
+    def _sent_seconds(self, op: CollectiveKind, whole: float, ranks: int) -> float:
         """Return the seconds for the bytes that each device sends over the links the group can use."""
         hardware = self.hardware
         rate = hardware.link_bytes_per_s(scale_out=False)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.parallel.mesh import PlannedMesh
-from jaxmoe.parallel.sharding import Placement, array_sizes, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment, layer_segments
 from jaxmoe.planner.parameters import (
     ParameterShape,
@@ -42,7 +42,7 @@ class DeviceLayers:
     num_slots: int
     num_layers: int
     sizes: ArraySizes
-    placement: Placement
+    placement: MeshPlacement
     shards: ShardCounts
     params: tuple[tuple[ParameterShape, int], ...]  # with the bytes of one layer on one device
 
@@ -54,7 +54,7 @@ class DeviceLayers:
 class DeviceMemory:
     """Compute the memory that a model needs on every device of a placement."""
 
-    def __init__(self, config: ModelConfig, placement: Placement, *, kv_dtype: str | None = None) -> None:
+    def __init__(self, config: ModelConfig, placement: MeshPlacement, *, kv_dtype: str | None = None) -> None:
         """Compute the parameters on a device.
 
         config: its dtype is the dtype of activations and unquantized weights. kv_dtype: a key of KV_ITEMSIZES; by

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.planner.sizes import Part
 from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
@@ -20,7 +20,7 @@ _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ShardedDims(Protocol):
-    """Return the number of shards of a logical dim, as Placement and ShardCounts do."""
+    """Return the number of shards of a logical dim, as MeshPlacement and ShardCounts do."""
 
     def num_shards(self, dim: str, /) -> int:
         """Return the number of shards of a logical dim."""
@@ -37,7 +37,7 @@ class ShardCounts:
     moe_ffn: int
 
     @classmethod
-    def of(cls, placement: Placement) -> ShardCounts:
+    def of(cls, placement: MeshPlacement) -> ShardCounts:
         """Return the shard counts of a placement."""
         return cls(
             placement.num_shards("kv_head"),

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.ops.dispatch import HIERARCHICAL, MAX_RAGGED_GPUS, unsupported_reason
-from jaxmoe.parallel.layouts import LAYOUTS, Layout
+from jaxmoe.parallel.layouts import LAYOUTS, ShardingLayout
 from jaxmoe.parallel.mesh import PlannedMesh, device_platform
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.serving import RequestWorkload
@@ -47,7 +47,7 @@ class SearchRequest:
     kv_dtype: str | None = None
     skew: float = SKEW
     axes: Mapping[str, int] | None = None
-    layout: Layout | None = None
+    layout: ShardingLayout | None = None
     dispatch: str | None = None
     virtual_stages: int | None = None
     chunk_tokens: int | None = None
@@ -58,7 +58,7 @@ class ParallelismConfig:
     """Describe one way to split a model over devices."""
 
     axes: tuple[tuple[str, int], ...]
-    layout: Layout
+    layout: ShardingLayout
     dispatch: str
     virtual_stages: int
     chunk_tokens: int
@@ -92,7 +92,9 @@ def candidates_of(request: SearchRequest) -> Iterator[ParallelismConfig]:
                         )  # fmt: skip
 
 
-def _meaning(axes: tuple[tuple[str, int], ...], layout: Layout, moe: bool, *, apart: bool) -> tuple[object, ...]:
+def _meaning(
+    axes: tuple[tuple[str, int], ...], layout: ShardingLayout, moe: bool, *, apart: bool
+) -> tuple[object, ...]:
     """Return the role and size of each mesh axis, outermost first; two splits with equal results are equivalent.
 
     Adjacent axes of the same role are merged, unless they are levels of a hierarchical dispatch (apart).
@@ -130,14 +132,14 @@ def _divisors(number: int) -> list[int]:
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-def _worth(config: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> bool:
+def _worth(config: ModelConfig, layout: ShardingLayout, sizes: Mapping[str, int]) -> bool:
     """Return whether a layout has at most one shard per attention head and at most 16 context-parallel ranks."""
     split = math.prod(sizes[axis] for axis in layout.split)
     context = math.prod(sizes[axis] for axis in layout.context)
     return split <= config.num_attention_heads and context <= 16
 
 
-def _dispatches(request: SearchRequest, placement: Placement) -> Iterator[str]:
+def _dispatches(request: SearchRequest, placement: MeshPlacement) -> Iterator[str]:
     """Yield the dispatch backends that differ on the placement and that the hardware supports."""
     if request.dispatch:
         if _why_not(request.dispatch, placement) is None:
@@ -151,7 +153,7 @@ def _dispatches(request: SearchRequest, placement: Placement) -> Iterator[str]:
     yield from (kind for kind in kinds if placement.ragged_peers(kind) <= most)
 
 
-def _why_not(dispatch: str, placement: Placement) -> str | None:
+def _why_not(dispatch: str, placement: MeshPlacement) -> str | None:
     """Return why a placement does not support the requested dispatch; None if it does."""
     if dispatch != "all_to_all" and not placement.dispatch_levels:
         return "exchanges tokens between expert-parallel ranks, but this mesh and layout exchange none: omit it"
@@ -194,8 +196,10 @@ def kind_of(parallelism: ParallelismConfig, *, moe: bool) -> str:
 
 
 def placement_of(
-    hardware: HardwareSpec, axes: tuple[tuple[str, int], ...], layout: Layout, *, virtual_stages: int = 1
-) -> Placement:  # fmt: skip
+    hardware: HardwareSpec, axes: tuple[tuple[str, int], ...], layout: ShardingLayout, *, virtual_stages: int = 1
+) -> MeshPlacement:  # fmt: skip
     """Return a placement on devices of a platform that need not be present."""
     platform = device_platform(hardware.platform)
-    return Placement(mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, virtual_stages=virtual_stages)
+    return MeshPlacement(
+        mesh=cast("Mesh", PlannedMesh(dict(axes), platform)), layout=layout, virtual_stages=virtual_stages
+    )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.aot.hlo_collectives import collectives
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 from jaxmoe.planner.hardware import MeasuredOp
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -58,10 +58,10 @@ def message_bytes(least: int, ranks: int, mesh: Mesh) -> int:
     return -(-least // share) * share
 
 
-def expected(op: MeasuredOp, axis: str, num_bytes: int, ranks: int) -> Collective:
+def expected(op: MeasuredOp, axis: str, num_bytes: int, ranks: int) -> CollectiveOp:
     """Return the only collective that a program of collective_program may contain."""
     result = num_bytes // ranks if op == "reduce-scatter" else num_bytes
-    return Collective(op=op, axes=(axis,), result_bytes=result)
+    return CollectiveOp(op=op, axes=(axis,), result_bytes=result)
 
 
 def collective_program(op: MeasuredOp, axis: str, num_bytes: int, mesh: Mesh, iterations: int) -> tuple[Any, jax.Array]:
@@ -88,7 +88,7 @@ def collective_program(op: MeasuredOp, axis: str, num_bytes: int, mesh: Mesh, it
     return _compiled(lambda x: lax.fori_loop(0, iterations, body, x), mesh, (held // width, width), dtype)
 
 
-def differing(program: Any, wanted: Collective, iterations: int, mesh: Mesh) -> str:
+def differing(program: Any, wanted: CollectiveOp, iterations: int, mesh: Mesh) -> str:
     """Describe the collectives of a compiled program if they differ from `iterations` wanted ones; else return ""."""
     compiled = collectives(program.as_text(), mesh)
     if compiled == {wanted: iterations}:

@@ -14,7 +14,7 @@ from jaxmoe.aot.compile import PHASES, collective_rows, compile_step
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.config import ModelConfig
 from jaxmoe.config.engine import MAX_DECODE_STEPS
-from jaxmoe.engine.runner import Runner
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.mesh import build_mesh
@@ -61,7 +61,7 @@ class ParamReport:
         }  # fmt: skip
 
 
-def parameter_reports(runner: Runner) -> list[ParamReport]:
+def parameter_reports(runner: ModelRunner) -> list[ParamReport]:
     """Report every parameter, in the order of the runner's leaves."""
     config, placement, kernels = runner.config, runner.placement, runner.kernels
     if placement.num_stages > 1:  # pipeline stages always stack layers
@@ -75,7 +75,7 @@ def parameter_reports(runner: Runner) -> list[ParamReport]:
     return [_report(config, info, real.shape, _kv_copies(runner, info)) for info, real in zip(here, plain, strict=True)]
 
 
-def _kv_copies(runner: Runner, info: ParamInfo) -> int:
+def _kv_copies(runner: ModelRunner, info: ParamInfo) -> int:
     """Return how many copies of each key/value head a parameter holds. Repeated scales count as padding instead."""
     if "kv_head" not in info.dims or info.path.endswith("/scales"):
         return 1

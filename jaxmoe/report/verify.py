@@ -14,7 +14,7 @@ import numpy as np
 from jaxmoe.api.llm import LLM
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.errors import ConfigError, StepError
-from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, Layout
+from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS, Axes, ShardingLayout
 from jaxmoe.parallel.mesh import build_mesh, nearest_devices
 from jaxmoe.parallel.stages import layer_segments
 
@@ -30,8 +30,8 @@ class ParityCase:
     """Describe a mesh and a layout to compare. also: layouts that shard the model identically on this mesh."""
 
     mesh: dict[str, int]
-    layout: Layout = DEFAULT_LAYOUT
-    also: tuple[Layout, ...] = ()
+    layout: ShardingLayout = DEFAULT_LAYOUT
+    also: tuple[ShardingLayout, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def all_meshes(num_devices: int) -> list[dict[str, int]]:
 
 
 def all_trials(
-    meshes: Iterable[dict[str, int]], layouts: Iterable[Layout] = tuple(LAYOUTS.values()), *, moe: bool = True
+    meshes: Iterable[dict[str, int]], layouts: Iterable[ShardingLayout] = tuple(LAYOUTS.values()), *, moe: bool = True
 ) -> list[ParityCase]:
     """Return a trial for every mesh and layout. moe: the model has experts.
 
@@ -74,7 +74,7 @@ def all_trials(
     """
     trials = []
     for mesh in meshes:
-        alike: dict[tuple[Axes, ...], list[Layout]] = {}
+        alike: dict[tuple[Axes, ...], list[ShardingLayout]] = {}
         for layout in dict.fromkeys(layouts):
             alike.setdefault(layout.used(mesh, moe=moe), []).append(layout)
         trials += [ParityCase(mesh=mesh, layout=first, also=tuple(others)) for first, *others in alike.values()]

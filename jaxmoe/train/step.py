@@ -16,8 +16,8 @@ from jaxmoe.config import ArraySizes
 from jaxmoe.errors import MeshError
 from jaxmoe.model.attend import DensePrefillInputs
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.transformer import Transformer, abstract_model
-from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.model.transformer import TransformerModel, abstract_model
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 from jaxmoe.train.loss import balance_loss, cross_entropy
 from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.weights.params import parameter_table
@@ -59,7 +59,7 @@ class Trainer:
     """Provide the jitted functions of one recipe on one placement. They are pure: state is an argument and a result."""
 
     def __init__(
-        self, recipe: TrainingRecipe, placement: Placement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
+        self, recipe: TrainingRecipe, placement: MeshPlacement, *, kernels: KernelConfig = KernelConfig(layers="unroll")
     ) -> None:
         _check_mesh(recipe, placement)
         self.recipe, self.placement, self.kernels = recipe, placement, kernels
@@ -111,12 +111,12 @@ class Trainer:
 
     # --- traced ---
 
-    def _model(self, params: tuple[jax.Array, ...]) -> Transformer:
+    def _model(self, params: tuple[jax.Array, ...]) -> TransformerModel:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, params))
 
     def _init(self) -> TrainState:
         rngs = nnx.Rngs(self.recipe.seed)
-        model = Transformer(self.recipe.model, self.placement, dtype=DTYPE, rngs=rngs, kernels=self.kernels)
+        model = TransformerModel(self.recipe.model, self.placement, dtype=DTYPE, rngs=rngs, kernels=self.kernels)
         params = tuple(jax.tree.leaves(nnx.split(model)[1]))
         return TrainState(params, self._optimizer.init(params))
 
@@ -149,7 +149,7 @@ class Trainer:
         return jnp.sum(jnp.where(valid, nats, 0.0), axis=1)
 
 
-def _check_mesh(recipe: TrainingRecipe, placement: Placement) -> None:
+def _check_mesh(recipe: TrainingRecipe, placement: MeshPlacement) -> None:
     """Raise MeshError for pipelines, uneven splits and unsuitable batch sizes.
 
     Uneven splits pad dims or replicate heads. Training starts from random values, so padding would not stay zero and

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxmoe.parallel.sharding import Dims, Placement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ParamInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def parameter_table(state: nnx.State, placement: Placement) -> list[ParamInfo]:
+def parameter_table(state: nnx.State, placement: MeshPlacement) -> list[ParamInfo]:
     """Return an entry for every parameter, in the order of the state's leaves."""
     table = []
     for path, param in nnx.to_flat_state(state):

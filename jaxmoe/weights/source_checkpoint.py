@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from jaxmoe.errors import CheckpointError, ConfigError
 from jaxmoe.families import FAMILIES, check_other_keys, read_config, read_quantization_config, without_quantization
 from jaxmoe.parallel.mesh import AXES
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.checkpoint import CONFIG, INDEX, open_tensors, read_json
@@ -150,6 +150,6 @@ def config_check(
     config = as_stored(read_config(raw, ignore=ignore), tensors, raw, compare=False)
     alone = AbstractMesh((1,) * len(AXES), AXES)
     segments = layer_segments(config, "unroll")
-    sizes = segment_sizes(config, Placement(mesh=alone), segments)  # type: ignore[arg-type]
+    sizes = segment_sizes(config, MeshPlacement(mesh=alone), segments)  # type: ignore[arg-type]
     assign_weight_slices(directory, tensors, config, sizes, segments)
     return "shapes agree"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 
 from jaxmoe.aot.hlo_collectives import collectives
-from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.batch import StepBucket
 
 _PAGES, _PAGE_SIZE = 8, 16
 
 
-def step_program(llm, bucket: Bucket, *, decode_steps: int = 1):
+def step_program(llm, bucket: StepBucket, *, decode_steps: int = 1):
     """The step of a bucket, compiled as for float32."""
     state = llm._runner.abstract_state(bucket.seq_slots, _PAGES, _PAGE_SIZE * llm._runner.context_ranks)
     with jax.default_matmul_precision("highest"):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxmoe.aot.hlo_collectives import collectives, collectives_and_padding
-from jaxmoe.engine.batch import Bucket
+from jaxmoe.engine.batch import StepBucket
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 
 from ..conftest import MESHES_OF_8, NATIVE, XLA, mesh_of
 from .programs import assert_nothing_is_copied, step_program
@@ -22,11 +22,11 @@ FAMILY_CASES = ["llama_llama3", "qwen2_moe_shared", "qwen3_moe_sparse_step", "ol
 FAMILY_CASES += ["deepseek_v3_groups", "gpt_oss_window", "llama4_text_scout"]
 
 
-def bucket_for(llm, num_rows: int, blocks: int = 0) -> Bucket:
-    return Bucket(seq_slots=num_rows // llm._runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
+def bucket_for(llm, num_rows: int, blocks: int = 0) -> StepBucket:
+    return StepBucket(seq_slots=num_rows // llm._runner.num_ranks or 1, blocks=blocks, block_tokens=8, pages=3)
 
 
-def assert_as_planned(llm, bucket: Bucket):
+def assert_as_planned(llm, bucket: StepBucket):
     program = step_program(llm, bucket, decode_steps=1 if bucket.blocks else 2)
     assert collectives(program.as_text(), llm.mesh) == llm._runner.planned(bucket)
 
@@ -62,11 +62,11 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
     bucket = bucket_for(llm, 8)
     tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
     inside = llm._runner.planned(bucket)
-    inside -= {Collective(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
+    inside -= {CollectiveOp(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
     assert inside == {
-        Collective(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
-        Collective(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * (width + share) * 4): layers,
-        Collective(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * width * 4): layers,
+        CollectiveOp(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
+        CollectiveOp(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * (width + share) * 4): layers,
+        CollectiveOp(op="all-to-all", axes=("expert",), result_bytes=2 * tokens * width * 4): layers,
     }
 
 
@@ -115,7 +115,7 @@ def test_a_loop_counts_as_often_as_it_iterates():
     x = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=whole)
     w = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=split)
     found = collectives(jax.jit(layers).lower(x, w).compile().as_text(), mesh)
-    assert found == {Collective(op="all-reduce", axes=("tensor",), result_bytes=8 * 8 * 4): 6}
+    assert found == {CollectiveOp(op="all-reduce", axes=("tensor",), result_bytes=8 * 8 * 4): 6}
 
 
 _TPU_TEXT = """
@@ -146,9 +146,9 @@ def test_turns_are_read_from_the_condition_where_nothing_else_says_them():
     """As the TPU compiler prints its loops and the operations that go on beside others."""
     mesh = mesh_of("tensor=8")
     assert collectives(_TPU_TEXT, mesh) == {
-        Collective(op="all-reduce", axes=("tensor",), result_bytes=32): 95,
-        Collective(op="collective-permute", axes=("tensor",), result_bytes=16): 95,
-        Collective(op="ragged-all-to-all", axes=("tensor",), result_bytes=72): 95,
+        CollectiveOp(op="all-reduce", axes=("tensor",), result_bytes=32): 95,
+        CollectiveOp(op="collective-permute", axes=("tensor",), result_bytes=16): 95,
+        CollectiveOp(op="ragged-all-to-all", axes=("tensor",), result_bytes=72): 95,
     }
 
 
@@ -182,10 +182,10 @@ def test_an_all_reduce_of_which_a_slice_stays_is_a_reduce_scatter():
     found, padding = collectives_and_padding(_SCATTER_TEXT, mesh_of("tensor=4"))
     even, padded = 136 * 1024 * 2, 520 * 7168 * 2
     assert found == {
-        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=even): 1,
-        Collective(op="reduce-scatter", axes=("tensor",), result_bytes=padded): 1,
-        Collective(op="all-reduce", axes=("tensor",), result_bytes=4 * even): 1,
-        Collective(op="collective-permute", axes=("tensor",), result_bytes=8 * 128 * 2): 1,
+        CollectiveOp(op="reduce-scatter", axes=("tensor",), result_bytes=even): 1,
+        CollectiveOp(op="reduce-scatter", axes=("tensor",), result_bytes=padded): 1,
+        CollectiveOp(op="all-reduce", axes=("tensor",), result_bytes=4 * even): 1,
+        CollectiveOp(op="collective-permute", axes=("tensor",), result_bytes=8 * 128 * 2): 1,
     }
     assert padding == (3648 - 3640 + 24) * 8 * 128 * 2 / (even + padded)
 
@@ -213,7 +213,7 @@ _ALL, _PAIRS = "replica_groups=[1,8]<=[8]", "replica_groups=[4,2]<=[8]"
 def test_joined_ones_count_whole_and_ones_of_a_few_ranks_are_told_apart(line, found):
     """As compilers print several that they made into one, and what no layout plans."""
     op, axis, size = found
-    assert collectives(_program(line), mesh_of("tensor=8")) == {Collective(op=op, axes=(axis,), result_bytes=size): 1}
+    assert collectives(_program(line), mesh_of("tensor=8")) == {CollectiveOp(op=op, axes=(axis,), result_bytes=size): 1}
 
 
 @pytest.mark.parametrize("op", ["collective-broadcast", "send", "recv"])
@@ -228,5 +228,5 @@ def test_an_unplanned_collective_is_seen():
     spec = jax.sharding.PartitionSpec
     split, whole = (jax.sharding.NamedSharding(mesh, s) for s in (spec("tensor"), spec()))
     gathered = jax.jit(lambda w: w * 2, in_shardings=split, out_shardings=whole).lower(np.ones((16, 4), np.float32))
-    expected = Collective(op="all-gather", axes=("tensor",), result_bytes=16 * 4 * 4)
+    expected = CollectiveOp(op="all-gather", axes=("tensor",), result_bytes=16 * 4 * 4)
     assert collectives(gathered.compile().as_text(), mesh) == {expected: 1}

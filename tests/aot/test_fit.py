@@ -21,7 +21,7 @@ from jaxmoe.aot.fit import CompileRequest, compile_for
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 
 from ..conftest import mesh_of
 
@@ -33,7 +33,7 @@ CASE = "qwen3_moe_sparse_step"
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_program_without_arrays_says_what_was_planned_and_weighs_what_arrays_do(phase, layers, tiny_dir, tiny_llm):
     config = read_config(json.loads((tiny_dir(CASE) / "config.json").read_text()))
-    placement = Placement(mesh=mesh_of(MESH))
+    placement = MeshPlacement(mesh=mesh_of(MESH))
     kernels = KernelConfig(layers=layers)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=None, kernels=kernels)
     step = compile_step(runner, phase, max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=4)
@@ -51,7 +51,7 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
     monkeypatch.setattr("jaxmoe.engine.runner.compiler_options", lambda mesh: {"no_such_option": "true"})
     config = read_config(json.loads((tiny_dir(CASE) / "config.json").read_text()))
     runner = abstract_runner(
-        config, Placement(mesh=mesh_of(MESH)), dtype="float32", kv_dtype=None, kernels=KernelConfig(layers="scan")
+        config, MeshPlacement(mesh=mesh_of(MESH)), dtype="float32", kv_dtype=None, kernels=KernelConfig(layers="scan")
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         compile_step(runner, "decode", max_num_seqs=8, context=32, page_size=8, chunk_tokens=16, decode_steps=1)

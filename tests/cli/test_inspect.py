@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from jaxmoe.engine.runner import Runner
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.engine.runner import ModelRunner
+from jaxmoe.parallel.collectives import CollectiveOp
 
 from .commands import jaxmoe
 
@@ -59,9 +59,11 @@ def test_dispatch_is_that_which_was_asked_for(capsys, tiny_dir):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_step_that_is_not_as_planned_is_marked_and_an_error(as_json, capsys, tiny_dir, monkeypatch):
-    planned = Runner.planned_decode_step
-    more = Counter({Collective(op="all-reduce", axes=("data",), result_bytes=12): 3})
-    monkeypatch.setattr(Runner, "planned_decode_step", lambda self, bucket: planned(self, bucket) + more)  # of decoding
+    planned = ModelRunner.planned_decode_step
+    more = Counter({CollectiveOp(op="all-reduce", axes=("data",), result_bytes=12): 3})
+    monkeypatch.setattr(
+        ModelRunner, "planned_decode_step", lambda self, bucket: planned(self, bucket) + more
+    )  # of decoding
     outcome = jaxmoe(capsys, "inspect", tiny_dir(CASE), *OPTIONS, *["--json"] * as_json)
     assert outcome.code == 1
     if as_json:

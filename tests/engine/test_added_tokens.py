@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe.engine.added_tokens import added_tokens
 from jaxmoe.engine.eos import eos_ids, special_stop_ids
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import CheckpointError, ConfigError
 
 VOCAB = "abcde<>|/s _"  # ids 0 to 11; the next token gets 12
@@ -35,10 +35,10 @@ def checkpoint(directory: Path, **files: object) -> Path:
     return directory
 
 
-def load(directory: Path, **files: object) -> Tokenizer:
+def load(directory: Path, **files: object) -> CheckpointTokenizer:
     checkpoint(directory, **files)
     path = directory / CONFIG
-    loaded = Tokenizer.load(directory, json.loads(path.read_text()) if path.exists() else {})
+    loaded = CheckpointTokenizer.load(directory, json.loads(path.read_text()) if path.exists() else {})
     assert loaded is not None
     return loaded
 
@@ -173,7 +173,7 @@ def test_any_json_in_these_files_is_read_or_refused_in_one_line(tmp_path):
         path.write_text(json.dumps({rng.choice(FILES[name]): drawn_value(rng)}))
         try:
             settings = json.loads((tmp_path / CONFIG).read_text()) if (tmp_path / CONFIG).exists() else {}
-            eos_ids(tmp_path, Tokenizer.load(tmp_path, settings), vocab_size=20)
+            eos_ids(tmp_path, CheckpointTokenizer.load(tmp_path, settings), vocab_size=20)
         except CheckpointError as error:
             messages.append(str(error))
         path.unlink()

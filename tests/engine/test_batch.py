@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmoe.engine.batch import FLOAT_PARTS, Bucket, RequestMetadata, all_buckets, bucket_of, pack, slot_buckets
+from jaxmoe.engine.batch import FLOAT_PARTS, RequestMetadata, StepBucket, all_buckets, bucket_of, pack, slot_buckets
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.engine.scheduler import Scheduler, Sequence
+from jaxmoe.engine.scheduler import ScheduledSequence, StepScheduler
 
 SCHEDULER_CONFIG = SchedulerConfig(
     num_ranks=2, max_num_seqs=8, chunk_tokens=32, block_tokens=4, num_pages=40, page_size=4, context=40
@@ -25,16 +25,18 @@ def test_rows_come_in_few_sizes(least, most, sizes):
 
 
 def test_every_plan_runs_in_a_bucket_that_was_listed():
-    scheduler = Scheduler(SCHEDULER_CONFIG)
+    scheduler = StepScheduler(SCHEDULER_CONFIG)
     listed = all_buckets(SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
     rng = np.random.default_rng(0)
     seen = set()
     for index in range(40):
         length = int(rng.integers(1, 30))
-        scheduler.add(Sequence(request_id=index, tokens=[1] * length, max_total=length + int(rng.integers(1, 9))))
+        scheduler.add(
+            ScheduledSequence(request_id=index, tokens=[1] * length, max_total=length + int(rng.integers(1, 9)))
+        )
     while (plan := scheduler.plan()) or len(seen) < len(listed):
         if not plan:  # all have ended: one more by itself
-            scheduler.add(Sequence(request_id=99, tokens=[1], max_total=3))
+            scheduler.add(ScheduledSequence(request_id=99, tokens=[1], max_total=3))
             continue
         bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
         assert bucket in listed
@@ -47,7 +49,7 @@ def test_every_plan_runs_in_a_bucket_that_was_listed():
 
 
 def test_what_is_packed_reads_back():
-    scheduler = Scheduler(replace(SCHEDULER_CONFIG, decode_steps=3))
+    scheduler = StepScheduler(replace(SCHEDULER_CONFIG, decode_steps=3))
     drawing = SamplingParams(
         temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-2.0,
         frequency_penalty=0.75, logit_bias={3: -1.5, 9: 4.0}, min_tokens=2,
@@ -57,7 +59,7 @@ def test_what_is_packed_reads_back():
         RequestMetadata(params=SamplingParams(), num_prompt=3, ends=(0,), seed=0),
     ]
     for index, length in enumerate((6, 3)):
-        scheduler.add(Sequence(request_id=index, tokens=list(range(1, length + 1)), max_total=12))
+        scheduler.add(ScheduledSequence(request_id=index, tokens=list(range(1, length + 1)), max_total=12))
     plan = scheduler.plan()
     bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
     packed = pack(plan, bucket, SCHEDULER_CONFIG, request_metadata.__getitem__)
@@ -86,7 +88,7 @@ def test_what_is_packed_reads_back():
     list(scheduler.complete(plan, [[50], [60]]))
     plan = scheduler.plan()
     bucket = bucket_of(plan, SCHEDULER_CONFIG, min_seq_slots=1, pages=10)
-    assert bucket == Bucket(seq_slots=1, blocks=0, block_tokens=4, pages=10)
+    assert bucket == StepBucket(seq_slots=1, blocks=0, block_tokens=4, pages=10)
     assert plan.decode_steps == 3
     parts = bucket.split(pack(plan, bucket, SCHEDULER_CONFIG, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe.engine.detokenize import TokenDecoder
-from jaxmoe.engine.tokenizer import TextStream, Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
 
 SPACE = "\u2581"
 LETTERS = ["a", "b", "cd", "é", "世", "🦙", "\ufffd", ".", ",", "'s", "##x"]
@@ -68,7 +68,7 @@ KINDS = {
 }
 
 
-def random_tokenizer(kind: str, rng: random.Random) -> tuple[Tokenizer, list[int]]:
+def random_tokenizer(kind: str, rng: random.Random) -> tuple[CheckpointTokenizer, list[int]]:
     """A tokenizer, and ids to draw from: its tokens, special ones, and some that it lacks."""
     tokens, decoder, model = KINDS[kind]
     vocab = list(dict.fromkeys(["<unk>", *tokens(rng)]))
@@ -87,7 +87,7 @@ def random_tokenizer(kind: str, rng: random.Random) -> tuple[Tokenizer, list[int
     known = sorted(tokenizer.get_vocab().values())
     assert tokenizer.get_vocab_size() == len(set(known))
     unknown = [max(known) + 1, *sorted(set(range(max(known))) - set(known))[:4]]
-    return Tokenizer(tokenizer, {}, None), known + unknown + [tokenizer.token_to_id("<s>")] * 3
+    return CheckpointTokenizer(tokenizer, {}, None), known + unknown + [tokenizer.token_to_id("<s>")] * 3
 
 
 def unfinished(data: bytes) -> int:
@@ -130,7 +130,7 @@ def mended(tokens: list[str]) -> list[str]:
     return out
 
 
-def text_of(tokenizer: Tokenizer, ids: list[int], *, to_whole_character: bool = False) -> str:
+def text_of(tokenizer: CheckpointTokenizer, ids: list[int], *, to_whole_character: bool = False) -> str:
     """The reference: all ids decoded at once; to_whole_character: without an unfinished last character."""
     decoder = tokenizer.decoder
     tokens = [token for token in map(decoder.token, ids) if token is not None]
@@ -148,7 +148,9 @@ def text_of(tokenizer: Tokenizer, ids: list[int], *, to_whole_character: bool = 
     return text
 
 
-def streamed(tokenizer: Tokenizer, prompt: list[int], answer: list[int], stop=(), **options) -> tuple[str, bool]:
+def streamed(
+    tokenizer: CheckpointTokenizer, prompt: list[int], answer: list[int], stop=(), **options
+) -> tuple[str, bool]:
     """The text of an answer and whether a stop string ended it; what the stream gave out joins to it."""
     stream = TextStream(tokenizer, stop, prompt=prompt, **options)
     parts = []
@@ -240,5 +242,5 @@ def test_a_stop_string_does_not_end_an_answer_before_min_tokens(min_tokens, text
     tokenizer = HFTokenizer(models.BPE(vocab, []))
     tokenizer.decoder = decoders.Fuse()
     ids = [vocab[letter] for letter in "xabzzabzzab"]
-    stopped = streamed(Tokenizer(tokenizer, {}, None), [], ids, ("ab",), min_tokens=min_tokens)
+    stopped = streamed(CheckpointTokenizer(tokenizer, {}, None), [], ids, ("ab",), min_tokens=min_tokens)
     assert stopped == (text, True)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe import LLM, RequestError, SamplingParams
 from jaxmoe.engine.runner import bucket
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 
 from ..conftest import ONE_DEVICE, mesh_of
 
@@ -125,7 +125,7 @@ def test_text_goes_on_from_the_prompt_and_ends_at_stop_strings(tiny_llm):
     words = HFTokenizer(models.WordLevel({f"\u2581{i}": i for i in range(llm.config.vocab_size)}, "\u25810"))
     words.decoder = decoders.Metaspace()
     words.add_special_tokens([AddedToken(f"\u2581{special}")])
-    tokenizer = Tokenizer(words, {}, None)
+    tokenizer = CheckpointTokenizer(words, {}, None)
     llm = LLM.from_runner(llm._runner, tokenizer=tokenizer, eos=frozenset())
 
     def answer(**options) -> tuple[list[int], str, str]:

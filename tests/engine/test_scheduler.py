@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.scheduler import Scheduler, Sequence, StepPlan
+from jaxmoe.engine.scheduler import ScheduledSequence, StepPlan, StepScheduler
 from jaxmoe.errors import RequestError
 
 
@@ -25,11 +25,11 @@ class Device:
         self.last: dict[tuple[int, int], int] = {}
         self.host: dict[tuple[int, int], list[int | None]] = {}
 
-    def _write(self, sequence: Sequence, rank: int, pages: list[int], at: int, token: int) -> None:
+    def _write(self, sequence: ScheduledSequence, rank: int, pages: list[int], at: int, token: int) -> None:
         page, place = pages[at // self.config.page_size], at % self.config.page_size
         self.pages.setdefault((rank, page), [None] * self.config.page_size)[place] = token
 
-    def _read(self, sequence: Sequence, count: int) -> list[int]:
+    def _read(self, sequence: ScheduledSequence, count: int) -> list[int]:
         """The last of `count` tokens and what it sees before it; all of a sequence that gives nothing back."""
         size = self.config.page_size
         first = 0 if sequence.keeps_all else self.config.first_visible(count - 1)
@@ -137,7 +137,7 @@ def run_schedule(
         window=window,
         attention_chunk=attention_chunk,
     )
-    scheduler, device = Scheduler(config), Device(config)
+    scheduler, device = StepScheduler(config), Device(config)
     sequences, failed, cancelled = [], set(), set()
     arrivals = []
     at = 0
@@ -150,7 +150,7 @@ def run_schedule(
     while todo or any(not s.finished for s in sequences):
         while todo and todo[0][0] <= step:
             _, prompt, max_total, priority, _ = todo[0]
-            sequence = Sequence(
+            sequence = ScheduledSequence(
                 request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority,
                 keeps_all=len(sequences) in keeping,
             )  # fmt: skip
@@ -234,15 +234,15 @@ def test_thousands_of_random_schedules(**schedule):
 def test_what_lies_behind_every_window_is_given_back():
     config = config_of(window=9, num_pages=7, chunk_tokens=8, context=400)
     assert config.max_pages(400) == (8 + 8 + 2) // 4 + 1
-    scheduler = Scheduler(config)
-    long = Sequence(request_id=0, tokens=list(range(60)), max_total=400)
+    scheduler = StepScheduler(config)
+    long = ScheduledSequence(request_id=0, tokens=list(range(60)), max_total=400)
     scheduler.add(long)
     while not long.finished:
         run(scheduler, 1)
         assert len(long.pages) - long.num_behind <= 5
     assert (len(long.tokens), scheduler.num_preemptions) == (400, 0)
     with pytest.raises(RequestError, match=r"is 400 tokens, the pool holds 28 \(7 pages of 4\)"):
-        scheduler.add(Sequence(request_id=1, tokens=[1], max_total=400, keeps_all=True))
+        scheduler.add(ScheduledSequence(request_id=1, tokens=[1], max_total=400, keeps_all=True))
 
 
 def config_of(**changes) -> SchedulerConfig:
@@ -250,7 +250,7 @@ def config_of(**changes) -> SchedulerConfig:
     return SchedulerConfig(**(values | changes))
 
 
-def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
+def run(scheduler: StepScheduler, steps: int) -> list[StepPlan]:
     plans = []
     for _ in range(steps):
         plan = scheduler.plan()
@@ -262,19 +262,19 @@ def run(scheduler: Scheduler, steps: int) -> list[StepPlan]:
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Scheduler(config_of(num_pages=4))
+    scheduler = StepScheduler(config_of(num_pages=4))
     with pytest.raises(RequestError, match=r"is 70 tokens, the context holds 64"):
-        scheduler.add(Sequence(request_id=0, tokens=[1] * 60, max_total=70))
+        scheduler.add(ScheduledSequence(request_id=0, tokens=[1] * 60, max_total=70))
     with pytest.raises(RequestError, match=r"is 20 tokens, the pool holds 16 \(4 pages of 4\)"):
-        scheduler.add(Sequence(request_id=0, tokens=[1] * 10, max_total=20))
+        scheduler.add(ScheduledSequence(request_id=0, tokens=[1] * 10, max_total=20))
     assert not scheduler.waiting
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode():
-    scheduler = Scheduler(config_of())
-    scheduler.add(Sequence(request_id=0, tokens=[1, 2], max_total=10))
+    scheduler = StepScheduler(config_of())
+    scheduler.add(ScheduledSequence(request_id=0, tokens=[1, 2], max_total=10))
     run(scheduler, 1)
-    scheduler.add(Sequence(request_id=1, tokens=list(range(40)), max_total=42))
+    scheduler.add(ScheduledSequence(request_id=1, tokens=list(range(40)), max_total=42))
     plans = run(scheduler, 3)
     assert [len(plan.decodes) for plan in plans] == [1, 1, 1]
     assert [[(c.start, c.count, c.last) for c in plan.chunks] for plan in plans] == [
@@ -283,20 +283,20 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
 
 
 def test_a_shared_beginning_is_computed_once():
-    scheduler = Scheduler(config_of())
+    scheduler = StepScheduler(config_of())
     for index in range(2):
-        scheduler.add(Sequence(request_id=index, tokens=[*range(12), 50 + index], max_total=14))
+        scheduler.add(ScheduledSequence(request_id=index, tokens=[*range(12), 50 + index], max_total=14))
         run(scheduler, 4)
     assert (scheduler.num_prompt_tokens, scheduler.num_cached_tokens) == (26, 12)
 
 
 def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
-    scheduler = Scheduler(config_of(max_num_seqs=1, aging_steps=4))
-    patient = Sequence(request_id=0, tokens=[1], max_total=3, priority=3)
+    scheduler = StepScheduler(config_of(max_num_seqs=1, aging_steps=4))
+    patient = ScheduledSequence(request_id=0, tokens=[1], max_total=3, priority=3)
     scheduler.add(patient)
     order: list[int] = []
     for index in range(1, 80):  # one more urgent request every step, twice as many as can be served
-        scheduler.add(Sequence(request_id=index, tokens=[2], max_total=3, priority=0))
+        scheduler.add(ScheduledSequence(request_id=index, tokens=[2], max_total=3, priority=0))
         order += [chunk.sequence.request_id for plan in run(scheduler, 1) for chunk in plan.chunks]
     assert order[0] == 1
     assert 2 < order.index(0) < 12
@@ -304,14 +304,14 @@ def test_the_urgent_go_first_and_the_patient_are_not_forgotten():
 
 def test_who_gives_way_keeps_its_age():
     """A long prompt of low priority, and urgent ones without end that want the same few pages."""
-    scheduler = Scheduler(
+    scheduler = StepScheduler(
         config_of(max_num_seqs=3, num_pages=8, page_size=2, chunk_tokens=1, block_tokens=1, context=16, aging_steps=8)
     )
-    patient = Sequence(request_id=0, tokens=list(range(9)), max_total=11, priority=3)
+    patient = ScheduledSequence(request_id=0, tokens=list(range(9)), max_total=11, priority=3)
     scheduler.add(patient)
     for index in range(1, 400):
         if len(scheduler.waiting) < 4:
-            scheduler.add(Sequence(request_id=index, tokens=[50, index], max_total=6, priority=0))
+            scheduler.add(ScheduledSequence(request_id=index, tokens=[50, index], max_total=6, priority=0))
         run(scheduler, 1)
         if patient.finished:
             break
@@ -319,10 +319,10 @@ def test_who_gives_way_keeps_its_age():
 
 
 def test_deadlines_are_named():
-    scheduler = Scheduler(config_of(max_num_seqs=1))
-    early = Sequence(request_id=0, tokens=[1], max_total=3, deadline=5.0)
+    scheduler = StepScheduler(config_of(max_num_seqs=1))
+    early = ScheduledSequence(request_id=0, tokens=[1], max_total=3, deadline=5.0)
     scheduler.add(early)
-    scheduler.add(Sequence(request_id=1, tokens=[1], max_total=3))
+    scheduler.add(ScheduledSequence(request_id=1, tokens=[1], max_total=3))
     assert scheduler.expired(4.9) == []
     assert scheduler.expired(5.0) == [early]
 

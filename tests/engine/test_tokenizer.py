@@ -6,28 +6,28 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxmoe.engine.tokenizer import TextStream, Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
 from jaxmoe.errors import RequestError
 
 
-def byte_tokenizer(**settings) -> Tokenizer:
+def byte_tokenizer(**settings) -> CheckpointTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = HFTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return Tokenizer(tokenizer, settings, settings.get("chat_template"))
+    return CheckpointTokenizer(tokenizer, settings, settings.get("chat_template"))
 
 
-def byte_fallback_tokenizer() -> Tokenizer:
+def byte_fallback_tokenizer() -> CheckpointTokenizer:
     """Characters that are not in the vocabulary go byte by byte, as in Llama 2's tokenizer."""
     vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"a": 257, "b": 258, "\u2581": 259}
     tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(tokenizer, {}, None)
+    return CheckpointTokenizer(tokenizer, {}, None)
 
 
-def run(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple[str, list[str], bool]:
+def run(tokenizer: CheckpointTokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple[str, list[str], bool]:
     stream, parts = TextStream(tokenizer, stop), []
     for token in tokenizer.encode(text):
         parts.append(stream.push(token))
@@ -62,7 +62,7 @@ def test_settings_of_training_in_the_file_are_not_obeyed(tmp_path):
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=12)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = Tokenizer.load(tmp_path, {})
+    loaded = CheckpointTokenizer.load(tmp_path, {})
     assert [len(loaded.encode("a" * n)) for n in (2, 9)] == [2, 9]
 
 

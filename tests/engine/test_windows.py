@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.engine.core import EngineCore, Request
+from jaxmoe.engine.core import EngineCore, EngineRequest
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.scheduler import Scheduler
+from jaxmoe.engine.scheduler import StepScheduler
 
 from ..conftest import ONE_DEVICE, mesh_of
 
@@ -38,7 +38,7 @@ def llm(tiny_llm) -> LLM:
 
 def answers(
     llm: LLM, scheduler_config: SchedulerConfig, prompts: list[list[int]], params: SamplingParams
-) -> tuple[EngineCore, list[Request]]:
+) -> tuple[EngineCore, list[EngineRequest]]:
     """What a core makes of prompts that are there at once; no page may be lost or left held."""
     core = EngineCore(llm._runner, scheduler_config, tokenizer=None, eos=frozenset())
     requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(prompts)]
@@ -115,7 +115,7 @@ def test_a_longer_prompt_before_leaves_room_for_what_had_room(changed_dir):
             if others:
                 llm._core = SimpleNamespace(scheduler_config=llm._scheduler_config_for(others), warmed_up=False)
         scheduler_config = llm._scheduler_config_for(asked)
-        Scheduler(scheduler_config).check(100, 3100)
+        StepScheduler(scheduler_config).check(100, 3100)
         assert scheduler_config.max_pages(scheduler_config.context) <= scheduler_config.num_pages < 300
         assert scheduler_config == llm._core.scheduler_config
     assert scheduler_config.chunk_tokens == 2048

@@ -15,7 +15,7 @@ from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.map.data import MapRequest, map_data
 from jaxmoe.map.fabric import fabric_of, torus_shape
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.weights.source import model_name
 
@@ -81,9 +81,9 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
     for phase, step in data["steps"].items():
         bucket = step_bucket(runner, phase, **question.sizes)
         planned = runner.planned(bucket) if phase == "prefill" else runner.planned_decode_step(bucket)
-        played: Counter[Collective] = Counter()
+        played: Counter[CollectiveOp] = Counter()
         for stop in step["sites"]:
-            one = Collective(op=stop["op"], axes=tuple(stop["axes"]), result_bytes=stop["bytes"])
+            one = CollectiveOp(op=stop["op"], axes=tuple(stop["axes"]), result_bytes=stop["bytes"])
             played[one] += stop["count"]
             assert stop["sent"] == one.sent_bytes(math.prod(data["mesh"][axis] for axis in one.axes))
         assert played == planned

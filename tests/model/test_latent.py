@@ -17,7 +17,7 @@ from jaxmoe.model.params import ParamFactory, normal
 from jaxmoe.model.rows import make_token_mask
 from jaxmoe.model.transformer import layer_segments
 from jaxmoe.ops.rope import inverse_frequencies, rotation
-from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 
 from ..conftest import mesh_of
 from ..tiny.cases import CASES_BY_NAME
@@ -39,7 +39,7 @@ LENGTH, PAGE_SIZE = 23, 4
 def test_absorbed_attention_is_the_plain_form(name, mesh):
     """In chunks of 1, 9 and 13 tokens over pages, and all at once over keys and values of every head."""
     config = read_config(CASES_BY_NAME[name].config)
-    placement = Placement(mesh=mesh_of(mesh))
+    placement = MeshPlacement(mesh=mesh_of(mesh))
     sizes, kernels = array_sizes(config, placement), KernelConfig()
     params = ParamFactory(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
     block = LatentAttention(config, sizes, placement, kernels, 0, params=params, init=normal(0.3))

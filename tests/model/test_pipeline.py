@@ -14,7 +14,7 @@ from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import MeshError
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.native import find_compiler
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 from jaxmoe.parallel.stages import PipelineSchedule
 from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
@@ -176,7 +176,7 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     llm = loaded(changed_dir, DEEP, "pipeline=2,tensor=2", kernels=XLA)
     bucket = bucket_with(4, 0, block_tokens=8, pages=3, stages=2)
     hidden = llm.config.hidden_size * 4
-    sent = Collective(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
+    sent = CollectiveOp(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
     assert llm._runner.planned(bucket)[sent] == bucket.micro_batches == 2
     assert sum(len(PipelineSchedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
 
@@ -257,7 +257,7 @@ def test_training_says_that_it_has_no_stages(changed_dir):
     llm = loaded(changed_dir, DEEP, "data=1")
     recipe = TrainingRecipe.__new__(TrainingRecipe)
     object.__setattr__(recipe, "model", llm.config)
-    from jaxmoe.parallel.sharding import Placement
+    from jaxmoe.parallel.sharding import MeshPlacement
 
     with pytest.raises(MeshError, match="pipeline=2: training runs pipeline=1 only"):
-        Trainer(recipe, Placement(mesh=mesh_of("pipeline=2")))
+        Trainer(recipe, MeshPlacement(mesh=mesh_of("pipeline=2")))

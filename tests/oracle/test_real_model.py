@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import read_json
 from scripts.gguf_to_hf import convert, packaged_model
 from scripts.real_model import CHAT, NUM_TOKENS, PLAIN, Oracle
@@ -47,7 +47,7 @@ def test_every_tensor_is_the_one_transformers_reads(oracle, directory):
 
 
 def test_texts_have_the_ids_transformers_gives_them(oracle, directory):
-    tokenizer = Tokenizer.load(directory, read_json(directory / "tokenizer_config.json"))
+    tokenizer = CheckpointTokenizer.load(directory, read_json(directory / "tokenizer_config.json"))
     assert [tokenizer.encode(text) for text in TEXTS] == [oracle.ids(text) for text in TEXTS]
     for text in TEXTS:
         ids = oracle.ids(text)
@@ -65,5 +65,5 @@ def test_greedy_tokens_of_a_plain_and_a_chat_prompt(mesh, directory, oracle):
 
 def test_spaces_before_a_digit_are_split_as_published(directory):
     """transformers 5.24 does not know the pre-tokenizer that the file names, which takes each digit by itself first."""
-    tokenizer = Tokenizer.load(directory, {})
+    tokenizer = CheckpointTokenizer.load(directory, {})
     assert [tokenizer.decode([token]) for token in tokenizer.encode("x =  12")] == ["x", " =", "  ", "1", "2"]

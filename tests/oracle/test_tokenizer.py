@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from jaxmoe.engine.tokenizer import Tokenizer
+from jaxmoe.engine.tokenizer import CheckpointTokenizer
 
 from ..engine.test_added_tokens import CASES, checkpoint, load, token
 from ..engine.test_chat import RENDERED, TOKENS, USER
@@ -23,7 +23,7 @@ def theirs(directory):
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def agrees(tokenizer: Tokenizer, directory, rng: random.Random) -> None:
+def agrees(tokenizer: CheckpointTokenizer, directory, rng: random.Random) -> None:
     reference = theirs(directory)
     assert tokenizer._added.variables().items() >= reference.special_tokens_map.items()
     for _ in range(6):
@@ -70,7 +70,7 @@ def test_drawn_files_give_the_tokens_of_transformers(seed, tmp_path):
 @pytest.mark.parametrize("template", [case[0] for case in RENDERED.values()], ids=RENDERED)
 def test_templates_render_as_in_transformers(template, tmp_path):
     checkpoint(tmp_path, tokenizer_config=TOKENS | {"chat_template": template})
-    ours = Tokenizer.load(tmp_path, json.loads((tmp_path / "tokenizer_config.json").read_text()))
+    ours = CheckpointTokenizer.load(tmp_path, json.loads((tmp_path / "tokenizer_config.json").read_text()))
     expected = theirs(tmp_path).apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
     assert ours is not None
     assert ours.chat(USER) == expected

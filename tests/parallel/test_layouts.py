@@ -18,7 +18,7 @@ from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL
-from jaxmoe.parallel.layouts import LAYOUTS, Layout, parse_layout
+from jaxmoe.parallel.layouts import LAYOUTS, ShardingLayout, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh
 
 from ..agreement import answers, assert_same_answers
@@ -76,7 +76,7 @@ _AXES = st.lists(st.sampled_from(["data", "expert", "tensor"]), max_size=3).map(
 @given(batch=_AXES, split=_AXES, context=_AXES, sequence=_AXES, experts=_AXES, expert_width=_AXES)
 def test_a_layout_that_is_accepted_gives_every_axis_one_work(batch, split, context, sequence, experts, expert_width):
     try:
-        layout = Layout(batch, split, experts, expert_width, context, sequence)
+        layout = ShardingLayout(batch, split, experts, expert_width, context, sequence)
     except LayoutError:
         return
     assert sorted(batch + split + context) == ["data", "expert", "tensor"]

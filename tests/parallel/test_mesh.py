@@ -20,7 +20,7 @@ from jaxmoe.parallel.mesh import (
     parse_mesh,
     preset_names,
 )
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 
 
 def test_axes_left_out_are_one_and_tensor_is_innermost():
@@ -102,11 +102,11 @@ def test_a_mesh_leaves_no_process_without_devices():
 
 def test_a_mesh_of_ones_own_keeps_every_device_at_its_coordinates():
     devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Placement(mesh=jax.sharding.Mesh(devices, ("tensor", "data"))).mesh
+    mesh = MeshPlacement(mesh=jax.sharding.Mesh(devices, ("tensor", "data"))).mesh
     assert (mesh.axis_names, dict(mesh.shape)) == (AXES, {"data": 2, "pipeline": 1, "expert": 1, "tensor": 4})
     assert [[device.id for device in group] for group in mesh.devices.reshape(2, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
-    assert Placement(mesh=mesh).mesh is mesh
+    assert MeshPlacement(mesh=mesh).mesh is mesh
 
 
 def test_a_mesh_of_ones_own_may_hold_some_axes_and_devices_in_any_order():
@@ -150,7 +150,7 @@ def test_one_kind_of_device_alone_needs_options_of_its_compiler(kind):
 
 def test_a_planned_mesh_places_as_one_of_devices_does():
     axes = parse_mesh("data=2,tensor=2,expert=2")
-    real, planned = Placement(mesh=build_mesh(axes)), Placement(mesh=PlannedMesh(axes, "cpu"))
+    real, planned = MeshPlacement(mesh=build_mesh(axes)), MeshPlacement(mesh=PlannedMesh(axes, "cpu"))
     assert planned.platform == real.platform == "cpu"
     assert (planned.mesh.shape, planned.mesh.size, planned.mesh.devices.shape) == (axes, 8, (2, 1, 2, 2))
     described, there = (placement.sharding("moe_expert", "width", "moe_ffn") for placement in (planned, real))
@@ -159,7 +159,7 @@ def test_a_planned_mesh_places_as_one_of_devices_does():
 
 
 def test_a_planned_mesh_is_of_more_devices_than_there_are():
-    assert Placement(mesh=PlannedMesh({"expert": 128})).sharding("moe_expert").shard_shape((256,)) == (2,)
+    assert MeshPlacement(mesh=PlannedMesh({"expert": 128})).sharding("moe_expert").shard_shape((256,)) == (2,)
     with pytest.raises(MeshError, match="unknown mesh axis 'rows'"):
         PlannedMesh({"rows": 2})
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.config import ModelConfig, RopeConfig
 from jaxmoe.parallel.layouts import LAYOUTS
-from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 
 from ..conftest import mesh_of
 
@@ -24,7 +24,7 @@ def config(heads: int, kv_heads: int, **changes) -> ModelConfig:
 @given(kv_heads=st.integers(1, 12), groups=st.integers(1, 9), tensor=st.sampled_from([1, 2, 4, 8]))
 def test_every_query_head_has_a_slot_of_its_own_beside_its_key_head(kv_heads, groups, tensor):
     model = config(kv_heads * groups, kv_heads)
-    sizes = array_sizes(model, Placement(mesh=mesh_of(f"tensor={tensor}")))
+    sizes = array_sizes(model, MeshPlacement(mesh=mesh_of(f"tensor={tensor}")))
     assert sizes.kv_slots % tensor == 0
     slots = [sizes.query_slot(model, head) for head in range(kv_heads * groups)]
     assert len(set(slots)) == len(slots)
@@ -37,12 +37,12 @@ def test_every_query_head_has_a_slot_of_its_own_beside_its_key_head(kv_heads, gr
 
 
 def test_one_device_needs_no_padding():
-    sizes = array_sizes(config(6, 3), Placement(mesh=mesh_of("data=1")))
+    sizes = array_sizes(config(6, 3), MeshPlacement(mesh=mesh_of("data=1")))
     assert (sizes.vocab, sizes.ffn, sizes.kv_slots, sizes.kv_copies, sizes.group_slots) == (97, 30, 3, 1, 2)
 
 
 def test_an_unknown_dim_is_an_error_and_dims_never_look_like_axes():
-    placement = Placement(mesh=mesh_of("tensor=8"))
+    placement = MeshPlacement(mesh=mesh_of("tensor=8"))
     with pytest.raises(KeyError, match="heads"):
         placement.spec("heads")
     for layout in LAYOUTS.values():

@@ -18,7 +18,7 @@ from jaxmoe.aot.targets import DEVICES
 from jaxmoe.api import async_engine as engine
 from jaxmoe.engine.batch import all_buckets
 from jaxmoe.errors import ConfigError
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 
 from ..conftest import XLA
 
@@ -26,7 +26,7 @@ CASE = "qwen3_moe_sparse_step"
 GIB = 2**30
 LIMIT = DEVICES["v5p"].hbm_bytes
 REDUCE, SHUFFLE, GATHER = (
-    Collective(op=op, axes=axes, result_bytes=64)
+    CollectiveOp(op=op, axes=axes, result_bytes=64)
     for op, axes in (("all-reduce", ("tensor",)), ("all-to-all", ("expert",)), ("all-gather", ("tensor",)))
 )
 PLAN = Counter({REDUCE: 4, SHUFFLE: 2})
@@ -38,7 +38,7 @@ NO_ROOM = {
 }
 
 
-def step(temp_gib: int = 1, total_gib: int = 2, collectives: Counter[Collective] = PLAN) -> CompiledStep:
+def step(temp_gib: int = 1, total_gib: int = 2, collectives: Counter[CollectiveOp] = PLAN) -> CompiledStep:
     return CompiledStep(
         temp_bytes=temp_gib * GIB, total_bytes=total_gib * GIB, collectives=collectives, planned=PLAN,
         scatter_padding=0.0, optimal_seconds=total_gib / 100, compile_seconds=1.5,
@@ -162,7 +162,7 @@ def test_steps_are_those_of_an_engine(target, grouped, answer, monkeypatch, tiny
             aot.compile_step(runner, phase, **sizes)
         return step()
 
-    monkeypatch.setattr(aot.Runner, "lower", lower)
+    monkeypatch.setattr(aot.ModelRunner, "lower", lower)
     answer(compile_step, compile_step, target=target, max_num_seqs=9, context=100)
 
     llm = tiny_llm(CASE, "expert=2,tensor=2", XLA)

@@ -13,7 +13,7 @@ from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.parallel.collectives import StepShape, planned_collectives
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.planner.cost import StepCost, imbalance
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.planner.links import group_of
@@ -29,7 +29,7 @@ def config_of(name: str, weights_dtype: str | None = None):
 
 
 def cost_of(name: str, mesh: str, *, layout: str = "ep-tp", hardware: str = "h100", dispatch: str = "all_to_all"):
-    placement = Placement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
+    placement = MeshPlacement(mesh=PlannedMesh(parse_mesh(mesh), "gpu"), layout=parse_layout(layout))
     return StepCost(DeviceMemory(config_of(name), placement), read_hardware(hardware), dispatch=dispatch)
 
 
@@ -52,7 +52,9 @@ def test_a_long_prompt_takes_its_products():
 def test_half_as_wide_numbers_take_half_the_time_where_memory_binds():
     whole, half = (
         StepCost(
-            DeviceMemory(config_of("llama-3.1-70b", dtype), Placement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))),
+            DeviceMemory(
+                config_of("llama-3.1-70b", dtype), MeshPlacement(mesh=PlannedMesh(parse_mesh("tensor=4"), "gpu"))
+            ),
             read_hardware("h100"),
         ).step_time(StepBatch(1, 0, 1))
         for dtype in (None, "fp8")
@@ -108,7 +110,7 @@ def test_stages_wait_less_with_more_chunks():
         StepCost(
             DeviceMemory(
                 config_of("llama-3.1-70b"),
-                Placement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), virtual_stages=v),
+                MeshPlacement(mesh=PlannedMesh(parse_mesh("pipeline=4,tensor=2"), "gpu"), virtual_stages=v),
             ),
             read_hardware("h100"),
         ).step_time(StepBatch(64, 2048, 1024, 512))

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from jaxmoe.parallel.collectives import Collective, sent_of
+from jaxmoe.parallel.collectives import CollectiveOp, sent_of
 from jaxmoe.planner.hardware import hardware_names, read_hardware
 from jaxmoe.planner.links import KERNEL_BYTES, LinkModel, RankGroup, group_of
 
@@ -18,7 +18,7 @@ OPS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-p
 def seconds(name: str, op: str, whole: float, group: RankGroup, *, devices: int = 16) -> float:
     result = int(whole) // (group.ranks if op == "reduce-scatter" else 1)
     return LinkModel(read_hardware(name), devices=devices).seconds(
-        Collective(op=op, axes=(), result_bytes=result), group
+        CollectiveOp(op=op, axes=(), result_bytes=result), group
     )
 
 
@@ -90,7 +90,7 @@ def test_an_exchange_of_two_nodes_is_bound_by_the_link_between_them():
 
 def test_times_measured_between_nodes_are_taken_where_there_are_any():
     hardware = replace(read_hardware("h100"), collectives_between_nodes={"all-gather": {2: ((1024.0, 50.0),)}})
-    one = Collective(op="all-gather", axes=(), result_bytes=1024)
+    one = CollectiveOp(op="all-gather", axes=(), result_bytes=1024)
     assert LinkModel(hardware, devices=2).seconds(one, RankGroup(2, 1, 8)) == pytest.approx(50e-6)
 
 

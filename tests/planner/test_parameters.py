@@ -14,7 +14,7 @@ from jaxmoe.model.kernels import choose_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.layouts import LAYOUTS, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.planner.memory import DeviceMemory
 from jaxmoe.weights.params import parameter_table
 
@@ -39,7 +39,7 @@ def by_path(held: DeviceMemory) -> Counter[str]:
     return found
 
 
-def of_abstract_model(config, placement: Placement) -> Counter[str]:
+def of_abstract_model(config, placement: MeshPlacement) -> Counter[str]:
     shared = placement.num_shards("page_token") > 1
     kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=shared, quantization=config.quantization)
     _, state = nnx.split(abstract_model(config, placement, dtype="float32", kernels=kernels))
@@ -55,8 +55,8 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
     config = read_config({**case.config, "torch_dtype": "float32", "dtype": "float32"})
     mesh, layout = MESHES[sum(map(ord, case.name)) % len(MESHES)]
     placement = dict(layout=parse_layout(layout))
-    mine = by_path(DeviceMemory(config, Placement(mesh=planned(mesh), **placement)))
-    assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh), **placement))
+    mine = by_path(DeviceMemory(config, MeshPlacement(mesh=planned(mesh), **placement)))
+    assert mine == of_abstract_model(config, MeshPlacement(mesh=mesh_of(mesh), **placement))
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -64,8 +64,8 @@ def test_every_parameter_of_every_family_takes_what_the_abstract_model_says(case
 def test_every_layout_splits_them_alike(name, layout):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
     for mesh in ("data=2,expert=2,tensor=2", "pipeline=2,expert=2,tensor=2"):
-        held = DeviceMemory(config, Placement(mesh=planned(mesh), layout=LAYOUTS[layout]))
-        assert by_path(held) == of_abstract_model(config, Placement(mesh=mesh_of(mesh), layout=LAYOUTS[layout]))
+        held = DeviceMemory(config, MeshPlacement(mesh=planned(mesh), layout=LAYOUTS[layout]))
+        assert by_path(held) == of_abstract_model(config, MeshPlacement(mesh=mesh_of(mesh), layout=LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("weights_dtype", ["int8", "fp8", "int8-block", "fp8-block"])
@@ -75,8 +75,8 @@ def test_quantized_ones_with_their_scales(name, weights_dtype):
         read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"}), weights_dtype
     )
     mesh = "expert=2,tensor=4"
-    mine = by_path(DeviceMemory(config, Placement(mesh=planned(mesh))))
-    assert mine == of_abstract_model(config, Placement(mesh=mesh_of(mesh)))
+    mine = by_path(DeviceMemory(config, MeshPlacement(mesh=planned(mesh))))
+    assert mine == of_abstract_model(config, MeshPlacement(mesh=mesh_of(mesh)))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "fp8", "int8"])
@@ -84,12 +84,12 @@ def test_quantized_ones_with_their_scales(name, weights_dtype):
 @pytest.mark.parametrize(("mesh", "layout"), [("data=2,tensor=4", "ep-tp"), ("data=4,tensor=2", "cp-ep-tp")])
 def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
     config = read_config({**CASES_BY_NAME[name].config, "torch_dtype": "float32", "dtype": "float32"})
-    placement = Placement(mesh=mesh_of(mesh), layout=parse_layout(layout))
+    placement = MeshPlacement(mesh=mesh_of(mesh), layout=parse_layout(layout))
     kernels = choose_kernels("float32", {}, platform="cpu", shared_pages=placement.num_shards("page_token") > 1)
     kept = {"fp8": "float8_e4m3fn"}.get(kv_dtype or "", kv_dtype)
     runner = abstract_runner(config, placement, dtype="float32", kv_dtype=kept, kernels=kernels)
     weights, pages = held_bytes(runner, max_num_seqs=8, context=64, page_size=16, chunk_tokens=512)
-    held = DeviceMemory(config, Placement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
+    held = DeviceMemory(config, MeshPlacement(mesh=planned(mesh), layout=parse_layout(layout)), kv_dtype=kv_dtype)
     assert held.weight_bytes == weights
     tokens = 8 // placement.num_shards("batch") * 64
     assert held.kv_bytes_per_token * tokens == pages
@@ -98,8 +98,8 @@ def test_pages_take_what_the_engine_makes_of_them(mesh, layout, name, kv_dtype):
 
 def test_padding_and_copies_are_what_an_even_share_lacks():
     config = read_config({**CASES_BY_NAME["mixtral_six_experts"].config, "torch_dtype": "float32", "dtype": "float32"})
-    alone = DeviceMemory(config, Placement(mesh=planned("data=1")))
+    alone = DeviceMemory(config, MeshPlacement(mesh=planned("data=1")))
     assert alone.unpadded_bytes == alone.weight_bytes
-    copies = DeviceMemory(config, Placement(mesh=planned("data=8")))
+    copies = DeviceMemory(config, MeshPlacement(mesh=planned("data=8")))
     assert copies.unpadded_bytes == alone.weight_bytes / 8
     assert copies.weight_bytes == alone.weight_bytes

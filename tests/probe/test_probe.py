@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.errors import MeshError
-from jaxmoe.parallel.collectives import Collective
+from jaxmoe.parallel.collectives import CollectiveOp
 from jaxmoe.planner.hardware import MeasuredOp, read_hardware
 from jaxmoe.planner.hardware_file import hardware_text, write_hardware
 from jaxmoe.probe import probe as probing
@@ -30,7 +30,7 @@ RATES = DeviceRates(tflops={"bf16": 2.0, "f32": 1.0, "int8": 1.5, "fp8": 3.0}, h
 def test_a_timed_program_holds_its_collective_as_often_as_it_turns_and_nothing_else(op, axis):
     mesh = mesh_of("data=4,tensor=2" if axis == "data" else "data=2,tensor=4")
     program, argument = timed.collective_program(op, axis, 4096, mesh, 7)
-    assert collectives(program.as_text(), mesh) == {Collective(op=op, axes=(axis,), result_bytes=RESULTS[op]): 7}
+    assert collectives(program.as_text(), mesh) == {CollectiveOp(op=op, axes=(axis,), result_bytes=RESULTS[op]): 7}
     assert timed.differing(program, timed.expected(op, axis, 4096, 4), 7, mesh) == ""
     first = argument.dtype.type(0.5)
     result = np.asarray(program(argument)).reshape(8, -1)  # the first number of each is what the last iteration gave

@@ -19,7 +19,7 @@ from jaxmoe.model import moe, project
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, LAYOUTS
 from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, check_axes
-from jaxmoe.parallel.sharding import PipelineView, Placement
+from jaxmoe.parallel.sharding import MeshPlacement, PipelineView
 from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.report.verify import ParityCase, all_meshes, all_trials, verify_trials
 
@@ -47,7 +47,7 @@ def test_every_mesh_is_tried_in_every_layout_or_one_that_is_alike(moe):
 
 def _lies(mesh, layout) -> list:
     """Which part of every dim each device has, however layers stand to the pipeline."""
-    placement = Placement(mesh=mesh, layout=layout)
+    placement = MeshPlacement(mesh=mesh, layout=layout)
     found: list = [
         placement.ep_exchange_axes("sequence_sharded"),
         placement.ep_replicated_axes("sequence_sharded"),

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from jaxmoe.errors import CheckpointError
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.train.loop import HeldOut, TrainResult
 from jaxmoe.train.step import TrainState
 from scripts.demo_manifest import MANIFEST, manifest_of, record_reproduction
@@ -37,7 +37,7 @@ def result(nats_per_byte: float) -> TrainResult:
 
 def test_manifest_states_the_recipe_and_every_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    placement = Placement(mesh=mesh_of("data=2"))
+    placement = MeshPlacement(mesh=mesh_of("data=2"))
     manifest = manifest_of(
         tmp_path, recipe=DEMO_RECIPE, corpus={"license": "PSF-2.0"}, placement=placement, result=result(1.0),
         num_parameters=7, samples=[],
@@ -51,7 +51,7 @@ def test_manifest_states_the_recipe_and_every_file(tmp_path):
 
 def test_a_second_run_is_held_against_the_first(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps({"held_out": {"nats_per_byte": 1.0}, "reproduced": []}))
-    placement = Placement(mesh=mesh_of("data=1"))
+    placement = MeshPlacement(mesh=mesh_of("data=1"))
     assert record_reproduction(tmp_path, result(1.01), placement) == pytest.approx(0.01)
     assert record_reproduction(tmp_path, result(0.98), placement) == pytest.approx(-0.02)
     runs = json.loads((tmp_path / MANIFEST).read_text())["reproduced"]
@@ -61,4 +61,4 @@ def test_a_second_run_is_held_against_the_first(tmp_path):
 
 def test_there_must_be_a_first_run(tmp_path):
     with pytest.raises(CheckpointError, match="has no manifest"):
-        record_reproduction(tmp_path, result(1.0), Placement(mesh=mesh_of("data=1")))
+        record_reproduction(tmp_path, result(1.0), MeshPlacement(mesh=mesh_of("data=1")))

@@ -13,7 +13,7 @@ from jaxmoe import LLM
 from jaxmoe.config import ModelConfig, MoEConfig, RopeConfig
 from jaxmoe.errors import CheckpointError, ConfigError, MeshError
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.parallel.sharding import Placement
+from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.train.loop import as_written, evaluate, train
 from jaxmoe.train.recipe import TrainingRecipe
 from jaxmoe.train.step import Trainer
@@ -48,7 +48,7 @@ ONE, EIGHT = "data=1", "data=2,tensor=2,expert=2"
 
 @cache  # its step is compiled once
 def trainer(mesh: str = ONE, recipe: TrainingRecipe = RECIPE, kernels: KernelConfig = KernelConfig()) -> Trainer:
-    return Trainer(recipe, Placement(mesh=mesh_of(mesh)), kernels=kernels)
+    return Trainer(recipe, MeshPlacement(mesh=mesh_of(mesh)), kernels=kernels)
 
 
 def windows(seed: int = 0) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_the_demo_model_splits_on_the_meshes_that_train_it():
     assert DEMO_MODEL.moe is not None
     assert DEMO_MODEL.moe.num_experts >= 8
     for mesh in (ONE, "data=2", EIGHT):
-        Trainer(DEMO_RECIPE, Placement(mesh=mesh_of(mesh)))
+        Trainer(DEMO_RECIPE, MeshPlacement(mesh=mesh_of(mesh)))
 
 
 def test_replace_directory_leaves_the_new_one_only(tmp_path):

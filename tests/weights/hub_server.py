@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 
-class Request(NamedTuple):
+class EngineRequest(NamedTuple):
     """One request as it came: method, path without query, and its Range header."""
 
     method: str
@@ -32,7 +32,7 @@ class Hub:
     repos: Mapping[str, Mapping[str, Mapping[str, bytes]]]
     cut_after: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[EngineRequest] = field(default_factory=list)
     url: str = ""
 
     def fetched(self) -> list[str]:
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.state.requests.append(Request(self.command, path, self.headers.get("Range")))
+        self.state.requests.append(EngineRequest(self.command, path, self.headers.get("Range")))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             repo, kind, revision = found.groups()
             self._info(repo, kind, revision or "main")

@@ -15,7 +15,7 @@ from jaxmoe.families import read_config, with_weights_dtype
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.quantization.formats import FORMATS, MXFP4, QuantizationFormat
 from jaxmoe.quantization.tensors import DequantizedTensor, ScaleView, TensorQuantizer, TransposedTensor, dequantize
 from jaxmoe.weights import load
@@ -47,7 +47,7 @@ class Rows:
 def loaded(directory, mesh: str, *, weights_dtype=None, layout=DEFAULT_LAYOUT, dtype="float32", layers="scan"):
     """Every parameter by its path, as LLM.load places them."""
     config = with_weights_dtype(read_config(read_json(directory / "config.json")), weights_dtype)
-    placement = Placement(mesh=mesh_of(mesh), layout=layout)
+    placement = MeshPlacement(mesh=mesh_of(mesh), layout=layout)
     model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     tensors = open_tensors(directory)

@@ -21,7 +21,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment, LayersMode
 from jaxmoe.weights import load, windows
 from jaxmoe.weights.checkpoint import open_tensors, read_json
@@ -55,7 +55,7 @@ def _prepare(
     directory: Path, mesh: str, dtype: str = "float32", layers: LayersMode = "scan", chunks: int = 1
 ) -> Prepared:
     config = read_config(read_json(directory / "config.json"))
-    placement = Placement(mesh=mesh_of(mesh), virtual_stages=chunks)
+    placement = MeshPlacement(mesh=mesh_of(mesh), virtual_stages=chunks)
     model = abstract_model(config, placement, dtype=dtype, kernels=KernelConfig(layers=layers))
     table = parameter_table(nnx.state(model), placement)
     sizes = segment_sizes(config, placement, model.layer_segments)

@@ -15,7 +15,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import is_exact, read_config
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.transformer import abstract_model
-from jaxmoe.parallel.sharding import Placement, segment_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.weights import convert as convert_module
 from jaxmoe.weights import transform
 from jaxmoe.weights.checkpoint import open_tensors
@@ -72,7 +72,7 @@ def test_what_models_hold_exactly_stays(name, to, tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("name", [case.name for case in QUICK_CASES])
 def test_what_models_hold_exactly_is_what_casts_leave(name, tiny_dir):
-    config, placement = read_config(CASES_BY_NAME[name].config), Placement(mesh=mesh_of("data=1"))
+    config, placement = read_config(CASES_BY_NAME[name].config), MeshPlacement(mesh=mesh_of("data=1"))
     model = abstract_model(config, placement, dtype="bfloat16", kernels=KernelConfig())
     exact = {info.path for info in parameter_table(nnx.state(model), placement) if info.dtype == np.float32}
     sizes = segment_sizes(config, placement, model.layer_segments)

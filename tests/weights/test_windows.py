@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.families import FAMILIES, WeightSlice, read_config, weight_slices
-from jaxmoe.parallel.sharding import Placement, array_sizes
+from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 from jaxmoe.parallel.stages import layer_segments
 from jaxmoe.weights import windows
 from jaxmoe.weights.checkpoint import read_json
@@ -22,7 +22,7 @@ from ..conftest import mesh_of
 def test_pieces_inside_a_window_are_those_that_testing_all_finds(name, tiny_dir):
     config = read_config(read_json(tiny_dir(name) / "config.json"))
     segments = layer_segments(config, "scan")
-    sizes = [array_sizes(config, Placement(mesh=mesh_of("tensor=2,expert=4")))] * len(segments)
+    sizes = [array_sizes(config, MeshPlacement(mesh=mesh_of("tensor=2,expert=4")))] * len(segments)
     by_path: dict[str, list[WeightSlice]] = defaultdict(list)
     for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments):
         by_path[weight_slice.path].append(weight_slice)
