@@ -3,7 +3,8 @@
 A bucket fixes the shapes of a step and with them the compiled program. There are few buckets.
 """
 
-# Dims: r ranks of the batch, d rows, n prompt blocks, q tokens of a block, p pages of a row, l biased tokens.
+# Dims: r ranks of the batch, d rows, n prompt blocks, q tokens of a block, p pages of a row, l biased tokens,
+# K = logits_per_slot, W words of a token bitmask.
 from __future__ import annotations
 
 import math
@@ -17,11 +18,14 @@ import numpy as np
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import MAX_BIAS_TOKEN_IDS, SamplingParams
 from jaxmoe.engine.scheduler import PromptChunk, ScheduledSequence, StepPlan
+from jaxmoe.errors import StepError
 
 # Defaults of an engine. CHUNK_TOKENS: prompt tokens per step and rank. MAX_DECODE_STEPS: tokens that a request decodes
 # in one step while no prompt waits.
 BLOCK_TOKENS = 32
 _NOWHERE = -1
+# Returns the token bitmask [W] int32 (ops.sample.SamplingArrays) of the token after the given ones; None allows all.
+BitmaskSource = Callable[[Sequence[int]], np.ndarray | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class StepBucket:
 
     A sequence slot holds one request, which decodes, or samples a token after the last block of its prompt.
     micro_batches: number of equal parts of slots and blocks, in order, that pass through the pipeline one by one.
+    logits_per_slot: most tokens of a slot whose logits are computed and sampled. More than one needs prompt blocks, to
+    which these tokens belong.
     """
 
     seq_slots: int
@@ -37,6 +43,12 @@ class StepBucket:
     block_tokens: int
     pages: int
     micro_batches: int = 1
+    logits_per_slot: int = 1
+
+    @property
+    def num_logits(self) -> int:
+        """Return the number of tokens of a rank whose logits are computed, padding included."""
+        return self.seq_slots * self.logits_per_slot
 
     @property
     def num_tokens(self) -> int:
@@ -54,13 +66,18 @@ class StepBucket:
         start = part * (self.num_tokens // self.micro_batches) + self.seq_slots // self.micro_batches
         return start + block * self.block_tokens + place
 
+    def bitmask_shape(self, num_ranks: int, vocab_size: int) -> tuple[int, int, int, int]:
+        """Return the shape [r, d, K, W] of the token bitmasks of a step."""
+        return num_ranks, self.seq_slots, self.logits_per_slot, -(-vocab_size // 32)
+
     def _parts(self) -> dict[str, tuple[int, ...]]:
         per_slot, blocks = (self.seq_slots,), (self.blocks,)
         bias_token_ids = (self.seq_slots, MAX_BIAS_TOKEN_IDS)
         return {
             "positions": per_slot,  # of the token each row reads: the last sampled one, or the last of its prompt
             "query_lens": per_slot,  # tokens that the row decodes, one per decode step; 0 if it does not decode
-            "logits_indices": per_slot,  # index of the token whose logits the row samples; -1 if it samples nothing
+            # indices of the tokens whose logits the row samples: the last ones that it reads, in order, and then -1
+            "logits_indices": (self.seq_slots, self.logits_per_slot),
             "block_table": (self.seq_slots, self.pages),
             "block_tokens": (self.blocks, self.block_tokens),
             "block_seq_slots": blocks,
@@ -105,13 +122,15 @@ FLOAT_PARTS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequ
 class RequestMetadata:
     """Hold the metadata that a step needs of one request in addition to its tokens.
 
-    num_prompt: tokens of its prompt. ends: end and stop tokens, which are masked before its min_tokens.
+    num_prompt: tokens of its prompt. ends: end and stop tokens, which are masked before its min_tokens. token_bitmask:
+    called with all tokens so far for every token that is to be sampled. If it raises, the requests of the step fail.
     """
 
     params: SamplingParams
     num_prompt: int
     ends: tuple[int, ...]
     seed: int
+    token_bitmask: BitmaskSource | None = None
 
 
 def whole_blocks(chunk_tokens: int, shares: int = 1) -> tuple[int, int]:
@@ -169,14 +188,16 @@ def bucket_of(
         used = max(decode.sequence.slot + 1 for decode in plan.decodes)
         seq_slots = next(n for n in slot_buckets(least=min_seq_slots, most=config.max_num_seqs) if n >= used)
     return bucket_with(
-        seq_slots, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares, whole=whole
+        seq_slots, blocks, block_tokens=size, pages=pages, stages=stages, shares=shares, whole=whole,
+        logits_per_slot=max((chunk.num_sampled for chunk in plan.chunks if chunk.last), default=1),
     )  # fmt: skip
 
 
 @cache  # called before every step
 def bucket_with(
-    seq_slots: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1
-) -> StepBucket:
+    seq_slots: int, blocks: int, *, block_tokens: int, pages: int, stages: int, shares: int = 1, whole: int = 1,
+    logits_per_slot: int = 1,
+) -> StepBucket:  # fmt: skip
     """Return the bucket of seq_slots slots and `blocks` prompt blocks, both multiples of the pipeline stages.
 
     shares: context-parallel ranks; seq_slots and block_tokens must be multiples of them. whole: desired alignment of
@@ -193,7 +214,10 @@ def bucket_with(
     even = [(count, parts) for count, parts in choices if (seq_slots + count * block_tokens) % (parts * whole) == 0]
     as_they_are = [choice for choice in choices if choice[0] == blocks]
     blocks, parts = min(even or as_they_are, key=lambda choice: tokens_waited(*choice))
-    return StepBucket(seq_slots=seq_slots, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts)
+    return StepBucket(
+        seq_slots=seq_slots, blocks=blocks, block_tokens=block_tokens, pages=pages, micro_batches=parts,
+        logits_per_slot=logits_per_slot,
+    )  # fmt: skip
 
 
 def all_buckets(
@@ -245,21 +269,55 @@ def pack(
     for decode in plan.decodes:
         at = write_request(decode.sequence)
         parts["positions"][at], parts["query_lens"][at] = decode.start, decode.count
-        parts["logits_indices"][at] = bucket.slot_token(at[1])
+        parts["logits_indices"][at][0] = bucket.slot_token(at[1])
     next_block = [0] * config.num_ranks
     for chunk in plan.chunks:
         at = write_request(chunk.sequence)
-        last = _pack_chunk(chunk, bucket, parts, next_block)
+        first_block = next_block[chunk.sequence.rank]
+        _pack_chunk(chunk, bucket, parts, next_block)
         if chunk.last:
-            parts["logits_indices"][at], parts["positions"][at] = last, chunk.start + chunk.count - 1
+            sampled = (divmod(place, bucket.block_tokens) for place in range(chunk.count)[-chunk.num_sampled :])
+            indices = [bucket.block_token(first_block + block, place) for block, place in sampled]
+            parts["logits_indices"][at][: len(indices)] = indices
+            parts["positions"][at] = chunk.start + chunk.count - 1
     return packed
 
 
-def _pack_chunk(chunk: PromptChunk, bucket: StepBucket, parts: dict[str, Any], next_block: list[int]) -> int:
-    """Write the blocks of one prompt chunk, and return the index of its last token among the tokens of its rank."""
+def pack_bitmasks(
+    plan: StepPlan, bucket: StepBucket, config: SchedulerConfig, metadata_of: Callable[[int], RequestMetadata],
+    *, vocab_size: int,
+) -> np.ndarray | None:  # fmt: skip
+    """Pack the token bitmasks of a plan for every rank: [r, d, K, W] int32. None if every token may be sampled.
+
+    A row with a token bitmask must decode one token (ScheduledSequence.awaits_tokens). Raises: StepError if a bitmask
+    has another shape or dtype.
+    """
+    sampled = [(decode.sequence, range(decode.start, decode.start + 1)) for decode in plan.decodes]
+    sampled += [
+        (chunk.sequence, range(chunk.start, chunk.start + chunk.count)[-chunk.num_sampled :])
+        for chunk in plan.chunks if chunk.last
+    ]  # fmt: skip
+    shape, found = bucket.bitmask_shape(config.num_ranks, vocab_size), {}
+    for sequence, positions in sampled:
+        token_bitmask = metadata_of(sequence.request_id).token_bitmask
+        for index, position in enumerate(positions if token_bitmask is not None else ()):
+            one = token_bitmask(sequence.tokens[: position + 1])
+            if one is not None:
+                if one.shape != shape[-1:] or one.dtype != np.int32:
+                    raise StepError(f"a token bitmask is {one.dtype} of shape {one.shape}, not int32 of {shape[-1:]}")
+                found[sequence.rank, sequence.slot, index] = one
+    if not found:
+        return None
+    packed = np.full(shape, -1, np.int32)
+    for at, one in found.items():
+        packed[at] = one
+    return packed
+
+
+def _pack_chunk(chunk: PromptChunk, bucket: StepBucket, parts: dict[str, Any], next_block: list[int]) -> None:
+    """Write the blocks of one prompt chunk from next_block of its rank on."""
     sequence, rank, size = chunk.sequence, chunk.sequence.rank, bucket.block_tokens
     ids: Sequence[int] = sequence.tokens[chunk.start : chunk.start + chunk.count]
-    last = _NOWHERE
     for first in range(0, chunk.count, size):
         part = ids[first : first + size]
         block = next_block[rank]
@@ -268,5 +326,3 @@ def _pack_chunk(chunk: PromptChunk, bucket: StepBucket, parts: dict[str, Any], n
         parts["block_seq_slots"][rank, block] = sequence.slot
         parts["block_positions"][rank, block] = chunk.start + first
         parts["block_query_lens"][rank, block] = len(part)
-        last = bucket.block_token(block, len(part) - 1)
-    return last

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxmoe.cache.pages import PageCopy
-from jaxmoe.engine.batch import RequestMetadata, StepBucket, all_buckets, bucket_of, pack
+from jaxmoe.engine.batch import BitmaskSource, RequestMetadata, StepBucket, all_buckets, bucket_of, pack, pack_bitmasks
 from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
@@ -55,6 +55,7 @@ class EngineRequest:
     num_prompt: int
     ends: tuple[int, ...]  # end tokens and stop tokens
     seed: int
+    token_bitmask: BitmaskSource | None = None
     record: RequestRecord | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -68,7 +69,10 @@ class EngineRequest:
 
     def metadata(self) -> RequestMetadata:
         """Return the metadata that a step needs of this request."""
-        return RequestMetadata(params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed)
+        return RequestMetadata(
+            params=self.params, num_prompt=self.num_prompt, ends=self.ends, seed=self.seed,
+            token_bitmask=self.token_bitmask,
+        )  # fmt: skip
 
     def push(self, token: int, logprob: float, top: dict[int, float]) -> TokenEvent:
         """Append a sampled token, set finish_reason if it is the last, and return its event."""
@@ -97,13 +101,17 @@ class EngineRequest:
         )  # fmt: skip
 
 
-def not_finite(runner: ModelRunner, where: str) -> StepError:
-    """Return the error for logits that contain NaN or plus infinity, or only minus infinity. where: their origin."""
+def not_finite(runner: ModelRunner, where: str, *, masked: bool = False) -> StepError:
+    """Return the error for logits that contain NaN or plus infinity, or only minus infinity.
+
+    where: their origin. masked: whether a token bitmask may have left no token.
+    """
     others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
     remedy = f"load it with dtype {others[runner.dtype]}, or check" if runner.dtype in others else "check"
+    mask = f"the token bitmask of {where} allows no token that its logits and biases allow, or " if masked else ""
     return StepError(
-        f"the logits of {where} are not finite: {runner.config.family} in {runner.dtype} overflowed, or its weights "
-        f"hold NaN; {remedy} the checkpoint's weights"
+        f"{mask}the logits of {where} are not finite: {runner.config.family} in {runner.dtype} overflowed, or its "
+        f"weights hold NaN; {remedy} the checkpoint's weights"
     )
 
 
@@ -164,12 +172,7 @@ class EngineCore:
         buckets = all_buckets(self.scheduler_config, **self._bucket_sizes())
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
-            nothing = pack(
-                StepPlan(decodes=[], chunks=[]),
-                bucket,
-                self.scheduler_config,
-                lambda index: self.requests[index].metadata(),
-            )
+            nothing = pack(StepPlan(decodes=[], chunks=[]), bucket, self.scheduler_config, self._request_metadata)
             self._state, output = self._step(nothing, (False, False, False), bucket, 1)
             jax.block_until_ready(output)
             self.buckets.add(bucket)
@@ -241,11 +244,12 @@ class EngineCore:
 
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
-        deadline: float | None = None,
+        deadline: float | None = None, token_bitmask: BitmaskSource | None = None,
     ) -> list[EngineRequest]:  # fmt: skip
         """Queue a request; each of its n samples becomes one EngineRequest.
 
-        name: shown in traces. deadline: time of the core's clock. Raises: RequestError if the request can never fit.
+        name: shown in traces. deadline: time of the core's clock. token_bitmask: see RequestMetadata. Raises:
+        RequestError if the request can never fit.
         """
         most = self.scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
@@ -255,13 +259,13 @@ class EngineCore:
         for sample in range(params.n):
             sequence = ScheduledSequence(
                 request_id=self._next_id, tokens=list(ids), max_total=most, keeps_all=params.reads_history,
-                priority=priority, deadline=deadline,
+                awaits_tokens=token_bitmask is not None, priority=priority, deadline=deadline,
             )  # fmt: skip
             self.scheduler.add(sequence)
             request = EngineRequest(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
                 stream=TextStream(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens),
-                seed=seed_of_sample(seed, sample),
+                seed=seed_of_sample(seed, sample), token_bitmask=token_bitmask,
             )  # fmt: skip
             if self.trace is not None:
                 full = name if params.n == 1 else f"{name}, sample {sample}"
@@ -338,7 +342,8 @@ class EngineCore:
             any(p.adjusts_logits for p in params),
             any(p.top_logprobs for p in params),
         )
-        packed = pack(plan, bucket, self.scheduler_config, self._request_metadata)
+        inputs = plan, bucket, self.scheduler_config, self._request_metadata
+        packed, bitmask = pack(*inputs), pack_bitmasks(*inputs, vocab_size=self.runner.config.vocab_size)
         slots = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
         sent = self._clock()
         for rank, page_copy in plan.page_copies:
@@ -346,7 +351,7 @@ class EngineCore:
             self._state = self._host_offload.run(self._state, rank, page_copy)
         known = bucket in self.buckets
         start = sent if known else self._settle()
-        self._state, output = self._step(packed, features, bucket, plan.decode_steps)
+        self._state, output = self._step(packed, features, bucket, plan.decode_steps, bitmask)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
         if not known:  # the call's time is compile time: dispatch is asynchronous
@@ -387,18 +392,16 @@ class EngineCore:
     def _request_metadata(self, request_id: int) -> RequestMetadata:
         return self.requests[request_id].metadata()
 
-    def _step(self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket, decode_steps: int):
+    def _step(
+        self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket, decode_steps: int,
+        token_bitmask: np.ndarray | None = None,
+    ):  # fmt: skip
         max_decode_steps = 1 if bucket.blocks else self.scheduler_config.decode_steps
         traced = self.trace is not None or self.on_loads is not None
         return self.runner.step(
-            self._state,
-            packed,
-            features,
-            bucket,
-            decode_steps=decode_steps,
-            max_decode_steps=max_decode_steps,
-            traced=traced,
-        )
+            self._state, packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
+            traced=traced, token_bitmask=token_bitmask,
+        )  # fmt: skip
 
     def _complete(self, step: _InFlight) -> None:
         tokens, logprobs = np.asarray(step.output.sampled.tokens), np.asarray(step.output.sampled.logprobs)
@@ -418,7 +421,8 @@ class EngineCore:
             decode_step[which] += 1
             if math.isnan(logprobs[at]):
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
-                self._end(sequence, "error", not_finite(self.runner, where))
+                error = not_finite(self.runner, where, masked=request.token_bitmask is not None)
+                self._end(sequence, "error", error)
                 continue
             event = request.push(
                 token, float(logprobs[at]), self._top(step.output.sampled, at, request.params.top_logprobs)

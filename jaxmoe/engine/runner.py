@@ -1,7 +1,8 @@
 """The compiled programs: an engine step, and scoring. Both take and return arrays; KV pages are donated."""
 
 # Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows and
-# n blocks of q prompt tokens, t = d + n * q tokens in total; T decode steps, L top log-probabilities.
+# n blocks of q prompt tokens, t = d + n * q tokens in total; T decode steps, L top log-probabilities; K sampled tokens
+# of a row in one pass, W words of a token bitmask.
 from __future__ import annotations
 
 import math
@@ -20,7 +21,15 @@ from flax import nnx
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.batch import BLOCK_TOKENS, StepBucket
 from jaxmoe.engine.experts import ExpertManager
-from jaxmoe.engine.step_programs import EngineState, StepOutput, output_buffers, sample_logits, score_prompts
+from jaxmoe.engine.step_programs import (
+    EngineState,
+    StepOutput,
+    last_sampled,
+    output_buffers,
+    sample_logits,
+    sampled_positions,
+    score_prompts,
+)  # fmt: skip
 from jaxmoe.errors import RequestError
 from jaxmoe.model.attend import (
     PAGE_DIMS,
@@ -51,6 +60,7 @@ from jaxmoe.weights.params import parameter_table
 
 # XLA's CPU matmuls of a single bfloat16 row run ten times slower than matmuls of two rows (docs/benchmarks.md).
 _MIN_SEQ_SLOTS = 2
+_BITMASK_DIMS = ("batch", "unsharded", "unsharded", "unsharded")
 
 
 def bucket(value: int, *, least: int = 16) -> int:
@@ -84,6 +94,7 @@ class ModelRunner:
         self.score_fn = jax.jit(self._score, compiler_options=options)
         table = parameter_table(state, self.placement)
         self.experts = ExpertManager(self.config, self.placement, self.segments, self.sizes, table)
+        self._all_allowed: dict[tuple[int, ...], jax.Array] = {}
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property
@@ -190,16 +201,18 @@ class ModelRunner:
     # --- the steps, traced once per shape ---
 
     def _step(
-        self, leaves, state: EngineState, packed: jax.Array, flags: jax.Array, decode_steps,
+        self, leaves, state: EngineState, packed: jax.Array, token_bitmask: jax.Array, flags: jax.Array, decode_steps,
         *, bucket: StepBucket, max_decode_steps: int, traced: bool,
     ):  # fmt: skip
         """Run one engine step of decode_steps decode steps, at most max_decode_steps.
 
-        flags: the SamplingFeatures. Every sampling row yields one token per decode step. If max_decode_steps is 1, as
+        flags: the SamplingFeatures. Every sampling row yields one token per decode step, or one for each of its
+        logits_indices if max_decode_steps is 1. If max_decode_steps is 1, as
         in every step with prompts, all micro-batches pass through the model before any token is sampled. Otherwise each
         micro-batch is sampled as soon as it leaves the model, and its next decode step begins.
         """
-        model, metadata, features = self._merge(leaves), bucket.split(packed), SamplingFeatures(*flags)
+        model, features = self._merge(leaves), SamplingFeatures(*flags)
+        metadata = bucket.split(packed) | {"token_bitmask": token_bitmask}
         tokens_per_expert = self._zero_tokens_per_expert(bucket) if traced else None
         if max_decode_steps == 1:
             return self._single_step(model, state, tokens_per_expert, metadata, features, bucket)
@@ -229,14 +242,9 @@ class ModelRunner:
         )
 
     def _single_step(
-        self,
-        model: TransformerModel,
-        state: EngineState,
-        tokens_per_expert: TokensPerExpert | None,
-        metadata,
-        features: SamplingFeatures,
-        bucket: StepBucket,
-    ):
+        self, model: TransformerModel, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
+        features: SamplingFeatures, bucket: StepBucket,
+    ):  # fmt: skip
         placement, ranks, parts = self.placement.with_view("in_stage"), self.num_ranks, bucket.micro_batches
         query_blocks = [
             QueryBlocks(
@@ -248,7 +256,7 @@ class ModelRunner:
             blocks = {name: metadata[f"block_{name}"] for name in ("seq_slots", "positions", "query_lens")}
             query_blocks.append(QueryBlocks(num_tokens=bucket.block_tokens, **blocks))
             tokens.append(metadata["block_tokens"])
-            pick = partial(at_rows, index=jnp.maximum(metadata["logits_indices"], 0))
+            pick = partial(at_rows, index=jnp.maximum(metadata["logits_indices"], 0).reshape(ranks, -1))
         step_inputs = PagedStepInputs(
             block_table=metadata["block_table"], query_blocks=tuple(query_blocks), backend=self.kernels.attention
         )
@@ -259,11 +267,12 @@ class ModelRunner:
         by_part = placement.constrain(by_part, "batch", "length")
         forward_state = ForwardState(list(state.pages), tokens_per_expert)
         hidden, forward_state, _ = model(by_part, step_inputs, forward_state, schedule=self._schedule(parts), pick=pick)
-        sampled = self._sample_hidden(model, hidden, metadata, token_pages, metadata["positions"], features)
-        last_tokens = jnp.where(metadata["logits_indices"] >= 0, sampled.tokens, state.tokens[:, : bucket.seq_slots])
+        positions = sampled_positions(metadata)
+        sampled = self._sample_hidden(model, hidden, metadata, token_pages, positions, features)
+        last_tokens = last_sampled(sampled, metadata, state.tokens[:, : bucket.seq_slots])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
         state = EngineState(placement.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
-        return state, StepOutput(SamplerOutput(*(part[None] for part in sampled)), forward_state.tokens_per_expert)
+        return state, StepOutput(sampled, forward_state.tokens_per_expert)
 
     def _decode(
         self, model: TransformerModel, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
@@ -300,8 +309,10 @@ class ModelRunner:
                 x, forward_state = model.after(model.from_last(buffers.sent), leaving, forward_state)
             own = {name: split_rows(part, last.micro_batch, of) for name, part in metadata.items()}
             positions = own["positions"] + last.decode_step
-            sampled = self._sample_hidden(model, model.apply_final_norm(x), own, token_pages, positions, features)
-            draws = leaves & (own["logits_indices"] >= 0) & (own["query_lens"] > last.decode_step)
+            hidden = model.apply_final_norm(x)
+            sampled = self._sample_hidden(model, hidden, own, token_pages, positions[..., None], features)
+            sampled = SamplerOutput(*(part[0] for part in sampled))
+            draws = leaves & (own["logits_indices"][..., 0] >= 0) & (own["query_lens"] > last.decode_step)
             mine = jnp.where(leaves, jnp.minimum(last.micro_batch, of - 1), of)
             by_part = state.tokens[:, :seq_slots].reshape(ranks, of, -1)
             old = split_rows(state.tokens[:, :seq_slots], last.micro_batch, of)
@@ -316,26 +327,17 @@ class ModelRunner:
             return state, forward_state.tokens_per_expert, buffers, room
 
         buffers = model.empty_buffers(schedule, ranks * seq_slots // of, 1) if schedule.stages > 1 else None
-        carry = (
-            state,
-            tokens_per_expert,
-            buffers,
-            output_buffers(max_decode_steps, ranks, of, seq_slots, vocab_size=self.config.vocab_size),
-        )
+        room = output_buffers(max_decode_steps, ranks, of, seq_slots, vocab_size=self.config.vocab_size)
+        carry = (state, tokens_per_expert, buffers, room)
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
         sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, seq_slots, *part.shape[4:]) for part in room))
         return state, StepOutput(sampled, tokens_per_expert)
 
     def _sample_hidden(
-        self,
-        model: TransformerModel,
-        hidden: jax.Array,
-        metadata,
-        token_pages: jax.Array,
-        positions: jax.Array,
+        self, model: TransformerModel, hidden: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array,
         features: SamplingFeatures,
-    ) -> SamplerOutput:
-        """Sample one token per row after hidden states [r*d,1,D] of tokens at positions [r,d]."""
+    ) -> SamplerOutput:  # fmt: skip
+        """Sample K tokens per row after hidden states [r*d*K,1,D] of tokens at positions [r,d,K]."""
         logits = model.logits(hidden)
         logits = logits.reshape(*positions.shape, -1)[..., : self.config.vocab_size]
         return sample_logits(
@@ -366,19 +368,29 @@ class ModelRunner:
 
     def step(
         self, state: EngineState, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket,
-        *, decode_steps: int, max_decode_steps: int, traced: bool = False,
+        *, decode_steps: int, max_decode_steps: int, traced: bool = False, token_bitmask: np.ndarray | None = None,
     ) -> tuple[EngineState, StepOutput]:  # fmt: skip
         """Run one engine step and return the new state and the output. Donates state.
 
         features: whether any row samples at random, adjusts logits, or returns top log-probabilities. decode_steps: at
         most max_decode_steps, which is 1 in a step with prompt blocks. traced: whether to count tokens per expert.
+        token_bitmask [r,d,K,W]: the tokens that may be sampled; None allows all and transfers nothing.
         """
         with self._precisely():
-            metadata = self.put(packed, "batch", "unsharded")
-            flags = np.array(features, np.bool_)
+            arrays = self.put(packed, "batch", "unsharded"), self._put_bitmask(token_bitmask, bucket)
+            flags = np.array((*features, token_bitmask is not None), np.bool_)
             static: Any = dict(bucket=bucket, max_decode_steps=max_decode_steps, traced=traced)
             with self._leaves_lock:
-                return self.step_fn(self.leaves, state, metadata, flags, np.int32(decode_steps), **static)
+                return self.step_fn(self.leaves, state, *arrays, flags, np.int32(decode_steps), **static)
+
+    def _put_bitmask(self, token_bitmask: np.ndarray | None, bucket: StepBucket) -> jax.Array:
+        """Put a token bitmask on the mesh. For None, return an array that allows all tokens, which stays there."""
+        if token_bitmask is not None:
+            return self.put(token_bitmask, *_BITMASK_DIMS)
+        shape = bucket.bitmask_shape(self.num_ranks, self.config.vocab_size)
+        if shape not in self._all_allowed:
+            self._all_allowed[shape] = self.put(np.full(shape, -1, np.int32), *_BITMASK_DIMS)
+        return self._all_allowed[shape]
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
         """Move experts to the wanted placement, for all steps dispatched from now on. Raises: as ExpertManager.move."""
@@ -406,7 +418,7 @@ class ModelRunner:
 
     def _shape(self, bucket: StepBucket) -> StepShape:
         return StepShape(
-            num_tokens=bucket.num_tokens, num_sampled=bucket.seq_slots, itemsize=self.itemsize,
+            num_tokens=bucket.num_tokens, num_sampled=bucket.num_logits, itemsize=self.itemsize,
             micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
         )  # fmt: skip
 
@@ -418,21 +430,14 @@ class ModelRunner:
 
     def lower(self, state: EngineState, bucket: StepBucket, *, max_decode_steps: int) -> Any:
         """Lower the step of one bucket for the devices of the mesh, without running it."""
-        packed = jax.ShapeDtypeStruct(
-            (self.num_ranks, bucket.length), jnp.int32, sharding=self.placement.sharding("batch", "unsharded")
-        )
+        bitmask_shape = bucket.bitmask_shape(self.num_ranks, self.config.vocab_size)
+        shapes = ((self.num_ranks, bucket.length), ("batch", "unsharded")), (bitmask_shape, _BITMASK_DIMS)
+        lie = self.placement.sharding
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=lie(*dims)) for shape, dims in shapes]
+        flags, decode_steps = np.zeros(4, np.bool_), np.int32(1)  # host values, as `step` passes them
+        static: Any = dict(bucket=bucket, max_decode_steps=max_decode_steps, traced=False)
         with self._precisely():
-            flags, decode_steps = np.zeros(3, np.bool_), np.int32(1)  # host values, as `step` passes them
-            return self.step_fn.lower(
-                self.leaves,
-                state,
-                packed,
-                flags,
-                decode_steps,
-                bucket=bucket,
-                max_decode_steps=max_decode_steps,
-                traced=False,
-            )
+            return self.step_fn.lower(self.leaves, state, *arrays, flags, decode_steps, **static)
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Return the log-probability [B,S] of the token after each position of tokens [B,S], and the last logits [B,V].

@@ -28,14 +28,16 @@ class ScheduledSequence:
     """Hold the tokens of one sequence and its scheduling state.
 
     tokens: prompt and generated tokens known so far. max_total: maximum number of tokens, prompt included. keeps_all:
-    whether the sequence needs the token ids of all its pages, so that it releases no page before it ends. deadline:
-    time at which it expires. arrival: order of submission. queued_at: number of the step at which it was queued.
+    whether the sequence needs the token ids of all its pages, so that it releases no page before it ends.
+    awaits_tokens: whether its next token is planned only when all tokens before it are known. deadline: time at which
+    it expires. arrival: order of submission. queued_at: number of the step at which it was queued.
     """
 
     request_id: int
     tokens: list[int]
     max_total: int
     keeps_all: bool = False
+    awaits_tokens: bool = False
     priority: int = 0
     deadline: float | None = None
     arrival: int = 0
@@ -59,12 +61,17 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptChunk:
-    """Describe prompt tokens [start, start + count) of a sequence. last: whether a token is sampled after them."""
+    """Describe prompt tokens [start, start + count) of a sequence.
+
+    last: whether a token is sampled after them. num_sampled: number of its last tokens after each of which a token is
+    sampled, if `last`.
+    """
 
     sequence: ScheduledSequence
     start: int
     count: int
     last: bool
+    num_sampled: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,7 @@ class StepPlan:
     def sampled(self) -> Iterator[tuple[ScheduledSequence, int]]:
         """Yield (sequence, number of sampled tokens), in the order of `decodes` and then of `chunks`."""
         yield from ((decode.sequence, decode.count) for decode in self.decodes)
-        yield from ((chunk.sequence, 1) for chunk in self.chunks if chunk.last)
+        yield from ((chunk.sequence, chunk.num_sampled) for chunk in self.chunks if chunk.last)
 
     def sequences(self) -> Iterator[ScheduledSequence]:
         """Yield every sequence of the step once."""
@@ -258,6 +265,8 @@ class StepScheduler:
         """
         if sequence.slot < 0 or (sequence.decoding and sequence.num_total >= sequence.max_total):
             return False
+        if sequence.awaits_tokens and sequence.num_pending:
+            return False
         needed = self._prompt_pages(sequence)
         if sequence.decoding:
             needed = sequence.num_written // self.config.page_size + 1
@@ -278,7 +287,7 @@ class StepScheduler:
         Further pages are allocated only while more are available than sequences run, as each may need one.
         """
         pool, size = self.pools[sequence.rank], self.config.page_size
-        wanted = min(decode_steps, sequence.max_total - sequence.num_total)
+        wanted = min(1 if sequence.awaits_tokens else decode_steps, sequence.max_total - sequence.num_total)
         while len(sequence.pages) * size < sequence.num_written + wanted and pool.num_available > len(self.running):
             sequence.pages += pool.allocate(1) or []
         start = sequence.num_written

@@ -1,7 +1,7 @@
 """Parts of the compiled programs that need no weights of their own: state, output, sampling, scoring."""
 
 # Dims: B rows (padded to the mesh), S prompt bucket, V vocabulary; r ranks of the batch, each with d rows; T decode
-# steps, L top log-probabilities.
+# steps, K sampled tokens of a row in one pass, L top log-probabilities.
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -38,8 +38,9 @@ class EngineState(NamedTuple):
 class StepOutput(NamedTuple):
     """Hold the output of one step.
 
-    sampled: sampled tokens of each decode step and row, arrays [T,r,d] and [T,r,d,L]. tokens_per_expert: tokens routed
-    to each physical expert, summed over the decode steps, as in ForwardState; None unless traced.
+    sampled: tokens of every row in the order in which they were sampled, arrays [T,r,d] and [T,r,d,L]. T is the number
+    of decode steps, or in a single step logits_per_slot of its bucket. tokens_per_expert: tokens routed to each
+    physical expert, summed over the decode steps, as in ForwardState; None unless traced.
     """
 
     sampled: SamplerOutput
@@ -61,7 +62,10 @@ def sample_logits(
     logits: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array, features: SamplingFeatures,
     *, placement: MeshPlacement, backend: SamplingBackend,
 ) -> SamplerOutput:  # fmt: skip
-    """Sample one token per row, on the rank of the row. logits [r,d,V]; positions [r,d] of the new tokens."""
+    """Sample K tokens per row, on the rank of the row: arrays [K,r,d] and [K,r,d,L].
+
+    logits [r,d,K,V]. positions [r,d,K]: of the new tokens. The K tokens of a row share its sampling parameters.
+    """
     values = {name: metadata[name] for name in SamplingArrays._fields}
     for name in FLOAT_PARTS:
         values[name] = jax.lax.bitcast_convert_type(values[name], jnp.float32)
@@ -70,22 +74,42 @@ def sample_logits(
     names = list(values)
 
     def on_rank(logits, token_pages, block_table, positions, features, *arrays):
-        rows = SamplingArrays(**{name: array[0] for name, array in zip(names, arrays, strict=True)})
-        sampled = sample(
-            logits[0], rows, token_pages, block_table[0], positions[0], SamplingFeatures(*features), backend=backend
+        each = lambda array: jnp.repeat(array[0], logits.shape[2], axis=0)  # noqa: E731
+        flat = lambda array: array.reshape(-1, *array.shape[3:])  # noqa: E731
+        own = dict(zip(names, arrays, strict=True))
+        rows = SamplingArrays(
+            **{name: flat(array) if name == "token_bitmask" else each(array) for name, array in own.items()}
         )
-        return tuple(part[None] for part in sampled)
+        sampled = sample(
+            flat(logits), rows, token_pages, each(block_table), flat(positions), SamplingFeatures(*features),
+            backend=backend,
+        )  # fmt: skip
+        return tuple(jnp.moveaxis(part.reshape(*logits.shape[:3], *part.shape[1:]), 2, 0) for part in sampled)
 
-    per_row = ("batch", "block")
+    per_row, per_token = ("batch", "block"), ("batch", "block", "unsharded")
     sampled = placement.shard_map_local(
         on_rank,
-        (logits, (*per_row, "unsharded")), (token_pages, TOKEN_PAGE_DIMS),
+        (logits, (*per_token, "unsharded")), (token_pages, TOKEN_PAGE_DIMS),
         (metadata["block_table"], (*per_row, "unsharded")),
-        (positions, per_row), (jnp.stack(features), ("unsharded",)),
-        *((values[name], (*per_row, "unsharded")[: values[name].ndim]) for name in names),
-        out=(per_row, per_row, (*per_row, "unsharded"), (*per_row, "unsharded")),
+        (positions, per_token), (jnp.stack(features), ("unsharded",)),
+        *((values[name], (*per_token, "unsharded")[: values[name].ndim]) for name in names),
+        out=(("unsharded", *per_row),) * 2 + (("unsharded", *per_token),) * 2,
     )  # fmt: skip
     return SamplerOutput(*sampled)
+
+
+def sampled_positions(metadata) -> jax.Array:
+    """Return the position [r,d,K] of the token before each token that a row samples, by logits_indices [r,d,K]."""
+    indices = metadata["logits_indices"]
+    num_sampled = jnp.sum(indices >= 0, axis=-1, keepdims=True)
+    return metadata["positions"][..., None] + jnp.arange(indices.shape[-1]) - jnp.maximum(num_sampled - 1, 0)
+
+
+def last_sampled(sampled: SamplerOutput, metadata, otherwise: jax.Array) -> jax.Array:
+    """Return the last sampled token of every row [r,d]; `otherwise` [r,d] of rows that sample none."""
+    for index, tokens in enumerate(sampled.tokens):
+        otherwise = jnp.where(metadata["logits_indices"][..., index] >= 0, tokens, otherwise)
+    return otherwise
 
 
 def score_prompts(

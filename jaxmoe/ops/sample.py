@@ -1,14 +1,14 @@
 """Sample one token per row from logits.
 
-Penalties and biases are applied first. Then the token is chosen greedily, or drawn at random with temperature, top-k,
-top-p and min-p from the seed of its row.
+Penalties and biases are applied first, then the token bitmask. Then the token is chosen greedily, or drawn at random
+with temperature, top-k, top-p and min-p from the seed of its row.
 
 - xla: runs on any platform; skips features that no row uses.
 - native: a C++ kernel for CPUs (ops/native; needs a compiler); programs with it compile in half the time.
 """
 
-# Dims: B rows, V vocabulary, C token capacity of a row's history, L tokens with a bias, T top tokens,
-# M pages of S tokens, P pages of a row.
+# Dims: B rows, V vocabulary, W = ceil(V/32) words of a bitmask, C token capacity of a row's history, L tokens with a
+# bias, T top tokens, M pages of S tokens, P pages of a row.
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
@@ -31,7 +31,8 @@ class SamplingArrays(NamedTuple):
     temperature 0 means greedy sampling. top_k 0, top_p 1, min_p 0, repetition 1, presence 0 and frequency 0 disable
     their feature. seed and seed_high: low and high half of a 64-bit seed. prompt_length: number of prompt tokens.
     bias_token_ids: ids of tokens with a bias, at least V where unused. The first num_stop_ids of them are banned for
-    new tokens at positions below min_tokens_until.
+    new tokens at positions below min_tokens_until. token_bitmask: the tokens that may be sampled, in the layout of
+    xgrammar and llguidance: token t is allowed if bit t % 32 of word t // 32 is set.
     """
 
     temperature: Float[Array, "B"]
@@ -48,13 +49,14 @@ class SamplingArrays(NamedTuple):
     bias: Float[Array, "B L"]
     num_stop_ids: Int[Array, "B"]
     min_tokens_until: Int[Array, "B"]
+    token_bitmask: Int[Array, "B W"]
 
 
 class SamplerOutput(NamedTuple):
     """Hold the next token of every row, its log-probability under the model, and the top tokens with theirs.
 
-    logprobs is NaN if the logits of a row are invalid: one is NaN or plus infinity, or all are minus infinity. Ignore
-    the token in that case.
+    logprobs is NaN if the logits of a row are invalid: one is NaN or plus infinity, or all are minus infinity, also if
+    the token bitmask makes them so. Ignore the token in that case.
     """
 
     tokens: Int[Array, "B"]
@@ -67,11 +69,13 @@ class SamplingFeatures(NamedTuple):
     """Flag the sampling features that at least one row of a batch uses. The others are skipped.
 
     random: a row samples at random. adjusted: a row has penalties or biases. top: a row returns top log-probabilities.
+    masked: a row has a token bitmask that excludes a token.
     """
 
     random: Bool[Array, ""]
     adjusted: Bool[Array, ""]
     top: Bool[Array, ""]
+    masked: Bool[Array, ""]
 
 
 def adjust_logits(
@@ -98,6 +102,19 @@ def adjust_logits(
     masked &= positions[:, None] < rows.min_tokens_until[:, None]
     logits = logits.at[row, rows.bias_token_ids].add(rows.bias, mode="drop")
     return logits.at[row, jnp.where(masked, rows.bias_token_ids, vocab)].set(-jnp.inf, mode="drop")
+
+
+def apply_token_bitmask(
+    logits: Float[Array, "B V"], token_bitmask: Int[Array, "B W"]
+) -> tuple[Float[Array, "B V"], Bool[Array, "B"]]:
+    """Set the logits of tokens that token_bitmask excludes to -inf. Return them, and whether a row lost its last token.
+
+    A row whose logits are all -inf beforehand has no token to lose.
+    """
+    bits = (token_bitmask[:, :, None] >> jnp.arange(32)) & 1
+    allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
+    masked = jnp.where(allowed, logits, -jnp.inf)
+    return masked, (jnp.max(logits, axis=-1) > -jnp.inf) & (jnp.max(masked, axis=-1) == -jnp.inf)
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingArrays) -> Float[Array, "B V"]:
@@ -170,7 +187,14 @@ def _xla(logits, rows, token_pages, block_table, positions, features, num_top):
     def adjust() -> Array:
         return adjust_logits(logits, rows, token_pages[block_table].reshape(len(block_table), -1), positions)
 
-    adjusted = jax.lax.cond(features.adjusted, adjust, lambda: logits)
+    def change() -> tuple[Array, Array]:
+        adjusted = jax.lax.cond(features.adjusted, adjust, lambda: logits)
+        mask = lambda: apply_token_bitmask(adjusted, rows.token_bitmask)  # noqa: E731
+        return jax.lax.cond(features.masked, mask, lambda: (adjusted, none_lost))
+
+    none_lost = jnp.zeros(len(logits), jnp.bool_)
+    changes = features.adjusted | features.masked
+    adjusted, lost = jax.lax.cond(changes, change, lambda: (logits, none_lost))
     best = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
@@ -181,7 +205,7 @@ def _xla(logits, rows, token_pages, block_table, positions, features, num_top):
     tokens = jax.lax.cond(features.random, draw, lambda: best)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     total = jnp.where(jnp.isfinite(total), total, jnp.nan)
-    picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    picked = jnp.where(lost, jnp.nan, (jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total)[:, 0])
 
     def likeliest() -> tuple[Array, Array]:
         values, indices = jax.lax.top_k(logits, num_top)
@@ -189,4 +213,4 @@ def _xla(logits, rows, token_pages, block_table, positions, features, num_top):
 
     shape = (len(tokens), num_top)
     top = jax.lax.cond(features.top, likeliest, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
-    return SamplerOutput(tokens, picked[:, 0], *top)
+    return SamplerOutput(tokens, picked, *top)

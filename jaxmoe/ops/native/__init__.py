@@ -263,7 +263,7 @@ def native_sample(
     token_pages: Int[Array, "M S"],
     block_table: Int[Array, "B P"],
     positions: Int[Array, "B"],
-    features: Bool[Array, "3"],
+    features: Bool[Array, "4"],
     rows: Sequence[Array],
     *,
     num_top: int,

@@ -38,11 +38,11 @@ inline float Gumbel(uint32_t bits) {
 struct Rows {
   const float* logits;
   const int32_t *token_pages, *block_table, *positions;
-  const bool* features;  // random, adjusted, top: see SamplingFeatures
+  const bool* features;  // random, adjusted, top, masked: see SamplingFeatures
   const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency, *bias;
-  const int32_t *top_k, *prompt_length, *bias_token_ids, *num_stop_ids, *min_tokens_until;
+  const int32_t *top_k, *prompt_length, *bias_token_ids, *num_stop_ids, *min_tokens_until, *token_bitmask;
   const uint32_t *seed, *seed_high;
-  int64_t vocab, page_size, pages_of_row, num_bias_ids, num_top;
+  int64_t vocab, page_size, pages_of_row, num_bias_ids, num_top, num_words;
   int32_t *tokens, *top_tokens;
   float *logprobs, *top_logprobs;
 
@@ -72,6 +72,19 @@ struct Rows {
       const int32_t token = bias_token_ids[row * num_bias_ids + i];
       if (token >= 0 && token < vocab) out[token] = kNever;
     }
+  }
+
+  // Sets the logits in out of tokens that the row's bitmask excludes to minus infinity. Returns whether the row lost its
+  // last token that way.
+  bool Mask(int64_t row, float* out) const {
+    bool left = false, lost = false;
+    for (int64_t token = 0; token < vocab; ++token) {
+      const uint32_t word = static_cast<uint32_t>(token_bitmask[row * num_words + token / 32]);
+      const bool allowed = (word >> (token % 32)) & 1u;
+      (allowed ? left : lost) |= out[token] > kNever;
+      if (!allowed) out[token] = kNever;
+    }
+    return lost && !left;
   }
 
   // Returns the smallest entry of `scaled` (maximum 0) that remains after top-k, top-p and min-p.
@@ -147,16 +160,18 @@ struct Rows {
     static thread_local std::vector<float> room;
     const float* raw = logits + row * vocab;
     const float* adjusted = raw;
-    if (features[1]) {
+    bool lost = false;
+    if (features[1] || features[3]) {
       room.assign(raw, raw + vocab);
-      Adjust(row, room.data());
+      if (features[1]) Adjust(row, room.data());
+      if (features[3]) lost = Mask(row, room.data());
       adjusted = room.data();
     }
     const int64_t best = std::max_element(adjusted, adjusted + vocab) - adjusted;
     tokens[row] = static_cast<int32_t>(best);
     if (features[0] && temperature[row] > 0.0f) tokens[row] = Draw(row, adjusted, adjusted[best]);
-    const float total = LogSum(raw, features[1] ? *std::max_element(raw, raw + vocab) : raw[best]);
-    logprobs[row] = raw[tokens[row]] - total;
+    const float total = LogSum(raw, adjusted == raw ? raw[best] : *std::max_element(raw, raw + vocab));
+    logprobs[row] = lost ? std::numeric_limits<float>::quiet_NaN() : raw[tokens[row]] - total;
     if (!features[2]) {
       std::fill_n(top_tokens + row * num_top, num_top, 0);
       std::fill_n(top_logprobs + row * num_top, num_top, 0.0f);
@@ -201,6 +216,8 @@ XLA_FFI_Error* Sample(const Call& call) {
   rows.bias = floats();
   rows.num_stop_ids = ints();
   rows.min_tokens_until = ints();
+  rows.num_words = call.Argument(next).Size(1);
+  rows.token_bitmask = ints();
   rows.vocab = logits.Size(1);
   rows.page_size = pages.Size(1);
   rows.pages_of_row = block_table.Size(1);
@@ -218,4 +235,4 @@ XLA_FFI_Error* Sample(const Call& call) {
 }  // namespace
 }  // namespace jaxmoe
 
-JAXMOE_KERNEL(JaxmoeSample, 19, 4, jaxmoe::Sample)
+JAXMOE_KERNEL(JaxmoeSample, 20, 4, jaxmoe::Sample)
