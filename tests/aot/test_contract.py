@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -92,6 +94,20 @@ def test_native_kernels_hold_the_same_collectives(mesh, tiny_llm):
 def test_a_step_with_prompts_holds_exactly_the_planned_collectives(mesh, tiny_llm):
     llm = tiny_llm("qwen3_moe_norm", mesh, XLA)
     assert_as_planned(llm, bucket_for(llm, 8, blocks=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("llama_llama3", "data=2,tensor=4"), ("qwen3_moe_norm", "data=2,tensor=2,expert=2")],
+)
+def test_a_step_that_samples_several_tokens_of_a_row_holds_exactly_the_planned_collectives(name, mesh, tiny_llm):
+    llm = tiny_llm(name, mesh, XLA)
+    bucket = replace(bucket_for(llm, 8, blocks=2), logits_per_slot=2)
+    assert_as_planned(llm, bucket)
+    shards = llm.mesh.shape["tensor"]
+    logits_bytes = 2 * bucket.seq_slots * -(-llm.config.vocab_size // shards) * shards * 4
+    gathered = CollectiveOp(op="all-gather", axes=("tensor",), result_bytes=logits_bytes)
+    assert llm._runner.planned(bucket)[gathered] == 1
 
 
 def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):

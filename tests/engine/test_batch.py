@@ -72,9 +72,9 @@ def test_what_is_packed_reads_back():
     np.testing.assert_array_equal(parts["block_query_lens"][:, :2], [[4, 2], [3, 0]])
     assert parts["block_seq_slots"][0, :2].tolist() == [first.slot] * 2
     logits_indices = parts["logits_indices"]
-    assert logits_indices[0, first.slot] == bucket.seq_slots + 4 + 1
-    assert logits_indices[1, second.slot] == bucket.seq_slots + 2
-    assert (np.delete(logits_indices[0], first.slot) == -1).all()
+    assert logits_indices[0, first.slot] == [bucket.seq_slots + 4 + 1]
+    assert logits_indices[1, second.slot] == [bucket.seq_slots + 2]
+    assert (np.delete(logits_indices[0], first.slot, axis=0) == -1).all()
     at = (0, first.slot)
     assert parts["block_table"][at][:2].tolist() == first.pages
     assert [parts[name][at].view(np.uint32) for name in ("seed", "seed_high")] == [2**32 - 2, 2**32 - 1]
@@ -93,4 +93,4 @@ def test_what_is_packed_reads_back():
     parts = bucket.split(pack(plan, bucket, SCHEDULER_CONFIG, request_metadata.__getitem__))
     np.testing.assert_array_equal(parts["positions"], [[6], [3]])
     np.testing.assert_array_equal(parts["query_lens"], [[3], [3]])
-    np.testing.assert_array_equal(parts["logits_indices"], [[0], [0]])
+    np.testing.assert_array_equal(parts["logits_indices"], [[[0]], [[0]]])

@@ -101,6 +101,7 @@ SCHEDULE = dict(
     decode_steps=st.integers(1, 3),
     host_pages=st.sampled_from([0, 1, 5, 40]),
     failing=st.sets(st.integers(0, 60), max_size=2),
+    awaiting=st.sets(st.integers(0, 24), max_size=3),
 )
 MASKS = dict(
     window=st.sampled_from([0, 1, 2, 5, 7, 16]), attention_chunk=st.sampled_from([0, 0, 3, 8]),
@@ -118,11 +119,12 @@ def run_schedule(
     decode_steps,
     host_pages,
     failing,
+    awaiting,
     window=0,
     attention_chunk=0,
     keeping=(),
 ):
-    """keeping: which requests give no pages back."""
+    """awaiting: which requests await their tokens. keeping: which give no pages back."""
     config = SchedulerConfig(
         num_ranks=ranks,
         max_num_seqs=rows,
@@ -152,7 +154,7 @@ def run_schedule(
             _, prompt, max_total, priority, _ = todo[0]
             sequence = ScheduledSequence(
                 request_id=len(sequences), tokens=list(prompt), max_total=max_total, priority=priority,
-                keeps_all=len(sequences) in keeping,
+                keeps_all=len(sequences) in keeping, awaits_tokens=len(sequences) in awaiting,
             )  # fmt: skip
             sequences.append(sequence)
             todo.pop(0)
@@ -169,6 +171,8 @@ def run_schedule(
                 cancelled.add(sequence.request_id)
         plan = scheduler.plan()
         assert len(plan.decodes) <= rows * ranks
+        waited = [decode for decode in plan.decodes if decode.sequence.awaits_tokens]
+        assert all(decode.count == 1 and len(decode.sequence.tokens) == decode.start + 1 for decode in waited)
         for rank in range(ranks):
             chunks = [chunk for chunk in plan.chunks if chunk.sequence.rank == rank]
             assert sum(-(-chunk.count // 4) for chunk in chunks) <= blocks
@@ -280,6 +284,22 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
     assert [[(c.start, c.count, c.last) for c in plan.chunks] for plan in plans] == [
         [(0, 16, False)], [(16, 16, False)], [(32, 8, True)],
     ]  # fmt: skip
+
+
+def test_who_awaits_its_tokens_decodes_one_when_they_are_known_and_holds_up_nobody():
+    scheduler = StepScheduler(config_of(decode_steps=3))
+    awaiting, other = (
+        ScheduledSequence(request_id=index, tokens=[1, 2], max_total=20, awaits_tokens=not index) for index in range(2)
+    )
+    scheduler.add(awaiting)
+    scheduler.add(other)
+    prompts, second = scheduler.plan(), scheduler.plan()
+    assert [decode.sequence for decode in second.decodes] == [other]
+    list(scheduler.complete(prompts, [[7], [7]]))
+    third = scheduler.plan()
+    counts = {decode.sequence.request_id: (decode.start, decode.count) for decode in third.decodes}
+    assert counts == {0: (2, 1), 1: (5, 3)}
+    assert third.decode_steps == 3
 
 
 def test_a_shared_beginning_is_computed_once():

@@ -22,10 +22,10 @@ def rows(*values: tuple[float, int, float, float, int], **changes) -> SamplingAr
     others = dict(
         repetition=np.ones(count), presence=np.zeros(count), frequency=np.zeros(count), prompt_length=np.zeros(count),
         bias_token_ids=np.full((count, 3), 2**31 - 1), bias=np.zeros((count, 3)), num_stop_ids=np.zeros(count),
-        min_tokens_until=np.zeros(count), seed_high=np.zeros(count),
+        min_tokens_until=np.zeros(count), seed_high=np.zeros(count), token_bitmask=np.full((count, 128), -1),
     )  # fmt: skip
     parts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed) | others | changes
-    whole = ("top_k", "prompt_length", "bias_token_ids", "num_stop_ids", "min_tokens_until")
+    whole = ("top_k", "prompt_length", "bias_token_ids", "num_stop_ids", "min_tokens_until", "token_bitmask")
     dtypes = {"seed": jnp.uint32, "seed_high": jnp.uint32} | dict.fromkeys(whole, jnp.int32)
     return SamplingArrays(
         **{name: jnp.asarray(np.array(part).astype(dtypes.get(name, np.float32))) for name, part in parts.items()}
@@ -63,7 +63,7 @@ def test_the_tokens_kept_are_those_of_the_definitions(seed, temperature, top_k, 
     )
 
 
-ALL = SamplingFeatures(*(jnp.bool_(True),) * 3)
+ALL = SamplingFeatures(*(jnp.bool_(True),) * 4)
 
 
 @pytest.fixture(params=SAMPLING_BACKENDS)
@@ -96,9 +96,10 @@ def sampled_by(backend, logits, values, positions, history=None, features=ALL, *
     frequency=st.sampled_from([0.0, 0.4]),
     banned=st.integers(0, 2),
     high=st.sampled_from([0, 1, 2**32 - 1]),
+    masked=st.booleans(),
 )
 def test_both_kinds_draw_the_same(
-    seed, vocab, temperature, top_k, top_p, min_p, repetition, presence, frequency, banned, high
+    seed, vocab, temperature, top_k, top_p, min_p, repetition, presence, frequency, banned, high, masked
 ):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (3, vocab)).astype(np.float32)
@@ -111,14 +112,60 @@ def test_both_kinds_draw_the_same(
     )  # fmt: skip
     if vocab == 1 and banned:
         return  # nothing is left to choose
+    if masked:
+        changes["token_bitmask"] = bitmasks(rng.random((3, vocab)) < 0.5)
     history = rng.integers(0, vocab, (3, 8))
     found, wanted = (
         sampled_by(backend, logits, [row] * 3, [5, 8, 7], history, **changes) for backend in ("native", "xla")
     )
-    np.testing.assert_array_equal(found[0], wanted[0])
+    valid = np.isfinite(wanted[1])  # a row of which nothing may be sampled has no token
+    assert valid.all() or masked
+    np.testing.assert_array_equal(found[0][valid], wanted[0][valid])
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
     np.testing.assert_array_equal(found[2], wanted[2])
     np.testing.assert_allclose(found[3], wanted[3], atol=1e-5)
+
+
+def bitmasks(allowed: np.ndarray) -> np.ndarray:
+    """allowed [B,V] as words of 32 bits [B,W], token t at bit t % 32 of word t // 32."""
+    words = np.zeros((len(allowed), -(-allowed.shape[1] // 32)), np.uint32)
+    for row, token in np.argwhere(allowed):
+        words[row, token // 32] |= np.uint32(1) << np.uint32(token % 32)
+    return words.view(np.int32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_only_tokens_of_the_bitmask_are_sampled_and_logprobs_stay_those_of_the_model(temperature, draw):
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 3, (40, 70)).astype(np.float32)
+    allowed = rng.random(logits.shape) < 0.2
+    allowed[:, 63] = True  # the sign bit of a word
+    row = [(temperature, 0, 1.0, 0.0, 7)] * 40
+    positions = list(range(40))
+    tokens, logprobs, top, _ = draw(logits, row, positions, token_bitmask=bitmasks(allowed))
+    assert allowed[range(40), tokens].all()
+    if not temperature:
+        np.testing.assert_array_equal(tokens, np.where(allowed, logits, -np.inf).argmax(1))
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    np.testing.assert_allclose(logprobs, exact[range(40), tokens], atol=1e-5)
+    np.testing.assert_array_equal(top[:, 0], logits.argmax(1))
+    free, *_ = draw(logits, row, positions)
+    unmasked = ALL._replace(masked=jnp.bool_(False))
+    skipped, *_ = draw(logits, row, positions, features=unmasked, token_bitmask=bitmasks(allowed))
+    np.testing.assert_array_equal(skipped, free)
+    assert (free != tokens).any()
+
+
+def test_a_row_without_a_token_left_has_no_logprob_and_its_neighbors_do(draw):
+    logits = np.zeros((3, VOCAB), np.float32)
+    allowed = np.ones((3, VOCAB), bool)
+    allowed[0] = False
+    allowed[1] = np.arange(VOCAB) == 4  # which the row below bans
+    bans = dict(bias_token_ids=[[4, 2**31 - 1, 2**31 - 1]] * 3, num_stop_ids=[1, 1, 1], min_tokens_until=[0, 9, 9])
+    row = [(0.0, 0, 1.0, 0.0, 7)] * 3
+    tokens, logprobs, *_ = draw(logits, row, [3] * 3, token_bitmask=bitmasks(allowed), **bans)
+    assert np.isnan(logprobs).tolist() == [True, True, False]
+    assert tokens[2] == 0
 
 
 @pytest.mark.parametrize("backend", SAMPLING_BACKENDS)
@@ -232,7 +279,7 @@ def test_logprobs_are_those_of_the_model_whatever_changes_the_choice(draw):
 
 def test_what_nobody_wants_is_left_out(draw):
     logits = np.zeros((1, VOCAB), np.float32)
-    nothing = SamplingFeatures(*(jnp.bool_(False),) * 3)
+    nothing = SamplingFeatures(*(jnp.bool_(False),) * 4)
     row = [(1.0, 0, 1.0, 0.0, 7)]
     tokens, _, top, top_logprobs = draw(
         logits, row, [3], features=nothing, bias_token_ids=[[0, 1, 2]], bias=[[-9.0, -9.0, -9.0]]
