@@ -297,20 +297,22 @@ def pack_bitmasks(
         (chunk.sequence, range(chunk.start, chunk.start + chunk.count)[-chunk.num_sampled :])
         for chunk in plan.chunks if chunk.last
     ]  # fmt: skip
-    shape, found = bucket.bitmask_shape(config.num_ranks, vocab_size), {}
+    shape, bitmasks = bucket.bitmask_shape(config.num_ranks, vocab_size), {}
     for sequence, positions in sampled:
         token_bitmask = metadata_of(sequence.request_id).token_bitmask
         for index, position in enumerate(positions if token_bitmask is not None else ()):
-            one = token_bitmask(sequence.tokens[: position + 1])
-            if one is not None:
-                if one.shape != shape[-1:] or one.dtype != np.int32:
-                    raise StepError(f"a token bitmask is {one.dtype} of shape {one.shape}, not int32 of {shape[-1:]}")
-                found[sequence.rank, sequence.slot, index] = one
-    if not found:
+            bitmask = token_bitmask(sequence.tokens[: position + 1])
+            if bitmask is None:
+                continue
+            if bitmask.shape != shape[-1:] or bitmask.dtype != np.int32:
+                kind = f"{bitmask.dtype} of shape {bitmask.shape}"
+                raise StepError(f"a token bitmask is {kind}, it must be int32 of shape {shape[-1:]}")
+            bitmasks[sequence.rank, sequence.slot, index] = bitmask
+    if not bitmasks:
         return None
     packed = np.full(shape, -1, np.int32)
-    for at, one in found.items():
-        packed[at] = one
+    for at, bitmask in bitmasks.items():
+        packed[at] = bitmask
     return packed
 
 

@@ -63,8 +63,8 @@ class ScheduledSequence:
 class PromptChunk:
     """Describe prompt tokens [start, start + count) of a sequence.
 
-    last: whether a token is sampled after them. num_sampled: number of its last tokens after each of which a token is
-    sampled, if `last`.
+    last: whether a token is sampled after them. num_sampled: number of its last tokens, at most count, after each of
+    which a token is sampled, if `last`.
     """
 
     sequence: ScheduledSequence
