@@ -43,6 +43,10 @@ class StepError(JaxmoeError):
     """
 
 
+class ProcessLostError(StepError):
+    """Raised if another of the joined processes died, hangs or cannot be reached. This process ends shortly after."""
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Return the first `most` names as text, followed by the number of remaining names.
 

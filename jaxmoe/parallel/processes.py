@@ -1,0 +1,406 @@
+"""Processes that act as one: joining, comparing what has to be equal, and ending together.
+
+Each process holds some devices of the mesh. `join` connects all of them through jax.distributed and through a
+coordinator (parallel/coordinator.py), which process 0 starts beside itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jaxlib
+import zmq
+
+from jaxmoe.errors import MeshError, ProcessLostError
+from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
+
+LOST_AFTER_SECONDS = 30.0
+JOIN_TIMEOUT_SECONDS = 60.0
+LOST_CODE = 3  # exit code of a process that ends because another was lost
+_GRACE_SECONDS = 0.5  # from telling requests that they are lost to the end of this process
+_MAX_DEVICES = 512
+_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
+
+_group: ProcessGroup | None = None
+
+
+class ProcessGroup:
+    """Represent the joined processes, as seen by one of them. A thread of its own exchanges signs of life.
+
+    Use `join` to make one, and `joined` to get it.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, process_id: int, num_processes: int, facts: Mapping[str, Any],
+        lost_after: float, join_timeout: float,
+    ) -> None:  # fmt: skip
+        self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
+        self.lost: str | None = None  # the line that says which process was lost
+        self.names: list[str] = []
+        self.jax_port = 0
+        self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
+        self.at_exit: list[Callable[[], None]] = []  # called before the processes separate
+        self._status: tuple[int, float | None] = (0, None)
+        self._address = f"tcp://{host}:{port}"
+        self._facts, self._join_timeout = dict(facts), join_timeout
+        self._started, self._settled = threading.Event(), threading.Event()
+        self._agreed: dict[str, threading.Event] = {}
+        self._agreements = 0
+        self._failing, self._running = False, True
+        self._context = zmq.Context()
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox_lock = threading.Lock()
+        name = f"inproc://{uuid.uuid4()}"
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.bind(name)
+        self._outbox.connect(name)
+        self._refused: str | None = None
+        self._thread = threading.Thread(target=self._exchange, name="jaxmoe-processes", daemon=True)
+        self._thread.start()
+
+    # --- called by other threads ---
+
+    @property
+    def is_controller(self) -> bool:
+        """Return whether this is process 0, which decides what all processes run."""
+        return self.process_id == 0
+
+    def wait_for_start(self) -> None:
+        """Wait until all processes have joined. Raises: MeshError with the reason why they could not."""
+        self._started.wait()
+        if self._refused is not None:
+            self._outbox.close(linger=0)
+            self._thread.join(timeout=2)
+            raise MeshError(self._refused)
+
+    def agree(self, **values: Any) -> None:
+        """Wait until all processes have called this as often, and compare their values.
+
+        If a value differs, all processes end with one line that names both values.
+        """
+        name = f"agreement-{self._agreements}"
+        self._agreements += 1
+        event = self._agreed[name] = threading.Event()
+        self._send(message("agree", name=name, values=values))
+        event.wait()
+
+    def barrier(self) -> None:
+        """Wait until all processes have called this as often."""
+        self.agree()
+
+    def in_step(self, steps: int) -> None:
+        """Report that this process begins a step after `steps` others."""
+        self._status = steps, time.monotonic()
+
+    def idle(self, steps: int) -> None:
+        """Report that this process has dispatched `steps` steps, and waits or compiles."""
+        self._status = steps, None
+
+    def settle(self) -> None:
+        """After an error that a lost process can have caused, wait until it is known whether one was lost.
+
+        Raises: ProcessLostError if one was. This process ends shortly after.
+        """
+        self._settled.clear()
+        self._send(message("suspect"))
+        self._settled.wait()
+        if self.lost is not None:
+            raise ProcessLostError(self.lost)
+
+    def fail(self, line: str, code: int) -> None:
+        """End this process, and all others with its line. Returns only if they are ending already."""
+        self._failing = True
+        self._send(message("failed", line=line))
+        self._leave(code)
+
+    def leave(self) -> None:
+        """Separate from the other processes. Waits until all of them do."""
+        for function in self.at_exit:
+            function()
+        self.barrier()
+        jax.distributed.shutdown()
+        self._send(message("bye"))
+        self._outbox.close()
+        self._thread.join(timeout=5)
+
+    def _send(self, text: bytes) -> None:
+        with self._outbox_lock:
+            self._outbox.send(text)
+
+    @staticmethod
+    def _leave(code: int) -> None:
+        time.sleep(0.2)  # for the thread to send what is queued
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    # --- the thread ---
+
+    def _exchange(self) -> None:
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IPV6, 1)
+        dealer.setsockopt(zmq.LINGER, 500)
+        dealer.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        dealer.connect(self._address)
+        hello = message(
+            "hello", process_id=self.process_id, host=socket.gethostname(), pid=os.getpid(), facts=self._facts
+        )
+        self._dealer = dealer
+        poller = zmq.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(self._inbox, zmq.POLLIN)
+        heard, beat_at = time.monotonic(), 0.0
+        while self._running:
+            ready = dict(poller.poll(int(BEAT_SECONDS * 1000)))
+            while self._inbox in ready and self._inbox.poll(0):
+                text = self._inbox.recv()
+                dealer.send(text)
+                self._running = self._running and json.loads(text)["op"] not in ("bye", "failed")
+            now = time.monotonic()
+            if dealer in ready:
+                heard = now
+                while dealer.poll(0):
+                    self._receive(json.loads(dealer.recv()))
+            if now - beat_at >= BEAT_SECONDS and self._running:
+                beat_at = now
+                dealer.send(self._beat() if self._started.is_set() else hello)
+            self._look_for_coordinator(now - heard)
+        dealer.close(linger=200)
+        self._inbox.close(linger=0)
+        self._context.term()
+
+    def _beat(self) -> bytes:
+        steps, since = self._status
+        return message("beat", steps=steps, busy_s=0.0 if since is None else time.monotonic() - since)
+
+    def _look_for_coordinator(self, silent: float) -> None:
+        if not self._started.is_set():
+            if silent > self._join_timeout + 2 * BEAT_SECONDS:
+                self._refuse(f"no coordinator answers at {self._address[6:]} for {silent:.0f} s: start process 0 there")
+        elif silent > silence_limit(self.lost_after):
+            self._lose(f"the coordinator of process 0 at {self._address[6:]} was lost: no sign of life for {silent:.0f} s")
+
+    def _receive(self, values: dict[str, Any]) -> None:
+        match values["op"]:
+            case "start":
+                self.jax_port, self.names = values["jax_port"], values["names"]
+                self._started.set()
+            case "ping":
+                self._dealer.send(self._beat())
+            case "agreed":
+                self._agreed.pop(values["name"]).set()
+            case "settled":
+                self._settled.set()
+            case "refused" if not self._started.is_set():
+                self._refuse(values["line"])
+            case "refused" | "failed":
+                self._end(values["line"], 2)
+            case "lost":
+                self._lose(values["line"])
+
+    def _refuse(self, line: str) -> None:
+        self._refused, self._running = line, False
+        self._dealer.send(message("bye"))
+        self._started.set()
+
+    def _lose(self, line: str) -> None:
+        self.lost = line
+        for function in self.on_lost:
+            with contextlib.suppress(Exception):
+                function(line)
+        self._settled.set()
+        time.sleep(_GRACE_SECONDS)
+        self._end(line, LOST_CODE)
+
+    def _end(self, line: str, code: int) -> None:
+        if self._failing:  # with a line of its own
+            return
+        print(f"jaxmoe: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            self._dealer.send(message("bye"))
+            self._dealer.close(linger=200)
+            time.sleep(0.1)
+        os._exit(code)
+
+
+def joined() -> ProcessGroup | None:
+    """Return the group of joined processes, or None in a process by itself."""
+    return _group
+
+
+def join(
+    coordinator: str = "auto",
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    devices: int | None = None,
+    lost_after: float = LOST_AFTER_SECONDS,
+    join_timeout: float = JOIN_TIMEOUT_SECONDS,
+    arguments: str | None = None,
+) -> ProcessGroup:
+    """Join this process and others, so that their devices form one mesh. Call it in every process, before JAX starts.
+
+    The processes separate when they exit.
+
+    Args:
+        coordinator: HOST:PORT of process 0, on which it listens. "auto" takes it, num_processes and process_id from the
+            cluster manager: Slurm, Open MPI, Kubernetes, GKE.
+        num_processes: Number of processes.
+        process_id: Index of this process, in [0, num_processes).
+        devices: Number of CPU devices to emulate in this process.
+        lost_after: Seconds without a sign of life after which a process is lost, and all others end with exit code 3.
+        join_timeout: Seconds to wait for all processes.
+        arguments: What this process was started with, for comparison with the others.
+
+    Returns:
+        The group of the joined processes.
+
+    Raises:
+        MeshError: If a value is out of range, a process is missing, two have one process_id, or they differ in their
+            versions or arguments.
+    """
+    global _group
+    if _group is not None:
+        raise MeshError("this process has joined already: call join once")
+    host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
+    if devices is not None and not 1 <= devices <= _MAX_DEVICES:
+        raise MeshError(f"devices={devices} must lie in [1, {_MAX_DEVICES}]")
+    for name, value in (("lost_after", lost_after), ("join_timeout", join_timeout)):
+        if not 1 <= value <= 24 * 3600:
+            raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+    if process_id == 0:
+        _start_coordinator(port, num_processes=num_processes, lost_after=lost_after, join_timeout=join_timeout)
+        host = "localhost" if _is_here(host) else host
+    facts = {"num_processes": num_processes, **versions()} | ({} if arguments is None else {"the command": arguments})
+    group = ProcessGroup(
+        host, port, process_id=process_id, num_processes=num_processes, facts=facts,
+        lost_after=lost_after, join_timeout=join_timeout,
+    )  # fmt: skip
+    group.wait_for_start()
+    try:
+        _start_jax(group, devices)
+    except (RuntimeError, ValueError) as error:
+        raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
+    _group = group
+    atexit.register(_at_exit)
+    return group
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that have to be equal in all processes."""
+    from jaxmoe import __version__
+
+    return {
+        "jaxmoe": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+    }  # fmt: skip
+
+
+def _address_of(
+    coordinator: str, num_processes: int | None, process_id: int | None, timeout: float
+) -> tuple[str, int, int, int]:
+    """Return host, port, num_processes and process_id. Raises: MeshError if a value is missing or out of range."""
+    if coordinator == "auto":
+        if num_processes is not None or process_id is not None:
+            raise MeshError("num_processes and process_id need a coordinator HOST:PORT: auto detects all three")
+        from jax._src.clusters import ClusterEnv
+
+        try:
+            found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise MeshError(f"coordinator auto: the cluster manager does not name one: {error}") from error
+        coordinator, num_processes, process_id = found[:3]
+        if coordinator is None or num_processes is None or process_id is None:
+            raise MeshError("coordinator auto finds no cluster manager: give HOST:PORT, num_processes and process_id")
+    matched = _ADDRESS.fullmatch(coordinator)
+    if matched is None or not 1 <= int(matched["port"]) <= 65535:
+        raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
+    if num_processes is None or process_id is None:
+        raise MeshError(f"coordinator {coordinator} needs num_processes and process_id")
+    if not 0 <= process_id < num_processes:
+        raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
+    return matched["host"], int(matched["port"]), num_processes, process_id
+
+
+def _is_here(host: str) -> bool:
+    return host in ("localhost", "127.0.0.1", "[::1]", socket.gethostname(), socket.getfqdn())
+
+
+def _start_coordinator(port: int, *, num_processes: int, lost_after: float, join_timeout: float) -> None:
+    """Start the coordinator beside this process; it ends with it.
+
+    If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "jaxmoe.parallel.coordinator"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert child.stdin is not None
+    values = {"port": port, "num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
+    print(json.dumps(values), file=child.stdin, flush=True)
+    _children.append(child)  # its standard input stays open until this process ends
+
+
+_children: list[subprocess.Popen[str]] = []
+
+
+def _start_jax(group: ProcessGroup, devices: int | None) -> None:
+    """Start jax.distributed with the service of the coordinator."""
+    from jax._src import distributed
+
+    if devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    state: Any = distributed.global_state
+    real, distributed._jax = distributed._jax, _WithoutService(distributed._jax)
+    try:
+        host = "localhost" if group.host == "localhost" else group.host
+        jax.distributed.initialize(
+            f"{host}:{group.jax_port}", group.num_processes, group.process_id, cluster_detection_method="deactivate",
+            initialization_timeout=int(JOIN_TIMEOUT_SECONDS), heartbeat_timeout_seconds=24 * 3600,
+        )  # fmt: skip
+    finally:
+        distributed._jax = real
+    state.service = None
+
+
+class _WithoutService:
+    """Stand for jaxlib's module while jax.distributed starts: the service runs in the coordinator."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    @staticmethod
+    def get_distributed_runtime_service(*_: Any, **__: Any) -> None:
+        """Start nothing."""
+
+
+def _at_exit() -> None:
+    group = _group
+    if group is None:
+        return
+    error = getattr(sys, "last_value", None)
+    if error is not None:
+        group.fail(f"{type(error).__name__}: {error}", 1)
+    group.leave()
