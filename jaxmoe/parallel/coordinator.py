@@ -99,7 +99,7 @@ class ProcessCoordinator:
         if op == "beat":
             process.status = values
         elif op == "agree":
-            self._agree(process, values["name"], values["values"])
+            self._agree(process, values["name"], values["values"], values["compare"])
         elif op == "failed":
             del self._processes[process.process_id]
             self.end("failed", f"process {process.process_id}: {values['line']}")
@@ -123,9 +123,9 @@ class ProcessCoordinator:
             self._router.send_multipart([identity, message("refused", line=line)])
             self.end("refused", line)
             return
+        first = self._processes.get(min(self._processes, default=process_id), joined)
         self._processes[process_id] = joined
-        first = self._processes[min(self._processes)]
-        line = differing(first, joined)
+        line = differing(*sorted((first, joined), key=lambda one: one.process_id))
         if line is not None:
             self.end("refused", line)
         elif len(self._processes) == self._num:
@@ -138,20 +138,20 @@ class ProcessCoordinator:
             process.heard = now
         self._tell(message("start", jax_port=self._jax_port, names=[str(self._processes[i]) for i in range(self._num)]))
 
-    def _agree(self, process: JoinedProcess, name: str, values: dict[str, Any]) -> None:
+    def _agree(self, process: JoinedProcess, name: str, values: dict[str, Any], compare: bool) -> None:
         told = self._agreements.setdefault(name, {})
         told[process.process_id] = values
         if len(told) < self._num:
             return
         del self._agreements[name]
-        for other in range(1, self._num):
+        for other in range(1, self._num) if compare else ():
             for key in dict.fromkeys((*told[0], *told[other])):
                 first, second = (one.get(key) for one in (told[0], told[other]))
                 if first != second:
                     line = f"{key} is {first} in process 0 and {second} in process {other}: start both alike"
                     self.end("refused", line)
                     return
-        self._tell(message("agreed", name=name))
+        self._tell(message("agreed", name=name, values=told[0]))
 
     # --- time ---
 

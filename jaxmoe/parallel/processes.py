@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import queue
 import re
 import socket
 import subprocess
@@ -58,7 +59,7 @@ class ProcessGroup:
         self._address = f"tcp://{host}:{port}"
         self._facts, self._join_timeout = dict(facts), join_timeout
         self._started, self._settled = threading.Event(), threading.Event()
-        self._agreed: dict[str, threading.Event] = {}
+        self._agreed: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
         self._agreements = 0
         self._failing, self._running = False, True
         self._context = zmq.Context()
@@ -92,15 +93,22 @@ class ProcessGroup:
 
         If a value differs, all processes end with one line that names both values.
         """
-        name = f"agreement-{self._agreements}"
-        self._agreements += 1
-        event = self._agreed[name] = threading.Event()
-        self._send(message("agree", name=name, values=values))
-        event.wait()
+        self._exchanged(values, compare=True)
+
+    def share(self, **values: Any) -> dict[str, Any]:
+        """Return the values of process 0. Waits until all processes have called this as often."""
+        return self._exchanged(values, compare=False)
 
     def barrier(self) -> None:
         """Wait until all processes have called this as often."""
-        self.agree()
+        self._exchanged({}, compare=False)
+
+    def _exchanged(self, values: dict[str, Any], *, compare: bool) -> dict[str, Any]:
+        name = f"agreement-{self._agreements}"
+        self._agreements += 1
+        answer = self._agreed[name] = queue.SimpleQueue[dict[str, Any]]()
+        self._send(message("agree", name=name, values=values, compare=compare))
+        return answer.get()
 
     def in_step(self, steps: int) -> None:
         """Report that this process begins a step after `steps` others."""
@@ -203,7 +211,7 @@ class ProcessGroup:
             case "ping":
                 self._dealer.send(self._beat())
             case "agreed":
-                self._agreed.pop(values["name"]).set()
+                self._agreed.pop(values["name"]).put(values["values"])
             case "settled":
                 self._settled.set()
             case "refused" if not self._started.is_set():
