@@ -15,7 +15,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.transformer import TokensPerExpert
 from jaxmoe.parallel.eplb import ExpertPlacement, sources_of
-from jaxmoe.parallel.sharding import Dims, MeshPlacement
+from jaxmoe.parallel.sharding import Dims, MeshPlacement, put_on
 from jaxmoe.parallel.stages import LayerLocation, LayerSegment, locate_layer
 from jaxmoe.weights.params import ParamInfo
 
@@ -186,4 +186,4 @@ class ExpertManager:
 
 def _put(_: jax.Array, values: np.ndarray, *, info: ParamInfo) -> jax.Array:
     """Put values on the devices with the sharding of the parameter."""
-    return jax.device_put(values, info.sharding)
+    return put_on(values, info.sharding)

@@ -24,8 +24,10 @@ from jaxmoe.engine.experts import ExpertManager
 from jaxmoe.engine.step_programs import (
     EngineState,
     StepOutput,
+    for_every_process,
     last_sampled,
     output_buffers,
+    output_size,
     sample_logits,
     sampled_positions,
     score_prompts,
@@ -196,7 +198,7 @@ class ModelRunner:
 
     def put(self, values: np.ndarray, *dims: str) -> jax.Array:
         """Put a host array on the mesh, sharded by its logical dims."""
-        return jax.device_put(values, self.placement.sharding(*dims))
+        return self.placement.put(values, *dims)
 
     # --- the steps, traced once per shape ---
 
@@ -272,7 +274,7 @@ class ModelRunner:
         last_tokens = last_sampled(sampled, metadata, state.tokens[:, : bucket.seq_slots])
         last_tokens = jax.lax.dynamic_update_slice(state.tokens, last_tokens, (0, 0))
         state = EngineState(placement.constrain(last_tokens, "batch", "unsharded"), forward_state.kv_cache, token_pages)
-        return state, StepOutput(sampled, forward_state.tokens_per_expert)
+        return state, for_every_process(StepOutput(sampled, forward_state.tokens_per_expert), self.placement)
 
     def _decode(
         self, model: TransformerModel, state: EngineState, tokens_per_expert: TokensPerExpert | None, metadata,
@@ -331,7 +333,7 @@ class ModelRunner:
         carry = (state, tokens_per_expert, buffers, room)
         state, tokens_per_expert, _, room = jax.lax.fori_loop(0, schedule.ticks(decode_steps), tick, carry)
         sampled = SamplerOutput(*(part.reshape(max_decode_steps, ranks, seq_slots, *part.shape[4:]) for part in room))
-        return state, StepOutput(sampled, tokens_per_expert)
+        return state, for_every_process(StepOutput(sampled, tokens_per_expert), self.placement)
 
     def _sample_hidden(
         self, model: TransformerModel, hidden: jax.Array, metadata, token_pages: jax.Array, positions: jax.Array,
@@ -399,16 +401,35 @@ class ModelRunner:
 
     def planned(self, bucket: StepBucket) -> Counter[CollectiveOp]:
         """Return the planned collectives of a step with max_decode_steps=1, with their counts."""
-        return planned_collectives(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+        shape = self._shape(bucket, outputs=1)
+        return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
 
-    def planned_decode_step(self, bucket: StepBucket) -> Counter[CollectiveOp]:
-        """Return the planned collectives of one iteration of a decode loop, which runs `iterations` of them."""
-        return planned_decode_step(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+    def planned_decode_step(self, bucket: StepBucket, *, outputs: int = 0) -> Counter[CollectiveOp]:
+        """Return the planned collectives of one iteration of a decode loop, which runs `iterations` of them.
+
+        outputs: the most decode steps of the loop, to count what returns its output to every process, once after it.
+        """
+        shape = self._shape(bucket, outputs=outputs)
+        return planned_decode_step(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
+
+    def planned_program(self, bucket: StepBucket, *, max_decode_steps: int) -> Counter[CollectiveOp]:
+        """Return the planned collectives of a compiled program, in which those of a decode loop occur once."""
+        if max_decode_steps == 1:
+            return self.planned(bucket)
+        return self.planned_decode_step(bucket, outputs=max_decode_steps)
+
+    def planned_run(self, bucket: StepBucket, *, decode_steps: int, max_decode_steps: int) -> Counter[CollectiveOp]:
+        """Return the planned collectives that a step runs."""
+        if max_decode_steps == 1:
+            return self.planned(bucket)
+        each, iterations = self.planned_decode_step(bucket), self.iterations(bucket, decode_steps)
+        output = self.planned_decode_step(bucket, outputs=max_decode_steps) - each
+        return Counter({one: count * iterations for one, count in each.items()}) + output
 
     def sites(self, bucket: StepBucket) -> list[CollectiveSite]:
         """Return the planned collectives by call site: as `planned` with prompts, else as `planned_decode_step`."""
         planned = planned_sites if bucket.blocks else planned_decode_step_sites
-        return planned(self.config, self.placement, self._shape(bucket), dispatch=self.kernels.dispatch)
+        return planned(self.config, self.placement, self._shape(bucket, outputs=1), dispatch=self.kernels.dispatch)
 
     def iterations(self, bucket: StepBucket, decode_steps: int) -> int:
         """Return the iterations of a decode loop: one per decode step, or the ticks of the pipeline schedule."""
@@ -416,10 +437,12 @@ class ModelRunner:
             self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
         )
 
-    def _shape(self, bucket: StepBucket) -> StepShape:
+    def _shape(self, bucket: StepBucket, *, outputs: int) -> StepShape:
+        rows = self.num_ranks * bucket.num_logits if self.placement.spans_processes else 0
         return StepShape(
             num_tokens=bucket.num_tokens, num_sampled=bucket.num_logits, itemsize=self.itemsize,
             micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
+            output_bytes=output_size(outputs, rows, vocab_size=self.config.vocab_size),
         )  # fmt: skip
 
     def abstract_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:

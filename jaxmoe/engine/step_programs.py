@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.engine.batch import FLOAT_PARTS
 from jaxmoe.model.attend import TOKEN_PAGE_DIMS, DensePrefillInputs, KVPages
@@ -56,6 +57,29 @@ def output_buffers(
         jnp.zeros(per_row, jnp.int32), jnp.zeros(per_row), jnp.zeros((*per_row, top), jnp.int32),
         jnp.zeros((*per_row, top)),
     )  # fmt: skip
+
+
+def output_size(decode_steps: int, num_rows: int, *, vocab_size: int) -> int:
+    """Return the bytes of a step's sampled tokens, of num_rows rows over all ranks."""
+    return decode_steps * num_rows * (2 + 2 * min(MAX_TOP, vocab_size)) * 4
+
+
+def for_every_process(output: StepOutput, placement: MeshPlacement) -> StepOutput:
+    """Return the output of a step such that every process holds all of it. Unchanged on a mesh of one process.
+
+    The sampled tokens take one all-gather over the ranks of the batch, counts of tokens per expert one for each array.
+    """
+    if not placement.spans_processes:
+        return output
+    sampled = output.sampled
+    bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in sampled]
+    widths = [part[..., None] if part.ndim == sampled.tokens.ndim else part for part in bits]
+    together = placement.constrain(jnp.concatenate(widths, axis=-1), *("unsharded",) * (sampled.tokens.ndim + 1))
+    tokens, logprobs, top_tokens, top_logprobs = jnp.split(together, np.cumsum([w.shape[-1] for w in widths])[:-1], -1)
+    as_float = lambda part: jax.lax.bitcast_convert_type(part, jnp.float32)  # noqa: E731
+    sampled = SamplerOutput(tokens[..., 0], as_float(logprobs[..., 0]), top_tokens, as_float(top_logprobs))
+    counts = jax.tree.map(lambda x: placement.constrain(x, *("unsharded",) * x.ndim), output.tokens_per_expert)
+    return StepOutput(sampled, counts)
 
 
 def sample_logits(
@@ -130,4 +154,7 @@ def score_prompts(
         total = jax.nn.logsumexp(logits, axis=-1)
         strips.append(picked - jnp.where(jnp.isfinite(total), total, jnp.nan))
     logits = model.logits(_last_hidden(hidden, lengths))[:, 0, : model.config.vocab_size]
-    return jnp.concatenate(strips, axis=1), placement.constrain(logits, "batch", "unsharded")
+    scores = jnp.concatenate(strips, axis=1)
+    if placement.spans_processes:  # process 0 needs all of them
+        return placement.constrain(scores, "unsharded", "unsharded"), placement.constrain(logits, *("unsharded",) * 2)
+    return scores, placement.constrain(logits, "batch", "unsharded")

@@ -121,7 +121,7 @@ class PageTransfer:
     def _pages(self, rank: int, page: int, *, others: int) -> jax.Array:
         pages = np.full(self._placement.num_shards("batch"), others, np.int32)
         pages[rank] = page
-        return jax.device_put(pages, self._placement.sharding("batch"))
+        return self._placement.put(pages, "batch")
 
 
 def _read_group(page: jax.Array, *arrays: jax.Array, num_vectors: int, width: int) -> tuple[jax.Array, ...]:
@@ -148,7 +148,7 @@ class HostOffload:
         self._transfer = PageTransfer(runner)
         self._host_pages: dict[tuple[int, int], list[dict[Any, jax.Array]]] = {}
         self._zeros: list[dict[Any, jax.Array]] | None = None
-        self._shapes: list[tuple[int, ...]] = []
+        self._shapes: list[jax.ShapeDtypeStruct] = []
 
     def clear(self) -> None:
         """Drop all host pages."""
@@ -164,7 +164,7 @@ class HostOffload:
             parts = [self._whole(index, shards) for index, shards in enumerate(self._host_pages.pop(key))]
             return self._transfer.write(state, rank, page_copy.page, parts)
         read = self._transfer.read(state, rank, page_copy.page)
-        self._shapes = [part.shape for part in read]
+        self._shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in read]
         self._host_pages[key] = [_to_host(_shards_of(part, rank)) for part in read]
         return state
 
@@ -179,10 +179,9 @@ class HostOffload:
                 arrays.append(jax.device_put(shards[device], SingleDeviceSharding(device)))
                 continue
             if device not in zeros:
-                some = next(iter(shards.values()))
-                zeros[device] = jax.device_put(np.zeros(some.shape, some.dtype), device)
+                zeros[device] = jax.device_put(np.zeros(sharding.shard_shape(shape.shape), shape.dtype), device)
             arrays.append(zeros[device])
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        return jax.make_array_from_single_device_arrays(shape.shape, sharding, arrays)
 
 
 def _shards_of(part: jax.Array, rank: int) -> dict[Any, jax.Array]:

@@ -21,7 +21,7 @@ CollectiveKind = Literal[
 ]
 SiteLocation = Literal[
     "embedding", "attention", "mlp", "dispatch", "experts", "combine", "shared expert", "between stages",
-    "from the last stage", "sampled rows", "head",
+    "from the last stage", "sampled rows", "head", "step output",
 ]  # fmt: skip
 
 
@@ -58,7 +58,8 @@ class StepShape:
 
     num_tokens, num_sampled: tokens and rows of logits of one data parallel rank, including padding. itemsize: bytes of
     an activation element. micro_batches: number of equal pipeline micro-batches. picked: whether logits are computed
-    for selected rows and not for all tokens.
+    for selected rows and not for all tokens. output_bytes: bytes of the sampled tokens that a program returns, if every
+    process gets all of them; 0 if the mesh is in one process.
     """
 
     num_tokens: int
@@ -66,6 +67,7 @@ class StepShape:
     itemsize: int
     micro_batches: int = 1
     picked: bool = False
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ def planned_sites(
             plan.add(placement, "all-reduce", "stage", shape.num_sampled * hidden)
         plan.add(placement, "all-gather", token_shard_axes, shape.num_tokens * hidden)
     plan.logits(shape.num_sampled)
+    plan.output()
     return plan.sites
 
 
@@ -154,6 +157,7 @@ def planned_decode_step_sites(
     plan.location = "sampled rows"
     plan.add(placement, "all-gather", plan.token_shard_axes, plan.tokens * plan.hidden)
     plan.logits(plan.tokens)
+    plan.output()
     return plan.sites
 
 
@@ -174,7 +178,7 @@ class _SitePlanner:
         self.segments = layer_segments(
             config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
-        self.tokens = shape.num_tokens // shape.micro_batches
+        self.tokens, self.output_bytes = shape.num_tokens // shape.micro_batches, shape.output_bytes
         self.shared_rows = self.tokens // placement.num_shards("page_token")
         self.hidden = config.hidden_size * shape.itemsize
         self.token_dim = placement.token_dim(self.tokens * placement.num_shards("batch"))
@@ -230,6 +234,12 @@ class _SitePlanner:
         """Add the all-gather of the float32 logits."""
         self.location = "head"
         self.add(self.outside, "all-gather", "vocab", rows * self.sizes(self.outside).vocab * 4)
+
+    def output(self) -> None:
+        """Add the all-gather of a program's output to every process."""
+        if self.output_bytes:
+            self.location = "step output"
+            self.add(self.placement, "all-gather", "batch", self.output_bytes)
 
     def layers(self, ticks: int) -> None:
         """Add all layers; ticks: number of times that each runs."""

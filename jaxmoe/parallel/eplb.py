@@ -43,6 +43,16 @@ class ExpertPlacement:
     logical_replica_count: np.ndarray
     num_ranks: int
 
+    def maps(self) -> list[np.ndarray]:
+        """Return the three maps in order."""
+        return [self.physical_to_logical_map, self.replica_index, self.logical_replica_count]
+
+    @classmethod
+    def of(cls, maps: Sequence[np.ndarray], *, num_ranks: int) -> ExpertPlacement:
+        """Return the placement with the three maps in order."""
+        names = ("physical_to_logical_map", "replica_index", "logical_replica_count")
+        return cls(**dict(zip(names, maps, strict=True)), num_ranks=num_ranks)
+
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
         """Return the tokens of each rank [layers, ranks]; replicas share the loads [layers, E] evenly."""
         share = np.take_along_axis(

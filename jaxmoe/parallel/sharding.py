@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -192,6 +193,15 @@ class MeshPlacement:
         """Return the NamedSharding of an array with these logical dims."""
         return NamedSharding(self._jax_mesh, self.spec(*dims))
 
+    @cached_property
+    def spans_processes(self) -> bool:
+        """Return whether the mesh has devices of several processes, so that no process sees all of an array."""
+        return len({getattr(device, "process_index", 0) for device in self.mesh.devices.flat}) > 1
+
+    def put(self, values: np.ndarray, *dims: str) -> jax.Array:
+        """Put a host array on the mesh, sharded by its logical dims. All processes must hold the same values."""
+        return put_on(values, self.sharding(*dims))
+
     def constrain(self, x: jax.Array, *dims: str) -> jax.Array:
         """Return x with a sharding constraint for its logical dims."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh_here(), self.spec(*dims)))
@@ -216,6 +226,16 @@ class MeshPlacement:
         return jax.shard_map(
             function, mesh=mesh, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
+
+
+def put_on(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Put a host array on devices, of which those of other processes are filled by them from the same values.
+
+    jax.device_put would compare the values between the processes at every call.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -189,7 +189,7 @@ def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> Non
     """A step of so many rows for each rank of a context, and blocks for each stage, holds what is planned."""
     stages, shares = llm.mesh.shape["pipeline"], llm._runner.context_ranks
     bucket = bucket_with(rows * shares * stages, blocks * stages, block_tokens=8, pages=3, stages=stages, shares=shares)
-    planned = llm._runner.planned(bucket) if decode_steps == 1 else llm._runner.planned_decode_step(bucket)
+    planned = llm._runner.planned_program(bucket, max_decode_steps=decode_steps)
     assert collectives(step_program(llm, bucket, decode_steps=decode_steps).as_text(), llm.mesh) == planned
 
 
