@@ -142,7 +142,7 @@ def compile_step(
         total_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
         collectives=collectives, scatter_padding=padding,
-        planned=runner.planned_program(bucket, max_decode_steps=decode_steps),
+        planned=runner.traffic.planned_program(bucket, max_decode_steps=decode_steps),
         optimal_seconds=cost.get("optimal_seconds"),
         compile_seconds=seconds,
     )  # fmt: skip

@@ -372,8 +372,8 @@ class EngineCore:
             return None
         runner, scheduler = self.runner, self.scheduler
         looped = self.scheduler_config.decode_steps > 1 and not bucket.blocks
-        iterations = runner.iterations(bucket, plan.decode_steps) if looped else 1
-        each = runner.planned_decode_step(bucket) if looped else runner.planned(bucket)
+        iterations = runner.traffic.iterations(bucket, plan.decode_steps) if looped else 1
+        each = runner.traffic.planned_decode_step(bucket) if looped else runner.traffic.planned(bucket)
         collectives = {one: count * iterations for one, count in each.items()}
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -27,11 +26,11 @@ from jaxmoe.engine.step_programs import (
     for_every_process,
     last_sampled,
     output_buffers,
-    output_size,
     sample_logits,
     sampled_positions,
     score_prompts,
 )  # fmt: skip
+from jaxmoe.engine.step_traffic import StepTraffic
 from jaxmoe.errors import RequestError
 from jaxmoe.model.attend import (
     PAGE_DIMS,
@@ -44,15 +43,6 @@ from jaxmoe.model.attend import (
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, TransformerModel, at_rows
 from jaxmoe.ops.sample import SamplerOutput, SamplingFeatures
-from jaxmoe.parallel.collectives import (
-    CollectiveOp,
-    CollectiveSite,
-    StepShape,
-    planned_collectives,
-    planned_decode_step,
-    planned_decode_step_sites,
-    planned_sites,
-)
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import compiler_options
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
@@ -97,6 +87,7 @@ class ModelRunner:
         table = parameter_table(state, self.placement)
         self.experts = ExpertManager(self.config, self.placement, self.segments, self.sizes, table)
         self._all_allowed: dict[tuple[int, ...], jax.Array] = {}
+        self.traffic = StepTraffic(model.config, model.placement, dispatch=model.kernels.dispatch, itemsize=self.itemsize)
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property
@@ -398,52 +389,6 @@ class ModelRunner:
         """Move experts to the wanted placement, for all steps dispatched from now on. Raises: as ExpertManager.move."""
         with self._leaves_lock:
             self.experts.move(self.leaves, wanted)
-
-    def planned(self, bucket: StepBucket) -> Counter[CollectiveOp]:
-        """Return the planned collectives of a step with max_decode_steps=1, with their counts."""
-        shape = self._shape(bucket, outputs=1)
-        return planned_collectives(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
-
-    def planned_decode_step(self, bucket: StepBucket, *, outputs: int = 0) -> Counter[CollectiveOp]:
-        """Return the planned collectives of one iteration of a decode loop, which runs `iterations` of them.
-
-        outputs: the most decode steps of the loop, to count what returns its output to every process, once after it.
-        """
-        shape = self._shape(bucket, outputs=outputs)
-        return planned_decode_step(self.config, self.placement, shape, dispatch=self.kernels.dispatch)
-
-    def planned_program(self, bucket: StepBucket, *, max_decode_steps: int) -> Counter[CollectiveOp]:
-        """Return the planned collectives of a compiled program, in which those of a decode loop occur once."""
-        if max_decode_steps == 1:
-            return self.planned(bucket)
-        return self.planned_decode_step(bucket, outputs=max_decode_steps)
-
-    def planned_run(self, bucket: StepBucket, *, decode_steps: int, max_decode_steps: int) -> Counter[CollectiveOp]:
-        """Return the planned collectives that a step runs."""
-        if max_decode_steps == 1:
-            return self.planned(bucket)
-        each, iterations = self.planned_decode_step(bucket), self.iterations(bucket, decode_steps)
-        output = self.planned_decode_step(bucket, outputs=max_decode_steps) - each
-        return Counter({one: count * iterations for one, count in each.items()}) + output
-
-    def sites(self, bucket: StepBucket) -> list[CollectiveSite]:
-        """Return the planned collectives by call site: as `planned` with prompts, else as `planned_decode_step`."""
-        planned = planned_sites if bucket.blocks else planned_decode_step_sites
-        return planned(self.config, self.placement, self._shape(bucket, outputs=1), dispatch=self.kernels.dispatch)
-
-    def iterations(self, bucket: StepBucket, decode_steps: int) -> int:
-        """Return the iterations of a decode loop: one per decode step, or the ticks of the pipeline schedule."""
-        return (
-            self._schedule(bucket.micro_batches).ticks(decode_steps) if self.placement.num_stages > 1 else decode_steps
-        )
-
-    def _shape(self, bucket: StepBucket, *, outputs: int) -> StepShape:
-        rows = self.num_ranks * bucket.num_logits if self.placement.spans_processes else 0
-        return StepShape(
-            num_tokens=bucket.num_tokens, num_sampled=bucket.num_logits, itemsize=self.itemsize,
-            micro_batches=bucket.micro_batches, picked=bucket.blocks > 0,
-            output_bytes=output_size(outputs, rows, vocab_size=self.config.vocab_size),
-        )  # fmt: skip
 
     def abstract_state(self, max_num_seqs: int, num_pages: int, page_size: int) -> EngineState:
         """Return the shapes, dtypes and shardings of empty_state, without allocating."""

@@ -161,6 +161,11 @@ class ModelExecutor:
         with self.telling("place_experts", {"num_ranks": wanted.num_ranks}, wanted.maps()):
             self.runner.place_experts(wanted)
 
+    def publish(self, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+        """Send the result of a call to the processes that follow, which may make the same call."""
+        if self._sender is not None:
+            self._sender.send("result", {"model": self._model_id, **values}, arrays)
+
     def fault(self, error: Exception) -> StepError:
         """Return the error for requests whose step failed: of a lost process, if that is the cause.
 

@@ -197,6 +197,6 @@ def _step(runner: ModelRunner, request: InspectRequest, phase: Phase) -> dict[st
             {"location": site.location, "segment": site.segment, "block": site.block, "op": site.collective.op,
              "axes": list(site.collective.axes), "bytes": site.collective.result_bytes,
              "sent": site.collective.sent_bytes(placement.size(site.collective.axes)), "count": site.count}
-            for site in runner.sites(bucket)
+            for site in runner.traffic.sites(bucket)
         ],
     }  # fmt: skip

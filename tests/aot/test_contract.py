@@ -30,7 +30,7 @@ def bucket_for(llm, num_rows: int, blocks: int = 0) -> StepBucket:
 
 def assert_as_planned(llm, bucket: StepBucket):
     program = step_program(llm, bucket, decode_steps=1 if bucket.blocks else 2)
-    assert collectives(program.as_text(), llm.mesh) == llm._runner.planned(bucket)
+    assert collectives(program.as_text(), llm.mesh) == llm._runner.traffic.planned(bucket)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_plan_reads_as_the_papers_say(tiny_llm):
     config, layers = llm.config, llm.config.num_hidden_layers
     bucket = bucket_for(llm, 8)
     tokens, width, share = bucket.num_tokens, config.hidden_size, config.moe.num_experts // 2
-    inside = llm._runner.planned(bucket)
+    inside = llm._runner.traffic.planned(bucket)
     inside -= {CollectiveOp(op="all-gather", axes=("tensor",), result_bytes=tokens * (config.vocab_size + 1) * 4): 1}
     assert inside == {
         CollectiveOp(op="all-reduce", axes=("tensor",), result_bytes=tokens * width * 4): 2 * layers + 1,
@@ -107,7 +107,7 @@ def test_a_step_that_samples_several_tokens_of_a_row_holds_exactly_the_planned_c
     shards = llm.mesh.shape["tensor"]
     logits_bytes = 2 * bucket.seq_slots * -(-llm.config.vocab_size // shards) * shards * 4
     gathered = CollectiveOp(op="all-gather", axes=("tensor",), result_bytes=logits_bytes)
-    assert llm._runner.planned(bucket)[gathered] == 1
+    assert llm._runner.traffic.planned(bucket)[gathered] == 1
 
 
 def test_no_weight_is_copied_and_pages_are_donated(tiny_llm):

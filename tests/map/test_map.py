@@ -80,7 +80,7 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
     question, data, runner = drawn
     for phase, step in data["steps"].items():
         bucket = step_bucket(runner, phase, **question.sizes)
-        planned = runner.planned(bucket) if phase == "prefill" else runner.planned_decode_step(bucket)
+        planned = runner.traffic.planned(bucket) if phase == "prefill" else runner.traffic.planned_decode_step(bucket)
         played: Counter[CollectiveOp] = Counter()
         for stop in step["sites"]:
             one = CollectiveOp(op=stop["op"], axes=tuple(stop["axes"]), result_bytes=stop["bytes"])

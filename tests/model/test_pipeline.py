@@ -150,7 +150,7 @@ def test_a_step_holds_exactly_the_planned_collectives(model, mesh, options, bloc
     llm = loaded(changed_dir, model, mesh, **options)
     stages = llm.mesh.shape["pipeline"]
     bucket = bucket_with(2 * stages, blocks, block_tokens=8, pages=3, stages=stages)
-    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm._runner.planned(bucket)
+    assert collectives(step_program(llm, bucket).as_text(), llm.mesh) == llm._runner.traffic.planned(bucket)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_a_tick_of_decoding_stages_holds_exactly_the_planned_collectives(model, 
     stages, shares = llm.mesh.shape["pipeline"], llm._runner.context_ranks
     bucket = bucket_with(4 * stages * shares, 0, block_tokens=8, pages=3, stages=stages, shares=shares)
     found = collectives(step_program(llm, bucket, decode_steps=3).as_text(), llm.mesh)
-    assert found == llm._runner.planned_decode_step(bucket)
-    assert llm._runner.iterations(bucket, 3) == 3 * stages + stages - 1
+    assert found == llm._runner.traffic.planned_decode_step(bucket)
+    assert llm._runner.traffic.iterations(bucket, 3) == 3 * stages + stages - 1
 
 
 def test_two_stages_send_each_token_on_once(changed_dir):
@@ -177,7 +177,7 @@ def test_two_stages_send_each_token_on_once(changed_dir):
     bucket = bucket_with(4, 0, block_tokens=8, pages=3, stages=2)
     hidden = llm.config.hidden_size * 4
     sent = CollectiveOp(op="collective-permute", axes=("pipeline",), result_bytes=bucket.num_tokens // 2 * hidden)
-    assert llm._runner.planned(bucket)[sent] == bucket.micro_batches == 2
+    assert llm._runner.traffic.planned(bucket)[sent] == bucket.micro_batches == 2
     assert sum(len(PipelineSchedule(stages=2, micro_batches=2).sends(tick)) for tick in range(3)) == 2
 
 

@@ -189,7 +189,7 @@ def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> Non
     """A step of so many rows for each rank of a context, and blocks for each stage, holds what is planned."""
     stages, shares = llm.mesh.shape["pipeline"], llm._runner.context_ranks
     bucket = bucket_with(rows * shares * stages, blocks * stages, block_tokens=8, pages=3, stages=stages, shares=shares)
-    planned = llm._runner.planned_program(bucket, max_decode_steps=decode_steps)
+    planned = llm._runner.traffic.planned_program(bucket, max_decode_steps=decode_steps)
     assert collectives(step_program(llm, bucket, decode_steps=decode_steps).as_text(), llm.mesh) == planned
 
 
@@ -229,7 +229,7 @@ def test_layouts_plan_the_traffic_that_the_literature_gives_them(tiny_dir):
         bucket = bucket_with(2, 0, block_tokens=8, pages=3, stages=1)
         layers, hidden = llm.config.num_hidden_layers, 2 * llm.config.hidden_size * llm._runner.itemsize
         found = {}
-        for one, count in llm._runner.planned(bucket).items():
+        for one, count in llm._runner.traffic.planned(bucket).items():
             found.setdefault((one.op, one.axes), [0, []])
             found[one.op, one.axes][0] += count
             found[one.op, one.axes][1].append(one.result_bytes / hidden)
