@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import click
 
@@ -15,13 +16,15 @@ from jaxmoe.cli.convert import convert
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
 from jaxmoe.cli.inspect import inspect_model
+from jaxmoe.cli.launch import launch
 from jaxmoe.cli.map import map_model
 from jaxmoe.cli.plan import plan
 from jaxmoe.cli.probe import probe
 from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
 from jaxmoe.config.engine import RENAMED
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, ProcessLostError
+from jaxmoe.parallel.timeouts import LAST_SECONDS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -32,18 +35,25 @@ def cli() -> None:
 
 for command in (
     generate, score, verify, bench, balance, info, plan, inspect_model, map_model, compile_model, convert, probe,
+    launch,
 ):  # fmt: skip
     cli.add_command(command)
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: 0 on success, 1 if a check failed, 2 for invalid input, 130 if interrupted."""
+    """Run the command and exit: 0 on success, 1 if a check failed, 2 for invalid input, 130 if interrupted.
+
+    3 if another of the joined processes was lost.
+    """
     for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot encode are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(args=arguments, prog_name="jaxmoe", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
+    except ProcessLostError:  # a thread ends this process, with the line that says so
+        time.sleep(LAST_SECONDS)
+        sys.exit(3)
     except JaxmoeError as error:
         message = str(error)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -55,11 +65,23 @@ def run(arguments: list[str] | None = None) -> None:
         message = error.format_message()
     except (click.Abort, KeyboardInterrupt):
         print("jaxmoe: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130, "interrupted")
     except OSError as error:
         message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"jaxmoe: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    message = " ".join(message.split())
+    print(f"jaxmoe: error: {message}", file=sys.stderr)
+    _exit(2, message)
+
+
+def _exit(code: int, failure: str | None = None) -> None:
+    """Exit with a code. Joined processes end alike: with their own code, or because of this failure."""
+    module = sys.modules.get("jaxmoe.parallel.processes")
+    group = None if module is None else module.joined()
+    if group is not None:
+        if failure is not None:
+            group.fail(failure, code)
+        group.exit_code = code
+    sys.exit(code)
 
 
 def _renamed(error: click.NoSuchOption) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jaxmoe.cli.engine_options import engine_options
 from jaxmoe.config.engine import EngineConfig
+from jaxmoe.errors import MeshError
+from jaxmoe.parallel.timeouts import LOST_AFTER_SECONDS
 
 if TYPE_CHECKING:
     from jaxmoe.api.llm import LLM
 
 console = Console(stderr=True, highlight=False)
+_META = "jaxmoe.processes."
+_PROCESS_OPTIONS = ("coordinator", "num_processes", "process_id", "lost_after")
 _MIN_WIDTH = 140  # columns, for tables that are not printed to a terminal
 
 
@@ -63,8 +68,40 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def devices_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option --devices, which start_jax reads."""
-    return click.option("--devices", type=int, help="Emulate this many devices on the CPU.")(function)
+    """Add the option --devices, and those that join this process and others. start_jax reads them."""
+    help_text = "Emulate this many devices on the CPU, in each process."
+    return click.option("--devices", type=int, help=help_text)(process_options(function))
+
+
+def process_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that join this process and others, which start_jax reads."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        context.meta[f"{_META}{parameter.name}"] = value
+
+    shared: dict[str, Any] = {"expose_value": False, "callback": keep, "show_envvar": True}
+    for option in (
+        click.option(
+            "--lost-after", type=float, default=LOST_AFTER_SECONDS, show_default=True,
+            help="Seconds without a sign of life after which a process is lost, and all others end with exit code 3.",
+            envvar="JAXMOE_LOST_AFTER", **shared,
+        ),
+        click.option(
+            "--process-id", type=int, help="Index of this process, with --coordinator HOST:PORT.",
+            envvar="JAXMOE_PROCESS_ID", **shared,
+        ),
+        click.option(
+            "--num-processes", type=int, help="Number of processes, with --coordinator HOST:PORT.",
+            envvar="JAXMOE_NUM_PROCESSES", **shared,
+        ),
+        click.option(
+            "--coordinator", metavar="HOST:PORT|auto", envvar="JAXMOE_COORDINATOR", **shared,
+            help="Run over the devices of several processes, each started with the same command: address of process "
+            "0, or auto to detect it from Slurm, Open MPI, Kubernetes or GKE.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +140,10 @@ def _can_write(folder: Path) -> bool:
 
 
 def start_jax(devices: int | None) -> None:
-    """Emulate devices if given, and set up the cache of compiled programs. Call before anything else uses JAX."""
+    """Join other processes or emulate devices if asked to, and set up the cache of compiled programs.
+
+    Call it before anything else uses JAX. In a process that follows, standard output goes nowhere from here on.
+    """
     import jax
 
     from jaxmoe.parallel.mesh import emulate_devices
@@ -116,8 +156,37 @@ def start_jax(devices: int | None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         else:
             console.print(f"jaxmoe: compiled programs are not cached: {folder} cannot be written; set XDG_CACHE_HOME")
-    if devices is not None:
+    if not _join(devices) and devices is not None:
         emulate_devices(devices)
+
+
+def _join(devices: int | None) -> bool:
+    """Join other processes if the command was started with a coordinator. Returns whether it was."""
+    context = click.get_current_context(silent=True)
+    given = {} if context is None else {name: context.meta.get(f"{_META}{name}") for name in _PROCESS_OPTIONS}
+    coordinator, num_processes, process_id, lost_after = (given.get(name) for name in _PROCESS_OPTIONS)
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise MeshError("--num-processes and --process-id need --coordinator HOST:PORT")
+        return False
+    from jaxmoe.parallel.processes import join
+
+    assert context is not None
+    arguments = {f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items()}
+    group = join(
+        coordinator, num_processes=num_processes, process_id=process_id, devices=devices, lost_after=lost_after,
+        arguments={"the command": str(context.info_name), **arguments},
+    )  # fmt: skip
+    sys.stdout.flush()
+    if group.is_controller:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+    else:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        console.quiet = True
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # libraries print to it: gloo for every peer
+    os.close(nowhere)
+    return True
 
 
 def table_console() -> Console:
@@ -156,7 +225,10 @@ def loading_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None
 def load_model(
     model: str | None, options: ModelOptions, *, quiet: bool = False, redundant_experts: int | None = None
 ) -> LLM:  # fmt: skip
-    """Load the model on its mesh, with a progress bar unless quiet. Call start_jax before."""
+    """Load the model on its mesh, with a progress bar unless quiet. Call start_jax before.
+
+    In a process that follows, this runs what process 0 tells, and exits with it.
+    """
     from jaxmoe.api.llm import LLM
     from jaxmoe.model.kernels import KernelConfig
     from jaxmoe.weights.source import DEFAULT_MODEL
@@ -165,7 +237,10 @@ def load_model(
     engine = options.engine.with_options({"redundant_experts": redundant_experts})
     KernelConfig(**engine.kernels)  # reject an unknown backend before anything is read
     with loading_bar(f"loading {Path(name).name}", show=not quiet) as on_progress:
-        return LLM(name, engine, on_progress=on_progress)
+        llm = LLM(name, engine, on_progress=on_progress)
+    if llm.follows:
+        sys.exit(llm.follow())
+    return llm
 
 
 def read_id_lines(path: str) -> list[list[int]]:

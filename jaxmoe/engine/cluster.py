@@ -25,7 +25,6 @@ class ClusterController:
     def __init__(self, group: ProcessGroup) -> None:
         self.group, self.sender = group, ControlSender(group)
         self._num_models = 0
-        self.exit_code = 0  # with which the other processes end
         group.at_exit.append(self._end)
 
     def executor(self, runner: ModelRunner) -> ModelExecutor:
@@ -35,7 +34,7 @@ class ClusterController:
         return ModelExecutor(runner, sender=self.sender, group=self.group, model_id=model_id)
 
     def _end(self) -> None:
-        self.sender.send(_END, {"code": self.exit_code})
+        self.sender.send(_END, {"code": self.group.exit_code})
 
 
 class ClusterFollower:

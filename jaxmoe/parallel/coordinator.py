@@ -21,10 +21,11 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from jaxmoe.parallel.timeouts import LAST_SECONDS
+
 BEAT_SECONDS = 0.5
 _POLL_MS = 100
 _SHORT_SECONDS = 4.0  # a process that is suspected and silent for so long is lost
-_LAST_SECONDS = 5.0  # the most that processes may take to end once they are told to
 _BIND_SECONDS = 8.0  # for the coordinator of an earlier run to leave the port
 
 
@@ -69,19 +70,18 @@ class ProcessCoordinator:
     def done(self) -> bool:
         """Return whether every process has ended, or has had its time to end."""
         if self._ended_at is not None:
-            return not self._processes or time.monotonic() - self._ended_at > _LAST_SECONDS
+            return not self._processes or time.monotonic() - self._ended_at > LAST_SECONDS
         return self._jax_port is not None and not self._processes
 
-    def _tell(self, text: bytes, *, but: int | None = None) -> None:
+    def _tell(self, text: bytes) -> None:
         for process in self._processes.values():
-            if process.process_id != but:
-                self._router.send_multipart([process.identity, text])
+            self._router.send_multipart([process.identity, text])
 
-    def end(self, op: str, line: str, *, but: int | None = None) -> None:
+    def end(self, op: str, line: str, **values: Any) -> None:
         """Tell all processes to end, with the line that each of them prints. Only the first end counts."""
         if self._ended_at is None:
             self._ended_at = time.monotonic()
-            self._tell(message(op, line=line), but=but)
+            self._tell(message(op, line=line, **values))
 
     # --- messages ---
 
@@ -102,7 +102,7 @@ class ProcessCoordinator:
             self._agree(process, values["name"], values["values"], values["compare"])
         elif op == "failed":
             del self._processes[process.process_id]
-            self.end("failed", f"process {process.process_id}: {values['line']}")
+            self.end("failed", f"process {process.process_id}: {values['line']}", code=values["code"])
         elif op == "suspect":
             self._settling.append(identity)
             self.suspect()

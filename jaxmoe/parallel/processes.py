@@ -28,9 +28,8 @@ import zmq
 
 from jaxmoe.errors import MeshError, ProcessLostError
 from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
+from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS
 
-LOST_AFTER_SECONDS = 30.0
-JOIN_TIMEOUT_SECONDS = 60.0
 LOST_CODE = 3  # exit code of a process that ends because another was lost
 _GRACE_SECONDS = 0.5  # from telling requests that they are lost to the end of this process
 _MAX_DEVICES = 512
@@ -52,6 +51,7 @@ class ProcessGroup:
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
         self.lost: str | None = None  # the line that says which process was lost
         self.names: list[str] = []
+        self.exit_code = 0  # of this process, with which those that follow process 0 end too
         self.jax_port = 0
         self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
         self.at_exit: list[Callable[[], None]] = []  # called before the processes separate
@@ -132,7 +132,7 @@ class ProcessGroup:
     def fail(self, line: str, code: int) -> None:
         """End this process, and all others with its line. Returns only if they are ending already."""
         self._failing = True
-        self._send(message("failed", line=line))
+        self._send(message("failed", line=line, code=code))
         self._leave(code)
 
     def leave(self) -> None:
@@ -217,7 +217,7 @@ class ProcessGroup:
             case "refused" if not self._started.is_set():
                 self._refuse(values["line"])
             case "refused" | "failed":
-                self._end(values["line"], 2)
+                self._end(values["line"], values.get("code", 2))
             case "lost":
                 self._lose(values["line"])
 
@@ -260,7 +260,7 @@ def join(
     devices: int | None = None,
     lost_after: float = LOST_AFTER_SECONDS,
     join_timeout: float = JOIN_TIMEOUT_SECONDS,
-    arguments: str | None = None,
+    arguments: Mapping[str, str] | None = None,
 ) -> ProcessGroup:
     """Join this process and others, so that their devices form one mesh. Call it in every process, before JAX starts.
 
@@ -274,7 +274,7 @@ def join(
         devices: Number of CPU devices to emulate in this process.
         lost_after: Seconds without a sign of life after which a process is lost, and all others end with exit code 3.
         join_timeout: Seconds to wait for all processes.
-        arguments: What this process was started with, for comparison with the others.
+        arguments: What this process was started with, by name, which has to be equal in all.
 
     Returns:
         The group of the joined processes.
@@ -295,7 +295,7 @@ def join(
     if process_id == 0:
         _start_coordinator(port, num_processes=num_processes, lost_after=lost_after, join_timeout=join_timeout)
         host = "localhost" if _is_here(host) else host
-    facts = {"num_processes": num_processes, **versions()} | ({} if arguments is None else {"the command": arguments})
+    facts = {"num_processes": num_processes, **versions(), **(arguments or {})}
     group = ProcessGroup(
         host, port, process_id=process_id, num_processes=num_processes, facts=facts,
         lost_after=lost_after, join_timeout=join_timeout,
