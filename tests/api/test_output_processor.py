@@ -96,12 +96,11 @@ def test_tokens_after_a_stop_string_never_appear_and_the_pages_are_free_at_once(
 @pytest.mark.parametrize("min_tokens", [0, 6])
 def test_a_stop_string_is_found_wherever_tokens_divide_it(llm, free, min_tokens):
     text = "".join(f" {token}" for token in free)
-    for at in range(0, len(text) - 4, 3):
-        params = SamplingParams(max_tokens=20, stop=text[at : at + 4], min_tokens=min_tokens, top_logprobs=2)
+    stops = [text[at : at + 4] for at in range(0, len(text) - 4, 3)]
+    for stop in [*stops, f"{text[-2:]}!"]:  # the last one begins in the last token, and never ends
+        params = SamplingParams(max_tokens=20, stop=stop, min_tokens=min_tokens, top_logprobs=2)
         _, (state,), output = finished(llm, params)
-        assert (output.token_ids, output.text, output.finish_reason) == cut(
-            free, text[at : at + 4], min_tokens=min_tokens
-        )
+        assert (output.token_ids, output.text, output.finish_reason) == cut(free, stop, min_tokens=min_tokens)
         assert "".join(event.text for event in state.events) == output.text
         assert [event.token_id for event in state.events] == output.token_ids
         assert [event.logprob for event in state.events] == output.logprobs
