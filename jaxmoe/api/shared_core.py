@@ -21,10 +21,10 @@ _WAIT_SECONDS = 1.0  # for the engine's thread, before looking again whether the
 class SharedCore:
     """Own the EngineCore of one ModelRunner: one KV cache, one prefix cache, one scheduler; and its OutputProcessor.
 
-    Hold `lock` around every call of the core. Requests enter and leave it by `submit`, `step` and `cancel`, which
-    turn its events into text. Without an AsyncEngine, threads of LLM.generate run the steps, and the
-    core grows with their requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are
-    compiled by then, and its thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
+    Hold `lock` around every call of the core. Requests enter and leave it by `submit`, `step` and `cancel`, which turn
+    its events into text. Without an AsyncEngine, threads of LLM.generate run the steps, and the core grows with their
+    requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are compiled by then, and its
+    thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
     """
 
     def __init__(self, runner: ModelRunner, *, tokenizer: CheckpointTokenizer | None, eos: frozenset[int]) -> None:
