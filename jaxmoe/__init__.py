@@ -19,8 +19,9 @@ from jaxmoe.errors import (
 if TYPE_CHECKING:
     from jaxmoe.api.async_engine import AsyncEngine, RequestStream
     from jaxmoe.api.llm import LLM
+    from jaxmoe.api.outputs import CompletionOutput, RequestOutput, TokenEvent
     from jaxmoe.engine.experts import ExpertLoads
-    from jaxmoe.engine.request import CompletionOutput, RequestOutput, SamplingParams, TokenEvent
+    from jaxmoe.engine.request import SamplingParams
     from jaxmoe.model.kernels import KernelConfig
     from jaxmoe.parallel.eplb import ExpertPlacement
     from jaxmoe.parallel.layouts import ShardingLayout
@@ -56,9 +57,9 @@ _LAZY = {
     "AsyncEngine": "jaxmoe.api.async_engine",
     "RequestStream": "jaxmoe.api.async_engine",
     "ExpertLoads": "jaxmoe.engine.experts",
-    "CompletionOutput": "jaxmoe.engine.request",
-    "TokenEvent": "jaxmoe.engine.request",
-    "RequestOutput": "jaxmoe.engine.request",
+    "CompletionOutput": "jaxmoe.api.outputs",
+    "TokenEvent": "jaxmoe.api.outputs",
+    "RequestOutput": "jaxmoe.api.outputs",
     "SamplingParams": "jaxmoe.engine.request",
     "KernelConfig": "jaxmoe.model.kernels",
     "ExpertPlacement": "jaxmoe.parallel.eplb",

@@ -20,3 +20,12 @@ def is_finite(value: Any, *, below: float = math.inf) -> bool:
         return math.isfinite(float(value)) and abs(value) < below
     except OverflowError:
         return False
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text is valid Unicode. JSON escapes can produce lone surrogates, which UTF-8 cannot encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -135,8 +135,7 @@ def _pool(arguments: argparse.Namespace) -> None:
     for _ in range(3):
         for times, found in sizes.items():
             core = EngineCore(llm._runner, scheduler_config.joined(SchedulerConfig(**{**vars(scheduler_config),
-            "num_pages": pages * times})),
-                        tokenizer=None, eos=frozenset())  # fmt: skip
+            "num_pages": pages * times})))  # fmt: skip
             bucket = StepBucket(seq_slots=arguments.rows, blocks=0, block_tokens=32, pages=16)
             metadata = np.zeros((scheduler_config.num_ranks, bucket.length), np.int32)
             parts = bucket.split(metadata)

@@ -74,7 +74,7 @@ def test_a_class_name_has_one_meaning():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("folder", ["api", "aot", "cli", "engine", "map", "planner", "probe", "report"])
+@pytest.mark.parametrize("folder", ["api", "aot", "cli", "engine", "map", "planner", "probe", "report", "text"])
 def test_keys_of_json_have_no_spaces(folder):
     keys = {key for path in (PACKAGE / folder).rglob("*.py") for key in _definitions(path)["key"]}
     assert [key for key in keys if isinstance(key, str) and " " in key] == []

@@ -19,13 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmoe.api.inputs import Prompt
 from jaxmoe.api.llm import LLM
+from jaxmoe.api.output_processor import RequestState
+from jaxmoe.api.outputs import TokenEvent
 from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS, checked_config
 from jaxmoe.engine.batch import whole_blocks
-from jaxmoe.engine.core import EngineCore, EngineRequest, RequestFinished
+from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.request import SamplingParams, TokenEvent
+from jaxmoe.engine.request import RequestFinished, SamplingParams
 from jaxmoe.engine.trace import EngineTrace, check_trace_path
 from jaxmoe.errors import ConfigError, RequestError, StepError
 from jaxmoe.weights.source import DEFAULT_MODEL
@@ -257,36 +259,34 @@ class AsyncEngine:
                 command()
             with self._shared.lock:
                 if self._core.busy:
-                    self._core.step()  # also the requests of LLM.generate
+                    self._shared.step(self._core)  # also the requests of LLM.generate
                 self._shared.stepped.notify_all()
             for event_queue in list(self._event_queues.values()):
                 self._publish(event_queue)
 
     def _has_requests(self) -> bool:
         """Return whether any request of this engine runs, waits or has events that are not published yet."""
-        return any(event_queue.requests for event_queue in list(self._event_queues.values()))
+        return any(event_queue.states for event_queue in list(self._event_queues.values()))
 
     def _submit(
         self, event_queue: _EventQueue, ids: list[int], params: SamplingParams, priority: int, deadline: float | None
     ) -> None:
         with self._shared.lock:
-            event_queue.requests = self._core.submit(
-                0, ids, params, name=event_queue.request_id, priority=priority, deadline=deadline
+            event_queue.states = self._shared.submit(
+                self._core, 0, ids, params, name=event_queue.request_id, priority=priority, deadline=deadline
             )
 
     def _cancel(self, event_queue: _EventQueue) -> None:
-        with self._shared.lock:
-            for request in event_queue.requests:
-                self._core.cancel(request)
+        self._shared.cancel(self._core, event_queue.states)
         self._publish(event_queue)
 
     def _publish(self, event_queue: _EventQueue) -> None:
-        for request in list(event_queue.requests):
-            while request.events:
-                event = request.events.popleft()
+        for state in list(event_queue.states):
+            while state.events:
+                event = state.events.popleft()
                 if event.finish_reason is not None:
-                    event_queue.requests.remove(request)
-                    if not event_queue.requests:
+                    event_queue.states.remove(state)
+                    if not event_queue.states:
                         self._event_queues.pop(event_queue.request_id, None)
                 event_queue.put(event)
 
@@ -296,7 +296,7 @@ class _EventQueue:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.requests: list[EngineRequest] = []  # samples that have not ended
+        self.states: list[RequestState] = []  # samples that have not ended
         self.events: asyncio.Queue[TokenEvent | RequestFinished] = asyncio.Queue()
         try:
             self._loop = asyncio.get_running_loop()

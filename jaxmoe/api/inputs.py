@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.request import SamplingParams, check_prompt
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import RequestError
+from jaxmoe.text.eos import special_stop_ids
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 
 Prompt = str | Sequence[int]
 

@@ -12,22 +12,24 @@ from jax.sharding import Mesh
 
 from jaxmoe.api.inputs import Prompt, check_inputs, check_prompts, listed
 from jaxmoe.api.loader import LoadedModel, load_model
+from jaxmoe.api.output_processor import RequestState, request_output
+from jaxmoe.api.outputs import RequestOutput, TokenEvent
 from jaxmoe.api.request_sizing import size_for_requests
 from jaxmoe.api.scoring import score_batches
 from jaxmoe.api.shared_core import SharedCore
 from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
 from jaxmoe.config.engine import checked_config
-from jaxmoe.engine.core import EngineCore, EngineRequest, RequestFinished, not_finite
+from jaxmoe.engine.core import EngineCore, not_finite
 from jaxmoe.engine.experts import ExpertLoads
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.request import RequestOutput, SamplingParams, TokenEvent
+from jaxmoe.engine.request import RequestFinished, SamplingParams
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.timing import StepClock
-from jaxmoe.engine.tokenizer import CheckpointTokenizer, Message
 from jaxmoe.engine.trace import EngineTrace, check_trace_path
 from jaxmoe.errors import RequestError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import describe
+from jaxmoe.text.tokenizer import CheckpointTokenizer, Message
 from jaxmoe.weights.source import DEFAULT_MODEL
 
 
@@ -142,13 +144,10 @@ class LLM:
             StepError: If a step that computed one of the requests failed, or the logits of a request are not finite.
         """
         inputs = self._check_inputs(prompts, params)
-        requests: list[list[EngineRequest]] = []
+        requests: list[list[RequestState]] = []
         for _ in self._events(inputs, requests):
             pass
-        return [
-            RequestOutput(index=index, prompt_token_ids=ids, outputs=[sample.output() for sample in samples])
-            for index, ((ids, _), samples) in enumerate(zip(inputs, requests, strict=True))
-        ]
+        return [request_output(samples) for samples in requests]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
@@ -255,9 +254,9 @@ class LLM:
         return score_batches(self._runner, checked, max_num_seqs=self.engine_config.max_num_seqs)
 
     def _events(
-        self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[EngineRequest]]
+        self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[RequestState]]
     ) -> Iterator[TokenEvent]:
-        """Submit the inputs, append their requests to `requests`, and yield all of their token events.
+        """Submit the inputs, append the samples of each to `requests`, and yield all of their token events.
 
         Closing the generator cancels the unfinished requests. Raises: StepError if a step that computed one of the
         requests failed, or its logits are not finite.
@@ -266,26 +265,25 @@ class LLM:
             core = self._core_for(inputs)
             for ids, p in inputs:  # all, before any is queued
                 core.check(len(ids), p)
-            requests += [core.submit(index, ids, p, name=f"prompt {index}") for index, (ids, p) in enumerate(inputs)]
-        unfinished = {id(request): request for samples in requests for request in samples}
+            for index, (ids, p) in enumerate(inputs):
+                requests.append(self._shared.submit(core, index, ids, p, name=f"prompt {index}"))
+        unfinished = {id(state): state for samples in requests for state in samples}
         try:
             while unfinished:
-                for request in [r for r in unfinished.values() if r.events]:
-                    while request.events:
-                        event = request.events.popleft()
+                for state in [state for state in unfinished.values() if state.events]:
+                    while state.events:
+                        event = state.events.popleft()
                         if isinstance(event, RequestFinished):
                             raise event.error or StepError(f"request {event.index} was ended: {event.finish_reason}")
                         if event.finish_reason is not None:
-                            del unfinished[id(request)]
+                            del unfinished[id(state)]
                         yield event
                 if unfinished:
                     with self._shared.lock:
-                        if not any(request.events for request in unfinished.values()):
+                        if not any(state.events for state in unfinished.values()):
                             self._shared.run_step(core)
         finally:
-            with self._shared.lock:
-                for request in unfinished.values():
-                    core.cancel(request)
+            self._shared.cancel(core, unfinished.values())
 
     def expert_loads(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()

@@ -13,9 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import EngineConfig, ModelConfig
-from jaxmoe.engine.eos import eos_ids
 from jaxmoe.engine.runner import ModelRunner
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
@@ -26,6 +24,8 @@ from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, parse_mesh
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import check_virtual_stages
+from jaxmoe.text.eos import eos_ids
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_weight_slices, load_params
 from jaxmoe.weights.params import parameter_table, state_of

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from jaxmoe.api.output_processor import OutputProcessor, RequestState
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
 from jaxmoe.engine.runner import ModelRunner
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.engine.trace import EngineTrace
 from jaxmoe.errors import ConfigError, RequestError
+from jaxmoe.text.eos import special_stop_ids
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 
 _WAIT_SECONDS = 1.0  # for the engine's thread, before looking again whether there is one
 
 
 class SharedCore:
-    """Own the EngineCore of one ModelRunner: one KV cache, one prefix cache, one scheduler.
+    """Own the EngineCore of one ModelRunner: one KV cache, one prefix cache, one scheduler; and its OutputProcessor.
 
-    Hold `lock` around every call of the core. Without an AsyncEngine, threads of LLM.generate run the steps, and the
-    core grows with their requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are
-    compiled by then, and its thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
+    Hold `lock` around every call of the core. Requests enter and leave it by `submit`, `step` and `cancel`, which turn
+    its events into text. Without an AsyncEngine, threads of LLM.generate run the steps, and the core grows with their
+    requests. An AsyncEngine fixes its size from `reserve` to `release`, as its programs are compiled by then, and its
+    thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
     """
 
     def __init__(self, runner: ModelRunner, *, tokenizer: CheckpointTokenizer | None, eos: frozenset[int]) -> None:
@@ -32,6 +35,51 @@ class SharedCore:
         self._wake: Callable[[], None] = lambda: None
         self._traced = False  # whether the engine's programs count tokens per expert
         self._runner, self._tokenizer, self._eos = runner, tokenizer, eos
+        self._processor = OutputProcessor(tokenizer)
+        self._in_step = False
+        self._cancelled: list[tuple[EngineCore, RequestState]] = []
+
+    def submit(
+        self, core: EngineCore, index: int, ids: list[int], params: SamplingParams, *, name: str, priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[RequestState]:  # fmt: skip
+        """Queue a request on a core, as EngineCore.submit, and return one state for each of its samples. Hold `lock`.
+
+        It ends at end tokens of the model, unless ignored, at stop tokens, and at stop strings that are special tokens.
+        """
+        special = special_stop_ids(self._tokenizer, params.stop, vocab_size=self._runner.config.vocab_size)
+        ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self._eos)})
+        requests = core.submit(index, ids, params, ends=ends, name=name, priority=priority, deadline=deadline)
+        return [self._processor.add(request) for request in requests]
+
+    def step(self, core: EngineCore) -> None:
+        """Run the next step of a core and process its events. Hold `lock`."""
+        self._in_step = True
+        try:
+            core.step()
+        finally:
+            try:
+                self._processor.process(core)
+            finally:
+                self._in_step = False
+                self._cancel_all()
+
+    def cancel(self, core: EngineCore, states: Iterable[RequestState]) -> None:
+        """Cancel requests that have not ended.
+
+        A stream may be garbage-collected at any time, even by the thread that runs a step. Its requests are then
+        cancelled after the step.
+        """
+        with self.lock:
+            self._cancelled += [(core, state) for state in states]
+            if not self._in_step:
+                self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        while self._cancelled:
+            core, state = self._cancelled.pop(0)
+            core.cancel(state.request)
+            self._processor.process(core)
 
     def run_step(self, core: EngineCore) -> None:
         """Run the next step of a core, or let the engine's thread do so and wait for it. Hold `lock`."""
@@ -39,7 +87,7 @@ class SharedCore:
             self._wake()
             self.stepped.wait(timeout=_WAIT_SECONDS)
         else:
-            core.step()
+            self.step(core)
 
     def fixed(self, requests: Sequence[tuple[int, SamplingParams]], *, max_num_seqs: int) -> EngineCore | None:
         """Return the core that an AsyncEngine reserved, or left if it holds these requests to their ends; else None.
@@ -82,7 +130,7 @@ class SharedCore:
         old, self.core = self.core, None
         if old is not None and not old.requests:
             old.free()  # before new pages are allocated, even if somebody holds the old core
-        self.core = EngineCore(self._runner, scheduler_config, tokenizer=self._tokenizer, eos=self._eos)
+        self.core = EngineCore(self._runner, scheduler_config)
         return self.core
 
     def reserve(

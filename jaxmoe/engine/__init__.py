@@ -1,1 +1,1 @@
-"""The inference engine: requests, scheduling, compiled steps, tokenization and the Python API."""
+"""The inference engine: requests as token ids, scheduling, compiled steps."""

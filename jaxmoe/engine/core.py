@@ -1,4 +1,7 @@
-"""The engine loop: schedule a step, dispatch it, process the output of an earlier step. Single-threaded."""
+"""The engine loop: schedule a step, dispatch it, process the output of an earlier step. Single-threaded.
+
+The core knows token ids only. api/output_processor.py turns its events into text and ends requests at stop strings.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from jaxmoe.cache.pages import PageCopy
 from jaxmoe.engine.batch import BitmaskSource, RequestMetadata, StepBucket, all_buckets, bucket_of, pack, pack_bitmasks
-from jaxmoe.engine.eos import special_stop_ids
 from jaxmoe.engine.limits import SchedulerConfig
-from jaxmoe.engine.request import CompletionOutput, SamplingParams, TokenEvent, drawn_seed, seed_of_sample
+from jaxmoe.engine.request import RequestFinished, SampledToken, SamplingParams, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.scheduler import PromptChunk, ScheduledSequence, StepPlan, StepScheduler
 from jaxmoe.engine.step_programs import EngineState, StepOutput
 from jaxmoe.engine.timing import StepClock
-from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
 from jaxmoe.engine.trace import EngineTrace, RequestRecord, StepRecord
 from jaxmoe.engine.transfer import HostOffload
 from jaxmoe.errors import StepError
@@ -30,37 +31,20 @@ from jaxmoe.ops.sample import SamplerOutput
 _TIMINGS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestFinished:
-    """Report the end of a request without a further token.
-
-    finish_reason: "cancelled", "deadline" or "error". error: the StepError, if finish_reason is "error".
-    """
-
-    index: int
-    sample: int
-    finish_reason: str
-    error: StepError | None = None
-
-
 @dataclass(kw_only=True, eq=False)
 class EngineRequest:
-    """Hold one sample of a request from submission on: its parameters, its tokens so far and its pending events."""
+    """Hold one sample of a request from submission on: its parameters and its tokens so far."""
 
     index: int
     sample: int
     params: SamplingParams
     sequence: ScheduledSequence
-    stream: TextStream
     num_prompt: int
     ends: tuple[int, ...]  # end tokens and stop tokens
     seed: int
     token_bitmask: BitmaskSource | None = None
     record: RequestRecord | None = None
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
-    events: deque[TokenEvent | RequestFinished] = field(default_factory=deque)  # not consumed yet
 
     @property
     def token_ids(self) -> list[int]:
@@ -74,30 +58,15 @@ class EngineRequest:
             token_bitmask=self.token_bitmask,
         )  # fmt: skip
 
-    def push(self, token: int, logprob: float, top: dict[int, float]) -> TokenEvent:
-        """Append a sampled token, set finish_reason if it is the last, and return its event."""
-        self.logprobs.append(logprob)
-        self.top_logprobs.append(top)
+    def sampled(self, token: int, logprob: float, top: dict[int, float]) -> SampledToken:
+        """Return the event of the token that was appended last. Sets finish_reason if no token follows it."""
         if token in self.ends:
-            self.finish_reason, text = "stop", self.stream.finish()
-        else:
-            text = self.stream.push(token)
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-            elif len(self.sequence.tokens) >= self.sequence.max_total:
-                self.finish_reason, text = "length", text + self.stream.finish()
-        return TokenEvent(
-            index=self.index, sample=self.sample, token_id=token, logprob=logprob, top_logprobs=top, text=text,
+            self.finish_reason = "stop"
+        elif len(self.sequence.tokens) >= self.sequence.max_total:
+            self.finish_reason = "length"
+        return SampledToken(
+            index=self.index, sample=self.sample, token_id=token, logprob=logprob, top_logprobs=top,
             finish_reason=self.finish_reason, seed=self.seed,
-        )  # fmt: skip
-
-    def output(self) -> CompletionOutput:
-        """Return the output of this finished sample."""
-        assert self.finish_reason is not None
-        return CompletionOutput(
-            token_ids=self.token_ids, logprobs=self.logprobs,
-            top_logprobs=self.top_logprobs if self.params.top_logprobs else [],
-            text=self.stream.text, finish_reason=self.finish_reason, seed=self.seed,
         )  # fmt: skip
 
 
@@ -126,21 +95,23 @@ class _InFlight:
 
 
 class EngineCore:
-    """Schedule requests, run steps and emit events. Not thread-safe."""
+    """Schedule requests, run steps and emit events. Not thread-safe.
+
+    The caller takes the events from the left of `events`, each with its request.
+    """
 
     def __init__(
         self,
         runner: ModelRunner,
         scheduler_config: SchedulerConfig,
         *,
-        tokenizer: CheckpointTokenizer | None,
-        eos: frozenset[int],
         trace: EngineTrace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.runner, self.scheduler_config, self.tokenizer, self.eos = runner, scheduler_config, tokenizer, eos
+        self.runner, self.scheduler_config = runner, scheduler_config
         self.scheduler = StepScheduler(scheduler_config)
         self.requests: dict[int, EngineRequest] = {}
+        self.events: deque[tuple[EngineRequest, SampledToken | RequestFinished]] = deque()
         self.buckets: set[StepBucket] = set()
         self.warmed_up = False
         self.num_new_tokens = 0
@@ -243,18 +214,16 @@ class EngineCore:
             array.delete()
 
     def submit(
-        self, index: int, ids: list[int], params: SamplingParams, *, name: str = "", priority: int = 0,
-        deadline: float | None = None, token_bitmask: BitmaskSource | None = None,
+        self, index: int, ids: list[int], params: SamplingParams, *, ends: tuple[int, ...], name: str = "",
+        priority: int = 0, deadline: float | None = None, token_bitmask: BitmaskSource | None = None,
     ) -> list[EngineRequest]:  # fmt: skip
         """Queue a request; each of its n samples becomes one EngineRequest.
 
-        name: shown in traces. deadline: time of the core's clock. token_bitmask: see RequestMetadata. Raises:
-        RequestError if the request can never fit.
+        ends: all tokens that end the output. name: shown in traces. deadline: time of the core's clock. token_bitmask:
+        see RequestMetadata. Raises: RequestError if the request can never fit.
         """
         most = self.scheduler_config.max_total(len(ids), params.max_tokens, keeps_all=params.reads_history)
         seed = drawn_seed() if params.seed is None else params.seed
-        special = special_stop_ids(self.tokenizer, params.stop, vocab_size=self.runner.config.vocab_size)
-        ends = tuple({*params.stop_token_ids, *special, *(() if params.ignore_eos else self.eos)})
         queued = []
         for sample in range(params.n):
             sequence = ScheduledSequence(
@@ -264,7 +233,6 @@ class EngineCore:
             self.scheduler.add(sequence)
             request = EngineRequest(
                 index=index, sample=sample, params=params, sequence=sequence, num_prompt=len(ids), ends=ends,
-                stream=TextStream(self.tokenizer, params.stop, prompt=ids, min_tokens=params.min_tokens),
                 seed=seed_of_sample(seed, sample), token_bitmask=token_bitmask,
             )  # fmt: skip
             if self.trace is not None:
@@ -282,19 +250,35 @@ class EngineCore:
         if request.finish_reason is None:
             self._end(request.sequence, "cancelled")
 
+    def finish(self, request: EngineRequest, reason: str, *, num_tokens: int) -> None:
+        """End a request after its first num_tokens generated tokens, for a reason that the core does not know.
+
+        Releases its slot and its pages, and emits no event. Later tokens of the request do not count; the caller skips
+        their events. Full pages of them stay in the prefix cache. The core may have ended the request already.
+        """
+        request.finish_reason, sequence = reason, request.sequence
+        self.requests.pop(sequence.request_id, None)
+        self.scheduler.finish(sequence)
+        num_dropped = len(request.token_ids) - num_tokens  # of a step without prompts; others sample one
+        self.num_new_tokens -= num_dropped
+        self.timing.num_decoded_tokens -= num_dropped
+        del sequence.tokens[request.num_prompt + num_tokens :]
+        if request.record is not None:
+            request.record.num_tokens = min(request.record.num_tokens, num_tokens)
+        self._trace_end(request)
+
     def _end(self, sequence: ScheduledSequence, reason: str, error: StepError | None = None) -> None:
         request = self.requests.pop(sequence.request_id)
         self.scheduler.finish(sequence, discard=error is not None)
         request.finish_reason = reason
         self._trace_end(request)
-        request.events.append(
-            RequestFinished(index=request.index, sample=request.sample, finish_reason=reason, error=error)
-        )
+        event = RequestFinished(index=request.index, sample=request.sample, finish_reason=reason, error=error)
+        self.events.append((request, event))
 
     # --- engine loop ---
 
     def step(self) -> None:
-        """Dispatch the next step, and process the output of the previous one: requests get their new events."""
+        """Dispatch the next step, and process the output of the previous one: append the new events."""
         try:
             for sequence in self.scheduler.expired(self._clock()):
                 self._end(sequence, "deadline")
@@ -423,11 +407,10 @@ class EngineCore:
                 where = f"prompt {request.index} after {len(sequence.tokens) - 1} tokens"
                 error = not_finite(self.runner, where, masked=request.token_bitmask is not None)
                 self._end(sequence, "error", error)
+                sequence.tokens.pop()
                 continue
-            event = request.push(
-                token, float(logprobs[at]), self._top(step.output.sampled, at, request.params.top_logprobs)
-            )
-            request.events.append(event)
+            top = self._top(step.output.sampled, at, request.params.top_logprobs)
+            self.events.append((request, request.sampled(token, float(logprobs[at]), top)))
             num_new += 1
             self.num_new_tokens += 1
             if request.record is not None and step.record is not None:

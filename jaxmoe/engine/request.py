@@ -1,4 +1,4 @@
-"""Sampling parameters, request outputs and token events of the public API. Does not import JAX."""
+"""Sampling parameters, and the events of requests as the engine core emits them. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 
-from jaxmoe.checks import is_finite, require
-from jaxmoe.errors import RequestError
+from jaxmoe.checks import is_finite, is_unicode, require
+from jaxmoe.errors import RequestError, StepError
 
 _require = partial(require, RequestError)
 MAX_BIAS_TOKEN_IDS = 384  # of one request: entries of logit_bias, stop_token_ids and the end tokens of the model
@@ -183,95 +183,21 @@ def seed_of_sample(seed: int, sample: int) -> int:
     return seed + sample if seed + sample < 2**64 else seed + sample - 2**64
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text is valid Unicode. JSON escapes can produce lone surrogates, which UTF-8 cannot encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionOutput:
-    """Hold one generated sample of a request.
+class SampledToken:
+    """Describe one sampled token of one sample, as the engine core emits it.
 
     Attributes:
-        token_ids: Generated token ids.
-        logprobs: Natural log-probability of each generated token under the model, before penalties and filters.
-        top_logprobs: For each generated token, the log-probabilities of the most likely tokens by token id, likeliest
-            first. Empty if SamplingParams.top_logprobs is 0.
-        text: Generated text; empty if the model has no tokenizer.
-        finish_reason: "stop" (end token, stop token or stop string) or "length" (max_tokens or end of the context).
-        seed: Seed of this sample. SamplingParams(seed=...) with it samples the same tokens after the same prompt.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[dict[int, float]]
-    text: str
-    finish_reason: str
-    seed: int = field(compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestOutput:
-    """Hold one finished request with its n samples.
-
-    The properties token_ids, logprobs, text, finish_reason and seed return values of the first sample.
-
-    Attributes:
-        index: Index of the prompt in the call.
-        prompt_token_ids: Token ids of the prompt.
-        outputs: The n samples.
-    """
-
-    index: int
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Return the generated token ids of the first sample."""
-        return self.outputs[0].token_ids
-
-    @property
-    def logprobs(self) -> list[float]:
-        """Return the log-probabilities of the generated tokens of the first sample."""
-        return self.outputs[0].logprobs
-
-    @property
-    def text(self) -> str:
-        """Return the generated text of the first sample."""
-        return self.outputs[0].text
-
-    @property
-    def finish_reason(self) -> str:
-        """Return the finish reason of the first sample."""
-        return self.outputs[0].finish_reason
-
-    @property
-    def seed(self) -> int:
-        """Return the seed of the first sample. With the same n, it reproduces all samples."""
-        return self.outputs[0].seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenEvent:
-    """Describe one new token of one sample, as it is streamed.
-
-    Attributes:
-        index: Index of the prompt in the call of LLM.stream; 0 in AsyncEngine.stream.
+        index: Index of the prompt in its call.
         sample: Index of the sample, in [0, n).
         token_id: The token id.
         logprob: Natural log-probability of the token under the model, before penalties and filters.
         top_logprobs: Log-probabilities of the most likely tokens by token id, likeliest first.
-        text: Text that became final with this token. It may be empty.
-        finish_reason: As in CompletionOutput with the last token of the sample, otherwise None.
+        finish_reason: "stop" for an end token, "length" for the last token that fits; otherwise None.
         seed: Seed of this sample.
     """
 
@@ -280,9 +206,21 @@ class TokenEvent:
     token_id: int
     logprob: float
     top_logprobs: dict[int, float]
-    text: str
     finish_reason: str | None
-    seed: int = field(compare=False)
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFinished:
+    """Report the end of a request without a further token.
+
+    finish_reason: "cancelled", "deadline" or "error". error: the StepError, if finish_reason is "error".
+    """
+
+    index: int
+    sample: int
+    finish_reason: str
+    error: StepError | None = None
 
 
 def check_prompt(ids: Sequence[int], *, index: int, vocab_size: int, context: int) -> list[int]:

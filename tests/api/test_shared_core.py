@@ -190,3 +190,24 @@ def test_options_of_loading_are_refused_where_they_would_change_something(llm):
     AsyncEngine(llm, EngineConfig(max_num_seqs=2, context=32)).close()
     with pytest.raises(ConfigError, match="kv_dtype: options of loading were given with an LLM"):
         AsyncEngine(llm, cache=CacheConfig(kv_dtype="int8"))
+
+
+def test_a_stream_that_is_closed_inside_a_step_is_cancelled_after_it(llm, alone, monkeypatch):
+    """As where the thread that runs a step collects garbage. Its request is in the plan of the step already."""
+    abandoned = llm.stream([PROMPT], SamplingParams(max_tokens=20, ignore_eos=True))
+    next(abandoned)
+    core, (request,) = llm._core, llm._core.requests.values()
+    plan, seen = core.scheduler._plan_chunks, []
+
+    def close_and_plan():
+        abandoned.close()
+        seen.append(request.finish_reason)
+        return plan()
+
+    monkeypatch.setattr(core.scheduler, "_plan_chunks", close_and_plan)
+    other = [PROMPT[0], *reversed(PROMPT[1:])]
+    assert llm.generate([other], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids == alone(other)[:2]
+    assert llm._core is core
+    assert seen[0] is None
+    assert request.finish_reason == "cancelled"
+    assert core.scheduler.pools[0].num_in_use == 0

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from jaxmoe import LLM, RequestError, SamplingParams
 from jaxmoe.engine.runner import bucket
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 
 from ..conftest import ONE_DEVICE, mesh_of
 

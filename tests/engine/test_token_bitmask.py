@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import SamplingParams, StepError
-from jaxmoe.engine.core import EngineCore, EngineRequest, RequestFinished
+from jaxmoe.engine.core import EngineCore, EngineRequest
 from jaxmoe.engine.limits import SchedulerConfig
 
 from ..conftest import ONE_DEVICE, XLA
@@ -45,7 +45,7 @@ def engine_core(llm, *, decode_steps: int = 3) -> EngineCore:
         num_ranks=llm._runner.num_ranks, max_num_seqs=4, chunk_tokens=16, block_tokens=4, num_pages=24, page_size=4,
         context=32, decode_steps=decode_steps,
     )  # fmt: skip
-    return EngineCore(llm._runner, config, tokenizer=None, eos=frozenset())
+    return EngineCore(llm._runner, config)
 
 
 def run(core: EngineCore) -> None:
@@ -68,7 +68,7 @@ def expected_tokens(llm) -> list[int]:
 
 
 def submit(core: EngineCore, prompt, params: SamplingParams, token_bitmask=None) -> EngineRequest:
-    return core.submit(0, list(prompt), params, token_bitmask=token_bitmask)[0]
+    return core.submit(0, list(prompt), params, ends=(), token_bitmask=token_bitmask)[0]
 
 
 def test_a_masked_request_is_greedy_among_its_tokens_beside_others_that_give_what_they_give_alone(llm):
@@ -83,7 +83,8 @@ def test_a_masked_request_is_greedy_among_its_tokens_beside_others_that_give_wha
     for prompt, params, other in zip(NEIGHBORS, neighbor_params, others, strict=True):
         assert other.token_ids == llm.generate([prompt], params)[0].token_ids
     text = [*PROMPT, *masked.token_ids]
-    np.testing.assert_allclose(masked.logprobs, llm.score([text])[0][len(PROMPT) - 1 :], atol=1e-4)
+    logprobs = [event.logprob for request, event in core.events if request is masked]
+    np.testing.assert_allclose(logprobs, llm.score([text])[0][len(PROMPT) - 1 :], atol=1e-4)
 
 
 def test_a_bitmask_is_asked_for_after_every_token_and_none_of_it_allows_all(llm):
@@ -143,7 +144,7 @@ def test_a_bitmask_that_allows_nothing_ends_its_request_alone(llm):
     stuck = submit(core, PROMPT, greedy, lambda tokens: bitmask_of({7} if len(tokens) < 9 else set(), vocab))
     other = submit(core, NEIGHBORS[0], greedy)
     run(core)
-    *events, last = stuck.events
+    *events, last = [event for request, event in core.events if request is stuck]
     assert [event.token_id for event in events] == [7, 7]
     assert isinstance(last, RequestFinished)
     assert isinstance(last.error, StepError)

@@ -40,8 +40,8 @@ def answers(
     llm: LLM, scheduler_config: SchedulerConfig, prompts: list[list[int]], params: SamplingParams
 ) -> tuple[EngineCore, list[EngineRequest]]:
     """What a core makes of prompts that are there at once; no page may be lost or left held."""
-    core = EngineCore(llm._runner, scheduler_config, tokenizer=None, eos=frozenset())
-    requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(prompts)]
+    core = EngineCore(llm._runner, scheduler_config)
+    requests = [core.submit(at, ids, params, ends=())[0] for at, ids in enumerate(prompts)]
     while core.busy:
         core.step()
         core.scheduler.pools[0].check()
@@ -50,12 +50,16 @@ def answers(
     return core, requests
 
 
+def logprobs(core: EngineCore, request: EngineRequest) -> list[float]:
+    return [event.logprob for owner, event in core.events if owner is request]
+
+
 def test_long_answers_run_in_a_pool_smaller_than_their_context(llm):
     """Each token's log-probability is that of attention without pages over everything before it."""
-    _, requests = answers(llm, SCHEDULER_CONFIG, PROMPTS, SamplingParams(max_tokens=60, ignore_eos=True))
+    core, requests = answers(llm, SCHEDULER_CONFIG, PROMPTS, SamplingParams(max_tokens=60, ignore_eos=True))
     assert max(len(request.sequence.tokens) for request in requests) == 80 > SCHEDULER_CONFIG.pool_tokens
     for request, scored in zip(requests, llm.score([r.sequence.tokens for r in requests]), strict=True):
-        np.testing.assert_allclose(scored[request.num_prompt - 1 :], request.logprobs, atol=2e-4)
+        np.testing.assert_allclose(scored[request.num_prompt - 1 :], logprobs(core, request), atol=2e-4)
 
 
 def test_the_tokens_are_those_of_pages_that_are_all_kept(llm):
@@ -70,9 +74,9 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
     plain = SamplingParams(max_tokens=28, ignore_eos=True)
     assert params.reads_history
     kept = [answers(llm, replace(SCHEDULER_CONFIG, window=0), [ids], params)[1][0].token_ids for ids in PROMPTS[:2]]
-    core = EngineCore(llm._runner, SCHEDULER_CONFIG, tokenizer=None, eos=frozenset())
-    requests = [core.submit(at, ids, params)[0] for at, ids in enumerate(PROMPTS[:2])]
-    other = core.submit(2, PROMPTS[2], plain)[0]
+    core = EngineCore(llm._runner, SCHEDULER_CONFIG)
+    requests = [core.submit(at, ids, params, ends=())[0] for at, ids in enumerate(PROMPTS[:2])]
+    other = core.submit(2, PROMPTS[2], plain, ends=())[0]
     while core.busy:
         core.step()
     assert [request.token_ids for request in requests] == kept
@@ -82,18 +86,18 @@ def test_a_penalty_counts_tokens_behind_the_window(llm):
 def test_the_end_of_an_earlier_answer_is_found_though_its_beginning_is_gone(llm):
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     core, (first,) = answers(llm, SCHEDULER_CONFIG, PROMPTS[:1], params)
-    core.submit(1, PROMPTS[2], params)  # 8 pages: the 6 that are blank, and 2 of the first request's 9
+    core.submit(1, PROMPTS[2], params, ends=())  # 8 pages: the 6 that are blank, and 2 of the first request's 9
     while core.busy:
         core.step()
     prompt = first.sequence.tokens[:38]
     assert core.scheduler.num_evicted == 2
     assert core.scheduler.pools[0].match_prefix(prompt, limit=37, whole=True).num_pages == 0
-    (again,) = core.submit(2, prompt, params)
+    (again,) = core.submit(2, prompt, params, ends=())
     while core.busy:
         core.step()
     assert core.scheduler.num_cached_tokens == 36
     (scored,) = llm.score([again.sequence.tokens])
-    np.testing.assert_allclose(scored[len(prompt) - 1 :], again.logprobs, atol=2e-4)
+    np.testing.assert_allclose(scored[len(prompt) - 1 :], logprobs(core, again), atol=2e-4)
 
 
 def test_generate_asks_for_no_more_pages_than_windows_need(changed_dir):

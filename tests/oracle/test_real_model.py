@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxmoe import LLM, SamplingParams
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import read_json
 from scripts.gguf_to_hf import convert, packaged_model
 from scripts.real_model import CHAT, NUM_TOKENS, PLAIN, Oracle

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 
-from ..engine.test_added_tokens import CASES, checkpoint, load, token
-from ..engine.test_chat import RENDERED, TOKENS, USER
+from ..text.test_added_tokens import CASES, checkpoint, load, token
+from ..text.test_chat import RENDERED, TOKENS, USER
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 TEXTS = ["<a>", "</s>", "<b>", "<c>", "bc", "d_", "a", " ", "|", "e"]

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.engine.added_tokens import added_tokens
-from jaxmoe.engine.eos import eos_ids, special_stop_ids
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import CheckpointError, ConfigError
+from jaxmoe.text.added_tokens import added_tokens
+from jaxmoe.text.eos import eos_ids, special_stop_ids
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 
 VOCAB = "abcde<>|/s _"  # ids 0 to 11; the next token gets 12
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
 from jaxmoe.errors import RequestError
+from jaxmoe.text.tokenizer import CheckpointTokenizer, TextStream
 
 
 def byte_tokenizer(**settings) -> CheckpointTokenizer:

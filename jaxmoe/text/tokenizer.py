@@ -8,10 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.engine.added_tokens import CONFIG, AddedTokens, added_tokens, read_added_tokens
-from jaxmoe.engine.chat import DEFAULT, Message, read_templates, render
-from jaxmoe.engine.detokenize import IncrementalDetokenizer, TokenDecoder
 from jaxmoe.errors import CheckpointError, RequestError
+from jaxmoe.text.added_tokens import CONFIG, AddedTokens, added_tokens, read_added_tokens
+from jaxmoe.text.chat import DEFAULT, Message, read_templates, render
+from jaxmoe.text.detokenize import IncrementalDetokenizer, TokenDecoder
 
 
 class CheckpointTokenizer:

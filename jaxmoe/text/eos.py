@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.engine.added_tokens import CONFIG as TOKENIZER_CONFIG
-from jaxmoe.engine.added_tokens import read_added_tokens
-from jaxmoe.engine.tokenizer import CheckpointTokenizer
 from jaxmoe.errors import ConfigError
+from jaxmoe.text.added_tokens import CONFIG as TOKENIZER_CONFIG
+from jaxmoe.text.added_tokens import read_added_tokens
+from jaxmoe.text.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import CONFIG, read_json
 
 _GENERATION = "generation_config.json"

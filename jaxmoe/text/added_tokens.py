@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.engine.request import is_unicode
+from jaxmoe.checks import is_unicode
 from jaxmoe.errors import CheckpointError, listed
 from jaxmoe.weights.checkpoint import read_json
 

@@ -7,8 +7,8 @@ from datetime import datetime
 
 import pytest
 
-from jaxmoe.engine.chat import read_templates, render
 from jaxmoe.errors import CheckpointError, RequestError
+from jaxmoe.text.chat import read_templates, render
 
 USER = [{"role": "user", "content": "hi <b> ü"}]
 LOOP = "{% for m in messages %}"

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from jaxmoe.engine.detokenize import TokenDecoder
-from jaxmoe.engine.tokenizer import CheckpointTokenizer, TextStream
+from jaxmoe.text.detokenize import TokenDecoder
+from jaxmoe.text.tokenizer import CheckpointTokenizer, TextStream
 
 SPACE = "\u2581"
 LETTERS = ["a", "b", "cd", "é", "世", "🦙", "\ufffd", ".", ",", "'s", "##x"]
