@@ -9,6 +9,7 @@ import pytest
 
 from jaxmoe import SamplingParams, StepError
 from jaxmoe.engine.core import EngineCore, EngineRequest
+from jaxmoe.engine.request import RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
 
 from ..conftest import ONE_DEVICE, XLA
