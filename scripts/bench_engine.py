@@ -143,8 +143,8 @@ def _pool(arguments: argparse.Namespace) -> None:
             parts["block_table"][:] = np.arange(pages).reshape(arguments.rows, 16)
             for _ in range(12):
                 begin = time.perf_counter()
-                core._state, output = llm._runner.step(
-                    core._state, metadata, (False,) * 3, bucket, decode_steps=1, max_decode_steps=1
+                core._worker.state, output = llm._runner.step(
+                    core._worker.state, metadata, (False,) * 3, bucket, decode_steps=1, max_decode_steps=1
                 )
                 np.asarray(output.sampled.tokens)
                 found.append(time.perf_counter() - begin)

@@ -14,6 +14,12 @@ from jaxmoe.api.inputs import Prompt, check_inputs, check_prompts, listed
 from jaxmoe.api.loader import LoadedModel, load_model
 from jaxmoe.api.output_processor import RequestState, request_output
 from jaxmoe.api.outputs import RequestOutput, TokenEvent
+from jaxmoe.api.process_calls import (
+    ResultCodecs,
+    in_every_process,
+    model_control,
+    stream_in_every_process,
+)
 from jaxmoe.api.request_sizing import size_for_requests
 from jaxmoe.api.scoring import score_batches
 from jaxmoe.api.shared_core import SharedCore
@@ -100,7 +106,8 @@ class LLM:
     def _adopt(self, loaded: LoadedModel, config: EngineConfig) -> None:
         self._runner, self.tokenizer, self.eos = loaded.runner, loaded.tokenizer, loaded.eos
         self.engine_config = config
-        self._shared = SharedCore(self._runner, tokenizer=self.tokenizer, eos=self.eos)
+        executor, self._followed = model_control(self._runner)
+        self._shared = SharedCore(executor, tokenizer=self.tokenizer, eos=self.eos)
         self._trace: EngineTrace | None = None
         self._on_loads: Callable[[np.ndarray], None] | None = None
 
@@ -111,6 +118,22 @@ class LLM:
     @_core.setter
     def _core(self, core: EngineCore | None) -> None:
         self._shared.core = core
+
+    @property
+    def follows(self) -> bool:
+        """Return whether this process follows process 0: calls return the results of the same calls there."""
+        return self._followed is not None
+
+    def follow(self) -> int:
+        """Run what process 0 tells until it ends, in a process that follows it.
+
+        Without this call, the process does so when it exits.
+
+        Returns:
+            The exit code of process 0.
+        """
+        assert self._followed is not None, "only a process that follows can follow"
+        return self._followed.follower.follow()
 
     @property
     def config(self) -> ModelConfig:
@@ -127,6 +150,7 @@ class LLM:
         """Return the step times of generate and stream since the KV cache was allocated; None before the first call."""
         return None if self._core is None else self._core.timing
 
+    @in_every_process(ResultCodecs.OUTPUTS)
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> list[RequestOutput]:
@@ -143,12 +167,18 @@ class LLM:
             RequestError: If a prompt or a parameter is out of range. Nothing runs in that case.
             StepError: If a step that computed one of the requests failed, or the logits of a request are not finite.
         """
+        return self._generate(prompts, params)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
         inputs = self._check_inputs(prompts, params)
         requests: list[list[RequestState]] = []
         for _ in self._events(inputs, requests):
             pass
         return [request_output(samples) for samples in requests]
 
+    @stream_in_every_process
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> Iterator[TokenEvent]:
@@ -209,6 +239,7 @@ class LLM:
             raise RequestError("this model has no tokenizer.json: give token ids")
         return self.tokenizer.encode(self.tokenizer.chat(messages, tools), special=False)
 
+    @in_every_process(ResultCodecs.ARRAYS)
     def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return the log-probability of each token given the tokens before it.
 
@@ -229,6 +260,7 @@ class LLM:
             scores.append(logprobs)
         return scores
 
+    @in_every_process(ResultCodecs.ARRAY)
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the logits of the token that follows each sequence.
 
@@ -251,7 +283,7 @@ class LLM:
 
     def _scored(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         checked = check_prompts(listed(prompts), self.config, room=0)
-        return score_batches(self._runner, checked, max_num_seqs=self.engine_config.max_num_seqs)
+        return score_batches(self._shared.executor, checked, max_num_seqs=self.engine_config.max_num_seqs)
 
     def _events(
         self, inputs: list[tuple[list[int], SamplingParams]], requests: list[list[RequestState]]
@@ -285,6 +317,7 @@ class LLM:
         finally:
             self._shared.cancel(core, unfinished.values())
 
+    @in_every_process(ResultCodecs.LOADS)
     def expert_loads(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> ExpertLoads:
@@ -321,7 +354,7 @@ class LLM:
                 self._core.reset_prefix_cache()
             self._on_loads = count
         try:
-            self.generate(prompts, params)
+            self._generate(prompts, params)
         finally:
             with self._shared.lock:
                 self._on_loads = None
@@ -329,6 +362,7 @@ class LLM:
                     self._core.on_loads = None
         return experts.expert_loads(totals)
 
+    @in_every_process(ResultCodecs.NOTHING)
     def place_experts(self, experts: ExpertPlacement) -> None:
         """Move and replicate experts according to a placement; running requests continue.
 
@@ -341,7 +375,7 @@ class LLM:
             ConfigError: If the placement does not match this model, or the model was loaded without redundant_experts.
         """
         with self._shared.lock:
-            self._runner.place_experts(experts)
+            self._shared.executor.place_experts(experts)
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[EngineTrace]:

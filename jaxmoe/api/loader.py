@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +25,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.eplb import balance
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, parse_mesh
+from jaxmoe.parallel.processes import joined
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import check_virtual_stages
 from jaxmoe.text.eos import eos_ids
@@ -29,6 +33,7 @@ from jaxmoe.text.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import open_tensors, read_json
 from jaxmoe.weights.load import assign_weight_slices, load_params
 from jaxmoe.weights.params import parameter_table, state_of
+from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.source import find_model
 from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.verify import check_whole
@@ -61,6 +66,8 @@ def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress
     kernels = choose_kernels(
         dtype, overrides, shared_pages=placement.num_shards("page_token") > 1, quantization=model_config.quantization
     )
+    if placement.spans_processes:
+        _agree(config, raw, tensors)
     if config.verify:
         check_whole(directory)
     shapes = abstract_model(model_config, placement, dtype=dtype, kernels=kernels)
@@ -80,6 +87,31 @@ def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress
     if config.parallel.redundant_experts is not None:
         _spread_experts(runner)
     return LoadedModel(runner=runner, tokenizer=tokenizer, eos=eos)
+
+
+def _agree(config: EngineConfig, raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Compare what processes load with each other. A difference ends all of them, with one line that names it."""
+    group = joined()
+    if group is None:
+        return
+    headers = {key: [one.dtype, list(one.shape), one.start] for key, one in sorted(tensors.items())}
+    group.agree(
+        **{name: str(value) for name, value in config.options().items() if name not in ("mesh", "verify")},
+        **{
+            "the mesh": describe_mesh(config.parallel.mesh),
+            "config.json of the model": fingerprint(raw), "the list of the checkpoint's tensors": fingerprint(headers),
+        },
+    )  # fmt: skip
+
+
+def fingerprint(value: Any) -> str:
+    """Return 12 hexadecimal digits that differ between different JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def describe_mesh(mesh: str | Mapping[str, int] | Mesh | None) -> str:
+    """Return a mesh as text, for comparison between processes."""
+    return str(dict(mesh.shape)) if isinstance(mesh, Mesh) else str(mesh)
 
 
 def _placement(config: EngineConfig, model_config: ModelConfig) -> MeshPlacement:

@@ -9,8 +9,8 @@ from jaxmoe.api.output_processor import OutputProcessor, RequestState
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import SamplingParams
-from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.trace import EngineTrace
+from jaxmoe.engine.worker import ModelExecutor
 from jaxmoe.errors import ConfigError, RequestError
 from jaxmoe.text.eos import special_stop_ids
 from jaxmoe.text.tokenizer import CheckpointTokenizer
@@ -27,14 +27,14 @@ class SharedCore:
     thread runs the steps of all requests: `wake` asks it to, `stepped` tells of each step.
     """
 
-    def __init__(self, runner: ModelRunner, *, tokenizer: CheckpointTokenizer | None, eos: frozenset[int]) -> None:
+    def __init__(self, executor: ModelExecutor, *, tokenizer: CheckpointTokenizer | None, eos: frozenset[int]) -> None:
         self.lock = threading.RLock()
         self.stepped = threading.Condition(self.lock)
         self.core: EngineCore | None = None
         self.reserved = False  # by an AsyncEngine
         self._wake: Callable[[], None] = lambda: None
         self._traced = False  # whether the engine's programs count tokens per expert
-        self._runner, self._tokenizer, self._eos = runner, tokenizer, eos
+        self.executor, self._runner, self._tokenizer, self._eos = executor, executor.runner, tokenizer, eos
         self._processor = OutputProcessor(tokenizer)
         self._in_step = False
         self._cancelled: list[tuple[EngineCore, RequestState]] = []
@@ -130,7 +130,7 @@ class SharedCore:
         old, self.core = self.core, None
         if old is not None and not old.requests:
             old.free()  # before new pages are allocated, even if somebody holds the old core
-        self.core = EngineCore(self._runner, scheduler_config)
+        self.core = EngineCore(self._runner, scheduler_config, executor=self.executor)
         return self.core
 
     def reserve(

@@ -164,7 +164,7 @@ def _join(devices: int | None) -> bool:
     """Join other processes if the command was started with a coordinator. Returns whether it was."""
     context = click.get_current_context(silent=True)
     given = {} if context is None else {name: context.meta.get(f"{_META}{name}") for name in _PROCESS_OPTIONS}
-    coordinator, num_processes, process_id, lost_after = (given.get(name) for name in _PROCESS_OPTIONS)
+    coordinator, num_processes, process_id = (given.get(name) for name in _PROCESS_OPTIONS[:3])
     if coordinator is None:
         if num_processes is not None or process_id is not None:
             raise MeshError("--num-processes and --process-id need --coordinator HOST:PORT")
@@ -174,14 +174,15 @@ def _join(devices: int | None) -> bool:
     assert context is not None
     arguments = {f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items()}
     group = join(
-        coordinator, num_processes=num_processes, process_id=process_id, devices=devices, lost_after=lost_after,
+        coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
+        lost_after=context.meta[f"{_META}lost_after"],
         arguments={"the command": str(context.info_name), **arguments},
     )  # fmt: skip
     sys.stdout.flush()
     if group.is_controller:
         sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
     else:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         console.quiet = True
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # libraries print to it: gloo for every peer

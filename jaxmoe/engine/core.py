@@ -21,10 +21,10 @@ from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestFinished, SampledToken, SamplingParams, drawn_seed, seed_of_sample
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.scheduler import PromptChunk, ScheduledSequence, StepPlan, StepScheduler
-from jaxmoe.engine.step_programs import EngineState, StepOutput
+from jaxmoe.engine.step_programs import StepOutput
 from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.trace import EngineTrace, RequestRecord, StepRecord
-from jaxmoe.engine.transfer import HostOffload
+from jaxmoe.engine.worker import ModelExecutor
 from jaxmoe.errors import StepError
 from jaxmoe.ops.sample import SamplerOutput
 
@@ -105,9 +105,11 @@ class EngineCore:
         runner: ModelRunner,
         scheduler_config: SchedulerConfig,
         *,
+        executor: ModelExecutor | None = None,
         trace: EngineTrace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """executor: runs the steps of the model; by default in this process alone."""
         self.runner, self.scheduler_config = runner, scheduler_config
         self.scheduler = StepScheduler(scheduler_config)
         self.requests: dict[int, EngineRequest] = {}
@@ -123,8 +125,8 @@ class EngineCore:
         self._pages_per_seq = -(-scheduler_config.context // scheduler_config.page_size)
         self._in_flight: deque[_InFlight] = deque()
         self._next_id = 0
-        self._state = self._fresh_state()
-        self._host_offload = HostOffload(runner) if scheduler_config.num_host_pages else None
+        self._executor = ModelExecutor(runner) if executor is None else executor
+        self._worker = self._executor.worker(scheduler_config)
 
     def _bucket_sizes(self) -> dict[str, int]:
         runner = self.runner
@@ -133,34 +135,28 @@ class EngineCore:
             "shares": runner.context_ranks, "whole": runner.placement.strip_tokens,
         }  # fmt: skip
 
-    def _fresh_state(self) -> EngineState:
-        return self.runner.empty_state(
-            self.scheduler_config.max_num_seqs, self.scheduler_config.num_pages, self.scheduler_config.page_size
-        )
-
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile the program of every bucket. Afterwards a step of any other shape raises StepError."""
         buckets = all_buckets(self.scheduler_config, **self._bucket_sizes())
         on_progress(0, len(buckets))
         for done, bucket in enumerate(buckets, 1):
             nothing = pack(StepPlan(decodes=[], chunks=[]), bucket, self.scheduler_config, self._request_metadata)
-            self._state, output = self._step(nothing, (False, False, False), bucket, 1)
-            jax.block_until_ready(output)
+            jax.block_until_ready(self._step(nothing, (False, False, False), bucket, 1))
             self.buckets.add(bucket)
             on_progress(done, len(buckets))
-        if self._host_offload is not None:
-            self.copy_s, self.compute_s = self._time_copies(self._host_offload), self._time_prompts(buckets[-1])
+        if self.scheduler_config.num_host_pages:
+            self.copy_s, self.compute_s = self._time_copies(), self._time_prompts(buckets[-1])
             self.scheduler.enable_offload(self.copy_s < self.compute_s)
         self.warmed_up = True
 
-    def _time_copies(self, host_offload: HostOffload) -> float:
+    def _time_copies(self) -> float:
         """Measure the seconds to copy one page to host memory and back. Compiles both copies."""
         seconds = []
         for _ in range(1 + _TIMINGS):
             start = self._clock()
             for direction in ("out", "in"):
-                self._state = host_offload.run(self._state, 0, PageCopy(direction, 0, 0))
-            jax.block_until_ready(self._state)
+                self._worker.copy_page(0, PageCopy(direction, 0, 0))
+            self._worker.wait()
             seconds.append(self._clock() - start)
         return min(seconds[1:])
 
@@ -177,8 +173,7 @@ class EngineCore:
         packed, seconds = pack(plan, bucket, scheduler_config, lambda index: metadata), []
         for _ in range(_TIMINGS):  # writes only to pages that no request uses yet
             start = self._clock()
-            self._state, output = self._step(packed, (False, False, False), bucket, 1)
-            jax.block_until_ready(output)
+            jax.block_until_ready(self._step(packed, (False, False, False), bucket, 1))
             seconds.append(self._clock() - start)
         return min(seconds) / len(pages)
 
@@ -205,13 +200,11 @@ class EngineCore:
         """Drop the prefix cache, in host memory too. Requires that no request is left."""
         self.drain()
         self.scheduler.reset_prefix_cache()
-        if self._host_offload is not None:
-            self._host_offload.clear()
+        self._worker.clear_host_pages()
 
     def free(self) -> None:
         """Free the device arrays. The core cannot run afterwards."""
-        for array in jax.tree.leaves(self._state):
-            array.delete()
+        self._worker.free()
 
     def submit(
         self, index: int, ids: list[int], params: SamplingParams, *, ends: tuple[int, ...], name: str = "",
@@ -298,18 +291,14 @@ class EngineCore:
             self._trace_failure(step.record)
         self._in_flight.clear()
         self.scheduler.fail(plan, fault)
-        for array in jax.tree.leaves(self._state):  # free memory for the fresh state; some may have been donated
-            array.delete()
-        self._state = self._fresh_state()
-        if self._host_offload is not None:
-            self._host_offload.clear()
+        self._worker.reset()
 
     def _guarded(self, plan: StepPlan, action: Callable[[], None], record: StepRecord | None = None) -> None:
         """Run action. If it raises, the requests of the plan fail and all others start over with empty pages."""
         try:
             action()
         except Exception as error:  # any error of a device or a compiler
-            fault = StepError(f"the step that computed this request failed: {error}")
+            fault = self._executor.fault(error)
             fault.__cause__ = error
             self._trace_failure(record)
             self._start_over(plan, lambda sequence: self._end(sequence, "error", fault))
@@ -331,11 +320,10 @@ class EngineCore:
         slots = [(sequence.rank, sequence.slot) for sequence, _ in plan.sampled()]
         sent = self._clock()
         for rank, page_copy in plan.page_copies:
-            assert self._host_offload is not None
-            self._state = self._host_offload.run(self._state, rank, page_copy)
+            self._worker.copy_page(rank, page_copy)
         known = bucket in self.buckets
         start = sent if known else self._settle()
-        self._state, output = self._step(packed, features, bucket, plan.decode_steps, bitmask)
+        output = self._step(packed, features, bucket, plan.decode_steps, bitmask)
         self.buckets.add(bucket)
         record = self._trace_step(plan, bucket, sent)
         if not known:  # the call's time is compile time: dispatch is asynchronous
@@ -345,7 +333,7 @@ class EngineCore:
     def _settle(self) -> float:
         """Wait for the steps in flight, so that step times and compile time do not overlap. Return the current time."""
         with contextlib.suppress(Exception):  # the error of a failed step is raised when its output is processed
-            jax.block_until_ready(self._state)
+            self._worker.wait()
         now = self._clock()
         for step in self._in_flight:
             step.done_at = now
@@ -356,9 +344,8 @@ class EngineCore:
             return None
         runner, scheduler = self.runner, self.scheduler
         looped = self.scheduler_config.decode_steps > 1 and not bucket.blocks
-        iterations = runner.traffic.iterations(bucket, plan.decode_steps) if looped else 1
-        each = runner.traffic.planned_decode_step(bucket) if looped else runner.traffic.planned(bucket)
-        collectives = {one: count * iterations for one, count in each.items()}
+        most = self.scheduler_config.decode_steps if looped else 1
+        collectives = runner.traffic.planned_run(bucket, decode_steps=plan.decode_steps, max_decode_steps=most)
         return self.trace.sent(
             plan, bucket, {id: r.record for id, r in self.requests.items() if r.record is not None}, collectives,
             waiting=len(scheduler.waiting), pages_in_use=sum(pool.num_in_use for pool in scheduler.pools),
@@ -382,8 +369,8 @@ class EngineCore:
     ):  # fmt: skip
         max_decode_steps = 1 if bucket.blocks else self.scheduler_config.decode_steps
         traced = self.trace is not None or self.on_loads is not None
-        return self.runner.step(
-            self._state, packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
+        return self._worker.step(
+            packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
             traced=traced, token_bitmask=token_bitmask,
         )  # fmt: skip
 

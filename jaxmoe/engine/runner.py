@@ -87,7 +87,9 @@ class ModelRunner:
         table = parameter_table(state, self.placement)
         self.experts = ExpertManager(self.config, self.placement, self.segments, self.sizes, table)
         self._all_allowed: dict[tuple[int, ...], jax.Array] = {}
-        self.traffic = StepTraffic(model.config, model.placement, dispatch=model.kernels.dispatch, itemsize=self.itemsize)
+        self.traffic = StepTraffic(
+            model.config, model.placement, dispatch=model.kernels.dispatch, itemsize=self.itemsize
+        )
         self._empty_fn = jax.jit(self._empty, static_argnums=(0, 1, 2), out_shardings=self._state_sharding())
 
     @property

@@ -22,7 +22,7 @@ from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.step_programs import EngineState, StepOutput
 from jaxmoe.engine.transfer import HostOffload
-from jaxmoe.errors import StepError
+from jaxmoe.errors import ProcessLostError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.processes import ProcessGroup
 
@@ -48,7 +48,7 @@ class EngineWorker:
         }  # fmt: skip
         self._programs: set[tuple[Any, ...]] = set()
         with self._tell("worker", values):
-            self._state: EngineState = runner.empty_state(*self._sizes)
+            self.state: EngineState = runner.empty_state(*self._sizes)
 
     def _tell(self, op: str, values: dict[str, Any] | None = None, arrays: Sequence[np.ndarray] = (), **facts: Any):
         return self._telling(op, {"worker": self._id, **(values or {})}, arrays, **facts)
@@ -65,8 +65,8 @@ class EngineWorker:
         arrays = [packed] if token_bitmask is None else [packed, token_bitmask]
         program = bucket, max_decode_steps, traced
         with self._tell("step", values, arrays, compiles=program not in self._programs):
-            self._state, output = self._runner.step(
-                self._state, packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
+            self.state, output = self._runner.step(
+                self.state, packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
                 traced=traced, token_bitmask=token_bitmask,
             )  # fmt: skip
         self._programs.add(program)
@@ -76,7 +76,7 @@ class EngineWorker:
         """Copy one page of a rank to host memory, or back."""
         assert self._host_offload is not None
         with self._tell("copy_page", {"rank": rank, "copy": asdict(page_copy)}, compiles="copy" not in self._programs):
-            self._state = self._host_offload.run(self._state, rank, page_copy)
+            self.state = self._host_offload.run(self.state, rank, page_copy)
 
     def clear_host_pages(self) -> None:
         """Drop all pages in host memory."""
@@ -88,7 +88,7 @@ class EngineWorker:
         """Replace the state by an empty one, after a step that failed. Drops the pages in host memory."""
         with self._tell("reset"):
             self._delete()  # frees memory for the empty state
-            self._state = self._runner.empty_state(*self._sizes)
+            self.state = self._runner.empty_state(*self._sizes)
             if self._host_offload is not None:
                 self._host_offload.clear()
 
@@ -98,12 +98,12 @@ class EngineWorker:
             self._delete()
 
     def _delete(self) -> None:
-        for array in jax.tree.leaves(self._state):  # some may have been donated
+        for array in jax.tree.leaves(self.state):  # some may have been donated
             array.delete()
 
     def wait(self) -> None:
         """Wait for all steps and page copies. Raises: the error of a step that failed."""
-        jax.block_until_ready(self._state)
+        jax.block_until_ready(self.state)
 
 
 class ModelExecutor:
@@ -161,18 +161,23 @@ class ModelExecutor:
         with self.telling("place_experts", {"num_ranks": wanted.num_ranks}, wanted.maps()):
             self.runner.place_experts(wanted)
 
+    @property
+    def has_followers(self) -> bool:
+        """Return whether other processes follow this one."""
+        return self._sender is not None
+
     def publish(self, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         """Send the result of a call to the processes that follow, which may make the same call."""
         if self._sender is not None:
             self._sender.send("result", {"model": self._model_id, **values}, arrays)
 
     def fault(self, error: Exception) -> StepError:
-        """Return the error for requests whose step failed: of a lost process, if that is the cause.
-
-        Raises: ProcessLostError if another process was lost.
-        """
+        """Return the error for requests whose step failed: a ProcessLostError if another process was lost."""
         if self._group is not None:
-            self._group.settle()
+            try:
+                self._group.settle()
+            except ProcessLostError as lost:
+                return lost
         return StepError(f"the step that computed this request failed: {error}")
 
 

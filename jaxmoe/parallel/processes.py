@@ -201,7 +201,9 @@ class ProcessGroup:
             if silent > self._join_timeout + 2 * BEAT_SECONDS:
                 self._refuse(f"no coordinator answers at {self._address[6:]} for {silent:.0f} s: start process 0 there")
         elif silent > silence_limit(self.lost_after):
-            self._lose(f"the coordinator of process 0 at {self._address[6:]} was lost: no sign of life for {silent:.0f} s")
+            self._lose(
+                f"the coordinator of process 0 at {self._address[6:]} was lost: no sign of life for {silent:.0f} s"
+            )
 
     def _receive(self, values: dict[str, Any]) -> None:
         match values["op"]:

@@ -30,7 +30,7 @@ def assert_steps_hold_what_is_planned(llm, *, prefill: bool = True) -> None:
             continue
         decode_steps = 1 if bucket.blocks else core.scheduler_config.decode_steps
         with runner._precisely():
-            program = runner.lower(core._state, bucket, max_decode_steps=decode_steps).compile()
+            program = runner.lower(core._worker.state, bucket, max_decode_steps=decode_steps).compile()
         planned = runner.traffic.planned_program(bucket, max_decode_steps=decode_steps)
         assert collectives(program.as_text(), llm.mesh) == planned
 

@@ -79,7 +79,7 @@ def test_pool_for_says_what_generate_holds(mesh, tiny_llm):
     tokens, num_bytes = llm._pool_for(PROMPTS, random_params(1, tokens=40))
     assert llm._core is None
     llm.generate(PROMPTS, random_params(1, tokens=40))
-    assert tokens * num_bytes == sum(part.nbytes for part in jax.tree.leaves(llm._core._state.pages))
+    assert tokens * num_bytes == sum(part.nbytes for part in jax.tree.leaves(llm._core._worker.state.pages))
     assert tokens >= sum(len(prompt) + 40 for prompt in PROMPTS)
     assert llm._pool_for(PROMPTS[:1], random_params(1)) == (tokens, num_bytes)  # the pool there is has room for that
     with pytest.raises(RequestError, match="prompt 0 is empty"):

@@ -312,7 +312,7 @@ def test_a_context_holds_that_many_times_the_tokens_in_the_same_memory(ranks, ch
     with AsyncEngine(
         llm, max_num_seqs=12, context=64, page_size=4, chunk_tokens=8, kv_cache_gib=kv_cache_gib
     ) as engine:
-        stats, state = engine.stats(), engine._core._state
+        stats, state = engine.stats(), engine._core._worker.state
         assert (stats["num_pages"], stats["page_size"]) == (10, 4 * ranks)
         held = {device: 0 for device in llm.mesh.devices.flat}
         for array in jax.tree.leaves(state.pages):
