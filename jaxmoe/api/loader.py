@@ -94,7 +94,7 @@ def _agree(config: EngineConfig, raw: Mapping[str, Any], tensors: Mapping[str, T
     group = joined()
     if group is None:
         return
-    headers = {key: [one.dtype, list(one.shape), one.start] for key, one in sorted(tensors.items())}
+    headers = {key: [str(one.dtype), list(one.shape), one.start] for key, one in sorted(tensors.items())}
     group.agree(
         **{name: str(value) for name, value in config.options().items() if name not in ("mesh", "verify")},
         **{

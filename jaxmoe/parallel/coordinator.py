@@ -119,9 +119,9 @@ class ProcessCoordinator:
             known.heard = now
             return
         if known is not None or self._jax_port is not None:
-            line = f"{joined} and {known or 'an earlier process'} both have process_id={process_id}: give each its own"
-            self._router.send_multipart([identity, message("refused", line=line)])
-            self.end("refused", line)
+            both = f"{joined} and {known or 'an earlier process'} both have process_id={process_id}: give each its own"
+            self._router.send_multipart([identity, message("refused", line=both)])
+            self.end("refused", both)
             return
         first = self._processes.get(min(self._processes, default=process_id), joined)
         self._processes[process_id] = joined
@@ -148,8 +148,7 @@ class ProcessCoordinator:
             for key in dict.fromkeys((*told[0], *told[other])):
                 first, second = (one.get(key) for one in (told[0], told[other]))
                 if first != second:
-                    line = f"{key} is {first} in process 0 and {second} in process {other}: start both alike"
-                    self.end("refused", line)
+                    self.end("refused", differs(key, first, 0, second, other))
                     return
         self._tell(message("agreed", name=name, values=told[0]))
 
@@ -215,12 +214,17 @@ def silence_limit(lost_after: float) -> float:
     return lost_after - min(3.0, 0.4 * lost_after)
 
 
+def differs(name: str, one: Any, first: int, two: Any, second: int) -> str:
+    """Return the line that names a value that two processes have differently."""
+    return f"{name} is {one} in process {first} and {two} in process {second}: start both alike"
+
+
 def differing(first: JoinedProcess, other: JoinedProcess) -> str | None:
     """Return the line that names what two processes were started with differently, or None."""
     for key in dict.fromkeys((*first.facts, *other.facts)):
         one, two = first.facts.get(key), other.facts.get(key)
         if one != two:
-            return f"{key} is {one} in process {first.process_id} and {two} in process {other.process_id}: start both alike"
+            return differs(key, one, first.process_id, two, other.process_id)
     return None
 
 

@@ -13,7 +13,7 @@ Source of eplb: DeepSeek-AI, Expert Parallelism Load Balancer (2025); the code r
 # Dims: X independent rows (layers, or layers x nodes), N items of a row, E experts, R replicas in all.
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Literal

@@ -54,7 +54,7 @@ class ProcessGroup:
         self.exit_code = 0  # of this process, with which those that follow process 0 end too
         self.jax_port = 0
         self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
-        self.at_exit: list[Callable[[], None]] = []  # called before the processes separate
+        self.at_exit: list[Callable[[], object]] = []  # called before the processes separate
         self._status: tuple[int, float | None] = (0, None)
         self._address = f"tcp://{host}:{port}"
         self._facts, self._join_timeout = dict(facts), join_timeout
@@ -197,9 +197,10 @@ class ProcessGroup:
         return message("beat", steps=steps, busy_s=0.0 if since is None else time.monotonic() - since)
 
     def _look_for_coordinator(self, silent: float) -> None:
+        address = self._address.removeprefix("tcp://")
         if not self._started.is_set():
             if silent > self._join_timeout + 2 * BEAT_SECONDS:
-                self._refuse(f"no coordinator answers at {self._address[6:]} for {silent:.0f} s: start process 0 there")
+                self._refuse(f"no coordinator answers at {address} for {silent:.0f} s: start process 0 there")
         elif silent > silence_limit(self.lost_after):
             self._lose(
                 f"the coordinator of process 0 at {self._address[6:]} was lost: no sign of life for {silent:.0f} s"
@@ -335,8 +336,9 @@ def _address_of(
             found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
         except (RuntimeError, ValueError, OSError) as error:
             raise MeshError(f"coordinator auto: the cluster manager does not name one: {error}") from error
-        coordinator, num_processes, process_id = found[:3]
-        if coordinator is None or num_processes is None or process_id is None:
+        address, num_processes, process_id = found[:3]
+        coordinator = address or ""
+        if not coordinator or num_processes is None or process_id is None:
             raise MeshError("coordinator auto finds no cluster manager: give HOST:PORT, num_processes and process_id")
     matched = _ADDRESS.fullmatch(coordinator)
     if matched is None or not 1 <= int(matched["port"]) <= 65535:
