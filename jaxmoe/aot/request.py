@@ -31,8 +31,8 @@ class InspectRequest:
     """Describe a model on a mesh, and the requests to serve.
 
     model: a config.json, a folder that holds one, or a preset. engine: the options that LLM and AsyncEngine take. Its
-    mesh and context (tokens per request) are required, its kv_cache_gib follows from max_num_seqs and context, and
-    host_cache_gib and verify change nothing.
+    mesh and context (tokens per request) are required. The KV cache has pages for max_num_seqs requests of `context`
+    tokens. host_cache_gib and verify have no effect.
     Raises: ConfigError for an option that needs weights.
     """
 
@@ -49,7 +49,7 @@ class InspectRequest:
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request for a model.
 
-        options: Fields of the request, and options of EngineConfig by their own names, in place of those of `engine`.
+        options: Fields of the request, and options of EngineConfig by their own names, which replace the values of `engine`.
         Raises: ConfigError for a value out of range or an unknown name.
         """
         own, others = split_options(cls, options)

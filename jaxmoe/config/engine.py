@@ -1,4 +1,4 @@
-"""EngineConfig: the one list of options that LLM, AsyncEngine, the command line and requests without weights share."""
+"""EngineConfig: the one list of options of LLM, AsyncEngine, the command line and requests without weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ParallelConfig:
 
     Attributes:
         mesh: Mesh axes ("data=2,tensor=2,expert=2"), a preset, a mapping of axis sizes, or a jax Mesh over some of
-            these axes, whose devices keep their coordinates. Axes that need fewer devices than are present use the
+            these axes; its devices keep their coordinates. Axes that need fewer devices than are present use the
             nearest ones and log a warning. By default all devices are on the expert axis (MoE) or the tensor axis.
         layout: How mesh axes shard tokens, layers and experts: a name ("ep-tp", "tp-ep-sp", ...), its parts, or a
             ShardingLayout (parallel/layouts.py).
@@ -232,7 +232,7 @@ SERVING_OPTIONS = frozenset(
 
 
 def split_options(request_type: type[Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword arguments into those of a request's own fields and the others, which EngineConfig has to know."""
+    """Split keyword arguments into fields of a request, and the rest: options of EngineConfig, not checked yet."""
     own = {one.name for one in fields(request_type)}
     return (
         {name: value for name, value in options.items() if name in own},

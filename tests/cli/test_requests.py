@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from types import ModuleType
 
 import pytest
+from jax.sharding import Mesh
 
 from jaxmoe import CacheConfig, ConfigError, EngineConfig, KernelConfig
 from jaxmoe.aot import fit
@@ -93,13 +94,19 @@ def test_options_replace_those_of_a_configuration():
         InspectRequest.of("demo", engine="tensor=2")
 
 
-@pytest.mark.parametrize(
-    "mesh", ["expert=2,tensor=2", {"expert": 2, "tensor": 2}, mesh_of("expert=2,tensor=2")], ids=str
-)
+@pytest.mark.parametrize("mesh_type", [str, dict, Mesh])
 @pytest.mark.parametrize("kernels", [None, {"dispatch": "all_gather"}, KernelConfig(dispatch="all_gather")])
 @pytest.mark.parametrize("layout", ["tp-ep", LAYOUTS["tp-ep"]], ids=str)
-def test_the_process_that_compiles_gets_the_same_request(mesh, kernels, layout):
-    options = {"dtype": "bf16", "kv_dtype": "int8", "ignore_config_keys": ["a", "b"], "page_size": 8, "decode_steps": 2}
+def test_the_process_that_compiles_gets_the_same_request(mesh_type, kernels, layout):
+    text, sizes = "expert=2,tensor=2", {"expert": 2, "tensor": 2}
+    mesh = text if mesh_type is str else sizes if mesh_type is dict else mesh_of(text)
+    options = {
+        "dtype": "bf16",
+        "kv_dtype": "int8",
+        "ignore_config_keys": ["bos_token_id"],
+        "page_size": 8,
+        "decode_steps": 2,
+    }
     request = CompileRequest.of(
         "demo", target="v5p:2x2x1", mesh=mesh, kernels=kernels, layout=layout, context=64, **options
     )
