@@ -49,7 +49,7 @@ class InspectRequest:
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request for a model.
 
-        options: Fields of the request, and options of EngineConfig by their own names, which replace the values of `engine`.
+        options: Fields of the request, and options of EngineConfig by their own names, which replace those of `engine`.
         Raises: ConfigError for a value out of range or an unknown name.
         """
         own, others = split_options(cls, options)

@@ -95,7 +95,7 @@ class PlanRequest:
     def of(cls, model: str, hardware: str, **options: Any) -> Self:
         """Return the request for a model on hardware.
 
-        options: Fields of the request, and options of EngineConfig by their own names, which replace the values of `fixed`.
+        options: Fields of the request, and options of EngineConfig by their own names, which replace those of `fixed`.
         Raises: ConfigError for a value out of range or an unknown name.
         """
         own, others = split_options(cls, options)
