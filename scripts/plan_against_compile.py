@@ -37,9 +37,9 @@ ROWS = [
 
 def compared(model: str, target: str, mesh: str, layout: str, batch: int, context: int) -> dict[str, Any]:
     """Return the planned and compiled bytes of one device, and whether all collectives match the plan."""
-    dispatch = "hierarchical" if layout == "dp-ep" else None
-    question = CompileRequest(
-        config=model, target=target, mesh=mesh, layout=layout, max_num_seqs=batch, context=context, dispatch=dispatch
+    kernels = {"dispatch": "hierarchical"} if layout == "dp-ep" else None
+    question = CompileRequest.of(
+        model=model, target=target, mesh=mesh, layout=layout, max_num_seqs=batch, context=context, kernels=kernels
     )
     answer = compile_for(question)
     config, machine, axes = question.checked()
@@ -49,7 +49,7 @@ def compared(model: str, target: str, mesh: str, layout: str, batch: int, contex
     )
     ranks = memory.placement.num_shards("batch")
     rows = -(-batch // ranks)
-    step = memory.step_bytes(question.chunk_tokens + rows, rows)
+    step = memory.step_bytes(question.engine.chunk_tokens + rows, rows)
     pages = memory.kv_bytes_per_token * rows * context
     size = answer["bytes"]
     return {

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
@@ -18,9 +18,9 @@ from jaxmoe.aot.compile import PHASES, CompiledStep, collective_rows, compile_st
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.aot.targets import CompileTarget, environment, parse_target, topology_devices
 from jaxmoe.config import ModelConfig
-from jaxmoe.config.engine import MAX_DECODE_STEPS
 from jaxmoe.errors import ConfigError, MeshError
-from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform
+from jaxmoe.parallel.layouts import parse_layout
+from jaxmoe.parallel.mesh import PlannedMesh, build_mesh, device_platform, parse_mesh
 from jaxmoe.planner.sizes import behind_windows
 
 # Out-of-memory messages of XLA:TPU: bytes that the step needs, arguments included, and bytes available on a device.
@@ -40,9 +40,17 @@ class CompileRequest(InspectRequest):
         devices = math.prod(axes.values())
         if devices != target.num_devices:
             raise MeshError(
-                f"mesh {self.mesh} has {devices} devices, target {target} has {target.num_devices}: make them equal"
+                f"mesh {self.engine.parallel.mesh} has {devices} devices, target {target} has {target.num_devices}: "
+                f"make them equal"
             )
         return config, target, axes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values from which CompileRequest.of makes this request again. Raises: as checked."""
+        options, parallel = self.engine.options(), self.engine.parallel
+        mesh, layout = parse_mesh(parallel.mesh), str(parse_layout(parallel.layout))
+        plain = {"mesh": mesh, "layout": layout, "kernels": self.kernels}
+        return {"model": self.model, "target": self.target} | options | plain
 
 
 def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def compile_for(request: CompileRequest, on_phase: Callable[[str], None] = lambd
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            print(json.dumps(asdict(request)), file=child.stdin, flush=True)  # open until this process ends
+            print(json.dumps(request.as_json()), file=child.stdin, flush=True)  # open until this process ends
             for line in child.stdout:
                 if not line.startswith("{"):  # skip output of plugins
                     continue
@@ -92,20 +100,21 @@ def _compile_steps(request: CompileRequest, say: Callable[[Mapping[str, Any]], N
     kernels = request.chosen_kernels(config, config.dtype, axes, platform=target.device.platform)
     # Refuse invalid requests, and weights and pages that do not fit, before the target's compiler starts.
     runner = request.runner(config, PlannedMesh(axes, device_platform(target.device.platform)), kernels)
-    weights, kv = held_bytes(runner, **request.sizes)
+    sizes = request.sizes
+    weights, kv = held_bytes(runner, **sizes)
     size: dict[str, int | None]
     size = {"weights": weights, "kv": kv, "temp": None, "total": None, "limit": target.device.hbm_bytes}
     phases: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {
         "target": str(target), "family": config.family, "mesh": axes, "layout": str(runner.placement.layout),
-        "virtual_stages": request.virtual_stages,
+        "virtual_stages": runner.placement.virtual_stages,
         "dispatch": runner.kernels.dispatch, "fits": False, "as_planned": None,
-        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": request.max_num_seqs,
-        "context": request.context,
-        "chunk_tokens": request.chunk_tokens, "bytes": size, "collectives": [], "optimal_seconds": None,
+        "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "max_num_seqs": sizes["max_num_seqs"],
+        "context": sizes["context"],
+        "chunk_tokens": sizes["chunk_tokens"], "bytes": size, "collectives": [], "optimal_seconds": None,
         "compile_seconds": 0.0, "phases": phases,
         "behind_windows": behind_windows(
-            config, request.context, chunk_tokens=request.chunk_tokens,
+            config, sizes["context"], chunk_tokens=sizes["chunk_tokens"],
             num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
     }  # fmt: skip
@@ -115,7 +124,7 @@ def _compile_steps(request: CompileRequest, say: Callable[[Mapping[str, Any]], N
     for phase in PHASES:
         say({"phase": phase})
         try:
-            step = compile_step(runner, phase, **request.sizes, decode_steps=MAX_DECODE_STEPS)
+            step = compile_step(runner, phase, **sizes, decode_steps=request.engine.decode_steps)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -166,13 +175,12 @@ def _end_with_stdin() -> None:
 def _main() -> None:
     request = json.loads(sys.stdin.readline())
     Thread(target=_end_with_stdin, daemon=True).start()
-    request["ignore_config_keys"] = tuple(request["ignore_config_keys"])
 
     def say(value: Mapping[str, Any]) -> None:
         print(json.dumps(value), flush=True)
 
     try:
-        say(_compile_steps(CompileRequest(**request), say))
+        say(_compile_steps(CompileRequest.of(**request), say))
     except Exception as error:  # report any error to the parent process
         say({"error": " ".join(str(error).split())[:400]})
 

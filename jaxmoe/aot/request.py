@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from jax.sharding import Mesh
 
 from jaxmoe.aot.compile import abstract_runner
 from jaxmoe.config import ModelConfig
-from jaxmoe.config.engine import CHUNK_TOKENS, PAGE_SIZE
+from jaxmoe.config.engine import EngineConfig, checked_config, split_options
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.errors import ConfigError
-from jaxmoe.families.dtypes import canonical, choose_dtypes, kv_array_dtype
-from jaxmoe.model.kernels import KernelConfig, choose_kernels
-from jaxmoe.parallel.layouts import DEFAULT_LAYOUT, parse_layout
+from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
+from jaxmoe.model.kernels import KernelConfig, choose_kernels, named_backends
+from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh, parse_mesh
 from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import check_virtual_stages, layer_segments
@@ -23,79 +23,88 @@ from jaxmoe.weights.source import find_config
 from jaxmoe.weights.stored import read_stored_config
 
 _MAX_COUNT = 1 << 20  # largest max_num_seqs and chunk_tokens
+_NEED_WEIGHTS = ("redundant_experts", "kv_cache_gib")  # options that a report without weights cannot follow
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRequest:
     """Describe a model on a mesh, and the requests to serve.
 
-    config: a config.json, a folder that holds one, or a preset. max_num_seqs: concurrent requests over all ranks.
-    context: tokens per request. dtype, weights_dtype, kv_dtype, layout, virtual_stages: as in LLM.load. chunk_tokens:
-    as in AsyncEngine.
+    model: a config.json, a folder that holds one, or a preset. engine: the options that LLM and AsyncEngine take. Its
+    mesh and context (tokens per request) are required. The KV cache has pages for max_num_seqs requests of `context`
+    tokens. host_cache_gib and verify have no effect.
+    Raises: ConfigError for an option that needs weights.
     """
 
-    config: str
-    mesh: str
-    max_num_seqs: int
-    context: int
-    chunk_tokens: int = CHUNK_TOKENS
-    dtype: str | None = None
-    weights_dtype: str | None = None
-    kv_dtype: str | None = None
-    dispatch: str | None = None
-    layout: str = str(DEFAULT_LAYOUT)
-    virtual_stages: int = 1
-    ignore_config_keys: tuple[str, ...] = ()
+    model: str
+    engine: EngineConfig
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "weights_dtype", "kv_dtype"):
-            object.__setattr__(self, name, canonical(getattr(self, name)))
+        options, default = checked_config(self.engine).options(), EngineConfig().options()
+        for name in _NEED_WEIGHTS:
+            if options[name] != default[name]:
+                raise ConfigError(f"{name}={options[name]!r} has no effect without weights: leave it out")
+
+    @classmethod
+    def of(cls, model: str, **options: Any) -> Self:
+        """Return the request for a model.
+
+        options: Fields of the request, and options of EngineConfig by their own names, which replace those of `engine`.
+        Raises: ConfigError for a value out of range or an unknown name.
+        """
+        own, others = split_options(cls, options)
+        engine = checked_config(own.pop("engine", None)).with_options(others)
+        return cls(model=model, engine=engine, **own)
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """Return the kernel overrides of this request. Raises: ConfigError for an unknown op."""
+        return {} if self.engine.kernels is None else named_backends(self.engine.kernels)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of the engine, as arguments of held_bytes and compile_step. Raises: ConfigError."""
+        engine = self.engine
+        if engine.context is None:
+            raise ConfigError("context=None must be a whole number: give the tokens of a request")
+        return {
+            "max_num_seqs": engine.max_num_seqs, "context": engine.context, "page_size": engine.cache.page_size,
+            "chunk_tokens": engine.chunk_tokens,
+        }  # fmt: skip
 
     def chosen_kernels(
         self, config: ModelConfig, dtype: str, axes: Mapping[str, int], *, platform: str | None = None
     ) -> KernelConfig:
         """Choose kernels as LLM.load does. platform: by default this machine's. Raises: ConfigError."""
-        shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.layout).context)
+        shared = any(axes.get(axis, 1) > 1 for axis in parse_layout(self.engine.parallel.layout).context)
         return choose_kernels(
             dtype, self.kernels, platform=platform, shared_pages=shared, quantization=config.quantization
         )
-
-    @property
-    def kernels(self) -> dict[str, Any]:
-        """Return the kernel overrides of this request."""
-        return {} if self.dispatch is None else {"dispatch": self.dispatch}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes of the engine, as arguments of held_bytes and compile_step."""
-        return {
-            "max_num_seqs": self.max_num_seqs, "context": self.context, "page_size": PAGE_SIZE,
-            "chunk_tokens": self.chunk_tokens
-        }  # fmt: skip
 
     def checked_model(self) -> tuple[ModelConfig, dict[str, int]]:
         """Return the config in the requested dtypes, and the mesh axes.
 
         Raises: CheckpointError, ConfigError, LayoutError or MeshError naming the value, the limit and the remedy.
         """
-        config = read_stored_config(find_config(self.config), ignore=self.ignore_config_keys)
+        engine, parallel = self.engine, self.engine.parallel
+        path = find_config(self.model, revision=engine.revision)
+        config = read_stored_config(path, ignore=engine.ignore_config_keys)
         config, dtype = choose_dtypes(
-            config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
+            config, dtype=engine.dtype, weights_dtype=engine.weights_dtype, kv_dtype=engine.cache.kv_dtype
         )
         config = replace(config, dtype=dtype)
         KernelConfig(**self.kernels)
-        axes = parse_mesh(self.mesh)
-        parse_layout(self.layout)
-        check_virtual_stages(self.virtual_stages, stages=axes["pipeline"])
-        layer_segments(config, "scan", stages=axes["pipeline"], virtual_stages=self.virtual_stages)
+        axes = parse_mesh(parallel.mesh)
+        parse_layout(parallel.layout)
+        check_virtual_stages(parallel.virtual_stages, stages=axes["pipeline"])
+        layer_segments(config, "scan", stages=axes["pipeline"], virtual_stages=parallel.virtual_stages)
         for name, limit in (
             ("max_num_seqs", _MAX_COUNT),
             ("context", config.max_position_embeddings),
             ("chunk_tokens", _MAX_COUNT),
         ):
-            value = getattr(self, name)
-            if not 1 <= value <= limit:
-                raise ConfigError(f"{name}={value} must lie in [1, {limit}]")
+            if self.sizes[name] > limit:
+                raise ConfigError(f"{name}={self.sizes[name]} must lie in [1, {limit}]")
         return config, axes
 
     def runner(
@@ -105,8 +114,9 @@ class InspectRequest:
 
         dtype: of activations; by default the config's.
         """
+        parallel = self.engine.parallel
         placement = MeshPlacement(
-            mesh=cast("Mesh", mesh), layout=parse_layout(self.layout), virtual_stages=self.virtual_stages
+            mesh=cast("Mesh", mesh), layout=parse_layout(parallel.layout), virtual_stages=parallel.virtual_stages
         )
-        kv_dtype = kv_array_dtype(self.kv_dtype)
+        kv_dtype = kv_array_dtype(self.engine.cache.kv_dtype)
         return abstract_runner(config, placement, dtype=dtype or config.dtype, kv_dtype=kv_dtype, kernels=kernels)

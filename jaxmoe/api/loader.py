@@ -17,14 +17,14 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.engine.runner import ModelRunner
-from jaxmoe.errors import ConfigError, MeshError
+from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.families.dtypes import choose_dtypes, kv_array_dtype
 from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.eplb import balance
 from jaxmoe.parallel.layouts import parse_layout
-from jaxmoe.parallel.mesh import build_mesh, check_axes, conform_mesh, default_axes, parse_mesh
+from jaxmoe.parallel.mesh import build_mesh, conform_mesh, default_axes, parse_mesh
 from jaxmoe.parallel.processes import joined
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import check_virtual_stages
@@ -116,9 +116,9 @@ def describe_mesh(mesh: str | Mapping[str, int] | Mesh | None) -> str:
 
 def _placement(config: EngineConfig, model_config: ModelConfig) -> MeshPlacement:
     parallel = config.parallel
-    layout = parse_layout(parallel.layout) if isinstance(parallel.layout, str) else parallel.layout
     placement = MeshPlacement(
-        mesh=_as_mesh(parallel.mesh, model_config), layout=layout, virtual_stages=parallel.virtual_stages,
+        mesh=_as_mesh(parallel.mesh, model_config), layout=parse_layout(parallel.layout),
+        virtual_stages=parallel.virtual_stages,
         redundant_experts=_check_redundant(parallel.redundant_experts, model_config),
     )  # fmt: skip
     check_virtual_stages(parallel.virtual_stages, stages=placement.num_stages)
@@ -149,9 +149,5 @@ def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -
     if mesh is None:
         axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
     else:
-        if not isinstance(mesh, str | Mapping):
-            raise MeshError(
-                f"mesh={mesh!r} must be text such as data=2,tensor=4, a mapping of axis sizes, or a jax Mesh"
-            )
-        axes = parse_mesh(mesh) if isinstance(mesh, str) else check_axes(mesh)
+        axes = parse_mesh(mesh)
     return build_mesh(axes)

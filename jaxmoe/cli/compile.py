@@ -10,12 +10,12 @@ from rich.table import Table
 
 from jaxmoe.cli.contract import collectives_table, print_differing
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, dispatch_option, json_option, table_console
+from jaxmoe.cli.options import console, dispatch_option, given_options, json_option, table_console
 from jaxmoe.jsontext import json_text
 
 
 @click.command("compile")
-@click.argument("config")
+@click.argument("model")
 @click.option("--target", required=True, help="Target cluster, as in v5p:4x4x8, tpu7x:4x4x4, h200:2x8 or b200:2x8.")
 @engine_option("mesh", required=True)
 @engine_option("max_num_seqs")
@@ -32,13 +32,13 @@ from jaxmoe.jsontext import json_text
 def compile_model(as_json: bool, **args: Any) -> int:
     """Compile the prefill and decode steps of a model for a target cluster.
 
-    CONFIG is a config.json, a folder that holds one, or a preset. Steps are compiled as AsyncEngine runs them. Neither
+    MODEL is a config.json, a folder that holds one, or a preset. Steps are compiled as AsyncEngine runs them. Neither
     weights nor the target's devices are needed. Print the memory that each device needs, and compare the compiled
     collectives with the planned ones. Exit with 1 if out of memory or if collectives differ from the plan.
     """
     from jaxmoe.aot.fit import CompileRequest, compile_for
 
-    request = CompileRequest(**{name: value for name, value in args.items() if value is not None})
+    request = CompileRequest.of(**given_options(args))
     with console.status(f"{request.target}: preparing") as status:
         result = compile_for(request, lambda phase: status.update(f"{request.target}: compiling {phase}"))
     if as_json:

@@ -13,6 +13,7 @@ from jaxmoe.cli.options import (
     console,
     devices_option,
     dispatch_option,
+    given_options,
     json_option,
     size_text,
     start_jax,
@@ -46,7 +47,7 @@ def inspect_model(model: str, devices: int | None, as_json: bool, **args: Any) -
     from jaxmoe.aot.request import InspectRequest
     from jaxmoe.report.parameters import report
 
-    request = InspectRequest(config=model, **{name: value for name, value in args.items() if value is not None})
+    request = InspectRequest.of(model, **given_options(args))
     with console.status("preparing") as status:
         result = report(request, lambda phase: status.update(f"compiling {phase}"))
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, dispatch_option, size_text
+from jaxmoe.cli.options import console, dispatch_option, given_options, size_text
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -63,15 +62,15 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
 
     if output is not None:
         check_page_path(output, inputs=[one for one in (model, compiled, args["hardware"]) if one])
-    given = {name: value for name, value in args.items() if value is not None}
+    given = given_options(args)
     given.setdefault("context", usual_context(model, ignore=args["ignore_config_keys"]))
     result = None if compiled is None else read_compile_result(compiled)
     if result is not None and "target" in result:
         given["target"] = result["target"]
-    request = MapRequest(config=model, **given)
+    request = MapRequest.of(model, **given)
     request.checked_fabric()  # raise errors before anything is compiled
     if result is None and request.target is not None:
-        result = _compile(request)
+        result = _compile(request, request.target)
     data = map_data(request, result=result)
     if as_json:
         print(json_text(data), flush=True)
@@ -81,9 +80,9 @@ def map_model(model: str, output: str | None, compiled: str | None, as_json: boo
         print(f"{written}: a device holds {size_text(size['weights'])} of weights, {size_text(size['kv'])} of pages")
 
 
-def _compile(request: MapRequest) -> dict[str, Any]:
+def _compile(request: MapRequest, target: str) -> dict[str, Any]:
     from jaxmoe.aot.fit import CompileRequest, compile_for
 
-    compile_request = CompileRequest(**{one.name: getattr(request, one.name) for one in fields(CompileRequest)})
-    with console.status(f"{compile_request.target}: preparing") as status:
-        return compile_for(compile_request, lambda phase: status.update(f"{compile_request.target}: compiling {phase}"))
+    compile_request = CompileRequest(model=request.model, engine=request.engine, target=target)
+    with console.status(f"{target}: preparing") as status:
+        return compile_for(compile_request, lambda phase: status.update(f"{target}: compiling {phase}"))

@@ -61,6 +61,14 @@ def dispatch_option(**changes: Any) -> Callable[..., Any]:
     return click.option("--dispatch", **{"help": _BACKENDS["dispatch"]} | changes)
 
 
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, with --dispatch as the kernel override that it is in EngineConfig."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "dispatch" in given:
+        given["kernels"] = {"dispatch": given.pop("dispatch")}
+    return given
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option --json of commands with one result, which reach it as `as_json`."""
     text = "Print one JSON object on standard output and nothing else."

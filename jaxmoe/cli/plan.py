@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, dispatch_option, json_option, size_text, table_console
+from jaxmoe.cli.options import console, dispatch_option, given_options, json_option, size_text, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
@@ -22,7 +22,7 @@ _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
 
 
 @click.command("plan")
-@click.argument("config", metavar="MODEL")
+@click.argument("model")
 @click.option("--hardware", required=True, help="Hardware preset of meshes/ (h100, b200, gb200, v5p ...) or TOML file.")
 @click.option("--nodes", type=int, help="Number of nodes. All devices of a node are used.")
 @click.option(
@@ -86,7 +86,7 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> N
 
     if rule_of_thumb and plot is not None:
         raise click.UsageError("--rule-of-thumb has no plot: leave --plot out")
-    request = PlanRequest(**{name: value for name, value in args.items() if value is not None})
+    request = PlanRequest.of(**given_options(args))
     if plot is not None:
         check_plot_path(plot)
     if rule_of_thumb:
@@ -95,7 +95,7 @@ def plan(rule_of_thumb: bool, plot: str | None, as_json: bool, **args: Any) -> N
             print(f"not understood: {note}")
         print(json_text(thumb) if as_json else _thumb(thumb, request.hardware), flush=True)
         return
-    with console.status(f"{request.config} on {request.hardware}: pricing plans"), _uncollected():
+    with console.status(f"{request.model} on {request.hardware}: pricing plans"), _uncollected():
         result = plan_model(request)
     if plot is not None:
         save_plot(plot, lambda figure: _draw(figure, result), inches=(15.0, 4.6))

@@ -1,4 +1,4 @@
-"""EngineConfig: the one list of options that LLM, AsyncEngine and the command line share."""
+"""EngineConfig: the one list of options of LLM, AsyncEngine, the command line and requests without weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, TypedDict
 
 from jaxmoe.checks import is_finite
+from jaxmoe.config.model import canonical_dtype
 from jaxmoe.errors import ConfigError
 
 PAGE_SIZE = 16  # tokens of a KV cache page
@@ -30,6 +31,13 @@ def _check_positive(config: object, names: Iterable[str]) -> None:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
 
 
+def _set_canonical(config: object, names: Iterable[str]) -> None:
+    """Replace aliases of dtypes by their full names, as in bfloat16 for bf16."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, canonical_dtype(value))
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -40,7 +48,7 @@ class ParallelConfig:
 
     Attributes:
         mesh: Mesh axes ("data=2,tensor=2,expert=2"), a preset, a mapping of axis sizes, or a jax Mesh over some of
-            these axes, whose devices keep their coordinates. Axes that need fewer devices than are present use the
+            these axes; its devices keep their coordinates. Axes that need fewer devices than are present use the
             nearest ones and log a warning. By default all devices are on the expert axis (MoE) or the tensor axis.
         layout: How mesh axes shard tokens, layers and experts: a name ("ep-tp", "tp-ep-sp", ...), its parts, or a
             ShardingLayout (parallel/layouts.py).
@@ -84,6 +92,7 @@ class CacheConfig:
     page_size: int = _option(PAGE_SIZE, "Tokens of a KV cache page.")
 
     def __post_init__(self) -> None:
+        _set_canonical(self, ("kv_dtype",))
         _check_positive(self, ("page_size",))
         for name in ("kv_cache_gib", "host_cache_gib"):
             gib = getattr(self, name)
@@ -106,7 +115,8 @@ class EngineConfig:
     """Configure how a model is loaded, placed on devices and served.
 
     LLM, LLM.load and AsyncEngine take these options, also the options of the parts, as keyword arguments:
-    `LLM("demo", mesh="tensor=2", kv_dtype="int8")`. The command line has an option of the same name for each.
+    `LLM("demo", mesh="tensor=2", kv_dtype="int8")`. The command line has an option of the same name for each. Requests
+    to inspect, compile, map or plan a model hold these options, too. Dtypes are kept by their full names.
 
     Attributes:
         parallel: Mesh, layout, virtual stages and redundant experts.
@@ -153,6 +163,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in _PARTS:
             _check_part(name, getattr(self, name))
+        _set_canonical(self, ("dtype", "weights_dtype"))
+        object.__setattr__(self, "ignore_config_keys", tuple(self.ignore_config_keys))
         _check_positive(self, ("max_num_seqs", "chunk_tokens", "decode_steps"))
         if self.context is not None:
             _check_positive(self, ("context",))
@@ -217,6 +229,15 @@ OPTION_FIELDS: dict[str, Field[Any]] = {
 SERVING_OPTIONS = frozenset(
     {"kv_cache_gib", "host_cache_gib", "page_size", "max_num_seqs", "context", "chunk_tokens", "decode_steps"}
 )
+
+
+def split_options(request_type: type[Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword arguments into fields of a request, and the rest: options of EngineConfig, not checked yet."""
+    own = {one.name for one in fields(request_type)}
+    return (
+        {name: value for name, value in options.items() if name in own},
+        {name: value for name, value in options.items() if name not in own},
+    )
 
 
 def checked_config(config: EngineConfig | None) -> EngineConfig:

@@ -47,15 +47,21 @@ def _is_compile_result(result: Any) -> bool:
 def check_compile_result(
     result: Mapping[str, Any], request: InspectRequest, runner: ModelRunner, axes: Mapping[str, int]
 ) -> None:
-    """Raise ConfigError if the result belongs to another request, naming the difference."""
+    """Raise ConfigError if the result belongs to another request, naming the difference, or does not say so."""
+    sizes, placement = request.sizes, runner.placement
     here = {
-        "mesh": dict(axes), "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages,
+        "mesh": dict(axes), "layout": str(placement.layout), "virtual_stages": placement.virtual_stages,
         "dtype": runner.dtype, "kv_dtype": runner.kv_dtype, "dispatch": runner.kernels.dispatch,
-        "max_num_seqs": request.max_num_seqs, "context": request.context, "chunk_tokens": request.chunk_tokens,
+        "max_num_seqs": sizes["max_num_seqs"], "context": sizes["context"], "chunk_tokens": sizes["chunk_tokens"],
         "family": runner.config.family,
     }  # fmt: skip
+    if missing := [name for name in ("target", *here) if name not in result]:
+        raise ConfigError(
+            f"the compile result has no {', '.join(missing)}, so it cannot be compared with this map: it is of another "
+            f"version of jaxmoe; write it again with jaxmoe compile --json"
+        )
     for name, value in here.items():
-        if name in result and result[name] != value:
+        if result[name] != value:
             raise ConfigError(
                 f"the compile result has {name}={_shown(result[name])}, this map has {name}={_shown(value)}: "
                 f"make {_OPTIONS[name]} equal"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from jaxmoe.aot.compile import PHASES, Phase, engine_state, held_bytes, step_buc
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.aot.targets import DEVICES, parse_target
 from jaxmoe.config import ModelConfig
-from jaxmoe.config.engine import PAGE_SIZE
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
@@ -55,7 +54,9 @@ class MapRequest(InspectRequest):
             if other or chosen.platform != target.device.platform:
                 raise ConfigError(f"hardware {self.hardware} and target {target} differ: name one of them")
             return chosen
-        name = self.mesh.strip() if self.hardware is None and self.mesh.strip() in preset_names() else self.hardware
+        mesh = self.engine.parallel.mesh
+        preset = mesh.strip() if isinstance(mesh, str) and mesh.strip() in preset_names() else None
+        name = preset if self.hardware is None else self.hardware
         return None if name is None else read_hardware(name)
 
     def checked_fabric(self) -> tuple[ModelConfig, dict[str, int], DeviceFabric]:
@@ -68,7 +69,8 @@ class MapRequest(InspectRequest):
         _check_micro_batches(self.micro_batches, axes["pipeline"])
         count = math.prod(axes.values())
         if count > _MAX_DEVICES:
-            raise ConfigError(f"mesh {self.mesh} has {count} devices, the map draws at most {_MAX_DEVICES}")
+            mesh = self.engine.parallel.mesh
+            raise ConfigError(f"mesh {mesh} has {count} devices, the map draws at most {_MAX_DEVICES}")
         shape: tuple[int, ...] = ()
         if self.target is not None and (target := parse_target(self.target)).device.platform == "tpu":
             *outer, last = target.shape
@@ -87,16 +89,17 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
     runner = request.runner(config, PlannedMesh(axes, fabric.platform), replace(kernels, layers="scan"))
     if result is not None:
         check_compile_result(result, request, runner, axes)
-    weights, kv = held_bytes(runner, **request.sizes)
+    sizes = request.sizes
+    weights, kv = held_bytes(runner, **sizes)
     steps: dict[str, dict[str, Any]] = {phase: _step(runner, request, phase) for phase in PHASES}
     layout, placement = runner.placement.layout, runner.placement
     return {
-        "model": model_name(request.config), "family": config.family, "mesh": axes, "layout": str(layout),
+        "model": model_name(request.model), "family": config.family, "mesh": axes, "layout": str(layout),
         "shares": {name: list(axes) for name, axes in vars(layout).items() if name != "table"},
-        "virtual_stages": request.virtual_stages, "micro_batches": request.micro_batches,
+        "virtual_stages": placement.virtual_stages, "micro_batches": request.micro_batches,
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
-        "weights_dtype": request.weights_dtype or "as in the checkpoint",
-        "max_num_seqs": request.max_num_seqs, "context": request.context, "chunk_tokens": request.chunk_tokens,
+        "weights_dtype": request.engine.weights_dtype or "as in the checkpoint",
+        "max_num_seqs": sizes["max_num_seqs"], "context": sizes["context"], "chunk_tokens": sizes["chunk_tokens"],
         "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
             asdict(segment) | {"slots": segment.slots, "virtual_stage_slots": segment.virtual_stage_slots,
@@ -106,16 +109,16 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
             for segment, size in zip(runner.segments, runner.sizes, strict=True)
         ],
         "arrays": [*_parameters(runner), *_pages(runner, request)],
-        "pages": {"tokens": PAGE_SIZE * runner.context_ranks, "ranks": runner.num_ranks,
+        "pages": {"tokens": sizes["page_size"] * runner.context_ranks, "ranks": runner.num_ranks,
                   "axes": list(placement.axes("page")), "context_axes": list(placement.axes("page_token"))},
         "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, result),
         "compiled": None if result is None else {"target": result.get("target"), "bytes": result["bytes"]},
     }  # fmt: skip
 
 
-def usual_context(config: str, *, ignore: tuple[str, ...] = ()) -> int:
+def usual_context(model: str, *, ignore: Iterable[str] = ()) -> int:
     """Return the default context length: the smaller of 4096 and the model's maximum. Raises: as checked_model."""
-    most = read_config(read_json(find_config(config)), ignore=ignore).max_position_embeddings
+    most = read_config(read_json(find_config(model)), ignore=ignore).max_position_embeddings
     return min(_USUAL_CONTEXT, most)
 
 

@@ -65,6 +65,17 @@ class KernelConfig:
 KernelOverrides = KernelConfig | Mapping[str, Any]  # all ops, or only the ops chosen by the caller
 
 
+def named_backends(choice: KernelOverrides) -> dict[str, Any]:
+    """Return the backend of each op that the caller chose. Raises: ConfigError if an op does not exist."""
+    if not isinstance(choice, KernelConfig | Mapping):
+        raise ConfigError(f"kernels={choice!r:.60} must be a KernelConfig, or a mapping from op to backend")
+    named = dict(vars(choice) if isinstance(choice, KernelConfig) else choice)
+    for name in named:
+        if name not in OPS:
+            raise ConfigError(f"kernels has unknown op {name!r}; the ops are {', '.join(OPS)}")
+    return named
+
+
 def choose_kernels(
     dtype: str, choice: KernelOverrides, *, platform: str | None = None, shared_pages: bool = False,
     quantization: WeightQuantization | None = None,
@@ -80,10 +91,7 @@ def choose_kernels(
     cannot read.
     Raises: ConfigError if an op or a backend does not exist, or if a chosen backend cannot run here.
     """
-    named = dict(vars(choice) if isinstance(choice, KernelConfig) else choice)
-    for name in named:
-        if name not in OPS:
-            raise ConfigError(f"kernels has unknown op {name!r}; the ops are {', '.join(OPS)}")
+    named = named_backends(choice)
     formats = {} if quantization is None else _quantized_ops(quantization)
     for name, backend in vars(KernelConfig(**named)).items():
         if name in named and name in REGISTRY:

@@ -139,11 +139,17 @@ LAYOUTS["cp-ep-tp"] = replace(LAYOUTS["ep-tp"], batch=("expert",), context=("dat
 DEFAULT_LAYOUT = LAYOUTS["ep-tp"]
 
 
-def parse_layout(text: str) -> ShardingLayout:
+def parse_layout(layout: str | ShardingLayout) -> ShardingLayout:
     """Return the layout of this name, or parse parts such as "batch=data+expert,split=tensor,experts=expert+tensor".
 
-    Omitted parts have no axes. Raises: LayoutError if the text cannot be parsed, or as ShardingLayout does.
+    Omitted parts have no axes. A ShardingLayout is returned as it is.
+    Raises: LayoutError if the text cannot be parsed, or as ShardingLayout does.
     """
+    if isinstance(layout, ShardingLayout):
+        return layout
+    if not isinstance(layout, str):
+        raise LayoutError(f"layout={layout!r:.60} must be one of {', '.join(LAYOUTS)}, its parts, or a ShardingLayout")
+    text = layout
     if text in LAYOUTS:
         return LAYOUTS[text]
     names = [one.name for one in fields(ShardingLayout)]

@@ -35,11 +35,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in asset_dir("meshes").glob("*.toml"))
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Parse axis sizes such as "data=2,tensor=4", or read them from the preset of this name. Missing axes have size 1.
+def parse_mesh(mesh: str | Mapping[str, int] | Mesh) -> dict[str, int]:
+    """Return the sizes of all four axes of a mesh. Missing axes have size 1.
 
+    mesh: text such as "data=2,tensor=4", the name of a preset, a mapping of axis sizes, or a jax Mesh.
     Raises: MeshError if an axis or preset is unknown, an axis is named twice, or a size is not a whole number >= 1.
     """
+    if isinstance(mesh, Mesh | Mapping):
+        return check_axes(mesh.shape if isinstance(mesh, Mesh) else mesh)
+    if not isinstance(mesh, str):
+        raise MeshError(f"mesh={mesh!r} must be text such as data=2,tensor=4, a mapping of axis sizes, or a jax Mesh")
+    text = mesh
     if "=" not in text:
         return _read_preset(text.strip())
     sizes: dict[str, int] = {}

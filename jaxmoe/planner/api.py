@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, cast
 
-from jaxmoe.config import ModelConfig
+from jaxmoe.config import EngineConfig, EngineOptions, ModelConfig
+from jaxmoe.config.engine import split_options
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
-from jaxmoe.families.dtypes import canonical, choose_dtypes, is_checkpoint_format
+from jaxmoe.families.dtypes import choose_dtypes, is_checkpoint_format
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import parse_mesh
@@ -39,6 +41,10 @@ from jaxmoe.weights.stored import read_stored_config
 _PLANNED_ONLY = (
     "Planned only: generate, inspect, compile and map do not support this model, so no command takes these arguments."
 )
+_FIXABLE = (
+    "mesh", "layout", "virtual_stages", "kernels", "max_num_seqs", "chunk_tokens", "dtype", "weights_dtype", "kv_dtype",
+    "ignore_config_keys",
+)  # fmt: skip
 _MAX_DEVICES = 8192
 _MAX_NUMBER = 1e12  # milliseconds, dollars per hour
 _NEIGHBORS_OF_AT_MOST = 64  # devices; plans for half and twice as many are not searched beyond it
@@ -50,37 +56,62 @@ _TRIED_AT_MOST = 256  # devices, if their number is not given and latency limits
 class PlanRequest:
     """Describe a model, hardware, devices and requests to plan for.
 
-    config: config.json, folder or preset. hardware: preset or TOML file. nodes, devices: give at most one of them; by
+    model: config.json, folder or preset. hardware: preset or TOML file. nodes, devices: give at most one of them; by
     default the planner chooses the fewest that are worthwhile. isl, osl: prompt tokens and generated tokens. sla_*:
-    latency limits in milliseconds. price: dollars per hour of a device. mesh, layout, dispatch, virtual_stages,
-    chunk_tokens: fix a part of the plan that is searched otherwise.
+    latency limits in milliseconds. price: dollars per hour of a device. fixed: options of EngineConfig by name, None
+    like one left out. A mesh, layout, kernels={"dispatch": ...}, virtual_stages, chunk_tokens or max_num_seqs fixes a
+    part of the plan that is searched otherwise.
+    Raises: ConfigError as EngineConfig.with_options, or for an option that a plan does not have.
     """
 
-    config: str
+    model: str
     hardware: str
+    fixed: EngineOptions = field(default_factory=EngineOptions)
     nodes: int | None = None
     devices: int | None = None
     isl: int = 1024
     osl: int = 1024
-    max_num_seqs: int | None = None
     objective: Objective = "throughput"
     sla_ttft_ms: float | None = None
     sla_tpot_ms: float | None = None
-    dtype: str | None = None
-    weights_dtype: str | None = None
-    kv_dtype: str | None = None
     skew: float = SKEW
     price: float | None = None
-    mesh: str | None = None
-    layout: str | None = None
-    dispatch: str | None = None
-    virtual_stages: int | None = None
-    chunk_tokens: int | None = None
-    ignore_config_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "weights_dtype", "kv_dtype"):
-            object.__setattr__(self, name, canonical(getattr(self, name)))
+        given = {name: value for name, value in self.fixed.items() if value is not None}
+        checked = EngineConfig().with_options(given).options()
+        for name in given:
+            if name not in _FIXABLE:
+                raise ConfigError(f"a plan does not read {name}: leave it out; its options are {', '.join(_FIXABLE)}")
+        kernels = given.get("kernels", {})
+        if not isinstance(kernels, Mapping) or set(kernels) - {"dispatch"}:
+            raise ConfigError(
+                f"kernels={kernels!r:.60} must name the backend of dispatch alone, as in {{'dispatch': 'all_gather'}}: "
+                f"a plan is the same for all backends of other ops"
+            )
+        object.__setattr__(self, "fixed", cast("EngineOptions", {name: checked[name] for name in given}))
+
+    @classmethod
+    def of(cls, model: str, hardware: str, **options: Any) -> Self:
+        """Return the request for a model on hardware.
+
+        options: Fields of the request, and options of EngineConfig by their own names, which replace those of `fixed`.
+        Raises: ConfigError for a value out of range or an unknown name.
+        """
+        own, others = split_options(cls, options)
+        fixed = cast("EngineOptions", {**own.pop("fixed", {}), **others})
+        return cls(model=model, hardware=hardware, fixed=fixed, **own)
+
+    @property
+    def axes(self) -> dict[str, int] | None:
+        """Return the sizes of the axes of the fixed mesh, None if there is none. Raises: MeshError."""
+        mesh = self.fixed.get("mesh")
+        return None if mesh is None else parse_mesh(mesh)
+
+    @property
+    def dispatch(self) -> str | None:
+        """Return the fixed backend of dispatch, None if there is none."""
+        return dict(self.fixed.get("kernels", {})).get("dispatch")
 
     def checked(self) -> tuple[ModelConfig, HardwareSpec]:
         """Return the config in the requested dtypes, and the hardware.
@@ -89,7 +120,8 @@ class PlanRequest:
         """
         config, _ = self._read()
         config, dtype = choose_dtypes(
-            config, dtype=self.dtype, weights_dtype=self.weights_dtype, kv_dtype=self.kv_dtype
+            config, dtype=self.fixed.get("dtype"), weights_dtype=self.fixed.get("weights_dtype"),
+            kv_dtype=self.fixed.get("kv_dtype"),
         )  # fmt: skip
         config = replace(config, dtype=dtype)
         hardware = read_hardware(self.hardware)
@@ -98,11 +130,16 @@ class PlanRequest:
             hardware = replace(hardware, dollars_per_hour=self.price)
         return config, hardware
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Return the keys of config.json to ignore."""
+        return tuple(self.fixed.get("ignore_config_keys", ()))
+
     def _read(self) -> tuple[ModelConfig, list[str]]:
         """Read the config, and list unknown settings as "key = value". Raises: CheckpointError, ConfigError."""
         notes: list[str] = []
-        path, ignored = find_config(self.config), self.ignore_config_keys
-        return read_stored_config(path, ignore=ignored, planned=True, not_understood=notes), notes
+        path = find_config(self.model)
+        return read_stored_config(path, ignore=self.ignored, planned=True, not_understood=notes), notes
 
     def not_understood(self) -> list[str]:
         """Return "key = value" of each setting of config.json that the plan ignores. Raises: as checked."""
@@ -110,9 +147,9 @@ class PlanRequest:
 
     def runs(self) -> bool:
         """Return whether other commands support the model, too, or only the planner. Raises: CheckpointError."""
-        raw = read_json(find_config(self.config))
+        raw = read_json(find_config(self.model))
         try:
-            return read_config(raw, ignore=self.ignore_config_keys).indexer is None
+            return read_config(raw, ignore=self.ignored).indexer is None
         except ConfigError:  # which reading with planned=True tolerates
             return False
 
@@ -123,8 +160,9 @@ class PlanRequest:
             "nodes": _MAX_DEVICES, "devices": _MAX_DEVICES, "max_num_seqs": 1 << 24, "virtual_stages": 64,
             "chunk_tokens": 1 << 20, "isl": config.max_position_embeddings, "osl": config.max_position_embeddings,
         }  # fmt: skip
+        values: dict[str, Any] = vars(self) | dict(self.fixed)
         for name, most in limits.items():
-            value = getattr(self, name)
+            value = values.get(name)
             if value is not None and not 1 <= value <= most:
                 raise ConfigError(f"{name}={value} must lie in [1, {most}]")
         if self.isl + self.osl > config.max_position_embeddings:
@@ -146,28 +184,30 @@ class PlanRequest:
             raise ConfigError(
                 f"dispatch={self.dispatch} sends tokens to experts, but {config.family} has no experts: leave it out"
             )
-        if self.virtual_stages is not None and self.mesh is not None:
-            check_virtual_stages(self.virtual_stages, stages=parse_mesh(self.mesh)["pipeline"])
+        virtual_stages, axes = self.fixed.get("virtual_stages"), self.axes
+        if virtual_stages is not None and axes is not None:
+            check_virtual_stages(virtual_stages, stages=axes["pipeline"])
 
     def dtypes(self, config: ModelConfig) -> dict[str, str | None]:
         """Return the requested dtypes by option. weights-dtype is None if it is the checkpoint's own format."""
-        weights = None if is_checkpoint_format(config, self.weights_dtype) else self.weights_dtype
-        return {"dtype": self.dtype, "weights-dtype": weights, "kv-dtype": self.kv_dtype}
+        weights = self.fixed.get("weights_dtype")
+        weights = None if is_checkpoint_format(config, weights) else weights
+        return {"dtype": self.fixed.get("dtype"), "weights-dtype": weights, "kv-dtype": self.fixed.get("kv_dtype")}
 
     def search_request(self, config: ModelConfig, hardware: HardwareSpec, devices: int) -> SearchRequest:
         """Return the SearchRequest for a number of devices. Raises: MeshError if the mesh has another number."""
-        axes = None if self.mesh is None else parse_mesh(self.mesh)
+        axes, fixed = self.axes, self.fixed
         if axes and math.prod(axes.values()) != devices:
             meant = math.prod(axes.values())
-            raise MeshError(f"mesh {self.mesh} has {meant} devices, but {devices} were requested: make them equal")
+            raise MeshError(f"mesh {fixed['mesh']} has {meant} devices, but {devices} were requested: make them equal")
         return SearchRequest(
-            config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=self.kv_dtype,
-            workload=RequestWorkload(isl=self.isl, osl=self.osl, concurrency=self.max_num_seqs), skew=self.skew,
+            config=config, hardware=hardware, devices=devices, objective=self.objective, kv_dtype=fixed.get("kv_dtype"),
+            workload=RequestWorkload(isl=self.isl, osl=self.osl, concurrency=fixed.get("max_num_seqs")), skew=self.skew,
             axes=axes,
             ttft_limit=self.sla_ttft_ms / 1e3 if self.sla_ttft_ms else None,
             tpot_limit=self.sla_tpot_ms / 1e3 if self.sla_tpot_ms and self.osl > 1 else None,  # no TPOT for one token
-            layout=None if self.layout is None else parse_layout(self.layout), dispatch=self.dispatch,
-            virtual_stages=self.virtual_stages, chunk_tokens=self.chunk_tokens,
+            layout=parse_layout(fixed["layout"]) if "layout" in fixed else None, dispatch=self.dispatch,
+            virtual_stages=fixed.get("virtual_stages"), chunk_tokens=fixed.get("chunk_tokens"),
         )  # fmt: skip
 
 
@@ -181,21 +221,22 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
     search_request, search_result = _search_devices(request, config, hardware)
     best = search_result.best
     disaggregated, around = None, NeighborPlans(half=None, twice=None)
-    if request.mesh is None:
-        pool_concurrency = best.estimate.concurrency if request.objective == "latency" else request.max_num_seqs
+    if request.axes is None:
+        latency, most = request.objective == "latency", request.fixed.get("max_num_seqs")
+        pool_concurrency = best.estimate.concurrency if latency else most
         disaggregated = best_disaggregated(
             search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency
         )
         around = _neighbors(search_request, best)
     return {
-        "model": model_name(request.config), "config": request.config, "family": config.family,
+        "model": model_name(request.model), "config": request.model, "family": config.family,
         "not_understood": request.not_understood(),
         "hardware": hardware.device, "devices": search_request.devices,
         "nodes": -(-search_request.devices // hardware.devices_per_node),
         "node": "host" if hardware.platform == "tpu" else "node", "isl": request.isl, "osl": request.osl,
         "objective": request.objective, "weights_dtype": weights_dtype_of(config),
         "kv_dtype": best.serving.device_memory.kv_dtype, "plan": plan_row(best, hardware, config),
-        "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignore_config_keys),
+        "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignored),
         "engine": engine_of(best, search_request), "memory": memory_of(best, search_request),
         "rule_of_thumb": rule_of_thumb(config, hardware),
         "reasons": [*reasons(search_request, search_result, disaggregated, around),
@@ -212,8 +253,9 @@ def _search_devices(
 ) -> tuple[SearchRequest, SearchResult]:
     """Search with the requested number of devices, or with the fewest that are worthwhile."""
     given = request.devices or (request.nodes * hardware.devices_per_node if request.nodes else None)
-    if given is None and request.mesh is not None:
-        given = math.prod(parse_mesh(request.mesh).values())
+    axes = request.axes
+    if given is None and axes is not None:
+        given = math.prod(axes.values())
     if given is None and names_nodes(request.hardware):
         given = hardware.nodes * hardware.devices_per_node
     if given is not None:
@@ -223,7 +265,7 @@ def _search_devices(
         try:
             return search_request, search(search_request)
         except NoPlanError as error:
-            if error.failure != "room" or request.mesh is not None:
+            if error.failure != "room" or axes is not None:
                 raise
             least = _least(request, config, hardware, above=given)
             suggestions = [
@@ -235,7 +277,7 @@ def _search_devices(
     least = _least(request, config, hardware, above=0)
     if least is None:
         raise NoPlanError(
-            f"{request.config} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
+            f"{request.model} fits on no number of {hardware.device} up to {_MAX_DEVICES}: a shorter --weights-dtype "
             f"or --kv-dtype, or fewer tokens, may do",
             failure="room",
         )
@@ -302,7 +344,9 @@ def _least(request: PlanRequest, config: ModelConfig, hardware: HardwareSpec, *,
     while devices <= _MAX_DEVICES:
         if devices > above:
             search_request = request.search_request(config, hardware, devices)
-            if not request.dispatch and not request.virtual_stages:  # other settings need at least as much memory
+            if not request.dispatch and not request.fixed.get(
+                "virtual_stages"
+            ):  # other settings need at least as much memory
                 search_request = replace(search_request, dispatch="all_to_all", virtual_stages=1)
             if next(servings_of(search_request, candidates_of(search_request)), None) is not None:
                 return devices

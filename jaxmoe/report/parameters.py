@@ -13,7 +13,6 @@ from flax import nnx
 from jaxmoe.aot.compile import PHASES, collective_rows, compile_step
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.config import ModelConfig
-from jaxmoe.config.engine import MAX_DECODE_STEPS
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.model.kernels import KernelConfig, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
@@ -120,6 +119,7 @@ def report(request: InspectRequest, on_phase: Callable[[str], None] = lambda pha
     more devices than are available.
     """
     config, axes = request.checked_model()
+    sizes = request.sizes
     mesh, dtype = build_mesh(axes), config.dtype
     runner = request.runner(config, mesh, _kernels(request, config, dtype, axes))
     parameters = parameter_reports(runner)
@@ -130,21 +130,20 @@ def report(request: InspectRequest, on_phase: Callable[[str], None] = lambda pha
     collectives: list[dict[str, Any]] = []
     for phase in PHASES:
         on_phase(phase)
-        step = compile_step(steps, phase, **request.sizes, decode_steps=MAX_DECODE_STEPS)
+        step = compile_step(steps, phase, **sizes, decode_steps=request.engine.decode_steps)
         collectives += collective_rows(phase, step)
     return {
         "family": config.family, "devices": mesh.size, "platform": jax.default_backend(), "mesh": axes,
-        "layout": str(runner.placement.layout), "virtual_stages": request.virtual_stages, "dtype": dtype,
+        "layout": str(runner.placement.layout), "virtual_stages": runner.placement.virtual_stages, "dtype": dtype,
         "dispatch": runner.kernels.dispatch, "parameters": [one.as_json() for one in parameters],
         "bytes": vars(total_bytes(parameters)),
         "behind_windows": behind_windows(
-            config, request.context, chunk_tokens=request.chunk_tokens,
+            config, sizes["context"], chunk_tokens=sizes["chunk_tokens"],
             num_bytes=runner.bytes_per_token / config.num_hidden_layers,
         ),
         "steps": {
-            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": request.max_num_seqs,
-            "context": request.context,
-            "chunk_tokens": request.chunk_tokens,
+            "dtype": steps.dtype, "kv_dtype": steps.kv_dtype, "max_num_seqs": sizes["max_num_seqs"],
+            "context": sizes["context"], "chunk_tokens": sizes["chunk_tokens"],
         },
         "collectives": collectives, "as_planned": all(one["count"] == one["planned"] for one in collectives),
     }  # fmt: skip

@@ -58,20 +58,20 @@ def test_what_the_compiler_must_be_told_reaches_the_step(tiny_dir, monkeypatch):
 
 
 def question(tiny_dir, **changes) -> CompileRequest:
-    asked = dict(config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64)
-    return CompileRequest(**(asked | changes))
+    asked = dict(model=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64)
+    return CompileRequest.of(**(asked | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        (dict(config="nowhere"), CheckpointError, "config 'nowhere' is not a config.json"),
+        (dict(model="nowhere"), CheckpointError, "config 'nowhere' is not a config.json"),
         (dict(target="z9:1x8"), ConfigError, "unknown device 'z9'"),
         (dict(mesh="tensor=8"), MeshError, "has 8 devices, target v5p:2x2x1 has 4"),
         (dict(mesh="rows=4"), MeshError, "unknown mesh axis 'rows'"),
-        (dict(max_num_seqs=0), ConfigError, "max_num_seqs=0 must lie in"),
+        (dict(max_num_seqs=0), ConfigError, "max_num_seqs=0 must be a whole number of at least 1"),
         (dict(context=10**6), ConfigError, "context=1000000 must lie in"),
-        (dict(chunk_tokens=0), ConfigError, "chunk_tokens=0 must lie in"),
+        (dict(chunk_tokens=0), ConfigError, "chunk_tokens=0 must be a whole number of at least 1"),
         (dict(dtype="float8"), ConfigError, "dtype='float8' must be one of"),
         (dict(kv_dtype="float8_e4m3fn"), ConfigError, "kv_dtype='float8_e4m3fn' must be one of .* fp8"),
     ],
@@ -86,19 +86,20 @@ def test_what_is_refused_or_has_no_room_needs_no_compiler(tiny_dir, tmp_path, mo
     (tmp_path / "sitecustomize.py").write_text("import jaxmoe.aot.targets as targets; targets.topology_devices = None")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     answer = compile_for(
-        CompileRequest(config="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64)
+        CompileRequest.of(model="deepseek-v3", target="h100:1x8", mesh="expert=8", max_num_seqs=8, context=64)
     )
     assert not answer["fits"]
     assert answer["bytes"]["weights"] > answer["bytes"]["limit"]
     with pytest.raises(ConfigError, match=r"dispatch=ragged_all_to_all reaches 8 GPUs at most"):
-        compile_for(question(tiny_dir, target="h200:2x8", mesh="expert=16", dispatch="ragged_all_to_all"))
+        compile_for(question(tiny_dir, target="h200:2x8", mesh="expert=16", kernels={"dispatch": "ragged_all_to_all"}))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_running_where_the_one_who_asked_is_ended(how, tiny_dir, tmp_path):
     """The process apart stands where it compiles; it ends with the one that waits for it."""
     (tmp_path / "sitecustomize.py").write_text(_WAITING)
-    code = f"from jaxmoe.aot.fit import CompileRequest, compile_for; compile_for({question(tiny_dir)!r})"
+    request = question(tiny_dir).as_json()
+    code = f"from jaxmoe.aot.fit import CompileRequest, compile_for; compile_for(CompileRequest.of(**{request!r}))"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     waiting = tmp_path / "waiting"
     environment = os.environ | {"PYTHONPATH": path, "JAXMOE_TEST_WAITING": str(waiting), "JAX_PLATFORMS": "cpu"}

@@ -7,12 +7,8 @@ import pytest
 
 import jaxmoe
 from jaxmoe import LLM, AsyncEngine, CacheConfig, ConfigError, EngineConfig, ParallelConfig
-from jaxmoe.aot.fit import CompileRequest
-from jaxmoe.aot.request import InspectRequest
 from jaxmoe.cli.main import cli, run
 from jaxmoe.config.engine import OPTION_FIELDS, RENAMED, SERVING_OPTIONS, EngineOptions
-from jaxmoe.map.data import MapRequest
-from jaxmoe.planner.api import PlanRequest
 
 
 def test_keyword_arguments_are_the_fields_of_the_configuration():
@@ -53,11 +49,10 @@ def test_the_command_line_has_the_same_names_and_texts(command):
     assert _flags(command).isdisjoint({f"--{old.replace('_', '-')}" for old in RENAMED} - {"--batch"})
 
 
-@pytest.mark.parametrize("request_type", [InspectRequest, CompileRequest, MapRequest, PlanRequest])
-def test_requests_name_their_options_as_the_engine_does(request_type):
-    names = set(request_type.__dataclass_fields__)
-    assert {"dtype", "weights_dtype", "kv_dtype", "layout", "virtual_stages", "max_num_seqs", "chunk_tokens"} <= names
-    assert names.isdisjoint(RENAMED)
+@pytest.mark.parametrize("alias", ["bf16", "torch.bfloat16"])
+def test_dtypes_are_kept_by_their_full_names(alias):
+    config = EngineConfig().with_options({"dtype": alias, "weights_dtype": alias, "kv_dtype": alias})
+    assert (config.dtype, config.weights_dtype, config.cache.kv_dtype) == ("bfloat16",) * 3
 
 
 @pytest.mark.parametrize("old", sorted(old for old, new in RENAMED.items() if new in OPTION_FIELDS))

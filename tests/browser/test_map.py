@@ -17,7 +17,7 @@ from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.parallel.stages import PipelineSchedule, layer_segments
 
 from ..conftest import mesh_of
-from ..map.parts import bytes_by_part
+from ..map.parts import answer_of, bytes_by_part
 from .pages import browser, opened
 
 pytestmark = pytest.mark.browser
@@ -39,7 +39,7 @@ def drawn(changed_dir, tmp_path):
 
     def draw(mesh: str, *, layers: int = 5, **asked: Any) -> tuple[Path, MapRequest, dict[str, Any]]:
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
-        question = MapRequest(config=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, **asked)
+        question = MapRequest.of(model=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, **asked)
         data = map_data(question)
         return write_page(tmp_path / "map.html", data), question, data
 
@@ -273,10 +273,8 @@ def test_one_stage_is_said_in_words(chromium, drawn):
 
 def test_what_differs_from_the_plan_is_marked(chromium, drawn, tmp_path):
     _, question, data = drawn(ALL)
-    rows = [{**row, "count": row["planned"]} for row in data["collectives"]]
-    rows[-1]["count"] += 1
-    size = data["bytes"] | {"temp": 1 << 20, "total": 2, "limit": 3}
-    answer = {"target": "h100:1x8", "mesh": data["mesh"], "bytes": size, "collectives": rows}
+    answer = answer_of(data)
+    answer["collectives"][-1]["count"] += 1
     path = write_page(tmp_path / "compiled.html", map_data(question, result=answer))
     with opened(chromium, path) as page:
         page.click('[data-phase="decode"]')
@@ -340,7 +338,7 @@ def _contrast(one: list[int], other: list[int]) -> float:
 def test_128_devices_of_a_real_model(chromium, tmp_path):
     config = str(CONFIGS / "deepseek-ai--DeepSeek-V3.json")
     mesh = "pipeline=4,expert=16,tensor=2"
-    data = map_data(MapRequest(config=config, mesh=mesh, max_num_seqs=128, context=4096, hardware="h100"))
+    data = map_data(MapRequest.of(model=config, mesh=mesh, max_num_seqs=128, context=4096, hardware="h100"))
     path = write_page(tmp_path / "map.html", data)
     with opened(chromium, path) as page:
         assert page.locator("[data-device]").count() == 128

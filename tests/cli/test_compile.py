@@ -153,11 +153,11 @@ def test_the_question_is_what_was_asked(capsys, monkeypatch):
         "all_gather",
     ]
     jaxmoe(capsys, *COMMAND, *options)
-    plain = {"config": "demo", "target": "v5p:2x2x1", "mesh": "tensor=4"}
+    plain = {"model": "demo", "target": "v5p:2x2x1", "mesh": "tensor=4"}
     assert asked == [
-        fit.CompileRequest(**plain, max_num_seqs=64, context=4096, chunk_tokens=CHUNK_TOKENS),
-        fit.CompileRequest(
-            **plain, max_num_seqs=8, context=256, chunk_tokens=64, kv_dtype="fp8", dispatch="all_gather"
+        fit.CompileRequest.of(**plain, max_num_seqs=64, context=4096, chunk_tokens=CHUNK_TOKENS),
+        fit.CompileRequest.of(
+            **plain, max_num_seqs=8, context=256, chunk_tokens=64, kv_dtype="fp8", kernels={"dispatch": "all_gather"}
         ),
     ]
 

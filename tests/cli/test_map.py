@@ -9,6 +9,7 @@ import pytest
 
 from jaxmoe.aot import fit
 
+from ..map.parts import answer_of
 from .commands import jaxmoe
 
 CASE = "qwen3_moe_norm"
@@ -50,17 +51,9 @@ def test_no_name_ends_the_script(capsys, tiny_dir, tmp_path):
     assert data_of(page)["model"] == "<script>evil"
 
 
-def answer_to(question) -> dict:
-    """As a compiler would answer that finds nothing of what was planned."""
-    row = {"phase": "decode", "op": "all-reduce", "axes": ["data"], "count": 3, "bytes": 12, "planned": 0}
-    size = {"weights": 1, "kv": 2, "temp": 3, "total": 6, "limit": 7}
-    mesh = {"data": 1, "pipeline": 1, "expert": 16, "tensor": 1}
-    return {"target": question.target, "mesh": mesh, "bytes": size, "collectives": [row]}
-
-
 def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
+    """Here with a compiler that finds nothing of what was planned, but another collective."""
     asked: list[fit.CompileRequest] = []
-    monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer_to(question))
     options = [
         "--mesh",
         "expert=16",
@@ -73,9 +66,13 @@ def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
         "--kv-dtype",
         "fp8",
     ]
+    row = {"phase": "decode", "op": "all-reduce", "axes": ["data"], "count": 3, "bytes": 12, "planned": 0}
+    here = json.loads(jaxmoe(capsys, "map", "demo", *options[:2], *options[4:], "--json").out)
+    answer = answer_of(here, target="b200:2x8", collectives=[row])
+    monkeypatch.setattr(fit, "compile_for", lambda question, on_phase: asked.append(question) or answer)
     printed = json.loads(jaxmoe(capsys, "map", "demo", *options, "--json").out)
-    plain = {"config": "demo", "target": "b200:2x8", "mesh": "expert=16", "max_num_seqs": 8}
-    assert asked == [fit.CompileRequest(**plain, context=256, kv_dtype="fp8")]
+    plain = {"model": "demo", "target": "b200:2x8", "mesh": "expert=16", "max_num_seqs": 8}
+    assert asked == [fit.CompileRequest.of(**plain, context=256, kv_dtype="fp8")]
     assert (printed["compiled"]["target"], printed["fabric"]["name"]) == ("b200:2x8", "b200")
     compiled = [row["compiled"] for row in printed["collectives"] if row["phase"] == "decode"]
     assert compiled == [0] * (len(compiled) - 1) + [3]
@@ -83,9 +80,7 @@ def test_a_target_is_compiled_for_as_jaxmoe_compile_does(capsys, monkeypatch):
 
 def test_an_answer_in_a_file_is_shown(capsys, tmp_path, tiny_dir):
     plain = json.loads(jaxmoe(capsys, "map", tiny_dir(CASE), *OPTIONS, "--json").out)
-    rows = [{**row, "count": row["planned"]} for row in plain["collectives"]]
-    size = plain["bytes"] | {"temp": 1, "total": 2, "limit": 3}
-    answer = {"target": "h100:16x8", "mesh": plain["mesh"], "bytes": size, "collectives": rows}
+    answer = answer_of(plain, target="h100:16x8")
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     command = ["map", tiny_dir(CASE), *OPTIONS, "--json", "--compiled", tmp_path / "answer.json"]
     printed = json.loads(jaxmoe(capsys, *command).out)
@@ -98,6 +93,12 @@ def test_an_answer_in_a_file_is_shown(capsys, tmp_path, tiny_dir):
     refused = jaxmoe(capsys, *command)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "mesh=data=8,pipeline=1,expert=16,tensor=2, this map has mesh=data=4,pipeline=1,expert=16" in refused.err
+    older = answer | {"batch": answer["max_num_seqs"], "stage_chunks": 1}
+    del older["max_num_seqs"], older["virtual_stages"]
+    (tmp_path / "answer.json").write_text(json.dumps(older))
+    refused = jaxmoe(capsys, *command)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "the compile result has no virtual_stages, max_num_seqs, so it cannot be compared" in refused.err
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(capsys, tiny_dir, tmp_path, monkeypatch):

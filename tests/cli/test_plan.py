@@ -8,6 +8,7 @@ import json
 import pytest
 
 from jaxmoe.aot.request import InspectRequest
+from jaxmoe.cli.options import given_options
 from jaxmoe.errors import ConfigError
 from jaxmoe.families import read_config
 from jaxmoe.planner.hardware import hardware_names
@@ -99,13 +100,13 @@ def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, l
     given = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
     given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     engine = found["engine"]
-    question = InspectRequest(
-        config=model, max_num_seqs=engine["max_num_seqs"], context=engine["context"],
+    question = InspectRequest.of(
+        model=model, max_num_seqs=engine["max_num_seqs"], context=engine["context"],
         chunk_tokens=engine["chunk_tokens"],
-        **given,
+        **given_options(given),
     )  # fmt: skip
     assert question.checked_model()[0].quantization is not None
-    asked = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
+    asked = InspectRequest.of(model=model, mesh="data=1", max_num_seqs=1, context=1, weights_dtype=options[1])
     assert asked.checked_model()[0].quantization is not None
 
 
@@ -173,7 +174,7 @@ def test_models_that_other_commands_refuse_are_planned_only(capsys, model, runs)
     assert (
         any(line.startswith("Planned only: generate, inspect, compile and map do not support") for line in said) != runs
     )
-    read = InspectRequest(config=model, mesh="data=1", max_num_seqs=1, context=1)
+    read = InspectRequest.of(model=model, mesh="data=1", max_num_seqs=1, context=1)
     if runs:
         assert read.checked_model()
     elif model != "deepseek-v3.2":  # whose layers refuse it, later

@@ -136,7 +136,7 @@ def test_a_device_holds_what_the_file_does(form, mesh, tmp_path):
     name = "mixtral_six_experts" if form == "mxfp4" else "qwen3_moe_norm"
     config = CASES_BY_NAME[name].config | GEOMETRY | EXPERTS[name]
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FORMS[form][1]}))
-    question = InspectRequest(config=str(tmp_path), mesh=mesh, max_num_seqs=8, context=32)
+    question = InspectRequest.of(model=str(tmp_path), mesh=mesh, max_num_seqs=8, context=32)
     read, _ = question.checked_model()
     runner = question.runner(read, mesh_of(mesh), XLA)
     held = total_bytes(parameter_reports(runner))

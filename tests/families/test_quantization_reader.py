@@ -200,7 +200,8 @@ def test_short_names_of_dtypes_are_the_long_ones(alias):
     if name in KV_DTYPES:
         choose_dtypes(config, **asked | {"kv_dtype": alias})
         assert kv_array_dtype(alias) == name
-    question = InspectRequest(
-        config="", mesh="", max_num_seqs=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias
+    question = InspectRequest.of(
+        model="", mesh="", max_num_seqs=1, context=1, dtype=alias, weights_dtype=alias, kv_dtype=alias
     )
-    assert (question.dtype, question.weights_dtype, question.kv_dtype) == (name, name, name)
+    options = question.engine.options()
+    assert [options[option] for option in asked] == [name, name, name]

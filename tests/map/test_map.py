@@ -20,7 +20,7 @@ from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.weights.source import model_name
 
 from ..conftest import mesh_of
-from .parts import bytes_by_part
+from .parts import answer_of, bytes_by_part
 
 ALL = "data=2,tensor=2,expert=2"
 CASES = [
@@ -32,7 +32,7 @@ CASES = [
     ("qwen2_moe_shared", {}, ALL, {"layout": "tp-ep-sp", "kv_dtype": "int8"}),
     ("olmoe_full_norm", {}, ALL, {"layout": "tp", "weights_dtype": "int8"}),
     ("deepseek_v3_groups", {}, "data=4,expert=2", {"layout": "cp-ep-tp"}),
-    ("gpt_oss_window", {}, ALL, {"layout": "dp-ep", "dispatch": "all_gather"}),
+    ("gpt_oss_window", {}, ALL, {"layout": "dp-ep", "kernels": {"dispatch": "all_gather"}}),
     ("llama_linear_bias", {}, "data=2,tensor=4", {}),
     ("llama4_text_scout", {}, "data=1", {}),
 ]
@@ -42,8 +42,8 @@ CASES = [
 def drawn(request, changed_dir):
     """(the question, what the map says, the same model on eight devices that are there)."""
     name, keys, mesh, asked = request.param
-    question = MapRequest(
-        config=str(changed_dir(name, **keys)), mesh=mesh, max_num_seqs=8, context=32, chunk_tokens=32, dtype="float32",
+    question = MapRequest.of(
+        model=str(changed_dir(name, **keys)), mesh=mesh, max_num_seqs=8, context=32, chunk_tokens=32, dtype="float32",
         **asked,
     )  # fmt: skip
     config, _ = question.checked_model()
@@ -100,7 +100,9 @@ def test_what_is_played_sums_to_what_is_planned(drawn):
 def test_every_layer_says_what_its_block_says(changed_dir):
     """One dense layer before MoE layers, tokens shared out: stops by segment, in the order a token passes them."""
     config = str(changed_dir("deepseek_v3_groups"))
-    data = map_data(MapRequest(config=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp"))
+    data = map_data(
+        MapRequest.of(model=config, mesh="expert=2,tensor=2", max_num_seqs=16, context=32, layout="ep-tp-sp")
+    )
     dense, sparse = (
         [(stop["location"], stop["op"]) for stop in data["steps"]["prefill"]["sites"] if stop["segment"] == segment]
         for segment in (0, 1)
@@ -112,18 +114,8 @@ def test_every_layer_says_what_its_block_says(changed_dir):
 
 
 def question(changed_dir, **asked) -> MapRequest:
-    plain = dict(config=str(changed_dir("qwen3_moe_norm")), mesh=ALL, max_num_seqs=8, context=32, dtype="float32")
-    return MapRequest(**(plain | asked))
-
-
-def answer_of(data, **changes):
-    """What jaxmoe compile would print if it found what was planned."""
-    rows = [{key: row[key] for key in ("phase", "op", "axes", "bytes", "planned")} | {"count": row["planned"]}
-            for row in data["collectives"]]  # fmt: skip
-    size = data["bytes"] | {"temp": 5, "total": 6, "limit": 7}
-    return {name: data[name] for name in ("mesh", "dtype", "kv_dtype", "max_num_seqs", "context", "chunk_tokens")} | {
-        "target": "h100:1x8", "bytes": size, "collectives": rows,
-    } | changes  # fmt: skip
+    plain = dict(model=str(changed_dir("qwen3_moe_norm")), mesh=ALL, max_num_seqs=8, context=32, dtype="float32")
+    return MapRequest.of(**(plain | asked))
 
 
 def test_a_compiled_program_is_shown_beside_the_plan(changed_dir):
@@ -155,6 +147,21 @@ def test_an_answer_to_another_question_is_refused(changes, words, changed_dir):
     asked = question(changed_dir)
     with pytest.raises(ConfigError, match=words):
         map_data(asked, result=answer_of(map_data(asked), **changes))
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (["virtual_stages"], "has no virtual_stages, so it cannot be compared .* write it again with jaxmoe compile"),
+        (["max_num_seqs", "target"], "has no target, max_num_seqs, so"),
+    ],
+)
+def test_an_answer_that_does_not_say_what_was_asked_is_refused(missing, words, changed_dir):
+    """As of a version that called these otherwise: an answer to another question would pass."""
+    asked = question(changed_dir)
+    answer = {name: value for name, value in answer_of(map_data(asked)).items() if name not in missing}
+    with pytest.raises(ConfigError, match=words):
+        map_data(asked, result=answer)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_the_timeline_goes_up_to_the_chunks_there_are(changed_dir):
     for layers, virtual_stages, most in ((64, 16, 16), (64, 1, 8), (8, 2, 4)):
         config = str(changed_dir("qwen3_moe_norm", num_hidden_layers=layers))
         found = map_data(
-            MapRequest(config=config, mesh="pipeline=2", max_num_seqs=8, context=32, virtual_stages=virtual_stages)
+            MapRequest.of(model=config, mesh="pipeline=2", max_num_seqs=8, context=32, virtual_stages=virtual_stages)
         )
         assert [part["max_virtual_stages"] for part in found["segments"] if part["stages"] > 1] == [most]
 

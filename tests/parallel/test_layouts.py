@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import jax
 import numpy as np
@@ -176,13 +176,13 @@ def test_levels_along_one_axis_are_refused(kind, tiny_dir):
 
 def test_gpus_that_a_ragged_exchange_does_not_reach_are_refused():
     config = read_config(CASES_BY_NAME["mixtral_six_experts"].config)
-    asked = dict(config="", mesh="expert=16", max_num_seqs=16, context=64)
+    asked = dict(model="", mesh="expert=16", max_num_seqs=16, context=64)
     for kind in ("ragged_all_to_all", "hierarchical_ragged"):
-        question = InspectRequest(**asked, dispatch=kind, layout="ep-tp")
+        layout = "ep-tp" if kind == "ragged_all_to_all" else "dp-ep"
+        question = InspectRequest.of(**asked, kernels={"dispatch": kind}, layout=layout)
         axes = {"expert": 16} if kind == "ragged_all_to_all" else {"data": 2, "expert": 2, "tensor": 16}
-        layout = question if kind == "ragged_all_to_all" else replace(question, layout="dp-ep")
         with pytest.raises(ConfigError, match=f"dispatch={kind} reaches 8 GPUs at most, .* among 16"):
-            layout.runner(config, PlannedMesh(axes, "gpu"), KernelConfig(dispatch=kind))
+            question.runner(config, PlannedMesh(axes, "gpu"), KernelConfig(dispatch=kind))
 
 
 def assert_planned(llm, *, rows: int, blocks: int, decode_steps: int = 1) -> None:

@@ -61,7 +61,7 @@ def answer(tiny_dir, monkeypatch):
         monkeypatch.setattr(fit, "topology_devices", lambda target: jax.devices()[: target.num_devices])
         monkeypatch.setattr(fit, "compile_step", compile_step)
         asked = dict(target="v5p:2x2x1", mesh="expert=2,tensor=2", max_num_seqs=4, context=64) | changes
-        question = fit.CompileRequest(config=str(tiny_dir(CASE)), **asked)
+        question = fit.CompileRequest.of(model=str(tiny_dir(CASE)), **asked)
         said: list[Any] = []
         result = fit._compile_steps(question, said.append)
         assert [one["phase"] for one in said] == list(result["phases"])
@@ -187,8 +187,8 @@ def test_an_error_names_the_target_once(said, message, tiny_dir, tmp_path, monke
     child.write_text(f"#!/bin/sh\nhead -n 1 > {tmp_path}/question\necho '{json.dumps({'error': said})}'\n")
     child.chmod(0o755)
     monkeypatch.setattr(fit.sys, "executable", str(child))
-    asked = fit.CompileRequest(
-        config=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", max_num_seqs=4, context=64
+    asked = fit.CompileRequest.of(
+        model=str(tiny_dir(CASE)), target="v5p:2x2x1", mesh="tensor=4", max_num_seqs=4, context=64
     )
     with pytest.raises(ConfigError) as caught:
         fit.compile_for(asked)

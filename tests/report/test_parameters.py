@@ -21,7 +21,7 @@ ALL = "data=2,tensor=2,expert=2"
 
 def reports_of(llm: LLM, directory, mesh: str, **asked):
     """As for a model that is not loaded."""
-    question = InspectRequest(config=str(directory), mesh=mesh, max_num_seqs=8, context=32, dtype="float32", **asked)
+    question = InspectRequest.of(model=str(directory), mesh=mesh, max_num_seqs=8, context=32, dtype="float32", **asked)
     config, _ = question.checked_model()
     kernels = prepare_kernels("float32", {}, choose_kernels("float32", {}))
     return parameter_reports(question.runner(config, llm.mesh, kernels))
@@ -91,6 +91,6 @@ def test_steps_say_what_was_planned_on_every_mesh_in_every_layout(layout, change
             continue
         mesh = ",".join(f"{axis}={size}" for axis, size in trial.mesh.items())
         found = report(
-            InspectRequest(config=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, layout=layout)
+            InspectRequest.of(model=config, mesh=mesh, max_num_seqs=16, context=32, chunk_tokens=32, layout=layout)
         )
         assert found["as_planned"], [one for one in found["collectives"] if one["count"] != one["planned"]]

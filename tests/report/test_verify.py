@@ -96,7 +96,7 @@ ODD = [({"tensor": 3}, "tp-sp"), ({"pipeline": 3, "tensor": 2}, "tp-sp"), ({"dat
 def test_prompts_of_any_few_requests_are_shared_out_where_a_layout_says_so(layout, axes):
     config = read_config(CASES_BY_NAME["mixtral_six_experts"].config | {"num_hidden_layers": 8})
     mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
-    asked = InspectRequest(config="", mesh=mesh, layout=layout, max_num_seqs=3, context=64)
+    asked = InspectRequest.of(model="", mesh=mesh, layout=layout, max_num_seqs=3, context=64)
     for platform in ("cpu", "gpu", "tpu"):
         runner = asked.runner(config, PlannedMesh(axes, platform), KernelConfig())
         placement = runner.placement

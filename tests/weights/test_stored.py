@@ -195,7 +195,7 @@ def test_files_give_the_dtype_that_config_json_lacks(name, dtype, tiny_dir, tmp_
     directory = write_tensors(source, tmp_path / "out", read_tensors(source), torch_dtype=None, dtype=None)
     assert not {"torch_dtype", "dtype"} & json.loads((directory / "config.json").read_text()).keys()
     assert model_info(directory / "config.json")["dtype"] == dtype
-    asked = InspectRequest(config=str(directory), mesh="data=1", max_num_seqs=1, context=8)
+    asked = InspectRequest.of(model=str(directory), mesh="data=1", max_num_seqs=1, context=8)
     assert asked.checked_model()[0].dtype == dtype
     assert_same(leaves_of(directory, dtype=None), leaves_of(source, dtype=dtype))
 
@@ -224,7 +224,7 @@ def test_a_config_alone_keeps_the_default(tiny_dir, tmp_path):
     assert model_info(tmp_path / "config.json")["dtype"] == "bfloat16"
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1-of-1.safetensors"}}')  # which is not fetched yet
-    asked = InspectRequest(config=str(tmp_path), mesh="data=1", max_num_seqs=1, context=8)
+    asked = InspectRequest.of(model=str(tmp_path), mesh="data=1", max_num_seqs=1, context=8)
     assert asked.checked_model()[0].dtype == "bfloat16"
     index.unlink()
     (tmp_path / "pytorch_model.bin").touch()
@@ -247,6 +247,6 @@ def test_damaged_weights_beside_a_config_are_refused(file, content, message, tin
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        InspectRequest(config=str(tmp_path), mesh="data=1", max_num_seqs=1, context=8).checked_model()
+        InspectRequest.of(model=str(tmp_path), mesh="data=1", max_num_seqs=1, context=8).checked_model()
     with pytest.raises(CheckpointError, match=message):
-        PlanRequest(config=str(tmp_path), hardware="h100").checked()
+        PlanRequest.of(str(tmp_path), "h100").checked()
