@@ -21,6 +21,7 @@ from jaxmoe.api.inputs import Prompt
 from jaxmoe.api.llm import LLM
 from jaxmoe.api.output_processor import RequestState
 from jaxmoe.api.outputs import TokenEvent
+from jaxmoe.api.process_calls import ResultCodecs, publish, received
 from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS, checked_config
@@ -29,7 +30,8 @@ from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestFinished, SamplingParams
 from jaxmoe.engine.trace import EngineTrace, check_trace_path
-from jaxmoe.errors import ConfigError, RequestError, StepError
+from jaxmoe.errors import ConfigError, ProcessLostError, RequestError, StepError
+from jaxmoe.parallel.processes import joined
 from jaxmoe.weights.source import DEFAULT_MODEL
 
 _DEFAULT_CPU_GIB = 1.0
@@ -51,7 +53,8 @@ def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callab
 class AsyncEngine:
     """Serve requests concurrently from asynchronous code, with continuous batching.
 
-    Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close().
+    Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close(). Of joined
+    processes, process 0 streams requests; the others make an engine too, and their close() follows that of process 0.
 
     Args:
         model: As in LLM, or a loaded LLM. An engine on a loaded LLM shares its KV cache and prefix cache with
@@ -84,9 +87,12 @@ class AsyncEngine:
         engine_config = _engine_config(model, config, options)
         self._trace_path = None if trace is None else check_trace_path(trace)
         self.llm = model if isinstance(model, LLM) else LLM(model, engine_config, on_progress=on_progress)
-        self.engine_config = engine_config
+        self.engine_config, self._group = engine_config, joined()
         self._scheduler_config = _scheduler_config(self.llm, engine_config)
         self._shared = self.llm._shared
+        self._closed = self._told = False  # told: the processes that follow
+        if self.llm.follows:
+            return
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         with self._shared.lock:  # LLM.generate of other threads waits until the programs are compiled
             self._core = self._reserve(None if trace is None else EngineTrace(self.llm._trace_facts()))
@@ -99,7 +105,8 @@ class AsyncEngine:
         self._ids = itertools.count()
         self._event_queues: dict[str, _EventQueue] = {}
         self._lock = threading.Lock()  # guards _closed and _event_queues
-        self._closed = False
+        if self._group is not None:
+            self._group.on_lost.append(self._lose)
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         self._thread.start()
 
@@ -150,6 +157,8 @@ class AsyncEngine:
             StepError: While iterating, if a step that computed the request failed, its logits are not finite, or it was
                 cancelled or timed out.
         """
+        if self.llm.follows:
+            raise RequestError("this process follows process 0: stream requests there, and close the engine here")
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {params!r:.60}")
         ((ids, _),) = self.llm._check_inputs([prompt], params)
@@ -217,11 +226,19 @@ class AsyncEngine:
         Raises:
             RequestError: If the trace cannot be written.
         """
+        if self.llm._followed is not None:
+            if not self._closed:
+                self._closed = True
+                received(self.llm._followed, ResultCodecs.NOTHING)
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
+        if not self._told:
+            self._told = True
+            publish(self._shared.executor, ResultCodecs.NOTHING, None)
         trace, self._trace = self._trace, None
         if self._trace_path is not None and trace is not None:
             trace.write(self._trace_path)
@@ -231,6 +248,12 @@ class AsyncEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lose(self, line: str) -> None:
+        """End all requests because another process was lost. The steps may never return."""
+        for event_queue in list(self._event_queues.values()):
+            lost = ProcessLostError(line)
+            event_queue.put(RequestFinished(index=0, sample=0, finish_reason="error", error=lost))
 
     # --- in the engine thread ---
 
