@@ -19,7 +19,7 @@ from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.parallel.eplb import balance
 
-PROMPTS = [[1, 5, 9, 2, 6, 5, 3, 8, 4, 7, 1, 3], [3, 1, 4, 1], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0, 4, 5, 2, 3, 5, 3]]
+PROMPTS = [[1, 5, 9, 2, 6, 5, 3, 8, 4, 7, 1, 3], [3, 1, 4, 1], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0, 4, 5, 2, 3]]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, top_logprobs=2)
 SAMPLED = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.8, seed=3, presence_penalty=0.5)
 
