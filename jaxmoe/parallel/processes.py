@@ -381,6 +381,7 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     state: Any = distributed.global_state
     real, distributed._jax = distributed._jax, _WithoutService(distributed._jax)
     try:
