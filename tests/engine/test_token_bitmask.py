@@ -9,8 +9,8 @@ import pytest
 
 from jaxmoe import SamplingParams, StepError
 from jaxmoe.engine.core import EngineCore, EngineRequest
-from jaxmoe.engine.request import RequestFinished
 from jaxmoe.engine.limits import SchedulerConfig
+from jaxmoe.engine.request import RequestFinished
 
 from ..conftest import ONE_DEVICE, XLA
 from ..ops.test_linear import compiler_found
