@@ -45,7 +45,7 @@ class CheckpointKeys:
     shared: str = "shared_expert"
 
 
-def _names(config: ModelConfig, names: CheckpointKeys, layer: int) -> dict[str, str]:
+def _key_fields(config: ModelConfig, names: CheckpointKeys, layer: int) -> dict[str, str]:
     """Return the fields of the keys of one layer's parameters."""
     module = f"model.layers.{layer}"
     moe = names.stacked_moe if config.checkpoint.stacked_experts else names.moe
@@ -135,7 +135,7 @@ def _columns(declaration: ParameterDeclaration, fused: FusedLayout | None) -> li
 
 def _layer(config: ModelConfig, sizes: ArraySizes, names: CheckpointKeys, layer: int) -> Iterator[WeightSlice]:
     """Yield the weight slices of one layer, with paths and indices relative to its block."""
-    fields = _names(config, names, layer)
+    fields = _key_fields(config, names, layer)
     for declaration in checkpoint_parameters(config, layer):
         if declaration.stored == "whole":
             yield _whole(declaration, fields)

@@ -52,9 +52,16 @@ class ParameterDeclaration:
 
 
 def _matrix(
-    path: str, part: Part, key: str, *, lead: int = 0, over: int = 1, quantizable: bool = True,
-    stored: StoredForm = "whole", **dims: int,
-) -> ParameterDeclaration:  # fmt: skip
+    path: str,
+    part: Part,
+    key: str,
+    dims: Mapping[str, int],
+    *,
+    lead: int = 0,
+    over: int = 1,
+    quantizable: bool = True,
+    stored: StoredForm = "whole",
+) -> ParameterDeclaration:
     """Return a declaration of matrices that checkpoints store as [out, in]."""
     return ParameterDeclaration(
         path=path, part=part, dims=dims, lead=lead, over=over, quantizable=quantizable, key=key, stored=stored,
@@ -62,11 +69,13 @@ def _matrix(
     )  # fmt: skip
 
 
-def _norm(path: str, key: str, *, stored: StoredForm = "whole", **dims: int) -> ParameterDeclaration:
+def _norm(path: str, key: str, dims: Mapping[str, int], stored: StoredForm = "whole") -> ParameterDeclaration:
     return ParameterDeclaration(path=path, part="norms", dims=dims, initializer="ones", key=key, stored=stored)
 
 
-def _bias(path: str, part: Part, key: str, *, stored: StoredForm = "whole", **dims: int) -> ParameterDeclaration:
+def _bias(
+    path: str, part: Part, key: str, dims: Mapping[str, int], stored: StoredForm = "whole"
+) -> ParameterDeclaration:
     return ParameterDeclaration(path=path, part=part, dims=dims, initializer="zeros", key=key, stored=stored)
 
 
@@ -74,12 +83,10 @@ def outer_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Paramet
     """Yield the parameters outside the layer stack: the embedding first, then final norm and LM head."""
     width, vocab = config.hidden_size, sizes.vocab
     embedding = HEAD if config.checkpoint.head_is_embedding else EMBEDDING
-    yield ParameterDeclaration(
-        path="embed", part="embedding", dims={"vocab": vocab, "width": width}, key=embedding
-    )  # fmt: skip
-    yield _norm("final_norm", "model.norm.weight", width=width)
+    yield ParameterDeclaration(path="embed", part="embedding", dims={"vocab": vocab, "width": width}, key=embedding)
+    yield _norm("final_norm", "model.norm.weight", {"width": width})
     if not config.tie_word_embeddings:
-        yield _matrix("head", "head", HEAD, quantizable=False, width=width, vocab=vocab)
+        yield _matrix("head", "head", HEAD, {"width": width, "vocab": vocab}, quantizable=False)
 
 
 def block_parameters(
@@ -99,17 +106,14 @@ def checkpoint_parameters(config: ModelConfig, layer: int) -> Iterator[Parameter
 
     They include those of an attention indexer, which no model here runs.
     """
-    sizes = ArraySizes.unpadded(config)
-    yield from norm_parameters(config)
-    yield from attention_parameters(config, sizes)
+    yield from block_parameters(config, ArraySizes.unpadded(config), layer)
     yield from _indexer_parameters(config)
-    yield from (moe_parameters if config.moe_layers[layer] else mlp_parameters)(config, sizes)
 
 
 def norm_parameters(config: ModelConfig) -> Iterator[ParameterDeclaration]:
     """Yield the norms before the attention block and before the feed-forward block of a layer."""
     for name in ("input_layernorm", "post_attention_layernorm"):
-        yield _norm(name, f"{{layer}}.{name}.weight", width=config.hidden_size)
+        yield _norm(name, f"{{layer}}.{name}.weight", {"width": config.hidden_size})
 
 
 def attention_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterDeclaration]:
@@ -125,21 +129,22 @@ def _grouped_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Para
     width, head_dim, projection = config.hidden_size, config.head_dim, "{attention}.{projection}_proj"
     query = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots, "head_dim": head_dim}
     heads = query | {"head_slot": sizes.group_slots + 2}
-    yield _matrix("attention/qkv", "attention", f"{projection}.weight", stored="projections", width=width, **heads)
+    matrix = {"width": width, **heads}
+    yield _matrix("attention/qkv", "attention", f"{projection}.weight", matrix, stored="projections")
     yield _output_projection(width, query)
     if config.qkv_bias:
-        yield _bias("attention/qkv_bias", "attention", f"{projection}.bias", stored="projections", **heads)
+        yield _bias("attention/qkv_bias", "attention", f"{projection}.bias", heads, stored="projections")
     if config.out_bias:
         yield _output_bias(width)
     if config.sinks:
         slots = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots}
-        yield _bias("attention/sinks", "attention", "{attention}.sinks", stored="heads", **slots)
+        yield _bias("attention/sinks", "attention", "{attention}.sinks", slots, stored="heads")
     if config.qk_norm in ("head", "full"):
         full, one_head = config.qk_norm == "full", {"head_dim": head_dim}
         stored: StoredForm = "heads" if full else "whole"
         key_heads = {"kv_head": sizes.kv_slots, "head_dim": head_dim}
-        yield _norm("attention/q_norm", "{attention}.q_norm.weight", stored=stored, **(query if full else one_head))
-        yield _norm("attention/k_norm", "{attention}.k_norm.weight", stored=stored, **(key_heads if full else one_head))
+        yield _norm("attention/q_norm", "{attention}.q_norm.weight", query if full else one_head, stored)
+        yield _norm("attention/k_norm", "{attention}.k_norm.weight", key_heads if full else one_head, stored)
 
 
 def _latent_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterDeclaration]:
@@ -148,18 +153,15 @@ def _latent_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Param
     assert mla is not None
     rank, inputs, query_key = mla.kv_lora_rank, {"width": width}, "{attention}.q_proj.weight"
     heads = {"kv_head": sizes.kv_slots, "head_slot": sizes.group_slots}
-    yield _matrix(
-        "attention/kv_down", "attention", "{attention}.kv_a_proj_with_mqa.weight", stored="rotary", width=width,
-        latent=mla.cached_dim,
-    )  # fmt: skip
-    yield _norm("attention/kv_norm", "{attention}.kv_a_layernorm.weight", latent=rank)
+    cached, kv_key = {"width": width, "latent": mla.cached_dim}, "{attention}.kv_a_proj_with_mqa.weight"
+    yield _matrix("attention/kv_down", "attention", kv_key, cached, stored="rotary")
+    yield _norm("attention/kv_norm", "{attention}.kv_a_layernorm.weight", {"latent": rank})
     if mla.q_lora_rank is not None:
         inputs, query_key = {"latent": mla.q_lora_rank}, "{attention}.q_b_proj.weight"
-        yield _matrix("attention/q_down", "attention", "{attention}.q_a_proj.weight", width=width, **inputs)
-        yield _norm("attention/q_norm", "{attention}.q_a_layernorm.weight", **inputs)
-    yield _matrix(
-        "attention/q", "attention", query_key, stored="rotary_heads", **inputs, **heads, head_dim=config.head_dim
-    )
+        yield _matrix("attention/q_down", "attention", "{attention}.q_a_proj.weight", {"width": width, **inputs})
+        yield _norm("attention/q_norm", "{attention}.q_a_layernorm.weight", inputs)
+    query = {**inputs, **heads, "head_dim": config.head_dim}
+    yield _matrix("attention/q", "attention", query_key, query, stored="rotary_heads")
     up_key = "{attention}.kv_b_proj.weight"
     yield ParameterDeclaration(
         path="attention/key_up", part="attention", dims={**heads, "head_dim": mla.qk_nope_head_dim, "latent": rank},
@@ -176,11 +178,11 @@ def _latent_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Param
 
 def _output_projection(width: int, heads: dict[str, int]) -> ParameterDeclaration:
     key = "{attention}.o_proj.weight"
-    return _matrix("attention/out", "attention", key, over=3, stored="heads", **heads, width=width)
+    return _matrix("attention/out", "attention", key, {**heads, "width": width}, over=3, stored="heads")
 
 
 def _output_bias(width: int) -> ParameterDeclaration:
-    return _bias("attention/out_bias", "attention", "{attention}.o_proj.bias", width=width)
+    return _bias("attention/out_bias", "attention", "{attention}.o_proj.bias", {"width": width})
 
 
 def _indexer_parameters(config: ModelConfig) -> Iterator[ParameterDeclaration]:
@@ -206,8 +208,8 @@ def _indexer_parameters(config: ModelConfig) -> Iterator[ParameterDeclaration]:
 def _gated_parameters(path: str, part: Part, module: str, width: int, ffn: int) -> Iterator[ParameterDeclaration]:
     """Yield the gate, up and down projections of one SwiGLU."""
     for name in ("gate", "up"):
-        yield _matrix(f"{path}/{name}", part, f"{module}.{name}_proj.weight", width=width, ffn=ffn)
-    yield _matrix(f"{path}/down", part, f"{module}.down_proj.weight", ffn=ffn, width=width)
+        yield _matrix(f"{path}/{name}", part, f"{module}.{name}_proj.weight", {"width": width, "ffn": ffn})
+    yield _matrix(f"{path}/down", part, f"{module}.down_proj.weight", {"ffn": ffn, "width": width})
 
 
 def mlp_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[ParameterDeclaration]:
@@ -216,8 +218,8 @@ def mlp_parameters(config: ModelConfig, sizes: ArraySizes) -> Iterator[Parameter
     yield from _gated_parameters("mlp", "dense_mlp", "{dense}", width, ffn)
     if config.mlp_bias:
         for name in ("gate", "up"):
-            yield _bias(f"mlp/{name}_bias", "dense_mlp", f"{{dense}}.{name}_proj.bias", ffn=ffn)
-        yield _bias("mlp/down_bias", "dense_mlp", "{dense}.down_proj.bias", width=width)
+            yield _bias(f"mlp/{name}_bias", "dense_mlp", f"{{dense}}.{name}_proj.bias", {"ffn": ffn})
+        yield _bias("mlp/down_bias", "dense_mlp", "{dense}.down_proj.bias", {"width": width})
 
 
 def moe_parameters(
@@ -227,38 +229,41 @@ def moe_parameters(
 
     Biases of down projections are of all experts on every rank: they need no grouped matmul.
     """
-    moe, width, experts = config.moe, config.hidden_size, sizes.moe_experts
+    moe, width = config.moe, config.hidden_size
     assert moe is not None
     router = {"router_expert": moe.num_experts}
-    yield _matrix("moe/router", "router", "{moe}.{router}.weight", quantizable=False, width=width, **router)
+    yield _matrix("moe/router", "router", "{moe}.{router}.weight", {"width": width, **router}, quantizable=False)
     if moe.router_bias:
-        yield _bias("moe/router_bias", "router", "{moe}.{router}.bias", **router)
+        yield _bias("moe/router_bias", "router", "{moe}.{router}.bias", router)
     if moe.selection_bias:
         yield ParameterDeclaration(
             path="moe/selection_bias", part="router", dims=router, initializer="zeros", dtype="float32",
             key="{moe}.{selection_bias}",
         )  # fmt: skip
+    gate_up, ffn = {"moe_expert": sizes.moe_experts, "gate_or_up": 2}, {"moe_ffn": sizes.moe_ffn}
     yield _matrix(
-        "moe/experts/gate_up", "experts", f"{{moe}}.{GATE_UP}", lead=2, stored="experts",
-        moe_expert=experts, gate_or_up=2, width=width, moe_ffn=sizes.moe_ffn,
+        "moe/experts/gate_up", "experts", f"{{moe}}.{GATE_UP}", {**gate_up, "width": width, **ffn}, lead=2,
+        stored="experts",
     )  # fmt: skip
     yield _matrix(
-        "moe/experts/down", "experts", f"{{moe}}.{DOWN}", lead=1, stored="experts",
-        moe_expert=experts, moe_ffn=sizes.moe_ffn, width=width,
+        "moe/experts/down", "experts", f"{{moe}}.{DOWN}", {"moe_expert": sizes.moe_experts, **ffn, "width": width},
+        lead=1, stored="experts",
     )  # fmt: skip
     if moe.biases:
         yield _bias(
-            "moe/experts/gate_up_bias", "experts", f"{{moe}}.{GATE_UP}_bias", stored="experts",
-            moe_expert=experts, gate_or_up=2, moe_ffn=sizes.moe_ffn,
-        )  # fmt: skip
-        yield _bias("moe/down_bias", "experts", f"{{moe}}.{DOWN}_bias", **router, width=width)
+            "moe/experts/gate_up_bias", "experts", f"{{moe}}.{GATE_UP}_bias", {**gate_up, **ffn}, stored="experts"
+        )
+        yield _bias("moe/down_bias", "experts", f"{{moe}}.{DOWN}_bias", {**router, "width": width})
     if maps_experts:
         yield ParameterDeclaration(
-            path="moe/physical_expert_map", part="router", dims={"expert_map": 3, "physical_expert": experts},
-            initializer="zeros", dtype="int32",
-        )  # fmt: skip
+            path="moe/physical_expert_map",
+            part="router",
+            dims={"expert_map": 3, "physical_expert": sizes.moe_experts},
+            initializer="zeros",
+            dtype="int32",
+        )
     if moe.shared_intermediate_size:
         yield from _gated_parameters("moe/shared", "shared_expert", "{moe}.{shared}", width, sizes.shared_ffn)
     if moe.shared_gate:
         gate = {"width": width, "unsharded": 1}
-        yield _matrix("moe/shared_gate", "shared_expert", "{moe}.{shared}_gate.weight", quantizable=False, **gate)
+        yield _matrix("moe/shared_gate", "shared_expert", "{moe}.{shared}_gate.weight", gate, quantizable=False)

@@ -76,6 +76,7 @@ class ParamFactory:
     ) -> None:
         """Create a factory. lead: dims before those of every declaration. stddev: of normal initializers."""
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
+        self._stddev = stddev
         self._initializers: Mapping[Initializer, Callable[..., jax.Array]] = {
             "normal": jax.nn.initializers.normal(stddev),
             "ones": jax.nn.initializers.ones,
@@ -93,7 +94,7 @@ class ParamFactory:
                 config.quantization.format, config.quantization.of(segment.first + block), placement
             )
         view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
-        return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
+        return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized, self._stddev)
 
     def create(self, module: nnx.Module, declarations: Iterable[ParameterDeclaration], *, within: str = "") -> None:
         """Create parameters as attributes of a module or of its submodules, by their paths.

@@ -53,10 +53,10 @@ def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = 
     declared: dict[str, tuple[int | None, ParameterDeclaration]] = {
         one.path: (None, one) for one in outer_parameters(config, sizes[0])
     }
-    for layer in range(config.num_hidden_layers):
-        if layers is None or layer in layers:
-            block = locate_layer(layer, segments).path
-            declared |= {f"{block}/{one.path}": (layer, one) for one in checkpoint_parameters(config, layer)}
+    for number in range(config.num_hidden_layers):
+        if layers is None or number in layers:
+            block = locate_layer(number, segments).path
+            declared |= {f"{block}/{one.path}": (number, one) for one in checkpoint_parameters(config, number)}
     seen: set[str] = set()
     for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
         if weight_slice.key not in seen:
