@@ -1,7 +1,7 @@
 """Declarations of every parameter of a model: path, logical dims, part of the model, and the tensor that fills it.
 
 The model creates its parameters from these declarations, keys.py maps the tensors of checkpoints to them, and the
-planner computes their shards. No other module names the path or the dims of a parameter.
+planner computes their shards. No other module states the path or the shape of a parameter.
 """
 
 from __future__ import annotations
