@@ -236,8 +236,8 @@ LOADING = _faults(
     (
         "interleaved-gate-and-up-swapped",
         "jaxmoe/families/keys.py",
-        'slice(part, 2 * ffn, 2) if fused == "interleaved"',
-        'slice(1 - part, 2 * ffn, 2) if fused == "interleaved"',
+        'slice(part, 2 * outputs, 2) if fused == "interleaved"',
+        'slice(1 - part, 2 * outputs, 2) if fused == "interleaved"',
         "integration/test_goldens.py -k gpt_oss and turn",
     ),
     (
