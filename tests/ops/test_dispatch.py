@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL, DispatchSpec, combine, dispatch
-from jaxmoe.ops.route import RouteRule, route, to_physical
+from jaxmoe.ops.pointwise import RouteRule, route, to_physical
 
 from ..conftest import mesh_of
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import SwiGLUClamp
-from jaxmoe.ops.grouped import (
+from jaxmoe.ops.grouped_matmul import (
     GROUPED_BACKENDS,
     block_sizes,
     grouped_swiglu,

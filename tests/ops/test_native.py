@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found

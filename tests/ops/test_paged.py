@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.attention import MaskSpec, causal_attention
-from jaxmoe.ops.paged import (
+from jaxmoe.ops.paged_attention import (
     PAGED_BACKENDS,
     ContextShard,
     merge_attention,

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from jaxmoe.families import read_config
-from jaxmoe.ops.gate import gated_rows, gated_unit
-from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
-from jaxmoe.ops.pointwise import POINTWISE_BACKENDS
-from jaxmoe.ops.rope import rotate
-from jaxmoe.ops.route import RouteRule, route
+from jaxmoe.ops.pointwise import (
+    POINTWISE_BACKENDS,
+    RouteRule,
+    gated_rows,
+    gated_unit,
+    rms_norm,
+    rotate,
+    route,
+    scale_by_rms,
+    sum_of_squares,
+)
 
 from ..tiny.cases import CASES_BY_NAME
 from .test_linear import compiler_found

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops import quantized_matmul
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 from jaxmoe.ops.linear import linear
 from jaxmoe.ops.quantized_matmul import QuantizedArray, dequantized
 

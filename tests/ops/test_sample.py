@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.ops.sample import SAMPLING_BACKENDS, SamplingArrays, SamplingFeatures, adjust_logits, filter_logits, sample
+from jaxmoe.ops.sampling import (
+    SAMPLING_BACKENDS,
+    SamplingArrays,
+    SamplingFeatures,
+    adjust_logits,
+    filter_logits,
+    sample,
+)
 
 from .test_linear import compiler_found
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.families import read_config
-from jaxmoe.ops.pointwise import POINTWISE_BACKENDS
-from jaxmoe.ops.route import RouteRule, route
+from jaxmoe.ops.pointwise import POINTWISE_BACKENDS, RouteRule, route
 
 from ..ops.test_linear import compiler_found
 from ..tiny.cases import CASES_BY_NAME

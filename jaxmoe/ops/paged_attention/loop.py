@@ -1,98 +1,25 @@
-"""Paged attention: new tokens attend to keys and values in the pages of the KV cache.
+"""Paged attention by a loop over groups of pages with an online softmax, on any platform.
 
-New tokens are grouped in query blocks of one request each: one token for a decoding request, several for a prompt
-chunk. A block attends to the pages in its row of the block table. Its own keys and values are already written there.
-Pages may be quantized to 8 bits, with a scale per token and head. Key scales multiply attention scores, value scales
-multiply attention weights.
-Latent attention stores no values: the values are the first V numbers of the keys.
-
-- loop: loops over groups of pages with an online softmax, as often as the longest row needs. Any platform.
-- native: a C++ kernel for CPUs that reads only each row's own pages (ops/native; needs a compiler).
+The loop runs as often as the longest row needs.
 """
 
-# Dims: L layers, N query blocks, Q tokens of a block, P pages of a row, M pages of the pool, S tokens of a page,
-# K key/value head slots, G query heads of a slot, H head dim of keys, V head dim of values, T tokens,
-# C context-parallel ranks.
+# Dims: N query blocks, Q tokens of a block, P pages of a row, K key/value head slots, G query heads of a slot, H head
+# dim of keys, V head dim of values, T tokens, C context-parallel ranks.
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops import native
 from jaxmoe.ops.attention import MaskSpec
-from jaxmoe.ops.quantize import quantize
+from jaxmoe.ops.paged_attention.pages import ContextShard, Pages, split_pages
 from jaxmoe.ops.stack import LayerIndex
-from jaxmoe.quantization.formats import QMAX
 
-PagedBackend = Literal["loop", "native"]
-PAGED_BACKENDS: tuple[PagedBackend, ...] = ("loop", "native")
 _GROUP_TOKENS = 128  # keys of one loop iteration
 
 
-class ContextShard(NamedTuple):
-    """Identify the part of every page that this context-parallel rank holds: part `rank` of `num_ranks` equal ones."""
-
-    rank: int | Array = 0
-    num_ranks: int = 1
-
-
-# Keys [L,M,K,S,H] and, unless attention is latent, values [L,M,K,S,V]. 8-bit pages are followed by their scales
-# [L,M,K,S].
-Pages = tuple[Array, ...]
-
-
-def write_pages(
-    pages: Pages,
-    new: Sequence[Float[Array, "T K _"]],
-    page: Int[Array, "T"],
-    offset: Int[Array, "T"],
-    layer: LayerIndex = 0,
-) -> Pages:
-    """Write the keys and values of new tokens to `layer` of the pages, and return the pages.
-
-    new: keys and, unless attention is latent, values. page, offset: slot mapping of the tokens; tokens with a page
-    out of range are dropped. Donated pages are updated in place.
-    """
-    dtype = pages[0].dtype.name
-    if dtype in QMAX:
-        numbers, scales = zip(*(quantize(part, dtype) for part in new), strict=True)
-        new = (*numbers, *scales)
-    # The scatter indexes every head. One that writes all heads at once needs them adjacent, and XLA:TPU would copy the
-    # pool for it.
-    head = jnp.arange(new[0].shape[1], dtype=jnp.int32)
-    return tuple(
-        old.at[layer, page[:, None], head, offset[:, None]].set(part.astype(old.dtype), mode="drop")
-        for old, part in zip(pages, new, strict=True)
-    )
-
-
-def paged_attention(
-    q: Float[Array, "N Q K G H"],
-    pages: Pages,
-    block_table: Int[Array, "N P"],
-    positions: Int[Array, "N"],
-    query_lens: Int[Array, "N"],
-    layer: LayerIndex = 0,
-    sinks: Float[Array, "K G"] | None = None,
-    *,
-    mask_spec: MaskSpec,
-    value_dim: int | None = None,
-    backend: PagedBackend = "loop",
-) -> Float[Array, "N Q K G V"]:
-    """Attend from the first `query_lens` tokens of every query block to the cached tokens that the mask allows.
-
-    positions: position of the first token of each block; the others follow it. layer: index of the layer to read.
-    sinks: logits of attention sinks; they enter the softmax's denominator only. value_dim: V if attention is latent,
-    else None. Outputs at padded positions are undefined.
-    """
-    if backend == "native":
-        return native.native_paged(
-            q, pages, block_table, positions, query_lens, layer, sinks, mask_spec=mask_spec, value_dim=value_dim
-        )
+def paged_attention(q, pages, block_table, positions, query_lens, layer, sinks, *, mask_spec, value_dim):
+    """Compute ops.paged_attention. Sums are float32."""
     mixed, total, best = _loop(
         q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, ContextShard()
     )
@@ -128,7 +55,7 @@ def partial_attention(
     mask_spec: MaskSpec,
     value_dim: int | None = None,
 ) -> Float[Array, "N Q K G V+1"]:
-    """Attend to this rank's part of every page, as paged_attention's loop does. float32.
+    """Attend to this rank's part of every page, in the same loop. float32.
 
     Returns the attention output [..., :V] and the log-sum-exp of the scores [..., V], for merge_attention.
     """
@@ -149,13 +76,6 @@ def merge_attention(
         shrunk, own = _with_sinks(best, sinks)
         mixed, total = mixed * shrunk, total * shrunk + own
     return mixed / jnp.maximum(total, 1e-30)  # 0 for tokens that see no key
-
-
-def split_pages(pages: Pages, value_dim: int | None) -> tuple[Array, Array, Array | None, Array | None]:
-    """Return keys, values, and the scales of both or None. With value_dim (latent attention) values are the keys."""
-    both = (pages[0], pages[0]) if value_dim is not None else pages[:2]
-    scales = pages[1:] if value_dim is not None else pages[2:]
-    return *both, *((scales[0], scales[-1]) if scales else (None, None))
 
 
 def _loop(q, pages, block_table, positions, query_lens, layer, mask_spec, value_dim, shard):

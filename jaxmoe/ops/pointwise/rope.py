@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import RopeConfig
-from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
+from jaxmoe.ops.pointwise.backends import BACKENDS, PointwiseBackend
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dims: int) -> np.ndarray:
@@ -67,22 +66,7 @@ def rotate(
 
     Computed in float32, returned in x's dtype.
     """
-    rotate_fn, dims = _native if backend == "native" else _xla, 2 * cos.shape[-1]
+    kernel, dims = BACKENDS[backend].kernels["rotate"], 2 * cos.shape[-1]
     if dims == x.shape[-1]:
-        return rotate_fn(x, cos, sin)
-    return jnp.concatenate([rotate_fn(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)
-
-
-def _xla(x, cos, sin):
-    spread = (*cos.shape[:2], *(1,) * (x.ndim - 3), cos.shape[-1])
-    cos, sin = cos.reshape(spread), sin.reshape(spread)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-@differentiated_as(_xla)
-def _native(x, cos, sin):
-    half = cos.shape[-1]
-    y = native.native_rotate(x.reshape(cos.size // half, -1, 2 * half), cos.reshape(-1, half), sin.reshape(-1, half))
-    return y.reshape(x.shape)
+        return kernel(x, cos, sin)
+    return jnp.concatenate([kernel(x[..., :dims], cos, sin), x[..., dims:]], axis=-1)

@@ -5,15 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import MoEConfig, Scoring, TopKOf
-from jaxmoe.ops import native
-from jaxmoe.ops.pointwise import PointwiseBackend, differentiated_as
-
-_TINY = 1e-20  # as in DeepSeek-V3: keeps the sum of sigmoids above zero
+from jaxmoe.ops.pointwise.backends import BACKENDS, PointwiseBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,42 +62,7 @@ def route(
     Weights are zero for experts that are not chosen and for tokens that are not valid. bias: added to the scores (or
     logits) for the choice of experts only. Ties go to the lower index of experts and of groups.
     """
-    return (_native if backend == "native" else _xla)(logits, valid, bias, rule=rule)
-
-
-def _xla(logits, valid, bias, *, rule):
-    scores = jax.nn.sigmoid(logits) if rule.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    choice = logits if rule.top_k_of == "logits" else scores
-    choice = choice if bias is None else choice + bias.astype(jnp.float32)
-    choice = choice if rule.num_groups == 1 else _of_best_groups(choice, rule)
-    _, experts = jax.lax.top_k(_nan_first(choice), rule.top_k)
-    chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    if rule.normalize:
-        chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + (_TINY if rule.scoring == "sigmoid" else 0))
-    chosen = jnp.where(valid[:, None], chosen * rule.scaling, 0.0)
-    one_hot = experts[:, :, None] == jnp.arange(logits.shape[1])
-    return jnp.sum(jnp.where(one_hot, chosen[:, :, None], 0.0), axis=1), scores
-
-
-def _nan_first(choice):
-    """Make every NaN of choice positive. top_k puts negative NaNs last, which would hide them."""
-    return jnp.where(jnp.isnan(choice), jnp.nan, choice)
-
-
-def _of_best_groups(choice, rule):
-    """Set choice [T,E] to minus infinity outside each token's best groups."""
-    by_group = choice.reshape(len(choice), rule.num_groups, -1)
-    score = jnp.sum(
-        jax.lax.top_k(_nan_first(by_group), min(rule.experts_per_group_score, by_group.shape[2]))[0], axis=-1
-    )
-    _, best = jax.lax.top_k(_nan_first(score), rule.top_groups)
-    among = jnp.any(best[:, :, None] == jnp.arange(rule.num_groups), axis=1)
-    return jnp.where(among[:, :, None], by_group, -jnp.inf).reshape(choice.shape)
-
-
-@differentiated_as(_xla)
-def _native(logits, valid, bias, *, rule):
-    return native.native_route(logits, valid, bias, rule=rule)
+    return BACKENDS[backend].kernels["route"](logits, valid, bias, rule=rule)
 
 
 def replica_hash(rows: Int[Array, "T"], positions: Int[Array, "T"]) -> Int[Array, "T"]:
