@@ -26,7 +26,7 @@ from jaxmoe.ops.pointwise import (
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found
-from .test_sample import sampled_by
+from .test_sampling import sampled_by
 
 INF, NAN = np.inf, np.nan
 NUMBERS = np.array(

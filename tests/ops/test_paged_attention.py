@@ -11,7 +11,7 @@ import pytest
 
 from jaxmoe.ops.attention import MaskSpec, causal_attention
 from jaxmoe.ops.paged_attention import (
-    PAGED_BACKENDS,
+    BACKENDS,
     ContextShard,
     merge_attention,
     paged_attention,
@@ -60,7 +60,7 @@ LAST_TOKENS = [
     pytest.param(
         backend, *pages, mask_spec, dtype, marks=() if (at + number + wide) % len(PAGES) == 0 else pytest.mark.sweep
     )
-    for backend in PAGED_BACKENDS
+    for backend in BACKENDS
     for at, pages in enumerate(PAGES)
     for number, mask_spec in enumerate(MASK_SPECS)
     for wide, dtype in enumerate(("float32", "bfloat16"))
@@ -100,7 +100,7 @@ def test_the_last_tokens_of_prompts(backend, page_size, tokens, mask_spec, dtype
             )
 
 
-@pytest.mark.parametrize("backend", PAGED_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask_spec", MASK_SPECS[2:4])
 def test_what_lies_behind_all_that_is_seen_may_be_anything(mask_spec, backend):
     """The table names a page full of NaN in place of those given back."""
@@ -140,7 +140,7 @@ def test_writing_changes_the_named_places_alone():
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", PAGED_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_of_eight_bits_mean_their_numbers_times_their_scales(backend, dtype, cache_dtype):
     """Attention over them is attention over what they stand for, and that is near what was written."""
     if not backend_runs(backend, dtype):
@@ -203,7 +203,7 @@ def test_how_a_prompt_is_cut_changes_no_bit_of_the_native_result(mask_spec, dtyp
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("backend", PAGED_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_values_that_are_the_first_numbers_of_keys(backend, cache_dtype):
     """As latent attention keeps them: one array, and one scale."""
     if not backend_runs(backend, "float32"):

@@ -12,21 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.config import SwiGLUClamp
-from jaxmoe.ops.grouped_matmul import (
-    GROUPED_BACKENDS,
-    block_sizes,
-    grouped_swiglu,
-    plan_blocks,
-    sort_assignments,
-)
+from jaxmoe.ops.grouped_matmul import BACKENDS, grouped_swiglu
+from jaxmoe.ops.grouped_matmul.assignments import sort_assignments
+from jaxmoe.ops.grouped_matmul.blocks import block_sizes, plan_blocks
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found
 
 WIDTH, FFN, NUM_EXPERTS, TOP_K = 16, 12, 8, 2
-FAST_BACKENDS = tuple(
-    backend for backend in GROUPED_BACKENDS if backend not in ("dense", "native")
-)  # native: test_native.py
+FAST_BACKENDS = tuple(name for name in BACKENDS if name not in ("dense", "native"))  # native: test_grouped_native.py
 ROUTINGS = ("spread", "some experts empty", "all on one expert", "some tokens inactive", "no token active")
 
 
@@ -159,7 +153,7 @@ def biased_value_and_grads(arrays, bias, cotangent, backend, clamp):
         pytest.param(300, SwiGLUClamp(limit=1.5), marks=pytest.mark.sweep),
     ],
 )
-@pytest.mark.parametrize("backend", [backend for backend in GROUPED_BACKENDS if backend != "dense"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "dense"])
 def test_biases_and_clamps(backend, num_tokens, clamp):
     """The oracle takes every token through each of its experts by itself."""
     if backend == "native" and not compiler_found():
