@@ -12,7 +12,7 @@ def grouped_swiglu(x, weights, gate_up, down, layer=0, bias=None, *, top_k: int,
     """Define the result of ops.grouped_matmul."""
     del top_k
     x32, y = x.astype(jnp.float32), jnp.zeros(x.shape, jnp.float32)
-    gate_up, down = (layer_weights(w, layer, jnp.float32).astype(jnp.float32) for w in (gate_up, down))
+    gate_up, down = (layer_weights(w, layer, jnp.dtype(jnp.float32)).astype(jnp.float32) for w in (gate_up, down))
     for expert in range(weights.shape[1]):
         gate, up = (jnp.dot(x32, w, precision="highest") for w in gate_up[expert])
         if bias is not None:
