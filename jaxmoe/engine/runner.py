@@ -41,7 +41,7 @@ from jaxmoe.model.attend import (
     split_rows,
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, TransformerModel, at_rows
-from jaxmoe.ops.sample import SamplerOutput, SamplingFeatures
+from jaxmoe.ops.sampling import SamplerOutput, SamplingFeatures
 from jaxmoe.parallel.collectives import (
     CollectiveOp,
     CollectiveSite,

@@ -20,10 +20,9 @@ from jaxmoe.model.params import Matrix, ParamFactory, dims_of, weights_of
 from jaxmoe.model.project import all_gather_rows, reduce_or_scatter
 from jaxmoe.model.rows import TokenMask, hidden_dims
 from jaxmoe.ops.dispatch import DispatchSpec, combine, dispatch, unsupported_reason
-from jaxmoe.ops.gate import gated_rows, gated_unit
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
+from jaxmoe.ops.pointwise import RouteRule, gated_rows, gated_unit, replica_hash, route, to_physical
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 

@@ -32,7 +32,7 @@ def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
 
 class QuantizedParam(nnx.Module):
     """Hold a quantized matrix as two parameters with the same logical dims: numbers and scales
-    (ops/quantized_matmul.py)."""
+    (ops/quantized_matmul/array.py)."""
 
     def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
         self.numbers, self.scales = numbers, scales

@@ -22,7 +22,7 @@ from jaxmoe.model.params import Matrix, ParamFactory
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, reduce_or_scatter
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, rms_norm
-from jaxmoe.ops.rope import inverse_frequencies, rotation
+from jaxmoe.ops.pointwise import inverse_frequencies, rotation
 from jaxmoe.parallel.sharding import MeshPlacement, TokenDim, array_sizes
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments
 

@@ -16,7 +16,7 @@ from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.params import ParamFactory
 from jaxmoe.model.rows import make_token_mask
 from jaxmoe.model.transformer import layer_segments
-from jaxmoe.ops.rope import inverse_frequencies, rotation
+from jaxmoe.ops.pointwise import inverse_frequencies, rotation
 from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 
 from ..conftest import mesh_of
