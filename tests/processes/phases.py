@@ -22,10 +22,10 @@ PHASES = ("joining", "loading", "compiling", "prefill", "decode", "move")
 
 def main() -> None:
     port, num_processes, process_id, devices, model, log, rounds = sys.argv[1:]
-    file = Path(log).open("a", encoding="utf-8")
 
     def enter(phase: str) -> None:
-        print(phase, file=file, flush=True)
+        with Path(log).open("a", encoding="utf-8") as file:
+            print(phase, file=file)
 
     enter("joining")
     start_like_the_tests(int(devices))
