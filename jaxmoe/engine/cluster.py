@@ -13,7 +13,8 @@ from jaxmoe.engine.control import ControlMessage, ControlReceiver, ControlSender
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.worker import ModelExecutor, ModelFollower
 from jaxmoe.errors import StepError
-from jaxmoe.parallel.processes import LOST_CODE, ProcessGroup, joined
+from jaxmoe.parallel.processes import ProcessGroup, joined
+from jaxmoe.parallel.timeouts import LOST_CODE
 
 _END, _RESULT = "end", "result"
 _MAX_RESULTS = 1024  # of calls that process 0 alone makes

@@ -28,9 +28,8 @@ import zmq
 
 from jaxmoe.errors import MeshError, ProcessLostError
 from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
-from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS
+from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS, LOST_CODE
 
-LOST_CODE = 3  # exit code of a process that ends because another was lost
 _GRACE_SECONDS = 0.5  # from telling requests that they are lost to the end of this process
 _MAX_DEVICES = 512
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
@@ -134,6 +133,10 @@ class ProcessGroup:
         self._failing = True
         self._send(message("failed", line=line, code=code))
         self._leave(code)
+
+    def wait_for_end(self) -> None:
+        """Wait for the thread to end this process, once another was lost."""
+        self._thread.join()
 
     def leave(self) -> None:
         """Separate from the other processes. Waits until all of them do."""
@@ -310,6 +313,10 @@ def join(
         raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
     _group = group
     atexit.register(_at_exit)
+    shown = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (
+        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # one line says so already
+    )
     return group
 
 
@@ -413,6 +420,8 @@ def _at_exit() -> None:
     group = _group
     if group is None:
         return
+    if group.lost is not None:
+        group.wait_for_end()
     error = getattr(sys, "last_value", None)
     if error is not None:
         group.fail(f"{type(error).__name__}: {error}", 1)
