@@ -32,12 +32,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(arguments: Sequence[str], **changes: Any) -> subprocess.Popen[str]:
-    """Start a Python module of this repository, `arguments` after python -m."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | changes.pop("env", {})
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a Python module of this repository: arguments of python -m."""
+    return _start(["-m", *arguments])
+
+
+def start_script(script: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Start the text of a Python script with arguments."""
+    return _start(["-c", script, *arguments])
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **changes,
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -81,6 +89,15 @@ def coordinators() -> set[int]:
     """Process ids of the coordinators that run on this machine."""
     found = subprocess.run(["pgrep", "-f", "jaxmoe.parallel.coordinator"], capture_output=True, text=True, check=False)
     return {int(one) for one in found.stdout.split()}
+
+
+def assert_nothing_is_left(before: set[int], port: int) -> None:
+    """A coordinator may take a few seconds to see that all processes have ended."""
+    deadline = time.monotonic() + 8
+    while (coordinators() - before or not is_free(port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert coordinators() <= before
+    assert is_free(port)
 
 
 def is_free(port: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .groups import coordinators, finish, free_port, is_free, start
+from .groups import assert_nothing_is_left, coordinators, finish, free_port, start
 from .phases import LOST_AFTER, PHASES
 
 CASE = "qwen3_moe_norm"
@@ -57,11 +57,7 @@ def test_a_lost_process_ends_all_others_with_its_name(sent, victim, phase, numbe
     assert len(lines) == 1
     assert f"process {victim} (" in lines[0]
     assert "was lost" in lines[0]
-    deadline = time.monotonic() + 6
-    while (coordinators() - before or not is_free(port)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert coordinators() <= before
-    assert is_free(port)
+    assert_nothing_is_left(before, port)
 
 
 def test_the_same_command_starts_again_at_once(tiny_dir, tmp_path):
