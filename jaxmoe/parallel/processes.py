@@ -45,7 +45,7 @@ class ProcessGroup:
 
     def __init__(
         self, host: str, port: int, *, process_id: int, num_processes: int, facts: Mapping[str, Any],
-        lost_after: float, join_timeout: float,
+        lost_after: float, join_timeout: float, identity: bytes,
     ) -> None:  # fmt: skip
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
         self.lost: str | None = None  # the line that says which process was lost
@@ -60,7 +60,7 @@ class ProcessGroup:
         self._started, self._settled = threading.Event(), threading.Event()
         self._agreed: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
         self._agreements = 0
-        self._failing, self._running = False, True
+        self._failing, self._running, self._identity = False, True, identity
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox_lock = threading.Lock()
@@ -166,7 +166,7 @@ class ProcessGroup:
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.IPV6, 1)
         dealer.setsockopt(zmq.LINGER, 500)
-        dealer.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        dealer.setsockopt(zmq.IDENTITY, self._identity)
         dealer.connect(self._address)
         hello = message(
             "hello", process_id=self.process_id, host=socket.gethostname(), pid=os.getpid(), facts=self._facts
@@ -298,13 +298,15 @@ def join(
     for name, value in (("lost_after", lost_after), ("join_timeout", join_timeout)):
         if not 1 <= value <= 24 * 3600:
             raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+    identity = uuid.uuid4().bytes
     if process_id == 0:
-        _start_coordinator(port, num_processes=num_processes, lost_after=lost_after, join_timeout=join_timeout)
+        values = {"num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
+        _start_coordinator(values | {"port": port, "owner": identity.hex()})
         host = "localhost" if _is_here(host) else host
     facts = {"num_processes": num_processes, **versions(), **(arguments or {})}
     group = ProcessGroup(
         host, port, process_id=process_id, num_processes=num_processes, facts=facts,
-        lost_after=lost_after, join_timeout=join_timeout,
+        lost_after=lost_after, join_timeout=join_timeout, identity=identity,
     )  # fmt: skip
     group.wait_for_start()
     try:
@@ -361,7 +363,7 @@ def _is_here(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", "[::1]", socket.gethostname(), socket.getfqdn())
 
 
-def _start_coordinator(port: int, *, num_processes: int, lost_after: float, join_timeout: float) -> None:
+def _start_coordinator(values: dict[str, Any]) -> None:
     """Start the coordinator beside this process; it ends with it.
 
     If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
@@ -371,7 +373,6 @@ def _start_coordinator(port: int, *, num_processes: int, lost_after: float, join
         stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdin is not None
-    values = {"port": port, "num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
     print(json.dumps(values), file=child.stdin, flush=True)
     _children.append(child)  # its standard input stays open until this process ends
 
