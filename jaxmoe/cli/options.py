@@ -168,12 +168,15 @@ def start_jax(devices: int | None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         else:
             console.print(f"jaxmoe: compiled programs are not cached: {folder} cannot be written; set XDG_CACHE_HOME")
-    if not _join(devices) and devices is not None:
+    if not join_processes(devices) and devices is not None:
         emulate_devices(devices)
 
 
-def _join(devices: int | None) -> bool:
-    """Join other processes if the command was started with a coordinator. Returns whether it was."""
+def join_processes(devices: int | None = None, *, with_jax: bool = True) -> bool:
+    """Join other processes if the command was started with a coordinator. Returns whether it was.
+
+    with_jax: start jax.distributed, too.
+    """
     context = click.get_current_context(silent=True)
     given = {} if context is None else {name: context.meta.get(f"{_META}{name}") for name in _PROCESS_OPTIONS}
     coordinator, num_processes, process_id = (given.get(name) for name in _PROCESS_OPTIONS[:3])
@@ -184,11 +187,13 @@ def _join(devices: int | None) -> bool:
     from jaxmoe.parallel.processes import join
 
     assert context is not None
-    arguments = {f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items()}
+    arguments = {
+        _shown_name(one): str(context.params[one.name]) for one in context.command.params if one.name in context.params
+    }
     group = join(
         coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
         lost_after=context.meta[f"{_META}lost_after"], join_timeout=context.meta[f"{_META}join_timeout"],
-        arguments={"the command": str(context.info_name), **arguments},
+        arguments={"the command": str(context.info_name), **arguments}, with_jax=with_jax,
     )  # fmt: skip
     sys.stdout.flush()
     if group.is_controller:
@@ -200,6 +205,15 @@ def _join(devices: int | None) -> bool:
     os.dup2(nowhere, 1)  # libraries print to it: gloo for every peer
     os.close(nowhere)
     return True
+
+
+def _shown_name(parameter: click.Parameter) -> str:
+    """Return the name of an option or argument as the help of its command shows it."""
+    return (
+        max(parameter.opts, key=len)
+        if isinstance(parameter, click.Option)
+        else parameter.human_readable_name.strip("[]")
+    )
 
 
 def table_console() -> Console:

@@ -1,8 +1,8 @@
 """The coordinator of joined processes: `python -m jaxmoe.parallel.coordinator`, started by process 0.
 
-It hosts the coordination service of jax.distributed, so that the death of process 0 does not abort the others, and it
-is where processes meet: it starts them once all have joined, compares values that have to be equal, and names a process
-that is missing, doubled, lost or stuck. It computes nothing and uses no devices.
+It hosts the coordination service of jax.distributed (if the processes start JAX), so that the death of process 0 does
+not abort the others, and it is where processes meet: it starts them once all have joined, compares and collects
+values, and names a process that is missing, doubled, lost or stuck. It computes nothing and uses no devices.
 """
 
 # Messages are one JSON object each, {"op": ..., ...}.
@@ -54,15 +54,16 @@ class ProcessCoordinator:
     """Hold the state of the coordinator: one run of N processes from the first hello to the last goodbye."""
 
     def __init__(
-        self, router: zmq.Socket, *, num_processes: int, lost_after: float, join_timeout: float, owner: str
-    ) -> None:
-        """owner: identity of process 0, which has started this coordinator."""
+        self, router: zmq.Socket, *, num_processes: int, lost_after: float, join_timeout: float, owner: str,
+        with_jax: bool,
+    ) -> None:  # fmt: skip
+        """owner: identity of process 0, which has started this coordinator. with_jax: host the service of JAX."""
         self._router, self._num, self._join_timeout = router, num_processes, join_timeout
         self._lost_after = silence_limit(lost_after)
         self._processes: dict[int, JoinedProcess] = {}
         self._agreements: dict[str, dict[int, dict[str, Any]]] = {}
         self._started_at = time.monotonic()
-        self._jax_port: int | None = None
+        self._with_jax, self._started = with_jax, False
         self._service: Any = None
         self._suspected_at: float | None = None
         self._settling: list[bytes] = []
@@ -77,7 +78,7 @@ class ProcessCoordinator:
         if self._ended_at is not None:
             gone = not self._processes and self._owner is None
             return gone or time.monotonic() - self._ended_at > LAST_SECONDS
-        return self._jax_port is not None and not self._processes
+        return self._started and not self._processes
 
     def _tell(self, text: bytes) -> None:
         for process in self._processes.values():
@@ -106,7 +107,7 @@ class ProcessCoordinator:
         if op == "beat":
             process.status = values
         elif op == "agree":
-            self._agree(process, values["name"], values["values"], values["compare"])
+            self._agree(process, **values)
         elif op == "failed":
             del self._processes[process.process_id]
             self.end("failed", f"process {process.process_id}: {values['line']}", code=values["code"])
@@ -129,7 +130,7 @@ class ProcessCoordinator:
         if known is not None and known.identity == identity:
             known.heard = now
             return
-        if known is not None or self._jax_port is not None:
+        if known is not None or self._started:
             both = f"{joined} and {known or 'an earlier process'} both have process_id={process_id}: give each its own"
             self._router.send_multipart([identity, message("refused", line=both)])
             self.end("refused", both)
@@ -143,13 +144,18 @@ class ProcessCoordinator:
             self._start()
 
     def _start(self) -> None:
-        self._jax_port, self._service = start_jax_service(self._num)
+        self._started, jax_port = True, 0
+        if self._with_jax:
+            jax_port, self._service = start_jax_service(self._num)
         now = time.monotonic()
         for process in self._processes.values():
             process.heard = now
-        self._tell(message("start", jax_port=self._jax_port, names=[str(self._processes[i]) for i in range(self._num)]))
+        self._tell(message("start", jax_port=jax_port, names=[str(self._processes[i]) for i in range(self._num)]))
 
-    def _agree(self, process: JoinedProcess, name: str, values: dict[str, Any], compare: bool) -> None:
+    def _agree(
+        self, process: JoinedProcess, *, name: str, values: dict[str, Any], compare: bool, collect: bool
+    ) -> None:
+        """Answer all once the last has told its values: with those of process 0, or to process 0 with all (collect)."""
         told = self._agreements.setdefault(name, {})
         told[process.process_id] = values
         if len(told) < self._num:
@@ -161,7 +167,10 @@ class ProcessCoordinator:
                 if first != second:
                     self.end("refused", differs(key, first, 0, second, other))
                     return
-        self._tell(message("agreed", name=name, values=told[0]))
+        collected = [told[index] for index in range(self._num)]
+        for index, each in self._processes.items():
+            answer = told[0] if not collect else collected if index == 0 else []
+            self._router.send_multipart([each.identity, message("agreed", name=name, values=answer)])
 
     # --- time ---
 
@@ -179,7 +188,7 @@ class ProcessCoordinator:
             self._tell(message("beat"))
         if self._ended_at is not None:
             return
-        if self._jax_port is None:
+        if not self._started:
             if now - self._started_at > self._join_timeout:
                 missing = [str(one) for one in range(self._num) if one not in self._processes]
                 named = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {self._num}"
@@ -288,7 +297,7 @@ def main() -> None:
     monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     coordinator = ProcessCoordinator(
         router, num_processes=values["num_processes"], lost_after=values["lost_after"],
-        join_timeout=values["join_timeout"], owner=values["owner"],
+        join_timeout=values["join_timeout"], owner=values["owner"], with_jax=values["with_jax"],
     )  # fmt: skip
     poller = zmq.Poller()
     for one in (router, monitor, sys.stdin.fileno()):

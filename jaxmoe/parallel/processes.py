@@ -45,11 +45,12 @@ class ProcessGroup:
 
     def __init__(
         self, host: str, port: int, *, process_id: int, num_processes: int, facts: Mapping[str, Any],
-        lost_after: float, join_timeout: float, identity: bytes,
+        lost_after: float, join_timeout: float, identity: bytes, with_jax: bool,
     ) -> None:  # fmt: skip
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
         self.lost: str | None = None  # the line that says which process was lost
         self.names: list[str] = []
+        self.with_jax = with_jax
         self.exit_code = 0  # of this process, with which those that follow process 0 end too
         self.jax_port = 0
         self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
@@ -58,7 +59,7 @@ class ProcessGroup:
         self._address = f"tcp://{host}:{port}"
         self._facts, self._join_timeout = dict(facts), join_timeout
         self._started, self._settled = threading.Event(), threading.Event()
-        self._agreed: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
+        self._agreed: dict[str, queue.SimpleQueue[Any]] = {}
         self._agreements = 0
         self._failing, self._running, self._identity = False, True, identity
         self._context = zmq.Context()
@@ -96,17 +97,23 @@ class ProcessGroup:
 
     def share(self, **values: Any) -> dict[str, Any]:
         """Return the values of process 0. Waits until all processes have called this as often."""
-        return self._exchanged(values, compare=False)
+        answer: dict[str, Any] = self._exchanged(values)
+        return answer
+
+    def collect(self, **values: Any) -> list[dict[str, Any]]:
+        """Return the values of all processes in process 0, an empty list in others. Waits as `share` does."""
+        answer: list[dict[str, Any]] = self._exchanged(values, collect=True)
+        return answer
 
     def barrier(self) -> None:
         """Wait until all processes have called this as often."""
-        self._exchanged({}, compare=False)
+        self._exchanged({})
 
-    def _exchanged(self, values: dict[str, Any], *, compare: bool) -> dict[str, Any]:
+    def _exchanged(self, values: dict[str, Any], *, compare: bool = False, collect: bool = False) -> Any:
         name = f"agreement-{self._agreements}"
         self._agreements += 1
-        answer = self._agreed[name] = queue.SimpleQueue[dict[str, Any]]()
-        self._send(message("agree", name=name, values=values, compare=compare))
+        answer = self._agreed[name] = queue.SimpleQueue[Any]()
+        self._send(message("agree", name=name, values=values, compare=compare, collect=collect))
         return answer.get()
 
     def in_step(self, steps: int) -> None:
@@ -143,7 +150,8 @@ class ProcessGroup:
         for function in self.at_exit:
             function()
         self.barrier()
-        jax.distributed.shutdown()
+        if self.with_jax:
+            jax.distributed.shutdown()
         self._send(message("bye"))
         self._outbox.close()
         self._thread.join(timeout=5)
@@ -267,6 +275,7 @@ def join(
     lost_after: float = LOST_AFTER_SECONDS,
     join_timeout: float = JOIN_TIMEOUT_SECONDS,
     arguments: Mapping[str, str] | None = None,
+    with_jax: bool = True,
 ) -> ProcessGroup:
     """Join this process and others, so that their devices form one mesh. Call it in every process, before JAX starts.
 
@@ -281,6 +290,7 @@ def join(
         lost_after: Seconds without a sign of life after which a process is lost, and all others end with exit code 3.
         join_timeout: Seconds to wait for all processes.
         arguments: What this process was started with, by name, which has to be equal in all.
+        with_jax: Start jax.distributed. False for work without devices.
 
     Returns:
         The group of the joined processes.
@@ -301,16 +311,17 @@ def join(
     identity = uuid.uuid4().bytes
     if process_id == 0:
         values = {"num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
-        _start_coordinator(values | {"port": port, "owner": identity.hex()})
+        _start_coordinator(values | {"port": port, "owner": identity.hex(), "with_jax": with_jax})
         host = "localhost" if _is_here(host) else host
     facts = {"num_processes": num_processes, **versions(), **(arguments or {})}
     group = ProcessGroup(
         host, port, process_id=process_id, num_processes=num_processes, facts=facts,
-        lost_after=lost_after, join_timeout=join_timeout, identity=identity,
+        lost_after=lost_after, join_timeout=join_timeout, identity=identity, with_jax=with_jax,
     )  # fmt: skip
     group.wait_for_start()
     try:
-        _start_jax(group, devices)
+        if with_jax:
+            _start_jax(group, devices)
     except (RuntimeError, ValueError) as error:
         raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
     _group = group

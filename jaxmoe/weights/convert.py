@@ -1,19 +1,22 @@
 """Conversion between Hugging Face and Orbax checkpoints, with bounded memory and resumable after a kill.
 
-Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
+Several processes may share the work: each writes some files, and process 0 whatever is written once. Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
 the end, with a manifest of checksums in it. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,22 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES
 from jaxmoe.families.quantization_reader import read_quantization_config
 from jaxmoe.parallel.mesh import parse_mesh
+from jaxmoe.parallel.processes import ProcessGroup
 from jaxmoe.quantization.formats import QUANTIZATION_CONFIG
 from jaxmoe.weights.budget import MemoryBudget, resident_bytes
 from jaxmoe.weights.checkpoint import BESIDE, CONFIG
 from jaxmoe.weights.dequantize import DerivedTensor, plain_tensors
+from jaxmoe.weights.division import WorkDivision
 from jaxmoe.weights.dtypes import TensorSpec
-from jaxmoe.weights.journal import WHOLE, ConversionJournal, end_committed, partial_path
+from jaxmoe.weights.journal import (
+    WHOLE,
+    ConversionJournal,
+    PartJournal,
+    TensorRecords,
+    end_committed,
+    partial_path,
+    sync_trees,
+)
 from jaxmoe.weights.manifest import KINDS, MANIFEST, CheckpointManifest, FileEntry, TensorEntry, sum_file
 from jaxmoe.weights.quantize_transform import transform_of
 from jaxmoe.weights.safetensors_file import TensorInfo
@@ -52,7 +65,8 @@ class ConversionReport:
 
     resumed_tensors: tensors that an earlier, killed run had finished. buffer_bytes: the peak of buffers in use, out of
     budget_bytes. peak_rss_bytes: peak resident memory of the process. rss_before_bytes: its resident memory before the
-    conversion. left_behind: files of the source that were not copied.
+    conversion. left_behind: files of the source that were not copied. Of several processes, each reports its own memory
+    and process 0 all resumed tensors.
     """
 
     source: str
@@ -80,6 +94,7 @@ def convert(
     source: Path, destination: Path, *, to: str | None = None, mesh: str | None = None,
     weights_dtype: str | None = None, ram_gib: float = DEFAULT_RAM_GIB, verify: bool = False,
     ignore_config_keys: Iterable[str] = (), on_progress: OnProgress = lambda done, total: None,
+    group: ProcessGroup | None = None,
 ) -> ConversionReport:  # fmt: skip
     """Convert a checkpoint directory to another format, resuming an interrupted conversion.
 
@@ -94,10 +109,12 @@ def convert(
         weights_dtype: "float32", "bfloat16" or "float16" casts floating-point tensors to this dtype and dequantizes
             quantized ones. "int8", "fp8" or "fp8-block" quantizes the matrices that would be quantized on load. None
             preserves every bit.
-        ram_gib: Memory in GiB that the conversion may use in addition to the memory of the process at the start.
+        ram_gib: Memory in GiB that each process may use in addition to its memory at the start.
         verify: Check a converted source against its checksums first, and read the result again at the end.
         ignore_config_keys: Keys of config.json to ignore.
-        on_progress: Called with (source bytes done, total bytes) by any thread, one at a time.
+        on_progress: Called with (source bytes done, total bytes), of this process's part, by any thread, one at a time.
+        group: The joined processes that all call this with the same arguments and share the work, or None. All of them
+            see the source and the destination's folder.
 
     Returns:
         The sizes, time, memory use and checks of the conversion.
@@ -107,6 +124,7 @@ def convert(
         ConfigError, MeshError: config.json or mesh is invalid.
     """
     started, rss_before = time.perf_counter(), resident_bytes()
+    division = WorkDivision(group)
     budget, num_shares = MemoryBudget(_half(ram_gib)), _num_devices(mesh)
     ignore = [ignore_config_keys] if isinstance(ignore_config_keys, str) else list(ignore_config_keys)
     if to is not None and to not in KINDS:
@@ -116,18 +134,20 @@ def convert(
     transform = transform_of(weights_dtype, source_checkpoint, ignore_config_keys=ignore)
     kind = to or {"hf": "orbax", "orbax": "hf"}[source_checkpoint.kind]
     destination = _checked_destination(source, destination, kind=kind, mesh=mesh)
+    options = {"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype}
+    division.agree(**{"the source": source_checkpoint.summary()}, **options, verify=verify)
     job = _ConversionJob(
         source_checkpoint=source_checkpoint, destination=destination, transform=transform, budget=budget,
-        options={"to": kind, "mesh_devices": num_shares, "weights_dtype": weights_dtype},
+        options=options, division=division,
     )  # fmt: skip
-    if end_committed(destination, job.options):
+    if division.from_first(lambda: end_committed(destination, job.options)):
         num_resumed = len(job.outputs)
         if verify:
-            check_whole(destination)
+            check_whole(destination, division=division)
     else:
-        _check_destination(source_checkpoint, destination)
+        division.from_first(lambda: _check_destination(source_checkpoint, destination))
         if verify and source_checkpoint.manifest is not None:
-            check_whole(source)
+            check_whole(source, division=division)
         num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
     return ConversionReport(
         source=str(source), destination=str(destination), kind=kind, num_tensors=len(job.outputs),
@@ -182,7 +202,10 @@ def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -
 
 
 class _ConversionJob:
-    """Run one conversion: plan its tasks, write the tensors and side files, and commit the destination."""
+    """Run one conversion: plan its tasks, write the tensors and side files, and commit the destination.
+
+    options: what DESTINATION.partial depends on, the same in all processes.
+    """
 
     def __init__(
         self,
@@ -192,12 +215,14 @@ class _ConversionJob:
         options: dict[str, Any],
         transform: TensorTransform,
         budget: MemoryBudget,
+        division: WorkDivision,
     ) -> None:
         self._source_checkpoint, self._destination, self._options = source_checkpoint, destination, options
-        self._transform, self._budget = transform, budget
-        self.options = {"source": source_checkpoint.fingerprint(), **options}
+        self._transform, self._budget, self._division = transform, budget, division
+        self._fingerprint = source_checkpoint.fingerprint()
+        self.options = {"source": _common_fingerprint(self._fingerprint, division), **options}
         self._tasks = [
-            ConversionTask(tensor=tensor, spec=spec, outputs=transform.outputs(spec))
+            ConversionTask(tensor=tensor, spec=spec, outputs=(outputs := transform.outputs(spec)), written=outputs)
             for tensor, spec in _sources(source_checkpoint, plain=options["weights_dtype"] is not None)
         ]
         self.outputs: dict[str, TensorSpec] = {}
@@ -214,8 +239,10 @@ class _ConversionJob:
 
     def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
         """Run the whole conversion; return the number of source tensors that an earlier run had finished."""
-        self._check_room(self._sink(partial_path(self._destination) / WHOLE))
-        total, done, lock = self._source_checkpoint.num_bytes, 0, threading.Lock()
+        sink = self._sink(partial_path(self._destination) / WHOLE)
+        tasks = self._own_tasks(sink)
+        total = sum(task.source_bytes(task.spec.num_bytes) for task in tasks)
+        done, lock = 0, threading.Lock()
 
         def on_bytes(num_bytes: int) -> None:
             nonlocal done
@@ -224,17 +251,53 @@ class _ConversionJob:
                 on_progress(done, total)
 
         try:
-            with ConversionJournal(self._destination, self.options) as journal:
-                return self._into(journal, ram_bytes, verify, on_bytes)
+            if self._division.is_first:
+                self._check_room(sink)
+            with self._journal(sink) as journal:
+                return self._into(journal, sink, tasks, ram_bytes, verify, on_bytes)
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or self._destination}: {error.strerror}; fix that and run the same command again: "
                 f"finished tensors are saved in {partial_path(self._destination).name}"
             ) from error
 
-    def _into(self, journal: ConversionJournal, ram_bytes: int, verify: bool, on_bytes: Callable[[int], None]) -> int:
-        sink = self._sink(journal.whole)
-        sink.create()
+    def _own_tasks(self, sink: CheckpointSink) -> list[ConversionTask]:
+        """Return the tasks of this process in the order to run them. No other process writes to the same files.
+
+        A task whose outputs lie in files of two processes is a task of both, and each writes its own outputs.
+        """
+        tasks = sorted(self._tasks, key=lambda task: _order(sink, task))
+        num_bytes: Counter[str] = Counter()
+        for task in tasks:
+            for output in task.outputs:
+                num_bytes[_unit(sink, task, output)] += output.num_bytes
+        own = self._division.own(num_bytes)
+        found = (
+            replace(task, written=tuple(output for output in task.outputs if _unit(sink, task, output) in own))
+            for task in tasks
+        )
+        return [task for task in found if task.written]
+
+    @contextmanager
+    def _journal(self, sink: CheckpointSink) -> Iterator[TensorRecords]:
+        """Open the journal of this process, once process 0 has created the files that all write to."""
+        journal: ConversionJournal | PartJournal
+        if self._division.is_first:
+            journal = ConversionJournal(self._destination, self.options)
+        else:
+            journal = PartJournal(self._destination, self._division.from_first(str), self._division.process_id)
+        with journal:
+            if isinstance(journal, ConversionJournal):
+                sink.create()
+                token = journal.create_parts(self._division.num_processes)
+                self._division.from_first(lambda: token)
+            self._division.barrier()  # every process holds the lock of its journal
+            yield journal
+
+    def _into(
+        self, journal: TensorRecords, sink: CheckpointSink, tasks: list[ConversionTask], ram_bytes: int, verify: bool,
+        on_bytes: Callable[[int], None],
+    ) -> int:  # fmt: skip
         known = self._source_checkpoint.manifest
         executor = ConversionExecutor(
             sink=sink, transform=self._transform, budget=self._budget, ram_bytes=ram_bytes,
@@ -242,22 +305,36 @@ class _ConversionJob:
             finished=journal.finished, record=journal.record, on_bytes=on_bytes,
         )  # fmt: skip
         try:
-            sums = executor.run(sorted(self._tasks, key=lambda task: _order(sink, task)))
+            sums = executor.run(tasks)
         except CheckpointError as error:
             raise CheckpointError(f"{error} (finished tensors are saved in {journal.folder.name})") from error
-        self._finish(journal.whole, sink, sums)
+        if not isinstance(journal, ConversionJournal):
+            sync_trees({sink.written(output.name).path for task in tasks for output in task.written})
+            journal.close()  # for process 0, which moves its records
+        parts = self._division.collect(sums=sums, num_resumed=executor.num_resumed)
+        if isinstance(journal, ConversionJournal):
+            journal.absorb_parts()
+            self._finish(journal.whole, sink, {name: value for part in parts for name, value in part["sums"].items()})
+        self._division.barrier()
         if verify:
-            check_whole(journal.whole)
-        if (
-            open_source_checkpoint(self._source_checkpoint.directory, check_config=False).fingerprint()
-            != self.options["source"]
-        ):
+            check_whole(journal.whole, division=self._division)
+        self._check_unchanged(journal.folder)
+        self._division.barrier()
+        if isinstance(journal, ConversionJournal):
+            journal.commit()
+        self._division.barrier()  # until here, the same command finishes what a kill leaves
+        if isinstance(journal, ConversionJournal):
+            journal.remove()
+        return sum(part["num_resumed"] for part in parts)
+
+    def _check_unchanged(self, folder: Path) -> None:
+        """Raise CheckpointError if the source has changed since the conversion began. folder: of the journal."""
+        source = open_source_checkpoint(self._source_checkpoint.directory, check_config=False)
+        if source.fingerprint() != self._fingerprint:
             raise CheckpointError(
-                f"{self._source_checkpoint.directory} changed during the conversion: remove {journal.folder} and "
+                f"{self._source_checkpoint.directory} changed during the conversion: remove {folder} and "
                 f"run again once the source no longer changes"
             )
-        journal.commit()
-        return executor.num_resumed
 
     def _finish(self, whole: Path, sink: CheckpointSink, sums: dict[str, str]) -> None:
         """Write the side files, finish the sink, and write the manifest last."""
@@ -300,6 +377,19 @@ class _ConversionJob:
                 f"destination {self._destination} needs {num_files} more files and its disk has room for "
                 f"{disk.f_favail}: remove some, or choose another disk"
             )
+
+
+def _common_fingerprint(fingerprint: str, division: WorkDivision) -> str:
+    """Return the fingerprint that all processes have. If they read copies of the source, return a hash of theirs."""
+    told = [part["fingerprint"] for part in division.collect(fingerprint=fingerprint)]
+    same = len(set(told)) < 2
+    common: str = division.from_first(lambda: told[0] if same else hashlib.sha256("".join(told).encode()).hexdigest())
+    return common
+
+
+def _unit(sink: CheckpointSink, task: ConversionTask, output: TensorSpec) -> str:
+    """Return the name of what one process alone writes: a file of several tensors, or the outputs of a task."""
+    return sink.place(output.name)[0] or task.spec.name
 
 
 def _order(sink: CheckpointSink, task: ConversionTask) -> tuple[tuple[str, int], Path, int]:

@@ -5,6 +5,9 @@ line of the journal has the options of the conversion. Each further line names a
 written, with their checksums. The last line, written just before the rename, has the checksum of the manifest. A line
 may be incomplete, and its tensors may not have reached the disk when the machine lost power. So a resumed conversion
 reads these tensors again and checks them before it relies on the line.
+
+If several processes convert, each but process 0 has a journal of its own in the folder. Process 0 moves their records
+into its own when it starts and when all have finished. So any number of processes may resume the conversion.
 """
 
 from __future__ import annotations
@@ -12,18 +15,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, Self
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.manifest import JOURNAL, MANIFEST, sum_file
 
 SUFFIX, WHOLE = ".partial", "whole"
+SEEN_WITHIN_SECONDS = 60.0  # clients of NFS may take a missing folder for missing for so long
+_POLL_SECONDS = 0.05
 _SYNCS = 32  # concurrent fsync calls
 
 
@@ -32,33 +39,72 @@ def partial_path(destination: Path) -> Path:
     return destination.with_name(destination.name + SUFFIX)
 
 
-class ConversionJournal:
+class TensorRecords:
+    """Append records of finished tensors to a file that this process has locked.
+
+    folder: that of the unfinished conversion, with the file and the folder whole/. finished: checksums of the outputs
+    that earlier runs wrote, by source tensor and name.
+    """
+
+    def __init__(self, folder: Path, file: IO[bytes]) -> None:
+        """Lock the file. Raises: CheckpointError if another process holds the lock."""
+        self.folder, self.whole = folder, folder / WHOLE
+        self.finished: dict[str, dict[str, str]] = {}
+        self._lock, self._file = threading.Lock(), file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise CheckpointError(f"{folder} is being written by another process: wait until it ends") from error
+
+    def record(self, name: str, sums: Mapping[str, str]) -> None:
+        """Record that outputs of a source tensor are written. sums: their sha256 by name."""
+        with self._lock:
+            self._file.write(json.dumps([name, dict(sums)]).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file, which unlocks it."""
+        self._file.close()
+
+    def _take(self, lines: Sequence[bytes]) -> int:
+        """Add the records in complete lines to those finished; return how many lines come before the first bad one."""
+        for number, line in enumerate(lines):
+            try:
+                name, sums = json.loads(line)
+                self.finished[name] = self.finished.get(name, {}) | dict(sums)
+            except (ValueError, TypeError, RecursionError):
+                return number
+        return len(lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self.close()
+
+
+class ConversionJournal(TensorRecords):
     """Create or resume the unfinished conversion to a destination, locked by one process at a time.
 
     Raises: CheckpointError if another process holds the lock, or the conversion was started with other options.
     """
 
     def __init__(self, destination: Path, options: Mapping[str, Any]) -> None:
-        self._destination, self.folder = destination, partial_path(destination)
-        self.whole = self.folder / WHOLE
-        self.finished: dict[str, dict[str, str]] = {}
-        strange = os.path.lexists(self.folder) and not self.folder.is_dir()
-        if strange or (self.folder.exists() and not (self.folder / JOURNAL).is_file() and any(self.folder.iterdir())):
+        self._destination, folder = destination, partial_path(destination)
+        strange = os.path.lexists(folder) and not folder.is_dir()
+        if strange or (folder.exists() and not (folder / JOURNAL).is_file() and any(folder.iterdir())):
             raise CheckpointError(
-                f"{self.folder} exists and is not a resumable conversion: remove it, or choose another destination"
+                f"{folder} exists and is not a resumable conversion: remove it, or choose another destination"
             )
-        self.folder.mkdir(exist_ok=True)
-        self._lock = threading.Lock()
-        self._file = open(self.folder / JOURNAL, "a+b", buffering=0)  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise CheckpointError(f"{self.folder} is being written by another process: wait until it ends") from error
+        folder.mkdir(exist_ok=True)
+        super().__init__(folder, open(folder / JOURNAL, "a+b", buffering=0))
         try:
             self._read(json.dumps(options, sort_keys=True))
+            self.absorb_parts()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _read(self, options: str) -> None:
@@ -74,28 +120,37 @@ class ConversionJournal:
                 f"remove it to start again"
             )
         else:
-            good = len(first) + 1
-            for line in lines[:-1]:
-                try:
-                    name, sums = json.loads(line)
-                    self.finished[name] = dict(sums)
-                except (ValueError, TypeError, RecursionError):
-                    break
-                good += len(line) + 1
-            self._file.truncate(good)
+            good = self._take(lines[:-1])
+            self._file.truncate(sum(len(line) + 1 for line in (first, *lines[:good])))
         self.whole.mkdir(exist_ok=True)
 
-    def record(self, name: str, sums: Mapping[str, str]) -> None:
-        """Record that the outputs of a source tensor are written. sums: their sha256 by name."""
-        with self._lock:
-            self._file.write(json.dumps([name, dict(sums)]).encode() + b"\n")
+    def create_parts(self, num_processes: int) -> str:
+        """Create the journals of the other processes, and return the token of their names."""
+        token = secrets.token_hex(4)
+        for index in range(1, num_processes):
+            _part_path(self.folder, token, index).touch(exist_ok=False)
+        os.fsync(self._file.fileno())  # they read it, maybe on other hosts
+        return token
+
+    def absorb_parts(self) -> None:
+        """Move the records of the journals of other processes into this one.
+
+        Raises: CheckpointError if such a process still writes.
+        """
+        for path in sorted(self.folder.glob(_part_path(Path(), "*", "*").name)):
+            with TensorRecords(self.folder, open(path, "r+b", buffering=0)) as part:
+                lines = part._file.read().split(b"\n")[:-1]
+                good = self._take(lines)
+                self._file.write(b"".join(line + b"\n" for line in lines[:good]))
+                os.fsync(self._file.fileno())
+                path.unlink()
 
     def commit(self) -> None:
-        """Sync all files to disk, then rename the folder to the destination.
+        """Sync all files to disk, then rename the folder whole/ to the destination.
 
         Raises: CheckpointError if the destination exists.
         """
-        sync_tree(self.whole)
+        sync_trees([self.whole])
         self._file.write(_commit_line(self.whole) + b"\n")
         os.fsync(self._file.fileno())
         if os.path.lexists(self._destination):
@@ -104,15 +159,39 @@ class ConversionJournal:
             )
         self.whole.rename(self._destination)
         _sync(self._destination.parent)
+
+    def remove(self) -> None:
+        """Remove the folder of the conversion, which is committed."""
         shutil.rmtree(self.folder)
 
-    def __enter__(self) -> ConversionJournal:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+class PartJournal(TensorRecords):
+    """Record the tensors that one of several processes writes, other than process 0.
+
+    token: from ConversionJournal.create_parts, which process 0 has called. seen_within: seconds to wait for the file,
+    which some network file systems show late.
+    Raises: CheckpointError if the file does not appear.
+    """
+
+    def __init__(
+        self, destination: Path, token: str, process_id: int, *, seen_within: float = SEEN_WITHIN_SECONDS
     ) -> None:  # fmt: skip
-        self._file.close()
+        folder = partial_path(destination)
+        path, deadline = _part_path(folder, token, process_id), time.monotonic() + seen_within
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{folder}, which process 0 has created, is not seen by process {process_id}: name a destination "
+                    f"on a file system that all processes share"
+                )
+            time.sleep(_POLL_SECONDS)
+        super().__init__(folder, open(path, "r+b", buffering=0))
+        self._take((folder / JOURNAL).read_bytes().split(b"\n")[1:-1])
+
+
+def _part_path(folder: Path, token: str, process_id: int | str) -> Path:
+    """Return the journal of a process other than process 0."""
+    return folder / f"{Path(JOURNAL).stem}.{token}.{process_id}{Path(JOURNAL).suffix}"
 
 
 def end_committed(destination: Path, options: Mapping[str, Any]) -> bool:
@@ -143,9 +222,10 @@ def _difference(begun: bytes, options: str) -> str:
         return "other options"
 
 
-def sync_tree(folder: Path) -> None:
-    """Sync every file and folder of a directory tree to disk."""
-    paths = [Path(at) / name for at, _, files in os.walk(folder) for name in (*files, ".")]
+def sync_trees(folders: Collection[Path]) -> None:
+    """Sync every file and folder of directory trees, and single files, to disk."""
+    paths = [Path(at) / name for folder in folders for at, _, files in os.walk(folder) for name in (*files, ".")]
+    paths += [path for path in folders if path.is_file()]
     with ThreadPoolExecutor(_SYNCS) as workers:  # a file system merges concurrent syncs
         list(workers.map(_sync, paths))
 

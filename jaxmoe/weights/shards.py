@@ -106,8 +106,11 @@ class ShardSink:
         return len(self._shards) + 1
 
     def _path(self, shard: _ShardFile) -> Path:
-        whole = self._directory / shard.name
-        return whole if whole.exists() else self._directory / (shard.name + UNFINISHED)
+        unfinished = self._unfinished(shard)
+        return unfinished if unfinished.exists() else self._directory / shard.name
+
+    def _unfinished(self, shard: _ShardFile) -> Path:
+        return self._directory / (shard.name + UNFINISHED)
 
     def create(self) -> None:
         """Create files of the final size, with headers, under names with the suffix UNFINISHED."""
@@ -116,7 +119,7 @@ class ShardSink:
             path = self._path(shard)
             if path.exists() and path.stat().st_size == len(head) + shard.num_bytes:
                 continue
-            with path.open("wb") as file:
+            with self._unfinished(shard).open("wb") as file:
                 file.write(head)
                 file.truncate(len(head) + shard.num_bytes)
 

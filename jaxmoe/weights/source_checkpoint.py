@@ -56,6 +56,13 @@ class SourceCheckpoint:
         """Return the bytes of all tensors."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
+    def summary(self) -> str:
+        """Describe the source by its size and by a hash that copies of it share: of headers, config and manifest."""
+        headers = [(spec.name, spec.dtype, spec.shape, self.tensors[spec.name].start) for spec in self.specs.values()]
+        digest = hashlib.sha256(json.dumps([headers, self.config], sort_keys=True).encode())
+        digest.update(b"" if self.manifest is None else self.manifest.dump())
+        return f"{len(headers)} tensors of {self.num_bytes} bytes with headers {digest.hexdigest()[:12]}"
+
     def fingerprint(self) -> str:
         """Return a hash that changes if a file changes.
 

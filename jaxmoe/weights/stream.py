@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
@@ -78,11 +79,12 @@ class CheckpointSink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionTask:
-    """Describe a source tensor and the outputs that conversion writes for it."""
+    """Describe a source tensor, its outputs, and those of them that this process writes."""
 
     tensor: TensorInfo | DerivedTensor
     spec: TensorSpec
     outputs: tuple[TensorSpec, ...]
+    written: tuple[TensorSpec, ...]
 
     @property
     def sources(self) -> tuple[TensorInfo, ...]:
@@ -112,7 +114,8 @@ class ConversionExecutor:
     ram_bytes: allowed growth of resident memory. budget: the budget for buffers. expected: sha256 of every source
     tensor, if the source has a manifest. finished: checksums of finished tasks from the journal; their outputs are read
     and checked again. record: called with the name and checksums of each finished task. on_bytes: called with the
-    number of source bytes done.
+    number of source bytes done. num_resumed: tasks that were finished before, without those of which another process
+    writes the first output.
     """
 
     sink: CheckpointSink
@@ -127,7 +130,7 @@ class ConversionExecutor:
     num_resumed: int = 0
 
     def run(self, tasks: Sequence[ConversionTask]) -> Sums:
-        """Run all tasks; return the sha256 of every output. Raises: the exception of the first thread that failed."""
+        """Run all tasks; return the sha256 of every written output. Raises: the exception of the first thread that failed."""
         self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
         need = self._need(_SLICE_BYTES)
         num_workers = max(1, min(_MAX_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))
@@ -168,8 +171,9 @@ class ConversionExecutor:
 
     def _again(self, task: ConversionTask) -> Sums | None:
         """Return the checksums of a task that an earlier run finished; None if its outputs are absent or differ."""
-        said = self.finished.get(task.spec.name)
-        if said is None or set(said) != {output.name for output in task.outputs}:
+        recorded = self.finished.get(task.spec.name, {})
+        said = {output.name: recorded[output.name] for output in task.written if output.name in recorded}
+        if len(said) < len(task.written):
             return None
         with self.budget.take(min(_SLICE_BYTES, self.budget.limit_bytes), "reading finished tensors"):
             try:
@@ -179,18 +183,19 @@ class ConversionExecutor:
         if actual != said:
             return None
         with self._lock:
-            self.num_resumed += 1
+            self.num_resumed += task.written[0] == task.outputs[0]
         self.on_bytes(task.source_bytes(task.spec.num_bytes))
         return actual
 
     def _written(self, task: ConversionTask) -> Sums:
         self._check(task)
-        digests = [hashlib.sha256() for _ in task.outputs]
+        kept = [output in task.written for output in task.outputs]
+        digests = [hashlib.sha256() for _ in task.written]
         step = self._slice_bytes(task)
         total, dtype = task.spec.num_bytes, DTYPES[task.spec.dtype].numpy
         with ExitStack() as stack:
             stack.enter_context(self.budget.take(self._need(min(step, total)), f"tensor {task.spec.name!r}"))
-            writers = [stack.enter_context(closing(self.sink.writer(output.name))) for output in task.outputs]
+            writers = [stack.enter_context(closing(self.sink.writer(output.name))) for output in task.written]
             buffer = np.empty(min(step, total), np.uint8)
             for start in range(0, total, step):
                 if self._stop.is_set():
@@ -198,12 +203,12 @@ class ConversionExecutor:
                 part = buffer[: min(step, total - start)]
                 task.tensor.read_bytes(start, memoryview(part))
                 made = self.transform.apply(task.spec, part.view(dtype))
-                for writer, digest, numbers in zip(writers, digests, made, strict=True):
+                for writer, digest, numbers in zip(writers, digests, compress(made, kept), strict=True):
                     content = memoryview(numbers.view(np.uint8))
                     digest.update(content)
                     writer.append(content)
                 self.on_bytes(task.source_bytes(len(part)))
-        sums = {output.name: digest.hexdigest() for output, digest in zip(task.outputs, digests, strict=True)}
+        sums = {output.name: digest.hexdigest() for output, digest in zip(task.written, digests, strict=True)}
         self._check(task, sums)
         self.record(task.spec.name, sums)
         return sums

@@ -1,4 +1,7 @@
-"""Verifying a converted checkpoint against its manifest: every byte of every written file."""
+"""Verifying a converted checkpoint against its manifest: every byte of every written file.
+
+Joined processes may share the work.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 
 from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.checkpoint import PICKLES, open_converted
+from jaxmoe.weights.division import ALONE, WorkDivision
 from jaxmoe.weights.manifest import MANIFEST, READ_BYTES, CheckpointManifest, read_manifest, sum_file
 from jaxmoe.weights.safetensors_file import TensorInfo
 from jaxmoe.weights.store import array_problems
@@ -31,10 +35,12 @@ def sum_tensor(
 
 
 def problems(
-    directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+    directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None,
+    division: WorkDivision = ALONE,
 ) -> list[str]:  # fmt: skip
     """Return one line for each difference from the manifest, naming the tensor or file; empty if there is none.
 
+    division: each of its processes checks a part and reports its progress, and process 0 returns the lines of all.
     Raises: CheckpointError if the manifest is missing or corrupt.
     """
     manifest = read_manifest(directory)
@@ -42,29 +48,40 @@ def problems(
         raise CheckpointError(
             f"{directory} has no {MANIFEST}: only checkpoints written by jaxmoe convert can be verified"
         )
-    errors = [problem for name in manifest.files for problem in _file_problems(directory, name, manifest)]
-    errors += _strays(directory, manifest)
+    errors: list[str] = []
+    if division.is_first:
+        errors += (problem for name in manifest.files for problem in _file_problems(directory, name, manifest))
+        errors += _strays(directory, manifest)
+    sizes = {name: entry.spec.num_bytes for name, entry in manifest.tensors.items()}
+    own = division.own(sizes)
     try:
-        tensors = open_converted(directory, manifest, whole=False)
+        tensors, missing = open_converted(directory, manifest, whole=False), None
     except CheckpointError as error:
-        return [*errors, str(error)]
-    total, done = sum(entry.spec.num_bytes for entry in manifest.tensors.values()), 0
+        own, tensors, missing = set(), {}, str(error)
+    total, done = sum(sizes[name] for name in own), 0
 
     def check(name: str) -> list[str]:
         return list(_tensor_problems(directory, name, manifest, tensors))
 
     on_progress(done, total)
+    names, found = [name for name in sizes if name in own], {}
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as workers:
-        for name, lines in zip(manifest.tensors, workers.map(check, manifest.tensors), strict=True):
-            errors += lines
-            done += manifest.tensors[name].spec.num_bytes
+        for name, lines in zip(names, workers.map(check, names), strict=True):
+            found[name] = lines
+            done += sizes[name]
             on_progress(done, total)
-    return errors
+    parts = division.collect(missing=missing, found=found)
+    if unopened := [part["missing"] for part in parts if part["missing"] is not None]:
+        return [*errors, unopened[0]]
+    return errors + [line for part in parts for lines in part["found"].values() for line in lines]
 
 
-def check_whole(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Raise CheckpointError naming the differences from the manifest, if there are any."""
-    if errors := problems(directory, on_progress):
+def check_whole(
+    directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None,
+    division: WorkDivision = ALONE,
+) -> None:  # fmt: skip
+    """Raise CheckpointError naming the differences from the manifest, if there are any. division: see problems."""
+    if errors := problems(directory, on_progress, division):
         raise CheckpointError(in_words(directory, errors))
 
 
