@@ -83,8 +83,8 @@ def convert(
         f"{report.seconds:.1f} s ({report.num_bytes / 2**20 / report.seconds:.0f} MiB/s), {report.kind}"
     )
     print(
-        f"memory{of_first}: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, peak resident "
-        f"{report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} before the conversion"
+        f"memory{of_first}: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, "
+        f"peak resident {report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} before the conversion"
     )
     print(f"config.json: {report.config_check}" + ("; checksums match" if report.verified else ""))
     if report.left_behind:

@@ -1,7 +1,8 @@
 """Conversion between Hugging Face and Orbax checkpoints, with bounded memory and resumable after a kill.
 
-Several processes may share the work: each writes some files, and process 0 whatever is written once. Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
-the end, with a manifest of checksums in it. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
+Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
+the end, with a manifest of checksums in it. Several processes may share the work: each writes some of the files, and
+process 0 whatever is written once. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
@@ -285,12 +286,11 @@ class _ConversionJob:
         if self._division.is_first:
             journal = ConversionJournal(self._destination, self.options)
         else:
-            journal = PartJournal(self._destination, self._division.from_first(str), self._division.process_id)
+            journal = PartJournal(self._destination, self._division.share(), self._division.process_id)
         with journal:
             if isinstance(journal, ConversionJournal):
                 sink.create()
-                token = journal.create_parts(self._division.num_processes)
-                self._division.from_first(lambda: token)
+                self._division.share(journal.create_parts(self._division.num_processes))
             self._division.barrier()  # every process holds the lock of its journal
             yield journal
 

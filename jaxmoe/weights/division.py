@@ -45,7 +45,10 @@ class WorkDivision:
 
     def from_first(self, function: Callable[[], Any]) -> Any:
         """Return what function returns in process 0, which alone calls it. Waits for all processes."""
-        value = function() if self.is_first else None
+        return self.share(function() if self.is_first else None)
+
+    def share(self, value: Any = None) -> Any:
+        """Return the value of process 0. Waits for all processes."""
         return value if self._group is None else self._group.share(value=value)["value"]
 
     def barrier(self) -> None:

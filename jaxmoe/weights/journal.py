@@ -99,7 +99,7 @@ class ConversionJournal(TensorRecords):
                 f"{folder} exists and is not a resumable conversion: remove it, or choose another destination"
             )
         folder.mkdir(exist_ok=True)
-        super().__init__(folder, open(folder / JOURNAL, "a+b", buffering=0))
+        super().__init__(folder, open(folder / JOURNAL, "a+b", buffering=0))  # noqa: SIM115
         try:
             self._read(json.dumps(options, sort_keys=True))
             self.absorb_parts()
@@ -185,7 +185,7 @@ class PartJournal(TensorRecords):
                     f"on a file system that all processes share"
                 )
             time.sleep(_POLL_SECONDS)
-        super().__init__(folder, open(path, "r+b", buffering=0))
+        super().__init__(folder, open(path, "r+b", buffering=0))  # noqa: SIM115
         self._take((folder / JOURNAL).read_bytes().split(b"\n")[1:-1])
 
 

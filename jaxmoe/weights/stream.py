@@ -130,7 +130,10 @@ class ConversionExecutor:
     num_resumed: int = 0
 
     def run(self, tasks: Sequence[ConversionTask]) -> Sums:
-        """Run all tasks; return the sha256 of every written output. Raises: the exception of the first thread that failed."""
+        """Run all tasks; return the sha256 of every output that is written.
+
+        Raises: the exception of the first thread that failed.
+        """
         self._resident_before, self._stop, self._lock = resident_bytes(), threading.Event(), threading.Lock()
         need = self._need(_SLICE_BYTES)
         num_workers = max(1, min(_MAX_WORKERS, 2 * (os.cpu_count() or 1), self.budget.limit_bytes // need))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,8 +67,9 @@ def finish(processes: Sequence[subprocess.Popen[str]], *, most_seconds: float = 
 
 
 def without_noise(text: str) -> str:
-    """Lines that are the package's own: not what libraries of C++ log when a peer goes away."""
-    return "\n".join(line for line in text.splitlines() if line.startswith("jaxmoe:") or "Error" in line)
+    """Lines that are the package's own, also through launch: not what libraries of C++ log when a peer goes away."""
+    own = re.compile(r"(\[\d+\] )?jaxmoe:")
+    return "\n".join(line for line in text.splitlines() if own.match(line) or "Error" in line)
 
 
 def results_of(num_processes: int, devices: int, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
