@@ -84,7 +84,8 @@ def convert(
     )
     print(
         f"memory{of_first}: buffers {report.buffer_bytes / 2**20:.0f} MiB of {report.budget_bytes / 2**20:.0f}, "
-        f"peak resident {report.peak_rss_bytes / 2**20:.0f} MiB, {report.rss_before_bytes / 2**20:.0f} before the conversion"
+        f"peak resident {report.peak_rss_bytes / 2**20:.0f} MiB, "
+        f"{report.rss_before_bytes / 2**20:.0f} before the conversion"
     )
     print(f"config.json: {report.config_check}" + ("; checksums match" if report.verified else ""))
     if report.left_behind:

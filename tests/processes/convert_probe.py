@@ -4,8 +4,9 @@ python -m tests.processes.convert_probe RUNS.json
 
 A run is {"arguments": of jaxmoe convert, "num_processes": N, "folder": the working directory or one for each process,
 "shard_bytes": of a file, or null, "kill": [process, fraction of its steps in the first run of all] or null}. Steps are
-those of tests/weights/kill_probe.py, counted in the folder of the destination. Prints a JSON list for each run, with an object for each process: its exit
-code (negative: a signal), its steps, what it printed, and whether it started a backend of JAX.
+those of tests/weights/kill_probe.py, counted in the folder of the destination. Prints a JSON list for each run, with an
+object for each process: its exit code (negative: a signal), its steps, what it printed, and whether it started a
+backend of JAX.
 """
 
 from __future__ import annotations

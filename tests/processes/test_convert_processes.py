@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -72,7 +73,7 @@ def test_both_directions_and_quantized(source, tiny_dir, tmp_path, monkeypatch):
         {"arguments": ["orbax.n", "hf.n", "--verify", "--json"], "num_processes": 3, "shard_bytes": SHARD_BYTES},
         {
             "arguments": [str(model), "int8.n", "--to", "hf", "--weights-dtype", "int8", "--json"],
-            "num_processes": 5, "shard_bytes": 3000,
+            "num_processes": 3, "shard_bytes": 3000,
         },
         {"arguments": [str(model), "bf16.n", "--mesh", "expert=2", "--weights-dtype", "bfloat16", "--json"]},
     ]  # fmt: skip
@@ -90,7 +91,7 @@ def test_both_directions_and_quantized(source, tiny_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_a_killed_process_and_the_same_command_again(victim, tmp_path):
     rng = random.Random(victim)
-    tensors = {f"t{index}": ("U8", (5,), rng.randbytes(5)) for index in range(1200)}
+    tensors = {f"t{index}": ("U8", (5,), rng.randbytes(5)) for index in range(800)}
     source = write_checkpoint_dir(tmp_path / "source", tensors)
     convert(source, tmp_path / "one")
     partial = partial_path(tmp_path / "two")
@@ -139,15 +140,39 @@ def test_killed_at_a_step_and_the_same_command_again(victim, to, moments, source
         assert not partial_path(tmp_path / f"out{number}").exists() or whole
 
 
-def test_processes_that_differ_end_before_anything_is_written(source, tmp_path):
+def test_one_process_that_fails_ends_all(source, tmp_path):
+    """A damaged tensor is named by the process that reads it."""
+    convert(source, tmp_path / "orbax")
+    chunk = next(path for path in sorted((tmp_path / "orbax" / "cube").iterdir()) if path.name != ".zarray")
+    chunk.write_bytes(bytes(30))
+    runs = [{"arguments": ["orbax", "hf"], "shard_bytes": SHARD_BYTES}, {"arguments": ["orbax", "--verify"]}]
+    (first, second), verified = probed(tmp_path, *runs)
+    assert (first["code"], second["code"]) == (2, 2)
+    assert "jaxmoe: error: process 1: tensor 'cube' of the source differs from its checksum" in first["err"]
+    assert "jaxmoe: error: tensor 'cube' of the source differs from its checksum" in second["err"]
+    assert not (tmp_path / "hf").exists()
+    assert [one["code"] for one in verified] == [1, 1]
+    assert "is corrupt: tensor 'cube' differs from its checksum; convert again" in verified[0]["err"]
+    assert verified[1]["err"] == ""
+
+
+def test_processes_with_other_sources_end_and_those_with_copies_do_not(source, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     every_dtype(other / "source", seed=1)
     changed = json.loads((other / "source" / "config.json").read_text()) | {"more": 1}
     (other / "source" / "config.json").write_text(json.dumps(changed))
+    shutil.copytree(source, tmp_path / "copy" / "source")
+    convert(source, tmp_path / "one")
     before = contents(tmp_path)
-    arguments = ["source", "out"]
-    ended = probed(tmp_path, {"arguments": arguments, "folder": [str(tmp_path), str(other)]})[0]
+    runs = [
+        {"arguments": ["source", str(tmp_path / "out")], "folder": [str(tmp_path), str(folder)]}
+        for folder in (other, tmp_path / "copy")
+    ]
+    ended, copied = probed(tmp_path, *runs)
+    assert [one["code"] for one in copied] == [0, 0], copied
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    shutil.rmtree(tmp_path / "out")
     for one in ended:
         assert one["code"] == 2, one
         (line,) = one["err"].splitlines()

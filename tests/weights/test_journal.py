@@ -15,7 +15,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights import convert as convert_module
 from jaxmoe.weights.checkpoint import open_tensors
 from jaxmoe.weights.convert import convert
-from jaxmoe.weights.journal import partial_path
+from jaxmoe.weights.journal import ConversionJournal, PartJournal, partial_path
 from jaxmoe.weights.manifest import JOURNAL
 from jaxmoe.weights.source import find_model
 
@@ -208,3 +208,40 @@ def test_another_checkpoint_is_not_what_a_killed_process_committed(killed_at_the
     (tmp_path / "others").rename(killed_at_the_end)
     with pytest.raises(CheckpointError, match=f"destination {killed_at_the_end} exists: name another"):
         convert(source, killed_at_the_end)
+
+
+def test_records_of_other_processes_are_taken_over(tmp_path):
+    """By the first process, of this run or of the next, with any number of processes; not while they are written."""
+    destination, options = tmp_path / "out", {"a": 1}
+    with ConversionJournal(destination, options) as journal:
+        token = journal.create_parts(3)
+        journal.record("a", {"a": "0"})
+        parts = [PartJournal(destination, token, index) for index in (1, 2)]
+        parts[0].record("b", {"b": "1"})
+        parts[0].record("b", {"b.scale": "2"})
+        parts[1].record("a", {"a.scale": "3"})
+        parts[1]._file.write(b'["torn", {"to')
+    with pytest.raises(CheckpointError, match="is being written by another process"):
+        ConversionJournal(destination, options)
+    for part in parts:
+        part.close()
+    expected = {"a": {"a": "0", "a.scale": "3"}, "b": {"b": "1", "b.scale": "2"}}
+    for _ in range(2):
+        with ConversionJournal(destination, options) as journal:
+            assert journal.finished == expected
+            assert sorted(path.name for path in journal.folder.iterdir()) == [JOURNAL, "whole"]
+    with (
+        ConversionJournal(destination, options) as journal,
+        PartJournal(destination, journal.create_parts(2), 1) as part,
+    ):
+        assert part.finished == expected
+
+
+def test_a_destination_that_another_process_does_not_see(tmp_path):
+    with ConversionJournal(tmp_path / "out", {}) as journal:
+        token = journal.create_parts(2)
+    words = r"out.partial, which process 0 has created, is not seen by process 1: .* on a file system that all"
+    for destination in (tmp_path / "out", tmp_path / "elsewhere" / "out"):
+        other = token if destination.parent != tmp_path else "another run"
+        with pytest.raises(CheckpointError, match=words):
+            PartJournal(destination, other, 1, seen_within=0)
