@@ -25,7 +25,7 @@ RUNS = {
         run(DENSE, "pipeline=2,tensor=4"),
     ],
     "4x2": [run(MLA, "pipeline=2,expert=2,tensor=2", layout="tp-ep", engine=SMALL)],
-    "8x1": [run(GPT_OSS, "data=2,pipeline=2,expert=2", layout="dp-ep", kv_dtype="int8")],
+    "8x1": [run(GPT_OSS, "data=2,pipeline=2,expert=2", layout="dp-ep", kv_dtype="int8") | {"short": True}],
 }
 LAYOUTS = {
     "ep-tp": "data=2,expert=2,tensor=2", "tp-ep": "expert=4,tensor=2", "dp-ep": "data=2,expert=2,tensor=2",
