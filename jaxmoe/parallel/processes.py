@@ -324,10 +324,8 @@ def join(
 
 def versions() -> dict[str, str]:
     """Return the versions that have to be equal in all processes."""
-    from jaxmoe import __version__
-
     return {
-        "jaxmoe": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "jaxmoe": sys.modules["jaxmoe"].__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }  # fmt: skip
 
