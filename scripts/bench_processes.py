@@ -1,6 +1,6 @@
-"""Benchmark several processes: `python -m scripts.bench_processes WHAT`, one JSON object per line. WHAT is one of
+"""Benchmark several processes: `python -m scripts.bench_processes CASE`, one JSON object per line. CASE is one of
 
-tell    what it costs process 0 to tell a step to followers on this machine
+send    milliseconds that process 0 takes to send a step to followers on this machine
 rate    64 staggered requests in one process of 8 emulated devices against 2 of 4, and that all get the same tokens
 memory  resident memory of each process after loading a model
 """
@@ -28,17 +28,17 @@ def _say(**values: Any) -> None:
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
 
 
-def _tell(arguments: argparse.Namespace) -> None:
+def _send(arguments: argparse.Namespace) -> None:
     """Send the steps of an engine of 32 requests to real followers, each a process that receives them."""
     from jaxmoe.engine.control import ControlSender
 
-    told: dict[str, Any] = {}
+    address: dict[str, Any] = {}
     followers: list[subprocess.Popen[bytes]] = []
 
     def share(**values: Any) -> dict[str, Any]:
-        told.update(values)
+        address.update(values)
         for index in range(1, arguments.followers + 1):
-            command = [sys.executable, "-m", "scripts.bench_processes", "follow", "--told", json.dumps(values)]
+            command = [sys.executable, "-m", "scripts.bench_processes", "follow", "--address", json.dumps(values)]
             followers.append(subprocess.Popen([*command, "--index", str(index)]))
         return values
 
@@ -57,7 +57,7 @@ def _tell(arguments: argparse.Namespace) -> None:
         one.wait()
     ordered = sorted(seconds)
     _say(
-        what="tell", followers=arguments.followers, array_bytes=packed.nbytes,
+        what="send", followers=arguments.followers, array_bytes=packed.nbytes,
         median_ms=1000 * statistics.median(seconds), p99_ms=1000 * ordered[int(0.99 * len(ordered))],
     )  # fmt: skip
 
@@ -65,15 +65,15 @@ def _tell(arguments: argparse.Namespace) -> None:
 def _follow(arguments: argparse.Namespace) -> None:
     from jaxmoe.engine.control import ControlReceiver
 
-    told = json.loads(arguments.told)
-    group: Any = SimpleNamespace(share=lambda: told, host="localhost", process_id=arguments.index)
+    address = json.loads(arguments.address)
+    group: Any = SimpleNamespace(share=lambda: address, host="localhost", process_id=arguments.index)
     receiver = ControlReceiver(group)
     while receiver.receive().op != "end":
         pass
 
 
 def _requests(model: str, mesh: str) -> dict[str, Any]:
-    """Serve requests at random times, and compare the tokens of each with those that it gets alone."""
+    """Serve requests at random times, and compare the tokens of each with the tokens of the request alone."""
     from jaxmoe import LLM, AsyncEngine, SamplingParams
 
     rng = random.Random(0)
@@ -167,16 +167,16 @@ def _memory(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tell", "rate", "memory", "follow", "member"))
+    parser.add_argument("what", choices=("send", "rate", "memory", "follow", "member"))
     parser.add_argument("--followers", type=int, default=8)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mesh", default="data=2,tensor=2,expert=2")
     parser.add_argument("--coordinator", default="localhost:29500")
     parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--told", help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    {"tell": _tell, "rate": _rate, "memory": _memory, "follow": _follow, "member": _member}[arguments.what](arguments)
+    {"send": _send, "rate": _rate, "memory": _memory, "follow": _follow, "member": _member}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

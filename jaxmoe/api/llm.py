@@ -125,7 +125,7 @@ class LLM:
         return self._followed is not None
 
     def follow(self) -> int:
-        """Run what process 0 tells until it ends, in a process that follows it.
+        """Run the operations of process 0 until it ends, in a process that follows it.
 
         Without this call, the process does so when it exits.
 

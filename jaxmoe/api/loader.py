@@ -98,8 +98,8 @@ def _agree(config: EngineConfig, raw: Mapping[str, Any], tensors: Mapping[str, T
     group.agree(
         **{name: str(value) for name, value in config.options().items() if name not in ("mesh", "verify")},
         **{
-            "the mesh": describe_mesh(config.parallel.mesh),
-            "config.json of the model": fingerprint(raw), "the list of the checkpoint's tensors": fingerprint(headers),
+            "mesh": describe_mesh(config.parallel.mesh),
+            "config.json": fingerprint(raw), "checkpoint_tensors": fingerprint(headers),
         },
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""Processes that act as one: joining, comparing what has to be equal, and ending together.
+"""Processes that act as one: joining, comparing values that have to be equal, and ending together.
 
 Each process holds some devices of the mesh. `join` connects all of them through jax.distributed and through a
-coordinator (parallel/coordinator.py), which process 0 starts beside itself.
+coordinator (parallel/coordinator.py), a child of process 0.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class ProcessGroup:
         lost_after: float, join_timeout: float, identity: bytes,
     ) -> None:  # fmt: skip
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
-        self.lost: str | None = None  # the line that says which process was lost
+        self.lost: str | None = None  # the line with the name of the lost process
         self.names: list[str] = []
-        self.exit_code = 0  # of this process, with which those that follow process 0 end too
+        self.exit_code = 0  # of this process, and of all that follow it
         self.jax_port = 0
         self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
         self.at_exit: list[Callable[[], object]] = []  # called before the processes separate
@@ -76,7 +76,7 @@ class ProcessGroup:
 
     @property
     def is_controller(self) -> bool:
-        """Return whether this is process 0, which decides what all processes run."""
+        """Return whether this is process 0, which schedules the steps of all processes."""
         return self.process_id == 0
 
     def wait_for_start(self) -> None:
@@ -105,9 +105,9 @@ class ProcessGroup:
     def _exchanged(self, values: dict[str, Any], *, compare: bool) -> dict[str, Any]:
         name = f"agreement-{self._agreements}"
         self._agreements += 1
-        answer = self._agreed[name] = queue.SimpleQueue[dict[str, Any]]()
+        reply = self._agreed[name] = queue.SimpleQueue[dict[str, Any]]()
         self._send(message("agree", name=name, values=values, compare=compare))
-        return answer.get()
+        return reply.get()
 
     def in_step(self, steps: int) -> None:
         """Report that this process begins a step after `steps` others."""
@@ -280,7 +280,7 @@ def join(
         devices: Number of CPU devices to emulate in this process.
         lost_after: Seconds without a sign of life after which a process is lost, and all others end with exit code 3.
         join_timeout: Seconds to wait for all processes.
-        arguments: What this process was started with, by name, which has to be equal in all.
+        arguments: Arguments of this process by name. They have to be equal in all processes.
 
     Returns:
         The group of the joined processes.
@@ -317,7 +317,7 @@ def join(
     atexit.register(_at_exit)
     shown = sys.excepthook
     sys.excepthook = lambda kind, error, trace: (
-        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # one line says so already
+        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # reported in one line already
     )
     return group
 
@@ -340,10 +340,10 @@ def _address_of(
         from jax._src.clusters import ClusterEnv
 
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
+            detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
         except (RuntimeError, ValueError, OSError) as error:
             raise MeshError(f"coordinator auto: the cluster manager does not name one: {error}") from error
-        address, num_processes, process_id = found[:3]
+        address, num_processes, process_id = detected[:3]
         coordinator = address or ""
         if not coordinator or num_processes is None or process_id is None:
             raise MeshError("coordinator auto finds no cluster manager: give HOST:PORT, num_processes and process_id")
@@ -362,7 +362,7 @@ def _is_here(host: str) -> bool:
 
 
 def _start_coordinator(values: dict[str, Any]) -> None:
-    """Start the coordinator beside this process; it ends with it.
+    """Start the coordinator as a child of this process; it ends with it.
 
     If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
     """
@@ -402,7 +402,7 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
 
 
 class _WithoutService:
-    """Stand for jaxlib's module while jax.distributed starts: the service runs in the coordinator."""
+    """Replace jaxlib's module while jax.distributed starts: the service runs in the coordinator."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -412,7 +412,7 @@ class _WithoutService:
 
     @staticmethod
     def get_distributed_runtime_service(*_: Any, **__: Any) -> None:
-        """Start nothing."""
+        """Start no service."""
 
 
 def _at_exit() -> None:
