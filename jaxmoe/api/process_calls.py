@@ -77,7 +77,7 @@ class ResultCodecs:
 
 
 def model_control(runner: ModelRunner) -> tuple[ModelExecutor, FollowedModel | None]:
-    """Return the executor of a model, and the model of process 0 that this one follows, if any. Call it in all processes."""
+    """Return the executor of a model, and the model of process 0 to follow, if any. Call it in all processes."""
     if not runner.placement.spans_processes:
         return ModelExecutor(runner), None
     control = cluster_control()

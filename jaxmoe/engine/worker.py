@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxmoe.errors import ProcessLostError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.processes import ProcessGroup
 
-Broadcast = Callable[..., Any]  # as ModelExecutor.broadcast
+Broadcast = Callable[..., AbstractContextManager[None]]  # as ModelExecutor.broadcast
 
 
 class EngineWorker:
@@ -81,6 +81,7 @@ class EngineWorker:
             "copy_page", {"rank": rank, "copy": asdict(page_copy)}, compiles="copy" not in self._programs
         ):
             self.state = self._host_offload.run(self.state, rank, page_copy)
+        self._programs.add(program)
 
     def clear_host_pages(self) -> None:
         """Drop all pages in host memory."""
@@ -195,7 +196,7 @@ class ModelFollower:
         self._number = 0
 
     def run(self, message: ControlMessage, number: int) -> None:
-        """Run one operation, the number-th of process 0. An error of a step is stored until process 0 resets the worker.
+        """Run one operation, the number-th of process 0. An error is stored until process 0 resets the worker.
 
         Raises: StepError if process 0 goes on as if the step had not failed.
         """
