@@ -169,12 +169,13 @@ def arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarra
         ordered = np.empty(len(devices), object)
         ordered[:] = in_process_order(devices)
         return ordered.reshape(shape)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise MeshError(f"the {len(devices)} devices are of {len(slices)} TPU slices: a mesh has devices of one slice")
     try:
         placed = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
     except NotImplementedError:  # no torus axis has this length: split physical axes, with longer paths
         placed = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    except ValueError as error:
-        raise MeshError(f"the {len(devices)} devices do not make one mesh: {error}") from error
     return in_rings(placed)
 
 
