@@ -45,7 +45,9 @@ def test_two_all_reduces_a_layer_take_what_their_links_take(mesh, each, ranks, i
     over, near = (2e6 * links.seconds(one, RankGroup(ranks, count)) for count in (inside, ranks))
     assert over > 1.5 * near
     said = line("deepseek-v3.1", mesh, each=each)
-    assert f"tensor groups of {ranks} devices span 2 hosts or processes, so their all-reduces cross between them" in said
+    assert (
+        f"tensor groups of {ranks} devices span 2 hosts or processes, so their all-reduces cross between them" in said
+    )
     assert f"planned {over:,.0f} us a layer over the network against {near:,.0f} us inside a host" in said
     assert said.endswith("for 64 requests (hardware preset h200)")
 
