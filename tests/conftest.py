@@ -30,7 +30,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from jaxmoe import LLM  # noqa: E402
 from jaxmoe.model.kernels import NATIVE_OPS, KernelConfig  # noqa: E402
-from jaxmoe.ops import grouped  # noqa: E402
+from jaxmoe.ops.grouped_matmul import blocks  # noqa: E402
 from jaxmoe.parallel.mesh import build_mesh, parse_mesh  # noqa: E402
 
 from .tiny.cases import CASES_BY_NAME  # noqa: E402
@@ -59,7 +59,7 @@ def mesh_of(text: str) -> jax.sharding.Mesh:
 @pytest.fixture
 def few_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sizes of expert blocks in place of up to seven, for tests whose subject is elsewhere."""
-    monkeypatch.setattr(grouped, "_SIZES", {1 << 62: (1, 8)})
+    monkeypatch.setattr(blocks, "_SIZES", {1 << 62: (1, 8)})
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from jaxmoe.errors import ConfigError, ProcessLostError, RequestError, StepError
 from jaxmoe.parallel.processes import joined
 from jaxmoe.weights.source import DEFAULT_MODEL
 
+_CLOSE = "AsyncEngine.close"
 _DEFAULT_CPU_GIB = 1.0
 _DEFAULT_SHARE = 0.9  # of the memory an accelerator has left after the weights
 
@@ -53,8 +54,8 @@ def _compile_bar(scheduler_config: SchedulerConfig, llm: LLM) -> Iterator[Callab
 class AsyncEngine:
     """Serve requests concurrently from asynchronous code, with continuous batching.
 
-    Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close(). Of joined
-    processes, process 0 streams requests; the others make an engine too, and their close() follows that of process 0.
+    Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close(). Of
+    joined processes, process 0 streams requests; the others make an engine too, whose close() follows process 0.
 
     Args:
         model: As in LLM, or a loaded LLM. An engine on a loaded LLM shares its KV cache and prefix cache with
@@ -229,7 +230,7 @@ class AsyncEngine:
         if self.llm._followed is not None:
             if not self._closed:
                 self._closed = True
-                received(self.llm._followed, ResultCodecs.NOTHING)
+                received(self.llm._followed, _CLOSE, ResultCodecs.NOTHING)
             return
         with self._lock:
             if not self._closed:
@@ -238,7 +239,7 @@ class AsyncEngine:
         self._thread.join()
         if not self._told:
             self._told = True
-            publish(self._shared.executor, ResultCodecs.NOTHING, None)
+            publish(self._shared.executor, _CLOSE, ResultCodecs.NOTHING, None)
         trace, self._trace = self._trace, None
         if self._trace_path is not None and trace is not None:
             trace.write(self._trace_path)

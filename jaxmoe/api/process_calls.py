@@ -86,24 +86,24 @@ def model_control(runner: ModelRunner) -> tuple[ModelExecutor, FollowedModel | N
     return ModelExecutor(runner), FollowedModel(control, control.register(runner))
 
 
-def received(followed: FollowedModel, codec: ResultCodec) -> Any:
-    """Wait for the next call of process 0, and return its result. Raises: the error that it raised there."""
-    message = followed.follower.result(followed.model_id)
+def received(followed: FollowedModel, call: str, codec: ResultCodec) -> Any:
+    """Wait for the next call of this name in process 0, and return its result. Raises: the error that it raised."""
+    message = followed.follower.result(followed.model_id, call)
     if "error" in message.values:
         raise getattr(errors, message.values["error"])(message.values["text"])
     return codec.decode(message.values["result"], message.arrays)
 
 
-def publish(executor: ModelExecutor, codec: ResultCodec, value: Any) -> None:
+def publish(executor: ModelExecutor, call: str, codec: ResultCodec, value: Any) -> None:
     """Send the result of a call to the other processes, if there are any."""
     if executor.has_followers:
         plain, arrays = codec.encode(value)
-        executor.publish({"result": plain}, arrays)
+        executor.publish(call, {"result": plain}, arrays)
 
 
-def publish_error(executor: ModelExecutor, error: errors.JaxmoeError) -> None:
+def publish_error(executor: ModelExecutor, call: str, error: errors.JaxmoeError) -> None:
     """Send the error that a call raised to the other processes, if there are any."""
-    executor.publish({"error": type(error).__name__, "text": str(error)})
+    executor.publish(call, {"error": type(error).__name__, "text": str(error)})
 
 
 def in_every_process(codec: ResultCodec) -> Callable[[Callable[..., Any]], Any]:
@@ -113,14 +113,14 @@ def in_every_process(codec: ResultCodec) -> Callable[[Callable[..., Any]], Any]:
         @wraps(method)
         def call(llm: Any, *args: Any, **kwargs: Any) -> Any:
             if llm._followed is not None:
-                return received(llm._followed, codec)
+                return received(llm._followed, method.__name__, codec)
             executor: ModelExecutor = llm._shared.executor
             try:
                 value = method(llm, *args, **kwargs)
             except errors.JaxmoeError as error:
-                publish_error(executor, error)
+                publish_error(executor, method.__name__, error)
                 raise
-            publish(executor, codec, value)
+            publish(executor, method.__name__, codec, value)
             return value
 
         return call
@@ -134,25 +134,25 @@ def stream_in_every_process(method: Callable[..., Iterator[TokenEvent]]) -> Any:
     @wraps(method)
     def call(llm: Any, *args: Any, **kwargs: Any) -> Iterator[TokenEvent]:
         if llm._followed is not None:
-            return iter(received(llm._followed, ResultCodecs.EVENTS))
+            return iter(received(llm._followed, method.__name__, ResultCodecs.EVENTS))
         executor: ModelExecutor = llm._shared.executor
         try:
             events = method(llm, *args, **kwargs)
         except errors.JaxmoeError as error:
-            publish_error(executor, error)
+            publish_error(executor, method.__name__, error)
             raise
-        return _published(executor, events) if executor.has_followers else events
+        return _published(executor, method.__name__, events) if executor.has_followers else events
 
     return call
 
 
-def _published(executor: ModelExecutor, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
+def _published(executor: ModelExecutor, call: str, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
     seen: list[TokenEvent] = []
     try:
         for event in events:
             seen.append(event)
             yield event
     except errors.JaxmoeError as error:
-        publish_error(executor, error)
+        publish_error(executor, call, error)
         raise
-    publish(executor, ResultCodecs.EVENTS, seen)
+    publish(executor, call, ResultCodecs.EVENTS, seen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import click
@@ -25,7 +24,7 @@ from jaxmoe.cli.score import score
 from jaxmoe.cli.verify import verify
 from jaxmoe.config.engine import RENAMED
 from jaxmoe.errors import JaxmoeError, ProcessLostError
-from jaxmoe.parallel.timeouts import LAST_SECONDS
+from jaxmoe.parallel.timeouts import LOST_CODE
 
 if TYPE_CHECKING:
     from jaxmoe.parallel.processes import ProcessGroup
@@ -55,9 +54,8 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         code = cli.main(args=arguments, prog_name="jaxmoe", standalone_mode=False)
         _exit(code if isinstance(code, int) else 0)
-    except ProcessLostError:  # a thread ends this process, with the line that says so
-        time.sleep(LAST_SECONDS)
-        sys.exit(3)
+    except ProcessLostError:  # a thread ends this process at exit, with the line that says so
+        sys.exit(LOST_CODE)
     except JaxmoeError as error:
         message = str(error)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from jaxmoe.cli.engine_options import engine_options
 from jaxmoe.config.engine import EngineConfig
 from jaxmoe.errors import MeshError
-from jaxmoe.parallel.timeouts import LOST_AFTER_SECONDS
+from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS
 
 if TYPE_CHECKING:
     from jaxmoe.api.llm import LLM
@@ -93,6 +93,10 @@ def process_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--lost-after", type=float, default=LOST_AFTER_SECONDS, show_default=True,
             help="Seconds without a sign of life after which a process is lost, and all others end with exit code 3.",
             envvar="JAXMOE_LOST_AFTER", **shared,
+        ),
+        click.option(
+            "--join-timeout", type=float, default=JOIN_TIMEOUT_SECONDS, show_default=True,
+            help="Seconds to wait for all processes.", envvar="JAXMOE_JOIN_TIMEOUT", **shared,
         ),
         click.option(
             "--process-id", type=int, help="Index of this process, with --coordinator HOST:PORT.",
@@ -183,7 +187,7 @@ def _join(devices: int | None) -> bool:
     arguments = {f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items()}
     group = join(
         coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
-        lost_after=context.meta[f"{_META}lost_after"],
+        lost_after=context.meta[f"{_META}lost_after"], join_timeout=context.meta[f"{_META}join_timeout"],
         arguments={"the command": str(context.info_name), **arguments},
     )  # fmt: skip
     sys.stdout.flush()

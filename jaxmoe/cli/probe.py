@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from jaxmoe.cli.options import console, json_option, size_text, start_jax, table_console
+from jaxmoe.cli.options import console, devices_option, json_option, size_text, start_jax, table_console
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.errors import MeshError, RequestError
 from jaxmoe.jsontext import json_text
@@ -24,19 +21,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--devices", type=int, help="Emulate this many devices on the CPU in each process.")
+@devices_option
 @click.option(
     "--mesh", help="Mesh axes to measure along, as in data=2,tensor=4. By default groups of every size are measured."
-)
-@click.option(
-    "--coordinator",
-    help="HOST:PORT of the first of several processes, or auto under a cluster manager (Slurm, MPI, GKE or a TPU pod).",
-)
-@click.option("--num-processes", type=click.IntRange(1), help="Number of processes. Use with --coordinator HOST:PORT.")
-@click.option(
-    "--process-id",
-    type=click.IntRange(0),
-    help="Index of this process. Use with --coordinator HOST:PORT. Process 0 writes the file.",
 )
 @click.option("--name", help="Name of the hardware in the file. Defaults to the device kind that JAX reports.")
 @click.option("--max-mib", type=float, default=64, show_default=True, help="Size of the largest message, in MiB.")
@@ -59,8 +46,8 @@ if TYPE_CHECKING:
 @click.option("--plot", metavar="FILE", help="Write a plot of bandwidth by message size, as .png or .svg.")
 @json_option
 def probe(
-    devices: int | None, mesh: str | None, coordinator: str | None, num_processes: int | None, process_id: int | None,
-    name: str | None, max_mib: float, repeats: int, output: str, force: bool, plot: str | None, as_json: bool,
+    devices: int | None, mesh: str | None, name: str | None, max_mib: float, repeats: int, output: str, force: bool,
+    plot: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure this machine's devices and write a hardware file.
 
@@ -68,7 +55,7 @@ def probe(
     that jaxmoe plan takes as --hardware. With several processes (one per host), run the command in each of them; the
     links between hosts are then measured, too.
     """
-    from jaxmoe.parallel.mesh import join_processes, parse_mesh
+    from jaxmoe.parallel.mesh import parse_mesh
 
     if plot is not None:
         check_plot_path(plot)
@@ -76,19 +63,15 @@ def probe(
         raise RequestError(f"--name {name!r} must consist of printable characters")
     path = _output_path(output, force=force)
     axes = parse_mesh(mesh) if mesh is not None else None
-    if coordinator in (None, "auto") and (num_processes, process_id) != (None, None):
-        raise RequestError("--num-processes and --process-id need --coordinator HOST:PORT")
     if not 0 < max_mib < 1 << 24:
         raise MeshError(f"--max-mib {max_mib:g} must lie above 0 and below {1 << 24}")
-    if coordinator is not None:
-        join_processes(coordinator, num_processes, process_id, devices)
-    start_jax(None if coordinator is not None else devices)
+    start_jax(devices)
     import jax
 
     from jaxmoe.planner.hardware_file import hardware_text, write_hardware
     from jaxmoe.probe.probe import probe as measure
 
-    with _quiet_output(coordinator is not None), console.status("preparing") as status:
+    with console.status("preparing") as status:
         result = measure(
             axes=axes, name=name, max_bytes=int(max_mib * (1 << 20)), repeats=repeats, on_progress=status.update
         )
@@ -102,23 +85,6 @@ def probe(
         print(json_text(_as_json(result, path)), flush=True)
     else:
         _print(result, path)
-
-
-@contextmanager
-def _quiet_output(wanted: bool) -> Iterator[None]:
-    """Redirect standard output to standard error if wanted: libraries print to it (gloo for every peer)."""
-    if not wanted:
-        yield
-        return
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _output_path(output: str, *, force: bool) -> Path:

@@ -24,7 +24,7 @@ from jaxmoe.errors import StepError
 # in one step while no prompt waits.
 BLOCK_TOKENS = 32
 _NOWHERE = -1
-# Returns the token bitmask [W] int32 (ops.sample.SamplingArrays) of the token after the given ones; None allows all.
+# Returns the token bitmask [W] int32 (ops.sampling.SamplingArrays) of the token after the given ones; None allows all.
 BitmaskSource = Callable[[Sequence[int]], np.ndarray | None]
 
 

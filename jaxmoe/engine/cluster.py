@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from typing import Any
 
-from jaxmoe.engine.control import ControlReceiver, ControlSender
+from jaxmoe.engine.control import ControlMessage, ControlReceiver, ControlSender
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.worker import ModelExecutor, ModelFollower
 from jaxmoe.errors import StepError
-from jaxmoe.parallel.processes import LOST_CODE, ProcessGroup, joined
+from jaxmoe.parallel.processes import ProcessGroup, joined
+from jaxmoe.parallel.timeouts import LOST_CODE
 
 _END, _RESULT = "end", "result"
+_MAX_RESULTS = 1024  # of calls that process 0 alone makes
 
 
 class ClusterController:
@@ -44,7 +45,7 @@ class ClusterFollower:
         self.group = group
         self._receiver = ControlReceiver(group)
         self._models: dict[int, ModelFollower] = {}
-        self._results: dict[int, deque[Any]] = defaultdict(deque)
+        self._results: dict[tuple[int, str], deque[ControlMessage]] = defaultdict(lambda: deque(maxlen=_MAX_RESULTS))
         self._num_models = 0
         self._lock = threading.RLock()
         self.exit_code: int | None = None  # once process 0 has ended
@@ -57,10 +58,13 @@ class ClusterFollower:
         self._models[model_id] = ModelFollower(runner, self.group)
         return model_id
 
-    def result(self, model_id: int) -> Any:
-        """Follow until process 0 has finished its next call of a model, and return the result of that call."""
+    def result(self, model_id: int, call: str) -> ControlMessage:
+        """Follow until process 0 has finished its next call of this name of a model, and return its result.
+
+        Raises: StepError if process 0 ends before.
+        """
         with self._lock:
-            results = self._results[model_id]
+            results = self._results[model_id, call]
             while not results:
                 if self.exit_code is not None:
                     raise StepError("process 0 has ended without this call: make the same calls in every process")
@@ -79,7 +83,7 @@ class ClusterFollower:
         if message.op == _END:
             self.exit_code = message.values["code"]
         elif message.op == _RESULT:
-            self._results[message.values["model"]].append(message)
+            self._results[message.values["model"], message.values["call"]].append(message)
         else:
             model_id = message.values["model"]
             try:

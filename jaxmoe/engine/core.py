@@ -26,7 +26,7 @@ from jaxmoe.engine.timing import StepClock
 from jaxmoe.engine.trace import EngineTrace, RequestRecord, StepRecord
 from jaxmoe.engine.worker import ModelExecutor
 from jaxmoe.errors import StepError
-from jaxmoe.ops.sample import SamplerOutput
+from jaxmoe.ops.sampling import SamplerOutput
 
 _TIMINGS = 3
 

@@ -42,7 +42,7 @@ from jaxmoe.model.attend import (
     split_rows,
 )
 from jaxmoe.model.transformer import ForwardState, TokensPerExpert, TransformerModel, at_rows
-from jaxmoe.ops.sample import SamplerOutput, SamplingFeatures
+from jaxmoe.ops.sampling import SamplerOutput, SamplingFeatures
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.mesh import compiler_options
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmoe.engine.batch import FLOAT_PARTS
 from jaxmoe.model.attend import TOKEN_PAGE_DIMS, DensePrefillInputs, KVPages
 from jaxmoe.model.transformer import TokensPerExpert, TransformerModel
-from jaxmoe.ops.sample import MAX_TOP, SamplerOutput, SamplingArrays, SamplingBackend, SamplingFeatures, sample
+from jaxmoe.ops.sampling import MAX_TOP, SamplerOutput, SamplingArrays, SamplingBackend, SamplingFeatures, sample
 from jaxmoe.parallel.sharding import MeshPlacement
 from jaxmoe.parallel.stages import PipelineSchedule
 

@@ -166,10 +166,10 @@ class ModelExecutor:
         """Return whether other processes follow this one."""
         return self._sender is not None
 
-    def publish(self, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+    def publish(self, call: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         """Send the result of a call to the processes that follow, which may make the same call."""
         if self._sender is not None:
-            self._sender.send("result", {"model": self._model_id, **values}, arrays)
+            self._sender.send("result", {"model": self._model_id, "call": call, **values}, arrays)
 
     def fault(self, error: Exception) -> StepError:
         """Return the error for requests whose step failed: a ProcessLostError if another process was lost."""

@@ -50,7 +50,7 @@ FAMILIES: dict[str, ModelFamily] = {
 }
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-# Name endings of the tensors that models store in float32 regardless of their dtype (ParamFactory.exact).
+# Name endings of the tensors that models store in float32 regardless of their dtype (parameters.py).
 _EXACT = tuple({f".{family.names.selection_bias}" for family in FAMILIES.values() if family.names.selection_bias})
 
 __all__ = [

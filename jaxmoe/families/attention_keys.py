@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jaxmoe.config import ArraySizes, ModelConfig
-from jaxmoe.weight_slice import ArrayIndex, WeightSlice, full_slice
-
-_PATH = "attention"
+from jaxmoe.families.parameters import ParameterDeclaration
+from jaxmoe.weight_slice import WeightSlice
 
 
 def _halves(config: ModelConfig, first: int, head_dim: int) -> list[tuple[slice, slice]]:
@@ -33,131 +32,99 @@ def _query_heads(config: ModelConfig, sizes: ArraySizes) -> list[tuple[int, int,
     return [(head, *sizes.query_slot(config, head)) for head in range(config.num_attention_heads)]
 
 
-def _out(config: ModelConfig, sizes: ArraySizes, hf: str, head_dim: int) -> Iterator[WeightSlice]:
-    width, num_heads = config.hidden_size, config.num_attention_heads
-    for head, slot, place in _query_heads(config, sizes):
-        yield WeightSlice(
-            key=f"{hf}.o_proj.weight", key_shape=(width, num_heads * head_dim),
-            src=(slice(0, width), slice(head * head_dim, (head + 1) * head_dim)), path=f"{_PATH}/out",
-            dst=(slot, place, slice(0, head_dim), slice(0, width)), transpose=True,
-        )  # fmt: skip
-    if config.out_bias:
-        yield full_slice(f"{hf}.o_proj.bias", (width,), f"{_PATH}/out_bias")
+def _key_value_heads(config: ModelConfig, sizes: ArraySizes) -> list[tuple[int, int]]:
+    """Return (head, head slot) of every replica of every key/value head."""
+    return [(head, slot) for head in range(config.num_key_value_heads) for slot in sizes.key_value_slots(head)]
 
 
-def grouped_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
-    """Yield the weight slices of grouped-query attention.
+def attention_slices(
+    declaration: ParameterDeclaration, config: ModelConfig, sizes: ArraySizes, fields: Mapping[str, str]
+) -> Iterator[WeightSlice]:
+    """Yield the weight slices of a parameter of an attention block whose tensors are not whole parameters.
 
-    The qkv parameter holds the query heads of each head slot, then its key head, then its value head.
+    declaration: without padding. fields: of its key.
     """
-    width, head_dim = config.hidden_size, config.head_dim
-    num_heads, num_kv = config.num_attention_heads, config.num_key_value_heads
-    query = _query_heads(config, sizes)
-    key_value = [(head, slot) for head in range(num_kv) for slot in sizes.key_value_slots(head)]
+    if declaration.stored == "projections":
+        return _projections(declaration, config, sizes, fields)
+    key = declaration.key.format_map(fields)
+    if declaration.stored == "rotary":
+        num_rows = declaration.dims["latent"]
+        return (
+            _rows(declaration, key, num_rows, rows, latent=columns) for rows, columns in _halves(config, 0, num_rows)
+        )
+    if "head_slot" not in declaration.dims:
+        return _key_heads(declaration, config, sizes, key)
+    return _query_heads_of(declaration, config, sizes, key)
+
+
+def _rows(declaration: ParameterDeclaration, key: str, num_rows: int, rows: slice, **index: int | slice) -> WeightSlice:
+    """Return the weight slice of some rows of a tensor with num_rows rows; its other dims are whole.
+
+    index: where the rows are in the parameter: the slice of one dim that they fill, and fixed indices in other dims.
+    """
+    dst = {dim: index.get(dim, slice(0, size)) for dim, size in declaration.dims.items()}
+    dims = [dim for dim, at in dst.items() if isinstance(at, slice)]
+    if declaration.transposed:
+        dims.reverse()
+    return WeightSlice(
+        key=key, key_shape=tuple(num_rows if dim in index else declaration.dims[dim] for dim in dims),
+        src=tuple(rows if dim in index else dst[dim] for dim in dims), path=declaration.path, dst=tuple(dst.values()),
+        transpose=declaration.transposed,
+    )  # fmt: skip
+
+
+def _projections(
+    declaration: ParameterDeclaration, config: ModelConfig, sizes: ArraySizes, fields: Mapping[str, str]
+) -> Iterator[WeightSlice]:
+    """Yield the weight slices of q, k and v in one parameter.
+
+    It holds the query heads of each head slot, then its key head, then its value head.
+    """
+    head_dim, num_kv = config.head_dim, config.num_key_value_heads
+    key_value = _key_value_heads(config, sizes)
     places = {
-        "q": (num_heads, query),
+        "q": (config.num_attention_heads, _query_heads(config, sizes)),
         "k": (num_kv, [(head, slot, sizes.group_slots) for head, slot in key_value]),
         "v": (num_kv, [(head, slot, sizes.group_slots + 1) for head, slot in key_value]),
     }
     for letter, (heads, slots) in places.items():
-        key, shape = f"{hf}.{letter}_proj", (heads * head_dim, width)
+        key = declaration.key.format_map({**fields, "projection": letter})
         for head, slot, place in slots:
             first = head * head_dim
             whole_head = [(slice(first, first + head_dim), slice(0, head_dim))]
             for rows, dims in whole_head if letter == "v" else _halves(config, first, head_dim):
-                yield WeightSlice(
-                    key=f"{key}.weight", key_shape=shape, src=(rows, slice(0, width)), path=f"{_PATH}/qkv",
-                    dst=(slice(0, width), slot, place, dims), transpose=True,
-                )  # fmt: skip
-                if config.qkv_bias:
-                    yield WeightSlice(
-                        key=f"{key}.bias", key_shape=shape[:1], src=(rows,), path=f"{_PATH}/qkv_bias",
-                        dst=(slot, place, dims),
-                    )  # fmt: skip
-    yield from _out(config, sizes, hf, head_dim)
-    yield from _norms_and_sinks(config, query, key_value, hf)
+                yield _rows(declaration, key, heads * head_dim, rows, kv_head=slot, head_slot=place, head_dim=dims)
 
 
-def _norms_and_sinks(
-    config: ModelConfig, query: list[tuple[int, int, int]], key_value: list[tuple[int, int]], hf: str
+def _key_heads(
+    declaration: ParameterDeclaration, config: ModelConfig, sizes: ArraySizes, key: str
 ) -> Iterator[WeightSlice]:
-    head_dim = config.head_dim
-    if config.sinks:
-        for head, slot, place in query:
-            dst: ArrayIndex = (slot, slice(place, place + 1))
-            key_shape = (config.num_attention_heads,)
-            yield WeightSlice(
-                key=f"{hf}.sinks", key_shape=key_shape, src=(slice(head, head + 1),), path=f"{_PATH}/sinks", dst=dst
-            )
-    if config.qk_norm == "head":
-        yield full_slice(f"{hf}.q_norm.weight", (head_dim,), f"{_PATH}/q_norm")
-        yield full_slice(f"{hf}.k_norm.weight", (head_dim,), f"{_PATH}/k_norm")
-    if config.qk_norm == "full":
-        all_dims = slice(0, head_dim)
-        for head, slot, place in query:
-            yield WeightSlice(
-                key=f"{hf}.q_norm.weight", key_shape=(config.num_attention_heads * head_dim,),
-                src=(slice(head * head_dim, (head + 1) * head_dim),), path=f"{_PATH}/q_norm",
-                dst=(slot, place, all_dims),
-            )  # fmt: skip
-        for head, slot in key_value:
-            yield WeightSlice(
-                key=f"{hf}.k_norm.weight", key_shape=(config.num_key_value_heads * head_dim,),
-                src=(slice(head * head_dim, (head + 1) * head_dim),), path=f"{_PATH}/k_norm", dst=(slot, all_dims),
-            )  # fmt: skip
+    """Yield the weight slices of a parameter with a row for each dim of each key head."""
+    size, num_rows = config.head_dim, config.num_key_value_heads * config.head_dim
+    for head, slot in _key_value_heads(config, sizes):
+        rows = slice(head * size, (head + 1) * size)
+        yield _rows(declaration, key, num_rows, rows, kv_head=slot, head_dim=slice(0, size))
 
 
-def latent_attention(config: ModelConfig, sizes: ArraySizes, hf: str) -> Iterator[WeightSlice]:
-    """Yield the weight slices of latent attention.
+def _query_heads_of(
+    declaration: ParameterDeclaration, config: ModelConfig, sizes: ArraySizes, key: str
+) -> Iterator[WeightSlice]:
+    """Yield the weight slices of a parameter with rows for each query head.
 
-    The down projections to the latents are whole; the up projections are split by query head.
+    In kv_b_proj of latent attention, a head's rows for keys precede its rows for values.
     """
-    mla = config.mla
-    assert mla is not None
-    width, rank, nope = config.hidden_size, mla.kv_lora_rank, mla.qk_nope_head_dim
-    both, num_heads = nope + mla.v_head_dim, config.num_attention_heads
-    down = (mla.cached_dim, width)
-    for rows, columns in _halves(config, 0, mla.cached_dim):
-        yield WeightSlice(
-            key=f"{hf}.kv_a_proj_with_mqa.weight", key_shape=down, src=(rows, slice(0, width)), path=f"{_PATH}/kv_down",
-            dst=(slice(0, width), columns), transpose=True,
-        )  # fmt: skip
-    yield full_slice(f"{hf}.kv_a_layernorm.weight", (rank,), f"{_PATH}/kv_norm")
-    into, key = width, f"{hf}.q_proj.weight"
-    if mla.q_lora_rank is not None:
-        into, key = mla.q_lora_rank, f"{hf}.q_b_proj.weight"
-        yield full_slice(f"{hf}.q_a_proj.weight", (into, width), f"{_PATH}/q_down", transpose=True)
-        yield full_slice(f"{hf}.q_a_layernorm.weight", (into,), f"{_PATH}/q_norm")
+    size = declaration.dims.get("head_dim", 1)
+    stride, offset = size, 0
+    if config.mla is not None and declaration.stored in ("latent_keys", "latent_values"):
+        stride = config.mla.qk_nope_head_dim + config.mla.v_head_dim
+        offset = config.mla.qk_nope_head_dim if declaration.stored == "latent_values" else 0
+    num_rows = config.num_attention_heads * stride
     for head, slot, place in _query_heads(config, sizes):
-        for rows, dims in _halves(config, head * config.head_dim, config.head_dim):
-            yield WeightSlice(
-                key=key, key_shape=(num_heads * config.head_dim, into), src=(rows, slice(0, into)), path=f"{_PATH}/q",
-                dst=(slice(0, into), slot, place, dims), transpose=True,
-            )  # fmt: skip
-        keys, values = head * both, head * both + nope
-        yield WeightSlice(
-            key=f"{hf}.kv_b_proj.weight", key_shape=(num_heads * both, rank),
-            src=(slice(keys, values), slice(0, rank)), path=f"{_PATH}/key_up",
-            dst=(slot, place, slice(0, nope), slice(0, rank)),
-        )  # fmt: skip
-        yield WeightSlice(
-            key=f"{hf}.kv_b_proj.weight", key_shape=(num_heads * both, rank),
-            src=(slice(values, values + mla.v_head_dim), slice(0, rank)), path=f"{_PATH}/value_up",
-            dst=(slot, place, slice(0, rank), slice(0, mla.v_head_dim)), transpose=True,
-        )  # fmt: skip
-    yield from _out(config, sizes, hf, mla.v_head_dim)
-    yield from _indexer(config, into, f"{hf}.indexer")
-
-
-def _indexer(config: ModelConfig, query_rank: int, hf: str) -> Iterator[WeightSlice]:
-    if config.indexer is None:
-        return
-    heads, dim, width = config.indexer.num_heads, config.indexer.head_dim, config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "wq_b.weight": (heads * dim, query_rank),
-        "wk.weight": (dim, width),
-        "weights_proj.weight": (heads, width),
-    }
-    shapes |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,)}
-    for name, shape in shapes.items():
-        yield full_slice(f"{hf}.{name}", shape, f"{_PATH}/indexer/{name}")
+        first = head * stride + offset
+        if "head_dim" not in declaration.dims:
+            one_row = slice(first, first + 1)
+            yield _rows(declaration, key, num_rows, one_row, kv_head=slot, head_slot=slice(place, place + 1))
+            continue
+        whole_head = [(slice(first, first + size), slice(0, size))]
+        for rows, dims in _halves(config, first, size) if declaration.stored == "rotary_heads" else whole_head:
+            yield _rows(declaration, key, num_rows, rows, kv_head=slot, head_slot=place, head_dim=dims)

@@ -1,4 +1,4 @@
-"""Readers of the config keys that decoder families share: sizes, attention windows, MoE layers."""
+"""Readers of the config keys that decoder families share: sizes, attention windows, MoE layers, routing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxmoe.families.reader import (
     REQUIRED,
     ConfigReader,
     only_supported,
+    read_agreed,
     read_dtype,
     shown,
 )
@@ -180,3 +181,37 @@ def read_sparse_layers(reader: ConfigReader, *, num_layers: int) -> tuple[bool, 
     if step < 1:
         raise ConfigError(f"config key 'decoder_sparse_step' = {step} must be at least 1")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+
+
+def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQUIRED) -> int:
+    """Return the total width of the shared experts, which are computed as one SwiGLU."""
+    count = reader.whole("n_shared_experts", default)
+    if count < 0:
+        raise ConfigError(f"config key 'n_shared_experts' = {count} must be at least 0")
+    return count * width
+
+
+def read_sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any = REQUIRED) -> dict[str, Any]:
+    """Return the routing of DeepSeek-V3: sigmoid scores, groups ranked by their two best experts.
+
+    A selection bias affects only the choice of experts. groups, normed: defaults for n_group and topk_group, and for
+    norm_topk_prob.
+    """
+    reader.expect("scoring_func", "sigmoid")
+    reader.expect("topk_method", "noaux_tc")
+    return dict(
+        norm_topk_prob=reader.flag("norm_topk_prob", normed),
+        num_groups=reader.whole("n_group", groups),
+        top_groups=reader.whole("topk_group", groups),
+        experts_per_group_score=2,
+        scoring="sigmoid",
+        selection_bias=True,
+    )
+
+
+def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
+    """Return the number of multi-token prediction layers, which checkpoints store after all other layers."""
+    keys = "num_nextn_predict_layers", "num_mtp_layers"  # as published, and as transformers writes it
+    return read_agreed(
+        reader, "layers of multi-token prediction", *keys, default=0, absent=absent, within=(0, MAX_LAYERS)
+    )

@@ -12,11 +12,17 @@ from functools import partial
 from typing import Any
 
 from jaxmoe.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from jaxmoe.errors import ConfigError
-from jaxmoe.families.decoder import read_decoder, read_dense_prefix, read_layer_types
+from jaxmoe.families.decoder import (
+    read_decoder,
+    read_dense_prefix,
+    read_layer_types,
+    read_mtp_layers,
+    read_shared_experts,
+    read_sigmoid_routing,
+)
 from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.keys import CheckpointKeys
-from jaxmoe.families.reader import MAX_LAYERS, REQUIRED, ConfigReader, read_agreed, read_num_experts
+from jaxmoe.families.reader import REQUIRED, ConfigReader, read_num_experts
 from jaxmoe.families.rope_keys import check_agree, rope_scalings, yarn_mscale
 
 _SPARSE = "deepseek_v32"
@@ -46,14 +52,6 @@ def read_score_scale(reader: ConfigReader, head_dim: int, rope: RopeConfig) -> f
     return scale * yarn_mscale(rope.factor, all_dim) ** 2 if rope.scaling == "yarn" and all_dim else scale
 
 
-def read_shared_experts(reader: ConfigReader, width: int, *, default: Any = REQUIRED) -> int:
-    """Return the total width of the shared experts, which are computed as one SwiGLU."""
-    count = reader.whole("n_shared_experts", default)
-    if count < 0:
-        raise ConfigError(f"config key 'n_shared_experts' = {count} must be at least 0")
-    return count * width
-
-
 def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
     """Return the routing of DeepSeek-V2: softmax scores, unnormalized weights, groups ranked by their best expert."""
     reader.expect("scoring_func", "softmax")
@@ -66,24 +64,6 @@ def _softmax_routing(reader: ConfigReader) -> dict[str, Any]:
         num_groups=groups if grouped else 1,
         top_groups=best if grouped else 1,
         experts_per_group_score=1,
-    )
-
-
-def sigmoid_routing(reader: ConfigReader, *, groups: Any = REQUIRED, normed: Any = REQUIRED) -> dict[str, Any]:
-    """Return the routing of DeepSeek-V3: sigmoid scores, groups ranked by their two best experts.
-
-    A selection bias affects only the choice of experts. groups, normed: defaults for n_group and topk_group, and for
-    norm_topk_prob.
-    """
-    reader.expect("scoring_func", "sigmoid")
-    reader.expect("topk_method", "noaux_tc")
-    return dict(
-        norm_topk_prob=reader.flag("norm_topk_prob", normed),
-        num_groups=reader.whole("n_group", groups),
-        top_groups=reader.whole("topk_group", groups),
-        experts_per_group_score=2,
-        scoring="sigmoid",
-        selection_bias=True,
     )
 
 
@@ -103,7 +83,7 @@ def _read(reader: ConfigReader, *, family: str, sigmoid: bool) -> ModelConfig:
         intermediate_size=width,
         shared_intermediate_size=read_shared_experts(reader, width),
         routed_scaling=reader.number("routed_scaling_factor", REQUIRED if sigmoid else 1.0),
-        **(sigmoid_routing if sigmoid else _softmax_routing)(reader),
+        **(read_sigmoid_routing if sigmoid else _softmax_routing)(reader),
     )
     return ModelConfig(
         family=family,
@@ -139,13 +119,6 @@ def _read_indexer(reader: ConfigReader) -> IndexerConfig:
     return IndexerConfig(**{name: reader.whole(key) for name, key in names.items()})
 
 
-def read_mtp_layers(reader: ConfigReader, *, absent: int) -> int:
-    """Return the number of multi-token prediction layers, which checkpoints store after all other layers."""
-    keys = "num_nextn_predict_layers", "num_mtp_layers"  # as published, and as transformers writes it
-    return read_agreed(reader, "layers of multi-token prediction", *keys, default=0, absent=absent, within=_MTP_LAYERS)
-
-
-_MTP_LAYERS = (0, MAX_LAYERS)
 NAMES = CheckpointKeys(selection_bias="gate.e_score_correction_bias", shared="shared_experts")
 _ARCHITECTURES = {
     "deepseek_v2": ("DeepseekV2ForCausalLM",),

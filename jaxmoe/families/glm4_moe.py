@@ -1,8 +1,14 @@
 """GLM-4.5: half of each head rotated, optional QK norms, DeepSeek-V3's routing. Source: Hugging Face, Glm4MoeConfig."""
 
 from jaxmoe.config import ModelConfig, MoEConfig
-from jaxmoe.families.decoder import read_decoder, read_dense_prefix
-from jaxmoe.families.deepseek import NAMES, read_mtp_layers, read_shared_experts, sigmoid_routing
+from jaxmoe.families.decoder import (
+    read_decoder,
+    read_dense_prefix,
+    read_mtp_layers,
+    read_shared_experts,
+    read_sigmoid_routing,
+)
+from jaxmoe.families.deepseek import NAMES
 from jaxmoe.families.family import ModelFamily
 from jaxmoe.families.reader import ConfigReader, read_num_experts
 
@@ -20,7 +26,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         intermediate_size=width,
         shared_intermediate_size=read_shared_experts(reader, width, default=1),
         routed_scaling=reader.number("routed_scaling_factor", 1.0),
-        **sigmoid_routing(reader, groups=1, normed=True),
+        **read_sigmoid_routing(reader, groups=1, normed=True),
     )
     return ModelConfig(
         family="glm4_moe",

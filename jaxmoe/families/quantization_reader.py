@@ -16,6 +16,7 @@ from typing import Any
 from jaxmoe.config import ArraySizes, ModelConfig, canonical_dtype
 from jaxmoe.errors import ConfigError
 from jaxmoe.families.keys import CheckpointKeys, weight_slices
+from jaxmoe.families.parameters import checkpoint_parameters
 from jaxmoe.families.quantization_tool import quantizer_name
 from jaxmoe.families.reader import ConfigReader, shown
 from jaxmoe.parallel.stages import layer_segments
@@ -32,8 +33,6 @@ from jaxmoe.quantization.layout import block_alignment, combined_alignment, is_m
 from jaxmoe.weight_slice import WeightSlice
 
 FLOATS = ("float32", "bfloat16", "float16")
-# Paths within a block of matrices that models never quantize: small ones, or ones with another use than a matmul.
-_PLAIN = ("router", "shared_gate", "key_up", "value_up")
 # Ignored keys of compressed-tensors: its writer and progress; the calibration, and dtypes that the tensors state too.
 _OF_WRITERS = ("global_compression_ratio", "quantization_status", "version")
 _OF_SCALES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
@@ -264,7 +263,7 @@ def weight_quantization(
 ) -> WeightQuantization | None:
     """Return which matrices a model stores in a format, or None if there are no such matrices.
 
-    These are the matrices of layers with a path in their block that begins with `only`, except the ones in _PLAIN.
+    These are the matrices of layers that may be quantized and have a path in their block that begins with `only`.
     plain: returns whether a module is unquantized; a matrix stays unquantized if any of its tensors belongs to one.
     apart: whether `plain` may distinguish layers of the same kind.
     Raises: ConfigError if blocks do not divide the inputs of a matrix with packed numbers.
@@ -316,12 +315,19 @@ def _matrices(
     layers: if given, only these layers.
     """
     segments = layer_segments(config, "unroll")  # one segment per layer
+    quantizable = {
+        (layer, declaration.path)
+        for layer in range(config.num_hidden_layers)
+        if layers is None or layer in layers
+        for declaration in checkpoint_parameters(config, layer)
+        if declaration.quantizable
+    }
     matrices: dict[tuple[int, str], list[WeightSlice]] = defaultdict(list)
     for weight_slice in weight_slices(
         config, [ArraySizes.unpadded(config)] * len(segments), names, segments, layers=layers
     ):
-        if weight_slice.path.startswith("segments/") and is_matrix(weight_slice):
-            _, layer, _, path = weight_slice.path.split("/", 3)
-            if path.split("/")[-1] not in _PLAIN:
-                matrices[int(layer), path].append(weight_slice)
+        if weight_slice.path.startswith("segments/"):
+            _, number, _, path = weight_slice.path.split("/", 3)
+            if (int(number), path) in quantizable:
+                matrices[int(number), path].append(weight_slice)
     return matrices

@@ -25,7 +25,6 @@ from jaxmoe.parallel.mesh import PlannedMesh, preset_names
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.planner.hardware import HardwareSpec, read_hardware
 from jaxmoe.planner.launch_lines import generate_options, launch_lines, placeholders
-from jaxmoe.planner.sizes import part_of
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config, model_name
@@ -163,7 +162,7 @@ def _parameters(runner: ModelRunner) -> list[dict[str, Any]]:
     """List every parameter, stacked over equal layers: logical dims, global shape, mesh axes that split each dim."""
     model = abstract_model(runner.config, runner.placement, dtype=runner.dtype, kernels=runner.kernels)
     return [
-        {"path": info.path, "part": part_of(info.path), "times": 1, "dims": list(info.dims), "shape": list(info.shape),
+        {"path": info.path, "part": info.part, "times": 1, "dims": list(info.dims), "shape": list(info.shape),
          "axes": _split(info.sharding), "dtype": info.dtype.name, "itemsize": info.dtype.itemsize}
         for info in parameter_table(nnx.state(model), runner.placement)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.model.attention import LayerInputs
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS
 from jaxmoe.ops.attention import MaskSpec, causal_attention
-from jaxmoe.ops.paged import (
+from jaxmoe.ops.paged_attention import (
     ContextShard,
     PagedBackend,
     Pages,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families.parameters import attention_parameters
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
+from jaxmoe.model.params import Matrix, ParamFactory, at_layer
 from jaxmoe.model.project import project
 from jaxmoe.model.rows import KEY_DIMS, QUERY_DIMS, TokenMask, apply_rope, mean_squares, qk_norm, rms_norm
 from jaxmoe.ops.attention import MaskSpec
@@ -85,8 +86,17 @@ def layer_mask_spec(config: ModelConfig, layer: int) -> MaskSpec:
 class GroupedQueryAttention(nnx.Module):
     """Compute grouped-query attention for one layer, or for stacked identical layers starting at index `layer`.
 
-    Query, key and value of a head slot are adjacent in one matrix.
+    Query, key and value of a head slot are adjacent in one matrix. Parameters of options that the config lacks do not
+    exist.
     """
+
+    qkv: Matrix
+    out: Matrix
+    qkv_bias: nnx.Param
+    out_bias: nnx.Param
+    sinks: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
 
     def __init__(
         self,
@@ -97,27 +107,12 @@ class GroupedQueryAttention(nnx.Module):
         layer: int,
         *,
         params: ParamFactory,
-        init: Init,
     ) -> None:
         self.config, self.placement, self.kernels, self.layer = config, placement, kernels, layer
         self.group = sizes.group_slots
-        heads = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots + 2, head_dim=config.head_dim)
-        query = dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots, head_dim=config.head_dim)
-        self.qkv = params.matrix("attention/qkv", init, width=config.hidden_size, **heads)
-        self.out = params.matrix("attention/out", init, over=3, **query, width=config.hidden_size)
-        if config.qkv_bias:
-            self.qkv_bias = params(zeros, **heads)
-        if config.out_bias:
-            self.out_bias = params(zeros, width=config.hidden_size)
-        if config.qk_norm == "head":
-            self.q_norm = params(ones, head_dim=config.head_dim)
-            self.k_norm = params(ones, head_dim=config.head_dim)
         if config.qk_norm == "full":
-            self.q_norm = params(ones, **query)
-            self.k_norm = params(ones, kv_head=sizes.kv_slots, head_dim=config.head_dim)
             self.kv_copies = sizes.kv_copies
-        if config.sinks:
-            self.sinks = params(zeros, kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
+        params.create(self, attention_parameters(config, sizes), within="attention")
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim

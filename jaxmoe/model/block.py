@@ -8,12 +8,13 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families.parameters import norm_parameters
 from jaxmoe.model.attention import ForwardContext, GroupedQueryAttention
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
 from jaxmoe.model.mlp import MLP
 from jaxmoe.model.moe import MoE, RouterOutput
-from jaxmoe.model.params import ParamFactory, at_layer, normal, ones
+from jaxmoe.model.params import ParamFactory, at_layer
 from jaxmoe.model.rows import hidden_dims, rms_norm
 from jaxmoe.ops.stack import LayerIndex
 from jaxmoe.parallel.sharding import MeshPlacement
@@ -21,6 +22,9 @@ from jaxmoe.parallel.sharding import MeshPlacement
 
 class DecoderLayer(nnx.Module):
     """Hold one decoder layer, or the stacked weights of identical layers starting at index `layer`."""
+
+    input_layernorm: nnx.Param
+    post_attention_layernorm: nnx.Param
 
     def __init__(
         self,
@@ -32,17 +36,15 @@ class DecoderLayer(nnx.Module):
         *,
         params: ParamFactory,
     ) -> None:
-        init = normal(0.02)
         self.eps, self.sparse = config.rms_norm_eps, config.moe_layers[layer]
         self.placement, self.kernels = placement, kernels
-        self.input_layernorm = params(ones, width=config.hidden_size)
-        self.post_attention_layernorm = params(ones, width=config.hidden_size)
+        params.create(self, norm_parameters(config))
         attention = GroupedQueryAttention if config.mla is None else LatentAttention
-        self.attention = attention(config, sizes, placement, kernels, layer, params=params, init=init)
+        self.attention = attention(config, sizes, placement, kernels, layer, params=params)
         if self.sparse:
-            self.moe = MoE(config, sizes, placement, kernels, params=params, init=init)
+            self.moe = MoE(config, sizes, placement, kernels, params=params)
         else:
-            self.mlp = MLP(config, sizes.ffn, placement, kernels, params=params, init=init)
+            self.mlp = MLP(config, sizes, placement, kernels, params=params)
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any

@@ -12,12 +12,12 @@ import jax
 from jaxmoe.errors import ConfigError
 from jaxmoe.ops import native
 from jaxmoe.ops.dispatch import DispatchBackend
-from jaxmoe.ops.grouped import GroupedBackend
+from jaxmoe.ops.grouped_matmul import GroupedBackend
 from jaxmoe.ops.linear import LinearBackend
-from jaxmoe.ops.paged import PagedBackend
+from jaxmoe.ops.paged_attention import PagedBackend
 from jaxmoe.ops.pointwise import PointwiseBackend
 from jaxmoe.ops.registry import REGISTRY
-from jaxmoe.ops.sample import SamplingBackend
+from jaxmoe.ops.sampling import SamplingBackend
 from jaxmoe.parallel.stages import LAYERS_MODES, LayersMode
 from jaxmoe.quantization.formats import WeightQuantization
 
@@ -31,8 +31,7 @@ _SLOWER = "jaxmoe: generation runs slower than it could: %s"
 class KernelConfig:
     """Select a backend for each op.
 
-    ops/registry.py lists the backends; dispatch.py, grouped.py, linear.py, paged.py, pointwise.py and sample.py of ops/
-    describe them.
+    ops/registry.py lists the backends; backends.py in the folder of each op describes them.
     layers: "scan" runs identical layers in a loop that is compiled once, "unroll" compiles each layer separately
     (parallel/stages.py).
     Raises: ConfigError if an op has no backend of that name.
@@ -57,9 +56,8 @@ class KernelConfig:
 
         Raises: ConfigError if one cannot run here.
         """
-        for name in NATIVE_OPS:
-            if getattr(self, name) == "native":
-                native.prepare(dtype, option=name)
+        for op, backends in REGISTRY.items():
+            backends[getattr(self, op)].prepare(dtype)
 
 
 KernelOverrides = KernelConfig | Mapping[str, Any]  # all ops, or only the ops chosen by the caller

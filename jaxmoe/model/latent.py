@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families.parameters import attention_parameters
 from jaxmoe.model.attention import ForwardContext, layer_mask_spec
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.params import Init, ParamFactory, at_layer, ones, zeros
+from jaxmoe.model.params import Matrix, ParamFactory, at_layer
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import QUERY_DIMS, apply_rope, rms_norm
 from jaxmoe.ops.stack import LayerIndex
@@ -32,8 +33,18 @@ _LATENT = ("token", "length", "latent")
 class LatentAttention(nnx.Module):
     """Compute latent attention for one layer, or for stacked identical layers starting at index `layer`.
 
-    Every head slot caches the same latent.
+    Every head slot caches the same latent. Parameters of options that the config lacks do not exist.
     """
+
+    kv_down: Matrix
+    kv_norm: nnx.Param
+    q_down: Matrix
+    q_norm: nnx.Param
+    q: Matrix
+    key_up: nnx.Param
+    value_up: nnx.Param
+    out: Matrix
+    out_bias: nnx.Param
 
     def __init__(
         self,
@@ -44,26 +55,10 @@ class LatentAttention(nnx.Module):
         layer: int,
         *,
         params: ParamFactory,
-        init: Init,
     ) -> None:
         assert config.mla is not None
         self.config, self.mla, self.placement, self.kernels, self.layer = config, config.mla, placement, kernels, layer
-        mla, heads = config.mla, dict(kv_head=sizes.kv_slots, head_slot=sizes.group_slots)
-        self.kv_down = params.matrix("attention/kv_down", init, width=config.hidden_size, latent=mla.cached_dim)
-        self.kv_norm = params(ones, latent=mla.kv_lora_rank)
-        if mla.q_lora_rank is None:
-            self.q = params.matrix("attention/q", init, width=config.hidden_size, **heads, head_dim=config.head_dim)
-        else:
-            self.q_down = params.matrix("attention/q_down", init, width=config.hidden_size, latent=mla.q_lora_rank)
-            self.q_norm = params(ones, latent=mla.q_lora_rank)
-            self.q = params.matrix("attention/q", init, latent=mla.q_lora_rank, **heads, head_dim=config.head_dim)
-        self.key_up = params(init, **heads, head_dim=mla.qk_nope_head_dim, latent=mla.kv_lora_rank)
-        self.value_up = params(init, **heads, latent=mla.kv_lora_rank, head_dim=mla.v_head_dim)
-        self.out = params.matrix(
-            "attention/out", init, over=3, **heads, head_dim=mla.v_head_dim, width=config.hidden_size
-        )
-        if config.out_bias:
-            self.out_bias = params(zeros, width=config.hidden_size)
+        params.create(self, attention_parameters(config, sizes), within="attention")
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, context: ForwardContext, kv_cache: Any, token_dim: TokenDim

@@ -6,9 +6,10 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jaxmoe.config import ModelConfig
+from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families.parameters import mlp_parameters
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.params import Init, ParamFactory, at_layer, zeros
+from jaxmoe.model.params import Matrix, ParamFactory, at_layer
 from jaxmoe.model.project import all_gather_tokens, project
 from jaxmoe.model.rows import swiglu
 from jaxmoe.ops.stack import LayerIndex
@@ -22,24 +23,24 @@ class MLP(nnx.Module):
     (docs/decisions/0002).
     """
 
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    gate_bias: nnx.Param
+    up_bias: nnx.Param
+    down_bias: nnx.Param
+
     def __init__(
         self,
         config: ModelConfig,
-        ffn: int,
+        sizes: ArraySizes,
         placement: MeshPlacement,
         kernels: KernelConfig,
         *,
         params: ParamFactory,
-        init: Init,
     ) -> None:
         self.placement, self.kernels, self.bias = placement, kernels, config.mlp_bias
-        self.gate = params.matrix("mlp/gate", init, width=config.hidden_size, ffn=ffn)
-        self.up = params.matrix("mlp/up", init, width=config.hidden_size, ffn=ffn)
-        self.down = params.matrix("mlp/down", init, ffn=ffn, width=config.hidden_size)
-        if self.bias:
-            self.gate_bias = params(zeros, ffn=ffn)
-            self.up_bias = params(zeros, ffn=ffn)
-            self.down_bias = params(zeros, width=config.hidden_size)
+        params.create(self, mlp_parameters(config, sizes), within="mlp")
 
     def __call__(self, x: jax.Array, layer: LayerIndex, num_valid: jax.Array | None, token_dim: TokenDim) -> jax.Array:
         """Apply the MLP with the weights of `layer`: x [B,S,D] -> [B,S,D].

@@ -14,15 +14,15 @@ from flax import nnx
 
 from jaxmoe.config import ArraySizes, ModelConfig, MoEConfig
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.parameters import moe_parameters
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.model.params import Init, Matrix, ParamFactory, dims_of, weights_of, zeros
+from jaxmoe.model.params import Matrix, ParamFactory, dims_of, weights_of
 from jaxmoe.model.project import all_gather_rows, reduce_or_scatter
 from jaxmoe.model.rows import TokenMask, hidden_dims
 from jaxmoe.ops.dispatch import DispatchSpec, combine, dispatch, unsupported_reason
-from jaxmoe.ops.gate import gated_rows, gated_unit
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.route import RouteRule, replica_hash, route, to_physical
+from jaxmoe.ops.pointwise import RouteRule, gated_rows, gated_unit, replica_hash, route, to_physical
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.parallel.sharding import MeshPlacement, TokenDim
 
@@ -33,24 +33,17 @@ class RoutedExperts(nnx.Module):
     Whole matrices are consecutive, so that each can be read in place.
     """
 
-    def __init__(
-        self, width: int, ffn: int, num_experts: int, biases: bool, *, params: ParamFactory, init: Init
-    ) -> None:
-        self.gate_up = params.matrix(
-            "moe/experts/gate_up", init, lead=2, moe_expert=num_experts, gate_or_up=2, width=width, moe_ffn=ffn
-        )
-        self.down = params.matrix("moe/experts/down", init, lead=1, moe_expert=num_experts, moe_ffn=ffn, width=width)
-        if biases:
-            self.gate_up_bias = params(zeros, moe_expert=num_experts, gate_or_up=2, moe_ffn=ffn)
+    gate_up: Matrix
+    down: Matrix
+    gate_up_bias: nnx.Param
 
 
 class SharedExpert(nnx.Module):
     """Hold the SwiGLU weights of the expert that every token visits, as in a dense layer."""
 
-    def __init__(self, width: int, ffn: int, *, params: ParamFactory, init: Init) -> None:
-        self.gate = params.matrix("moe/shared/gate", init, width=width, ffn=ffn)
-        self.up = params.matrix("moe/shared/up", init, width=width, ffn=ffn)
-        self.down = params.matrix("moe/shared/down", init, ffn=ffn, width=width)
+    gate: Matrix
+    up: Matrix
+    down: Matrix
 
 
 class RouterOutput(NamedTuple):
@@ -65,7 +58,17 @@ class RouterOutput(NamedTuple):
 
 
 class MoE(nnx.Module):
-    """Compute routed experts, and a shared expert if the config has one."""
+    """Compute routed experts, and a shared expert if the config has one.
+
+    Parameters of options that the config lacks do not exist.
+    """
+
+    router: nnx.Param
+    router_bias: nnx.Param
+    selection_bias: nnx.Param
+    down_bias: nnx.Param
+    physical_expert_map: nnx.Param
+    shared_gate: nnx.Param
 
     def __init__(
         self,
@@ -75,28 +78,16 @@ class MoE(nnx.Module):
         kernels: KernelConfig,
         *,
         params: ParamFactory,
-        init: Init,
     ) -> None:
         assert config.moe is not None
         self.moe, self.placement, self.kernels = config.moe, placement, kernels
         if why := unsupported_reason(kernels.dispatch, placement):
             raise ConfigError(f"dispatch={kernels.dispatch} {why}")
-        width = config.hidden_size
-        moe = config.moe
-        self.router = params(init, width=width, router_expert=moe.num_experts)
-        if moe.router_bias:
-            self.router_bias = params(zeros, router_expert=moe.num_experts)
-        if moe.selection_bias:
-            self.selection_bias = params.exact(zeros, router_expert=moe.num_experts)
-        self.experts = RoutedExperts(width, sizes.moe_ffn, sizes.moe_experts, moe.biases, params=params, init=init)
-        if moe.biases:  # of all experts on every rank: they need no grouped matmul
-            self.down_bias = params(zeros, router_expert=moe.num_experts, width=width)
-        if placement.redundant_experts is not None:
-            self.physical_expert_map = params.indices(expert_map=3, physical_expert=sizes.moe_experts)
-        if moe.shared_intermediate_size:
-            self.shared = SharedExpert(width, sizes.shared_ffn, params=params, init=init)
-        if moe.shared_gate:
-            self.shared_gate = params(init, width=width, unsharded=1)
+        self.experts = RoutedExperts()
+        if self.moe.shared_intermediate_size:
+            self.shared = SharedExpert()
+        maps_experts = placement.redundant_experts is not None
+        params.create(self, moe_parameters(config, sizes, maps_experts=maps_experts), within="moe")
 
     def __call__(
         self, x: jax.Array, layer: LayerIndex, token_mask: TokenMask, token_dim: TokenDim

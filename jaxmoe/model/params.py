@@ -1,11 +1,12 @@
-"""Parameter declarations. Every parameter carries its logical dims and its pipeline view.
+"""Creation of declared parameters. Every parameter carries its logical dims, its part and its pipeline view.
 
-Sharding, loading and saving follow from them.
+Sharding, loading and saving follow from them. families/parameters.py declares the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,30 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.families.parameters import Initializer, ParameterDeclaration
 from jaxmoe.ops.quantized_matmul import QuantizedArray, Weights
 from jaxmoe.ops.stack import LayerIndex, layer_of
 from jaxmoe.parallel.sharding import Dims, MeshPlacement, PipelineView
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.quantization.formats import BlockAlignment, QuantizationFormat, param_scale_shape
 
-Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-
-
-def normal(stddev: float) -> Init:
-    """Return an initializer that draws from a normal distribution."""
-    return jax.nn.initializers.normal(stddev)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Initialize an array to ones (norms)."""
-    del key
-    return jnp.ones(shape, dtype)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Initialize an array to zeros (biases)."""
-    del key
-    return jnp.zeros(shape, dtype)
+_STDDEV = 0.02  # of randomly initialized matrices
 
 
 def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
@@ -47,7 +32,7 @@ def at_layer(param: nnx.Param, layer: LayerIndex) -> jax.Array:
 
 class QuantizedParam(nnx.Module):
     """Hold a quantized matrix as two parameters with the same logical dims: numbers and scales
-    (ops/quantized_matmul.py)."""
+    (ops/quantized_matmul/array.py)."""
 
     def __init__(self, numbers: nnx.Param, scales: nnx.Param) -> None:
         self.numbers, self.scales = numbers, scales
@@ -87,8 +72,16 @@ class ParamFactory:
         lead: Mapping[str, int] = MappingProxyType({}),
         view: PipelineView = "outside_pipeline",
         quantized: QuantizedMatrices | None = None,
+        stddev: float = _STDDEV,
     ) -> None:
+        """Create a factory. lead: dims before those of every declaration. stddev: of normal initializers."""
         self._rngs, self._dtype, self._lead, self._view, self._quantized = rngs, dtype, lead, view, quantized
+        self._stddev = stddev
+        self._initializers: Mapping[Initializer, Callable[..., jax.Array]] = {
+            "normal": jax.nn.initializers.normal(stddev),
+            "ones": jax.nn.initializers.ones,
+            "zeros": jax.nn.initializers.zeros,
+        }
 
     def stacked(self, segment: LayerSegment, block: int, config: ModelConfig, placement: MeshPlacement) -> ParamFactory:
         """Return a factory for the parameters of one block of a segment, which stack its layers in a leading dim.
@@ -101,40 +94,44 @@ class ParamFactory:
                 config.quantization.format, config.quantization.of(segment.first + block), placement
             )
         view: PipelineView = "stacked" if segment.stages > 1 else "outside_pipeline"
-        return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized)
+        return ParamFactory(self._rngs, self._dtype, {"layer": segment.slots}, view, quantized, self._stddev)
 
-    def __call__(self, init: Init, **dims: int) -> nnx.Param:
-        """Create a parameter from its logical dims and sizes in order, such as width=64, ffn=256."""
-        dims = {**self._lead, **dims}
-        array = init(self._rngs.params(), tuple(dims.values()), self._dtype)
-        return nnx.Param(array, dims=tuple(dims), view=self._view)
+    def create(self, module: nnx.Module, declarations: Iterable[ParameterDeclaration], *, within: str = "") -> None:
+        """Create parameters as attributes of a module or of its submodules, by their paths.
 
-    def matrix(self, path: str, init: Init, *, lead: int = 0, over: int = 1, **dims: int) -> Matrix:
-        """Create a matrix, which may be quantized.
-
-        dims: `lead` dims over matrices, then `over` dims of the inputs, then the dims of the outputs. path: within the
-        block.
+        within: path of the module in its block.
         """
-        if self._quantized is None or path not in self._quantized.alignments:
-            return self(init, **dims)
+        for declaration in declarations:
+            *submodules, name = declaration.path.removeprefix(f"{within}/").split("/")
+            setattr(reduce(getattr, submodules, module), name, self(declaration))
+
+    def __call__(self, declaration: ParameterDeclaration) -> Matrix:
+        """Create a parameter, which may be quantized."""
+        if self._quantized is None or declaration.path not in self._quantized.alignments:
+            dtype = self._dtype if declaration.dtype is None else declaration.dtype
+            return self._param(declaration, declaration.dims, dtype, declaration.initializer)
         format, placement = self._quantized.format, self._quantized.placement
+        dims, alignment = declaration.dims, self._quantized.alignments[declaration.path]
         shares = [size // placement.num_shards(dim) for dim, size in dims.items()]
         counts = param_scale_shape(
-            list(dims.values()), shares, lead=lead, over=over, format=format, alignment=self._quantized.alignments[path]
-        )
-        packed = list(dims)[lead + over - 1]
-        items = dims | {packed: dims[packed] // format.packing_factor}
+            list(dims.values()), shares, lead=declaration.lead, over=declaration.over, format=format,
+            alignment=alignment,
+        )  # fmt: skip
+        packed = list(dims)[declaration.lead + declaration.over - 1]
+        items = {**dims, packed: dims[packed] // format.packing_factor}
         scales = dict(zip(dims, counts, strict=True))
-        return QuantizedParam(*(
-            ParamFactory(self._rngs, jnp.dtype(dtype), self._lead, self._view)(zeros, **sizes)
-            for dtype, sizes in ((format.stored_dtype, items), (format.scale_dtype, scales))
-        ))  # fmt: skip
+        return QuantizedParam(
+            self._param(declaration, items, format.stored_dtype, "zeros"),
+            self._param(declaration, scales, format.scale_dtype, "zeros"),
+        )
 
-    def exact(self, init: Init, **dims: int) -> nnx.Param:
-        """Create a float32 parameter, regardless of the dtype of the others."""
-        return ParamFactory(self._rngs, jnp.dtype(jnp.float32), self._lead, self._view)(init, **dims)
-
-    def indices(self, **dims: int) -> nnx.Param:
-        """Create an int32 parameter of zeros, which checkpoints do not contain."""
+    def _param(
+        self,
+        declaration: ParameterDeclaration,
+        dims: Mapping[str, int],
+        dtype: str | jnp.dtype,
+        initializer: Initializer,
+    ) -> nnx.Param:
         dims = {**self._lead, **dims}
-        return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.int32), dims=tuple(dims), view=self._view)
+        array = self._initializers[initializer](self._rngs.params(), tuple(dims.values()), jnp.dtype(dtype))
+        return nnx.Param(array, dims=tuple(dims), view=self._view, part=declaration.part)

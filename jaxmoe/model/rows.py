@@ -3,19 +3,15 @@
 # Dims: B batch, S length, D width, F ffn, H head dim.
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.ops.gate import gated_unit
-from jaxmoe.ops.norm import rms_norm as rms_norm_op
-from jaxmoe.ops.norm import scale_by_rms, sum_of_squares
-from jaxmoe.ops.pointwise import PointwiseBackend
-from jaxmoe.ops.registry import is_opaque
-from jaxmoe.ops.rope import rotate
+from jaxmoe.ops.pointwise import PointwiseBackend, gated_unit, rotate, scale_by_rms, sum_of_squares
+from jaxmoe.ops.pointwise import rms_norm as rms_norm_op
+from jaxmoe.ops.registry import REGISTRY
 from jaxmoe.parallel.sharding import Dims, MeshPlacement
 
 HIDDEN = ("batch", "length", "width")
@@ -52,16 +48,7 @@ def make_token_mask(valid: jax.Array, positions: jax.Array, placement: MeshPlace
 
 
 _HALVES = ("token", "length", "unsharded")
-
-
-def _run(
-    op: Callable[..., jax.Array], backend: PointwiseBackend, placement: MeshPlacement,
-    *operands: tuple[jax.Array, Dims], out: Dims,
-) -> jax.Array:  # fmt: skip
-    """Call a row-wise op on whole arrays if XLA can shard it, otherwise on the arrays of each rank."""
-    if is_opaque("pointwise", backend):
-        return placement.shard_map_local(op, *operands, out=out)
-    return op(*(array for array, _ in operands))
+_BACKENDS = REGISTRY["pointwise"]
 
 
 def rms_norm(
@@ -69,7 +56,7 @@ def rms_norm(
 ) -> jax.Array:
     """Apply RMS norm over the last of x's dims, which no mesh axis shards."""
     norm = partial(rms_norm_op, eps=eps, backend=backend)
-    return _run(norm, backend, placement, (x, dims), (weight, dims[-1:]), out=dims)
+    return _BACKENDS[backend].call_sharded(norm, placement, (x, dims), (weight, dims[-1:]), out=dims)
 
 
 def mean_squares(
@@ -95,7 +82,9 @@ def qk_norm(
 ) -> jax.Array:  # fmt: skip
     """Apply RMS norm to x [B,S,K,...] over all its heads, from their mean square [B,S]."""
     scale = partial(scale_by_rms, eps=eps, backend=backend)
-    return _run(scale, backend, placement, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims)
+    return _BACKENDS[backend].call_sharded(
+        scale, placement, (x, dims), (weight, dims[2:]), (mean_square, dims[:2]), out=dims
+    )
 
 
 def apply_rope(
@@ -103,7 +92,7 @@ def apply_rope(
 ) -> jax.Array:
     """Apply rotary position embedding to x [B,S,...,H] by cos and sin [B,S,H/2]."""
     rotate_fn = partial(rotate, backend=backend)
-    return _run(rotate_fn, backend, placement, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
+    return _BACKENDS[backend].call_sharded(rotate_fn, placement, (x, dims), (cos, _HALVES), (sin, _HALVES), out=dims)
 
 
 def swiglu(gate: jax.Array, up: jax.Array, placement: MeshPlacement, backend: PointwiseBackend) -> jax.Array:
@@ -114,4 +103,4 @@ def swiglu(gate: jax.Array, up: jax.Array, placement: MeshPlacement, backend: Po
         return gated_unit(gate.reshape(flat), up.reshape(flat), backend=backend).reshape(gate.shape)
 
     dims = ("token", "length", "ffn")
-    return _run(unit, backend, placement, (gate, dims), (up, dims), out=dims)
+    return _BACKENDS[backend].call_sharded(unit, placement, (gate, dims), (up, dims), out=dims)

@@ -12,16 +12,17 @@ from flax import nnx
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import ConfigError
+from jaxmoe.families.parameters import outer_parameters
 from jaxmoe.model.attend import micro_batch_of
 from jaxmoe.model.attention import ForwardContext, LayerInputs, StepInputs
 from jaxmoe.model.block import DecoderLayer
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.moe import RouterOutput
-from jaxmoe.model.params import ParamFactory, normal, ones
+from jaxmoe.model.params import Matrix, ParamFactory
 from jaxmoe.model.pipeline import StageBuffers, empty_buffers, from_last_stage, run_ticks, tick_stages
 from jaxmoe.model.project import project, reduce_or_scatter
 from jaxmoe.model.rows import HIDDEN, hidden_dims, make_token_mask, rms_norm
-from jaxmoe.ops.rope import inverse_frequencies, rotation
+from jaxmoe.ops.pointwise import inverse_frequencies, rotation
 from jaxmoe.parallel.sharding import MeshPlacement, TokenDim, array_sizes
 from jaxmoe.parallel.stages import LayerSegment, PipelineSchedule, layer_segments
 
@@ -44,7 +45,11 @@ class ForwardState(NamedTuple):
 
 
 class TransformerModel(nnx.Module):
-    """Compute a decoder-only transformer of any supported family."""
+    """Compute a decoder-only transformer of any supported family. It has no head if the embedding is the head."""
+
+    embed: nnx.Param
+    final_norm: nnx.Param
+    head: Matrix
 
     def __init__(
         self,
@@ -63,8 +68,8 @@ class TransformerModel(nnx.Module):
         params = ParamFactory(rngs, jnp.dtype(dtype))
         self.config, self.placement, self.kernels = config, placement, kernels
         self.outside = placement.with_view("outside_pipeline")
-        vocab = array_sizes(config, self.outside).vocab
-        self.embed = params(normal(0.02), vocab=vocab, width=config.hidden_size)
+        embedding, *last = outer_parameters(config, array_sizes(config, self.outside))
+        params.create(self, [embedding])
         self.layer_segments = layer_segments(
             config, kernels.layers, stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
@@ -72,9 +77,7 @@ class TransformerModel(nnx.Module):
             nnx.List(self._block(segment, block, params) for block in range(segment.period))
             for segment in self.layer_segments
         )
-        self.final_norm = params(ones, width=config.hidden_size)
-        if not config.tie_word_embeddings:
-            self.head = params(normal(0.02), width=config.hidden_size, vocab=vocab)
+        params.create(self, last)
 
     def _block(self, segment: LayerSegment, block: int, params: ParamFactory) -> DecoderLayer:
         placement = self.placement.for_layers(segment)

@@ -53,7 +53,10 @@ class JoinedProcess:
 class ProcessCoordinator:
     """Hold the state of the coordinator: one run of N processes from the first hello to the last goodbye."""
 
-    def __init__(self, router: zmq.Socket, *, num_processes: int, lost_after: float, join_timeout: float) -> None:
+    def __init__(
+        self, router: zmq.Socket, *, num_processes: int, lost_after: float, join_timeout: float, owner: str
+    ) -> None:
+        """owner: identity of process 0, which has started this coordinator."""
         self._router, self._num, self._join_timeout = router, num_processes, join_timeout
         self._lost_after = silence_limit(lost_after)
         self._processes: dict[int, JoinedProcess] = {}
@@ -64,13 +67,16 @@ class ProcessCoordinator:
         self._suspected_at: float | None = None
         self._settling: list[bytes] = []
         self._ended_at: float | None = None
+        self._end_message = b""
+        self._owner: bytes | None = bytes.fromhex(owner)  # None once it has joined or ended
         self._beat_at = 0.0
 
     @property
     def done(self) -> bool:
         """Return whether every process has ended, or has had its time to end."""
         if self._ended_at is not None:
-            return not self._processes or time.monotonic() - self._ended_at > LAST_SECONDS
+            gone = not self._processes and self._owner is None
+            return gone or time.monotonic() - self._ended_at > LAST_SECONDS
         return self._jax_port is not None and not self._processes
 
     def _tell(self, text: bytes) -> None:
@@ -81,7 +87,8 @@ class ProcessCoordinator:
         """Tell all processes to end, with the line that each of them prints. Only the first end counts."""
         if self._ended_at is None:
             self._ended_at = time.monotonic()
-            self._tell(message(op, line=line, **values))
+            self._end_message = message(op, line=line, **values)
+            self._tell(self._end_message)
 
     # --- messages ---
 
@@ -113,8 +120,12 @@ class ProcessCoordinator:
         now = time.monotonic()
         joined = JoinedProcess(process_id=process_id, identity=identity, host=host, pid=pid, facts=facts, heard=now)
         known = self._processes.get(process_id)
-        if self._ended_at is not None:  # it asks again, and then the coordinator of the next run
-            return
+        owned = identity == self._owner
+        self._owner = None if owned else self._owner
+        if self._ended_at is not None:
+            if owned:
+                self._router.send_multipart([identity, self._end_message])
+            return  # another one asks again, and then the coordinator of the next run
         if known is not None and known.identity == identity:
             known.heard = now
             return
@@ -191,6 +202,11 @@ class ProcessCoordinator:
             for identity in self._settling:
                 self._router.send_multipart([identity, message("settled")])
             self._settling.clear()
+
+    def lose_owner(self) -> None:
+        """End all processes because process 0 has ended without a word."""
+        self._owner = None
+        self.lose(0, "it ended")
 
     def lose(self, process_id: int, why: str) -> None:
         """End all processes because one was lost."""
@@ -272,7 +288,7 @@ def main() -> None:
     monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     coordinator = ProcessCoordinator(
         router, num_processes=values["num_processes"], lost_after=values["lost_after"],
-        join_timeout=values["join_timeout"],
+        join_timeout=values["join_timeout"], owner=values["owner"],
     )  # fmt: skip
     poller = zmq.Poller()
     for one in (router, monitor, sys.stdin.fileno()):
@@ -286,7 +302,7 @@ def main() -> None:
             coordinator.receive(*router.recv_multipart())
         if sys.stdin.fileno() in ready:
             poller.unregister(sys.stdin.fileno())
-            coordinator.lose(0, "it ended")
+            coordinator.lose_owner()
         coordinator.tick()
     router.disable_monitor()
     context.destroy(linger=1000)

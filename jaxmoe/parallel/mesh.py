@@ -114,32 +114,6 @@ def emulate_devices(num_devices: int) -> None:
         )
 
 
-def join_processes(coordinator: str, num_processes: int | None, process_id: int | None, devices: int | None) -> None:
-    """Join the devices of all processes into one cluster. Call it in every process, before JAX starts a backend.
-
-    coordinator: HOST:PORT of the first process, used with num_processes and process_id. With "auto", JAX gets all three
-    from the cluster manager. devices: number of CPU devices to emulate in this process.
-    Raises: MeshError if the numbers are out of range, or if the processes do not find each other.
-    """
-    process_args: tuple[str | None, int | None, int | None] = (None, None, None)
-    if coordinator != "auto":
-        if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-            raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
-        if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
-            raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
-        process_args = (coordinator, num_processes, process_id)
-    if devices is not None and not 1 <= devices <= 512:
-        raise MeshError(f"devices={devices} must lie in [1, 512]")
-    try:
-        if devices is not None:
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", devices)
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(*process_args)
-    except (RuntimeError, ValueError) as error:
-        raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
-
-
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Build a Mesh with all four axes, with devices in the order of `arranged`.
 

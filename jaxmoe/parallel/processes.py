@@ -28,9 +28,8 @@ import zmq
 
 from jaxmoe.errors import MeshError, ProcessLostError
 from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
-from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS
+from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS, LOST_CODE
 
-LOST_CODE = 3  # exit code of a process that ends because another was lost
 _GRACE_SECONDS = 0.5  # from telling requests that they are lost to the end of this process
 _MAX_DEVICES = 512
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
@@ -46,7 +45,7 @@ class ProcessGroup:
 
     def __init__(
         self, host: str, port: int, *, process_id: int, num_processes: int, facts: Mapping[str, Any],
-        lost_after: float, join_timeout: float,
+        lost_after: float, join_timeout: float, identity: bytes,
     ) -> None:  # fmt: skip
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
         self.lost: str | None = None  # the line that says which process was lost
@@ -61,7 +60,7 @@ class ProcessGroup:
         self._started, self._settled = threading.Event(), threading.Event()
         self._agreed: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
         self._agreements = 0
-        self._ending, self._running = threading.Lock(), True
+        self._ending, self._running, self._identity = threading.Lock(), True, identity
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox_lock = threading.Lock()
@@ -139,6 +138,10 @@ class ProcessGroup:
         self._send(message("failed", line=line, code=code))
         self._leave(code)
 
+    def wait_for_end(self) -> None:
+        """Wait for the thread to end this process, once another was lost."""
+        self._thread.join()
+
     def leave(self) -> None:
         """Separate from the other processes. Waits until all of them do."""
         for function in self.at_exit:
@@ -167,7 +170,7 @@ class ProcessGroup:
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.IPV6, 1)
         dealer.setsockopt(zmq.LINGER, 500)
-        dealer.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        dealer.setsockopt(zmq.IDENTITY, self._identity)
         dealer.connect(self._address)
         hello = message(
             "hello", process_id=self.process_id, host=socket.gethostname(), pid=os.getpid(), facts=self._facts
@@ -299,13 +302,15 @@ def join(
     for name, value in (("lost_after", lost_after), ("join_timeout", join_timeout)):
         if not 1 <= value <= 24 * 3600:
             raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+    identity = uuid.uuid4().bytes
     if process_id == 0:
-        _start_coordinator(port, num_processes=num_processes, lost_after=lost_after, join_timeout=join_timeout)
+        values = {"num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
+        _start_coordinator(values | {"port": port, "owner": identity.hex()})
         host = "localhost" if _is_here(host) else host
     facts = {"num_processes": num_processes, **versions(), **(arguments or {})}
     group = ProcessGroup(
         host, port, process_id=process_id, num_processes=num_processes, facts=facts,
-        lost_after=lost_after, join_timeout=join_timeout,
+        lost_after=lost_after, join_timeout=join_timeout, identity=identity,
     )  # fmt: skip
     group.wait_for_start()
     try:
@@ -316,6 +321,10 @@ def join(
     group.barrier()  # a process that ends at once would leave others without what they learn of its devices
     _group = group
     atexit.register(_at_exit)
+    shown = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (
+        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # one line says so already
+    )
     return group
 
 
@@ -360,7 +369,7 @@ def _is_here(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", "[::1]", socket.gethostname(), socket.getfqdn())
 
 
-def _start_coordinator(port: int, *, num_processes: int, lost_after: float, join_timeout: float) -> None:
+def _start_coordinator(values: dict[str, Any]) -> None:
     """Start the coordinator beside this process; it ends with it.
 
     If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
@@ -370,7 +379,6 @@ def _start_coordinator(port: int, *, num_processes: int, lost_after: float, join
         stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdin is not None
-    values = {"port": port, "num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
     print(json.dumps(values), file=child.stdin, flush=True)
     _children.append(child)  # its standard input stays open until this process ends
 
@@ -387,6 +395,7 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     state: Any = distributed.global_state
     real, distributed._jax = distributed._jax, _WithoutService(distributed._jax)
     try:
@@ -418,6 +427,8 @@ def _at_exit() -> None:
     group = _group
     if group is None:
         return
+    if group.lost is not None:
+        group.wait_for_end()
     error = getattr(sys, "last_value", None)
     if error is not None:
         group.fail(f"{type(error).__name__}: {error}", 1)

@@ -12,7 +12,7 @@ from jaxmoe.config.engine import split_options
 from jaxmoe.errors import ConfigError, MeshError
 from jaxmoe.families import read_config
 from jaxmoe.families.dtypes import choose_dtypes, is_checkpoint_format
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS
+from jaxmoe.ops.registry import REGISTRY
 from jaxmoe.parallel.layouts import parse_layout
 from jaxmoe.parallel.mesh import parse_mesh
 from jaxmoe.parallel.stages import check_virtual_stages
@@ -179,8 +179,8 @@ class PlanRequest:
             raise ConfigError(f"skew={self.skew} must lie in [0, 4]")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
-        if self.dispatch is not None and self.dispatch not in DISPATCH_BACKENDS:
-            raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(DISPATCH_BACKENDS)}")
+        if self.dispatch is not None and self.dispatch not in REGISTRY["dispatch"]:
+            raise ConfigError(f"dispatch={self.dispatch!r} must be one of {', '.join(REGISTRY['dispatch'])}")
         if self.dispatch is not None and config.moe is None:
             raise ConfigError(
                 f"dispatch={self.dispatch} sends tokens to experts, but {config.family} has no experts: leave it out"

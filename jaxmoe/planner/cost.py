@@ -17,12 +17,12 @@ import numpy as np
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.config.engine import MAX_DECODE_STEPS
+from jaxmoe.families.parameters import ParameterDeclaration, Part
 from jaxmoe.parallel.collectives import CollectiveOp, StepShape, planned_collectives
 from jaxmoe.planner.hardware import HardwareSpec
 from jaxmoe.planner.links import LinkModel, RankGroup, group_of
 from jaxmoe.planner.memory import DeviceLayers, DeviceMemory
-from jaxmoe.planner.parameters import ParameterShape
-from jaxmoe.planner.sizes import Part
+from jaxmoe.planner.parameters import shard_shape
 from jaxmoe.planner.step_time import StepBatch, StepTime
 from jaxmoe.quantization.formats import NVFP4
 
@@ -175,14 +175,14 @@ class StepCost:
         kernels = _KERNELS[part] + _LATENT_KERNELS * (part == "attention" and self.config.mla is not None)
         return _DenseCost(matmuls, block.bytes_of(part), moved, kernels)
 
-    def _matmuls(self, matrices: Sequence[ParameterShape], block: DeviceLayers) -> tuple[int, float]:
+    def _matmuls(self, matrices: Sequence[ParameterDeclaration], block: DeviceLayers) -> tuple[int, float]:
         """Return the number of weights of matrices of one part, and the matmul seconds of one token with them.
 
         The seconds include the overhead of every output (_OUTPUT_PRODUCTS).
         """
         total, outputs = 0, 0
         for one in matrices:
-            share = one.share(block.shards)
+            share = shard_shape(one, block.shards)
             numbers = math.prod(share)
             total += numbers
             if one.over:
@@ -362,12 +362,12 @@ def attention_dims(config: ModelConfig, block: DeviceLayers) -> tuple[int, int, 
     return heads, mla.cached_dim + mla.kv_lora_rank, config.head_dim + mla.v_head_dim
 
 
-def matrices_of(block: DeviceLayers, part: Part) -> list[ParameterShape]:
+def matrices_of(block: DeviceLayers, part: Part) -> list[ParameterDeclaration]:
     """Return the matrices of a part that multiplies every token."""
     return [one for one, _ in block.params if one.part == part and len(one.dims) > 1]
 
 
-def experts_of(block: DeviceLayers) -> tuple[int, list[ParameterShape]]:
+def experts_of(block: DeviceLayers) -> tuple[int, list[ParameterDeclaration]]:
     """Return the number of a layer's experts on a device, and their matrices."""
     num_experts = block.sizes.moe_experts // block.shards.moe_expert
     return num_experts, [one for one, _ in block.params if one.part == "experts" and one.lead]

@@ -12,18 +12,11 @@ from typing import cast
 from jax.sharding import Mesh
 
 from jaxmoe.config import ArraySizes, ModelConfig
+from jaxmoe.families.parameters import ParameterDeclaration, Part, block_parameters, outer_parameters
 from jaxmoe.parallel.mesh import PlannedMesh
 from jaxmoe.parallel.sharding import MeshPlacement, array_sizes, segment_sizes
 from jaxmoe.parallel.stages import LayerSegment, layer_segments
-from jaxmoe.planner.parameters import (
-    ParameterShape,
-    ShardCounts,
-    block_parameters,
-    itemsize_of,
-    num_layer_slots,
-    outer_parameters,
-)
-from jaxmoe.planner.sizes import Part
+from jaxmoe.planner.parameters import ShardCounts, device_bytes, itemsize_of, num_layer_slots, shard_shape
 
 # Bytes of a cached element, and of the scale per head and token, by KV cache dtype.
 KV_ITEMSIZES: Mapping[str, tuple[int, int]] = {
@@ -44,7 +37,7 @@ class DeviceLayers:
     sizes: ArraySizes
     placement: MeshPlacement
     shards: ShardCounts
-    params: tuple[tuple[ParameterShape, int], ...]  # with the bytes of one layer on one device
+    params: tuple[tuple[ParameterDeclaration, int], ...]  # with the bytes of one layer on one device
 
     def bytes_of(self, *parts: Part) -> int:
         """Return the bytes of parts of one layer on one device."""
@@ -63,7 +56,9 @@ class DeviceMemory:
         self.config, self.placement = config, placement
         self.itemsize = itemsize_of(config.dtype)
         self.kv_dtype = kv_dtype or config.dtype
-        self._known: dict[tuple[object, ...], tuple[tuple[ParameterShape, int], ...]] = {}  # by kind of layer and view
+        self._known: dict[
+            tuple[object, ...], tuple[tuple[ParameterDeclaration, int], ...]
+        ] = {}  # by kind of layer and view
         self.segments = layer_segments(
             config, "scan", stages=placement.num_stages, virtual_stages=placement.virtual_stages
         )
@@ -75,7 +70,7 @@ class DeviceMemory:
         ]
         outside = placement.with_view("outside_pipeline")
         self.outer = tuple(
-            (param, param.device_bytes(outside, itemsize=self.itemsize, format=None, alignment=None))
+            (param, device_bytes(param, outside, itemsize=self.itemsize))
             for param in outer_parameters(config, array_sizes(config, outside))
         )
 
@@ -159,12 +154,12 @@ class DeviceMemory:
 @lru_cache(maxsize=4096)
 def _params(
     config: ModelConfig, layer: int, sizes: ArraySizes, shards: ShardCounts, itemsize: int, maps_experts: bool
-) -> tuple[tuple[ParameterShape, int], ...]:  # fmt: skip
+) -> tuple[tuple[ParameterDeclaration, int], ...]:  # fmt: skip
     """Return a layer's parameters with their bytes on a device, cached since many placements shard a layer equally."""
     kept = config.quantization.of(layer) if config.quantization else {}
     format = config.quantization.format if config.quantization else None
     return tuple(
-        (one, one.device_bytes(shards, itemsize=itemsize, format=format, alignment=kept.get(one.path)))
+        (one, device_bytes(one, shards, itemsize=itemsize, format=format, alignment=kept.get(one.path)))
         for one in block_parameters(config, sizes, layer, maps_experts=maps_experts)
     )
 
@@ -174,6 +169,6 @@ def _width(block: DeviceLayers) -> int:
     widest = 0
     for param, _ in block.params:
         if param.over and not param.lead:
-            share = param.share(block.shards)
+            share = shard_shape(param, block.shards)
             widest = max(widest, math.prod(share[: param.over]), math.prod(share[param.over :]))
     return widest

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxmoe.families.parameters import ParameterDeclaration
 from jaxmoe.planner.cost import MATRICES, StepCost, attention_dims, experts_of, matrices_of
 from jaxmoe.planner.memory import DeviceLayers
-from jaxmoe.planner.parameters import ParameterShape
+from jaxmoe.planner.parameters import shard_shape
 from jaxmoe.planner.serving import RequestWorkload, ServingModel
 from jaxmoe.planner.step_time import StepBatch
 
@@ -71,8 +72,8 @@ def op_costs(cost: StepCost, batch: StepBatch) -> Iterator[OpCost]:
                 yield op
 
 
-def _numbers(params: list[ParameterShape], block: DeviceLayers) -> float:
-    return float(sum(math.prod(one.share(block.shards)) for one in params))
+def _numbers(params: list[ParameterDeclaration], block: DeviceLayers) -> float:
+    return float(sum(math.prod(shard_shape(one, block.shards)) for one in params))
 
 
 def _dense(cost: StepCost, block: DeviceLayers, batch: StepBatch) -> Iterator[OpCost]:

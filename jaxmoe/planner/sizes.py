@@ -6,15 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from jaxmoe.config import ArraySizes, ModelConfig
 from jaxmoe.families import FAMILIES, WeightSlice, weight_slices
+from jaxmoe.families.parameters import ParameterDeclaration, Part, checkpoint_parameters, outer_parameters
 from jaxmoe.families.quantization_reader import is_quantized, tells_layers
-from jaxmoe.parallel.stages import layer_segments
+from jaxmoe.parallel.stages import layer_segments, locate_layer
+from jaxmoe.planner.parameters import itemsize_of
 from jaxmoe.quantization.layout import oriented
 
-Part = Literal["embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head"]
 _QUANTIZED: tuple[Part, ...] = ("attention", "dense_mlp", "experts", "shared_expert")
 PARTS: tuple[Part, ...] = (
     "embedding", "attention", "dense_mlp", "router", "experts", "shared_expert", "norms", "head",
@@ -49,40 +50,31 @@ def checkpoint_tensors(config: ModelConfig, *, layers: Collection[int] | None = 
     config = replace(config, quantization=None)
     segments = layer_segments(config, "unroll")  # one segment per layer
     sizes = [ArraySizes.unpadded(config)] * len(segments)
+    declared: dict[str, tuple[int | None, ParameterDeclaration]] = {
+        one.path: (None, one) for one in outer_parameters(config, sizes[0])
+    }
+    for number in range(config.num_hidden_layers):
+        if layers is None or number in layers:
+            block = locate_layer(number, segments).path
+            declared |= {f"{block}/{one.path}": (number, one) for one in checkpoint_parameters(config, number)}
     seen: set[str] = set()
     for weight_slice in weight_slices(config, sizes, FAMILIES[config.family].names, segments, layers=layers):
         if weight_slice.key not in seen:
             seen.add(weight_slice.key)
-            part, inside = part_of(weight_slice.path), weight_slice.path.startswith("segments/")
+            layer, declaration = declared[weight_slice.path]
             yield CheckpointTensor(
-                key=weight_slice.key, shape=weight_slice.key_shape, part=part,
-                num_bytes=_num_bytes(weight_slice, part, config),
-                layer=int(weight_slice.path.split("/")[1]) if inside else None,
+                key=weight_slice.key, shape=weight_slice.key_shape, part=declaration.part,
+                num_bytes=_num_bytes(weight_slice, declaration, config), layer=layer,
             )  # fmt: skip
 
 
-def _num_bytes(weight_slice: WeightSlice, part: Part, config: ModelConfig) -> int:
+def _num_bytes(weight_slice: WeightSlice, declaration: ParameterDeclaration, config: ModelConfig) -> int:
     count, quant_config = math.prod(weight_slice.key_shape), config.checkpoint_quantization
-    if part not in _QUANTIZED or quant_config is None or not is_quantized(weight_slice, quant_config):
-        return count * (4 if weight_slice.path.endswith("selection_bias") or config.dtype == "float32" else 2)
+    if declaration.part not in _QUANTIZED or quant_config is None or not is_quantized(weight_slice, quant_config):
+        return count * itemsize_of(declaration.dtype or config.dtype)
     form, (*lead, outputs, inputs) = quant_config.format, oriented(weight_slice).key_shape
     blocks = math.prod(lead) * -(-outputs // form.outputs) * -(-inputs // (form.inputs or inputs))
     return count // form.packing_factor + blocks * (1 if form.scale_dtype == "uint8" else 4)
-
-
-def part_of(path: str) -> Part:
-    """Return the part of the model that the parameter at a path belongs to."""
-    outside: dict[str, Part] = {"embed": "embedding", "head": "head", "final_norm": "norms"}
-    if path in outside:
-        return outside[path]
-    inside = path.split("/")[3:]
-    if inside[-1].endswith("norm"):
-        return "norms"
-    if inside[0] == "moe":
-        shared = inside[1].startswith("shared")
-        experts = inside[1] in ("experts", "down_bias")
-        return "shared_expert" if shared else "experts" if experts else "router"
-    return "attention" if inside[0] == "attention" else "dense_mlp"
 
 
 @dataclass(frozen=True, kw_only=True)

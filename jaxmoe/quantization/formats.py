@@ -33,7 +33,7 @@ class QuantizationFormat:
 
     @property
     def stored_dtype(self) -> str:
-        """Return the dtype of arrays that hold the numbers or their bits; ops/quantized_matmul.py gives the reason."""
+        """Return the dtype of arrays that hold the numbers or their bits; ops/quantized_matmul gives the reason."""
         return "int8" if self.dtype == "int8" else "uint8"
 
     @property

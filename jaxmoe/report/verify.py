@@ -111,8 +111,9 @@ def verify_trials(
 
     def outcome(trial: ParityCase, prompts: list[list[int]] | None):
         count = math.prod(trial.mesh.values())
+        here = devices if trial.mesh else jax.local_devices()  # every process compares with one device of its own
         llm = LLM.load(
-            model, mesh=build_mesh(trial.mesh, nearest_devices(devices, count)), layout=trial.layout, dtype="float32",
+            model, mesh=build_mesh(trial.mesh, nearest_devices(here, count)), layout=trial.layout, dtype="float32",
             weights_dtype=weights_dtype, ignore_config_keys=ignore_config_keys,
         )  # fmt: skip
         prompts = prompts or sample_prompts(llm)

@@ -28,6 +28,8 @@ from jaxmoe.weights.windows import Cut, WeightSliceIndex, Window, intersect
 # Missing tensors are listed one by one up to this excess of tensors and numbers over those in the files.
 _MAX_LISTED, _MAX_NUMBERS = 1000, 10_000_000
 _STAGING_BYTES = 128 << 20
+_FEW_COLUMNS = 0.75  # a share of a matrix's columns up to which rows are read in parts
+_MIN_READ_BYTES = 512  # of a part of a row
 _READ_BYTES = 32 << 20  # of one tensor, per read
 _MAX_WORKERS = 8  # threads that read and convert tensors
 _TILE_BYTES = 32
@@ -102,7 +104,8 @@ def _fill(
 
     def read(source: Source, first: int, last: int) -> int:
         """Read some rows of a tensor into the windows; return the bytes filled."""
-        rows, num_bytes = opened[source].read_rows(first, last), 0
+        low_column, rows = _read(opened[source], first, last, [cut for cut, _ in cuts[source]])
+        num_bytes = 0
         check_reach(source[0], rows, dtype, _IN_REACH)
         for (span, *others), destination in cuts[source]:
             low, high = (-(-(max(at, span.start) - span.start) // span.step) for at in (first, min(last, span.stop)))
@@ -110,6 +113,8 @@ def _fill(
                 start = span.start + low * span.step - first
                 taken = slice(start, start + (high - low - 1) * span.step + 1, span.step)
                 to = destination[low:high]
+                if low_column:
+                    others = [slice(others[0].start - low_column, others[0].stop - low_column, others[0].step)]
                 _copy(rows[(taken, *others)], to)
                 num_bytes += to.nbytes
         return num_bytes
@@ -117,6 +122,19 @@ def _fill(
     for num_bytes in workers.map(lambda args: read(*args), reads()):
         on_bytes(num_bytes)
     return out
+
+
+def _read(tensor: LazyTensor, first: int, last: int, cuts: Sequence[Cut]) -> tuple[int, np.ndarray]:
+    """Read rows of a tensor, of a matrix only the columns that are needed if they are few. Return the first column too.
+
+    A process whose devices hold some columns of a matrix reads these alone.
+    """
+    if isinstance(tensor, TensorInfo) and len(tensor.shape) == 2:
+        low, high = min(cut[1].start for cut in cuts), max(cut[1].stop for cut in cuts)
+        few = (high - low) <= _FEW_COLUMNS * tensor.shape[1]
+        if few and (high - low) * tensor.dtype.itemsize >= _MIN_READ_BYTES:
+            return low, tensor.read_columns(first, last, low, high)
+    return 0, tensor.read_rows(first, last)
 
 
 def _runs(spans: Iterable[slice]) -> list[tuple[int, int]]:

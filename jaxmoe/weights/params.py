@@ -11,17 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from jaxmoe.families.parameters import Part
 from jaxmoe.parallel.sharding import Dims, MeshPlacement
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInfo:
-    """Describe one parameter: its path in the model, shape, dtype, logical dims and sharding."""
+    """Describe one parameter: its path in the model, shape, dtype, logical dims, part of the model and sharding."""
 
     path: str
     shape: tuple[int, ...]
     dtype: jnp.dtype
     dims: Dims
+    part: Part
     sharding: NamedSharding
 
     @property
@@ -40,11 +42,12 @@ def parameter_table(state: nnx.State, placement: MeshPlacement) -> list[ParamInf
     table = []
     for path, param in nnx.to_flat_state(state):
         leaf = param.get_value() if hasattr(param, "get_value") else param.value
-        dims = tuple(param.get_metadata()["dims"])
+        metadata = param.get_metadata()
+        dims = tuple(metadata["dims"])
         table.append(
             ParamInfo(
                 path="/".join(str(part) for part in path), shape=tuple(leaf.shape), dtype=jnp.dtype(leaf.dtype),
-                dims=dims, sharding=placement.with_view(param.get_metadata()["view"]).sharding(*dims),
+                dims=dims, part=metadata["part"], sharding=placement.with_view(metadata["view"]).sharding(*dims),
             )
         )  # fmt: skip
     return table

@@ -10,7 +10,7 @@ import numpy as np
 from jaxmoe.config import canonical_dtype
 from jaxmoe.errors import CheckpointError
 from jaxmoe.families import FAMILIES, quantized_keys, read_config, with_layout
-from jaxmoe.families.keys import HEAD
+from jaxmoe.families.parameters import HEAD
 from jaxmoe.families.quantization_writer import METHODS, quantization_config, written_as
 from jaxmoe.quantization.formats import FORMATS, QUANTIZATION_CONFIG
 from jaxmoe.quantization.tensors import check_quantizable, quantized, scales_of

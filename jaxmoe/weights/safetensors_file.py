@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,20 @@ class TensorInfo:
         self.read_bytes(start * row_items * self.dtype.itemsize, memoryview(out.reshape(-1).view(np.uint8)))
         return out
 
+    def read_columns(self, start: int, stop: int, low: int, high: int) -> np.ndarray:
+        """Read columns low..high of rows start..stop of a matrix into a new array, without the bytes between them.
+
+        Raises: CheckpointError if the file ends early.
+        """
+        (_, width), itemsize = self.shape, self.dtype.itemsize
+        out = np.empty((stop - start, high - low), self.dtype)
+        rows = out.view(np.uint8).reshape(stop - start, -1)
+        what = f"tensor {self.name!r}"
+        with opened(self.path) as file:
+            for row, place in zip(rows, range(start, stop), strict=True):
+                read_into(file, self.path, self.start + (place * width + low) * itemsize, memoryview(row), what)
+        return out
+
     def read_bytes(self, start: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from byte `start` on. Raises: CheckpointError if the file ends early."""
         read_exactly(self.path, self.start + start, out, f"tensor {self.name!r}")
@@ -91,16 +106,28 @@ class TensorInfo:
 
 def read_exactly(path: Path, start: int, out: memoryview, what: str) -> None:
     """Fill `out` from a file, from byte `start` on. Raises: CheckpointError if it ends early or cannot be read."""
+    with opened(path) as file:
+        read_into(file, path, start, out, what)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file for reading; yield its descriptor. Raises: CheckpointError if it cannot be opened or read."""
     try:
         with open(path, "rb", buffering=0) as file:
-            done = 0
-            while done < len(out):
-                count = os.preadv(file.fileno(), [out[done : done + (1 << 28)]], start + done)
-                if count == 0:
-                    raise CheckpointError(f"{path.name} ended inside {what}: fetch it again")
-                done += count
+            yield file.fileno()
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def read_into(descriptor: int, path: Path, start: int, out: memoryview, what: str) -> None:
+    """Fill `out` from an open file, from byte `start` on. Raises: CheckpointError if it ends early."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done : done + (1 << 28)]], start + done)
+        if count == 0:
+            raise CheckpointError(f"{path.name} ended inside {what}: fetch it again")
+        done += count
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmoe.config import CheckpointLayout, ModelConfig
 from jaxmoe.errors import MissingWeightsError
 from jaxmoe.families import FAMILIES, is_exact, read_config, states_dtype, with_layout
-from jaxmoe.families.keys import DOWN, EMBEDDING, GATE_UP, HEAD
+from jaxmoe.families.parameters import DOWN, EMBEDDING, GATE_UP, HEAD
 from jaxmoe.weights.checkpoint import CONFIG, open_tensors, read_json
 from jaxmoe.weights.dtypes import FLOAT_NAMES
 from jaxmoe.weights.quantized_sources import quantized_tensor_names

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops.grouped import ExpertWeights, block_sizes, grouped_swiglu, plan_blocks, sort_assignments, swiglu_one
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
+from jaxmoe.ops.grouped_matmul.assignments import sort_assignments
+from jaxmoe.ops.grouped_matmul.blocks import block_sizes, plan_blocks
+from jaxmoe.ops.grouped_matmul.experts import ExpertWeights, swiglu_one
 from tests.aot.flops import matmuls
 
 NUM_EXPERTS, TOP_K, WIDTH, FFN = 32, 4, 64, 24

@@ -12,7 +12,7 @@ from jaxmoe import LLM
 from jaxmoe.aot.request import InspectRequest
 from jaxmoe.errors import ConfigError
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.ops import quantized_matmul
+from jaxmoe.ops.quantized_matmul import tiles
 from jaxmoe.report.parameters import parameter_reports, total_bytes
 
 from ..conftest import XLA, mesh_of
@@ -28,7 +28,7 @@ ALL = "data=2,tensor=2,expert=2"
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch, few_block_sizes):
     """Several tiles of small matrices, and few sizes of blocks."""
-    monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 1 << 14)
 
 
 @pytest.fixture(scope="module")

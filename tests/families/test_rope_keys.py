@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe import ConfigError
 from jaxmoe.families import read_config
-from jaxmoe.ops.rope import inverse_frequencies
+from jaxmoe.ops.pointwise import inverse_frequencies
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config
 

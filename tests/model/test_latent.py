@@ -13,10 +13,10 @@ from jaxmoe.model.attend import CausalAttention, PagedAttention, QueryBlocks, em
 from jaxmoe.model.attention import ForwardContext
 from jaxmoe.model.kernels import KernelConfig
 from jaxmoe.model.latent import LatentAttention
-from jaxmoe.model.params import ParamFactory, normal
+from jaxmoe.model.params import ParamFactory
 from jaxmoe.model.rows import make_token_mask
 from jaxmoe.model.transformer import layer_segments
-from jaxmoe.ops.rope import inverse_frequencies, rotation
+from jaxmoe.ops.pointwise import inverse_frequencies, rotation
 from jaxmoe.parallel.sharding import MeshPlacement, array_sizes
 
 from ..conftest import mesh_of
@@ -41,8 +41,8 @@ def test_absorbed_attention_is_the_plain_form(name, mesh):
     config = read_config(CASES_BY_NAME[name].config)
     placement = MeshPlacement(mesh=mesh_of(mesh))
     sizes, kernels = array_sizes(config, placement), KernelConfig()
-    params = ParamFactory(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1})
-    block = LatentAttention(config, sizes, placement, kernels, 0, params=params, init=normal(0.3))
+    params = ParamFactory(nnx.Rngs(0), jnp.dtype("float32"), {"layer": 1}, stddev=0.3)
+    block = LatentAttention(config, sizes, placement, kernels, 0, params=params)
     graph, weights = nnx.split(block)
     x = jax.random.normal(jax.random.key(1), (LENGTH, config.hidden_size))
 

@@ -1,4 +1,4 @@
-"""Every implementation sends tokens where their experts are and sums what comes back; routing chooses them."""
+"""Every implementation sends tokens where their experts are and sums what comes back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL, DispatchSpec, combine, dispatch
-from jaxmoe.ops.route import RouteRule, route, to_physical
+from jaxmoe.ops.dispatch import BACKENDS, HIERARCHICAL, DispatchSpec, combine, dispatch
+from jaxmoe.ops.pointwise import RouteRule, route
 
 from ..conftest import mesh_of
 
@@ -49,7 +47,7 @@ def _weights(routed: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("routed", ["some", "none", "one", "one rank", "all"])
-@pytest.mark.parametrize("backend", DISPATCH_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_rank_sees_each_token_with_the_weights_of_its_experts_and_sums_come_back(backend, routed):
     x = np.random.default_rng(1).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
     weights, factors = _weights(routed), np.arange(1, EXPERTS + 1, dtype=np.float32)
@@ -98,7 +96,7 @@ def test_kinds_agree_to_the_last_bit_where_a_token_visits_few_ranks():
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("backend", DISPATCH_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_go_back_the_way_tokens_came(backend):
     x = np.random.default_rng(3).normal(0, 1, (RANKS * TOKENS, WIDTH)).astype(np.float32)
     weights, factors = _weights("some").astype(np.float32), np.arange(1, EXPERTS + 1, dtype=np.float32)
@@ -107,60 +105,6 @@ def test_gradients_go_back_the_way_tokens_came(backend):
     wanted = jax.grad(loss(lambda x, w: x * (w @ factors)[:, None]), argnums=(0, 1))(x, weights)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[1] * (weights != 0), wanted[1] * (weights != 0), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_route(normalize):
-    rng = np.random.default_rng(1)
-    x, router = rng.normal(0, 1, (6, WIDTH)).astype(np.float32), rng.normal(0, 1, (WIDTH, EXPERTS)).astype(np.float32)
-    valid = jnp.array([True, True, False, True, True, True])
-    weights, probabilities = route(x @ router, valid, rule=RouteRule(top_k=3, normalize=normalize))
-    softmax = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
-    np.testing.assert_allclose(probabilities, softmax, rtol=1e-4)
-    for token in range(6):
-        best = np.argsort(-softmax[token])[:3] if valid[token] else np.array([], int)
-        expected = np.zeros(EXPERTS)
-        expected[best] = softmax[token, best] / (softmax[token, best].sum() if normalize else 1)
-        np.testing.assert_allclose(weights[token], expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(("best", "top_groups"), [(1, 1), (1, 2), (2, 2), (5, 3)])
-def test_groups_limit_where_a_token_goes(best, top_groups):
-    """Of four groups of two experts; the oracle goes through them one by one."""
-    rng = np.random.default_rng(4)
-    logits = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32)
-    rule = RouteRule(top_k=2, normalize=False, num_groups=4, top_groups=top_groups, experts_per_group_score=best)
-    weights, _ = route(logits, jnp.ones(16, bool), rule=rule)
-    for token, row in enumerate(np.exp(logits) / np.exp(logits).sum(1, keepdims=True)):
-        scores = [sum(sorted(row[2 * g : 2 * g + 2])[-best:]) for g in range(4)]
-        among = [e for g in np.argsort(scores)[-top_groups:] for e in (2 * g, 2 * g + 1)]
-        chosen = sorted(among, key=lambda e: -row[e])[:2]
-        np.testing.assert_allclose(weights[token], np.where(np.isin(np.arange(EXPERTS), chosen), row, 0), rtol=1e-4)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_bias_takes_part_in_the_choice_alone(normalize):
-    """DeepSeek-V3's routing: sigmoids, of four groups the two whose best two experts have the largest sum."""
-    rng = np.random.default_rng(6)
-    logits, bias = rng.normal(0, 1, (16, EXPERTS)).astype(np.float32), rng.normal(0, 1, EXPERTS).astype(np.float32)
-    rule = RouteRule(
-        top_k=3,
-        normalize=normalize,
-        scoring="sigmoid",
-        scaling=2.5,
-        num_groups=4,
-        top_groups=2,
-        experts_per_group_score=2,
-    )
-    weights, scores = route(logits, jnp.ones(16, bool), bias, rule=rule)
-    sigmoid = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    np.testing.assert_allclose(scores, sigmoid, rtol=1e-5)
-    for token, row in enumerate(sigmoid):
-        choice = row + bias
-        among = [e for g in np.argsort(choice.reshape(4, 2).sum(1))[-2:] for e in (2 * g, 2 * g + 1)]
-        chosen = sorted(among, key=lambda e: -choice[e])[:3]
-        expected = np.where(np.isin(np.arange(EXPERTS), chosen), row, 0) * 2.5
-        np.testing.assert_allclose(weights[token], expected / (row[chosen].sum() if normalize else 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_groups", [1, 2, 4])
@@ -177,27 +121,3 @@ def test_groups_of_a_rank_limit_the_ranks_that_a_token_is_sent_to(top_groups):
     assert int(got.sum()) <= RANKS * TOKENS * top_groups
     if top_groups == 1:
         assert int(got.sum()) == RANKS * TOKENS
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    weights=st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=6, max_size=6), min_size=1, max_size=9),
-    places=st.lists(st.integers(0, 6), min_size=2, max_size=4),
-    first=st.integers(0, 5),
-)
-def test_a_token_visits_the_replica_whose_turn_it_is_of_each_of_its_experts(weights, places, first):
-    """Every expert stands somewhere, some in several places, and some places (6) are empty."""
-    expert = np.array([*range(6), *places])
-    count = np.array([sum(expert == e) for e in expert])
-    nth = np.array([sum(expert[:at] == e) for at, e in enumerate(expert)])
-    physical_expert_map = np.stack([expert, nth, np.where(expert == 6, 0, count)]).astype(np.int32)
-    weights = np.array(weights, np.float32)
-    found = np.asarray(
-        to_physical(jnp.asarray(weights), jnp.asarray(physical_expert_map), first + jnp.arange(len(weights)))
-    )
-    for token, row in enumerate(weights):
-        for e in range(6):
-            at = np.flatnonzero(expert == e)
-            assert sorted(found[token, at]) == sorted([row[e]] + [0] * (len(at) - 1))
-            assert found[token, at[(first + token) % len(at)]] == row[e]
-        assert not found[token, expert == 6].any()

@@ -10,17 +10,23 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops.attention import MaskSpec, causal_attention
-from jaxmoe.ops.gate import gated_rows, gated_unit
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.norm import rms_norm, scale_by_rms, sum_of_squares
-from jaxmoe.ops.paged import paged_attention
-from jaxmoe.ops.rope import rotate
-from jaxmoe.ops.route import RouteRule, route
+from jaxmoe.ops.paged_attention import paged_attention
+from jaxmoe.ops.pointwise import (
+    RouteRule,
+    gated_rows,
+    gated_unit,
+    rms_norm,
+    rotate,
+    route,
+    scale_by_rms,
+    sum_of_squares,
+)
 
 from .stacks import LAYER, stacked
 from .test_linear import compiler_found
-from .test_sample import sampled_by
+from .test_sampling import sampled_by
 
 INF, NAN = np.inf, np.nan
 NUMBERS = np.array(

@@ -10,10 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmoe.ops import quantized_matmul
-from jaxmoe.ops.grouped import grouped_swiglu
+from jaxmoe.ops.grouped_matmul import grouped_swiglu
 from jaxmoe.ops.linear import linear
-from jaxmoe.ops.quantized_matmul import QuantizedArray, dequantized
+from jaxmoe.ops.quantized_matmul import QuantizedArray, dequantized, tiles
 
 FORMS = {"int8": "int8", "fp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn"}
 
@@ -60,7 +59,7 @@ def test_every_byte_of_fp8_is_its_number():
 @pytest.mark.parametrize(("form", "blocks"), BLOCKS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 128), (5, 640)])
 def test_products_are_those_with_the_values(rows, columns, form, blocks, tile_bytes, monkeypatch):
-    monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", tile_bytes)
     w, value = random(form, (3, 96, columns), blocks)
     x = np.random.default_rng(1).normal(size=(rows, 96)).astype(np.float32)
     for backend in ("xla", "native"):
@@ -76,7 +75,7 @@ def test_products_are_those_with_the_values(rows, columns, form, blocks, tile_by
 @pytest.mark.parametrize(("form", "blocks"), [("int8", (512, 1)), ("fp8", (128, 128)), ("mxfp4", (32, 1))])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_matrix_is_dequantized_whole(form, blocks, dtype, monkeypatch):
-    monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 1 << 18)
     w, _ = random(form, (4, 512, 2048), blocks)
 
     def layers(x, w):
@@ -93,7 +92,7 @@ def test_no_matrix_is_dequantized_whole(form, blocks, dtype, monkeypatch):
 @pytest.mark.parametrize(("form", "blocks"), [("int8", (16, 16)), ("fp8", (32, 32)), ("mxfp4", (32, 1))])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_experts_are_those_of_the_values(form, blocks, backend, num_tokens, monkeypatch):
-    monkeypatch.setattr(quantized_matmul, "_TILE_BYTES", 1)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 1)
     experts, width, ffn, top_k = 5, 64, 320, 2
     gate_up, gate_up_value = random(form, (2, experts, 2, width, ffn), blocks, 1)
     down, down_value = random(form, (2, experts, ffn, width), blocks, 2)

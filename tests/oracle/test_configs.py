@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jaxmoe.families import FAMILIES, read_config
-from jaxmoe.ops.rope import inverse_frequencies
+from jaxmoe.ops.pointwise import inverse_frequencies
 from jaxmoe.planner.sizes import count_parameters
 
 from ..families.counts import PUBLISHED, transformers_config, transformers_count

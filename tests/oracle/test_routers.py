@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.families import read_config
-from jaxmoe.ops.pointwise import POINTWISE_BACKENDS
-from jaxmoe.ops.route import RouteRule, route
+from jaxmoe.ops.pointwise import BACKENDS, RouteRule, route
 
 from ..ops.test_linear import compiler_found
 from ..tiny.cases import CASES_BY_NAME
@@ -54,7 +53,7 @@ def published_weights(name: str, logits: np.ndarray) -> np.ndarray:
     return weights
 
 
-@pytest.mark.parametrize("backend", POINTWISE_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_are_those_of_transformers(name, backend):
     """Logits far apart and far from zero, no two of a token's scores alike unless they are too small to matter."""

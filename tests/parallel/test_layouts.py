@@ -17,7 +17,7 @@ from jaxmoe.engine.batch import bucket_with
 from jaxmoe.errors import ConfigError, LayoutError
 from jaxmoe.families import read_config
 from jaxmoe.model.kernels import KernelConfig
-from jaxmoe.ops.dispatch import DISPATCH_BACKENDS, HIERARCHICAL
+from jaxmoe.ops.dispatch import BACKENDS, HIERARCHICAL
 from jaxmoe.parallel.layouts import LAYOUTS, ShardingLayout, parse_layout
 from jaxmoe.parallel.mesh import PlannedMesh
 
@@ -146,7 +146,7 @@ def test_every_layout_gives_what_one_device_gives_and_says_what_was_planned(
 # Kinds of dispatch, in layouts whose experts lie over two axes; with a pipeline, and with strips of tokens.
 KINDS = [
     pytest.param(kind, layout, mesh, marks=() if (number + at) % 4 == 0 else pytest.mark.sweep)
-    for at, kind in enumerate(DISPATCH_BACKENDS[1:])
+    for at, kind in enumerate(list(BACKENDS)[1:])
     for number, (layout, mesh) in enumerate(
         [
             ("dp-ep", "tensor=2,expert=4"),

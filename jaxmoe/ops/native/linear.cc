@@ -1,4 +1,4 @@
-// Matmuls with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear.py. The order of summation depends only
+// Matmuls with one matrix, [T, K] x [K, N] or [T, K] x [N, K], for ops/linear. The order of summation depends only
 // on the shape of the matrix and the number of threads, not on the other rows.
 
 #include "packed.h"

@@ -1,4 +1,4 @@
-// Paged attention for ops/paged.py. One work item is a range of tokens of one query block and one key/value head.
+// Paged attention for ops/paged_attention. One work item is a range of tokens of one query block and one key/value head.
 
 #include "rows.h"
 

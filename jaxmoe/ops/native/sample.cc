@@ -1,4 +1,4 @@
-// Sampling of one token per row, for ops/sample.py. SamplingArrays there documents the parameters.
+// Sampling of one token per row, for ops/sampling. SamplingArrays in arrays.py there documents the parameters.
 
 #include "rows.h"
 
