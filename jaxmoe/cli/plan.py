@@ -155,7 +155,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _print_launch(result: dict[str, Any]) -> None:
-    """Print the command of every host, of more than _MAX_LINES hosts the first two and the last."""
+    """Print the command of every host, or of the first two hosts and the last if there are many."""
     lines = result["launch"]
     if not lines:
         return

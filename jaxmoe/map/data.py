@@ -117,7 +117,7 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
 
 
 def _launch(request: MapRequest, axes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Return the command of every host, and what the placeholders in it stand for."""
+    """Return the command of every host, and the meaning of its placeholders."""
     options = generate_options(request.engine, axes, request.kernels)
     lines = launch_lines(
         request.model, options, devices=math.prod(axes.values()), hardware=request.checked_hardware()

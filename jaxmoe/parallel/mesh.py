@@ -134,9 +134,9 @@ def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """Return the devices in the shape of a mesh, whose last axis has the nearest devices.
+    """Return the devices in the shape of a mesh, with near devices along its last axis.
 
-    TPUs are arranged by the topology of their slice. All others fill the shape in process order.
+    TPUs are arranged by the topology of their slice. Other devices fill the shape in process order.
     Raises: MeshError if the devices are of several TPU slices.
     """
     if devices[0].platform != "tpu":
@@ -154,7 +154,7 @@ def arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarra
 
 
 def in_process_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Return devices in the order of their fabrics, of their processes in these, and of their ids."""
+    """Return devices in the order of their fabrics, then of their processes, then of their ids."""
     return sorted(devices, key=lambda device: (fabric_index(device), device.process_index, device.id))
 
 

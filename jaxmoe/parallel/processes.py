@@ -129,7 +129,7 @@ class ProcessGroup:
             raise ProcessLostError(self.lost)
 
     def claims_end(self) -> bool:
-        """Return whether the caller is the first to end this process, and is to print the one line that says why."""
+        """Return whether the caller is the first to end this process, and so prints the line with the reason."""
         return self._ending.acquire(blocking=False)
 
     def fail(self, line: str, code: int) -> None:
@@ -318,7 +318,7 @@ def join(
         jax.devices()
     except (RuntimeError, ValueError) as error:
         raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
-    group.barrier()  # a process that ends at once would leave others without what they learn of its devices
+    group.barrier()  # before a process can end, all have read the topology of its devices
     _group = group
     atexit.register(_at_exit)
     shown = sys.excepthook
@@ -330,10 +330,8 @@ def join(
 
 def versions() -> dict[str, str]:
     """Return the versions that have to be equal in all processes."""
-    from jaxmoe import __version__
-
     return {
-        "jaxmoe": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "jaxmoe": sys.modules["jaxmoe"].__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }  # fmt: skip
 

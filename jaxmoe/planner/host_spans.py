@@ -22,7 +22,7 @@ def tensor_span_line(
     config: ModelConfig, placement: MeshPlacement, hosts: np.ndarray, *, device_kind: str, dispatch: str,
     max_num_seqs: int,
 ) -> str | None:  # fmt: skip
-    """Return a line with the estimated cost if tensor groups span several hosts, None if none does.
+    """Return a line with the estimated cost if tensor groups span several hosts, otherwise None.
 
     hosts: index of the host of every device, in the shape of the mesh (mesh.hosts_of). device_kind: as JAX names it.
     dispatch: the backend. max_num_seqs: decoding requests over all ranks, for which the last layer is estimated.
@@ -53,14 +53,14 @@ def preset_of(device_kind: str) -> tuple[str, bool]:
     words = re.split(r"[^a-z0-9]+", device_kind.lower())
     if "cpu" in words:
         return _CPU, True
-    found = next((name for name in hardware_names() if name in words), None)
-    return (_GENERIC, False) if found is None else (found, True)
+    name = next((preset for preset in hardware_names() if preset in words), None)
+    return (_GENERIC, False) if name is None else (name, True)
 
 
 def _of_last_layer(
     config: ModelConfig, placement: MeshPlacement, *, dispatch: str, max_num_seqs: int
 ) -> list[CollectiveOp]:
-    """Return the collectives of the last layer over the tensor axis, alone or with others, in a decode step."""
+    """Return the collectives of the last layer over the tensor axis, or over it and other axes, in a decode step."""
     aligned = placement.strip_tokens * placement.num_shards("page_token")
     tokens = -(-max_num_seqs // (placement.num_shards("batch") * placement.num_stages * aligned)) * aligned
     shape = StepShape(num_tokens=tokens, num_sampled=tokens, itemsize=jnp.dtype(config.dtype).itemsize, picked=True)

@@ -33,14 +33,14 @@ def launch_lines(model: str, options: str, *, devices: int, hardware: HardwareSp
 
 
 def placeholders(lines: list[str], model: str) -> list[str]:
-    """Return what each placeholder in launch lines stands for."""
+    """Return the meaning of each placeholder in launch lines."""
     checkpoint = f"{NO_CHECKPOINT} is a directory or hub id with the weights of {model}"
     address = f"{ADDRESS} is the address of the first host and a free port there"
     return [text for name, text in ((NO_CHECKPOINT, checkpoint), (ADDRESS, address)) if name in lines[0].split()]
 
 
 def generate_options(engine: EngineConfig, axes: Mapping[str, int], kernels: Mapping[str, Any]) -> str:
-    """Return the options of `jaxmoe generate` for the options of an engine, without those that have their defaults.
+    """Return the options of `jaxmoe generate` for the options of an engine that differ from their defaults.
 
     axes: sizes of the mesh. kernels: the backends that were chosen, by op.
     """

@@ -57,7 +57,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def checkpoint_of(model: str) -> str | None:
-    """Return the name under which find_model finds the weights of a model that find_config found; None without any.
+    """Return the name by which find_model finds the weights of a model of find_config, None if it has no weights.
 
     They belong to the directory of a config.json. A preset of models/ and another JSON file have none.
     """
