@@ -52,7 +52,7 @@ class EngineWorker:
 
     def _operation(
         self, op: str, values: dict[str, Any] | None = None, arrays: Sequence[np.ndarray] = (), **facts: Any
-    ):
+    ) -> AbstractContextManager[None]:
         return self._broadcast(op, {"worker": self._id, **(values or {})}, arrays, **facts)
 
     def step(
@@ -77,9 +77,8 @@ class EngineWorker:
     def copy_page(self, rank: int, page_copy: PageCopy) -> None:
         """Copy one page of a rank to host memory, or back."""
         assert self._host_offload is not None
-        with self._operation(
-            "copy_page", {"rank": rank, "copy": asdict(page_copy)}, compiles="copy" not in self._programs
-        ):
+        values, program = {"rank": rank, "copy": asdict(page_copy)}, (page_copy.direction,)
+        with self._operation("copy_page", values, compiles=program not in self._programs):
             self.state = self._host_offload.run(self.state, rank, page_copy)
         self._programs.add(program)
 

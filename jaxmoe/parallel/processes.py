@@ -60,7 +60,7 @@ class ProcessGroup:
         self._started, self._settled = threading.Event(), threading.Event()
         self._agreed: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
         self._agreements = 0
-        self._failing, self._running, self._identity = False, True, identity
+        self._ending, self._running, self._identity = threading.Lock(), True, identity
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox_lock = threading.Lock()
@@ -128,9 +128,13 @@ class ProcessGroup:
         if self.lost is not None:
             raise ProcessLostError(self.lost)
 
+    def claims_end(self) -> bool:
+        """Return whether the caller is the first to end this process, and so prints the line with the reason."""
+        return self._ending.acquire(blocking=False)
+
     def fail(self, line: str, code: int) -> None:
-        """End this process, and all others with its line. Returns only if they are ending already."""
-        self._failing = True
+        """End this process, and all others with its line."""
+        self.claims_end()
         self._send(message("failed", line=line, code=code))
         self._leave(code)
 
@@ -242,7 +246,7 @@ class ProcessGroup:
         self._end(line, LOST_CODE)
 
     def _end(self, line: str, code: int) -> None:
-        if self._failing:  # with a line of its own
+        if not self.claims_end():
             return
         print(f"jaxmoe: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
@@ -311,8 +315,10 @@ def join(
     group.wait_for_start()
     try:
         _start_jax(group, devices)
+        jax.devices()
     except (RuntimeError, ValueError) as error:
         raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
+    group.barrier()  # before a process can end, all have read the topology of its devices
     _group = group
     atexit.register(_at_exit)
     shown = sys.excepthook
