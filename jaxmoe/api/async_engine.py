@@ -29,7 +29,7 @@ from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestFinished, SamplingParams
-from jaxmoe.engine.trace import EngineTrace, check_trace_path
+from jaxmoe.engine.trace import EngineTrace, check_trace_path, trace_facts
 from jaxmoe.errors import ConfigError, ProcessLostError, RequestError, StepError
 from jaxmoe.parallel.processes import joined
 from jaxmoe.weights.source import DEFAULT_MODEL
@@ -96,7 +96,7 @@ class AsyncEngine:
             return
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         with self._shared.lock:  # LLM.generate of other threads waits until the programs are compiled
-            self._core = self._reserve(None if trace is None else EngineTrace(self.llm._trace_facts()))
+            self._core = self._reserve(None if trace is None else EngineTrace(trace_facts(self.llm._runner)))
             try:
                 self._warm_up(on_compile)
             except BaseException:
