@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-MOST_SECONDS = 300
+MOST_SECONDS = 1500
 
 
 class ProcessResult(NamedTuple):
