@@ -12,6 +12,7 @@ from jaxmoe.errors import (
     JaxmoeError,
     LayoutError,
     MeshError,
+    ProcessLostError,
     RequestError,
     StepError,
 )
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jaxmoe.model.kernels import KernelConfig
     from jaxmoe.parallel.eplb import ExpertPlacement
     from jaxmoe.parallel.layouts import ShardingLayout
+    from jaxmoe.parallel.processes import ProcessGroup, join
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "LayoutError",
     "MeshError",
     "ParallelConfig",
+    "ProcessGroup",
+    "ProcessLostError",
     "RequestError",
     "RequestOutput",
     "RequestStream",
@@ -49,6 +53,7 @@ __all__ = [
     "ShardingLayout",
     "StepError",
     "TokenEvent",
+    "join",
 ]  # fmt: skip
 
 # Imported on first use: JAX must not start before the number of devices is known.
@@ -64,6 +69,8 @@ _LAZY = {
     "KernelConfig": "jaxmoe.model.kernels",
     "ExpertPlacement": "jaxmoe.parallel.eplb",
     "ShardingLayout": "jaxmoe.parallel.layouts",
+    "ProcessGroup": "jaxmoe.parallel.processes",
+    "join": "jaxmoe.parallel.processes",
 }
 _RENAMED = {"Engine": "AsyncEngine", "Chunk": "TokenEvent", "Layout": "ShardingLayout"}
 

@@ -21,7 +21,7 @@ from jaxmoe.api.inputs import Prompt
 from jaxmoe.api.llm import LLM
 from jaxmoe.api.output_processor import RequestState
 from jaxmoe.api.outputs import TokenEvent
-from jaxmoe.api.process_calls import ResultCodecs, publish, received
+from jaxmoe.api.process_calls import ResultCodecs, received, send_result
 from jaxmoe.checks import is_finite
 from jaxmoe.config import EngineConfig, EngineOptions
 from jaxmoe.config.engine import SERVING_OPTIONS, checked_config
@@ -29,7 +29,7 @@ from jaxmoe.engine.batch import whole_blocks
 from jaxmoe.engine.core import EngineCore
 from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestFinished, SamplingParams
-from jaxmoe.engine.trace import EngineTrace, check_trace_path
+from jaxmoe.engine.trace import EngineTrace, check_trace_path, trace_facts
 from jaxmoe.errors import ConfigError, ProcessLostError, RequestError, StepError
 from jaxmoe.parallel.processes import joined
 from jaxmoe.weights.source import DEFAULT_MODEL
@@ -55,7 +55,7 @@ class AsyncEngine:
     """Serve requests concurrently from asynchronous code, with continuous batching.
 
     Start-up compiles every program that the engine runs. Use the engine as a context manager, or call close(). Of
-    joined processes, process 0 streams requests; the others make an engine too, whose close() follows process 0.
+    joined processes, process 0 streams requests; the others make an engine too, and close() follows process 0.
 
     Args:
         model: As in LLM, or a loaded LLM. An engine on a loaded LLM shares its KV cache and prefix cache with
@@ -91,12 +91,12 @@ class AsyncEngine:
         self.engine_config, self._group = engine_config, joined()
         self._scheduler_config = _scheduler_config(self.llm, engine_config)
         self._shared = self.llm._shared
-        self._closed = self._told = False  # told: the processes that follow
+        self._closed = self._is_close_sent = False
         if self.llm.follows:
             return
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         with self._shared.lock:  # LLM.generate of other threads waits until the programs are compiled
-            self._core = self._reserve(None if trace is None else EngineTrace(self.llm._trace_facts()))
+            self._core = self._reserve(None if trace is None else EngineTrace(trace_facts(self.llm._runner)))
             try:
                 self._warm_up(on_compile)
             except BaseException:
@@ -237,9 +237,9 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
-        if not self._told:
-            self._told = True
-            publish(self._shared.executor, _CLOSE, ResultCodecs.NOTHING, None)
+        if not self._is_close_sent:
+            self._is_close_sent = True
+            send_result(self._shared.executor, _CLOSE, ResultCodecs.NOTHING, None)
         trace, self._trace = self._trace, None
         if self._trace_path is not None and trace is not None:
             trace.write(self._trace_path)

@@ -31,10 +31,9 @@ from jaxmoe.engine.limits import SchedulerConfig
 from jaxmoe.engine.request import RequestFinished, SamplingParams
 from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.timing import StepClock
-from jaxmoe.engine.trace import EngineTrace, check_trace_path
+from jaxmoe.engine.trace import EngineTrace, check_trace_path, trace_facts
 from jaxmoe.errors import RequestError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
-from jaxmoe.parallel.mesh import describe
 from jaxmoe.text.tokenizer import CheckpointTokenizer, Message
 from jaxmoe.weights.source import DEFAULT_MODEL
 
@@ -125,7 +124,7 @@ class LLM:
         return self._followed is not None
 
     def follow(self) -> int:
-        """Run what process 0 tells until it ends, in a process that follows it.
+        """Run the operations of process 0 until it ends, in a process that follows it.
 
         Without this call, the process does so when it exits.
 
@@ -394,7 +393,7 @@ class LLM:
             RequestError: If the path cannot be written. Raised on entry.
         """
         check_trace_path(path)
-        trace = EngineTrace(self._trace_facts())
+        trace = EngineTrace(trace_facts(self._runner))
         with self._shared.lock:
             if self._shared.reserved and self._core is not None and self._core.trace is not None:
                 raise RequestError("the AsyncEngine on this LLM writes a trace already: close it first")
@@ -407,14 +406,6 @@ class LLM:
                 if self._core is not None:
                     self._core.trace = None
             trace.write(path)
-
-    def _trace_facts(self) -> dict[str, Any]:
-        """Return the facts about the model and the mesh that a trace records."""
-        config = self.config
-        facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": self._runner.dtype}
-        if config.moe is not None:
-            facts |= {"experts": config.moe.num_experts, "experts_per_token": config.moe.num_experts_per_tok}
-        return facts | {"mesh": describe(self.mesh), "kv_bytes_per_token": self._runner.bytes_per_token}
 
     def _check_inputs(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
@@ -429,19 +420,7 @@ class LLM:
     def _pool_for(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
     ) -> tuple[int, int]:
-        """Return the size of the KV cache that generate would allocate for these prompts.
-
-        Args:
-            prompts: As in generate.
-            params: As in generate.
-
-        Returns:
-            (tokens of the KV cache over all ranks of the batch, bytes of one token over all devices that share its
-            rank).
-
-        Raises:
-            RequestError: As in generate.
-        """
+        """Return the size of the KV cache that generate would allocate: its tokens over all ranks, bytes of a token."""
         scheduler_config = self._scheduler_config_for(self._check_inputs(prompts, params))
         return (
             scheduler_config.num_ranks * scheduler_config.num_pages * scheduler_config.page_size,

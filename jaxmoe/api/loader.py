@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,10 +25,11 @@ from jaxmoe.model.kernels import choose_kernels, prepare_kernels
 from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.eplb import balance
 from jaxmoe.parallel.layouts import parse_layout
-from jaxmoe.parallel.mesh import build_mesh, conform_mesh, default_axes, parse_mesh
+from jaxmoe.parallel.mesh import build_mesh, check_processes, conform_mesh, default_axes, hosts_of, parse_mesh
 from jaxmoe.parallel.processes import joined
 from jaxmoe.parallel.sharding import MeshPlacement, segment_sizes
 from jaxmoe.parallel.stages import check_virtual_stages
+from jaxmoe.planner.host_spans import tensor_span_line
 from jaxmoe.text.eos import eos_ids
 from jaxmoe.text.tokenizer import CheckpointTokenizer
 from jaxmoe.weights.checkpoint import open_tensors, read_json
@@ -39,6 +41,7 @@ from jaxmoe.weights.stored import as_stored
 from jaxmoe.weights.verify import check_whole
 
 Progress = Callable[[int, int], None]
+_log = logging.getLogger("jaxmoe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ def load_model(model: str | Path, config: EngineConfig, *, on_progress: Progress
     )
     if placement.spans_processes:
         _agree(config, raw, tensors)
+        _warn_of_spans(config, replace(model_config, dtype=dtype), placement, dispatch=kernels.dispatch)
     if config.verify:
         check_whole(directory)
     shapes = abstract_model(model_config, placement, dtype=dtype, kernels=kernels)
@@ -98,10 +102,25 @@ def _agree(config: EngineConfig, raw: Mapping[str, Any], tensors: Mapping[str, T
     group.agree(
         **{name: str(value) for name, value in config.options().items() if name not in ("mesh", "verify")},
         **{
-            "the mesh": describe_mesh(config.parallel.mesh),
-            "config.json of the model": fingerprint(raw), "the list of the checkpoint's tensors": fingerprint(headers),
+            "mesh": describe_mesh(config.parallel.mesh),
+            "config.json": fingerprint(raw), "checkpoint_tensors": fingerprint(headers),
         },
     )  # fmt: skip
+
+
+def _warn_of_spans(
+    config: EngineConfig, model_config: ModelConfig, placement: MeshPlacement, *, dispatch: str
+) -> None:  # fmt: skip
+    """Log a warning in process 0 if tensor groups span several hosts."""
+    if jax.process_index() != 0:
+        return
+    mesh = placement.mesh
+    line = tensor_span_line(
+        model_config, placement, hosts_of(mesh), device_kind=mesh.devices.flat[0].device_kind, dispatch=dispatch,
+        max_num_seqs=config.max_num_seqs,
+    )  # fmt: skip
+    if line is not None:
+        _log.warning("jaxmoe: %s", line)
 
 
 def fingerprint(value: Any) -> str:
@@ -145,7 +164,7 @@ def _check_redundant(redundant_experts: int | None, config: ModelConfig) -> int 
 
 def _as_mesh(mesh: str | Mapping[str, int] | Mesh | None, config: ModelConfig) -> Mesh:
     if isinstance(mesh, Mesh):
-        return conform_mesh(mesh)
+        return check_processes(conform_mesh(mesh))
     if mesh is None:
         axes = default_axes(jax.device_count(), num_experts=config.moe.num_experts if config.moe else 0)
     else:

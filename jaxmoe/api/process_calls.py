@@ -77,7 +77,7 @@ class ResultCodecs:
 
 
 def model_control(runner: ModelRunner) -> tuple[ModelExecutor, FollowedModel | None]:
-    """Return the executor of a model, and what this process follows if it does. Call it in all processes."""
+    """Return the executor of a model, and the model of process 0 to follow, if any. Call it in all processes."""
     if not runner.placement.spans_processes:
         return ModelExecutor(runner), None
     control = cluster_control()
@@ -94,16 +94,16 @@ def received(followed: FollowedModel, call: str, codec: ResultCodec) -> Any:
     return codec.decode(message.values["result"], message.arrays)
 
 
-def publish(executor: ModelExecutor, call: str, codec: ResultCodec, value: Any) -> None:
+def send_result(executor: ModelExecutor, call: str, codec: ResultCodec, value: Any) -> None:
     """Send the result of a call to the other processes, if there are any."""
     if executor.has_followers:
         plain, arrays = codec.encode(value)
-        executor.publish(call, {"result": plain}, arrays)
+        executor.send_result(call, {"result": plain}, arrays)
 
 
-def publish_error(executor: ModelExecutor, call: str, error: errors.JaxmoeError) -> None:
+def send_error(executor: ModelExecutor, call: str, error: errors.JaxmoeError) -> None:
     """Send the error that a call raised to the other processes, if there are any."""
-    executor.publish(call, {"error": type(error).__name__, "text": str(error)})
+    executor.send_result(call, {"error": type(error).__name__, "text": str(error)})
 
 
 def in_every_process(codec: ResultCodec) -> Callable[[Callable[..., Any]], Any]:
@@ -118,9 +118,9 @@ def in_every_process(codec: ResultCodec) -> Callable[[Callable[..., Any]], Any]:
             try:
                 value = method(llm, *args, **kwargs)
             except errors.JaxmoeError as error:
-                publish_error(executor, method.__name__, error)
+                send_error(executor, method.__name__, error)
                 raise
-            publish(executor, method.__name__, codec, value)
+            send_result(executor, method.__name__, codec, value)
             return value
 
         return call
@@ -139,20 +139,20 @@ def stream_in_every_process(method: Callable[..., Iterator[TokenEvent]]) -> Any:
         try:
             events = method(llm, *args, **kwargs)
         except errors.JaxmoeError as error:
-            publish_error(executor, method.__name__, error)
+            send_error(executor, method.__name__, error)
             raise
-        return _published(executor, method.__name__, events) if executor.has_followers else events
+        return _with_result_sent(executor, method.__name__, events) if executor.has_followers else events
 
     return call
 
 
-def _published(executor: ModelExecutor, call: str, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
+def _with_result_sent(executor: ModelExecutor, call: str, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
     seen: list[TokenEvent] = []
     try:
         for event in events:
             seen.append(event)
             yield event
     except errors.JaxmoeError as error:
-        publish_error(executor, call, error)
+        send_error(executor, call, error)
         raise
-    publish(executor, call, ResultCodecs.EVENTS, seen)
+    send_result(executor, call, ResultCodecs.EVENTS, seen)

@@ -32,9 +32,9 @@ _PR_SET_PDEATHSIG = 1
 def launch(num_processes: int, devices: int | None, lost_after: float, arguments: tuple[str, ...]) -> int:
     """Run a command in several processes of this machine.
 
-    COMMAND is a command of jaxmoe with its arguments, such as "generate MODEL". The output of process 0 is shown, and
-    the errors of the others with their index. If one process ends with an error, all end. The exit code is that of the
-    first process that failed.
+    COMMAND is a command of jaxmoe with its arguments, for example "generate MODEL". The output of process 0 is shown,
+    and the errors of the others with their index. If one process ends with an error, all end. The exit code is that of
+    the first process that failed.
     """
     if not 1 <= num_processes <= _MAX_PROCESSES:
         raise MeshError(f"-n {num_processes} must lie in [1, {_MAX_PROCESSES}]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +25,9 @@ from jaxmoe.cli.verify import verify
 from jaxmoe.config.engine import RENAMED
 from jaxmoe.errors import JaxmoeError, ProcessLostError
 from jaxmoe.parallel.timeouts import LOST_CODE
+
+if TYPE_CHECKING:
+    from jaxmoe.parallel.processes import ProcessGroup
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -67,19 +71,26 @@ def run(arguments: list[str] | None = None) -> None:
     except OSError as error:
         message = f"{error.filename or 'output'}: {error.strerror}"
     message = " ".join(message.split())
-    print(f"jaxmoe: error: {message}", file=sys.stderr)
+    group = _joined()
+    if group is None or group.claims_end():  # otherwise a thread prints the line of another process
+        print(f"jaxmoe: error: {message}", file=sys.stderr)
     _exit(2, message)
 
 
 def _exit(code: int, failure: str | None = None) -> None:
     """Exit with a code. Joined processes end alike: with their own code, or because of this failure."""
-    module = sys.modules.get("jaxmoe.parallel.processes")
-    group = None if module is None else module.joined()
+    group = _joined()
     if group is not None:
         if failure is not None:
             group.fail(failure, code)
         group.exit_code = code
     sys.exit(code)
+
+
+def _joined() -> ProcessGroup | None:
+    """Return the group of joined processes, if any, without importing JAX."""
+    module = sys.modules.get("jaxmoe.parallel.processes")
+    return None if module is None else module.joined()
 
 
 def _renamed(error: click.NoSuchOption) -> str | None:

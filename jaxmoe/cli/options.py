@@ -1,4 +1,4 @@
-"""Options and helpers that several commands share, such as starting JAX and loading the model."""
+"""Options and helpers that several commands share, including the start of JAX and loading the model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def devices_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option --devices, and those that join this process and others. start_jax reads them."""
+    """Add the option --devices and the options of process_options. start_jax reads them."""
     help_text = "Emulate this many devices on the CPU, in each process."
     return click.option("--devices", type=int, help=help_text)(process_options(function))
 
@@ -152,7 +152,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def start_jax(devices: int | None) -> None:
-    """Join other processes or emulate devices if asked to, and set up the cache of compiled programs.
+    """Join other processes or emulate devices, as the options request, and set up the cache of compiled programs.
 
     Call it before anything else uses JAX. In a process that follows, standard output goes nowhere from here on.
     """
@@ -193,7 +193,7 @@ def join_processes(devices: int | None = None, *, with_jax: bool = True) -> bool
     group = join(
         coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
         lost_after=context.meta[f"{_META}lost_after"], join_timeout=context.meta[f"{_META}join_timeout"],
-        arguments={"the command": str(context.info_name), **arguments}, with_jax=with_jax,
+        arguments={"command": str(context.info_name), **arguments}, with_jax=with_jax,
     )  # fmt: skip
     sys.stdout.flush()
     if group.is_controller:
@@ -254,7 +254,7 @@ def load_model(
 ) -> LLM:  # fmt: skip
     """Load the model on its mesh, with a progress bar unless quiet. Call start_jax before.
 
-    In a process that follows, this runs what process 0 tells, and exits with it.
+    In a process that follows, this runs the operations of process 0, and exits with it.
     """
     from jaxmoe.api.llm import LLM
     from jaxmoe.model.kernels import KernelConfig

@@ -15,9 +15,11 @@ from jaxmoe.cli.options import console, dispatch_option, given_options, json_opt
 from jaxmoe.cli.plots import check_plot_path, save_plot
 from jaxmoe.jsontext import json_text
 from jaxmoe.planner.cost import SKEW
+from jaxmoe.planner.launch_lines import placeholders
 from jaxmoe.planner.specs import OBJECTIVES
 from jaxmoe.planner.why import counted, digits
 
+_MAX_LINES = 8  # launch lines that are printed
 _PHASES = {"prefill": "o", "decode": "^"}  # markers of the roofline plot
 
 
@@ -142,6 +144,7 @@ def _print(result: dict[str, Any]) -> None:
     )
     if plan["dollars_per_million_tokens"] is not None:
         print(f"  {digits(plan['dollars_per_million_tokens'])} dollars per million generated tokens")
+    _print_launch(result)
     print()
     screen.print(_memory_table(result))
     print(_thumb(result["rule_of_thumb"], result["hardware"]) + "\n")
@@ -149,6 +152,19 @@ def _print(result: dict[str, Any]) -> None:
         screen.print(f"- {reason}", highlight=False, markup=False)
     print()
     screen.print(_front_table(result))
+
+
+def _print_launch(result: dict[str, Any]) -> None:
+    """Print the command of every host, or of the first two hosts and the last if there are many."""
+    lines = result["launch"]
+    if not lines:
+        return
+    print("  start it:" if len(lines) == 1 else f"  start it on every {result['node']}:")
+    shown = lines if len(lines) <= _MAX_LINES else [*lines[:2], "...", lines[-1]]
+    for line in shown:
+        print(f"    {line}")
+    for text in placeholders(lines, result["model"]):
+        print(f"    {text}")
 
 
 def _memory_table(result: dict[str, Any]) -> Table:

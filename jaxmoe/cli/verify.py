@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from jaxmoe.cli.engine_options import engine_option
-from jaxmoe.cli.options import console, start_jax, table_console
+from jaxmoe.cli.options import console, process_options, start_jax, table_console
 from jaxmoe.jsontext import json_text
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
+@process_options
 @click.option(
     "--devices", type=int, help="Emulate this many devices on the CPU. By default the machine's devices are used."
 )

@@ -1,7 +1,7 @@
 """One model over several processes: process 0 controls, the others follow.
 
-All processes load the same models in the same order. Then process 0 runs requests, and the others run what it tells
-them. A call of the API in a process that follows waits for the same call of process 0, and returns its result.
+All processes load the same models in the same order. Then process 0 runs requests, and the others run the operations
+that it sends. A call of the API in a process that follows waits for the same call of process 0, and returns its result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClusterController:
 
 
 class ClusterFollower:
-    """Run what process 0 tells, in a process that follows it."""
+    """Run the operations of process 0, in a process that follows it."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group

@@ -1,4 +1,4 @@
-"""The control channel of joined processes: what process 0 decides, as messages to the processes that follow it.
+"""The control channel of joined processes: process 0 sends operations to the processes that follow it.
 
 A message is a header, one JSON object with the operation and its values, and arrays. Process 0 sends it before it runs
 the operation itself, so that all processes run the same operations in the same order.
@@ -70,7 +70,7 @@ class ControlReceiver:
     """Receive operations in a process that follows."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        told = group.share()
+        address = group.share()
 
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -78,8 +78,8 @@ class ControlReceiver:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IDENTITY, struct.pack(">I", group.process_id))
-        self._socket.connect(f"tcp://{group.host}:{told['port']}")
-        self._socket.send(told["token"].encode())
+        self._socket.connect(f"tcp://{group.host}:{address['port']}")
+        self._socket.send(address["token"].encode())
         self.received = 0
 
     def receive(self) -> ControlMessage:

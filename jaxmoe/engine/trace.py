@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.engine.batch import StepBucket
+from jaxmoe.engine.runner import ModelRunner
 from jaxmoe.engine.scheduler import StepPlan
 from jaxmoe.errors import RequestError
 from jaxmoe.files import write_whole
 from jaxmoe.jsontext import json_text
 from jaxmoe.parallel.collectives import CollectiveOp
+from jaxmoe.parallel.mesh import describe
 
 _MAX_KEPT = 50_000  # steps, and requests; the oldest are dropped and counted in the files
 
@@ -257,6 +259,15 @@ class EngineTrace:
         except OSError as error:
             raise RequestError(f"trace {target} cannot be written: {error.strerror or error}") from error
         return target, page
+
+
+def trace_facts(runner: ModelRunner) -> dict[str, Any]:
+    """Return the facts about the model and the mesh that a trace records."""
+    config = runner.config
+    facts = {"family": config.family, "layers": config.num_hidden_layers, "dtype": runner.dtype}
+    if config.moe is not None:
+        facts |= {"experts": config.moe.num_experts, "experts_per_token": config.moe.num_experts_per_tok}
+    return facts | {"mesh": describe(runner.placement.mesh), "kv_bytes_per_token": runner.bytes_per_token}
 
 
 def check_trace_path(path: str | Path) -> Path:

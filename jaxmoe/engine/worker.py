@@ -1,6 +1,6 @@
 """The device state of an engine core, and the operations that change it: the same in every process.
 
-Process 0 decides: a `ModelExecutor` tells each operation to the other processes, where a `ModelFollower` runs it, and
+Process 0 decides: a `ModelExecutor` sends each operation to the other processes, where a `ModelFollower` runs it, and
 runs it here.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -26,20 +26,20 @@ from jaxmoe.errors import ProcessLostError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.processes import ProcessGroup
 
-Telling = Callable[..., Any]  # as ModelExecutor.telling
+Broadcast = Callable[..., AbstractContextManager[None]]  # as ModelExecutor.broadcast
 
 
 class EngineWorker:
     """Hold the KV cache of one engine core on this process's devices, with its pages in host memory, and run its steps.
 
-    telling: context manager around each operation, called with its name, values and arrays.
+    broadcast: context manager around each operation, called with its name, values and arrays.
     """
 
     def __init__(
-        self, runner: ModelRunner, telling: Telling, worker_id: int,
+        self, runner: ModelRunner, broadcast: Broadcast, worker_id: int,
         *, max_num_seqs: int, num_pages: int, page_size: int, num_host_pages: int,
     ) -> None:  # fmt: skip
-        self._runner, self._telling, self._id = runner, telling, worker_id
+        self._runner, self._broadcast, self._id = runner, broadcast, worker_id
         self._sizes = max_num_seqs, num_pages, page_size
         self._host_offload = HostOffload(runner) if num_host_pages else None
         values = {
@@ -47,11 +47,13 @@ class EngineWorker:
             "num_host_pages": num_host_pages,
         }  # fmt: skip
         self._programs: set[tuple[Any, ...]] = set()
-        with self._tell("worker", values):
+        with self._operation("worker", values):
             self.state: EngineState = runner.empty_state(*self._sizes)
 
-    def _tell(self, op: str, values: dict[str, Any] | None = None, arrays: Sequence[np.ndarray] = (), **facts: Any):
-        return self._telling(op, {"worker": self._id, **(values or {})}, arrays, **facts)
+    def _operation(
+        self, op: str, values: dict[str, Any] | None = None, arrays: Sequence[np.ndarray] = (), **facts: Any
+    ) -> AbstractContextManager[None]:
+        return self._broadcast(op, {"worker": self._id, **(values or {})}, arrays, **facts)
 
     def step(
         self, packed: np.ndarray, features: tuple[bool, bool, bool], bucket: StepBucket,
@@ -64,7 +66,7 @@ class EngineWorker:
         }  # fmt: skip
         arrays = [packed] if token_bitmask is None else [packed, token_bitmask]
         program = bucket, max_decode_steps, traced
-        with self._tell("step", values, arrays, compiles=program not in self._programs):
+        with self._operation("step", values, arrays, compiles=program not in self._programs):
             self.state, output = self._runner.step(
                 self.state, packed, features, bucket, decode_steps=decode_steps, max_decode_steps=max_decode_steps,
                 traced=traced, token_bitmask=token_bitmask,
@@ -75,18 +77,20 @@ class EngineWorker:
     def copy_page(self, rank: int, page_copy: PageCopy) -> None:
         """Copy one page of a rank to host memory, or back."""
         assert self._host_offload is not None
-        with self._tell("copy_page", {"rank": rank, "copy": asdict(page_copy)}, compiles="copy" not in self._programs):
+        values, program = {"rank": rank, "copy": asdict(page_copy)}, (page_copy.direction,)
+        with self._operation("copy_page", values, compiles=program not in self._programs):
             self.state = self._host_offload.run(self.state, rank, page_copy)
+        self._programs.add(program)
 
     def clear_host_pages(self) -> None:
         """Drop all pages in host memory."""
         if self._host_offload is not None:
-            with self._tell("clear_host_pages"):
+            with self._operation("clear_host_pages"):
                 self._host_offload.clear()
 
     def reset(self) -> None:
         """Replace the state by an empty one, after a step that failed. Drops the pages in host memory."""
-        with self._tell("reset"):
+        with self._operation("reset"):
             self._delete()  # frees memory for the empty state
             self.state = self._runner.empty_state(*self._sizes)
             if self._host_offload is not None:
@@ -94,7 +98,7 @@ class EngineWorker:
 
     def free(self) -> None:
         """Free the device arrays. The worker cannot run afterwards."""
-        with self._tell("free"):
+        with self._operation("free"):
             self._delete()
 
     def _delete(self) -> None:
@@ -122,7 +126,7 @@ class ModelExecutor:
         self._num_workers = 0
 
     @contextmanager
-    def telling(
+    def broadcast(
         self, op: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = (), *, compiles: bool = True
     ) -> Iterator[None]:
         """Send an operation to the other processes, then run the body of the with statement.
@@ -146,19 +150,19 @@ class ModelExecutor:
         with self._order:
             self._num_workers += 1
             return EngineWorker(
-                self.runner, self.telling, self._num_workers, max_num_seqs=config.max_num_seqs,
+                self.runner, self.broadcast, self._num_workers, max_num_seqs=config.max_num_seqs,
                 num_pages=config.num_pages, page_size=config.page_size, num_host_pages=config.num_host_pages,
             )  # fmt: skip
 
     def score(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log-probabilities and last logits on the host, as ModelRunner.score."""
-        with self.telling("score", {}, [tokens, lengths]):
+        with self.broadcast("score", {}, [tokens, lengths]):
             logprobs, logits = self.runner.score(tokens, lengths)
         return np.asarray(logprobs), np.asarray(logits)
 
     def place_experts(self, wanted: ExpertPlacement) -> None:
         """Move experts, as ModelRunner.place_experts."""
-        with self.telling("place_experts", {"num_ranks": wanted.num_ranks}, wanted.maps()):
+        with self.broadcast("place_experts", {"num_ranks": wanted.num_ranks}, wanted.maps()):
             self.runner.place_experts(wanted)
 
     @property
@@ -166,13 +170,13 @@ class ModelExecutor:
         """Return whether other processes follow this one."""
         return self._sender is not None
 
-    def publish(self, call: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+    def send_result(self, call: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         """Send the result of a call to the processes that follow, which may make the same call."""
         if self._sender is not None:
             self._sender.send("result", {"model": self._model_id, "call": call, **values}, arrays)
 
     def fault(self, error: Exception) -> StepError:
-        """Return the error for requests whose step failed: a ProcessLostError if another process was lost."""
+        """Return the error for the requests of a failed step: a ProcessLostError if another process was lost."""
         if self._group is not None:
             try:
                 self._group.settle()
@@ -182,7 +186,7 @@ class ModelExecutor:
 
 
 class ModelFollower:
-    """Run the operations of one loaded model as process 0 tells them."""
+    """Run the operations of one loaded model as process 0 sends them."""
 
     def __init__(self, runner: ModelRunner, group: ProcessGroup) -> None:
         self._runner, self._group = runner, group
@@ -191,7 +195,7 @@ class ModelFollower:
         self._number = 0
 
     def run(self, message: ControlMessage, number: int) -> None:
-        """Run one operation, the number-th of process 0. An error of a step is kept until process 0 resets the worker.
+        """Run one operation, the number-th of process 0. An error is stored until process 0 resets the worker.
 
         Raises: StepError if process 0 goes on as if the step had not failed.
         """
@@ -211,7 +215,7 @@ class ModelFollower:
             case "worker":
                 worker_id = values["worker"]
                 sizes = {name: values[name] for name in ("max_num_seqs", "num_pages", "page_size", "num_host_pages")}
-                self._workers[worker_id] = EngineWorker(self._runner, self._telling, worker_id, **sizes)
+                self._workers[worker_id] = EngineWorker(self._runner, self._broadcast, worker_id, **sizes)
             case "step":
                 bucket = StepBucket(**values["bucket"])
                 self._workers[values["worker"]].step(
@@ -233,7 +237,7 @@ class ModelFollower:
                 raise StepError(f"process 0 sent {op!r}, which this version does not know")
 
     @contextmanager
-    def _telling(self, op: str, values: Any, arrays: Any = (), *, compiles: bool = True) -> Iterator[None]:
+    def _broadcast(self, op: str, values: Any, arrays: Any = (), *, compiles: bool = True) -> Iterator[None]:
         if not compiles:
             self._group.in_step(self._number)
         yield

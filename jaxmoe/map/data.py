@@ -24,6 +24,7 @@ from jaxmoe.model.transformer import abstract_model
 from jaxmoe.parallel.mesh import PlannedMesh, preset_names
 from jaxmoe.parallel.stages import LayerSegment
 from jaxmoe.planner.hardware import HardwareSpec, read_hardware
+from jaxmoe.planner.launch_lines import generate_options, launch_lines, placeholders
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.params import parameter_table
 from jaxmoe.weights.source import find_config, model_name
@@ -99,7 +100,7 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
         "dispatch": runner.kernels.dispatch, "dtype": runner.dtype, "kv_dtype": runner.kv_dtype,
         "weights_dtype": request.engine.weights_dtype or "as in the checkpoint",
         "max_num_seqs": sizes["max_num_seqs"], "context": sizes["context"], "chunk_tokens": sizes["chunk_tokens"],
-        "fabric": fabric.as_json(), "facts": _facts(config),
+        **_launch(request, axes), "fabric": fabric.as_json(), "facts": _facts(config),
         "segments": [
             asdict(segment) | {"slots": segment.slots, "virtual_stage_slots": segment.virtual_stage_slots,
             "max_virtual_stages": _max_virtual_stages(segment),
@@ -113,6 +114,15 @@ def map_data(request: MapRequest, *, result: Mapping[str, Any] | None = None) ->
         "bytes": {"weights": weights, "kv": kv}, "steps": steps, "collectives": compared(steps, result),
         "compiled": None if result is None else {"target": result.get("target"), "bytes": result["bytes"]},
     }  # fmt: skip
+
+
+def _launch(request: MapRequest, axes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the command of every host, and the meaning of its placeholders."""
+    options = generate_options(request.engine, axes, request.kernels)
+    lines = launch_lines(
+        request.model, options, devices=math.prod(axes.values()), hardware=request.checked_hardware()
+    )  # fmt: skip
+    return {"launch": lines, "launch_placeholders": placeholders(lines, model_name(request.model))}
 
 
 def usual_context(model: str, *, ignore: Iterable[str] = ()) -> int:

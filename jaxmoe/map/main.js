@@ -19,6 +19,15 @@ function showTitle() {
       + `${size(fabric.hbm_bytes)} of memory per device.`
     : "No hardware was given, so the page draws one node with a switch, without bandwidths and memory limit. "
       + "Choose hardware with --hardware.";
+  showLaunch(hosts);
+}
+function showLaunch(hosts) {
+  const [first] = data.launch, several = data.launch.length > 1;
+  const indices = several ? [`I = 0 … ${data.launch.length - 1}`] : [];
+  const notes = [...indices, ...data.launch_placeholders].join("; ");
+  byId("launch").replaceChildren(several ? `Start it on every ${hosts}: ` : "Start it: ",
+    command(several ? first.replace(/0$/, "I") : first),
+    ...notes ? [html("small", { class: "soft" }, notes)] : []);
 }
 function showStep() {
   const rows = data.collectives.filter(one => one.phase === phase), step = data.steps[phase];

@@ -13,6 +13,11 @@ function html(name, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
+function command(text) {  // a line to copy: focus or one click selects all of it
+  const code = html("code", { tabindex: 0, "aria-label": `command: ${text}` }, text);
+  code.addEventListener("focus", () => getSelection().selectAllChildren(code));
+  return code;
+}
 const worded = (name, attributes, text) => svg(name, attributes, String(text));
 const count = n => Math.round(n).toLocaleString("en");
 function size(bytes) {
@@ -156,6 +161,7 @@ function showDevice(device) {
   const at = places[device], total = data.bytes.weights + data.bytes.kv, limit = fabric.hbm_bytes;
   byId("device-name").textContent = `Device ${device}`;
   const host = `, ${fabric.kind === "torus" ? "host" : "node"} ${nodeOf(device)}`;
+  showHost(nodeOf(device));
   const where = numDomains > 1 || fabric.node < numDevices ? host : "";
   byId("device-place").textContent = axes.map(axis => `${axis} ${at[axis]}`).join(" · ") + where;
   const held = byId("device-bytes");
@@ -170,6 +176,14 @@ function showDevice(device) {
   byId("device-arrays").replaceChildren(...data.arrays.map(array => html("tr", {},
     html("th", { scope: "row" }, ...nameOf(array)), html("td", {}, ...sliceOf(array, at)),
     html("td", { class: "number", title: `${count(bytesOf(array))} bytes` }, size(bytesOf(array))))));
+}
+let shownHost = -1;
+function showHost(host) {  // replaced only for another host, so that a selected line stays selected
+  if (data.launch.length === 1 || host === shownHost) return;
+  shownHost = host;
+  byId("host-launch").hidden = false;
+  byId("host-name").textContent = `Start ${fabric.kind === "torus" ? "host" : "node"} ${host}`;
+  byId("host-command").replaceChildren(command(data.launch[host]));
 }
 function showParts(total, limit) {
   const parts = bytesByPart(), there = partOrder.filter(part => parts.get(part));

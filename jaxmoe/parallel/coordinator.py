@@ -1,8 +1,8 @@
 """The coordinator of joined processes: `python -m jaxmoe.parallel.coordinator`, started by process 0.
 
 It hosts the coordination service of jax.distributed (if the processes start JAX), so that the death of process 0 does
-not abort the others, and it is where processes meet: it starts them once all have joined, compares and collects
-values, and names a process that is missing, doubled, lost or stuck. It computes nothing and uses no devices.
+not abort the others, and it is where processes meet: it starts them once all have joined, compares and collects values,
+and names a process that is missing, doubled, lost or stuck. It runs no model and uses no devices.
 """
 
 # Messages are one JSON object each, {"op": ..., ...}.
@@ -80,16 +80,16 @@ class ProcessCoordinator:
             return gone or time.monotonic() - self._ended_at > LAST_SECONDS
         return self._started and not self._processes
 
-    def _tell(self, text: bytes) -> None:
+    def _send_all(self, text: bytes) -> None:
         for process in self._processes.values():
             self._router.send_multipart([process.identity, text])
 
     def end(self, op: str, line: str, **values: Any) -> None:
-        """Tell all processes to end, with the line that each of them prints. Only the first end counts."""
+        """Send all processes the message to end, with the line that each of them prints. Only the first end counts."""
         if self._ended_at is None:
             self._ended_at = time.monotonic()
             self._end_message = message(op, line=line, **values)
-            self._tell(self._end_message)
+            self._send_all(self._end_message)
 
     # --- messages ---
 
@@ -101,7 +101,7 @@ class ProcessCoordinator:
             self._hello(identity, **values)
             return
         process = next((one for one in self._processes.values() if one.identity == identity), None)
-        if process is None:  # told to end already
+        if process is None:  # values_of to end already
             return
         process.heard = time.monotonic()
         if op == "beat":
@@ -150,26 +150,26 @@ class ProcessCoordinator:
         now = time.monotonic()
         for process in self._processes.values():
             process.heard = now
-        self._tell(message("start", jax_port=jax_port, names=[str(self._processes[i]) for i in range(self._num)]))
+        self._send_all(message("start", jax_port=jax_port, names=[str(self._processes[i]) for i in range(self._num)]))
 
     def _agree(
         self, process: JoinedProcess, *, name: str, values: dict[str, Any], compare: bool, collect: bool
     ) -> None:
-        """Answer all once the last has told its values: with those of process 0, or to process 0 with all (collect)."""
-        told = self._agreements.setdefault(name, {})
-        told[process.process_id] = values
-        if len(told) < self._num:
+        """Answer all once the last has sent its values: with the values of process 0, or (collect) to it with all."""
+        values_of = self._agreements.setdefault(name, {})
+        values_of[process.process_id] = values
+        if len(values_of) < self._num:
             return
         del self._agreements[name]
         for other in range(1, self._num) if compare else ():
-            for key in dict.fromkeys((*told[0], *told[other])):
-                first, second = (one.get(key) for one in (told[0], told[other]))
+            for key in dict.fromkeys((*values_of[0], *values_of[other])):
+                first, second = (one.get(key) for one in (values_of[0], values_of[other]))
                 if first != second:
                     self.end("refused", differs(key, first, 0, second, other))
                     return
-        collected = [told[index] for index in range(self._num)]
+        collected = [values_of[index] for index in range(self._num)]
         for index, each in self._processes.items():
-            answer = told[0] if not collect else collected if index == 0 else []
+            answer = values_of[0] if not collect else collected if index == 0 else []
             self._router.send_multipart([each.identity, message("agreed", name=name, values=answer)])
 
     # --- time ---
@@ -178,14 +178,14 @@ class ProcessCoordinator:
         """Ask every process for a sign of life: one that gives none within a few seconds is lost."""
         if self._suspected_at is None:
             self._suspected_at = time.monotonic()
-            self._tell(message("ping"))
+            self._send_all(message("ping"))
 
     def tick(self) -> None:
         """Send a beat, and look who is missing, lost or stuck."""
         now = time.monotonic()
         if now - self._beat_at >= BEAT_SECONDS:
             self._beat_at = now
-            self._tell(message("beat"))
+            self._send_all(message("beat"))
         if self._ended_at is not None:
             return
         if not self._started:
@@ -245,7 +245,7 @@ def differs(name: str, one: Any, first: int, two: Any, second: int) -> str:
 
 
 def differing(first: JoinedProcess, other: JoinedProcess) -> str | None:
-    """Return the line that names what two processes were started with differently, or None."""
+    """Return the line that names the first difference between two processes, or None."""
     for key in dict.fromkeys((*first.facts, *other.facts)):
         one, two = first.facts.get(key), other.facts.get(key)
         if one != two:
@@ -292,7 +292,7 @@ def main() -> None:
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 1000)
     router.setsockopt(zmq.IPV6, 1)
-    if not _bind(router, values["port"]):  # its owner answers process 0, or nobody does
+    if not _bind(router, values["port"]):  # another program has the port
         return
     monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     coordinator = ProcessCoordinator(

@@ -1,6 +1,7 @@
 """Named device mesh with the axes data, pipeline, expert, tensor (outermost to innermost), from text or a preset.
 
-Tensor is innermost because its all-reduces are the most frequent, and neighbors share the fastest links.
+Tensor is innermost because its all-reduces are the most frequent, and neighbors share the fastest links. Devices of
+several processes fill the mesh process by process, so tensor groups leave a process last and data groups first.
 """
 
 from __future__ import annotations
@@ -114,28 +115,85 @@ def emulate_devices(num_devices: int) -> None:
 
 
 def build_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build a Mesh with all four axes, with devices in the order of the machine's topology.
+    """Build a Mesh with all four axes, with devices in the order of `arranged`.
 
     devices: devices to choose from; by default all devices of all processes. If the axes need fewer, the mesh takes
-    nearest_devices and logs a warning.
-    Raises: MeshError if the axes need more devices than exist, or leave a process without devices.
+    nearest_devices and process 0 logs a warning.
+    Raises: MeshError if the axes need more devices than exist, or leave a process without devices; as `arranged`.
     """
     axes = check_axes(axes)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(axes.values())
     shown = " x ".join(f"{axis}={size}" for axis, size in axes.items())
     if wanted > len(devices):
-        remedy = f"; on CPU emulate them with --devices {wanted}" if devices[0].platform == "cpu" else ""
-        raise MeshError(f"mesh {shown} needs {wanted} devices and there are {len(devices)}{remedy}")
+        raise MeshError(f"mesh {shown} needs {wanted} devices and {_counted(devices, wanted)}")
     if wanted < len(devices):
         devices = _some_devices(devices, wanted, shown)
-    shape = tuple(axes.values())
     types = (AxisType.Auto,) * len(AXES)
+    return Mesh(arranged(devices, tuple(axes.values())), AXES, axis_types=types)
+
+
+def arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """Return the devices in the shape of a mesh, with near devices along its last axis.
+
+    TPUs are arranged by the topology of their slice. Other devices fill the shape in process order.
+    Raises: MeshError if the devices are of several TPU slices.
+    """
+    if devices[0].platform != "tpu":
+        ordered = np.empty(len(devices), object)
+        ordered[:] = in_process_order(devices)
+        return ordered.reshape(shape)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise MeshError(f"the {len(devices)} devices are of {len(slices)} TPU slices: a mesh has devices of one slice")
     try:
-        ordered = jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
+        placed = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
     except NotImplementedError:  # no torus axis has this length: split physical axes, with longer paths
-        ordered = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return Mesh(in_rings(ordered), AXES, axis_types=types)
+        placed = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return in_rings(placed)
+
+
+def in_process_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Return devices in the order of their fabrics, then of their processes, then of their ids."""
+    return sorted(devices, key=lambda device: (fabric_index(device), device.process_index, device.id))
+
+
+def fabric_index(device: jax.Device) -> int:
+    """Return the TPU slice, GPU node or NVLink domain of a device that JAX reports as slice_index, else the process."""
+    reported = getattr(device, "slice_index", None)
+    return device.process_index if reported is None else reported
+
+
+def hosts_of(mesh: Mesh) -> np.ndarray:
+    """Return an index of the host of every device, in the shape of the mesh.
+
+    Devices with the same index reach each other without a network. Each process counts as a host, except that GPUs and
+    TPUs of several processes count as one host if JAX reports that they share a node, a fabric or a slice.
+    """
+    return np.array(
+        [device.process_index if device.platform == "cpu" else fabric_index(device) for device in mesh.devices.flat]
+    ).reshape(mesh.devices.shape)
+
+
+def check_processes(mesh: Mesh) -> Mesh:
+    """Return a user's mesh if every process has devices of it. Raises: MeshError."""
+    idle = {device.process_index for device in jax.devices()} - {one.process_index for one in mesh.devices.flat}
+    if idle:
+        raise MeshError(
+            f"the Mesh of {mesh.size} devices leaves process {min(idle)} without any: use devices of all processes, or "
+            f"start fewer"
+        )
+    return mesh
+
+
+def _counted(devices: Sequence[jax.Device], wanted: int) -> str:
+    """Return how many devices there are, and how to emulate as many as are wanted."""
+    processes = len({device.process_index for device in devices})
+    held = f"there are {len(devices)}" if processes == 1 else f"{processes} processes have {len(devices)}"
+    if devices[0].platform != "cpu":
+        return held
+    each = "" if processes == 1 else " in each process"
+    return f"{held}; on CPU emulate them with --devices {-(-wanted // processes)}{each}"
 
 
 def conform_mesh(mesh: Mesh) -> Mesh:
@@ -157,9 +215,11 @@ def conform_mesh(mesh: Mesh) -> Mesh:
 def nearest_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
     """Return `count` devices that are close to each other.
 
-    These are the first devices, as in jax.make_mesh. In a TPU slice they are the first full box of `count` devices with
-    the shortest path between its corners, if there is such a box.
+    These are the first devices in process order. In a TPU slice they are the first full box of `count` devices with the
+    shortest path between its corners, if there is such a box.
     """
+    if devices[0].platform != "tpu":
+        return in_process_order(devices)[:count]
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -196,7 +256,7 @@ def _boxes(count: int, extents: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _some_devices(devices: Sequence[jax.Device], count: int, mesh: str) -> list[jax.Device]:
-    """Return nearest_devices and log a warning with their ids.
+    """Return nearest_devices, and log a warning with their ids in process 0.
 
     Raises: MeshError if a process would have no device.
     """
@@ -208,7 +268,9 @@ def _some_devices(devices: Sequence[jax.Device], count: int, mesh: str) -> list[
             f"larger axes, or start fewer processes"
         )
     ids = ", ".join(str(device.id) for device in chosen[:8]) + (", ..." if count > 8 else "")
-    _log.warning("jaxmoe: mesh %s takes %d of %d %s devices (%s)", mesh, count, len(devices), chosen[0].platform, ids)
+    if jax.process_index() == 0:
+        platform = chosen[0].platform
+        _log.warning("jaxmoe: mesh %s takes %d of %d %s devices (%s)", mesh, count, len(devices), platform, ids)
     return chosen
 
 

@@ -1,7 +1,7 @@
-"""Processes that act as one: joining, comparing what has to be equal, and ending together.
+"""Processes that act as one: joining, comparing values that have to be equal, and ending together.
 
 Each process holds some devices of the mesh. `join` connects all of them through jax.distributed and through a
-coordinator (parallel/coordinator.py), which process 0 starts beside itself.
+coordinator (parallel/coordinator.py), a child of process 0.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class ProcessGroup:
         lost_after: float, join_timeout: float, identity: bytes, with_jax: bool,
     ) -> None:  # fmt: skip
         self.host, self.process_id, self.num_processes, self.lost_after = host, process_id, num_processes, lost_after
-        self.lost: str | None = None  # the line that says which process was lost
+        self.lost: str | None = None  # the line with the name of the lost process
         self.names: list[str] = []
+        self.exit_code = 0  # of this process, and of all that follow it
         self.with_jax = with_jax
-        self.exit_code = 0  # of this process, with which those that follow process 0 end too
         self.jax_port = 0
         self.on_lost: list[Callable[[str], None]] = []  # called by the thread before this process ends
         self.at_exit: list[Callable[[], object]] = []  # called before the processes separate
@@ -61,7 +61,7 @@ class ProcessGroup:
         self._started, self._settled = threading.Event(), threading.Event()
         self._agreed: dict[str, queue.SimpleQueue[Any]] = {}
         self._agreements = 0
-        self._failing, self._running, self._identity = False, True, identity
+        self._ending, self._running, self._identity = threading.Lock(), True, identity
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox_lock = threading.Lock()
@@ -77,7 +77,7 @@ class ProcessGroup:
 
     @property
     def is_controller(self) -> bool:
-        """Return whether this is process 0, which decides what all processes run."""
+        """Return whether this is process 0, which schedules the steps of all processes."""
         return self.process_id == 0
 
     def wait_for_start(self) -> None:
@@ -112,9 +112,9 @@ class ProcessGroup:
     def _exchanged(self, values: dict[str, Any], *, compare: bool = False, collect: bool = False) -> Any:
         name = f"agreement-{self._agreements}"
         self._agreements += 1
-        answer = self._agreed[name] = queue.SimpleQueue[Any]()
+        reply = self._agreed[name] = queue.SimpleQueue[Any]()
         self._send(message("agree", name=name, values=values, compare=compare, collect=collect))
-        return answer.get()
+        return reply.get()
 
     def in_step(self, steps: int) -> None:
         """Report that this process begins a step after `steps` others."""
@@ -135,9 +135,13 @@ class ProcessGroup:
         if self.lost is not None:
             raise ProcessLostError(self.lost)
 
+    def claims_end(self) -> bool:
+        """Return whether the caller is the first to end this process, and so prints the line with the reason."""
+        return self._ending.acquire(blocking=False)
+
     def fail(self, line: str, code: int) -> None:
-        """End this process, and all others with its line. Returns only if they are ending already."""
-        self._failing = True
+        """End this process, and all others with its line."""
+        self.claims_end()
         self._send(message("failed", line=line, code=code))
         self._leave(code)
 
@@ -250,7 +254,7 @@ class ProcessGroup:
         self._end(line, LOST_CODE)
 
     def _end(self, line: str, code: int) -> None:
-        if self._failing:  # with a line of its own
+        if not self.claims_end():
             return
         print(f"jaxmoe: error: {' '.join(line.split())}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
@@ -289,7 +293,7 @@ def join(
         devices: Number of CPU devices to emulate in this process.
         lost_after: Seconds without a sign of life after which a process is lost, and all others end with exit code 3.
         join_timeout: Seconds to wait for all processes.
-        arguments: What this process was started with, by name, which has to be equal in all.
+        arguments: Arguments of this process by name. They have to be equal in all processes.
         with_jax: Start jax.distributed. False for work without devices.
 
     Returns:
@@ -322,23 +326,23 @@ def join(
     try:
         if with_jax:
             _start_jax(group, devices)
+            jax.devices()
     except (RuntimeError, ValueError) as error:
         raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
+    group.barrier()  # before a process can end, all have read the topology of its devices
     _group = group
     atexit.register(_at_exit)
     shown = sys.excepthook
     sys.excepthook = lambda kind, error, trace: (
-        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # one line says so already
+        None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # reported in one line already
     )
     return group
 
 
 def versions() -> dict[str, str]:
     """Return the versions that have to be equal in all processes."""
-    from jaxmoe import __version__
-
     return {
-        "jaxmoe": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "jaxmoe": sys.modules["jaxmoe"].__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }  # fmt: skip
 
@@ -353,10 +357,10 @@ def _address_of(
         from jax._src.clusters import ClusterEnv
 
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
+            detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
         except (RuntimeError, ValueError, OSError) as error:
             raise MeshError(f"coordinator auto: the cluster manager does not name one: {error}") from error
-        address, num_processes, process_id = found[:3]
+        address, num_processes, process_id = detected[:3]
         coordinator = address or ""
         if not coordinator or num_processes is None or process_id is None:
             raise MeshError("coordinator auto finds no cluster manager: give HOST:PORT, num_processes and process_id")
@@ -375,7 +379,7 @@ def _is_here(host: str) -> bool:
 
 
 def _start_coordinator(values: dict[str, Any]) -> None:
-    """Start the coordinator beside this process; it ends with it.
+    """Start the coordinator as a child of this process; it ends with it.
 
     If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
     """
@@ -415,7 +419,7 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
 
 
 class _WithoutService:
-    """Stand for jaxlib's module while jax.distributed starts: the service runs in the coordinator."""
+    """Replace jaxlib's module while jax.distributed starts: the service runs in the coordinator."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -425,7 +429,7 @@ class _WithoutService:
 
     @staticmethod
     def get_distributed_runtime_service(*_: Any, **__: Any) -> None:
-        """Start nothing."""
+        """Start no service."""
 
 
 def _at_exit() -> None:

@@ -19,6 +19,7 @@ from jaxmoe.parallel.stages import check_virtual_stages
 from jaxmoe.planner.choose import REL_TOLERANCE, ServingPlan, objective_value
 from jaxmoe.planner.cost import SKEW
 from jaxmoe.planner.hardware import HardwareSpec, names_nodes, read_hardware
+from jaxmoe.planner.launch_lines import launch_lines
 from jaxmoe.planner.pools import best_disaggregated
 from jaxmoe.planner.roofline import roofline
 from jaxmoe.planner.rows import (
@@ -218,6 +219,7 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
     possible latency if a limit cannot be met.
     """
     config, hardware = request.checked()
+    runs = request.runs()
     search_request, search_result = _search_devices(request, config, hardware)
     best = search_result.best
     disaggregated, around = None, NeighborPlans(half=None, twice=None)
@@ -228,6 +230,8 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
             search_request, engine_devices=_engine_devices(best), concurrency=pool_concurrency
         )
         around = _neighbors(search_request, best)
+    arguments = arguments_of(best, request.dtypes(config), ignored=request.ignored)
+    engine = engine_of(best, search_request)
     return {
         "model": model_name(request.model), "config": request.model, "family": config.family,
         "not_understood": request.not_understood(),
@@ -236,11 +240,15 @@ def plan_model(request: PlanRequest) -> dict[str, Any]:
         "node": "host" if hardware.platform == "tpu" else "node", "isl": request.isl, "osl": request.osl,
         "objective": request.objective, "weights_dtype": weights_dtype_of(config),
         "kv_dtype": best.serving.device_memory.kv_dtype, "plan": plan_row(best, hardware, config),
-        "arguments": arguments_of(best, request.dtypes(config), ignored=request.ignored),
-        "engine": engine_of(best, search_request), "memory": memory_of(best, search_request),
+        "arguments": arguments, "engine": engine,
+        "launch": [] if not runs else launch_lines(
+            request.model, f"{arguments} --max-num-seqs {engine['max_num_seqs']}", devices=search_request.devices,
+            hardware=hardware,
+        ),
+        "memory": memory_of(best, search_request),
         "rule_of_thumb": rule_of_thumb(config, hardware),
         "reasons": [*reasons(search_request, search_result, disaggregated, around),
-                    *([] if request.runs() else [_PLANNED_ONLY])],
+                    *([] if runs else [_PLANNED_ONLY])],
         "front": [plan_row(plan, hardware, config) for plan in search_result.front],
         "disaggregated": disaggregated_row(disaggregated, best, search_request) if disaggregated else None,
         "roofline": roofline(best.serving, search_request.workload, concurrency=best.estimate.concurrency),

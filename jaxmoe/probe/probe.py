@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxmoe.errors import MeshError
-from jaxmoe.parallel.mesh import AXES, build_mesh, check_axes
+from jaxmoe.parallel.mesh import AXES, build_mesh, check_axes, fabric_index
 from jaxmoe.planner.hardware import HardwareSpec, MeasuredOp, Platform, Points, Topology
 from jaxmoe.probe import timed
 
@@ -121,16 +121,11 @@ def fabrics(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
     """
     by_fabric: dict[int, list[jax.Device]] = {}
     for device in sorted(devices, key=lambda one: one.id):
-        by_fabric.setdefault(_fabric(device), []).append(device)
+        by_fabric.setdefault(fabric_index(device), []).append(device)
     if len({len(members) for members in by_fabric.values()}) > 1:
         counts = ", ".join(str(len(members)) for members in by_fabric.values())
         raise MeshError(f"nodes have {counts} devices: all must have the same number")
     return by_fabric
-
-
-def _fabric(device: jax.Device) -> int:
-    there = getattr(device, "slice_index", None)
-    return device.process_index if there is None else there
 
 
 def _groups(devices: Sequence[jax.Device]) -> Iterator[tuple[Mesh, str]]:
@@ -163,7 +158,7 @@ def _mesh(devices: np.ndarray) -> Mesh:
 
 
 def _group_span(mesh: Mesh, axis: str) -> GroupSpan:
-    groups = np.moveaxis(np.vectorize(_fabric, otypes=[int])(mesh.devices), AXES.index(axis), -1)
+    groups = np.moveaxis(np.vectorize(fabric_index, otypes=[int])(mesh.devices), AXES.index(axis), -1)
     apart = {len(set(group)) for group in groups.reshape(-1, mesh.shape[axis]).tolist()}
     return "inside" if apart == {1} else "between" if apart == {mesh.shape[axis]} else "both"
 

@@ -56,6 +56,17 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     )
 
 
+def checkpoint_of(model: str) -> str | None:
+    """Return the name by which find_model finds the weights of a model of find_config, None if it has no weights.
+
+    They belong to the directory of a config.json. A preset of models/ and another JSON file have none.
+    """
+    path = Path(model)
+    if model in preset_configs(planned=True) or (path.suffix == ".json" and path.name != "config.json"):
+        return None
+    return str(path.parent) if path.name == "config.json" else model
+
+
 def preset_configs(*, planned: bool = False) -> list[str]:
     """Return the names of the model configs in the package, which have no weights.
 

@@ -228,6 +228,35 @@ def test_it_is_used_by_keyboard(chromium, drawn):
         assert page.locator("#position").input_value() == stopped
 
 
+def test_every_host_has_its_command(chromium, drawn):
+    """Two nodes: the page has the command of all, a node that of its own; focus selects a command to copy it."""
+    path, _, data = drawn("data=4,tensor=4", hardware="h100")
+    selected = "getSelection().toString().replaceAll('\\n', '')"
+    with opened(chromium, path) as page:
+        shown = page.locator("#launch").inner_text()
+        every = data["launch"][0].removesuffix("0") + "I"
+        assert all(words in shown for words in ("Start it on every node:", every, "I = 0 … 1", "HOST0:PORT is"))
+        page.locator("#launch code").focus()
+        assert page.evaluate(selected) == every
+        for number in (0, 7, 8, 15):
+            device(page, number).focus()
+            assert page.locator("#host-name").inner_text() == f"Start node {number // 8}"
+            assert page.locator("#host-command").inner_text() == data["launch"][number // 8]
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.closest('#host-command') !== null"):
+                break
+        assert page.evaluate(selected) == data["launch"][1]
+
+
+def test_one_host_has_one_command(chromium, drawn):
+    path, _, data = drawn(ALL)
+    with opened(chromium, path) as page:
+        assert page.locator("#launch").inner_text().split("\n")[-1] == data["launch"][0]
+        assert "--coordinator" not in data["launch"][0]
+        assert page.locator("#host-launch").is_hidden()
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 def test_the_timeline_is_the_schedule(stages, chromium, drawn):
     path, _, _ = drawn(f"pipeline={stages}", layers=16)
@@ -288,7 +317,7 @@ def test_what_differs_from_the_plan_is_marked(chromium, drawn, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_are_readable(scheme, chromium, drawn):
     """Contrast of what is written against what it stands on, as WCAG counts it."""
-    path, _, _ = drawn(STAGES, hardware="b200")
+    path, _, _ = drawn("pipeline=2,data=2,tensor=4", hardware="b200")  # two nodes
     with opened(chromium, path, color_scheme=scheme) as page:
         pairs = page.evaluate(_COLORS)
         assert len(pairs) > 10
@@ -313,7 +342,7 @@ _COLORS = """() => {
     return "white";
   };
   const all = names => [...document.querySelectorAll(names)];
-  const words = all("h1, h2, h3, p, dt, dd, li, td, th, small, label, button:enabled")
+  const words = all("h1, h2, h3, p, dt, dd, li, td, th, small, label, code, button:enabled")
     .filter(node => node.textContent.trim())
     .map(node => [node.textContent.trim(), rgb(getComputedStyle(node).color), rgb(behind(node))]);
   const tiles = all(".device text, #stages text.unit").map(text => {

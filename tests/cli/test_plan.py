@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 
 import pytest
 
@@ -15,7 +16,7 @@ from jaxmoe.planner.hardware import hardware_names
 from jaxmoe.weights.checkpoint import read_json
 from jaxmoe.weights.source import find_config, preset_configs
 
-from .commands import jaxmoe
+from .commands import jaxmoe, parsed
 
 
 def plan(capsys, *arguments):
@@ -110,6 +111,60 @@ def test_what_is_pasted_is_taken_by_the_other_commands(capsys, model, options, l
     assert asked.checked_model()[0].quantization is not None
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "hosts"),
+    [
+        ("qwen3-30b-a3b", ["--hardware", "h100", "--devices", "4", "--kv-dtype", "fp8"], 1),
+        ("deepseek-v3.1", ["--hardware", "b200", "--nodes", "2", "--layout", "tp-ep", "--dispatch", "all_gather"], 2),
+        ("llama-3.1-8b", ["--hardware", "v5e", "--devices", "96", "--mesh", "data=12,pipeline=2,tensor=4",
+                          "--virtual-stages", "2", "--isl", "64", "--osl", "64"], 12),
+    ],
+)  # fmt: skip
+def test_every_host_has_its_command(capsys, model, options, hosts):
+    found = plan(capsys, model, *options)
+    chosen, engine = found["plan"], found["engine"]
+    assert len(found["launch"]) == hosts
+    for index, line in enumerate(found["launch"]):
+        given, joining = parsed(line)
+        assert (given["model"], given["prompt"], given["devices"]) == ("CHECKPOINT", "Hello", None)
+        assert (given["mesh"], given["layout"]) == (chosen["mesh"], chosen["layout"])
+        assert given["max_num_seqs"] == engine["max_num_seqs"]
+        assert (given["dispatch"] or "all_to_all") == chosen["dispatch"]
+        assert given["virtual_stages"] == chosen["virtual_stages"]
+        assert given["kv_dtype"] == ("fp8" if "--kv-dtype" in options else None)
+        several = ("HOST0:PORT", hosts, index) if hosts > 1 else (None, None, None)
+        assert (joining["coordinator"], joining["num_processes"], joining["process_id"]) == several
+    printed = jaxmoe(capsys, "plan", model, *options).out.splitlines()
+    shown = [text.strip() for text in printed if "jaxmoe generate" in text or text.strip() == "..."]
+    lines = found["launch"]
+    assert shown == (lines if hosts <= 8 else [*lines[:2], "...", lines[-1]])
+    where = f" on every {found['node']}" if hosts > 1 else ""
+    assert f"  start it{where}:" in printed
+    assert f"    CHECKPOINT is a directory or hub id with the weights of {model}" in printed
+    assert ("    HOST0:PORT is the address of the first host and a free port there" in printed) == (hosts > 1)
+
+
+def test_the_command_of_one_host_runs(capsys):
+    load = ["--isl", "64", "--osl", "64", "--chunk-tokens", "512", "--max-num-seqs", "8", "--dtype", "float32"]
+    (line,) = plan(capsys, "demo", "--hardware", "cpu-8", "--nodes", "1", *load)["launch"]
+    assert "--devices 8" in line
+    outcome = jaxmoe(capsys, *shlex.split(line)[1:], "--max-tokens", "2", "--no-native")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("Hello")
+
+
+def test_emulated_hosts_emulate_their_own_devices(capsys):
+    load = ["--isl", "64", "--osl", "64", "--max-num-seqs", "8", "--mesh", "data=2,expert=8"]
+    lines = plan(capsys, "demo", "--hardware", "cpu-8", *load)["launch"]
+    assert [(parsed(line)[0]["devices"], parsed(line)[1]["process_id"]) for line in lines] == [(8, 0), (8, 1)]
+
+
+def test_a_model_that_cannot_run_has_no_command(capsys):
+    words = ["deepseek-v3.2", "--hardware", "b200", "--nodes", "2", "--mesh", "expert=16", "--isl", "64", "--osl", "64"]
+    assert plan(capsys, *words)["launch"] == []
+    assert "start it" not in jaxmoe(capsys, "plan", *words).out
+
+
 def test_a_path_is_called_by_its_model(capsys, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -118,6 +173,8 @@ def test_a_path_is_called_by_its_model(capsys, tmp_path):
     assert outcome.out.startswith("mine on 1 x h100: one device\n  --mesh data=1\n  engine: max_num_seqs=")
     assert "1 engines" not in outcome.out
     assert "1 requests" not in outcome.out
+    (line,) = [text.strip() for text in outcome.out.splitlines() if "jaxmoe generate" in text]
+    assert parsed(line)[0]["model"] == str(folder)
 
 
 def test_limits_that_few_devices_miss_are_met_by_more(capsys):

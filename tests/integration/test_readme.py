@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_pages_name_their_commands():
     assert {page.relative_to(ROOT).as_posix() for page in PAGES} - {"README.md"} <= linked
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("jaxmoe ") and " launch " not in c])
 def test_command(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for earlier in writers_of_input(command):
@@ -116,6 +117,23 @@ def test_command(command, capsys, tmp_path, monkeypatch):
         assert "2x16x4" in out
 
 
+def in_a_shell() -> dict[str, str]:
+    """The environment of a user's process, which has one device."""
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " launch " in c])
+def test_launch_command(command, tmp_path):
+    """The text of process 0 alone is printed; the mesh has the devices of both processes."""
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, cwd=tmp_path, env=in_a_shell(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import os")
+    assert len(done.stdout) > len("import os") + 10
+    assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in done.stderr
+    assert "[1]" not in done.stderr
+
+
 @pytest.mark.sweep
 def test_verify_on_every_mesh(capsys):
     """The guide's command as it stands, on the nineteen meshes that have no more stages than the model has layers."""
@@ -131,9 +149,8 @@ def test_make_demo(tmp_path):
     recipe = make_dry_run("demo")
     assert recipe.startswith(".venv/bin/jaxmoe generate --devices 8 --mesh data=2,tensor=2,expert=2")
     arguments = shlex.split(recipe)[1:]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run(
-        [sys.executable, "-m", "jaxmoe", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-m", "jaxmoe", *arguments], capture_output=True, text=True, cwd=tmp_path, env=in_a_shell()
     )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr
@@ -151,13 +168,33 @@ def test_make_test_and_check_run_what_they_say():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
+@pytest.mark.parametrize("code", [code for code in EXAMPLES if "jaxmoe.join(" not in code])
 def test_python_example(code, tmp_path):
     """In a process of its own, with the one device a user's has."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=in_a_shell(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 40
+
+
+@pytest.mark.parametrize("code", [code for code in EXAMPLES if "jaxmoe.join(" in code])
+def test_python_example_of_two_processes(code, tmp_path):
+    """Each runs the example, and prints the same text and token ids."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=in_a_shell() | {"COORDINATOR": address, "PROCESS_ID": str(process_id)},
+        )
+        for process_id in range(2)
+    ]  # fmt: skip
+    done = [(*child.communicate(), child.returncode) for child in children]
+    assert [code for _, _, code in done] == [0, 0], [err for _, err, _ in done]
+    printed = ["\n".join(line for line in out.splitlines() if not line.startswith("[Gloo]")) for out, _, _ in done]
+    assert printed[0] == printed[1]
+    ids = json.loads(printed[0][printed[0].rindex("[") :])
+    assert len(ids) == 8
 
 
 @pytest.mark.parametrize(("page", "target"), LINKS)

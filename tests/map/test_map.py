@@ -19,6 +19,7 @@ from jaxmoe.parallel.collectives import CollectiveOp
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.weights.source import model_name
 
+from ..cli.commands import parsed
 from ..conftest import mesh_of
 from .parts import answer_of, bytes_by_part
 
@@ -214,6 +215,37 @@ def test_a_mesh_preset_brings_its_hardware(changed_dir):
     assert map_data(question(changed_dir, mesh="b200-2x8", hardware="h100"))["fabric"]["name"] == "h100"
     of_target = map_data(question(changed_dir, mesh="expert=16", target="tpu7x:2x2x2"))["fabric"]
     assert (of_target["name"], of_target["shape"]) == ("tpu7x", [2, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({}, {}),
+        ({"layout": "tp-ep-sp", "kv_dtype": "int8", "weights_dtype": "int8"}, {}),
+        ({"kernels": {"dispatch": "all_gather", "layers": "unroll"}}, {"dispatch": "all_gather", "layers": "unroll"}),
+        ({"mesh": {"pipeline": 2, "tensor": 8}, "virtual_stages": 2}, {}),
+    ],
+)
+@pytest.mark.parametrize(("hardware", "hosts"), [(None, 1), ("h100", 2), ("v5p", 4), ("cpu-8", 2)])
+def test_every_host_has_its_command(changed_dir, asked, options, hardware, hosts):
+    model = str(changed_dir("qwen3_moe_norm", num_hidden_layers=4))
+    asked = {"mesh": "data=2,expert=2,tensor=4", "model": model, **asked}
+    one = question(changed_dir, **asked, hardware=hardware)
+    data = map_data(one)
+    assert len(data["launch"]) == hosts == -(-16 // data["fabric"]["node"])
+    for index, line in enumerate(data["launch"]):
+        given, joining = parsed(line)
+        again = MapRequest.of(
+            given["model"], context=32, **{name: given[name] for name in ("mesh", "layout", "virtual_stages", "dtype",
+            "weights_dtype", "kv_dtype", "max_num_seqs")}, kernels=options, hardware=hardware,
+        )  # fmt: skip
+        assert (given["model"], {name: given[name] for name in options}) == (one.model, options)
+        assert map_data(again) == data
+        assert given["devices"] == (8 if hardware == "cpu-8" else None)
+        several = ("HOST0:PORT", hosts, index) if hosts > 1 else (None, None, None)
+        assert (joining["coordinator"], joining["num_processes"], joining["process_id"]) == several
+    address = ["HOST0:PORT is the address of the first host and a free port there"]
+    assert data["launch_placeholders"] == (address if hosts > 1 else [])
 
 
 def test_models_have_names(tmp_path):

@@ -10,11 +10,14 @@ from jaxmoe.errors import MeshError
 from jaxmoe.parallel.mesh import (
     AXES,
     PlannedMesh,
+    arranged,
     build_mesh,
+    check_processes,
     compiler_options,
     conform_mesh,
     default_axes,
     emulate_devices,
+    hosts_of,
     in_rings,
     nearest_devices,
     parse_mesh,
@@ -98,6 +101,93 @@ def test_a_mesh_leaves_no_process_without_devices():
     devices = [SimpleNamespace(id=at, process_index=at // 4, platform="cpu") for at in range(8)]
     with pytest.raises(MeshError, match="takes 4 of 8 devices and leaves process 1 without any"):
         build_mesh({"tensor": 4}, devices)
+
+
+def of_processes(processes: int, each: int, *, platform: str = "cpu", **changes) -> list[SimpleNamespace]:
+    """Devices of several processes in an order that nobody wants: the last first, ids with gaps between processes."""
+    return [
+        SimpleNamespace(id=2048 * process + at, process_index=process, platform=platform, **changes)
+        for process in range(processes) for at in range(each)
+    ][::-1]  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("processes", "each", "axes", "spanned"),
+    [
+        (2, 4, "data=2,tensor=4", {"data": 2, "tensor": 1}), (2, 4, "tensor=4,expert=2", {"expert": 2, "tensor": 1}),
+        (2, 4, "data=2,expert=2,tensor=2", {"data": 2, "expert": 1, "tensor": 1}),
+        (2, 4, "pipeline=2,expert=2,tensor=2", {"pipeline": 2, "expert": 1, "tensor": 1}),
+        (4, 2, "data=2,expert=2,tensor=2", {"data": 2, "expert": 2, "tensor": 1}),
+        (4, 2, "data=2,tensor=4", {"data": 2, "tensor": 2}), (4, 2, "tensor=8", {"tensor": 4}),
+        (4, 2, "data=2,pipeline=2,expert=2", {"data": 2, "pipeline": 2, "expert": 1}),
+    ],
+)  # fmt: skip
+def test_devices_fill_a_mesh_process_by_process(platform, processes, each, axes, spanned):
+    """Tensor groups leave a process last: how many processes the groups along each axis have devices of."""
+    shape = tuple(parse_mesh(axes).values())
+    placed = arranged(of_processes(processes, each, platform=platform), shape)
+    assert [(device.process_index, device.id % 2048) for device in placed.flat] == [
+        (process, at) for process in range(processes) for at in range(each)
+    ]
+    hosts = hosts_of(SimpleNamespace(devices=placed))
+    assert hosts.shape == shape
+    for axis, wanted in spanned.items():
+        groups = np.moveaxis(hosts, AXES.index(axis), -1).reshape(-1, shape[AXES.index(axis)])
+        assert {len(set(group)) for group in groups.tolist()} == {wanted}
+
+
+def test_gpus_of_a_node_are_one_host_whatever_their_processes():
+    """As JAX reports by slice_index; here one process a GPU, and processes of two nodes take turns."""
+    devices = [
+        SimpleNamespace(id=at, process_index=at, platform="gpu", slice_index=at % 2) for at in range(8)
+    ]  # fmt: skip
+    placed = arranged(devices, (2, 1, 1, 4))
+    assert [[device.id for device in group] for group in placed.reshape(2, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert hosts_of(SimpleNamespace(devices=placed)).reshape(2, 4).tolist() == [[0] * 4, [1] * 4]
+    for device in devices:
+        device.platform = "cpu"
+    assert len(set(hosts_of(SimpleNamespace(devices=placed)).flat)) == 8
+
+
+def test_the_first_devices_of_processes_are_taken_in_order():
+    assert [one.id for one in nearest_devices(of_processes(2, 4), 6)] == [0, 1, 2, 3, 2048, 2049]
+
+
+def test_devices_of_several_slices_make_no_mesh():
+    devices = torus(2, 2, 1)
+    for device in devices:
+        device.slice_index = device.id // 2
+    with pytest.raises(MeshError, match="the 4 devices are of 2 TPU slices"):
+        arranged(devices, (1, 1, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [
+        ("cpu", "needs 12 devices and 2 processes have 8; on CPU emulate them with --devices 6 in each process"),
+        ("gpu", "needs 12 devices and 2 processes have 8$"),
+    ],
+)
+def test_a_mesh_of_more_devices_than_processes_have_is_refused(platform, words):
+    with pytest.raises(MeshError, match=words):
+        build_mesh({"tensor": 12}, of_processes(2, 4, platform=platform))
+
+
+def test_a_mesh_of_ones_own_has_devices_of_every_process(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: of_processes(3, 2))
+    mine = [device for device in of_processes(3, 2) if device.process_index != 1]
+    mesh = SimpleNamespace(devices=np.array(mine), size=4)
+    with pytest.raises(MeshError, match="the Mesh of 4 devices leaves process 1 without any"):
+        check_processes(mesh)
+    whole = SimpleNamespace(devices=np.array(of_processes(3, 2)), size=6)
+    assert check_processes(whole) is whole
+
+
+def test_one_process_alone_says_which_devices_it_takes(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    build_mesh(parse_mesh("data=2,tensor=3"))
+    assert caplog.messages == []
 
 
 def test_a_mesh_of_ones_own_keeps_every_device_at_its_coordinates():

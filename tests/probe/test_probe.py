@@ -135,7 +135,7 @@ def test_axes_of_one_length_are_measured_apart_and_the_slower_is_written(quick):
 
 def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
     """Devices said to lie on four nodes of two: which groups are measured, and where they are written."""
-    monkeypatch.setattr(probing, "_fabric", lambda device: device.id // 2)
+    monkeypatch.setattr(probing, "fabric_index", lambda device: device.id // 2)
     groups = {
         (axis, mesh.shape[axis]): [
             [device.id for device in group]
@@ -163,7 +163,7 @@ def test_links_between_nodes_have_facts_of_their_own(quick, monkeypatch):
 
 
 def test_nodes_must_hold_as_many_devices_each(monkeypatch):
-    monkeypatch.setattr(probing, "_fabric", lambda device: device.id // 3)
+    monkeypatch.setattr(probing, "fabric_index", lambda device: device.id // 3)
     with pytest.raises(MeshError, match="nodes have 3, 3, 2 devices"):
         probe(max_bytes=512, repeats=1)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.aot.hlo_collectives import collectives
 from jaxmoe.parallel.eplb import balance
+from jaxmoe.weights import safetensors_file
 
 PROMPTS = [[1, 5, 9, 2, 6, 5, 3, 8, 4, 7, 1, 3], [3, 1, 4, 1], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0, 4, 5, 2, 3]]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, top_logprobs=2)
@@ -76,11 +77,39 @@ def move_experts(llm: LLM, seed: int) -> None:
     llm.place_experts(balance(loads, num_replicas=own.num_physical_experts, num_ranks=own.num_ranks))
 
 
+def counted_load(run: dict[str, Any]) -> tuple[LLM, int, int]:
+    """A loaded model, the bytes of tensors that were read for it, and those of this process's own parts of weights."""
+    read, real = 0, safetensors_file.read_into
+
+    def count(descriptor, path, start, out, what):
+        nonlocal read
+        read += len(out)
+        real(descriptor, path, start, out, what)
+
+    safetensors_file.read_into = count
+    try:
+        llm = LLM.load(run["model"], dtype="float32", **run["options"])
+    finally:
+        safetensors_file.read_into = real
+    own = sum(
+        {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}[index]
+        for leaf in llm._runner.leaves
+        for index in {str(shard.index) for shard in leaf.addressable_shards}
+    )
+    return llm, read, own
+
+
 def results_of(run: dict[str, Any]) -> dict[str, Any]:
     """Load a model, and run what is asked for."""
     engine_options = run.get("engine")
-    llm = LLM.load(run["model"], dtype="float32", **run["options"])
+    llm, read, own = counted_load(run)
+    if run.get("only_load"):
+        return {"read": read, "own": own}
     outputs = llm.generate(PROMPTS, GREEDY)
+    if run.get("short"):
+        logits = llm.last_logits(PROMPTS)
+        tokens = [output.token_ids for output in outputs]
+        return {"tokens": tokens, "logits": logits.tolist(), "scores": [], "as_planned": is_as_planned(llm)}
     sampled = [event.token_id for event in llm.stream(PROMPTS[:2], SAMPLED)]
     logits = llm.last_logits([prompt + output.token_ids for prompt, output in zip(PROMPTS, outputs, strict=True)])
     result = {

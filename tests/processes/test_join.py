@@ -84,7 +84,7 @@ def test_another_checkpoint(model, changed_dir):
             for index, at in enumerate((model, other))
         ]
     )
-    assert_lines(results, "config.json of the model is ", "in process 0 and ", "in process 1: start both alike")
+    assert_lines(results, "config.json is ", "in process 0 and ", "in process 1: start both alike")
 
 
 def test_other_versions(model):
