@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False)
 _META = "jaxmoe.processes."
 _PROCESS_OPTIONS = ("coordinator", "num_processes", "process_id", "lost_after")
+_OWN_PATHS = ("output", "plot", "trace")  # may differ between joined processes; process 0 writes them
 _MIN_WIDTH = 140  # columns, for tables that are not printed to a terminal
 
 
@@ -184,7 +185,9 @@ def _join(devices: int | None) -> bool:
     from jaxmoe.parallel.processes import join
 
     assert context is not None
-    arguments = {f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items()}
+    arguments = {
+        f"--{name.replace('_', '-')}": str(value) for name, value in context.params.items() if name not in _OWN_PATHS
+    }
     group = join(
         coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
         lost_after=context.meta[f"{_META}lost_after"], join_timeout=context.meta[f"{_META}join_timeout"],
