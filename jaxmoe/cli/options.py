@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False)
 _META = "jaxmoe.processes."
 _PROCESS_OPTIONS = ("coordinator", "num_processes", "process_id", "lost_after")
+_OWN_PATHS = ("output", "plot", "trace")  # may differ between joined processes; process 0 writes them
 _MIN_WIDTH = 140  # columns, for tables that are not printed to a terminal
 
 
@@ -188,7 +189,9 @@ def join_processes(devices: int | None = None, *, with_jax: bool = True) -> bool
 
     assert context is not None
     arguments = {
-        _shown_name(one): str(context.params[one.name]) for one in context.command.params if one.name in context.params
+        _shown_name(one): str(context.params[one.name])
+        for one in context.command.params
+        if one.name in context.params and one.name not in _OWN_PATHS
     }
     group = join(
         coordinator, num_processes=num_processes, process_id=process_id, devices=devices,
@@ -209,11 +212,9 @@ def join_processes(devices: int | None = None, *, with_jax: bool = True) -> bool
 
 def _shown_name(parameter: click.Parameter) -> str:
     """Return the name of an option or argument as the help of its command shows it."""
-    return (
-        max(parameter.opts, key=len)
-        if isinstance(parameter, click.Option)
-        else parameter.human_readable_name.strip("[]")
-    )
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return parameter.human_readable_name.strip("[]")
 
 
 def table_console() -> Console:

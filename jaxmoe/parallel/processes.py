@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jaxlib
 import zmq
+from jax._src.xla_bridge import backends_are_initialized
 
 from jaxmoe.errors import MeshError, ProcessLostError
 from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
@@ -306,12 +307,14 @@ def join(
     global _group
     if _group is not None:
         raise MeshError("this process has joined already: call join once")
-    host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
     if devices is not None and not 1 <= devices <= _MAX_DEVICES:
         raise MeshError(f"devices={devices} must lie in [1, {_MAX_DEVICES}]")
     for name, value in (("lost_after", lost_after), ("join_timeout", join_timeout)):
         if not 1 <= value <= 24 * 3600:
             raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+    host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
+    if backends_are_initialized():
+        raise MeshError(f"processes cannot join at {coordinator}: JAX has started its devices; join before it does")
     identity = uuid.uuid4().bytes
     if process_id == 0:
         values = {"num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
@@ -328,7 +331,7 @@ def join(
             _start_jax(group, devices)
             jax.devices()
     except (RuntimeError, ValueError) as error:
-        raise MeshError(f"the processes cannot join at {coordinator}: {error}") from error
+        raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
     group.barrier()  # before a process can end, all have read the topology of its devices
     _group = group
     atexit.register(_at_exit)
@@ -367,9 +370,7 @@ def _address_of(
     matched = _ADDRESS.fullmatch(coordinator)
     if matched is None or not 1 <= int(matched["port"]) <= 65535:
         raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
-    if num_processes is None or process_id is None:
-        raise MeshError(f"coordinator {coordinator} needs num_processes and process_id")
-    if not 0 <= process_id < num_processes:
+    if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
         raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
     return matched["host"], int(matched["port"]), num_processes, process_id
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from jaxmoe.engine.runner import ModelRunner
+from jaxmoe.engine.step_traffic import StepTraffic
 from jaxmoe.parallel.collectives import CollectiveOp
 
 from .commands import jaxmoe
@@ -59,11 +59,10 @@ def test_dispatch_is_that_which_was_asked_for(capsys, tiny_dir):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_step_that_is_not_as_planned_is_marked_and_an_error(as_json, capsys, tiny_dir, monkeypatch):
-    planned = ModelRunner.planned_decode_step
+    planned = StepTraffic.planned_decode_step
     more = Counter({CollectiveOp(op="all-reduce", axes=("data",), result_bytes=12): 3})
-    monkeypatch.setattr(
-        ModelRunner, "planned_decode_step", lambda self, bucket: planned(self, bucket) + more
-    )  # of decoding
+    more_planned = lambda self, bucket, **options: planned(self, bucket, **options) + more  # noqa: E731
+    monkeypatch.setattr(StepTraffic, "planned_decode_step", more_planned)  # of decoding
     outcome = jaxmoe(capsys, "inspect", tiny_dir(CASE), *OPTIONS, *["--json"] * as_json)
     assert outcome.code == 1
     if as_json:
