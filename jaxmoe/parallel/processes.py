@@ -313,7 +313,7 @@ def join(
         if not 1 <= value <= 24 * 3600:
             raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
     host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
-    if backends_are_initialized():
+    if with_jax and backends_are_initialized():
         raise MeshError(f"processes cannot join at {coordinator}: JAX has started its devices; join before it does")
     identity = uuid.uuid4().bytes
     if process_id == 0:

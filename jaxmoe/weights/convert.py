@@ -2,7 +2,7 @@
 
 Finished tensors are recorded in a journal next to the destination (journal.py). One rename creates the destination at
 the end, with a manifest of checksums in it. Several processes may share the work: each writes some of the files, and
-process 0 whatever is written once. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
+process 0 the manifest and all other files. The reasons: docs/decisions/0010-orbax-holds-published-tensors.md.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _check_destination(source_checkpoint: SourceCheckpoint, destination: Path) -
 class _ConversionJob:
     """Run one conversion: plan its tasks, write the tensors and side files, and commit the destination.
 
-    options: what DESTINATION.partial depends on, the same in all processes.
+    options: the options that an unfinished conversion depends on, the same in all processes.
     """
 
     def __init__(
@@ -380,15 +380,15 @@ class _ConversionJob:
 
 
 def _common_fingerprint(fingerprint: str, division: WorkDivision) -> str:
-    """Return the fingerprint that all processes have. If they read copies of the source, return a hash of theirs."""
-    told = [part["fingerprint"] for part in division.collect(fingerprint=fingerprint)]
-    same = len(set(told)) < 2
-    common: str = division.from_first(lambda: told[0] if same else hashlib.sha256("".join(told).encode()).hexdigest())
+    """Return the fingerprint of the source, or a hash of all if the processes read different copies of it."""
+    found = [part["fingerprint"] for part in division.collect(fingerprint=fingerprint)]
+    same = len(set(found)) < 2
+    common: str = division.from_first(lambda: found[0] if same else hashlib.sha256("".join(found).encode()).hexdigest())
     return common
 
 
 def _unit(sink: CheckpointSink, task: ConversionTask, output: TensorSpec) -> str:
-    """Return the name of what one process alone writes: a file of several tensors, or the outputs of a task."""
+    """Return the name of a unit that one process writes: a file of several tensors, or the outputs of a task."""
     return sink.place(output.name)[0] or task.spec.name
 
 

@@ -1,4 +1,4 @@
-"""The division of work on a checkpoint between joined processes, and what they exchange meanwhile."""
+"""The division of work on a checkpoint between joined processes, and their exchange of values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WorkDivision:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is process 0, which does what is done once."""
+        """Return whether this is process 0, which does all work that is not divided."""
         return self.process_id == 0
 
     def own(self, num_bytes: Mapping[str, int]) -> set[str]:
@@ -44,7 +44,7 @@ class WorkDivision:
         return [values] if self._group is None else self._group.collect(**values)
 
     def from_first(self, function: Callable[[], Any]) -> Any:
-        """Return what function returns in process 0, which alone calls it. Waits for all processes."""
+        """Call function in process 0 only, and return its result in all. Waits for all processes."""
         return self.share(function() if self.is_first else None)
 
     def share(self, value: Any = None) -> Any:

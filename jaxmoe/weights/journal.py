@@ -29,7 +29,7 @@ from jaxmoe.errors import CheckpointError
 from jaxmoe.weights.manifest import JOURNAL, MANIFEST, sum_file
 
 SUFFIX, WHOLE = ".partial", "whole"
-SEEN_WITHIN_SECONDS = 60.0  # clients of NFS may take a missing folder for missing for so long
+SEEN_WITHIN_SECONDS = 60.0  # clients of NFS may remember for so long that a folder is missing
 _POLL_SECONDS = 0.05
 _SYNCS = 32  # concurrent fsync calls
 
@@ -43,7 +43,7 @@ class TensorRecords:
     """Append records of finished tensors to a file that this process has locked.
 
     folder: that of the unfinished conversion, with the file and the folder whole/. finished: checksums of the outputs
-    that earlier runs wrote, by source tensor and name.
+    of earlier runs, by source tensor and name.
     """
 
     def __init__(self, folder: Path, file: IO[bytes]) -> None:
@@ -67,7 +67,7 @@ class TensorRecords:
         self._file.close()
 
     def _take(self, lines: Sequence[bytes]) -> int:
-        """Add the records in complete lines to those finished; return how many lines come before the first bad one."""
+        """Add the records of lines to the finished ones, up to the first bad line; return the number of good lines."""
         for number, line in enumerate(lines):
             try:
                 name, sums = json.loads(line)
@@ -168,8 +168,8 @@ class ConversionJournal(TensorRecords):
 class PartJournal(TensorRecords):
     """Record the tensors that one of several processes writes, other than process 0.
 
-    token: from ConversionJournal.create_parts, which process 0 has called. seen_within: seconds to wait for the file,
-    which some network file systems show late.
+    token: the result of ConversionJournal.create_parts in process 0. seen_within: seconds to wait for the file, which
+    some network file systems show late.
     Raises: CheckpointError if the file does not appear.
     """
 

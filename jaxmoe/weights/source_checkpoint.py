@@ -57,7 +57,7 @@ class SourceCheckpoint:
         return sum(spec.num_bytes for spec in self.specs.values())
 
     def summary(self) -> str:
-        """Describe the source by its size and by a hash that copies of it share: of headers, config and manifest."""
+        """Return the size of the source, and a hash of headers, config and manifest. Copies have the same summary."""
         headers = [(spec.name, spec.dtype, spec.shape, self.tensors[spec.name].start) for spec in self.specs.values()]
         digest = hashlib.sha256(json.dumps([headers, self.config], sort_keys=True).encode())
         digest.update(b"" if self.manifest is None else self.manifest.dump())

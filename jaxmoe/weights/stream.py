@@ -79,7 +79,7 @@ class CheckpointSink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionTask:
-    """Describe a source tensor, its outputs, and those of them that this process writes."""
+    """Describe a source tensor, its outputs, and the outputs that this process writes."""
 
     tensor: TensorInfo | DerivedTensor
     spec: TensorSpec
@@ -114,8 +114,8 @@ class ConversionExecutor:
     ram_bytes: allowed growth of resident memory. budget: the budget for buffers. expected: sha256 of every source
     tensor, if the source has a manifest. finished: checksums of finished tasks from the journal; their outputs are read
     and checked again. record: called with the name and checksums of each finished task. on_bytes: called with the
-    number of source bytes done. num_resumed: tasks that were finished before, without those of which another process
-    writes the first output.
+    number of source bytes done. num_resumed: number of tasks that were finished before; the process that
+    writes the first output counts a task.
     """
 
     sink: CheckpointSink

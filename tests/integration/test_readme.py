@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxmoe.assets import asset_dir
 from jaxmoe.cli.main import run
 from jaxmoe.planner.hardware import read_hardware
 from jaxmoe.report import verify
+from jaxmoe.weights.convert import convert
+
+from ..weights.hf_checkpoints import contents
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -124,10 +128,14 @@ def in_a_shell() -> dict[str, str]:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " launch " in c])
 def test_launch_command(command, tmp_path):
-    """The text of process 0 alone is printed; the mesh has the devices of both processes."""
+    """The text of process 0 alone is printed; the mesh has the devices of both processes. Conversion: the same files."""
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, cwd=tmp_path, env=in_a_shell(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if " convert " in command:
+        convert(asset_dir("checkpoints") / "demo", tmp_path / "one", mesh="expert=8")
+        assert contents(tmp_path / "demo-orbax-2") == contents(tmp_path / "one")
+        return
     assert done.stdout.startswith("import os")
     assert len(done.stdout) > len("import os") + 10
     assert "data=2 x tensor=2 x expert=2 on 8 cpu devices" in done.stderr
