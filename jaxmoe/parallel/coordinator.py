@@ -169,8 +169,8 @@ class ProcessCoordinator:
                     return
         collected = [values_of[index] for index in range(self._num)]
         for index, each in self._processes.items():
-            answer = values_of[0] if not collect else collected if index == 0 else []
-            self._router.send_multipart([each.identity, message("agreed", name=name, values=answer)])
+            result = values_of[0] if not collect else collected if index == 0 else []
+            self._router.send_multipart([each.identity, message("agreed", name=name, values=result)])
 
     # --- time ---
 

@@ -98,13 +98,13 @@ class ProcessGroup:
 
     def share(self, **values: Any) -> dict[str, Any]:
         """Return the values of process 0. Waits until all processes have called this as often."""
-        answer: dict[str, Any] = self._exchanged(values)
-        return answer
+        result: dict[str, Any] = self._exchanged(values)
+        return result
 
     def collect(self, **values: Any) -> list[dict[str, Any]]:
         """Return the values of all processes in process 0, an empty list in others. Waits as `share` does."""
-        answer: list[dict[str, Any]] = self._exchanged(values, collect=True)
-        return answer
+        result: list[dict[str, Any]] = self._exchanged(values, collect=True)
+        return result
 
     def barrier(self) -> None:
         """Wait until all processes have called this as often."""

@@ -273,11 +273,11 @@ class _ConversionJob:
             for output in task.outputs:
                 num_bytes[_unit(sink, task, output)] += output.num_bytes
         own = self._division.own(num_bytes)
-        found = (
+        divided = (
             replace(task, written=tuple(output for output in task.outputs if _unit(sink, task, output) in own))
             for task in tasks
         )
-        return [task for task in found if task.written]
+        return [task for task in divided if task.written]
 
     @contextmanager
     def _journal(self, sink: CheckpointSink) -> Iterator[TensorRecords]:
@@ -381,9 +381,11 @@ class _ConversionJob:
 
 def _common_fingerprint(fingerprint: str, division: WorkDivision) -> str:
     """Return the fingerprint of the source, or a hash of all if the processes read different copies of it."""
-    found = [part["fingerprint"] for part in division.collect(fingerprint=fingerprint)]
-    same = len(set(found)) < 2
-    common: str = division.from_first(lambda: found[0] if same else hashlib.sha256("".join(found).encode()).hexdigest())
+    fingerprints = [part["fingerprint"] for part in division.collect(fingerprint=fingerprint)]
+    same = len(set(fingerprints)) < 2
+    common: str = division.from_first(
+        lambda: fingerprints[0] if same else hashlib.sha256("".join(fingerprints).encode()).hexdigest()
+    )
     return common
 
 

@@ -64,16 +64,16 @@ def problems(
         return list(_tensor_problems(directory, name, manifest, tensors))
 
     on_progress(done, total)
-    names, found = [name for name in sizes if name in own], {}
+    names, lines = [name for name in sizes if name in own], list[str]()
     with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as workers:
-        for name, lines in zip(names, workers.map(check, names), strict=True):
-            found[name] = lines
+        for name, problem_lines in zip(names, workers.map(check, names), strict=True):
+            lines += problem_lines
             done += sizes[name]
             on_progress(done, total)
-    parts = division.collect(missing=missing, found=found)
+    parts = division.collect(missing=missing, lines=lines)  # parts are consecutive runs of the manifest
     if unopened := [part["missing"] for part in parts if part["missing"] is not None]:
         return [*errors, unopened[0]]
-    return errors + [line for part in parts for lines in part["found"].values() for line in lines]
+    return errors + [line for part in parts for line in part["lines"]]
 
 
 def check_whole(

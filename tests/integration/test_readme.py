@@ -128,7 +128,7 @@ def in_a_shell() -> dict[str, str]:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " launch " in c])
 def test_launch_command(command, tmp_path):
-    """The text of process 0 alone is printed; the mesh has the devices of both processes. Conversion: the same files."""
+    """The text of process 0 alone is printed; the mesh has the devices of both. A conversion gives the same files."""
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, cwd=tmp_path, env=in_a_shell(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
