@@ -52,9 +52,9 @@ class ControlSender:
     def send(self, op: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         """Send an operation. Arrays are copied, and may change afterwards."""
         shapes = [(array.dtype.str, array.shape) for array in arrays]
-        header = json.dumps([self.sent, op, values, shapes]).encode()
-        frames = [header, *(array.tobytes() for array in arrays)]
-        with self._lock:
+        contents = [array.tobytes() for array in arrays]
+        with self._lock:  # also for the number: several threads send
+            frames = [json.dumps([self.sent, op, values, shapes]).encode(), *contents]
             for identity in self._followers:
                 self._socket.send(identity, zmq.SNDMORE)
                 self._socket.send_multipart(frames)
