@@ -1,4 +1,4 @@
-"""The coordinator of joined processes: `python -m jaxmoe.parallel.coordinator`, started by process 0.
+"""The coordinator of joined processes: `python -m jaxmoe.parallel.coordinator PORT`, started by process 0.
 
 It hosts the coordination service of jax.distributed (if the processes start JAX), so that the death of process 0 does
 not abort the others, and it is where processes meet: it starts them once all have joined, compares and collects values,

@@ -385,8 +385,8 @@ def _start_coordinator(values: dict[str, Any]) -> None:
     If another one has the port, this process asks that one too: it ends soon, or knows another process 0.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "jaxmoe.parallel.coordinator"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        [sys.executable, "-m", "jaxmoe.parallel.coordinator", str(values["port"])], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     assert child.stdin is not None
     print(json.dumps(values), file=child.stdin, flush=True)

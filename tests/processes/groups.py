@@ -92,18 +92,19 @@ def results_of_each(num_processes: int, devices: int, runs: list[dict[str, Any]]
     return [[json.loads(line[7:]) for line in one.out.splitlines() if line.startswith("RESULT ")] for one in ended]
 
 
-def coordinators() -> set[int]:
-    """Process ids of the coordinators that run on this machine."""
-    found = subprocess.run(["pgrep", "-f", "jaxmoe.parallel.coordinator"], capture_output=True, text=True, check=False)
+def coordinators(port: int) -> set[int]:
+    """Process ids of the coordinators of a port that run on this machine."""
+    command = ["pgrep", "-f", f"jaxmoe.parallel.coordinator {port}$"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return {int(one) for one in found.stdout.split()}
 
 
-def assert_nothing_is_left(before: set[int], port: int) -> None:
+def assert_nothing_is_left(port: int) -> None:
     """A coordinator may take a few seconds to see that all processes have ended."""
     deadline = time.monotonic() + 8
-    while (coordinators() - before or not is_free(port)) and time.monotonic() < deadline:
+    while (coordinators(port) or not is_free(port)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert coordinators() <= before
+    assert not coordinators(port)
     assert is_free(port)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .groups import ProcessResult, assert_nothing_is_left, coordinators, finish, free_port, start, start_script
+from .groups import ProcessResult, assert_nothing_is_left, finish, free_port, start, start_script
 
 CASE = "llama_mha"
 MESH = ("--mesh", "data=2,tensor=2")
@@ -32,9 +32,8 @@ def model(tiny_dir) -> Path:
 
 def ended(commands: Sequence[list[str]], port: int) -> list[ProcessResult]:
     """Start all, wait for all, and look that nothing of them is left."""
-    before = coordinators()
     results = finish([start(one) for one in commands], most_seconds=90)
-    assert_nothing_is_left(before, port)
+    assert_nothing_is_left(port)
     return results
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .groups import assert_nothing_is_left, coordinators, finish, free_port, start
+from .groups import assert_nothing_is_left, finish, free_port, start
 from .phases import LOST_AFTER, PHASES
 
 CASE = "qwen3_moe_norm"
@@ -41,7 +41,7 @@ def wait_for(log: Path, phase: str, *, most_seconds: float = 120) -> None:
 
 @pytest.mark.parametrize(("sent", "victim", "phase", "number"), ALL)
 def test_a_lost_process_ends_all_others_with_its_name(sent, victim, phase, number, tiny_dir, tmp_path):
-    before, port = coordinators(), free_port()
+    port = free_port()
     processes = started(tiny_dir(CASE), tmp_path, port)
     try:
         wait_for(tmp_path / f"{victim}.log", phase)
@@ -57,7 +57,7 @@ def test_a_lost_process_ends_all_others_with_its_name(sent, victim, phase, numbe
     assert len(lines) == 1
     assert f"process {victim} (" in lines[0]
     assert "was lost" in lines[0]
-    assert_nothing_is_left(before, port)
+    assert_nothing_is_left(port)
 
 
 def test_the_same_command_starts_again_at_once(tiny_dir, tmp_path):
