@@ -141,15 +141,7 @@ def convert(
         source_checkpoint=source_checkpoint, destination=destination, transform=transform, budget=budget,
         options=options, division=division,
     )  # fmt: skip
-    if division.from_first(lambda: end_committed(destination, job.options)):
-        num_resumed = len(job.outputs)
-        if verify:
-            check_whole(destination, division=division)
-    else:
-        division.from_first(lambda: _check_destination(source_checkpoint, destination))
-        if verify and source_checkpoint.manifest is not None:
-            check_whole(source, division=division)
-        num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
+    num_resumed = job.run(int(ram_gib * 2**30), verify, on_progress)
     return ConversionReport(
         source=str(source), destination=str(destination), kind=kind, num_tensors=len(job.outputs),
         num_bytes=sum(spec.num_bytes for spec in job.outputs.values()), resumed_tensors=num_resumed,
@@ -239,7 +231,18 @@ class _ConversionJob:
         return ShardSink(whole, self.outputs)
 
     def run(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
-        """Run the whole conversion; return the number of source tensors that an earlier run had finished."""
+        """Check, convert and commit; return the number of source tensors that an earlier run had finished."""
+        source, destination = self._source_checkpoint, self._destination
+        if self._division.from_first(lambda: end_committed(destination, self.options)):
+            if verify:
+                check_whole(destination, division=self._division)
+            return len(self.outputs)
+        self._division.from_first(lambda: _check_destination(source, destination))
+        if verify and source.manifest is not None:
+            check_whole(source.directory, division=self._division)
+        return self._write(ram_bytes, verify, on_progress)
+
+    def _write(self, ram_bytes: int, verify: bool, on_progress: OnProgress) -> int:
         sink = self._sink(partial_path(self._destination) / WHOLE)
         tasks = self._own_tasks(sink)
         total = sum(task.source_bytes(task.spec.num_bytes) for task in tasks)
