@@ -307,11 +307,7 @@ def join(
     global _group
     if _group is not None:
         raise MeshError("this process has joined already: call join once")
-    if devices is not None and not 1 <= devices <= _MAX_DEVICES:
-        raise MeshError(f"devices={devices} must lie in [1, {_MAX_DEVICES}]")
-    for name, value in (("lost_after", lost_after), ("join_timeout", join_timeout)):
-        if not 1 <= value <= 24 * 3600:
-            raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+    _check_values(devices, lost_after=lost_after, join_timeout=join_timeout)
     host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
     if with_jax and backends_are_initialized():
         raise MeshError(f"processes cannot join at {coordinator}: JAX has started its devices; join before it does")
@@ -334,12 +330,24 @@ def join(
         raise MeshError(f"processes cannot join at {coordinator}: {error}") from error
     group.barrier()  # before a process can end, all have read the topology of its devices
     _group = group
+    _end_together()
+    return group
+
+
+def _check_values(devices: int | None, **seconds: float) -> None:
+    if devices is not None and not 1 <= devices <= _MAX_DEVICES:
+        raise MeshError(f"devices={devices} must lie in [1, {_MAX_DEVICES}]")
+    for name, value in seconds.items():
+        if not 1 <= value <= 24 * 3600:
+            raise MeshError(f"{name}={value:g} must lie in [1, 86400] seconds")
+
+
+def _end_together() -> None:
     atexit.register(_at_exit)
     shown = sys.excepthook
     sys.excepthook = lambda kind, error, trace: (
         None if isinstance(error, ProcessLostError) else shown(kind, error, trace)  # reported in one line already
     )
-    return group
 
 
 def versions() -> dict[str, str]:
