@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import queue
-import re
 import socket
 import subprocess
 import sys
@@ -28,12 +27,12 @@ import zmq
 from jax._src.xla_bridge import backends_are_initialized
 
 from jaxmoe.errors import MeshError, ProcessLostError
+from jaxmoe.parallel.address import coordinator_address, is_this_host
 from jaxmoe.parallel.coordinator import BEAT_SECONDS, message, silence_limit
 from jaxmoe.parallel.timeouts import JOIN_TIMEOUT_SECONDS, LOST_AFTER_SECONDS, LOST_CODE
 
 _GRACE_SECONDS = 0.5  # from telling requests that they are lost to the end of this process
 _MAX_DEVICES = 512
-_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
 
 _group: ProcessGroup | None = None
 
@@ -284,8 +283,6 @@ def join(
 ) -> ProcessGroup:
     """Join this process and others, so that their devices form one mesh. Call it in every process, before JAX starts.
 
-    The processes separate when they exit.
-
     Args:
         coordinator: HOST:PORT of process 0, on which it listens. "auto" takes it, num_processes and process_id from the
             cluster manager: Slurm, Open MPI, Kubernetes, GKE.
@@ -308,14 +305,14 @@ def join(
     if _group is not None:
         raise MeshError("this process has joined already: call join once")
     _check_values(devices, lost_after=lost_after, join_timeout=join_timeout)
-    host, port, num_processes, process_id = _address_of(coordinator, num_processes, process_id, join_timeout)
+    host, port, num_processes, process_id = coordinator_address(coordinator, num_processes, process_id, join_timeout)
     if with_jax and backends_are_initialized():
         raise MeshError(f"processes cannot join at {coordinator}: JAX has started its devices; join before it does")
     identity = uuid.uuid4().bytes
     if process_id == 0:
         values = {"num_processes": num_processes, "lost_after": lost_after, "join_timeout": join_timeout}
         _start_coordinator(values | {"port": port, "owner": identity.hex(), "with_jax": with_jax})
-        host = "localhost" if _is_here(host) else host
+        host = "localhost" if is_this_host(host) else host
     facts = {"num_processes": num_processes, **versions(), **(arguments or {})}
     group = ProcessGroup(
         host, port, process_id=process_id, num_processes=num_processes, facts=facts,
@@ -356,35 +353,6 @@ def versions() -> dict[str, str]:
         "jaxmoe": sys.modules["jaxmoe"].__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }  # fmt: skip
-
-
-def _address_of(
-    coordinator: str, num_processes: int | None, process_id: int | None, timeout: float
-) -> tuple[str, int, int, int]:
-    """Return host, port, num_processes and process_id. Raises: MeshError if a value is missing or out of range."""
-    if coordinator == "auto":
-        if num_processes is not None or process_id is not None:
-            raise MeshError("num_processes and process_id need a coordinator HOST:PORT: auto detects all three")
-        from jax._src.clusters import ClusterEnv
-
-        try:
-            detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise MeshError(f"coordinator auto: the cluster manager does not name one: {error}") from error
-        address, num_processes, process_id = detected[:3]
-        coordinator = address or ""
-        if not coordinator or num_processes is None or process_id is None:
-            raise MeshError("coordinator auto finds no cluster manager: give HOST:PORT, num_processes and process_id")
-    matched = _ADDRESS.fullmatch(coordinator)
-    if matched is None or not 1 <= int(matched["port"]) <= 65535:
-        raise MeshError(f"coordinator {coordinator!r} must be HOST:PORT or auto")
-    if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
-        raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
-    return matched["host"], int(matched["port"]), num_processes, process_id
-
-
-def _is_here(host: str) -> bool:
-    return host in ("localhost", "127.0.0.1", "[::1]", socket.gethostname(), socket.getfqdn())
 
 
 def _start_coordinator(values: dict[str, Any]) -> None:
