@@ -392,7 +392,7 @@ def test_every_command_of_the_page_is_known():
 def messages() -> set[str]:
     """The messages in the source, with ... in place of each value. Some are the value of another one."""
     plain, formatted = set(), set()
-    for file in ("processes.py", "coordinator.py", "mesh.py"):
+    for file in ("address.py", "processes.py", "coordinator.py", "mesh.py"):
         for node in ast.walk(ast.parse((ROOT / "jaxmoe" / "parallel" / file).read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 formatted.add(
