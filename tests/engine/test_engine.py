@@ -251,6 +251,7 @@ def test_closing_ends_every_stream(tiny_llm):
 
     async def scene():
         listening = asyncio.create_task(collect(engine, [1], SamplingParams(max_tokens=40, ignore_eos=True)))
+        await asyncio.sleep(0)  # collect sleeps once, too
         await asyncio.sleep(0)  # the stream has started, and 40 tokens take longer than this
         engine.close()
         with pytest.raises(StepError, match="ended: cancelled"):
