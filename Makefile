@@ -19,7 +19,7 @@ PYTEST_JOBS ?= -n 2 --dist worksteal
 OLDEST_TESTS = tests/integration/test_wheel.py tests/ops/test_parity.py tests/ops/test_native.py tests/ops/test_grouped_native.py \
 	tests/ops/test_dispatch.py tests/ops/test_route.py tests/ops/test_paged_attention.py tests/ops/test_sampling.py \
 	tests/ops/test_grouped_matmul.py tests/model tests/train tests/parallel/test_mesh.py tests/parallel/test_sharding.py \
-	tests/parallel/test_layouts.py tests/aot/test_contract.py tests/aot/test_fit.py tests/engine/test_engine.py \
+	tests/parallel/test_layouts.py tests/aot/test_contract.py tests/aot/test_fit.py tests/engine/test_engine.py tests/processes/test_lost.py \
 	tests/engine/test_experts.py tests/engine/test_kv_dtype.py tests/weights/test_store.py tests/weights/test_convert.py \
 	tests/cli/test_process.py
 OPTIMIZED_TESTS = $(shell grep -rl --include='*.py' 'mark\.optimized' tests)
