@@ -101,7 +101,7 @@ class ProcessCoordinator:
             self._hello(identity, **values)
             return
         process = next((one for one in self._processes.values() if one.identity == identity), None)
-        if process is None:  # values_of to end already
+        if process is None:  # it has been asked to end
             return
         process.heard = time.monotonic()
         if op == "beat":
@@ -137,7 +137,8 @@ class ProcessCoordinator:
             return
         first = self._processes.get(min(self._processes, default=process_id), joined)
         self._processes[process_id] = joined
-        line = differing(*sorted((first, joined), key=lambda one: one.process_id))
+        lower, higher = sorted((first, joined), key=lambda one: one.process_id)
+        line = difference(lower.facts, lower.process_id, higher.facts, higher.process_id)
         if line is not None:
             self.end("refused", line)
         elif len(self._processes) == self._num:
@@ -162,11 +163,10 @@ class ProcessCoordinator:
             return
         del self._agreements[name]
         for other in range(1, self._num) if compare else ():
-            for key in dict.fromkeys((*values_of[0], *values_of[other])):
-                first, second = (one.get(key) for one in (values_of[0], values_of[other]))
-                if first != second:
-                    self.end("refused", differs(key, first, 0, second, other))
-                    return
+            line = difference(values_of[0], 0, values_of[other], other)
+            if line is not None:
+                self.end("refused", line)
+                return
         collected = [values_of[index] for index in range(self._num)]
         for index, each in self._processes.items():
             result = values_of[0] if not collect else collected if index == 0 else []
@@ -239,17 +239,12 @@ def silence_limit(lost_after: float) -> float:
     return lost_after - min(3.0, 0.4 * lost_after)
 
 
-def differs(name: str, one: Any, first: int, two: Any, second: int) -> str:
-    """Return the line that names a value that two processes have differently."""
-    return f"{name} is {one} in process {first} and {two} in process {second}: start both alike"
-
-
-def differing(first: JoinedProcess, other: JoinedProcess) -> str | None:
-    """Return the line that names the first difference between two processes, or None."""
-    for key in dict.fromkeys((*first.facts, *other.facts)):
-        one, two = first.facts.get(key), other.facts.get(key)
+def difference(values: dict[str, Any], process_id: int, others: dict[str, Any], other_id: int) -> str | None:
+    """Return the line that names the first value that two processes have differently, or None."""
+    for name in dict.fromkeys((*values, *others)):
+        one, two = values.get(name), others.get(name)
         if one != two:
-            return differs(key, one, first.process_id, two, other.process_id)
+            return f"{name} is {one} in process {process_id} and {two} in process {other_id}: start both alike"
     return None
 
 

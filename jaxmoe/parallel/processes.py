@@ -217,9 +217,7 @@ class ProcessGroup:
             if silent > self._join_timeout + 2 * BEAT_SECONDS:
                 self._refuse(f"no coordinator answers at {address} for {silent:.0f} s: start process 0 there")
         elif silent > silence_limit(self.lost_after):
-            self._lose(
-                f"the coordinator of process 0 at {self._address[6:]} was lost: no sign of life for {silent:.0f} s"
-            )
+            self._lose(f"the coordinator of process 0 at {address} was lost: no sign of life for {silent:.0f} s")
 
     def _receive(self, values: dict[str, Any]) -> None:
         match values["op"]:
@@ -382,17 +380,14 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    state: Any = distributed.global_state
     real, distributed._jax = distributed._jax, _WithoutService(distributed._jax)
     try:
-        host = "localhost" if group.host == "localhost" else group.host
         jax.distributed.initialize(
-            f"{host}:{group.jax_port}", group.num_processes, group.process_id, cluster_detection_method="deactivate",
-            initialization_timeout=int(JOIN_TIMEOUT_SECONDS), heartbeat_timeout_seconds=24 * 3600,
+            f"{group.host}:{group.jax_port}", group.num_processes, group.process_id,
+            cluster_detection_method="deactivate", initialization_timeout=int(JOIN_TIMEOUT_SECONDS), heartbeat_timeout_seconds=24 * 3600,
         )  # fmt: skip
     finally:
         distributed._jax = real
-    state.service = None
 
 
 class _WithoutService:
