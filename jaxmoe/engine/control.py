@@ -11,6 +11,7 @@ import secrets
 import struct
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,6 @@ class ControlSender:
     """Send operations to all other processes. One per group, in process 0."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
         self._lock = threading.Lock()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -50,20 +50,15 @@ class ControlSender:
         self.sent = 0
 
     def send(self, op: str, values: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Send an operation. Arrays are copied, and may change afterwards."""
+        """Send an operation. Values may be dataclasses. Arrays are copied, and may change afterwards."""
         shapes = [(array.dtype.str, array.shape) for array in arrays]
         contents = [array.tobytes() for array in arrays]
         with self._lock:  # also for the number: several threads send
-            frames = [json.dumps([self.sent, op, values, shapes]).encode(), *contents]
+            frames = [json.dumps([self.sent, op, values, shapes], default=asdict).encode(), *contents]
             for identity in self._followers:
                 self._socket.send(identity, zmq.SNDMORE)
                 self._socket.send_multipart(frames)
             self.sent += 1
-
-    def close(self) -> None:
-        """Close the channel once everything is sent."""
-        with self._lock:
-            self._context.destroy(linger=2000)
 
 
 class ControlReceiver:
@@ -71,7 +66,6 @@ class ControlReceiver:
 
     def __init__(self, group: ProcessGroup) -> None:
         address = group.share()
-
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IPV6, 1)
@@ -94,7 +88,3 @@ class ControlReceiver:
             np.frombuffer(frame, dtype).reshape(shape) for frame, (dtype, shape) in zip(frames, shapes, strict=True)
         ]
         return ControlMessage(op, values, arrays)
-
-    def close(self) -> None:
-        """Close the channel."""
-        self._context.destroy(linger=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jaxmoe.errors import ProcessLostError, StepError
 from jaxmoe.parallel.eplb import ExpertPlacement
 from jaxmoe.parallel.processes import ProcessGroup
 
+_FAILED = "failed"  # an operation that has failed in process 0, too
 Broadcast = Callable[..., AbstractContextManager[None]]  # as ModelExecutor.broadcast
 
 
@@ -61,7 +61,7 @@ class EngineWorker:
     ) -> StepOutput:  # fmt: skip
         """Run one step, as ModelRunner.step."""
         values = {
-            "features": features, "bucket": asdict(bucket), "decode_steps": decode_steps,
+            "features": features, "bucket": bucket, "decode_steps": decode_steps,
             "max_decode_steps": max_decode_steps, "traced": traced,
         }  # fmt: skip
         arrays = [packed] if token_bitmask is None else [packed, token_bitmask]
@@ -77,7 +77,7 @@ class EngineWorker:
     def copy_page(self, rank: int, page_copy: PageCopy) -> None:
         """Copy one page of a rank to host memory, or back."""
         assert self._host_offload is not None
-        values, program = {"rank": rank, "copy": asdict(page_copy)}, (page_copy.direction,)
+        values, program = {"rank": rank, "copy": page_copy}, (page_copy.direction,)
         with self._operation("copy_page", values, compiles=program not in self._programs):
             self.state = self._host_offload.run(self.state, rank, page_copy)
         self._programs.add(program)
@@ -142,6 +142,9 @@ class ModelExecutor:
                 self._group.in_step(self._sender.sent - 1)
             try:
                 yield
+            except Exception:  # the same error in all processes, which ends no process
+                self._sender.send(_FAILED, {"model": self._model_id})
+                raise
             finally:
                 self._group.idle(self._sender.sent)
 
@@ -195,12 +198,13 @@ class ModelFollower:
         self._number = 0
 
     def run(self, message: ControlMessage, number: int) -> None:
-        """Run one operation, the number-th of process 0. An error is stored until process 0 resets the worker.
+        """Run one operation, the number-th of process 0.
 
-        Raises: StepError if process 0 goes on as if the step had not failed.
+        An error is stored until process 0 sends that the operation has failed there, too, or resets the worker.
+        Raises: StepError if process 0 goes on as if the operation had not failed.
         """
         op, values, arrays = message
-        if self._failed is not None and op not in ("reset", "free"):
+        if self._failed is not None and op not in ("reset", "free", _FAILED):
             raise StepError(f"step {number - 1} failed here and not in process 0: {self._failed}") from self._failed
         self._failed, self._number = None, number
         try:
@@ -229,6 +233,8 @@ class ModelFollower:
                 getattr(self._workers[values["worker"]], op)()
             case "free":
                 self._workers.pop(values["worker"]).free()
+            case "failed":
+                pass  # the error of the last operation is forgotten
             case "score":
                 self._runner.score(*arrays)
             case "place_experts":

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmoe import LLM, AsyncEngine, SamplingParams
 from jaxmoe.aot.hlo_collectives import collectives
+from jaxmoe.errors import ConfigError
 from jaxmoe.parallel.eplb import balance
 from jaxmoe.weights import safetensors_file
 
@@ -52,6 +53,16 @@ def is_as_planned(llm: LLM) -> bool:
         if not checks[-1]:
             print(found, runner.traffic.planned_program(bucket, max_decode_steps=steps), sep="\n", file=sys.stderr)
     return all(checks)
+
+
+def refuse_a_wrong_placement(llm: LLM) -> None:
+    """A placement of another model is refused in every process, and ends none."""
+    wrong = balance(np.ones((1, 2)), num_replicas=2, num_ranks=1)
+    try:
+        llm.place_experts(wrong)
+    except ConfigError:
+        return
+    raise AssertionError("a wrong placement was taken")
 
 
 def served(llm: LLM, options: dict[str, Any], *, moves: bool) -> list[list[int]]:
@@ -105,6 +116,8 @@ def results_of(run: dict[str, Any]) -> dict[str, Any]:
     llm, read, own = counted_load(run)
     if run.get("only_load"):
         return {"read": read, "own": own}
+    if run.get("moves"):
+        refuse_a_wrong_placement(llm)
     outputs = llm.generate(PROMPTS, GREEDY)
     if run.get("short"):
         logits = llm.last_logits(PROMPTS)
