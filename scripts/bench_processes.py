@@ -124,14 +124,14 @@ def _member(arguments: argparse.Namespace) -> None:
 
 
 def _rate(arguments: argparse.Namespace) -> None:
-    from jaxmoe.cli.launch import _free_port
+    from jaxmoe.parallel.address import free_port
 
     tokens: list[Any] = []
     rates = []
     for processes in (1, arguments.processes):
         shared = [
             sys.executable, "-m", "scripts.bench_processes", "member", "--model", arguments.model, "--mesh",
-            arguments.mesh, "--processes", str(processes), "--coordinator", f"localhost:{_free_port()}",
+            arguments.mesh, "--processes", str(processes), "--coordinator", f"localhost:{free_port()}",
         ]  # fmt: skip
         children = [
             subprocess.Popen([*shared, "--index", str(index)], stdout=subprocess.PIPE, text=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from jaxmoe.errors import MeshError, RequestError
+from jaxmoe.parallel.address import free_port
 from jaxmoe.parallel.timeouts import LAST_SECONDS, LOST_AFTER_SECONDS
 
 _MAX_PROCESSES = 64
@@ -43,7 +43,7 @@ def launch(num_processes: int, devices: int | None, lost_after: float, arguments
     given = [one for one in arguments if one.split("=")[0] in _PROCESS_OPTIONS]
     if given:
         raise RequestError(f"{', '.join(given)}: launch sets this for every process; remove it, or give it before --")
-    shared = ["--coordinator", f"localhost:{_free_port()}", "--num-processes", str(num_processes)]
+    shared = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(num_processes)]
     shared += ["--lost-after", f"{lost_after:g}"]
     shared += [] if devices is None else ["--devices", str(devices)]
     command = [sys.executable, "-m", "jaxmoe", *arguments, *shared]
@@ -55,12 +55,6 @@ def launch(num_processes: int, devices: int | None, lost_after: float, arguments
         raise
     finally:
         _end(children, signal.SIGTERM)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def _start(command: Sequence[str], index: int) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""The address at which processes meet: given, or from the cluster manager."""
+"""The address at which processes meet: given, from the cluster manager, or a free port."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def coordinator_address(
     if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
         raise MeshError(f"process_id={process_id} must lie in [0, num_processes={num_processes})")
     return matched["host"], int(matched["port"]), num_processes, process_id
+
+
+def free_port() -> int:
+    """Return a port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def is_this_host(host: str) -> bool:

@@ -384,7 +384,8 @@ def _start_jax(group: ProcessGroup, devices: int | None) -> None:
     try:
         jax.distributed.initialize(
             f"{group.host}:{group.jax_port}", group.num_processes, group.process_id,
-            cluster_detection_method="deactivate", initialization_timeout=int(JOIN_TIMEOUT_SECONDS), heartbeat_timeout_seconds=24 * 3600,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(JOIN_TIMEOUT_SECONDS), heartbeat_timeout_seconds=24 * 3600,
         )  # fmt: skip
     finally:
         distributed._jax = real

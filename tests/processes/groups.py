@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmoe.parallel.address import free_port
+
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 1500
 
@@ -25,12 +27,6 @@ class ProcessResult(NamedTuple):
     code: int
     out: str
     err: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
